@@ -1,0 +1,147 @@
+"""PEFT on a part: add, read, write, count, save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedsplit.config import LoraSettings, derive_seed
+from fedsplit.families import Family
+from fedsplit.split import Part
+from fedsplit.updates import Adapters, Layer
+
+_NAME = "default"
+
+
+def lora_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | None = None) -> LoraConfig:
+    """PEFT's configuration of our adapters.
+
+    Args:
+        settings: Rank, alpha, dropout and targets.
+        family: The model's family.
+        blocks: The blocks of the unsplit model that are adapted; all where None.
+    """
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets or family.targets),
+        fan_in_fan_out=family.transposed,
+        layers_to_transform=None if blocks is None else list(blocks),
+        layers_pattern=None if blocks is None else family.blocks,
+        task_type="CAUSAL_LM",
+    )
+
+
+def add(part: Part, settings: LoraSettings, seed: int) -> None:
+    """Puts LoRA adapters on a part, in place; its other parameters stay frozen.
+
+    What A starts from depends on the seed and the layer's name alone, so that it is the same for every
+    client and every cut. B starts at zero.
+
+    Args:
+        part: The part; its base weights must be frozen already.
+        settings: Rank, alpha, dropout and targets.
+        seed: The run's seed.
+    """
+    if not part.blocks:
+        return
+    inject_adapter_in_model(lora_config(settings, part.family), part, adapter_name=_NAME)
+    for name, parameter in parameters(part).items():
+        if "lora_A" in name:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+
+
+def local_parameters(part: Part) -> dict[str, nn.Parameter]:
+    """A part's adapter parameters by the names they have in the part."""
+    return {name: parameter for name, parameter in part.named_parameters() if f".{_NAME}." in name}
+
+
+def exported_name(part: Part, local: str) -> str:
+    """The name that PEFT gives a part's adapter parameter in a file for the unsplit model."""
+    return part.whole_name(local).replace(f".{_NAME}.", ".")
+
+
+def parameters(part: Part) -> dict[str, nn.Parameter]:
+    """A part's adapter parameters by the names PEFT gives them in a file for the unsplit model."""
+    return {exported_name(part, name): parameter for name, parameter in local_parameters(part).items()}
+
+
+def read(*parts: Part) -> Adapters:
+    """Copies the adapters of some parts."""
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Layer] = {}
+    for part in parts:
+        tensors |= {name: parameter.detach().clone() for name, parameter in parameters(part).items()}
+        for name, module in part.named_modules():
+            if isinstance(module, LoraLayer):
+                layers[part.whole_name(name)] = Layer(module.scaling[_NAME], bool(module.fan_in_fan_out))
+    return Adapters(tensors, layers)
+
+
+@torch.no_grad()
+def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
+    """Copies adapters into some parts.
+
+    Args:
+        tensors: By exported name, exactly those the parts have.
+        *parts: The parts.
+
+    Raises:
+        KeyError: A part's adapter is missing among the tensors.
+    """
+    for part in parts:
+        for name, parameter in parameters(part).items():
+            parameter.copy_(tensors[name])
+
+
+def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
+    """Counts a part's parameters.
+
+    Args:
+        part: The part.
+        elsewhere: Parts of the same party; what the part shares with them (a tied head) is not counted again.
+
+    Returns:
+        {"total": base and adapters, "trainable": adapters}.
+    """
+    seen = {id(parameter) for other in elsewhere for parameter in other.parameters()}
+    own = [parameter for parameter in part.parameters() if id(parameter) not in seen]
+    return {
+        "total": sum(parameter.numel() for parameter in own),
+        "trainable": sum(parameter.numel() for parameter in own if parameter.requires_grad),
+    }
+
+
+def save(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    settings: LoraSettings,
+    family: Family,
+    base: str,
+    blocks: Sequence[int] | None = None,
+) -> None:
+    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
+
+    Args:
+        directory: Where to; made if it is not there.
+        tensors: By exported name.
+        settings: Rank, alpha, dropout and targets.
+        family: The model's family.
+        base: The base model's name, for the record.
+        blocks: The adapted blocks of the unsplit model, where it is not all of them.
+    """
+    config = lora_config(settings, family, blocks)
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,109 @@
+"""One client's local training: its data, the bottom and the top of the model, and the link between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsplit import adapters
+from fedsplit.config import TrainSettings, derive_seed
+from fedsplit.link import Link
+from fedsplit.optim import make_optimizer
+from fedsplit.partition import Shard, batch
+from fedsplit.split import Bottom, Top
+from fedsplit.updates import ClientUpdate, StepKey
+
+
+@dataclass(frozen=True)
+class Client:
+    """A party of the federation.
+
+    Clients of one process share `bottom` and `top`: what makes them different is their data and the
+    adapters they are given, which are written into the parts before every use.
+
+    Attributes:
+        number: Its partition, from 0.
+        shard: Its data.
+        bottom: The first blocks, with adapters.
+        top: The last blocks and the head, with adapters.
+        link: The way through the trunk.
+        settings: How it trains.
+        seed: The run's seed.
+    """
+
+    number: int
+    shard: Shard
+    bottom: Bottom
+    top: Top
+    link: Link
+    settings: TrainSettings
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Local steps a round."""
+        if self.settings.epochs:
+            return -(-len(self._train) * self.settings.epochs // self.settings.batch_size)
+        return self.settings.steps
+
+    @property
+    def _train(self) -> Tensor:
+        return self.shard.train[: self.settings.samples or None]
+
+    def step(self, ids: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:
+        """Forward and backward of one batch; leaves gradients on the adapters of bottom and top.
+
+        Args:
+            ids: Tokens (B, T); they are the labels, too.
+            key: Names the step to the trunk.
+            mask: (B, T), 0 on padding, which is not predicted.
+
+        Returns:
+            The mean loss in nats, a scalar.
+        """
+        labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+        hidden = self.bottom(ids, mask)
+        hidden = self.link(hidden, key, mask)
+        loss: Tensor = self.top(hidden, labels, mask)
+        loss.backward()
+        return loss.detach()
+
+    def train(self, given: Mapping[str, Tensor], round: int) -> ClientUpdate:
+        """A round of local training.
+
+        Everything that decides the outcome is set here anew: weights, moments, gradients, order, dropout.
+
+        Args:
+            given: The adapters to start from, by exported name.
+            round: The round, from 1.
+
+        Returns:
+            The adapters it ends with, and what it went through.
+        """
+        adapters.write(given, self.bottom, self.top)
+        trained = [*adapters.parameters(self.bottom).values(), *adapters.parameters(self.top).values()]
+        for parameter in trained:
+            parameter.grad = None
+        optimizer = make_optimizer(trained, self.settings)
+        order = derive_seed(self.seed, "client", self.number)
+        self.bottom.train()
+        self.top.train()
+        losses, tokens = [], 0
+        for step in range(self.steps):
+            ids = batch(self._train, (round - 1) * self.steps + step, self.settings.batch_size, order)
+            torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
+            losses.append(self.step(ids, StepKey(round, self.number, step)))
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+            tokens += ids.numel()
+        return ClientUpdate(
+            client=self.number,
+            adapters=adapters.read(self.bottom, self.top),
+            examples=self.steps * self.settings.batch_size,
+            tokens=tokens,
+            loss=float(torch.stack(losses).mean()),
+        )

@@ -1,0 +1,378 @@
+"""Every setting of a run: defaults, TOML and flags in; a checked, frozen configuration out.
+
+The dataclasses below are the only list of settings there is: flags, TOML keys, help texts
+and checks are all read off their fields. Precedence: default < `--config file.toml` < flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+DEFAULT_MODEL = "sotu-gpt2"
+"""The name of the base model that ships with the package."""
+
+BUNDLED_MODEL = Path(__file__).parent / "base"
+"""The folder of the base model that ships with the package."""
+
+SCHEDULES = ("shared", "frozen", "forward-only")
+CODECS = ("raw", "bf16")
+
+
+class InputError(Exception):
+    """Something that the user asked for wrongly; the message is the one line to show."""
+
+
+class SettingError(InputError):
+    """A setting with a value that is not possible.
+
+    Attributes:
+        setting: The setting's dotted name, as in TOML and flags.
+        value: What was given.
+        allowed: What could have been given instead.
+    """
+
+    def __init__(self, setting: str, value: object, allowed: str) -> None:
+        super().__init__(f"{setting}: {value} is not possible; allowed: {allowed}")
+        self.setting, self.value, self.allowed = setting, value, allowed
+
+    def __reduce__(self) -> tuple[type[SettingError], tuple[str, object, str]]:
+        return SettingError, (self.setting, self.value, self.allowed)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What values a setting may take, in words and as a test."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+
+def at_least(low: float, high: float = math.inf) -> Allowed:
+    """A finite number in [low, high]."""
+    words = f"a number from {low:g} to {high:g}" if high < math.inf else f"a number of at least {low:g}"
+    return Allowed(words, lambda v: math.isfinite(v) and low <= v <= high)
+
+
+def above(low: float) -> Allowed:
+    """A finite number larger than `low`."""
+    return Allowed(f"a finite number above {low:g}", lambda v: math.isfinite(v) and v > low)
+
+
+def below(low: float, high: float) -> Allowed:
+    """A number in [low, high)."""
+    return Allowed(f"a number from {low:g} to below {high:g}", lambda v: low <= v < high)
+
+
+def one_of(names: Sequence[str]) -> Allowed:
+    """One of a few names."""
+    return Allowed(" | ".join(names), lambda v: v in names)
+
+
+def _is_partition(value: str) -> bool:
+    kind, _, number = value.partition(":")
+    if kind == "dirichlet":
+        try:
+            return math.isfinite(float(number)) and float(number) > 0
+        except ValueError:
+            return False
+    return value in ("auto", "natural", "iid")
+
+
+TEXT = Allowed("a text that is not empty", lambda v: bool(v.strip()))
+NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name in v))
+CUT = Allowed("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: _parse_cut(v) is not None)
+PARTITION = Allowed("auto | natural | iid | dirichlet:ALPHA with ALPHA above 0", _is_partition)
+
+
+def _parse_cut(value: str) -> tuple[int, int] | None:
+    low, colon, high = value.partition(":")
+    if not (colon and low.isdecimal() and high.isdecimal()) or int(low) >= int(high):
+        return None
+    return int(low), int(high)
+
+
+def setting(default: Any, allowed: Allowed, help: str, alias: str = "") -> Any:
+    """A field with its default, its check, its help text and the name people know from elsewhere."""
+    return field(default=default, metadata={"allowed": allowed, "help": help, "alias": alias})
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapters on all three parts."""
+
+    rank: int = setting(8, at_least(1, 1024), "rank r of every adapter", "--lora-rank")
+    alpha: float = setting(16.0, above(0), "adapters are scaled by alpha / rank", "--lora-alpha")
+    dropout: float = setting(0.1, below(0, 1), "dropout on the input of every adapter")
+    targets: tuple[str, ...] = setting(
+        (), NAMES, "projections that get an adapter (default: all of the family's)", "--lora-target-modules"
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A client's local training."""
+
+    steps: int = setting(10, at_least(1), "local steps a round; not used where epochs is set")
+    epochs: int = setting(0, at_least(0), "local passes over the client's data a round; 0: count steps", "--epochs")
+    batch_size: int = setting(4, at_least(1), "sequences a step", "--batch-size")
+    max_length: int = setting(128, at_least(8), "tokens a sequence", "--max-length")
+    samples: int = setting(0, at_least(0), "training sequences a client at most; 0: all it has", "--samples")
+    lr: float = setting(2e-3, above(0), "AdamW's learning rate, of clients and trunk", "--lr")
+    weight_decay: float = setting(0.0, at_least(0), "AdamW's weight decay")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Evaluation on held-out text."""
+
+    samples: int = setting(32, at_least(1), "held-out sequences a client at most")
+
+
+@dataclass(frozen=True)
+class TrunkSettings:
+    """The shared middle of the model."""
+
+    schedule: str = setting("shared", one_of(SCHEDULES), "who updates the trunk's adapter, and when")
+
+
+@dataclass(frozen=True)
+class WireSettings:
+    """How tensors cross between client and trunk."""
+
+    codec: str = setting("raw", one_of(CODECS), "how hidden states and gradients are encoded; raw loses nothing")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    clients: int = setting(8, at_least(1), "clients in the federation")
+    rounds: int = setting(5, at_least(1), "rounds of training and aggregation")
+    seed: int = setting(0, at_least(0, 2**32 - 1), "decides data order, dropout and adapters at the start")
+    model: str = setting(DEFAULT_MODEL, TEXT, "the bundled base model, or a folder with config.json and safetensors")
+    cut: str = setting("1:5", CUT, "the trunk is blocks LO to HI - 1; bottom and top are the rest")
+    dataset: str = setting("sotu", TEXT, "sotu, or a .txt, .jsonl, .csv or .parquet file with a column 'text'")
+    partition: str = setting("auto", PARTITION, "who owns what; auto: by president, or iid where those do not suffice")
+    strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
+    workers: int = setting(0, at_least(0), "processes that play the clients; 0: as many as cores")
+    out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    trunk: TrunkSettings = field(default_factory=TrunkSettings)
+    wire: WireSettings = field(default_factory=WireSettings)
+    strategy_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The cut as (LO, HI)."""
+        bounds = _parse_cut(self.cut)
+        if bounds is None:
+            raise SettingError("cut", self.cut, CUT.words)
+        return bounds
+
+    @property
+    def model_path(self) -> Path:
+        """The folder that holds the base model."""
+        return BUNDLED_MODEL if self.model == DEFAULT_MODEL else Path(self.model)
+
+
+OPTIONS = "strategy_options"
+SECTIONS = {
+    f.name: get_type_hints(Config)[f.name] for f in dataclasses.fields(Config) if not f.metadata and f.name != OPTIONS
+}
+
+
+def derive_seed(seed: int, *path: object) -> int:
+    """A seed of its own for each place that draws random numbers, independent of the order they draw in.
+
+    Args:
+        seed: The run's seed.
+        *path: What names the place, such as ("client", 3, "round", 2).
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _leaves() -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
+    """Every setting: its dotted name, its field and its type."""
+    for owner, cls in {"": Config, **SECTIONS}.items():
+        hints = get_type_hints(cls)
+        for leaf in dataclasses.fields(cls):
+            if leaf.metadata:
+                yield f"{owner}.{leaf.name}".lstrip("."), leaf, hints[leaf.name]
+
+
+LEAVES = {name: (leaf, kind) for name, leaf, kind in _leaves()}
+
+
+def _convert(name: str, value: object, kind: Any) -> Any:
+    """Turns a flag's text or a TOML value into the setting's type, and checks it."""
+    allowed: Allowed = LEAVES[name][0].metadata["allowed"]
+    try:
+        if kind == tuple[str, ...]:
+            converted: Any = tuple(value.split(",")) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
+            suits = all(isinstance(item, str) for item in converted)
+        else:
+            suits = not isinstance(value, bool) and (isinstance(value, str) or kind is not str)
+            converted = kind(value)
+            suits = suits and (kind is not int or isinstance(value, str) or value == converted)
+    except (TypeError, ValueError):
+        suits = False
+    if not suits or not allowed.test(converted):
+        words = allowed.words.replace("a number", "a whole number") if kind is int else allowed.words
+        raise SettingError(name, value if value != "" else "nothing", words)
+    return converted
+
+
+def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None) -> Config:
+    """Makes a configuration from dotted names.
+
+    Args:
+        values: Settings by dotted name; those not named keep their defaults.
+        options: Keyword arguments for the strategy.
+
+    Raises:
+        InputError: A name is unknown or a value is not allowed.
+    """
+    top: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in values.items():
+        if name not in LEAVES:
+            raise InputError(f"there is no setting {name}; {_suggest(name, LEAVES)}")
+        section, _, leaf = name.rpartition(".")
+        (parts[section] if section else top)[leaf] = _convert(name, value, LEAVES[name][1])
+    sections = {name: cls(**parts[name]) for name, cls in SECTIONS.items()}
+    return Config(**top, **sections, strategy_options=dict(options or {}))
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return "did you mean " + " or ".join(close) + "?" if close else "see --help for the list"
+
+
+def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
+    """Reads a configuration file.
+
+    Returns:
+        The settings by dotted name, and the strategy's options.
+
+    Raises:
+        SettingError: The file cannot be read or is not TOML.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError("config", path, f"a TOML file that can be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError("config", path, f"a TOML file ({error})") from None
+    options = document.pop(OPTIONS, {})
+    if not isinstance(options, dict):
+        raise SettingError(OPTIONS, options, "a table")
+    values: dict[str, object] = {}
+    for key, value in document.items():
+        if key in SECTIONS and isinstance(value, dict):
+            values |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
+        else:
+            values[key] = value
+    return values, options
+
+
+def as_document(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, ready to be written as TOML.
+
+    The run's folder is left out: who runs the file again gets a folder of its own.
+    """
+    document = dataclasses.asdict(config)
+    del document["out"]
+    document["lora"]["targets"] = list(config.lora.targets)
+    return document
+
+
+def from_document(document: Mapping[str, Any]) -> Config:
+    """The inverse of `as_document`."""
+    values: dict[str, object] = {}
+    for key, value in document.items():
+        if key in SECTIONS:
+            values |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
+        elif key != OPTIONS:
+            values[key] = value
+    if values.get("lora.targets") == []:
+        del values["lora.targets"]
+    return build(values, document.get(OPTIONS))
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m fedsplit.simulate",
+        description="Simulates a federation that fine-tunes one language model, cut in three, on text none shares.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings; flags win over it")
+    groups: dict[str, Any] = {"": parser}
+    for name, (leaf, kind) in LEAVES.items():
+        section = name.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section, SECTIONS[section].__doc__)
+        flags = [f"--{name.replace('_', '-')}"]
+        if leaf.metadata["alias"]:
+            flags.append(leaf.metadata["alias"])
+        default = "" if leaf.default in ("", ()) else f" (default: {leaf.default})"
+        metavar = {int: "N", float: "X"}.get(kind, "NAME")
+        text = leaf.metadata["help"].replace("%", "%%") + default
+        groups[section].add_argument(*flags, dest=name, metavar=metavar, help=text)
+    groups["lora"].description = (groups["lora"].description or "") + " A list is separated by commas."
+    parser.epilog = "--strategy.KEY VALUE sets a keyword argument of the strategy."
+    return parser
+
+
+def _strategy_options(rest: list[str]) -> dict[str, Any]:
+    """Reads `--strategy.KEY VALUE` pairs; anything else left over is unknown."""
+    options: dict[str, Any] = {}
+    words = [word for item in rest for word in (item.split("=", 1) if item.startswith("--") else [item])]
+    while words:
+        flag = words.pop(0)
+        if not flag.startswith("--strategy."):
+            known = [f"--{name.replace('_', '-')}" for name in LEAVES]
+            raise InputError(f"there is no flag {flag}; {_suggest(flag, known)}")
+        if not words:
+            raise InputError(f"{flag}: expected a value after it")
+        text = words.pop(0)
+        try:
+            options[flag.removeprefix("--strategy.")] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[flag.removeprefix("--strategy.")] = text
+    return options
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Reads the command line, and the file it names, into a checked configuration.
+
+    Raises:
+        InputError: Something was given wrongly.
+    """
+    known, rest = _parser().parse_known_args(argv)
+    flags = vars(known)
+    file = flags.pop("config", None)
+    values, options = read_toml(Path(file)) if file is not None else ({}, {})
+    return build({**values, **flags}, {**options, **_strategy_options(rest)})

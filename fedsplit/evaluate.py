@@ -1,0 +1,110 @@
+"""Loss on held-out text, through the split and, to check it, on the unsplit model."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsplit import adapters
+from fedsplit.client import Client
+from fedsplit.config import Config, from_document
+from fedsplit.families import read_facts
+from fedsplit.partition import Shard, make_shards, spread
+from fedsplit.updates import StepKey
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A loss and what it was measured on.
+
+    Attributes:
+        nats: Sum of the losses of all predicted tokens.
+        tokens: How many were predicted.
+    """
+
+    nats: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats a token; its exponential is the perplexity."""
+        return self.nats / self.tokens
+
+    def __add__(self, other: HeldOut) -> HeldOut:
+        return HeldOut(self.nats + other.nats, self.tokens + other.tokens)
+
+
+def measure(loss_of: Callable[[int, Tensor], Tensor], blocks: Tensor, batch_size: int) -> HeldOut:
+    """Measures a model on blocks of tokens.
+
+    Args:
+        loss_of: The number of a batch and its tokens (B, T) to the mean loss.
+        blocks: Tokens (n, T).
+        batch_size: Sequences a batch.
+    """
+    total = HeldOut(0.0, 0)
+    for number, ids in enumerate(blocks.split(batch_size)):
+        predicted = ids.shape[0] * (ids.shape[1] - 1)
+        total += HeldOut(float(loss_of(number, ids)) * predicted, predicted)
+    return total
+
+
+@torch.no_grad()
+def through_split(client: Client, given: Mapping[str, Tensor], round: int, most: int) -> HeldOut:
+    """A client's held-out loss with the given adapters and the trunk as it is now.
+
+    Args:
+        client: Whose data and parts.
+        given: Adapters of bottom and top by exported name.
+        round: The round, for the step's key.
+        most: Sequences at most.
+    """
+    adapters.write(given, client.bottom, client.top)
+    client.bottom.eval()
+    client.top.eval()
+
+    def loss_of(number: int, ids: Tensor) -> Tensor:
+        hidden = client.link(client.bottom(ids), StepKey(round, client.number, number))
+        return client.top(hidden, ids)
+
+    return measure(loss_of, spread(client.shard.held_out, most), client.settings.batch_size)
+
+
+def shards_of(config: Config) -> list[Shard]:
+    """The data of every client of a run."""
+    path = config.model_path
+    length, end = config.train.max_length, read_facts(path).end
+    return make_shards(config.dataset, config.partition, config.clients, length, config.seed, path, end)
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, run: str | Path) -> float:
+    """The loss of an unsplit model on the held-out text of a finished run's clients.
+
+    Args:
+        model: A causal LM, such as the base with the run's adapter opened by PEFT.
+        run: The run's folder.
+
+    Returns:
+        The mean over all predicted tokens, in nats; of the run's own model, `eval_loss.after` in its summary.
+    """
+    config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
+    model.eval()
+    total = HeldOut(0.0, 0)
+    for shard in shards_of(config):
+        blocks = spread(shard.held_out, config.eval.samples)
+        total += measure(lambda _, ids: model(input_ids=ids, labels=ids).loss, blocks, config.train.batch_size)
+    return total.loss
+
+
+def reported_loss(run: str | Path) -> float:
+    """The held-out loss after the last round, as the run's summary has it."""
+    summary = json.loads((Path(run) / "summary.json").read_text(encoding="utf-8"))
+    return float(summary["eval_loss"]["after"])

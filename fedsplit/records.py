@@ -1,0 +1,130 @@
+"""Between our types and Flower's records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedsplit.evaluate import HeldOut
+from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+"""The names Flower's own strategies expect the records under."""
+
+WEIGHT = "num-examples"
+"""The metric Flower's own strategies weight by."""
+
+
+def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Adapters to arrays of the same names."""
+    return ArrayRecord({name: Array(np.asarray(tensor.numpy())) for name, tensor in tensors.items()})
+
+
+def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
+    """Arrays to float32 tensors; some of Flower's strategies return float64."""
+    return {name: torch.from_numpy(np.array(array.numpy(), np.float32)) for name, array in record.items()}
+
+
+def nbytes(content: RecordDict) -> int:
+    """Bytes of all arrays of a message, as serialised."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def message_to(node: int, kind: str, content: RecordDict) -> Message:
+    """A message to a node; `kind` is one of `flwr.app.MessageType`."""
+    return Message(content, dst_node_id=node, message_type=kind)  # type: ignore[no-untyped-call]
+
+
+def tensors_of(message: Message) -> dict[str, Tensor]:
+    """The adapters that a message carries."""
+    return from_arrays(message.content.array_records[ARRAYS])
+
+
+def config_of(message: Message) -> dict[str, Any]:
+    """The instructions that a message carries."""
+    return dict(message.content.config_records[CONFIG])
+
+
+def instructions(run: str, trunk: str, threads: int) -> ConfigRecord:
+    """What a client must know: the run's configuration (as JSON), the trunk's name, its threads."""
+    return ConfigRecord({"run": run, "trunk": trunk, "threads": threads})
+
+
+def from_update(update: ClientUpdate, peak_memory: int) -> RecordDict:
+    """What a client sends back after training."""
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        "client": update.client,
+        WEIGHT: update.examples,
+        "tokens": update.tokens,
+        "loss": update.loss,
+        "peak-memory": peak_memory,
+    }
+    return RecordDict({ARRAYS: to_arrays(update.adapters.tensors), METRICS: MetricRecord(metrics)})
+
+
+def to_update(reply: Message, adapters: Adapters, sender: str) -> ClientUpdate:
+    """What a client sent, checked against what it was given.
+
+    Raises:
+        RefusedUpdate: Names, shapes or values are not what they must be.
+    """
+    tensors, metrics = tensors_of(reply), metrics_of(reply)
+    adapters.check_fits(tensors, sender)
+    examples = metrics[WEIGHT]
+    if not examples >= 0:
+        raise RefusedUpdate(f"{sender} sent {examples} as its number of examples")
+    return ClientUpdate(
+        client=int(metrics["client"]),
+        adapters=adapters.with_tensors(tensors),
+        examples=int(examples),
+        tokens=int(metrics["tokens"]),
+        loss=float(metrics["loss"]),
+    )
+
+
+def metrics_of(reply: Message) -> dict[str, Any]:
+    """The metrics of a reply as plain numbers."""
+    return dict(reply.content.metric_records[METRICS])
+
+
+def from_held_out(client: int, measured: HeldOut, peak_memory: int) -> RecordDict:
+    """What a client sends back after evaluation."""
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        "client": client,
+        WEIGHT: measured.tokens,
+        "loss": measured.loss,
+        "nats": measured.nats,
+        "peak-memory": peak_memory,
+    }
+    return RecordDict({METRICS: MetricRecord(metrics)})
+
+
+def to_held_out(reply: Message) -> HeldOut:
+    """What a client measured."""
+    metrics = metrics_of(reply)
+    return HeldOut(float(metrics["nats"]), int(metrics[WEIGHT]))
+
+
+def introduction(client: int, name: str, adapters: Adapters | None, parameters: Mapping[str, Any]) -> RecordDict:
+    """How a client presents itself: its partition and, where asked, the adapters that training starts from."""
+    about: dict[str, Any] = {"client": client, "name": name, "parameters": parameters}
+    records: dict[str, Any] = {}
+    if adapters is not None:
+        about["layers"] = {layer: [facts.scaling, facts.transposed] for layer, facts in adapters.layers.items()}
+        records[ARRAYS] = to_arrays(adapters.tensors)
+    return RecordDict({**records, CONFIG: ConfigRecord({"about": json.dumps(about)})})
+
+
+def read_introduction(reply: Message) -> tuple[dict[str, Any], Adapters | None]:
+    """The inverse of `introduction`: client, name and parameters; and the adapters, where sent."""
+    about: dict[str, Any] = json.loads(config_of(reply)["about"])
+    if "layers" not in about:
+        return about, None
+    layers = {name: Layer(scaling, transposed) for name, (scaling, transposed) in about.pop("layers").items()}
+    return about, Adapters(tensors_of(reply), layers)

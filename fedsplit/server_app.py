@@ -1,0 +1,284 @@
+"""Flower's server side: the loop over rounds, and how a strategy's decision becomes messages."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from fedsplit import records
+from fedsplit.actor import TrunkHandle
+from fedsplit.aggregation import Aggregation, FederationFailed, Member, make_aggregation
+from fedsplit.checkpoint import RunFolder
+from fedsplit.config import Config, as_document
+from fedsplit.evaluate import HeldOut
+from fedsplit.report import Watcher, perplexity
+from fedsplit.updates import Adapters, ClientUpdate
+
+POLL_SECONDS = 0.01
+"""How long to sleep between two looks at what has come in."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop."""
+
+
+@dataclass
+class _Tally:
+    """What is summed over a run."""
+
+    tokens: int = 0
+    train_seconds: float = 0.0
+    client_memory: int = 0
+    traffic: Counter[str] = field(default_factory=Counter)
+
+
+class Federation:
+    """The server's run, from meeting the clients to the summary.
+
+    Attributes:
+        stop: Set from another thread to end the run at the next look at what has come in.
+        summary: The result, once there is one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        trunk: TrunkHandle,
+        trunk_name: str,
+        threads: int,
+        strategy: Any,
+        folder: RunFolder,
+        watcher: Watcher,
+    ) -> None:
+        """Nothing happens before `run`.
+
+        Args:
+            config: The run's configuration.
+            trunk: The trunk's handle.
+            trunk_name: What clients find it by.
+            threads: Threads of a client's process.
+            strategy: Ours or Flower's.
+            folder: Where results go.
+            watcher: Who is told.
+        """
+        self._config, self._trunk, self._strategy = config, trunk, strategy
+        self._folder, self._watcher = folder, watcher
+        run = json.dumps(as_document(config))
+        self._instructions = lambda: records.instructions(run, trunk_name, threads)
+        self._members: list[Member] = []
+        self._tally = _Tally()
+        self._started = time.perf_counter()
+        self.stop = threading.Event()
+        self.summary: dict[str, Any] | None = None
+
+    def app(self) -> ServerApp:
+        """The ServerApp that runs this federation."""
+        app = ServerApp()
+
+        @app.main()
+        def main(grid: Grid, context: Context) -> None:
+            self.run(grid)
+
+        return app
+
+    def run(self, grid: Grid) -> None:
+        """All rounds.
+
+        Raises:
+            FederationFailed: No client answered.
+            RefusedUpdate: A client sent what must not be aggregated.
+            Interrupted: `stop` was set.
+        """
+        adapters, parameters = self._meet(grid)
+        aggregation = make_aggregation(self._strategy, self._members)
+        before = after = self._evaluate(grid, 0, adapters)
+        for round in range(1, self._config.rounds + 1):
+            # 1. Every client trains from the same adapters; the trunk learns as they do.
+            replies, updates = self._train(grid, round, adapters, aggregation)
+            # 2. The strategy makes one set of adapters of theirs.
+            adapters = aggregation.aggregate(round, adapters, replies, updates)
+            # 3. Every client measures it.
+            after = self._evaluate(grid, round, adapters)
+            # 4. What came of it is kept.
+            self._folder.save_round(round, self._whole(adapters))
+        self.summary = self._summarise(parameters, before, after)
+        self._folder.save_result(self._whole(adapters), self.summary)
+
+    def _whole(self, adapters: Adapters) -> dict[str, Tensor]:
+        return {**adapters.tensors, **self._trunk.read()}
+
+    def _exchange(
+        self, grid: Grid, messages: Iterable[Message], heard: Callable[[Message, int, int], None]
+    ) -> list[Message]:
+        """Sends messages, waits for all replies, and returns those that are no errors."""
+        waiting = set(grid.push_messages(messages))
+        expected = len(waiting)
+        replies: list[Message] = []
+        failures: list[Message] = []
+        while waiting:
+            if self.stop.is_set():
+                raise Interrupted
+            for reply in grid.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                (failures if reply.has_error() else replies).append(reply)
+                if not reply.has_error():
+                    heard(reply, len(replies) + len(failures), expected)
+            time.sleep(POLL_SECONDS)
+        for failure in failures:
+            name = next((m.name for m in self._members if m.node == failure.metadata.src_node_id), "a client")
+            self._watcher.line(f"{name} failed and is left out: {_last_line(failure.error.reason)}")
+        if not replies:
+            reason = _last_line(failures[0].error.reason) if failures else "nobody was asked"
+            raise FederationFailed(f"no client answered: {reason}")
+        return replies
+
+    def _ask_all(self, grid: Grid, kind: str, content: RecordDict, text: str) -> list[Message]:
+        """Sends the same to every member, and shows how many have answered; replies by client."""
+        messages = [records.message_to(member.node, kind, content) for member in self._members]
+        replies = self._exchange(grid, messages, lambda _, done, of: self._watcher.phase(text, done, of))
+        return sorted(replies, key=lambda reply: int(records.metrics_of(reply)["client"]))
+
+    def _meet(self, grid: Grid) -> tuple[Adapters, dict[str, Any]]:
+        """Finds out which node is which client, and what training starts from."""
+        while len(nodes := list(grid.get_node_ids())) < self._config.clients:
+            if self.stop.is_set():
+                raise Interrupted
+            time.sleep(POLL_SECONDS)
+        self._watcher.phase("loading the parts", 0, len(nodes))
+        content = RecordDict({records.CONFIG: self._instructions()})
+        messages = [records.message_to(node, MessageType.QUERY, content) for node in nodes]
+        replies = self._exchange(grid, messages, lambda _, n, of: self._watcher.phase("loading the parts", n, of))
+        if len(replies) < len(nodes):
+            raise FederationFailed(f"only {len(replies)} of {len(nodes)} clients could load their parts")
+        start, found, parameters = None, {}, {}
+        for reply in replies:
+            about, adapters = records.read_introduction(reply)
+            found[int(about["client"])] = Member(reply.metadata.src_node_id, str(about["name"]))
+            parameters, start = about["parameters"], adapters or start
+        if start is None:
+            raise FederationFailed("the first client did not say what training starts from")
+        self._members[:] = [found[client] for client in sorted(found)]
+        trunk = self._trunk.status()["parameters"]
+        return start, {"bottom": parameters["bottom"], "trunk": trunk, "top": parameters["top"]}
+
+    def _train(
+        self, grid: Grid, round: int, adapters: Adapters, aggregation: Aggregation
+    ) -> tuple[list[Message], list[ClientUpdate]]:
+        started, losses, tokens = time.perf_counter(), [], 0
+        config = self._instructions()
+        config["server-round"] = round
+        messages = list(aggregation.messages(round, adapters, config, grid))
+        self._tally.traffic["adapter_down"] += sum(records.nbytes(message.content) for message in messages)
+
+        def heard(reply: Message, done: int, of: int) -> None:
+            nonlocal tokens
+            metrics = records.metrics_of(reply)
+            losses.append(metrics["loss"])
+            tokens += int(metrics["tokens"])
+            speed = tokens / (time.perf_counter() - started)
+            status = f"{done}/{of} clients trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
+            self._watcher.phase(f"{self._label(round)}  {status}", done, of)
+
+        self._watcher.phase(f"{self._label(round)}  training", 0, len(messages))
+        replies = self._exchange(grid, messages, heard)
+        replies.sort(key=lambda reply: int(records.metrics_of(reply)["client"]))
+        forgotten = self._trunk.forget_pending()
+        updates = [records.to_update(r, adapters, self._name(r)) for r in replies]
+        seconds = time.perf_counter() - started
+        self._tally.traffic["adapter_up"] += sum(records.nbytes(reply.content) for reply in replies)
+        self._tally.tokens += tokens
+        self._tally.train_seconds += seconds
+        self._remember_memory(replies)
+        self._folder.log(
+            {
+                "event": "train",
+                "round": round,
+                "loss": _mean([update.loss for update in updates]),
+                "clients": {self._members[u.client].name: u.loss for u in updates},
+                "tokens": tokens,
+                "seconds": seconds,
+                "forwards_without_backward": forgotten,
+            }
+        )
+        return replies, updates
+
+    def _label(self, round: int) -> str:
+        return f"round {round}/{self._config.rounds}"
+
+    def _name(self, reply: Message) -> str:
+        client = int(records.metrics_of(reply)["client"])
+        return f"client {client} ({self._members[client].name})"
+
+    def _remember_memory(self, replies: Iterable[Message]) -> None:
+        peaks = [int(records.metrics_of(reply)["peak-memory"]) for reply in replies]
+        self._tally.client_memory = max(self._tally.client_memory, *peaks)
+
+    def _evaluate(self, grid: Grid, round: int, adapters: Adapters) -> float:
+        started = time.perf_counter()
+        config = self._instructions()
+        config["server-round"] = round
+        content = RecordDict({records.ARRAYS: records.to_arrays(adapters.tensors), records.CONFIG: config})
+        replies = self._ask_all(grid, MessageType.EVALUATE, content, f"{self._label(round)}  evaluating")
+        self._tally.traffic["evaluation_adapter_down"] += records.nbytes(content) * len(self._members)
+        self._remember_memory(replies)
+        measured = {int(records.metrics_of(reply)["client"]): records.to_held_out(reply) for reply in replies}
+        loss = sum(measured.values(), HeldOut(0.0, 0)).loss
+        self._folder.log(
+            {
+                "event": "evaluate",
+                "round": round,
+                "loss": loss,
+                "perplexity": perplexity(loss),
+                "clients": {self._members[c].name: m.loss for c, m in measured.items()},
+                "tokens": sum(m.tokens for m in measured.values()),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        elapsed = time.perf_counter() - self._started
+        self._watcher.line(
+            f"{self._label(round)}  held-out loss {loss:.4f}  perplexity {perplexity(loss):.2f}  {elapsed:.1f} s"
+        )
+        return loss
+
+    def _summarise(self, parameters: Mapping[str, Any], before: float, after: float) -> dict[str, Any]:
+        config, tally, trunk = self._config, self._tally, self._trunk.status()
+        traffic = Counter(trunk["traffic"]) + tally.traffic
+        directions = [f"{what}_{way}" for what in ("activation", "gradient", "adapter") for way in ("up", "down")]
+        evaluation = {
+            f"evaluation_{way}": sum(n for name, n in traffic.items() if name.startswith("eval") and name.endswith(way))
+            for way in ("up", "down")
+        }
+        return {
+            "seed": config.seed,
+            "model": config.model,
+            "clients": config.clients,
+            "rounds": config.rounds,
+            "strategy": config.strategy,
+            "schedule": config.trunk.schedule,
+            "cut": config.cut,
+            "parameters": dict(parameters),
+            "eval_loss": {"before": before, "after": after},
+            "tokens": tally.tokens,
+            "tokens_per_second": tally.tokens / tally.train_seconds,
+            "wall_seconds": time.perf_counter() - self._started,
+            "bytes": {name: traffic[name] for name in directions} | evaluation,
+            "peak_memory": {"client": tally.client_memory, "trunk": trunk["peak_memory"]},
+        }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _last_line(text: str | None) -> str:
+    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason was given"

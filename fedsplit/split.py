@@ -1,0 +1,215 @@
+"""A causal language model to bottom, trunk and top.
+
+A part is the model's own class with the other blocks cut away, so that masks, rotary positions
+and windows stay the library's code. Each part reads only the tensors it owns from the checkpoint.
+
+Shapes: B sequences, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from fedsplit.families import Family, family_of
+
+Kind = Literal["bottom", "trunk", "top"]
+
+
+class _NoPositions(nn.Module):
+    """Stands where a part has no learned positions to add: the hidden states carry them already."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return torch.zeros((), device=position_ids.device)
+
+
+class Part(nn.Module):
+    """A run of consecutive blocks of a causal LM, and what belongs before or after them.
+
+    Submodules keep the names they have in the unsplit model; only the numbers of the blocks start at 0.
+
+    Attributes:
+        kind: "bottom", "trunk" or "top".
+        family: The family's record.
+        blocks: The numbers of its blocks in the unsplit model.
+        config: The model's configuration, cut to this part.
+    """
+
+    def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any) -> None:
+        """Cuts a part out of a model.
+
+        Args:
+            kind: Which part.
+            family: The family's record.
+            blocks: The blocks to keep.
+            whole: The library's causal LM, on the meta device; taken apart by this.
+        """
+        super().__init__()
+        self.kind, self.family, self.blocks, self.config = kind, family, blocks, whole.config
+        decoder = getattr(whole, family.decoder)
+        kept = getattr(decoder, family.blocks)[blocks.start : blocks.stop]
+        setattr(decoder, family.blocks, nn.ModuleList(kept))
+        self.config.num_hidden_layers = len(blocks)
+        if getattr(self.config, "layer_types", None):
+            self.config.layer_types = self.config.layer_types[blocks.start : blocks.stop]
+        if kind != "bottom":
+            setattr(decoder, family.embedding, nn.Identity())
+            if family.positions:
+                setattr(decoder, family.positions, _NoPositions())
+            if family.dropout:
+                setattr(decoder, family.dropout, nn.Identity())
+        if kind != "top":
+            setattr(decoder, family.norm, nn.Identity())
+        else:
+            self.lm_head = whole.lm_head
+        setattr(self, family.decoder, decoder)
+
+    def whole_name(self, name: str) -> str:
+        """The name in the unsplit model of a submodule or parameter of this part."""
+        prefix = f"{self.family.decoder}.{self.family.blocks}."
+        if not name.startswith(prefix):
+            return name
+        number, dot, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{int(number) + self.blocks.start}{dot}{rest}"
+
+    def _decode(self, mask: Tensor | None, **start: Tensor) -> Tensor:
+        decoder = getattr(self, self.family.decoder)
+        return decoder(attention_mask=mask, use_cache=False, **start).last_hidden_state
+
+
+class Bottom(Part):
+    """The embedding and the first blocks; at the client."""
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, T) to hidden states (B, T, D); `mask` (B, T) is 0 on padding."""
+        return self._decode(mask, input_ids=ids)
+
+
+class Trunk(Part):
+    """The blocks in the middle; at the server."""
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) to hidden states (B, T, D)."""
+        return self._decode(mask, inputs_embeds=hidden)
+
+
+class Top(Part):
+    """The last blocks, the final norm and the head; at the client."""
+
+    def logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) to logits (B, T, V)."""
+        return self.lm_head(self._decode(mask, inputs_embeds=hidden))
+
+    def forward(self, hidden: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) and labels (B, T) to the mean next-token loss in nats, a scalar.
+
+        Labels are the tokens themselves, -100 where no loss is wanted; they are shifted here.
+        """
+        return ForCausalLMLoss(self.logits(hidden, mask), labels, self.lm_head.out_features)
+
+
+PARTS: dict[Kind, type[Part]] = {"bottom": Bottom, "trunk": Trunk, "top": Top}
+
+
+class _Checkpoint:
+    """Reads single tensors of a checkpoint in safetensors, sharded or not.
+
+    A tensor that is read twice (an embedding tied to the head) is kept once.
+    """
+
+    def __init__(self, path: Path, prefix: str, dtype: torch.dtype) -> None:
+        self._prefix, self._dtype = f"{prefix}.", dtype
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._files = {name: path / file for name, file in weight_map.items()}
+        else:
+            self._files = {name: file for file in sorted(path.glob("*.safetensors")) for name in _names(file)}
+        self._kept: dict[str, nn.Parameter] = {}
+
+    def parameter(self, name: str, tied_to: str) -> nn.Parameter:
+        """The frozen parameter of that name; the one it is tied to where the file has no such name."""
+        for candidate in (name, name.removeprefix(self._prefix), tied_to, tied_to.removeprefix(self._prefix)):
+            if candidate in self._files:
+                if candidate not in self._kept:
+                    with safe_open(self._files[candidate], framework="pt") as file:
+                        tensor = file.get_tensor(candidate).to(self._dtype)
+                    self._kept[candidate] = nn.Parameter(tensor, requires_grad=False)
+                return self._kept[candidate]
+        raise ValueError(f"the checkpoint has no tensor {name}")
+
+
+def _names(file: Path) -> Iterable[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def ranges(blocks: int, bounds: tuple[int, int]) -> dict[Kind, range]:
+    """Which blocks each part has.
+
+    Args:
+        blocks: Number of blocks of the model.
+        bounds: The trunk is the blocks from the first number to below the second.
+    """
+    low, high = bounds
+    return {"bottom": range(low), "trunk": range(low, high), "top": range(high, blocks)}
+
+
+def load_parts(
+    path: Path, bounds: tuple[int, int], kinds: Sequence[Kind], dtype: torch.dtype = torch.float32
+) -> list[Any]:
+    """Loads some parts of a model; of the checkpoint, nothing else is read.
+
+    All base weights are frozen. Parts loaded together share tensors that are tied.
+
+    Args:
+        path: A folder with config.json and safetensors.
+        bounds: The cut as (LO, HI).
+        kinds: The parts to load.
+        dtype: The type of the weights, whatever type they are stored in.
+
+    Returns:
+        The parts, in the order of `kinds`, in evaluation mode.
+
+    Raises:
+        ValueError: The checkpoint lacks a tensor, or the cut lies outside the model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    family = family_of(config.model_type)
+    if not 0 <= bounds[0] < bounds[1] <= config.num_hidden_layers:
+        raise ValueError(f"cut {bounds} lies outside a model of {config.num_hidden_layers} blocks")
+    pieces = ranges(config.num_hidden_layers, bounds)
+    checkpoint = _Checkpoint(path, family.decoder, dtype)
+    parts = []
+    for kind in kinds:
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        part = PARTS[kind](kind, family, pieces[kind], whole)
+        for module_name, module in part.named_modules():
+            for name, _ in list(module.named_parameters(recurse=False)):
+                full = part.whole_name(f"{module_name}.{name}")
+                tied = f"{family.decoder}.{family.embedding}.weight" if full == "lm_head.weight" else full
+                setattr(module, name, checkpoint.parameter(full, tied))
+        if family.rotary:
+            decoder = getattr(part, family.decoder)
+            setattr(decoder, family.rotary, type(getattr(decoder, family.rotary))(config=part.config))
+        parts.append(part.eval())
+    return parts
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer that lies beside a model."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_whole(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The unsplit model, for whoever may hold it: the reference in tests, the user after a run."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

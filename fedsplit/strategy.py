@@ -1,0 +1,116 @@
+"""What an aggregation strategy is, and how a name becomes one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from fedsplit.config import SettingError
+from fedsplit.updates import Adapters, ClientUpdate
+
+State = Mapping[str, Tensor]
+"""What a strategy remembers from round to round, such as moments: named tensors, so that it can be saved."""
+
+ALLOWED = "a name from the package strategies, path/to/mine.py:Mine, or module:Class"
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """State in, state out: a strategy keeps nothing on itself, so it can be saved, resumed and tested."""
+
+    def init(self, adapters: Adapters) -> State:
+        """The state before the first round, given the adapters that training starts from."""
+        ...
+
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """One round's aggregation.
+
+        Args:
+            state: The state after the round before.
+            adapters: The adapters that the clients started this round from.
+            updates: What they returned, in the order of the clients; at least one, all finite and of the
+                adapters' names and shapes.
+
+        Returns:
+            The new state, and the adapters that the next round starts from.
+        """
+        ...
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"fedsplit_user_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise SettingError("strategy", path, "a Python file that is there")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises is the user's to see
+        raise SettingError(
+            "strategy", path, f"a Python file that can be imported ({type(error).__name__}: {error})"
+        ) from error
+    return module
+
+
+def _import_module(name: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise SettingError("strategy", spec, ALLOWED) from None
+
+
+def _find(spec: str) -> Any:
+    """The class a specification names, not yet called."""
+    place, colon, name = spec.rpartition(":")
+    if colon and place.endswith(".py"):
+        module = _import_file(Path(place))
+    elif colon:
+        module = _import_module(place, spec)
+    else:
+        package = _import_module("strategies", spec)
+        names: Mapping[str, str] = getattr(package, "STRATEGIES", {})
+        if spec not in names:
+            where = getattr(package, "__file__", None) or str(next(iter(package.__path__)))
+            listed = " | ".join(sorted(names)) or "nothing"
+            raise SettingError("strategy", spec, f"{listed} (from {where}), path/to/mine.py:Mine, or module:Class")
+        place, _, name = names[spec].rpartition(":")
+        module = _import_module(place, spec)
+    if not callable(getattr(module, name, None)):
+        found = [n for n, v in vars(module).items() if inspect.isclass(v) and not n.startswith("_")]
+        raise SettingError("strategy", spec, f"a class of {place}: {', '.join(found) or 'it has none'}")
+    return getattr(module, name)
+
+
+def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    """Makes the strategy that a specification names.
+
+    Args:
+        spec: A name from the package `strategies`, `path/to/mine.py:Mine`, or `module:Class`.
+        options: Keyword arguments the user gave.
+        defaults: Keyword arguments to pass where the class takes them and the user did not give them; such
+            as how many nodes a Flower strategy waits for.
+
+    Returns:
+        A `Strategy`, or whatever else the class makes, such as a Flower strategy.
+
+    Raises:
+        SettingError: It is not there, or does not take the options.
+    """
+    cls = _find(spec)
+    try:
+        parameters = inspect.signature(cls).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if unknown := [name for name in options if name not in parameters and not takes_any]:
+            known = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            raise SettingError(f"strategy.{unknown[0]}", options[unknown[0]], ", ".join(known) or "no option at all")
+        return cls(**{name: value for name, value in defaults.items() if name in parameters}, **options)
+    except (TypeError, ValueError) as error:
+        raise SettingError("strategy", spec, f"options that it takes ({error})") from None

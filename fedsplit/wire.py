@@ -1,0 +1,53 @@
+"""Tensor codecs: what a hidden state or a gradient looks like on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsplit.updates import Encoded
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Encodes tensors into arrays whose bytes are what crosses, and decodes them.
+
+    Attributes:
+        name: As in the settings.
+        narrow: The type values are rounded to before they cross; None sends them as they are.
+    """
+
+    name: str
+    narrow: torch.dtype | None = None
+
+    def encode(self, tensor: Tensor) -> Encoded:
+        """A tensor of any shape to what is sent; copies only where it must."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensor = tensor.detach()
+        if self.narrow is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.narrow)
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.view(torch.int16)  # numpy has no bfloat16; the bits cross as integers
+        return Encoded(tensor.contiguous().numpy(), dtype)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """What was sent to a tensor of the sender's shape and type."""
+        data = encoded.data if encoded.data.flags.writeable else encoded.data.copy()
+        tensor, dtype = torch.from_numpy(data), getattr(torch, encoded.dtype)
+        if tensor.dtype == torch.int16 and dtype.is_floating_point:
+            tensor = tensor.view(torch.bfloat16)
+        return tensor.to(dtype)
+
+
+_CODECS: dict[str, Callable[[], Codec]] = {
+    "raw": lambda: Codec("raw"),
+    "bf16": lambda: Codec("bf16", torch.bfloat16),
+}
+
+
+def make_codec(name: str) -> Codec:
+    """The codec of that name; one of `fedsplit.config.CODECS`."""
+    return _CODECS[name]()

@@ -82,7 +82,7 @@ def introduce(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     _, client = _meet(message, context)
-    update = client.train(records.tensors_of(message), records.config_of(message)["server-round"])
+    update = client.train(records.tensors_of(message), records.config_of(message)[records.ROUND])
     return Message(records.from_update(update, peak_memory()), reply_to=message)
 
 
@@ -90,7 +90,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """The loss on this client's held-out text."""
     site, client = _meet(message, context)
-    round = records.config_of(message)["server-round"]
+    round = records.config_of(message)[records.ROUND]
     measured = through_split(client, records.tensors_of(message), round, site.config.eval.samples)
     content: RecordDict = records.from_held_out(client.number, measured, peak_memory())
     return Message(content, reply_to=message)

@@ -126,7 +126,7 @@ class TrainSettings:
     batch_size: int = setting(4, at_least(1), "sequences a step", "--batch-size")
     max_length: int = setting(128, at_least(8), "tokens a sequence", "--max-length")
     samples: int = setting(0, at_least(0), "training sequences a client at most; 0: all it has", "--samples")
-    lr: float = setting(2e-3, above(0), "AdamW's learning rate, of clients and trunk", "--lr")
+    lr: float = setting(1e-3, above(0), "AdamW's learning rate, of clients and trunk", "--lr")
     weight_decay: float = setting(0.0, at_least(0), "AdamW's weight decay")
 
 

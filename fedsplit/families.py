@@ -105,9 +105,11 @@ def read_facts(path: Path) -> Facts:
     """
     allowed = "the name of the bundled model, or a folder with config.json, tokenizer.json and *.safetensors"
     try:
-        document: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        document: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise SettingError("model", path, allowed) from None
+        document = {}
+    if not isinstance(document, dict) or not document:
+        raise SettingError("model", path, allowed)
     if not any(path.glob("*.safetensors")):
         raise SettingError("model", f"{path} (no *.safetensors in it)", allowed)
     family = family_of(str(document.get("model_type")))

@@ -17,6 +17,9 @@ from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names Flower's own strategies expect the records under."""
 
+ROUND = "server-round"
+"""The setting under which Flower's own strategies send the round."""
+
 WEIGHT = "num-examples"
 """The metric Flower's own strategies weight by."""
 
@@ -38,7 +41,7 @@ def nbytes(content: RecordDict) -> int:
 
 def message_to(node: int, kind: str, content: RecordDict) -> Message:
     """A message to a node; `kind` is one of `flwr.app.MessageType`."""
-    return Message(content, dst_node_id=node, message_type=kind)  # type: ignore[no-untyped-call]
+    return Message(content, dst_node_id=node, message_type=kind)
 
 
 def tensors_of(message: Message) -> dict[str, Tensor]:
@@ -51,9 +54,9 @@ def config_of(message: Message) -> dict[str, Any]:
     return dict(message.content.config_records[CONFIG])
 
 
-def instructions(run: str, trunk: str, threads: int) -> ConfigRecord:
-    """What a client must know: the run's configuration (as JSON), the trunk's name, its threads."""
-    return ConfigRecord({"run": run, "trunk": trunk, "threads": threads})
+def instructions(run: str, trunk: str, threads: int, round: int) -> ConfigRecord:
+    """What a client must know: the run's configuration (as JSON), the trunk's name, its threads, the round."""
+    return ConfigRecord({"run": run, "trunk": trunk, "threads": threads, ROUND: round})
 
 
 def from_update(update: ClientUpdate, peak_memory: int) -> RecordDict:

@@ -37,6 +37,10 @@ class PlainWatcher:
         """Prints a line."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def finish(self, summary: Mapping[str, Any], folder: str) -> None:
+        """Shows the table at the end of a run."""
+        self._console.print(final_table(summary, folder))
+
     def __enter__(self) -> PlainWatcher:
         return self
 
@@ -66,8 +70,9 @@ class LiveWatcher(PlainWatcher):
         self._progress.stop()
 
 
-def make_watcher(console: Console) -> PlainWatcher:
-    """The watcher that suits where the output goes."""
+def make_watcher(console: Console | None = None) -> PlainWatcher:
+    """The watcher that suits where the output goes: standard output, where no console is given."""
+    console = console or Console()
     return LiveWatcher(console) if console.is_terminal else PlainWatcher(console)
 
 

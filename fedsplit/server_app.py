@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
@@ -72,8 +72,7 @@ class Federation:
         """
         self._config, self._trunk, self._strategy = config, trunk, strategy
         self._folder, self._watcher = folder, watcher
-        run = json.dumps(as_document(config))
-        self._instructions = lambda: records.instructions(run, trunk_name, threads)
+        self._run, self._trunk_name, self._threads = json.dumps(as_document(config)), trunk_name, threads
         self._members: list[Member] = []
         self._tally = _Tally()
         self._started = time.perf_counter()
@@ -154,7 +153,7 @@ class Federation:
                 raise Interrupted
             time.sleep(POLL_SECONDS)
         self._watcher.phase("loading the parts", 0, len(nodes))
-        content = RecordDict({records.CONFIG: self._instructions()})
+        content = RecordDict({records.CONFIG: self._instructions(0)})
         messages = [records.message_to(node, MessageType.QUERY, content) for node in nodes]
         replies = self._exchange(grid, messages, lambda _, n, of: self._watcher.phase("loading the parts", n, of))
         if len(replies) < len(nodes):
@@ -174,9 +173,7 @@ class Federation:
         self, grid: Grid, round: int, adapters: Adapters, aggregation: Aggregation
     ) -> tuple[list[Message], list[ClientUpdate]]:
         started, losses, tokens = time.perf_counter(), [], 0
-        config = self._instructions()
-        config["server-round"] = round
-        messages = list(aggregation.messages(round, adapters, config, grid))
+        messages = list(aggregation.messages(round, adapters, self._instructions(round), grid))
         self._tally.traffic["adapter_down"] += sum(records.nbytes(message.content) for message in messages)
 
         def heard(reply: Message, done: int, of: int) -> None:
@@ -211,6 +208,9 @@ class Federation:
         )
         return replies, updates
 
+    def _instructions(self, round: int) -> ConfigRecord:
+        return records.instructions(self._run, self._trunk_name, self._threads, round)
+
     def _label(self, round: int) -> str:
         return f"round {round}/{self._config.rounds}"
 
@@ -224,9 +224,8 @@ class Federation:
 
     def _evaluate(self, grid: Grid, round: int, adapters: Adapters) -> float:
         started = time.perf_counter()
-        config = self._instructions()
-        config["server-round"] = round
-        content = RecordDict({records.ARRAYS: records.to_arrays(adapters.tensors), records.CONFIG: config})
+        arrays = records.to_arrays(adapters.tensors)
+        content = RecordDict({records.ARRAYS: arrays, records.CONFIG: self._instructions(round)})
         replies = self._ask_all(grid, MessageType.EVALUATE, content, f"{self._label(round)}  evaluating")
         self._tally.traffic["evaluation_adapter_down"] += records.nbytes(content) * len(self._members)
         self._remember_memory(replies)

@@ -92,18 +92,15 @@ def run(config: Config) -> dict[str, Any]:
     """
     folder, strategy = check(config)
 
-    from rich.console import Console
-
     from fedsplit.actor import start_cluster, start_trunk, stop_cluster
     from fedsplit.checkpoint import RunFolder
     from fedsplit.families import read_facts
-    from fedsplit.report import final_table, make_watcher
+    from fedsplit.report import make_watcher
     from fedsplit.server_app import Federation
 
-    console = Console()
     workers, threads = plan(config)
     facts = read_facts(config.model_path)
-    with make_watcher(console) as watcher:
+    with make_watcher() as watcher:
         watcher.line(f"{config.clients} clients in {workers} processes; threads of each and of the trunk: {threads}")
         trunk_line = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}"
         watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}")
@@ -117,7 +114,7 @@ def run(config: Config) -> dict[str, Any]:
         finally:
             stop_cluster()
     assert federation.summary is not None
-    console.print(final_table(federation.summary, str(folder)))
+    watcher.finish(federation.summary, str(folder))
     return federation.summary
 
 

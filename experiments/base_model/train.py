@@ -2,8 +2,8 @@
 
     python experiments/base_model/train.py --out fedsplit/base
 
-Writes the tokenizer, the model (fp16 safetensors), `curve.csv` (step, tokens, losses) and
-`result.json` (what was read, what was kept out, the losses reached).
+Writes the tokenizer and the model (fp16 safetensors); and, beside this file, `curve.csv` (step, tokens,
+losses) and `result.json` (what was read, what was kept out, the losses reached).
 """
 
 from __future__ import annotations
@@ -97,10 +97,12 @@ def validation_loss(model: GPT2LMHeadModel, blocks: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="where model and tokenizer go")
+    parser.add_argument("--record", type=Path, default=HERE, help="where curve.csv and result.json go")
     parser.add_argument("--steps", type=int, help="optimiser steps, in place of the configuration's")
     parser.add_argument("--config", type=Path, default=HERE / "config.toml")
     parser.add_argument("--evaluate-every", type=int, default=250)
+    parser.add_argument("--validate", type=int, help="held-out blocks to validate on; all by default")
     args = parser.parse_args()
     config = tomllib.loads(args.config.read_text())
     config["train"]["steps"] = steps = args.steps or config["train"]["steps"]
@@ -112,7 +114,7 @@ def main() -> None:
     encode = lambda docs: tokenizer([d.text for d in docs], verbose=False)["input_ids"]  # noqa: E731
     train_ids, held_out_ids = encode(train_docs), encode(held_out_docs)
     stream = torch.tensor([t for ids in train_ids for t in (*ids, 0)])
-    held_out = torch.tensor(pack(held_out_ids, length, 0))
+    held_out = torch.tensor(pack(held_out_ids, length, 0))[: args.validate]
     held_out_bytes = sum(len(d.text.encode()) for d in held_out_docs)
     bits_a_byte = sum(map(len, held_out_ids)) / held_out_bytes / math.log(2)
     batches = Batches(stream, length, settings["batch_size"], config["seed"])
@@ -139,7 +141,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     start, recent = time.perf_counter(), []
-    with open(args.out / "curve.csv", "w", newline="") as file:
+    with open(args.record / "curve.csv", "w", newline="") as file:
         curve = csv.writer(file)
         curve.writerow(["step", "tokens", "train_loss", "validation_loss", "seconds"])
         for step in range(1, steps + 1):
@@ -179,7 +181,7 @@ def main() -> None:
         "trained_on": [d.name for d in train_docs],
         "validated_on": [d.name for d in held_out_docs],
     }
-    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.record / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"validation loss {shipped:.4f}, {shipped * bits_a_byte:.4f} bits a byte")
 
 

@@ -1,0 +1,100 @@
+"""A federation in this process: Flower's apps and our loop, without Flower's engine and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from flwr.app import Context, Error, Message, RecordDict
+
+from fedsplit import adapters, client_app
+from fedsplit.actor import peak_memory
+from fedsplit.checkpoint import RunFolder
+from fedsplit.config import Config
+from fedsplit.families import read_facts
+from fedsplit.server_app import Federation
+from fedsplit.split import load_parts
+from fedsplit.trunk import TrunkServer
+from fedsplit.wire import make_codec
+
+
+class LocalTrunk(TrunkServer):
+    """A trunk with what its actor and handle add."""
+
+    def read(self) -> Any:
+        return super().read().tensors
+
+    def status(self) -> dict[str, Any]:
+        return {"traffic": dict(self.traffic), "peak_memory": peak_memory(), "parameters": self.count()}
+
+
+class LocalGrid:
+    """Delivers messages to the ClientApp at once; nodes are not in the order of their partitions."""
+
+    def __init__(self, clients: int, spoil: Callable[[Message, Message], Message]) -> None:
+        self.partitions = {1000 - client: client for client in range(clients)}
+        self._spoil = spoil
+        self._replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return sorted(self.partitions)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            ids.append(message.metadata.message_id)
+            partition = self.partitions[message.metadata.dst_node_id]
+            context = Context(1, message.metadata.dst_node_id, {"partition-id": partition}, RecordDict(), {})
+            try:
+                reply = client_app.app(message, context)
+            except Exception as error:  # noqa: BLE001  # as Flower's engine does
+                reply = Message(Error(1, f"{type(error).__name__}: {error}"), reply_to=message)
+            self._replies[ids[-1]] = self._spoil(message, reply)
+        return ids
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(one) for one in sorted(ids) if one in self._replies]
+
+
+class Lines:
+    """A watcher that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def phase(self, text: str, done: int, of: int) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def federate(
+    config: Config,
+    out: Path,
+    strategy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Message, Message], Message] = lambda message, reply: reply,
+) -> tuple[Federation, Lines]:
+    """Runs a whole federation.
+
+    Args:
+        config: Its configuration.
+        out: The run's folder.
+        strategy: Ours or Flower's.
+        monkeypatch: Puts the local trunk where clients look for it.
+        spoil: Changes replies on their way to the server.
+    """
+    (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+    adapters.add(part, config.lora, config.seed)
+    trunk = LocalTrunk(part, make_codec(config.wire.codec), config.trunk.schedule, config.train, config.seed)
+    monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
+    facts, lines = read_facts(config.model_path), Lines()
+    folder = RunFolder(out, config, facts.family, facts.blocks)
+    federation = Federation(config, trunk, str(uuid4()), 1, strategy, folder, lines)  # type: ignore[arg-type]
+    federation.run(LocalGrid(config.clients, spoil))  # type: ignore[arg-type]
+    return federation, lines

@@ -1,0 +1,78 @@
+"""The trunk in a process of its own: the same bits, and a clear word when it is gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+from fedsplit.simulate import prepare_environment
+prepare_environment()
+import ray, torch
+from pathlib import Path
+from fedsplit import adapters
+from fedsplit.actor import TrunkLost, find_trunk, start_cluster, start_trunk, stop_cluster
+from fedsplit.config import build
+from fedsplit.split import load_parts
+from fedsplit.trunk import TrunkServer, UnknownStep
+from fedsplit.updates import Packet, StepKey
+from fedsplit.wire import make_codec
+
+config = build({"model": sys.argv[1], "cut": "1:2", "lora.dropout": 0.3})
+torch.set_num_threads(1)
+(part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+adapters.add(part, config.lora, config.seed)
+codec = make_codec("raw")
+local = TrunkServer(part, codec, "shared", config.train, config.seed)
+start_cluster(workers=1)
+handle = start_trunk(config, "t", threads=1)
+try:
+    for step in range(5):
+        key = StepKey(1, 0, step)
+        hidden, gradient = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+        for tensor, name, call in ((hidden, "hidden", "forward"), (gradient, "gradient", "backward")):
+            packet = Packet(key, {name: codec.encode(tensor)})
+            here, there = getattr(local, call)(packet), getattr(find_trunk("t"), call)(packet)
+            assert torch.equal(codec.decode(here.tensors[name]), codec.decode(there.tensors[name])), (step, call)
+    there = handle.read()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in local.read().tensors.items())
+    status = handle.status()
+    assert status["traffic"] == dict(local.traffic)
+    assert status["peak_memory"] > 10**8
+    try:
+        handle.backward(packet)
+    except UnknownStep as error:
+        assert "step=4" in str(error)
+    else:
+        raise AssertionError("a backward without forward was answered")
+    ray.kill(handle._actor)
+    for gone in (handle.status, lambda: find_trunk("nobody").status()):
+        try:
+            gone()
+        except TrunkLost as error:
+            print("lost:", str(error).splitlines()[0])
+        else:
+            raise AssertionError("a trunk that is gone answered")
+    import socket, psutil
+    processes = psutil.Process().children(recursive=True)
+    connections = [connection for process in processes for connection in process.net_connections("inet")]
+    addresses = {connection.laddr.ip for connection in connections if connection.status == "LISTEN"}
+    print("listening on", sorted(addresses))
+finally:
+    stop_cluster()
+"""
+
+
+@pytest.mark.slow
+def test_a_trunk_across_processes_is_the_trunk_itself(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tiny_models["llama"])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("lost:") == 2
+    listening = done.stdout.rpartition("listening on ")[2]
+    assert "0.0.0.0" not in listening, listening

@@ -1,0 +1,105 @@
+"""LoRA on a part: names, start, counts, files that PEFT opens."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BLOCKS
+from peft import PeftModel
+
+from fedsplit import adapters
+from fedsplit.config import LoraSettings
+from fedsplit.split import load_parts, load_whole, ranges
+
+KINDS = ("bottom", "trunk", "top")
+SETTINGS = LoraSettings(rank=3, alpha=6.0, dropout=0.0)
+
+
+def adapted(path: Path, cut: tuple[int, int], settings: LoraSettings = SETTINGS, seed: int = 0):
+    parts = load_parts(path, cut, KINDS)
+    for part in parts:
+        adapters.add(part, settings, seed)
+    return parts
+
+
+def test_the_start_depends_on_seed_and_name_alone(model_path: Path) -> None:
+    starts = [adapters.read(*adapted(model_path, cut)).tensors for cut in ((1, 2), (0, 3))]
+    torch.manual_seed(77)
+    starts.append(adapters.read(*adapted(model_path, (2, 3))).tensors)
+    assert starts[0].keys() == starts[1].keys() == starts[2].keys()
+    for name, tensor in starts[0].items():
+        assert all(torch.equal(tensor, other[name]) for other in starts)
+        assert bool(tensor.any()) == ("lora_A" in name)
+    other = adapters.read(*adapted(model_path, (1, 2), seed=1)).tensors
+    assert not any(torch.equal(starts[0][name], other[name]) for name in other if "lora_A" in name)
+
+
+def test_layers_know_scaling_and_whether_they_are_transposed(tiny_models: dict[str, Path]) -> None:
+    for family, transposed in (("gpt2", True), ("llama", False)):
+        read = adapters.read(*adapted(tiny_models[family], (1, 2)))
+        assert {(layer.scaling, layer.transposed) for layer in read.layers.values()} == {(2.0, transposed)}
+        assert {f"{layer}.lora_{f}.weight" for layer in read.layers for f in "AB"} == set(read.tensors)
+        assert all(a.shape[0] == b.shape[1] == 3 for a, b in map(read.factors, read.layers))
+
+
+def test_write_then_read_is_identity_and_copies(model_path: Path) -> None:
+    bottom, _, top = adapted(model_path, (1, 2))
+    tensors = {name: torch.randn_like(t) for name, t in adapters.read(bottom, top).tensors.items()}
+    adapters.write(tensors, bottom, top)
+    read = adapters.read(bottom, top).tensors
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    next(iter(read.values())).add_(1)
+    assert all(torch.equal(adapters.read(bottom, top).tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_an_adapter_that_is_missing_is_named(model_path: Path) -> None:
+    bottom, *_ = adapted(model_path, (1, 2))
+    with pytest.raises(KeyError, match="lora_A"):
+        adapters.write({}, bottom)
+
+
+def test_targets_can_be_chosen(tiny_models: dict[str, Path]) -> None:
+    parts = adapted(tiny_models["llama"], (1, 2), LoraSettings(targets=("q_proj", "v_proj")))
+    assert {name.rpartition(".")[2] for name in adapters.read(*parts).layers} == {"q_proj", "v_proj"}
+
+
+def test_a_part_without_blocks_has_no_adapter(model_path: Path) -> None:
+    bottom, _, top = adapted(model_path, (0, BLOCKS))
+    assert adapters.read(bottom, top).tensors == {}
+    assert adapters.count(bottom)["trainable"] == 0
+
+
+def test_counts_add_up_to_the_unsplit_model(model_path: Path) -> None:
+    whole = load_whole(model_path).num_parameters()
+    bottom, trunk, top = adapted(model_path, (1, 2))
+    counts = [adapters.count(bottom), adapters.count(trunk), adapters.count(top, elsewhere=[bottom])]
+    trainable = sum(count["trainable"] for count in counts)
+    assert trainable == sum(t.numel() for t in adapters.read(bottom, trunk, top).tensors.values())
+    assert sum(count["total"] for count in counts) == whole + trainable
+
+
+def test_peft_opens_what_is_saved_whole_and_by_part(tmp_path: Path, model_path: Path) -> None:
+    parts = adapted(model_path, (1, 2))
+    for part in parts:
+        adapters.write({n: torch.randn_like(p) for n, p in adapters.parameters(part).items()}, part)
+    ids = torch.arange(1, 9)[None]
+    bottom, trunk, top = parts
+    expected = top.logits(trunk(bottom(ids)))
+    family = bottom.family
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapters.save(tmp_path / "adapter", adapters.read(*parts).tensors, SETTINGS, family, "base")
+        whole = PeftModel.from_pretrained(load_whole(model_path), str(tmp_path / "adapter"))
+        assert torch.equal(whole(input_ids=ids).logits, expected)
+        for part in parts:
+            blocks = ranges(BLOCKS, (1, 2))[part.kind]
+            adapters.save(tmp_path / part.kind, adapters.read(part).tensors, SETTINGS, family, "base", blocks)
+            opened = PeftModel.from_pretrained(load_whole(model_path), str(tmp_path / part.kind))
+            written = {n: p for n, p in opened.named_parameters() if "lora_" in n}
+            assert len(written) == len(adapters.parameters(part))
+            for name, parameter in adapters.parameters(part).items():
+                found = written[f"base_model.model.{name}".replace(".weight", ".default.weight")]
+                assert torch.equal(found, parameter)

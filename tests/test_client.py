@@ -1,0 +1,139 @@
+"""A client's training: against plain PEFT fine-tuning of the unsplit model, and by schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, without_dropout
+from peft import get_peft_model
+
+from fedsplit import adapters
+from fedsplit.client import Client
+from fedsplit.config import LoraSettings, TrainSettings, derive_seed
+from fedsplit.link import Link
+from fedsplit.optim import make_optimizer
+from fedsplit.partition import Shard, batch
+from fedsplit.split import load_parts, load_whole
+from fedsplit.trunk import TrunkServer
+from fedsplit.wire import make_codec
+
+STEPS = 20
+
+
+def make_client(path: Path, schedule: str, cut=(1, 2), dropout=0.0, steps=STEPS, seed=0, codec="raw"):
+    """A client and its trunk in one process."""
+    lora, train = LoraSettings(rank=2, dropout=dropout), TrainSettings(steps=steps, batch_size=3, lr=5e-3)
+    bottom, trunk, top = load_parts(path, cut, ["bottom", "trunk", "top"])
+    for part in (bottom, trunk, top):
+        adapters.add(part, lora, seed)
+        without_dropout(part)
+    server = TrunkServer(trunk, make_codec(codec), schedule, train, seed)
+    generator = torch.Generator().manual_seed(1)
+    shard = Shard(
+        "ann", torch.randint(1, VOCABULARY, (10, 8), generator=generator), torch.zeros(1, 8, dtype=torch.long)
+    )
+    client = Client(0, shard, bottom, top, Link(server, make_codec(codec), schedule), train, seed)
+    return client, server, adapters.read(bottom, top).tensors
+
+
+@pytest.mark.parametrize("cut", [(0, 1), (0, 3), (1, 2), (2, 3)])
+def test_one_client_shared_follows_plain_peft_fine_tuning(model_path: Path, cut: tuple[int, int]) -> None:
+    """Same order, same AdamW on all three parts: equal adapters after 20 steps."""
+    client, server, given = make_client(model_path, "shared", cut)
+    start = {**given, **server.read().tensors}
+    update = client.train(given, round=1)
+    federated = {**update.adapters.tensors, **server.read().tensors}
+
+    whole = get_peft_model(
+        load_whole(model_path), adapters.lora_config(LoraSettings(2, dropout=0.0), client.bottom.family)
+    )
+    names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
+    trained = {n: p for n, p in names.items() if p.requires_grad}
+    assert trained.keys() == start.keys()
+    for name, parameter in trained.items():
+        parameter.data = start[name].clone()
+    optimizer = make_optimizer(trained.values(), client.settings)
+    whole.eval()  # without any dropout, as in the client
+    for step in range(STEPS):
+        ids = batch(client.shard.train, step, 3, derive_seed(0, "client", 0))
+        whole(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for name, parameter in trained.items():
+        assert (federated[name] - parameter).abs().max() <= 1e-5, name
+        assert (start[name] - parameter).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "learning"),
+    [("shared", {"bottom", "trunk", "top"}), ("frozen", {"bottom", "top"}), ("forward-only", {"top"})],
+)
+def test_which_parts_learn_under_which_schedule(model_path: Path, schedule: str, learning: set[str]) -> None:
+    client, server, given = make_client(model_path, schedule, steps=2)
+    trunk_before = server.read().tensors
+    after = client.train(given, round=1).adapters.tensors
+    changed = {
+        "bottom": any(not torch.equal(after[n], given[n]) for n in adapters.parameters(client.bottom)),
+        "trunk": any(not torch.equal(t, trunk_before[n]) for n, t in server.read().tensors.items()),
+        "top": any(not torch.equal(after[n], given[n]) for n in adapters.parameters(client.top)),
+    }
+    assert {part for part, did in changed.items() if did} == learning
+    assert (server.traffic["gradient_up"] == 0) == (schedule == "forward-only")
+
+
+def test_frozen_trunk_without_a_bottom_sends_no_gradient(model_path: Path) -> None:
+    client, server, given = make_client(model_path, "frozen", cut=(0, 2), steps=2)
+    update = client.train(given, round=1)
+    assert server.traffic["gradient_up"] == 0
+    assert server.forget_pending() == 0
+    assert any(not torch.equal(update.adapters.tensors[n], given[n]) for n in given)
+
+
+def test_training_depends_on_what_it_is_given_alone(model_path: Path) -> None:
+    """A second attempt, after one that broke off between backward and step, gives the same to the bit."""
+    client, _, given = make_client(model_path, "frozen", dropout=0.3, steps=3)
+    first = client.train(given, round=2).adapters.tensors
+    from fedsplit.updates import StepKey
+
+    client.step(client.shard.train[:2], StepKey(9, 0, 0))
+    torch.manual_seed(99)
+    again = client.train(given, round=2).adapters.tensors
+    other_round = client.train(given, round=3).adapters.tensors
+    assert all(torch.equal(first[name], again[name]) for name in given)
+    assert any(not torch.equal(first[name], other_round[name]) for name in given)
+
+
+def test_padding_is_neither_seen_nor_predicted(model_path: Path) -> None:
+    from fedsplit.updates import StepKey
+
+    client, server, _ = make_client(model_path, "frozen")
+    client.bottom.eval(), client.top.eval()
+    ids = client.shard.train[:2].clone()
+    mask = torch.ones_like(ids)
+    mask[:, 5:] = 0
+    short = client.step(ids[:, :5], StepKey(1, 0, 0))
+    padded = client.step(ids, StepKey(1, 0, 1), mask)
+    assert padded == pytest.approx(float(short), rel=1e-5)
+    assert server.traffic["activation_up"] == (2 * 5 + 2 * 8) * 32 * 4 + 2 * 8
+
+
+def test_epochs_and_samples_count_passes_over_what_is_used(model_path: Path) -> None:
+    client, _, given = make_client(model_path, "frozen")
+    settings = TrainSettings(epochs=2, samples=4, batch_size=3)
+    few = Client(0, client.shard, client.bottom, client.top, client.link, settings, 0)
+    update = few.train(given, round=1)
+    assert few.steps == 3
+    assert (update.examples, update.tokens) == (9, 72)
+
+
+def test_bf16_on_the_wire_halves_the_bytes_and_stays_close(model_path: Path) -> None:
+    raw, raw_server, given = make_client(model_path, "shared", steps=5)
+    narrow, narrow_server, _ = make_client(model_path, "shared", steps=5, codec="bf16")
+    exact, rounded = raw.train(given, 1), narrow.train(given, 1)
+    assert narrow_server.traffic["activation_up"] * 2 == raw_server.traffic["activation_up"]
+    assert narrow_server.traffic["gradient_down"] * 2 == raw_server.traffic["gradient_down"]
+    assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
+    assert rounded.loss != exact.loss

@@ -1,0 +1,139 @@
+"""Settings: one list, three sources, clear refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsplit.config import LEAVES, Config, InputError, as_document, build, derive_seed, from_document, parse
+from fedsplit.schedules import SCHEDULES
+from fedsplit.wire import make_codec
+
+
+def test_flag_wins_over_file_wins_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("clients = 3\nrounds = 7\n[lora]\nrank = 4\n[strategy_options]\neta = 0.5\n")
+    config = parse(["--config", str(file), "--clients", "5"])
+    assert (config.clients, config.rounds, config.lora.rank, config.seed) == (5, 7, 4, 0)
+    assert config.strategy_options == {"eta": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("alias", "value", "name"),
+    [
+        ("--samples", "9", "train.samples"),
+        ("--batch-size", "9", "train.batch_size"),
+        ("--max-length", "9", "train.max_length"),
+        ("--epochs", "9", "train.epochs"),
+        ("--lora-rank", "9", "lora.rank"),
+        ("--lora-alpha", "9", "lora.alpha"),
+        ("--lora-target-modules", "a,b", "lora.targets"),
+        ("--lr", "9", "train.lr"),
+        ("--save-dir", "9", "out"),
+    ],
+)
+def test_names_known_from_elsewhere(alias: str, value: str, name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    assert parse([alias, value]) == parse([flag, value]) != parse([])
+
+
+def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() -> None:
+    for name, (leaf, _) in LEAVES.items():
+        assert leaf.metadata["allowed"].test(leaf.default), name
+        assert leaf.metadata["help"], name
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--clientz", "8"], "there is no flag --clientz; did you mean --clients"),
+        (["--strategi.eta=1"], "there is no flag --strategi.eta"),
+        (["clients"], "there is no flag clients"),
+        (["--clients"], "argument --clients: expected one argument"),
+        (["--clients", "0"], "clients: 0 is not possible; allowed: a whole number of at least 1"),
+        (["--clients", "2.5"], "clients: 2.5 is not possible"),
+        (["--clients", "eight"], "clients: eight is not possible"),
+        (["--rounds", "-1"], "rounds: -1 is not possible"),
+        (["--cut", "3:3"], "cut: 3:3 is not possible; allowed: LO:HI"),
+        (["--cut", "4"], "cut: 4 is not possible"),
+        (["--lora.rank", "0"], "lora.rank: 0 is not possible; allowed: a whole number from 1 to 1024"),
+        (["--lora.dropout", "1"], "lora.dropout: 1 is not possible; allowed: a number from 0 to below 1"),
+        (["--lora.alpha", "inf"], "lora.alpha: inf is not possible"),
+        (["--lora.targets", "a,,b"], "lora.targets: a,,b is not possible"),
+        (["--train.lr", "-0.1"], "train.lr: -0.1 is not possible; allowed: a finite number above 0"),
+        (["--train.lr", "nan"], "train.lr: nan is not possible"),
+        (["--train.batch-size", "0"], "train.batch_size: 0 is not possible"),
+        (["--trunk.schedule", "sharde"], "trunk.schedule: sharde is not possible; allowed: shared | frozen"),
+        (["--wire.codec", "zip"], "wire.codec: zip is not possible; allowed: raw | bf16"),
+        (["--partition", "dirichlet:x"], "partition: dirichlet:x is not possible"),
+        (["--strategy.eta"], "--strategy.eta: expected a value after it"),
+        (["--config", "nowhere.toml"], "config: nowhere.toml is not possible; allowed: a TOML file"),
+    ],
+)
+def test_wrong_flags_get_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse(argv)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clients = ", "config: "),
+        ("clientz = 8", "there is no setting clientz; did you mean clients"),
+        ("clients = true", "clients: True is not possible"),
+        ("clients = 2.5", "clients: 2.5 is not possible"),
+        ("model = 3", "model: 3 is not possible"),
+        ("[lora]\nrang = 8", "there is no setting lora.rang; did you mean lora.rank"),
+        ("[lora]\ntargets = [1]", "lora.targets: [1] is not possible"),
+        ("strategy_options = 3", "strategy_options: 3 is not possible; allowed: a table"),
+        ("lora = 3", "there is no setting lora"),
+    ],
+)
+def test_wrong_files_get_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        parse(["--config", str(file)])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    clients=st.integers(1, 10**6),
+    lr=st.floats(1e-9, 1e3),
+    targets=st.lists(st.text("abc_", min_size=1), max_size=3),
+    options=st.dictionaries(st.text("abc", min_size=1), st.integers() | st.booleans() | st.text()),
+)
+def test_a_configuration_survives_toml(clients: int, lr: float, targets: list[str], options: dict) -> None:
+    values = {"clients": clients, "train.lr": lr}
+    config = build(values | ({"lora.targets": targets} if targets else {}), options)
+    assert from_document(tomllib.loads(tomli_w.dumps(as_document(config)))) == config
+
+
+def test_the_folder_of_a_run_is_not_part_of_its_document() -> None:
+    config = dataclasses.replace(Config(), out="here")
+    assert from_document(as_document(config)) == Config()
+
+
+def test_seeds_differ_by_place_and_are_stable() -> None:
+    places = [("client", 0, "round", 1), ("client", 1, "round", 1), ("client", 0, "round", 2), ()]
+    seeds = {derive_seed(seed, *place) for place in places for seed in (0, 1)}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, "a", 1) == 4757247737403457943
+
+
+def test_the_lists_of_names_are_those_of_the_code() -> None:
+    from fedsplit.config import CODECS
+    from fedsplit.config import SCHEDULES as NAMES
+
+    assert tuple(SCHEDULES) == NAMES
+    assert [make_codec(name).name for name in CODECS] == list(CODECS)

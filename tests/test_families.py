@@ -1,0 +1,51 @@
+"""What is known of a checkpoint before it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedsplit.config import BUNDLED_MODEL, SettingError
+from fedsplit.families import FAMILIES, family_of, read_facts
+from fedsplit.split import load_whole
+
+
+def test_facts_are_those_of_the_library(model_path: Path) -> None:
+    facts, config = read_facts(model_path), load_whole(model_path).config
+    assert (facts.blocks, facts.positions) == (config.num_hidden_layers, config.max_position_embeddings)
+    assert facts.end == config.eos_token_id
+
+
+def test_every_record_names_what_is_there(tiny_models: dict[str, Path]) -> None:
+    for name, path in tiny_models.items():
+        family, whole = FAMILIES[name], load_whole(path)
+        decoder = getattr(whole, family.decoder)
+        named = (family.blocks, family.embedding, family.norm, family.positions, family.dropout, family.rotary)
+        assert all(hasattr(decoder, attribute) for attribute in named if attribute)
+        last_names = {module.rpartition(".")[2] for module, _ in decoder.named_modules()}
+        assert set(family.targets) <= last_names
+
+
+def test_the_bundled_model_is_known() -> None:
+    assert read_facts(BUNDLED_MODEL).blocks == 6
+
+
+def test_an_unknown_family_is_refused_with_the_list() -> None:
+    with pytest.raises(SettingError, match=r"of type bert is not possible; .* gpt2 \| llama .*needs a record"):
+        family_of("bert")
+
+
+@pytest.mark.parametrize("document", ["", "{}", '{"model_type": "t5"}', '{"model_type": "gpt2"}', "[]"])
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, document: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(document)
+    with pytest.raises(SettingError, match=r"^model: "):
+        read_facts(tmp_path)
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path: Path, model_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((model_path / "config.json").read_text())))
+    with pytest.raises(SettingError, match=r"no \*\.safetensors in it"):
+        read_facts(tmp_path)

@@ -1,0 +1,193 @@
+"""The loop over rounds: learning, repeatability, failures, the summary and the adapter that comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Error, Message, MessageType
+from local_federation import federate
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from fedsplit import records
+from fedsplit.aggregation import FederationFailed, strategy_defaults
+from fedsplit.config import Config, as_document, build, from_document
+from fedsplit.evaluate import held_out_loss, reported_loss
+from fedsplit.server_app import Interrupted
+from fedsplit.split import load_whole
+from fedsplit.strategy import load_strategy
+from fedsplit.updates import RefusedUpdate
+from strategies.fedavg import FedAvg
+
+
+@pytest.fixture
+def config(model_path: Path, corpus_file: Path) -> Config:
+    values = {
+        "clients": 3,
+        "rounds": 2,
+        "model": str(model_path),
+        "cut": "1:2",
+        "dataset": str(corpus_file),
+        "partition": "natural",
+        "lora.rank": 2,
+        "train.steps": 4,
+        "train.batch_size": 2,
+        "train.max_length": 16,
+        "train.lr": 0.02,
+    }
+    return build(values)
+
+
+def final_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_the_federation_learns_and_its_adapter_gives_the_reported_loss(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    federation, lines = federate(config, out, FedAvg(), monkeypatch)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == federation.summary
+    assert summary["eval_loss"]["after"] < summary["eval_loss"]["before"] - 0.1
+    assert len(lines.lines) == 3
+    base = load_whole(config.model_path)
+    assert held_out_loss(base, out) == pytest.approx(summary["eval_loss"]["before"], abs=1e-5)
+    model = PeftModel.from_pretrained(base, str(out / "adapter"))
+    assert held_out_loss(model, out) == pytest.approx(reported_loss(out), abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_adapters_to_the_bit(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        federate(config, tmp_path / name, FedAvg(), monkeypatch)
+    one, two = final_adapter(tmp_path / "one"), final_adapter(tmp_path / "two")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_the_ledger_is_what_theory_says(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations and gradients: clients x rounds x steps x B x T x D x 4 bytes; adapters: factors and headers."""
+    federation, _ = federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    assert federation.summary is not None
+    sent = federation.summary["bytes"]
+    step = 3 * 2 * 4 * 2 * 16 * 32 * 4
+    assert all(sent[f"{what}_{way}"] == step for what in ("activation", "gradient") for way in ("up", "down"))
+    places = [tmp_path / "run" / f"{part}_lora" / "adapter_model.safetensors" for part in ("bottom", "top")]
+    ends = {**load_file(places[0]), **load_file(places[1])}
+    factors = 3 * 2 * sum(tensor.nbytes for tensor in ends.values())
+    assert sent["adapter_up"] == sent["adapter_down"]
+    assert factors < sent["adapter_up"] <= factors + 3 * 2 * len(ends) * 256
+    assert federation.summary["tokens"] == 3 * 2 * 4 * 2 * 16
+
+
+@pytest.mark.parametrize("schedule", ["frozen", "forward-only"])
+def test_parts_that_do_not_learn_are_counted_and_kept_as_they_are(
+    config: Config, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_document(as_document(config) | {"trunk": {"schedule": schedule}})
+    federation, _ = federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    assert federation.summary is not None
+    trained = {part: counts["trainable"] > 0 for part, counts in federation.summary["parameters"].items()}
+    assert trained == {"bottom": schedule == "frozen", "trunk": False, "top": True}
+    first, last = (
+        load_file(tmp_path / "run" / place / "adapter_model.safetensors")
+        for place in ("checkpoints/round-0001", "trunk_lora")
+    )
+    assert all(torch.equal(tensor, first[name]) for name, tensor in last.items())
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian", "Krum"])
+def test_a_ready_made_flower_strategy_runs_unchanged(
+    config: Config, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"eta": 0.01} if name == "FedAdam" else {}
+    flower = load_strategy(f"flwr.serverapp.strategy:{name}", options, strategy_defaults(3))
+    monkeypatch.setattr(
+        "flwr.serverapp.strategy.fedavg.sample_nodes",
+        lambda grid, least, size: (grid.get_node_ids()[:size], grid.get_node_ids()),
+    )
+    federation, _ = federate(config, tmp_path / name, flower, monkeypatch)
+    assert federation.summary is not None
+    assert federation.summary["eval_loss"]["after"] < federation.summary["eval_loss"]["before"]
+    if name == "FedAvg":
+        # A trunk that does not learn: else the order in which nodes are served would matter, too.
+        frozen = from_document(as_document(config) | {"trunk": {"schedule": "frozen"}})
+        federate(frozen, tmp_path / "ours", FedAvg(), monkeypatch)
+        federate(frozen, tmp_path / "theirs", flower, monkeypatch)
+        ours, theirs = final_adapter(tmp_path / "ours"), final_adapter(tmp_path / "theirs")
+        assert all(torch.allclose(tensor, theirs[key], atol=1e-6) for key, tensor in ours.items())
+
+
+def test_a_client_that_fails_is_named_and_left_out(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(message: Message, reply: Message) -> Message:
+        trains = message.metadata.message_type == MessageType.TRAIN
+        if trains and records.metrics_of(reply)["client"] == 1:
+            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
+        return reply
+
+    federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
+    assert lines.lines.count("bob failed and is left out: RuntimeError: out of luck") == 2
+    assert federation.summary is not None
+    assert federation.summary["tokens"] == 2 * 2 * 4 * 2 * 16
+
+
+def test_a_run_without_any_answer_ends_with_the_reason(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN:
+            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
+        return reply
+
+    with pytest.raises(FederationFailed, match="no client answered: RuntimeError: out of luck"):
+        federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
+
+
+def test_an_update_that_is_not_finite_is_refused_by_name(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 2:
+            tensors = {name: tensor * math.nan for name, tensor in records.tensors_of(reply).items()}
+            reply.content[records.ARRAYS] = ArrayRecord({n: Array(t.numpy()) for n, t in tensors.items()})
+        return reply
+
+    with pytest.raises(RefusedUpdate, match=r"client 2 \(cid\) sent NaN or infinite values in "):
+        federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_stopping_ends_the_run_at_the_next_look(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsplit import server_app
+
+    class Stopped(server_app.Federation):
+        def _meet(self, grid):
+            self.stop.set()
+            return super()._meet(grid)
+
+    monkeypatch.setattr("local_federation.Federation", Stopped)
+    with pytest.raises(Interrupted):
+        federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+
+
+def test_events_are_logged_by_round_and_client(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["round"]) for event in events] == [
+        ("evaluate", 0),
+        ("train", 1),
+        ("evaluate", 1),
+        ("train", 2),
+        ("evaluate", 2),
+    ]
+    assert all(list(event["clients"]) == ["ann", "bob", "cid"] for event in events)
+    assert events[-1]["perplexity"] == pytest.approx(math.exp(events[-1]["loss"]))

@@ -1,0 +1,206 @@
+"""The command, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsplit import simulate
+from fedsplit.config import Config, build
+
+TINY = [
+    *("--rounds", "1", "--train.steps", "2", "--batch-size", "2", "--max-length", "32"),
+    *("--eval.samples", "4", "--lora-rank", "2", "--lr", "0.01"),
+]
+
+
+def command(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, "-m", "fedsplit.simulate", *argv]
+    return subprocess.run(call, capture_output=True, text=True, cwd=cwd, timeout=550, env=dict(os.environ))
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_eight_presidents_and_the_same_again(tmp_path: Path) -> None:
+    """Two runs of the same seed with one worker: equal to the bit; a third with another seed: not."""
+    for name, seed in (("one", "3"), ("two", "3"), ("three", "4")):
+        done = command("--clients", "8", "--workers", "1", "--seed", seed, "--out", name, *TINY, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        for chatter in ("warn", "deprecat", "INFO", "\x1b["):
+            assert chatter.lower() not in done.stdout.lower()
+    lines = done.stdout.splitlines()
+    assert lines[2].startswith("round 0/1  held-out loss ")
+    assert lines[3].startswith("round 1/1  held-out loss ")
+    for words in ("held-out loss", "perplexity", "trunk parameters", "activations", "gradients", "adapters", "files"):
+        assert any(line.startswith(words) for line in lines[4:]), words
+    one, two, three = (adapter(tmp_path / name) for name in ("one", "two", "three"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert not all(torch.equal(tensor, three[name]) for name, tensor in one.items())
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())
+    assert set(summary) >= {"seed", "model", "clients", "rounds", "strategy", "cut", "parameters", "eval_loss"}
+    assert set(summary) >= {"tokens", "tokens_per_second", "wall_seconds", "bytes", "peak_memory"}
+    assert all(
+        summary["bytes"][f"{what}_{way}"] for what in ("activation", "gradient", "adapter") for way in ("up", "down")
+    )
+    assert summary["tokens"] == 8 * 2 * 2 * 32
+
+
+@pytest.mark.slow
+def test_the_readmes_three_lines_give_the_reported_loss(tmp_path: Path) -> None:
+    """Runs from another folder, on two processes, with a strategy of the user's, from a file of settings."""
+    readme = Path("README.md").read_text()
+    (tmp_path / "mine.py").write_text(re.findall(r"```python\n(# mine.py.*?)```", readme, re.S)[0])
+    (tmp_path / "run.toml").write_text('clients = 3\nstrategy = "mine.py:Mine"\n')
+    done = command("--config", "run.toml", "--out", "runs/demo", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    script = re.findall(r"```python\n(base = .*?)```", readme, re.S)[0]
+    imports = re.findall(r"```python\n(from .*?)\n*base = ", readme, re.S)
+    code = (imports[0] if imports else "") + "\n" + script + "\nprint(held_out_loss(base, 'runs/demo'))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert shown.returncode == 0, shown.stderr
+    summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
+    printed = [float(number) for number in re.findall(r"\d+\.\d+", shown.stdout)]
+    assert printed[0] == pytest.approx(summary["eval_loss"]["after"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_flower_strategy_by_name_and_a_worker_that_dies(tmp_path: Path) -> None:
+    """FedAdam from Flower; and a run whose trunk is killed says so and exits with 1."""
+    argv = ["--clients", "2", "--strategy", "flwr.serverapp.strategy:FedAdam", "--strategy.eta", "0.01"]
+    done = command(*argv, "--out", "run", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["strategy"].endswith("FedAdam")
+
+
+def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
+    """What a user may get wrong that only a look at the disk, the model or the data can tell."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "words.jsonl").write_text('{"words": "x"}\n')
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"")
+    return [
+        (["--clientz", "8"], "there is no flag --clientz; did you mean --clients"),
+        (["--clients", "0"], "clients: 0 is not possible"),
+        (["--clients", "10000"], "clients: 10000 is not possible; allowed: 1 to "),
+        (["--lora-rank", "0"], "lora.rank: 0 is not possible"),
+        (["--lr", "-1"], "train.lr: -1 is not possible"),
+        (["--lr", "nan"], "train.lr: nan is not possible"),
+        (["--cut", "2:2"], "cut: 2:2 is not possible"),
+        (["--cut", "1:7"], "cut: 1:7 is not possible; allowed: LO:HI with 0 <= LO < HI <= 6"),
+        (["--max-length", "100000"], "train.max_length: 100000 is not possible; allowed: 8 to 256"),
+        (["--lora.targets", "q_proj"], "lora.targets: q_proj is not possible; allowed: c_attn,c_proj,c_fc"),
+        (["--model", "nowhere"], "model: nowhere is not possible; allowed: the name of the bundled model, or a folder"),
+        (["--model", str(tmp_path / "bert")], "model: a model of type bert is not possible; allowed: "),
+        (["--dataset", "nowhere.txt"], "dataset: nowhere.txt is not possible"),
+        (["--dataset", str(tmp_path / "short.txt")], "dataset: a text of 0 sequences is not possible"),
+        (["--dataset", str(tmp_path / "words.jsonl")], "dataset: "),
+        (["--partition", "natural", "--clients", "15"], "clients: 15 is not possible; allowed: 1 to 14"),
+        (["--strategy", "fedavgg"], "strategy: fedavgg is not possible; allowed: fedavg"),
+        (["--strategy", f"{tmp_path}/empty.py:Mine"], "strategy: "),
+        (["--strategy", "flwr.serverapp.strategy:FedNone"], "strategy: "),
+        (["--strategy.eta", "1"], "strategy.eta: 1 is not possible; allowed: no option at all"),
+        (["--out", str(tmp_path / "full")], "out: "),
+        (["--out", "/proc/run"], "out: /proc/run"),
+        (["--trunk.schedule", "none"], "trunk.schedule: none is not possible; allowed: shared | frozen | forward-only"),
+        (["--config", "nowhere.toml"], "config: nowhere.toml is not possible"),
+    ]
+
+
+def test_what_is_asked_for_wrongly_gets_one_line_and_loses_nothing(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, one line on stderr, no model loaded, no cluster started, nothing written."""
+    from fedsplit import actor, split
+
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("something was loaded or started first")
+
+    cases = bad_inputs(tmp_path, tiny_models["gpt2"])
+    assert len(cases) >= 20
+    monkeypatch.setattr(actor, "start_cluster", too_late)
+    monkeypatch.setattr(split, "load_parts", too_late)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for argv, message in cases:
+        assert simulate.main(argv) == 2, argv
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(f"fedsplit: {message}"), (argv, printed.err)
+        assert printed.err.count("\n") == 1, printed.err
+        assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(path)] == before, argv
+
+
+def test_what_breaks_is_said_in_one_line_with_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedsplit.aggregation import FederationFailed
+
+    def broken(config: Config) -> None:
+        raise FederationFailed("no client answered: out of luck")
+
+    monkeypatch.setattr(simulate, "run", broken)
+    assert simulate.main([]) == 1
+    assert capsys.readouterr().err == "fedsplit: no client answered: out of luck\n"
+
+
+def test_ctrl_c_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulate, "run", interrupted)
+    assert simulate.main([]) == 130
+    assert capsys.readouterr().err == "fedsplit: stopped\n"
+
+
+def test_an_error_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(config: Config) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(simulate, "run", wrong)
+    with pytest.raises(ZeroDivisionError):
+        simulate.main([])
+
+
+def test_help_and_refusals_load_no_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from fedsplit.simulate import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'ray', 'flwr', 'datasets', 'numpy', 'rich'} & sys.modules.keys()\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    for argv in (["--help"], ["--clients", "0"], ["--clientz"]):
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    shown = command("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "--trunk.schedule" in shown.stdout
+
+
+def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    plans = {
+        (clients, workers): simulate.plan(build({"clients": clients, "workers": workers}))
+        for clients in (1, 3, 20)
+        for workers in (0, 2)
+    }
+    assert plans[1, 0] == (1, 8)
+    assert plans[3, 0] == (3, 2)
+    assert plans[20, 0] == (8, 1)
+    assert plans[20, 2] == (2, 4)

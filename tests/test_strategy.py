@@ -1,0 +1,68 @@
+"""How a name becomes a strategy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import strategies
+from fedsplit.aggregation import strategy_defaults
+from fedsplit.config import SettingError
+from fedsplit.strategy import Strategy, load_strategy
+
+MINE = """
+class Mine:
+    def __init__(self, rate: float = 1.0) -> None:
+        self.rate = rate
+    def init(self, adapters): return {}
+    def aggregate(self, state, adapters, updates): return state, adapters
+"""
+
+
+@pytest.mark.parametrize("name", strategies.STRATEGIES)
+def test_every_name_of_ours_is_a_strategy(name: str) -> None:
+    assert isinstance(load_strategy(name, {}, strategy_defaults(8)), Strategy)
+
+
+def test_a_file_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    strategy = load_strategy(f"{tmp_path}/mine.py:Mine", {"rate": 0.5}, {"min_available_nodes": 8})
+    assert isinstance(strategy, Strategy)
+    assert strategy.rate == 0.5
+
+
+def test_a_flower_strategy_is_told_how_many_clients_there_are() -> None:
+    strategy = load_strategy("flwr.serverapp.strategy:FedAdam", {"eta": 0.01}, strategy_defaults(8))
+    assert (strategy.eta, strategy.min_available_nodes, strategy.fraction_train) == (0.01, 8, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("fedavgg", {}, r"strategy: fedavgg is not possible; allowed: .*fedavg.* \(from .*strategies"),
+        ("nowhere.py:Mine", {}, "strategy: nowhere.py is not possible; allowed: a Python file that is there"),
+        ("{file}:Other", {}, "strategy: .*mine.py:Other is not possible; allowed: a class of .*: Mine"),
+        ("{file}:Mine", {"speed": 1}, "strategy.speed: 1 is not possible; allowed: rate"),
+        ("{broken}:Mine", {}, r"that can be imported \(ZeroDivisionError"),
+        ("flwr.serverapp.strategy:FedNone", {}, "allowed: a class of flwr.serverapp.strategy: "),
+        ("flwr.nowhere:FedAvg", {}, "strategy: flwr.nowhere:FedAvg is not possible; allowed: a name"),
+        ("fedavg", {"eta": 1}, "strategy.eta: 1 is not possible; allowed: no option at all"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, spec: str, options: dict, message: str) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(SettingError, match=message) as caught:
+        load_strategy(spec.format(file=tmp_path / "mine.py", broken=tmp_path / "broken.py"), options, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_shadows_ours_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strategies").mkdir()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "strategies"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(SettingError, match=f"nothing \\(from {tmp_path}/strategies\\)"):
+        load_strategy("fedavg", {}, {})

@@ -1,0 +1,53 @@
+"""Codecs: what comes out is what went in, and the bytes are those of the data."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsplit.wire import make_codec
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_raw_returns_the_same_bits(dtype: torch.dtype) -> None:
+    tensor = (torch.randn(3, 4, 5) * 100).to(dtype)
+    encoded = make_codec("raw").encode(tensor.transpose(0, 2))
+    decoded = make_codec("raw").decode(pickle.loads(pickle.dumps(encoded)))
+    assert decoded.dtype == dtype
+    assert torch.equal(decoded, tensor.transpose(0, 2))
+    assert encoded.nbytes == tensor.nbytes
+
+
+@given(st.floats(-(2.0**100), 2.0**100, width=32))
+def test_bf16_rounds_to_eight_bits(value: float) -> None:
+    codec = make_codec("bf16")
+    encoded = codec.encode(torch.tensor([value]))
+    decoded = codec.decode(encoded)
+    assert (encoded.nbytes, decoded.dtype) == (2, torch.float32)
+    # Beside the relative error of the format: below its smallest normal number the error is absolute.
+    assert abs(float(decoded) - value) <= max(abs(value) * 2**-8, 2**-126)
+
+
+def test_bf16_leaves_masks_alone() -> None:
+    mask = torch.tensor([[True, False]])
+    assert torch.equal(make_codec("bf16").decode(make_codec("bf16").encode(mask)), mask)
+
+
+def test_what_arrives_read_only_may_be_written_to() -> None:
+    """Arrays out of an object store are read-only; the tensors made of them must not be."""
+    encoded = make_codec("raw").encode(torch.ones(2))
+    encoded.data.flags.writeable = False
+    make_codec("raw").decode(encoded).add_(1)
+    assert np.array_equal(encoded.data, [1, 1])
+
+
+def test_encoding_takes_no_gradient_along() -> None:
+    encoded = make_codec("raw").encode(torch.ones(2, requires_grad=True) * 2)
+    assert not make_codec("raw").decode(encoded).requires_grad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fedsplit.split import Kind, ranges
 
 
 def check_folder(path: Path) -> None:
-    """Makes sure that a run's folder can be made, without making it.
+    """Makes sure that a run's folder can be made, and leaves nothing behind.
 
     Raises:
         SettingError: The folder is there and not empty, or cannot be written.
@@ -28,8 +29,10 @@ def check_folder(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise SettingError("out", f"{path} (there already)", allowed)
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise SettingError("out", f"{path} (no right to write in {nearest})", allowed)
+    try:  # only trying tells: permissions do not bind root, and a disk may be full or read-only
+        os.rmdir(tempfile.mkdtemp(dir=nearest))
+    except OSError as error:
+        raise SettingError("out", f"{path} ({error.strerror} in {nearest})", allowed) from None
 
 
 def _write_whole(target: Path, fill: Callable[[Path], None]) -> None:

@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(argv)
         prepare_environment()
+        warnings.simplefilter("ignore")
         run(config)
     except InputError as error:
         print(f"fedsplit: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import sys
+import sys, time
 from fedsplit.simulate import prepare_environment
 prepare_environment()
 import ray, torch
@@ -52,13 +52,16 @@ try:
         raise AssertionError("a backward without forward was answered")
     ray.kill(handle._actor)
     for gone in (handle.status, lambda: find_trunk("nobody").status()):
-        try:
-            gone()
-        except TrunkLost as error:
-            print("lost:", str(error).splitlines()[0])
+        for _ in range(100):  # a kill takes a moment
+            try:
+                gone()
+            except TrunkLost as error:
+                print("lost:", str(error).splitlines()[0])
+                break
+            time.sleep(0.1)
         else:
             raise AssertionError("a trunk that is gone answered")
-    import socket, psutil
+    import psutil
     processes = psutil.Process().children(recursive=True)
     connections = [connection for process in processes for connection in process.net_connections("inet")]
     addresses = {connection.laddr.ip for connection in connections if connection.status == "LISTEN"}

@@ -65,19 +65,15 @@ def test_the_readmes_three_lines_give_the_reported_loss(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('clients = 3\nstrategy = "mine.py:Mine"\n')
     done = command("--config", "run.toml", "--out", "runs/demo", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    script = re.findall(r"```python\n(base = .*?)```", readme, re.S)[0]
-    imports = re.findall(r"```python\n(from .*?)\n*base = ", readme, re.S)
-    code = (imports[0] if imports else "") + "\n" + script + "\nprint(held_out_loss(base, 'runs/demo'))"
+    (code,) = re.findall(r"```python\n(from peft.*?)```", readme, re.S)
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert shown.returncode == 0, shown.stderr
     summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
-    printed = [float(number) for number in re.findall(r"\d+\.\d+", shown.stdout)]
-    assert printed[0] == pytest.approx(summary["eval_loss"]["after"], abs=1e-5)
+    assert float(shown.stdout) == pytest.approx(summary["eval_loss"]["after"], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_flower_strategy_by_name_and_a_worker_that_dies(tmp_path: Path) -> None:
-    """FedAdam from Flower; and a run whose trunk is killed says so and exits with 1."""
+def test_a_flower_strategy_by_name(tmp_path: Path) -> None:
     argv = ["--clients", "2", "--strategy", "flwr.serverapp.strategy:FedAdam", "--strategy.eta", "0.01"]
     done = command(*argv, "--out", "run", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -115,7 +115,10 @@ class TrunkHandle:
 
 
 def start_cluster(workers: int) -> None:
-    """Starts a Ray of our own on this machine, on the loopback interface alone.
+    """Starts a Ray of our own on this machine.
+
+    It binds to the loopback interface and asks for a token where the environment says so, as that of
+    `fedsplit.simulate` does; Ray reads it when it is imported.
 
     Args:
         workers: Client processes it has room for.
@@ -128,7 +131,6 @@ def start_cluster(workers: int) -> None:
         logging_level=logging.CRITICAL,
         namespace=NAMESPACE,
         object_store_memory=_OBJECT_STORE,
-        _node_ip_address="127.0.0.1",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -134,9 +135,9 @@ class Federation:
             time.sleep(POLL_SECONDS)
         for failure in failures:
             name = next((m.name for m in self._members if m.node == failure.metadata.src_node_id), "a client")
-            self._watcher.line(f"{name} failed and is left out: {_last_line(failure.error.reason)}")
+            self._watcher.line(f"{name} failed and is left out: {_reason(failure.error.reason)}")
         if not replies:
-            reason = _last_line(failures[0].error.reason) if failures else "nobody was asked"
+            reason = _reason(failures[0].error.reason) if failures else "nobody was asked"
             raise FederationFailed(f"no client answered: {reason}")
         return replies
 
@@ -278,6 +279,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _last_line(text: str | None) -> str:
+def _reason(text: str | None) -> str:
+    """Why a client failed, in a line: Flower sends `<class 'module.Error'>:<'text'>`, or a traceback."""
+    if match := re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>:<'?(.*?)'?>", text or "", re.DOTALL):
+        text = match[2] if "\n" in match[2] else f"{match[1]}: {match[2]}"
     lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
     return lines[-1] if lines else "no reason was given"

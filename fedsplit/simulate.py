@@ -14,7 +14,7 @@ from typing import Any
 
 from fedsplit.config import Config, InputError, SettingError, parse
 
-QUIET = {
+ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -22,9 +22,11 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
-    "RAY_worker_niceness": "0",
+    "RAY_worker_niceness": "0",  # Ray's workers would otherwise give way to anything else on the machine
+    # Despite its name this decides on Linux, too: with 0 all of Ray's servers bind to the loopback interface.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
-"""The environment of this process and all that it starts: no telemetry, no chatter."""
+"""The environment of this process and all that it starts: no telemetry, no chatter, no open port."""
 
 
 def prepare_environment() -> None:
@@ -32,7 +34,7 @@ def prepare_environment() -> None:
 
     Without a token of its own, anyone on the machine could run code in Ray's processes.
     """
-    for name, value in {**QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
+    for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
         os.environ.setdefault(name, value)
 
 

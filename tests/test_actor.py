@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,4 +79,5 @@ def test_a_trunk_across_processes_is_the_trunk_itself(tmp_path: Path, tiny_model
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("lost:") == 2
     listening = done.stdout.rpartition("listening on ")[2]
-    assert "0.0.0.0" not in listening, listening
+    assert re.findall(r"'([^']+)'", listening), "no server was found"
+    assert all(address.endswith("127.0.0.1") for address in re.findall(r"'([^']+)'", listening)), listening

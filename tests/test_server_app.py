@@ -17,7 +17,7 @@ from fedsplit import records
 from fedsplit.aggregation import FederationFailed, strategy_defaults
 from fedsplit.config import Config, as_document, build, from_document
 from fedsplit.evaluate import held_out_loss, reported_loss
-from fedsplit.server_app import Interrupted
+from fedsplit.server_app import Interrupted, _reason
 from fedsplit.split import load_whole
 from fedsplit.strategy import load_strategy
 from fedsplit.updates import RefusedUpdate
@@ -191,3 +191,16 @@ def test_events_are_logged_by_round_and_client(config: Config, tmp_path: Path, m
     ]
     assert all(list(event["clients"]) == ["ann", "bob", "cid"] for event in events)
     assert events[-1]["perplexity"] == pytest.approx(math.exp(events[-1]["loss"]))
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        ("<class 'ray.exceptions.ActorError'>:<'It is gone.'>", "ActorError: It is gone."),
+        ("<class 'ray.TaskError'>:<'Traceback:\n  File x\nValueError: no luck\n'>", "ValueError: no luck"),
+        ("ValueError: no luck", "ValueError: no luck"),
+        (None, "no reason was given"),
+    ],
+)
+def test_the_reason_of_a_failure_is_one_line(reason: str | None, line: str) -> None:
+    assert _reason(reason) == line

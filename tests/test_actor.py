@@ -51,6 +51,11 @@ try:
         assert "step=4" in str(error)
     else:
         raise AssertionError("a backward without forward was answered")
+    import psutil
+    processes = psutil.Process().children(recursive=True)
+    connections = [connection for process in processes for connection in process.net_connections("inet")]
+    addresses = {connection.laddr.ip for connection in connections if connection.status == "LISTEN"}
+    print("listening on", sorted(addresses))
     ray.kill(handle._actor)
     for gone in (handle.status, lambda: find_trunk("nobody").status()):
         for _ in range(100):  # a kill takes a moment
@@ -62,11 +67,6 @@ try:
             time.sleep(0.1)
         else:
             raise AssertionError("a trunk that is gone answered")
-    import psutil
-    processes = psutil.Process().children(recursive=True)
-    connections = [connection for process in processes for connection in process.net_connections("inet")]
-    addresses = {connection.laddr.ip for connection in connections if connection.status == "LISTEN"}
-    print("listening on", sorted(addresses))
 finally:
     stop_cluster()
 """
@@ -78,6 +78,6 @@ def test_a_trunk_across_processes_is_the_trunk_itself(tmp_path: Path, tiny_model
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("lost:") == 2
-    listening = done.stdout.rpartition("listening on ")[2]
+    listening = done.stdout.partition("listening on ")[2].splitlines()[0]
     assert re.findall(r"'([^']+)'", listening), "no server was found"
     assert all(address.endswith("127.0.0.1") for address in re.findall(r"'([^']+)'", listening)), listening

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -52,6 +55,17 @@ class Aggregation(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def _named(strategy: object, round: int) -> Iterator[None]:
+    """Says whose code it was, and where, if a strategy raises something."""
+    try:
+        yield
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+        raise FederationFailed(f"the strategy {type(strategy).__name__} failed in round {round}: {what}") from error
+
+
 class OwnAggregation:
     """Runs a `fedsplit.strategy.Strategy`: every client trains in every round."""
 
@@ -69,8 +83,11 @@ class OwnAggregation:
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
     ) -> Adapters:
         """The strategy's own aggregation."""
-        state = self._strategy.init(adapters) if self._state is None else self._state
-        self._state, result = self._strategy.aggregate(state, adapters, updates)
+        with _named(self._strategy, round):
+            state = self._strategy.init(adapters) if self._state is None else self._state
+            self._state, result = self._strategy.aggregate(state, adapters, updates)
+            tensors = dict(result.tensors)
+        adapters.check_fits(tensors, f"the strategy {type(self._strategy).__name__}")
         return result
 
 
@@ -86,13 +103,15 @@ class FlowerAggregation:
 
     def messages(self, round: int, adapters: Adapters, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The strategy's own choice."""
-        return self._strategy.configure_train(round, records.to_arrays(adapters.tensors), config, grid)
+        with _named(self._strategy, round):
+            return list(self._strategy.configure_train(round, records.to_arrays(adapters.tensors), config, grid))
 
     def aggregate(
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
     ) -> Adapters:
         """The strategy's own aggregation, back in float32."""
-        arrays, _ = self._strategy.aggregate_train(round, replies)
+        with _named(self._strategy, round):
+            arrays, _ = self._strategy.aggregate_train(round, replies)
         if arrays is None:
             raise FederationFailed(f"{type(self._strategy).__name__} returned no adapters in round {round}")
         tensors = records.from_arrays(arrays)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,9 +101,3 @@ def held_out_loss(model: Any, run: str | Path) -> float:
         blocks = spread(shard.held_out, config.eval.samples)
         total += measure(lambda _, ids: model(input_ids=ids, labels=ids).loss, blocks, config.train.batch_size)
     return total.loss
-
-
-def reported_loss(run: str | Path) -> float:
-    """The held-out loss after the last round, as the run's summary has it."""
-    summary = json.loads((Path(run) / "summary.json").read_text(encoding="utf-8"))
-    return float(summary["eval_loss"]["after"])

@@ -59,6 +59,7 @@ class Federation:
         strategy: Any,
         folder: RunFolder,
         watcher: Watcher,
+        started: float,
     ) -> None:
         """Nothing happens before `run`.
 
@@ -70,13 +71,14 @@ class Federation:
             strategy: Ours or Flower's.
             folder: Where results go.
             watcher: Who is told.
+            started: When the command began, by `time.perf_counter`.
         """
         self._config, self._trunk, self._strategy = config, trunk, strategy
         self._folder, self._watcher = folder, watcher
         self._run, self._trunk_name, self._threads = json.dumps(as_document(config)), trunk_name, threads
         self._members: list[Member] = []
         self._tally = _Tally()
-        self._started = time.perf_counter()
+        self._started = started
         self.stop = threading.Event()
         self.summary: dict[str, Any] | None = None
 
@@ -101,6 +103,7 @@ class Federation:
         adapters, parameters = self._meet(grid)
         aggregation = make_aggregation(self._strategy, self._members)
         before = after = self._evaluate(grid, 0, adapters)
+        self._announce(0, before)
         for round in range(1, self._config.rounds + 1):
             # 1. Every client trains from the same adapters; the trunk learns as they do.
             replies, updates = self._train(grid, round, adapters, aggregation)
@@ -108,8 +111,9 @@ class Federation:
             adapters = aggregation.aggregate(round, adapters, replies, updates)
             # 3. Every client measures it.
             after = self._evaluate(grid, round, adapters)
-            # 4. What came of it is kept.
+            # 4. What came of it is kept, and told.
             self._folder.save_round(round, self._whole(adapters))
+            self._announce(round, after, updates)
         self.summary = self._summarise(parameters, before, after)
         self._folder.save_result(self._whole(adapters), self.summary)
 
@@ -243,11 +247,18 @@ class Federation:
                 "seconds": time.perf_counter() - started,
             }
         )
-        elapsed = time.perf_counter() - self._started
-        self._watcher.line(
-            f"{self._label(round)}  held-out loss {loss:.4f}  perplexity {perplexity(loss):.2f}  {elapsed:.1f} s"
-        )
         return loss
+
+    def _announce(self, round: int, loss: float, updates: Sequence[ClientUpdate] = ()) -> None:
+        tally, elapsed = self._tally, time.perf_counter() - self._started
+        trained, speed = "", ""
+        if updates:
+            trained = f"training loss {_mean([update.loss for update in updates]):.4f}  "
+            speed = f"  {tally.tokens / tally.train_seconds:,.0f} tokens/s"
+        self._watcher.line(
+            f"round {round}/{self._config.rounds}  {trained}held-out loss {loss:.4f}  "
+            f"perplexity {perplexity(loss):.2f}{speed}  {elapsed:.1f} s"
+        )
 
     def _summarise(self, parameters: Mapping[str, Any], before: float, after: float) -> dict[str, Any]:
         config, tally, trunk = self._config, self._tally, self._trunk.status()

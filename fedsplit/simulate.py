@@ -96,6 +96,7 @@ def run(config: Config) -> dict[str, Any]:
         InputError: Something was given wrongly; nothing has been written.
         FederationFailed, RefusedUpdate, TrunkLost: The run broke.
     """
+    started = time.perf_counter()
     folder, strategy = check(config)
 
     from fedsplit.actor import start_cluster, start_trunk, stop_cluster
@@ -115,7 +116,7 @@ def run(config: Config) -> dict[str, Any]:
             start_cluster(workers)
             trunk = start_trunk(config, name, threads)
             results = RunFolder(folder, config, facts.family, facts.blocks)
-            federation = Federation(config, trunk, name, threads, strategy, results, watcher)
+            federation = Federation(config, trunk, name, threads, strategy, results, watcher, started)
             _simulate(federation, config.clients)
         finally:
             stop_cluster()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,6 @@ def federate(
     monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
     facts, lines = read_facts(config.model_path), Lines()
     folder = RunFolder(out, config, facts.family, facts.blocks)
-    federation = Federation(config, trunk, str(uuid4()), 1, strategy, folder, lines)  # type: ignore[arg-type]
+    federation = Federation(config, trunk, str(uuid4()), 1, strategy, folder, lines, time.perf_counter())  # type: ignore[arg-type]
     federation.run(LocalGrid(config.clients, spoil))  # type: ignore[arg-type]
     return federation, lines

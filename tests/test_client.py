@@ -12,6 +12,7 @@ from peft import get_peft_model
 from fedsplit import adapters
 from fedsplit.client import Client
 from fedsplit.config import LoraSettings, TrainSettings, derive_seed
+from fedsplit.families import FAMILIES
 from fedsplit.link import Link
 from fedsplit.optim import make_optimizer
 from fedsplit.partition import Shard, batch
@@ -38,6 +39,27 @@ def make_client(path: Path, schedule: str, cut=(1, 2), dropout=0.0, steps=STEPS,
     return client, server, adapters.read(bottom, top).tensors
 
 
+def fine_tune(
+    path: Path, start: dict[str, torch.Tensor], blocks: torch.Tensor, settings: TrainSettings
+) -> dict[str, torch.Tensor]:
+    """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of client 0 with seed 0."""
+    base = load_whole(path)
+    lora = LoraSettings(rank=2, dropout=0.0)
+    whole = get_peft_model(base, adapters.lora_config(lora, FAMILIES[base.config.model_type])).eval()
+    names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
+    trained = {n: p for n, p in names.items() if p.requires_grad}
+    assert trained.keys() == start.keys()
+    for name, parameter in trained.items():
+        parameter.data = start[name].clone()
+    optimizer = make_optimizer(trained.values(), settings)
+    for step in range(STEPS):
+        ids = batch(blocks, step, settings.batch_size, derive_seed(0, "client", 0))
+        whole(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in trained.items()}
+
+
 @pytest.mark.parametrize("cut", [(0, 1), (0, 3), (1, 2), (2, 3)])
 def test_one_client_shared_follows_plain_peft_fine_tuning(model_path: Path, cut: tuple[int, int]) -> None:
     """Same order, same AdamW on all three parts: equal adapters after 20 steps."""
@@ -46,22 +68,7 @@ def test_one_client_shared_follows_plain_peft_fine_tuning(model_path: Path, cut:
     update = client.train(given, round=1)
     federated = {**update.adapters.tensors, **server.read().tensors}
 
-    whole = get_peft_model(
-        load_whole(model_path), adapters.lora_config(LoraSettings(2, dropout=0.0), client.bottom.family)
-    )
-    names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
-    trained = {n: p for n, p in names.items() if p.requires_grad}
-    assert trained.keys() == start.keys()
-    for name, parameter in trained.items():
-        parameter.data = start[name].clone()
-    optimizer = make_optimizer(trained.values(), client.settings)
-    whole.eval()  # without any dropout, as in the client
-    for step in range(STEPS):
-        ids = batch(client.shard.train, step, 3, derive_seed(0, "client", 0))
-        whole(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    trained = fine_tune(model_path, start, client.shard.train, client.settings)
     for name, parameter in trained.items():
         assert (federated[name] - parameter).abs().max() <= 1e-5, name
         assert (start[name] - parameter).abs().max() > 1e-3, name

@@ -161,7 +161,9 @@ class Config:
     model: str = setting(DEFAULT_MODEL, TEXT, "the bundled base model, or a folder with config.json and safetensors")
     cut: str = setting("1:5", CUT, "the trunk is blocks LO to HI - 1; bottom and top are the rest")
     dataset: str = setting("sotu", TEXT, "sotu, or a .txt, .jsonl, .csv or .parquet file with a column 'text'")
-    partition: str = setting("auto", PARTITION, "who owns what; auto: by president, or iid where those do not suffice")
+    partition: str = setting(
+        "auto", PARTITION, "who owns what; auto is by president, or iid where those do not suffice"
+    )
     strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
     workers: int = setting(0, at_least(0), "processes that play the clients; 0: as many as cores")
     out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
@@ -339,7 +341,9 @@ def _parser() -> _Parser:
             flags.append(leaf.metadata["alias"])
         default = "" if leaf.default in ("", ()) else f" (default: {leaf.default})"
         metavar = {int: "N", float: "X"}.get(kind, "NAME")
-        text = leaf.metadata["help"].replace("%", "%%") + default
+        words = leaf.metadata["allowed"].words
+        choices = f": {words}" if " | " in words else ""
+        text = (leaf.metadata["help"] + choices + default).replace("%", "%%")
         groups[section].add_argument(*flags, dest=name, metavar=metavar, help=text)
     groups["lora"].description = (groups["lora"].description or "") + " A list is separated by commas."
     parser.epilog = "--strategy.KEY VALUE sets a keyword argument of the strategy."

@@ -67,10 +67,12 @@ def check(config: Config) -> tuple[Path, Any]:
     from fedsplit.aggregation import strategy_defaults
     from fedsplit.checkpoint import check_folder
     from fedsplit.evaluate import shards_of
+    from fedsplit.split import check_checkpoint
     from fedsplit.strategy import load_strategy
 
     folder = Path(config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     check_folder(folder)
+    check_checkpoint(config.model_path)
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config.clients))
     shards_of(config)
     return folder, strategy

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from fedsplit.config import SettingError
 from fedsplit.families import Family, family_of
 
 Kind = Literal["bottom", "trunk", "top"]
@@ -130,17 +131,17 @@ class _Checkpoint:
         index = path / "model.safetensors.index.json"
         if index.exists():
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self._files = {name: path / file for name, file in weight_map.items()}
+            self.files = {name: path / file for name, file in weight_map.items()}
         else:
-            self._files = {name: file for file in sorted(path.glob("*.safetensors")) for name in _names(file)}
+            self.files = {name: file for file in sorted(path.glob("*.safetensors")) for name in _names(file)}
         self._kept: dict[str, nn.Parameter] = {}
 
     def parameter(self, name: str, tied_to: str) -> nn.Parameter:
         """The frozen parameter of that name; the one it is tied to where the file has no such name."""
         for candidate in (name, name.removeprefix(self._prefix), tied_to, tied_to.removeprefix(self._prefix)):
-            if candidate in self._files:
+            if candidate in self.files:
                 if candidate not in self._kept:
-                    with safe_open(self._files[candidate], framework="pt") as file:
+                    with safe_open(self.files[candidate], framework="pt") as file:
                         tensor = file.get_tensor(candidate).to(self._dtype)
                     self._kept[candidate] = nn.Parameter(tensor, requires_grad=False)
                 return self._kept[candidate]
@@ -150,6 +151,24 @@ class _Checkpoint:
 def _names(file: Path) -> Iterable[str]:
     with safe_open(file, framework="pt") as opened:
         return list(opened.keys())
+
+
+def check_checkpoint(path: Path) -> None:
+    """Makes sure that a checkpoint's files can be read; looks at their headers only.
+
+    Raises:
+        SettingError: A file is missing, cut short or no safetensors.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        checkpoint = _Checkpoint(path, family_of(config.model_type).decoder, torch.float32)
+        for file in set(checkpoint.files.values()):
+            _names(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SettingError(
+            "model", f"{path} ({reason})", "a folder whose config.json and *.safetensors are whole"
+        ) from None
 
 
 def ranges(blocks: int, bounds: tuple[int, int]) -> dict[Kind, range]:

@@ -90,6 +90,10 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "torn").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "torn" / name).write_text((model / name).read_text())
+    (tmp_path / "torn" / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
     return [
         (["--clientz", "8"], "there is no flag --clientz; did you mean --clients"),
         (["--clients", "0"], "clients: 0 is not possible"),
@@ -103,6 +107,7 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         (["--lora.targets", "q_proj"], "lora.targets: q_proj is not possible; allowed: c_attn,c_proj,c_fc"),
         (["--model", "nowhere"], "model: nowhere is not possible; allowed: the name of the bundled model, or a folder"),
         (["--model", str(tmp_path / "bert")], "model: a model of type bert is not possible; allowed: "),
+        (["--model", str(tmp_path / "torn"), "--cut", "1:2", "--max-length", "32"], f"model: {tmp_path}/torn ("),
         (["--dataset", "nowhere.txt"], "dataset: nowhere.txt is not possible"),
         (["--dataset", str(tmp_path / "short.txt")], "dataset: a text of 0 sequences is not possible"),
         (["--dataset", str(tmp_path / "words.jsonl")], "dataset: "),

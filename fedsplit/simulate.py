@@ -41,6 +41,15 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def learning_parts(config: Config, blocks: int) -> list[str]:
+    """The parts that have adapters, which sit in blocks, and get gradients under the schedule."""
+    from fedsplit.schedules import SCHEDULES
+
+    schedule, (low, high) = SCHEDULES[config.trunk.schedule], config.bounds
+    learns = {"bottom": schedule.returns_gradient and low > 0, "trunk": schedule.learns, "top": high < blocks}
+    return [part for part, does in learns.items() if does]
+
+
 def check(config: Config) -> tuple[Path, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
 
@@ -56,6 +65,9 @@ def check(config: Config) -> tuple[Path, Any]:
     facts = read_facts(config.model_path)
     if config.bounds[1] > facts.blocks:
         raise SettingError("cut", config.cut, f"LO:HI with 0 <= LO < HI <= {facts.blocks}, the model's blocks")
+    if not learning_parts(config, facts.blocks):
+        words = f"a cut that leaves blocks to a part that learns under the trunk schedule {config.trunk.schedule}"
+        raise SettingError("cut", config.cut, words)
     if config.train.max_length > facts.positions:
         raise SettingError(
             "train.max_length", config.train.max_length, f"8 to {facts.positions}, the model's positions"
@@ -102,6 +114,7 @@ def run(config: Config) -> dict[str, Any]:
     folder, strategy = check(config)
 
     from fedsplit.actor import start_cluster, start_trunk, stop_cluster
+    from fedsplit.aggregation import FederationFailed
     from fedsplit.checkpoint import RunFolder
     from fedsplit.families import read_facts
     from fedsplit.report import make_watcher
@@ -122,7 +135,8 @@ def run(config: Config) -> dict[str, Any]:
             _simulate(federation, config.clients)
         finally:
             stop_cluster()
-    assert federation.summary is not None
+    if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
+        raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     watcher.finish(federation.summary, str(folder))
     return federation.summary
 

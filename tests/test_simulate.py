@@ -103,6 +103,8 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         (["--lr", "nan"], "train.lr: nan is not possible"),
         (["--cut", "2:2"], "cut: 2:2 is not possible"),
         (["--cut", "1:7"], "cut: 1:7 is not possible; allowed: LO:HI with 0 <= LO < HI <= 6"),
+        (["--cut", "5:6", "--trunk.schedule", "forward-only"], "cut: 5:6 is not possible; allowed: a cut that leaves"),
+        (["--cut", "0:6", "--trunk.schedule", "frozen"], "cut: 0:6 is not possible; allowed: a cut that leaves"),
         (["--max-length", "100000"], "train.max_length: 100000 is not possible; allowed: 8 to 256"),
         (["--lora.targets", "q_proj"], "lora.targets: q_proj is not possible; allowed: c_attn,c_proj,c_fc"),
         (["--model", "nowhere"], "model: nowhere is not possible; allowed: the name of the bundled model, or a folder"),
@@ -205,3 +207,29 @@ def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
     assert plans[3, 0] == (3, 2)
     assert plans[20, 0] == (8, 1)
     assert plans[20, 2] == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("cut", "schedule", "parts"),
+    [
+        ("1:5", "shared", ["bottom", "trunk", "top"]),
+        ("0:6", "shared", ["trunk"]),
+        ("1:5", "frozen", ["bottom", "top"]),
+        ("1:6", "frozen", ["bottom"]),
+        ("0:6", "frozen", []),
+        ("0:5", "forward-only", ["top"]),
+        ("1:6", "forward-only", []),
+    ],
+)
+def test_which_parts_can_learn(cut: str, schedule: str, parts: list[str]) -> None:
+    assert simulate.learning_parts(build({"cut": cut, "trunk.schedule": schedule}), 6) == parts
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_the_run_without_a_traceback(tmp_path: Path) -> None:
+    run = f"{sys.executable} -m fedsplit.simulate --clients 1 --out run {' '.join(TINY)}"
+    call = ["bash", "-c", f"{run} | head -n 1; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) <= 1, done.stderr
+    assert "Traceback" not in done.stderr

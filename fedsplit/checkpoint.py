@@ -26,9 +26,13 @@ def check_folder(path: Path) -> None:
         SettingError: The folder is there and not empty, or cannot be written.
     """
     allowed = "a folder that is not there yet or is empty, where files can be written"
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise SettingError("out", f"{path} (there already)", allowed)
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    nearest = path
+    try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise SettingError("out", f"{path} (there already)", allowed)
+        nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    except OSError as error:
+        raise SettingError("out", f"{path} ({error.strerror})", allowed) from None
     try:  # only trying tells: permissions do not bind root, and a disk may be full or read-only
         os.rmdir(tempfile.mkdtemp(dir=nearest))
     except OSError as error:

@@ -58,7 +58,7 @@ class Allowed:
 
 def at_least(low: float, high: float = math.inf) -> Allowed:
     """A finite number in [low, high]."""
-    words = f"a number from {low:g} to {high:g}" if high < math.inf else f"a number of at least {low:g}"
+    words = f"a number from {low:g} to {high:.10g}" if high < math.inf else f"a number of at least {low:g}"
     return Allowed(words, lambda v: math.isfinite(v) and low <= v <= high)
 
 
@@ -95,7 +95,7 @@ PARTITION = Allowed("auto | natural | iid | dirichlet:ALPHA with ALPHA above 0",
 
 def _parse_cut(value: str) -> tuple[int, int] | None:
     low, colon, high = value.partition(":")
-    if not (colon and low.isdecimal() and high.isdecimal()) or int(low) >= int(high):
+    if not (colon and low.isdecimal() and high.isdecimal()) or len(value) > 20 or int(low) >= int(high):
         return None
     return int(low), int(high)
 
@@ -231,12 +231,19 @@ def _convert(name: str, value: object, kind: Any) -> Any:
             suits = not isinstance(value, bool) and (isinstance(value, str) or kind is not str)
             converted = kind(value)
             suits = suits and (kind is not int or isinstance(value, str) or value == converted)
-    except (TypeError, ValueError):
+        suits = suits and allowed.test(converted)
+    except (TypeError, ValueError, OverflowError):
         suits = False
-    if not suits or not allowed.test(converted):
+    if not suits:
         words = allowed.words.replace("a number", "a whole number") if kind is int else allowed.words
-        raise SettingError(name, value if value != "" else "nothing", words)
+        raise SettingError(name, _short(value), words)
     return converted
+
+
+def _short(value: object) -> str:
+    """A value as a message shows it."""
+    text = str(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of many digits"
+    return "nothing" if text == "" else text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None) -> Config:
@@ -256,6 +263,9 @@ def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None
             raise InputError(f"there is no setting {name}; {_suggest(name, LEAVES)}")
         section, _, leaf = name.rpartition(".")
         (parts[section] if section else top)[leaf] = _convert(name, value, LEAVES[name][1])
+    for name, value in (options or {}).items():
+        if not isinstance(value, str | int | float):
+            raise SettingError(f"strategy.{name}", value, "a text, a number, true or false")
     sections = {name: cls(**parts[name]) for name, cls in SECTIONS.items()}
     return Config(**top, **sections, strategy_options=dict(options or {}))
 
@@ -278,7 +288,7 @@ def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingError("config", path, f"a TOML file that can be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SettingError("config", path, f"a TOML file ({error})") from None
     options = document.pop(OPTIONS, {})
     if not isinstance(options, dict):
@@ -363,9 +373,10 @@ def _strategy_options(rest: list[str]) -> dict[str, Any]:
             raise InputError(f"{flag}: expected a value after it")
         text = words.pop(0)
         try:
-            options[flag.removeprefix("--strategy.")] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[flag.removeprefix("--strategy.")] = text
+            value = tomllib.loads(f"value = {text}")["value"]
+        except (ValueError, RecursionError):
+            value = text
+        options[flag.removeprefix("--strategy.")] = value
     return options
 
 

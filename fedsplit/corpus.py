@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def check_dataset(dataset: str) -> None:
         SettingError: It is neither the bundled corpus nor a file of a known type that is there.
     """
     path = Path(dataset)
-    if dataset != "sotu" and not (path.suffix in FILE_TYPES and path.is_file()):
+    if dataset != "sotu" and not (path.suffix in FILE_TYPES and os.path.isfile(path)):
         raise SettingError("dataset", dataset, f"sotu, or a file that is there, ending in {' | '.join(FILE_TYPES)}")
 
 
@@ -108,7 +109,8 @@ def read_documents(dataset: str) -> list[Document]:
         documents = _read_text(path) if path.suffix == ".txt" else _read_rows(path)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingError("dataset", dataset, f"a {path.suffix} file with a column 'text' ({reason})") from None
+        words = "a text in UTF-8" if path.suffix == ".txt" else f"a {path.suffix} file with a column 'text'"
+        raise SettingError("dataset", dataset, f"{words} ({reason})") from None
     if not documents:
         raise SettingError("dataset", dataset, "a file with at least one text that is not empty")
     return documents
@@ -129,6 +131,8 @@ def _read_rows(path: Path) -> list[Document]:
         rows = datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
     except DatasetGenerationError as error:
         raise ValueError(str(error.__cause__ or error)) from None
+    except StopIteration:
+        raise ValueError("it is empty") from None
     if "text" not in rows.column_names:
         raise ValueError(f"its columns are {', '.join(rows.column_names)}")
     owners = rows["owner"] if "owner" in rows.column_names else [path.stem] * len(rows)

@@ -117,7 +117,7 @@ def read_facts(path: Path) -> Facts:
     for key in (family.layers_key, family.positions_key, "eos_token_id"):
         value = document.get(key)
         value = value[0] if isinstance(value, list) and value else value
-        if not isinstance(value, int):
-            raise SettingError("model", f"{path} (its config.json has no number {key})", allowed)
+        if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "eos_token_id" else 1):
+            raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
         numbers.append(value)
     return Facts(family, *numbers)

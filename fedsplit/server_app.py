@@ -292,7 +292,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _reason(text: str | None) -> str:
     """Why a client failed, in a line: Flower sends `<class 'module.Error'>:<'text'>`, or a traceback."""
-    if match := re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>:<'?(.*?)'?>", text or "", re.DOTALL):
+    if match := re.fullmatch(r"<class '(?:\w+\.)*([\w()]+)'>:<'?(.*?)'?>", text or "", re.DOTALL):
         text = match[2] if "\n" in match[2] else f"{match[1]}: {match[2]}"
     lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason was given"
+    return lines[-1].rpartition("ClientAppException occurred. Message: ")[2] if lines else "no reason was given"

@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         run(config)
     except InputError as error:
-        print(f"fedsplit: {error}", file=sys.stderr)
+        print("fedsplit:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fedsplit: stopped", file=sys.stderr)
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "fedsplit":
             raise
-        print(f"fedsplit: {error}", file=sys.stderr)
+        print("fedsplit:", *str(error).split(), file=sys.stderr)
         return 1
     return 0
 

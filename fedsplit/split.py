@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -131,21 +131,31 @@ class _Checkpoint:
         index = path / "model.safetensors.index.json"
         if index.exists():
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self.files = {name: path / file for name, file in weight_map.items()}
+            self._files = {name: path / file for name, file in weight_map.items()}
         else:
-            self.files = {name: file for file in sorted(path.glob("*.safetensors")) for name in _names(file)}
+            self._files = {name: file for file in sorted(path.glob("*.safetensors")) for name in _names(file)}
         self._kept: dict[str, nn.Parameter] = {}
+
+    def _find(self, name: str, tied_to: str) -> str:
+        for candidate in (name, name.removeprefix(self._prefix), tied_to, tied_to.removeprefix(self._prefix)):
+            if candidate in self._files:
+                return candidate
+        raise ValueError(f"the checkpoint has no tensor {name}")
+
+    def shape(self, name: str, tied_to: str) -> list[int]:
+        """The shape of a tensor, from the file's header."""
+        found = self._find(name, tied_to)
+        with safe_open(self._files[found], framework="pt") as file:
+            return list(file.get_slice(found).get_shape())
 
     def parameter(self, name: str, tied_to: str) -> nn.Parameter:
         """The frozen parameter of that name; the one it is tied to where the file has no such name."""
-        for candidate in (name, name.removeprefix(self._prefix), tied_to, tied_to.removeprefix(self._prefix)):
-            if candidate in self.files:
-                if candidate not in self._kept:
-                    with safe_open(self.files[candidate], framework="pt") as file:
-                        tensor = file.get_tensor(candidate).to(self._dtype)
-                    self._kept[candidate] = nn.Parameter(tensor, requires_grad=False)
-                return self._kept[candidate]
-        raise ValueError(f"the checkpoint has no tensor {name}")
+        found = self._find(name, tied_to)
+        if found not in self._kept:
+            with safe_open(self._files[found], framework="pt") as file:
+                tensor = file.get_tensor(found).to(self._dtype)
+            self._kept[found] = nn.Parameter(tensor, requires_grad=False)
+        return self._kept[found]
 
 
 def _names(file: Path) -> Iterable[str]:
@@ -157,18 +167,28 @@ def check_checkpoint(path: Path) -> None:
     """Makes sure that a checkpoint's files can be read; looks at their headers only.
 
     Raises:
-        SettingError: A file is missing, cut short or no safetensors.
+        SettingError: A file is missing or cut short, or a tensor is not what config.json says.
     """
     try:
         config = AutoConfig.from_pretrained(path)
-        checkpoint = _Checkpoint(path, family_of(config.model_type).decoder, torch.float32)
-        for file in set(checkpoint.files.values()):
-            _names(file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        family = family_of(config.model_type)
+        checkpoint = _Checkpoint(path, family.decoder, torch.float32)
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(config)
+        for name, parameter in whole.named_parameters():
+            if (found := checkpoint.shape(name, _tied(name, family))) != list(parameter.shape):
+                raise ValueError(f"{name} has the shape {found}, config.json says {list(parameter.shape)}")
+    except SettingError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever the library makes of an impossible configuration
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SettingError(
-            "model", f"{path} ({reason})", "a folder whose config.json and *.safetensors are whole"
-        ) from None
+        words = "a folder whose config.json and *.safetensors are whole and belong together"
+        raise SettingError("model", f"{path} ({reason})", words) from None
+
+
+def _tied(name: str, family: Family) -> str:
+    """The parameter that one may share its values with, where a checkpoint has it only once."""
+    return f"{family.decoder}.{family.embedding}.weight" if name == "lm_head.weight" else name
 
 
 def ranges(blocks: int, bounds: tuple[int, int]) -> dict[Kind, range]:
@@ -215,8 +235,7 @@ def load_parts(
         for module_name, module in part.named_modules():
             for name, _ in list(module.named_parameters(recurse=False)):
                 full = part.whole_name(f"{module_name}.{name}")
-                tied = f"{family.decoder}.{family.embedding}.weight" if full == "lm_head.weight" else full
-                setattr(module, name, checkpoint.parameter(full, tied))
+                setattr(module, name, checkpoint.parameter(full, _tied(full, family)))
         if family.rotary:
             decoder = getattr(part, family.decoder)
             setattr(decoder, family.rotary, type(getattr(decoder, family.rotary))(config=part.config))

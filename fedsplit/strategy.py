@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -44,14 +45,27 @@ class Strategy(Protocol):
         ...
 
 
+@runtime_checkable
+class FlowerLike(Protocol):
+    """What tells a Flower strategy apart, without importing Flower."""
+
+    def configure_train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `flwr.serverapp.strategy.Strategy`."""
+        ...
+
+    def aggregate_train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `flwr.serverapp.strategy.Strategy`."""
+        ...
+
+
 def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"fedsplit_user_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if spec is None or spec.loader is None or not os.path.isfile(path):
         raise SettingError("strategy", path, "a Python file that is there")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises is the user's to see
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is the user's to see
         raise SettingError(
             "strategy", path, f"a Python file that can be imported ({type(error).__name__}: {error})"
         ) from error
@@ -61,10 +75,8 @@ def _import_file(path: Path) -> ModuleType:
 def _import_module(name: str, spec: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        raise SettingError("strategy", spec, ALLOWED) from None
+    except (Exception, SystemExit) as error:  # a name that is none, or whatever the module raises
+        raise SettingError("strategy", spec, f"{ALLOWED} ({type(error).__name__}: {error})") from error
 
 
 def _find(spec: str) -> Any:
@@ -111,6 +123,13 @@ def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, 
         if unknown := [name for name in options if name not in parameters and not takes_any]:
             known = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
             raise SettingError(f"strategy.{unknown[0]}", options[unknown[0]], ", ".join(known) or "no option at all")
-        return cls(**{name: value for name, value in defaults.items() if name in parameters}, **options)
-    except (TypeError, ValueError) as error:
-        raise SettingError("strategy", spec, f"options that it takes ({error})") from None
+        made = cls(**{**{name: value for name, value in defaults.items() if name in parameters}, **options})
+    except SettingError:
+        raise
+    except Exception as error:  # whatever the user's class raises
+        raise SettingError("strategy", spec, f"options that it takes ({type(error).__name__}: {error})") from error
+    if not isinstance(made, Strategy | FlowerLike):
+        raise SettingError(
+            "strategy", spec, "a class with the methods init and aggregate, or one of Flower's strategies"
+        )
+    return made

@@ -75,6 +75,7 @@ def test_what_is_not_there_is_refused_without_reading(dataset: str) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"body": "x"}', "its columns are body"),
+        ("a.jsonl", "", "it is empty"),
         ("a.jsonl", "{", "a .jsonl file with a column 'text'"),
         ("a.jsonl", '{"text": " "}', "at least one text"),
         ("a.csv", "text\n", "dataset: "),

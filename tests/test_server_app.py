@@ -220,6 +220,10 @@ def test_events_are_logged_by_round_and_client(config: Config, tmp_path: Path, m
     [
         ("<class 'ray.exceptions.ActorError'>:<'It is gone.'>", "ActorError: It is gone."),
         ("<class 'ray.TaskError'>:<'Traceback:\n  File x\nValueError: no luck\n'>", "ValueError: no luck"),
+        (
+            "<class 'ray.RayTaskError(X)'>:<'a\nb.ClientAppException: ClientAppException occurred. Message: no luck'>",
+            "no luck",
+        ),
         ("ValueError: no luck", "ValueError: no luck"),
         (None, "no reason was given"),
     ],

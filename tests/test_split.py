@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from peft import get_peft_model
 from safetensors import safe_open
 
 from fedsplit import adapters
-from fedsplit.config import LoraSettings
-from fedsplit.split import load_parts, load_whole, ranges
+from fedsplit.config import LoraSettings, SettingError
+from fedsplit.split import check_checkpoint, load_parts, load_whole, ranges
 
 CUTS = [cut for cut in itertools.product(range(BLOCKS + 1), repeat=2) if cut[0] < cut[1]]
 KINDS = ("bottom", "trunk", "top")
@@ -159,6 +160,26 @@ def test_shards_and_names_without_prefix_are_read(tmp_path: Path, tiny_models: d
     expected = _chain(load_parts(source, (1, 2), KINDS), ids, mask)
     for folder in (tmp_path / "shards", bare):
         assert torch.equal(_chain(load_parts(folder, (1, 2), KINDS), ids, mask), expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("vocab_size", 10, r"has the shape \[97, 32\], config.json says \[10, 32\]"),
+        ("num_hidden_layers", 9, "the checkpoint has no tensor model.layers.3"),
+        ("hidden_act", "none", "belong together"),
+    ],
+)
+def test_a_configuration_that_is_not_the_checkpoints_is_refused(
+    tmp_path: Path, tiny_models: dict[str, Path], setting: str, value: object, message: str
+) -> None:
+    source = tiny_models["llama"]
+    check_checkpoint(source)
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    document = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(document | {setting: value}))
+    with pytest.raises(SettingError, match=message):
+        check_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [(0, 0), (2, 1), (1, BLOCKS + 1)])

@@ -36,6 +36,8 @@ def test_a_file_of_the_users(tmp_path: Path) -> None:
 def test_a_flower_strategy_is_told_how_many_clients_there_are() -> None:
     strategy = load_strategy("flwr.serverapp.strategy:FedAdam", {"eta": 0.01}, strategy_defaults(8))
     assert (strategy.eta, strategy.min_available_nodes, strategy.fraction_train) == (0.01, 8, 1.0)
+    half = load_strategy("flwr.serverapp.strategy:FedAvg", {"fraction_train": 0.5}, strategy_defaults(8))
+    assert (half.fraction_train, half.min_available_nodes) == (0.5, 8)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +50,21 @@ def test_a_flower_strategy_is_told_how_many_clients_there_are() -> None:
         ("{broken}:Mine", {}, r"that can be imported \(ZeroDivisionError"),
         ("flwr.serverapp.strategy:FedNone", {}, "allowed: a class of flwr.serverapp.strategy: "),
         ("flwr.nowhere:FedAvg", {}, "strategy: flwr.nowhere:FedAvg is not possible; allowed: a name"),
+        (":X", {}, "strategy: :X is not possible"),
+        ("..x:Y", {}, "strategy: ..x:Y is not possible"),
+        ("collections:Counter", {}, "allowed: a class with the methods init and aggregate"),
+        ("{quits}:Mine", {}, r"that can be imported \(SystemExit"),
+        ("{long}.py:Mine", {}, "allowed: a Python file that is there"),
         ("fedavg", {"eta": 1}, "strategy.eta: 1 is not possible; allowed: no option at all"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path: Path, spec: str, options: dict, message: str) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "quits.py").write_text("raise SystemExit(3)")
+    paths = {name: tmp_path / f"{name}.py" for name in ("broken", "quits")} | {"long": "a" * 300}
     with pytest.raises(SettingError, match=message) as caught:
-        load_strategy(spec.format(file=tmp_path / "mine.py", broken=tmp_path / "broken.py"), options, {})
+        load_strategy(spec.format(file=tmp_path / "mine.py", **paths), options, {})
     assert "\n" not in str(caught.value)
 
 

@@ -42,7 +42,7 @@ def test_eight_presidents_and_the_same_again(tmp_path: Path) -> None:
             assert chatter.lower() not in done.stdout.lower()
     lines = done.stdout.splitlines()
     assert lines[2].startswith("round 0/1  held-out loss ")
-    assert lines[3].startswith("round 1/1  held-out loss ")
+    assert lines[3].startswith("round 1/1  training loss ")
     for words in ("held-out loss", "perplexity", "trunk parameters", "activations", "gradients", "adapters", "files"):
         assert any(line.startswith(words) for line in lines[4:]), words
     one, two, three = (adapter(tmp_path / name) for name in ("one", "two", "three"))

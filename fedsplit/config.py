@@ -293,13 +293,18 @@ def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
     options = document.pop(OPTIONS, {})
     if not isinstance(options, dict):
         raise SettingError(OPTIONS, options, "a table")
+    return _dotted(document), options
+
+
+def _dotted(document: Mapping[str, Any]) -> dict[str, object]:
+    """Nested values, as a file has them, by dotted name."""
     values: dict[str, object] = {}
     for key, value in document.items():
         if key in SECTIONS and isinstance(value, dict):
             values |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
         else:
             values[key] = value
-    return values, options
+    return values
 
 
 def as_document(config: Config) -> dict[str, Any]:
@@ -315,15 +320,8 @@ def as_document(config: Config) -> dict[str, Any]:
 
 def from_document(document: Mapping[str, Any]) -> Config:
     """The inverse of `as_document`."""
-    values: dict[str, object] = {}
-    for key, value in document.items():
-        if key in SECTIONS:
-            values |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
-        elif key != OPTIONS:
-            values[key] = value
-    if values.get("lora.targets") == []:
-        del values["lora.targets"]
-    return build(values, document.get(OPTIONS))
+    settings = {key: value for key, value in document.items() if key != OPTIONS}
+    return build(_dotted(settings), document.get(OPTIONS))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -67,11 +67,18 @@ def spread(blocks: Tensor, most: int) -> Tensor:
     return blocks[[index * len(blocks) // most for index in range(most)]]
 
 
+def _texts_by_owner(documents: Sequence[Document], tokens: Sequence[list[int]]) -> dict[str, list[list[int]]]:
+    """The tokens of each owner's texts; owners and texts in the order of the documents."""
+    texts: dict[str, list[list[int]]] = {}
+    for document, ids in zip(documents, tokens, strict=True):
+        texts.setdefault(document.owner, []).append(ids)
+    return texts
+
+
 def _by_owner(documents: Sequence[Document], tokens: Sequence[list[int]], length: int, end: int) -> list[Shard]:
     """The shards of all owners who have enough text for a training and a held-out block."""
     shards = []
-    for owner in dict.fromkeys(document.owner for document in documents):
-        own = [ids for document, ids in zip(documents, tokens, strict=True) if document.owner == owner]
+    for owner, own in _texts_by_owner(documents, tokens).items():
         held_out = own[HELD_OUT_DOCUMENTS - 1 :: HELD_OUT_DOCUMENTS] or own[-1:]
         train = [ids for ids in own if not any(ids is other for other in held_out)]
         blocks = [pack(texts, length, end) for texts in (train, held_out)]
@@ -110,8 +117,7 @@ def _by_block(
     """Shards of single blocks, whoever wrote them."""
     blocks: list[list[int]] = []
     owners: list[str] = []
-    for owner in dict.fromkeys(document.owner for document in documents):
-        own = [ids for document, ids in zip(documents, tokens, strict=True) if document.owner == owner]
+    for owner, own in _texts_by_owner(documents, tokens).items():
         packed = pack(own, length, end)
         blocks += packed
         owners += [owner] * len(packed)

@@ -256,7 +256,7 @@ class Federation:
             trained = f"training loss {_mean([update.loss for update in updates]):.4f}  "
             speed = f"  {tally.tokens / tally.train_seconds:,.0f} tokens/s"
         self._watcher.line(
-            f"round {round}/{self._config.rounds}  {trained}held-out loss {loss:.4f}  "
+            f"{self._label(round)}  {trained}held-out loss {loss:.4f}  "
             f"perplexity {perplexity(loss):.2f}{speed}  {elapsed:.1f} s"
         )
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-import resource
-import sys
-from collections.abc import Mapping
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -14,6 +18,8 @@ from torch import Tensor
 
 from fedsplit import adapters
 from fedsplit.config import Config
+from fedsplit.dispatch import Answer, Dispatcher
+from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.split import load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Adapters, Packet
@@ -25,93 +31,209 @@ NAMESPACE = "fedsplit"
 _OBJECT_STORE = 512 * 2**20
 """Bytes of shared memory for tensors under way; a step's are freed as it ends."""
 
+_AT_ONCE = 4096
+"""Calls that may wait in the actor at the same time."""
+
+_ATTEMPTS = 5
+"""How often a call is repeated when its answer was lost on the way."""
+
 
 class TrunkLost(Exception):
     """The trunk's process is gone, or never came up."""
 
 
-def peak_memory() -> int:
-    """The most resident memory this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 class TrunkActor:
-    """A `TrunkServer` and what only its process can tell."""
+    """A `Dispatcher` in front of a `TrunkServer`, and what only their process can tell.
 
-    def __init__(self, config: Config, threads: int) -> None:
+    Ray's event loop takes the calls; one thread of its own computes, so that a call may wait for others
+    without holding them up.
+    """
+
+    def __init__(self, config: Config, run: str, threads: int) -> None:
         """Loads the trunk's blocks, and no others, and puts the adapter on them."""
         torch.set_num_threads(threads)
         (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
         adapters.add(part, config.lora, config.seed)
-        codec = make_codec(config.wire.codec)
-        self._server = TrunkServer(part, codec, config.trunk.schedule, config.train, config.seed)
+        budget = Budget(config.trunk.memory_bytes)
+        self._incarnation = secrets.token_hex(8)
+        server = TrunkServer(
+            part,
+            make_codec(config.wire.codec),
+            config.trunk.schedule,
+            config.train,
+            config.seed,
+            run=run,
+            incarnation=self._incarnation,
+            lease=config.trunk.lease,
+            budget=budget,
+        )
+        self._least = 0
+        if budget.limit is not None:
+            self._least = server.calibrate(config.train.batch_size, config.train.max_length)
+        self._dispatcher = Dispatcher(server, config.trunk)
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._compute, args=(threads,), daemon=True).start()
 
-    def forward(self, packet: Packet) -> Packet:
-        """As `TrunkServer.forward`."""
-        return self._server.forward(packet)
+    def _compute(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # OpenMP keeps the number for each thread that asks
+        while True:
+            wakes = self._dispatcher.wakes_at()
+            with contextlib.suppress(queue.Empty):
+                self._calls.get(timeout=None if wakes is None else max(0.0, wakes - time.monotonic()))()
+            self._take_calls()
+            while self._dispatcher.advance():
+                self._take_calls()
 
-    def backward(self, packet: Packet) -> Packet:
-        """As `TrunkServer.backward`."""
-        return self._server.backward(packet)
+    def _take_calls(self) -> None:
+        while not self._calls.empty():
+            self._calls.get()()
 
-    def read(self) -> Adapters:
+    async def _in_order(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Has a call made by the thread that computes, between two steps."""
+        loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def make() -> None:
+            try:
+                result = call(*args)
+            except Exception as error:  # noqa: BLE001  # it is the caller's to know
+                loop.call_soon_threadsafe(future.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(future.set_result, result)
+
+        self._calls.put(make)
+        return await future
+
+    async def serve(self, packet: Packet) -> Packet:
+        """Hidden states or a gradient up, and down what `TrunkServer` makes of them, when it is their turn."""
+        loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def done(answer: Answer) -> None:
+            settle: Callable[[Any], None] = future.set_result if isinstance(answer, Packet) else future.set_exception
+            loop.call_soon_threadsafe(settle, answer)
+
+        self._calls.put(lambda: self._dispatcher.submit(packet, done))
+        answer: Packet = await future
+        return answer
+
+    async def begin(self, group: Sequence[int]) -> None:
+        """As `Dispatcher.begin`."""
+        await self._in_order(self._dispatcher.begin, group)
+
+    async def leave(self, client: int) -> None:
+        """As `Dispatcher.leave`."""
+        await self._in_order(self._dispatcher.leave, client)
+
+    async def end_round(self, finished: Sequence[int]) -> dict[str, int]:
+        """As `Dispatcher.end_round`."""
+        ended: dict[str, int] = await self._in_order(self._dispatcher.end_round, finished)
+        return ended
+
+    async def copies(self) -> dict[int, Adapters]:
+        """As `TrunkServer.copies`."""
+        copies: dict[int, Adapters] = await self._in_order(self._dispatcher.server.copies)
+        return copies
+
+    async def read(self) -> Adapters:
         """The trunk's adapter."""
-        return self._server.read()
+        adapter: Adapters = await self._in_order(self._dispatcher.server.read)
+        return adapter
 
-    def forget_pending(self) -> int:
-        """As `TrunkServer.forget_pending`."""
-        return self._server.forget_pending()
+    async def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """As `TrunkServer.write`."""
+        await self._in_order(self._dispatcher.server.write, tensors)
 
-    def status(self) -> dict[str, Any]:
-        """{"traffic": bytes by direction, "peak_memory": bytes, "parameters": counts}."""
-        return {
-            "traffic": dict(self._server.traffic),
-            "peak_memory": peak_memory(),
-            "parameters": self._server.count(),
-        }
+    async def status(self) -> dict[str, Any]:
+        """What the process can tell: see the keys below; bytes, and counts of parameters.
+
+        `least_memory` is the smallest `--trunk.memory` that suffices, 0 where none was given.
+        """
+
+        def look() -> dict[str, Any]:
+            server = self._dispatcher.server
+            return {
+                "incarnation": self._incarnation,
+                "least_memory": self._least,
+                "traffic": dict(server.traffic),
+                "resident_memory": resident_memory(),
+                "peak_memory": peak_memory(),
+                "pending": len(server.steps),
+                "parameters": server.count(),
+            }
+
+        found: dict[str, Any] = await self._in_order(look)
+        return found
 
 
 class TrunkHandle:
     """A trunk elsewhere, called as if it were here.
 
-    Every call waits for its answer. A trunk that is gone raises `TrunkLost`; what the trunk itself
-    raises is raised here.
+    A trunk that is gone raises `TrunkLost`; what the trunk itself raises is raised here. A call whose answer
+    was lost is repeated: the trunk counts every step once.
     """
 
     def __init__(self, actor: Any) -> None:
         """Wraps Ray's handle of the actor."""
         self._actor = actor
 
-    def _call(self, method: str, *args: Any) -> Any:
+    def _begin(self, method: str, *args: Any) -> Callable[[], Any]:
         try:
-            return ray.get(getattr(self._actor, method).remote(*args))
+            answer = getattr(self._actor, method).remote(*args)
         except ray.exceptions.RayActorError as error:
-            raise TrunkLost(f"the trunk's process is gone ({str(error).strip().splitlines()[0]})") from error
+            raise _lost(error) from error
+        return lambda: self._wait(answer, method, *args)
 
-    def forward(self, packet: Packet) -> Packet:
-        """As `TrunkServer.forward`."""
-        answer: Packet = self._call("forward", packet)
-        return answer
+    def _wait(self, answer: Any, method: str, *args: Any) -> Any:
+        for attempt in range(_ATTEMPTS):
+            try:
+                return ray.get(answer)
+            except ray.exceptions.ActorUnavailableError as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise _lost(error) from error
+                time.sleep(2**attempt / 10)
+                answer = getattr(self._actor, method).remote(*args)
+            except ray.exceptions.RayActorError as error:
+                raise _lost(error) from error
+        return None
 
-    def backward(self, packet: Packet) -> Packet:
-        """As `TrunkServer.backward`."""
-        answer: Packet = self._call("backward", packet)
-        return answer
+    def send(self, packet: Packet) -> Callable[[], Packet]:
+        """As `TrunkActor.serve`; what is returned waits for the answer."""
+        return self._begin("serve", packet)
 
-    def read(self) -> Mapping[str, Tensor]:
+    def begin(self, group: Sequence[int]) -> None:
+        """As `Dispatcher.begin`."""
+        self._begin("begin", list(group))()
+
+    def leave(self, client: int) -> None:
+        """As `Dispatcher.leave`."""
+        self._begin("leave", client)()
+
+    def end_round(self, finished: Sequence[int]) -> dict[str, int]:
+        """As `Dispatcher.end_round`."""
+        ended: dict[str, int] = self._begin("end_round", list(finished))()
+        return ended
+
+    def copies(self) -> dict[int, Adapters]:
+        """As `TrunkServer.copies`."""
+        copies: dict[int, Adapters] = self._begin("copies")()
+        return copies
+
+    def read(self) -> Adapters:
         """The trunk's adapter by exported name."""
-        answer: Adapters = self._call("read")
-        return answer.tensors
+        adapter: Adapters = self._begin("read")()
+        return adapter
 
-    def forget_pending(self) -> int:
-        """As `TrunkServer.forget_pending`."""
-        return int(self._call("forget_pending"))
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """As `TrunkServer.write`."""
+        self._begin("write", dict(tensors))()
 
     def status(self) -> dict[str, Any]:
         """As `TrunkActor.status`."""
-        answer: dict[str, Any] = self._call("status")
-        return answer
+        found: dict[str, Any] = self._begin("status")()
+        return found
+
+
+def _lost(error: Exception) -> TrunkLost:
+    return TrunkLost(f"the trunk's process is gone ({str(error).strip().splitlines()[0]})")
 
 
 def start_cluster(workers: int) -> None:
@@ -139,9 +261,14 @@ def start_trunk(config: Config, name: str, threads: int) -> TrunkHandle:
 
     It asks for no CPU: Flower counts all CPUs of a node as its own, and would wait for ever for one that
     the trunk has.
+
+    Args:
+        config: The run's configuration.
+        name: What clients find it by; also the run's name, which their steps carry.
+        threads: Of its process.
     """
     remote = ray.remote(num_cpus=0)(TrunkActor)
-    return TrunkHandle(remote.options(name=name).remote(config, threads))
+    return TrunkHandle(remote.options(name=name, max_concurrency=_AT_ONCE).remote(config, name, threads))
 
 
 def find_trunk(name: str) -> TrunkHandle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,27 @@ from fedsplit.optim import make_optimizer
 from fedsplit.partition import Shard, batch
 from fedsplit.split import Bottom, Top
 from fedsplit.updates import ClientUpdate, StepKey
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Some rows of a batch, and their share in the batch's mean loss."""
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    share: float
+
+
+def _micro_batches(ids: Tensor, mask: Tensor | None, count: int) -> list[_MicroBatch]:
+    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    count = min(count, len(ids))
+    masks = [None] * count if mask is None else mask.tensor_split(count)
+    split = zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
+    predicted = int((labels[:, 1:] != -100).sum())
+    return [
+        _MicroBatch(rows, wanted, seen, int((wanted[:, 1:] != -100).sum()) / predicted) for rows, wanted, seen in split
+    ]
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,8 @@ class Client:
     def step(self, ids: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:
         """Forward and backward of one batch; leaves gradients on the adapters of bottom and top.
 
+        With several micro-batches, this client and the trunk work at the same time, each on another one.
+
         Args:
             ids: Tokens (B, T); they are the labels, too.
             key: Names the step to the trunk.
@@ -64,12 +87,23 @@ class Client:
         Returns:
             The mean loss in nats, a scalar.
         """
-        labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
-        hidden = self.bottom(ids, mask)
-        hidden = self.link(hidden, key, mask)
-        loss: Tensor = self.top(hidden, labels, mask)
-        loss.backward()
-        return loss.detach()
+        parts = _micro_batches(ids, mask, self.settings.micro_batches)
+        crossings, losses = [], []
+        # 1. Up: what the bottom makes of the tokens.
+        for micro, part in enumerate(parts):
+            hidden = self.bottom(part.ids, part.mask)
+            crossings.append(self.link.send(hidden, replace(key, micro=micro), part.mask, len(parts)))
+        # 2. Down, through the top to the loss; and its gradient up.
+        for crossing, part in zip(crossings, parts, strict=True):
+            hidden = crossing.output()
+            loss = self.top(hidden, part.labels, part.mask) * part.share
+            loss.backward()
+            crossing.send_back(hidden.grad)
+            losses.append(loss.detach())
+        # 3. Down: the gradient of what the bottom made.
+        for crossing in crossings:
+            crossing.finish()
+        return torch.stack(losses).sum()
 
     def train(self, given: Mapping[str, Tensor], round: int) -> ClientUpdate:
         """A round of local training.

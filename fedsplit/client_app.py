@@ -16,11 +16,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsplit import adapters, records
-from fedsplit.actor import find_trunk, peak_memory
+from fedsplit.actor import TrunkHandle, find_trunk
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
-from fedsplit.evaluate import shards_of, through_split
+from fedsplit.evaluate import HeldOut, held_out_batches, sample, shards_of, through_split
 from fedsplit.link import Link
+from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import Bottom, Top, load_parts
@@ -37,14 +38,16 @@ class _Site:
     config: Config
     bottom: Bottom
     top: Top
-    link: Link
+    trunk: TrunkHandle
     shards: list[Shard]
     start: Adapters
 
-    def client(self, number: int) -> Client:
-        """The client of that partition."""
+    def client(self, number: int, run: str, incarnation: str) -> Client:
+        """The client of that partition, with its way to the trunk."""
         config = self.config
-        return Client(number, self.shards[number], self.bottom, self.top, self.link, config.train, config.seed)
+        codec, schedule = make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule]
+        link = Link(self.trunk, codec, schedule, run, incarnation)
+        return Client(number, self.shards[number], self.bottom, self.top, link, config.train, config.seed)
 
 
 @functools.lru_cache(maxsize=1)
@@ -57,14 +60,14 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     bottom, top = load_parts(config.model_path, config.bounds, ["bottom", "top"])
     for part in (bottom, top):
         adapters.add(part, config.lora, config.seed)
-    link = Link(find_trunk(trunk), make_codec(config.wire.codec), config.trunk.schedule)
-    return _Site(config, bottom, top, link, shards_of(config), adapters.read(bottom, top))
+    return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), adapters.read(bottom, top))
 
 
 def _meet(message: Message, context: Context) -> tuple[_Site, Client]:
     instructions = records.config_of(message)
     site = _site(instructions["run"], instructions["trunk"], instructions["threads"])
-    return site, site.client(int(context.node_config["partition-id"]))
+    number = int(context.node_config["partition-id"])
+    return site, site.client(number, instructions["trunk"], instructions["incarnation"])
 
 
 @app.query()
@@ -80,17 +83,31 @@ def introduce(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round of local training."""
-    _, client = _meet(message, context)
-    update = client.train(records.tensors_of(message), records.config_of(message)[records.ROUND])
-    return Message(records.from_update(update, peak_memory()), reply_to=message)
+    """One round of local training, and a look at what this client's own steps have made of the model."""
+    site, client = _meet(message, context)
+    config, round = site.config, records.config_of(message)[records.ROUND]
+    update = client.train(records.tensors_of(message), round)
+    if not config.deterministic:  # else the others wait, or what is measured would depend on them
+        client.link.leave(client.number)
+    own = HeldOut(0.0, 0)
+    if config.eval.after:
+        batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
+        chosen = sample(batches, config.eval.after, config.train.batch_size)
+        own = sum(through_split(client, update.adapters.tensors, round, chosen), own)
+    if config.deterministic:
+        client.link.leave(client.number)
+    return Message(records.from_update(update, own, peak_memory()), reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """The loss on this client's held-out text."""
+    """The loss on this client's held-out text; also on the part of it that is measured after its own steps."""
     site, client = _meet(message, context)
-    round = records.config_of(message)[records.ROUND]
-    measured = through_split(client, records.tensors_of(message), round, site.config.eval.samples)
-    content: RecordDict = records.from_held_out(client.number, measured, peak_memory())
+    config, round = site.config, records.config_of(message)[records.ROUND]
+    batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
+    measured = through_split(client, records.tensors_of(message), round, batches)
+    chosen = [number for number, _ in sample(batches, config.eval.after, config.train.batch_size)]
+    nothing = HeldOut(0.0, 0)
+    part = sum((measured[number] for number in chosen), nothing)
+    content: RecordDict = records.from_held_out(client.number, sum(measured, nothing), part, peak_memory())
     return Message(content, reply_to=message)

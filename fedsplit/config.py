@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ DEFAULT_MODEL = "sotu-gpt2"
 BUNDLED_MODEL = Path(__file__).parent / "base"
 """The folder of the base model that ships with the package."""
 
-SCHEDULES = ("shared", "frozen", "forward-only")
+SCHEDULES = ("shared", "batched", "accumulate", "copies", "frozen", "forward-only")
+ORDERS = ("random", "cyclic")
 CODECS = ("raw", "bf16")
 
 
@@ -87,10 +89,22 @@ def _is_partition(value: str) -> bool:
     return value in ("auto", "natural", "iid")
 
 
+YES_OR_NO = Allowed("true | false", lambda v: isinstance(v, bool))
 TEXT = Allowed("a text that is not empty", lambda v: bool(v.strip()))
 NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name in v))
 CUT = Allowed("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: _parse_cut(v) is not None)
+MEMORY = Allowed("bytes with a unit, such as 800MB, 1.5GB or 2GiB", lambda v: v == "" or _parse_memory(v) is not None)
 PARTITION = Allowed("auto | natural | iid | dirichlet:ALPHA with ALPHA above 0", _is_partition)
+
+
+def _parse_memory(value: str) -> int | None:
+    """Bytes; units are powers of 1000, those with an i of 1024."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT])(i?)B\s*", value)
+    if found is None or len(value) > 20:
+        return None
+    power = "kMGT".index(found[2]) + 1
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    return size or None
 
 
 def _parse_cut(value: str) -> tuple[int, int] | None:
@@ -126,6 +140,12 @@ class TrainSettings:
     batch_size: int = setting(4, at_least(1), "sequences a step", "--batch-size")
     max_length: int = setting(128, at_least(8), "tokens a sequence", "--max-length")
     samples: int = setting(0, at_least(0), "training sequences a client at most; 0: all it has", "--samples")
+    micro_batches: int = setting(
+        1,
+        at_least(1),
+        "parts of a batch that are under way at once, so that client and trunk work at the same time",
+        "--micro-batches",
+    )
     lr: float = setting(1e-3, above(0), "AdamW's learning rate, of clients and trunk", "--lr")
     weight_decay: float = setting(0.0, at_least(0), "AdamW's weight decay")
 
@@ -135,6 +155,11 @@ class EvalSettings:
     """Evaluation on held-out text."""
 
     samples: int = setting(32, at_least(1), "held-out sequences a client at most")
+    after: int = setting(
+        8,
+        at_least(0),
+        "of these, sequences measured right after a client's own steps, too, to tell what it loses later",
+    )
 
 
 @dataclass(frozen=True)
@@ -142,6 +167,18 @@ class TrunkSettings:
     """The shared middle of the model."""
 
     schedule: str = setting("shared", one_of(SCHEDULES), "who updates the trunk's adapter, and when")
+    order: str = setting("random", one_of(ORDERS), "order in which clients begin a round; cyclic: the same in each")
+    every: int = setting(0, at_least(0), "accumulate: a client's steps between two barriers; 0: the whole round")
+    deadline: float = setting(30.0, above(0), "batched, accumulate: seconds the others wait for a client that is late")
+    group: int = setting(1, at_least(1), "with --deterministic: clients that train at once")
+    memory: str = setting("", MEMORY, "the most resident memory of the trunk's process, such as 800MB")
+    lease: float = setting(600.0, above(0), "seconds that a forward may wait for its gradient")
+    threads: int = setting(0, at_least(0), "threads of the trunk's process; 0: planned")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The budget in bytes; None where there is none."""
+        return _parse_memory(self.memory) if self.memory else None
 
 
 @dataclass(frozen=True)
@@ -166,6 +203,10 @@ class Config:
     )
     strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
     workers: int = setting(0, at_least(0), "processes that play the clients; 0: as many as cores")
+    threads: int = setting(0, at_least(0), "threads of each client process; 0: planned, so that cores suffice")
+    deterministic: bool = setting(
+        False, YES_OR_NO, "same seed, same result, under any schedule; the price: clients train trunk.group at a time"
+    )
     out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -227,6 +268,9 @@ def _convert(name: str, value: object, kind: Any) -> Any:
         if kind == tuple[str, ...]:
             converted: Any = tuple(value.split(",")) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
             suits = all(isinstance(item, str) for item in converted)
+        elif kind is bool:
+            converted = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+            suits = isinstance(converted, bool)
         else:
             suits = not isinstance(value, bool) and (isinstance(value, str) or kind is not str)
             converted = kind(value)
@@ -347,12 +391,13 @@ def _parser() -> _Parser:
         flags = [f"--{name.replace('_', '-')}"]
         if leaf.metadata["alias"]:
             flags.append(leaf.metadata["alias"])
-        default = "" if leaf.default in ("", ()) else f" (default: {leaf.default})"
+        default = "" if leaf.default in ("", ()) or leaf.default is False else f" (default: {leaf.default})"
         metavar = {int: "N", float: "X"}.get(kind, "NAME")
         words = leaf.metadata["allowed"].words
         choices = f": {words}" if " | " in words else ""
         text = (leaf.metadata["help"] + choices + default).replace("%", "%%")
-        groups[section].add_argument(*flags, dest=name, metavar=metavar, help=text)
+        values: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+        groups[section].add_argument(*flags, dest=name, metavar=metavar, help=text, **values)
     groups["lora"].description = (groups["lora"].description or "") + " A list is separated by commas."
     parser.epilog = "--strategy.KEY VALUE sets a keyword argument of the strategy."
     return parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,40 +40,58 @@ class HeldOut:
         return HeldOut(self.nats + other.nats, self.tokens + other.tokens)
 
 
-def measure(loss_of: Callable[[int, Tensor], Tensor], blocks: Tensor, batch_size: int) -> HeldOut:
-    """Measures a model on blocks of tokens.
+def measure(loss_of: Callable[[int, Tensor], Tensor], batches: Sequence[tuple[int, Tensor]]) -> HeldOut:
+    """Measures a model on batches of tokens.
 
     Args:
         loss_of: The number of a batch and its tokens (B, T) to the mean loss.
-        blocks: Tokens (n, T).
-        batch_size: Sequences a batch.
+        batches: Numbers and tokens.
     """
     total = HeldOut(0.0, 0)
-    for number, ids in enumerate(blocks.split(batch_size)):
+    for number, ids in batches:
         predicted = ids.shape[0] * (ids.shape[1] - 1)
         total += HeldOut(float(loss_of(number, ids)) * predicted, predicted)
     return total
 
 
-@torch.no_grad()
-def through_split(client: Client, given: Mapping[str, Tensor], round: int, most: int) -> HeldOut:
-    """A client's held-out loss with the given adapters and the trunk as it is now.
+def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int, Tensor]]:
+    """A client's held-out text in numbered batches.
 
     Args:
-        client: Whose data and parts.
+        shard: The client's data.
+        most: Sequences at most, spread evenly over all it has.
+        batch_size: Sequences a batch.
+    """
+    return list(enumerate(spread(shard.held_out, most).split(batch_size)))
+
+
+def sample(batches: Sequence[tuple[int, Tensor]], sequences: int, batch_size: int) -> list[tuple[int, Tensor]]:
+    """Some of the batches, spread evenly: as many as it takes for so many sequences."""
+    chosen = spread(torch.arange(len(batches)), -(-sequences // batch_size))
+    return [batches[number] for number in chosen.tolist()]
+
+
+@torch.no_grad()
+def through_split(
+    client: Client, given: Mapping[str, Tensor], round: int, batches: Sequence[tuple[int, Tensor]]
+) -> list[HeldOut]:
+    """A client's loss on each of some batches, with the given adapters and the trunk as it is now.
+
+    Args:
+        client: Whose parts.
         given: Adapters of bottom and top by exported name.
         round: The round, for the step's key.
-        most: Sequences at most.
+        batches: Numbers and tokens (B, T).
     """
     adapters.write(given, client.bottom, client.top)
     client.bottom.eval()
     client.top.eval()
 
     def loss_of(number: int, ids: Tensor) -> Tensor:
-        hidden = client.link(client.bottom(ids), StepKey(round, client.number, number))
+        hidden = client.link.evaluate(client.bottom(ids), StepKey(round, client.number, number))
         return client.top(hidden, ids)
 
-    return measure(loss_of, spread(client.shard.held_out, most), client.settings.batch_size)
+    return [measure(loss_of, [batch]) for batch in batches]
 
 
 def shards_of(config: Config) -> list[Shard]:
@@ -98,6 +116,6 @@ def held_out_loss(model: Any, run: str | Path) -> float:
     model.eval()
     total = HeldOut(0.0, 0)
     for shard in shards_of(config):
-        blocks = spread(shard.held_out, config.eval.samples)
-        total += measure(lambda _, ids: model(input_ids=ids, labels=ids).loss, blocks, config.train.batch_size)
+        batches = held_out_batches(shard, config.eval.samples, config.train.batch_size)
+        total += measure(lambda _, ids: model(input_ids=ids, labels=ids).loss, batches)
     return total.loss

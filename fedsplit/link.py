@@ -1,89 +1,124 @@
-"""The client's view of the trunk: an ordinary function of hidden states, with an ordinary gradient."""
+"""The client's view of the trunk: hidden states across the wire, and gradients back over the same road."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fedsplit.schedules import SCHEDULES
+from fedsplit.schedules import Schedule
 from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import Codec
 
+Answer = Callable[[], Packet]
+"""Waits for an answer and returns it."""
+
 
 class TrunkLike(Protocol):
-    """Whatever answers a client's packets: a `TrunkServer` itself, or a handle on one elsewhere."""
+    """Whatever takes a client's packets: a trunk in this process, or a handle on one elsewhere."""
 
-    def forward(self, packet: Packet) -> Packet:
-        """Hidden states up, hidden states down."""
+    def send(self, packet: Packet) -> Answer:
+        """Hidden states or a gradient up; what is returned waits for those that come down."""
         ...
 
-    def backward(self, packet: Packet) -> Packet:
-        """Gradient up, gradient down."""
+    def leave(self, client: int) -> None:
+        """The client's round is over."""
         ...
 
 
-class Link:
-    """Calls the trunk across the wire.
+class Crossing:
+    """One micro-batch on its way through the trunk and back.
 
-    `link(hidden, key)` returns the trunk's hidden states; a later `backward()` sends the gradient over the
-    same road and hands what comes back to the bottom.
+    In order: `output`, then `send_back` with the gradient of the loss by it, then `finish`. Between them the
+    client may do other work; the trunk does this one's meanwhile.
     """
 
-    def __init__(self, trunk: TrunkLike, codec: Codec, schedule: str) -> None:
-        """Ties the client's side to a trunk.
+    def __init__(self, link: Link, packet: Packet, hidden: Tensor) -> None:
+        """Sends the hidden states.
 
         Args:
-            trunk: Who answers.
-            codec: How tensors are encoded, the same as the trunk's.
-            schedule: The trunk's schedule; decides whether gradients are sent.
+            link: The way.
+            packet: What goes up.
+            hidden: The bottom's output (B, T, D), with its graph.
         """
-        self._trunk, self._codec = trunk, codec
-        self._schedule = SCHEDULES[schedule]
+        self._link, self._packet, self._hidden = link, packet, hidden
+        self._answer = link.trunk.send(packet)
+        self._returns = packet.training and link.schedule.expects_backward(packet.wants_gradient)
 
-    def __call__(self, hidden: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:
-        """Sends hidden states (B, T, D) through the trunk.
+    def output(self) -> Tensor:
+        """Waits for the trunk's output (B, T, D): a leaf that takes a gradient where the trunk wants one.
+
+        A trunk that has no room now is asked again, as often as it takes.
+        """
+        answer = self._answer()
+        while answer.wait:
+            time.sleep(answer.wait)
+            answer = self._link.trunk.send(self._packet)()
+        return self._link.codec.decode(answer.tensors["hidden"]).requires_grad_(self._returns)
+
+    def send_back(self, gradient: Tensor | None) -> None:
+        """Sends the gradient (B, T, D) of the loss by the output, where the trunk wants one."""
+        if self._returns and gradient is not None:
+            packet = replace(self._packet, tensors={"gradient": self._link.codec.encode(gradient)})
+            self._answer = self._link.trunk.send(packet)
+
+    def finish(self) -> None:
+        """Waits for the gradient of the bottom's output, and goes on with it through the bottom."""
+        if not self._returns:
+            return
+        answer = self._answer()
+        if answer.tensors:
+            self._hidden.backward(self._link.codec.decode(answer.tensors["gradient"]))
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way through the trunk.
+
+    Attributes:
+        trunk: Who answers.
+        codec: How tensors are encoded, the same as the trunk's.
+        schedule: The trunk's; decides whether gradients are sent.
+        run: The run's name, which steps carry.
+        incarnation: The trunk's life that steps are meant for.
+        attempt: How often this round was begun before.
+    """
+
+    trunk: TrunkLike
+    codec: Codec
+    schedule: Schedule
+    run: str = ""
+    incarnation: str = ""
+    attempt: int = 0
+
+    def send(
+        self, hidden: Tensor, key: StepKey, mask: Tensor | None = None, micros: int = 1, training: bool = True
+    ) -> Crossing:
+        """Sends hidden states (B, T, D) on their way, and does not wait.
 
         Args:
             hidden: The bottom's output.
-            key: The step this belongs to.
+            key: The step, and the micro-batch within it.
             mask: (B, T), 0 on padding; sent only where there is padding.
-
-        Returns:
-            The trunk's output (B, T, D). It carries a gradient where the schedule and the caller want one.
+            micros: Micro-batches of the step.
+            training: Whether a gradient may come back, and dropout is on.
         """
-        training = torch.is_grad_enabled()
-        wants_gradient = training and hidden.requires_grad
-        if not (training and self._schedule.expects_backward(wants_gradient)):
-            return self._forward(hidden, key, mask, training, wants_gradient)
-        if not wants_gradient:  # the bottom has no adapter; autograd must still call the trunk, which has one
-            hidden = hidden.detach().requires_grad_()
-        output: Tensor = _Crossing.apply(hidden, self, key, mask, wants_gradient)  # type: ignore[no-untyped-call]
-        return output
-
-    def _forward(self, hidden: Tensor, key: StepKey, mask: Tensor | None, training: bool, wants: bool) -> Tensor:
-        tensors = {"hidden": self._codec.encode(hidden)}
+        tensors = {"hidden": self.codec.encode(hidden)}
         if mask is not None and not bool(mask.all()):
-            tensors["mask"] = self._codec.encode(mask.bool())
-        answer = self._trunk.forward(Packet(key, tensors, training, wants))
-        return self._codec.decode(answer.tensors["hidden"])
+            tensors["mask"] = self.codec.encode(mask.bool())
+        key = replace(key, run=self.run, attempt=self.attempt)
+        wants = training and hidden.requires_grad
+        return Crossing(self, Packet(key, tensors, training, wants, micros, self.incarnation), hidden)
 
-    def _backward(self, gradient: Tensor, key: StepKey) -> Tensor | None:
-        answer = self._trunk.backward(Packet(key, {"gradient": self._codec.encode(gradient)}))
-        return self._codec.decode(answer.tensors["gradient"]) if answer.tensors else None
+    @torch.no_grad()
+    def evaluate(self, hidden: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) through the trunk, without dropout and without a way back."""
+        return self.send(hidden, key, mask, training=False).output()
 
-
-class _Crossing(torch.autograd.Function):
-    """Forward and backward across the wire, as one node of the client's graph."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, link: Link, key: StepKey, mask: Tensor | None, wants: bool) -> Tensor:
-        ctx.link, ctx.key = link, key
-        return link._forward(hidden, key, mask, True, wants)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        return ctx.link._backward(gradients[0], ctx.key), None, None, None, None
+    def leave(self, client: int) -> None:
+        """Tells the trunk that a client's round is over."""
+        self.trunk.leave(client)

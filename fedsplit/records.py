@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,18 +54,20 @@ def config_of(message: Message) -> dict[str, Any]:
     return dict(message.content.config_records[CONFIG])
 
 
-def instructions(run: str, trunk: str, threads: int, round: int) -> ConfigRecord:
-    """What a client must know: the run's configuration (as JSON), the trunk's name, its threads, the round."""
-    return ConfigRecord({"run": run, "trunk": trunk, "threads": threads, ROUND: round})
+def instructions(run: str, trunk: str, incarnation: str, threads: int, round: int) -> ConfigRecord:
+    """What a client must know: the run's configuration (as JSON), the trunk, its threads, the round."""
+    return ConfigRecord({"run": run, "trunk": trunk, "incarnation": incarnation, "threads": threads, ROUND: round})
 
 
-def from_update(update: ClientUpdate, peak_memory: int) -> RecordDict:
-    """What a client sends back after training."""
+def from_update(update: ClientUpdate, own: HeldOut, peak_memory: int) -> RecordDict:
+    """What a client sends back after training; `own` is what it measured right after its own steps."""
     metrics: dict[str, int | float | list[int] | list[float]] = {
         "client": update.client,
         WEIGHT: update.examples,
         "tokens": update.tokens,
         "loss": update.loss,
+        "sample-nats": own.nats,
+        "sample-tokens": own.tokens,
         "peak-memory": peak_memory,
     }
     return RecordDict({ARRAYS: to_arrays(update.adapters.tensors), METRICS: MetricRecord(metrics)})
@@ -96,13 +98,15 @@ def metrics_of(reply: Message) -> dict[str, Any]:
     return dict(reply.content.metric_records[METRICS])
 
 
-def from_held_out(client: int, measured: HeldOut, peak_memory: int) -> RecordDict:
-    """What a client sends back after evaluation."""
+def from_held_out(client: int, measured: HeldOut, part: HeldOut, peak_memory: int) -> RecordDict:
+    """What a client sends back after evaluation; `part` is of the text that it measures after its own steps, too."""
     metrics: dict[str, int | float | list[int] | list[float]] = {
         "client": client,
         WEIGHT: measured.tokens,
         "loss": measured.loss,
         "nats": measured.nats,
+        "sample-nats": part.nats,
+        "sample-tokens": part.tokens,
         "peak-memory": peak_memory,
     }
     return RecordDict({METRICS: MetricRecord(metrics)})
@@ -112,6 +116,18 @@ def to_held_out(reply: Message) -> HeldOut:
     """What a client measured."""
     metrics = metrics_of(reply)
     return HeldOut(float(metrics["nats"]), int(metrics[WEIGHT]))
+
+
+def sample_of(reply: Message) -> HeldOut:
+    """What a client measured on its sample: after its own steps, or at the end of the round."""
+    metrics = metrics_of(reply)
+    return HeldOut(float(metrics["sample-nats"]), int(metrics["sample-tokens"]))
+
+
+def only(content: RecordDict, names: Collection[str]) -> RecordDict:
+    """A message's content with no other arrays than those."""
+    arrays = ArrayRecord({name: array for name, array in content.array_records[ARRAYS].items() if name in names})
+    return RecordDict({**content, ARRAYS: arrays})
 
 
 def introduction(client: int, name: str, adapters: Adapters | None, parameters: Mapping[str, Any]) -> RecordDict:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
@@ -19,9 +20,10 @@ from fedsplit import records
 from fedsplit.actor import TrunkHandle
 from fedsplit.aggregation import Aggregation, FederationFailed, Member, make_aggregation
 from fedsplit.checkpoint import RunFolder
-from fedsplit.config import Config, as_document
+from fedsplit.config import Config, as_document, derive_seed
 from fedsplit.evaluate import HeldOut
 from fedsplit.report import Watcher, perplexity
+from fedsplit.schedules import SCHEDULES, is_deterministic
 from fedsplit.updates import Adapters, ClientUpdate
 
 POLL_SECONDS = 0.01
@@ -66,7 +68,7 @@ class Federation:
         Args:
             config: The run's configuration.
             trunk: The trunk's handle.
-            trunk_name: What clients find it by.
+            trunk_name: What clients find it by; names the run, too.
             threads: Threads of a client's process.
             strategy: Ours or Flower's.
             folder: Where results go.
@@ -74,10 +76,13 @@ class Federation:
             started: When the command began, by `time.perf_counter`.
         """
         self._config, self._trunk, self._strategy = config, trunk, strategy
+        self._schedule, self._incarnation = SCHEDULES[config.trunk.schedule], ""
+        self._at_clients: frozenset[str] = frozenset()
         self._folder, self._watcher = folder, watcher
         self._run, self._trunk_name, self._threads = json.dumps(as_document(config)), trunk_name, threads
         self._members: list[Member] = []
         self._tally = _Tally()
+        self._forgotten: dict[str, float] = {}
         self._started = started
         self.stop = threading.Event()
         self.summary: dict[str, Any] | None = None
@@ -102,15 +107,17 @@ class Federation:
         """
         adapters, parameters = self._meet(grid)
         aggregation = make_aggregation(self._strategy, self._members)
-        before = after = self._evaluate(grid, 0, adapters)
+        before = after = self._evaluate(grid, 0, adapters, {})
         self._announce(0, before)
         for round in range(1, self._config.rounds + 1):
             # 1. Every client trains from the same adapters; the trunk learns as they do.
-            replies, updates = self._train(grid, round, adapters, aggregation)
+            replies, updates, own = self._train(grid, round, adapters, aggregation)
             # 2. The strategy makes one set of adapters of theirs.
             adapters = aggregation.aggregate(round, adapters, replies, updates)
+            if self._schedule.personal:
+                self._trunk.write({n: t for n, t in adapters.tensors.items() if n not in self._at_clients})
             # 3. Every client measures it.
-            after = self._evaluate(grid, round, adapters)
+            after = self._evaluate(grid, round, adapters, own)
             # 4. What came of it is kept, and told.
             self._folder.save_round(round, self._whole(adapters))
             self._announce(round, after, updates)
@@ -118,7 +125,7 @@ class Federation:
         self._folder.save_result(self._whole(adapters), self.summary)
 
     def _whole(self, adapters: Adapters) -> dict[str, Tensor]:
-        return {**adapters.tensors, **self._trunk.read()}
+        return dict((self._trunk.read() | adapters).tensors)
 
     def _exchange(
         self, grid: Grid, messages: Iterable[Message], heard: Callable[[Message, int, int], None]
@@ -136,14 +143,20 @@ class Federation:
                 (failures if reply.has_error() else replies).append(reply)
                 if not reply.has_error():
                     heard(reply, len(replies) + len(failures), expected)
+                elif (client := self._client_at(reply.metadata.src_node_id)) is not None:
+                    self._trunk.leave(client)  # nobody need wait for it
             time.sleep(POLL_SECONDS)
         for failure in failures:
-            name = next((m.name for m in self._members if m.node == failure.metadata.src_node_id), "a client")
+            client = self._client_at(failure.metadata.src_node_id)
+            name = "a client" if client is None else self._members[client].name
             self._watcher.line(f"{name} failed and is left out: {_reason(failure.error.reason)}")
         if not replies:
             reason = _reason(failures[0].error.reason) if failures else "nobody was asked"
             raise FederationFailed(f"no client answered: {reason}")
         return replies
+
+    def _client_at(self, node: int) -> int | None:
+        return next((client for client, member in enumerate(self._members) if member.node == node), None)
 
     def _ask_all(self, grid: Grid, kind: str, content: RecordDict, text: str) -> list[Message]:
         """Sends the same to every member, and shows how many have answered; replies by client."""
@@ -158,6 +171,8 @@ class Federation:
                 raise Interrupted
             time.sleep(POLL_SECONDS)
         self._watcher.phase("loading the parts", 0, len(nodes))
+        trunk = self._trunk.status()
+        self._incarnation = trunk["incarnation"]
         content = RecordDict({records.CONFIG: self._instructions(0)})
         messages = [records.message_to(node, MessageType.QUERY, content) for node in nodes]
         replies = self._exchange(grid, messages, lambda _, n, of: self._watcher.phase("loading the parts", n, of))
@@ -171,15 +186,18 @@ class Federation:
         if start is None:
             raise FederationFailed("the first client did not say what training starts from")
         self._members[:] = [found[client] for client in sorted(found)]
-        trunk = self._trunk.status()["parameters"]
-        return start, {"bottom": parameters["bottom"], "trunk": trunk, "top": parameters["top"]}
+        self._at_clients = frozenset(start.tensors)
+        if self._schedule.personal:  # to the strategy, the copies of the trunk are the clients' own, too
+            start |= self._trunk.read()
+        return start, {"bottom": parameters["bottom"], "trunk": trunk["parameters"], "top": parameters["top"]}
 
     def _train(
         self, grid: Grid, round: int, adapters: Adapters, aggregation: Aggregation
-    ) -> tuple[list[Message], list[ClientUpdate]]:
+    ) -> tuple[list[Message], list[ClientUpdate], dict[int, HeldOut]]:
+        """A round of training: replies and updates, and what each client measured after its own steps."""
         started, losses, tokens = time.perf_counter(), [], 0
-        messages = list(aggregation.messages(round, adapters, self._instructions(round), grid))
-        self._tally.traffic["adapter_down"] += sum(records.nbytes(message.content) for message in messages)
+        groups = self._groups(round, aggregation.messages(round, adapters, self._instructions(round), grid))
+        expected = sum(map(len, groups))
 
         def heard(reply: Message, done: int, of: int) -> None:
             nonlocal tokens
@@ -187,14 +205,22 @@ class Federation:
             losses.append(metrics["loss"])
             tokens += int(metrics["tokens"])
             speed = tokens / (time.perf_counter() - started)
-            status = f"{done}/{of} clients trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
-            self._watcher.phase(f"{self._label(round)}  {status}", done, of)
+            status = f"{len(losses)}/{expected} clients trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
+            self._watcher.phase(f"{self._label(round)}  {status}", len(losses), expected)
 
-        self._watcher.phase(f"{self._label(round)}  training", 0, len(messages))
-        replies = self._exchange(grid, messages, heard)
+        self._watcher.phase(f"{self._label(round)}  training", 0, expected)
+        replies: list[Message] = []
+        for group in groups:
+            for message in group:
+                message.content = records.only(message.content, self._at_clients)
+                self._tally.traffic["adapter_down"] += records.nbytes(message.content)
+            if len(groups) > 1 or self._takes_turns():
+                self._trunk.begin([self._client_of(message) for message in group])
+            replies += self._exchange(grid, group, heard)
         replies.sort(key=lambda reply: int(records.metrics_of(reply)["client"]))
-        forgotten = self._trunk.forget_pending()
-        updates = [records.to_update(r, adapters, self._name(r)) for r in replies]
+        mine = adapters.with_tensors({n: t for n, t in adapters.tensors.items() if n in self._at_clients})
+        updates = [records.to_update(r, mine, self._name(r)) for r in replies]
+        counts = self._trunk.end_round([update.client for update in updates])
         seconds = time.perf_counter() - started
         self._tally.traffic["adapter_up"] += sum(records.nbytes(reply.content) for reply in replies)
         self._tally.tokens += tokens
@@ -208,13 +234,39 @@ class Federation:
                 "clients": {self._members[u.client].name: u.loss for u in updates},
                 "tokens": tokens,
                 "seconds": seconds,
-                "forwards_without_backward": forgotten,
+                "trunk": {**counts, "resident_memory": self._trunk.status()["resident_memory"]},
             }
         )
-        return replies, updates
+        own = {update.client: records.sample_of(reply) for update, reply in zip(updates, replies, strict=True)}
+        if self._schedule.personal:
+            copies = self._trunk.copies()
+            updates = [replace(update, adapters=update.adapters | copies[update.client]) for update in updates]
+            for reply, update in zip(replies, updates, strict=True):
+                arrays = records.to_arrays(update.adapters.tensors)
+                reply.content = RecordDict({**reply.content, records.ARRAYS: arrays})
+        return replies, updates, own
+
+    def _takes_turns(self) -> bool:
+        """Whether the order of steps must be fixed, since it decides the result."""
+        trunk = self._config.trunk
+        return self._config.deterministic and not is_deterministic(trunk.schedule, trunk.every)
+
+    def _groups(self, round: int, messages: Iterable[Message]) -> list[list[Message]]:
+        """Messages in the order in which clients begin the round, in groups that train at once."""
+        ordered = sorted(messages, key=self._client_of)
+        if self._config.trunk.order == "random":
+            random.Random(derive_seed(self._config.seed, "order", round)).shuffle(ordered)
+        size = self._config.trunk.group if self._takes_turns() else max(1, len(ordered))
+        return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+
+    def _client_of(self, message: Message) -> int:
+        client = self._client_at(message.metadata.dst_node_id)
+        if client is None:
+            raise FederationFailed(f"the strategy sent a message to a node that is no client: {message.metadata}")
+        return client
 
     def _instructions(self, round: int) -> ConfigRecord:
-        return records.instructions(self._run, self._trunk_name, self._threads, round)
+        return records.instructions(self._run, self._trunk_name, self._incarnation, self._threads, round)
 
     def _label(self, round: int) -> str:
         return f"round {round}/{self._config.rounds}"
@@ -227,15 +279,22 @@ class Federation:
         peaks = [int(records.metrics_of(reply)["peak-memory"]) for reply in replies]
         self._tally.client_memory = max(self._tally.client_memory, *peaks)
 
-    def _evaluate(self, grid: Grid, round: int, adapters: Adapters) -> float:
+    def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, HeldOut]) -> float:
+        """The clients' held-out loss, and what each lost since it was measured after its own steps."""
         started = time.perf_counter()
-        arrays = records.to_arrays(adapters.tensors)
+        arrays = records.to_arrays({n: t for n, t in adapters.tensors.items() if n in self._at_clients})
         content = RecordDict({records.ARRAYS: arrays, records.CONFIG: self._instructions(round)})
         replies = self._ask_all(grid, MessageType.EVALUATE, content, f"{self._label(round)}  evaluating")
         self._tally.traffic["evaluation_adapter_down"] += records.nbytes(content) * len(self._members)
         self._remember_memory(replies)
-        measured = {int(records.metrics_of(reply)["client"]): records.to_held_out(reply) for reply in replies}
+        by_client = {int(records.metrics_of(reply)["client"]): reply for reply in replies}
+        measured = {client: records.to_held_out(reply) for client, reply in by_client.items()}
         loss = sum(measured.values(), HeldOut(0.0, 0)).loss
+        self._forgotten = {
+            self._members[client].name: records.sample_of(by_client[client]).loss - then.loss
+            for client, then in own.items()
+            if then.tokens and client in by_client
+        }
         self._folder.log(
             {
                 "event": "evaluate",
@@ -243,6 +302,7 @@ class Federation:
                 "loss": loss,
                 "perplexity": perplexity(loss),
                 "clients": {self._members[c].name: m.loss for c, m in measured.items()},
+                "forgotten": self._forgotten,
                 "tokens": sum(m.tokens for m in measured.values()),
                 "seconds": time.perf_counter() - started,
             }
@@ -255,6 +315,8 @@ class Federation:
         if updates:
             trained = f"training loss {_mean([update.loss for update in updates]):.4f}  "
             speed = f"  {tally.tokens / tally.train_seconds:,.0f} tokens/s"
+            if self._forgotten:
+                speed = f"  forgotten {_mean(list(self._forgotten.values())):+.4f}{speed}"
         self._watcher.line(
             f"{self._label(round)}  {trained}held-out loss {loss:.4f}  "
             f"perplexity {perplexity(loss):.2f}{speed}  {elapsed:.1f} s"
@@ -263,7 +325,8 @@ class Federation:
     def _summarise(self, parameters: Mapping[str, Any], before: float, after: float) -> dict[str, Any]:
         config, tally, trunk = self._config, self._tally, self._trunk.status()
         traffic = Counter(trunk["traffic"]) + tally.traffic
-        directions = [f"{what}_{way}" for what in ("activation", "gradient", "adapter") for way in ("up", "down")]
+        kinds = ("activation", "gradient", "adapter", "repeated")
+        directions = [f"{what}_{way}" for what in kinds for way in ("up", "down")]
         evaluation = {
             f"evaluation_{way}": sum(n for name, n in traffic.items() if name.startswith("eval") and name.endswith(way))
             for way in ("up", "down")
@@ -278,6 +341,7 @@ class Federation:
             "cut": config.cut,
             "parameters": dict(parameters),
             "eval_loss": {"before": before, "after": after},
+            "forgotten": _mean(list(self._forgotten.values())) if self._forgotten else None,
             "tokens": tally.tokens,
             "tokens_per_second": tally.tokens / tally.train_seconds,
             "wall_seconds": time.perf_counter() - self._started,

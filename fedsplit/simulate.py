@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ def check(config: Config) -> tuple[Path, Any]:
     if not learning_parts(config, facts.blocks):
         words = f"a cut that leaves blocks to a part that learns under the trunk schedule {config.trunk.schedule}"
         raise SettingError("cut", config.cut, words)
+    if config.trunk.schedule == "batched" and config.train.micro_batches > 1:
+        words = "1 under the trunk schedule batched, which computes the steps of all clients as one"
+        raise SettingError("train.micro_batches", config.train.micro_batches, words)
+    plan(config)
     if config.train.max_length > facts.positions:
         raise SettingError(
             "train.max_length", config.train.max_length, f"8 to {facts.positions}, the model's positions"
@@ -90,14 +95,52 @@ def check(config: Config) -> tuple[Path, Any]:
     return folder, strategy
 
 
-def plan(config: Config) -> tuple[int, int]:
-    """How many client processes, and how many threads each of them and the trunk gets.
+@dataclass(frozen=True)
+class Plan:
+    """Who gets how much of the machine.
 
-    Threads that outnumber the cores make every process several times slower.
+    Attributes:
+        workers: Processes that play the clients.
+        client_threads: Threads of each of them.
+        trunk_threads: Threads of the trunk's process.
     """
+
+    workers: int
+    client_threads: int
+    trunk_threads: int
+
+
+def plan(config: Config) -> Plan:
+    """Deals the cores out; threads that outnumber the cores make every process several times slower.
+
+    Where the result must not depend on the number of processes, the number of threads does not either: sums
+    over several threads round differently.
+
+    Raises:
+        SettingError: More clients should train at once than there are processes.
+    """
+    from fedsplit.schedules import is_deterministic
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(config.workers or cores, config.clients)
-    return workers, max(1, cores // workers)
+    fixed = config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every)
+    share = max(1, cores // (min(cores, config.clients) if fixed else workers))
+    group = config.trunk.group
+    if config.deterministic and group > workers:
+        raise SettingError("trunk.group", group, f"1 to {workers}, the number of client processes")
+    return Plan(workers, config.threads or share, config.trunk.threads or share)
+
+
+def check_memory(config: Config, trunk: Any) -> None:
+    """Makes sure that the memory given to the trunk suffices; only the trunk, once it is loaded, can tell.
+
+    Raises:
+        SettingError: It does not suffice for a single step.
+    """
+    limit = config.trunk.memory_bytes
+    if limit is not None and (least := trunk.status()["least_memory"]) > limit:
+        words = f"at least {-(-least // 10**6)}MB, for this trunk and one step at a time"
+        raise SettingError("trunk.memory", config.trunk.memory, words)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -120,18 +163,22 @@ def run(config: Config) -> dict[str, Any]:
     from fedsplit.report import make_watcher
     from fedsplit.server_app import Federation
 
-    workers, threads = plan(config)
+    shares = plan(config)
     facts = read_facts(config.model_path)
     with make_watcher() as watcher:
-        watcher.line(f"{config.clients} clients in {workers} processes; threads of each and of the trunk: {threads}")
+        watcher.line(
+            f"{config.clients} clients in {shares.workers} processes; "
+            f"threads: {shares.client_threads} each, trunk {shares.trunk_threads}"
+        )
         trunk_line = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}"
         watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}")
         name = f"trunk-{os.getpid()}-{time.time_ns()}"
         try:
-            start_cluster(workers)
-            trunk = start_trunk(config, name, threads)
+            start_cluster(shares.workers)
+            trunk = start_trunk(config, name, shares.trunk_threads)
+            check_memory(config, trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks)
-            federation = Federation(config, trunk, name, threads, strategy, results, watcher, started)
+            federation = Federation(config, trunk, name, shares.client_threads, strategy, results, watcher, started)
             _simulate(federation, config.clients)
         finally:
             stop_cluster()

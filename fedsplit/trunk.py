@@ -1,39 +1,119 @@
-"""The server half of a step: the shared middle of the model, its adapter and its optimiser.
+"""The server half of a step: the middle of the model, the adapters that clients train on it, their optimisers.
 
-A plain class that knows nothing of processes; `fedsplit.actor` puts it into one of its own.
+A plain class that knows nothing of processes, of time to wait, or of who comes first: `fedsplit.dispatch`
+decides what is computed next, `fedsplit.actor` puts both into a process of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsplit import adapters
 from fedsplit.config import TrainSettings, derive_seed
+from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.optim import make_optimizer
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import Trunk
+from fedsplit.steps import RefusedStep, SpoiledStep, Steps
 from fedsplit.updates import Adapters, Packet, StepKey
 from fedsplit.wire import Codec
 
+WAIT_SECONDS = 0.05
+"""After how long a client that found no room may ask again."""
 
-class UnknownStep(Exception):
-    """A gradient for a step that has no pending forward."""
+Version = dict[str, Tensor]
+"""An adapter that never changes, by the names of its parameters in the part."""
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """A forward whose backward has not come: the graph, and the adapter it was computed with."""
+class _Learner:
+    """An adapter and its optimiser; every step publishes a new version and leaves the older ones as they are."""
 
-    hidden: Tensor
-    output: Tensor
-    version: Mapping[str, Tensor]
+    def __init__(self, start: Mapping[str, Tensor], settings: TrainSettings, learns: bool) -> None:
+        self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
+        self._optimizer = make_optimizer(self._parameters.values(), settings)
+        self._learns = learns
+        self._publish()
+
+    def _publish(self) -> None:
+        self.version: Version = {
+            name: parameter.detach().clone().requires_grad_(self._learns)
+            for name, parameter in self._parameters.items()
+        }
+
+    def step(self, gradients: Mapping[str, Tensor]) -> None:
+        """One step of the optimiser."""
+        assert self._optimizer is not None
+        for name, gradient in gradients.items():
+            self._parameters[name].grad = gradient
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._publish()
+
+    @torch.no_grad()
+    def write(self, tensors: Version) -> None:
+        """Replaces the adapter; the moments stay."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors[name])
+        self._publish()
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A forward of one client, or of several at once, of which some backward has not come.
+
+    Attributes:
+        inputs: Hidden states as they came, leaves of the graph, by step.
+        masks: Masks of those that are padded.
+        learner: Whose adapter it is computed with.
+        version: Which version of it.
+        seed: Of its dropout.
+        output: The result with its graph; None where it must be computed again.
+        spent: A backward has been made; those that come later are late.
+    """
+
+    inputs: dict[StepKey, Tensor]
+    masks: dict[StepKey, Tensor]
+    learner: _Learner
+    version: Version
+    seed: int
+    output: Tensor | None = None
+    spent: bool = False
+
+    def join(self) -> tuple[Tensor, Tensor | None]:
+        """All inputs as one batch, shorter sequences padded at the end, which no earlier token can see."""
+        length = max(hidden.shape[1] for hidden in self.inputs.values())
+        rows = [nn.functional.pad(h, (0, 0, 0, length - h.shape[1])) for h in self.inputs.values()]
+        if not self.masks:
+            return rows[0] if len(rows) == 1 else torch.cat(rows), None
+        whole = {key: torch.ones(hidden.shape[:2], dtype=torch.bool) for key, hidden in self.inputs.items()}
+        masks = [nn.functional.pad(m, (0, length - m.shape[1])) for m in {**whole, **self.masks}.values()]
+        return torch.cat(rows), torch.cat(masks)
+
+    def cut(self, joined: Tensor) -> dict[StepKey, Tensor]:
+        """A joined tensor (all rows, longest, D) to each step's own."""
+        rows = joined.split([hidden.shape[0] for hidden in self.inputs.values()])
+        return {key: row[:, : hidden.shape[1]] for row, (key, hidden) in zip(rows, self.inputs.items(), strict=True)}
+
+
+@dataclass
+class _Sum:
+    """Gradients of a client on their way to a step of the optimiser, and of which of its steps."""
+
+    steps: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, key: StepKey, gradients: Mapping[str, Tensor]) -> None:
+        self.steps[key.place] += 1
+        for name, gradient in gradients.items():
+            self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
 
 
 @contextlib.contextmanager
@@ -52,10 +132,28 @@ class TrunkServer:
     weights its activations came from, however many steps of others lie between.
 
     Attributes:
-        traffic: Bytes by direction ("activation_up", …), of training and, under "evaluation_…", of evaluation.
+        steps: Which steps are pending.
+        traffic: Bytes by direction ("activation_up", …), of training, under "evaluation_…" of evaluation, and
+            under "repeated_…" of what crossed more than once.
+        counts: What happened since the round began: "steps" of an optimiser, "forwards" and "backwards" computed,
+            forwards computed again ("recomputed"), clients told to wait ("waits"), gradients that came too late
+            to count ("late"), leases that ran out ("expired").
     """
 
-    def __init__(self, part: Trunk, codec: Codec, schedule: str, settings: TrainSettings, seed: int) -> None:
+    def __init__(
+        self,
+        part: Trunk,
+        codec: Codec,
+        schedule: str,
+        settings: TrainSettings,
+        seed: int,
+        *,
+        run: str = "",
+        incarnation: str = "",
+        lease: float = 600.0,
+        budget: Budget | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Takes over a part.
 
         Args:
@@ -64,95 +162,330 @@ class TrunkServer:
             schedule: One of `fedsplit.schedules.SCHEDULES`.
             settings: The optimiser's.
             seed: The run's seed, for dropout.
+            run: The run's name, which requests must carry.
+            incarnation: This life of the trunk, which requests must carry.
+            lease: Seconds that a forward may wait for its backward.
+            budget: For resident memory; none where not given.
+            clock: Seconds, for leases.
         """
-        self._part, self._codec, self._seed = part, codec, seed
+        self._part, self._codec, self._settings, self._seed = part, codec, settings, seed
         self._schedule = SCHEDULES[schedule]
-        self._trained = adapters.local_parameters(part)
-        self._optimizer = make_optimizer(self._trained.values(), settings)
-        self._pending: dict[StepKey, _Pending] = {}
+        self._exported = {name: adapters.exported_name(part, name) for name in adapters.local_parameters(part)}
+        self._layers = adapters.read(part).layers
+        self._shared = self._learner(adapters.local_parameters(part))
+        self._copies: dict[int, _Learner] = {}
+        self._sums: dict[int, _Sum] = {}
+        self._budget = budget or Budget(None)
+        self.steps: Steps[_Flight] = Steps(run, incarnation, lease, clock)
         self.traffic: Counter[str] = Counter()
-        self._publish()
+        self.counts: Counter[str] = Counter()
 
-    def _publish(self) -> None:
-        self._version = {
-            name: parameter.detach().clone().requires_grad_(self._schedule.learns)
-            for name, parameter in self._trained.items()
-        }
+    def _learner(self, start: Mapping[str, Tensor]) -> _Learner:
+        return _Learner(start, self._settings, self._schedule.learns)
 
-    def _run(self, packet: Packet) -> tuple[Tensor, Tensor]:
-        hidden = self._codec.decode(packet.tensors["hidden"])
-        mask = self._codec.decode(packet.tensors["mask"]) if "mask" in packet.tensors else None
-        hidden.requires_grad_(packet.wants_gradient and self._schedule.returns_gradient)
-        return hidden, functional_call(self._part, self._version, (hidden, mask))
+    def _learner_of(self, client: int, begins: bool) -> _Learner:
+        """Whose adapter a client's step is computed with."""
+        if begins and self._schedule.personal and client not in self._copies:
+            self._copies[client] = self._learner(self._shared.version)
+        return self._copies.get(client, self._shared)
+
+    def _run(self, flight: _Flight, keeps_graph: bool, training: bool = True) -> Tensor:
+        if self._part.training != training:
+            self._part.train(training)
+        hidden, mask = flight.join()
+        with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed):
+            output: Tensor = functional_call(self._part, flight.version, (hidden, mask))
+        return output
 
     def forward(self, packet: Packet) -> Packet:
-        """Hidden states (B, T, D) in, hidden states (B, T, D) out.
-
-        In training the graph is kept until the backward of the same key; dropout is drawn from the run's
-        seed and the key, so that it does not depend on what other clients do.
-        """
-        key = packet.key
-        self._part.train(packet.training)
-        keeps_graph = packet.training and self._schedule.expects_backward(packet.wants_gradient)
-        seed = derive_seed(self._seed, "trunk", key.round, key.client, key.step)
-        with torch.set_grad_enabled(keeps_graph), _seeded(seed):
-            hidden, output = self._run(packet)
-        if keeps_graph:
-            self._pending[key] = _Pending(hidden, output, self._version)
-        answer = Packet(key, {"hidden": self._codec.encode(output)}, packet.training)
-        self._count("activation", packet, answer)
-        return answer
+        """Hidden states (B, T, D) in, hidden states (B, T, D) out; as `forward_together` of one."""
+        return self.forward_together([packet])[0]
 
     def backward(self, packet: Packet) -> Packet:
-        """The gradient (B, T, D) of the loss by the trunk's output in, by its input out.
+        """The gradient (B, T, D) of the loss by the trunk's output in, by its input out; as `backward_together`."""
+        return self.backward_together([packet])[0]
 
-        Under a schedule that learns, the trunk's optimiser makes one step with the gradient of its adapter.
+    def is_repeat(self, packet: Packet) -> bool:
+        """Whether a request was served before, so that answering it computes nothing new."""
+        if "gradient" in packet.tensors:
+            return self.steps.answered(packet.key) is not None
+        return packet.training and self.steps.repeated(packet.key) is not None
+
+    def companions(self, key: StepKey) -> set[int]:
+        """The clients whose steps are pending in the same flight as a step; empty where it is not pending."""
+        try:
+            flight = self.steps.held(key)
+        except RefusedStep:
+            return set()
+        return {other.client for other in flight.inputs if self.steps.is_pending(other)}
+
+    def forward_together(self, packets: Sequence[Packet]) -> list[Packet]:
+        """One forward of the steps of one or more clients; nobody's padding crosses the wire.
+
+        In training, the graph, or where the budget has no room for it the input alone, is kept until the
+        backward of the same key. Dropout is drawn from the run's seed and the keys. A step that comes again
+        while it is pending gets the same answer and is kept once.
+
+        Args:
+            packets: All of training, or one of evaluation.
+
+        Returns:
+            An answer to each; one with `wait` above 0 to those for which there is no room now.
 
         Raises:
-            UnknownStep: No forward of that key is pending.
+            RefusedStep: A packet must not be served; nothing was done.
         """
-        pending = self._pending.pop(packet.key, None)
-        if pending is None:
-            raise UnknownStep(f"no forward is pending for {packet.key}")
-        wanted = {name: tensor for name, tensor in pending.version.items() if tensor.requires_grad}
-        inputs = [*wanted.values(), *([pending.hidden] if pending.hidden.requires_grad else [])]
-        gradients = torch.autograd.grad(pending.output, inputs, self._codec.decode(packet.tensors["gradient"]))
-        if wanted:
-            self._step(dict(zip(wanted, gradients, strict=False)))
-        tensors = {"gradient": self._codec.encode(gradients[-1])} if pending.hidden.requires_grad else {}
-        answer = Packet(packet.key, tensors)
-        self._count("gradient", packet, answer)
-        return answer
+        for packet in packets:
+            self.steps.check(packet)
+        first = packets[0]
+        keeps = first.training and self._schedule.expects_backward(first.wants_gradient)
+        if keeps and (again := self.steps.repeated(first.key)) is not None:
+            output = self._run(again, keeps_graph=False) if again.output is None else again.output.detach()
+            answers = {first.key: again.cut(output)[first.key]}
+            return self._answer("repeated", "hidden", packets, answers)
+        inputs = {packet.key: self._hidden(packet) for packet in packets}
+        if keeps:
+            for packet in packets:
+                self.steps.check_order(packet.key)
+        room, count = self._room(list(inputs.values())) if keeps else ("none", len(packets))
+        served = packets[:count]
+        answers = {}
+        if served:
+            flight = self._take_off(served, inputs, keeps)
+            output = self._run(flight, keeps_graph=room == "graph", training=first.training)
+            flight.output = output if room == "graph" else None
+            if keeps:
+                for key in flight.inputs:
+                    self.steps.begin(key, flight)
+            answers = flight.cut(output.detach())
+            self.counts["forwards"] += 1
+        self.counts["waits"] += len(packets) - count
+        what = "activation" if first.training else "evaluation_activation"
+        return [
+            *self._answer(what, "hidden", served, answers),
+            *(Packet(packet.key, wait=WAIT_SECONDS) for packet in packets[count:]),
+        ]
 
-    def _step(self, gradients: Mapping[str, Tensor]) -> None:
-        assert self._optimizer is not None
-        for name, gradient in gradients.items():
-            self._trained[name].grad = gradient
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._publish()
+    def _hidden(self, packet: Packet) -> Tensor:
+        hidden = self._codec.decode(packet.tensors["hidden"])
+        width = self._part.config.hidden_size
+        if hidden.ndim != 3 or hidden.shape[2] != width or not hidden.numel():
+            raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
+        return hidden.requires_grad_(packet.training and packet.wants_gradient and self._schedule.returns_gradient)
 
-    def _count(self, what: str, up: Packet, down: Packet) -> None:
-        prefix = "" if up.training else "evaluation_"
-        self.traffic[f"{prefix}{what}_up"] += up.nbytes
-        self.traffic[f"{prefix}{what}_down"] += down.nbytes
+    def _room(self, inputs: Sequence[Tensor]) -> tuple[str, int]:
+        """What may be kept of a flight, and for how many of its steps there is room."""
+        count = len(inputs)
+        while count:
+            rows, length = sum(h.shape[0] for h in inputs[:count]), max(h.shape[1] for h in inputs[:count])
+            room = self._budget.room(rows * length, sum(h.nbytes for h in inputs[:count]))
+            if room != "none":
+                return room, count
+            count //= 2
+        return "none", 0
 
-    def forget_pending(self) -> int:
-        """Frees forwards whose backward never came, as when a client failed; returns how many."""
-        forgotten = len(self._pending)
-        self._pending.clear()
-        return forgotten
+    def _take_off(self, packets: Sequence[Packet], inputs: Mapping[StepKey, Tensor], keeps: bool) -> _Flight:
+        masks = {p.key: self._codec.decode(p.tensors["mask"]) for p in packets if "mask" in p.tensors}
+        learner = self._learner_of(packets[0].key.client, begins=keeps)
+        path = [(key.round, key.client, key.step, key.micro) for key in (packet.key for packet in packets)]
+        flown = {packet.key: inputs[packet.key] for packet in packets}
+        return _Flight(flown, masks, learner, learner.version, derive_seed(self._seed, "trunk", *path))
+
+    def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
+        """One backward of steps whose forward was one.
+
+        Where the schedule learns, the gradient of the adapter goes to the optimiser: at once under `shared` and
+        `copies` (after the last micro-batch), averaged over the clients under `batched`, and at `close_window`
+        under `accumulate`. A gradient that comes again gets the same answer and counts no more.
+
+        Args:
+            packets: Gradients (B, T, D), of one flight.
+
+        Raises:
+            RefusedStep: A packet must not be served; nothing was done.
+        """
+        for packet in packets:
+            self.steps.check(packet)
+        if (known := self.steps.answered(packets[0].key)) is not None:
+            self._count("repeated", packets[0], known)
+            return [known]
+        flight = self.steps.held(packets[0].key)
+        sent = {packet.key: self._gradient(packet, flight) for packet in packets}
+        returned = self._differentiate(flight, packets, sent)
+        answers = self._answer("gradient", "gradient", packets, returned)
+        for packet, answer in zip(packets, answers, strict=True):
+            self.steps.answer(packet.key, answer)
+        return answers
+
+    def _gradient(self, packet: Packet, flight: _Flight) -> Tensor:
+        gradient = self._codec.decode(packet.tensors["gradient"])
+        if gradient.shape != (expected := flight.inputs[packet.key].shape):
+            raise SpoiledStep(f"{packet.key} sent a gradient of shape {tuple(gradient.shape)}, not {tuple(expected)}")
+        if not torch.isfinite(gradient).all():
+            raise SpoiledStep(f"{packet.key} sent NaN or infinite values as its gradient")
+        return gradient
+
+    def _differentiate(
+        self, flight: _Flight, packets: Sequence[Packet], sent: Mapping[StepKey, Tensor]
+    ) -> dict[StepKey, Tensor]:
+        """The gradients of a flight's inputs; those of its adapter go on to the learner."""
+        if flight.output is None:
+            flight.output = self._run(flight, keeps_graph=True)
+            self.counts["recomputed"] += 1
+        learned = {name: tensor for name, tensor in flight.version.items() if tensor.requires_grad}
+        wanted = {key: flight.inputs[key] for key in sent if flight.inputs[key].requires_grad}
+        output, flight.output = flight.output, None
+        gradients = torch.autograd.grad(output, [*learned.values(), *wanted.values()], _spread(flight, output, sent))
+        self.counts["backwards"] += 1
+        if learned:
+            self._learn(flight, packets, dict(zip(learned, gradients, strict=False)))
+        flight.spent = True
+        return dict(zip(wanted, gradients[len(learned) :], strict=True))
+
+    def _learn(self, flight: _Flight, packets: Sequence[Packet], gradients: Mapping[str, Tensor]) -> None:
+        key, learner = packets[0].key, flight.learner
+        if self._schedule.gathers:
+            if flight.spent:
+                self.counts["late"] += 1
+                return
+            self._step(learner, {name: gradient / len(packets) for name, gradient in gradients.items()})
+            return
+        if self._schedule.sums and flight.version is not learner.version:
+            self.counts["late"] += 1
+            return
+        if not self._schedule.sums and packets[0].micros == 1:
+            self._step(learner, gradients)
+            return
+        total = self._sums.get(key.client)
+        if total is None or (not self._schedule.sums and key.place not in total.steps):
+            total = self._sums[key.client] = _Sum()
+        total.add(key, gradients)
+        if not self._schedule.sums and total.steps[key.place] == packets[0].micros:
+            del self._sums[key.client]
+            self._step(learner, total.gradients)
+
+    def _step(self, learner: _Learner, gradients: Mapping[str, Tensor]) -> None:
+        learner.step(gradients)
+        self.counts["steps"] += 1
+
+    def close_window(self, clients: Sequence[int] | None = None) -> bool:
+        """Under `accumulate`: one step with the sum of the gradients since the last, in the order of the clients.
+
+        Args:
+            clients: Whose gradients count; everybody's where not given.
+
+        Returns:
+            Whether there was anything to sum.
+        """
+        chosen = sorted(self._sums if clients is None else self._sums.keys() & set(clients))
+        sums = [self._sums[client].gradients for client in chosen]
+        self._sums.clear()
+        if not sums:
+            return False
+        self._step(self._shared, {name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]})
+        return True
+
+    def leave(self, client: int) -> None:
+        """A client has ended its round, or is dead: what is pending of it is freed."""
+        self.counts["abandoned"] += self.steps.leave(client)
+        if not self._schedule.sums:
+            self._sums.pop(client, None)
+
+    def expire(self) -> None:
+        """Frees forwards whose lease has run out."""
+        self.counts["expired"] += self.steps.expire()
+
+    def end_round(self, finished: Sequence[int]) -> dict[str, int]:
+        """Ends the round of all clients, and keeps of those that have not finished it nothing that could wait.
+
+        Args:
+            finished: The clients whose round counts.
+
+        Returns:
+            `counts` of the round; they begin anew.
+        """
+        for client in {key.client for flight in self.steps.pending() for key in flight.inputs}:
+            self.leave(client)
+        if self._schedule.sums:
+            self.close_window(finished)
+        self._copies = {client: copy for client, copy in self._copies.items() if client in finished}
+        counts = {name: count for name, count in self.counts.items() if count}
+        self.counts.clear()
+        return counts
+
+    def copies(self) -> dict[int, Adapters]:
+        """Under `copies`: each client's adapter of the round that has ended."""
+        return {client: self._named(self._copies[client].version) for client in sorted(self._copies)}
 
     def read(self) -> Adapters:
         """The trunk's adapter as it is now."""
-        return adapters.read(self._part)
+        return self._named(self._shared.version)
+
+    def _named(self, version: Version) -> Adapters:
+        return Adapters({self._exported[name]: tensor.detach() for name, tensor in version.items()}, self._layers)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces the trunk's adapter; pending forwards keep the version they had."""
-        adapters.write(tensors, self._part)
-        self._publish()
+        """Replaces the trunk's adapter, and ends all copies; pending forwards keep the version they had."""
+        self._copies.clear()
+        self._shared.write({name: tensors[exported] for name, exported in self._exported.items()})
 
     def count(self) -> dict[str, int]:
         """Total and trainable parameters."""
         counted = adapters.count(self._part)
         return counted if self._schedule.learns else {**counted, "trainable": 0}
+
+    def calibrate(self, batch: int, length: int) -> int:
+        """Runs one step that leaves nothing behind, to see what memory one needs.
+
+        Args:
+            batch: Sequences of a step.
+            length: Tokens of a sequence.
+
+        Returns:
+            The smallest budget under which such a step can be served, in bytes.
+        """
+        hidden = torch.zeros(batch, length, self._part.config.hidden_size, requires_grad=True)
+        flight = _Flight({StepKey(0, 0, 0): hidden}, {}, self._shared, self._shared.version, 0)
+        storages: dict[int, int] = {}
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*self._part.parameters(), *flight.version.values())}
+
+        def saved(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        before = resident_memory()
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+            output = self._run(flight, keeps_graph=True)
+        inputs = [hidden, *(tensor for tensor in flight.version.values() if tensor.requires_grad)]
+        torch.autograd.grad(output, inputs, torch.zeros_like(output))
+        graph = sum(storages.values())
+        self._budget.learn(batch * length, graph, max(peak_memory() - before, graph))
+        del output
+        return self._budget.least(batch * length, hidden.nbytes)
+
+    def _answer(
+        self, what: str, name: str, packets: Sequence[Packet], tensors: Mapping[StepKey, Tensor]
+    ) -> list[Packet]:
+        answers = []
+        for packet in packets:
+            found = {name: self._codec.encode(tensors[packet.key])} if packet.key in tensors else {}
+            answers.append(Packet(packet.key, found, packet.training))
+            self._count(what, packet, answers[-1])
+        return answers
+
+    def _count(self, what: str, up: Packet, down: Packet) -> None:
+        self.traffic[f"{what}_up"] += up.nbytes
+        self.traffic[f"{what}_down"] += down.nbytes
+
+
+def _spread(flight: _Flight, output: Tensor, sent: Mapping[StepKey, Tensor]) -> Tensor:
+    """The gradients of some steps of a flight as one of its output; zero where none came."""
+    if len(flight.inputs) == 1:
+        return next(iter(sent.values()))
+    whole = torch.zeros_like(output)
+    for key, place in flight.cut(whole).items():
+        if key in sent:
+            place.copy_(sent[key])
+    return whole

@@ -16,17 +16,31 @@ class RefusedUpdate(Exception):
 
 @dataclass(frozen=True)
 class StepKey:
-    """Names one step of one client, so that forward and backward find each other.
+    """Names one step of one client, so that forward and backward find each other, and each counts once.
 
     Attributes:
         round: The round, from 1; 0 is the evaluation before the first.
         client: The client's partition, from 0.
         step: The step within the round, from 0.
+        attempt: How often the client's round was begun before.
+        micro: The micro-batch within the step, from 0.
+        run: The run's name.
     """
 
     round: int
     client: int
     step: int
+    attempt: int = 0
+    micro: int = 0
+    run: str = ""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Where the step lies in its client's time: what is smaller came before."""
+        return self.round, self.attempt, self.step
+
+    def __str__(self) -> str:
+        return f"round {self.round}, client {self.client}, step {self.step}.{self.micro}, attempt {self.attempt}"
 
 
 @dataclass(frozen=True)
@@ -57,12 +71,18 @@ class Packet:
             an answer carries nothing, as when the client's bottom has nothing to learn.
         training: Whether this is a training step, with dropout, or evaluation.
         wants_gradient: Whether the client's bottom can use a gradient.
+        micros: Micro-batches that the step consists of.
+        incarnation: Which life of the trunk it is meant for; a trunk that was started again has another.
+        wait: Of an answer: the trunk has no room for the step now; ask again after so many seconds.
     """
 
     key: StepKey
     tensors: Mapping[str, Encoded] = field(default_factory=dict)
     training: bool = True
     wants_gradient: bool = True
+    micros: int = 1
+    incarnation: str = ""
+    wait: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +124,10 @@ class Adapters:
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapters:
         """The same layers with other factors."""
         return Adapters(tensors, self.layers)
+
+    def __or__(self, other: Adapters) -> Adapters:
+        """The adapters of the parts of both."""
+        return Adapters({**self.tensors, **other.tensors}, {**self.layers, **other.layers})
 
     @property
     def nbytes(self) -> int:

@@ -12,24 +12,60 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedsplit import adapters, client_app
-from fedsplit.actor import peak_memory
 from fedsplit.checkpoint import RunFolder
 from fedsplit.config import Config
+from fedsplit.dispatch import Dispatcher
 from fedsplit.families import read_facts
+from fedsplit.memory import peak_memory, resident_memory
 from fedsplit.server_app import Federation
 from fedsplit.split import load_parts
 from fedsplit.trunk import TrunkServer
+from fedsplit.updates import Packet
 from fedsplit.wire import make_codec
 
 
-class LocalTrunk(TrunkServer):
-    """A trunk with what its actor and handle add."""
+class LocalTrunk:
+    """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
 
-    def read(self) -> Any:
-        return super().read().tensors
+    def __init__(self, config: Config, run: str = "") -> None:
+        (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+        adapters.add(part, config.lora, config.seed)
+        self.now = 0.0
+        codec, schedule = make_codec(config.wire.codec), config.trunk.schedule
+        clock, train, seed = lambda: self.now, config.train, config.seed
+        self.server = TrunkServer(
+            part, codec, schedule, train, seed, run=run, incarnation="first", lease=config.trunk.lease, clock=clock
+        )
+        self.dispatcher = Dispatcher(self.server, config.trunk, clock)
+        self.begin, self.leave, self.end_round = self.dispatcher.begin, self.dispatcher.leave, self.dispatcher.end_round
+        self.copies, self.read, self.write = self.server.copies, self.server.read, self.server.write
+
+    def send(self, packet: Packet) -> Callable[[], Packet]:
+        answers: list[Any] = []
+        self.dispatcher.submit(packet, answers.append)
+
+        def wait() -> Packet:
+            while not answers:
+                if not self.dispatcher.advance():
+                    wakes = self.dispatcher.wakes_at()
+                    assert wakes is not None, "nothing will ever answer"
+                    self.now = max(self.now, wakes)
+            if isinstance(answers[0], Exception):
+                raise answers[0]
+            return answers[0]
+
+        return wait
 
     def status(self) -> dict[str, Any]:
-        return {"traffic": dict(self.traffic), "peak_memory": peak_memory(), "parameters": self.count()}
+        return {
+            "incarnation": "first",
+            "least_memory": 0,
+            "traffic": dict(self.server.traffic),
+            "peak_memory": peak_memory(),
+            "resident_memory": resident_memory(),
+            "pending": len(self.server.steps),
+            "parameters": self.server.count(),
+        }
 
 
 class LocalGrid:
@@ -90,12 +126,11 @@ def federate(
         monkeypatch: Puts the local trunk where clients look for it.
         spoil: Changes replies on their way to the server.
     """
-    (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
-    adapters.add(part, config.lora, config.seed)
-    trunk = LocalTrunk(part, make_codec(config.wire.codec), config.trunk.schedule, config.train, config.seed)
+    run = str(uuid4())
+    trunk = LocalTrunk(config, run)
     monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
     facts, lines = read_facts(config.model_path), Lines()
     folder = RunFolder(out, config, facts.family, facts.blocks)
-    federation = Federation(config, trunk, str(uuid4()), 1, strategy, folder, lines, time.perf_counter())  # type: ignore[arg-type]
+    federation = Federation(config, trunk, run, 1, strategy, folder, lines, time.perf_counter())  # type: ignore[arg-type]
     federation.run(LocalGrid(config.clients, spoil))  # type: ignore[arg-type]
     return federation, lines

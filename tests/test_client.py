@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import VOCABULARY, without_dropout
+from local_federation import LocalTrunk
 from peft import get_peft_model
 
 from fedsplit import adapters
 from fedsplit.client import Client
-from fedsplit.config import LoraSettings, TrainSettings, derive_seed
+from fedsplit.config import LoraSettings, TrainSettings, build, derive_seed
 from fedsplit.families import FAMILIES
 from fedsplit.link import Link
 from fedsplit.optim import make_optimizer
 from fedsplit.partition import Shard, batch
+from fedsplit.schedules import SCHEDULES
 from fedsplit.split import load_parts, load_whole
-from fedsplit.trunk import TrunkServer
+from fedsplit.steps import StaleStep
+from fedsplit.updates import StepKey
 from fedsplit.wire import make_codec
 
 STEPS = 20
 
 
-def make_client(path: Path, schedule: str, cut=(1, 2), dropout=0.0, steps=STEPS, seed=0, codec="raw"):
+def make_client(path: Path, schedule: str, cut=(1, 2), dropout=0.0, steps=STEPS, seed=0, codec="raw", micro_batches=1):
     """A client and its trunk in one process."""
-    lora, train = LoraSettings(rank=2, dropout=dropout), TrainSettings(steps=steps, batch_size=3, lr=5e-3)
-    bottom, trunk, top = load_parts(path, cut, ["bottom", "trunk", "top"])
-    for part in (bottom, trunk, top):
-        adapters.add(part, lora, seed)
+    values = {"model": str(path), "cut": f"{cut[0]}:{cut[1]}", "seed": seed, "lora.rank": 2, "lora.dropout": dropout}
+    values |= {"train.steps": steps, "train.batch_size": 3, "train.lr": 5e-3, "trunk.schedule": schedule}
+    config = build(values | {"wire.codec": codec, "train.micro_batches": micro_batches})
+    bottom, top = load_parts(path, cut, ["bottom", "top"])
+    trunk = LocalTrunk(config)
+    for part in (bottom, top):
+        adapters.add(part, config.lora, seed)
+    for part in (bottom, trunk.server._part, top):
         without_dropout(part)
-    server = TrunkServer(trunk, make_codec(codec), schedule, train, seed)
     generator = torch.Generator().manual_seed(1)
     shard = Shard(
         "ann", torch.randint(1, VOCABULARY, (10, 8), generator=generator), torch.zeros(1, 8, dtype=torch.long)
     )
-    client = Client(0, shard, bottom, top, Link(server, make_codec(codec), schedule), train, seed)
-    return client, server, adapters.read(bottom, top).tensors
+    link = Link(trunk, make_codec(codec), SCHEDULES[schedule], incarnation="first")
+    client = Client(0, shard, bottom, top, link, config.train, seed)
+    return client, trunk.server, adapters.read(bottom, top).tensors
 
 
 def fine_tune(
@@ -76,7 +84,12 @@ def test_one_client_shared_follows_plain_peft_fine_tuning(model_path: Path, cut:
 
 @pytest.mark.parametrize(
     ("schedule", "learning"),
-    [("shared", {"bottom", "trunk", "top"}), ("frozen", {"bottom", "top"}), ("forward-only", {"top"})],
+    [
+        ("shared", {"bottom", "trunk", "top"}),
+        ("batched", {"bottom", "trunk", "top"}),
+        ("frozen", {"bottom", "top"}),
+        ("forward-only", {"top"}),
+    ],
 )
 def test_which_parts_learn_under_which_schedule(model_path: Path, schedule: str, learning: set[str]) -> None:
     client, server, given = make_client(model_path, schedule, steps=2)
@@ -95,7 +108,7 @@ def test_frozen_trunk_without_a_bottom_sends_no_gradient(model_path: Path) -> No
     client, server, given = make_client(model_path, "frozen", cut=(0, 2), steps=2)
     update = client.train(given, round=1)
     assert server.traffic["gradient_up"] == 0
-    assert server.forget_pending() == 0
+    assert len(server.steps) == 0
     assert any(not torch.equal(update.adapters.tensors[n], given[n]) for n in given)
 
 
@@ -103,19 +116,18 @@ def test_training_depends_on_what_it_is_given_alone(model_path: Path) -> None:
     """A second attempt, after one that broke off between backward and step, gives the same to the bit."""
     client, _, given = make_client(model_path, "frozen", dropout=0.3, steps=3)
     first = client.train(given, round=2).adapters.tensors
-    from fedsplit.updates import StepKey
-
-    client.step(client.shard.train[:2], StepKey(9, 0, 0))
+    broken, second = (replace(client, link=replace(client.link, attempt=attempt)) for attempt in (1, 2))
+    broken.step(client.shard.train[:2], StepKey(2, 0, 0))
     torch.manual_seed(99)
-    again = client.train(given, round=2).adapters.tensors
+    again = second.train(given, round=2).adapters.tensors
+    with pytest.raises(StaleStep, match="round 2, client 0, step 0"):
+        broken.train(given, round=2)
     other_round = client.train(given, round=3).adapters.tensors
     assert all(torch.equal(first[name], again[name]) for name in given)
     assert any(not torch.equal(first[name], other_round[name]) for name in given)
 
 
 def test_padding_is_neither_seen_nor_predicted(model_path: Path) -> None:
-    from fedsplit.updates import StepKey
-
     client, server, _ = make_client(model_path, "frozen")
     client.bottom.eval(), client.top.eval()
     ids = client.shard.train[:2].clone()
@@ -144,3 +156,29 @@ def test_bf16_on_the_wire_halves_the_bytes_and_stays_close(model_path: Path) -> 
     assert narrow_server.traffic["gradient_down"] * 2 == raw_server.traffic["gradient_down"]
     assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
     assert rounded.loss != exact.loss
+
+
+@pytest.mark.parametrize("schedule", ["shared", "accumulate", "copies"])
+def test_micro_batches_are_the_whole_batch(model_path: Path, schedule: str) -> None:
+    """Three parts of a batch under way at once give the batch's gradients on all three parts of the model."""
+    whole, whole_server, given = make_client(model_path, schedule, steps=4)
+    split, split_server, _ = make_client(model_path, schedule, steps=4, micro_batches=3)
+    one, three = whole.train(given, 1), split.train(given, 1)
+    assert three.loss == pytest.approx(one.loss, rel=1e-6)
+    for name, tensor in one.adapters.tensors.items():
+        assert torch.allclose(tensor, three.adapters.tensors[name], atol=2e-6), name
+    for server in (whole_server, split_server):
+        assert server.end_round([0])["steps"] == (1 if schedule == "accumulate" else 4)
+    ones, threes = (s.copies()[0] if schedule == "copies" else s.read() for s in (whole_server, split_server))
+    for name, tensor in ones.tensors.items():
+        assert torch.allclose(tensor, threes.tensors[name], atol=2e-6), name
+
+
+def test_micro_batches_weigh_by_what_is_predicted(model_path: Path) -> None:
+    ids, mask = torch.randint(1, VOCABULARY, (3, 8)), torch.ones(3, 8, dtype=torch.long)
+    mask[0, 3:] = 0
+    losses = []
+    for micro_batches in (1, 3):
+        client, _, _ = make_client(model_path, "frozen", micro_batches=micro_batches)
+        losses.append(float(client.step(ids, StepKey(1, 0, 0), mask)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -11,11 +11,12 @@ import pytest
 
 LAYERS = [
     {"config", "updates"},
-    {"families", "corpus", "wire", "optim", "schedules", "strategy", "report"},
+    {"families", "corpus", "wire", "optim", "schedules", "steps", "memory", "strategy", "report"},
     {"split", "partition", "link"},
     {"adapters"},
     {"trunk", "client", "checkpoint"},
-    {"actor", "evaluate"},
+    {"dispatch", "evaluate"},
+    {"actor"},
     {"records"},
     {"aggregation", "client_app"},
     {"server_app"},
@@ -28,6 +29,7 @@ HOMES = {
     "flwr_datasets": {"partition"},
     "numpy": {"updates", "records"},
     "peft": {"adapters"},
+    "psutil": {"memory"},
     "ray": {"actor"},
     "rich": {"report"},
     "safetensors": {"split", "adapters"},

@@ -34,13 +34,13 @@ def test_float64_of_a_flower_strategy_becomes_float32() -> None:
 
 def test_updates_come_back() -> None:
     update = ClientUpdate(3, ADAPTERS, examples=40, tokens=5120, loss=3.25)
-    back = records.to_update(reply(records.from_update(update, peak_memory=7)), ADAPTERS, "ann")
+    back = records.to_update(reply(records.from_update(update, HeldOut(2.5, 3), peak_memory=7)), ADAPTERS, "ann")
     assert (back.client, back.examples, back.tokens, back.loss) == (3, 40, 5120, 3.25)
     assert back.adapters.layers == ADAPTERS.layers
 
 
 def test_bytes_are_those_of_the_serialised_arrays() -> None:
-    content = records.from_update(ClientUpdate(0, ADAPTERS, 1), 0)
+    content = records.from_update(ClientUpdate(0, ADAPTERS, 1), HeldOut(0.0, 0), 0)
     assert ADAPTERS.nbytes <= records.nbytes(content) <= ADAPTERS.nbytes + 2 * 256
 
 
@@ -57,11 +57,23 @@ def test_bytes_are_those_of_the_serialised_arrays() -> None:
 )
 def test_updates_that_do_not_fit_are_refused_by_name(update: ClientUpdate, message: str) -> None:
     with pytest.raises(RefusedUpdate, match=message):
-        records.to_update(reply(records.from_update(update, 0)), ADAPTERS, "ann")
+        records.to_update(reply(records.from_update(update, HeldOut(0.0, 0), 0)), ADAPTERS, "ann")
 
 
 def test_measurements_come_back() -> None:
-    assert records.to_held_out(reply(records.from_held_out(2, HeldOut(12.5, 5), 0))) == HeldOut(12.5, 5)
+    answer = reply(records.from_held_out(2, HeldOut(12.5, 5), HeldOut(4.5, 2), 0))
+    assert records.to_held_out(answer) == HeldOut(12.5, 5)
+    assert records.sample_of(answer) == HeldOut(4.5, 2)
+    after_own_steps = reply(records.from_update(ClientUpdate(0, ADAPTERS, 1), HeldOut(2.5, 3), 0))
+    assert records.sample_of(after_own_steps) == HeldOut(2.5, 3)
+
+
+def test_a_message_can_be_narrowed_to_some_arrays() -> None:
+    content = records.from_update(ClientUpdate(0, ADAPTERS, 1), HeldOut(0.0, 0), 0)
+    narrowed = records.only(content, {"l.lora_A.weight"})
+    assert list(narrowed.array_records[records.ARRAYS]) == ["l.lora_A.weight"]
+    assert narrowed.metric_records == content.metric_records
+    assert len(content.array_records[records.ARRAYS]) == 2
 
 
 def test_introductions_come_back() -> None:

@@ -12,7 +12,8 @@ from fedsplit import adapters
 from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import load_parts
-from fedsplit.trunk import TrunkServer, UnknownStep
+from fedsplit.steps import UnknownStep
+from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import make_codec
 
@@ -96,7 +97,7 @@ def test_evaluation_has_no_dropout_and_keeps_nothing(model_path: Path) -> None:
     server = make_server(model_path, "shared", dropout=0.5)
     outputs = [RAW.decode(server.forward(packet(0, 0, training=False)).tensors["hidden"]) for _ in range(2)]
     assert torch.equal(*outputs)
-    assert server.forget_pending() == 0
+    assert len(server.steps) == 0
 
 
 def test_forwards_without_backward_are_counted_and_freed(model_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""A process's resident memory, and a budget for it."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+import psutil
+
+Room = Literal["graph", "input", "none"]
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int:
+    """The resident memory of this process, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def return_free_pages() -> None:
+    """Gives memory that was freed back to the system; glibc keeps it otherwise, and it counts as resident."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+class Budget:
+    """Decides what may be kept of a forward so that resident memory stays under a limit.
+
+    Room is always left for the one step that is being computed; only one ever is.
+
+    Attributes:
+        limit: Bytes; None where there is no limit.
+    """
+
+    def __init__(
+        self,
+        limit: int | None,
+        resident: Callable[[], int] = resident_memory,
+        release: Callable[[], None] = return_free_pages,
+    ) -> None:
+        """Sets the limit.
+
+        Args:
+            limit: Bytes; None for no limit.
+            resident: Tells how many bytes are resident.
+            release: Gives freed memory back to the system.
+        """
+        self.limit = limit
+        self._resident, self._release = resident, release
+        self._graph = self._working = 0.0
+
+    def learn(self, tokens: int, graph: int, working: int) -> None:
+        """Takes over what a step was seen to need.
+
+        Args:
+            tokens: Of the step, B * T.
+            graph: Bytes its graph holds.
+            working: Bytes that computing it added to resident memory at the worst, the graph included.
+        """
+        self._graph = max(self._graph, graph / tokens)
+        self._working = max(self._working, working / tokens)
+
+    def least(self, tokens: int, kept: int) -> int:
+        """The smallest limit under which a step can be served at all, in bytes."""
+        self._release()
+        return self._resident() + self._need(tokens, kept)
+
+    def _need(self, tokens: int, kept: float) -> int:
+        return int(kept + max(self._working, self._graph) * tokens)
+
+    def room(self, tokens: int, kept: int) -> Room:
+        """What may be kept of a step.
+
+        Args:
+            tokens: Of the step, B * T.
+            kept: Bytes of its input.
+        """
+        if self.limit is None:
+            return "graph"
+        for released in (False, True):
+            if released:
+                self._release()
+            resident = self._resident()
+            if resident + self._need(tokens, kept + self._graph * tokens) <= self.limit:
+                return "graph"
+        return "input" if resident + self._need(tokens, kept) <= self.limit else "none"

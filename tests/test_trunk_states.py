@@ -1,0 +1,304 @@
+"""Exactly once: whatever clients, the network and crashes do, every step counts once, with its own gradient.
+
+Hypothesis drives a trunk through forwards, gradients, repeats, lost leases, clients that leave and restarts, and
+holds it against plain autograd and plain AdamW on copies of the same weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from torch import Tensor, nn
+
+from fedsplit.config import TrainSettings
+from fedsplit.memory import Budget
+from fedsplit.optim import make_optimizer
+from fedsplit.steps import ExpiredStep, ForeignStep, RefusedStep, SpoiledStep, StaleStep, UnknownStep
+from fedsplit.trunk import TrunkServer
+from fedsplit.updates import Packet, StepKey
+from fedsplit.wire import make_codec
+
+RAW = make_codec("raw")
+SETTINGS = TrainSettings(lr=0.1)
+LEASE = 10.0
+WIDTH = 3
+NAME = "lora_A.weight"
+
+
+class Toy(nn.Module):
+    """A trunk of one adapted layer."""
+
+    config = SimpleNamespace(hidden_size=WIDTH)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(WIDTH, WIDTH, bias=False)})
+        with torch.no_grad():
+            self.lora_A["default"].weight.copy_(torch.eye(WIDTH) * 0.5)
+
+    def whole_name(self, name: str) -> str:
+        return name
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        return torch.tanh(self.lora_A["default"](hidden))
+
+
+class Learner:
+    """What an adapter and its optimiser must do."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = nn.Parameter(weight.clone())
+        self.optimizer = make_optimizer([self.weight], SETTINGS)
+
+    def step(self, gradient: Tensor) -> None:
+        self.weight.grad = gradient.clone()
+        self.optimizer.step()
+
+
+@dataclass
+class Pending:
+    packet: Packet
+    weight: Tensor
+    answer: Tensor
+
+
+class Trunk(RuleBasedStateMachine):
+    """The model: who has what pending, and what every adapter must be."""
+
+    schedule = "shared"
+    limit: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.life, self.round = 0.0, 0, 1
+        self.saved = torch.eye(WIDTH) * 0.5
+        self.generator = torch.Generator().manual_seed(0)
+
+    @initialize()
+    def start(self) -> None:
+        self.life += 1
+        budget = None if self.limit is None else Budget(self.limit, resident=lambda: 0, release=lambda: None)
+        if budget is not None:
+            budget.learn(tokens=1, graph=10**6, working=0)
+        self.server = TrunkServer(
+            Toy(),  # type: ignore[arg-type]
+            RAW,
+            self.schedule,
+            SETTINGS,
+            seed=0,
+            run="run",
+            incarnation=str(self.life),
+            lease=LEASE,
+            budget=budget,
+            clock=lambda: self.now,
+        )
+        self.server.write({NAME: self.saved})
+        self.shared = Learner(self.saved)
+        self.own: dict[int, Learner] = {}
+        self.sums: dict[int, Tensor] = {}
+        self.partial: dict[int, tuple[tuple[int, int, int], int, Tensor]] = {}
+        self.pending: dict[StepKey, Pending] = {}
+        self.answered: dict[StepKey, tuple[Packet, Tensor]] = {}
+        self.expired: dict[StepKey, Packet] = {}
+        self.places: dict[int, tuple[int, int, int]] = {}
+        self.left: set[int] = set()
+
+    def learner(self, client: int) -> Learner:
+        if self.schedule != "copies":
+            return self.shared
+        return self.own.setdefault(client, Learner(self.shared.weight.detach()))
+
+    def forget(self, client: int) -> None:
+        self.pending = {key: p for key, p in self.pending.items() if key.client != client}
+        self.answered = {key: p for key, p in self.answered.items() if key.client != client}
+        self.expired = {key: p for key, p in self.expired.items() if key.client != client}
+
+    def packet(self, key: StepKey, micros: int, name: str = "hidden") -> Packet:
+        tensor = torch.randn(1, 2, WIDTH, generator=self.generator)
+        return Packet(key, {name: RAW.encode(tensor)}, micros=micros, incarnation=str(self.life))
+
+    def pick(self, choice: int, things: dict[StepKey, Any]) -> StepKey:
+        return sorted(things, key=lambda key: (key.client, key.place, key.micro))[choice % len(things)]
+
+    @rule(client=st.integers(0, 2), skip=st.integers(0, 1), attempt=st.integers(0, 1), micros=st.integers(1, 2))
+    def forward(self, client: int, skip: int, attempt: int, micros: int) -> None:
+        round, before, step = self.places.get(client, (self.round, 0, -1))
+        step = step + 1 + skip if round == self.round and attempt <= before else 0
+        place = (self.round, max(attempt, before if round == self.round else 0), step)
+        self.forget(client)
+        self.left.discard(client)
+        self.places[client] = place
+        for micro in range(micros):
+            packet = self.packet(StepKey(place[0], client, place[2], place[1], micro, "run"), micros)
+            weight = self.learner(client).weight.detach().clone()
+            answer = RAW.decode(self.server.forward(packet).tensors["hidden"])
+            hidden = RAW.decode(packet.tensors["hidden"])
+            assert torch.allclose(answer, torch.tanh(hidden @ weight.T), atol=1e-6)
+            self.pending[packet.key] = Pending(packet, weight, answer)
+
+    @precondition(lambda self: self.pending)
+    @rule(choice=st.integers(0, 9))
+    def forward_again(self, choice: int) -> None:
+        pending = self.pending[self.pick(choice, self.pending)]
+        again = RAW.decode(self.server.forward(pending.packet).tensors["hidden"])
+        assert torch.equal(again, pending.answer)
+
+    @precondition(lambda self: self.pending)
+    @rule(choice=st.integers(0, 9))
+    def backward(self, choice: int) -> None:
+        key = self.pick(choice, self.pending)
+        pending = self.pending.pop(key)
+        sent = replace(self.packet(key, pending.packet.micros, "gradient"))
+        hidden = RAW.decode(pending.packet.tensors["hidden"]).clone().requires_grad_()
+        weight = pending.weight.requires_grad_()
+        gradient = RAW.decode(sent.tensors["gradient"])
+        expected, learned = torch.autograd.grad(torch.tanh(hidden @ weight.T), [hidden, weight], gradient)
+        answer = RAW.decode(self.server.backward(sent).tensors["gradient"])
+        assert torch.allclose(answer, expected, atol=1e-6)
+        self.answered[key] = (sent, answer)
+        self.count(key, pending, learned)
+
+    def count(self, key: StepKey, pending: Pending, gradient: Tensor) -> None:
+        if self.schedule == "accumulate":
+            if torch.equal(pending.weight, self.shared.weight):
+                self.sums[key.client] = self.sums.get(key.client, torch.zeros(WIDTH, WIDTH)) + gradient
+            return
+        place, done, total = self.partial.get(key.client, (key.place, 0, torch.zeros(WIDTH, WIDTH)))
+        if place != key.place:
+            done, total = 0, torch.zeros(WIDTH, WIDTH)
+        done, total = done + 1, total + gradient
+        if done == pending.packet.micros:
+            self.learner(key.client).step(total)
+            self.partial.pop(key.client, None)
+        else:
+            self.partial[key.client] = (key.place, done, total)
+
+    @precondition(lambda self: self.answered)
+    @rule(choice=st.integers(0, 9))
+    def backward_again(self, choice: int) -> None:
+        sent, answer = self.answered[self.pick(choice, self.answered)]
+        assert torch.equal(RAW.decode(self.server.backward(sent).tensors["gradient"]), answer)
+
+    @precondition(lambda self: self.answered)
+    @rule(choice=st.integers(0, 9))
+    def forward_of_what_is_done(self, choice: int) -> None:
+        key = self.pick(choice, self.answered)
+        with pytest.raises(StaleStep):
+            self.server.forward(self.packet(key, 1))
+
+    @precondition(lambda self: self.pending)
+    @rule(choice=st.integers(0, 9))
+    def spoiled(self, choice: int) -> None:
+        key = self.pick(choice, self.pending)
+        micros = self.pending[key].packet.micros
+        for tensor in (torch.full((1, 2, WIDTH), torch.nan), torch.zeros(1, 1, WIDTH)):
+            with pytest.raises(SpoiledStep):
+                self.server.backward(
+                    replace(self.packet(key, micros), tensors={"gradient": RAW.encode(tensor)})
+                )
+
+    @rule(client=st.integers(0, 2))
+    def unknown(self, client: int) -> None:
+        with pytest.raises(UnknownStep):
+            self.server.backward(self.packet(StepKey(99, client, 0, run="run"), 1, "gradient"))
+
+    @rule(client=st.integers(0, 2))
+    def foreign(self, client: int) -> None:
+        key = StepKey(99, client, 0, run="run")
+        with pytest.raises(ForeignStep):
+            self.server.forward(self.packet(replace(key, run="other"), 1))
+        with pytest.raises(ForeignStep):
+            self.server.forward(replace(self.packet(key, 1), incarnation=str(self.life - 1)))
+
+    @precondition(lambda self: self.pending)
+    @rule()
+    def expire(self) -> None:
+        self.now += LEASE
+        self.server.expire()
+        for key, pending in self.pending.items():
+            self.expired[key] = pending.packet
+        self.pending.clear()
+
+    @precondition(lambda self: self.expired)
+    @rule(choice=st.integers(0, 9))
+    def too_late(self, choice: int) -> None:
+        key = self.pick(choice, self.expired)
+        with pytest.raises(ExpiredStep):
+            self.server.backward(self.packet(key, 1, "gradient"))
+
+    @rule(client=st.integers(0, 2))
+    def leave(self, client: int) -> None:
+        gone = [pending.packet.key for pending in self.pending.values() if pending.packet.key.client == client]
+        self.server.leave(client)
+        self.forget(client)
+        if self.schedule != "accumulate":
+            self.partial.pop(client, None)
+        for key in gone:
+            with pytest.raises(StaleStep):
+                self.server.backward(self.packet(key, 1, "gradient"))
+
+    @rule()
+    def end_round(self) -> None:
+        self.server.end_round([0, 1])
+        if self.schedule == "accumulate" and (sums := [self.sums[c] for c in (0, 1) if c in self.sums]):
+            self.shared.step(torch.stack(sums).sum(0))
+        if self.schedule == "copies":
+            assert sorted(self.server.copies()) == sorted(set(self.own) & {0, 1})
+            self.server.write({NAME: self.saved})
+            self.shared.weight.data.copy_(self.saved)
+        for client in {key.client for key in self.pending}:
+            self.forget(client)
+            self.partial.pop(client, None)
+        self.sums.clear()
+        self.own.clear()
+        self.round += 1
+        self.saved = self.server.read().tensors[NAME].clone()
+
+    @rule()
+    def kill_and_restart(self) -> None:
+        """What was pending is lost, what was saved is not, and nothing from before is taken for something of now."""
+        old = [pending.packet for pending in self.pending.values()]
+        self.start()
+        for packet in old:
+            with pytest.raises(ForeignStep):
+                self.server.backward(packet)
+
+    @invariant()
+    def every_step_has_counted_once(self) -> None:
+        if not hasattr(self, "server"):
+            return
+        assert len(self.server.steps) == len(self.pending)
+        assert torch.allclose(self.server.read().tensors[NAME], self.shared.weight, atol=1e-5)
+        for client, copy in self.server.copies().items():
+            assert torch.allclose(copy.tensors[NAME], self.own[client].weight, atol=1e-5)
+
+
+class Copies(Trunk):
+    schedule = "copies"
+
+
+class Accumulate(Trunk):
+    schedule = "accumulate"
+
+
+class Recomputing(Trunk):
+    """Under a budget that has room for inputs, but for no graph."""
+
+    limit = 2_500_000
+
+
+@pytest.mark.parametrize("machine", [Trunk, Copies, Accumulate, Recomputing])
+def test_every_step_counts_once(machine: type[Trunk]) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
+
+
+def test_refusals_have_one_family() -> None:
+    for refusal in (UnknownStep, StaleStep, ExpiredStep, ForeignStep, SpoiledStep):
+        assert issubclass(refusal, RefusedStep)

@@ -48,9 +48,9 @@ def make_client(path: Path, schedule: str, cut=(1, 2), dropout=0.0, steps=STEPS,
 
 
 def fine_tune(
-    path: Path, start: dict[str, torch.Tensor], blocks: torch.Tensor, settings: TrainSettings
+    path: Path, start: dict[str, torch.Tensor], blocks: torch.Tensor, settings: TrainSettings, client: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of client 0 with seed 0."""
+    """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of a client with seed 0."""
     base = load_whole(path)
     lora = LoraSettings(rank=2, dropout=0.0)
     whole = get_peft_model(base, adapters.lora_config(lora, FAMILIES[base.config.model_type])).eval()
@@ -61,7 +61,7 @@ def fine_tune(
         parameter.data = start[name].clone()
     optimizer = make_optimizer(trained.values(), settings)
     for step in range(STEPS):
-        ids = batch(blocks, step, settings.batch_size, derive_seed(0, "client", 0))
+        ids = batch(blocks, step, settings.batch_size, derive_seed(0, "client", client))
         whole(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

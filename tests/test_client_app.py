@@ -18,7 +18,7 @@ def test_virtual_clients_share_the_base_and_hold_no_trunk(
     values = {"model": str(model_path), "dataset": str(corpus_file), "partition": "natural", "clients": 3}
     run = json.dumps(as_document(build(values | {"cut": "1:2", "train.max_length": 16})))
     monkeypatch.setattr(client_app, "find_trunk", lambda name: None)
-    content = RecordDict({records.CONFIG: records.instructions(run, "t", 1, 0)})
+    content = RecordDict({records.CONFIG: records.instructions(run, "t", "first", 1, 0)})
     clients = []
     for partition in (2, 0):
         message = records.message_to(7, MessageType.QUERY, content)

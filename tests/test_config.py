@@ -69,7 +69,7 @@ def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() ->
         (["--train.lr", "-0.1"], "train.lr: -0.1 is not possible; allowed: a finite number above 0"),
         (["--train.lr", "nan"], "train.lr: nan is not possible"),
         (["--train.batch-size", "0"], "train.batch_size: 0 is not possible"),
-        (["--trunk.schedule", "sharde"], "trunk.schedule: sharde is not possible; allowed: shared | frozen"),
+        (["--trunk.schedule", "sharde"], "trunk.schedule: sharde is not possible; allowed: shared | batched"),
         (["--wire.codec", "zip"], "wire.codec: zip is not possible; allowed: raw | bf16"),
         (["--partition", "dirichlet:x"], "partition: dirichlet:x is not possible"),
         (["--rounds", "1" + "0" * 400], "rounds: 1000"),
@@ -145,3 +145,17 @@ def test_the_lists_of_names_are_those_of_the_code() -> None:
 
     assert tuple(SCHEDULES) == NAMES
     assert [make_codec(name).name for name in CODECS] == list(CODECS)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("800MB", 800 * 10**6), ("1.5GB", 1.5e9), ("2GiB", 2 * 2**30), ("3 kB", 3000), ("", None)]
+)
+def test_memory_is_read_with_its_unit(text: str, size: float | None) -> None:
+    assert build({"trunk.memory": text}).trunk.memory_bytes == size
+
+
+@pytest.mark.parametrize("argv", [["--deterministic"], ["--deterministic", "true"], ["--deterministic=true"]])
+def test_a_switch_may_stand_alone(argv: list[str]) -> None:
+    assert parse([*argv, "--rounds", "2"]).deterministic is True
+    assert parse([*argv, "--deterministic", "false"]).deterministic is False
+    assert build({"deterministic": True}).deterministic is True

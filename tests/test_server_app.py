@@ -43,6 +43,9 @@ def config(model_path: Path, corpus_file: Path) -> Config:
     return build(values)
 
 
+ROUNDS = ("round-0001", "round-0002")
+
+
 def final_adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
@@ -121,6 +124,108 @@ def test_parts_that_do_not_learn_are_counted_and_kept_as_they_are(
         for place in ("checkpoints/round-0001", "trunk_lora")
     )
     assert all(torch.equal(tensor, first[name]) for name, tensor in last.items())
+
+
+@pytest.mark.parametrize("schedule", ["batched", "accumulate", "copies"])
+def test_every_schedule_learns_and_its_adapter_gives_the_reported_loss(
+    config: Config, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_document(as_document(config) | {"trunk": {"schedule": schedule}})
+    federation, _ = federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    assert federation.summary is not None
+    assert federation.summary["eval_loss"]["after"] < federation.summary["eval_loss"]["before"]
+    model = PeftModel.from_pretrained(load_whole(config.model_path), str(tmp_path / "run" / "adapter"))
+    assert held_out_loss(model, tmp_path / "run") == pytest.approx(federation.summary["eval_loss"]["after"], abs=1e-5)
+    rounds = (tmp_path / "run" / "checkpoints" / name / "adapter_model.safetensors" for name in ROUNDS)
+    one, two = (load_file(path) for path in rounds)
+    assert any(not torch.equal(tensor, two[name]) for name, tensor in one.items() if ".1." in name)  # the trunk's
+
+
+@pytest.mark.parametrize("strategy", ["ours", "flower's"])
+def test_copies_are_federated_averaging_of_the_whole_model(
+    tiny_models: dict[str, Path], corpus_file: Path, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SplitFed v1: three clients, one round, against three plain PEFT runs of the unsplit model and their mean."""
+    path = tiny_models["llama"]
+    values = {"clients": 3, "rounds": 1, "model": str(path), "cut": "1:2", "dataset": str(corpus_file)}
+    values |= {"partition": "natural", "lora.rank": 2, "lora.dropout": 0.0, "train.max_length": 16}
+    values |= {"train.steps": STEPS, "train.batch_size": 3, "train.lr": 5e-3, "trunk.schedule": "copies"}
+    config = build(values)
+    parts = load_parts(path, config.bounds, ["bottom", "trunk", "top"])
+    for part in parts:
+        adapters.add(part, config.lora, config.seed)
+    start, shards = adapters.read(*parts).tensors, shards_of(config)
+    plain = [fine_tune(path, start, shards[client].train, config.train, client) for client in range(3)]
+    flower = load_strategy("flwr.serverapp.strategy:FedAvg", {}, strategy_defaults(3))
+    monkeypatch.setattr(
+        "flwr.serverapp.strategy.fedavg.sample_nodes",
+        lambda grid, least, size: (grid.get_node_ids()[:size], grid.get_node_ids()),
+    )
+    federation, _ = federate(config, tmp_path / "run", FedAvg() if strategy == "ours" else flower, monkeypatch)
+    federated = final_adapter(tmp_path / "run")
+    for name in start:
+        mean = torch.stack([adapter[name] for adapter in plain]).mean(0)
+        assert (federated[f"base_model.model.{name}"] - mean).abs().max() <= 2e-5, name
+    assert federation.summary is not None
+    places = [tmp_path / "run" / f"{part}_lora" / "adapter_model.safetensors" for part in ("bottom", "top")]
+    ends = {**load_file(places[0]), **load_file(places[1])}
+    factors = 3 * sum(tensor.nbytes for tensor in ends.values())  # the trunk's copies never cross
+    assert factors < federation.summary["bytes"]["adapter_down"] <= factors + 3 * len(ends) * 256
+
+
+def test_what_the_round_made_a_client_lose_is_reported(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One client and no aggregation to speak of: nothing can come between its own steps and the round's end."""
+    alone = from_document(as_document(config) | {"clients": 1})
+    federate(alone, tmp_path / "alone", FedAvg(), monkeypatch)
+    federation, lines = federate(config, tmp_path / "three", FedAvg(), monkeypatch)
+    for run, clients in (("alone", 1), ("three", 3)):
+        events = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        lost = [event["forgotten"] for event in events if event["event"] == "evaluate"]
+        assert [len(one) for one in lost] == [0, clients, clients]
+        assert all(abs(value) < 1e-6 for value in lost[1].values()) == (run == "alone")
+    assert federation.summary is not None
+    assert federation.summary["forgotten"] == pytest.approx(sum(lost[2].values()) / 3)
+    assert f"forgotten {federation.summary['forgotten']:+.4f}" in lines.lines[-1]
+
+
+def test_clients_begin_in_an_order_that_the_seed_decides(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsplit import client_app
+
+    begun: list[tuple[int, int]] = []
+    train = client_app.Client.train
+
+    def remember(self, given, round):
+        begun.append((round, self.number))
+        return train(self, given, round)
+
+    monkeypatch.setattr(client_app.Client, "train", remember)
+    orders = {}
+    for name, values in {"a": {}, "b": {}, "c": {"seed": 5}, "cyclic": {"trunk": {"order": "cyclic"}}}.items():
+        begun.clear()
+        document = as_document(config) | {"rounds": 4} | values
+        federate(from_document(document), tmp_path / name, FedAvg(), monkeypatch)
+        orders[name] = list(begun)
+    assert orders["a"] == orders["b"] != orders["c"]
+    assert orders["cyclic"] == [(round, client) for round in range(1, 5) for client in range(3)]
+    assert sorted(orders["a"]) == orders["cyclic"] != orders["a"]
+
+
+def test_deterministic_groups_are_announced_to_the_trunk(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsplit.dispatch import Dispatcher
+
+    groups: list[list[int]] = []
+    begin = Dispatcher.begin
+    monkeypatch.setattr(Dispatcher, "begin", lambda self, group: (groups.append(list(group)), begin(self, group)))
+    for name, trunk in {"shared": {"order": "cyclic"}, "copies": {"schedule": "copies"}}.items():
+        document = as_document(config) | {"deterministic": True, "trunk": trunk}
+        federate(from_document(document), tmp_path / name, FedAvg(), monkeypatch)
+    assert groups == [[0], [1], [2]] * 2  # copies need no groups
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian", "Krum"])

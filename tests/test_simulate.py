@@ -120,7 +120,14 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         (["--strategy.eta", "1"], "strategy.eta: 1 is not possible; allowed: no option at all"),
         (["--out", str(tmp_path / "full")], "out: "),
         (["--out", "/proc/run"], "out: /proc/run"),
-        (["--trunk.schedule", "none"], "trunk.schedule: none is not possible; allowed: shared | frozen | forward-only"),
+        (
+            ["--trunk.schedule", "none"],
+            "trunk.schedule: none is not possible; allowed: shared | batched | accumulate | copies",
+        ),
+        (["--trunk.memory", "800"], "trunk.memory: 800 is not possible; allowed: bytes with a unit"),
+        (["--deterministic", "--trunk.group", "9"], "trunk.group: 9 is not possible; allowed: 1 to "),
+        (["--deterministic", "perhaps"], "deterministic: perhaps is not possible; allowed: true | false"),
+        (["--trunk.schedule", "batched", "--micro-batches", "2"], "train.micro_batches: 2 is not possible; allowed: 1"),
         (["--config", "nowhere.toml"], "config: nowhere.toml is not possible"),
     ]
 
@@ -203,10 +210,22 @@ def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
         for clients in (1, 3, 20)
         for workers in (0, 2)
     }
-    assert plans[1, 0] == (1, 8)
-    assert plans[3, 0] == (3, 2)
-    assert plans[20, 0] == (8, 1)
-    assert plans[20, 2] == (2, 4)
+    assert plans[1, 0] == simulate.Plan(1, 8, 8)
+    assert plans[3, 0] == simulate.Plan(3, 2, 2)
+    assert plans[20, 0] == simulate.Plan(8, 1, 1)
+    assert plans[20, 2] == simulate.Plan(2, 4, 4)
+    asked = build({"clients": 20, "threads": 3, "trunk.threads": 5})
+    assert simulate.plan(asked) == simulate.Plan(8, 3, 5)
+
+
+@pytest.mark.parametrize("values", [{"trunk.schedule": "copies"}, {"deterministic": True}])
+def test_threads_do_not_depend_on_workers_where_the_result_must_not(
+    values: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    plans = [simulate.plan(build({"clients": 4, "workers": workers, **values})) for workers in (1, 2, 4)]
+    assert [plan.workers for plan in plans] == [1, 2, 4]
+    assert {(plan.client_threads, plan.trunk_threads) for plan in plans} == {(2, 2)}
 
 
 @pytest.mark.parametrize(

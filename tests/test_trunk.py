@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from conftest import without_dropout
 
 from fedsplit import adapters
 from fedsplit.config import LoraSettings, TrainSettings
+from fedsplit.memory import Budget
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import load_parts
-from fedsplit.steps import UnknownStep
+from fedsplit.steps import SpoiledStep, StaleStep, UnknownStep
 from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import make_codec
@@ -20,18 +23,20 @@ from fedsplit.wire import make_codec
 RAW = make_codec("raw")
 
 
-def make_server(path: Path, schedule: str, dropout: float = 0.0, cut: tuple[int, int] = (1, 2)) -> TrunkServer:
-    (part,) = load_parts(path, cut, ["trunk"])
+def make_server(path: Path, schedule: str, dropout: float = 0.0, budget: Budget | None = None) -> TrunkServer:
+    (part,) = load_parts(path, (1, 2), ["trunk"])
     adapters.add(part, LoraSettings(rank=2, dropout=dropout), seed=0)
     without_dropout(part)
     for number, parameter in enumerate(adapters.parameters(part).values()):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2
-    return TrunkServer(part, RAW, schedule, TrainSettings(lr=0.01), seed=5)
+    return TrunkServer(part, RAW, schedule, TrainSettings(lr=0.01), seed=5, budget=budget)
 
 
-def packet(client: int, step: int, what: str = "hidden", training: bool = True, wants: bool = True) -> Packet:
+def packet(
+    client: int, step: int, what: str = "hidden", training: bool = True, wants: bool = True, length: int = 5
+) -> Packet:
     generator = torch.Generator().manual_seed(100 * client + step + (what == "hidden"))
-    tensor = torch.randn(2, 5, 32, generator=generator)
+    tensor = torch.randn(2, length, 32, generator=generator)
     return Packet(StepKey(1, client, step), {what: RAW.encode(tensor)}, training, wants)
 
 
@@ -54,7 +59,7 @@ def test_the_gradient_is_the_parts_own_not_the_one_sent(model_path: Path) -> Non
 
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
-def test_only_shared_changes_the_adapter(model_path: Path, schedule: str) -> None:
+def test_which_schedules_change_the_adapter(model_path: Path, schedule: str) -> None:
     server = make_server(model_path, schedule)
     before = server.read().tensors
     server.forward(packet(0, 0))
@@ -63,9 +68,15 @@ def test_only_shared_changes_the_adapter(model_path: Path, schedule: str) -> Non
     else:
         with pytest.raises(UnknownStep):
             server.backward(packet(0, 0, "gradient"))
+    at_once = schedule in ("shared", "batched")
     after = server.read().tensors
     for name in before:
-        assert torch.equal(before[name], after[name]) == (schedule != "shared"), name
+        assert torch.equal(before[name], after[name]) == (not at_once), name
+    counts = server.end_round([0])
+    at_the_end = server.copies()[0].tensors if schedule == "copies" else server.read().tensors
+    for name in before:
+        assert torch.equal(before[name], at_the_end[name]) == (not SCHEDULES[schedule].learns), name
+    assert counts.get("steps", 0) == SCHEDULES[schedule].learns
 
 
 def test_a_step_of_another_client_does_not_touch_a_pending_gradient(model_path: Path) -> None:
@@ -102,11 +113,177 @@ def test_evaluation_has_no_dropout_and_keeps_nothing(model_path: Path) -> None:
 
 def test_forwards_without_backward_are_counted_and_freed(model_path: Path) -> None:
     server = make_server(model_path, "shared")
-    for step in range(3):
-        server.forward(packet(0, step))
-    assert server.forget_pending() == 3
-    with pytest.raises(UnknownStep, match=r"client=0, step=1"):
-        server.backward(packet(0, 1, "gradient"))
+    for client in range(3):
+        server.forward(packet(client, 0))
+    graph = weakref.ref(server.steps.pending()[1])
+    assert server.end_round([])["abandoned"] == 3
+    gc.collect()
+    assert graph() is None
+    with pytest.raises(StaleStep, match=r"client 1, step 0"):
+        server.backward(packet(1, 0, "gradient"))
+
+
+def plain_gradients(path: Path, server: TrunkServer, clients: dict[int, int]) -> dict[str, torch.Tensor]:
+    """By plain autograd on a part of its own: the sum of the adapter's gradients, and each input's."""
+    (part,) = load_parts(path, (1, 2), ["trunk"])
+    adapters.add(part, LoraSettings(rank=2, dropout=0.0), seed=0)
+    without_dropout(part)
+    adapters.write(server.read().tensors, part)
+    found = {}
+    for client, length in clients.items():
+        hidden = RAW.decode(packet(client, 0, length=length).tensors["hidden"]).requires_grad_()
+        part(hidden).backward(RAW.decode(packet(client, 0, "gradient", length=length).tensors["gradient"]))
+        found[f"input {client}"] = hidden.grad
+    return found | {name: parameter.grad for name, parameter in adapters.parameters(part).items()}
+
+
+@pytest.mark.parametrize("lengths", [{0: 5, 1: 5, 2: 5}, {0: 3, 1: 7, 2: 5}])
+def test_batched_steps_are_those_of_each_client_and_their_mean(
+    model_path: Path, lengths: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the lengths: each gets its own gradient, and the adapter one step with the mean."""
+    monkeypatch.setattr("fedsplit.trunk.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
+    server = make_server(model_path, "batched")
+    before = server.read().tensors
+    expected = plain_gradients(model_path, server, lengths)
+    alone = {c: make_server(model_path, "batched").forward(packet(c, 0, length=n)) for c, n in lengths.items()}
+    together = server.forward_together([packet(c, 0, length=n) for c, n in lengths.items()])
+    for client, answer in zip(lengths, together, strict=True):
+        mine, theirs = (RAW.decode(a.tensors["hidden"]) for a in (answer, alone[client]))
+        assert mine.shape == theirs.shape
+        assert torch.allclose(mine, theirs, atol=1e-5)
+    answers = server.backward_together([packet(c, 0, "gradient", length=n) for c, n in lengths.items()])
+    for client, answer in zip(lengths, answers, strict=True):
+        assert torch.allclose(RAW.decode(answer.tensors["gradient"]), expected[f"input {client}"], atol=1e-4), client
+    for name, tensor in server.read().tensors.items():
+        assert torch.allclose(tensor, before[name] - 0.1 * expected[name] / 3, atol=1e-4), name
+    assert server.end_round([])["steps"] == 1
+    assert server.traffic["activation_up"] == sum(2 * length * 32 * 4 for length in lengths.values())
+
+
+def test_who_comes_late_to_a_batch_gets_its_gradient_but_does_not_count(model_path: Path) -> None:
+    server = make_server(model_path, "batched", dropout=0.3)
+    whole = make_server(model_path, "batched", dropout=0.3)
+    for trunk in (server, whole):
+        trunk.forward_together([packet(0, 0), packet(1, 0)])
+    expected = whole.backward_together([packet(0, 0, "gradient"), packet(1, 0, "gradient")])[1]
+    server.backward(packet(0, 0, "gradient"))
+    after = server.read().tensors
+    late = server.backward(packet(1, 0, "gradient"))
+    assert torch.allclose(RAW.decode(late.tensors["gradient"]), RAW.decode(expected.tensors["gradient"]), atol=1e-6)
+    assert all(torch.equal(after[name], tensor) for name, tensor in server.read().tensors.items())
+    counts = server.end_round([])
+    assert (counts["steps"], counts["late"], counts["recomputed"]) == (1, 1, 1)
+
+
+def test_accumulated_gradients_are_one_step_with_their_sum(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsplit.trunk.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
+    server = make_server(model_path, "accumulate")
+    before, expected = server.read().tensors, plain_gradients(model_path, server, {0: 5, 1: 5})
+    for client in (1, 0):
+        server.forward(packet(client, 0))
+        server.backward(packet(client, 0, "gradient"))
+    assert server.close_window()
+    for name, tensor in server.read().tensors.items():
+        assert torch.allclose(tensor, before[name] - 0.1 * expected[name], atol=1e-4), name
+    assert not server.close_window()
+
+
+def test_a_gradient_of_the_version_before_the_barrier_does_not_count(model_path: Path) -> None:
+    server = make_server(model_path, "accumulate")
+    server.forward(packet(0, 0))
+    server.forward(packet(1, 0))
+    server.backward(packet(0, 0, "gradient"))
+    server.close_window()
+    assert server.backward(packet(1, 0, "gradient")).tensors
+    assert not server.close_window()
+    assert server.end_round([0, 1])["late"] == 1
+
+
+def test_only_clients_that_finished_are_summed_at_the_rounds_end(model_path: Path) -> None:
+    one, both = make_server(model_path, "accumulate"), make_server(model_path, "accumulate")
+    for server, clients in ((one, [0]), (both, [0, 1])):
+        for client in clients:
+            server.forward(packet(client, 0))
+            server.backward(packet(client, 0, "gradient"))
+        server.end_round([0])
+    assert all(torch.equal(tensor, both.read().tensors[name]) for name, tensor in one.read().tensors.items())
+
+
+def test_a_copy_depends_on_its_own_client_alone_to_the_bit(model_path: Path) -> None:
+    alone, among = (make_server(model_path, "copies", dropout=0.3) for _ in range(2))
+    for server, clients in ((alone, [1]), (among, [2, 1, 0])):
+        for step in range(3):
+            for client in clients:
+                server.forward(packet(client, step))
+            for client in reversed(clients):
+                server.backward(packet(client, step, "gradient"))
+        server.end_round(clients)
+    one, other = alone.copies()[1].tensors, among.copies()[1].tensors
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert sorted(among.copies()) == [0, 1, 2]
+    assert any(not torch.equal(tensor, among.copies()[0].tensors[name]) for name, tensor in one.items())
+    among.write(one)
+    assert among.copies() == {}
+    assert all(torch.equal(tensor, among.read().tensors[name]) for name, tensor in one.items())
+
+
+def test_recomputing_changes_no_bit(model_path: Path) -> None:
+    """Same input, same version, same dropout, though others have stepped since."""
+    tight = Budget(10**6, resident=lambda: 0, release=lambda: None)
+    tight.learn(tokens=1, graph=80_000, working=0)
+    kept, again = make_server(model_path, "shared", dropout=0.3), make_server(model_path, "shared", 0.3, budget=tight)
+    for server in (kept, again):
+        for client in (0, 1):
+            server.forward(packet(client, 0))
+    for client in (0, 1):
+        one, two = (server.backward(packet(client, 0, "gradient")) for server in (kept, again))
+        assert torch.equal(RAW.decode(one.tensors["gradient"]), RAW.decode(two.tensors["gradient"]))
+    assert all(torch.equal(t, again.read().tensors[n]) for n, t in kept.read().tensors.items())
+    assert "recomputed" not in kept.end_round([])
+    assert again.end_round([])["recomputed"] == 2
+
+
+def test_who_finds_no_room_is_told_to_wait_and_loses_nothing(model_path: Path) -> None:
+    resident = 0
+    tight = Budget(10**6, resident=lambda: resident, release=lambda: None)
+    tight.learn(tokens=1, graph=50_000, working=0)
+    server = make_server(model_path, "shared", budget=tight)
+    server.forward(packet(0, 0))
+    resident = 600_000
+    assert server.forward(packet(1, 0)).wait > 0
+    assert len(server.steps) == 1
+    assert server.backward(packet(0, 0, "gradient")).tensors
+    resident = 0
+    assert server.forward(packet(1, 0)).tensors
+    assert server.end_round([])["waits"] == 1
+
+
+def test_a_batch_that_finds_room_for_some_serves_those(model_path: Path) -> None:
+    tight = Budget(10**6, resident=lambda: 0, release=lambda: None)
+    tight.learn(tokens=1, graph=60_000, working=0)
+    server = make_server(model_path, "batched", budget=tight)
+    answers = server.forward_together([packet(client, 0) for client in range(3)])
+    assert [answer.wait > 0 for answer in answers] == [False, True, True]
+
+
+def test_calibration_sees_what_a_step_holds(model_path: Path) -> None:
+    budget = Budget(2**40)
+    server = make_server(model_path, "shared", budget=budget)
+    before = server.read().tensors
+    least = server.calibrate(2, 8)
+    assert 10**8 < least < 2**40
+    assert 5 * 32 * 4 < budget._graph < 200 * 32 * 4
+    assert all(torch.equal(before[name], tensor) for name, tensor in server.read().tensors.items())
+    assert len(server.steps) == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 31), (5, 32), (0, 5, 32)])
+def test_hidden_states_of_a_wrong_shape_are_refused(model_path: Path, shape: tuple[int, ...]) -> None:
+    server = make_server(model_path, "shared")
+    with pytest.raises(SpoiledStep, match="sent hidden states of shape"):
+        server.forward(Packet(StepKey(1, 0, 0), {"hidden": RAW.encode(torch.zeros(shape))}))
+    assert len(server.steps) == 0
 
 
 def test_bytes_are_those_of_the_tensors(model_path: Path) -> None:

@@ -27,7 +27,7 @@ class Tree:
         self._root = psutil.Process(pid)
         self.cpu: dict[psutil.Process, float] = {}
         self._memory: dict[psutil.Process, int] = {}
-        self._names: dict[psutil.Process, str] = {}
+        self._roles = {self._root: "command"}
         self.look()
 
     def look(self) -> float:
@@ -42,7 +42,8 @@ class Tree:
                     times = process.cpu_times()
                     self.cpu[process] = times.user + times.system
                     self._memory[process] = max(_peak_memory(process), self._memory.get(process, 0))
-                    self._names[process] = "command" if process == self._root else _role(process.name())
+                    if role := _role(process.name()):  # a worker has another name before it knows its work
+                        self._roles[process] = role
             except (psutil.Error, OSError):
                 pass  # it has ended, and keeps what was noted
         return sum(self.cpu.values())
@@ -52,7 +53,7 @@ class Tree:
         """Bytes by role; of processes with one role, the largest."""
         peaks: dict[str, int] = {}
         for process, peak in self._memory.items():
-            role = self._names.get(process, "other")
+            role = self._roles.get(process, "other")
             peaks[role] = max(peak, peaks.get(role, 0))
         return peaks
 
@@ -63,12 +64,12 @@ class Tree:
             process.kill()
 
 
-def _role(name: str) -> str:
+def _role(name: str) -> str | None:
     """A process by what it does; Ray's workers name themselves after the class they run."""
-    for title, role in {"ray::TrunkActor": "trunk", "ray::ClientApp": "client", "ray::": "idle worker"}.items():
-        if name.startswith(title):
+    for title, role in {"ray::TrunkActor": "trunk", "ray::ClientApp": "client"}.items():
+        if name.startswith(title[:15]):  # the system keeps no more
             return role
-    return "other"
+    return None
 
 
 def _peak_memory(process: psutil.Process) -> int:

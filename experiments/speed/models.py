@@ -21,7 +21,7 @@ def folder_of(model: Mapping[str, Any], cache: Path) -> str:
 
 
 def _make(folder: Path) -> None:
-    """GPT-2's own configuration, its dropout included, and the bundled tokenizer, whose 1,024 ids are all that occur."""
+    """GPT-2's own configuration, its dropout included, and the bundled tokenizer, whose ids are all that occur."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

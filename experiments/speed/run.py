@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -75,9 +76,9 @@ class Bench:
         }
         return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
-    def measure(self, side: str) -> dict[str, Any]:
-        """Measures a side once."""
-        name, *extra = shlex.split(side)
+    def measure(self, side: Sequence[str]) -> dict[str, Any]:
+        """Measures a side, given by its name and flags of its own."""
+        name, *extra = side
         if name == "whole":
             return self._workers(1)
         if name == "pair":
@@ -184,6 +185,16 @@ def disturbed(before: Any, ours: float, seconds: float) -> float:
     return max(0.0, busy(psutil.cpu_times()) - busy(before) - ours) / (seconds * CORES)
 
 
+def wait_for_quiet(share: float, patience: float) -> None:
+    """Waits until others leave the cores alone for three seconds, or patience is at its end."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        before, own = psutil.cpu_times(), time.process_time()
+        time.sleep(3)
+        if disturbed(before, time.process_time() - own, 3) <= share:
+            return
+
+
 def machine() -> dict[str, Any]:
     """What the numbers hold for; nothing that names the machine or a folder."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -199,6 +210,26 @@ def machine() -> dict[str, Any]:
         "commit": commit,
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
     }
+
+
+def measure(model: Mapping[str, Any], dtype: str, folder: str, warmup: int, side: Sequence[str]) -> dict[str, Any]:
+    """Measures a side once, and how much of the machine others had meanwhile."""
+    before, own, started = psutil.cpu_times(), time.process_time(), time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = Bench(model, dtype, folder, warmup, Path(scratch)).measure(side)
+    seconds = time.monotonic() - started
+    ours = measured["cpu_seconds_of_command"] + time.process_time() - own
+    return {**measured, "seconds_of_command": seconds, "others": disturbed(before, ours, seconds)}
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    memory = ", ".join(f"{role} {peak / 1e6:.0f} MB" for role, peak in record["peak_memory"].items())
+    return (
+        f"{record['model']} {record['dtype']} {record['repeat']} {record['side']}: "
+        f"{record['tokens'] / record['seconds']:,.1f} tokens/s, "
+        f"{record['cpu_seconds'] / record['tokens'] * 1000:.3f} CPU s / 1,000 tokens, {memory}; "
+        f"{record['seconds']:.1f} of {record['seconds_of_command']:.1f} s, others {record['others']:.0%}"
+    )
 
 
 def _names(text: str) -> list[str]:
@@ -217,6 +248,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="steps a round of all clients together, a multiple of 8")
     parser.add_argument("--rounds", type=int, help="at least 2")
     parser.add_argument("--extra", type=shlex.split, default=[], help="flags for all of fedsplit's sides")
+    parser.add_argument("--quiet", type=float, default=0.1, help="share of the cores that others may use; see --wait")
+    parser.add_argument("--wait", type=float, default=60, help="seconds to wait at most before each, until it is quiet")
+    parser.add_argument("--redo", type=int, default=0, help="times to measure again what others disturbed")
     parser.add_argument("--keep", action="store_true", help="keep what --out holds of other models and types")
     args = parser.parse_args()
     config = tomllib.loads(args.config.read_text())
@@ -235,34 +269,23 @@ def main() -> int:
     failures = 0
     for name, model in models.items():
         folder = folder_of(model, args.cache)
-        for dtype in args.dtypes:
-            for repeat in range(args.repeats or config["repeats"]):
-                for side in args.sides:
-                    before, own, started = psutil.cpu_times(), time.process_time(), time.monotonic()
-                    label = {"model": name, "dtype": dtype, "side": side, "repeat": repeat}
-                    words = shlex.join([*shlex.split(side), *(args.extra if side.startswith("fedsplit") else [])])
-                    try:
-                        with tempfile.TemporaryDirectory() as scratch:
-                            bench = Bench(model, dtype, folder, config["warmup"], Path(scratch))
-                            measured = bench.measure(words)
-                    except RuntimeError as error:
-                        failures += 1
-                        print(*label.values(), "failed:", error, file=sys.stderr, flush=True)
-                        continue
-                    seconds = time.monotonic() - started
-                    ours = measured["cpu_seconds_of_command"] + time.process_time() - own
-                    others = disturbed(before, ours, seconds)
-                    records.append({**label, **measured, "seconds_of_command": seconds, "others": others})
-                    args.out.write_text(json.dumps(result, indent=1) + "\n")
-                    speed = measured["tokens"] / measured["seconds"]
-                    cpu = measured["cpu_seconds"] / measured["tokens"] * 1000
-                    memory = {role: f"{peak / 1e6:.0f} MB" for role, peak in measured["peak_memory"].items()}
-                    print(
-                        *label.values(),
-                        f"{speed:,.1f} tokens/s, {cpu:.3f} CPU s/1000, {memory}, "
-                        f"{measured['seconds']:.1f} of {seconds:.1f} s, others {others:.1%}",
-                        flush=True,
-                    )
+        turns = itertools.product(args.dtypes, range(args.repeats or config["repeats"]), args.sides)
+        for dtype, repeat, side in turns:
+            label = {"model": name, "dtype": dtype, "side": side, "repeat": repeat}
+            words = [*shlex.split(side), *(args.extra if side.startswith("fedsplit") else [])]
+            try:
+                for _ in range(args.redo + 1):
+                    wait_for_quiet(args.quiet, args.wait)
+                    record = label | measure(model, dtype, folder, config["warmup"], words)
+                    print(_line(record), flush=True)
+                    if record["others"] <= args.quiet:
+                        break
+            except RuntimeError as error:
+                failures += 1
+                print(*label.values(), "failed:", error, file=sys.stderr, flush=True)
+                continue
+            records.append(record)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if failures else 0
 
 

@@ -1,0 +1,121 @@
+"""What a call of the trunk costs more through Ray.
+
+A pair of forward and backward is timed on a trunk in the same process (local), on one in an actor that calls it
+itself, so that only the process differs (inside), and through the actor as clients call it (remote).
+
+    python -m experiments.speed.remote --cache runs/speed-cache
+
+The three take turns; one thread each; nobody else asks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.speed.models import folder_of
+from experiments.speed.run import machine
+from fedsplit.simulate import prepare_environment
+
+HERE = Path(__file__).parent
+
+
+def pairs_a_second(trunk: Any, hidden: Any, seconds: float) -> float:
+    """Calls forward and backward in turn for so many seconds."""
+    from fedsplit.updates import Packet, StepKey
+
+    started, done = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < seconds or not done:
+        key = StepKey(1, 0, done)
+        trunk.forward(Packet(key, {"hidden": hidden}))
+        trunk.backward(Packet(key, {"gradient": hidden}))
+        done += 1
+    return done / elapsed
+
+
+def make_trunk(model: Mapping[str, Any], folder: str) -> Any:
+    """A `TrunkServer` in this process, with one thread."""
+    import torch
+
+    from fedsplit import adapters
+    from fedsplit.config import build
+    from fedsplit.split import load_parts
+    from fedsplit.trunk import TrunkServer
+    from fedsplit.wire import make_codec
+
+    torch.set_num_threads(1)
+    config = build({"model": folder, "cut": model["cut"]})
+    (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+    adapters.add(part, config.lora, config.seed)
+    return TrunkServer(part, make_codec(config.wire.codec), config.trunk.schedule, config.train, config.seed)
+
+
+class Inside:
+    """A trunk that is called from within an actor's process, where no call crosses."""
+
+    def __init__(self, model: Mapping[str, Any], folder: str) -> None:
+        self._trunk = make_trunk(model, folder)
+
+    def pairs_a_second(self, hidden: Any, seconds: float) -> float:
+        return pairs_a_second(self._trunk, hidden, seconds)
+
+
+def measure(model: Mapping[str, Any], folder: str, seconds: float, repeats: int) -> list[dict[str, float]]:
+    """Pairs a second, local, inside and remote, once a repeat."""
+    import ray
+    import torch
+
+    from fedsplit.actor import start_trunk
+    from fedsplit.config import build
+    from fedsplit.wire import make_codec
+
+    local = make_trunk(model, folder)
+    inside = ray.remote(num_cpus=0)(Inside).remote(model, folder)
+    config = build({"model": folder, "cut": model["cut"]})
+    remote = start_trunk(config, "trunk", 1)
+    shape = (model["batch_size"], model["max_length"], model["width"])
+    hidden = make_codec(config.wire.codec).encode(torch.randn(shape))
+    places: dict[str, Callable[[float], float]] = {
+        "local": lambda seconds: pairs_a_second(local, hidden, seconds),
+        "inside": lambda seconds: ray.get(inside.pairs_a_second.remote(hidden, seconds)),
+        "remote": lambda seconds: pairs_a_second(remote, hidden, seconds),
+    }
+    for place in places.values():
+        place(1.0)
+    return [{name: place(seconds) for name, place in places.items()} for _ in range(repeats)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "config.toml")
+    parser.add_argument("--out", type=Path, default=HERE / "remote.json")
+    parser.add_argument("--cache", type=Path, default=Path("runs/speed-cache"), help="where random models are kept")
+    parser.add_argument("--models", type=lambda text: text.split(","), help="of the configuration's; default: all")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=5, help="of every measurement")
+    args = parser.parse_args()
+    prepare_environment()  # before Ray is imported, which reads it then
+
+    from fedsplit.actor import start_cluster, stop_cluster
+
+    models = tomllib.loads(args.config.read_text())["models"]
+    records: list[dict[str, Any]] = []
+    for name in args.models or models:
+        folder = folder_of(models[name], args.cache)
+        start_cluster(1)
+        try:
+            measured = measure(models[name], folder, args.seconds, args.repeats)
+        finally:
+            stop_cluster()
+        records += [{"model": name, "repeat": repeat, **result} for repeat, result in enumerate(measured)]
+        args.out.write_text(json.dumps({"machine": machine(), "records": records}, indent=1) + "\n")
+        print(name, *measured, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

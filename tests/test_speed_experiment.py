@@ -1,0 +1,106 @@
+"""The speed experiment: what it reports, and how it watches processes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.speed import report, watch
+from experiments.speed.run import FLOWER_CLIENTS, Bench
+from experiments.speed.whole import Trainer
+from fedsplit.config import parse
+
+EXPERIMENT = Path("experiments/speed")
+
+
+def record(side: str, repeat: int, seconds: float, **more: object) -> dict:
+    return {
+        "model": "default",
+        "dtype": "fp32",
+        "side": side,
+        "repeat": repeat,
+        "tokens": 1000,
+        "seconds": seconds,
+        "cpu_seconds": 2 * seconds,
+        "peak_memory": {"worker": 10**6 * (repeat + 1)},
+        "others": 0.0,
+        **more,
+    }
+
+
+def test_ratios_are_formed_within_a_repeat() -> None:
+    records = [record("whole", 0, 1), record("pair", 0, 0.5), record("whole", 1, 4), record("pair", 1, 4)]
+    assert report.ratios(records, "pair") == [2.0, 1.0]
+    assert report._row(records, "pair") == [
+        "pair",
+        "1,125 (250 to 2,000)",
+        "1.5 (1 to 2)",
+        "",
+        "4.5",
+        "process 2",
+        "0%",
+    ]
+
+
+def test_the_report_replaces_what_is_between_its_marks(tmp_path: Path) -> None:
+    shutil.copy(EXPERIMENT / "README.md", tmp_path)
+    for text in ("the old table", "the new table"):
+        report.write_between(tmp_path / "README.md", "result.json", text)
+    written = (tmp_path / "README.md").read_text()
+    assert "the old table" not in written and written.count("the new table\n\n<!-- end of result.json -->") == 1
+    with pytest.raises(ValueError, match=r"no place for other\.json"):
+        report.write_between(tmp_path / "README.md", "other.json", "")
+
+
+def test_the_cpu_time_of_children_is_counted(tmp_path: Path) -> None:
+    spin = "import time\nwhile time.process_time() < 1: pass"
+    child = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {spin!r}]); "
+    log = f"open({str(tmp_path / 'log')!r}, 'w').write('{{\"event\": \"end\"}}\\n'); time.sleep(2)"
+    watch_often = watch.LOOK_EVERY
+    watch.LOOK_EVERY = 0.05
+    try:
+        events, tree = watch.follow([sys.executable, "-c", child + log], tmp_path / "log", {}, tmp_path / "output")
+    finally:
+        watch.LOOK_EVERY = watch_often
+    assert [event["event"] for event in events] == ["end"]
+    assert events[0]["cpu"] > 0.1 and len(tree.cpu) == 2 and tree.peak_memory["command"] > 10**6
+
+
+def test_a_command_that_fails_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="broken"):
+        watch.follow([sys.executable, "-c", "raise SystemExit('broken')"], tmp_path / "log", {}, tmp_path / "output")
+
+
+def test_every_side_trains_on_as_many_tokens() -> None:
+    models = tomllib.loads((EXPERIMENT / "config.toml").read_text())["models"]
+    for model in models.values():
+        bench = Bench(model, "fp32", "sotu-gpt2", 0, Path())
+        for clients in (1, 4, FLOWER_CLIENTS):
+            config = parse(bench.flags(clients))
+            assert config.train.steps * clients == model["steps"] and config.rounds >= 2
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_baseline_trains_adapters_in_float32(dtype: str) -> None:
+    trainer = Trainer(parse(["--lora.dropout", "0", "--lr", "0.01"]), dtype)
+    ids = torch.arange(64).reshape(2, 32)
+    losses = [float(trainer.step(ids)) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    frozen = {p.dtype for p in trainer.model.parameters() if not p.requires_grad}
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert frozen == {torch.float32 if dtype == "fp32" else torch.bfloat16}
+
+
+def test_the_worker_waits_and_trains_on_until_it_is_told(tmp_path: Path) -> None:
+    flags = ["--train.batch-size", "1", "--train.max-length", "8"]
+    command = [sys.executable, "-m", "experiments.speed.whole", "--threads", "1", "--steps", "1", "--warmup", "1"]
+    done = subprocess.run([*command, "--", *flags], input="go\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ready\n{") and '"tokens": 8' in done.stdout

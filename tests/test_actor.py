@@ -12,6 +12,7 @@ import pytest
 
 SCRIPT = """
 import sys, time
+from dataclasses import replace
 from fedsplit.simulate import prepare_environment
 prepare_environment()
 import ray, torch
@@ -20,37 +21,53 @@ from fedsplit import adapters
 from fedsplit.actor import TrunkLost, find_trunk, start_cluster, start_trunk, stop_cluster
 from fedsplit.config import build
 from fedsplit.split import load_parts
-from fedsplit.trunk import TrunkServer, UnknownStep
+from fedsplit.steps import ForeignStep, UnknownStep
+from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import make_codec
 
-config = build({"model": sys.argv[1], "cut": "1:2", "lora.dropout": 0.3})
+values = {"model": sys.argv[1], "cut": "1:2", "lora.dropout": 0.3, "trunk.memory": "8GB", "train.max_length": 8}
+config = build(values)
 torch.set_num_threads(1)
 (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
 adapters.add(part, config.lora, config.seed)
 codec = make_codec("raw")
-local = TrunkServer(part, codec, "shared", config.train, config.seed)
 start_cluster(workers=1)
 handle = start_trunk(config, "t", threads=1)
 try:
+    life = handle.status()["incarnation"]
+    assert 10**8 < handle.status()["least_memory"] < 8 * 10**9
+    local = TrunkServer(part, codec, "shared", config.train, config.seed, run="t", incarnation=life)
     for step in range(5):
-        key = StepKey(1, 0, step)
+        key = StepKey(1, 0, step, run="t")
         hidden, gradient = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
         for tensor, name, call in ((hidden, "hidden", "forward"), (gradient, "gradient", "backward")):
-            packet = Packet(key, {name: codec.encode(tensor)})
-            here, there = getattr(local, call)(packet), getattr(find_trunk("t"), call)(packet)
+            packet = Packet(key, {name: codec.encode(tensor)}, incarnation=life)
+            here, there = getattr(local, call)(packet), find_trunk("t").send(packet)()
             assert torch.equal(codec.decode(here.tensors[name]), codec.decode(there.tensors[name])), (step, call)
-    there = handle.read()
+    there = handle.read().tensors
     assert all(torch.equal(tensor, there[name]) for name, tensor in local.read().tensors.items())
     status = handle.status()
     assert status["traffic"] == dict(local.traffic)
-    assert status["peak_memory"] > 10**8
-    try:
-        handle.backward(packet)
-    except UnknownStep as error:
-        assert "step=4" in str(error)
-    else:
-        raise AssertionError("a backward without forward was answered")
+    assert status["peak_memory"] + 10**6 >= status["resident_memory"] > 10**8
+    for wrong, refusal in (
+        (replace(packet, key=replace(key, step=9)), UnknownStep),
+        (replace(packet, incarnation="another"), ForeignStep),
+    ):
+        try:
+            handle.send(wrong)()
+        except refusal as error:
+            assert "client 0" in str(error)
+        else:
+            raise AssertionError("what must be refused was answered")
+    waiting = [handle.send(Packet(StepKey(2, 0, 0, micro=m, run="t"), {"hidden": codec.encode(hidden)}, micros=3,
+                                  incarnation=life)) for m in range(3)]
+    assert all(answer().tensors for answer in waiting)
+    handle.leave(0)
+    assert handle.end_round([0])["abandoned"] == 3
+    assert handle.status()["pending"] == 0
+    handle.write({name: tensor * 0 for name, tensor in there.items()})
+    assert all(not tensor.any() for tensor in handle.read().tensors.values())
     import psutil
     processes = psutil.Process().children(recursive=True)
     connections = [connection for process in processes for connection in process.net_connections("inet")]

@@ -58,6 +58,29 @@ def test_eight_presidents_and_the_same_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--trunk.schedule", "copies", "--workers", "{}"),
+        ("--trunk.schedule", "accumulate", "--workers", "{}"),
+        ("--trunk.schedule", "shared", "--deterministic", "--trunk.group", "2"),
+        ("--trunk.schedule", "batched", "--deterministic", "--trunk.group", "2"),
+    ],
+)
+def test_what_is_called_deterministic_is_so_to_the_bit(argv: tuple[str, ...], tmp_path: Path) -> None:
+    """Whatever the number of workers where the schedule is so by nature; with turns taken elsewhere."""
+    for workers in ("1", "2"):
+        run = [word.format(workers) for word in argv]
+        done = command("--clients", "4", *run, "--micro-batches", "1", "--out", workers, *TINY, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, two = (adapter(tmp_path / workers) for workers in ("1", "2"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    losses = [json.loads((tmp_path / workers / "summary.json").read_text()) for workers in ("1", "2")]
+    assert losses[0]["eval_loss"] == losses[1]["eval_loss"]
+    assert losses[0]["forgotten"] == losses[1]["forgotten"]
+
+
+@pytest.mark.slow
 def test_the_readmes_three_lines_give_the_reported_loss(tmp_path: Path) -> None:
     """Runs from another folder, on two processes, with a strategy of the user's, from a file of settings."""
     readme = Path("README.md").read_text()

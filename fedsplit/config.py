@@ -25,6 +25,8 @@ BUNDLED_MODEL = Path(__file__).parent / "base"
 
 SCHEDULES = ("shared", "frozen", "forward-only")
 CODECS = ("raw", "bf16")
+KERNELS = ("fused", "library")
+DTYPES = ("fp32", "bf16")
 
 
 class InputError(Exception):
@@ -165,6 +167,12 @@ class Config:
         "auto", PARTITION, "who owns what; auto is by president, or iid where those do not suffice"
     )
     strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
+    kernels: str = setting(
+        "fused",
+        one_of(KERNELS),
+        "fused makes fewer passes over memory; library is the unsplit model's own code, equal to it to the bit",
+    )
+    dtype: str = setting("fp32", one_of(DTYPES), "type of base weights and of computation; adapters are fp32")
     workers: int = setting(0, at_least(0), "processes that play the clients; 0: as many as cores")
     out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
     lora: LoraSettings = field(default_factory=LoraSettings)

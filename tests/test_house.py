@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = [
     {"config", "updates"},
-    {"families", "corpus", "wire", "optim", "schedules", "strategy", "report"},
+    {"families", "kernels", "corpus", "wire", "optim", "schedules", "strategy", "report"},
     {"split", "partition", "link"},
     {"adapters"},
     {"trunk", "client", "checkpoint"},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsplit import adapters
 from fedsplit.config import Config
-from fedsplit.split import load_parts
+from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Adapters, Packet
 from fedsplit.wire import make_codec
@@ -42,7 +42,7 @@ class TrunkActor:
     def __init__(self, config: Config, threads: int) -> None:
         """Loads the trunk's blocks, and no others, and puts the adapter on them."""
         torch.set_num_threads(threads)
-        (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
         adapters.add(part, config.lora, config.seed)
         codec = make_codec(config.wire.codec)
         self._server = TrunkServer(part, codec, config.trunk.schedule, config.train, config.seed)

@@ -17,7 +17,7 @@ from fedsplit.checkpoint import RunFolder
 from fedsplit.config import Config
 from fedsplit.families import read_facts
 from fedsplit.server_app import Federation
-from fedsplit.split import load_parts
+from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.wire import make_codec
 
@@ -90,7 +90,7 @@ def federate(
         monkeypatch: Puts the local trunk where clients look for it.
         spoil: Changes replies on their way to the server.
     """
-    (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+    (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
     adapters.add(part, config.lora, config.seed)
     trunk = LocalTrunk(part, make_codec(config.wire.codec), config.trunk.schedule, config.train, config.seed)
     monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)

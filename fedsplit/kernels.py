@@ -169,7 +169,7 @@ class _LoraLinear(torch.autograd.Function):
             mask, keep = keep_mask(rows.shape, dropout, rows.device)
             scaling /= keep
         output = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-        low = torch.mm(down, (rows if mask is None else rows * mask).t())
+        low = torch.mm(down, (rows if mask is None else mask.to(rows.dtype).mul_(rows)).t())
         output.addmm_(low.t(), up.t(), alpha=scaling)
         ctx.scaling = scaling
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, mask, low, weight, down, up)
@@ -187,12 +187,13 @@ class _LoraLinear(torch.autograd.Function):
             for_up = torch.mm(low, rows).t().to(adapter_type).mul_(ctx.scaling)
         if to_x or to_down:
             back = torch.mm(up.t(), rows.t()).mul_(ctx.scaling)
-        if to_down:
-            seen = x.flatten(0, -2)
-            for_down = torch.mm(back, seen if mask is None else seen * mask).to(adapter_type)
+            kept = None if mask is None else mask.to(rows.dtype)
         if to_x:
             for_x = torch.mm(back.t(), down)
-            if mask is not None:
-                for_x *= mask
+            if kept is not None:
+                for_x *= kept
             for_x = for_x.addmm_(rows, weight.t()).view(*gradient.shape[:-1], -1).to(input_type)
+        if to_down:
+            seen = x.flatten(0, -2)
+            for_down = torch.mm(back, seen if kept is None else kept.mul_(seen)).to(adapter_type)
         return for_x, None, None, for_down, for_up, None, None

@@ -100,14 +100,14 @@ def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor
 
     Args:
         shape: The shape of what is to be dropped from.
-        p: The probability to drop; made a multiple of 1/65536.
+        p: The probability to drop, below 1; made a multiple of 1/65536, at most 65535 of them.
         device: Where to.
 
     Returns:
         1 where an element is kept and 0 elsewhere, as int8 (which multiplies faster than bool); the
         probability to keep.
     """
-    level = round(p * _LEVELS)
+    level = min(round(p * _LEVELS), _LEVELS - 1)
     words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
     bits = words.view(torch.int16)[: shape.numel()].view(shape)
     return bits.ge_(level - _LEVELS // 2).to(torch.int8), 1 - level / _LEVELS

@@ -133,6 +133,13 @@ def test_as_many_are_kept_as_should_be(p: float) -> None:
         assert (means - keep).abs().max() < 6 * (keep * (1 - keep) / length) ** 0.5
 
 
+def test_hardly_anything_is_kept_where_hardly_anything_may_be() -> None:
+    torch.manual_seed(5)
+    mask, keep = keep_mask(torch.Size((1000, 1000)), 1 - 1e-9, torch.device("cpu"))
+    assert keep == 1 / 65536
+    assert 0 < int(mask.sum()) < 40
+
+
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_draws_are_decided_by_the_seed_and_independent(p: float) -> None:
     def draw(seed: int | None = None) -> Tensor:

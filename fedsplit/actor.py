@@ -20,7 +20,7 @@ from fedsplit import adapters
 from fedsplit.config import Config
 from fedsplit.dispatch import Answer, Dispatcher
 from fedsplit.memory import Budget, peak_memory, resident_memory
-from fedsplit.split import load_parts
+from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Adapters, Packet
 from fedsplit.wire import make_codec
@@ -52,7 +52,7 @@ class TrunkActor:
     def __init__(self, config: Config, run: str, threads: int) -> None:
         """Loads the trunk's blocks, and no others, and puts the adapter on them."""
         torch.set_num_threads(threads)
-        (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
         adapters.add(part, config.lora, config.seed)
         budget = Budget(config.trunk.memory_bytes)
         self._incarnation = secrets.token_hex(8)

@@ -24,7 +24,7 @@ from fedsplit.link import Link
 from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
 from fedsplit.schedules import SCHEDULES
-from fedsplit.split import Bottom, Top, load_parts
+from fedsplit.split import TYPES, Bottom, Top, load_parts
 from fedsplit.updates import Adapters
 from fedsplit.wire import make_codec
 
@@ -57,7 +57,7 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     config = from_document(json.loads(run))
-    bottom, top = load_parts(config.model_path, config.bounds, ["bottom", "top"])
+    bottom, top = load_parts(config.model_path, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
     for part in (bottom, top):
         adapters.add(part, config.lora, config.seed)
     return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), adapters.read(bottom, top))

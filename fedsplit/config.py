@@ -27,6 +27,8 @@ BUNDLED_MODEL = Path(__file__).parent / "base"
 SCHEDULES = ("shared", "batched", "accumulate", "copies", "frozen", "forward-only")
 ORDERS = ("random", "cyclic")
 CODECS = ("raw", "bf16")
+KERNELS = ("fused", "library")
+DTYPES = ("fp32", "bf16")
 
 
 class InputError(Exception):
@@ -202,6 +204,12 @@ class Config:
         "auto", PARTITION, "who owns what; auto is by president, or iid where those do not suffice"
     )
     strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
+    kernels: str = setting(
+        "fused",
+        one_of(KERNELS),
+        "fused makes fewer passes over memory; library is the unsplit model's own code, equal to it to the bit",
+    )
+    dtype: str = setting("fp32", one_of(DTYPES), "type of base weights and of computation; adapters are fp32")
     workers: int = setting(0, at_least(0), "processes that play the clients; 0: as many as cores")
     threads: int = setting(0, at_least(0), "threads of each client process; 0: planned, so that cores suffice")
     deterministic: bool = setting(

@@ -16,13 +16,19 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import sdpa_mask
 
 from fedsplit.config import SettingError
 from fedsplit.families import Family, family_of
+from fedsplit.kernels import causal_loss
 
 Kind = Literal["bottom", "trunk", "top"]
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""By the names in `fedsplit.config.DTYPES`."""
 
 
 class _NoPositions(nn.Module):
@@ -42,9 +48,11 @@ class Part(nn.Module):
         family: The family's record.
         blocks: The numbers of its blocks in the unsplit model.
         config: The model's configuration, cut to this part.
+        fused: Whether it computes with `fedsplit.kernels` where it can; else with the library's code alone.
+        dtype: The type of its base weights and of its computation; adapters are float32 always.
     """
 
-    def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any) -> None:
+    def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any, fused: bool, dtype: torch.dtype) -> None:
         """Cuts a part out of a model.
 
         Args:
@@ -52,9 +60,12 @@ class Part(nn.Module):
             family: The family's record.
             blocks: The blocks to keep.
             whole: The library's causal LM, on the meta device; taken apart by this.
+            fused: Whether to compute with `fedsplit.kernels`.
+            dtype: The type to compute in.
         """
         super().__init__()
         self.kind, self.family, self.blocks, self.config = kind, family, blocks, whole.config
+        self.fused, self.dtype = fused, dtype
         decoder = getattr(whole, family.decoder)
         kept = getattr(decoder, family.blocks)[blocks.start : blocks.stop]
         setattr(decoder, family.blocks, nn.ModuleList(kept))
@@ -81,9 +92,14 @@ class Part(nn.Module):
         number, dot, rest = name.removeprefix(prefix).partition(".")
         return f"{prefix}{int(number) + self.blocks.start}{dot}{rest}"
 
+    def _computing(self, device: torch.device) -> torch.autocast:
+        """Products of float32 adapters with narrower hidden states are made in the narrower type."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     def _decode(self, mask: Tensor | None, **start: Tensor) -> Tensor:
         decoder = getattr(self, self.family.decoder)
-        return decoder(attention_mask=mask, use_cache=False, **start).last_hidden_state
+        with self._computing(next(iter(start.values())).device):
+            return decoder(attention_mask=mask, use_cache=False, **start).last_hidden_state
 
 
 class Bottom(Part):
@@ -107,14 +123,19 @@ class Top(Part):
 
     def logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) to logits (B, T, V)."""
-        return self.lm_head(self._decode(mask, inputs_embeds=hidden))
+        with self._computing(hidden.device):
+            return self.lm_head(self._decode(mask, inputs_embeds=hidden))
 
     def forward(self, hidden: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) and labels (B, T) to the mean next-token loss in nats, a scalar.
 
         Labels are the tokens themselves, -100 where no loss is wanted; they are shifted here.
         """
-        return ForCausalLMLoss(self.logits(hidden, mask), labels, self.lm_head.out_features)
+        head = self.lm_head
+        bare = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+        if self.fused and bare:
+            return causal_loss(self._decode(mask, inputs_embeds=hidden), head.weight, labels)
+        return ForCausalLMLoss(self.logits(hidden, mask), labels, head.out_features)
 
 
 PARTS: dict[Kind, type[Part]] = {"bottom": Bottom, "trunk": Trunk, "top": Top}
@@ -202,8 +223,35 @@ def ranges(blocks: int, bounds: tuple[int, int]) -> dict[Kind, range]:
     return {"bottom": range(low), "trunk": range(low, high), "top": range(high, blocks)}
 
 
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **how: Any) -> Any:
+    """The library's attention, on a CPU in float32 always: torch's backward of a narrower one takes twice as long."""
+    if query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, *rest, **how)
+    with torch.autocast("cpu", enabled=False):
+        output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *rest, **how)
+    return output.to(query.dtype), weights
+
+
+_WIDE = "fedsplit_wide"
+AttentionInterface.register(_WIDE, _attention)
+AttentionMaskInterface.register(_WIDE, sdpa_mask)
+
+
+def _quicken(config: Any, dtype: torch.dtype) -> None:
+    """Chooses torch's own functions, and the type they are fastest in, for what the library spells out."""
+    for key in ("activation_function", "hidden_act"):
+        if getattr(config, key, None) == "gelu_new":
+            setattr(config, key, "gelu_pytorch_tanh")
+    if dtype != torch.float32:
+        config._attn_implementation = _WIDE
+
+
 def load_parts(
-    path: Path, bounds: tuple[int, int], kinds: Sequence[Kind], dtype: torch.dtype = torch.float32
+    path: Path,
+    bounds: tuple[int, int],
+    kinds: Sequence[Kind],
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "library",
 ) -> list[Any]:
     """Loads some parts of a model; of the checkpoint, nothing else is read.
 
@@ -213,7 +261,9 @@ def load_parts(
         path: A folder with config.json and safetensors.
         bounds: The cut as (LO, HI).
         kinds: The parts to load.
-        dtype: The type of the weights, whatever type they are stored in.
+        dtype: The type of the weights, whatever type they are stored in, and of computation.
+        kernels: "fused" computes with `fedsplit.kernels`, which is the same to rounding; "library" with the
+            library's code alone, which is the unsplit model to the bit.
 
     Returns:
         The parts, in the order of `kinds`, in evaluation mode.
@@ -221,7 +271,7 @@ def load_parts(
     Raises:
         ValueError: The checkpoint lacks a tensor, or the cut lies outside the model.
     """
-    config = AutoConfig.from_pretrained(path)
+    config, fused = AutoConfig.from_pretrained(path), kernels == "fused"
     family = family_of(config.model_type)
     if not 0 <= bounds[0] < bounds[1] <= config.num_hidden_layers:
         raise ValueError(f"cut {bounds} lies outside a model of {config.num_hidden_layers} blocks")
@@ -229,9 +279,12 @@ def load_parts(
     checkpoint = _Checkpoint(path, family.decoder, dtype)
     parts = []
     for kind in kinds:
+        config = AutoConfig.from_pretrained(path)
+        if fused:
+            _quicken(config, dtype)
         with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-        part = PARTS[kind](kind, family, pieces[kind], whole)
+            whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        part = PARTS[kind](kind, family, pieces[kind], whole, fused, dtype)
         for module_name, module in part.named_modules():
             for name, _ in list(module.named_parameters(recurse=False)):
                 full = part.whole_name(f"{module_name}.{name}")

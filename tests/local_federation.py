@@ -18,7 +18,7 @@ from fedsplit.dispatch import Dispatcher
 from fedsplit.families import read_facts
 from fedsplit.memory import peak_memory, resident_memory
 from fedsplit.server_app import Federation
-from fedsplit.split import load_parts
+from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Packet
 from fedsplit.wire import make_codec
@@ -28,7 +28,7 @@ class LocalTrunk:
     """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
 
     def __init__(self, config: Config, run: str = "") -> None:
-        (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
         adapters.add(part, config.lora, config.seed)
         self.now = 0.0
         codec, schedule = make_codec(config.wire.codec), config.trunk.schedule

@@ -29,7 +29,7 @@ from fedsplit.wire import make_codec
 values = {"model": sys.argv[1], "cut": "1:2", "lora.dropout": 0.3, "trunk.memory": "8GB", "train.max_length": 8}
 config = build(values)
 torch.set_num_threads(1)
-(part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+(part,) = load_parts(config.model_path, config.bounds, ["trunk"], kernels=config.kernels)
 adapters.add(part, config.lora, config.seed)
 codec = make_codec("raw")
 start_cluster(workers=1)

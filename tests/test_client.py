@@ -31,7 +31,7 @@ def make_client(path: Path, schedule: str, cut=(1, 2), dropout=0.0, steps=STEPS,
     """A client and its trunk in one process."""
     values = {"model": str(path), "cut": f"{cut[0]}:{cut[1]}", "seed": seed, "lora.rank": 2, "lora.dropout": dropout}
     values |= {"train.steps": steps, "train.batch_size": 3, "train.lr": 5e-3, "trunk.schedule": schedule}
-    config = build(values | {"wire.codec": codec, "train.micro_batches": micro_batches})
+    config = build(values | {"wire.codec": codec, "train.micro_batches": micro_batches, "kernels": "library"})
     bottom, top = load_parts(path, cut, ["bottom", "top"])
     trunk = LocalTrunk(config)
     for part in (bottom, top):

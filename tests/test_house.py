@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = [
     {"config", "updates"},
-    {"families", "corpus", "wire", "optim", "schedules", "steps", "memory", "strategy", "report"},
+    {"families", "kernels", "corpus", "wire", "optim", "schedules", "steps", "memory", "strategy", "report"},
     {"split", "partition", "link"},
     {"adapters"},
     {"trunk", "client", "checkpoint"},

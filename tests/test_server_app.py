@@ -81,6 +81,7 @@ def test_a_run_of_one_client_is_plain_peft_fine_tuning(
     path = tiny_models["llama"]
     values = {"clients": 1, "rounds": 1, "model": str(path), "cut": "1:2", "dataset": str(corpus_file)}
     values |= {"partition": "natural", "lora.rank": 2, "lora.dropout": 0.0, "train.max_length": 16}
+    values |= {"kernels": "library"}  # AdamW makes any rounding of a small gradient a whole step
     config = build(values | {"train.steps": STEPS, "train.batch_size": 3, "train.lr": 5e-3})
     parts = load_parts(path, config.bounds, ["bottom", "trunk", "top"])
     for part in parts:
@@ -150,6 +151,7 @@ def test_copies_are_federated_averaging_of_the_whole_model(
     values = {"clients": 3, "rounds": 1, "model": str(path), "cut": "1:2", "dataset": str(corpus_file)}
     values |= {"partition": "natural", "lora.rank": 2, "lora.dropout": 0.0, "train.max_length": 16}
     values |= {"train.steps": STEPS, "train.batch_size": 3, "train.lr": 5e-3, "trunk.schedule": "copies"}
+    values |= {"kernels": "library"}
     config = build(values)
     parts = load_parts(path, config.bounds, ["bottom", "trunk", "top"])
     for part in parts:

@@ -1,0 +1,199 @@
+"""The costly functions of a step with fewer passes over memory: the loss, and a projection with its adapter.
+
+The functions are the libraries'; only the order of sums differs. What a step does not need is not done:
+nothing is computed for frozen weights, and nothing is kept for the backward that it can do without.
+
+Shapes: N rows (tokens), D hidden, V vocabulary, I and O a projection's inputs and outputs, R an adapter's rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+IGNORED = -100
+"""The label where no loss is wanted, as everywhere in torch."""
+
+LOGITS = 2**23
+"""Elements of the logits that exist at a time: more costs memory, fewer reads the head more often than it pays."""
+
+_LEVELS = 2**16
+_UNDERFLOW = 1e-30
+
+
+def causal_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """The mean next-token loss of a frozen head without a bias.
+
+    The logits exist a few rows at a time. Where a gradient is wanted, it is computed on the way, so that the
+    backward only scales it; positions without a label are left out from the beginning.
+
+    Args:
+        hidden: The head's input (B, T, D).
+        head: The head's weight (V, D); gets no gradient. Products are made in its type, the rest in float32.
+        labels: The tokens themselves (B, T), `IGNORED` where no loss is wanted; they are shifted here.
+
+    Returns:
+        Nats, a scalar in float32; NaN where no position has a label.
+    """
+    wanted = labels[:, 1:].flatten()
+    places = (wanted != IGNORED).nonzero().squeeze(1)
+    # Rows of the unshifted hidden states: the last position of a sequence predicts nothing.
+    length = labels.shape[1] - 1
+    rows = hidden.flatten(0, 1).index_select(0, places + places // max(length, 1))
+    loss: Tensor = _Loss.apply(rows, head, wanted[places], torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Loss(torch.autograd.Function):
+    """Rows (N, D), head (V, D), labels (N,) to the mean loss; keeps the gradient (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, head: Tensor, labels: Tensor, graph: bool) -> Tensor:
+        count, size = len(rows), len(head)
+        gradient = torch.empty_like(rows, dtype=head.dtype) if graph and ctx.needs_input_grad[0] else None
+        nats = torch.zeros((), device=rows.device)
+        step = -(-count // max(1, -(-count * size // LOGITS))) if count else 1
+        # The same memory for every run of rows: fresh pages would cost as much as a pass over them.
+        buffer = torch.empty(min(step, count), size, dtype=head.dtype, device=rows.device)
+        wide = buffer if head.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
+        for start in range(0, count, step):
+            part, label = rows[start : start + step].to(head.dtype), labels[start : start + step]
+            logits, scores = buffer[: len(part)], wide[: len(part)]
+            torch.mm(part, head.t(), out=logits)
+            if scores is not logits:
+                scores.copy_(logits)
+            if gradient is None:
+                nats += functional.cross_entropy(scores, label, reduction="sum")
+                continue
+            torch.softmax(scores, -1, out=scores)
+            chosen = scores.gather(1, label[:, None])
+            lost = (chosen < _UNDERFLOW).squeeze(1)
+            if lost.any():
+                again = torch.mm(part[lost], head.t()).float()
+                nats += functional.cross_entropy(again, label[lost], reduction="sum")
+            nats -= chosen[~lost].log().sum()
+            scores.scatter_(1, label[:, None], chosen - 1)
+            if scores is not logits:
+                logits.copy_(scores)
+            torch.mm(logits, head, out=gradient[start : start + step])
+        ctx.count = count
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+            ctx.rows_dtype = rows.dtype
+        return nats / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * (gradients[0] / max(ctx.count, 1))).to(ctx.rows_dtype), None, None, None
+
+
+def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:
+    """Draws what a dropout keeps, from torch's generator.
+
+    Sixteen random bits decide over an element, a quarter of what `torch.bernoulli` takes the time for.
+
+    Args:
+        shape: The shape of what is to be dropped from.
+        p: The probability to drop, below 1; made a multiple of 1/65536, at most 65535 of them.
+        device: Where to.
+
+    Returns:
+        1 where an element is kept and 0 elsewhere, as int8 (which multiplies faster than bool); the
+        probability to keep.
+    """
+    level = min(round(p * _LEVELS), _LEVELS - 1)
+    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: shape.numel()].view(shape)
+    return bits.ge_(level - _LEVELS // 2).to(torch.int8), 1 - level / _LEVELS
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """A frozen projection with a LoRA adapter, `x W + b + scaling * dropout(x) A^T B^T`.
+
+    Products are made in the type of the weight. Of the dropout a byte an element is kept for the backward; the
+    input is kept as it is, so that it is kept once, however many projections read it.
+
+    Args:
+        x: (..., I).
+        weight: W (I, O); gets no gradient.
+        bias: b (O,), or None; gets no gradient.
+        down: A (R, I).
+        up: B (O, R).
+        scaling: The adapter's.
+        dropout: The probability to drop an element of the adapter's input.
+
+    Returns:
+        (..., O), in the type of the weight.
+    """
+    output: Tensor = _LoraLinear.apply(x, weight, bias, down, up, scaling, dropout)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _LoraLinear(torch.autograd.Function):
+    """See `lora_linear`.
+
+    Products with one side as narrow as a rank are written such that the rank comes first in the result: that
+    is several times faster than the other way round.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        ctx.dtypes = x.dtype, down.dtype
+        x, down, up = x.to(weight.dtype), down.to(weight.dtype), up.to(weight.dtype)
+        rows = x.flatten(0, -2)
+        mask = None
+        if dropout:
+            mask, keep = keep_mask(rows.shape, dropout, rows.device)
+            scaling /= keep
+        output = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        low = torch.mm(down, (rows if mask is None else mask.to(rows.dtype).mul_(rows)).t())
+        output.addmm_(low.t(), up.t(), alpha=scaling)
+        ctx.scaling = scaling
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, mask, low, weight, down, up)
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, low, weight, down, up = ctx.saved_tensors
+        (gradient,) = gradients
+        rows, (input_type, adapter_type) = gradient.flatten(0, -2), ctx.dtypes
+        to_x, to_down, to_up = (ctx.needs_input_grad[place] for place in (0, 3, 4))
+        for_x = for_down = for_up = None
+        if to_up:
+            for_up = torch.mm(low, rows).t().to(adapter_type).mul_(ctx.scaling)
+        if to_x or to_down:
+            back = torch.mm(up.t(), rows.t()).mul_(ctx.scaling)
+            kept = None if mask is None else mask.to(rows.dtype)
+        if to_x:
+            for_x = torch.mm(back.t(), down)
+            if kept is not None:
+                for_x *= kept
+            for_x = for_x.addmm_(rows, weight.t()).view(*gradient.shape[:-1], -1).to(input_type)
+        if to_down:
+            seen = x.flatten(0, -2)
+            for_down = torch.mm(back, seen if kept is None else kept.mul_(seen)).to(adapter_type)
+        return for_x, None, None, for_down, for_up, None, None

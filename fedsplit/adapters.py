@@ -78,6 +78,7 @@ def add(part: Part, settings: LoraSettings, seed: int) -> None:
     if part.fused:
         _fuse(part)
     for name, parameter in parameters(part).items():
+        parameter.data = parameter.data.float()  # PEFT gives it the type of the base
         if "lora_A" in name:
             generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)

@@ -37,6 +37,18 @@ def test_the_start_depends_on_seed_and_name_alone(model_path: Path) -> None:
     assert not any(torch.equal(starts[0][name], other[name]) for name in other if "lora_A" in name)
 
 
+@pytest.mark.parametrize("kernels", ["library", "fused"])
+def test_adapters_are_float32_whatever_the_base_is(model_path: Path, kernels: str) -> None:
+    starts = []
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = load_parts(model_path, (1, 2), KINDS, dtype, kernels)
+        for part in parts:
+            adapters.add(part, SETTINGS, 0)
+        starts.append(adapters.read(*parts).tensors)
+    assert {tensor.dtype for tensor in starts[1].values()} == {torch.float32}
+    assert all(torch.equal(tensor, starts[1][name]) for name, tensor in starts[0].items())
+
+
 def test_layers_know_scaling_and_whether_they_are_transposed(tiny_models: dict[str, Path]) -> None:
     for family, transposed in (("gpt2", True), ("llama", False)):
         read = adapters.read(*adapted(tiny_models[family], (1, 2)))

@@ -142,6 +142,21 @@ def test_every_schedule_learns_and_its_adapter_gives_the_reported_loss(
     assert any(not torch.equal(tensor, two[name]) for name, tensor in one.items() if ".1." in name)  # the trunk's
 
 
+def test_half_the_bits_cross_with_half_the_precision(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--dtype bf16`: bytes by half, a loss that is close, and an adapter in float32."""
+    wide, _ = federate(config, tmp_path / "wide", FedAvg(), monkeypatch)
+    narrow, _ = federate(from_document(as_document(config) | {"dtype": "bf16"}), tmp_path / "n", FedAvg(), monkeypatch)
+    assert wide.summary is not None
+    assert narrow.summary is not None
+    for what in ("activation_up", "activation_down", "gradient_up", "gradient_down"):
+        assert narrow.summary["bytes"][what] * 2 == wide.summary["bytes"][what]
+    assert {tensor.dtype for tensor in final_adapter(tmp_path / "n").values()} == {torch.float32}
+    assert narrow.summary["eval_loss"]["before"] == pytest.approx(wide.summary["eval_loss"]["before"], rel=0.01)
+    assert narrow.summary["eval_loss"]["after"] < narrow.summary["eval_loss"]["before"] - 0.1
+
+
 @pytest.mark.parametrize("strategy", ["ours", "flower's"])
 def test_copies_are_federated_averaging_of_the_whole_model(
     tiny_models: dict[str, Path], corpus_file: Path, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedsplit.updates import Encoded
+
+with warnings.catch_warnings():
+    # torch warns once a process that it cannot protect an array from being written to; nobody here writes to one.
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,11 @@ class Codec:
         return Encoded(tensor.contiguous().numpy(), dtype)
 
     def decode(self, encoded: Encoded) -> Tensor:
-        """What was sent to a tensor of the sender's shape and type."""
-        data = encoded.data if encoded.data.flags.writeable else encoded.data.copy()
-        tensor, dtype = torch.from_numpy(data), getattr(torch, encoded.dtype)
+        """What was sent to a tensor of the sender's shape and type; a view of it where that is possible.
+
+        What came from elsewhere may lie in memory that must not be written to: use the tensor, do not change it.
+        """
+        tensor, dtype = torch.from_numpy(encoded.data), getattr(torch, encoded.dtype)
         if tensor.dtype == torch.int16 and dtype.is_floating_point:
             tensor = tensor.view(torch.bfloat16)
         return tensor.to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, without_dropout
@@ -21,18 +22,28 @@ from fedsplit.partition import Shard, batch
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import load_parts, load_whole
 from fedsplit.steps import StaleStep
-from fedsplit.updates import StepKey
-from fedsplit.wire import make_codec
+from fedsplit.updates import Encoded, StepKey
+from fedsplit.wire import Codec, make_codec
 
 STEPS = 20
 
 
-def make_client(path: Path, schedule: str, cut=(1, 2), dropout=0.0, steps=STEPS, seed=0, codec="raw", micro_batches=1):
+def make_client(
+    path: Path,
+    schedule: str,
+    cut=(1, 2),
+    dropout=0.0,
+    steps=STEPS,
+    seed=0,
+    codec="raw",
+    micro_batches=1,
+    kernels="library",
+):
     """A client and its trunk in one process."""
     values = {"model": str(path), "cut": f"{cut[0]}:{cut[1]}", "seed": seed, "lora.rank": 2, "lora.dropout": dropout}
     values |= {"train.steps": steps, "train.batch_size": 3, "train.lr": 5e-3, "trunk.schedule": schedule}
-    config = build(values | {"wire.codec": codec, "train.micro_batches": micro_batches, "kernels": "library"})
-    bottom, top = load_parts(path, cut, ["bottom", "top"])
+    config = build(values | {"wire.codec": codec, "train.micro_batches": micro_batches, "kernels": kernels})
+    bottom, top = load_parts(path, cut, ["bottom", "top"], kernels=kernels)
     trunk = LocalTrunk(config)
     for part in (bottom, top):
         adapters.add(part, config.lora, seed)
@@ -182,3 +193,26 @@ def test_micro_batches_weigh_by_what_is_predicted(model_path: Path) -> None:
         client, _, _ = make_client(model_path, "frozen", micro_batches=micro_batches)
         losses.append(float(client.step(ids, StepKey(1, 0, 0), mask)))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["library", "fused"])
+@pytest.mark.parametrize("schedule", ["shared", "batched"])
+def test_nobody_writes_to_what_came_over_the_wire(
+    model_path: Path, schedule: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may lie in memory that others read, or that cannot be written to at all."""
+    arrived: list[tuple[Encoded, bytes]] = []
+    decode = Codec.decode
+
+    def watched(self, encoded):
+        sealed = Encoded(
+            np.frombuffer(encoded.data.tobytes(), encoded.data.dtype).reshape(encoded.data.shape), encoded.dtype
+        )
+        arrived.append((sealed, sealed.data.tobytes()))
+        return decode(self, sealed)
+
+    monkeypatch.setattr(Codec, "decode", watched)
+    client, _, given = make_client(model_path, schedule, dropout=0.1, steps=2, kernels=kernels)
+    client.train(given, 1)
+    assert len(arrived) == 8
+    assert all(sealed.data.tobytes() == before for sealed, before in arrived)

@@ -27,7 +27,7 @@ HOMES = {
     "datasets": {"corpus", "partition"},
     "flwr": {"records", "aggregation", "client_app", "server_app", "simulate"},
     "flwr_datasets": {"partition"},
-    "numpy": {"updates", "records"},
+    "numpy": {"updates", "records", "wire"},
     "peft": {"adapters"},
     "psutil": {"memory"},
     "ray": {"actor"},

@@ -23,6 +23,9 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
+    # Threads that wait sleep. They would burn their core otherwise, which client and trunk need in turn: with another
+    # process on the machine, two threads each were six to ten times slower.
+    "OMP_WAIT_POLICY": "passive",
     "RAY_worker_niceness": "0",  # Ray's workers would otherwise give way to anything else on the machine
     # Tensors up to this many bytes travel within the call; the detour over the object store takes a
     # quarter of a round's time with the default model.

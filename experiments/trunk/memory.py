@@ -37,6 +37,9 @@ KINDS = ("crowd", "budget", "copies")
 SAFE = 8
 """So many clients fit without a look at what fewer took."""
 
+VAIN = 3
+"""Waves in a row of which nobody is served, at least, before the rest are given up."""
+
 BUDGETS = {"default": "700MB", "gpt2-64": "2GB"}
 
 
@@ -54,7 +57,7 @@ class Crowd:
             trunk: The handle of the actor.
             run: Its name.
             shape: Of hidden states, (B, T, D).
-            patience: Seconds without anybody served after which the rest are given up.
+            patience: Seconds without anybody served after which the rest are given up; `VAIN` waves at least.
         """
         import torch
 
@@ -77,7 +80,7 @@ class Crowd:
             Seconds, waves, clients served, the most forwards that were pending, and resident memory then.
         """
         started = served_at = time.perf_counter()
-        waiting, waves, most, resident = list(clients), 0, 0, 0
+        waiting, waves, vain, most, resident = list(clients), 0, 0, 0, 0
         while waiting:
             sent = [(client, self._send(client, step, "hidden")) for client in waiting]
             answers = [(client, answer()) for client, answer in sent]
@@ -88,9 +91,10 @@ class Crowd:
                 answer()
             waiting = [client for client, answer in answers if answer.wait]
             waves += 1
+            vain = 0 if served else vain + 1
             if served:
                 served_at = time.perf_counter()
-            elif time.perf_counter() - served_at > self._patience:
+            elif vain >= VAIN and time.perf_counter() - served_at > self._patience:
                 break
             if waiting:
                 time.sleep(max(answer.wait for _, answer in answers))
@@ -154,9 +158,11 @@ def measure(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, args
 def predict(records: Sequence[Mapping[str, Any]], case: Mapping[str, Any]) -> float:
     """The peak that a case will come to, by the line through the two largest of its series.
 
-    Two are measured first, whatever they take, and what has a budget always; a crowd of 512 without one can take
-    more than the machine has.
+    Two are measured first, whatever they take; a crowd of 512 can take more than the machine has. What has a budget
+    is always measured, since whether it is kept to is the question.
     """
+    if case["kind"] == "budget":
+        return 0.0
     same = [r for r in records if all(r[key] == case[key] for key in ("model", "kind", "budget")) and "peak" in r]
     if len(same) < 2:
         return 0.0 if case["clients"] <= SAFE or case["kind"] != "crowd" else math.inf

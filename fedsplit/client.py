@@ -29,7 +29,7 @@ class _MicroBatch:
 
 def _micro_batches(ids: Tensor, mask: Tensor | None, count: int) -> list[_MicroBatch]:
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
-    count = min(count, len(ids))
+    count = min(max(1, count), len(ids))
     masks = [None] * count if mask is None else mask.tensor_split(count)
     split = zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
     predicted = int((labels[:, 1:] != -100).sum())

@@ -46,7 +46,7 @@ class _Site:
         """The client of that partition, with its way to the trunk."""
         config = self.config
         codec, schedule = make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule]
-        link = Link(self.trunk, codec, schedule, run, incarnation)
+        link = Link(self.trunk, codec, schedule, run, incarnation, asks=bool(config.trunk.memory))
         return Client(number, self.shards[number], self.bottom, self.top, link, config.train, config.seed)
 
 

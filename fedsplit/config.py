@@ -143,9 +143,9 @@ class TrainSettings:
     max_length: int = setting(128, at_least(8), "tokens a sequence", "--max-length")
     samples: int = setting(0, at_least(0), "training sequences a client at most; 0: all it has", "--samples")
     micro_batches: int = setting(
-        1,
-        at_least(1),
-        "parts of a batch that are under way at once, so that client and trunk work at the same time",
+        0,
+        at_least(0),
+        "parts of a batch that are under way at once, so that client and trunk work at the same time; 0: planned",
         "--micro-batches",
     )
     lr: float = setting(1e-3, above(0), "AdamW's learning rate, of clients and trunk", "--lr")

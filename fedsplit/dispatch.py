@@ -34,16 +34,21 @@ class _Request:
         return "gradient" in self.packet.tensors
 
     @property
+    def is_question(self) -> bool:
+        """Whether there is room for a step that is to come."""
+        return not self.packet.tensors
+
+    @property
     def is_step(self) -> bool:
         """Part of a training step, whose order matters."""
-        return self.is_backward or self.packet.training
+        return (self.is_backward or self.packet.training) and not self.is_question
 
 
 class Dispatcher:
     """Puts what clients ask for into the order in which the trunk computes it.
 
-    Repeats and evaluations are served as they come, and gradients before new forwards, since a gradient frees
-    memory. Beyond that the schedule decides:
+    Repeats, evaluations and questions for room are served as they come, and gradients before new forwards,
+    since a gradient frees memory. Beyond that the schedule decides:
 
     - `batched`: a forward waits until every active client has one, a gradient until all of its flight have come;
     - `accumulate`: who has done `every` steps since the last barrier waits at it for the other active ones;
@@ -132,7 +137,8 @@ class Dispatcher:
 
     def _choose(self) -> list[_Request]:
         for request in self._waiting:
-            if self.server.is_repeat(request.packet) or not (request.is_step or request.client in self._turns):
+            free = request.is_question or not (request.is_step or request.client in self._turns)
+            if free or self.server.is_repeat(request.packet):
                 return [request]
         if self._turns:
             return self._turn()
@@ -208,7 +214,7 @@ class Dispatcher:
         packets = [request.packet for request in chosen]
         call = self.server.backward_together if chosen[0].is_backward else self.server.forward_together
         try:
-            answers: Sequence[Answer] = call(packets)
+            answers: Sequence[Answer] = [self.server.ask(packets[0])] if chosen[0].is_question else call(packets)
         except RefusedStep as error:
             if len(chosen) > 1:  # one spoils it for all: each on its own, so that only that one is refused
                 for request in chosen:
@@ -223,7 +229,8 @@ class Dispatcher:
     def _remember(self, request: _Request, answer: Packet) -> None:
         if answer.wait:
             self._sent_away[request.client] += 1
-        else:
-            self._sent_away.pop(request.client, None)
+            self._active.discard(request.client)  # those who wait for it may have what it waits for
+        elif self._sent_away.pop(request.client, None) and request.packet.training:
+            self._active.add(request.client)
         if request.is_backward and request.packet.key.micro == request.packet.micros - 1:
             self._contributed[request.client] += 1

@@ -46,19 +46,30 @@ class Crossing:
             hidden: The bottom's output (B, T, D), with its graph.
         """
         self._link, self._packet, self._hidden = link, packet, hidden
-        self._answer = link.trunk.send(packet)
         self._returns = packet.training and link.schedule.expects_backward(packet.wants_gradient)
+        self._asks = link.asks and self._returns
+        question = replace(packet, tensors={}, shape=tuple(hidden.shape))
+        self._first = question if self._asks else packet
+        self._answer = link.trunk.send(self._first)
 
     def output(self) -> Tensor:
         """Waits for the trunk's output (B, T, D): a leaf that takes a gradient where the trunk wants one.
 
         A trunk that has no room now is asked again, as often as it takes.
         """
+        answer = self._settled()
+        if self._asks:
+            self._first, self._answer = self._packet, self._link.trunk.send(self._packet)
+            answer = self._settled()
+        return self._link.codec.decode(answer.tensors["hidden"]).requires_grad_(self._returns)
+
+    def _settled(self) -> Packet:
+        """The answer, once it is not to wait."""
         answer = self._answer()
         while answer.wait:
             time.sleep(answer.wait)
-            answer = self._link.trunk.send(self._packet)()
-        return self._link.codec.decode(answer.tensors["hidden"]).requires_grad_(self._returns)
+            answer = self._link.trunk.send(self._first)()
+        return answer
 
     def send_back(self, gradient: Tensor | None) -> None:
         """Sends the gradient (B, T, D) of the loss by the output, where the trunk wants one."""
@@ -86,6 +97,7 @@ class Link:
         run: The run's name, which steps carry.
         incarnation: The trunk's life that steps are meant for.
         attempt: How often this round was begun before.
+        asks: Whether the trunk has a budget and must be asked for room before anything is sent.
     """
 
     trunk: TrunkLike
@@ -94,6 +106,7 @@ class Link:
     run: str = ""
     incarnation: str = ""
     attempt: int = 0
+    asks: bool = False
 
     def send(
         self, hidden: Tensor, key: StepKey, mask: Tensor | None = None, micros: int = 1, training: bool = True

@@ -56,6 +56,7 @@ class Budget:
         self.limit = limit
         self._resident, self._release = resident, release
         self._graph = self._working = 0.0
+        self._freed = True
 
     def learn(self, tokens: int, graph: int, working: int) -> None:
         """Takes over what a step was seen to need.
@@ -68,27 +69,47 @@ class Budget:
         self._graph = max(self._graph, graph / tokens)
         self._working = max(self._working, working / tokens)
 
+    def freed(self) -> None:
+        """Something was freed: there may be pages to give back again."""
+        self._freed = True
+
     def least(self, tokens: int, kept: int) -> int:
         """The smallest limit under which a step can be served at all, in bytes."""
         self._release()
-        return self._resident() + self._need(tokens, kept)
+        return self._resident() + int(kept + self._need(tokens))
 
-    def _need(self, tokens: int, kept: float) -> int:
-        return int(kept + max(self._working, self._graph) * tokens)
+    def _need(self, tokens: int) -> float:
+        """What computing a step takes, beside what is kept of others."""
+        return max(self._working, self._graph) * tokens
+
+    def graph(self, tokens: int) -> float:
+        """Bytes that the graph of a step holds."""
+        return self._graph * tokens
+
+    def fits(self, tokens: int, kept: float = 0.0) -> bool:
+        """Whether a step can be computed and so many bytes be kept besides; frees pages where it would not.
+
+        Args:
+            tokens: Of the step, B * T.
+            kept: Bytes.
+        """
+        if self.limit is None:
+            return True
+        needed = kept + self._need(tokens)
+        if self._resident() + needed <= self.limit:
+            return True
+        if self._freed:  # else there is nothing to give back
+            self._release()
+            self._freed = False
+        return self._resident() + needed <= self.limit
 
     def room(self, tokens: int, kept: int) -> Room:
         """What may be kept of a step.
 
         Args:
             tokens: Of the step, B * T.
-            kept: Bytes of its input.
+            kept: Bytes that are kept of it in any case.
         """
-        if self.limit is None:
+        if self.fits(tokens, kept + self.graph(tokens)):
             return "graph"
-        for released in (False, True):
-            if released:
-                self._release()
-            resident = self._resident()
-            if resident + self._need(tokens, kept + self._graph * tokens) <= self.limit:
-                return "graph"
-        return "input" if resident + self._need(tokens, kept) <= self.limit else "none"
+        return "input" if self.fits(tokens, kept) else "none"

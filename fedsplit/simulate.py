@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,9 @@ def check(config: Config) -> tuple[Path, Any]:
         words = "1 under the trunk schedule batched, which computes the steps of all clients as one"
         raise SettingError("train.micro_batches", config.train.micro_batches, words)
     plan(config)
+    if config.deterministic and config.trunk.memory and config.trunk.group > 1:
+        words = "none with --deterministic and groups: who finds no room would decide the result"
+        raise SettingError("trunk.memory", config.trunk.memory, words)
     if config.train.max_length > facts.positions:
         raise SettingError(
             "train.max_length", config.train.max_length, f"8 to {facts.positions}, the model's positions"
@@ -106,32 +109,40 @@ class Plan:
         workers: Processes that play the clients.
         client_threads: Threads of each of them.
         trunk_threads: Threads of the trunk's process.
+        micro_batches: Parts of a batch that each client has under way at once.
     """
 
     workers: int
     client_threads: int
     trunk_threads: int
+    micro_batches: int
 
 
 def plan(config: Config) -> Plan:
     """Deals the cores out; threads that outnumber the cores make every process several times slower.
 
-    Where the result must not depend on the number of processes, the number of threads does not either: sums
-    over several threads round differently.
+    Where there are fewer clients at a time than cores, half of the cores are the trunk's, and two micro-batches
+    keep both sides at work. Where the result must not depend on the number of processes, threads and
+    micro-batches do not either: they decide how sums are rounded, and which dropout is drawn.
 
     Raises:
         SettingError: More clients should train at once than there are processes.
     """
-    from fedsplit.schedules import is_deterministic
+    from fedsplit.schedules import SCHEDULES, is_deterministic
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(config.workers or cores, config.clients)
     fixed = config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every)
-    share = max(1, cores // (min(cores, config.clients) if fixed else workers))
+    at_once = min(cores, config.clients) if fixed else workers
+    trunk = cores // 2 if at_once < cores else 1
+    client = max(1, (cores - trunk) // at_once) if at_once < cores else 1
     group = config.trunk.group
     if config.deterministic and group > workers:
         raise SettingError("trunk.group", group, f"1 to {workers}, the number of client processes")
-    return Plan(workers, config.threads or share, config.trunk.threads or share)
+    micro_batches = 2 if at_once < cores and not SCHEDULES[config.trunk.schedule].gathers else 1
+    return Plan(
+        workers, config.threads or client, config.trunk.threads or trunk, config.train.micro_batches or micro_batches
+    )
 
 
 def check_memory(config: Config, trunk: Any) -> None:
@@ -167,11 +178,13 @@ def run(config: Config) -> dict[str, Any]:
     from fedsplit.server_app import Federation
 
     shares = plan(config)
+    config = replace(config, train=replace(config.train, micro_batches=shares.micro_batches))
     facts = read_facts(config.model_path)
     with make_watcher() as watcher:
         watcher.line(
             f"{config.clients} clients in {shares.workers} processes; "
-            f"threads: {shares.client_threads} each, trunk {shares.trunk_threads}"
+            f"threads: {shares.client_threads} each, trunk {shares.trunk_threads}; "
+            f"micro-batches: {shares.micro_batches}"
         )
         trunk_line = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}"
         watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}")

@@ -44,6 +44,7 @@ class _Client(Generic[T]):
     pending: dict[StepKey, tuple[T, float]] = field(default_factory=dict)
     answers: dict[StepKey, Packet] = field(default_factory=dict)
     expired: set[StepKey] = field(default_factory=set)
+    dropped: set[StepKey] = field(default_factory=set)
     left: bool = False
 
 
@@ -82,6 +83,22 @@ class Steps(Generic[T]):
         if packet.incarnation != self.incarnation:
             raise ForeignStep(f"{packet.key} is for another incarnation of the trunk: the trunk was started again")
 
+    def moves_on(self, key: StepKey) -> None:
+        """A client has come to a new step: what it was answered before is not asked for again."""
+        client = self._clients[key.client]
+        if key.place > client.place:
+            client.answers.clear()
+
+    def drop_answers(self) -> int:
+        """Forgets answers of clients that have nothing pending; whoever asks for one again is refused."""
+        count = 0
+        for client in self._clients.values():
+            if not client.pending:
+                count += len(client.answers)
+                client.dropped.update(client.answers)
+                client.answers.clear()
+        return count
+
     def repeated(self, key: StepKey) -> T | None:
         """What is held for a forward that came before and is still pending; its lease begins anew."""
         held = self._clients[key.client].pending.get(key)
@@ -114,7 +131,7 @@ class Steps(Generic[T]):
 
     def _is_past(self, key: StepKey) -> bool:
         client = self._clients[key.client]
-        return key.place < client.place or (client.left and key.place == client.place)
+        return key.place < client.place or (client.left and key.place == client.place) or key in client.dropped
 
     def held(self, key: StepKey) -> T:
         """What is held for a pending step.

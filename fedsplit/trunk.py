@@ -7,6 +7,7 @@ decides what is computed next, `fedsplit.actor` puts both into a process of thei
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ from fedsplit.wire import Codec
 
 WAIT_SECONDS = 0.05
 """After how long a client that found no room may ask again."""
+
+_TRANSIT = 3
+"""Times a packet's bytes that it takes while it arrives: in the transport's buffers, and as what is kept."""
 
 Version = dict[str, Tensor]
 """An adapter that never changes, by the names of its parameters in the part."""
@@ -178,6 +182,8 @@ class TrunkServer:
         self._copies: dict[int, _Learner] = {}
         self._sums: dict[int, _Sum] = {}
         self._budget = budget or Budget(None)
+        self._promised: dict[StepKey, tuple[int, float]] = {}
+        self._clock, self._lease = clock, lease
         self.steps: Steps[_Flight] = Steps(run, incarnation, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
@@ -223,6 +229,46 @@ class TrunkServer:
             return set()
         return {other.client for other in flight.inputs if self.steps.is_pending(other)}
 
+    def ask(self, packet: Packet) -> Packet:
+        """Whether there is room for a step whose hidden states have not been sent; if so, it is kept free.
+
+        Args:
+            packet: Without tensors, with their shape.
+
+        Returns:
+            An answer; with `wait` above 0 where there is no room now.
+
+        Raises:
+            RefusedStep: The packet must not be served.
+        """
+        self.steps.check(packet)
+        if self.steps.repeated(packet.key) is not None or packet.key in self._promised:
+            return Packet(packet.key)
+        self.steps.check_order(packet.key)
+        self.steps.moves_on(packet.key)
+        tokens, nbytes = math.prod(packet.shape[:-1]), math.prod(packet.shape) * self._part.dtype.itemsize
+        if not self._make_room(tokens, self._promised_bytes() + _TRANSIT * nbytes):
+            self.counts["waits"] += 1
+            return Packet(packet.key, wait=WAIT_SECONDS)
+        self._promised[packet.key] = _TRANSIT * nbytes, self._clock() + self._lease
+        return Packet(packet.key)
+
+    def _promised_bytes(self) -> int:
+        return sum(size for size, _ in self._promised.values())
+
+    def _make_room(self, tokens: int, kept: float, own: _Flight | None = None) -> bool:
+        """Whether a step can be computed and so many bytes be kept; for that, others' graphs may have to go."""
+        if self._budget.fits(tokens, kept):
+            return True
+        graphs = [flight for flight in self.steps.pending() if flight.output is not None and flight is not own]
+        for flight in graphs:
+            flight.output = None
+            self._budget.freed()
+        if not graphs and not len(self.steps) and not self.steps.drop_answers():
+            return False
+        self._budget.freed()
+        return self._budget.fits(tokens, kept)
+
     def forward_together(self, packets: Sequence[Packet]) -> list[Packet]:
         """One forward of the steps of one or more clients; nobody's padding crosses the wire.
 
@@ -247,6 +293,8 @@ class TrunkServer:
             output = self._run(again, keeps_graph=False) if again.output is None else again.output.detach()
             answers = {first.key: again.cut(output)[first.key]}
             return self._answer("repeated", "hidden", packets, answers)
+        for packet in packets:
+            self._promised.pop(packet.key, None)
         inputs = {packet.key: self._hidden(packet) for packet in packets}
         if keeps:
             for packet in packets:
@@ -279,11 +327,12 @@ class TrunkServer:
 
     def _room(self, inputs: Sequence[Tensor]) -> tuple[str, int]:
         """What may be kept of a flight, and for how many of its steps there is room."""
-        count = len(inputs)
+        count, promised = len(inputs), self._promised_bytes()
         while count:
             rows, length = sum(h.shape[0] for h in inputs[:count]), max(h.shape[1] for h in inputs[:count])
-            room = self._budget.room(rows * length, sum(h.nbytes for h in inputs[:count]))
-            if room != "none":
+            kept = promised + sum(hidden.nbytes for hidden in inputs[:count])
+            room = self._budget.room(rows * length, kept)
+            if room != "none" or (count == 1 and self._make_room(rows * length, kept)):
                 return room, count
             count //= 2
         return "none", 0
@@ -333,6 +382,8 @@ class TrunkServer:
         self, flight: _Flight, packets: Sequence[Packet], sent: Mapping[StepKey, Tensor]
     ) -> dict[StepKey, Tensor]:
         """The gradients of a flight's inputs; those of its adapter go on to the learner."""
+        tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in flight.inputs.values())
+        self._make_room(tokens, 0 if flight.output is None else -self._budget.graph(tokens), flight)
         if flight.output is None:
             flight.output = self._run(flight, keeps_graph=True)
             self.counts["recomputed"] += 1
@@ -341,6 +392,7 @@ class TrunkServer:
         output, flight.output = flight.output, None
         gradients = torch.autograd.grad(output, [*learned.values(), *wanted.values()], _spread(flight, output, sent))
         self.counts["backwards"] += 1
+        self._budget.freed()
         if learned:
             self._learn(flight, packets, dict(zip(learned, gradients, strict=False)))
         flight.spent = True
@@ -392,12 +444,18 @@ class TrunkServer:
     def leave(self, client: int) -> None:
         """A client has ended its round, or is dead: what is pending of it is freed."""
         self.counts["abandoned"] += self.steps.leave(client)
+        self._promised = {key: promise for key, promise in self._promised.items() if key.client != client}
+        self._budget.freed()
         if not self._schedule.sums:
             self._sums.pop(client, None)
 
     def expire(self) -> None:
         """Frees forwards whose lease has run out."""
-        self.counts["expired"] += self.steps.expire()
+        if count := self.steps.expire():
+            self.counts["expired"] += count
+            self._budget.freed()
+        now = self._clock()
+        self._promised = {key: promise for key, promise in self._promised.items() if promise[1] > now}
 
     def end_round(self, finished: Sequence[int]) -> dict[str, int]:
         """Ends the round of all clients, and keeps of those that have not finished it nothing that could wait.

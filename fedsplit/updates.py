@@ -68,11 +68,13 @@ class Packet:
     Attributes:
         key: The step it belongs to.
         tensors: "hidden" or "gradient" (B, T, D), and "mask" (B, T) where a batch is padded. Empty where
-            an answer carries nothing, as when the client's bottom has nothing to learn.
+            an answer carries nothing, as when the client's bottom has nothing to learn, and where a client
+            asks whether there is room for its hidden states.
         training: Whether this is a training step, with dropout, or evaluation.
         wants_gradient: Whether the client's bottom can use a gradient.
         micros: Micro-batches that the step consists of.
         incarnation: Which life of the trunk it is meant for; a trunk that was started again has another.
+        shape: Of a question for room: that of the hidden states to come.
         wait: Of an answer: the trunk has no room for the step now; ask again after so many seconds.
     """
 
@@ -82,6 +84,7 @@ class Packet:
     wants_gradient: bool = True
     micros: int = 1
     incarnation: str = ""
+    shape: tuple[int, ...] = ()
     wait: float = 0.0
 
     @property

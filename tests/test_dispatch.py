@@ -48,6 +48,9 @@ class Recorder:
     def is_repeat(self, packet: Packet) -> bool:
         return packet.key in (self.done if "gradient" in packet.tensors else self.flights)
 
+    def ask(self, packet: Packet) -> Packet:
+        return Packet(packet.key, wait=0.0 if self.room else 0.1)
+
     def forward_together(self, packets: Sequence[Packet]) -> list[Packet]:
         if not packets[0].training:
             self.calls.append(("evaluate", [packet.key.client for packet in packets]))
@@ -88,7 +91,8 @@ class Stage:
 
     def ask(self, kind: str, client: int, step: int = 0) -> None:
         name = "gradient" if kind == "backward" else "hidden"
-        packet = Packet(StepKey(1, client, step), {name: RAW.encode(torch.zeros(1))}, training=kind != "evaluate")
+        tensors = {} if kind == "ask" else {name: RAW.encode(torch.zeros(1))}
+        packet = Packet(StepKey(1, client, step), tensors, training=kind != "evaluate")
         self.dispatcher.submit(packet, lambda answer: self.answers.__setitem__((kind, client, step), answer))
 
     def serve(self) -> list[tuple[str, list[int]]]:
@@ -189,6 +193,23 @@ def test_who_was_sent_away_comes_first_next_time() -> None:
     stage.ask("forward", 1)
     stage.ask("forward", 0)
     assert stage.serve() == [("forward", [1, 0])]
+
+
+def test_who_waits_for_room_is_not_waited_for() -> None:
+    """It might wait for what those who wait for it have."""
+    stage = Stage(schedule="batched")
+    stage.trunk.room = False
+    stage.ask("ask", 0)
+    stage.serve()
+    stage.trunk.room = True
+    stage.ask("forward", 1)
+    assert stage.serve() == [("forward", [1])]
+    stage.ask("ask", 0)
+    stage.ask("backward", 1)
+    stage.ask("forward", 1, step=1)
+    assert stage.serve() == [("backward", [1])]
+    stage.ask("forward", 0)
+    assert stage.serve() == [("forward", [0, 1])]
 
 
 def test_accumulate_holds_at_the_barrier_until_all_have_come() -> None:

@@ -29,6 +29,8 @@ class Doubler:
         if self.busy:
             self.busy -= 1
             return lambda: Packet(packet.key, wait=0.001)
+        if not packet.tensors:
+            return lambda: Packet(packet.key)
         ((name, tensor),) = ((name, t) for name, t in packet.tensors.items() if name != "mask")
         answer = {name: CODEC.encode(CODEC.decode(tensor) * 2)}
         if name == "gradient" and not packet.wants_gradient:
@@ -82,6 +84,17 @@ def test_a_client_that_is_told_to_wait_asks_again_with_the_same() -> None:
     assert trunk.kinds == ["hidden"] * 4 + ["gradient"]
     assert torch.equal(output, start * 2)
     assert len({packet.key for packet in trunk.sent}) == 1
+
+
+def test_a_trunk_with_a_budget_is_asked_before_anything_is_sent() -> None:
+    trunk = Doubler(busy=2)
+    start = torch.randn(1, 2, 3, requires_grad=True)
+    output = Link(trunk, CODEC, SCHEDULES["shared"], asks=True).send(start * 1, KEY).output()
+    assert [bool(packet.tensors) for packet in trunk.sent] == [False, False, False, True]
+    assert [packet.shape for packet in trunk.sent[:3]] == [(1, 2, 3)] * 3
+    assert torch.equal(output, start * 2)
+    Link(trunk, CODEC, SCHEDULES["shared"], asks=True).evaluate(start, KEY)
+    assert trunk.sent[-1].tensors
 
 
 def test_evaluation_is_said_to_be_evaluation_and_keeps_no_graph() -> None:

@@ -48,6 +48,10 @@ def test_room_is_for_the_graph_then_for_the_input_then_for_nothing() -> None:
     assert released == [581]
     resident = 681
     assert budget.room(10, 20) == "none"
+    assert released == [581]  # nothing was freed since: there is nothing to give back
+    budget.freed()
+    assert not budget.fits(10, 20)
+    assert released == [581, 681]
     assert budget.least(10, 20) == 681 + 20 + 300
 
 

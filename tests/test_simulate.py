@@ -71,7 +71,7 @@ def test_what_is_called_deterministic_is_so_to_the_bit(argv: tuple[str, ...], tm
     """Whatever the number of workers where the schedule is so by nature; with turns taken elsewhere."""
     for workers in ("1", "2"):
         run = [word.format(workers) for word in argv]
-        done = command("--clients", "4", *run, "--micro-batches", "1", "--out", workers, *TINY, cwd=tmp_path)
+        done = command("--clients", "4", *run, "--out", workers, *TINY, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     one, two = (adapter(tmp_path / workers) for workers in ("1", "2"))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
@@ -149,6 +149,10 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         ),
         (["--trunk.memory", "800"], "trunk.memory: 800 is not possible; allowed: bytes with a unit"),
         (["--deterministic", "--trunk.group", "9"], "trunk.group: 9 is not possible; allowed: 1 to "),
+        (
+            ["--deterministic", "--trunk.group", "2", "--workers", "2", "--trunk.memory", "2GB"],
+            "trunk.memory: 2GB is not possible; allowed: none with --deterministic and groups",
+        ),
         (["--deterministic", "perhaps"], "deterministic: perhaps is not possible; allowed: true | false"),
         (["--trunk.schedule", "batched", "--micro-batches", "2"], "train.micro_batches: 2 is not possible; allowed: 1"),
         (["--config", "nowhere.toml"], "config: nowhere.toml is not possible"),
@@ -233,12 +237,13 @@ def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
         for clients in (1, 3, 20)
         for workers in (0, 2)
     }
-    assert plans[1, 0] == simulate.Plan(1, 8, 8)
-    assert plans[3, 0] == simulate.Plan(3, 2, 2)
-    assert plans[20, 0] == simulate.Plan(8, 1, 1)
-    assert plans[20, 2] == simulate.Plan(2, 4, 4)
-    asked = build({"clients": 20, "threads": 3, "trunk.threads": 5})
-    assert simulate.plan(asked) == simulate.Plan(8, 3, 5)
+    assert plans[1, 0] == simulate.Plan(1, 4, 4, 2)
+    assert plans[3, 0] == simulate.Plan(3, 1, 4, 2)
+    assert plans[20, 0] == simulate.Plan(8, 1, 1, 1)
+    assert plans[20, 2] == simulate.Plan(2, 2, 4, 2)
+    asked = build({"clients": 20, "threads": 3, "trunk.threads": 5, "train.micro_batches": 4})
+    assert simulate.plan(asked) == simulate.Plan(8, 3, 5, 4)
+    assert simulate.plan(build({"clients": 1, "trunk.schedule": "batched"})).micro_batches == 1
 
 
 @pytest.mark.parametrize("values", [{"trunk.schedule": "copies"}, {"deterministic": True}])
@@ -248,7 +253,7 @@ def test_threads_do_not_depend_on_workers_where_the_result_must_not(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     plans = [simulate.plan(build({"clients": 4, "workers": workers, **values})) for workers in (1, 2, 4)]
     assert [plan.workers for plan in plans] == [1, 2, 4]
-    assert {(plan.client_threads, plan.trunk_threads) for plan in plans} == {(2, 2)}
+    assert {(plan.client_threads, plan.trunk_threads, plan.micro_batches) for plan in plans} == {(1, 4, 2)}
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,54 @@ def test_who_finds_no_room_is_told_to_wait_and_loses_nothing(model_path: Path) -
     assert server.end_round([])["waits"] == 1
 
 
+def question(client: int, step: int = 0) -> Packet:
+    return Packet(StepKey(1, client, step), shape=(2, 5, 32))
+
+
+def test_room_that_was_asked_for_is_kept_free(model_path: Path) -> None:
+    """A packet counts three times while it is on its way."""
+    tight = Budget(100_000, resident=lambda: 0, release=lambda: None)
+    tight.learn(tokens=1, graph=9_000, working=0)  # a step of 10 tokens: 90,000; its packet: 1,280
+    server = make_server(model_path, "shared", budget=tight)
+    assert [server.ask(question(client)).wait > 0 for client in (0, 1, 2)] == [False, False, True]
+    assert server.ask(question(0)).wait == 0  # asked again: it has its room
+    assert server.forward(packet(0, 0)).tensors
+    assert server.ask(question(2)).wait == 0
+    server.leave(1)
+    assert server.ask(question(3)).wait == 0
+    assert server.traffic["activation_up"] == packet(0, 0).nbytes
+
+
+def test_graphs_go_before_anybody_is_sent_away(model_path: Path) -> None:
+    resident = 0
+    tight = Budget(10**6, resident=lambda: resident, release=lambda: None)
+    tight.learn(tokens=1, graph=20_000, working=0)
+    server = make_server(model_path, "shared", budget=tight)
+    server.forward(packet(0, 0))
+    assert server.steps.pending()[0].output is not None
+    resident = 900_000
+    server.ask(question(1))
+    assert server.steps.pending()[0].output is None
+    assert server.backward(packet(0, 0, "gradient")).tensors
+    assert server.end_round([])["recomputed"] == 1
+
+
+def test_kept_answers_do_not_starve_those_who_wait(model_path: Path) -> None:
+    """All have their answers and none goes on: the answers are given up, and who asks for one again is refused."""
+    resident = 0
+    tight = Budget(10**6, resident=lambda: resident, release=lambda: None)
+    tight.learn(tokens=1, graph=20_000, working=0)
+    server = make_server(model_path, "shared", budget=tight)
+    server.forward(packet(0, 0))
+    server.backward(packet(0, 0, "gradient"))
+    resident = 900_000
+    assert server.ask(question(1)).wait > 0
+    with pytest.raises(StaleStep):
+        server.backward(packet(0, 0, "gradient"))
+    resident = 0
+    assert server.ask(question(1)).wait == 0
+
+
 def test_a_batch_that_finds_room_for_some_serves_those(model_path: Path) -> None:
     tight = Budget(10**6, resident=lambda: 0, release=lambda: None)
     tight.learn(tokens=1, graph=60_000, working=0)

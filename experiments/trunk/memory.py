@@ -50,28 +50,37 @@ class Crowd:
         trunk: The handle of the actor that they ask.
     """
 
-    def __init__(self, trunk: Any, run: str, shape: Sequence[int], patience: float) -> None:
+    def __init__(self, trunk: Any, run: str, shape: Sequence[int], patience: float, asks: bool) -> None:
         """Begins the round.
 
         Args:
             trunk: The handle of the actor.
             run: Its name.
             shape: Of hidden states, (B, T, D).
+            asks: Whether the trunk has a budget, so that clients ask before they send.
             patience: Seconds without anybody served after which the rest are given up; `VAIN` waves at least.
         """
         import torch
 
         from fedsplit.wire import make_codec
 
-        self.trunk, self._run, self._patience = trunk, run, patience
+        self.trunk, self._run, self._patience, self._asks = trunk, run, patience, asks
         self._hidden = make_codec("raw").encode(torch.randn(*shape, generator=torch.Generator().manual_seed(0)))
         self._incarnation = trunk.status()["incarnation"]
 
     def _send(self, client: int, step: int, what: str) -> Any:
+        """Sends hidden states, a gradient, or, where `what` is "question", asks whether there is room for them."""
         from fedsplit.updates import Packet, StepKey
 
         key = StepKey(1, client, step, run=self._run)
+        if what == "question":
+            return self.trunk.send(Packet(key, incarnation=self._incarnation, shape=self._hidden.data.shape))
         return self.trunk.send(Packet(key, {what: self._hidden}, incarnation=self._incarnation))
+
+    def _ask(self, clients: Sequence[int], step: int) -> list[int]:
+        """Those of the clients that may send."""
+        questions = [(client, self._send(client, step, "question")) for client in clients]
+        return [client for client, answer in questions if not answer().wait]
 
     def step(self, clients: Sequence[int], step: int) -> dict[str, Any]:
         """All of them make a step, in as many waves as the trunk's memory asks for.
@@ -80,16 +89,19 @@ class Crowd:
             Seconds, waves, clients served, the most forwards that were pending, and resident memory then.
         """
         started = served_at = time.perf_counter()
+        from fedsplit.trunk import WAIT_SECONDS
+
         waiting, waves, vain, most, resident = list(clients), 0, 0, 0, 0
         while waiting:
-            sent = [(client, self._send(client, step, "hidden")) for client in waiting]
+            allowed = self._ask(waiting, step) if self._asks else waiting
+            sent = [(client, self._send(client, step, "hidden")) for client in allowed]
             answers = [(client, answer()) for client, answer in sent]
             status = self.trunk.status()
             most, resident = max(most, status["pending"]), max(resident, status["resident_memory"])
             served = [client for client, answer in answers if not answer.wait]
             for answer in [self._send(client, step, "gradient") for client in served]:
                 answer()
-            waiting = [client for client, answer in answers if answer.wait]
+            waiting = sorted(set(waiting) - set(served))
             waves += 1
             vain = 0 if served else vain + 1
             if served:
@@ -97,7 +109,7 @@ class Crowd:
             elif vain >= VAIN and time.perf_counter() - served_at > self._patience:
                 break
             if waiting:
-                time.sleep(max(answer.wait for _, answer in answers))
+                time.sleep(WAIT_SECONDS)
         return {
             "seconds": time.perf_counter() - started,
             "waves": waves,
@@ -128,7 +140,9 @@ def _use(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, steps: 
     }
     if config.trunk.memory_bytes and before["least_memory"] > config.trunk.memory_bytes:
         return found | {"refused": True}
-    crowd = Crowd(trunk, name, (model["batch_size"], model["max_length"], model["width"]), patience)
+    crowd = Crowd(
+        trunk, name, (model["batch_size"], model["max_length"], model["width"]), patience, bool(case["budget"])
+    )
     clients = range(case["clients"])
     if case["kind"] == "copies":
         for client in clients:

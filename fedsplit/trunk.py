@@ -247,14 +247,18 @@ class TrunkServer:
         self.steps.check_order(packet.key)
         self.steps.moves_on(packet.key)
         tokens, nbytes = math.prod(packet.shape[:-1]), math.prod(packet.shape) * self._part.dtype.itemsize
-        if not self._make_room(tokens, self._promised_bytes() + _TRANSIT * nbytes):
+        if not self._make_room(tokens, self._bytes_to_come() + 2 * _TRANSIT * nbytes):
             self.counts["waits"] += 1
             return Packet(packet.key, wait=WAIT_SECONDS)
         self._promised[packet.key] = _TRANSIT * nbytes, self._clock() + self._lease
         return Packet(packet.key)
 
-    def _promised_bytes(self) -> int:
-        return sum(size for size, _ in self._promised.values())
+    def _bytes_to_come(self) -> int:
+        """What is on its way, or may be at any time: hidden states that were promised room, and gradients."""
+        hidden = sum(size for size, _ in self._promised.values())
+        flights = {id(flight): flight for flight in self.steps.pending()}.values()
+        pending = ((key, tensor) for flight in flights for key, tensor in flight.inputs.items())
+        return 2 * hidden + _TRANSIT * sum(tensor.nbytes for key, tensor in pending if self.steps.is_pending(key))
 
     def _make_room(self, tokens: int, kept: float, own: _Flight | None = None) -> bool:
         """Whether a step can be computed and so many bytes be kept; for that, others' graphs may have to go."""
@@ -327,10 +331,12 @@ class TrunkServer:
 
     def _room(self, inputs: Sequence[Tensor]) -> tuple[str, int]:
         """What may be kept of a flight, and for how many of its steps there is room."""
-        count, promised = len(inputs), self._promised_bytes()
+        if self._budget.limit is None:
+            return "graph", len(inputs)
+        count, to_come = len(inputs), self._bytes_to_come()
         while count:
             rows, length = sum(h.shape[0] for h in inputs[:count]), max(h.shape[1] for h in inputs[:count])
-            kept = promised + sum(hidden.nbytes for hidden in inputs[:count])
+            kept = to_come + (1 + _TRANSIT) * sum(hidden.nbytes for hidden in inputs[:count])
             room = self._budget.room(rows * length, kept)
             if room != "none" or (count == 1 and self._make_room(rows * length, kept)):
                 return room, count
@@ -525,7 +531,7 @@ class TrunkServer:
         graph = sum(storages.values())
         self._budget.learn(batch * length, graph, max(peak_memory() - before, graph))
         del output
-        return self._budget.least(batch * length, hidden.nbytes)
+        return self._budget.least(batch * length, (1 + 2 * _TRANSIT) * hidden.nbytes)
 
     def _answer(
         self, what: str, name: str, packets: Sequence[Packet], tensors: Mapping[StepKey, Tensor]

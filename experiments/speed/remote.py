@@ -25,44 +25,50 @@ from fedsplit.simulate import prepare_environment
 HERE = Path(__file__).parent
 
 
-def pairs_a_second(trunk: Any, hidden: Any, seconds: float) -> float:
-    """Calls forward and backward in turn for so many seconds."""
+Serve = Callable[[Any], Any]
+"""A packet to its answer."""
+
+
+def pairs_a_second(serve: Serve, hidden: Any, seconds: float, attempt: int, run: str = "", life: str = "") -> float:
+    """Asks for forward and backward in turn for so many seconds; each time as another attempt at the round."""
     from fedsplit.updates import Packet, StepKey
 
     started, done = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < seconds or not done:
-        key = StepKey(1, 0, done)
-        trunk.forward(Packet(key, {"hidden": hidden}))
-        trunk.backward(Packet(key, {"gradient": hidden}))
+        key = StepKey(1, 0, done, attempt, run=run)
+        serve(Packet(key, {"hidden": hidden}, incarnation=life))
+        serve(Packet(key, {"gradient": hidden}, incarnation=life))
         done += 1
     return done / elapsed
 
 
-def make_trunk(model: Mapping[str, Any], folder: str) -> Any:
+def make_trunk(model: Mapping[str, Any], folder: str) -> Serve:
     """A `TrunkServer` in this process, with one thread."""
     import torch
 
     from fedsplit import adapters
     from fedsplit.config import build
-    from fedsplit.split import load_parts
+    from fedsplit.split import TYPES, load_parts
     from fedsplit.trunk import TrunkServer
     from fedsplit.wire import make_codec
 
     torch.set_num_threads(1)
     config = build({"model": folder, "cut": model["cut"]})
-    (part,) = load_parts(config.model_path, config.bounds, ["trunk"])
+    (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
     adapters.add(part, config.lora, config.seed)
-    return TrunkServer(part, make_codec(config.wire.codec), config.trunk.schedule, config.train, config.seed)
+    codec = make_codec(config.wire.codec)
+    server = TrunkServer(part, codec, config.trunk.schedule, config.train, config.seed)
+    return lambda packet: (server.backward if "gradient" in packet.tensors else server.forward)(packet)
 
 
 class Inside:
     """A trunk that is called from within an actor's process, where no call crosses."""
 
     def __init__(self, model: Mapping[str, Any], folder: str) -> None:
-        self._trunk = make_trunk(model, folder)
+        self._serve = make_trunk(model, folder)
 
-    def pairs_a_second(self, hidden: Any, seconds: float) -> float:
-        return pairs_a_second(self._trunk, hidden, seconds)
+    def pairs_a_second(self, hidden: Any, seconds: float, attempt: int) -> float:
+        return pairs_a_second(self._serve, hidden, seconds, attempt)
 
 
 def measure(model: Mapping[str, Any], folder: str, seconds: float, repeats: int) -> list[dict[str, float]]:
@@ -77,17 +83,20 @@ def measure(model: Mapping[str, Any], folder: str, seconds: float, repeats: int)
     local = make_trunk(model, folder)
     inside = ray.remote(num_cpus=0)(Inside).remote(model, folder)
     config = build({"model": folder, "cut": model["cut"]})
-    remote = start_trunk(config, "trunk", 1)
+    handle = start_trunk(config, "trunk", 1)
+    life = handle.status()["incarnation"]
     shape = (model["batch_size"], model["max_length"], model["width"])
     hidden = make_codec(config.wire.codec).encode(torch.randn(shape))
-    places: dict[str, Callable[[float], float]] = {
-        "local": lambda seconds: pairs_a_second(local, hidden, seconds),
-        "inside": lambda seconds: ray.get(inside.pairs_a_second.remote(hidden, seconds)),
-        "remote": lambda seconds: pairs_a_second(remote, hidden, seconds),
+    places: dict[str, Callable[[float, int], float]] = {
+        "local": lambda time, attempt: pairs_a_second(local, hidden, time, attempt),
+        "inside": lambda time, attempt: ray.get(inside.pairs_a_second.remote(hidden, time, attempt)),
+        "remote": lambda time, attempt: pairs_a_second(
+            lambda packet: handle.send(packet)(), hidden, time, attempt, "trunk", life
+        ),
     }
     for place in places.values():
-        place(1.0)
-    return [{name: place(seconds) for name, place in places.items()} for _ in range(repeats)]
+        place(1.0, 0)
+    return [{name: place(seconds, attempt) for name, place in places.items()} for attempt in range(1, repeats + 1)]
 
 
 def main() -> None:

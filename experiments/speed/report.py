@@ -17,16 +17,16 @@ HERE = Path(__file__).parent
 ROLES = {"worker": "process", "client": "client", "trunk": "trunk", "command": "server"}
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits, and no more than that."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _middle(values: Sequence[float]) -> str:
+def middle(values: Sequence[float]) -> str:
     """Median and range."""
     if len(values) == 1:
-        return _number(values[0])
-    return f"{_number(statistics.median(values))} ({_number(min(values))} to {_number(max(values))})"
+        return number(values[0])
+    return f"{number(statistics.median(values))} ({number(min(values))} to {number(max(values))})"
 
 
 def speed(record: Mapping[str, Any]) -> float:
@@ -58,21 +58,21 @@ def _row(records: Sequence[Mapping[str, Any]], side: str) -> list[str]:
     first = [value for record in own if (value := _with_first(record)) is not None]
     return [
         side,
-        _middle([speed(record) for record in own]),
-        _middle(against) if against else "",
-        _number(statistics.median(first)) if first else "",
-        _number(statistics.median(r["cpu_seconds"] / r["tokens"] * 1000 for r in own)),
+        middle([speed(record) for record in own]),
+        middle(against) if against else "",
+        number(statistics.median(first)) if first else "",
+        number(statistics.median(r["cpu_seconds"] / r["tokens"] * 1000 for r in own)),
         ", ".join(f"{name} {peaks[role] / 1e6:,.0f}" for role, name in ROLES.items() if role in peaks),
         f"{statistics.median(record['others'] for record in own):.0%}",
     ]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(head) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
 
 
-def _conditions(machine: Mapping[str, Any]) -> str:
+def conditions(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB; {versions}; "
@@ -82,7 +82,7 @@ def _conditions(machine: Mapping[str, Any]) -> str:
 
 def sides_text(result: Mapping[str, Any]) -> str:
     """The tables of `run.py`, one a model and type."""
-    lines = [_conditions(result["machine"]), ""]
+    lines = [conditions(result["machine"]), ""]
     if result["extra"]:
         lines += [f"fedsplit was given `{' '.join(result['extra'])}`.", ""]
     head = [
@@ -100,7 +100,7 @@ def sides_text(result: Mapping[str, Any]) -> str:
         shape = f"batch {model['batch_size']} x {model['max_length']}, cut {model['cut']}"
         lines += [f"**{name}, {dtype}**: {shape}, {model['steps']} steps a round, repeats: {repeats}", ""]
         sides = list(dict.fromkeys(record["side"] for record in records))
-        lines += [*_table(head, [_row(records, side) for side in sides]), ""]
+        lines += [*table(head, [_row(records, side) for side in sides]), ""]
         if sent := {record["side"]: record["bytes"]["ratio"] for record in records if "bytes" in record}:
             each = ", ".join(f"{side} {ratio:.6g}" for side, ratio in sent.items())
             lines += [f"Hidden states and gradients sent, by what four tensors a step come to: {each}.", ""]
@@ -115,15 +115,15 @@ def remote_text(result: Mapping[str, Any]) -> str:
         rows.append(
             [
                 name,
-                _middle([record["local"] for record in own]),
-                _middle([record["inside"] for record in own]),
-                _middle([record["remote"] for record in own]),
-                _middle([record["remote"] / record["local"] for record in own]),
-                _number(statistics.median(1000 / record["remote"] - 1000 / record["inside"] for record in own)),
+                middle([record["local"] for record in own]),
+                middle([record["inside"] for record in own]),
+                middle([record["remote"] for record in own]),
+                middle([record["remote"] / record["local"] for record in own]),
+                number(statistics.median(1000 / record["remote"] - 1000 / record["inside"] for record in own)),
             ]
         )
     head = ["model", "local, pairs/s", "inside", "remote", "remote / local", "remote - inside, ms a pair"]
-    return "\n".join([_conditions(result["machine"]), "", *_table(head, rows), ""])
+    return "\n".join([conditions(result["machine"]), "", *table(head, rows), ""])
 
 
 def write_between(readme: Path, marker: str, text: str) -> None:

@@ -14,11 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.speed.report import _conditions as conditions
-from experiments.speed.report import _middle as middle
-from experiments.speed.report import _number as number
-from experiments.speed.report import _table as table
-from experiments.speed.report import write_between
+from experiments.speed.report import conditions, middle, number, table, write_between
 
 HERE = Path(__file__).parent
 Record = Mapping[str, Any]

@@ -1,0 +1,148 @@
+"""Where the time of one client's step goes, in one process with one thread: every part of it, and what is left over.
+
+    python -m experiments.speed.account --cache runs/speed-cache
+
+Client and trunk are the classes of a run, with nothing between them; what a call through Ray adds is `remote.py`'s.
+Parts are timed within the step by wrapping the functions that it calls; "left over" is the whole less their sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.speed.models import folder_of
+from experiments.speed.run import machine
+from fedsplit.simulate import prepare_environment
+
+HERE = Path(__file__).parent
+
+
+class Account:
+    """Seconds by name; what is timed within something else is taken off it."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._open: list[float] = []
+        self._names: list[str] = []
+
+    def is_open(self, name: str) -> bool:
+        """Whether something of that name is being timed."""
+        return name in self._names
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its own time put down under a name."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            self._open.append(0.0)
+            self._names.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = time.perf_counter() - started
+                self._names.pop()
+                self.seconds[name] += took - self._open.pop()
+                if self._open:
+                    self._open[-1] += took
+
+        return call
+
+
+def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmup: int) -> dict[str, float]:
+    """Milliseconds of each part of a step, the median over the steps."""
+    import torch
+
+    from fedsplit import adapters, client, link, trunk
+    from fedsplit.config import build
+    from fedsplit.link import Link
+    from fedsplit.partition import Shard
+    from fedsplit.schedules import SCHEDULES
+    from fedsplit.split import TYPES, load_parts
+    from fedsplit.updates import StepKey
+    from fedsplit.wire import make_codec
+
+    torch.set_num_threads(1)
+    shape = (model["batch_size"], model["max_length"])
+    config = build({"model": folder, "cut": model["cut"], "dtype": dtype, "train.batch_size": shape[0]})
+    kinds = ["bottom", "trunk", "top"]
+    bottom, middle, top = load_parts(config.model_path, config.bounds, kinds, TYPES[dtype], config.kernels)
+    for part in (bottom, middle, top):
+        adapters.add(part, config.lora, config.seed)
+    server = trunk.TrunkServer(middle, make_codec("raw"), "shared", config.train, config.seed)
+    account = Account()
+
+    class Direct:
+        def send(self, packet: Any) -> Callable[[], Any]:
+            what = "backward" if "gradient" in packet.tensors else "forward"
+            answer = account.timed(f"trunk: {what}", getattr(server, what))(packet)
+            return lambda: answer
+
+        def leave(self, number: int) -> None:
+            server.leave(number)
+
+    codec_type = type(make_codec("raw"))
+    for name in ("encode", "decode"):
+        setattr(codec_type, name, account.timed("wire: encode and decode", getattr(codec_type, name)))
+    trunk._Learner.step = account.timed("trunk: optimiser, new version", trunk._Learner.step)  # type: ignore[method-assign]
+    link.Crossing.finish = account.timed("bottom: backward", link.Crossing.finish)  # type: ignore[method-assign]
+    ids = torch.randint(0, 1000, shape)
+    party = client.Client(
+        0,
+        Shard("nobody", ids, ids),
+        account.timed("bottom: forward", bottom),  # type: ignore[arg-type]
+        account.timed("top: forward and loss, with its gradient", top),  # type: ignore[arg-type]
+        Link(Direct(), make_codec("raw"), SCHEDULES["shared"]),
+        config.train,
+        config.seed,
+    )
+    for part in (bottom, top):
+        part.train()
+    trained = [*adapters.parameters(bottom).values(), *adapters.parameters(top).values()]
+    optimizer = client.make_optimizer(trained, config.train)
+    assert optimizer is not None
+    backward = torch.Tensor.backward
+    of_top = account.timed("top: backward", backward)
+    torch.Tensor.backward = lambda *a, **k: (backward if account.is_open("bottom: backward") else of_top)(*a, **k)  # type: ignore[method-assign]
+    found: list[Counter[str]] = []
+    for step in range(warmup + steps):
+        account.seconds.clear()
+        started = time.perf_counter()
+        account.timed("left over", party.step)(ids, StepKey(1, 0, step))
+        account.timed("client: optimiser", optimizer.step)()
+        optimizer.zero_grad()
+        account.seconds["whole step"] = time.perf_counter() - started
+        found.append(Counter(account.seconds))
+    torch.Tensor.backward = backward  # type: ignore[method-assign]
+    return {name: 1000 * statistics.median(one[name] for one in found[warmup:]) for name in found[-1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "config.toml")
+    parser.add_argument("--out", type=Path, default=HERE / "account.json")
+    parser.add_argument("--cache", type=Path, default=Path("runs/speed-cache"), help="where random models are kept")
+    parser.add_argument("--model", default="default", help="one of the configuration's")
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--steps", type=int, default=30)
+    args = parser.parse_args()
+    prepare_environment()
+    model = tomllib.loads(args.config.read_text())["models"][args.model]
+    parts = measure(model, folder_of(model, args.cache), args.dtype, args.steps, warmup=5)
+    kept = json.loads(args.out.read_text())["records"] if args.out.exists() else []
+    kept = [record for record in kept if (record["model"], record["dtype"]) != (args.model, args.dtype)]
+    records = [*kept, {"model": args.model, "dtype": args.dtype, "milliseconds": parts}]
+    args.out.write_text(json.dumps({"machine": machine(), "records": records}, indent=1) + "\n")
+    for name, value in sorted(parts.items(), key=lambda item: -item[1]):
+        print(f"{name:45} {value:9.2f} ms {100 * value / parts['whole step']:6.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -62,7 +62,6 @@ def test_eight_presidents_and_the_same_again(tmp_path: Path) -> None:
     "argv",
     [
         ("--trunk.schedule", "copies", "--workers", "{}"),
-        ("--trunk.schedule", "accumulate", "--workers", "{}"),
         ("--trunk.schedule", "shared", "--deterministic", "--trunk.group", "2"),
         ("--trunk.schedule", "batched", "--deterministic", "--trunk.group", "2"),
     ],

@@ -184,7 +184,7 @@ class _LoraLinear(torch.autograd.Function):
         to_x, to_down, to_up = (ctx.needs_input_grad[place] for place in (0, 3, 4))
         for_x = for_down = for_up = None
         if to_up:
-            for_up = torch.mm(low, rows).t().to(adapter_type).mul_(ctx.scaling)
+            for_up = torch.mm(low, rows).t().contiguous().to(adapter_type).mul_(ctx.scaling)
         if to_x or to_down:
             back = torch.mm(up.t(), rows.t()).mul_(ctx.scaling)
             kept = None if mask is None else mask.to(rows.dtype)

@@ -55,7 +55,8 @@ class _Learner:
         """One step of the optimiser."""
         assert self._optimizer is not None
         for name, gradient in gradients.items():
-            self._parameters[name].grad = gradient
+            # The fused optimiser pairs elements by their place in memory: a transposed gradient would be scrambled.
+            self._parameters[name].grad = gradient.contiguous()
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._publish()

@@ -16,15 +16,17 @@ from fedsplit.memory import Budget
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import load_parts
 from fedsplit.steps import SpoiledStep, StaleStep, UnknownStep
-from fedsplit.trunk import TrunkServer
+from fedsplit.trunk import TrunkServer, _Learner
 from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import make_codec
 
 RAW = make_codec("raw")
 
 
-def make_server(path: Path, schedule: str, dropout: float = 0.0, budget: Budget | None = None) -> TrunkServer:
-    (part,) = load_parts(path, (1, 2), ["trunk"])
+def make_server(
+    path: Path, schedule: str, dropout: float = 0.0, budget: Budget | None = None, kernels: str = "library"
+) -> TrunkServer:
+    (part,) = load_parts(path, (1, 2), ["trunk"], kernels=kernels)
     adapters.add(part, LoraSettings(rank=2, dropout=dropout), seed=0)
     without_dropout(part)
     for number, parameter in enumerate(adapters.parameters(part).values()):
@@ -159,6 +161,35 @@ def test_batched_steps_are_those_of_each_client_and_their_mean(
         assert torch.allclose(tensor, before[name] - 0.1 * expected[name] / 3, atol=1e-4), name
     assert server.end_round([])["steps"] == 1
     assert server.traffic["activation_up"] == sum(2 * length * 32 * 4 for length in lengths.values())
+
+
+@pytest.mark.parametrize("schedule", ["shared", "batched", "accumulate", "copies"])
+def test_fused_kernels_train_the_trunk_as_the_library_does(model_path: Path, schedule: str) -> None:
+    """AdamW and all, over several steps: a gradient that is right, but laid out otherwise, would show here."""
+    trained = []
+    for kernels in ("library", "fused"):
+        server = make_server(model_path, schedule, kernels=kernels)
+        for step in range(4):
+            server.forward(packet(0, step))
+            server.backward(packet(0, step, "gradient"))
+            server.close_window()
+        server.end_round([0])
+        trained.append((server.copies()[0] if schedule == "copies" else server.read()).tensors)
+    start = make_server(model_path, schedule).read().tensors
+    for name, tensor in trained[0].items():
+        assert (tensor - start[name]).abs().max() > 0.01, name
+        assert torch.allclose(tensor, trained[1][name], atol=1e-3), name
+
+
+def test_a_gradient_in_another_layout_is_taken_by_value() -> None:
+    """The fused optimiser pairs elements by their place in memory."""
+    start = {"w": torch.arange(6.0).reshape(2, 3)}
+    plain, transposed = (_Learner(start, TrainSettings(lr=0.1), learns=True) for _ in range(2))
+    for _ in range(2):
+        gradient = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
+        plain.step({"w": gradient})
+        transposed.step({"w": gradient.t().contiguous().t()})
+    assert torch.equal(plain.version["w"], transposed.version["w"])
 
 
 def test_who_comes_late_to_a_batch_gets_its_gradient_but_does_not_count(model_path: Path) -> None:

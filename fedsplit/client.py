@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsplit import adapters
 from fedsplit.config import TrainSettings, derive_seed
+from fedsplit.kernels import IGNORED
 from fedsplit.link import Link
 from fedsplit.optim import make_optimizer
 from fedsplit.partition import Shard, batch
@@ -28,13 +29,14 @@ class _MicroBatch:
 
 
 def _micro_batches(ids: Tensor, mask: Tensor | None, count: int) -> list[_MicroBatch]:
-    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
     count = min(max(1, count), len(ids))
     masks = [None] * count if mask is None else mask.tensor_split(count)
     split = zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
-    predicted = int((labels[:, 1:] != -100).sum())
+    predicted = int((labels[:, 1:] != IGNORED).sum())
     return [
-        _MicroBatch(rows, wanted, seen, int((wanted[:, 1:] != -100).sum()) / predicted) for rows, wanted, seen in split
+        _MicroBatch(rows, wanted, seen, int((wanted[:, 1:] != IGNORED).sum()) / predicted)
+        for rows, wanted, seen in split
     ]
 
 

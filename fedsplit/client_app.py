@@ -19,7 +19,7 @@ from fedsplit import adapters, records
 from fedsplit.actor import TrunkHandle, find_trunk
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
-from fedsplit.evaluate import HeldOut, held_out_batches, sample, shards_of, through_split
+from fedsplit.evaluate import held_out_batches, pooled, sample, shards_of, through_split
 from fedsplit.link import Link
 from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
@@ -89,11 +89,9 @@ def train(message: Message, context: Context) -> Message:
     update = client.train(records.tensors_of(message), round)
     if not config.deterministic:  # else the others wait, or what is measured would depend on them
         client.link.leave(client.number)
-    own = HeldOut(0.0, 0)
-    if config.eval.after:
-        batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
-        chosen = sample(batches, config.eval.after, config.train.batch_size)
-        own = sum(through_split(client, update.adapters.tensors, round, chosen), own)
+    batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
+    chosen = sample(batches, config.eval.after, config.train.batch_size)
+    own = pooled(through_split(client, update.adapters.tensors, round, chosen))
     if config.deterministic:
         client.link.leave(client.number)
     return Message(records.from_update(update, own, peak_memory()), reply_to=message)
@@ -107,7 +105,6 @@ def evaluate(message: Message, context: Context) -> Message:
     batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
     measured = through_split(client, records.tensors_of(message), round, batches)
     chosen = [number for number, _ in sample(batches, config.eval.after, config.train.batch_size)]
-    nothing = HeldOut(0.0, 0)
-    part = sum((measured[number] for number in chosen), nothing)
-    content: RecordDict = records.from_held_out(client.number, sum(measured, nothing), part, peak_memory())
+    part = pooled(measured[number] for number in chosen)
+    content: RecordDict = records.from_held_out(client.number, pooled(measured), part, peak_memory())
     return Message(content, reply_to=message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ class HeldOut:
 
     def __add__(self, other: HeldOut) -> HeldOut:
         return HeldOut(self.nats + other.nats, self.tokens + other.tokens)
+
+
+def pooled(measured: Iterable[HeldOut]) -> HeldOut:
+    """Several measurements as one; of nothing, no tokens."""
+    return sum(measured, HeldOut(0.0, 0))
 
 
 def measure(loss_of: Callable[[int, Tensor], Tensor], batches: Sequence[tuple[int, Tensor]]) -> HeldOut:

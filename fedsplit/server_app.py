@@ -21,7 +21,7 @@ from fedsplit.actor import TrunkHandle
 from fedsplit.aggregation import Aggregation, FederationFailed, Member, make_aggregation
 from fedsplit.checkpoint import RunFolder
 from fedsplit.config import Config, as_document, derive_seed
-from fedsplit.evaluate import HeldOut
+from fedsplit.evaluate import HeldOut, pooled
 from fedsplit.report import Watcher, perplexity
 from fedsplit.schedules import SCHEDULES, is_deterministic
 from fedsplit.updates import Adapters, ClientUpdate
@@ -218,7 +218,7 @@ class Federation:
                 self._trunk.begin([self._client_of(message) for message in group])
             replies += self._exchange(grid, group, heard)
         replies.sort(key=lambda reply: int(records.metrics_of(reply)["client"]))
-        mine = adapters.with_tensors({n: t for n, t in adapters.tensors.items() if n in self._at_clients})
+        mine = self._of_clients(adapters)
         updates = [records.to_update(r, mine, self._name(r)) for r in replies]
         counts = self._trunk.end_round([update.client for update in updates])
         seconds = time.perf_counter() - started
@@ -245,6 +245,10 @@ class Federation:
                 arrays = records.to_arrays(update.adapters.tensors)
                 reply.content = RecordDict({**reply.content, records.ARRAYS: arrays})
         return replies, updates, own
+
+    def _of_clients(self, adapters: Adapters) -> Adapters:
+        """Without the trunk's, which never cross."""
+        return adapters.with_tensors({n: t for n, t in adapters.tensors.items() if n in self._at_clients})
 
     def _takes_turns(self) -> bool:
         """Whether the order of steps must be fixed, since it decides the result."""
@@ -282,14 +286,14 @@ class Federation:
     def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, HeldOut]) -> float:
         """The clients' held-out loss, and what each lost since it was measured after its own steps."""
         started = time.perf_counter()
-        arrays = records.to_arrays({n: t for n, t in adapters.tensors.items() if n in self._at_clients})
+        arrays = records.to_arrays(self._of_clients(adapters).tensors)
         content = RecordDict({records.ARRAYS: arrays, records.CONFIG: self._instructions(round)})
         replies = self._ask_all(grid, MessageType.EVALUATE, content, f"{self._label(round)}  evaluating")
         self._tally.traffic["evaluation_adapter_down"] += records.nbytes(content) * len(self._members)
         self._remember_memory(replies)
         by_client = {int(records.metrics_of(reply)["client"]): reply for reply in replies}
         measured = {client: records.to_held_out(reply) for client, reply in by_client.items()}
-        loss = sum(measured.values(), HeldOut(0.0, 0)).loss
+        loss = pooled(measured.values()).loss
         self._forgotten = {
             self._members[client].name: records.sample_of(by_client[client]).loss - then.loss
             for client, then in own.items()

@@ -290,8 +290,8 @@ def test_who_finds_no_room_is_told_to_wait_and_loses_nothing(model_path: Path) -
     assert server.end_round([])["waits"] == 1
 
 
-def question(client: int, step: int = 0) -> Packet:
-    return Packet(StepKey(1, client, step), shape=(2, 5, 32))
+def question(client: int) -> Packet:
+    return Packet(StepKey(1, client, 0), shape=(2, 5, 32))
 
 
 def test_room_that_was_asked_for_is_kept_free(model_path: Path) -> None:

@@ -20,9 +20,10 @@ from fedsplit import adapters
 from fedsplit.config import Config
 from fedsplit.dispatch import Answer, Dispatcher
 from fedsplit.memory import Budget, peak_memory, resident_memory
+from fedsplit.packets import Packet
 from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
-from fedsplit.updates import Adapters, Packet
+from fedsplit.updates import Adapters
 from fedsplit.wire import make_codec
 
 NAMESPACE = "fedsplit"

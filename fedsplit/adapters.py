@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedsplit.config import LoraSettings, derive_seed
+from fedsplit.config import LoraSettings
 from fedsplit.families import Family
 from fedsplit.kernels import lora_linear
 from fedsplit.split import Part
-from fedsplit.updates import Adapters, Layer
+from fedsplit.updates import Adapters, Layer, fresh_factor
 
 _NAME = "default"
 
@@ -50,8 +49,9 @@ def lora_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | 
         blocks: The blocks of the unsplit model that are adapted; all where None.
     """
     return LoraConfig(
-        r=settings.rank,
+        r=settings.top_rank,
         lora_alpha=settings.alpha,
+        use_rslora=settings.rslora,
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets or family.targets),
         fan_in_fan_out=family.transposed,
@@ -80,8 +80,7 @@ def add(part: Part, settings: LoraSettings, seed: int) -> None:
     for name, parameter in parameters(part).items():
         parameter.data = parameter.data.float()  # PEFT gives it the type of the base
         if "lora_A" in name:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(fresh_factor(name, parameter.shape, seed))
 
 
 def local_parameters(part: Part) -> dict[str, nn.Parameter]:
@@ -99,6 +98,10 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
     return {exported_name(part, name): parameter for name, parameter in local_parameters(part).items()}
 
 
+def _layer_of(module: LoraLayer) -> Layer:
+    return Layer(float(module.lora_alpha[_NAME]), bool(module.fan_in_fan_out), bool(module.use_rslora[_NAME]))
+
+
 def read(*parts: Part) -> Adapters:
     """Copies the adapters of some parts."""
     tensors: dict[str, Tensor] = {}
@@ -107,13 +110,13 @@ def read(*parts: Part) -> Adapters:
         tensors |= {name: parameter.detach().clone() for name, parameter in parameters(part).items()}
         for name, module in part.named_modules():
             if isinstance(module, LoraLayer):
-                layers[part.whole_name(name)] = Layer(module.scaling[_NAME], bool(module.fan_in_fan_out))
+                layers[part.whole_name(name)] = _layer_of(module)
     return Adapters(tensors, layers)
 
 
 @torch.no_grad()
 def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
-    """Copies adapters into some parts.
+    """Copies adapters into some parts, which take on their rank, and the scaling that goes with it.
 
     Args:
         tensors: By exported name, exactly those the parts have.
@@ -123,8 +126,21 @@ def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
         KeyError: A part's adapter is missing among the tensors.
     """
     for part in parts:
+        resized = False
         for name, parameter in parameters(part).items():
-            parameter.copy_(tensors[name])
+            if parameter.shape == tensors[name].shape:
+                parameter.copy_(tensors[name])
+            else:
+                parameter.data, resized = tensors[name].clone(), True
+        if resized:
+            rescale(part)
+
+
+def rescale(part: Part) -> None:
+    """Gives every LoRA layer of a part the scaling that goes with the rank of its factors as they are."""
+    for module in part.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling[_NAME] = _layer_of(module).scaling(module.lora_A[_NAME].weight.shape[0])
 
 
 def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from fedsplit import adapters
-from fedsplit.config import TrainSettings, derive_seed
+from fedsplit.config import TrainSettings
 from fedsplit.kernels import IGNORED
 from fedsplit.link import Link
 from fedsplit.optim import make_optimizer
+from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, batch
+from fedsplit.seeds import derive_seed
 from fedsplit.split import Bottom, Top
-from fedsplit.updates import ClientUpdate, StepKey
+from fedsplit.updates import ClientUpdate
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import hashlib
 import math
 import re
 import tomllib
@@ -93,6 +92,10 @@ def _is_partition(value: str) -> bool:
 
 YES_OR_NO = Allowed("true | false", lambda v: isinstance(v, bool))
 TEXT = Allowed("a text that is not empty", lambda v: bool(v.strip()))
+RANKS = Allowed(
+    "whole numbers from 1 to 1024, separated by commas, or a file of them",
+    lambda v: v != () and all(1 <= rank <= 1024 for rank in v),
+)
 NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name in v))
 CUT = Allowed("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: _parse_cut(v) is not None)
 MEMORY = Allowed("bytes with a unit, such as 800MB, 1.5GB or 2GiB", lambda v: v == "" or _parse_memory(v) is not None)
@@ -125,12 +128,24 @@ def setting(default: Any, allowed: Allowed, help: str, alias: str = "") -> Any:
 class LoraSettings:
     """The adapters on all three parts."""
 
-    rank: int = setting(8, at_least(1, 1024), "rank r of every adapter", "--lora-rank")
+    rank: tuple[int, ...] = setting(
+        (8,), RANKS, "rank r of every adapter; several, or a file of them, are dealt to clients in turn", "--lora-rank"
+    )
     alpha: float = setting(16.0, above(0), "adapters are scaled by alpha / rank", "--lora-alpha")
+    rslora: bool = setting(False, YES_OR_NO, "scale by alpha / sqrt(rank) instead (2312.03732)")
     dropout: float = setting(0.1, below(0, 1), "dropout on the input of every adapter")
     targets: tuple[str, ...] = setting(
         (), NAMES, "projections that get an adapter (default: all of the family's)", "--lora-target-modules"
     )
+
+    @property
+    def top_rank(self) -> int:
+        """The largest rank of any client; that of a trunk which all share."""
+        return max(self.rank)
+
+    def rank_of(self, client: int) -> int:
+        """A client's rank."""
+        return self.rank[client % len(self.rank)]
 
 
 @dataclass(frozen=True)
@@ -243,20 +258,6 @@ SECTIONS = {
 }
 
 
-def derive_seed(seed: int, *path: object) -> int:
-    """A seed of its own for each place that draws random numbers, independent of the order they draw in.
-
-    Args:
-        seed: The run's seed.
-        *path: What names the place, such as ("client", 3, "round", 2).
-
-    Returns:
-        An integer in [0, 2**63).
-    """
-    digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 def _leaves() -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
     """Every setting: its dotted name, its field and its type."""
     for owner, cls in {"": Config, **SECTIONS}.items():
@@ -276,6 +277,9 @@ def _convert(name: str, value: object, kind: Any) -> Any:
         if kind == tuple[str, ...]:
             converted: Any = tuple(value.split(",")) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
             suits = all(isinstance(item, str) for item in converted)
+        elif kind == tuple[int, ...]:
+            converted = _whole_numbers(value)
+            suits = True
         elif kind is bool:
             converted = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
             suits = isinstance(converted, bool)
@@ -290,6 +294,25 @@ def _convert(name: str, value: object, kind: Any) -> Any:
         words = allowed.words.replace("a number", "a whole number") if kind is int else allowed.words
         raise SettingError(name, _short(value), words)
     return converted
+
+
+def _whole_numbers(value: object) -> tuple[int, ...]:
+    """Numbers from a list, from a text with commas, or from the file it names.
+
+    Raises:
+        ValueError, TypeError: It is none of these.
+    """
+    if isinstance(value, str) and not re.fullmatch(r"[\d,\s+-]*", value):
+        try:
+            value = Path(value).read_text(encoding="utf-8").replace("\n", ",").strip(" ,")
+        except OSError as error:
+            raise ValueError from error
+    items: Sequence[Any] = value.split(",") if isinstance(value, str) else [value]
+    if isinstance(value, list | tuple):
+        items = value
+    if any(isinstance(item, bool) or not isinstance(item, int | str) for item in items):
+        raise TypeError
+    return tuple(int(item) for item in items)
 
 
 def _short(value: object) -> str:
@@ -367,6 +390,7 @@ def as_document(config: Config) -> dict[str, Any]:
     document = dataclasses.asdict(config)
     del document["out"]
     document["lora"]["targets"] = list(config.lora.targets)
+    document["lora"]["rank"] = list(config.lora.rank) if len(config.lora.rank) > 1 else config.lora.rank[0]
     return document
 
 
@@ -399,7 +423,8 @@ def _parser() -> _Parser:
         flags = [f"--{name.replace('_', '-')}"]
         if leaf.metadata["alias"]:
             flags.append(leaf.metadata["alias"])
-        default = "" if leaf.default in ("", ()) or leaf.default is False else f" (default: {leaf.default})"
+        shown = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else leaf.default
+        default = "" if shown == "" or shown is False else f" (default: {shown})"
         metavar = {int: "N", float: "X"}.get(kind, "NAME")
         words = leaf.metadata["allowed"].words
         choices = f": {words}" if " | " in words else ""

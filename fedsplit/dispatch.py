@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fedsplit.config import TrunkSettings
+from fedsplit.packets import Packet
 from fedsplit.schedules import SCHEDULES
 from fedsplit.steps import RefusedStep, StaleStep
 from fedsplit.trunk import TrunkServer
-from fedsplit.updates import Packet
 
 Answer = Packet | RefusedStep
 

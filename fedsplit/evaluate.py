@@ -15,8 +15,8 @@ from fedsplit import adapters
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
 from fedsplit.families import read_facts
+from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, make_shards, spread
-from fedsplit.updates import StepKey
 
 
 @dataclass(frozen=True)

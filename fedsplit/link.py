@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import Schedule
-from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import Codec
 
 Answer = Callable[[], Packet]

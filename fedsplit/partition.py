@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsplit.config import SettingError, derive_seed
+from fedsplit.config import SettingError
 from fedsplit.corpus import Document, pack, read_documents, tokenise
+from fedsplit.seeds import derive_seed
 
 HELD_OUT_DOCUMENTS = 4
 """Of an owner's texts, every fourth by date is held out; the last one where there are fewer."""

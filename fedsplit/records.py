@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -135,7 +136,7 @@ def introduction(client: int, name: str, adapters: Adapters | None, parameters: 
     about: dict[str, Any] = {"client": client, "name": name, "parameters": parameters}
     records: dict[str, Any] = {}
     if adapters is not None:
-        about["layers"] = {layer: [facts.scaling, facts.transposed] for layer, facts in adapters.layers.items()}
+        about["layers"] = {layer: dataclasses.asdict(facts) for layer, facts in adapters.layers.items()}
         records[ARRAYS] = to_arrays(adapters.tensors)
     return RecordDict({**records, CONFIG: ConfigRecord({"about": json.dumps(about)})})
 
@@ -145,5 +146,5 @@ def read_introduction(reply: Message) -> tuple[dict[str, Any], Adapters | None]:
     about: dict[str, Any] = json.loads(config_of(reply)["about"])
     if "layers" not in about:
         return about, None
-    layers = {name: Layer(scaling, transposed) for name, (scaling, transposed) in about.pop("layers").items()}
+    layers = {name: Layer(**facts) for name, facts in about.pop("layers").items()}
     return about, Adapters(tensors_of(reply), layers)

@@ -20,10 +20,11 @@ from fedsplit import records
 from fedsplit.actor import TrunkHandle
 from fedsplit.aggregation import Aggregation, FederationFailed, Member, make_aggregation
 from fedsplit.checkpoint import RunFolder
-from fedsplit.config import Config, as_document, derive_seed
+from fedsplit.config import Config, as_document
 from fedsplit.evaluate import HeldOut, pooled
 from fedsplit.report import Watcher, perplexity
 from fedsplit.schedules import SCHEDULES, is_deterministic
+from fedsplit.seeds import derive_seed
 from fedsplit.updates import Adapters, ClientUpdate
 
 POLL_SECONDS = 0.01

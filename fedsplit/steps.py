@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from fedsplit.updates import Packet, StepKey
+from fedsplit.packets import Packet, StepKey
 
 T = TypeVar("T")
 

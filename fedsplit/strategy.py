@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from fedsplit.config import SettingError
-from fedsplit.updates import Adapters, ClientUpdate
+from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 
 State = Mapping[str, Tensor]
 """What a strategy remembers from round to round, such as moments: named tensors, so that it can be saved."""
@@ -24,7 +24,11 @@ ALLOWED = "a name from the package strategies, path/to/mine.py:Mine, or module:C
 
 @runtime_checkable
 class Strategy(Protocol):
-    """State in, state out: a strategy keeps nothing on itself, so it can be saved, resumed and tested."""
+    """State in, state out: a strategy keeps nothing on itself, so it can be saved, resumed and tested.
+
+    Two more members are optional: `broadcast`, of which `broadcast` below tells the signature and what holds without
+    it, and the attribute `traits`, a `fedsplit.updates.Traits`.
+    """
 
     def init(self, adapters: Adapters) -> State:
         """The state before the first round, given the adapters that training starts from."""
@@ -40,9 +44,31 @@ class Strategy(Protocol):
                 adapters' names and shapes.
 
         Returns:
-            The new state, and the adapters that the next round starts from.
+            The new state, and the adapters that the next round starts from; with what is to be folded into
+            base weights.
         """
         ...
+
+
+def traits_of(strategy: object) -> Traits:
+    """A strategy's traits; of one that names none, those of plain averaging by whatever rule."""
+    return getattr(strategy, "traits", Traits())
+
+
+def broadcast(strategy: Strategy, state: State, adapters: Adapters, client: ClientInfo) -> Assignment | None:
+    """What a client begins a round with.
+
+    Args:
+        strategy: Its `broadcast(state, adapters, client)` is asked, where it has one.
+        state: The state after the round before.
+        adapters: The adapters after the round before.
+        client: Who asks.
+
+    Returns:
+        By default the adapters, at the client's rank; None if the client is to rest in this round.
+    """
+    own = getattr(strategy, "broadcast", None)
+    return own(state, adapters, client) if own else Assignment(adapters.with_rank(client.rank))
 
 
 @runtime_checkable

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit import adapters
-from fedsplit.config import TrainSettings, derive_seed
+from fedsplit.config import TrainSettings
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.optim import make_optimizer
+from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
+from fedsplit.seeds import derive_seed
 from fedsplit.split import Trunk
 from fedsplit.steps import RefusedStep, SpoiledStep, Steps
-from fedsplit.updates import Adapters, Packet, StepKey
+from fedsplit.updates import Adapters
 from fedsplit.wire import Codec
 
 WAIT_SECONDS = 0.05

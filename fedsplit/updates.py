@@ -1,96 +1,32 @@
-"""What crosses a boundary between parties: packets at every step, adapters once a round."""
+"""What crosses once a round: adapters down to the clients, and what they made of them up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from fedsplit.lowrank import LowRank, total
+from fedsplit.seeds import derive_seed
 
 
 class RefusedUpdate(Exception):
     """A client's answer that must not be aggregated; says whose it is and what is wrong with it."""
 
 
-@dataclass(frozen=True)
-class StepKey:
-    """Names one step of one client, so that forward and backward find each other, and each counts once.
-
-    Attributes:
-        round: The round, from 1; 0 is the evaluation before the first.
-        client: The client's partition, from 0.
-        step: The step within the round, from 0.
-        attempt: How often the client's round was begun before.
-        micro: The micro-batch within the step, from 0.
-        run: The run's name.
-    """
-
-    round: int
-    client: int
-    step: int
-    attempt: int = 0
-    micro: int = 0
-    run: str = ""
-
-    @property
-    def place(self) -> tuple[int, int, int]:
-        """Where the step lies in its client's time: what is smaller came before."""
-        return self.round, self.attempt, self.step
-
-    def __str__(self) -> str:
-        return f"round {self.round}, client {self.client}, step {self.step}.{self.micro}, attempt {self.attempt}"
+FACTORS = frozenset("AB")
+"""The names of both factors of a LoRA layer."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A tensor as it lies on the wire.
-
-    Attributes:
-        data: The encoded values; their bytes are what is counted.
-        dtype: The name of the type to decode into, such as "float32".
-    """
-
-    data: np.ndarray
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the wire."""
-        return self.data.nbytes
-
-
-@dataclass(frozen=True)
-class Packet:
-    """One message between a client and the trunk.
-
-    Attributes:
-        key: The step it belongs to.
-        tensors: "hidden" or "gradient" (B, T, D), and "mask" (B, T) where a batch is padded. Empty where
-            an answer carries nothing, as when the client's bottom has nothing to learn, and where a client
-            asks whether there is room for its hidden states.
-        training: Whether this is a training step, with dropout, or evaluation.
-        wants_gradient: Whether the client's bottom can use a gradient.
-        micros: Micro-batches that the step consists of.
-        incarnation: Which life of the trunk it is meant for; a trunk that was started again has another.
-        shape: Of a question for room: that of the hidden states to come.
-        wait: Of an answer: the trunk has no room for the step now; ask again after so many seconds.
-    """
-
-    key: StepKey
-    tensors: Mapping[str, Encoded] = field(default_factory=dict)
-    training: bool = True
-    wants_gradient: bool = True
-    micros: int = 1
-    incarnation: str = ""
-    shape: tuple[int, ...] = ()
-    wait: float = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, read off the encoded data."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+def factor_of(name: str) -> str | None:
+    """Which factor of a LoRA layer an exported name stands for: "A", "B", or None if it is something else."""
+    for factor in "AB":
+        if name.endswith(f".lora_{factor}.weight"):
+            return factor
+    return None
 
 
 @dataclass(frozen=True)
@@ -98,13 +34,19 @@ class Layer:
     """What a strategy must know of an adapted layer beside its factors.
 
     Attributes:
-        scaling: The factor s in the layer's change s * B @ A (alpha / r, or alpha / sqrt(r) for rsLoRA).
+        alpha: LoRA's alpha, which with the rank r decides the scaling s in the layer's change s * B @ A.
         transposed: Whether the base stores its weight as (in, out), as GPT-2's Conv1D does; the change
             to add is then the transpose of s * B @ A.
+        rslora: Whether s is alpha / sqrt(r) (2312.03732), and not alpha / r.
     """
 
-    scaling: float
+    alpha: float
     transposed: bool
+    rslora: bool = False
+
+    def scaling(self, rank: int) -> float:
+        """The factor s at that rank."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -113,24 +55,78 @@ class Adapters:
 
     Attributes:
         tensors: The factors by the names PEFT writes to a file, in the numbering of the unsplit model, e.g.
-            `transformer.h.0.attn.c_attn.lora_A.weight` (r, in) and `….lora_B.weight` (out, r).
+            `transformer.h.0.attn.c_attn.lora_A.weight` (r, in) and `….lora_B.weight` (out, r). Clients may differ
+            in r.
         layers: The adapted layers by module name, e.g. `transformer.h.0.attn.c_attn`.
+        folded: Only of what a strategy returns: matrices (out, in) by layer that are to be added to the base
+            weights for good, at every party, before the next round.
     """
 
     tensors: Mapping[str, Tensor]
     layers: Mapping[str, Layer]
+    folded: Mapping[str, LowRank] = field(default_factory=dict)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """The pair A (r, in), B (out, r) of a layer."""
         return self.tensors[f"{layer}.lora_A.weight"], self.tensors[f"{layer}.lora_B.weight"]
 
+    def rank(self, layer: str) -> int:
+        """The rank r of a layer, of which one factor at least must be here."""
+        if (a := self.tensors.get(f"{layer}.lora_A.weight")) is not None:
+            return a.shape[0]
+        return self.tensors[f"{layer}.lora_B.weight"].shape[1]
+
+    def scaling(self, layer: str) -> float:
+        """The factor s of a layer."""
+        return self.layers[layer].scaling(self.rank(layer))
+
+    def change(self, layer: str) -> LowRank:
+        """What a layer's adapter adds to its weight, s * B @ A (out, in), in float64; not yet transposed for Conv1D."""
+        a, b = self.factors(layer)
+        return LowRank(b.double() * self.scaling(layer), a.double())
+
+    @property
+    def complete(self) -> list[str]:
+        """The layers of which both factors are here, in order of their names."""
+        return [layer for layer in sorted(self.layers) if all(f"{layer}.lora_{f}.weight" in self.tensors for f in "AB")]
+
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapters:
-        """The same layers with other factors."""
+        """The same layers with other factors, and nothing to fold."""
         return Adapters(tensors, self.layers)
+
+    def with_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Adapters:
+        """The same with the factors (A, B) of some layers replaced; their types stay."""
+        tensors = dict(self.tensors)
+        for layer, pair in factors.items():
+            for factor, tensor in zip("AB", pair, strict=True):
+                name = f"{layer}.lora_{factor}.weight"
+                tensors[name] = tensor.to(tensors[name].dtype).contiguous()
+        return replace(self, tensors=tensors)
+
+    def only(self, factors: frozenset[str]) -> Adapters:
+        """Without those factors of LoRA layers that are not named; what is no such factor stays."""
+        return self.with_tensors({n: t for n, t in self.tensors.items() if factor_of(n) in (None, *factors)})
+
+    def with_rank(self, rank: int) -> Adapters:
+        """Cut or filled with zeros to another rank, so that what is kept adds the same to the weights as before.
+
+        B takes up the ratio of the scalings: with alpha / r, a layer of half the rank has twice the scaling.
+        """
+        factors = {}
+        for layer in self.complete:
+            (a, b), old = self.factors(layer), self.rank(layer)
+            ratio = self.layers[layer].scaling(old) / self.layers[layer].scaling(rank)
+            grown = max(0, rank - old)
+            down = torch.cat([a[:rank], a.new_zeros(grown, a.shape[1])])
+            up = torch.cat([b[:, :rank] * ratio, b.new_zeros(b.shape[0], grown)], dim=1)
+            factors[layer] = down, up
+        return self.with_factors(factors)
 
     def __or__(self, other: Adapters) -> Adapters:
         """The adapters of the parts of both."""
-        return Adapters({**self.tensors, **other.tensors}, {**self.layers, **other.layers})
+        return Adapters(
+            {**self.tensors, **other.tensors}, {**self.layers, **other.layers}, {**self.folded, **other.folded}
+        )
 
     @property
     def nbytes(self) -> int:
@@ -158,6 +154,21 @@ class Adapters:
             if not torch.isfinite(tensor).all():
                 raise RefusedUpdate(f"{sender} sent NaN or infinite values in {name}")
 
+    def check_folded(self, sender: str) -> None:
+        """Makes sure that what is to be folded belongs to layers of these adapters, fits them and is finite.
+
+        Raises:
+            RefusedUpdate: It does not.
+        """
+        for layer, change in self.folded.items():
+            if layer not in self.layers:
+                raise RefusedUpdate(f"{sender} wants to fold something into {layer}, which is no adapted layer")
+            a, b = self.factors(layer)
+            if change.shape != (b.shape[0], a.shape[1]) or change.up.shape[1] != change.down.shape[0]:
+                raise RefusedUpdate(f"{sender} wants to fold a matrix of shape {change.shape} into {layer}")
+            if not (torch.isfinite(change.up).all() and torch.isfinite(change.down).all()):
+                raise RefusedUpdate(f"{sender} wants to fold NaN or infinite values into {layer}")
+
 
 @dataclass(frozen=True)
 class ClientUpdate:
@@ -165,10 +176,13 @@ class ClientUpdate:
 
     Attributes:
         client: The client's partition, from 0.
-        adapters: Its bottom's and top's adapters after training.
-        examples: Training sequences it went through this round; the usual weight.
+        adapters: Its adapters after training; without the factors that stay with it.
+        examples: Training sequences it went through this round.
         tokens: Tokens among them.
         loss: Mean training loss, nats a token.
+        weight: What it counts beside others, by the run's `--weights`; its examples where not given.
+        given: What it started from; what the strategy gave to all where not given.
+        control: What its control variate has changed by, by exported name (SCAFFOLD); empty otherwise.
     """
 
     client: int
@@ -176,3 +190,124 @@ class ClientUpdate:
     examples: int
     tokens: int = 0
     loss: float = 0.0
+    weight: float | None = None
+    given: Adapters | None = None
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What a strategy knows of a client before it trains.
+
+    Attributes:
+        client: Its partition, from 0.
+        rank: The rank that it was assigned by `--lora.rank`.
+    """
+
+    client: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a client trains in a round, beside its settings.
+
+    Attributes:
+        trains: The factors that train; the others stay as they are, and are not sent back.
+        proximal: FedProx's mu: mu / 2 * ||theta - theta_t||^2 is added to the loss.
+        control: SCAFFOLD's control variate c of the server, by exported name; the client corrects its gradients by
+            its own and this, and returns what its own has changed by. None: no such correction.
+        tail: HetLoRA's gamma: the share of the rank that is sure to stay; the rest is what `decay` acts on.
+        decay: HetLoRA's lambda: lambda * ||A_tail|| * ||B_tail|| of every layer is added to the loss.
+    """
+
+    trains: frozenset[str] = FACTORS
+    proximal: float = 0.0
+    control: Mapping[str, Tensor] | None = None
+    tail: float = 1.0
+    decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a strategy gives a client at the beginning of a round.
+
+    Attributes:
+        adapters: What it starts from, at the client's rank.
+        task: How it trains.
+        drawn: Where given, A is what `fresh_factor` draws from this seed and B is zero, so that neither needs to
+            be sent.
+    """
+
+    adapters: Adapters
+    task: Task = field(default_factory=Task)
+    drawn: int | None = None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What must be known of a strategy before a run.
+
+    Attributes:
+        mixed_ranks: Clients may have different ranks.
+        folds: It changes base weights.
+        personal: The factors that never leave their client.
+        linear: It needs weighted sums of what clients send, and nothing of a single one; only such a strategy can
+            work under secure aggregation.
+    """
+
+    mixed_ranks: bool = False
+    folds: bool = False
+    personal: frozenset[str] = frozenset()
+    linear: bool = False
+
+
+def fresh_factor(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """A new factor A (r, in) as PEFT draws it, from a seed and the layer's name alone; B begins at zero.
+
+    Args:
+        name: Its exported name.
+        shape: (r, in).
+        seed: The draw.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
+    tensor = torch.empty(*shape)
+    torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+    return tensor
+
+
+def counted(updates: Sequence[ClientUpdate]) -> tuple[list[ClientUpdate], list[float]]:
+    """The updates that count, in the order of the clients, and their shares, which sum to 1.
+
+    Raises:
+        ValueError: None counts: nobody trained on anything.
+    """
+    weights = {update.client: update.examples if update.weight is None else update.weight for update in updates}
+    ordered = sorted((update for update in updates if weights[update.client] > 0), key=lambda update: update.client)
+    if not ordered:
+        raise ValueError("no client trained on any example")
+    whole = math.fsum(weights[update.client] for update in ordered)
+    return ordered, [weights[update.client] / whole for update in ordered]
+
+
+def average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """The weighted mean, summed in float64 in the given order and rounded once.
+
+    A single one is returned to the bit.
+    """
+    mean = torch.zeros(tensors[0].shape, dtype=torch.float64)
+    for tensor, share in zip(tensors, shares, strict=True):
+        mean += tensor.double() * share
+    return mean.to(tensors[0].dtype)
+
+
+def average_adapters(adapters: Adapters, updates: Sequence[ClientUpdate], shares: Sequence[float]) -> Adapters:
+    """The adapters with everything that the updates hold replaced by its weighted mean."""
+    held = updates[0].adapters.tensors
+    means = {name: average([update.adapters.tensors[name] for update in updates], shares) for name in held}
+    return adapters.with_tensors({**adapters.tensors, **means})
+
+
+def mean_change(updates: Sequence[ClientUpdate], shares: Sequence[float], layer: str) -> LowRank:
+    """What the mean client adds to a layer's weight, sum_i w_i s_i B_i A_i, exactly, as stacked factors."""
+    return total(update.adapters.change(layer).times(share) for update, share in zip(updates, shares, strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Encoded
+from fedsplit.packets import Encoded
 
 with warnings.catch_warnings():
     # torch warns once a process that it cannot protect an array from being written to; nobody here writes to one.

@@ -17,10 +17,10 @@ from fedsplit.config import Config
 from fedsplit.dispatch import Dispatcher
 from fedsplit.families import read_facts
 from fedsplit.memory import peak_memory, resident_memory
+from fedsplit.packets import Packet
 from fedsplit.server_app import Federation
 from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
-from fedsplit.updates import Packet
 from fedsplit.wire import make_codec
 
 

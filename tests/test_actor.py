@@ -23,7 +23,7 @@ from fedsplit.config import build
 from fedsplit.split import load_parts
 from fedsplit.steps import ForeignStep, UnknownStep
 from fedsplit.trunk import TrunkServer
-from fedsplit.updates import Packet, StepKey
+from fedsplit.packets import Packet, StepKey
 from fedsplit.wire import make_codec
 
 values = {"model": sys.argv[1], "cut": "1:2", "lora.dropout": 0.3, "trunk.memory": "8GB", "train.max_length": 8}

@@ -15,7 +15,7 @@ from fedsplit.config import LoraSettings
 from fedsplit.split import load_parts, load_whole, ranges
 
 KINDS = ("bottom", "trunk", "top")
-SETTINGS = LoraSettings(rank=3, alpha=6.0, dropout=0.0)
+SETTINGS = LoraSettings(rank=(3,), alpha=6.0, dropout=0.0)
 
 
 def adapted(path: Path, cut: tuple[int, int], settings: LoraSettings = SETTINGS, seed: int = 0):
@@ -52,7 +52,7 @@ def test_adapters_are_float32_whatever_the_base_is(model_path: Path, kernels: st
 def test_layers_know_scaling_and_whether_they_are_transposed(tiny_models: dict[str, Path]) -> None:
     for family, transposed in (("gpt2", True), ("llama", False)):
         read = adapters.read(*adapted(tiny_models[family], (1, 2)))
-        assert {(layer.scaling, layer.transposed) for layer in read.layers.values()} == {(2.0, transposed)}
+        assert {(read.scaling(name), layer.transposed) for name, layer in read.layers.items()} == {(2.0, transposed)}
         assert {f"{layer}.lora_{f}.weight" for layer in read.layers for f in "AB"} == set(read.tensors)
         assert all(a.shape[0] == b.shape[1] == 3 for a, b in map(read.factors, read.layers))
 

@@ -18,7 +18,7 @@ from fedsplit.config import Config, LoraSettings, SettingError, parse
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_models: dict[str, Path]) -> RunFolder:
-    config = Config(model=str(tiny_models["gpt2"]), cut="1:2", lora=LoraSettings(rank=3, alpha=6.0))
+    config = Config(model=str(tiny_models["gpt2"]), cut="1:2", lora=LoraSettings(rank=(3,), alpha=6.0))
     parts = adapted(tiny_models["gpt2"], (1, 2))
     made = RunFolder(tmp_path / "run", config, parts[0].family, BLOCKS)
     made.tensors = adapters.read(*parts).tensors  # type: ignore[attr-defined]

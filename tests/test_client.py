@@ -14,15 +14,16 @@ from peft import get_peft_model
 
 from fedsplit import adapters
 from fedsplit.client import Client
-from fedsplit.config import LoraSettings, TrainSettings, build, derive_seed
+from fedsplit.config import LoraSettings, TrainSettings, build
 from fedsplit.families import FAMILIES
 from fedsplit.link import Link
 from fedsplit.optim import make_optimizer
+from fedsplit.packets import Encoded, StepKey
 from fedsplit.partition import Shard, batch
 from fedsplit.schedules import SCHEDULES
+from fedsplit.seeds import derive_seed
 from fedsplit.split import load_parts, load_whole
 from fedsplit.steps import StaleStep
-from fedsplit.updates import Encoded, StepKey
 from fedsplit.wire import Codec, make_codec
 
 STEPS = 20
@@ -63,7 +64,7 @@ def fine_tune(
 ) -> dict[str, torch.Tensor]:
     """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of a client with seed 0."""
     base = load_whole(path)
-    lora = LoraSettings(rank=2, dropout=0.0)
+    lora = LoraSettings(rank=(2,), dropout=0.0)
     whole = get_peft_model(base, adapters.lora_config(lora, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}

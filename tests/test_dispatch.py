@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fedsplit.config import TrunkSettings
 from fedsplit.dispatch import Dispatcher
+from fedsplit.packets import Packet, StepKey
 from fedsplit.steps import RefusedStep, SpoiledStep, StaleStep
-from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import make_codec
 
 RAW = make_codec("raw")

@@ -230,7 +230,7 @@ def test_what_a_pending_forward_of_the_trunk_keeps(shaped_like_gpt2: Path) -> No
     kept = {}
     for name in ("fused", "library"):
         (trunk,) = load_parts(shaped_like_gpt2, (1, 3), ["trunk"], kernels=name)
-        adapters.add(trunk, LoraSettings(rank=4, dropout=0.1), seed=0)
+        adapters.add(trunk, LoraSettings(rank=(4,), dropout=0.1), seed=0)
         without_dropout(trunk.train())
         given = {tensor.untyped_storage().data_ptr() for tensor in (hidden, *trunk.parameters())}
         _, saved = _saved(lambda: trunk(hidden), given)  # noqa: B023

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from fedsplit.link import Link
+from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
-from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import make_codec
 
 CODEC = make_codec("raw")

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from fedsplit import adapters
 from fedsplit.config import LoraSettings, SettingError, TrainSettings
 from fedsplit.link import Link
+from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import check_checkpoint, load_parts, load_whole, ranges
 from fedsplit.trunk import TrunkServer
-from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import make_codec
 
 CUTS = [cut for cut in itertools.product(range(BLOCKS + 1), repeat=2) if cut[0] < cut[1]]
@@ -43,7 +43,7 @@ def _batch(padding: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tenso
 
 
 def _settings(dropout: float) -> LoraSettings:
-    return LoraSettings(rank=3, alpha=5.0, dropout=dropout)
+    return LoraSettings(rank=(3,), alpha=5.0, dropout=dropout)
 
 
 def _parts(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fedsplit.packets import Packet, StepKey
 from fedsplit.steps import ExpiredStep, StaleStep, Steps, UnknownStep
-from fedsplit.updates import Packet, StepKey
 
 
 def test_a_step_is_pending_then_answered_then_gone() -> None:

@@ -13,11 +13,11 @@ from conftest import without_dropout
 from fedsplit import adapters
 from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.memory import Budget
+from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import load_parts
 from fedsplit.steps import SpoiledStep, StaleStep, UnknownStep
 from fedsplit.trunk import TrunkServer, _Learner
-from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import make_codec
 
 RAW = make_codec("raw")
@@ -27,7 +27,7 @@ def make_server(
     path: Path, schedule: str, dropout: float = 0.0, budget: Budget | None = None, kernels: str = "library"
 ) -> TrunkServer:
     (part,) = load_parts(path, (1, 2), ["trunk"], kernels=kernels)
-    adapters.add(part, LoraSettings(rank=2, dropout=dropout), seed=0)
+    adapters.add(part, LoraSettings(rank=(2,), dropout=dropout), seed=0)
     without_dropout(part)
     for number, parameter in enumerate(adapters.parameters(part).values()):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2
@@ -46,7 +46,7 @@ def test_the_gradient_is_the_parts_own_not_the_one_sent(model_path: Path) -> Non
     """The classic mistake is to return the incoming gradient unchanged: its cosine to the true one is near 1."""
     server = make_server(model_path, "shared")
     (part,) = load_parts(model_path, (1, 2), ["trunk"])
-    adapters.add(part, LoraSettings(rank=2, dropout=0.0), seed=0)
+    adapters.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
     without_dropout(part)
     adapters.write(server.read().tensors, part)
     hidden = RAW.decode(packet(0, 0).tensors["hidden"]).requires_grad_()
@@ -128,7 +128,7 @@ def test_forwards_without_backward_are_counted_and_freed(model_path: Path) -> No
 def plain_gradients(path: Path, server: TrunkServer, clients: dict[int, int]) -> dict[str, torch.Tensor]:
     """By plain autograd on a part of its own: the sum of the adapter's gradients, and each input's."""
     (part,) = load_parts(path, (1, 2), ["trunk"])
-    adapters.add(part, LoraSettings(rank=2, dropout=0.0), seed=0)
+    adapters.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
     without_dropout(part)
     adapters.write(server.read().tensors, part)
     found = {}

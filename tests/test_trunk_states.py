@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from fedsplit.config import TrainSettings
 from fedsplit.memory import Budget
+from fedsplit.packets import Packet, StepKey
 from fedsplit.steps import ExpiredStep, ForeignStep, RefusedStep, SpoiledStep, StaleStep, UnknownStep
 from fedsplit.trunk import TrunkServer
-from fedsplit.updates import Packet, StepKey
 from fedsplit.wire import make_codec
 
 RAW = make_codec("raw")

@@ -63,10 +63,10 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     from fedsplit import adapters, client, link, trunk
     from fedsplit.config import build
     from fedsplit.link import Link
+    from fedsplit.packets import StepKey
     from fedsplit.partition import Shard
     from fedsplit.schedules import SCHEDULES
     from fedsplit.split import TYPES, load_parts
-    from fedsplit.updates import StepKey
     from fedsplit.wire import make_codec
 
     torch.set_num_threads(1)

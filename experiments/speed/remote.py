@@ -31,7 +31,7 @@ Serve = Callable[[Any], Any]
 
 def pairs_a_second(serve: Serve, hidden: Any, seconds: float, attempt: int, run: str = "", life: str = "") -> float:
     """Asks for forward and backward in turn for so many seconds; each time as another attempt at the round."""
-    from fedsplit.updates import Packet, StepKey
+    from fedsplit.packets import Packet, StepKey
 
     started, done = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < seconds or not done:

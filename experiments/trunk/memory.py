@@ -70,7 +70,7 @@ class Crowd:
 
     def _send(self, client: int, step: int, what: str) -> Any:
         """Sends hidden states, a gradient, or, where `what` is "question", asks whether there is room for them."""
-        from fedsplit.updates import Packet, StepKey
+        from fedsplit.packets import Packet, StepKey
 
         key = StepKey(1, client, step, run=self._run)
         if what == "question":

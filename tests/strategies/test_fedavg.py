@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedsplit.updates import Adapters, ClientUpdate, Layer
 from strategies.fedavg import FedAvg
 
-LAYERS = {"l": Layer(scaling=2.0, transposed=False)}
+LAYERS = {"l": Layer(alpha=2.0, transposed=False)}
 
 
 def adapters(a: list[list[float]], b: list[list[float]]) -> Adapters:

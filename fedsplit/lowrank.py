@@ -1,0 +1,114 @@
+"""Matrices that are known as a product of two thin ones, and are never multiplied out.
+
+A LoRA layer's change is one; so are a sum of them, the mean over all clients, and what aggregation leaves out.
+Everything here costs O((out + in) q^2) for an inner dimension q, where the matrix itself has out * in entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix `up @ down`.
+
+    Attributes:
+        up: (out, q).
+        down: (q, in).
+    """
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension q, which the rank of the matrix does not exceed."""
+        return self.down.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.up.nbytes + self.down.nbytes
+
+    def __add__(self, other: LowRank) -> LowRank:
+        return total([self, other])
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return total([self, other.times(-1.0)])
+
+    def times(self, factor: float) -> LowRank:
+        """The matrix times a number."""
+        return LowRank(self.up * factor, self.down)
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same in another type."""
+        return LowRank(self.up.to(dtype), self.down.to(dtype))
+
+    def norm(self) -> float:
+        """The Frobenius norm."""
+        if self.rank == 0:
+            return 0.0
+        core, _, _ = self._core()
+        return float(torch.linalg.matrix_norm(core))
+
+    def inner(self, other: LowRank) -> float:
+        """The Frobenius inner product with another matrix of this shape."""
+        left = self.up.double().T @ other.up.double()
+        right = self.down.double() @ other.down.double().T
+        return float((left * right).sum())
+
+    def _core(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Orthonormal bases of both sides and the small matrix between them: (core, out basis, in basis)."""
+        left, upper = torch.linalg.qr(self.up.double())
+        right, lower = torch.linalg.qr(self.down.double().T)
+        return upper @ lower.T, left, right
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The singular value decomposition, in float64.
+
+        Returns:
+            U (out, p), S (p,) falling, V (p, in), with p the least of out, in and q. The sign of each pair of
+            singular vectors is fixed by the largest entry of U's column, so that equal matrices have equal factors.
+        """
+        core, left, right = self._core()
+        u, s, v = torch.linalg.svd(core, full_matrices=False)
+        u, v = left @ u, v @ right.T
+        if s.numel():
+            largest = u.gather(0, u.abs().argmax(0, keepdim=True)).squeeze(0)
+            signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+            u, v = u * signs, v * signs[:, None]
+        return u, s, v
+
+    def truncated(self, rank: int) -> LowRank:
+        """The nearest matrix of at most that rank (Eckart and Young, 1936), its singular values shared evenly."""
+        u, s, v = self.svd()
+        root = s[:rank].sqrt()
+        return LowRank(u[:, :rank] * root, root[:, None] * v[:rank])
+
+    def compressed(self, relative: float = 1e-12) -> LowRank:
+        """The same matrix with as small an inner dimension as it has rank.
+
+        Args:
+            relative: Singular values below this part of the largest are rounding, and dropped.
+        """
+        _, s, _ = decomposed = self.svd()
+        kept = int((s > relative * s[0]).sum()) if s.numel() and float(s[0]) > 0 else 0
+        u, s, v = decomposed
+        root = s[:kept].sqrt()
+        return LowRank(u[:, :kept] * root, root[:, None] * v[:kept])
+
+
+def total(matrices: Iterable[LowRank]) -> LowRank:
+    """The sum of matrices of one shape; there must be one at least."""
+    listed = list(matrices)
+    return LowRank(torch.cat([m.up for m in listed], dim=1), torch.cat([m.down for m in listed], dim=0))

@@ -1,0 +1,87 @@
+"""What crosses between a client and the trunk at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Names one step of one client, so that forward and backward find each other, and each counts once.
+
+    Attributes:
+        round: The round, from 1; 0 is the evaluation before the first.
+        client: The client's partition, from 0.
+        step: The step within the round, from 0.
+        attempt: How often the client's round was begun before.
+        micro: The micro-batch within the step, from 0.
+        run: The run's name.
+    """
+
+    round: int
+    client: int
+    step: int
+    attempt: int = 0
+    micro: int = 0
+    run: str = ""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Where the step lies in its client's time: what is smaller came before."""
+        return self.round, self.attempt, self.step
+
+    def __str__(self) -> str:
+        return f"round {self.round}, client {self.client}, step {self.step}.{self.micro}, attempt {self.attempt}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor as it lies on the wire.
+
+    Attributes:
+        data: The encoded values; their bytes are what is counted.
+        dtype: The name of the type to decode into, such as "float32".
+    """
+
+    data: np.ndarray
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return self.data.nbytes
+
+
+@dataclass(frozen=True)
+class Packet:
+    """One message between a client and the trunk.
+
+    Attributes:
+        key: The step it belongs to.
+        tensors: "hidden" or "gradient" (B, T, D), and "mask" (B, T) where a batch is padded. Empty where
+            an answer carries nothing, as when the client's bottom has nothing to learn, and where a client
+            asks whether there is room for its hidden states.
+        training: Whether this is a training step, with dropout, or evaluation.
+        wants_gradient: Whether the client's bottom can use a gradient.
+        micros: Micro-batches that the step consists of.
+        incarnation: Which life of the trunk it is meant for; a trunk that was started again has another.
+        shape: Of a question for room: that of the hidden states to come.
+        wait: Of an answer: the trunk has no room for the step now; ask again after so many seconds.
+    """
+
+    key: StepKey
+    tensors: Mapping[str, Encoded] = field(default_factory=dict)
+    training: bool = True
+    wants_gradient: bool = True
+    micros: int = 1
+    incarnation: str = ""
+    shape: tuple[int, ...] = ()
+    wait: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, read off the encoded data."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())

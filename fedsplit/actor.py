@@ -19,10 +19,11 @@ from torch import Tensor
 from fedsplit import adapters
 from fedsplit.config import Config
 from fedsplit.dispatch import Answer, Dispatcher
+from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet
 from fedsplit.split import TYPES, load_parts
-from fedsplit.trunk import TrunkServer
+from fedsplit.trunk import Copy, Start, TrunkServer
 from fedsplit.updates import Adapters
 from fedsplit.wire import make_codec
 
@@ -129,19 +130,9 @@ class TrunkActor:
         ended: dict[str, int] = await self._in_order(self._dispatcher.end_round, finished)
         return ended
 
-    async def copies(self) -> dict[int, Adapters]:
-        """As `TrunkServer.copies`."""
-        copies: dict[int, Adapters] = await self._in_order(self._dispatcher.server.copies)
-        return copies
-
-    async def read(self) -> Adapters:
-        """The trunk's adapter."""
-        adapter: Adapters = await self._in_order(self._dispatcher.server.read)
-        return adapter
-
-    async def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """As `TrunkServer.write`."""
-        await self._in_order(self._dispatcher.server.write, tensors)
+    async def on_server(self, method: str, *args: Any) -> Any:
+        """Calls one of `TrunkServer`'s own methods, between two steps: see the handle for which there are."""
+        return await self._in_order(getattr(self._dispatcher.server, method), *args)
 
     async def status(self) -> dict[str, Any]:
         """What the process can tell: see the keys below; bytes, and counts of parameters.
@@ -213,19 +204,36 @@ class TrunkHandle:
         ended: dict[str, int] = self._begin("end_round", list(finished))()
         return ended
 
-    def copies(self) -> dict[int, Adapters]:
+    def assign(self, starts: Mapping[int, Start]) -> None:
+        """As `TrunkServer.assign`."""
+        self._begin("on_server", "assign", dict(starts))()
+
+    def copies(self) -> dict[int, Copy]:
         """As `TrunkServer.copies`."""
-        copies: dict[int, Adapters] = self._begin("copies")()
+        copies: dict[int, Copy] = self._begin("on_server", "copies")()
         return copies
 
     def read(self) -> Adapters:
-        """The trunk's adapter by exported name."""
-        adapter: Adapters = self._begin("read")()
+        """As `TrunkServer.read`."""
+        adapter: Adapters = self._begin("on_server", "read")()
         return adapter
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, tensors: Mapping[str, Tensor], own: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
         """As `TrunkServer.write`."""
-        self._begin("write", dict(tensors))()
+        self._begin("on_server", "write", dict(tensors), dict(own or {}))()
+
+    def fold(self, changes: Mapping[str, LowRank]) -> None:
+        """As `TrunkServer.fold`."""
+        self._begin("on_server", "fold", dict(changes))()
+
+    def moments(self) -> dict[str, Tensor]:
+        """As `TrunkServer.moments`."""
+        moments: dict[str, Tensor] = self._begin("on_server", "moments")()
+        return moments
+
+    def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """As `TrunkServer.restore`."""
+        self._begin("on_server", "restore", dict(tensors), dict(moments))()
 
     def status(self) -> dict[str, Any]:
         """As `TrunkActor.status`."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedsplit.config import LoraSettings
 from fedsplit.families import Family
 from fedsplit.kernels import lora_linear
+from fedsplit.lowrank import LowRank
 from fedsplit.split import Part
 from fedsplit.updates import Adapters, Layer, fresh_factor
 
@@ -143,6 +144,24 @@ def rescale(part: Part) -> None:
             module.scaling[_NAME] = _layer_of(module).scaling(module.lora_A[_NAME].weight.shape[0])
 
 
+@torch.no_grad()
+def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
+    """Adds matrices to the frozen weights below a part's adapters, for good.
+
+    Args:
+        part: The part.
+        changes: Matrices (out, in) by layer of the unsplit model; layers of other parts are passed over.
+    """
+    for name, module in part.named_modules():
+        if isinstance(module, LoraLayer) and (change := changes.get(part.whole_name(name))) is not None:
+            weight = module.base_layer.weight
+            narrow = change.to(weight.dtype)
+            if module.fan_in_fan_out:
+                weight.addmm_(narrow.down.T, narrow.up.T)
+            else:
+                weight.addmm_(narrow.up, narrow.down)
+
+
 def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
     """Counts a part's parameters.
 
@@ -163,7 +182,7 @@ def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
 
 def save(
     directory: Path,
-    tensors: Mapping[str, Tensor],
+    whole: Adapters,
     settings: LoraSettings,
     family: Family,
     base: str,
@@ -171,9 +190,11 @@ def save(
 ) -> None:
     """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
 
+    What was folded into base weights goes into the factors, whose rank grows by its rank.
+
     Args:
         directory: Where to; made if it is not there.
-        tensors: By exported name.
+        whole: The adapters, by exported name, and what was folded.
         settings: Rank, alpha, dropout and targets.
         family: The model's family.
         base: The base model's name, for the record.
@@ -182,6 +203,16 @@ def save(
     config = lora_config(settings, family, blocks)
     config.base_model_name_or_path = base
     config.inference_mode = True
+    tensors = dict(whole.tensors)
+    for layer in whole.complete:
+        change = whole.change(layer)
+        if layer in whole.folded:
+            change = change + whole.folded[layer].to(change.up.dtype)
+        elif change.rank == settings.top_rank:
+            continue
+        config.rank_pattern[layer] = change.rank
+        config.alpha_pattern[layer] = change.rank**0.5 if settings.rslora else change.rank  # a scaling of 1
+        tensors |= {f"{layer}.lora_A.weight": change.down.float(), f"{layer}.lora_B.weight": change.up.float()}
     config.save_pretrained(str(directory))
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})

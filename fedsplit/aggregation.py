@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedsplit import records
-from fedsplit.strategy import State, Strategy
-from fedsplit.updates import Adapters, ClientUpdate
+from fedsplit.config import Config
+from fedsplit.seeds import derive_seed
+from fedsplit.strategy import State, Strategy, broadcast, traits_of
+from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Task, Traits
 
 
 class FederationFailed(Exception):
     """The run cannot go on; says why."""
 
 
-def strategy_defaults(clients: int) -> dict[str, Any]:
-    """What Flower's strategies need to be told, or they sample too few nodes, or wait for ever for more."""
+def strategy_defaults(config: Config) -> dict[str, Any]:
+    """What strategies are told where they ask for it.
+
+    Flower's need to know how many nodes there are, or they sample too few, or wait for ever for more.
+    """
     return {
-        "fraction_train": 1.0,
+        "seed": config.seed,
+        "clients": config.clients,
+        "fraction_train": config.fraction,
         "fraction_evaluate": 1.0,
         "min_train_nodes": 1,
         "min_evaluate_nodes": 1,
-        "min_available_nodes": clients,
+        "min_available_nodes": config.clients,
     }
 
 
@@ -42,16 +50,32 @@ class Member:
 
 
 class Aggregation(Protocol):
-    """A strategy at work in a federation."""
+    """A strategy at work in a federation.
 
-    def messages(self, round: int, adapters: Adapters, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Who trains in this round, and from what."""
+    Attributes:
+        traits: Of the strategy.
+        resumes: Whether what the strategy remembers can be saved.
+    """
+
+    traits: Traits
+    resumes: bool
+
+    def assign(self, round: int, adapters: Adapters, grid: Grid) -> dict[int, Assignment]:
+        """Who trains in this round, and from what, by client."""
         ...
 
     def aggregate(
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
     ) -> Adapters:
         """What the next round starts from; replies and updates are those of the clients, in their order."""
+        ...
+
+    def state(self) -> State:
+        """What the strategy remembers."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Goes on from what `state` told in another life."""
         ...
 
 
@@ -67,60 +91,149 @@ def _named(strategy: object, round: int) -> Iterator[None]:
 
 
 class OwnAggregation:
-    """Runs a `fedsplit.strategy.Strategy`: every client trains in every round."""
+    """Runs a `fedsplit.strategy.Strategy` on the clients that are sampled."""
 
-    def __init__(self, strategy: Strategy, members: Sequence[Member]) -> None:
-        """Holds the strategy's state between rounds."""
-        self._strategy, self._members = strategy, members
+    resumes = True
+
+    def __init__(self, strategy: Strategy, config: Config) -> None:
+        """Holds the strategy's state between rounds.
+
+        Args:
+            strategy: The strategy.
+            config: The run's: who has which rank, and how many clients are sampled.
+        """
+        self._strategy, self._config = strategy, config
         self._state: State | None = None
+        self.traits = traits_of(strategy)
 
-    def messages(self, round: int, adapters: Adapters, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """The same adapters to every member."""
-        content = RecordDict({records.ARRAYS: records.to_arrays(adapters.tensors), records.CONFIG: config})
-        return [records.message_to(member.node, MessageType.TRAIN, content) for member in self._members]
+    def _begun(self, adapters: Adapters) -> State:
+        if self._state is None:
+            self._state = self._strategy.init(adapters)
+        return self._state
+
+    def assign(self, round: int, adapters: Adapters, grid: Grid) -> dict[int, Assignment]:
+        """What the strategy gives to each client that is sampled, and does not rest."""
+        with _named(self._strategy, round):
+            state = self._begun(adapters)
+            infos = [ClientInfo(client, self._config.lora.rank_of(client)) for client in sampled(self._config, round)]
+            found = {info.client: broadcast(self._strategy, state, adapters, info) for info in infos}
+        return {client: assignment for client, assignment in found.items() if assignment is not None}
 
     def aggregate(
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
     ) -> Adapters:
         """The strategy's own aggregation."""
+        name = f"the strategy {type(self._strategy).__name__}"
         with _named(self._strategy, round):
-            state = self._strategy.init(adapters) if self._state is None else self._state
-            self._state, result = self._strategy.aggregate(state, adapters, updates)
+            self._state, result = self._strategy.aggregate(self._begun(adapters), adapters, updates)
             tensors = dict(result.tensors)
-        adapters.check_fits(tensors, f"the strategy {type(self._strategy).__name__}")
+        adapters.check_fits(tensors, name)
+        result.check_folded(name)
+        if result.folded and not self.traits.folds:
+            raise FederationFailed(f"{name} wants to fold into base weights; its traits do not say so")
         return result
+
+    def state(self) -> State:
+        """What the strategy remembers."""
+        return self._state or {}
+
+    def restore(self, state: State) -> None:
+        """Goes on from what `state` told in another life."""
+        self._state = state
+
+
+def sampled(config: Config, round: int) -> list[int]:
+    """The clients that train in a round; the seed alone decides."""
+    count = max(1, int(config.fraction * config.clients + 0.5))
+    return sorted(random.Random(derive_seed(config.seed, "sample", round)).sample(range(config.clients), count))
+
+
+class _OrderedGrid:
+    """Flower's grid, with nodes in the order of the clients: their ids are random, and Flower draws from a list."""
+
+    def __init__(self, grid: Grid, members: Sequence[Member]) -> None:
+        self._grid, self._members = grid, members
+
+    def get_node_ids(self) -> list[int]:
+        there = set(self._grid.get_node_ids())
+        return [member.node for member in self._members if member.node in there]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
 
 
 class FlowerAggregation:
     """Runs any `flwr.serverapp.strategy.Strategy`: to it, the adapters are ordinary arrays.
 
-    Its sampling is its own. Evaluation is not left to it: every client evaluates after every round.
+    Its sampling is its own, but drawn from the run's seed. Evaluation is not left to it: every client evaluates
+    after every round. What it remembers is its own, and cannot be saved.
     """
 
-    def __init__(self, strategy: FlowerStrategy) -> None:
-        """Wraps a strategy."""
-        self._strategy = strategy
+    resumes = False
+    traits = Traits()
 
-    def messages(self, round: int, adapters: Adapters, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """The strategy's own choice."""
-        with _named(self._strategy, round):
-            return list(self._strategy.configure_train(round, records.to_arrays(adapters.tensors), config, grid))
+    def __init__(self, strategy: FlowerStrategy, config: Config, members: Sequence[Member]) -> None:
+        """Wraps a strategy.
+
+        Args:
+            strategy: The strategy.
+            config: The run's.
+            members: The clients by number; they may not be known yet.
+        """
+        self._strategy, self._config, self._members = strategy, config, members
+
+    def assign(self, round: int, adapters: Adapters, grid: Grid) -> dict[int, Assignment]:
+        """The strategy's own choice; of its settings, FedProx's mu is heeded."""
+        drawn = random.getstate()
+        random.seed(derive_seed(self._config.seed, "sample", round))
+        try:
+            with _named(self._strategy, round):
+                view: Any = _OrderedGrid(grid, self._members)
+                config = ConfigRecord({records.ROUND: round})
+                arrays = records.to_arrays(adapters.tensors)
+                messages = list(self._strategy.configure_train(round, arrays, config, view))
+        finally:
+            random.setstate(drawn)
+        clients = {member.node: client for client, member in enumerate(self._members)}
+        found = {}
+        for message in messages:
+            if message.metadata.dst_node_id not in clients:
+                raise FederationFailed(f"the strategy sent a message to a node that is no client: {message.metadata}")
+            proximal = float(dict(message.content.config_records[records.CONFIG]).get(records.PROXIMAL, 0.0))  # type: ignore[arg-type]
+            given = adapters.with_tensors(records.tensors_of(message))
+            found[clients[message.metadata.dst_node_id]] = Assignment(given, Task(proximal=proximal))
+        return found
 
     def aggregate(
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
     ) -> Adapters:
-        """The strategy's own aggregation, back in float32."""
+        """The strategy's own aggregation, back in float32; what it weights by is `--weights`."""
+        for reply, update in zip(replies, updates, strict=True):
+            metrics = reply.content.metric_records[records.METRICS]
+            metrics[records.WEIGHT] = update.examples if update.weight is None else int(update.weight)
+            arrays = records.to_arrays(update.adapters.tensors)
+            reply.content = RecordDict({records.METRICS: metrics, records.ARRAYS: arrays})
         with _named(self._strategy, round):
-            arrays, _ = self._strategy.aggregate_train(round, replies)
-        if arrays is None:
+            found, _ = self._strategy.aggregate_train(round, replies)
+        if found is None:
             raise FederationFailed(f"{type(self._strategy).__name__} returned no adapters in round {round}")
-        tensors = records.from_arrays(arrays)
+        tensors = records.from_arrays(found)
         adapters.check_fits(tensors, f"the strategy {type(self._strategy).__name__}")
         return adapters.with_tensors(tensors)
 
+    def state(self) -> State:
+        """Nothing that could be read."""
+        return {}
 
-def make_aggregation(strategy: Strategy | FlowerStrategy, members: Sequence[Member]) -> Aggregation:
+    def restore(self, state: State) -> None:
+        """Not possible."""
+        raise FederationFailed(f"what {type(self._strategy).__name__} remembers is not saved: such a run cannot go on")
+
+
+def make_aggregation(
+    strategy: Strategy | FlowerStrategy, config: Config, members: Sequence[Member] = ()
+) -> OwnAggregation | FlowerAggregation:
     """The aggregation that a strategy needs: ours or Flower's."""
     if isinstance(strategy, FlowerStrategy):
-        return FlowerAggregation(strategy)
-    return OwnAggregation(strategy, members)
+        return FlowerAggregation(strategy, config, members)
+    return OwnAggregation(strategy, config)

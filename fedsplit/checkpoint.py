@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fedsplit import adapters
 from fedsplit.config import Config, SettingError, as_document
 from fedsplit.families import Family
 from fedsplit.split import Kind, ranges
+from fedsplit.store import load_tensors, pack, unpack, write_tensors
+from fedsplit.updates import Adapters
 
 
 def check_folder(path: Path) -> None:
@@ -39,6 +42,19 @@ def check_folder(path: Path) -> None:
         raise SettingError("out", f"{path} ({error.strerror} in {nearest})", allowed) from None
 
 
+def check_resumable(path: Path, rounds: int) -> None:
+    """Makes sure that a run can go on.
+
+    Raises:
+        SettingError: There is no whole round in its folder, or no round is left to do.
+    """
+    last = last_round(path)
+    if last is None or not (last / _FACTS).exists() or not (last / _TENSORS).exists():
+        raise SettingError("resume", path, "the folder of a run that ended one round at least")
+    if (done := json.loads((last / _FACTS).read_text(encoding="utf-8"))["round"]) >= rounds:
+        raise SettingError("rounds", rounds, f"more than {done}, the rounds that the run in {path} has done")
+
+
 def _write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     """Fills a folder beside its final place, makes it durable, and moves it there in one step."""
     draft = target.with_name(f".{target.name}.draft")
@@ -48,6 +64,7 @@ def _write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     for file in draft.iterdir():
         _sync(file)
     _sync(draft)
+    shutil.rmtree(target, ignore_errors=True)  # of a run that went on, and ended before
     draft.rename(target)
     _sync(target.parent)
 
@@ -60,19 +77,37 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run needs to go on after a round.
+
+    Attributes:
+        round: The last round that is whole.
+        facts: Plain values.
+        groups: Tensors by group and name.
+    """
+
+    round: int
+    facts: Mapping[str, Any]
+    groups: Mapping[str, dict[str, Tensor]]
+
+
 class RunFolder:
     """Everything a run leaves behind.
 
     `config.toml` runs again with `--config`; `metrics.jsonl` has an object an event; `summary.json` the
     result; `adapter/` is one PEFT adapter of the unsplit model; `bottom_lora/`, `trunk_lora/`, `top_lora/`
-    are the same by part; `checkpoints/round-NNNN/` is the adapter after each round.
+    are the same by part; `checkpoints/round-NNNN/` is the adapter after each round, with what `--resume` needs;
+    `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own adapter where it has one.
 
     Attributes:
         path: The folder.
+        clients: The clients' disks.
+        folds: Where the server remembers what was folded into base weights.
     """
 
     def __init__(self, path: Path, config: Config, family: Family, blocks: int) -> None:
-        """Makes the folder and writes the configuration.
+        """Makes the folder, or opens that of a run that goes on, and writes the configuration.
 
         Args:
             path: Where.
@@ -82,30 +117,79 @@ class RunFolder:
         """
         self.path, self._config, self._family = path, config, family
         self._ranges = ranges(blocks, config.bounds)
-        (path / "checkpoints").mkdir(parents=True)
-        (path / "config.toml").write_text(tomli_w.dumps(as_document(config)), encoding="utf-8")
+        self._rounds = path / "checkpoints"
+        self.clients, self.folds = path.absolute() / "clients", path / "checkpoints" / "folds"
+        self._rounds.mkdir(parents=True, exist_ok=bool(config.resume))
+        _replace(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Appends an event to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
-    def save_round(self, round: int, tensors: Mapping[str, Tensor]) -> None:
-        """Writes the adapter of the whole model after a round."""
-        _write_whole(self.path / "checkpoints" / f"round-{round:04d}", lambda folder: self._save(folder, tensors))
+    def snapshot(self) -> Snapshot | None:
+        """Where a run that goes on was; None for one that begins. Events of later rounds are dropped."""
+        last = last_round(self.path)
+        if not self._config.resume or last is None:
+            return None
+        facts = json.loads((last / _FACTS).read_text(encoding="utf-8"))
+        metrics = self.path / "metrics.jsonl"
+        events = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if _is_whole(line)]
+        _replace(metrics, "".join(line for line in events if json.loads(line)["round"] <= facts["round"]))
+        return Snapshot(facts["round"], facts, unpack(load_tensors(last / _TENSORS)))
 
-    def save_result(self, tensors: Mapping[str, Tensor], summary: Mapping[str, Any]) -> None:
+    def save_round(self, snapshot: Snapshot, adapters: Adapters) -> None:
+        """Writes the adapter of the whole model after a round, and what it takes to go on from there."""
+
+        def fill(folder: Path) -> None:
+            self._save(folder, adapters)
+            write_tensors(folder / _TENSORS, pack(snapshot.groups))
+            facts = {**snapshot.facts, "round": snapshot.round}
+            (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+        _write_whole(self._rounds / f"round-{snapshot.round:04d}", fill)
+
+    def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
         """Writes the final adapter, whole and by part, and the summary last."""
-        _write_whole(self.path / "adapter", lambda folder: self._save(folder, tensors))
+        _write_whole(self.path / "adapter", lambda folder: self._save(folder, adapters))
         for kind in self._ranges:
-            _write_whole(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, tensors, kind))  # type: ignore[misc]
-        draft = self.path / ".summary.json"
-        draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        draft.rename(self.path / "summary.json")
+            _write_whole(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
+        _replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def _save(self, folder: Path, tensors: Mapping[str, Tensor], kind: Kind | None = None) -> None:
+    def save_personal(self, client: int, adapters: Adapters) -> None:
+        """Writes the adapter of the whole model as one client has it."""
+        _write_whole(self.path / "personal" / f"{client:04d}", lambda folder: self._save(folder, adapters))
+
+    def _save(self, folder: Path, whole: Adapters, kind: Kind | None = None) -> None:
         blocks = None if kind is None else self._ranges[kind]
         if blocks is not None:
             prefixes = tuple(f"{self._family.decoder}.{self._family.blocks}.{block}." for block in blocks)
-            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
-        adapters.save(folder, tensors, self._config.lora, self._family, self._config.model, blocks)
+            folded = {layer: change for layer, change in whole.folded.items() if layer.startswith(prefixes)}
+            layers = {layer: facts for layer, facts in whole.layers.items() if layer.startswith(prefixes)}
+            tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(prefixes)}
+            whole = Adapters(tensors, layers, folded)
+        adapters.save(folder, whole, self._config.lora, self._family, self._config.model, blocks)
+
+
+_FACTS, _TENSORS = "state.json", "state.safetensors"
+
+
+def last_round(run: Path) -> Path | None:
+    """The folder of the last round of a run that is whole; None where there is none."""
+    return max((run / "checkpoints").glob("round-*"), default=None)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    _sync(draft)
+    draft.rename(path)
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a line of metrics.jsonl was written to its end."""
+    try:
+        return line.endswith("\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

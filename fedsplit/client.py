@@ -12,12 +12,13 @@ from fedsplit import adapters
 from fedsplit.config import TrainSettings
 from fedsplit.kernels import IGNORED
 from fedsplit.link import Link
+from fedsplit.local import LocalRule
 from fedsplit.optim import make_optimizer
 from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, batch
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Bottom, Top
-from fedsplit.updates import ClientUpdate
+from fedsplit.updates import ClientUpdate, Task
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class Client:
             crossing.finish()
         return torch.stack(losses).sum()
 
-    def train(self, given: Mapping[str, Tensor], round: int) -> ClientUpdate:
+    def train(
+        self, given: Mapping[str, Tensor], round: int, task: Task | None = None, own: Mapping[str, Tensor] | None = None
+    ) -> ClientUpdate:
         """A round of local training.
 
         Everything that decides the outcome is set here anew: weights, moments, gradients, order, dropout.
@@ -117,15 +120,20 @@ class Client:
         Args:
             given: The adapters to start from, by exported name.
             round: The round, from 1.
+            task: What the strategy asks; nothing beyond the settings where not given.
+            own: This client's control variate.
 
         Returns:
             The adapters it ends with, and what it went through.
         """
         adapters.write(given, self.bottom, self.top)
-        trained = [*adapters.parameters(self.bottom).values(), *adapters.parameters(self.top).values()]
-        for parameter in trained:
+        parameters = {**adapters.parameters(self.bottom), **adapters.parameters(self.top)}
+        rule = LocalRule(task or Task(), given, own or {})
+        for name, parameter in parameters.items():
             parameter.grad = None
-        optimizer = make_optimizer(trained, self.settings)
+            parameter.requires_grad_(rule.trains(name))
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        optimizer = make_optimizer(trained.values(), self.settings)
         order = derive_seed(self.seed, "client", self.number)
         self.bottom.train()
         self.top.train()
@@ -135,6 +143,9 @@ class Client:
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
             losses.append(self.step(ids, StepKey(round, self.number, step)))
             if optimizer is not None:
+                gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+                for name, gradient in rule.correct(gradients, parameters).items():
+                    trained[name].grad = gradient
                 optimizer.step()
                 optimizer.zero_grad()
             tokens += ids.numel()
@@ -144,4 +155,5 @@ class Client:
             examples=self.steps * self.settings.batch_size,
             tokens=tokens,
             loss=float(torch.stack(losses).mean()),
+            control=rule.control_change(),
         )

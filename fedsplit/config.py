@@ -28,6 +28,9 @@ ORDERS = ("random", "cyclic")
 CODECS = ("raw", "bf16")
 KERNELS = ("fused", "library")
 DTYPES = ("fp32", "bf16")
+OPTIMIZERS = ("adamw", "sgd")
+WEIGHTS = ("examples", "tokens", "equal")
+PARTS = ("bottom", "trunk", "top")
 
 
 class InputError(Exception):
@@ -96,6 +99,7 @@ RANKS = Allowed(
     "whole numbers from 1 to 1024, separated by commas, or a file of them",
     lambda v: v != () and all(1 <= rank <= 1024 for rank in v),
 )
+SHARES = Allowed("parts among bottom,trunk,top", lambda v: v != () and len({*v}) == len(v) and {*v} <= {*PARTS})
 NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name in v))
 CUT = Allowed("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: _parse_cut(v) is not None)
 MEMORY = Allowed("bytes with a unit, such as 800MB, 1.5GB or 2GiB", lambda v: v == "" or _parse_memory(v) is not None)
@@ -163,8 +167,9 @@ class TrainSettings:
         "parts of a batch that are under way at once, so that client and trunk work at the same time; 0: planned",
         "--micro-batches",
     )
-    lr: float = setting(1e-3, above(0), "AdamW's learning rate, of clients and trunk", "--lr")
-    weight_decay: float = setting(0.0, at_least(0), "AdamW's weight decay")
+    optimizer: str = setting("adamw", one_of(OPTIMIZERS), "optimiser of clients and trunk; sgd is without momentum")
+    lr: float = setting(1e-3, above(0), "learning rate, of clients and trunk", "--lr")
+    weight_decay: float = setting(0.0, at_least(0), "weight decay")
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,13 @@ class Config:
         "auto", PARTITION, "who owns what; auto is by president, or iid where those do not suffice"
     )
     strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
+    fraction: float = setting(
+        1.0, Allowed("a number above 0, up to 1", lambda v: 0 < v <= 1), "clients that train in a round"
+    )
+    weights: str = setting("examples", one_of(WEIGHTS), "what a client counts by when adapters are averaged")
+    share: tuple[str, ...] = setting(
+        PARTS, SHARES, "parts whose adapters are aggregated; the others stay personal, the trunk's only under copies"
+    )
     kernels: str = setting(
         "fused",
         one_of(KERNELS),
@@ -231,6 +243,7 @@ class Config:
         False, YES_OR_NO, "same seed, same result, under any schedule; the price: clients train trunk.group at a time"
     )
     out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
+    resume: str = setting("", TEXT, "go on with the run of this folder; only rounds, workers and threads may differ")
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
@@ -251,6 +264,9 @@ class Config:
         """The folder that holds the base model."""
         return BUNDLED_MODEL if self.model == DEFAULT_MODEL else Path(self.model)
 
+
+MAY_DIFFER = ("resume", "rounds", "workers", "threads", "trunk.threads")
+"""What may be set of a run that goes on."""
 
 OPTIONS = "strategy_options"
 SECTIONS = {
@@ -388,7 +404,8 @@ def as_document(config: Config) -> dict[str, Any]:
     The run's folder is left out: who runs the file again gets a folder of its own.
     """
     document = dataclasses.asdict(config)
-    del document["out"]
+    del document["out"], document["resume"]
+    document["share"] = list(config.share)
     document["lora"]["targets"] = list(config.lora.targets)
     document["lora"]["rank"] = list(config.lora.rank) if len(config.lora.rank) > 1 else config.lora.rank[0]
     return document
@@ -465,5 +482,11 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     known, rest = _parser().parse_known_args(argv)
     flags = vars(known)
     file = flags.pop("config", None)
+    if run := flags.get("resume"):
+        changed = [name for name in (*flags, *rest) if name not in MAY_DIFFER]
+        if file is not None or changed:
+            what = "--config" if file is not None else changed[0]
+            raise InputError(f"{what} cannot be set for a run that goes on; only {', '.join(MAY_DIFFER)} may differ")
+        file = Path(run) / "config.toml"
     values, options = read_toml(Path(file)) if file is not None else ({}, {})
     return build({**values, **flags}, {**options, **_strategy_options(rest)})

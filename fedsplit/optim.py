@@ -11,11 +11,11 @@ from fedsplit.config import TrainSettings
 
 
 def make_optimizer(parameters: Iterable[Tensor], settings: TrainSettings) -> torch.optim.Optimizer | None:
-    """AdamW (1711.05101) with PyTorch's defaults for the moments.
+    """AdamW (1711.05101) with PyTorch's defaults for the moments, or plain SGD.
 
     Args:
         parameters: What is trained.
-        settings: Learning rate and weight decay.
+        settings: Which one, learning rate and weight decay.
 
     Returns:
         The optimiser; None where there is nothing to train, as for a bottom without blocks.
@@ -23,4 +23,6 @@ def make_optimizer(parameters: Iterable[Tensor], settings: TrainSettings) -> tor
     trained = list(parameters)
     if not trained:
         return None
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(trained, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)

@@ -13,10 +13,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fedsplit.evaluate import HeldOut
-from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate
+from fedsplit.lowrank import LowRank
+from fedsplit.store import pack, unpack
+from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names Flower's own strategies expect the records under."""
+
+TASK, CONTROL, FOLD = "task", "control", "fold"
+"""The names of our own: what the strategy asks, control variates, and what is folded into base weights."""
+
+PROXIMAL = "proximal-mu"
+"""The setting under which Flower's FedProx sends mu."""
 
 ROUND = "server-round"
 """The setting under which Flower's own strategies send the round."""
@@ -37,7 +45,12 @@ def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
 
 def nbytes(content: RecordDict) -> int:
     """Bytes of all arrays of a message, as serialised."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    return sum(array_bytes(record) for record in content.array_records.values())
+
+
+def array_bytes(record: ArrayRecord | None) -> int:
+    """Bytes of all arrays of a record, as serialised; none of none."""
+    return sum(len(array.data) for array in record.values()) if record else 0
 
 
 def message_to(node: int, kind: str, content: RecordDict) -> Message:
@@ -55,13 +68,68 @@ def config_of(message: Message) -> dict[str, Any]:
     return dict(message.content.config_records[CONFIG])
 
 
-def instructions(run: str, trunk: str, incarnation: str, threads: int, round: int) -> ConfigRecord:
-    """What a client must know: the run's configuration (as JSON), the trunk, its threads, the round."""
-    return ConfigRecord({"run": run, "trunk": trunk, "incarnation": incarnation, "threads": threads, ROUND: round})
+def instructions(facts: Mapping[str, str | int], round: int) -> ConfigRecord:
+    """What a client must know in every message: `facts`, which are the same in all of a run, and the round.
+
+    The facts are "run" (its configuration, as JSON), "trunk" (its name), "incarnation", "threads", "store" (the
+    folder of the clients' disks) and "personal" (the factors that stay with their clients, such as "B").
+    """
+    return ConfigRecord({**facts, ROUND: round})
 
 
-def from_update(update: ClientUpdate, own: HeldOut, peak_memory: int) -> RecordDict:
-    """What a client sends back after training; `own` is what it measured right after its own steps."""
+def to_task(task: Task, drawn: int | None, rank: int) -> ConfigRecord:
+    """What the strategy asks of a client; the control variate itself travels as arrays."""
+    return ConfigRecord(
+        {
+            "trains": "".join(sorted(task.trains)),
+            "proximal": task.proximal,
+            "tail": task.tail,
+            "decay": task.decay,
+            "controlled": task.control is not None,
+            "drawn": -1 if drawn is None else drawn,
+            "rank": rank,
+        }
+    )
+
+
+def read_task(message: Message) -> tuple[Task, int | None, int]:
+    """The inverse of `to_task`: the task with its control variate, the draw, the rank."""
+    asked = dict(message.content.config_records[TASK])
+    control = from_arrays(message.content.array_records[CONTROL]) if asked["controlled"] else None
+    task = Task(
+        frozenset(str(asked["trains"])),
+        float(asked["proximal"]),  # type: ignore[arg-type]  # we wrote it
+        control,
+        float(asked["tail"]),  # type: ignore[arg-type]
+        float(asked["decay"]),  # type: ignore[arg-type]
+    )
+    drawn, rank = int(asked["drawn"]), int(asked["rank"])  # type: ignore[arg-type]
+    return task, None if drawn < 0 else drawn, rank
+
+
+def to_fold(changes: Mapping[str, LowRank]) -> ArrayRecord:
+    """Changes of base weights by layer, as their factors."""
+    ups = {layer: change.up for layer, change in changes.items()}
+    return to_arrays(pack({"up": ups, "down": {layer: change.down for layer, change in changes.items()}}))
+
+
+def read_fold(message: Message) -> dict[str, LowRank]:
+    """The changes of base weights that a message carries; none, where it has no such record."""
+    if FOLD not in message.content.array_records:
+        return {}
+    groups = unpack(from_arrays(message.content.array_records[FOLD]))
+    return {layer: LowRank(up, groups["down"][layer]) for layer, up in groups.get("up", {}).items()}
+
+
+def from_update(update: ClientUpdate, shared: Collection[str], own: HeldOut, peak_memory: int) -> RecordDict:
+    """What a client sends back after training.
+
+    Args:
+        update: What came of it.
+        shared: The names of the adapters that go up.
+        own: What it measured right after its own steps.
+        peak_memory: Of its process, in bytes.
+    """
     metrics: dict[str, int | float | list[int] | list[float]] = {
         "client": update.client,
         WEIGHT: update.examples,
@@ -71,26 +139,43 @@ def from_update(update: ClientUpdate, own: HeldOut, peak_memory: int) -> RecordD
         "sample-tokens": own.tokens,
         "peak-memory": peak_memory,
     }
-    return RecordDict({ARRAYS: to_arrays(update.adapters.tensors), METRICS: MetricRecord(metrics)})
+    sent = {name: tensor for name, tensor in update.adapters.tensors.items() if name in shared}
+    found: dict[str, Any] = {ARRAYS: to_arrays(sent), METRICS: MetricRecord(metrics)}
+    if control := {name: tensor for name, tensor in update.control.items() if name in shared}:
+        found[CONTROL] = to_arrays(control)
+    return RecordDict(found)
 
 
-def to_update(reply: Message, adapters: Adapters, sender: str) -> ClientUpdate:
+def to_update(reply: Message, given: Adapters, trained: Collection[str], sender: str) -> ClientUpdate:
     """What a client sent, checked against what it was given.
+
+    Args:
+        reply: Its answer.
+        given: What it started from, without what is personal.
+        trained: The names that it had to send.
+        sender: Who it is, for the message.
 
     Raises:
         RefusedUpdate: Names, shapes or values are not what they must be.
     """
     tensors, metrics = tensors_of(reply), metrics_of(reply)
-    adapters.check_fits(tensors, sender)
+    expected = given.with_tensors({name: tensor for name, tensor in given.tensors.items() if name in trained})
+    expected.check_fits(tensors, sender)
+    control: dict[str, Tensor] = {}
+    if CONTROL in reply.content.array_records:
+        control = from_arrays(reply.content.array_records[CONTROL])
+        expected.check_fits(control, f"{sender}, as its control variate,")
     examples = metrics[WEIGHT]
     if not examples >= 0:
         raise RefusedUpdate(f"{sender} sent {examples} as its number of examples")
     return ClientUpdate(
         client=int(metrics["client"]),
-        adapters=adapters.with_tensors(tensors),
+        adapters=given.with_tensors({**given.tensors, **tensors}),
         examples=int(examples),
         tokens=int(metrics["tokens"]),
         loss=float(metrics["loss"]),
+        given=given,
+        control=control,
     )
 
 
@@ -125,26 +210,30 @@ def sample_of(reply: Message) -> HeldOut:
     return HeldOut(float(metrics["sample-nats"]), int(metrics["sample-tokens"]))
 
 
-def only(content: RecordDict, names: Collection[str]) -> RecordDict:
-    """A message's content with no other arrays than those."""
-    arrays = ArrayRecord({name: array for name, array in content.array_records[ARRAYS].items() if name in names})
-    return RecordDict({**content, ARRAYS: arrays})
+def introduction(
+    client: int, name: str, start: Mapping[str, Adapters] | None, parameters: Mapping[str, Any]
+) -> RecordDict:
+    """How a client presents itself.
 
-
-def introduction(client: int, name: str, adapters: Adapters | None, parameters: Mapping[str, Any]) -> RecordDict:
-    """How a client presents itself: its partition and, where asked, the adapters that training starts from."""
+    Args:
+        client: Its partition.
+        name: Whose data it has.
+        start: The adapters of bottom and top that training starts from, where it is the one to tell.
+        parameters: Counts of both parts.
+    """
     about: dict[str, Any] = {"client": client, "name": name, "parameters": parameters}
-    records: dict[str, Any] = {}
-    if adapters is not None:
-        about["layers"] = {layer: dataclasses.asdict(facts) for layer, facts in adapters.layers.items()}
-        records[ARRAYS] = to_arrays(adapters.tensors)
-    return RecordDict({**records, CONFIG: ConfigRecord({"about": json.dumps(about)})})
+    found: dict[str, Any] = {}
+    for part, adapters in (start or {}).items():
+        about[part] = {layer: dataclasses.asdict(facts) for layer, facts in adapters.layers.items()}
+        found[part] = to_arrays(adapters.tensors)
+    return RecordDict({**found, CONFIG: ConfigRecord({"about": json.dumps(about)})})
 
 
-def read_introduction(reply: Message) -> tuple[dict[str, Any], Adapters | None]:
-    """The inverse of `introduction`: client, name and parameters; and the adapters, where sent."""
+def read_introduction(reply: Message) -> tuple[dict[str, Any], dict[str, Adapters]]:
+    """The inverse of `introduction`: client, name and parameters; and the adapters by part, where sent."""
     about: dict[str, Any] = json.loads(config_of(reply)["about"])
-    if "layers" not in about:
-        return about, None
-    layers = {name: Layer(**facts) for name, facts in about.pop("layers").items()}
-    return about, Adapters(tensors_of(reply), layers)
+    start = {}
+    for part, record in reply.content.array_records.items():
+        layers = {name: Layer(**facts) for name, facts in about.pop(part).items()}
+        start[part] = Adapters(from_arrays(record), layers)
+    return about, start

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor
 
 from fedsplit import records
 from fedsplit.actor import TrunkHandle
-from fedsplit.aggregation import Aggregation, FederationFailed, Member, make_aggregation
-from fedsplit.checkpoint import RunFolder
+from fedsplit.aggregation import FederationFailed, Member, make_aggregation
+from fedsplit.checkpoint import RunFolder, Snapshot
 from fedsplit.config import Config, as_document
 from fedsplit.evaluate import HeldOut, pooled
+from fedsplit.exchange import Exchange, number_of
+from fedsplit.fidelity import measure
+from fedsplit.holdings import Holdings
 from fedsplit.report import Watcher, perplexity
 from fedsplit.schedules import SCHEDULES, is_deterministic
 from fedsplit.seeds import derive_seed
-from fedsplit.updates import Adapters, ClientUpdate
-
-POLL_SECONDS = 0.01
-"""How long to sleep between two looks at what has come in."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop."""
+from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate
 
 
 @dataclass
@@ -41,6 +35,7 @@ class _Tally:
 
     tokens: int = 0
     train_seconds: float = 0.0
+    wall_seconds: float = 0.0
     client_memory: int = 0
     traffic: Counter[str] = field(default_factory=Counter)
 
@@ -72,20 +67,26 @@ class Federation:
             trunk_name: What clients find it by; names the run, too.
             threads: Threads of a client's process.
             strategy: Ours or Flower's.
-            folder: Where results go.
+            folder: Where results go, and, of a run that goes on, come from.
             watcher: Who is told.
             started: When the command began, by `time.perf_counter`.
         """
-        self._config, self._trunk, self._strategy = config, trunk, strategy
-        self._schedule, self._incarnation = SCHEDULES[config.trunk.schedule], ""
-        self._at_clients: frozenset[str] = frozenset()
-        self._folder, self._watcher = folder, watcher
-        self._run, self._trunk_name, self._threads = json.dumps(as_document(config)), trunk_name, threads
-        self._members: list[Member] = []
+        self._config, self._trunk = config, trunk
+        self._schedule = SCHEDULES[config.trunk.schedule]
+        self._folder, self._watcher, self._started = folder, watcher, started
+        self.stop = threading.Event()
+        self._exchange = Exchange(self.stop, watcher, trunk.leave)
+        self._aggregation = make_aggregation(strategy, config, self._exchange.members)
+        self._facts: dict[str, str | int] = {
+            "run": json.dumps(as_document(config)),
+            "trunk": trunk_name,
+            "threads": threads,
+            "store": str(folder.clients),
+            "personal": "".join(sorted(self._aggregation.traits.personal)),
+        }
         self._tally = _Tally()
         self._forgotten: dict[str, float] = {}
-        self._started = started
-        self.stop = threading.Event()
+        self._error: float | None = None
         self.summary: dict[str, Any] | None = None
 
     def app(self) -> ServerApp:
@@ -99,106 +100,116 @@ class Federation:
         return app
 
     def run(self, grid: Grid) -> None:
-        """All rounds.
+        """All rounds, or those that are left.
 
         Raises:
-            FederationFailed: No client answered.
-            RefusedUpdate: A client sent what must not be aggregated.
+            FederationFailed: No client answered, or no answer could be used.
+            RefusedUpdate: The strategy returned what cannot be used.
             Interrupted: `stop` was set.
         """
-        adapters, parameters = self._meet(grid)
-        aggregation = make_aggregation(self._strategy, self._members)
-        before = after = self._evaluate(grid, 0, adapters, {})
-        self._announce(0, before)
-        for round in range(1, self._config.rounds + 1):
-            # 1. Every client trains from the same adapters; the trunk learns as they do.
-            replies, updates, own = self._train(grid, round, adapters, aggregation)
-            # 2. The strategy makes one set of adapters of theirs.
-            adapters = aggregation.aggregate(round, adapters, replies, updates)
-            if self._schedule.personal:
-                self._trunk.write({n: t for n, t in adapters.tensors.items() if n not in self._at_clients})
+        parts, parameters = self._meet(grid)
+        folder, traits = self._folder, self._aggregation.traits
+        self._holdings = Holdings(self._config, traits, parts, folder.clients, folder.folds)
+        adapters, snapshot = self._holdings.start, folder.snapshot()
+        if snapshot is None:
+            last, before = 0, self._evaluate(grid, 0, adapters, {})
+            after = before
+            self._announce(0, before)
+        else:
+            last, before, after = snapshot.round, snapshot.facts["before"], snapshot.facts["after"]
+            adapters = self._restore(snapshot, adapters)
+        for round in range(last + 1, self._config.rounds + 1):
+            # 1. Clients train from what the strategy gives them; the trunk learns as they do.
+            replies, updates, own = self._train(grid, round, adapters)
+            # 2. The strategy makes one set of adapters of theirs, which every party takes over.
+            adapters = self._aggregate(round, adapters, replies, updates)
             # 3. Every client measures it.
             after = self._evaluate(grid, round, adapters, own)
             # 4. What came of it is kept, and told.
-            self._folder.save_round(round, self._whole(adapters))
+            self._save(round, adapters, before, after)
             self._announce(round, after, updates)
         self.summary = self._summarise(parameters, before, after)
         self._folder.save_result(self._whole(adapters), self.summary)
+        for client, alone in self._holdings.personal_adapters().items():
+            self._folder.save_personal(client, self._whole(adapters.with_tensors({**adapters.tensors, **alone})))
 
-    def _whole(self, adapters: Adapters) -> dict[str, Tensor]:
-        return dict((self._trunk.read() | adapters).tensors)
+    def _whole(self, adapters: Adapters) -> Adapters:
+        """The whole model's adapters, with all that was folded."""
+        return self._holdings.everything(adapters, self._trunk.read())
 
-    def _exchange(
-        self, grid: Grid, messages: Iterable[Message], heard: Callable[[Message, int, int], None]
-    ) -> list[Message]:
-        """Sends messages, waits for all replies, and returns those that are no errors."""
-        waiting = set(grid.push_messages(messages))
-        expected = len(waiting)
-        replies: list[Message] = []
-        failures: list[Message] = []
-        while waiting:
-            if self.stop.is_set():
-                raise Interrupted
-            for reply in grid.pull_messages(waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                (failures if reply.has_error() else replies).append(reply)
-                if not reply.has_error():
-                    heard(reply, len(replies) + len(failures), expected)
-                elif (client := self._client_at(reply.metadata.src_node_id)) is not None:
-                    self._trunk.leave(client)  # nobody need wait for it
-            time.sleep(POLL_SECONDS)
-        for failure in failures:
-            client = self._client_at(failure.metadata.src_node_id)
-            name = "a client" if client is None else self._members[client].name
-            self._watcher.line(f"{name} failed and is left out: {_reason(failure.error.reason)}")
-        if not replies:
-            reason = _reason(failures[0].error.reason) if failures else "nobody was asked"
-            raise FederationFailed(f"no client answered: {reason}")
-        return replies
+    def _save(self, round: int, adapters: Adapters, before: float, after: float) -> None:
+        """Everything that a run needs to go on from here."""
+        facts, groups = self._holdings.snapshot()
+        tally, trunk = self._tally, self._trunk.status()
+        facts |= {
+            "before": before,
+            "after": after,
+            "tally": {
+                "tokens": tally.tokens,
+                "train_seconds": tally.train_seconds,
+                "wall_seconds": self._wall(),
+                "client_memory": tally.client_memory,
+                "traffic": Counter(trunk["traffic"]) + tally.traffic,
+            },
+            "forgotten": self._forgotten,
+            "error": self._error,
+        }
+        groups |= {"adapters": dict(adapters.tensors), "strategy": dict(self._aggregation.state())}
+        groups |= {"trunk": dict(self._trunk.read().tensors), "moments": self._trunk.moments()}
+        self._folder.save_round(Snapshot(round, facts, groups), self._whole(adapters))
 
-    def _client_at(self, node: int) -> int | None:
-        return next((client for client, member in enumerate(self._members) if member.node == node), None)
+    def _restore(self, snapshot: Snapshot, adapters: Adapters) -> Adapters:
+        """Brings everything back to where it was at the end of a round; the adapters of that round."""
+        facts, groups = snapshot.facts, snapshot.groups
+        self._aggregation.restore(groups.get("strategy", {}))
+        for changes in self._holdings.restore(snapshot.round, facts, groups):
+            if self._schedule.personal:
+                self._trunk.fold(changes)
+        adapters = adapters.with_tensors(groups["adapters"])
+        self._trunk.restore(groups["trunk"], groups.get("moments", {}))
+        if self._schedule.personal:
+            self._trunk.write(*self._holdings.trunk_end(adapters))
+        tally = facts["tally"]
+        self._tally = _Tally(**{**tally, "traffic": Counter(tally["traffic"])})
+        self._forgotten, self._error = facts["forgotten"], facts["error"]
+        self._watcher.line(f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}")
+        return adapters
 
-    def _ask_all(self, grid: Grid, kind: str, content: RecordDict, text: str) -> list[Message]:
-        """Sends the same to every member, and shows how many have answered; replies by client."""
-        messages = [records.message_to(member.node, kind, content) for member in self._members]
-        replies = self._exchange(grid, messages, lambda _, done, of: self._watcher.phase(text, done, of))
-        return sorted(replies, key=lambda reply: int(records.metrics_of(reply)["client"]))
+    def _wall(self) -> float:
+        """Seconds since the command began, and those of the commands that it goes on from."""
+        return self._tally.wall_seconds + time.perf_counter() - self._started
 
-    def _meet(self, grid: Grid) -> tuple[Adapters, dict[str, Any]]:
+    def _meet(self, grid: Grid) -> tuple[dict[str, Adapters], dict[str, Any]]:
         """Finds out which node is which client, and what training starts from."""
-        while len(nodes := list(grid.get_node_ids())) < self._config.clients:
-            if self.stop.is_set():
-                raise Interrupted
-            time.sleep(POLL_SECONDS)
+        nodes = self._exchange.meet(grid, self._config.clients)
         self._watcher.phase("loading the parts", 0, len(nodes))
         trunk = self._trunk.status()
-        self._incarnation = trunk["incarnation"]
-        content = RecordDict({records.CONFIG: self._instructions(0)})
+        self._facts["incarnation"] = trunk["incarnation"]
+        content = RecordDict({records.CONFIG: self._instructions(0, folded=0)})
         messages = [records.message_to(node, MessageType.QUERY, content) for node in nodes]
-        replies = self._exchange(grid, messages, lambda _, n, of: self._watcher.phase("loading the parts", n, of))
+        replies = self._exchange.send(grid, messages, lambda _, n, of: self._watcher.phase("loading the parts", n, of))
         if len(replies) < len(nodes):
             raise FederationFailed(f"only {len(replies)} of {len(nodes)} clients could load their parts")
-        start, found, parameters = None, {}, {}
+        parts: dict[str, Adapters] = {"trunk": self._trunk.read()}
+        found, parameters = {}, {}
         for reply in replies:
-            about, adapters = records.read_introduction(reply)
+            about, start = records.read_introduction(reply)
             found[int(about["client"])] = Member(reply.metadata.src_node_id, str(about["name"]))
-            parameters, start = about["parameters"], adapters or start
-        if start is None:
+            parameters, parts = about["parameters"], parts | start
+        if parts.keys() != {"bottom", "trunk", "top"}:
             raise FederationFailed("the first client did not say what training starts from")
-        self._members[:] = [found[client] for client in sorted(found)]
-        self._at_clients = frozenset(start.tensors)
-        if self._schedule.personal:  # to the strategy, the copies of the trunk are the clients' own, too
-            start |= self._trunk.read()
-        return start, {"bottom": parameters["bottom"], "trunk": trunk["parameters"], "top": parameters["top"]}
+        self._exchange.members[:] = [found[client] for client in sorted(found)]
+        return parts, {"bottom": parameters["bottom"], "trunk": trunk["parameters"], "top": parameters["top"]}
 
     def _train(
-        self, grid: Grid, round: int, adapters: Adapters, aggregation: Aggregation
+        self, grid: Grid, round: int, adapters: Adapters
     ) -> tuple[list[Message], list[ClientUpdate], dict[int, HeldOut]]:
         """A round of training: replies and updates, and what each client measured after its own steps."""
         started, losses, tokens = time.perf_counter(), [], 0
-        groups = self._groups(round, aggregation.messages(round, adapters, self._instructions(round), grid))
-        expected = sum(map(len, groups))
+        assigned = self._aggregation.assign(round, adapters, grid)
+        if self._schedule.personal:
+            self._trunk.assign({client: self._holdings.trunk_start(client, one) for client, one in assigned.items()})
+        groups, expected = self._groups(round, list(assigned)), len(assigned)
 
         def heard(reply: Message, done: int, of: int) -> None:
             nonlocal tokens
@@ -212,18 +223,20 @@ class Federation:
         self._watcher.phase(f"{self._label(round)}  training", 0, expected)
         replies: list[Message] = []
         for group in groups:
-            for message in group:
-                message.content = records.only(message.content, self._at_clients)
-                self._tally.traffic["adapter_down"] += records.nbytes(message.content)
+            messages = [self._invitation(client, assigned[client], round) for client in group]
+            self._count("adapter_down", messages)
             if len(groups) > 1 or self._takes_turns():
-                self._trunk.begin([self._client_of(message) for message in group])
-            replies += self._exchange(grid, group, heard)
-        replies.sort(key=lambda reply: int(records.metrics_of(reply)["client"]))
-        mine = self._of_clients(adapters)
-        updates = [records.to_update(r, mine, self._name(r)) for r in replies]
+                self._trunk.begin(group)
+            replies += self._exchange.send(grid, messages, heard)
+        self._count("adapter_up", replies)
+        replies, updates = self._accepted(replies, assigned)
         counts = self._trunk.end_round([update.client for update in updates])
+        own = {update.client: records.sample_of(reply) for update, reply in zip(updates, replies, strict=True)}
+        if self._schedule.personal:
+            updates = self._holdings.with_copies(updates, self._trunk.copies())
+        for update in updates:
+            self._holdings.accept(update.client, round, assigned[update.client])
         seconds = time.perf_counter() - started
-        self._tally.traffic["adapter_up"] += sum(records.nbytes(reply.content) for reply in replies)
         self._tally.tokens += tokens
         self._tally.train_seconds += seconds
         self._remember_memory(replies)
@@ -231,72 +244,115 @@ class Federation:
             {
                 "event": "train",
                 "round": round,
-                "loss": _mean([update.loss for update in updates]),
-                "clients": {self._members[u.client].name: u.loss for u in updates},
+                "loss": _mean([update.loss for update in updates]) if updates else None,
+                "clients": {self._exchange.members[u.client].name: u.loss for u in updates},
                 "tokens": tokens,
                 "seconds": seconds,
                 "trunk": {**counts, "resident_memory": self._trunk.status()["resident_memory"]},
             }
         )
-        own = {update.client: records.sample_of(reply) for update, reply in zip(updates, replies, strict=True)}
-        if self._schedule.personal:
-            copies = self._trunk.copies()
-            updates = [replace(update, adapters=update.adapters | copies[update.client]) for update in updates]
-            for reply, update in zip(replies, updates, strict=True):
-                arrays = records.to_arrays(update.adapters.tensors)
-                reply.content = RecordDict({**reply.content, records.ARRAYS: arrays})
         return replies, updates, own
 
-    def _of_clients(self, adapters: Adapters) -> Adapters:
-        """Without the trunk's, which never cross."""
-        return adapters.with_tensors({n: t for n, t in adapters.tensors.items() if n in self._at_clients})
+    def _invitation(self, client: int, assignment: Assignment, round: int) -> Message:
+        """What a client is sent to train: instructions, its task, and those adapters that it does not have."""
+        task, rank = assignment.task, self._config.lora.rank_of(client)
+        if ranks := {assignment.adapters.rank(layer) for layer in assignment.adapters.complete}:
+            rank = max(ranks)
+        accepted = self._holdings.accepted.get(client, 0)
+        content: dict[str, Any] = {
+            records.ARRAYS: records.to_arrays(self._holdings.lacking(client, assignment)),
+            records.CONFIG: self._instructions(round, accepted=accepted),
+            records.TASK: records.to_task(task, assignment.drawn, rank),
+        }
+        if task.control is not None:
+            content[records.CONTROL] = records.to_arrays(self._holdings.crossing(task.control))
+        return records.message_to(self._exchange.members[client].node, MessageType.TRAIN, RecordDict(content))
+
+    def _accepted(
+        self, replies: Sequence[Message], assigned: Mapping[int, Assignment]
+    ) -> tuple[list[Message], list[ClientUpdate]]:
+        """Replies that can be used, in the order of the clients, as updates; others are named and left out."""
+        used, updates = [], []
+        for reply in sorted(replies, key=number_of):
+            client = number_of(reply)
+            given, trained = self._holdings.sent(assigned[client])
+            try:
+                update = records.to_update(reply, given, trained, self._exchange.name(client))
+            except RefusedUpdate as refused:
+                self._watcher.line(f"{refused}; it is left out")
+                continue
+            weight = {"examples": update.examples, "tokens": update.tokens, "equal": 1.0 if update.examples else 0.0}
+            updates.append(replace(update, weight=float(weight[self._config.weights])))
+            used.append(reply)
+        if replies and not updates:
+            raise FederationFailed("no client sent anything that can be used")
+        return used, updates
+
+    def _aggregate(
+        self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
+    ) -> Adapters:
+        """The strategy's aggregation; what it changes of the trunk and of base weights is put there."""
+        started = time.perf_counter()
+        result = self._aggregation.aggregate(round, adapters, replies, updates)
+        seconds = time.perf_counter() - started
+        self._holdings.fold(round, result.folded)
+        if self._schedule.personal:
+            self._trunk.write(*self._holdings.trunk_end(result))
+            self._trunk.fold(result.folded)
+        event: dict[str, Any] = {"event": "aggregate", "round": round, "seconds": seconds}
+        if updates:
+            found = measure(updates, result)
+            event |= {"error": found.overall, "layers": found.layers, "residual_rank": found.residual_rank}
+            self._error = found.overall
+        self._folder.log(event)
+        return result.with_tensors(result.tensors)
 
     def _takes_turns(self) -> bool:
         """Whether the order of steps must be fixed, since it decides the result."""
         trunk = self._config.trunk
         return self._config.deterministic and not is_deterministic(trunk.schedule, trunk.every)
 
-    def _groups(self, round: int, messages: Iterable[Message]) -> list[list[Message]]:
-        """Messages in the order in which clients begin the round, in groups that train at once."""
-        ordered = sorted(messages, key=self._client_of)
+    def _groups(self, round: int, clients: Sequence[int]) -> list[list[int]]:
+        """Clients in the order in which they begin the round, in groups that train at once."""
+        ordered = sorted(clients)
         if self._config.trunk.order == "random":
             random.Random(derive_seed(self._config.seed, "order", round)).shuffle(ordered)
         size = self._config.trunk.group if self._takes_turns() else max(1, len(ordered))
         return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
 
-    def _client_of(self, message: Message) -> int:
-        client = self._client_at(message.metadata.dst_node_id)
-        if client is None:
-            raise FederationFailed(f"the strategy sent a message to a node that is no client: {message.metadata}")
-        return client
-
-    def _instructions(self, round: int) -> ConfigRecord:
-        return records.instructions(self._run, self._trunk_name, self._incarnation, self._threads, round)
+    def _instructions(self, round: int, accepted: int = 0, folded: int | None = None) -> ConfigRecord:
+        folded = self._holdings.last_fold if folded is None else folded
+        return records.instructions({**self._facts, "accepted": accepted, "folded": folded}, round)
 
     def _label(self, round: int) -> str:
         return f"round {round}/{self._config.rounds}"
 
-    def _name(self, reply: Message) -> str:
-        client = int(records.metrics_of(reply)["client"])
-        return f"client {client} ({self._members[client].name})"
+    def _count(self, what: str, messages: Iterable[Message]) -> None:
+        self._tally.traffic[what] += sum(records.nbytes(message.content) for message in messages)
 
     def _remember_memory(self, replies: Iterable[Message]) -> None:
         peaks = [int(records.metrics_of(reply)["peak-memory"]) for reply in replies]
-        self._tally.client_memory = max(self._tally.client_memory, *peaks)
+        self._tally.client_memory = max([self._tally.client_memory, *peaks])
 
     def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, HeldOut]) -> float:
         """The clients' held-out loss, and what each lost since it was measured after its own steps."""
-        started = time.perf_counter()
-        arrays = records.to_arrays(self._of_clients(adapters).tensors)
-        content = RecordDict({records.ARRAYS: arrays, records.CONFIG: self._instructions(round)})
-        replies = self._ask_all(grid, MessageType.EVALUATE, content, f"{self._label(round)}  evaluating")
-        self._tally.traffic["evaluation_adapter_down"] += records.nbytes(content) * len(self._members)
+        started, messages = time.perf_counter(), []
+        shared: dict[str, Any] = {records.ARRAYS: records.to_arrays(self._holdings.crossing(adapters.tensors))}
+        if self._holdings.news:  # owed to everyone, whether it trained or not
+            shared[records.FOLD] = records.to_fold(self._holdings.news)
+        for client, member in enumerate(self._exchange.members):
+            config = self._instructions(round, accepted=self._holdings.accepted.get(client, 0))
+            content = RecordDict({**shared, records.CONFIG: config})
+            messages.append(records.message_to(member.node, MessageType.EVALUATE, content))
+        replies = self._exchange.ask_all(grid, messages, f"{self._label(round)}  evaluating")
+        self._tally.traffic["adapter_down"] += records.array_bytes(shared.get(records.FOLD)) * len(messages)
+        self._tally.traffic["evaluation_adapter_down"] += records.array_bytes(shared[records.ARRAYS]) * len(messages)
         self._remember_memory(replies)
-        by_client = {int(records.metrics_of(reply)["client"]): reply for reply in replies}
+        by_client = {number_of(reply): reply for reply in replies}
         measured = {client: records.to_held_out(reply) for client, reply in by_client.items()}
         loss = pooled(measured.values()).loss
         self._forgotten = {
-            self._members[client].name: records.sample_of(by_client[client]).loss - then.loss
+            self._exchange.members[client].name: records.sample_of(by_client[client]).loss - then.loss
             for client, then in own.items()
             if then.tokens and client in by_client
         }
@@ -306,7 +362,7 @@ class Federation:
                 "round": round,
                 "loss": loss,
                 "perplexity": perplexity(loss),
-                "clients": {self._members[c].name: m.loss for c, m in measured.items()},
+                "clients": {self._exchange.members[c].name: m.loss for c, m in measured.items()},
                 "forgotten": self._forgotten,
                 "tokens": sum(m.tokens for m in measured.values()),
                 "seconds": time.perf_counter() - started,
@@ -315,11 +371,13 @@ class Federation:
         return loss
 
     def _announce(self, round: int, loss: float, updates: Sequence[ClientUpdate] = ()) -> None:
-        tally, elapsed = self._tally, time.perf_counter() - self._started
+        tally, elapsed = self._tally, self._wall()
         trained, speed = "", ""
         if updates:
             trained = f"training loss {_mean([update.loss for update in updates]):.4f}  "
             speed = f"  {tally.tokens / tally.train_seconds:,.0f} tokens/s"
+            if self._error is not None:
+                trained += f"aggregation error {self._error:.3g}  "
             if self._forgotten:
                 speed = f"  forgotten {_mean(list(self._forgotten.values())):+.4f}{speed}"
         self._watcher.line(
@@ -347,9 +405,10 @@ class Federation:
             "parameters": dict(parameters),
             "eval_loss": {"before": before, "after": after},
             "forgotten": _mean(list(self._forgotten.values())) if self._forgotten else None,
+            "aggregation_error": self._error,
             "tokens": tally.tokens,
             "tokens_per_second": tally.tokens / tally.train_seconds,
-            "wall_seconds": time.perf_counter() - self._started,
+            "wall_seconds": self._wall(),
             "bytes": {name: traffic[name] for name in directions} | evaluation,
             "peak_memory": {"client": tally.client_memory, "trunk": trunk["peak_memory"]},
         }
@@ -357,11 +416,3 @@ class Federation:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _reason(text: str | None) -> str:
-    """Why a client failed, in a line: Flower sends `<class 'module.Error'>:<'text'>`, or a traceback."""
-    if match := re.fullmatch(r"<class '(?:\w+\.)*([\w()]+)'>:<'?(.*?)'?>", text or "", re.DOTALL):
-        text = match[2] if "\n" in match[2] else f"{match[1]}: {match[2]}"
-    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
-    return lines[-1].rpartition("ClientAppException occurred. Message: ")[2] if lines else "no reason was given"

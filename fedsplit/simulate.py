@@ -65,6 +65,7 @@ def check(config: Config) -> tuple[Path, Any]:
     """
     from fedsplit.corpus import check_dataset
     from fedsplit.families import read_facts
+    from fedsplit.schedules import SCHEDULES
 
     facts = read_facts(config.model_path)
     if config.bounds[1] > facts.blocks:
@@ -79,6 +80,9 @@ def check(config: Config) -> tuple[Path, Any]:
     if config.deterministic and config.trunk.memory and config.trunk.group > 1:
         words = "none with --deterministic and groups: who finds no room would decide the result"
         raise SettingError("trunk.memory", config.trunk.memory, words)
+    if "trunk" not in config.share and not SCHEDULES[config.trunk.schedule].personal:
+        words = "trunk among them, unless each client has one of its own (--trunk.schedule copies)"
+        raise SettingError("share", ",".join(config.share), words)
     if config.train.max_length > facts.positions:
         raise SettingError(
             "train.max_length", config.train.max_length, f"8 to {facts.positions}, the model's positions"
@@ -88,15 +92,19 @@ def check(config: Config) -> tuple[Path, Any]:
     check_dataset(config.dataset)
 
     from fedsplit.aggregation import strategy_defaults
-    from fedsplit.checkpoint import check_folder
+    from fedsplit.checkpoint import check_folder, check_resumable
     from fedsplit.evaluate import shards_of
     from fedsplit.split import check_checkpoint
-    from fedsplit.strategy import load_strategy
+    from fedsplit.strategy import check_strategy, load_strategy
 
-    folder = Path(config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    check_folder(folder)
+    folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    if config.resume:
+        check_resumable(folder, config.rounds)
+    else:
+        check_folder(folder)
     check_checkpoint(config.model_path)
-    strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config.clients))
+    strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
+    check_strategy(strategy, config)
     shards_of(config)
     return folder, strategy
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from fedsplit.config import SettingError
+from fedsplit.config import Config, SettingError
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 
 State = Mapping[str, Tensor]
@@ -159,3 +159,26 @@ def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, 
             "strategy", spec, "a class with the methods init and aggregate, or one of Flower's strategies"
         )
     return made
+
+
+def check_strategy(strategy: Any, config: Config) -> None:
+    """Makes sure that a strategy can do what a run asks of it.
+
+    Raises:
+        SettingError: It cannot handle different ranks, cannot be applied in this type, or cannot go on.
+    """
+    traits = traits_of(strategy)
+    if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
+        package: Any = importlib.import_module("strategies")
+        can = sorted(name for name in package.STRATEGIES if traits_of(_find(name)).mixed_ranks)
+        ranks = ",".join(map(str, config.lora.rank))
+        raise SettingError(
+            "lora.rank", ranks, f"one rank under the strategy {config.strategy}; {', '.join(can)} take several"
+        )
+    if traits.folds and config.dtype != "fp32":
+        words = (
+            f"fp32 under the strategy {config.strategy}, whose changes of base weights {config.dtype} would round away"
+        )
+        raise SettingError("dtype", config.dtype, words)
+    if config.resume and isinstance(strategy, FlowerLike):
+        raise SettingError("resume", config.resume, "a strategy whose memory can be saved; Flower's cannot")

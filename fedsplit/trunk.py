@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from fedsplit import adapters
 from fedsplit.config import TrainSettings
+from fedsplit.learner import GradientSum, Learner, Version
+from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
-from fedsplit.optim import make_optimizer
 from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Trunk
 from fedsplit.steps import RefusedStep, SpoiledStep, Steps
-from fedsplit.updates import Adapters
+from fedsplit.updates import Adapters, Task
 from fedsplit.wire import Codec
 
 WAIT_SECONDS = 0.05
@@ -33,42 +34,6 @@ WAIT_SECONDS = 0.05
 
 _TRANSIT = 3
 """Times a packet's bytes that it takes while it arrives: in the transport's buffers, and as what is kept."""
-
-Version = dict[str, Tensor]
-"""An adapter that never changes, by the names of its parameters in the part."""
-
-
-class _Learner:
-    """An adapter and its optimiser; every step publishes a new version and leaves the older ones as they are."""
-
-    def __init__(self, start: Mapping[str, Tensor], settings: TrainSettings, learns: bool) -> None:
-        self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
-        self._optimizer = make_optimizer(self._parameters.values(), settings)
-        self._learns = learns
-        self._publish()
-
-    def _publish(self) -> None:
-        self.version: Version = {
-            name: parameter.detach().clone().requires_grad_(self._learns)
-            for name, parameter in self._parameters.items()
-        }
-
-    def step(self, gradients: Mapping[str, Tensor]) -> None:
-        """One step of the optimiser."""
-        assert self._optimizer is not None
-        for name, gradient in gradients.items():
-            # The fused optimiser pairs elements by their place in memory: a transposed gradient would be scrambled.
-            self._parameters[name].grad = gradient.contiguous()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._publish()
-
-    @torch.no_grad()
-    def write(self, tensors: Version) -> None:
-        """Replaces the adapter; the moments stay."""
-        for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[name])
-        self._publish()
 
 
 @dataclass(eq=False)
@@ -87,7 +52,7 @@ class _Flight:
 
     inputs: dict[StepKey, Tensor]
     masks: dict[StepKey, Tensor]
-    learner: _Learner
+    learner: Learner
     version: Version
     seed: int
     output: Tensor | None = None
@@ -109,17 +74,32 @@ class _Flight:
         return {key: row[:, : hidden.shape[1]] for row, (key, hidden) in zip(rows, self.inputs.items(), strict=True)}
 
 
-@dataclass
-class _Sum:
-    """Gradients of a client on their way to a step of the optimiser, and of which of its steps."""
+@dataclass(frozen=True)
+class Start:
+    """What a client's copy of the trunk's adapter begins a round with.
 
-    steps: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
+    Attributes:
+        tensors: The adapter by exported name; clients may differ in rank.
+        task: What the strategy asks of training.
+        own: The client's control variate for these tensors.
+    """
 
-    def add(self, key: StepKey, gradients: Mapping[str, Tensor]) -> None:
-        self.steps[key.place] += 1
-        for name, gradient in gradients.items():
-            self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
+    tensors: Mapping[str, Tensor]
+    task: Task = field(default_factory=Task)
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What a client's copy has become.
+
+    Attributes:
+        adapters: After the client's last step.
+        control: What the client's control variate has changed by.
+    """
+
+    adapters: Adapters
+    control: Mapping[str, Tensor]
 
 
 @contextlib.contextmanager
@@ -176,14 +156,14 @@ class TrunkServer:
         """
         self._part, self._codec, self._settings, self._seed = part, codec, settings, seed
         self._schedule = SCHEDULES[schedule]
-        self._exported = {name: adapters.exported_name(part, name) for name in adapters.local_parameters(part)}
         self._layers = adapters.read(part).layers
         # Where a version is put before it computes. `torch.func.functional_call` does the same, but looks at
         # every parameter of the part each time, which takes 3 % of a step of the bundled model.
-        self._slots = {name: _slot(part, name) for name in self._exported}
-        self._shared = self._learner(adapters.local_parameters(part))
-        self._copies: dict[int, _Learner] = {}
-        self._sums: dict[int, _Sum] = {}
+        self._slots = {adapters.exported_name(part, n): _slot(part, n) for n in adapters.local_parameters(part)}
+        self._shared = Learner(adapters.parameters(part), settings, self._schedule.learns)
+        self._placed: Version = {}
+        self._copies: dict[int, Learner] = {}
+        self._sums: dict[int, GradientSum] = {}
         self._budget = budget or Budget(None)
         self._promised: dict[StepKey, tuple[int, float]] = {}
         self._clock, self._lease = clock, lease
@@ -191,21 +171,25 @@ class TrunkServer:
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
 
-    def _learner(self, start: Mapping[str, Tensor]) -> _Learner:
-        return _Learner(start, self._settings, self._schedule.learns)
-
-    def _learner_of(self, client: int, begins: bool) -> _Learner:
+    def _learner_of(self, client: int, begins: bool) -> Learner:
         """Whose adapter a client's step is computed with."""
         if begins and self._schedule.personal and client not in self._copies:
-            self._copies[client] = self._learner(self._shared.version)
+            self._copies[client] = Learner(self._shared.version, self._settings, self._schedule.learns)
         return self._copies.get(client, self._shared)
+
+    def _place(self, version: Version) -> None:
+        """Puts a version where the part's layers look for it."""
+        for name, (module, leaf) in self._slots.items():
+            module._parameters[leaf] = version[name]  # type: ignore[assignment]  # a leaf that is no nn.Parameter
+        if any(tensor.shape != version[name].shape for name, tensor in self._placed.items()):
+            adapters.rescale(self._part)
+        self._placed = version
 
     def _run(self, flight: _Flight, keeps_graph: bool, training: bool = True) -> Tensor:
         if self._part.training != training:
             self._part.train(training)
         hidden, mask = flight.join()
-        for name, (module, leaf) in self._slots.items():
-            module._parameters[leaf] = flight.version[name]  # type: ignore[assignment]  # a leaf that is no nn.Parameter
+        self._place(flight.version)
         with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed):
             output: Tensor = self._part(hidden, mask)
         return output
@@ -423,13 +407,13 @@ class TrunkServer:
             return
         total = self._sums.get(key.client)
         if total is None or (not self._schedule.sums and key.place not in total.steps):
-            total = self._sums[key.client] = _Sum()
+            total = self._sums[key.client] = GradientSum()
         total.add(key, gradients)
         if not self._schedule.sums and total.steps[key.place] == packets[0].micros:
             del self._sums[key.client]
             self._step(learner, total.gradients)
 
-    def _step(self, learner: _Learner, gradients: Mapping[str, Tensor]) -> None:
+    def _step(self, learner: Learner, gradients: Mapping[str, Tensor]) -> None:
         learner.step(gradients)
         self.counts["steps"] += 1
 
@@ -484,21 +468,57 @@ class TrunkServer:
         self.counts.clear()
         return counts
 
-    def copies(self) -> dict[int, Adapters]:
+    def assign(self, starts: Mapping[int, Start]) -> None:
+        """Under `copies`: what each client's copy begins the round with; a client not named begins with the trunk's.
+
+        Args:
+            starts: By client.
+        """
+        self._copies = {
+            client: Learner(start.tensors, self._settings, self._schedule.learns, start.task, start.own)
+            for client, start in starts.items()
+        }
+
+    def copies(self) -> dict[int, Copy]:
         """Under `copies`: each client's adapter of the round that has ended."""
-        return {client: self._named(self._copies[client].version) for client in sorted(self._copies)}
+        return {
+            client: Copy(self._named(learner.version), learner.control_change())
+            for client, learner in sorted(self._copies.items())
+        }
 
     def read(self) -> Adapters:
         """The trunk's adapter as it is now."""
         return self._named(self._shared.version)
 
     def _named(self, version: Version) -> Adapters:
-        return Adapters({self._exported[name]: tensor.detach() for name, tensor in version.items()}, self._layers)
+        return Adapters({name: tensor.detach() for name, tensor in version.items()}, self._layers)
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces the trunk's adapter, and ends all copies; pending forwards keep the version they had."""
-        self._copies.clear()
-        self._shared.write({name: tensors[exported] for name, exported in self._exported.items()})
+    def write(self, tensors: Mapping[str, Tensor], own: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
+        """Replaces the trunk's adapter, and ends all copies; pending forwards keep the version they had.
+
+        Args:
+            tensors: By exported name.
+            own: Adapters that clients have for themselves, by client; what they evaluate is computed with them.
+        """
+        self._shared.write(tensors)
+        self.assign({client: Start(dict(personal)) for client, personal in (own or {}).items()})
+
+    def fold(self, changes: Mapping[str, LowRank]) -> None:
+        """Adds matrices to the base weights for good.
+
+        Args:
+            changes: By layer; other parts' layers are left out.
+        """
+        adapters.fold(self._part, changes)
+
+    def moments(self) -> dict[str, Tensor]:
+        """What the shared adapter's optimiser remembers; see `Learner.moments`."""
+        return self._shared.moments()
+
+    def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Goes on from what `read` and `moments` told in another life."""
+        self._shared.write(tensors)
+        self._shared.restore(moments)
 
     def count(self) -> dict[str, int]:
         """Total and trainable parameters."""

@@ -38,7 +38,8 @@ class LocalTrunk:
         )
         self.dispatcher = Dispatcher(self.server, config.trunk, clock)
         self.begin, self.leave, self.end_round = self.dispatcher.begin, self.dispatcher.leave, self.dispatcher.end_round
-        self.copies, self.read, self.write = self.server.copies, self.server.read, self.server.write
+        for method in ("assign", "copies", "read", "write", "fold", "moments", "restore"):
+            setattr(self, method, getattr(self.server, method))
 
     def send(self, packet: Packet) -> Callable[[], Packet]:
         answers: list[Any] = []

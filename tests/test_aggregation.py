@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from flwr.app import ConfigRecord
 
 from fedsplit.aggregation import (
     FederationFailed,
     FlowerAggregation,
-    Member,
     OwnAggregation,
     make_aggregation,
+    sampled,
     strategy_defaults,
 )
+from fedsplit.config import Config
 from fedsplit.strategy import load_strategy
-from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate
+from fedsplit.updates import Adapters, Assignment, ClientUpdate, Layer, RefusedUpdate, Task
 
 START = Adapters({"l.lora_A.weight": torch.zeros(1, 2), "l.lora_B.weight": torch.zeros(2, 1)}, {"l": Layer(1.0, False)})
 
@@ -32,24 +34,41 @@ class Counting:
 
 
 def test_state_goes_from_round_to_round() -> None:
-    aggregation = OwnAggregation(Counting(), [])
+    aggregation = OwnAggregation(Counting(), Config())
     adapters = START
     for round in (1, 2, 3):
         adapters = aggregation.aggregate(round, adapters, [], [ClientUpdate(0, START, 1)])
     assert set(adapters.tensors["l.lora_A.weight"].flatten().tolist()) == {1.0 + 2.0 + 3.0}
 
 
-def test_every_member_gets_the_same_adapters() -> None:
-    members = [Member(11, "ann"), Member(12, "bob")]
-    messages = list(OwnAggregation(Counting(), members).messages(1, START, ConfigRecord({"x": 1}), None))
-    assert [message.metadata.dst_node_id for message in messages] == [11, 12]
-    assert messages[0].content["arrays"] is messages[1].content["arrays"]
+def test_everybody_gets_the_adapters_unless_the_strategy_says_otherwise() -> None:
+    config = Config(clients=3)
+    assigned = OwnAggregation(Counting(), config).assign(1, START, None)
+    assert sorted(assigned) == [0, 1, 2]
+    assert all(one.adapters.tensors.keys() == START.tensors.keys() for one in assigned.values())
+
+    class Resting(Counting):
+        def broadcast(self, state, adapters, client):
+            return None if client.client == 1 else Assignment(adapters, Task(proximal=client.rank))
+
+    assigned = OwnAggregation(Resting(), config).assign(1, START, None)
+    assert {client: one.task.proximal for client, one in assigned.items()} == {0: 8, 2: 8}
+
+
+def test_the_seed_alone_decides_who_is_sampled() -> None:
+    config = Config(clients=10, fraction=0.5)
+    rounds = [sampled(config, round) for round in range(1, 9)]
+    assert rounds == [sampled(config, round) for round in range(1, 9)]
+    assert all(len(set(clients)) == 5 for clients in rounds) and len({*map(tuple, rounds)}) > 4
+    assert rounds != [sampled(replace(config, seed=1), round) for round in range(1, 9)]
+    assert sampled(replace(config, fraction=0.01), 1) and len(sampled(replace(config, fraction=0.25), 1)) == 3
+    assert {client for round in range(1, 40) for client in sampled(config, round)} == set(range(10))
 
 
 def test_the_kind_of_strategy_decides() -> None:
-    flower = load_strategy("flwr.serverapp.strategy:FedAvg", {}, strategy_defaults(2))
-    assert isinstance(make_aggregation(flower, []), FlowerAggregation)
-    assert isinstance(make_aggregation(Counting(), []), OwnAggregation)
+    flower = load_strategy("flwr.serverapp.strategy:FedAvg", {}, strategy_defaults(Config(clients=2)))
+    assert isinstance(make_aggregation(flower, Config()), FlowerAggregation)
+    assert isinstance(make_aggregation(Counting(), Config()), OwnAggregation)
 
 
 class Broken(Counting):
@@ -79,5 +98,5 @@ class Broken(Counting):
 )
 def test_a_strategy_that_fails_is_named(result, error, message) -> None:
     with pytest.raises(error, match=message) as caught:
-        OwnAggregation(Broken(result), []).aggregate(3, START, [], [ClientUpdate(0, START, 1)])
+        OwnAggregation(Broken(result), Config()).aggregate(3, START, [], [ClientUpdate(0, START, 1)])
     assert "\n" not in str(caught.value)

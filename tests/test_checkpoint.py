@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import BLOCKS
 from safetensors.torch import load_file
 from test_adapters import adapted
 
 from fedsplit import adapters
-from fedsplit.checkpoint import RunFolder, check_folder
+from fedsplit.checkpoint import RunFolder, Snapshot, check_folder, check_resumable
 from fedsplit.config import Config, LoraSettings, SettingError, parse
 
 
@@ -21,8 +23,12 @@ def folder(tmp_path: Path, tiny_models: dict[str, Path]) -> RunFolder:
     config = Config(model=str(tiny_models["gpt2"]), cut="1:2", lora=LoraSettings(rank=(3,), alpha=6.0))
     parts = adapted(tiny_models["gpt2"], (1, 2))
     made = RunFolder(tmp_path / "run", config, parts[0].family, BLOCKS)
-    made.tensors = adapters.read(*parts).tensors  # type: ignore[attr-defined]
+    made.whole = adapters.read(*parts)  # type: ignore[attr-defined]
     return made
+
+
+def snapshot(round: int) -> Snapshot:
+    return Snapshot(round, {"after": 1.5 + round}, {"adapters": {"x": torch.full((2,), float(round))}})
 
 
 def test_the_configuration_written_is_the_one_that_ran(folder: RunFolder) -> None:
@@ -37,17 +43,18 @@ def test_events_are_a_line_each(folder: RunFolder) -> None:
 
 
 def test_a_finished_run_has_every_file_and_each_part_its_own_blocks(folder: RunFolder) -> None:
-    folder.save_round(1, folder.tensors)
-    folder.save_result(folder.tensors, {"seed": 0})
+    folder.save_round(snapshot(1), folder.whole)
+    folder.save_result(folder.whole, {"seed": 0})
     found = {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
     pair = ("adapter_config.json", "adapter_model.safetensors")
     places = ("adapter", "bottom_lora", "trunk_lora", "top_lora", "checkpoints/round-0001")
-    assert found == {"config.toml", "summary.json"} | {f"{place}/{name}" for place in places for name in pair}
+    state = {f"checkpoints/round-0001/state.{kind}" for kind in ("json", "safetensors")}
+    assert found == {"config.toml", "summary.json", *state} | {f"{place}/{name}" for place in places for name in pair}
     whole = load_file(folder.path / "adapter" / "adapter_model.safetensors")
     parts = [
         load_file(folder.path / f"{kind}_lora" / "adapter_model.safetensors") for kind in ("bottom", "trunk", "top")
     ]
-    assert sum(len(part) for part in parts) == len(whole) == len(folder.tensors)
+    assert sum(len(part) for part in parts) == len(whole) == len(folder.whole.tensors)
     assert all(".h.1." in name for name in parts[1])
 
 
@@ -57,11 +64,42 @@ def test_a_crash_while_writing_leaves_no_checkpoint(folder: RunFolder, monkeypat
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(OSError, match="no space left"):
-        folder.save_round(1, folder.tensors)
+        folder.save_round(snapshot(1), folder.whole)
     assert not (folder.path / "checkpoints" / "round-0001").exists()
     monkeypatch.undo()
-    folder.save_round(1, folder.tensors)
+    folder.save_round(snapshot(1), folder.whole)
     assert (folder.path / "checkpoints" / "round-0001" / "adapter_config.json").exists()
+
+
+def test_a_run_goes_on_from_its_last_whole_round(folder: RunFolder) -> None:
+    """What came after it, or was cut off in the middle of a line, is dropped."""
+    assert folder.snapshot() is None
+    for round in (1, 2):
+        folder.log({"event": "train", "round": round})
+        folder.save_round(snapshot(round), folder.whole)
+    folder.log({"event": "train", "round": 3})
+    (folder.path / "checkpoints" / ".round-0003.draft").mkdir()
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"event": "evaluate", "rou')
+    config = dataclasses.replace(folder._config, resume=str(folder.path), rounds=9)
+    again = RunFolder(folder.path, config, folder._family, BLOCKS)
+    found = again.snapshot()
+    assert found is not None
+    assert (found.round, found.facts["after"]) == (2, 3.5)
+    assert torch.equal(found.groups["adapters"]["x"], torch.full((2,), 2.0))
+    events = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [event["round"] for event in events] == [1, 2]
+    assert parse(["--config", str(folder.path / "config.toml")]).rounds == 9
+
+
+def test_what_cannot_go_on_is_refused(folder: RunFolder, tmp_path: Path) -> None:
+    for path in (folder.path, tmp_path / "nowhere"):
+        with pytest.raises(SettingError, match=r"^resume: .*allowed: the folder of a run that ended one round"):
+            check_resumable(path, 5)
+    folder.save_round(snapshot(2), folder.whole)
+    check_resumable(folder.path, 3)
+    with pytest.raises(SettingError, match=r"^rounds: 2 is not possible; allowed: more than 2"):
+        check_resumable(folder.path, 2)
 
 
 def test_folders_that_cannot_be_used_are_refused_and_left_alone(tmp_path: Path) -> None:

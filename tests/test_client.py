@@ -181,7 +181,7 @@ def test_micro_batches_are_the_whole_batch(model_path: Path, schedule: str) -> N
         assert torch.allclose(tensor, three.adapters.tensors[name], atol=2e-6), name
     for server in (whole_server, split_server):
         assert server.end_round([0])["steps"] == (1 if schedule == "accumulate" else 4)
-    ones, threes = (s.copies()[0] if schedule == "copies" else s.read() for s in (whole_server, split_server))
+    ones, threes = (s.copies()[0].adapters if schedule == "copies" else s.read() for s in (whole_server, split_server))
     for name, tensor in ones.tensors.items():
         assert torch.allclose(tensor, threes.tensors[name], atol=2e-6), name
 

@@ -13,21 +13,22 @@ from fedsplit.config import as_document, build
 
 
 def test_virtual_clients_share_the_base_and_hold_no_trunk(
-    model_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+    model_path: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {"model": str(model_path), "dataset": str(corpus_file), "partition": "natural", "clients": 3}
     run = json.dumps(as_document(build(values | {"cut": "1:2", "train.max_length": 16})))
     monkeypatch.setattr(client_app, "find_trunk", lambda name: None)
-    content = RecordDict({records.CONFIG: records.instructions(run, "t", "first", 1, 0)})
+    facts = {"run": run, "trunk": "t", "incarnation": "first", "threads": 1, "store": str(tmp_path), "personal": ""}
+    content = RecordDict({records.CONFIG: records.instructions({**facts, "accepted": 0, "folded": 0}, 0)})
     clients = []
     for partition in (2, 0):
         message = records.message_to(7, MessageType.QUERY, content)
         message.metadata.__dict__["_message_id"] = str(partition)
         context = Context(1, 7, {"partition-id": partition}, RecordDict(), {})
-        _, client = client_app._meet(message, context)
+        _, client, _, _ = client_app._meet(message, context)
         about, start = records.read_introduction(client_app.app(message, context))
         assert (about["client"], about["name"]) == (partition, {0: "ann", 2: "cid"}[partition])
-        assert (start is not None) == (partition == 0)
+        assert (set(start) == {"bottom", "top"}) == (partition == 0)
         clients.append(client)
     assert clients[0].bottom is clients[1].bottom
     assert clients[0].top is clients[1].top

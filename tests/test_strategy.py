@@ -9,7 +9,7 @@ import pytest
 
 import strategies
 from fedsplit.aggregation import strategy_defaults
-from fedsplit.config import SettingError
+from fedsplit.config import Config, SettingError
 from fedsplit.strategy import Strategy, load_strategy
 
 MINE = """
@@ -23,7 +23,7 @@ class Mine:
 
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
 def test_every_name_of_ours_is_a_strategy(name: str) -> None:
-    assert isinstance(load_strategy(name, {}, strategy_defaults(8)), Strategy)
+    assert isinstance(load_strategy(name, {}, strategy_defaults(Config())), Strategy)
 
 
 def test_a_file_of_the_users(tmp_path: Path) -> None:
@@ -34,9 +34,9 @@ def test_a_file_of_the_users(tmp_path: Path) -> None:
 
 
 def test_a_flower_strategy_is_told_how_many_clients_there_are() -> None:
-    strategy = load_strategy("flwr.serverapp.strategy:FedAdam", {"eta": 0.01}, strategy_defaults(8))
+    strategy = load_strategy("flwr.serverapp.strategy:FedAdam", {"eta": 0.01}, strategy_defaults(Config()))
     assert (strategy.eta, strategy.min_available_nodes, strategy.fraction_train) == (0.01, 8, 1.0)
-    half = load_strategy("flwr.serverapp.strategy:FedAvg", {"fraction_train": 0.5}, strategy_defaults(8))
+    half = load_strategy("flwr.serverapp.strategy:FedAvg", {"fraction_train": 0.5}, strategy_defaults(Config()))
     assert (half.fraction_train, half.min_available_nodes) == (0.5, 8)
 
 

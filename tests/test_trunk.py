@@ -17,7 +17,7 @@ from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import load_parts
 from fedsplit.steps import SpoiledStep, StaleStep, UnknownStep
-from fedsplit.trunk import TrunkServer, _Learner
+from fedsplit.trunk import TrunkServer
 from fedsplit.wire import make_codec
 
 RAW = make_codec("raw")
@@ -75,7 +75,7 @@ def test_which_schedules_change_the_adapter(model_path: Path, schedule: str) -> 
     for name in before:
         assert torch.equal(before[name], after[name]) == (not at_once), name
     counts = server.end_round([0])
-    at_the_end = server.copies()[0].tensors if schedule == "copies" else server.read().tensors
+    at_the_end = server.copies()[0].adapters.tensors if schedule == "copies" else server.read().tensors
     for name in before:
         assert torch.equal(before[name], at_the_end[name]) == (not SCHEDULES[schedule].learns), name
     assert counts.get("steps", 0) == SCHEDULES[schedule].learns
@@ -144,7 +144,7 @@ def test_batched_steps_are_those_of_each_client_and_their_mean(
     model_path: Path, lengths: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the lengths: each gets its own gradient, and the adapter one step with the mean."""
-    monkeypatch.setattr("fedsplit.trunk.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
+    monkeypatch.setattr("fedsplit.learner.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
     server = make_server(model_path, "batched")
     before = server.read().tensors
     expected = plain_gradients(model_path, server, lengths)
@@ -174,22 +174,11 @@ def test_fused_kernels_train_the_trunk_as_the_library_does(model_path: Path, sch
             server.backward(packet(0, step, "gradient"))
             server.close_window()
         server.end_round([0])
-        trained.append((server.copies()[0] if schedule == "copies" else server.read()).tensors)
+        trained.append((server.copies()[0].adapters if schedule == "copies" else server.read()).tensors)
     start = make_server(model_path, schedule).read().tensors
     for name, tensor in trained[0].items():
         assert (tensor - start[name]).abs().max() > 0.01, name
         assert torch.allclose(tensor, trained[1][name], atol=1e-3), name
-
-
-def test_a_gradient_in_another_layout_is_taken_by_value() -> None:
-    """The fused optimiser pairs elements by their place in memory."""
-    start = {"w": torch.arange(6.0).reshape(2, 3)}
-    plain, transposed = (_Learner(start, TrainSettings(lr=0.1), learns=True) for _ in range(2))
-    for _ in range(2):
-        gradient = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
-        plain.step({"w": gradient})
-        transposed.step({"w": gradient.t().contiguous().t()})
-    assert torch.equal(plain.version["w"], transposed.version["w"])
 
 
 def test_who_comes_late_to_a_batch_gets_its_gradient_but_does_not_count(model_path: Path) -> None:
@@ -208,7 +197,7 @@ def test_who_comes_late_to_a_batch_gets_its_gradient_but_does_not_count(model_pa
 
 
 def test_accumulated_gradients_are_one_step_with_their_sum(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsplit.trunk.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
+    monkeypatch.setattr("fedsplit.learner.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
     server = make_server(model_path, "accumulate")
     before, expected = server.read().tensors, plain_gradients(model_path, server, {0: 5, 1: 5})
     for client in (1, 0):
@@ -250,10 +239,10 @@ def test_a_copy_depends_on_its_own_client_alone_to_the_bit(model_path: Path) -> 
             for client in reversed(clients):
                 server.backward(packet(client, step, "gradient"))
         server.end_round(clients)
-    one, other = alone.copies()[1].tensors, among.copies()[1].tensors
+    one, other = alone.copies()[1].adapters.tensors, among.copies()[1].adapters.tensors
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert sorted(among.copies()) == [0, 1, 2]
-    assert any(not torch.equal(tensor, among.copies()[0].tensors[name]) for name, tensor in one.items())
+    assert any(not torch.equal(tensor, among.copies()[0].adapters.tensors[name]) for name, tensor in one.items())
     among.write(one)
     assert among.copies() == {}
     assert all(torch.equal(tensor, among.read().tensors[name]) for name, tensor in one.items())

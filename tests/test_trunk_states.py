@@ -310,7 +310,7 @@ class Trunk(RuleBasedStateMachine):
         assert len(self.server.steps) == len(self.pending)
         assert torch.allclose(self.server.read().tensors[NAME], self.shared.weight, atol=1e-5)
         for client, copy in self.server.copies().items():
-            assert torch.allclose(copy.tensors[NAME], self.own[client].weight, atol=1e-5)
+            assert torch.allclose(copy.adapters.tensors[NAME], self.own[client].weight, atol=1e-5)
 
 
 class Copies(Trunk):
@@ -329,7 +329,7 @@ class Recomputing(Trunk):
 
 @pytest.mark.parametrize("machine", [Trunk, Copies, Accumulate, Recomputing])
 def test_every_step_counts_once(machine: type[Trunk], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsplit.trunk.make_optimizer", sgd)
+    monkeypatch.setattr("fedsplit.learner.make_optimizer", sgd)
     run_state_machine_as_test(machine, settings=settings(max_examples=120, stateful_step_count=30, deadline=None))
 
 

@@ -60,7 +60,7 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     """Milliseconds of each part of a step, the median over the steps."""
     import torch
 
-    from fedsplit import adapters, client, link, trunk
+    from fedsplit import adapters, client, learner, link, trunk
     from fedsplit.config import build
     from fedsplit.link import Link
     from fedsplit.packets import StepKey
@@ -91,7 +91,7 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     codec_type = type(make_codec("raw"))
     for name in ("encode", "decode"):
         setattr(codec_type, name, account.timed("wire: encode and decode", getattr(codec_type, name)))
-    trunk._Learner.step = account.timed("trunk: optimiser, new version", trunk._Learner.step)  # type: ignore[method-assign]
+    learner.Learner.step = account.timed("trunk: optimiser, new version", learner.Learner.step)  # type: ignore[method-assign]
     link.Crossing.finish = account.timed("bottom: backward", link.Crossing.finish)  # type: ignore[method-assign]
     ids = torch.randint(0, 1000, shape)
     party = client.Client(

@@ -52,7 +52,7 @@ class Round:
             generator = torch.Generator().manual_seed(10_000 * seed + 100 * self.number + client)
             moved = {
                 name: tensor + drift * torch.randn(tensor.shape, generator=generator)
-                if (factor_of(name) or "A") in assignment.task.trains
+                if factor_of(name) is None or factor_of(name) in assignment.task.trains
                 else tensor
                 for name, tensor in assignment.adapters.tensors.items()
             }

@@ -1,0 +1,109 @@
+"""An adapter of the trunk and its optimiser: every step publishes a version that never changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.config import TrainSettings
+from fedsplit.local import LocalRule
+from fedsplit.optim import make_optimizer
+from fedsplit.packets import StepKey
+from fedsplit.updates import Task
+
+Version = dict[str, Tensor]
+"""An adapter that never changes, by exported name."""
+
+
+class Learner:
+    """An adapter that learns; older versions of it stay as they are.
+
+    Attributes:
+        version: The newest version. What learns in it takes gradients.
+    """
+
+    def __init__(
+        self,
+        start: Mapping[str, Tensor],
+        settings: TrainSettings,
+        learns: bool,
+        task: Task | None = None,
+        own: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Starts from an adapter.
+
+        Args:
+            start: By exported name.
+            settings: The optimiser's.
+            learns: Whether it learns at all.
+            task: What the strategy asks of it.
+            own: Its client's control variate.
+        """
+        self._rule = LocalRule(task or Task(), start, own or {})
+        self._learns = {name for name in start if learns and self._rule.trains(name)}
+        self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
+        self._optimizer = make_optimizer([self._parameters[name] for name in start if name in self._learns], settings)
+        self._publish()
+
+    def _publish(self) -> None:
+        self.version: Version = {
+            name: parameter.detach().clone().requires_grad_(name in self._learns)
+            for name, parameter in self._parameters.items()
+        }
+
+    def step(self, gradients: Mapping[str, Tensor]) -> None:
+        """One step of the optimiser."""
+        assert self._optimizer is not None
+        for name, gradient in self._rule.correct(gradients, self._parameters).items():
+            # The fused optimiser pairs elements by their place in memory: a transposed gradient would be scrambled.
+            self._parameters[name].grad = gradient.contiguous()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._publish()
+
+    @torch.no_grad()
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces the adapter; the moments stay."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors[name])
+        self._publish()
+
+    def control_change(self) -> dict[str, Tensor]:
+        """As `LocalRule.control_change`."""
+        return self._rule.control_change()
+
+    def moments(self) -> dict[str, Tensor]:
+        """What the optimiser remembers, by the parameter's name and what it is: "step", "exp_avg", …."""
+        if self._optimizer is None:
+            return {}
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        return {
+            f"{names[id(parameter)]}:{what}": value.clone()
+            for parameter, state in self._optimizer.state.items()
+            for what, value in state.items()
+        }
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """The inverse of `moments`."""
+        for key, value in moments.items():
+            name, _, what = key.rpartition(":")
+            assert self._optimizer is not None
+            self._optimizer.state[self._parameters[name]][what] = value.clone()
+
+
+@dataclass
+class GradientSum:
+    """Gradients of a client on their way to a step of the optimiser, and of which of its steps."""
+
+    steps: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, key: StepKey, gradients: Mapping[str, Tensor]) -> None:
+        """Adds those of one step or micro-batch."""
+        self.steps[key.place] += 1
+        for name, gradient in gradients.items():
+            self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient

@@ -1,0 +1,119 @@
+"""What parties keep on their own disks between rounds, so that it outlives any process.
+
+In a simulation all of them lie in the run's folder; none reads what is another's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedsplit.lowrank import LowRank
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file of tensors whole or not at all, and to the disk before it returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    # Copies, since the format knows no two tensors that share memory, and a strategy may return such.
+    apart = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(apart, draft)
+    descriptor = os.open(draft, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    draft.rename(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a file of tensors."""
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+def pack(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Groups of tensors as one, named "group/name"."""
+    return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `pack`; a group without tensors is not there."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = tensor
+    return groups
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a client keeps of a round.
+
+    Attributes:
+        held: Shared factors that it was given and did not train, where they are no longer those of the start.
+        personal: Factors that never leave it.
+        control: Its control variate.
+    """
+
+    held: Mapping[str, Tensor] = field(default_factory=dict)
+    personal: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class ClientStore:
+    """A client's own folder: a file for each of its last two rounds, of which the server accepted one at least."""
+
+    def __init__(self, root: Path, client: int) -> None:
+        """Names the folder; nothing is made before there is something to keep."""
+        self._folder = root / f"{client:04d}"
+
+    def load(self, round: int) -> Kept:
+        """What was kept of that round; nothing, if there was nothing to keep."""
+        path = self._path(round)
+        return Kept(**unpack(load_tensors(path))) if path.exists() else Kept()
+
+    def save(self, round: int, kept: Kept) -> None:
+        """Keeps what a round leaves; what is older than the round before it goes."""
+        tensors = pack({"held": kept.held, "personal": kept.personal, "control": kept.control})
+        if not tensors:
+            self._path(round).unlink(missing_ok=True)
+            return
+        write_tensors(self._path(round), tensors)
+        for path in sorted(self._folder.glob("round-*.safetensors"))[:-2]:
+            path.unlink()
+
+    def _path(self, round: int) -> Path:
+        return self._folder / f"round-{round:04d}.safetensors"
+
+
+class FoldLog:
+    """What was folded into base weights, round by round, since it must be done again in the same order."""
+
+    def __init__(self, folder: Path) -> None:
+        """Names the folder."""
+        self._folder = folder
+
+    def append(self, round: int, changes: Mapping[str, LowRank]) -> None:
+        """Remembers the changes (out, in) of a round by layer; a round that is there is left as it is."""
+        path = self._path(round)
+        if not path.exists():
+            ups = {layer: change.up for layer, change in changes.items()}
+            write_tensors(path, pack({"up": ups, "down": {layer: change.down for layer, change in changes.items()}}))
+
+    def read(self, round: int) -> dict[str, LowRank]:
+        """The changes of a round; none, if it had none."""
+        path = self._path(round)
+        if not path.exists():
+            return {}
+        groups = unpack(load_tensors(path))
+        return {layer: LowRank(up, groups["down"][layer]) for layer, up in groups["up"].items()}
+
+    def _path(self, round: int) -> Path:
+        return self._folder / f"round-{round:04d}.safetensors"

@@ -1,0 +1,67 @@
+"""What is kept is there again, whole, and no more than is needed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsplit.lowrank import LowRank
+from fedsplit.store import ClientStore, FoldLog, Kept, load_tensors, pack, unpack, write_tensors
+
+ONE = {"l.lora_A.weight": torch.ones(1, 2)}
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_groups_come_back() -> None:
+    groups = {"a": {"x": torch.ones(1)}, "b-1": {"x/y": torch.zeros(2)}}
+    back = unpack(pack(groups))
+    assert back.keys() == groups.keys() and all(same(back[name], groups[name]) for name in groups)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "x.safetensors"
+    write_tensors(path, ONE)
+
+    def crash(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(OSError, match="no space"):
+        write_tensors(path, {"l": torch.zeros(3)})
+    assert same(load_tensors(path), ONE)
+
+
+def test_a_client_finds_what_it_kept_of_the_round_that_counts(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, 3)
+    assert store.load(0) == Kept() and not any(tmp_path.iterdir())
+    for round in (1, 2, 5):
+        store.save(round, Kept({}, {n: t * round for n, t in ONE.items()}, ONE))
+    assert same(store.load(2).personal, {n: t * 2 for n, t in ONE.items()})  # round 5 may not have been accepted
+    assert same(store.load(5).control, ONE) and store.load(5).held == {}
+    assert store.load(1) == Kept()
+    assert ClientStore(tmp_path, 4).load(5) == Kept()
+
+
+def test_a_round_that_leaves_nothing_leaves_no_file(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, 0)
+    store.save(1, Kept(held=ONE))
+    store.save(1, Kept())
+    assert store.load(1) == Kept() and not list((tmp_path / "0000").iterdir())
+    ClientStore(tmp_path, 1).save(1, Kept())
+    assert not (tmp_path / "0001").exists()
+
+
+def test_what_was_folded_is_remembered_by_round_and_once(tmp_path: Path) -> None:
+    log = FoldLog(tmp_path / "folds")
+    change = LowRank(torch.randn(3, 2), torch.randn(2, 4))
+    log.append(2, {"l": change})
+    log.append(2, {"l": change.times(5.0)})
+    assert log.read(1) == {}
+    (back,) = FoldLog(tmp_path / "folds").read(2).values()
+    assert torch.equal(back.up, change.up) and torch.equal(back.down, change.down)

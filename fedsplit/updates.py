@@ -301,9 +301,18 @@ def average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return mean.to(tensors[0].dtype)
 
 
-def average_adapters(adapters: Adapters, updates: Sequence[ClientUpdate], shares: Sequence[float]) -> Adapters:
-    """The adapters with everything that the updates hold replaced by its weighted mean."""
-    held = updates[0].adapters.tensors
+def average_adapters(
+    adapters: Adapters, updates: Sequence[ClientUpdate], shares: Sequence[float], factors: frozenset[str] = FACTORS
+) -> Adapters:
+    """The adapters with what the updates hold replaced by its weighted mean.
+
+    Args:
+        adapters: What stays where there is no mean, to the bit.
+        updates: What is averaged.
+        shares: The weights, which sum to 1.
+        factors: The factors of LoRA layers that are averaged; what is no such factor always is.
+    """
+    held = updates[0].adapters.only(factors).tensors
     means = {name: average([update.adapters.tensors[name] for update in updates], shares) for name in held}
     return adapters.with_tensors({**adapters.tensors, **means})
 

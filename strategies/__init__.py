@@ -5,5 +5,10 @@ One file a strategy. Each needs torch and `fedsplit.updates` only.
 
 STRATEGIES = {
     "fedavg": "strategies.fedavg:FedAvg",
+    "ffa": "strategies.ffa_lora:FFALoRA",
+    "rolora": "strategies.rolora:RoLoRA",
+    "fedsa": "strategies.fedsa_lora:FedSALoRA",
+    "flora": "strategies.flora:FLoRA",
+    "fedex": "strategies.fedex_lora:FedExLoRA",
 }
 """The names that `--strategy` takes, and where the classes are."""

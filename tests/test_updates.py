@@ -116,6 +116,20 @@ def test_the_average_of_factors_and_of_products() -> None:
     assert set((change.up @ change.down).flatten().tolist()) == {38.0}
 
 
+def test_factors_that_are_not_averaged_stay() -> None:
+    """A stays 1, B is (1 * 2 + 3 * 10) / 4 = 8, and what is no factor is (1 * 1 + 3 * 5) / 4 = 4."""
+    updates, shares = counted([update(0, 1.0, examples=1), update(1, 5.0, examples=3)])
+    other = "l.lora_magnitude_vector.weight"
+    for one in updates:
+        one.adapters.tensors[other] = torch.full((3,), float(one.adapters.tensors["l.lora_A.weight"][0, 0]))
+    averaged = average_adapters(updates[0].adapters, updates, shares, frozenset("B")).tensors
+    assert {name: set(t.flatten().tolist()) for name, t in averaged.items()} == {
+        "l.lora_A.weight": {1.0},
+        "l.lora_B.weight": {8.0},
+        other: {4.0},
+    }
+
+
 @pytest.mark.parametrize(
     ("layer", "up", "down", "message"),
     [

@@ -36,6 +36,11 @@ class Case:
 
 CASES = {
     "fedavg": Case(),
+    "ffa": Case(),
+    "rolora": Case(),
+    "fedsa": Case(identity=False),  # each client's B stays with it: nothing is applied to all
+    "flora": Case(),
+    "fedex": Case(),
 }
 
 

@@ -5,5 +5,10 @@ One file a strategy. Each needs torch and `fedsplit.updates` only.
 
 STRATEGIES = {
     "fedavg": "strategies.fedavg:FedAvg",
+    "hetlora": "strategies.hetlora:HetLoRA",
+    "flexlora": "strategies.flexlora:FlexLoRA",
+    "lora_fair": "strategies.lora_fair:LoRAFAIR",
+    "fedsvd": "strategies.fedsvd:FedSVD",
+    "fedrot": "strategies.fedrot_lora:FedRotLoRA",
 }
 """The names that `--strategy` takes, and where the classes are."""

@@ -36,6 +36,11 @@ class Case:
 
 CASES = {
     "fedavg": Case(),
+    "hetlora": Case(),
+    "flexlora": Case(),
+    "lora_fair": Case(),
+    "fedsvd": Case(),
+    "fedrot": Case(),
 }
 
 

@@ -10,5 +10,10 @@ STRATEGIES = {
     "fedsa": "strategies.fedsa_lora:FedSALoRA",
     "flora": "strategies.flora:FLoRA",
     "fedex": "strategies.fedex_lora:FedExLoRA",
+    "hetlora": "strategies.hetlora:HetLoRA",
+    "flexlora": "strategies.flexlora:FlexLoRA",
+    "lora_fair": "strategies.lora_fair:LoRAFAIR",
+    "fedsvd": "strategies.fedsvd:FedSVD",
+    "fedrot": "strategies.fedrot_lora:FedRotLoRA",
 }
 """The names that `--strategy` takes, and where the classes are."""

@@ -41,6 +41,11 @@ CASES = {
     "fedsa": Case(identity=False),  # each client's B stays with it: nothing is applied to all
     "flora": Case(),
     "fedex": Case(),
+    "hetlora": Case(),
+    "flexlora": Case(),
+    "lora_fair": Case(),
+    "fedsvd": Case(),
+    "fedrot": Case(),
 }
 
 

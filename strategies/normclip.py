@@ -24,14 +24,21 @@ from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Tra
 class NormClip:
     """Another strategy that gets to see clipped changes only."""
 
-    def __init__(self, norm: float, around: str = "fedavg", seed: int = 0, clients: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        norm: float = 1.0,
+        around: str = "fedavg",
+        seed: int | None = None,
+        clients: int | None = None,
+        **options: Any,
+    ) -> None:
         """Makes the strategy around which it works.
 
         Args:
             norm: C, the greatest norm that a client's change may have.
             around: The other strategy, by its name in `STRATEGIES`.
-            seed: The run's, for the other.
-            clients: How many there are, for the other.
+            seed: The run's, for the other; None: the other's own default.
+            clients: How many there are, for the other; None: the other's own default.
             options: Keyword arguments of the other.
         """
         if not 0 < norm < math.inf:
@@ -39,7 +46,8 @@ class NormClip:
         if around == "normclip":
             raise ValueError("normclip around normclip is normclip with the lesser norm")
         self.norm = norm
-        self.inner = strategies.make(around, {"seed": seed, "clients": clients}, **options)
+        known = {name: value for name, value in (("seed", seed), ("clients", clients)) if value is not None}
+        self.inner = strategies.make(around, known, **options)
         self.traits = replace(getattr(self.inner, "traits", Traits()), linear=False)
 
     def init(self, adapters: Adapters) -> Mapping[str, Tensor]:

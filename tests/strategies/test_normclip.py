@@ -137,6 +137,7 @@ def test_options_reach_the_inner_and_defaults_only_if_it_takes_them(recording) -
         "colour": "blue",
         "seen": [],
     }
+    assert NormClip(around="scaffold").inner.clients == Scaffold().clients
     loaded = load_strategy("normclip", {"norm": 1.0, "around": "scaffold", "eta": 0.5}, {"clients": 9, "seed": 1})
     assert isinstance(loaded.inner, Scaffold) and (loaded.inner.clients, loaded.inner.eta) == (9, 0.5)
 

@@ -46,6 +46,19 @@ CASES = {
     "lora_fair": Case(),
     "fedsvd": Case(),
     "fedrot": Case(),
+    "fedprox": Case(),
+    "scaffold": Case(),
+    "fedavgm": Case({"server_momentum": 0.9}, identity=False),
+    "fedadagrad": Case(identity=False),
+    "fedadam": Case(identity=False),
+    "fedyogi": Case(identity=False),
+    "krum": Case(fewest=3),
+    "multikrum": Case(fewest=3),
+    "median": Case(),
+    "trimmed_mean": Case({"trim": 0.3}),
+    "geometric_median": Case(),
+    "normclip": Case({"norm": 1.0}, identity=False),
+    "fedbuff": Case({"delays": "1,2"}, identity=False),
 }
 
 
@@ -59,6 +72,11 @@ def begun(name: str, rounds: int = 0) -> Round:
     for number in range(rounds):
         run.aggregate(run.train([2] * 5, seed=number))
     return run
+
+
+def remembered(strategy: Any) -> dict[str, Any]:
+    """What is on a strategy, and on one that it works around."""
+    return {n: remembered(v) if hasattr(v, "aggregate") else repr(v) for n, v in vars(strategy).items()}
 
 
 def same(one: Any, other: Any) -> bool:
@@ -136,9 +154,9 @@ def test_state_survives_being_saved(name: str, tmp_path: Path) -> None:
 def test_nothing_is_remembered_on_the_strategy_or_changed_in_what_it_is_given(name: str) -> None:
     run = begun(name, 2)
     strategy, state, updates = run.strategy, run.state, run.train([2] * 4)
-    kept = copy.deepcopy((vars(strategy), dict(state), run.adapters, updates))
+    kept = copy.deepcopy((remembered(strategy), dict(state), run.adapters, updates))
     strategy.aggregate(state, run.adapters, updates)
-    assert repr(kept[0]) == repr(vars(strategy))
+    assert kept[0] == remembered(strategy)
     assert all(torch.equal(tensor, state[name]) for name, tensor in kept[1].items()) and kept[1].keys() == state.keys()
     assert same(kept[2], run.adapters)
     assert all(same(one.adapters, other.adapters) for one, other in zip(kept[3], updates, strict=True))
@@ -176,3 +194,18 @@ def test_mixed_ranks_keep_everybodys_shape(name: str) -> None:
         result = run.aggregate(updates)
         run.adapters.check_fits(result.tensors, name)
         assert error(result, updates) < 0.9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_run_knows_may_be_passed_to_every_strategy(name: str) -> None:
+    made = load_strategy(name, CASES[name].options, {"seed": 3, "clients": 5})
+    assert isinstance(made.init(start()), Mapping)
+
+
+def test_a_strategy_made_by_name_takes_its_own_options_only() -> None:
+    assert strategies.make("fedprox", {"clients": 3, "mu": 0.5}).mu == 0.5
+    assert strategies.make("fedprox", {"mu": 0.5}, mu=0.1).mu == 0.1
+    with pytest.raises(ValueError, match="there is no strategy 'nothing'; there are"):
+        strategies.make("nothing")
+    with pytest.raises(ValueError, match="fedprox does not take the option 'clients', but mu"):
+        strategies.make("fedprox", clients=3)

@@ -243,7 +243,9 @@ class Config:
         False, YES_OR_NO, "same seed, same result, under any schedule; the price: clients train trunk.group at a time"
     )
     out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
-    resume: str = setting("", TEXT, "go on with the run of this folder; only rounds, workers and threads may differ")
+    resume: str = setting(
+        "", Allowed("a folder", lambda v: True), "go on with the run of this folder; only rounds and threads may differ"
+    )
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,13 @@ def shards_of(config: Config) -> list[Shard]:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, run: str | Path) -> float:
+def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None = None) -> float:
     """The loss of an unsplit model on the held-out text of a finished run's clients.
 
     Args:
         model: A causal LM, such as the base with the run's adapter opened by PEFT.
         run: The run's folder.
+        clients: The numbers of those whose text counts, such as the one whose own adapter it is; all where None.
 
     Returns:
         The mean over all predicted tokens, in nats; of the run's own model, `eval_loss.after` in its summary.
@@ -120,7 +121,9 @@ def held_out_loss(model: Any, run: str | Path) -> float:
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
     total = HeldOut(0.0, 0)
-    for shard in shards_of(config):
+    for client, shard in enumerate(shards_of(config)):
+        if clients is not None and client not in clients:
+            continue
         batches = held_out_batches(shard, config.eval.samples, config.train.batch_size)
         total += measure(lambda _, ids: model(input_ids=ids, labels=ids).loss, batches)
     return total.loss

@@ -98,11 +98,19 @@ class Holdings:
         own = self._own.get(client, {})
         return Start({**start, **given, **own}, assignment.task, self._control.get(client, {}))
 
-    def with_copies(self, updates: Sequence[ClientUpdate], copies: Mapping[int, Copy]) -> list[ClientUpdate]:
-        """Updates with what the clients' copies of the trunk have become; what of it is personal stays here."""
+    def with_copies(
+        self, updates: Sequence[ClientUpdate], copies: Mapping[int, Copy], assigned: Mapping[int, Assignment]
+    ) -> list[ClientUpdate]:
+        """Updates with what the clients' copies of the trunk have become; what of it is personal stays here.
+
+        Args:
+            updates: Of the clients' own parts.
+            copies: By client.
+            assigned: What each of them began the round with.
+        """
         whole = []
         for update in updates:
-            copy = copies[update.client]
+            copy, given = copies[update.client], assigned[update.client].adapters
             shared = {n: t for n, t in copy.adapters.tensors.items() if n not in self._personal}
             self._own[update.client] = {n: t for n, t in copy.adapters.tensors.items() if n in self._personal}
             known = self._control.get(update.client, {})
@@ -111,6 +119,7 @@ class Holdings:
                 replace(
                     update,
                     adapters=update.adapters | copy.adapters.with_tensors(shared),
+                    given=given.with_tensors({n: t for n, t in given.tensors.items() if n not in self._personal}),
                     control={**update.control, **{n: t for n, t in copy.control.items() if n in shared}},
                 )
             )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Task, factor_of
+from fedsplit.updates import Task, factor_of, sure_rank
 
 
 class LocalRule:
@@ -66,7 +66,7 @@ class LocalRule:
             if factor_of(name) != "A":
                 continue
             other = name.replace(".lora_A.", ".lora_B.")
-            b, kept = parameters[other], max(1, int(self._task.tail * a.shape[0]))
+            b, kept = parameters[other], sure_rank(a.shape[0], self._task.tail)
             norm_a, norm_b = a[kept:].norm(), b[:, kept:].norm()
             if float(norm_a) > 0 and float(norm_b) > 0:
                 pulls[name], pulls[other] = torch.zeros_like(a), torch.zeros_like(b)

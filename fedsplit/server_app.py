@@ -233,7 +233,7 @@ class Federation:
         counts = self._trunk.end_round([update.client for update in updates])
         own = {update.client: records.sample_of(reply) for update, reply in zip(updates, replies, strict=True)}
         if self._schedule.personal:
-            updates = self._holdings.with_copies(updates, self._trunk.copies())
+            updates = self._holdings.with_copies(updates, self._trunk.copies(), assigned)
         for update in updates:
             self._holdings.accept(update.client, round, assigned[update.client])
         seconds = time.perf_counter() - started

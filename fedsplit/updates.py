@@ -262,6 +262,11 @@ class Traits:
     linear: bool = False
 
 
+def sure_rank(rank: int, tail: float) -> int:
+    """The rank without its tail (see `Task`): floor(tail * rank), and 1 at least."""
+    return max(1, math.floor(tail * rank + 1e-9))  # 0.29 * 100 is 28.999999999999996
+
+
 def fresh_factor(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """A new factor A (r, in) as PEFT draws it, from a seed and the layer's name alone; B begins at zero.
 

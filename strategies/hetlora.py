@@ -24,13 +24,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Task, Traits, counted
+from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Task, Traits, counted, sure_rank
 from strategies.mixed_ranks import average_others, padded_average, rank_of
-
-
-def sure_rank(rank: int, gamma: float) -> int:
-    """The rank without its tail: floor(gamma * rank), and 1 at least."""
-    return max(1, math.floor(gamma * rank + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
 
 def tail_norm(adapters: Adapters, gamma: float) -> float:

@@ -103,12 +103,12 @@ def test_peft_opens_what_is_saved_whole_and_by_part(tmp_path: Path, model_path: 
     family = bottom.family
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        adapters.save(tmp_path / "adapter", adapters.read(*parts).tensors, SETTINGS, family, "base")
+        adapters.save(tmp_path / "adapter", adapters.read(*parts), SETTINGS, family, "base")
         whole = PeftModel.from_pretrained(load_whole(model_path), str(tmp_path / "adapter"))
         assert torch.equal(whole(input_ids=ids).logits, expected)
         for part in parts:
             blocks = ranges(BLOCKS, (1, 2))[part.kind]
-            adapters.save(tmp_path / part.kind, adapters.read(part).tensors, SETTINGS, family, "base", blocks)
+            adapters.save(tmp_path / part.kind, adapters.read(part), SETTINGS, family, "base", blocks)
             opened = PeftModel.from_pretrained(load_whole(model_path), str(tmp_path / part.kind))
             written = {n: p for n, p in opened.named_parameters() if "lora_" in n}
             assert len(written) == len(adapters.parameters(part))

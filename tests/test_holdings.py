@@ -90,9 +90,10 @@ def test_copies_of_the_trunk_join_updates_and_personal_factors_stay(tmp_path: Pa
     held = holdings(tmp_path, COPIES, traits)
     update = ClientUpdate(1, held.start.with_tensors(held.crossing(held.start.tensors)), 4)
     copy = Copy(moved(PARTS["trunk"]), {"t.lora_A.weight": torch.ones(2, 3)})
-    (whole,) = held.with_copies([update], {1: copy})
+    (whole,) = held.with_copies([update], {1: copy}, {1: Assignment(held.start)})
     assert set(whole.adapters.tensors) == {name for name in ENDS | TRUNK if "lora_A" in name}
     assert set(whole.control) == {"t.lora_A.weight"}
+    assert whole.given is not None and whole.given.tensors.keys() == whole.adapters.tensors.keys()
     start = held.trunk_start(1, Assignment(held.start))
     assert torch.equal(start.tensors["t.lora_B.weight"], copy.adapters.tensors["t.lora_B.weight"])
     assert torch.equal(start.own["t.lora_A.weight"], torch.ones(2, 3))
@@ -118,7 +119,8 @@ def test_what_is_folded_adds_up_and_only_the_clients_layers_are_news(tmp_path: P
 def test_a_run_that_goes_on_knows_what_it_knew(tmp_path: Path) -> None:
     held = holdings(tmp_path, COPIES, Traits(personal=frozenset("B")))
     update = ClientUpdate(1, held.start, 4)
-    held.with_copies([update], {1: Copy(moved(PARTS["trunk"]), {"t.lora_A.weight": torch.ones(2, 3)})})
+    copies = {1: Copy(moved(PARTS["trunk"]), {"t.lora_A.weight": torch.ones(2, 3)})}
+    held.with_copies([update], copies, {1: Assignment(held.start)})
     change = LowRank(torch.randn(4, 1), torch.randn(1, 3))
     held.fold(1, {"t": change})
     held.accept(1, 2, Assignment(held.start))

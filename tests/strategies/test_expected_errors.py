@@ -59,6 +59,9 @@ ROWS = [
     Row("fedex", 0.0, 0.0, 0.0),
     Row("ffa", 0.0, 0.0, None),
     Row("rolora", 0.0, 0.0, None),
+    Row("hetlora", 0.275, 0.022, 0.181),
+    Row("flexlora", 0.234, 0.011, 0.012),
+    Row("lora_fair", 0.245, 0.011, 0.014),
 ]
 
 

@@ -144,8 +144,8 @@ class OwnAggregation:
 
 def sampled(config: Config, round: int) -> list[int]:
     """The clients that train in a round; the seed alone decides."""
-    count = max(1, int(config.fraction * config.clients + 0.5))
-    return sorted(random.Random(derive_seed(config.seed, "sample", round)).sample(range(config.clients), count))
+    generator = random.Random(derive_seed(config.seed, "sample", round))
+    return sorted(generator.sample(range(config.clients), config.sampled))
 
 
 class _OrderedGrid:

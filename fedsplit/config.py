@@ -254,6 +254,11 @@ class Config:
     strategy_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     @property
+    def sampled(self) -> int:
+        """How many clients train in a round."""
+        return max(1, int(self.fraction * self.clients + 0.5))
+
+    @property
     def bounds(self) -> tuple[int, int]:
         """The cut as (LO, HI)."""
         bounds = _parse_cut(self.cut)
@@ -322,7 +327,7 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
     """
     if isinstance(value, str) and not re.fullmatch(r"[\d,\s+-]*", value):
         try:
-            value = Path(value).read_text(encoding="utf-8").replace("\n", ",").strip(" ,")
+            value = ",".join(Path(value).read_text(encoding="utf-8").replace(",", " ").split())
         except OSError as error:
             raise ValueError from error
     items: Sequence[Any] = value.split(",") if isinstance(value, str) else [value]
@@ -488,7 +493,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         changed = [name for name in (*flags, *rest) if name not in MAY_DIFFER]
         if file is not None or changed:
             what = "--config" if file is not None else changed[0]
-            raise InputError(f"{what} cannot be set for a run that goes on; only {', '.join(MAY_DIFFER)} may differ")
+            raise InputError(
+                f"{what} cannot be set for a run that goes on; only {', '.join(MAY_DIFFER[1:])} may differ"
+            )
         file = Path(run) / "config.toml"
     values, options = read_toml(Path(file)) if file is not None else ({}, {})
     return build({**values, **flags}, {**options, **_strategy_options(rest)})

@@ -153,7 +153,8 @@ def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, 
     except SettingError:
         raise
     except Exception as error:  # whatever the user's class raises
-        raise SettingError("strategy", spec, f"options that it takes ({type(error).__name__}: {error})") from error
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise SettingError("strategy", spec, f"options that it takes ({what})") from error
     if not isinstance(made, Strategy | FlowerLike):
         raise SettingError(
             "strategy", spec, "a class with the methods init and aggregate, or one of Flower's strategies"
@@ -175,6 +176,10 @@ def check_strategy(strategy: Any, config: Config) -> None:
         raise SettingError(
             "lora.rank", ranks, f"one rank under the strategy {config.strategy}; {', '.join(can)} take several"
         )
+    asked = config.sampled
+    if asked < traits.fewest:
+        words = f"{traits.fewest} and more in a round under the strategy {config.strategy} with its options"
+        raise SettingError("clients", f"{asked} in a round" if asked < config.clients else asked, words)
     if traits.folds and config.dtype != "fp32":
         words = (
             f"fp32 under the strategy {config.strategy}, whose changes of base weights {config.dtype} would round away"

@@ -254,12 +254,14 @@ class Traits:
         personal: The factors that never leave their client.
         linear: It needs weighted sums of what clients send, and nothing of a single one; only such a strategy can
             work under secure aggregation.
+        fewest: The clients that must answer in a round at least.
     """
 
     mixed_ranks: bool = False
     folds: bool = False
     personal: frozenset[str] = frozenset()
     linear: bool = False
+    fewest: int = 1
 
 
 def sure_rank(rank: int, tail: float) -> int:

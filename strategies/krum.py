@@ -44,7 +44,7 @@ def scores(points: Sequence[Adapters], malicious: int, on: str) -> Tensor:
 class MultiKrum:
     """The weighted average of the clients that are nearest to their neighbours."""
 
-    traits = Traits()
+    traits = Traits(fewest=3)
 
     def __init__(self, malicious: int = 0, keep: int = 0, on: str = "product") -> None:
         """Sets how many are trusted.
@@ -59,6 +59,7 @@ class MultiKrum:
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more")
         self.malicious, self.keep, self.on = malicious, keep, on
+        self.traits = Traits(fewest=max(2 * malicious + 3, keep))
 
     def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
         """Krum remembers nothing."""

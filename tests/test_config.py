@@ -151,3 +151,34 @@ def test_a_switch_may_stand_alone(argv: list[str]) -> None:
     assert parse([*argv, "--rounds", "2"]).deterministic is True
     assert parse([*argv, "--deterministic", "false"]).deterministic is False
     assert build({"deterministic": True}).deterministic is True
+
+
+def test_ranks_are_dealt_out_in_turn(tmp_path: Path) -> None:
+    (tmp_path / "ranks.txt").write_text("4 8\n16,\n2\n")
+    for text, ranks in {"4,8,16": (4, 8, 16), "8": (8,), str(tmp_path / "ranks.txt"): (4, 8, 16, 2)}.items():
+        config = parse(["--lora.rank", text])
+        assert config.lora.rank == ranks and config.lora.top_rank == max(ranks)
+        assert [config.lora.rank_of(client) for client in range(5)] == [ranks[n % len(ranks)] for n in range(5)]
+        assert from_document(as_document(config)) == config
+    for text in ("4,,8", "0,4", "nowhere.txt", "4,x", "", "2000", "4.5"):
+        with pytest.raises(InputError, match=r"^lora.rank: .*allowed: whole numbers from 1 to 1024"):
+            parse(["--lora.rank", text])
+
+
+@pytest.mark.parametrize(("share", "right"), [("bottom,top", True), ("trunk", True), ("top,top", False), ("", False)])
+def test_parts_that_are_shared_are_parts(share: str, right: bool) -> None:
+    if right:
+        assert parse(["--share", share]).share == tuple(share.split(","))
+    else:
+        with pytest.raises(InputError, match=r"^share: "):
+            parse(["--share", share])
+
+
+def test_a_run_that_goes_on_may_have_more_rounds_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("seed = 3\nrounds = 2\n[strategy_options]\neta = 0.5\n")
+    config = parse(["--resume", str(tmp_path), "--rounds", "7", "--workers", "1"])
+    assert (config.seed, config.rounds, config.workers, config.resume) == (3, 7, 1, str(tmp_path))
+    assert config.strategy_options == {"eta": 0.5}
+    for flags in (["--seed", "4"], ["--config", "x.toml"], ["--strategy.eta", "1"], ["--lr", "0.1"]):
+        with pytest.raises(InputError, match=f"{flags[0].lstrip('-').split('-')[-1]}.* cannot be set for a run that"):
+            parse(["--resume", str(tmp_path), *flags])

@@ -9,8 +9,8 @@ import pytest
 
 import strategies
 from fedsplit.aggregation import strategy_defaults
-from fedsplit.config import Config, SettingError
-from fedsplit.strategy import Strategy, load_strategy
+from fedsplit.config import Config, SettingError, build
+from fedsplit.strategy import Strategy, check_strategy, load_strategy
 
 MINE = """
 class Mine:
@@ -66,6 +66,30 @@ def test_what_is_not_there_is_named(tmp_path: Path, spec: str, options: dict, me
     with pytest.raises(SettingError, match=message) as caught:
         load_strategy(spec.format(file=tmp_path / "mine.py", **paths), options, {})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "values", "message"),
+    [
+        ("ffa", {}, {"lora.rank": "4,8"}, "^lora.rank: 4,8 is not possible; allowed: one rank .* ffa; fedex, flexlora"),
+        ("flora", {}, {"dtype": "bf16"}, "^dtype: bf16 is not possible; allowed: fp32 under the strategy flora"),
+        ("krum", {"malicious": 1}, {"clients": 4}, "^clients: 4 is not possible; allowed: 5 and more in a round"),
+        ("krum", {}, {"clients": 8, "fraction": 0.25}, "^clients: 2 in a round is not possible; allowed: 3 and more"),
+        ("multikrum", {"keep": 7}, {"clients": 6}, "^clients: 6 is not possible; allowed: 7 and more"),
+        ("normclip", {"around": "krum"}, {"clients": 2}, "^clients: 2 is not possible; allowed: 3 and more"),
+        ("flwr.serverapp.strategy:FedAvg", {}, {"resume": "x"}, "^resume: x is not possible; .*Flower's cannot"),
+        ("flwr.serverapp.strategy:FedAvg", {}, {"lora.rank": "4,8"}, "^lora.rank: 4,8 is not possible"),
+    ],
+)
+def test_what_a_strategy_cannot_do_is_said_at_the_start(
+    strategy: str, options: dict, values: dict, message: str
+) -> None:
+    config = build({"strategy": strategy, **values}, options)
+    made = load_strategy(strategy, options, strategy_defaults(config))
+    with pytest.raises(SettingError, match=message) as caught:
+        check_strategy(made, config)
+    assert "\n" not in str(caught.value)
+    check_strategy(load_strategy("fedex", {}, {}), build({"lora.rank": "4,8"}))
 
 
 def test_a_folder_that_shadows_ours_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

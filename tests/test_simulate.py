@@ -27,8 +27,8 @@ def command(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(call, capture_output=True, text=True, cwd=cwd, timeout=550, env=dict(os.environ))
 
 
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+def adapter(folder: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "adapter_model.safetensors")
 
 
 @pytest.mark.slow
@@ -51,9 +51,9 @@ def test_eight_presidents_and_the_same_again(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert set(summary) >= {"seed", "model", "clients", "rounds", "strategy", "cut", "parameters", "eval_loss"}
     assert set(summary) >= {"tokens", "tokens_per_second", "wall_seconds", "bytes", "peak_memory"}
-    assert all(
-        summary["bytes"][f"{what}_{way}"] for what in ("activation", "gradient", "adapter") for way in ("up", "down")
-    )
+    sent = summary["bytes"]
+    assert all(sent[f"{what}_{way}"] for what in ("activation", "gradient") for way in ("up", "down"))
+    assert sent["adapter_up"] and not sent["adapter_down"]  # what the only round starts from follows from the seed
     assert summary["tokens"] == 8 * 2 * 2 * 32
 
 
@@ -77,6 +77,31 @@ def test_what_is_called_deterministic_is_so_to_the_bit(argv: tuple[str, ...], tm
     losses = [json.loads((tmp_path / workers / "summary.json").read_text()) for workers in ("1", "2")]
     assert losses[0]["eval_loss"] == losses[1]["eval_loss"]
     assert losses[0]["forgotten"] == losses[1]["forgotten"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """SIGKILL in the third round of four; base weights, control variates and personal parts come back."""
+    argv = [*TINY, "--clients", "3", "--rounds", "4", "--strategy", "flora", "--lora.rank", "2,4"]
+    argv += ["--share", "bottom,trunk", "--trunk.schedule", "copies"]
+    done = command(*argv, "--out", "straight", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    call = [sys.executable, "-m", "fedsplit.simulate", *argv, "--out", "killed"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("round 2/4"):
+                run.kill()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    done = command("--resume", "killed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "goes on after round " in done.stdout
+    for where in ("adapter", "personal/0000", "personal/0002"):
+        one, two = (adapter(tmp_path / name, where) for name in ("straight", "killed"))
+        assert one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "killed"))
+    assert before["eval_loss"] == after["eval_loss"] and before["tokens"] == after["tokens"]
+    assert command("--resume", "killed", cwd=tmp_path).stderr.startswith("fedsplit: rounds: 4 is not possible")
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ class Federation:
         self._tally = _Tally()
         self._forgotten: dict[str, float] = {}
         self._error: float | None = None
+        self._told: Counter[str] = Counter()
         self.summary: dict[str, Any] | None = None
 
     def app(self) -> ServerApp:
@@ -172,6 +173,7 @@ class Federation:
         tally = facts["tally"]
         self._tally = _Tally(**{**tally, "traffic": Counter(tally["traffic"])})
         self._forgotten, self._error = facts["forgotten"], facts["error"]
+        self._told = Counter({way: self._tally.traffic[f"adapter_{way}"] for way in ("up", "down")})
         self._watcher.line(f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}")
         return adapters
 
@@ -364,11 +366,18 @@ class Federation:
                 "perplexity": perplexity(loss),
                 "clients": {self._exchange.members[c].name: m.loss for c, m in measured.items()},
                 "forgotten": self._forgotten,
+                "adapter_bytes": {way: self._adapter_bytes(way) for way in ("up", "down")},
                 "tokens": sum(m.tokens for m in measured.values()),
                 "seconds": time.perf_counter() - started,
             }
         )
         return loss
+
+    def _adapter_bytes(self, way: str) -> int:
+        """What crossed of adapters, control variates and changes of base weights since this was asked last."""
+        so_far = self._tally.traffic[f"adapter_{way}"]
+        before, self._told[way] = self._told[way], so_far
+        return so_far - before
 
     def _announce(self, round: int, loss: float, updates: Sequence[ClientUpdate] = ()) -> None:
         tally, elapsed = self._tally, self._wall()

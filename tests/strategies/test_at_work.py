@@ -189,14 +189,18 @@ def test_bytes_are_those_that_the_algorithm_needs(
         adapters.add(part, config.lora, config.seed)
         for key, tensor in adapters.parameters(part).items():
             sizes["A" if "lora_A" in key else "B"] += tensor.nbytes
+    for name, (sent_up, sent_down) in bytes_of.items():
+        rounds = [event["adapter_bytes"] for event in events(tmp_path / name, "evaluate")]
+        assert len(rounds) == 4 and rounds[0] == {"up": 0, "down": 0}
+        assert (sum(r["up"] for r in rounds), sum(r["down"] for r in rounds)) == (sent_up, sent_down)
     close = lambda size: pytest.approx(size, rel=0.35)  # noqa: E731  # each array has a header of up to 200 bytes
     both = sizes["A"] + sizes["B"]
     assert up == close(3 * 3 * both) and down == close(2 * 3 * both)
     assert bytes_of["fedprox"] == (up, down)
     assert bytes_of["ffa"] == (close(3 * 3 * sizes["B"]), close(2 * 3 * sizes["B"]))
     # B, A, B up; down the factor that the round before has changed.
-    rounds = 2 * sizes["B"] + sizes["A"], sizes["B"] + sizes["A"]
-    assert bytes_of["rolora"] == (close(3 * rounds[0]), close(3 * rounds[1]))
+    rolora = 2 * sizes["B"] + sizes["A"], sizes["B"] + sizes["A"]
+    assert bytes_of["rolora"] == (close(3 * rolora[0]), close(3 * rolora[1]))
     assert bytes_of["fedsa"] == (close(3 * 3 * sizes["A"]), close(2 * 3 * sizes["A"]))
     assert bytes_of["flora"][0] == up
     ranks = [sum(event["residual_rank"].values()) for event in events(tmp_path / "flora", "aggregate")]

@@ -19,11 +19,12 @@ from torch import Tensor
 from fedsplit import adapters
 from fedsplit.config import Config
 from fedsplit.dispatch import Answer, Dispatcher
+from fedsplit.learners import Copy, Start
 from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet
 from fedsplit.split import TYPES, load_parts
-from fedsplit.trunk import Copy, Start, TrunkServer
+from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Adapters
 from fedsplit.wire import make_codec
 
@@ -130,9 +131,13 @@ class TrunkActor:
         ended: dict[str, int] = await self._in_order(self._dispatcher.end_round, finished)
         return ended
 
-    async def on_server(self, method: str, *args: Any) -> Any:
-        """Calls one of `TrunkServer`'s own methods, between two steps: see the handle for which there are."""
-        return await self._in_order(getattr(self._dispatcher.server, method), *args)
+    async def learners(self, method: str, *args: Any) -> Any:
+        """Calls a method of `Learners`, between two steps: see the handle for which there are."""
+        return await self._in_order(getattr(self._dispatcher.server.learners, method), *args)
+
+    async def fold(self, changes: Mapping[str, LowRank]) -> None:
+        """As `TrunkServer.fold`."""
+        await self._in_order(self._dispatcher.server.fold, changes)
 
     async def status(self) -> dict[str, Any]:
         """What the process can tell: see the keys below; bytes, and counts of parameters.
@@ -205,35 +210,35 @@ class TrunkHandle:
         return ended
 
     def assign(self, starts: Mapping[int, Start]) -> None:
-        """As `TrunkServer.assign`."""
-        self._begin("on_server", "assign", dict(starts))()
+        """As `Learners.assign`."""
+        self._begin("learners", "assign", dict(starts))()
 
     def copies(self) -> dict[int, Copy]:
-        """As `TrunkServer.copies`."""
-        copies: dict[int, Copy] = self._begin("on_server", "copies")()
+        """As `Learners.copies`."""
+        copies: dict[int, Copy] = self._begin("learners", "copies")()
         return copies
 
     def read(self) -> Adapters:
-        """As `TrunkServer.read`."""
-        adapter: Adapters = self._begin("on_server", "read")()
+        """As `Learners.read`."""
+        adapter: Adapters = self._begin("learners", "read")()
         return adapter
 
     def write(self, tensors: Mapping[str, Tensor], own: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
-        """As `TrunkServer.write`."""
-        self._begin("on_server", "write", dict(tensors), dict(own or {}))()
+        """As `Learners.write`."""
+        self._begin("learners", "write", dict(tensors), dict(own or {}))()
 
     def fold(self, changes: Mapping[str, LowRank]) -> None:
         """As `TrunkServer.fold`."""
-        self._begin("on_server", "fold", dict(changes))()
+        self._begin("fold", dict(changes))()
 
     def moments(self) -> dict[str, Tensor]:
-        """As `TrunkServer.moments`."""
-        moments: dict[str, Tensor] = self._begin("on_server", "moments")()
+        """As `Learners.moments`."""
+        moments: dict[str, Tensor] = self._begin("learners", "moments")()
         return moments
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """As `TrunkServer.restore`."""
-        self._begin("on_server", "restore", dict(tensors), dict(moments))()
+        """As `Learners.restore`."""
+        self._begin("learners", "restore", dict(tensors), dict(moments))()
 
     def status(self) -> dict[str, Any]:
         """As `TrunkActor.status`."""

@@ -208,7 +208,7 @@ class Dispatcher:
     def _pass_barrier(self) -> None:
         self._active &= {client for client, count in self._contributed.items() if count >= self._every}
         self._contributed.clear()
-        self.server.close_window()
+        self.server.learners.close_window()
 
     def _serve(self, chosen: Sequence[_Request]) -> None:
         packets = [request.packet for request in chosen]

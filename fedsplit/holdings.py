@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fedsplit.config import PARTS, Config
+from fedsplit.learners import Copy, Start
 from fedsplit.lowrank import LowRank
 from fedsplit.schedules import SCHEDULES
 from fedsplit.store import ClientStore, FoldLog
-from fedsplit.trunk import Copy, Start
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Traits, factor_of
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from fedsplit.config import TrainSettings
 from fedsplit.local import LocalRule
 from fedsplit.optim import make_optimizer
-from fedsplit.packets import StepKey
 from fedsplit.updates import Task
 
 Version = dict[str, Tensor]
@@ -93,17 +90,3 @@ class Learner:
             name, _, what = key.rpartition(":")
             assert self._optimizer is not None
             self._optimizer.state[self._parameters[name]][what] = value.clone()
-
-
-@dataclass
-class GradientSum:
-    """Gradients of a client on their way to a step of the optimiser, and of which of its steps."""
-
-    steps: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, key: StepKey, gradients: Mapping[str, Tensor]) -> None:
-        """Adds those of one step or micro-batch."""
-        self.steps[key.place] += 1
-        for name, gradient in gradients.items():
-            self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient

@@ -11,14 +11,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fedsplit import adapters
 from fedsplit.config import TrainSettings
-from fedsplit.learner import GradientSum, Learner, Version
+from fedsplit.learner import Learner, Version
+from fedsplit.learners import Learners
 from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet, StepKey
@@ -26,7 +27,6 @@ from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Trunk
 from fedsplit.steps import RefusedStep, SpoiledStep, Steps
-from fedsplit.updates import Adapters, Task
 from fedsplit.wire import Codec
 
 WAIT_SECONDS = 0.05
@@ -74,34 +74,6 @@ class _Flight:
         return {key: row[:, : hidden.shape[1]] for row, (key, hidden) in zip(rows, self.inputs.items(), strict=True)}
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a client's copy of the trunk's adapter begins a round with.
-
-    Attributes:
-        tensors: The adapter by exported name; clients may differ in rank.
-        task: What the strategy asks of training.
-        own: The client's control variate for these tensors.
-    """
-
-    tensors: Mapping[str, Tensor]
-    task: Task = field(default_factory=Task)
-    own: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Copy:
-    """What a client's copy has become.
-
-    Attributes:
-        adapters: After the client's last step.
-        control: What the client's control variate has changed by.
-    """
-
-    adapters: Adapters
-    control: Mapping[str, Tensor]
-
-
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draws dropout from a seed of its own and leaves the global state as it was."""
@@ -118,6 +90,7 @@ class TrunkServer:
     weights its activations came from, however many steps of others lie between.
 
     Attributes:
+        learners: The adapters that learn.
         steps: Which steps are pending.
         traffic: Bytes by direction ("activation_up", …), of training, under "evaluation_…" of evaluation, and
             under "repeated_…" of what crossed more than once.
@@ -154,28 +127,19 @@ class TrunkServer:
             budget: For resident memory; none where not given.
             clock: Seconds, for leases.
         """
-        self._part, self._codec, self._settings, self._seed = part, codec, settings, seed
+        self._part, self._codec, self._seed = part, codec, seed
         self._schedule = SCHEDULES[schedule]
-        self._layers = adapters.read(part).layers
         # Where a version is put before it computes. `torch.func.functional_call` does the same, but looks at
         # every parameter of the part each time, which takes 3 % of a step of the bundled model.
         self._slots = {adapters.exported_name(part, n): _slot(part, n) for n in adapters.local_parameters(part)}
-        self._shared = Learner(adapters.parameters(part), settings, self._schedule.learns)
         self._placed: Version = {}
-        self._copies: dict[int, Learner] = {}
-        self._sums: dict[int, GradientSum] = {}
         self._budget = budget or Budget(None)
         self._promised: dict[StepKey, tuple[int, float]] = {}
         self._clock, self._lease = clock, lease
         self.steps: Steps[_Flight] = Steps(run, incarnation, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-
-    def _learner_of(self, client: int, begins: bool) -> Learner:
-        """Whose adapter a client's step is computed with."""
-        if begins and self._schedule.personal and client not in self._copies:
-            self._copies[client] = Learner(self._shared.version, self._settings, self._schedule.learns)
-        return self._copies.get(client, self._shared)
+        self.learners = Learners(adapters.read(part), self._schedule, settings, self.counts)
 
     def _place(self, version: Version) -> None:
         """Puts a version where the part's layers look for it."""
@@ -332,7 +296,7 @@ class TrunkServer:
 
     def _take_off(self, packets: Sequence[Packet], inputs: Mapping[StepKey, Tensor], keeps: bool) -> _Flight:
         masks = {p.key: self._codec.decode(p.tensors["mask"]) for p in packets if "mask" in p.tensors}
-        learner = self._learner_of(packets[0].key.client, begins=keeps)
+        learner = self.learners.of(packets[0].key.client, begins=keeps)
         path = [(key.round, key.client, key.step, key.micro) for key in (packet.key for packet in packets)]
         flown = {packet.key: inputs[packet.key] for packet in packets}
         return _Flight(flown, masks, learner, learner.version, derive_seed(self._seed, "trunk", *path))
@@ -342,7 +306,7 @@ class TrunkServer:
 
         Where the schedule learns, the gradient of the adapter goes to the optimiser: at once under `shared` and
         `copies` (after the last micro-batch), averaged over the clients under `batched`, and at `close_window`
-        under `accumulate`. A gradient that comes again gets the same answer and counts no more.
+        under `accumulate`, as `Learners` has it. A gradient that comes again gets the same answer and counts no more.
 
         Args:
             packets: Gradients (B, T, D), of one flight.
@@ -387,60 +351,17 @@ class TrunkServer:
         self.counts["backwards"] += 1
         self._budget.freed()
         if learned:
-            self._learn(flight, packets, dict(zip(learned, gradients, strict=False)))
+            found = dict(zip(learned, gradients, strict=False))
+            self.learners.learn(flight.learner, flight.version, flight.spent, packets, found)
         flight.spent = True
         return dict(zip(wanted, gradients[len(learned) :], strict=True))
-
-    def _learn(self, flight: _Flight, packets: Sequence[Packet], gradients: Mapping[str, Tensor]) -> None:
-        key, learner = packets[0].key, flight.learner
-        if self._schedule.gathers:
-            if flight.spent:
-                self.counts["late"] += 1
-                return
-            self._step(learner, {name: gradient / len(packets) for name, gradient in gradients.items()})
-            return
-        if self._schedule.sums and flight.version is not learner.version:
-            self.counts["late"] += 1
-            return
-        if not self._schedule.sums and packets[0].micros == 1:
-            self._step(learner, gradients)
-            return
-        total = self._sums.get(key.client)
-        if total is None or (not self._schedule.sums and key.place not in total.steps):
-            total = self._sums[key.client] = GradientSum()
-        total.add(key, gradients)
-        if not self._schedule.sums and total.steps[key.place] == packets[0].micros:
-            del self._sums[key.client]
-            self._step(learner, total.gradients)
-
-    def _step(self, learner: Learner, gradients: Mapping[str, Tensor]) -> None:
-        learner.step(gradients)
-        self.counts["steps"] += 1
-
-    def close_window(self, clients: Sequence[int] | None = None) -> bool:
-        """Under `accumulate`: one step with the sum of the gradients since the last, in the order of the clients.
-
-        Args:
-            clients: Whose gradients count; everybody's where not given.
-
-        Returns:
-            Whether there was anything to sum.
-        """
-        chosen = sorted(self._sums if clients is None else self._sums.keys() & set(clients))
-        sums = [self._sums[client].gradients for client in chosen]
-        self._sums.clear()
-        if not sums:
-            return False
-        self._step(self._shared, {name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]})
-        return True
 
     def leave(self, client: int) -> None:
         """A client has ended its round, or is dead: what is pending of it is freed."""
         self.counts["abandoned"] += self.steps.leave(client)
         self._promised = {key: promise for key, promise in self._promised.items() if key.client != client}
         self._budget.freed()
-        if not self._schedule.sums:
-            self._sums.pop(client, None)
+        self.learners.leave(client)
 
     def expire(self) -> None:
         """Frees forwards whose lease has run out."""
@@ -461,47 +382,10 @@ class TrunkServer:
         """
         for client in {key.client for flight in self.steps.pending() for key in flight.inputs}:
             self.leave(client)
-        if self._schedule.sums:
-            self.close_window(finished)
-        self._copies = {client: copy for client, copy in self._copies.items() if client in finished}
+        self.learners.end_round(finished)
         counts = {name: count for name, count in self.counts.items() if count}
         self.counts.clear()
         return counts
-
-    def assign(self, starts: Mapping[int, Start]) -> None:
-        """Under `copies`: what each client's copy begins the round with; a client not named begins with the trunk's.
-
-        Args:
-            starts: By client.
-        """
-        self._copies = {
-            client: Learner(start.tensors, self._settings, self._schedule.learns, start.task, start.own)
-            for client, start in starts.items()
-        }
-
-    def copies(self) -> dict[int, Copy]:
-        """Under `copies`: each client's adapter of the round that has ended."""
-        return {
-            client: Copy(self._named(learner.version), learner.control_change())
-            for client, learner in sorted(self._copies.items())
-        }
-
-    def read(self) -> Adapters:
-        """The trunk's adapter as it is now."""
-        return self._named(self._shared.version)
-
-    def _named(self, version: Version) -> Adapters:
-        return Adapters({name: tensor.detach() for name, tensor in version.items()}, self._layers)
-
-    def write(self, tensors: Mapping[str, Tensor], own: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
-        """Replaces the trunk's adapter, and ends all copies; pending forwards keep the version they had.
-
-        Args:
-            tensors: By exported name.
-            own: Adapters that clients have for themselves, by client; what they evaluate is computed with them.
-        """
-        self._shared.write(tensors)
-        self.assign({client: Start(dict(personal)) for client, personal in (own or {}).items()})
 
     def fold(self, changes: Mapping[str, LowRank]) -> None:
         """Adds matrices to the base weights for good.
@@ -510,15 +394,6 @@ class TrunkServer:
             changes: By layer; other parts' layers are left out.
         """
         adapters.fold(self._part, changes)
-
-    def moments(self) -> dict[str, Tensor]:
-        """What the shared adapter's optimiser remembers; see `Learner.moments`."""
-        return self._shared.moments()
-
-    def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Goes on from what `read` and `moments` told in another life."""
-        self._shared.write(tensors)
-        self._shared.restore(moments)
 
     def count(self) -> dict[str, int]:
         """Total and trainable parameters."""
@@ -536,7 +411,7 @@ class TrunkServer:
             The smallest budget under which such a step can be served, in bytes.
         """
         hidden = torch.zeros(batch, length, self._part.config.hidden_size, requires_grad=True)
-        flight = _Flight({StepKey(0, 0, 0): hidden}, {}, self._shared, self._shared.version, 0)
+        flight = _Flight({StepKey(0, 0, 0): hidden}, {}, self.learners.shared, self.learners.shared.version, 0)
         storages: dict[int, int] = {}
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self._part.parameters(), *flight.version.values())}
 

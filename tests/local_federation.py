@@ -38,8 +38,9 @@ class LocalTrunk:
         )
         self.dispatcher = Dispatcher(self.server, config.trunk, clock)
         self.begin, self.leave, self.end_round = self.dispatcher.begin, self.dispatcher.leave, self.dispatcher.end_round
-        for method in ("assign", "copies", "read", "write", "fold", "moments", "restore"):
-            setattr(self, method, getattr(self.server, method))
+        self.fold = self.server.fold
+        for method in ("assign", "copies", "read", "write", "moments", "restore"):
+            setattr(self, method, getattr(self.server.learners, method))
 
     def send(self, packet: Packet) -> Callable[[], Packet]:
         answers: list[Any] = []

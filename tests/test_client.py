@@ -84,9 +84,9 @@ def fine_tune(
 def test_one_client_shared_follows_plain_peft_fine_tuning(model_path: Path, cut: tuple[int, int]) -> None:
     """Same order, same AdamW on all three parts: equal adapters after 20 steps."""
     client, server, given = make_client(model_path, "shared", cut)
-    start = {**given, **server.read().tensors}
+    start = {**given, **server.learners.read().tensors}
     update = client.train(given, round=1)
-    federated = {**update.adapters.tensors, **server.read().tensors}
+    federated = {**update.adapters.tensors, **server.learners.read().tensors}
 
     trained = fine_tune(model_path, start, client.shard.train, client.settings)
     for name, parameter in trained.items():
@@ -105,11 +105,11 @@ def test_one_client_shared_follows_plain_peft_fine_tuning(model_path: Path, cut:
 )
 def test_which_parts_learn_under_which_schedule(model_path: Path, schedule: str, learning: set[str]) -> None:
     client, server, given = make_client(model_path, schedule, steps=2)
-    trunk_before = server.read().tensors
+    trunk_before = server.learners.read().tensors
     after = client.train(given, round=1).adapters.tensors
     changed = {
         "bottom": any(not torch.equal(after[n], given[n]) for n in adapters.parameters(client.bottom)),
-        "trunk": any(not torch.equal(t, trunk_before[n]) for n, t in server.read().tensors.items()),
+        "trunk": any(not torch.equal(t, trunk_before[n]) for n, t in server.learners.read().tensors.items()),
         "top": any(not torch.equal(after[n], given[n]) for n in adapters.parameters(client.top)),
     }
     assert {part for part, did in changed.items() if did} == learning
@@ -181,7 +181,10 @@ def test_micro_batches_are_the_whole_batch(model_path: Path, schedule: str) -> N
         assert torch.allclose(tensor, three.adapters.tensors[name], atol=2e-6), name
     for server in (whole_server, split_server):
         assert server.end_round([0])["steps"] == (1 if schedule == "accumulate" else 4)
-    ones, threes = (s.copies()[0].adapters if schedule == "copies" else s.read() for s in (whole_server, split_server))
+    ones, threes = (
+        s.learners.copies()[0].adapters if schedule == "copies" else s.learners.read()
+        for s in (whole_server, split_server)
+    )
     for name, tensor in ones.tensors.items():
         assert torch.allclose(tensor, threes.tensors[name], atol=2e-6), name
 

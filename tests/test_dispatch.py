@@ -29,7 +29,7 @@ class Recorder:
         self.done: dict[StepKey, Packet] = {}
         self.room = True
         self.spoiled: set[int] = set()
-        self.steps = self
+        self.steps = self.learners = self
 
     def held(self, key: StepKey) -> object:
         if key not in self.flights:

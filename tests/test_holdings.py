@@ -10,9 +10,9 @@ import torch
 
 from fedsplit.config import Config, LoraSettings, TrunkSettings
 from fedsplit.holdings import Holdings
+from fedsplit.learners import Copy
 from fedsplit.lowrank import LowRank
 from fedsplit.store import ClientStore, Kept
-from fedsplit.trunk import Copy
 from fedsplit.updates import FACTORS, Adapters, Assignment, ClientUpdate, Layer, Task, Traits
 
 

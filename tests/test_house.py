@@ -28,7 +28,7 @@ LAYERS = [
         "fidelity",
     },
     {"split", "partition", "link", "learner"},
-    {"adapters"},
+    {"adapters", "learners"},
     {"trunk", "client", "checkpoint"},
     {"dispatch", "evaluate", "holdings"},
     {"actor"},

@@ -48,7 +48,7 @@ def test_the_gradient_is_the_parts_own_not_the_one_sent(model_path: Path) -> Non
     (part,) = load_parts(model_path, (1, 2), ["trunk"])
     adapters.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
     without_dropout(part)
-    adapters.write(server.read().tensors, part)
+    adapters.write(server.learners.read().tensors, part)
     hidden = RAW.decode(packet(0, 0).tensors["hidden"]).requires_grad_()
     expected = part(hidden)
     sent = RAW.decode(packet(0, 0, "gradient").tensors["gradient"])
@@ -63,7 +63,7 @@ def test_the_gradient_is_the_parts_own_not_the_one_sent(model_path: Path) -> Non
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_which_schedules_change_the_adapter(model_path: Path, schedule: str) -> None:
     server = make_server(model_path, schedule)
-    before = server.read().tensors
+    before = server.learners.read().tensors
     server.forward(packet(0, 0))
     if SCHEDULES[schedule].returns_gradient:
         assert server.backward(packet(0, 0, "gradient")).tensors
@@ -71,11 +71,13 @@ def test_which_schedules_change_the_adapter(model_path: Path, schedule: str) -> 
         with pytest.raises(UnknownStep):
             server.backward(packet(0, 0, "gradient"))
     at_once = schedule in ("shared", "batched")
-    after = server.read().tensors
+    after = server.learners.read().tensors
     for name in before:
         assert torch.equal(before[name], after[name]) == (not at_once), name
     counts = server.end_round([0])
-    at_the_end = server.copies()[0].adapters.tensors if schedule == "copies" else server.read().tensors
+    at_the_end = (
+        server.learners.copies()[0].adapters.tensors if schedule == "copies" else server.learners.read().tensors
+    )
     for name in before:
         assert torch.equal(before[name], at_the_end[name]) == (not SCHEDULES[schedule].learns), name
     assert counts.get("steps", 0) == SCHEDULES[schedule].learns
@@ -130,7 +132,7 @@ def plain_gradients(path: Path, server: TrunkServer, clients: dict[int, int]) ->
     (part,) = load_parts(path, (1, 2), ["trunk"])
     adapters.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
     without_dropout(part)
-    adapters.write(server.read().tensors, part)
+    adapters.write(server.learners.read().tensors, part)
     found = {}
     for client, length in clients.items():
         hidden = RAW.decode(packet(client, 0, length=length).tensors["hidden"]).requires_grad_()
@@ -146,7 +148,7 @@ def test_batched_steps_are_those_of_each_client_and_their_mean(
     """Whatever the lengths: each gets its own gradient, and the adapter one step with the mean."""
     monkeypatch.setattr("fedsplit.learner.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
     server = make_server(model_path, "batched")
-    before = server.read().tensors
+    before = server.learners.read().tensors
     expected = plain_gradients(model_path, server, lengths)
     alone = {c: make_server(model_path, "batched").forward(packet(c, 0, length=n)) for c, n in lengths.items()}
     together = server.forward_together([packet(c, 0, length=n) for c, n in lengths.items()])
@@ -157,7 +159,7 @@ def test_batched_steps_are_those_of_each_client_and_their_mean(
     answers = server.backward_together([packet(c, 0, "gradient", length=n) for c, n in lengths.items()])
     for client, answer in zip(lengths, answers, strict=True):
         assert torch.allclose(RAW.decode(answer.tensors["gradient"]), expected[f"input {client}"], atol=1e-4), client
-    for name, tensor in server.read().tensors.items():
+    for name, tensor in server.learners.read().tensors.items():
         assert torch.allclose(tensor, before[name] - 0.1 * expected[name] / 3, atol=1e-4), name
     assert server.end_round([])["steps"] == 1
     assert server.traffic["activation_up"] == sum(2 * length * 32 * 4 for length in lengths.values())
@@ -172,10 +174,12 @@ def test_fused_kernels_train_the_trunk_as_the_library_does(model_path: Path, sch
         for step in range(4):
             server.forward(packet(0, step))
             server.backward(packet(0, step, "gradient"))
-            server.close_window()
+            server.learners.close_window()
         server.end_round([0])
-        trained.append((server.copies()[0].adapters if schedule == "copies" else server.read()).tensors)
-    start = make_server(model_path, schedule).read().tensors
+        trained.append(
+            (server.learners.copies()[0].adapters if schedule == "copies" else server.learners.read()).tensors
+        )
+    start = make_server(model_path, schedule).learners.read().tensors
     for name, tensor in trained[0].items():
         assert (tensor - start[name]).abs().max() > 0.01, name
         assert torch.allclose(tensor, trained[1][name], atol=1e-3), name
@@ -188,10 +192,10 @@ def test_who_comes_late_to_a_batch_gets_its_gradient_but_does_not_count(model_pa
         trunk.forward_together([packet(0, 0), packet(1, 0)])
     expected = whole.backward_together([packet(0, 0, "gradient"), packet(1, 0, "gradient")])[1]
     server.backward(packet(0, 0, "gradient"))
-    after = server.read().tensors
+    after = server.learners.read().tensors
     late = server.backward(packet(1, 0, "gradient"))
     assert torch.allclose(RAW.decode(late.tensors["gradient"]), RAW.decode(expected.tensors["gradient"]), atol=1e-6)
-    assert all(torch.equal(after[name], tensor) for name, tensor in server.read().tensors.items())
+    assert all(torch.equal(after[name], tensor) for name, tensor in server.learners.read().tensors.items())
     counts = server.end_round([])
     assert (counts["steps"], counts["late"], counts["recomputed"]) == (1, 1, 1)
 
@@ -199,14 +203,14 @@ def test_who_comes_late_to_a_batch_gets_its_gradient_but_does_not_count(model_pa
 def test_accumulated_gradients_are_one_step_with_their_sum(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsplit.learner.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
     server = make_server(model_path, "accumulate")
-    before, expected = server.read().tensors, plain_gradients(model_path, server, {0: 5, 1: 5})
+    before, expected = server.learners.read().tensors, plain_gradients(model_path, server, {0: 5, 1: 5})
     for client in (1, 0):
         server.forward(packet(client, 0))
         server.backward(packet(client, 0, "gradient"))
-    assert server.close_window()
-    for name, tensor in server.read().tensors.items():
+    assert server.learners.close_window()
+    for name, tensor in server.learners.read().tensors.items():
         assert torch.allclose(tensor, before[name] - 0.1 * expected[name], atol=1e-4), name
-    assert not server.close_window()
+    assert not server.learners.close_window()
 
 
 def test_a_gradient_of_the_version_before_the_barrier_does_not_count(model_path: Path) -> None:
@@ -214,9 +218,9 @@ def test_a_gradient_of_the_version_before_the_barrier_does_not_count(model_path:
     server.forward(packet(0, 0))
     server.forward(packet(1, 0))
     server.backward(packet(0, 0, "gradient"))
-    server.close_window()
+    server.learners.close_window()
     assert server.backward(packet(1, 0, "gradient")).tensors
-    assert not server.close_window()
+    assert not server.learners.close_window()
     assert server.end_round([0, 1])["late"] == 1
 
 
@@ -227,7 +231,9 @@ def test_only_clients_that_finished_are_summed_at_the_rounds_end(model_path: Pat
             server.forward(packet(client, 0))
             server.backward(packet(client, 0, "gradient"))
         server.end_round([0])
-    assert all(torch.equal(tensor, both.read().tensors[name]) for name, tensor in one.read().tensors.items())
+    assert all(
+        torch.equal(tensor, both.learners.read().tensors[name]) for name, tensor in one.learners.read().tensors.items()
+    )
 
 
 def test_a_copy_depends_on_its_own_client_alone_to_the_bit(model_path: Path) -> None:
@@ -239,13 +245,15 @@ def test_a_copy_depends_on_its_own_client_alone_to_the_bit(model_path: Path) -> 
             for client in reversed(clients):
                 server.backward(packet(client, step, "gradient"))
         server.end_round(clients)
-    one, other = alone.copies()[1].adapters.tensors, among.copies()[1].adapters.tensors
+    one, other = alone.learners.copies()[1].adapters.tensors, among.learners.copies()[1].adapters.tensors
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    assert sorted(among.copies()) == [0, 1, 2]
-    assert any(not torch.equal(tensor, among.copies()[0].adapters.tensors[name]) for name, tensor in one.items())
-    among.write(one)
-    assert among.copies() == {}
-    assert all(torch.equal(tensor, among.read().tensors[name]) for name, tensor in one.items())
+    assert sorted(among.learners.copies()) == [0, 1, 2]
+    assert any(
+        not torch.equal(tensor, among.learners.copies()[0].adapters.tensors[name]) for name, tensor in one.items()
+    )
+    among.learners.write(one)
+    assert among.learners.copies() == {}
+    assert all(torch.equal(tensor, among.learners.read().tensors[name]) for name, tensor in one.items())
 
 
 def test_recomputing_changes_no_bit(model_path: Path) -> None:
@@ -259,7 +267,7 @@ def test_recomputing_changes_no_bit(model_path: Path) -> None:
     for client in (0, 1):
         one, two = (server.backward(packet(client, 0, "gradient")) for server in (kept, again))
         assert torch.equal(RAW.decode(one.tensors["gradient"]), RAW.decode(two.tensors["gradient"]))
-    assert all(torch.equal(t, again.read().tensors[n]) for n, t in kept.read().tensors.items())
+    assert all(torch.equal(t, again.learners.read().tensors[n]) for n, t in kept.learners.read().tensors.items())
     assert "recomputed" not in kept.end_round([])
     assert again.end_round([])["recomputed"] == 2
 
@@ -338,11 +346,11 @@ def test_a_batch_that_finds_room_for_some_serves_those(model_path: Path) -> None
 def test_calibration_sees_what_a_step_holds(model_path: Path) -> None:
     budget = Budget(2**40)
     server = make_server(model_path, "shared", budget=budget)
-    before = server.read().tensors
+    before = server.learners.read().tensors
     least = server.calibrate(2, 8)
     assert 10**8 < least < 2**40
     assert 5 * 32 * 4 < budget._graph < 200 * 32 * 4
-    assert all(torch.equal(before[name], tensor) for name, tensor in server.read().tensors.items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in server.learners.read().tensors.items())
     assert len(server.steps) == 0
 
 
@@ -372,10 +380,10 @@ def test_bytes_are_those_of_the_tensors(model_path: Path) -> None:
 
 def test_no_gradient_is_sent_to_a_bottom_that_cannot_use_it(model_path: Path) -> None:
     server = make_server(model_path, "shared")
-    before = server.read().tensors
+    before = server.learners.read().tensors
     server.forward(packet(0, 0, wants=False))
     assert server.backward(packet(0, 0, "gradient")).nbytes == 0
-    assert any(not torch.equal(before[name], tensor) for name, tensor in server.read().tensors.items())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in server.learners.read().tensors.items())
 
 
 def test_parameters_are_counted_as_trained_only_where_they_are(model_path: Path) -> None:

@@ -112,7 +112,7 @@ class Trunk(RuleBasedStateMachine):
             budget=budget,
             clock=lambda: self.now,
         )
-        self.server.write({NAME: self.saved})
+        self.server.learners.write({NAME: self.saved})
         self.shared = Learner(self.saved)
         self.own: dict[int, Learner] = {}
         self.sums: dict[int, Tensor] = {}
@@ -268,7 +268,7 @@ class Trunk(RuleBasedStateMachine):
     @rule()
     def barrier(self) -> None:
         """Gradients that are under way now will be of an old version, and count no more."""
-        self.server.close_window()
+        self.server.learners.close_window()
         if self.sums:
             self.shared.step(torch.stack([self.sums[client] for client in sorted(self.sums)]).sum(0))
         self.sums.clear()
@@ -281,8 +281,8 @@ class Trunk(RuleBasedStateMachine):
         if self.schedule == "accumulate" and (sums := [self.sums[c] for c in (0, 1) if c in self.sums]):
             self.shared.step(torch.stack(sums).sum(0))
         if self.schedule == "copies":
-            assert sorted(self.server.copies()) == sorted(set(self.own) & {0, 1})
-            self.server.write({NAME: self.saved})
+            assert sorted(self.server.learners.copies()) == sorted(set(self.own) & {0, 1})
+            self.server.learners.write({NAME: self.saved})
             self.shared.weight.data.copy_(self.saved)
         for client in {key.client for key in self.pending}:
             self.forget(client)
@@ -290,7 +290,7 @@ class Trunk(RuleBasedStateMachine):
         self.sums.clear()
         self.own.clear()
         self.round += 1
-        self.saved = self.server.read().tensors[NAME].clone()
+        self.saved = self.server.learners.read().tensors[NAME].clone()
 
     @rule(luck=LUCK)
     def kill_and_restart(self, luck: int) -> None:
@@ -308,8 +308,8 @@ class Trunk(RuleBasedStateMachine):
         if not hasattr(self, "server"):
             return
         assert len(self.server.steps) == len(self.pending)
-        assert torch.allclose(self.server.read().tensors[NAME], self.shared.weight, atol=1e-5)
-        for client, copy in self.server.copies().items():
+        assert torch.allclose(self.server.learners.read().tensors[NAME], self.shared.weight, atol=1e-5)
+        for client, copy in self.server.learners.copies().items():
             assert torch.allclose(copy.adapters.tensors[NAME], self.own[client].weight, atol=1e-5)
 
 

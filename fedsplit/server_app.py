@@ -177,6 +177,9 @@ class Federation:
         self._watcher.line(f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}")
         return adapters
 
+    def _log(self, event: Mapping[str, Any]) -> None:
+        self._folder.log({**event, "elapsed": self._wall()})
+
     def _wall(self) -> float:
         """Seconds since the command began, and those of the commands that it goes on from."""
         return self._tally.wall_seconds + time.perf_counter() - self._started
@@ -242,7 +245,7 @@ class Federation:
         self._tally.tokens += tokens
         self._tally.train_seconds += seconds
         self._remember_memory(replies)
-        self._folder.log(
+        self._log(
             {
                 "event": "train",
                 "round": round,
@@ -306,7 +309,7 @@ class Federation:
             found = measure(updates, result)
             event |= {"error": found.overall, "layers": found.layers, "residual_rank": found.residual_rank}
             self._error = found.overall
-        self._folder.log(event)
+        self._log(event)
         return result.with_tensors(result.tensors)
 
     def _takes_turns(self) -> bool:
@@ -358,7 +361,7 @@ class Federation:
             for client, then in own.items()
             if then.tokens and client in by_client
         }
-        self._folder.log(
+        self._log(
             {
                 "event": "evaluate",
                 "round": round,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from experiments.speed import report, watch
+from experiments.speed.overhead import PLANS, overhead
 from experiments.speed.run import FLOWER_CLIENTS, Bench
 from experiments.speed.whole import Trainer
 from fedsplit.config import parse
@@ -104,3 +105,16 @@ def test_the_worker_waits_and_trains_on_until_it_is_told(tmp_path: Path) -> None
     done = subprocess.run([*command, "--", *flags], input="go\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ready\n{") and '"tokens": 8' in done.stdout
+
+
+def test_overhead_is_what_is_left_without_steps_and_sequences() -> None:
+    """Training 1 + 0.2 a step, evaluation 0.5 + 0.1 a sequence, 0.3 between: 1.8 of 3 + 3.7 + 0.3 = 7."""
+    records = [
+        {"steps": s, "sequences": n, "train": 1 + 0.2 * s, "evaluate": 0.5 + 0.1 * n, "between": 0.3}
+        for s, n in PLANS
+        for _ in range(3)
+    ]
+    found = overhead(records)
+    assert found == pytest.approx({"round": 7.0, "train": 1.0, "evaluate": 0.5, "between": 0.3, "share": 1.8 / 7.0})
+    machine = {"versions": {}, "cpu": "x", "cores": 2, "memory": 2**30, "commit": "y", "date": "z"}
+    assert "25.7%" in report.overhead_text({"machine": machine, "records": records})

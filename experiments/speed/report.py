@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.speed.overhead import overhead
+
 HERE = Path(__file__).parent
 ROLES = {"worker": "process", "client": "client", "trunk": "trunk", "command": "server"}
 
@@ -126,6 +128,22 @@ def remote_text(result: Mapping[str, Any]) -> str:
     return "\n".join([conditions(result["machine"]), "", *table(head, rows), ""])
 
 
+def overhead_text(result: Mapping[str, Any]) -> str:
+    """The table of `overhead.py`."""
+    found = overhead(result["records"])
+    rows = [
+        [name, number(1000 * found[what]), f"{found[what] / found['round']:.1%}"]
+        for name, what in {
+            "a round": "round",
+            "training, with no step": "train",
+            "evaluation, with no sequence": "evaluate",
+            "between them": "between",
+        }.items()
+    ]
+    rows.append(["not computation, in all", number(1000 * found["share"] * found["round"]), f"{found['share']:.1%}"])
+    return "\n".join([conditions(result["machine"]), "", *table(["", "ms", ""], rows), ""])
+
+
 def write_between(readme: Path, marker: str, text: str) -> None:
     """Replaces what stands between a marker's two comments."""
     begin, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
@@ -140,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HERE, help="where README.md and the results are")
     folder = parser.parse_args().folder
-    for name, text in {"result.json": sides_text, "remote.json": remote_text}.items():
+    for name, text in {"result.json": sides_text, "remote.json": remote_text, "overhead.json": overhead_text}.items():
         if (folder / name).exists():
             write_between(folder / "README.md", name, text(json.loads((folder / name).read_text())))
 

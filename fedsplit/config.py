@@ -1,4 +1,4 @@
-"""Every setting of a run: defaults, TOML and flags in; a checked, frozen configuration out.
+"""Every setting of a run: a checked, frozen configuration, and its way to plain values and back.
 
 The dataclasses below are the only list of settings there is: flags, TOML keys, help texts
 and checks are all read off their fields. Precedence: default < `--config file.toml` < flag.
@@ -6,16 +6,14 @@ and checks are all read off their fields. Precedence: default < `--config file.t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import math
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 DEFAULT_MODEL = "sotu-gpt2"
 """The name of the base model that ships with the package."""
@@ -272,9 +270,6 @@ class Config:
         return BUNDLED_MODEL if self.model == DEFAULT_MODEL else Path(self.model)
 
 
-MAY_DIFFER = ("resume", "rounds", "workers", "threads", "trunk.threads")
-"""What may be set of a run that goes on."""
-
 OPTIONS = "strategy_options"
 SECTIONS = {
     f.name: get_type_hints(Config)[f.name] for f in dataclasses.fields(Config) if not f.metadata and f.name != OPTIONS
@@ -358,7 +353,7 @@ def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None
     parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in values.items():
         if name not in LEAVES:
-            raise InputError(f"there is no setting {name}; {_suggest(name, LEAVES)}")
+            raise InputError(f"there is no setting {name}; {suggest(name, LEAVES)}")
         section, _, leaf = name.rpartition(".")
         (parts[section] if section else top)[leaf] = _convert(name, value, LEAVES[name][1])
     for name, value in (options or {}).items():
@@ -368,33 +363,13 @@ def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None
     return Config(**top, **sections, strategy_options=dict(options or {}))
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What somebody may have meant by a name that is not known."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return "did you mean " + " or ".join(close) + "?" if close else "see --help for the list"
 
 
-def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
-    """Reads a configuration file.
-
-    Returns:
-        The settings by dotted name, and the strategy's options.
-
-    Raises:
-        SettingError: The file cannot be read or is not TOML.
-    """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingError("config", path, f"a TOML file that can be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise SettingError("config", path, f"a TOML file ({error})") from None
-    options = document.pop(OPTIONS, {})
-    if not isinstance(options, dict):
-        raise SettingError(OPTIONS, options, "a table")
-    return _dotted(document), options
-
-
-def _dotted(document: Mapping[str, Any]) -> dict[str, object]:
+def dotted(document: Mapping[str, Any]) -> dict[str, object]:
     """Nested values, as a file has them, by dotted name."""
     values: dict[str, object] = {}
     for key, value in document.items():
@@ -421,81 +396,4 @@ def as_document(config: Config) -> dict[str, Any]:
 def from_document(document: Mapping[str, Any]) -> Config:
     """The inverse of `as_document`."""
     settings = {key: value for key, value in document.items() if key != OPTIONS}
-    return build(_dotted(settings), document.get(OPTIONS))
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m fedsplit.simulate",
-        description="Simulates a federation that fine-tunes one language model, cut in three, on text none shares.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings; flags win over it")
-    groups: dict[str, Any] = {"": parser}
-    for name, (leaf, kind) in LEAVES.items():
-        section = name.rpartition(".")[0]
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section, SECTIONS[section].__doc__)
-        flags = [f"--{name.replace('_', '-')}"]
-        if leaf.metadata["alias"]:
-            flags.append(leaf.metadata["alias"])
-        shown = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else leaf.default
-        default = "" if shown == "" or shown is False else f" (default: {shown})"
-        metavar = {int: "N", float: "X"}.get(kind, "NAME")
-        words = leaf.metadata["allowed"].words
-        choices = f": {words}" if " | " in words else ""
-        text = (leaf.metadata["help"] + choices + default).replace("%", "%%")
-        values: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
-        groups[section].add_argument(*flags, dest=name, metavar=metavar, help=text, **values)
-    groups["lora"].description = (groups["lora"].description or "") + " A list is separated by commas."
-    parser.epilog = "--strategy.KEY VALUE sets a keyword argument of the strategy."
-    return parser
-
-
-def _strategy_options(rest: list[str]) -> dict[str, Any]:
-    """Reads `--strategy.KEY VALUE` pairs; anything else left over is unknown."""
-    options: dict[str, Any] = {}
-    words = [word for item in rest for word in (item.split("=", 1) if item.startswith("--") else [item])]
-    while words:
-        flag = words.pop(0)
-        if not flag.startswith("--strategy."):
-            known = [f"--{name.replace('_', '-')}" for name in LEAVES]
-            raise InputError(f"there is no flag {flag}; {_suggest(flag, known)}")
-        if not words:
-            raise InputError(f"{flag}: expected a value after it")
-        text = words.pop(0)
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except (ValueError, RecursionError):
-            value = text
-        options[flag.removeprefix("--strategy.")] = value
-    return options
-
-
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """Reads the command line, and the file it names, into a checked configuration.
-
-    Raises:
-        InputError: Something was given wrongly.
-    """
-    known, rest = _parser().parse_known_args(argv)
-    flags = vars(known)
-    file = flags.pop("config", None)
-    if run := flags.get("resume"):
-        changed = [name for name in (*flags, *rest) if name not in MAY_DIFFER]
-        if file is not None or changed:
-            what = "--config" if file is not None else changed[0]
-            raise InputError(
-                f"{what} cannot be set for a run that goes on; only {', '.join(MAY_DIFFER[1:])} may differ"
-            )
-        file = Path(run) / "config.toml"
-    values, options = read_toml(Path(file)) if file is not None else ({}, {})
-    return build({**values, **flags}, {**options, **_strategy_options(rest)})
+    return build(dotted(settings), document.get(OPTIONS))

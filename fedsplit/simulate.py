@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedsplit.config import Config, InputError, SettingError, parse
+from fedsplit.config import Config, InputError, SettingError
+from fedsplit.flags import parse
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",

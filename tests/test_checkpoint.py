@@ -15,7 +15,8 @@ from test_adapters import adapted
 
 from fedsplit import adapters
 from fedsplit.checkpoint import RunFolder, Snapshot, check_folder, check_resumable
-from fedsplit.config import Config, LoraSettings, SettingError, parse
+from fedsplit.config import Config, LoraSettings, SettingError
+from fedsplit.flags import parse
 
 
 @pytest.fixture

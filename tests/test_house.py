@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = [
     {"config", "lowrank", "packets", "seeds"},
-    {"updates"},
+    {"updates", "flags"},
     {
         "families",
         "kernels",

@@ -16,8 +16,9 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from experiments.speed.whole import Trainer
-from fedsplit.config import Config, parse
+from fedsplit.config import Config
 from fedsplit.evaluate import shards_of
+from fedsplit.flags import parse
 from fedsplit.partition import Shard, batch
 
 app = ClientApp()

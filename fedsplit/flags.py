@@ -1,0 +1,112 @@
+"""The command line: flags, and the file of settings they name, to a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config, InputError, SettingError, build, dotted, suggest
+
+MAY_DIFFER = ("resume", "rounds", "workers", "threads", "trunk.threads")
+"""What may be set of a run that goes on."""
+
+
+def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
+    """Reads a configuration file.
+
+    Returns:
+        The settings by dotted name, and the strategy's options.
+
+    Raises:
+        SettingError: The file cannot be read or is not TOML.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError("config", path, f"a TOML file that can be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise SettingError("config", path, f"a TOML file ({error})") from None
+    options = document.pop(OPTIONS, {})
+    if not isinstance(options, dict):
+        raise SettingError(OPTIONS, options, "a table")
+    return dotted(document), options
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m fedsplit.simulate",
+        description="Simulates a federation that fine-tunes one language model, cut in three, on text none shares.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings; flags win over it")
+    groups: dict[str, Any] = {"": parser}
+    for name, (leaf, kind) in LEAVES.items():
+        section = name.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section, SECTIONS[section].__doc__)
+        flags = [f"--{name.replace('_', '-')}"]
+        if leaf.metadata["alias"]:
+            flags.append(leaf.metadata["alias"])
+        shown = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else leaf.default
+        default = "" if shown == "" or shown is False else f" (default: {shown})"
+        metavar = {int: "N", float: "X"}.get(kind, "NAME")
+        words = leaf.metadata["allowed"].words
+        choices = f": {words}" if " | " in words else ""
+        text = (leaf.metadata["help"] + choices + default).replace("%", "%%")
+        values: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+        groups[section].add_argument(*flags, dest=name, metavar=metavar, help=text, **values)
+    groups["lora"].description = (groups["lora"].description or "") + " A list is separated by commas."
+    parser.epilog = "--strategy.KEY VALUE sets a keyword argument of the strategy."
+    return parser
+
+
+def _strategy_options(rest: list[str]) -> dict[str, Any]:
+    """Reads `--strategy.KEY VALUE` pairs; anything else left over is unknown."""
+    options: dict[str, Any] = {}
+    words = [word for item in rest for word in (item.split("=", 1) if item.startswith("--") else [item])]
+    while words:
+        flag = words.pop(0)
+        if not flag.startswith("--strategy."):
+            known = [f"--{name.replace('_', '-')}" for name in LEAVES]
+            raise InputError(f"there is no flag {flag}; {suggest(flag, known)}")
+        if not words:
+            raise InputError(f"{flag}: expected a value after it")
+        text = words.pop(0)
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except (ValueError, RecursionError):
+            value = text
+        options[flag.removeprefix("--strategy.")] = value
+    return options
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Reads the command line, and the file it names, into a checked configuration.
+
+    Raises:
+        InputError: Something was given wrongly.
+    """
+    known, rest = _parser().parse_known_args(argv)
+    flags = vars(known)
+    file = flags.pop("config", None)
+    if run := flags.get("resume"):
+        changed = [name for name in (*flags, *rest) if name not in MAY_DIFFER]
+        if file is not None or changed:
+            what = "--config" if file is not None else changed[0]
+            raise InputError(
+                f"{what} cannot be set for a run that goes on; only {', '.join(MAY_DIFFER[1:])} may differ"
+            )
+        file = Path(run) / "config.toml"
+    values, options = read_toml(Path(file)) if file is not None else ({}, {})
+    return build({**values, **flags}, {**options, **_strategy_options(rest)})

@@ -1,0 +1,162 @@
+"""Flags, files and their defaults; what is wrong gets one line."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsplit.config import LEAVES, InputError, as_document, build, from_document
+from fedsplit.flags import parse
+
+
+def test_flag_wins_over_file_wins_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("clients = 3\nrounds = 7\n[lora]\nrank = 4\n[strategy_options]\neta = 0.5\n")
+    config = parse(["--config", str(file), "--clients", "5"])
+    assert (config.clients, config.rounds, config.lora.rank, config.seed) == (5, 7, (4,), 0)
+    assert config.strategy_options == {"eta": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("alias", "value", "name"),
+    [
+        ("--samples", "9", "train.samples"),
+        ("--batch-size", "9", "train.batch_size"),
+        ("--max-length", "9", "train.max_length"),
+        ("--epochs", "9", "train.epochs"),
+        ("--lora-rank", "9", "lora.rank"),
+        ("--lora-alpha", "9", "lora.alpha"),
+        ("--lora-target-modules", "a,b", "lora.targets"),
+        ("--lr", "9", "train.lr"),
+        ("--save-dir", "9", "out"),
+    ],
+)
+def test_names_known_from_elsewhere(alias: str, value: str, name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    assert parse([alias, value]) == parse([flag, value]) != parse([])
+
+
+def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() -> None:
+    for name, (leaf, _) in LEAVES.items():
+        assert leaf.metadata["allowed"].test(leaf.default), name
+        assert leaf.metadata["help"], name
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--clientz", "8"], "there is no flag --clientz; did you mean --clients"),
+        (["--strategi.eta=1"], "there is no flag --strategi.eta"),
+        (["clients"], "there is no flag clients"),
+        (["--clients"], "argument --clients: expected one argument"),
+        (["--clients", "0"], "clients: 0 is not possible; allowed: a whole number of at least 1"),
+        (["--clients", "2.5"], "clients: 2.5 is not possible"),
+        (["--clients", "eight"], "clients: eight is not possible"),
+        (["--rounds", "-1"], "rounds: -1 is not possible"),
+        (["--cut", "3:3"], "cut: 3:3 is not possible; allowed: LO:HI"),
+        (["--cut", "4"], "cut: 4 is not possible"),
+        (["--lora.rank", "0"], "lora.rank: 0 is not possible; allowed: whole numbers from 1 to 1024"),
+        (["--lora.dropout", "1"], "lora.dropout: 1 is not possible; allowed: a number from 0 to below 1"),
+        (["--lora.alpha", "inf"], "lora.alpha: inf is not possible"),
+        (["--lora.targets", "a,,b"], "lora.targets: a,,b is not possible"),
+        (["--train.lr", "-0.1"], "train.lr: -0.1 is not possible; allowed: a finite number above 0"),
+        (["--train.lr", "nan"], "train.lr: nan is not possible"),
+        (["--train.batch-size", "0"], "train.batch_size: 0 is not possible"),
+        (["--trunk.schedule", "sharde"], "trunk.schedule: sharde is not possible; allowed: shared | batched"),
+        (["--wire.codec", "zip"], "wire.codec: zip is not possible; allowed: raw | bf16"),
+        (["--partition", "dirichlet:x"], "partition: dirichlet:x is not possible"),
+        (["--rounds", "1" + "0" * 400], "rounds: 1000"),
+        (["--cut", "1:" + "9" * 5000], "cut: 1:999"),
+        (["--seed", "-1"], "seed: -1 is not possible; allowed: a whole number from 0 to 4294967295"),
+        (["--strategy.rate", "2020-01-01"], "strategy.rate: 2020-01-01 is not possible; allowed: a text, a number"),
+        (["--strategy.eta"], "--strategy.eta: expected a value after it"),
+        (["--config", "nowhere.toml"], "config: nowhere.toml is not possible; allowed: a TOML file"),
+    ],
+)
+def test_wrong_flags_get_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse(argv)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clients = ", "config: "),
+        ("rounds = inf", "rounds: inf is not possible"),
+        ("rounds = 1" + "0" * 5000, "config: "),
+        ("train.lr = 1" + "0" * 400, "train.lr: a number of many digits is not possible"),
+        ("x = " + "[" * 3000, "config: "),
+        ("clientz = 8", "there is no setting clientz; did you mean clients"),
+        ("clients = true", "clients: True is not possible"),
+        ("clients = 2.5", "clients: 2.5 is not possible"),
+        ("model = 3", "model: 3 is not possible"),
+        ("[lora]\nrang = 8", "there is no setting lora.rang; did you mean lora.rank"),
+        ("[lora]\ntargets = [1]", "lora.targets: [1] is not possible"),
+        ("strategy_options = 3", "strategy_options: 3 is not possible; allowed: a table"),
+        ("lora = 3", "there is no setting lora"),
+    ],
+)
+def test_wrong_files_get_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        parse(["--config", str(file)])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    clients=st.integers(1, 10**6),
+    lr=st.floats(1e-9, 1e3),
+    targets=st.lists(st.text("abc_", min_size=1), max_size=3),
+    options=st.dictionaries(st.text("abc", min_size=1), st.integers() | st.booleans() | st.text()),
+)
+def test_a_configuration_survives_toml(clients: int, lr: float, targets: list[str], options: dict) -> None:
+    values = {"clients": clients, "train.lr": lr}
+    config = build(values | ({"lora.targets": targets} if targets else {}), options)
+    assert from_document(tomllib.loads(tomli_w.dumps(as_document(config)))) == config
+
+
+@pytest.mark.parametrize("argv", [["--deterministic"], ["--deterministic", "true"], ["--deterministic=true"]])
+def test_a_switch_may_stand_alone(argv: list[str]) -> None:
+    assert parse([*argv, "--rounds", "2"]).deterministic is True
+    assert parse([*argv, "--deterministic", "false"]).deterministic is False
+    assert build({"deterministic": True}).deterministic is True
+
+
+def test_ranks_are_dealt_out_in_turn(tmp_path: Path) -> None:
+    (tmp_path / "ranks.txt").write_text("4 8\n16,\n2\n")
+    for text, ranks in {"4,8,16": (4, 8, 16), "8": (8,), str(tmp_path / "ranks.txt"): (4, 8, 16, 2)}.items():
+        config = parse(["--lora.rank", text])
+        assert config.lora.rank == ranks and config.lora.top_rank == max(ranks)
+        assert [config.lora.rank_of(client) for client in range(5)] == [ranks[n % len(ranks)] for n in range(5)]
+        assert from_document(as_document(config)) == config
+    for text in ("4,,8", "0,4", "nowhere.txt", "4,x", "", "2000", "4.5"):
+        with pytest.raises(InputError, match=r"^lora.rank: .*allowed: whole numbers from 1 to 1024"):
+            parse(["--lora.rank", text])
+
+
+@pytest.mark.parametrize(("share", "right"), [("bottom,top", True), ("trunk", True), ("top,top", False), ("", False)])
+def test_parts_that_are_shared_are_parts(share: str, right: bool) -> None:
+    if right:
+        assert parse(["--share", share]).share == tuple(share.split(","))
+    else:
+        with pytest.raises(InputError, match=r"^share: "):
+            parse(["--share", share])
+
+
+def test_a_run_that_goes_on_may_have_more_rounds_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("seed = 3\nrounds = 2\n[strategy_options]\neta = 0.5\n")
+    config = parse(["--resume", str(tmp_path), "--rounds", "7", "--workers", "1"])
+    assert (config.seed, config.rounds, config.workers, config.resume) == (3, 7, 1, str(tmp_path))
+    assert config.strategy_options == {"eta": 0.5}
+    for flags in (["--seed", "4"], ["--config", "x.toml"], ["--strategy.eta", "1"], ["--lr", "0.1"]):
+        with pytest.raises(InputError, match=f"{flags[0].lstrip('-').split('-')[-1]}.* cannot be set for a run that"):
+            parse(["--resume", str(tmp_path), *flags])

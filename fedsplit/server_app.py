@@ -6,9 +6,8 @@ import json
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
@@ -26,18 +25,8 @@ from fedsplit.holdings import Holdings
 from fedsplit.report import Watcher, perplexity
 from fedsplit.schedules import SCHEDULES, is_deterministic
 from fedsplit.seeds import derive_seed
+from fedsplit.tally import Tally
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate
-
-
-@dataclass
-class _Tally:
-    """What is summed over a run."""
-
-    tokens: int = 0
-    train_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    client_memory: int = 0
-    traffic: Counter[str] = field(default_factory=Counter)
 
 
 class Federation:
@@ -73,7 +62,7 @@ class Federation:
         """
         self._config, self._trunk = config, trunk
         self._schedule = SCHEDULES[config.trunk.schedule]
-        self._folder, self._watcher, self._started = folder, watcher, started
+        self._folder, self._watcher, self._tally = folder, watcher, Tally(started)
         self.stop = threading.Event()
         self._exchange = Exchange(self.stop, watcher, trunk.leave)
         self._aggregation = make_aggregation(strategy, config, self._exchange.members)
@@ -84,10 +73,8 @@ class Federation:
             "store": str(folder.clients),
             "personal": "".join(sorted(self._aggregation.traits.personal)),
         }
-        self._tally = _Tally()
         self._forgotten: dict[str, float] = {}
         self._error: float | None = None
-        self._told: Counter[str] = Counter()
         self.summary: dict[str, Any] | None = None
 
     def app(self) -> ServerApp:
@@ -141,17 +128,10 @@ class Federation:
     def _save(self, round: int, adapters: Adapters, before: float, after: float) -> None:
         """Everything that a run needs to go on from here."""
         facts, groups = self._holdings.snapshot()
-        tally, trunk = self._tally, self._trunk.status()
         facts |= {
             "before": before,
             "after": after,
-            "tally": {
-                "tokens": tally.tokens,
-                "train_seconds": tally.train_seconds,
-                "wall_seconds": self._wall(),
-                "client_memory": tally.client_memory,
-                "traffic": Counter(trunk["traffic"]) + tally.traffic,
-            },
+            "tally": self._tally.document(self._trunk.status()["traffic"]),
             "forgotten": self._forgotten,
             "error": self._error,
         }
@@ -170,19 +150,13 @@ class Federation:
         self._trunk.restore(groups["trunk"], groups.get("moments", {}))
         if self._schedule.personal:
             self._trunk.write(*self._holdings.trunk_end(adapters))
-        tally = facts["tally"]
-        self._tally = _Tally(**{**tally, "traffic": Counter(tally["traffic"])})
+        self._tally = self._tally.go_on(facts["tally"])
         self._forgotten, self._error = facts["forgotten"], facts["error"]
-        self._told = Counter({way: self._tally.traffic[f"adapter_{way}"] for way in ("up", "down")})
         self._watcher.line(f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}")
         return adapters
 
     def _log(self, event: Mapping[str, Any]) -> None:
-        self._folder.log({**event, "elapsed": self._wall()})
-
-    def _wall(self) -> float:
-        """Seconds since the command began, and those of the commands that it goes on from."""
-        return self._tally.wall_seconds + time.perf_counter() - self._started
+        self._folder.log({**event, "elapsed": self._tally.seconds})
 
     def _meet(self, grid: Grid) -> tuple[dict[str, Adapters], dict[str, Any]]:
         """Finds out which node is which client, and what training starts from."""
@@ -369,43 +343,29 @@ class Federation:
                 "perplexity": perplexity(loss),
                 "clients": {self._exchange.members[c].name: m.loss for c, m in measured.items()},
                 "forgotten": self._forgotten,
-                "adapter_bytes": {way: self._adapter_bytes(way) for way in ("up", "down")},
+                "adapter_bytes": self._tally.adapter_bytes(),
                 "tokens": sum(m.tokens for m in measured.values()),
                 "seconds": time.perf_counter() - started,
             }
         )
         return loss
 
-    def _adapter_bytes(self, way: str) -> int:
-        """What crossed of adapters, control variates and changes of base weights since this was asked last."""
-        so_far = self._tally.traffic[f"adapter_{way}"]
-        before, self._told[way] = self._told[way], so_far
-        return so_far - before
-
     def _announce(self, round: int, loss: float, updates: Sequence[ClientUpdate] = ()) -> None:
-        tally, elapsed = self._tally, self._wall()
         trained, speed = "", ""
         if updates:
             trained = f"training loss {_mean([update.loss for update in updates]):.4f}  "
-            speed = f"  {tally.tokens / tally.train_seconds:,.0f} tokens/s"
+            speed = f"  {self._tally.speed:,.0f} tokens/s"
             if self._error is not None:
                 trained += f"aggregation error {self._error:.3g}  "
             if self._forgotten:
                 speed = f"  forgotten {_mean(list(self._forgotten.values())):+.4f}{speed}"
         self._watcher.line(
             f"{self._label(round)}  {trained}held-out loss {loss:.4f}  "
-            f"perplexity {perplexity(loss):.2f}{speed}  {elapsed:.1f} s"
+            f"perplexity {perplexity(loss):.2f}{speed}  {self._tally.seconds:.1f} s"
         )
 
     def _summarise(self, parameters: Mapping[str, Any], before: float, after: float) -> dict[str, Any]:
-        config, tally, trunk = self._config, self._tally, self._trunk.status()
-        traffic = Counter(trunk["traffic"]) + tally.traffic
-        kinds = ("activation", "gradient", "adapter", "repeated")
-        directions = [f"{what}_{way}" for what in kinds for way in ("up", "down")]
-        evaluation = {
-            f"evaluation_{way}": sum(n for name, n in traffic.items() if name.startswith("eval") and name.endswith(way))
-            for way in ("up", "down")
-        }
+        config, trunk = self._config, self._trunk.status()
         return {
             "seed": config.seed,
             "model": config.model,
@@ -418,11 +378,8 @@ class Federation:
             "eval_loss": {"before": before, "after": after},
             "forgotten": _mean(list(self._forgotten.values())) if self._forgotten else None,
             "aggregation_error": self._error,
-            "tokens": tally.tokens,
-            "tokens_per_second": tally.tokens / tally.train_seconds,
-            "wall_seconds": self._wall(),
-            "bytes": {name: traffic[name] for name in directions} | evaluation,
-            "peak_memory": {"client": tally.client_memory, "trunk": trunk["peak_memory"]},
+            **self._tally.summary(trunk["traffic"]),
+            "peak_memory": {"client": self._tally.client_memory, "trunk": trunk["peak_memory"]},
         }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"config", "lowrank", "packets", "seeds"},
+    {"config", "lowrank", "packets", "seeds", "tally"},
     {"updates", "flags"},
     {
         "families",

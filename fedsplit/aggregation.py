@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import random
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
+from torch import Tensor
 
 from fedsplit import records
 from fedsplit.config import Config
 from fedsplit.seeds import derive_seed
 from fedsplit.strategy import State, Strategy, broadcast, traits_of
-from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Task, Traits
+from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, RefusedUpdate, Task, Traits
 
 
 class FederationFailed(Exception):
@@ -108,7 +109,9 @@ class OwnAggregation:
 
     def _begun(self, adapters: Adapters) -> State:
         if self._state is None:
-            self._state = self._strategy.init(adapters)
+            state = self._strategy.init(adapters)
+            _check_state(state)
+            self._state = state
         return self._state
 
     def assign(self, round: int, adapters: Adapters, grid: Grid) -> dict[int, Assignment]:
@@ -117,7 +120,24 @@ class OwnAggregation:
             state = self._begun(adapters)
             infos = [ClientInfo(client, self._config.lora.rank_of(client)) for client in sampled(self._config, round)]
             found = {info.client: broadcast(self._strategy, state, adapters, info) for info in infos}
-        return {client: assignment for client, assignment in found.items() if assignment is not None}
+            return {client: self._checked(given, adapters) for client, given in found.items() if given is not None}
+
+    def _checked(self, assignment: Assignment, adapters: Adapters) -> Assignment:
+        """What a strategy gives to a client, in the adapters' types, if a client can train from it.
+
+        Raises:
+            TypeError, RefusedUpdate: It cannot.
+        """
+        if not isinstance(assignment, Assignment):
+            raise TypeError(f"broadcast returned {type(assignment).__name__}, not an Assignment or None")
+        given = assignment.adapters
+        ranks = {given.rank(layer) for layer in given.complete} or {1}
+        if len(ranks) > 1:
+            raise RefusedUpdate(
+                f"an assignment has the ranks {', '.join(map(str, sorted(ranks)))}, not one for all layers"
+            )
+        adapters.with_rank(ranks.pop()).check_fits(given.tensors, "an assignment")
+        return replace(assignment, adapters=_in_types_of(given, adapters))
 
     def aggregate(
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
@@ -125,13 +145,15 @@ class OwnAggregation:
         """The strategy's own aggregation."""
         name = f"the strategy {type(self._strategy).__name__}"
         with _named(self._strategy, round):
-            self._state, result = self._strategy.aggregate(self._begun(adapters), adapters, updates)
+            state, result = self._strategy.aggregate(self._begun(adapters), adapters, updates)
+            _check_state(state)
             tensors = dict(result.tensors)
         adapters.check_fits(tensors, name)
         result.check_folded(name)
+        self._state = state
         if result.folded and not self.traits.folds:
             raise FederationFailed(f"{name} wants to fold into base weights; its traits do not say so")
-        return result
+        return _in_types_of(result, adapters)
 
     def state(self) -> State:
         """What the strategy remembers."""
@@ -140,6 +162,24 @@ class OwnAggregation:
     def restore(self, state: State) -> None:
         """Goes on from what `state` told in another life."""
         self._state = state
+
+
+def _check_state(state: object) -> None:
+    """Makes sure that what a strategy remembers can be saved.
+
+    Raises:
+        TypeError: It cannot.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise TypeError(f"its state is {type(state).__name__}, not a mapping of names to tensors")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} in its state is {type(value).__name__}, not a tensor")
+
+
+def _in_types_of(given: Adapters, adapters: Adapters) -> Adapters:
+    """Adapters whose tensors have the types of others of the same names."""
+    return replace(given, tensors={n: t.to(adapters.tensors[n].dtype) for n, t in given.tensors.items()})
 
 
 def sampled(config: Config, round: int) -> list[int]:

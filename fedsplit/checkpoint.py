@@ -46,12 +46,19 @@ def check_resumable(path: Path, rounds: int) -> None:
     """Makes sure that a run can go on.
 
     Raises:
-        SettingError: There is no whole round in its folder, or no round is left to do.
+        SettingError: There is no round in its folder, the last one is damaged, or no round is left to do.
     """
     last = last_round(path)
-    if last is None or not (last / _FACTS).exists() or not (last / _TENSORS).exists():
+    if last is None or not (path / "metrics.jsonl").exists():
         raise SettingError("resume", path, "the folder of a run that ended one round at least")
-    if (done := json.loads((last / _FACTS).read_text(encoding="utf-8"))["round"]) >= rounds:
+    try:
+        done = int(json.loads((last / _FACTS).read_text(encoding="utf-8"))["round"])
+        load_tensors(last / _TENSORS)
+    except Exception as error:  # noqa: BLE001  # safetensors raises an error of its own for a file cut short
+        reason = f"{last.name} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        words = f"a run whose last round is whole; remove {last} to go on from the round before"
+        raise SettingError("resume", f"{path} ({reason})", words) from None
+    if done >= rounds:
         raise SettingError("rounds", rounds, f"more than {done}, the rounds that the run in {path} has done")
 
 

@@ -138,7 +138,7 @@ def train(message: Message, context: Context) -> Message:
     if config.deterministic:
         client.link.leave(client.number)
     untouched = {n for n in given if factor_of(n) and factor_of(n) not in task.trains} - personal
-    store.save(round, _kept(start, given, update, untouched, personal, kept))
+    store.save(round, _kept(start, given, update, untouched, personal, kept), facts["accepted"])
     shared = update.adapters.tensors.keys() - untouched - personal
     return Message(records.from_update(update, shared, own, peak_memory()), reply_to=message)
 

@@ -136,6 +136,8 @@ def _read_rows(path: Path) -> list[Document]:
     if "text" not in rows.column_names:
         raise ValueError(f"its columns are {', '.join(rows.column_names)}")
     owners = rows["owner"] if "owner" in rows.column_names else [path.stem] * len(rows)
+    if (nobody := next((n for n, owner in enumerate(owners, 1) if owner is None), None)) is not None:
+        raise ValueError(f"text {nobody} has no owner, where others have one")
     return [
         Document(str(number), str(owner), text.strip())
         for number, (text, owner) in enumerate(zip(rows["text"], owners, strict=True))

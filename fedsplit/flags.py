@@ -101,6 +101,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     flags = vars(known)
     file = flags.pop("config", None)
     if run := flags.get("resume"):
+        if not (Path(run) / "config.toml").is_file():
+            raise SettingError("resume", run, "the folder of a run, with its config.toml")
         changed = [name for name in (*flags, *rest) if name not in MAY_DIFFER]
         if file is not None or changed:
             what = "--config" if file is not None else changed[0]

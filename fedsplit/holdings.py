@@ -179,6 +179,8 @@ class Holdings:
             kind, _, client = name.partition("-")
             if kind in ("own", "control"):
                 (self._own if kind == "own" else self._control)[int(client)] = tensors
+        for log in (self._log, FoldLog(self._root / "folds")):  # of rounds that were not finished
+            log.forget(round)
         past = [self._log.read(number) for number in range(1, round + 1)]
         for number, changes in enumerate(past, start=1):
             if changes:

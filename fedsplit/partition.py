@@ -125,9 +125,8 @@ def _by_block(
     if clients * 2 > len(blocks):
         words = f"1 to {len(blocks) // 2} (two sequences of {length} tokens a client, of {len(blocks)} there are)"
         if len(blocks) < 2:
-            raise SettingError(
-                "dataset", f"a text of {len(blocks)} sequences", f"two sequences of {length} tokens or more"
-            )
+            found = f"a text of {len(blocks)} sequences ({documents[0].name}, {len(documents)} in all)"
+            raise SettingError("dataset", found, f"two sequences of {length} tokens or more")
         raise SettingError("clients", clients, words)
     try:
         dealt = _indices(spec, owners, clients, seed)

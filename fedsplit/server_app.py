@@ -271,6 +271,9 @@ class Federation:
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
     ) -> Adapters:
         """The strategy's aggregation; what it changes of the trunk and of base weights is put there."""
+        if not updates:  # all rest
+            self._holdings.fold(round, {})
+            return adapters
         started = time.perf_counter()
         result = self._aggregation.aggregate(round, adapters, replies, updates)
         seconds = time.perf_counter() - started
@@ -278,12 +281,18 @@ class Federation:
         if self._schedule.personal:
             self._trunk.write(*self._holdings.trunk_end(result))
             self._trunk.fold(result.folded)
-        event: dict[str, Any] = {"event": "aggregate", "round": round, "seconds": seconds}
-        if updates:
-            found = measure(updates, result)
-            event |= {"error": found.overall, "layers": found.layers, "residual_rank": found.residual_rank}
-            self._error = found.overall
-        self._log(event)
+        found = measure(updates, result)
+        self._error = found.overall
+        self._log(
+            {
+                "event": "aggregate",
+                "round": round,
+                "seconds": seconds,
+                "error": found.overall,
+                "layers": found.layers,
+                "residual_rank": found.residual_rank,
+            }
+        )
         return result.with_tensors(result.tensors)
 
     def _takes_turns(self) -> bool:

@@ -77,6 +77,16 @@ def check(config: Config) -> tuple[Path, Any]:
     if config.trunk.schedule == "batched" and config.train.micro_batches > 1:
         words = "1 under the trunk schedule batched, which computes the steps of all clients as one"
         raise SettingError("train.micro_batches", config.train.micro_batches, words)
+    if config.trunk.every and not SCHEDULES[config.trunk.schedule].sums:
+        words = f"0 under the trunk schedule {config.trunk.schedule}, which sums nothing over a barrier"
+        raise SettingError("trunk.every", config.trunk.every, words)
+    if config.train.micro_batches > config.train.batch_size:
+        words = f"0 to {config.train.batch_size}, the sequences of a batch"
+        raise SettingError("train.micro_batches", config.train.micro_batches, words)
+    if config.trunk.group > 1 and not config.deterministic:
+        raise SettingError(
+            "trunk.group", config.trunk.group, "1 without --deterministic, under which groups take turns"
+        )
     plan(config)
     if config.deterministic and config.trunk.memory and config.trunk.group > 1:
         words = "none with --deterministic and groups: who finds no room would decide the result"

@@ -52,6 +52,10 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
+class LostState(Exception):
+    """A client's disk does not hold what it must; says where."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """What a client keeps of a round.
@@ -68,26 +72,41 @@ class Kept:
 
 
 class ClientStore:
-    """A client's own folder: a file for each of its last two rounds, of which the server accepted one at least."""
+    """A client's own folder: a file for its newest round, and one for the last that the server has accepted."""
 
     def __init__(self, root: Path, client: int) -> None:
         """Names the folder; nothing is made before there is something to keep."""
         self._folder = root / f"{client:04d}"
 
     def load(self, round: int) -> Kept:
-        """What was kept of that round; nothing, if there was nothing to keep."""
-        path = self._path(round)
-        return Kept(**unpack(load_tensors(path))) if path.exists() else Kept()
+        """What was kept of that round; nothing of a client that never has anything to keep.
 
-    def save(self, round: int, kept: Kept) -> None:
-        """Keeps what a round leaves; what is older than the round before it goes."""
+        Raises:
+            LostState: There is something of other rounds, and nothing of this one.
+        """
+        path = self._path(round)
+        if path.exists():
+            return Kept(**unpack(load_tensors(path)))
+        if round and self._folder.exists():
+            raise LostState(f"{self._folder} has nothing of round {round}, which the server has accepted")
+        return Kept()
+
+    def save(self, round: int, kept: Kept, accepted: int) -> None:
+        """Keeps what a round leaves.
+
+        Args:
+            round: The round.
+            kept: What it leaves.
+            accepted: The last round that the server has accepted, which is kept until this one is; others go.
+        """
         tensors = pack({"held": kept.held, "personal": kept.personal, "control": kept.control})
-        if not tensors:
-            self._path(round).unlink(missing_ok=True)
-            return
-        write_tensors(self._path(round), tensors)
-        for path in sorted(self._folder.glob("round-*.safetensors"))[:-2]:
-            path.unlink()
+        if tensors and accepted and not self._folder.exists():  # nothing was kept of it, which is not lost
+            write_tensors(self._path(accepted), {})
+        if tensors or self._folder.exists():
+            write_tensors(self._path(round), tensors)
+        for path in self._folder.glob("round-*.safetensors"):
+            if path not in (self._path(round), self._path(accepted)):
+                path.unlink()
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.safetensors"
@@ -101,11 +120,16 @@ class FoldLog:
         self._folder = folder
 
     def append(self, round: int, changes: Mapping[str, LowRank]) -> None:
-        """Remembers the changes (out, in) of a round by layer; a round that is there is left as it is."""
-        path = self._path(round)
-        if not path.exists():
-            ups = {layer: change.up for layer, change in changes.items()}
-            write_tensors(path, pack({"up": ups, "down": {layer: change.down for layer, change in changes.items()}}))
+        """Remembers the changes (out, in) of a round by layer, in place of those of an attempt that was given up."""
+        ups = {layer: change.up for layer, change in changes.items()}
+        downs = {layer: change.down for layer, change in changes.items()}
+        write_tensors(self._path(round), pack({"up": ups, "down": downs}))
+
+    def forget(self, after: int) -> None:
+        """Drops the rounds after one, which will be made again."""
+        for path in self._folder.glob("round-*.safetensors"):
+            if path > self._path(after):
+                path.unlink()
 
     def read(self, round: int) -> dict[str, LowRank]:
         """The changes of a round; none, if it had none."""

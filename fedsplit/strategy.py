@@ -154,6 +154,9 @@ def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, 
         raise
     except Exception as error:  # whatever the user's class raises
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        name = next((name for name in options if what.startswith(f"{name} ")), None)
+        if name is not None:
+            raise SettingError(f"strategy.{name}", options[name], f"what {spec} takes ({what})") from error
         raise SettingError("strategy", spec, f"options that it takes ({what})") from error
     if not isinstance(made, Strategy | FlowerLike):
         raise SettingError(

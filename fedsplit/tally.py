@@ -42,7 +42,7 @@ class Tally:
     @property
     def speed(self) -> float:
         """Tokens a second of training."""
-        return self.tokens / self.train_seconds
+        return self.tokens / self.train_seconds if self.train_seconds else 0.0
 
     def adapter_bytes(self) -> dict[str, int]:
         """What crossed of adapters, control variates and changes of base weights since this was asked last."""

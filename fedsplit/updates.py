@@ -151,6 +151,8 @@ class Adapters:
             if tensor.shape != self.tensors[name].shape:
                 expected, got = tuple(self.tensors[name].shape), tuple(tensor.shape)
                 raise RefusedUpdate(f"{sender} sent {name} with shape {got} in place of {expected}")
+            if not tensor.is_floating_point():
+                raise RefusedUpdate(f"{sender} sent {name} as {tensor.dtype}, not as numbers with a fraction")
             if not torch.isfinite(tensor).all():
                 raise RefusedUpdate(f"{sender} sent NaN or infinite values in {name}")
 

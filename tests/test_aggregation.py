@@ -100,3 +100,61 @@ def test_a_strategy_that_fails_is_named(result, error, message) -> None:
     with pytest.raises(error, match=message) as caught:
         OwnAggregation(Broken(result), Config()).aggregate(3, START, [], [ClientUpdate(0, START, 1)])
     assert "\n" not in str(caught.value)
+
+
+class Giving(Counting):
+    """Gives what it is told to give."""
+
+    def __init__(self, given=None, state=None) -> None:
+        self.given, self.state = given, state
+
+    def init(self, adapters):
+        return {} if self.state is None else self.state
+
+    def broadcast(self, state, adapters, client):
+        return self.given(adapters)
+
+    def aggregate(self, state, adapters, updates):
+        return self.init(adapters), adapters
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda a: a, "Giving failed in round 2: TypeError: broadcast returned Adapters, not an Assignment or None"),
+        (lambda a: Assignment(a.with_tensors({})), "RefusedUpdate: an assignment sent other layers"),
+        (
+            lambda a: Assignment(a.with_tensors({n: t.repeat(2, 2) for n, t in a.tensors.items()})),
+            r"an assignment sent l.lora_A.weight with shape \(2, 4\)",
+        ),
+        (lambda a: Assignment(a.with_tensors({n: t.long() for n, t in a.tensors.items()})), "as torch.int64, not as"),
+    ],
+)
+def test_an_assignment_that_nobody_can_train_from_is_the_strategys_fault(given, message) -> None:
+    with pytest.raises(FederationFailed, match=message) as caught:
+        OwnAggregation(Giving(given), Config(clients=2)).assign(2, START, None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("hello", "its state is str, not a mapping of names to tensors"),
+        ({"n": 3}, "n in its state is int, not a tensor"),
+        ({3: torch.zeros(1)}, "its state is dict, not a mapping of names to tensors"),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_the_strategys_fault(state, message) -> None:
+    with pytest.raises(FederationFailed, match=f"Giving failed in round 1: TypeError: {message}"):
+        OwnAggregation(Giving(state=state), Config()).aggregate(1, START, [], [ClientUpdate(0, START, 1)])
+
+
+def test_other_types_of_numbers_become_those_of_the_adapters() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        given = START.with_tensors({n: (t + 1).to(dtype) for n, t in START.tensors.items()})
+        assigned = OwnAggregation(Giving(lambda a, g=given: Assignment(g)), Config(clients=1)).assign(1, START, None)
+        result = OwnAggregation(Broken(lambda a, g=given: g), Config()).aggregate(
+            1, START, [], [ClientUpdate(0, START, 1)]
+        )
+        for found in (assigned[0].adapters, result):
+            assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}

@@ -97,6 +97,8 @@ def test_what_cannot_go_on_is_refused(folder: RunFolder, tmp_path: Path) -> None
     for path in (folder.path, tmp_path / "nowhere"):
         with pytest.raises(SettingError, match=r"^resume: .*allowed: the folder of a run that ended one round"):
             check_resumable(path, 5)
+    folder.log({"round": 1})
+    folder.save_round(snapshot(1), folder.whole)
     folder.save_round(snapshot(2), folder.whole)
     check_resumable(folder.path, 3)
     with pytest.raises(SettingError, match=r"^rounds: 2 is not possible; allowed: more than 2"):
@@ -119,3 +121,22 @@ def test_folders_that_cannot_be_used_are_refused_and_left_alone(tmp_path: Path) 
 def test_a_folder_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(SettingError, match=r"^out: /proc/run \(.* in /proc\)"):
         check_folder(Path("/proc/run"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("state.json", b'{"rou'), ("state.json", b"{}"), ("state.safetensors", b"x" * 30), ("state.json", None)],
+)
+def test_a_damaged_checkpoint_is_named(folder: RunFolder, file: str, content: bytes | None) -> None:
+    folder.log({"round": 1})
+    for round in (1, 2):
+        folder.save_round(snapshot(round), folder.whole)
+    path = folder.path / "checkpoints" / "round-0002" / file
+    path.write_bytes(content) if content is not None else path.unlink()
+    with pytest.raises(SettingError, match=r"round-0002 is damaged: .*remove .*round-0002 to go on") as caught:
+        check_resumable(folder.path, 5)
+    assert "\n" not in str(caught.value)
+    for inside in path.parent.iterdir():
+        inside.unlink()
+    path.parent.rmdir()
+    check_resumable(folder.path, 5)

@@ -124,7 +124,7 @@ def test_a_run_that_goes_on_knows_what_it_knew(tmp_path: Path) -> None:
     change = LowRank(torch.randn(4, 1), torch.randn(1, 3))
     held.fold(1, {"t": change})
     held.accept(1, 2, Assignment(held.start))
-    ClientStore(tmp_path / "clients", 1).save(2, Kept(personal={"b.lora_B.weight": torch.ones(4, 2)}))
+    ClientStore(tmp_path / "clients", 1).save(2, Kept(personal={"b.lora_B.weight": torch.ones(4, 2)}), accepted=0)
     again = holdings(tmp_path, COPIES, Traits(personal=frozenset("B")))
     past = again.restore(2, *held.snapshot())
     assert [list(changes) for changes in past] == [["t"], []] and again.last_fold == 1

@@ -78,7 +78,7 @@ def test_too_little_text_is_named(spec: str, clients: int, length: int, message:
 def test_a_text_of_one_sequence_is_too_little(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("A short text.")
-    with pytest.raises(SettingError, match=r"dataset: a text of 0 sequences is not possible"):
+    with pytest.raises(SettingError, match=r"dataset: a text of 0 sequences .short, 1 in all. is not possible"):
         shards(str(path), "auto", 1)
 
 

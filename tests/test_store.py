@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsplit.lowrank import LowRank
-from fedsplit.store import ClientStore, FoldLog, Kept, load_tensors, pack, unpack, write_tensors
+from fedsplit.store import ClientStore, FoldLog, Kept, LostState, load_tensors, pack, unpack, write_tensors
 
 ONE = {"l.lora_A.weight": torch.ones(1, 2)}
 
@@ -37,31 +37,47 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert same(load_tensors(path), ONE)
 
 
-def test_a_client_finds_what_it_kept_of_the_round_that_counts(tmp_path: Path) -> None:
+def test_a_client_keeps_what_the_server_accepted_until_it_has_accepted_more(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, 3)
     assert store.load(0) == Kept() and not any(tmp_path.iterdir())
-    for round in (1, 2, 5):
-        store.save(round, Kept({}, {n: t * round for n, t in ONE.items()}, ONE))
-    assert same(store.load(2).personal, {n: t * 2 for n, t in ONE.items()})  # round 5 may not have been accepted
+
+    def kept(round: int) -> Kept:
+        return Kept({}, {n: t * round for n, t in ONE.items()}, ONE)
+
+    store.save(1, kept(1), accepted=0)
+    for round in (2, 3, 5):  # none of these was accepted
+        store.save(round, kept(round), accepted=1)
+    assert same(store.load(1).personal, ONE)
     assert same(store.load(5).control, ONE) and store.load(5).held == {}
-    assert store.load(1) == Kept()
+    store.save(6, kept(6), accepted=5)
+    assert same(store.load(5).personal, {n: t * 5 for n, t in ONE.items()})
+    with pytest.raises(LostState, match="0003 has nothing of round 1, which the server has accepted"):
+        store.load(1)
     assert ClientStore(tmp_path, 4).load(5) == Kept()
 
 
-def test_a_round_that_leaves_nothing_leaves_no_file(tmp_path: Path) -> None:
-    store = ClientStore(tmp_path, 0)
-    store.save(1, Kept(held=ONE))
-    store.save(1, Kept())
-    assert store.load(1) == Kept() and not list((tmp_path / "0000").iterdir())
-    ClientStore(tmp_path, 1).save(1, Kept())
+def test_who_never_has_anything_to_keep_leaves_no_file(tmp_path: Path) -> None:
+    ClientStore(tmp_path, 1).save(1, Kept(), accepted=0)
     assert not (tmp_path / "0001").exists()
+    store = ClientStore(tmp_path, 0)
+    store.save(1, Kept(held=ONE), accepted=0)
+    store.save(2, Kept(), accepted=1)  # nothing, and known to be nothing
+    assert store.load(2) == Kept() and same(store.load(1).held, ONE)
+    late = ClientStore(tmp_path, 2)
+    late.save(1, Kept(), accepted=0)
+    late.save(2, Kept(held=ONE), accepted=1)
+    assert late.load(1) == Kept()
 
 
-def test_what_was_folded_is_remembered_by_round_and_once(tmp_path: Path) -> None:
+def test_what_was_folded_is_remembered_by_round_and_the_last_attempt_counts(tmp_path: Path) -> None:
     log = FoldLog(tmp_path / "folds")
     change = LowRank(torch.randn(3, 2), torch.randn(2, 4))
+    for round in (2, 3):
+        log.append(round, {"l": change.times(5.0)})
     log.append(2, {"l": change})
-    log.append(2, {"l": change.times(5.0)})
     assert log.read(1) == {}
     (back,) = FoldLog(tmp_path / "folds").read(2).values()
     assert torch.equal(back.up, change.up) and torch.equal(back.down, change.down)
+    log.forget(2)
+    assert log.read(3) == {} and log.read(2)
+    FoldLog(tmp_path / "nowhere").forget(0)

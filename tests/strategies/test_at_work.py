@@ -20,6 +20,7 @@ from fedsplit.evaluate import held_out_loss
 from fedsplit.split import load_parts, load_whole
 from fedsplit.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.updates import counted
+from strategies.fedavg import FedAvg
 
 EXACT = {"ffa", "rolora", "flora", "fedex", "fedsvd"}
 MIXED = [name for name in CASES if traits_of(load_strategy(name, CASES[name].options, {})).mixed_ranks]
@@ -272,3 +273,39 @@ def test_what_clients_count_by(config: Config, weights: str, tmp_path: Path, mon
     column = {"examples": 1, "tokens": 2}
     for weight, *counts in seen[0]:
         assert weight == (1.0 if weights == "equal" else counts[column[weights] - 1])
+
+
+def test_a_round_that_was_given_up_leaves_nothing_in_the_base_weights(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash between folding and the checkpoint; the round is then made again, with another result."""
+    config, run = changed(config, rounds=3), tmp_path / "run"
+    trained = 0
+
+    def crash(message, reply):
+        nonlocal trained
+        trained += message.metadata.message_type == "evaluate"
+        if trained > 3 * 2 + 1:  # in the evaluation that ends the second round: clients have folded already
+            raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(config, run, make("flora", config), monkeypatch, crash)
+    assert (run / "clients" / "folds" / "round-0002.safetensors").exists()
+    assert not (run / "checkpoints" / "round-0002").exists()
+    other = load_strategy("flora", {}, {"seed": 77})  # draws other factors, as a run that is not deterministic would
+    federation, _ = federate(replace(config, resume=str(run)), run, other, monkeypatch)
+    assert federation.summary is not None
+    model = PeftModel.from_pretrained(load_whole(config.model_path), str(run / "adapter"))
+    assert held_out_loss(model, run) == pytest.approx(federation.summary["eval_loss"]["after"], abs=1e-5)
+
+
+def test_a_round_in_which_all_rest_is_skipped(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Resting(FedAvg):
+        def broadcast(self, state, adapters, client):
+            return None
+
+    federation, _ = federate(config, tmp_path / "run", Resting(), monkeypatch)
+    assert federation.summary is not None
+    assert federation.summary["eval_loss"]["after"] == federation.summary["eval_loss"]["before"]
+    assert federation.summary["tokens"] == 0

@@ -6,22 +6,24 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import CONFIGS
 
 from fedsplit.config import BUNDLED_MODEL, SettingError
 from fedsplit.families import FAMILIES, family_of, read_facts
 from fedsplit.split import load_whole
 
 
-def test_facts_are_those_of_the_library(model_path: Path) -> None:
-    facts, config = read_facts(model_path), load_whole(model_path).config
+def test_facts_are_those_of_the_library(any_model_path: Path) -> None:
+    facts, config = read_facts(any_model_path), load_whole(any_model_path).config
     assert (facts.blocks, facts.positions) == (config.num_hidden_layers, config.max_position_embeddings)
     assert facts.end == config.eos_token_id
 
 
 def test_every_record_names_what_is_there(tiny_models: dict[str, Path]) -> None:
-    for name, path in tiny_models.items():
-        family, whole = FAMILIES[name], load_whole(path)
-        decoder = getattr(whole, family.decoder)
+    assert FAMILIES.keys() == CONFIGS.keys()
+    for name, family in FAMILIES.items():
+        whole = load_whole(tiny_models[name])
+        decoder = whole.get_submodule(family.decoder)
         named = (family.blocks, family.embedding, family.norm, family.positions, family.dropout, family.rotary)
         assert all(hasattr(decoder, attribute) for attribute in named if attribute)
         last_names = {module.rpartition(".")[2] for module, _ in decoder.named_modules()}

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import BLOCKS, VOCABULARY, without_dropout
 from peft import get_peft_model
-from safetensors import safe_open
 
 from fedsplit import adapters
 from fedsplit.config import LoraSettings, SettingError, TrainSettings
@@ -30,7 +29,7 @@ PADDINGS = ("none", "left", "right")
 def _batch(padding: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Tokens, mask and labels of three sequences."""
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1, VOCABULARY, (3, 11), generator=generator)
+    ids = torch.randint(1, VOCABULARY, (3, 13), generator=generator)
     if padding == "none":
         return ids, None, ids
     mask = torch.ones_like(ids)
@@ -93,11 +92,11 @@ def _gradients(parts) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_split_equals_unsplit_bit_for_bit(
-    model_path: Path, dtype: torch.dtype, cut: tuple[int, int], padding: str
+    any_model_path: Path, dtype: torch.dtype, cut: tuple[int, int], padding: str
 ) -> None:
     """Logits, loss and the gradient of every adapter parameter, dropout off."""
     ids, mask, labels = _batch(padding)
-    parts, whole, trained = _pair(model_path, cut, 0.0, dtype)
+    parts, whole, trained = _pair(any_model_path, cut, 0.0, dtype)
     whole.eval()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         reference = whole(input_ids=ids, attention_mask=mask, labels=labels)
@@ -113,13 +112,15 @@ def test_split_equals_unsplit_bit_for_bit(
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("cut", CUTS)
-def test_fused_kernels_are_the_unsplit_model_to_rounding(model_path: Path, cut: tuple[int, int], padding: str) -> None:
+def test_fused_kernels_are_the_unsplit_model_to_rounding(
+    any_model_path: Path, cut: tuple[int, int], padding: str
+) -> None:
     """Logits, loss and the gradient of every adapter parameter, by their norms.
 
     Adapters are smaller than above, where the library itself is 1e-5 away from the gradients in float64.
     """
     ids, mask, labels = _batch(padding)
-    parts, whole, trained = _pair(model_path, cut, 0.0, kernels="fused", size=0.1)
+    parts, whole, trained = _pair(any_model_path, cut, 0.0, kernels="fused", size=0.1)
     whole.eval()
     reference = whole(input_ids=ids, attention_mask=mask, labels=labels)
     reference.loss.backward()
@@ -134,12 +135,12 @@ def test_fused_kernels_are_the_unsplit_model_to_rounding(model_path: Path, cut: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_kernels_do_not_depend_on_the_cut(model_path: Path, dtype: torch.dtype) -> None:
+def test_fused_kernels_do_not_depend_on_the_cut(any_model_path: Path, dtype: torch.dtype) -> None:
     """Dropout included, which is drawn in the order of the blocks."""
     ids, mask, labels = _batch("left")
     outcomes = []
     for cut in CUTS:
-        bottom, trunk, top = parts = _parts(model_path, cut, 0.3, dtype, "fused")
+        bottom, trunk, top = parts = _parts(any_model_path, cut, 0.3, dtype, "fused")
         for part in parts:
             part.train()
         torch.manual_seed(11)
@@ -151,7 +152,7 @@ def test_fused_kernels_do_not_depend_on_the_cut(model_path: Path, dtype: torch.d
 
 
 @pytest.mark.parametrize("kernels", ["library", "fused"])
-def test_bfloat16_is_close_to_float32(model_path: Path, kernels: str) -> None:
+def test_bfloat16_is_close_to_float32(any_model_path: Path, kernels: str) -> None:
     """The loss within 0.1 %, the gradients' cosine above 0.999; hidden states cross as bfloat16.
 
     Adapters are as small as training leaves them: with large ones the tiny model doubles any rounding many times.
@@ -159,7 +160,7 @@ def test_bfloat16_is_close_to_float32(model_path: Path, kernels: str) -> None:
     ids, mask, labels = _batch("right")
     losses, gradients = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        bottom, trunk, top = parts = _parts(model_path, (1, 2), 0.0, dtype, kernels, size=0.03)
+        bottom, trunk, top = parts = _parts(any_model_path, (1, 2), 0.0, dtype, kernels, size=0.03)
         up = bottom(ids, mask)
         down = trunk(up, mask)
         assert up.dtype == down.dtype == dtype
@@ -187,12 +188,12 @@ class Direct:
 
 
 @pytest.mark.parametrize("kernels", ["library", "fused"])
-def test_hidden_states_and_gradients_cross_in_the_type_of_computation(model_path: Path, kernels: str) -> None:
+def test_hidden_states_and_gradients_cross_in_the_type_of_computation(any_model_path: Path, kernels: str) -> None:
     """With a trunk behind a wire that loses nothing, the gradients are those of the chain, to the bit."""
     ids, mask, labels = _batch("left")
     found = []
     for wired in (False, True):
-        bottom, trunk, top = parts = _parts(model_path, (1, 2), 0.0, torch.bfloat16, kernels)
+        bottom, trunk, top = parts = _parts(any_model_path, (1, 2), 0.0, torch.bfloat16, kernels)
         for part in parts:
             without_dropout(part)
         server = TrunkServer(trunk, make_codec("raw"), "shared", TrainSettings(), seed=0)
@@ -218,7 +219,7 @@ def test_an_adapter_on_the_head_takes_the_ordinary_way(tiny_models: dict[str, Pa
     for kernels in ("library", "fused"):
         (top,) = load_parts(tiny_models["llama"], (1, 2), ["top"], kernels=kernels)
         adapters.add(top, settings, seed=0)
-        hidden = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(8))
+        hidden = torch.randn(3, 13, 32, generator=torch.Generator().manual_seed(8))
         losses.append(top(hidden, labels))
         losses[-1].backward()
         gradients.append(adapters.parameters(top)["lm_head.lora_B.weight"].grad)
@@ -227,10 +228,10 @@ def test_an_adapter_on_the_head_takes_the_ordinary_way(tiny_models: dict[str, Pa
 
 
 @pytest.mark.parametrize("cut", [(0, BLOCKS), (1, 2), (2, 3)])
-def test_with_dropout_equal_under_the_same_random_state(model_path: Path, cut: tuple[int, int]) -> None:
+def test_with_dropout_equal_under_the_same_random_state(any_model_path: Path, cut: tuple[int, int]) -> None:
     """The reference runs without a cache of keys: a cache changes the layout, and with it the last bit."""
     ids, _, labels = _batch("none")
-    parts, whole, trained = _pair(model_path, cut, dropout=0.3)
+    parts, whole, trained = _pair(any_model_path, cut, dropout=0.3)
     for module in (*parts, whole):
         module.train()
     torch.manual_seed(11)
@@ -249,11 +250,10 @@ def test_with_dropout_equal_under_the_same_random_state(model_path: Path, cut: t
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_part_holds_its_own_weights_and_no_others(model_path: Path, cut: tuple[int, int]) -> None:
-    with safe_open(model_path / "model.safetensors", framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def test_a_part_holds_its_own_weights_and_no_others(any_model_path: Path, cut: tuple[int, int]) -> None:
+    stored = dict(load_whole(any_model_path).named_parameters())
     seen: dict[str, str] = {}
-    for part in load_parts(model_path, cut, KINDS):
+    for part in load_parts(any_model_path, cut, KINDS):
         for name, parameter in part.named_parameters():
             whole = part.whole_name(name)
             assert not parameter.requires_grad
@@ -262,6 +262,7 @@ def test_a_part_holds_its_own_weights_and_no_others(model_path: Path, cut: tuple
             seen[whole] = part.kind
             if whole in stored:
                 assert torch.equal(parameter, stored[whole])
+        assert not any(tensor.is_meta for name, tensor in part.named_buffers() if "attn.bias" not in name)
     assert stored.keys() <= seen.keys()
     blocks = {kind: len(numbers) for kind, numbers in ranges(BLOCKS, cut).items()}
     assert sum(blocks.values()) == BLOCKS

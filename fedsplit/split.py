@@ -85,6 +85,7 @@ class Part(nn.Module):
             self.lm_head = whole.lm_head
         outermost = family.decoder.partition(".")[0]
         setattr(self, outermost, getattr(whole, outermost))
+        self.base_model_prefix = outermost  # PEFT takes a part for a model of the library's, which has this
 
     @property
     def decoder(self) -> Any:

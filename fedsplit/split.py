@@ -209,6 +209,8 @@ class _Checkpoint:
         """The shape of a tensor, from the files' headers."""
         shape, *others = [self._shape(piece) for piece in self._find(name, tied_to)]
         for other in others:
+            if shape[0] != other[0]:
+                raise ValueError(f"{name} has pieces of {shape[0]} and {other[0]} experts")
             shape[-2] += other[-2]
         return shape
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS
+from conftest import BLOCKS, CONFIGS
 
 from fedsplit.config import BUNDLED_MODEL, SettingError
 from fedsplit.families import FAMILIES, family_of, read_facts
@@ -35,8 +35,30 @@ def test_the_bundled_model_is_known() -> None:
 
 
 def test_an_unknown_family_is_refused_with_the_list() -> None:
-    with pytest.raises(SettingError, match=r"of type bert is not possible; .* gpt2 \| llama .*needs a record"):
+    words = (
+        r"of type bert is not possible; .* gpt2 \| llama \| mistral .*needs a record in fedsplit/families.py.*decoder"
+    )
+    with pytest.raises(SettingError, match=words):
         family_of("bert")
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "message"),
+    [
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim 16 in config.json is not .*hidden_size, 32"),
+        ("mixtral", {"output_router_logits": True}, "output_router_logits true in config.json is not .*: false"),
+    ],
+)
+def test_what_would_not_be_split_exactly_is_refused(
+    tmp_path: Path, tiny_models: dict[str, Path], family: str, setting: dict[str, object], message: str
+) -> None:
+    document = json.loads((tiny_models[family] / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert read_facts(tmp_path).blocks == BLOCKS
+    (tmp_path / "config.json").write_text(json.dumps(document | setting))
+    with pytest.raises(SettingError, match=message):
+        read_facts(tmp_path)
 
 
 @pytest.mark.parametrize("document", ["", "{}", '{"model_type": "t5"}', '{"model_type": "gpt2"}', "[]"])

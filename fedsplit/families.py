@@ -6,7 +6,8 @@ A record is all the family-specific code there is: `split` builds every part fro
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ class Family:
     """Attribute names inside the library's own model classes.
 
     Attributes:
-        decoder: The decoder within the causal LM; its prefix in checkpoints.
+        decoder: The decoder within the causal LM, dotted where it is nested; its prefix in checkpoints.
         blocks: The list of blocks within the decoder.
         embedding: The token embedding within the decoder.
-        norm: The final norm within the decoder.
+        norm: The final norm within the decoder; it may be None there.
         positions: The learned position embedding within the decoder, if there is one.
         dropout: The dropout after the embedding within the decoder, if there is one.
         rotary: The rotary position module within the decoder, if there is one.
@@ -29,6 +30,12 @@ class Family:
         transposed: Whether those projections are `Conv1D`, which store (in, out).
         layers_key: What the checkpoint's config.json calls the number of blocks.
         positions_key: What it calls the longest sequence.
+        cap_key: What it calls the cap of the logits, if the family has one.
+        stored: What checkpoints call parameters, or the pieces of them, where it is not the library's name; both by
+            the ends of the names. For `*` the numbers of experts are put in, whose tensors are stacked; pieces are
+            joined by their rows.
+        required: What config.json must say, if it says anything: a value, or the key that has the same one. Anything
+            else would not be the unsplit model.
     """
 
     decoder: str
@@ -42,7 +49,24 @@ class Family:
     transposed: bool = False
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
+    cap_key: str | None = None
+    stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    required: Mapping[str, object] = field(default_factory=dict)
 
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+_LLAMA = Family(
+    decoder="model",
+    blocks="layers",
+    embedding="embed_tokens",
+    norm="norm",
+    targets=(*_ATTENTION, "gate_proj", "up_proj", "down_proj"),
+    rotary="rotary_emb",
+)
+
+_EXPERTS = replace(_LLAMA, targets=_ATTENTION, required={"output_router_logits": False})
+"""The experts' matrices are stacked in one parameter, and the router's auxiliary loss would have to cross the cut."""
 
 FAMILIES = {
     "gpt2": Family(
@@ -57,13 +81,49 @@ FAMILIES = {
         layers_key="n_layer",
         positions_key="n_positions",
     ),
-    "llama": Family(
-        decoder="model",
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": replace(_LLAMA, cap_key="final_logit_softcapping"),
+    "gemma3_text": replace(_LLAMA, cap_key="final_logit_softcapping"),
+    "phi3": replace(_LLAMA, targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "gpt_neox": Family(
+        decoder="gpt_neox",
+        blocks="layers",
+        embedding="embed_in",
+        norm="final_layer_norm",
+        targets=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        dropout="emb_dropout",
+        rotary="rotary_emb",
+        stored={"lm_head.weight": ("embed_out.weight",)},
+    ),
+    "opt": Family(
+        decoder="model.decoder",
         blocks="layers",
         embedding="embed_tokens",
-        norm="norm",
-        targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        rotary="rotary_emb",
+        norm="final_layer_norm",
+        targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        positions="embed_positions",
+        required={"word_embed_proj_dim": "hidden_size"},
+    ),
+    "mixtral": replace(
+        _EXPERTS,
+        stored={
+            "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
+            "mlp.experts.gate_up_proj": (
+                "block_sparse_moe.experts.*.w1.weight",
+                "block_sparse_moe.experts.*.w3.weight",
+            ),
+            "mlp.experts.down_proj": ("block_sparse_moe.experts.*.w2.weight",),
+        },
+    ),
+    "qwen3_moe": replace(
+        _EXPERTS,
+        stored={
+            "mlp.experts.gate_up_proj": ("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"),
+            "mlp.experts.down_proj": ("mlp.experts.*.down_proj.weight",),
+        },
     ),
 }
 
@@ -92,16 +152,35 @@ def family_of(model_type: str) -> Family:
         SettingError: There is no record for it.
     """
     if model_type not in FAMILIES:
-        words = f"a model of type {' | '.join(FAMILIES)} (another type needs a record in fedsplit/families.py)"
+        needed = ", ".join(entry.name for entry in fields(Family) if _is_needed(entry))
+        also = ", ".join(entry.name for entry in fields(Family) if not _is_needed(entry))
+        words = (
+            f"a model of type {' | '.join(FAMILIES)} (another type needs a record in fedsplit/families.py,"
+            f" which names its {needed}, and where they are not the usual, {also})"
+        )
         raise SettingError("model", f"a model of type {model_type}", words)
     return FAMILIES[model_type]
+
+
+def _is_needed(entry: Any) -> bool:
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
+def _check_required(family: Family, document: Mapping[str, Any], allowed: str) -> None:
+    """Refuses a model that the family's code would not split exactly."""
+    for key, wanted in family.required.items():
+        expected = document.get(wanted) if isinstance(wanted, str) else wanted
+        if (value := document.get(key)) is not None and value != expected:
+            words = f"{wanted}, {expected}" if isinstance(wanted, str) else json.dumps(wanted)
+            raise SettingError("model", f"{key} {json.dumps(value)} in config.json", f"{words}; {allowed}")
 
 
 def read_facts(path: Path) -> Facts:
     """Reads a checkpoint's config.json, without transformers.
 
     Raises:
-        SettingError: There is no such folder, it holds no checkpoint, or its family is unknown.
+        SettingError: There is no such folder, it holds no checkpoint, its family is unknown, or it has something
+            that cannot be split.
     """
     allowed = "the name of the bundled model, or a folder with config.json, tokenizer.json and *.safetensors"
     try:
@@ -113,6 +192,7 @@ def read_facts(path: Path) -> Facts:
     if not any(path.glob("*.safetensors")):
         raise SettingError("model", f"{path} (no *.safetensors in it)", allowed)
     family = family_of(str(document.get("model_type")))
+    _check_required(family, document, allowed)
     numbers = []
     for key in (family.layers_key, family.positions_key, "eos_token_id"):
         value = document.get(key)

@@ -25,7 +25,7 @@ _LEVELS = 2**16
 _UNDERFLOW = 1e-30
 
 
-def causal_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def causal_loss(hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None = None) -> Tensor:
     """The mean next-token loss of a frozen head without a bias.
 
     The logits exist a few rows at a time. Where a gradient is wanted, it is computed on the way, so that the
@@ -35,6 +35,7 @@ def causal_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         hidden: The head's input (B, T, D).
         head: The head's weight (V, D); gets no gradient. Products are made in its type, the rest in float32.
         labels: The tokens themselves (B, T), `IGNORED` where no loss is wanted; they are shifted here.
+        cap: Where logits are capped softly, what none of them exceeds.
 
     Returns:
         Nats, a scalar in float32; NaN where no position has a label.
@@ -44,15 +45,24 @@ def causal_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     # Rows of the unshifted hidden states: the last position of a sequence predicts nothing.
     length = labels.shape[1] - 1
     rows = hidden.flatten(0, 1).index_select(0, places + places // max(length, 1))
-    loss: Tensor = _Loss.apply(rows, head, wanted[places], torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    loss: Tensor = _Loss.apply(rows, head, wanted[places], torch.is_grad_enabled(), cap)  # type: ignore[no-untyped-call]
     return loss
+
+
+def _bend(scores: Tensor, cap: float | None) -> Tensor | None:
+    """Caps logits softly, in place; returns the derivative of that, or None where there is no cap."""
+    if cap is None:
+        return None
+    slope = scores.div_(cap).tanh_().square().neg_().add_(1)
+    scores.mul_(cap)
+    return slope
 
 
 class _Loss(torch.autograd.Function):
     """Rows (N, D), head (V, D), labels (N,) to the mean loss; keeps the gradient (N, D)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, head: Tensor, labels: Tensor, graph: bool) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, head: Tensor, labels: Tensor, graph: bool, cap: float | None) -> Tensor:
         count, size = len(rows), len(head)
         gradient = torch.empty_like(rows, dtype=head.dtype) if graph and ctx.needs_input_grad[0] else None
         nats = torch.zeros((), device=rows.device)
@@ -66,6 +76,7 @@ class _Loss(torch.autograd.Function):
             torch.mm(part, head.t(), out=logits)
             if scores is not logits:
                 scores.copy_(logits)
+            slope = _bend(scores, cap)
             if gradient is None:
                 nats += functional.cross_entropy(scores, label, reduction="sum")
                 continue
@@ -74,9 +85,12 @@ class _Loss(torch.autograd.Function):
             lost = (chosen < _UNDERFLOW).squeeze(1)
             if lost.any():
                 again = torch.mm(part[lost], head.t()).float()
+                _bend(again, cap)
                 nats += functional.cross_entropy(again, label[lost], reduction="sum")
             nats -= chosen[~lost].log().sum()
             scores.scatter_(1, label[:, None], chosen - 1)
+            if slope is not None:
+                scores.mul_(slope)
             if scores is not logits:
                 logits.copy_(scores)
             torch.mm(logits, head, out=gradient[start : start + step])
@@ -88,9 +102,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * (gradients[0] / max(ctx.count, 1))).to(ctx.rows_dtype), None, None, None
+        return (gradient * (gradients[0] / max(ctx.count, 1))).to(ctx.rows_dtype), None, None, None, None
 
 
 def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:

@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,8 +35,8 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class _NoPositions(nn.Module):
     """Stands where a part has no learned positions to add: the hidden states carry them already."""
 
-    def forward(self, position_ids: Tensor) -> Tensor:
-        return torch.zeros((), device=position_ids.device)
+    def forward(self, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros((), device=positions.device)
 
 
 class Part(nn.Module):
@@ -66,7 +67,7 @@ class Part(nn.Module):
         super().__init__()
         self.kind, self.family, self.blocks, self.config = kind, family, blocks, whole.config
         self.fused, self.dtype = fused, dtype
-        decoder = getattr(whole, family.decoder)
+        decoder = whole.get_submodule(family.decoder)
         kept = getattr(decoder, family.blocks)[blocks.start : blocks.stop]
         setattr(decoder, family.blocks, nn.ModuleList(kept))
         self.config.num_hidden_layers = len(blocks)
@@ -82,7 +83,14 @@ class Part(nn.Module):
             setattr(decoder, family.norm, nn.Identity())
         else:
             self.lm_head = whole.lm_head
-        setattr(self, family.decoder, decoder)
+        outermost = family.decoder.partition(".")[0]
+        setattr(self, outermost, getattr(whole, outermost))
+        self.base_model_prefix = outermost  # PEFT takes a part for a model of the library's, which has this
+
+    @property
+    def decoder(self) -> Any:
+        """The library's decoder, with this part's blocks."""
+        return self.get_submodule(self.family.decoder)
 
     def whole_name(self, name: str) -> str:
         """The name in the unsplit model of a submodule or parameter of this part."""
@@ -97,9 +105,8 @@ class Part(nn.Module):
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _decode(self, mask: Tensor | None, **start: Tensor) -> Tensor:
-        decoder = getattr(self, self.family.decoder)
         with self._computing(next(iter(start.values())).device):
-            return decoder(attention_mask=mask, use_cache=False, **start).last_hidden_state
+            return self.decoder(attention_mask=mask, use_cache=False, **start).last_hidden_state
 
 
 class Bottom(Part):
@@ -124,7 +131,13 @@ class Top(Part):
     def logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) to logits (B, T, V)."""
         with self._computing(hidden.device):
-            return self.lm_head(self._decode(mask, inputs_embeds=hidden))
+            logits = self.lm_head(self._decode(mask, inputs_embeds=hidden))
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    @property
+    def cap(self) -> float | None:
+        """What no logit exceeds, where the family caps them softly."""
+        return getattr(self.config, self.family.cap_key) if self.family.cap_key else None
 
     def forward(self, hidden: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) and labels (B, T) to the mean next-token loss in nats, a scalar.
@@ -134,7 +147,7 @@ class Top(Part):
         head = self.lm_head
         bare = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         if self.fused and bare:
-            return causal_loss(self._decode(mask, inputs_embeds=hidden), head.weight, labels)
+            return causal_loss(self._decode(mask, inputs_embeds=hidden), head.weight, labels, self.cap)
         return ForCausalLMLoss(self.logits(hidden, mask), labels, head.out_features)
 
 
@@ -144,11 +157,13 @@ PARTS: dict[Kind, type[Part]] = {"bottom": Bottom, "trunk": Trunk, "top": Top}
 class _Checkpoint:
     """Reads single tensors of a checkpoint in safetensors, sharded or not.
 
-    A tensor that is read twice (an embedding tied to the head) is kept once.
+    A tensor that is read twice (an embedding tied to the head) is kept once. Experts that are stored one by one are
+    put together as the library has them.
     """
 
-    def __init__(self, path: Path, prefix: str, dtype: torch.dtype) -> None:
-        self._prefix, self._dtype = f"{prefix}.", dtype
+    def __init__(self, path: Path, family: Family, dtype: torch.dtype) -> None:
+        self._family, self._dtype = family, dtype
+        self._prefix = f"{family.decoder.partition('.')[0]}."
         index = path / "model.safetensors.index.json"
         if index.exists():
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -157,26 +172,57 @@ class _Checkpoint:
             self._files = {name: file for file in sorted(path.glob("*.safetensors")) for name in _names(file)}
         self._kept: dict[str, nn.Parameter] = {}
 
-    def _find(self, name: str, tied_to: str) -> str:
-        for candidate in (name, name.removeprefix(self._prefix), tied_to, tied_to.removeprefix(self._prefix)):
-            if candidate in self._files:
-                return candidate
+    def _known(self, pattern: str) -> str | None:
+        candidates = (pattern, pattern.removeprefix(self._prefix))
+        return next((found for found in candidates if found.replace("*", "0") in self._files), None)
+
+    def _find(self, name: str, tied_to: str) -> list[str]:
+        """The names of a parameter's pieces in the files; with `*` for the number of the expert."""
+        options = [[name], [tied_to]]
+        for end, pieces in self._family.stored.items():
+            if name.endswith(end):
+                options.insert(1, [name.removesuffix(end) + piece for piece in pieces])
+        for option in options:
+            found = [known for piece in option if (known := self._known(piece))]
+            if len(found) == len(option):
+                return found
         raise ValueError(f"the checkpoint has no tensor {name}")
 
+    def _experts(self, pattern: str) -> list[str]:
+        numbered = (pattern.replace("*", str(number)) for number in itertools.count())
+        return list(itertools.takewhile(self._files.__contains__, numbered))
+
+    def _shape(self, pattern: str) -> list[int]:
+        if "*" in pattern:
+            names = self._experts(pattern)
+            return [len(names), *self._shape(names[0])]
+        with safe_open(self._files[pattern], framework="pt") as file:
+            return list(file.get_slice(pattern).get_shape())
+
+    def _tensor(self, pattern: str) -> Tensor:
+        if "*" in pattern:
+            return torch.stack([self._tensor(name) for name in self._experts(pattern)])
+        with safe_open(self._files[pattern], framework="pt") as file:
+            return file.get_tensor(pattern).to(self._dtype)
+
     def shape(self, name: str, tied_to: str) -> list[int]:
-        """The shape of a tensor, from the file's header."""
-        found = self._find(name, tied_to)
-        with safe_open(self._files[found], framework="pt") as file:
-            return list(file.get_slice(found).get_shape())
+        """The shape of a tensor, from the files' headers."""
+        shape, *others = [self._shape(piece) for piece in self._find(name, tied_to)]
+        for other in others:
+            if shape[0] != other[0]:
+                raise ValueError(f"{name} has pieces of {shape[0]} and {other[0]} experts")
+            shape[-2] += other[-2]
+        return shape
 
     def parameter(self, name: str, tied_to: str) -> nn.Parameter:
         """The frozen parameter of that name; the one it is tied to where the file has no such name."""
-        found = self._find(name, tied_to)
-        if found not in self._kept:
-            with safe_open(self._files[found], framework="pt") as file:
-                tensor = file.get_tensor(found).to(self._dtype)
-            self._kept[found] = nn.Parameter(tensor, requires_grad=False)
-        return self._kept[found]
+        first, *others = self._find(name, tied_to)
+        if first not in self._kept:
+            tensor = self._tensor(first)
+            if others:
+                tensor = torch.cat([tensor, *map(self._tensor, others)], -2)
+            self._kept[first] = nn.Parameter(tensor, requires_grad=False)
+        return self._kept[first]
 
 
 def _names(file: Path) -> Iterable[str]:
@@ -193,7 +239,7 @@ def check_checkpoint(path: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(path)
         family = family_of(config.model_type)
-        checkpoint = _Checkpoint(path, family.decoder, torch.float32)
+        checkpoint = _Checkpoint(path, family, torch.float32)
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config)
         for name, parameter in whole.named_parameters():
@@ -237,13 +283,24 @@ AttentionInterface.register(_WIDE, _attention)
 AttentionMaskInterface.register(_WIDE, sdpa_mask)
 
 
-def _quicken(config: Any, dtype: torch.dtype) -> None:
-    """Chooses torch's own functions, and the type they are fastest in, for what the library spells out."""
+def _quicken(config: Any) -> None:
+    """Chooses torch's own functions for what the library spells out."""
     for key in ("activation_function", "hidden_act"):
         if getattr(config, key, None) == "gelu_new":
             setattr(config, key, "gelu_pytorch_tanh")
-    if dtype != torch.float32:
+
+
+def _widen(config: Any, dtype: torch.dtype) -> None:
+    """Chooses the type that torch's attention is fastest in; a family without it keeps the library's choice."""
+    if dtype != torch.float32 and config._attn_implementation == "sdpa":
         config._attn_implementation = _WIDE
+
+
+def _restore_scale(decoder: Any, embedding: nn.Module) -> None:
+    """Gives an embedding that scales what it looks up its factor, which no checkpoint has; the library knows it."""
+    for name, buffer in list(embedding.named_buffers()):
+        setattr(embedding, name, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=False))
+    decoder._init_weights(embedding)
 
 
 def load_parts(
@@ -276,21 +333,25 @@ def load_parts(
     if not 0 <= bounds[0] < bounds[1] <= config.num_hidden_layers:
         raise ValueError(f"cut {bounds} lies outside a model of {config.num_hidden_layers} blocks")
     pieces = ranges(config.num_hidden_layers, bounds)
-    checkpoint = _Checkpoint(path, family.decoder, dtype)
+    checkpoint = _Checkpoint(path, family, dtype)
     parts = []
     for kind in kinds:
         config = AutoConfig.from_pretrained(path)
         if fused:
-            _quicken(config, dtype)
+            _quicken(config)
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if fused:
+            _widen(whole.config, dtype)
         part = PARTS[kind](kind, family, pieces[kind], whole, fused, dtype)
+        decoder = part.decoder
+        if kind == "bottom":
+            _restore_scale(decoder, getattr(decoder, family.embedding))
         for module_name, module in part.named_modules():
             for name, _ in list(module.named_parameters(recurse=False)):
                 full = part.whole_name(f"{module_name}.{name}")
                 setattr(module, name, checkpoint.parameter(full, _tied(full, family)))
         if family.rotary:
-            decoder = getattr(part, family.decoder)
             setattr(decoder, family.rotary, type(getattr(decoder, family.rotary))(config=part.config))
         parts.append(part.eval())
     return parts

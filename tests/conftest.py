@@ -15,7 +15,21 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 # Tests run in several processes: more threads than cores make each of them several times slower.
 torch.set_num_threads(1)
@@ -29,6 +43,23 @@ TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
 VOCABULARY = 97
 BLOCKS = 3
+
+WINDOW = 5
+"""Of the families that have sliding windows; shorter than the sequences in tests."""
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+_GROUPED = {**_SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
+_MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_GEMMA = {**_GROUPED, **_MIXED, "head_dim": 12, "query_pre_attn_scalar": 12, "final_logit_softcapping": 2.0}
 
 CONFIGS = {
     "gpt2": lambda: GPT2Config(
@@ -45,19 +76,54 @@ CONFIGS = {
         embd_pdrop=0.1,
         attn_pdrop=0.1,
     ),
-    "llama": lambda: LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
+    "llama": lambda: LlamaConfig(**_GROUPED, tie_word_embeddings=False),
+    "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=WINDOW, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**_GROUPED, **_MIXED, use_sliding_window=True, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_GROUPED, **_MIXED, use_sliding_window=True, head_dim=12, tie_word_embeddings=True),
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=1.5),
+    "gemma3_text": lambda: Gemma3TextConfig(
+        **_GEMMA,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+    ),
+    "phi3": lambda: Phi3Config(
+        **_GROUPED,
+        sliding_window=WINDOW,
         tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
+        resid_pdrop=0.1,
+        original_max_position_embeddings=8,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+            "original_max_position_embeddings": 8,
+        },
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        **_SIZES,
+        intermediate_size=64,
+        hidden_dropout=0.1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.5},
+    ),
+    "opt": lambda: OPTConfig(**_SIZES, word_embed_proj_dim=32, ffn_dim=64, dropout=0.1, layerdrop=0.0),
+    "mixtral": lambda: MixtralConfig(
+        **_GROUPED, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_GROUPED,
+        head_dim=12,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],  # by the number in the whole model
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
     ),
 }
+"""Grouped queries, tied heads, windows, types by layer, caps and experts, where the family has them."""
 
 
 def write_model(folder: Path, family: str) -> Path:
@@ -68,7 +134,7 @@ def write_model(folder: Path, family: str) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5)
-            elif "norm" in name or "ln_" in name:
+            elif family != "gpt2" or "ln_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     characters = {chr(32 + number): number for number in range(VOCABULARY - 1)} | {"\n": VOCABULARY - 1}
@@ -80,12 +146,24 @@ def write_model(folder: Path, family: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder for each family."""
-    return {family: write_model(tmp_path_factory.mktemp(family), family) for family in CONFIGS}
+    """A folder for each family, written when it is asked for."""
+
+    class Models(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            self[family] = write_model(tmp_path_factory.mktemp(family), family)
+            return self[family]
+
+    return Models()
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def model_path(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
+    """The folders of the two families that differ most, for what does not depend on the family."""
+    return tiny_models[request.param]
 
 
 @pytest.fixture(params=list(CONFIGS))
-def model_path(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
+def any_model_path(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
     """Each family's folder in turn."""
     return tiny_models[request.param]
 
@@ -108,3 +186,5 @@ def without_dropout(part: torch.nn.Module) -> None:
     for name, module in part.named_modules():
         if isinstance(module, torch.nn.Dropout) and "lora" not in name:
             module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0

@@ -25,15 +25,15 @@ def adapted(path: Path, cut: tuple[int, int], settings: LoraSettings = SETTINGS,
     return parts
 
 
-def test_the_start_depends_on_seed_and_name_alone(model_path: Path) -> None:
-    starts = [adapters.read(*adapted(model_path, cut)).tensors for cut in ((1, 2), (0, 3))]
+def test_the_start_depends_on_seed_and_name_alone(any_model_path: Path) -> None:
+    starts = [adapters.read(*adapted(any_model_path, cut)).tensors for cut in ((1, 2), (0, 3))]
     torch.manual_seed(77)
-    starts.append(adapters.read(*adapted(model_path, (2, 3))).tensors)
+    starts.append(adapters.read(*adapted(any_model_path, (2, 3))).tensors)
     assert starts[0].keys() == starts[1].keys() == starts[2].keys()
     for name, tensor in starts[0].items():
         assert all(torch.equal(tensor, other[name]) for other in starts)
         assert bool(tensor.any()) == ("lora_A" in name)
-    other = adapters.read(*adapted(model_path, (1, 2), seed=1)).tensors
+    other = adapters.read(*adapted(any_model_path, (1, 2), seed=1)).tensors
     assert not any(torch.equal(starts[0][name], other[name]) for name in other if "lora_A" in name)
 
 
@@ -84,17 +84,17 @@ def test_a_part_without_blocks_has_no_adapter(model_path: Path) -> None:
     assert adapters.count(bottom)["trainable"] == 0
 
 
-def test_counts_add_up_to_the_unsplit_model(model_path: Path) -> None:
-    whole = load_whole(model_path).num_parameters()
-    bottom, trunk, top = adapted(model_path, (1, 2))
+def test_counts_add_up_to_the_unsplit_model(any_model_path: Path) -> None:
+    whole = load_whole(any_model_path).num_parameters()
+    bottom, trunk, top = adapted(any_model_path, (1, 2))
     counts = [adapters.count(bottom), adapters.count(trunk), adapters.count(top, elsewhere=[bottom])]
     trainable = sum(count["trainable"] for count in counts)
     assert trainable == sum(t.numel() for t in adapters.read(bottom, trunk, top).tensors.values())
     assert sum(count["total"] for count in counts) == whole + trainable
 
 
-def test_peft_opens_what_is_saved_whole_and_by_part(tmp_path: Path, model_path: Path) -> None:
-    parts = adapted(model_path, (1, 2))
+def test_peft_opens_what_is_saved_whole_and_by_part(tmp_path: Path, any_model_path: Path) -> None:
+    parts = adapted(any_model_path, (1, 2))
     for part in parts:
         adapters.write({n: torch.randn_like(p) for n, p in adapters.parameters(part).items()}, part)
     ids = torch.arange(1, 9)[None]
@@ -104,12 +104,12 @@ def test_peft_opens_what_is_saved_whole_and_by_part(tmp_path: Path, model_path: 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         adapters.save(tmp_path / "adapter", adapters.read(*parts), SETTINGS, family, "base")
-        whole = PeftModel.from_pretrained(load_whole(model_path), str(tmp_path / "adapter"))
+        whole = PeftModel.from_pretrained(load_whole(any_model_path), str(tmp_path / "adapter"))
         assert torch.equal(whole(input_ids=ids).logits, expected)
         for part in parts:
             blocks = ranges(BLOCKS, (1, 2))[part.kind]
             adapters.save(tmp_path / part.kind, adapters.read(part), SETTINGS, family, "base", blocks)
-            opened = PeftModel.from_pretrained(load_whole(model_path), str(tmp_path / part.kind))
+            opened = PeftModel.from_pretrained(load_whole(any_model_path), str(tmp_path / part.kind))
             written = {n: p for n, p in opened.named_parameters() if "lora_" in n}
             assert len(written) == len(adapters.parameters(part))
             for name, parameter in adapters.parameters(part).items():

@@ -6,22 +6,24 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import BLOCKS, CONFIGS
 
 from fedsplit.config import BUNDLED_MODEL, SettingError
 from fedsplit.families import FAMILIES, family_of, read_facts
 from fedsplit.split import load_whole
 
 
-def test_facts_are_those_of_the_library(model_path: Path) -> None:
-    facts, config = read_facts(model_path), load_whole(model_path).config
+def test_facts_are_those_of_the_library(any_model_path: Path) -> None:
+    facts, config = read_facts(any_model_path), load_whole(any_model_path).config
     assert (facts.blocks, facts.positions) == (config.num_hidden_layers, config.max_position_embeddings)
     assert facts.end == config.eos_token_id
 
 
 def test_every_record_names_what_is_there(tiny_models: dict[str, Path]) -> None:
-    for name, path in tiny_models.items():
-        family, whole = FAMILIES[name], load_whole(path)
-        decoder = getattr(whole, family.decoder)
+    assert FAMILIES.keys() == CONFIGS.keys()
+    for name, family in FAMILIES.items():
+        whole = load_whole(tiny_models[name])
+        decoder = whole.get_submodule(family.decoder)
         named = (family.blocks, family.embedding, family.norm, family.positions, family.dropout, family.rotary)
         assert all(hasattr(decoder, attribute) for attribute in named if attribute)
         last_names = {module.rpartition(".")[2] for module, _ in decoder.named_modules()}
@@ -33,8 +35,30 @@ def test_the_bundled_model_is_known() -> None:
 
 
 def test_an_unknown_family_is_refused_with_the_list() -> None:
-    with pytest.raises(SettingError, match=r"of type bert is not possible; .* gpt2 \| llama .*needs a record"):
+    words = (
+        r"of type bert is not possible; .* gpt2 \| llama \| mistral .*needs a record in fedsplit/families.py.*decoder"
+    )
+    with pytest.raises(SettingError, match=words):
         family_of("bert")
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "message"),
+    [
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim 16 in config.json is not .*hidden_size, 32"),
+        ("mixtral", {"output_router_logits": True}, "output_router_logits true in config.json is not .*: false"),
+    ],
+)
+def test_what_would_not_be_split_exactly_is_refused(
+    tmp_path: Path, tiny_models: dict[str, Path], family: str, setting: dict[str, object], message: str
+) -> None:
+    document = json.loads((tiny_models[family] / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert read_facts(tmp_path).blocks == BLOCKS
+    (tmp_path / "config.json").write_text(json.dumps(document | setting))
+    with pytest.raises(SettingError, match=message):
+        read_facts(tmp_path)
 
 
 @pytest.mark.parametrize("document", ["", "{}", '{"model_type": "t5"}', '{"model_type": "gpt2"}', "[]"])

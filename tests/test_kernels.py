@@ -36,9 +36,11 @@ def _labels(kind: str) -> Tensor:
     return labels
 
 
-def _dense(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def _dense(hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None = None) -> Tensor:
     """As transformers computes it, in float64."""
     logits = functional.linear(hidden.double(), head.double())[:, :-1]
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
     return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
@@ -48,28 +50,32 @@ def _inputs(scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Ten
     return hidden.to(dtype).requires_grad_(), torch.randn(VOCABULARY, HIDDEN, generator=generator).to(dtype)
 
 
+@pytest.mark.parametrize("cap", [None, 5.0, 30.0])
 @pytest.mark.parametrize("limit", [1, 5 * VOCABULARY, 2**23])
 @pytest.mark.parametrize("kind", ["all", "ragged", "one"])
-def test_the_loss_and_its_gradient_are_the_dense_ones(kind: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever number of rows a run has; under another factor than one, too."""
+def test_the_loss_and_its_gradient_are_the_dense_ones(
+    kind: str, limit: int, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever number of rows a run has; under another factor than one, too; with capped logits."""
     monkeypatch.setattr(kernels, "LOGITS", limit)
     (hidden, head), labels = _inputs(), _labels(kind)
-    expected = _dense(hidden, head, labels)
+    expected = _dense(hidden, head, labels, cap)
     (wanted,) = torch.autograd.grad(3 * expected, hidden)
-    loss = causal_loss(hidden, head, labels)
+    loss = causal_loss(hidden, head, labels, cap)
     (3 * loss).backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(hidden.grad, wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(hidden.grad, wanted, rtol=1e-5, atol=1e-6 if cap else 1e-7)
     with torch.no_grad():
-        torch.testing.assert_close(causal_loss(hidden, head, labels), loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(causal_loss(hidden.detach(), head, labels), loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(causal_loss(hidden, head, labels, cap), loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(causal_loss(hidden.detach(), head, labels, cap), loss, rtol=1e-6, atol=0)
 
 
-def test_a_label_of_no_probability_has_a_finite_loss() -> None:
+@pytest.mark.parametrize("cap", [None, 1000.0])
+def test_a_label_of_no_probability_has_a_finite_loss(cap: float | None) -> None:
     (hidden, head), labels = _inputs(scale=100.0), _labels("ragged")
-    loss = causal_loss(hidden, head, labels)
-    expected = _dense(hidden, head, labels)
+    loss = causal_loss(hidden, head, labels, cap)
+    expected = _dense(hidden, head, labels, cap)
     assert expected > 100
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(one, hidden)[0] for one in (loss, expected)), rtol=1e-5, atol=1e-6)
@@ -85,10 +91,11 @@ def test_without_any_label_the_loss_is_the_librarys_nan(labels: Tensor) -> None:
     assert hidden.grad is not None and hidden.grad.shape == hidden.shape
 
 
-def test_the_loss_of_a_narrow_head_is_summed_in_float32() -> None:
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_the_loss_of_a_narrow_head_is_summed_in_float32(cap: float | None) -> None:
     (hidden, head), labels = _inputs(dtype=torch.bfloat16), _labels("ragged")
-    loss = causal_loss(hidden, head, labels)
-    expected = _dense(hidden, head, labels)
+    loss = causal_loss(hidden, head, labels, cap)
+    expected = _dense(hidden, head, labels, cap)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=5e-3, atol=0)
     mine, dense = (torch.autograd.grad(one, hidden)[0].double().flatten() for one in (loss, expected))

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from fedsplit import adapters
 from fedsplit.config import LoraSettings, SettingError, TrainSettings
+from fedsplit.families import FAMILIES
 from fedsplit.link import Link
 from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
@@ -30,7 +31,7 @@ PADDINGS = ("none", "left", "right")
 def _batch(padding: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Tokens, mask and labels of three sequences."""
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1, VOCABULARY, (3, 11), generator=generator)
+    ids = torch.randint(1, VOCABULARY, (3, 13), generator=generator)
     if padding == "none":
         return ids, None, ids
     mask = torch.ones_like(ids)
@@ -89,57 +90,55 @@ def _gradients(parts) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_split_equals_unsplit_bit_for_bit(
-    model_path: Path, dtype: torch.dtype, cut: tuple[int, int], padding: str
-) -> None:
-    """Logits, loss and the gradient of every adapter parameter, dropout off."""
+Values = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def _compare(pair, padding: str, dtype: torch.dtype = torch.float32) -> Values:
+    """Logits, loss and the gradient of every adapter parameter: the parts', and the whole model's."""
     ids, mask, labels = _batch(padding)
-    parts, whole, trained = _pair(model_path, cut, 0.0, dtype)
-    whole.eval()
+    parts, whole, trained = pair
+    for module in (*parts, whole.eval()):
+        module.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         reference = whole(input_ids=ids, attention_mask=mask, labels=labels)
     reference.loss.backward()
     bottom, trunk, top = parts
-    assert torch.equal(_chain(parts, ids, mask), reference.logits)
     loss = top(trunk(bottom(ids, mask), mask), labels, mask)
-    assert torch.equal(loss, reference.loss)
     loss.backward()
     gradients = _gradients(parts)
-    assert all(torch.equal(gradients[name], parameter.grad) for name, parameter in trained.items())
+    values = {name: (gradients[name], parameter.grad) for name, parameter in trained.items()}
+    return values | {"loss": (loss, reference.loss), "logits": (_chain(parts, ids, mask), reference.logits)}
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("cut", CUTS)
-def test_fused_kernels_are_the_unsplit_model_to_rounding(model_path: Path, cut: tuple[int, int], padding: str) -> None:
-    """Logits, loss and the gradient of every adapter parameter, by their norms.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_split_equals_unsplit_bit_for_bit(any_model_path: Path, dtype: torch.dtype, cut: tuple[int, int]) -> None:
+    """Dropout off."""
+    pair = _pair(any_model_path, cut, 0.0, dtype)
+    for padding in PADDINGS:
+        for name, (mine, theirs) in _compare(pair, padding, dtype).items():
+            assert torch.equal(mine, theirs), f"{name}, padding {padding}"
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_fused_kernels_are_the_unsplit_model_to_rounding(any_model_path: Path, cut: tuple[int, int]) -> None:
+    """By norms.
 
     Adapters are smaller than above, where the library itself is 1e-5 away from the gradients in float64.
     """
-    ids, mask, labels = _batch(padding)
-    parts, whole, trained = _pair(model_path, cut, 0.0, kernels="fused", size=0.1)
-    whole.eval()
-    reference = whole(input_ids=ids, attention_mask=mask, labels=labels)
-    reference.loss.backward()
-    bottom, trunk, top = parts
-    loss = top(trunk(bottom(ids, mask), mask), labels, mask)
-    loss.backward()
-    gradients = _gradients(parts)
-    pairs = {name: (gradients[name], parameter.grad) for name, parameter in trained.items()}
-    pairs |= {"loss": (loss, reference.loss), "logits": (_chain(parts, ids, mask), reference.logits)}
-    for name, (mine, theirs) in pairs.items():
-        assert (mine - theirs).norm() <= 1e-5 * theirs.norm(), name
+    pair = _pair(any_model_path, cut, 0.0, kernels="fused", size=0.1)
+    for padding in PADDINGS:
+        for name, (mine, theirs) in _compare(pair, padding).items():
+            assert (mine - theirs).norm() <= 1e-5 * theirs.norm(), f"{name}, padding {padding}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_kernels_do_not_depend_on_the_cut(model_path: Path, dtype: torch.dtype) -> None:
+def test_fused_kernels_do_not_depend_on_the_cut(any_model_path: Path, dtype: torch.dtype) -> None:
     """Dropout included, which is drawn in the order of the blocks."""
     ids, mask, labels = _batch("left")
     outcomes = []
     for cut in CUTS:
-        bottom, trunk, top = parts = _parts(model_path, cut, 0.3, dtype, "fused")
+        bottom, trunk, top = parts = _parts(any_model_path, cut, 0.3, dtype, "fused")
         for part in parts:
             part.train()
         torch.manual_seed(11)
@@ -151,7 +150,7 @@ def test_fused_kernels_do_not_depend_on_the_cut(model_path: Path, dtype: torch.d
 
 
 @pytest.mark.parametrize("kernels", ["library", "fused"])
-def test_bfloat16_is_close_to_float32(model_path: Path, kernels: str) -> None:
+def test_bfloat16_is_close_to_float32(any_model_path: Path, kernels: str) -> None:
     """The loss within 0.1 %, the gradients' cosine above 0.999; hidden states cross as bfloat16.
 
     Adapters are as small as training leaves them: with large ones the tiny model doubles any rounding many times.
@@ -159,7 +158,7 @@ def test_bfloat16_is_close_to_float32(model_path: Path, kernels: str) -> None:
     ids, mask, labels = _batch("right")
     losses, gradients = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        bottom, trunk, top = parts = _parts(model_path, (1, 2), 0.0, dtype, kernels, size=0.03)
+        bottom, trunk, top = parts = _parts(any_model_path, (1, 2), 0.0, dtype, kernels, size=0.03)
         up = bottom(ids, mask)
         down = trunk(up, mask)
         assert up.dtype == down.dtype == dtype
@@ -187,12 +186,12 @@ class Direct:
 
 
 @pytest.mark.parametrize("kernels", ["library", "fused"])
-def test_hidden_states_and_gradients_cross_in_the_type_of_computation(model_path: Path, kernels: str) -> None:
+def test_hidden_states_and_gradients_cross_in_the_type_of_computation(any_model_path: Path, kernels: str) -> None:
     """With a trunk behind a wire that loses nothing, the gradients are those of the chain, to the bit."""
     ids, mask, labels = _batch("left")
     found = []
     for wired in (False, True):
-        bottom, trunk, top = parts = _parts(model_path, (1, 2), 0.0, torch.bfloat16, kernels)
+        bottom, trunk, top = parts = _parts(any_model_path, (1, 2), 0.0, torch.bfloat16, kernels)
         for part in parts:
             without_dropout(part)
         server = TrunkServer(trunk, make_codec("raw"), "shared", TrainSettings(), seed=0)
@@ -218,7 +217,7 @@ def test_an_adapter_on_the_head_takes_the_ordinary_way(tiny_models: dict[str, Pa
     for kernels in ("library", "fused"):
         (top,) = load_parts(tiny_models["llama"], (1, 2), ["top"], kernels=kernels)
         adapters.add(top, settings, seed=0)
-        hidden = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(8))
+        hidden = torch.randn(3, 13, 32, generator=torch.Generator().manual_seed(8))
         losses.append(top(hidden, labels))
         losses[-1].backward()
         gradients.append(adapters.parameters(top)["lm_head.lora_B.weight"].grad)
@@ -227,10 +226,10 @@ def test_an_adapter_on_the_head_takes_the_ordinary_way(tiny_models: dict[str, Pa
 
 
 @pytest.mark.parametrize("cut", [(0, BLOCKS), (1, 2), (2, 3)])
-def test_with_dropout_equal_under_the_same_random_state(model_path: Path, cut: tuple[int, int]) -> None:
+def test_with_dropout_equal_under_the_same_random_state(any_model_path: Path, cut: tuple[int, int]) -> None:
     """The reference runs without a cache of keys: a cache changes the layout, and with it the last bit."""
     ids, _, labels = _batch("none")
-    parts, whole, trained = _pair(model_path, cut, dropout=0.3)
+    parts, whole, trained = _pair(any_model_path, cut, dropout=0.3)
     for module in (*parts, whole):
         module.train()
     torch.manual_seed(11)
@@ -249,11 +248,10 @@ def test_with_dropout_equal_under_the_same_random_state(model_path: Path, cut: t
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_part_holds_its_own_weights_and_no_others(model_path: Path, cut: tuple[int, int]) -> None:
-    with safe_open(model_path / "model.safetensors", framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def test_a_part_holds_its_own_weights_and_no_others(any_model_path: Path, cut: tuple[int, int]) -> None:
+    stored = dict(load_whole(any_model_path).named_parameters())
     seen: dict[str, str] = {}
-    for part in load_parts(model_path, cut, KINDS):
+    for part in load_parts(any_model_path, cut, KINDS):
         for name, parameter in part.named_parameters():
             whole = part.whole_name(name)
             assert not parameter.requires_grad
@@ -262,16 +260,67 @@ def test_a_part_holds_its_own_weights_and_no_others(model_path: Path, cut: tuple
             seen[whole] = part.kind
             if whole in stored:
                 assert torch.equal(parameter, stored[whole])
+        assert not any(tensor.is_meta for name, tensor in part.named_buffers() if "attn.bias" not in name)
     assert stored.keys() <= seen.keys()
     blocks = {kind: len(numbers) for kind, numbers in ranges(BLOCKS, cut).items()}
     assert sum(blocks.values()) == BLOCKS
 
 
-def test_a_tied_head_is_the_embedding_itself(tiny_models: dict[str, Path]) -> None:
-    bottom, top = load_parts(tiny_models["gpt2"], (1, 2), ("bottom", "top"))
-    assert top.lm_head.weight is bottom.transformer.wte.weight
-    bottom, top = load_parts(tiny_models["llama"], (1, 2), ("bottom", "top"))
-    assert top.lm_head.weight is not bottom.model.embed_tokens.weight
+def test_a_tied_head_is_the_embedding_itself(any_model_path: Path) -> None:
+    bottom, top = load_parts(any_model_path, (1, 2), ("bottom", "top"))
+    tied = top.lm_head.weight is getattr(bottom.decoder, bottom.family.embedding).weight
+    assert tied == load_whole(any_model_path).config.tie_word_embeddings
+
+
+def test_tensors_are_read_under_the_librarys_names_and_under_the_checkpoints(
+    tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    """Experts one by one and stacked; a head that the checkpoint calls otherwise."""
+    ids, mask, _ = _batch("left")
+    for family in ("gpt_neox", "mixtral", "qwen3_moe"):
+        source, ends = tiny_models[family], FAMILIES[family].stored
+        with safe_open(source / "model.safetensors", framework="pt") as file:
+            assert not any(name.endswith(tuple(ends)) for name in file.keys())  # noqa: SIM118
+        check_checkpoint(source)
+        whole = load_whole(source)
+        folder = tmp_path / family
+        whole.save_pretrained(folder, save_original_format=False)
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            assert all(any(name.endswith(end) for name in file.keys()) for end in ends)  # noqa: SIM118
+        check_checkpoint(folder)
+        expected = whole(input_ids=ids, attention_mask=mask).logits
+        for path in (source, folder):
+            assert torch.equal(_chain(load_parts(path, (1, 2), KINDS), ids, mask), expected)
+
+
+def test_an_expert_that_is_missing_is_found_out(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tiny_models["mixtral"]
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(SettingError, match=r"experts\.gate_up_proj has pieces of 4 and 2 experts"):
+        check_checkpoint(tmp_path)
+
+
+def test_opt_without_a_final_norm(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """Old checkpoints have none; even older ones lack the decoder's outermost name."""
+    from safetensors.torch import load_file, save_file
+
+    source = tiny_models["opt"]
+    document = json.loads((source / "config.json").read_text()) | {"_remove_final_layer_norm": True}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    tensors = {
+        name: t
+        for name, t in load_file(source / "model.safetensors").items()
+        if "final_layer_norm" not in name or "layers" in name
+    }
+    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    ids, mask, _ = _batch("left")
+    expected = load_whole(tmp_path)(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(_chain(load_parts(tmp_path, (1, 2), KINDS), ids, mask), expected)
 
 
 def test_loaded_in_float32_whatever_the_file_has(tmp_path: Path, tiny_models: dict[str, Path]) -> None:

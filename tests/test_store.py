@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsplit.lowrank import LowRank
-from fedsplit.store import ClientStore, FoldLog, Kept, load_tensors, pack, unpack, write_tensors
+from fedsplit.store import ClientStore, FoldLog, Kept, count_values, load_tensors, pack, unpack, write_tensors
 
 ONE = {"l.lora_A.weight": torch.ones(1, 2)}
 
@@ -65,3 +65,8 @@ def test_what_was_folded_is_remembered_by_round_and_once(tmp_path: Path) -> None
     assert log.read(1) == {}
     (back,) = FoldLog(tmp_path / "folds").read(2).values()
     assert torch.equal(back.up, change.up) and torch.equal(back.down, change.down)
+
+
+def test_numbers_are_counted_without_reading_them(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2, 3), "b": torch.ones(5), "c": torch.tensor(1.0)})
+    assert count_values(tmp_path / "x.safetensors") == 2 * 3 + 5 + 1

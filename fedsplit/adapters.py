@@ -6,12 +6,22 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.command import exit_code, quieten
 from fedsplit.config import DTYPES, InputError, SettingError
-from fedsplit.finished import ADAPTER_FILES, Run, as_tasks, check_same_base, copy_adapter, find_adapter, open_run
+from fedsplit.finished import (
+    ADAPTER_FILES,
+    Adapter,
+    Run,
+    as_tasks,
+    check_same_base,
+    copy_adapter,
+    find_adapter,
+    open_run,
+)
 from fedsplit.flags import Parser
 
 if TYPE_CHECKING:
@@ -111,11 +121,17 @@ def _merge(asked: argparse.Namespace) -> list[str]:
     adapter = find_adapter(asked.run, asked.client)
     if asked.client is None and adapter.folder != asked.run:
         _check_single(open_run(asked.run))
+    adapter = _moved(adapter, asked.model)
     _check_out(asked.out)
     from fedsplit.merging import merge
 
     merge(adapter, asked.out, asked.dtype)
     return [f"{asked.out}: {adapter.model} with {adapter.folder} added to its weights, in {asked.dtype}"]
+
+
+def _moved(adapter: Adapter, model: str) -> Adapter:
+    """An adapter whose base model lies elsewhere now, where that is said."""
+    return replace(adapter, model=model) if model else adapter
 
 
 def _check_single(run: Run) -> None:
@@ -144,7 +160,7 @@ def _combine(asked: argparse.Namespace) -> list[str]:
     weights = _weights(asked.weights, len(asked.runs))
     if asked.rank is not None and (asked.how != "svd" or asked.rank < 1):
         raise SettingError("rank", asked.rank, "a whole number of at least 1, with --how svd")
-    adapters = [find_adapter(run) for run in asked.runs]
+    adapters = [_moved(find_adapter(run), asked.model) for run in asked.runs]
     check_same_base(adapters)
     _check_out(asked.out)
     from fedsplit.merging import combine
@@ -202,42 +218,48 @@ def _parser() -> Parser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, work: Any, help: str, *folders: str) -> argparse.ArgumentParser:
+    def command(name: str, work: Any, help: str) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        for folder in folders:
-            added.add_argument(folder, type=Path, metavar="DIR", help="the folder of a finished run")
         added.set_defaults(work=work)
         return added
 
-    def out(added: argparse.ArgumentParser) -> None:
+    def folders(added: argparse.ArgumentParser, name: str, help: str, nargs: str | None = None) -> None:
+        added.add_argument(name, type=Path, nargs=nargs, metavar="DIR", help=help)
+
+    def out(added: argparse.ArgumentParser, movable: bool = False) -> None:
+        if movable:
+            added.add_argument("--model", default="", metavar="DIR", help="where the base model lies now, if moved")
         added.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
 
-    command("summary", _summary, "parameters and sizes of files, part by part", "run")
-    merge = command("merge", _merge, "the base with the adapter added to its weights, as a model of its own", "run")
+    run, several = "the folder of a finished run", "folders of finished runs, or of adapters"
+    folders(command("summary", _summary, "parameters and sizes of files, part by part"), "run", run)
+    merge = command("merge", _merge, "the base with the adapter added to its weights, as a model of its own")
+    folders(merge, "run", f"{run}, or of an adapter")
     merge.add_argument("--client", type=int, metavar="N", help="this client's own adapter, where it has one")
     merge.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="type of the weights; bf16 rounds some of the change away"
     )
-    out(merge)
+    out(merge, movable=True)
     unmerge = command("unmerge", _unmerge, "the base again, to a rounding, from what merge wrote")
-    unmerge.add_argument("model", type=Path, metavar="DIR", help="the folder that merge wrote")
+    folders(unmerge, "model", "the folder that merge wrote")
     out(unmerge)
     combine = command("combine", _combine, "several adapters as one, weighted, by PEFT's add_weighted_adapter")
-    combine.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of finished runs or of adapters")
+    folders(combine, "runs", several, "+")
     combine.add_argument("--weights", default="", metavar="X,X", help="what each counts (default: all the same)")
     combine.add_argument(
         "--how", choices=METHODS, default="cat", help="cat: exact (default); svd: the best fit of a rank; linear: rough"
     )
     combine.add_argument("--rank", type=int, metavar="N", help="of svd (default: the largest of the adapters')")
-    out(combine)
+    out(combine, movable=True)
     export = command("export", _export, "adapters, clients' own too, as a folder a task, for PEFT's set_adapter")
-    export.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of finished runs or of adapters")
+    folders(export, "runs", several, "+")
     export.add_argument("--names", default="", metavar="NAME,NAME", help="names of the tasks (default: the runs')")
     out(export)
-    command("compare", _compare, "settings, losses and bytes of two runs, and how far their adapters are apart")
-    compared = commands.choices["compare"]
-    compared.add_argument("first", type=Path, metavar="DIR", help="the folder of a finished run")
-    compared.add_argument("second", type=Path, metavar="DIR", help="that of another")
+    compare = command(
+        "compare", _compare, "settings, losses and bytes of two runs, and how far their adapters are apart"
+    )
+    folders(compare, "first", run)
+    folders(compare, "second", "that of another")
     return parser
 
 

@@ -64,8 +64,8 @@ def fine_tune(
 ) -> dict[str, torch.Tensor]:
     """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of a client with seed 0."""
     base = load_whole(path)
-    lora = LoraSettings(rank=(2,), dropout=0.0)
-    whole = get_peft_model(base, lora.lora_config(lora, FAMILIES[base.config.model_type])).eval()
+    settings_of = LoraSettings(rank=(2,), dropout=0.0)
+    whole = get_peft_model(base, lora.lora_config(settings_of, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
     assert trained.keys() == start.keys()

@@ -16,7 +16,7 @@ import ray
 import torch
 from torch import Tensor
 
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.config import Config
 from fedsplit.dispatch import Answer, Dispatcher
 from fedsplit.learners import Copy, Start
@@ -56,7 +56,7 @@ class TrunkActor:
         """Loads the trunk's blocks, and no others, and puts the adapter on them."""
         torch.set_num_threads(threads)
         (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
-        adapters.add(part, config.lora, config.seed)
+        lora.add(part, config.lora, config.seed)
         budget = Budget(config.trunk.memory_bytes)
         self._incarnation = secrets.token_hex(8)
         server = TrunkServer(

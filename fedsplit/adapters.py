@@ -1,218 +1,278 @@
-"""PEFT on a part: add, read, write, count, save."""
+"""`python -m fedsplit.adapters`: what can be done with the adapters of finished runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear, LoraLayer
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from fedsplit.command import exit_code, quieten
+from fedsplit.config import DTYPES, InputError, SettingError
+from fedsplit.finished import (
+    ADAPTER_FILES,
+    Adapter,
+    Run,
+    as_tasks,
+    check_same_base,
+    copy_adapter,
+    find_adapter,
+    open_run,
+)
+from fedsplit.flags import Parser
 
-from fedsplit.config import LoraSettings
-from fedsplit.families import Family
-from fedsplit.kernels import lora_linear
-from fedsplit.lowrank import LowRank
-from fedsplit.split import Part
-from fedsplit.updates import Adapters, Layer, fresh_factor
+if TYPE_CHECKING:
+    from fedsplit.comparison import Distance
 
-_NAME = "default"
-
-
-class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
-    """PEFT's layer with another forward: the same function, in fewer passes over memory."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        base, down, up, dropout = self.base_layer, self.lora_A[_NAME], self.lora_B[_NAME], self.lora_dropout[_NAME]
-        weight = base.weight if self.fan_in_fan_out else base.weight.t()
-        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        return lora_linear(x, weight, base.bias, down.weight, up.weight, self.scaling[_NAME], p)
+METHODS = ("cat", "svd", "linear")
+"""Ways to combine adapters, by the names that PEFT gives them."""
 
 
-def _fuse(part: Part) -> None:
-    for module in part.modules():
-        # Anything else, such as an adapter of the embedding, stays the library's.
-        if type(module) is Linear and not module.lora_variant:
-            module.__class__ = _FusedLinear
+def summary(run: Run) -> list[str]:
+    """What a run trained and what it left behind, part by part."""
+    from fedsplit.report import aligned, size
+    from fedsplit.store import count_values
+
+    rows: list[tuple[str, ...]] = [("", "trainable", "frozen", "total", "in the file", "file")]
+    totals = [0, 0, 0]
+    for part, folder in run.parts.items():
+        counts = run.summary["parameters"][part]
+        own = counts["trainable"], counts["total"] - counts["trainable"], counts["total"]
+        totals = [before + more for before, more in zip(totals, own, strict=True)]
+        file = folder / ADAPTER_FILES[1]
+        rows.append((part, *(f"{n:,}" for n in own), f"{count_values(file):,}", size(file.stat().st_size)))
+    file = run.adapter().folder / ADAPTER_FILES[1]
+    rows.append(("whole", *(f"{n:,}" for n in totals), f"{count_values(file):,}", size(file.stat().st_size)))
+    for client in run.personal:
+        file = run.adapter(client).folder / ADAPTER_FILES[1]
+        rows.append((f"client {client}", "", "", "", f"{count_values(file):,}", size(file.stat().st_size)))
+    config = run.config
+    about = f"model {config.model}; cut {config.cut}; strategy {config.strategy}; ranks {_ranks(run)}"
+    return [about, *aligned(rows)]
 
 
-def lora_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | None = None) -> LoraConfig:
-    """PEFT's configuration of our adapters.
+def _ranks(run: Run) -> str:
+    """The ranks of the layers in the adapter, from the least to the largest."""
+    from fedsplit import lora
 
-    Args:
-        settings: Rank, alpha, dropout and targets.
-        family: The model's family.
-        blocks: The blocks of the unsplit model that are adapted; all where None.
-    """
-    return LoraConfig(
-        r=settings.top_rank,
-        lora_alpha=settings.alpha,
-        use_rslora=settings.rslora,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.targets or family.targets),
-        fan_in_fan_out=family.transposed,
-        layers_to_transform=None if blocks is None else list(blocks),
-        layers_pattern=None if blocks is None else family.blocks,
-        task_type="CAUSAL_LM",
-    )
+    read = lora.load(run.adapter().folder)
+    ranks = sorted({read.rank(layer) for layer in read.complete})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
 
 
-def add(part: Part, settings: LoraSettings, seed: int) -> None:
-    """Puts LoRA adapters on a part, in place; its other parameters stay frozen.
+def compare(first: Run, second: Run) -> list[str]:
+    """Two runs side by side."""
+    from fedsplit.comparison import differing
+    from fedsplit.report import aligned, size
 
-    What A starts from depends on the seed and the layer's name alone, so that it is the same for every
-    client and every cut. B starts at zero.
-
-    Args:
-        part: The part; its base weights must be frozen already.
-        settings: Rank, alpha, dropout and targets.
-        seed: The run's seed.
-    """
-    if not part.blocks:
-        return
-    inject_adapter_in_model(lora_config(settings, part.family), part, adapter_name=_NAME)
-    if part.fused:
-        _fuse(part)
-    for name, parameter in parameters(part).items():
-        parameter.data = parameter.data.float()  # PEFT gives it the type of the base
-        if "lora_A" in name:
-            parameter.data.copy_(fresh_factor(name, parameter.shape, seed))
+    rows: list[tuple[str, ...]] = [("", first.name, second.name)]
+    for name, (one, two) in differing(first.config, second.config).items():
+        rows.append((name, *(_shown(value) for value in (one, two))))
+    for when in ("before", "after"):
+        rows.append((f"held-out loss {when}", *(f"{run.summary['eval_loss'][when]:.4f}" for run in (first, second))))
+    names = {**first.summary["bytes"], **second.summary["bytes"]}
+    for name in names:
+        counts = [run.summary["bytes"].get(name, 0) for run in (first, second)]
+        rows.append((f"bytes {name}", size(counts[0]), size(counts[1])))
+    return [*aligned(rows), "", *_distances(first, second)]
 
 
-def local_parameters(part: Part) -> dict[str, nn.Parameter]:
-    """A part's adapter parameters by the names they have in the part."""
-    return {name: parameter for name, parameter in part.named_parameters() if f".{_NAME}." in name}
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "-"
+    return "-" if value in (None, "") else str(value)
 
 
-def exported_name(part: Part, local: str) -> str:
-    """The name that PEFT gives a part's adapter parameter in a file for the unsplit model."""
-    return part.whole_name(local).replace(f".{_NAME}.", ".")
+def _distances(first: Run, second: Run) -> list[str]:
+    """How far apart the adapters are, layer by layer, as one table."""
+    from fedsplit import lora
+    from fedsplit.comparison import distances
+    from fedsplit.report import aligned
+
+    one, two = (lora.load(run.adapter().folder) for run in (first, second))
+    found = distances(one, two)
+    others = len({*one.complete, *two.complete} - found.keys())
+    end = [f"{others} layers are in one of the adapters only, or differ in shape"] if others else []
+    if not found:
+        return [*end, "the adapters have nothing to compare"]
+    rows = [("layer", "‖first‖", "‖second‖", "‖difference‖ / ‖first‖", "cosine")]
+    rows += [(layer, *_numbers(one)) for layer, one in found.items()]
+    whole, *rest = found.values()
+    return [*aligned([*rows, ("all", *_numbers(sum(rest, whole)))]), *end]
 
 
-def parameters(part: Part) -> dict[str, nn.Parameter]:
-    """A part's adapter parameters by the names PEFT gives them in a file for the unsplit model."""
-    return {exported_name(part, name): parameter for name, parameter in local_parameters(part).items()}
+def _numbers(found: Distance) -> tuple[str, str, str, str]:
+    relative, cosine = (f"{value:.4f}" if value is not None else "-" for value in (found.relative, found.cosine))
+    return f"{found.first:.4g}", f"{found.second:.4g}", relative, cosine
 
 
-def _layer_of(module: LoraLayer) -> Layer:
-    return Layer(float(module.lora_alpha[_NAME]), bool(module.fan_in_fan_out), bool(module.use_rslora[_NAME]))
+def _summary(asked: argparse.Namespace) -> list[str]:
+    return summary(open_run(asked.run))
 
 
-def read(*parts: Part) -> Adapters:
-    """Copies the adapters of some parts."""
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, Layer] = {}
-    for part in parts:
-        tensors |= {name: parameter.detach().clone() for name, parameter in parameters(part).items()}
-        for name, module in part.named_modules():
-            if isinstance(module, LoraLayer):
-                layers[part.whole_name(name)] = _layer_of(module)
-    return Adapters(tensors, layers)
+def _compare(asked: argparse.Namespace) -> list[str]:
+    return compare(open_run(asked.first), open_run(asked.second))
 
 
-@torch.no_grad()
-def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
-    """Copies adapters into some parts, which take on their rank, and the scaling that goes with it.
+def _merge(asked: argparse.Namespace) -> list[str]:
+    adapter = find_adapter(asked.run, asked.client)
+    if asked.client is None and adapter.folder != asked.run:
+        _check_single(open_run(asked.run))
+    adapter = _moved(adapter, asked.model)
+    _check_out(asked.out)
+    from fedsplit.merging import merge
 
-    Args:
-        tensors: By exported name, exactly those the parts have.
-        *parts: The parts.
+    merge(adapter, asked.out, asked.dtype)
+    return [f"{asked.out}: {adapter.model} with {adapter.folder} added to its weights, in {asked.dtype}"]
+
+
+def _moved(adapter: Adapter, model: str) -> Adapter:
+    """An adapter whose base model lies elsewhere now, where that is said."""
+    return replace(adapter, model=model) if model else adapter
+
+
+def _check_single(run: Run) -> None:
+    """Makes sure that a run has one adapter for all.
 
     Raises:
-        KeyError: A part's adapter is missing among the tensors.
+        InputError: Every client has one of its own.
     """
-    for part in parts:
-        resized = False
-        for name, parameter in parameters(part).items():
-            if parameter.shape == tensors[name].shape:
-                parameter.copy_(tensors[name])
-            else:
-                parameter.data, resized = tensors[name].clone(), True
-        if resized:
-            rescale(part)
+    if run.personal:
+        numbers = ", ".join(map(str, run.personal))
+        raise InputError(f"in the run in {run.path} every client has an adapter of its own: say --client, {numbers}")
 
 
-def rescale(part: Part) -> None:
-    """Gives every LoRA layer of a part the scaling that goes with the rank of its factors as they are."""
-    for module in part.modules():
-        if isinstance(module, LoraLayer):
-            module.scaling[_NAME] = _layer_of(module).scaling(module.lora_A[_NAME].weight.shape[0])
+def _unmerge(asked: argparse.Namespace) -> list[str]:
+    if not asked.model.is_dir():
+        raise InputError(f"{asked.model} is no merged model: there is no such folder")
+    _check_out(asked.out)
+    from fedsplit.merging import unmerge
+
+    return [f"{asked.out}: the base without what was merged, in {unmerge(asked.model, asked.out)}"]
 
 
-@torch.no_grad()
-def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
-    """Adds matrices to the frozen weights below a part's adapters, for good.
+def _combine(asked: argparse.Namespace) -> list[str]:
+    if len(asked.runs) < 2:
+        raise InputError("combine: one adapter is not possible; allowed: two or more")
+    weights = _weights(asked.weights, len(asked.runs))
+    if asked.rank is not None and (asked.how != "svd" or asked.rank < 1):
+        raise SettingError("rank", asked.rank, "a whole number of at least 1, with --how svd")
+    adapters = [_moved(find_adapter(run), asked.model) for run in asked.runs]
+    check_same_base(adapters)
+    _check_out(asked.out)
+    from fedsplit.merging import combine
 
-    Args:
-        part: The part.
-        changes: Matrices (out, in) by layer of the unsplit model; layers of other parts are passed over.
-    """
-    for name, module in part.named_modules():
-        if isinstance(module, LoraLayer) and (change := changes.get(part.whole_name(name))) is not None:
-            weight = module.base_layer.weight
-            narrow = change.to(weight.dtype)
-            if module.fan_in_fan_out:
-                weight.addmm_(narrow.down.T, narrow.up.T)
-            else:
-                weight.addmm_(narrow.up, narrow.down)
+    rank = combine(adapters, weights, asked.how, asked.out, asked.rank)
+    parts = " + ".join(f"{weight:g} * {adapter.name}" for weight, adapter in zip(weights, adapters, strict=True))
+    return [f"{asked.out}: {parts} by {asked.how}, of rank {rank}"]
 
 
-def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
-    """Counts a part's parameters.
+def _export(asked: argparse.Namespace) -> list[str]:
+    adapters = []
+    for folder in asked.runs:
+        adapters.append(find_adapter(folder))
+        if not (folder / ADAPTER_FILES[0]).is_file():
+            run = open_run(folder)
+            adapters += [run.adapter(client) for client in run.personal]
+    check_same_base(adapters)
+    tasks = as_tasks(adapters, asked.names.split(",") if asked.names else ())
+    _check_out(asked.out)
+    from fedsplit.checkpoint import write_whole
 
-    Args:
-        part: The part.
-        elsewhere: Parts of the same party; what the part shares with them (a tied head) is not counted again.
+    def fill(draft: Path) -> None:
+        for name, adapter in tasks.items():
+            copy_adapter(adapter, draft / name)
 
-    Returns:
-        {"total": base and adapters, "trainable": adapters}.
-    """
-    seen = {id(parameter) for other in elsewhere for parameter in other.parameters()}
-    own = [parameter for parameter in part.parameters() if id(parameter) not in seen]
-    return {
-        "total": sum(parameter.numel() for parameter in own),
-        "trainable": sum(parameter.numel() for parameter in own if parameter.requires_grad),
-    }
+    write_whole(asked.out, fill)
+    first, *others = tasks
+    code = [f'model = PeftModel.from_pretrained(base, "{asked.out}/{first}", adapter_name="{first}")']
+    code += [f'model.load_adapter("{asked.out}/{name}", adapter_name="{name}")' for name in others]
+    return [f"{asked.out}: {', '.join(tasks)}, of {adapters[0].model}", *code, f'model.set_adapter("{[*tasks][-1]}")']
 
 
-def save(
-    directory: Path,
-    whole: Adapters,
-    settings: LoraSettings,
-    family: Family,
-    base: str,
-    blocks: Sequence[int] | None = None,
-) -> None:
-    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
+def _weights(text: str, count: int) -> list[float]:
+    """Numbers with commas; equal ones where none are given."""
+    try:
+        weights = [float(number) for number in text.split(",")] if text else [1 / count] * count
+    except ValueError:
+        weights = []
+    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
+        raise SettingError("weights", text, f"{count} numbers with commas, one for each adapter")
+    return weights
 
-    What was folded into base weights goes into the factors, whose rank grows by its rank.
 
-    Args:
-        directory: Where to; made if it is not there.
-        whole: The adapters, by exported name, and what was folded.
-        settings: Rank, alpha, dropout and targets.
-        family: The model's family.
-        base: The base model's name, for the record.
-        blocks: The adapted blocks of the unsplit model, where it is not all of them.
-    """
-    config = lora_config(settings, family, blocks)
-    config.base_model_name_or_path = base
-    config.inference_mode = True
-    tensors = dict(whole.tensors)
-    for layer in whole.complete:
-        change = whole.change(layer)
-        if layer in whole.folded:
-            change = change + whole.folded[layer].to(change.up.dtype)
-        elif change.rank == settings.top_rank:
-            continue
-        config.rank_pattern[layer] = change.rank
-        config.alpha_pattern[layer] = change.rank**0.5 if settings.rslora else change.rank  # a scaling of 1
-        tensors |= {f"{layer}.lora_A.weight": change.down.float(), f"{layer}.lora_B.weight": change.up.float()}
-    config.save_pretrained(str(directory))
-    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+def _check_out(out: Path) -> None:
+    from fedsplit.checkpoint import check_folder
+
+    check_folder(out)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m fedsplit.adapters",
+        description="Counts, merges, combines, collects and compares the adapters of finished runs.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, work: Any, help: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added.set_defaults(work=work)
+        return added
+
+    def folders(added: argparse.ArgumentParser, name: str, help: str, nargs: str | None = None) -> None:
+        added.add_argument(name, type=Path, nargs=nargs, metavar="DIR", help=help)
+
+    def out(added: argparse.ArgumentParser, movable: bool = False) -> None:
+        if movable:
+            added.add_argument("--model", default="", metavar="DIR", help="where the base model lies now, if moved")
+        added.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+
+    run, several = "the folder of a finished run", "folders of finished runs, or of adapters"
+    folders(command("summary", _summary, "parameters and sizes of files, part by part"), "run", run)
+    merge = command("merge", _merge, "the base with the adapter added to its weights, as a model of its own")
+    folders(merge, "run", f"{run}, or of an adapter")
+    merge.add_argument("--client", type=int, metavar="N", help="this client's own adapter, where it has one")
+    merge.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="type of the weights; bf16 rounds some of the change away"
+    )
+    out(merge, movable=True)
+    unmerge = command("unmerge", _unmerge, "the base again, to a rounding, from what merge wrote")
+    folders(unmerge, "model", "the folder that merge wrote")
+    out(unmerge)
+    combine = command("combine", _combine, "several adapters as one, weighted, by PEFT's add_weighted_adapter")
+    folders(combine, "runs", several, "+")
+    combine.add_argument("--weights", default="", metavar="X,X", help="what each counts (default: all the same)")
+    combine.add_argument(
+        "--how", choices=METHODS, default="cat", help="cat: exact (default); svd: the best fit of a rank; linear: rough"
+    )
+    combine.add_argument("--rank", type=int, metavar="N", help="of svd (default: the largest of the adapters')")
+    out(combine, movable=True)
+    export = command("export", _export, "adapters, clients' own too, as a folder a task, for PEFT's set_adapter")
+    folders(export, "runs", several, "+")
+    export.add_argument("--names", default="", metavar="NAME,NAME", help="names of the tasks (default: the runs')")
+    out(export)
+    compare = command(
+        "compare", _compare, "settings, losses and bytes of two runs, and how far their adapters are apart"
+    )
+    folders(compare, "first", run)
+    folders(compare, "second", "that of another")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
+
+    def work() -> None:
+        asked = _parser().parse_args(argv)
+        quieten()
+        print(*asked.work(asked), sep="\n")
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 from torch import Tensor
 
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.config import Config, SettingError, as_document
 from fedsplit.families import Family
 from fedsplit.split import Kind, ranges
@@ -62,13 +62,17 @@ def check_resumable(path: Path, rounds: int) -> None:
         raise SettingError("rounds", rounds, f"more than {done}, the rounds that the run in {path} has done")
 
 
-def _write_whole(target: Path, fill: Callable[[Path], None]) -> None:
+def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     """Fills a folder beside its final place, makes it durable, and moves it there in one step."""
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    fill(draft)
-    for file in draft.iterdir():
+    try:
+        fill(draft)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    for file in draft.rglob("*"):
         _sync(file)
     _sync(draft)
     shutil.rmtree(target, ignore_errors=True)  # of a run that went on, and ended before
@@ -154,18 +158,18 @@ class RunFolder:
             facts = {**snapshot.facts, "round": snapshot.round}
             (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
-        _write_whole(self._rounds / f"round-{snapshot.round:04d}", fill)
+        write_whole(self._rounds / f"round-{snapshot.round:04d}", fill)
 
     def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
         """Writes the final adapter, whole and by part, and the summary last."""
-        _write_whole(self.path / "adapter", lambda folder: self._save(folder, adapters))
+        write_whole(self.path / "adapter", lambda folder: self._save(folder, adapters))
         for kind in self._ranges:
-            _write_whole(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
+            write_whole(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
         _replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def save_personal(self, client: int, adapters: Adapters) -> None:
         """Writes the adapter of the whole model as one client has it."""
-        _write_whole(self.path / "personal" / f"{client:04d}", lambda folder: self._save(folder, adapters))
+        write_whole(self.path / "personal" / f"{client:04d}", lambda folder: self._save(folder, adapters))
 
     def _save(self, folder: Path, whole: Adapters, kind: Kind | None = None) -> None:
         blocks = None if kind is None else self._ranges[kind]
@@ -175,7 +179,7 @@ class RunFolder:
             layers = {layer: facts for layer, facts in whole.layers.items() if layer.startswith(prefixes)}
             tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(prefixes)}
             whole = Adapters(tensors, layers, folded)
-        adapters.save(folder, whole, self._config.lora, self._family, self._config.model, blocks)
+        lora.save(folder, whole, self._config.lora, self._family, self._config.model, blocks)
 
 
 _FACTS, _TENSORS = "state.json", "state.safetensors"

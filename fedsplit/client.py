@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.config import TrainSettings
 from fedsplit.kernels import IGNORED
 from fedsplit.link import Link
@@ -126,8 +126,8 @@ class Client:
         Returns:
             The adapters it ends with, and what it went through.
         """
-        adapters.write(given, self.bottom, self.top)
-        parameters = {**adapters.parameters(self.bottom), **adapters.parameters(self.top)}
+        lora.write(given, self.bottom, self.top)
+        parameters = {**lora.parameters(self.bottom), **lora.parameters(self.top)}
         rule = LocalRule(task or Task(), given, own or {})
         for name, parameter in parameters.items():
             parameter.grad = None
@@ -151,7 +151,7 @@ class Client:
             tokens += ids.numel()
         return ClientUpdate(
             client=self.number,
-            adapters=adapters.read(self.bottom, self.top),
+            adapters=lora.read(self.bottom, self.top),
             examples=self.steps * self.settings.batch_size,
             tokens=tokens,
             loss=float(torch.stack(losses).mean()),

@@ -18,11 +18,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedsplit import adapters, records
+from fedsplit import lora, records
 from fedsplit.actor import TrunkHandle, find_trunk
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
-from fedsplit.evaluate import held_out_batches, pooled, sample, shards_of, through_split
+from fedsplit.heldout import held_out_batches, pooled, sample, shards_of, through_split
 from fedsplit.link import Link
 from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
@@ -62,7 +62,7 @@ class _Site:
     def personal(self, factors: str) -> set[str]:
         """The names of the adapters that stay with each client: parts that are not shared, and some factors."""
         alone = [part for part in (self.bottom, self.top) if part.kind not in self.config.share]
-        whole = {name for part in alone for name in adapters.parameters(part)}
+        whole = {name for part in alone for name in lora.parameters(part)}
         return whole | {name for name in self.start.tensors if (factor_of(name) or "-") in factors}
 
     def catch_up(self, store: Path, message: Message) -> None:
@@ -72,7 +72,7 @@ class _Site:
             log.append(last, changes)
         for round in range(self.folded + 1, last + 1):
             for part in (self.bottom, self.top):
-                adapters.fold(part, log.read(round))
+                lora.fold(part, log.read(round))
         self.folded = max(self.folded, last)
 
 
@@ -85,8 +85,8 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     config = from_document(json.loads(run))
     bottom, top = load_parts(config.model_path, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
     for part in (bottom, top):
-        adapters.add(part, config.lora, config.seed)
-    return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), adapters.read(bottom, top))
+        lora.add(part, config.lora, config.seed)
+    return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), lora.read(bottom, top))
 
 
 def _meet(message: Message, context: Context) -> tuple[_Site, Client, ClientStore, set[str]]:
@@ -111,10 +111,10 @@ def _drawn(start: Adapters, seed: int | None) -> dict[str, Tensor]:
 def introduce(message: Message, context: Context) -> Message:
     """Tells which partition this node is; the first one also tells what training starts from."""
     site, client, _, _ = _meet(message, context)
-    parameters = {"bottom": adapters.count(site.bottom), "top": adapters.count(site.top, elsewhere=[site.bottom])}
+    parameters = {"bottom": lora.count(site.bottom), "top": lora.count(site.top, elsewhere=[site.bottom])}
     if not SCHEDULES[site.config.trunk.schedule].returns_gradient:
         parameters["bottom"]["trainable"] = 0
-    start = {str(part.kind): adapters.read(part) for part in (site.bottom, site.top)}
+    start = {str(part.kind): lora.read(part) for part in (site.bottom, site.top)}
     return Message(
         records.introduction(client.number, client.shard.name, None if client.number else start, parameters),
         reply_to=message,

@@ -1,112 +1,43 @@
-"""Loss on held-out text, through the split and, to check it, on the unsplit model."""
+"""`python -m fedsplit.evaluate`: how well a finished run's model predicts text, against the base without its adapter.
+
+Everything is measured on the unsplit model, which whoever evaluates a finished run holds.
+"""
 
 from __future__ import annotations
 
+import sys
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from fedsplit.command import exit_code, quieten
+from fedsplit.config import Config, InputError, SettingError, from_document
+from fedsplit.finished import Adapter, Run, open_run
+from fedsplit.flags import Parser
 
-from fedsplit import adapters
-from fedsplit.client import Client
-from fedsplit.config import Config, from_document
-from fedsplit.families import read_facts
-from fedsplit.packets import StepKey
-from fedsplit.partition import Shard, make_shards, spread
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedsplit.whole import Score
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """A loss and what it was measured on.
+class Result:
+    """What was measured on one text.
 
     Attributes:
-        nats: Sum of the losses of all predicted tokens.
-        tokens: How many were predicted.
+        name: Whose text it is.
+        base: The base model alone.
+        tuned: The base with the adapter.
     """
 
-    nats: float
-    tokens: int
-
-    @property
-    def loss(self) -> float:
-        """Mean loss in nats a token; its exponential is the perplexity."""
-        return self.nats / self.tokens
-
-    def __add__(self, other: HeldOut) -> HeldOut:
-        return HeldOut(self.nats + other.nats, self.tokens + other.tokens)
+    name: str
+    base: Score
+    tuned: Score
 
 
-def pooled(measured: Iterable[HeldOut]) -> HeldOut:
-    """Several measurements as one; of nothing, no tokens."""
-    return sum(measured, HeldOut(0.0, 0))
-
-
-def measure(loss_of: Callable[[int, Tensor], Tensor], batches: Sequence[tuple[int, Tensor]]) -> HeldOut:
-    """Measures a model on batches of tokens.
-
-    Args:
-        loss_of: The number of a batch and its tokens (B, T) to the mean loss.
-        batches: Numbers and tokens.
-    """
-    total = HeldOut(0.0, 0)
-    for number, ids in batches:
-        predicted = ids.shape[0] * (ids.shape[1] - 1)
-        total += HeldOut(float(loss_of(number, ids)) * predicted, predicted)
-    return total
-
-
-def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int, Tensor]]:
-    """A client's held-out text in numbered batches.
-
-    Args:
-        shard: The client's data.
-        most: Sequences at most, spread evenly over all it has.
-        batch_size: Sequences a batch.
-    """
-    return list(enumerate(spread(shard.held_out, most).split(batch_size)))
-
-
-def sample(batches: Sequence[tuple[int, Tensor]], sequences: int, batch_size: int) -> list[tuple[int, Tensor]]:
-    """Some of the batches, spread evenly: as many as it takes for so many sequences."""
-    chosen = spread(torch.arange(len(batches)), -(-sequences // batch_size))
-    return [batches[number] for number in chosen.tolist()]
-
-
-@torch.no_grad()
-def through_split(
-    client: Client, given: Mapping[str, Tensor], round: int, batches: Sequence[tuple[int, Tensor]]
-) -> list[HeldOut]:
-    """A client's loss on each of some batches, with the given adapters and the trunk as it is now.
-
-    Args:
-        client: Whose parts.
-        given: Adapters of bottom and top by exported name.
-        round: The round, for the step's key.
-        batches: Numbers and tokens (B, T).
-    """
-    adapters.write(given, client.bottom, client.top)
-    client.bottom.eval()
-    client.top.eval()
-
-    def loss_of(number: int, ids: Tensor) -> Tensor:
-        hidden = client.link.evaluate(client.bottom(ids), StepKey(round, client.number, number))
-        return client.top(hidden, ids)
-
-    return [measure(loss_of, [batch]) for batch in batches]
-
-
-def shards_of(config: Config) -> list[Shard]:
-    """The data of every client of a run."""
-    path = config.model_path
-    length, end = config.train.max_length, read_facts(path).end
-    return make_shards(config.dataset, config.partition, config.clients, length, config.seed, path, end)
-
-
-@torch.no_grad()
 def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None = None) -> float:
     """The loss of an unsplit model on the held-out text of a finished run's clients.
 
@@ -118,12 +49,145 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
     Returns:
         The mean over all predicted tokens, in nats; of the run's own model, `eval_loss.after` in its summary.
     """
+    from fedsplit.whole import Score, score
+
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
-    total = HeldOut(0.0, 0)
-    for client, shard in enumerate(shards_of(config)):
-        if clients is not None and client not in clients:
-            continue
-        batches = held_out_batches(shard, config.eval.samples, config.train.batch_size)
-        total += measure(lambda _, ids: model(input_ids=ids, labels=ids).loss, batches)
-    return total.loss
+    texts = _held_out(config, config.eval.samples)
+    counted = [batches for client, (_, batches) in enumerate(texts) if clients is None or client in clients]
+    return sum((score(model, batches) for batches in counted), Score()).loss
+
+
+def _held_out(config: Config, samples: int) -> list[tuple[str, list[Tensor]]]:
+    """The name of every client, and its held-out text in the batches in which the run measured it."""
+    from fedsplit.heldout import held_out_batches, shards_of
+
+    size = config.train.batch_size
+    return [(shard.name, [ids for _, ids in held_out_batches(shard, samples, size)]) for shard in shards_of(config)]
+
+
+def _other_text(config: Config, dataset: str, samples: int) -> list[tuple[str, list[Tensor]]]:
+    """Every owner in another data set, and all its text in batches."""
+    from fedsplit.corpus import check_dataset
+    from fedsplit.families import read_facts
+    from fedsplit.partition import all_text, spread
+
+    check_dataset(dataset)
+    path, length = config.model_path, config.train.max_length
+    texts = all_text(dataset, length, path, read_facts(path).end)
+    return [
+        (name, list(spread(blocks, samples or len(blocks)).split(config.train.batch_size)))
+        for name, blocks in texts.items()
+    ]
+
+
+def _work(
+    run: Run, dataset: str, client: int | None, samples: int
+) -> list[tuple[Adapter, list[tuple[str, list[Tensor]]]]]:
+    """Which adapter is measured on which texts.
+
+    Raises:
+        InputError: There is no such client, or no single adapter for a data set that is nobody's.
+    """
+    if client is not None and not 0 <= client < run.config.clients:
+        raise SettingError("client", client, f"0 to {run.config.clients - 1}, the clients of the run")
+    if dataset:
+        if client is None and run.personal:
+            numbers = ", ".join(map(str, run.personal))
+            raise InputError(f"in this run every client has an adapter of its own: say --client, one of {numbers}")
+        own = run.adapter(client if run.personal else None)
+        return [(own, _other_text(run.config, dataset, samples))]
+    texts = _held_out(run.config, samples or run.config.eval.samples)
+    numbered = [(n, text) for n, text in enumerate(texts) if client is None or n == client]
+    if run.personal:
+        return [(run.adapter(n), [text]) for n, text in numbered]
+    return [(run.adapter(), [text for _, text in numbered])]
+
+
+def evaluate(run: Run, dataset: str = "", client: int | None = None, samples: int = 0) -> list[Result]:
+    """Measures a finished run's model.
+
+    Args:
+        run: The run.
+        dataset: Another data set, as `fedsplit.simulate --dataset` takes it, of which all text counts; the held-out
+            text of the run's clients where empty.
+        client: The one client whose text, or whose own adapter, counts; all where None.
+        samples: Sequences a client or owner at most; where 0, those of the run, or all of another data set.
+
+    Returns:
+        A result for every client, or every owner in another data set.
+
+    Raises:
+        InputError: There is no such client or data set, or the run's model is not there.
+    """
+    from fedsplit.whole import attach, open_base, score
+
+    results = []
+    work = _work(run, dataset, client, samples)
+    base = open_base(run.config.model_path, run.config.dtype)
+    for adapter, texts in work:
+        alone = [score(base, batches) for _, batches in texts]
+        model = attach(base, adapter)
+        for (name, batches), before in zip(texts, alone, strict=True):
+            results.append(Result(name, before, score(model, batches)))
+        base = model.unload()
+    return results
+
+
+def lines(results: Sequence[Result]) -> list[str]:
+    """Results as a table, with all of them as one in its last line."""
+    from fedsplit.report import aligned, perplexity
+    from fedsplit.whole import Score
+
+    base, tuned = (sum((getattr(r, which) for r in results), Score()) for which in ("base", "tuned"))
+    rows = [("", "tokens", "loss", "perplexity", "accuracy")]
+    for name, before, after in [*((r.name, r.base, r.tuned) for r in results), ("all", base, tuned)]:
+        loss = f"{before.loss:.4f} -> {after.loss:.4f}"
+        perplexities = f"{perplexity(before.loss):.2f} -> {perplexity(after.loss):.2f}"
+        accuracy = f"{before.accuracy:.2%} -> {after.accuracy:.2%}"
+        rows.append((name, f"{after.tokens:,}", loss, perplexities, accuracy))
+    return aligned(rows)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m fedsplit.evaluate",
+        description="Perplexity and next-token accuracy of a finished run's model: base alone -> with the adapter.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, metavar="DIR", help="the folder of a finished run")
+    parser.add_argument(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="another data set, all of it, owner by owner: sotu, or a .txt, .jsonl, .csv or .parquet file "
+        "(default: what the run's clients held out)",
+    )
+    parser.add_argument(
+        "--client", type=int, metavar="N", help="this client alone, with its own adapter where it has one"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="sequences each at most (default: the run's; all of others)"
+    )
+    parser.add_argument("--model", default="", metavar="DIR", help="where the base model lies now, if it was moved")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
+
+    def work() -> None:
+        asked = _parser().parse_args(argv)
+        if asked.samples < 0:
+            raise SettingError("samples", asked.samples, "a whole number of at least 0")
+        run = open_run(Path(asked.run))
+        if asked.model:
+            run = replace(run, config=replace(run.config, model=asked.model))
+        quieten()
+        print(*lines(evaluate(run, asked.dataset, asked.client, asked.samples)), sep="\n")
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -35,15 +35,16 @@ def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
     return dotted(document), options
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without usage."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises an InputError."""
         raise InputError(f"{message}; see --help")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m fedsplit.simulate",
         description="Simulates a federation that fine-tunes one language model, cut in three, on text none shares.",
         allow_abbrev=False,

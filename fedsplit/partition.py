@@ -173,3 +173,26 @@ def make_shards(
             raise SettingError("clients", clients, words)
         return natural[:clients]
     return _by_block(documents, tokens, length, end, "iid" if spec == "auto" else spec, clients, seed)
+
+
+def all_text(dataset: str, length: int, model_path: Path, end: int) -> dict[str, Tensor]:
+    """A data set that nobody trains on, as it is: nothing is held back, and nothing dealt out.
+
+    Args:
+        dataset: As `fedsplit.corpus.read_documents` takes it.
+        length: Tokens a sequence.
+        model_path: The model's folder, for its tokenizer.
+        end: The id of the token that ends a text.
+
+    Returns:
+        Token ids (n, T) of each owner who has text for a sequence at least.
+
+    Raises:
+        SettingError: Nobody has.
+    """
+    documents = read_documents(dataset)
+    owned = _texts_by_owner(documents, tokenise(documents, model_path))
+    packed = {owner: blocks for owner, texts in owned.items() if (blocks := pack(texts, length, end))}
+    if not packed:
+        raise SettingError("dataset", dataset, f"a text of {length} tokens or more")
+    return {owner: torch.tensor(blocks) for owner, blocks in packed.items()}

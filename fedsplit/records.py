@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedsplit.evaluate import HeldOut
+from fedsplit.heldout import HeldOut
 from fedsplit.lowrank import LowRank
 from fedsplit.store import pack, unpack
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task

@@ -18,9 +18,9 @@ from fedsplit.actor import TrunkHandle
 from fedsplit.aggregation import FederationFailed, Member, make_aggregation
 from fedsplit.checkpoint import RunFolder, Snapshot
 from fedsplit.config import Config, as_document
-from fedsplit.evaluate import HeldOut, pooled
 from fedsplit.exchange import Exchange, number_of
 from fedsplit.fidelity import measure
+from fedsplit.heldout import HeldOut, pooled
 from fedsplit.holdings import Holdings
 from fedsplit.report import Watcher, perplexity
 from fedsplit.schedules import SCHEDULES, is_deterministic

@@ -13,17 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedsplit.config import Config, InputError, SettingError
+from fedsplit.command import QUIET, exit_code
+from fedsplit.config import Config, SettingError
 from fedsplit.flags import parse
 
 ENVIRONMENT = {
+    **QUIET,
     "FLWR_TELEMETRY_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "PYTHONWARNINGS": "ignore",
     # Threads that wait sleep. They would burn their core otherwise, which client and trunk need in turn: with another
     # process on the machine, two threads each were six to ten times slower.
     "OMP_WAIT_POLICY": "passive",
@@ -104,7 +102,7 @@ def check(config: Config) -> tuple[Path, Any]:
 
     from fedsplit.aggregation import strategy_defaults
     from fedsplit.checkpoint import check_folder, check_resumable
-    from fedsplit.evaluate import shards_of
+    from fedsplit.heldout import shards_of
     from fedsplit.split import check_checkpoint
     from fedsplit.strategy import check_strategy, load_strategy
 
@@ -242,23 +240,14 @@ def _simulate(federation: Any, clients: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 where the run ended well, 1 where it broke, 2 where it was asked for wrongly, 130 on Ctrl-C."""
-    try:
+
+    def work() -> None:
         config = parse(argv)
         prepare_environment()
         warnings.simplefilter("ignore")
         run(config)
-    except InputError as error:
-        print("fedsplit:", *str(error).split(), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fedsplit: stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "fedsplit":
-            raise
-        print("fedsplit:", *str(error).split(), file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

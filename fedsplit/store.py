@@ -5,6 +5,8 @@ In a simulation all of them lie in the run's folder; none reads what is another'
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +38,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a file of tensors."""
     tensors: dict[str, Tensor] = load_file(path)
     return tensors
+
+
+def count_values(path: Path) -> int:
+    """How many numbers there are in a file of tensors, by its header alone."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(facts["shape"]) for name, facts in header.items() if name != "__metadata__")
 
 
 def pack(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

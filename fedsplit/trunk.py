@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.config import TrainSettings
 from fedsplit.learner import Learner, Version
 from fedsplit.learners import Learners
@@ -131,7 +131,7 @@ class TrunkServer:
         self._schedule = SCHEDULES[schedule]
         # Where a version is put before it computes. `torch.func.functional_call` does the same, but looks at
         # every parameter of the part each time, which takes 3 % of a step of the bundled model.
-        self._slots = {adapters.exported_name(part, n): _slot(part, n) for n in adapters.local_parameters(part)}
+        self._slots = {lora.exported_name(part, n): _slot(part, n) for n in lora.local_parameters(part)}
         self._placed: Version = {}
         self._budget = budget or Budget(None)
         self._promised: dict[StepKey, tuple[int, float]] = {}
@@ -139,14 +139,14 @@ class TrunkServer:
         self.steps: Steps[_Flight] = Steps(run, incarnation, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.learners = Learners(adapters.read(part), self._schedule, settings, self.counts)
+        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts)
 
     def _place(self, version: Version) -> None:
         """Puts a version where the part's layers look for it."""
         for name, (module, leaf) in self._slots.items():
             module._parameters[leaf] = version[name]  # type: ignore[assignment]  # a leaf that is no nn.Parameter
         if any(tensor.shape != version[name].shape for name, tensor in self._placed.items()):
-            adapters.rescale(self._part)
+            lora.rescale(self._part)
         self._placed = version
 
     def _run(self, flight: _Flight, keeps_graph: bool, training: bool = True) -> Tensor:
@@ -393,11 +393,11 @@ class TrunkServer:
         Args:
             changes: By layer; other parts' layers are left out.
         """
-        adapters.fold(self._part, changes)
+        lora.fold(self._part, changes)
 
     def count(self) -> dict[str, int]:
         """Total and trainable parameters."""
-        counted = adapters.count(self._part)
+        counted = lora.count(self._part)
         return counted if self._schedule.learns else {**counted, "trainable": 0}
 
     def calibrate(self, batch: int, length: int) -> int:

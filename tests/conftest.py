@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -168,10 +169,8 @@ def any_model_path(request: pytest.FixtureRequest, tiny_models: dict[str, Path])
     return tiny_models[request.param]
 
 
-@pytest.fixture
-def corpus_file(tmp_path: Path) -> Path:
-    """A small corpus of three owners."""
-    path = tmp_path / "corpus.jsonl"
+def write_corpus(path: Path) -> Path:
+    """Writes a small corpus of three owners."""
     rows = [
         {"text": f"{owner} wrote text number {number}. " * 6, "owner": owner}
         for owner in ("ann", "bob", "cid")
@@ -179,6 +178,20 @@ def corpus_file(tmp_path: Path) -> Path:
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+@pytest.fixture
+def corpus_file(tmp_path: Path) -> Path:
+    """A small corpus of three owners."""
+    return write_corpus(tmp_path / "corpus.jsonl")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes finished runs of a model, a strategy and other settings; each only once."""
+    from finished_runs import Runs
+
+    return Runs(tiny_models, tmp_path_factory.mktemp("runs"))
 
 
 def without_dropout(part: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
-from fedsplit import adapters, client_app
+from fedsplit import client_app, lora
 from fedsplit.checkpoint import RunFolder
 from fedsplit.config import Config
 from fedsplit.dispatch import Dispatcher
@@ -29,7 +29,7 @@ class LocalTrunk:
 
     def __init__(self, config: Config, run: str = "") -> None:
         (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
-        adapters.add(part, config.lora, config.seed)
+        lora.add(part, config.lora, config.seed)
         self.now = 0.0
         codec, schedule = make_codec(config.wire.codec), config.trunk.schedule
         clock, train, seed = lambda: self.now, config.train, config.seed

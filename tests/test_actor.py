@@ -17,7 +17,7 @@ from fedsplit.simulate import prepare_environment
 prepare_environment()
 import ray, torch
 from pathlib import Path
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.actor import TrunkLost, find_trunk, start_cluster, start_trunk, stop_cluster
 from fedsplit.config import build
 from fedsplit.split import load_parts
@@ -30,7 +30,7 @@ values = {"model": sys.argv[1], "cut": "1:2", "lora.dropout": 0.3, "trunk.memory
 config = build(values)
 torch.set_num_threads(1)
 (part,) = load_parts(config.model_path, config.bounds, ["trunk"], kernels=config.kernels)
-adapters.add(part, config.lora, config.seed)
+lora.add(part, config.lora, config.seed)
 codec = make_codec("raw")
 start_cluster(workers=1)
 handle = start_trunk(config, "t", threads=1)

@@ -1,117 +1,175 @@
-"""LoRA on a part: names, start, counts, files that PEFT opens."""
+"""The command for what is done with adapters after a run."""
 
 from __future__ import annotations
 
-import warnings
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BLOCKS
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from fedsplit import adapters
-from fedsplit.config import LoraSettings
-from fedsplit.split import load_parts, load_whole, ranges
+from fedsplit.split import load_whole
 
-KINDS = ("bottom", "trunk", "top")
-SETTINGS = LoraSettings(rank=(3,), alpha=6.0, dropout=0.0)
+Said = tuple[int, list[str], str]
 
 
-def adapted(path: Path, cut: tuple[int, int], settings: LoraSettings = SETTINGS, seed: int = 0):
-    parts = load_parts(path, cut, KINDS)
-    for part in parts:
-        adapters.add(part, settings, seed)
-    return parts
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Runs the command; its exit code, its lines and its error."""
+
+    def run(*argv: object) -> Said:
+        code = adapters.main([str(word) for word in argv])
+        said = capsys.readouterr()
+        return code, said.out.splitlines(), said.err
+
+    return run
 
 
-def test_the_start_depends_on_seed_and_name_alone(any_model_path: Path) -> None:
-    starts = [adapters.read(*adapted(any_model_path, cut)).tensors for cut in ((1, 2), (0, 3))]
-    torch.manual_seed(77)
-    starts.append(adapters.read(*adapted(any_model_path, (2, 3))).tensors)
-    assert starts[0].keys() == starts[1].keys() == starts[2].keys()
-    for name, tensor in starts[0].items():
-        assert all(torch.equal(tensor, other[name]) for other in starts)
-        assert bool(tensor.any()) == ("lora_A" in name)
-    other = adapters.read(*adapted(any_model_path, (1, 2), seed=1)).tensors
-    assert not any(torch.equal(starts[0][name], other[name]) for name in other if "lora_A" in name)
+def test_a_summary_counts_every_part(finished_run: Callable[..., Path], say: Callable[..., Said]) -> None:
+    """By hand for GPT-2 of width 32: a block has 4 adapted layers of rank 2."""
+    code, lines, _ = say("summary", finished_run("gpt2", "fedsa"))
+    assert code == 0 and lines[0].endswith("cut 1:2; strategy fedsa; ranks 2")
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    block = 2 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
+    plain = 12 * 32 * 32 + 13 * 32
+    assert rows["trunk"][:4] == [f"{n:,}" for n in (block, plain, block + plain, block)]
+    whole = load_whole(adapters.open_run(finished_run("gpt2")).config.model_path).num_parameters()
+    assert rows["whole"][:4] == [f"{n:,}" for n in (3 * block, whole, 3 * block + whole, 3 * block)]
+    size = (finished_run("gpt2", "fedsa") / "trunk_lora" / "adapter_model.safetensors").stat().st_size
+    assert " ".join(rows["trunk"][4:]) == f"{size / 1000:.1f} kB"
+    assert [line.split()[:2] for line in lines[-3:]] == [["client", str(n)] for n in range(3)]
+    _, lines, _ = say("summary", finished_run("gpt2", "fedex"))
+    assert lines[0].endswith("ranks 10")  # 2, and 2 rounds of what three clients of rank 2 leave out: at most 4
 
 
-@pytest.mark.parametrize("kernels", ["library", "fused"])
-def test_adapters_are_float32_whatever_the_base_is(model_path: Path, kernels: str) -> None:
-    starts = []
-    for dtype in (torch.float32, torch.bfloat16):
-        parts = load_parts(model_path, (1, 2), KINDS, dtype, kernels)
-        for part in parts:
-            adapters.add(part, SETTINGS, 0)
-        starts.append(adapters.read(*parts).tensors)
-    assert {tensor.dtype for tensor in starts[1].values()} == {torch.float32}
-    assert all(torch.equal(tensor, starts[1][name]) for name, tensor in starts[0].items())
+def test_merge_and_unmerge(finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]) -> None:
+    run = finished_run("gpt2", "fedsa")
+    code, _, error = say("merge", run, "--out", tmp_path / "merged")
+    assert code == 2 and "every client has an adapter of its own: say --client, 0, 1, 2" in error
+    assert say("merge", run, "--client", 1, "--out", tmp_path / "merged")[0] == 0
+    base = adapters.open_run(run).config.model_path
+    one = PeftModel.from_pretrained(load_whole(base), str(run / "personal" / "0001")).eval()
+    ids = torch.arange(12)[None]
+    assert torch.allclose(load_whole(tmp_path / "merged").eval()(ids).logits, one(ids).logits, atol=1e-5)
+    assert say("unmerge", tmp_path / "merged", "--out", tmp_path / "back")[0] == 0
+    for name, weight in load_file(base / "model.safetensors").items():
+        assert torch.allclose(load_file(tmp_path / "back" / "model.safetensors")[name], weight, atol=1e-6)
 
 
-def test_layers_know_scaling_and_whether_they_are_transposed(tiny_models: dict[str, Path]) -> None:
-    for family, transposed in (("gpt2", True), ("llama", False)):
-        read = adapters.read(*adapted(tiny_models[family], (1, 2)))
-        assert {(read.scaling(name), layer.transposed) for name, layer in read.layers.items()} == {(2.0, transposed)}
-        assert {f"{layer}.lora_{f}.weight" for layer in read.layers for f in "AB"} == set(read.tensors)
-        assert all(a.shape[0] == b.shape[1] == 3 for a, b in map(read.factors, read.layers))
+def test_tasks_are_switched_by_peft(
+    finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    """Every adapter, each client's own too, under a name of its own; the lines that are shown do it."""
+    shared, own = finished_run("gpt2", "fedex"), finished_run("gpt2", "fedsa")
+    names = ["speech", "own", "ann", "bob", "cid"]
+    code, lines, _ = say("export", shared, own, "--names", ",".join(names), "--out", tmp_path / "tasks")
+    assert code == 0 and sorted(path.name for path in (tmp_path / "tasks").iterdir()) == sorted(names)
+    base = adapters.open_run(shared).config.model_path
+    space = {"PeftModel": PeftModel, "base": load_whole(base)}
+    exec("\n".join(lines[1:]), space)
+    model, ids = space["model"], torch.arange(12)[None]
+    for task, source in (("speech", shared / "adapter"), ("bob", own / "personal" / "0001")):
+        model.set_adapter(task)
+        alone = PeftModel.from_pretrained(load_whole(base), str(source)).eval()
+        assert torch.equal(model.eval()(ids).logits, alone(ids).logits)
 
 
-def test_write_then_read_is_identity_and_copies(model_path: Path) -> None:
-    bottom, _, top = adapted(model_path, (1, 2))
-    tensors = {name: torch.randn_like(t) for name, t in adapters.read(bottom, top).tensors.items()}
-    adapters.write(tensors, bottom, top)
-    read = adapters.read(bottom, top).tensors
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-    next(iter(read.values())).add_(1)
-    assert all(torch.equal(adapters.read(bottom, top).tensors[name], tensor) for name, tensor in tensors.items())
+def test_combine_weighs_and_says_what_it_wrote(
+    finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    runs = [finished_run("gpt2", seed=seed) for seed in (1, 2)]
+    code, lines, _ = say("combine", *runs, "--weights=-1,2", "--out", tmp_path / "out")
+    assert code == 0
+    assert lines == [f"{tmp_path}/out: -1 * gpt2_fedavg_seed=1 + 2 * gpt2_fedavg_seed=2 by cat, of rank 4"]
+    assert say("combine", *runs, "--how", "svd", "--rank", 1, "--out", tmp_path / "thin")[1][0].endswith("of rank 1")
+    assert say("merge", tmp_path / "out", "--out", tmp_path / "merged")[0] == 0
 
 
-def test_an_adapter_that_is_missing_is_named(model_path: Path) -> None:
-    bottom, *_ = adapted(model_path, (1, 2))
-    with pytest.raises(KeyError, match="lora_A"):
-        adapters.write({}, bottom)
+def test_compare_shows_settings_losses_bytes_and_layers(
+    finished_run: Callable[..., Path], say: Callable[..., Said]
+) -> None:
+    one, two = finished_run("gpt2", seed=1), finished_run("gpt2", seed=2)
+    code, lines, _ = say("compare", one, two)
+    assert code == 0
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in lines if line}
+    assert rows["seed"] == ["1", "2"] and "strategy" not in rows
+    loss = adapters.open_run(two).summary["eval_loss"]["after"]
+    assert rows["held-out loss after"][1] == f"{loss:.4f}"
+    assert "bytes adapter_up" in rows and "transformer.h.2.mlp.c_proj" in rows
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
+    key = "base_model.model.transformer.h.2.mlp.c_proj.lora_{}.weight"
+    w, v = (1.5 * t[key.format("B")] @ t[key.format("A")] for t in (first, second))
+    expected = [f"{float((w - v).norm() / w.norm()):.4f}", f"{float((w * v).sum() / w.norm() / v.norm()):.4f}"]
+    assert rows["transformer.h.2.mlp.c_proj"] == expected
+    _, lines, _ = say("compare", one, one)
+    assert lines[-1].split()[-2:] == ["0.0000", "1.0000"]
+    _, lines, _ = say("compare", one, finished_run("llama"))
+    assert lines[-1] == "the adapters have nothing to compare"
 
 
-def test_targets_can_be_chosen(tiny_models: dict[str, Path]) -> None:
-    parts = adapted(tiny_models["llama"], (1, 2), LoraSettings(targets=("q_proj", "v_proj")))
-    assert {name.rpartition(".")[2] for name in adapters.read(*parts).layers} == {"q_proj", "v_proj"}
+def test_what_is_asked_for_wrongly_gets_one_line_and_writes_nothing(
+    finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    run, llama = finished_run("gpt2"), finished_run("llama")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    out = ("--out", tmp_path / "out")
+    for argv, words in (
+        ([], "the following arguments are required: COMMAND; see --help"),
+        (["summary", "nowhere"], "nowhere is no folder of a run: there is no such folder"),
+        (["summary", tmp_path], f"{tmp_path} is no folder of a run: there is no config.toml"),
+        (["merge", run], "the following arguments are required: --out"),
+        (["merge", run, "--out", tmp_path / "full"], f"out: {tmp_path}/full (there already) is not possible"),
+        (["merge", run, "--client", "0", *out], "client: 0 is not possible; allowed: none: in this run"),
+        (["merge", run, "--dtype", "fp8", *out], "argument --dtype: invalid choice: 'fp8'"),
+        (["unmerge", run, *out], f"{run} is no merged model"),
+        (["unmerge", "nowhere", *out], "nowhere is no merged model: there is no such folder"),
+        (["combine", run, *out], "combine: one adapter is not possible"),
+        (["combine", run, run, "--weights", "1", *out], "weights: 1 is not possible; allowed: 2 numbers"),
+        (["combine", run, run, "--weights", "1,nan", *out], "weights: 1,nan is not possible"),
+        (["combine", run, run, "--rank", "2", *out], "rank: 2 is not possible; allowed: a whole number of at least 1"),
+        (["combine", run, llama, *out], "the adapters belong to different base models"),
+        (["export", run, llama, *out], "the adapters belong to different base models"),
+        (["export", run, run, *out], "names: gpt2_fedavg is there twice"),
+        (["compare", run, "nowhere"], "nowhere is no folder of a run"),
+    ):
+        code, lines, error = say(*argv)
+        assert (code, lines) == (2, []), argv
+        assert error.startswith(f"fedsplit: {words}") and error.count("\n") == 1, error
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_a_part_without_blocks_has_no_adapter(model_path: Path) -> None:
-    bottom, _, top = adapted(model_path, (0, BLOCKS))
-    assert adapters.read(bottom, top).tensors == {}
-    assert adapters.count(bottom)["trainable"] == 0
+def test_help_and_refusals_load_no_library(tmp_path: Path) -> None:
+    for name, argv in (("adapters", "['merge', '--help']"), ("adapters", "['summary', 'x']"), ("evaluate", "['-h']")):
+        code = (
+            f"import sys\nfrom fedsplit.{name} import main\n"
+            f"try: main({argv})\n"
+            "except SystemExit: pass\n"
+            "print(*sorted({name.partition('.')[0] for name in sys.modules} & "
+            "{'torch', 'peft', 'flwr', 'ray', 'transformers', 'rich', 'safetensors'}), file=sys.stderr)"
+        )
+        env = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert done.returncode == 0 and done.stderr.splitlines()[-1] == "", done.stderr
 
 
-def test_counts_add_up_to_the_unsplit_model(any_model_path: Path) -> None:
-    whole = load_whole(any_model_path).num_parameters()
-    bottom, trunk, top = adapted(any_model_path, (1, 2))
-    counts = [adapters.count(bottom), adapters.count(trunk), adapters.count(top, elsewhere=[bottom])]
-    trainable = sum(count["trainable"] for count in counts)
-    assert trainable == sum(t.numel() for t in adapters.read(bottom, trunk, top).tensors.values())
-    assert sum(count["total"] for count in counts) == whole + trainable
-
-
-def test_peft_opens_what_is_saved_whole_and_by_part(tmp_path: Path, any_model_path: Path) -> None:
-    parts = adapted(any_model_path, (1, 2))
-    for part in parts:
-        adapters.write({n: torch.randn_like(p) for n, p in adapters.parameters(part).items()}, part)
-    ids = torch.arange(1, 9)[None]
-    bottom, trunk, top = parts
-    expected = top.logits(trunk(bottom(ids)))
-    family = bottom.family
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        adapters.save(tmp_path / "adapter", adapters.read(*parts), SETTINGS, family, "base")
-        whole = PeftModel.from_pretrained(load_whole(any_model_path), str(tmp_path / "adapter"))
-        assert torch.equal(whole(input_ids=ids).logits, expected)
-        for part in parts:
-            blocks = ranges(BLOCKS, (1, 2))[part.kind]
-            adapters.save(tmp_path / part.kind, adapters.read(part), SETTINGS, family, "base", blocks)
-            opened = PeftModel.from_pretrained(load_whole(any_model_path), str(tmp_path / part.kind))
-            written = {n: p for n, p in opened.named_parameters() if "lora_" in n}
-            assert len(written) == len(adapters.parameters(part))
-            for name, parameter in adapters.parameters(part).items():
-                found = written[f"base_model.model.{name}".replace(".weight", ".default.weight")]
-                assert torch.equal(found, parameter)
+@pytest.mark.slow
+def test_the_commands_as_a_user_types_them(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    """No library's chatter among the lines, and nothing on the error stream."""
+    run, env = str(finished_run("gpt2")), {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    env.pop("TRANSFORMERS_VERBOSITY"), env.pop("HF_HUB_DISABLE_PROGRESS_BARS")
+    for argv, count in (
+        (["adapters", "merge", run, "--out", "merged"], 1),
+        (["adapters", "combine", run, run, "--out", "both"], 1),
+        (["evaluate", "--run", run], 5),
+    ):
+        call = [sys.executable, "-m", f"fedsplit.{argv[0]}", *argv[1:]]
+        done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == count

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import BLOCKS
 from safetensors.torch import load_file
-from test_adapters import adapted
+from test_lora import adapted
 
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.checkpoint import RunFolder, Snapshot, check_folder, check_resumable
 from fedsplit.config import Config, LoraSettings, SettingError
 from fedsplit.flags import parse
@@ -24,7 +24,7 @@ def folder(tmp_path: Path, tiny_models: dict[str, Path]) -> RunFolder:
     config = Config(model=str(tiny_models["gpt2"]), cut="1:2", lora=LoraSettings(rank=(3,), alpha=6.0))
     parts = adapted(tiny_models["gpt2"], (1, 2))
     made = RunFolder(tmp_path / "run", config, parts[0].family, BLOCKS)
-    made.whole = adapters.read(*parts)  # type: ignore[attr-defined]
+    made.whole = lora.read(*parts)  # type: ignore[attr-defined]
     return made
 
 

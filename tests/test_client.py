@@ -12,7 +12,7 @@ from conftest import VOCABULARY, without_dropout
 from local_federation import LocalTrunk
 from peft import get_peft_model
 
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.client import Client
 from fedsplit.config import LoraSettings, TrainSettings, build
 from fedsplit.families import FAMILIES
@@ -47,7 +47,7 @@ def make_client(
     bottom, top = load_parts(path, cut, ["bottom", "top"], kernels=kernels)
     trunk = LocalTrunk(config)
     for part in (bottom, top):
-        adapters.add(part, config.lora, seed)
+        lora.add(part, config.lora, seed)
     for part in (bottom, trunk.server._part, top):
         without_dropout(part)
     generator = torch.Generator().manual_seed(1)
@@ -56,7 +56,7 @@ def make_client(
     )
     link = Link(trunk, make_codec(codec), SCHEDULES[schedule], incarnation="first")
     client = Client(0, shard, bottom, top, link, config.train, seed)
-    return client, trunk.server, adapters.read(bottom, top).tensors
+    return client, trunk.server, lora.read(bottom, top).tensors
 
 
 def fine_tune(
@@ -64,8 +64,8 @@ def fine_tune(
 ) -> dict[str, torch.Tensor]:
     """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of a client with seed 0."""
     base = load_whole(path)
-    lora = LoraSettings(rank=(2,), dropout=0.0)
-    whole = get_peft_model(base, adapters.lora_config(lora, FAMILIES[base.config.model_type])).eval()
+    settings_of = LoraSettings(rank=(2,), dropout=0.0)
+    whole = get_peft_model(base, lora.lora_config(settings_of, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
     assert trained.keys() == start.keys()
@@ -108,9 +108,9 @@ def test_which_parts_learn_under_which_schedule(model_path: Path, schedule: str,
     trunk_before = server.learners.read().tensors
     after = client.train(given, round=1).adapters.tensors
     changed = {
-        "bottom": any(not torch.equal(after[n], given[n]) for n in adapters.parameters(client.bottom)),
+        "bottom": any(not torch.equal(after[n], given[n]) for n in lora.parameters(client.bottom)),
         "trunk": any(not torch.equal(t, trunk_before[n]) for n, t in server.learners.read().tensors.items()),
-        "top": any(not torch.equal(after[n], given[n]) for n in adapters.parameters(client.top)),
+        "top": any(not torch.equal(after[n], given[n]) for n in lora.parameters(client.top)),
     }
     assert {part for part, did in changed.items() if did} == learning
     assert (server.traffic["gradient_up"] == 0) == (schedule == "forward-only")

@@ -1,46 +1,100 @@
-"""Held-out loss: through the split it is the unsplit model's."""
+"""The command that measures a finished run: equal to what the run reported."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY
-from test_client import make_client
+from peft import PeftModel
 
-from fedsplit.evaluate import HeldOut, held_out_batches, measure, sample, through_split
-from fedsplit.partition import Shard
+from fedsplit import evaluate
+from fedsplit.finished import open_run
 from fedsplit.split import load_whole
+from fedsplit.whole import Score
 
 
-def test_means_are_over_tokens_not_over_batches() -> None:
-    losses = {0: 1.0, 1: 4.0}
-    batches = [(0, torch.zeros(2, 5)), (1, torch.zeros(1, 5))]
-    measured = measure(lambda number, ids: torch.tensor(losses[number]), batches)
-    assert (measured.nats, measured.tokens, measured.loss) == (2 * 4 * 1.0 + 4 * 4.0, 12, 2.0)
-    assert (measured + HeldOut(12.0, 12)).loss == pytest.approx(1.5)
+def pooled(results: list[evaluate.Result]) -> Score:
+    return sum((result.tuned for result in results), Score())
 
 
-def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
-    """With B = 0 the adapters change nothing, so the base itself is the reference."""
-    client, server, given = make_client(model_path, "shared", dropout=0.5)
-    blocks = torch.randint(1, VOCABULARY, (7, 9), generator=torch.Generator().manual_seed(4))
-    client = type(client)(0, Shard("ann", blocks, blocks), client.bottom, client.top, client.link, client.settings, 0)
-    batches = held_out_batches(client.shard, 100, 3)
-    measured = sum(through_split(client, given, 0, batches), HeldOut(0.0, 0))
-    with torch.no_grad():
-        expected = float(load_whole(model_path)(input_ids=blocks, labels=blocks).loss)
-    assert measured.loss == pytest.approx(expected, rel=1e-6)
-    assert measured.tokens == 7 * 8
-    assert [part.tokens for part in through_split(client, given, 0, held_out_batches(client.shard, 2, 3))] == [2 * 8]
-    assert len(server.steps) == 0
+def reported(run: Path) -> tuple[dict[str, float], dict[str, float]]:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clients = [event for event in events if event["event"] == "evaluate"][-1]["clients"]
+    return json.loads((run / "summary.json").read_text())["eval_loss"], clients
 
 
-def test_a_sample_is_spread_over_the_batches() -> None:
-    shard = Shard("ann", torch.zeros(1, 2), torch.arange(40).reshape(20, 2))
-    batches = held_out_batches(shard, 12, 2)
-    assert [number for number, _ in batches] == [0, 1, 2, 3, 4, 5]
-    assert [number for number, _ in sample(batches, 5, 2)] == [0, 2, 4]
-    assert sample(batches, 0, 2) == []
-    assert len(sample(batches, 100, 2)) == 6
+@pytest.mark.parametrize(("model", "strategy"), [("gpt2", "fedavg"), ("llama", "fedavg"), ("gpt2", "fedex")])
+def test_losses_are_those_that_the_run_reported(model: str, strategy: str, finished_run: Callable[..., Path]) -> None:
+    run = finished_run(model, strategy)
+    results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)
+    assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
+    assert sum((r.base for r in results), Score()).loss == pytest.approx(loss["before"], abs=1e-5)
+    assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
+    opened = PeftModel.from_pretrained(load_whole(open_run(run).config.model_path), str(run / "adapter"))
+    assert evaluate.held_out_loss(opened, run) == pytest.approx(loss["after"], abs=1e-5)
+    assert evaluate.held_out_loss(opened, run, [1]) == pytest.approx(clients["bob"], abs=1e-5)
+
+
+def test_every_client_with_its_own_adapter(finished_run: Callable[..., Path]) -> None:
+    run = finished_run("gpt2", "fedsa")
+    results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)
+    assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
+    assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
+    (alone,) = evaluate.evaluate(open_run(run), client=2)
+    assert alone.name == "cid" and alone == results[2]
+
+
+def test_a_run_in_bf16_is_close(finished_run: Callable[..., Path]) -> None:
+    """What the split rounds where parts meet, the unsplit model does not."""
+    run = finished_run("gpt2", dtype="bf16")
+    assert pooled(evaluate.evaluate(open_run(run))).loss == pytest.approx(reported(run)[0]["after"], rel=0.02)
+
+
+def test_other_text_is_measured_whole_and_by_owner(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Accuracy and loss against the library's own."""
+    run = open_run(finished_run("gpt2"))
+    rows = [{"text": "abcdefgh" * 10, "owner": "dan"}, {"text": "hello " * 20, "owner": "eve"}]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dan, eve = evaluate.evaluate(run, str(tmp_path / "other.jsonl"))
+    assert (dan.name, eve.name) == ("dan", "eve")
+    assert (dan.tuned.tokens, eve.tuned.tokens) == (5 * 15, 7 * 15)
+    ids = torch.tensor([[ord(c) - 32 for c in "abcdefgh" * 10]]).reshape(5, 16)
+    model = PeftModel.from_pretrained(load_whole(run.config.model_path), str(run.path / "adapter")).eval()
+    found = model(input_ids=ids, labels=ids)
+    assert dan.tuned.loss == pytest.approx(float(found.loss), abs=1e-5)
+    right = found.logits[:, :-1].argmax(-1) == ids[:, 1:]
+    assert dan.tuned.accuracy == pytest.approx(float(right.float().mean()))
+    assert [r.tuned.tokens for r in evaluate.evaluate(run, str(tmp_path / "other.jsonl"), samples=2)] == [30, 30]
+
+
+def test_the_table(finished_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished_run("gpt2")
+    assert evaluate.main(["--run", str(run)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown] == ["tokens", "ann", "bob", "cid", "all"]
+    assert f"-> {reported(run)[0]['after']:.4f}" in shown[-1]
+
+
+def test_what_is_asked_for_wrongly_gets_one_line(
+    finished_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, own = str(finished_run("gpt2")), str(finished_run("gpt2", "fedsa"))
+    (tmp_path / "short.txt").write_text("Short.")
+    short = str(tmp_path / "short.txt")
+    for argv, words in (
+        ([], "the following arguments are required: --run; see --help"),
+        (["--run", "nowhere"], "nowhere is no folder of a run: there is no such folder"),
+        (["--run", run, "--client", "3"], "client: 3 is not possible; allowed: 0 to 2"),
+        (["--run", run, "--samples", "-1"], "samples: -1 is not possible"),
+        (["--run", run, "--dataset", "nowhere.txt"], "dataset: nowhere.txt is not possible"),
+        (["--run", run, "--dataset", short], f"dataset: {short} is not possible; allowed: a text of 16 tokens"),
+        (["--run", own, "--dataset", short], "in this run every client has an adapter of its own"),
+        (["--run", run, "--model", "nowhere"], "model: nowhere is not possible"),
+    ):
+        assert evaluate.main(argv) == 2, argv
+        said = capsys.readouterr()
+        assert said.err.startswith(f"fedsplit: {words}") and said.err.count("\n") == 1, said.err
+        assert said.out == ""

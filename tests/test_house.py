@@ -11,8 +11,9 @@ import pytest
 
 LAYERS = [
     {"config", "lowrank", "packets", "seeds", "tally"},
-    {"updates", "flags"},
+    {"updates", "flags", "command"},
     {
+        "finished",
         "families",
         "kernels",
         "corpus",
@@ -26,17 +27,18 @@ LAYERS = [
         "local",
         "store",
         "fidelity",
+        "comparison",
     },
     {"split", "partition", "link", "learner"},
-    {"adapters", "learners"},
-    {"trunk", "client", "checkpoint"},
-    {"dispatch", "evaluate", "holdings"},
+    {"lora", "learners"},
+    {"trunk", "client", "checkpoint", "whole"},
+    {"dispatch", "heldout", "holdings", "merging"},
     {"actor"},
     {"records"},
     {"aggregation", "client_app"},
     {"exchange"},
     {"server_app"},
-    {"simulate"},
+    {"simulate", "adapters", "evaluate"},
 ]
 
 HOMES = {
@@ -44,11 +46,11 @@ HOMES = {
     "flwr": {"records", "aggregation", "exchange", "client_app", "server_app", "simulate"},
     "flwr_datasets": {"partition"},
     "numpy": {"packets", "records", "wire"},
-    "peft": {"adapters"},
+    "peft": {"lora", "whole", "merging"},
     "psutil": {"memory"},
     "ray": {"actor"},
     "rich": {"report"},
-    "safetensors": {"split", "adapters", "store"},
+    "safetensors": {"split", "lora", "store"},
     "tokenizers": {"corpus"},
     "tomli_w": {"checkpoint"},
     "transformers": {"split"},

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from fedsplit import adapters, kernels
+from fedsplit import kernels, lora
 from fedsplit.config import LoraSettings
 from fedsplit.kernels import IGNORED, causal_loss, keep_mask, lora_linear
 from fedsplit.split import load_parts
@@ -237,7 +237,7 @@ def test_what_a_pending_forward_of_the_trunk_keeps(shaped_like_gpt2: Path) -> No
     kept = {}
     for name in ("fused", "library"):
         (trunk,) = load_parts(shaped_like_gpt2, (1, 3), ["trunk"], kernels=name)
-        adapters.add(trunk, LoraSettings(rank=(4,), dropout=0.1), seed=0)
+        lora.add(trunk, LoraSettings(rank=(4,), dropout=0.1), seed=0)
         without_dropout(trunk.train())
         given = {tensor.untyped_storage().data_ptr() for tensor in (hidden, *trunk.parameters())}
         _, saved = _saved(lambda: trunk(hidden), given)  # noqa: B023

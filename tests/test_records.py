@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedsplit import records
-from fedsplit.evaluate import HeldOut
+from fedsplit.heldout import HeldOut
 from fedsplit.lowrank import LowRank
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task
 

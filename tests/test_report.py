@@ -7,7 +7,7 @@ import math
 
 from rich.console import Console
 
-from fedsplit.report import LiveWatcher, PlainWatcher, final_table, make_watcher, perplexity, size
+from fedsplit.report import LiveWatcher, PlainWatcher, aligned, final_table, make_watcher, perplexity, size
 
 SUMMARY = {
     "eval_loss": {"before": math.log(20), "after": math.log(10)},
@@ -57,3 +57,7 @@ def test_the_table_says_all_that_was_asked_for() -> None:
 def test_numbers_for_people() -> None:
     assert [size(n) for n in (0, 999, 1000, 2_500_000, 7e13)] == ["0 B", "999 B", "1.0 kB", "2.5 MB", "70.0 TB"]
     assert perplexity(1e6) == math.inf
+
+
+def test_columns_are_aligned() -> None:
+    assert aligned([("", "loss"), ("ann", "1"), ("b", "2")]) == ["     loss", "ann     1", "b       2"]

@@ -14,11 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_client import STEPS, fine_tune
 
-from fedsplit import adapters, records
+from fedsplit import lora, records
 from fedsplit.aggregation import FederationFailed, strategy_defaults
 from fedsplit.config import Config, as_document, build, from_document
-from fedsplit.evaluate import held_out_loss, shards_of
+from fedsplit.evaluate import held_out_loss
 from fedsplit.exchange import Interrupted
+from fedsplit.heldout import shards_of
 from fedsplit.split import load_parts, load_whole
 from fedsplit.strategy import load_strategy
 from strategies.fedavg import FedAvg
@@ -84,8 +85,8 @@ def test_a_run_of_one_client_is_plain_peft_fine_tuning(
     config = build(values | {"train.steps": STEPS, "train.batch_size": 3, "train.lr": 5e-3})
     parts = load_parts(path, config.bounds, ["bottom", "trunk", "top"])
     for part in parts:
-        adapters.add(part, config.lora, config.seed)
-    start = adapters.read(*parts).tensors
+        lora.add(part, config.lora, config.seed)
+    start = lora.read(*parts).tensors
     plain = fine_tune(path, start, shards_of(config)[0].train, config.train)
     federate(config, tmp_path / "run", FedAvg(), monkeypatch)
     federated = final_adapter(tmp_path / "run")
@@ -169,8 +170,8 @@ def test_copies_are_federated_averaging_of_the_whole_model(
     config = build(values)
     parts = load_parts(path, config.bounds, ["bottom", "trunk", "top"])
     for part in parts:
-        adapters.add(part, config.lora, config.seed)
-    start, shards = adapters.read(*parts).tensors, shards_of(config)
+        lora.add(part, config.lora, config.seed)
+    start, shards = lora.read(*parts).tensors, shards_of(config)
     plain = [fine_tune(path, start, shards[client].train, config.train, client) for client in range(3)]
     flower = load_strategy("flwr.serverapp.strategy:FedAvg", {}, strategy_defaults(config))
     monkeypatch.setattr(

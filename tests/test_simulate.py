@@ -158,7 +158,10 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         (["--model", str(tmp_path / "bert")], "model: a model of type bert is not possible; allowed: "),
         (["--model", str(tmp_path / "torn"), "--cut", "1:2", "--max-length", "32"], f"model: {tmp_path}/torn ("),
         (["--dataset", "nowhere.txt"], "dataset: nowhere.txt is not possible"),
-        (["--dataset", str(tmp_path / "short.txt")], "dataset: a text of 0 sequences (short, 1 in all) is not possible"),
+        (
+            ["--dataset", str(tmp_path / "short.txt")],
+            "dataset: a text of 0 sequences (short, 1 in all) is not possible",
+        ),
         (["--dataset", str(tmp_path / "words.jsonl")], "dataset: "),
         (["--partition", "natural", "--clients", "15"], "clients: 15 is not possible; allowed: 1 to 14"),
         (["--strategy", "fedavgg"], "strategy: fedavgg is not possible; allowed: "),

@@ -13,7 +13,7 @@ from conftest import BLOCKS, VOCABULARY, without_dropout
 from peft import get_peft_model
 from safetensors import safe_open
 
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.config import LoraSettings, SettingError, TrainSettings
 from fedsplit.families import FAMILIES
 from fedsplit.link import Link
@@ -58,8 +58,8 @@ def _parts(
     """The parts with adapters, none of them zero."""
     parts = load_parts(path, cut, KINDS, dtype, kernels)
     for part in parts:
-        adapters.add(part, _settings(dropout), seed=0)
-        for name, parameter in adapters.parameters(part).items():
+        lora.add(part, _settings(dropout), seed=0)
+        for name, parameter in lora.parameters(part).items():
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
             parameter.data = torch.randn(parameter.shape, generator=generator) * size
     return parts
@@ -68,8 +68,8 @@ def _parts(
 def _pair(path: Path, cut: tuple[int, int], dropout: float, dtype: torch.dtype = torch.float32, **how):
     """The parts, and the whole model under PEFT with the same adapters."""
     parts = _parts(path, cut, dropout, dtype, **how)
-    whole = get_peft_model(load_whole(path, dtype), adapters.lora_config(_settings(dropout), parts[0].family))
-    given = adapters.read(*parts).tensors
+    whole = get_peft_model(load_whole(path, dtype), lora.lora_config(_settings(dropout), parts[0].family))
+    given = lora.read(*parts).tensors
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
     assert trained.keys() == given.keys()
@@ -84,7 +84,7 @@ def _chain(parts, ids, mask):
 
 
 def _gradients(parts) -> dict[str, torch.Tensor]:
-    found = {name: parameter.grad for part in parts for name, parameter in adapters.parameters(part).items()}
+    found = {name: parameter.grad for part in parts for name, parameter in lora.parameters(part).items()}
     assert all(gradient.abs().max() > 0 for gradient in found.values())
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     return found
@@ -204,7 +204,7 @@ def test_hidden_states_and_gradients_cross_in_the_type_of_computation(any_model_
             crossing.finish()
         else:
             top(trunk(hidden, mask), labels, mask).backward()
-        found.append([parameter.grad for part in (bottom, top) for parameter in adapters.parameters(part).values()])
+        found.append([parameter.grad for part in (bottom, top) for parameter in lora.parameters(part).values()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     nbytes, sent = ids.numel() * trunk.config.hidden_size * 2, server.traffic
     assert sent["activation_down"] == sent["gradient_up"] == sent["gradient_down"] == nbytes
@@ -216,11 +216,11 @@ def test_an_adapter_on_the_head_takes_the_ordinary_way(tiny_models: dict[str, Pa
     settings, losses, gradients = LoraSettings(dropout=0.0, targets=("o_proj", "lm_head")), [], []
     for kernels in ("library", "fused"):
         (top,) = load_parts(tiny_models["llama"], (1, 2), ["top"], kernels=kernels)
-        adapters.add(top, settings, seed=0)
+        lora.add(top, settings, seed=0)
         hidden = torch.randn(3, 13, 32, generator=torch.Generator().manual_seed(8))
         losses.append(top(hidden, labels))
         losses[-1].backward()
-        gradients.append(adapters.parameters(top)["lm_head.lora_B.weight"].grad)
+        gradients.append(lora.parameters(top)["lm_head.lora_B.weight"].grad)
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)
 
@@ -241,7 +241,7 @@ def test_with_dropout_equal_under_the_same_random_state(any_model_path: Path, cu
     loss.backward()
     assert torch.equal(loss, reference)
     for part in parts:
-        for name, parameter in adapters.parameters(part).items():
+        for name, parameter in lora.parameters(part).items():
             assert torch.equal(parameter.grad, trained[name].grad), name
     torch.manual_seed(12)
     assert not torch.equal(top(trunk(bottom(ids)), labels), reference)

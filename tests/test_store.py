@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from fedsplit.lowrank import LowRank
-from fedsplit.store import ClientStore, FoldLog, Kept, LostState, load_tensors, pack, unpack, write_tensors
+from fedsplit.store import (
+    ClientStore,
+    FoldLog,
+    Kept,
+    LostState,
+    count_values,
+    load_tensors,
+    pack,
+    unpack,
+    write_tensors,
+)
 
 ONE = {"l.lora_A.weight": torch.ones(1, 2)}
 
@@ -81,3 +91,8 @@ def test_what_was_folded_is_remembered_by_round_and_the_last_attempt_counts(tmp_
     log.forget(2)
     assert log.read(3) == {} and log.read(2)
     FoldLog(tmp_path / "nowhere").forget(0)
+
+
+def test_numbers_are_counted_without_reading_them(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2, 3), "b": torch.ones(5), "c": torch.tensor(1.0)})
+    assert count_values(tmp_path / "x.safetensors") == 2 * 3 + 5 + 1

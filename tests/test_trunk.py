@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import without_dropout
 
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.memory import Budget
 from fedsplit.packets import Packet, StepKey
@@ -27,9 +27,9 @@ def make_server(
     path: Path, schedule: str, dropout: float = 0.0, budget: Budget | None = None, kernels: str = "library"
 ) -> TrunkServer:
     (part,) = load_parts(path, (1, 2), ["trunk"], kernels=kernels)
-    adapters.add(part, LoraSettings(rank=(2,), dropout=dropout), seed=0)
+    lora.add(part, LoraSettings(rank=(2,), dropout=dropout), seed=0)
     without_dropout(part)
-    for number, parameter in enumerate(adapters.parameters(part).values()):
+    for number, parameter in enumerate(lora.parameters(part).values()):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2
     return TrunkServer(part, RAW, schedule, TrainSettings(lr=0.01), seed=5, budget=budget)
 
@@ -46,9 +46,9 @@ def test_the_gradient_is_the_parts_own_not_the_one_sent(model_path: Path) -> Non
     """The classic mistake is to return the incoming gradient unchanged: its cosine to the true one is near 1."""
     server = make_server(model_path, "shared")
     (part,) = load_parts(model_path, (1, 2), ["trunk"])
-    adapters.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
+    lora.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
     without_dropout(part)
-    adapters.write(server.learners.read().tensors, part)
+    lora.write(server.learners.read().tensors, part)
     hidden = RAW.decode(packet(0, 0).tensors["hidden"]).requires_grad_()
     expected = part(hidden)
     sent = RAW.decode(packet(0, 0, "gradient").tensors["gradient"])
@@ -130,15 +130,15 @@ def test_forwards_without_backward_are_counted_and_freed(model_path: Path) -> No
 def plain_gradients(path: Path, server: TrunkServer, clients: dict[int, int]) -> dict[str, torch.Tensor]:
     """By plain autograd on a part of its own: the sum of the adapter's gradients, and each input's."""
     (part,) = load_parts(path, (1, 2), ["trunk"])
-    adapters.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
+    lora.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
     without_dropout(part)
-    adapters.write(server.learners.read().tensors, part)
+    lora.write(server.learners.read().tensors, part)
     found = {}
     for client, length in clients.items():
         hidden = RAW.decode(packet(client, 0, length=length).tensors["hidden"]).requires_grad_()
         part(hidden).backward(RAW.decode(packet(client, 0, "gradient", length=length).tensors["gradient"]))
         found[f"input {client}"] = hidden.grad
-    return found | {name: parameter.grad for name, parameter in adapters.parameters(part).items()}
+    return found | {name: parameter.grad for name, parameter in lora.parameters(part).items()}
 
 
 @pytest.mark.parametrize("lengths", [{0: 5, 1: 5, 2: 5}, {0: 3, 1: 7, 2: 5}])

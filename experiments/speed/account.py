@@ -60,7 +60,7 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     """Milliseconds of each part of a step, the median over the steps."""
     import torch
 
-    from fedsplit import adapters, client, learner, link, trunk
+    from fedsplit import client, learner, link, lora, trunk
     from fedsplit.config import build
     from fedsplit.link import Link
     from fedsplit.packets import StepKey
@@ -75,7 +75,7 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     kinds = ["bottom", "trunk", "top"]
     bottom, middle, top = load_parts(config.model_path, config.bounds, kinds, TYPES[dtype], config.kernels)
     for part in (bottom, middle, top):
-        adapters.add(part, config.lora, config.seed)
+        lora.add(part, config.lora, config.seed)
     server = trunk.TrunkServer(middle, make_codec("raw"), "shared", config.train, config.seed)
     account = Account()
 
@@ -105,7 +105,7 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     )
     for part in (bottom, top):
         part.train()
-    trained = [*adapters.parameters(bottom).values(), *adapters.parameters(top).values()]
+    trained = [*lora.parameters(bottom).values(), *lora.parameters(top).values()]
     optimizer = client.make_optimizer(trained, config.train)
     assert optimizer is not None
     backward = torch.Tensor.backward

@@ -17,8 +17,8 @@ from flwr.clientapp import ClientApp
 
 from experiments.speed.whole import Trainer
 from fedsplit.config import Config
-from fedsplit.evaluate import shards_of
 from fedsplit.flags import parse
+from fedsplit.heldout import shards_of
 from fedsplit.partition import Shard, batch
 
 app = ClientApp()

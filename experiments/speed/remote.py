@@ -46,7 +46,7 @@ def make_trunk(model: Mapping[str, Any], folder: str) -> Serve:
     """A `TrunkServer` in this process, with one thread."""
     import torch
 
-    from fedsplit import adapters
+    from fedsplit import lora
     from fedsplit.config import build
     from fedsplit.split import TYPES, load_parts
     from fedsplit.trunk import TrunkServer
@@ -55,7 +55,7 @@ def make_trunk(model: Mapping[str, Any], folder: str) -> Serve:
     torch.set_num_threads(1)
     config = build({"model": folder, "cut": model["cut"]})
     (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
-    adapters.add(part, config.lora, config.seed)
+    lora.add(part, config.lora, config.seed)
     codec = make_codec(config.wire.codec)
     server = TrunkServer(part, codec, config.trunk.schedule, config.train, config.seed)
     return lambda packet: (server.backward if "gradient" in packet.tensors else server.forward)(packet)

@@ -19,11 +19,11 @@ import peft
 import torch
 from torch import Tensor
 
-from fedsplit.adapters import lora_config
 from fedsplit.config import Config
-from fedsplit.evaluate import shards_of
 from fedsplit.families import read_facts
 from fedsplit.flags import parse
+from fedsplit.heldout import shards_of
+from fedsplit.lora import lora_config
 from fedsplit.optim import make_optimizer
 from fedsplit.partition import batch
 from fedsplit.split import load_whole

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_contract import CASES
 
-from fedsplit import adapters
+from fedsplit import lora
 from fedsplit.config import Config, SettingError, as_document, build, from_document
 from fedsplit.evaluate import held_out_loss
 from fedsplit.split import load_parts, load_whole
@@ -187,8 +187,8 @@ def test_bytes_are_those_that_the_algorithm_needs(
     sizes = {factor: 0 for factor in "AB"}
     parts = load_parts(config.model_path, config.bounds, ["bottom", "top"])
     for part in parts:
-        adapters.add(part, config.lora, config.seed)
-        for key, tensor in adapters.parameters(part).items():
+        lora.add(part, config.lora, config.seed)
+        for key, tensor in lora.parameters(part).items():
             sizes["A" if "lora_A" in key else "B"] += tensor.nbytes
     for name, (sent_up, sent_down) in bytes_of.items():
         rounds = [event["adapter_bytes"] for event in events(tmp_path / name, "evaluate")]

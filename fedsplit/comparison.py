@@ -1,0 +1,71 @@
+"""Two finished runs side by side: settings, losses, bytes, and how far apart their adapters are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedsplit.config import Config, as_document, dotted
+from fedsplit.lowrank import LowRank
+from fedsplit.updates import Adapters
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two changes of the same weights, s * B @ A, are from each other.
+
+    Attributes:
+        first: The Frobenius norm of the first.
+        second: That of the second.
+        apart: That of their difference.
+        inner: Their Frobenius inner product.
+    """
+
+    first: float
+    second: float
+    apart: float
+    inner: float
+
+    @property
+    def relative(self) -> float | None:
+        """The norm of the difference by that of the first; None where the first is zero."""
+        return self.apart / self.first if self.first else None
+
+    @property
+    def cosine(self) -> float | None:
+        """The cosine of the angle between them; None where one is zero."""
+        length = self.first * self.second
+        return max(-1.0, min(1.0, self.inner / length)) if length else None
+
+    def __add__(self, other: Distance) -> Distance:
+        """Of both weights together, as if they were one vector."""
+        norms = [math.hypot(getattr(self, key), getattr(other, key)) for key in ("first", "second", "apart")]
+        return Distance(norms[0], norms[1], norms[2], self.inner + other.inner)
+
+
+def distance(first: LowRank, second: LowRank) -> Distance:
+    """Compares two changes of one weight, without multiplying them out."""
+    return Distance(first.norm(), second.norm(), (first - second).norm(), first.inner(second))
+
+
+def distances(first: Adapters, second: Adapters) -> dict[str, Distance]:
+    """The layers that both adapters have, and at which they have the same shape, one by one."""
+    found = {}
+    for layer in first.complete:
+        if layer in second.complete and (one := first.change(layer)).shape == (two := second.change(layer)).shape:
+            found[layer] = distance(one, two)
+    return found
+
+
+def differing(first: Config, second: Config) -> dict[str, tuple[object, object]]:
+    """The settings in which two runs differ, by dotted name; None for an option that a strategy does not have."""
+    one, two = (_flat(config) for config in (first, second))
+    return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    document = as_document(config)
+    options: Mapping[str, Any] = document.pop("strategy_options")
+    return dotted(document) | {f"strategy.{name}": value for name, value in options.items()}

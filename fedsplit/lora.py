@@ -1,0 +1,234 @@
+"""PEFT on a part: add, read, write, count, save; and what was saved, read again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear, LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedsplit.config import LoraSettings
+from fedsplit.families import Family
+from fedsplit.kernels import lora_linear
+from fedsplit.lowrank import LowRank
+from fedsplit.split import Part
+from fedsplit.updates import Adapters, Layer, fresh_factor
+
+_NAME = "default"
+
+
+class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
+    """PEFT's layer with another forward: the same function, in fewer passes over memory."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        base, down, up, dropout = self.base_layer, self.lora_A[_NAME], self.lora_B[_NAME], self.lora_dropout[_NAME]
+        weight = base.weight if self.fan_in_fan_out else base.weight.t()
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        return lora_linear(x, weight, base.bias, down.weight, up.weight, self.scaling[_NAME], p)
+
+
+def _fuse(part: Part) -> None:
+    for module in part.modules():
+        # Anything else, such as an adapter of the embedding, stays the library's.
+        if type(module) is Linear and not module.lora_variant:
+            module.__class__ = _FusedLinear
+
+
+def lora_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | None = None) -> LoraConfig:
+    """PEFT's configuration of our adapters.
+
+    Args:
+        settings: Rank, alpha, dropout and targets.
+        family: The model's family.
+        blocks: The blocks of the unsplit model that are adapted; all where None.
+    """
+    return LoraConfig(
+        r=settings.top_rank,
+        lora_alpha=settings.alpha,
+        use_rslora=settings.rslora,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets or family.targets),
+        fan_in_fan_out=family.transposed,
+        layers_to_transform=None if blocks is None else list(blocks),
+        layers_pattern=None if blocks is None else family.blocks,
+        task_type="CAUSAL_LM",
+    )
+
+
+def add(part: Part, settings: LoraSettings, seed: int) -> None:
+    """Puts LoRA adapters on a part, in place; its other parameters stay frozen.
+
+    What A starts from depends on the seed and the layer's name alone, so that it is the same for every
+    client and every cut. B starts at zero.
+
+    Args:
+        part: The part; its base weights must be frozen already.
+        settings: Rank, alpha, dropout and targets.
+        seed: The run's seed.
+    """
+    if not part.blocks:
+        return
+    inject_adapter_in_model(lora_config(settings, part.family), part, adapter_name=_NAME)
+    if part.fused:
+        _fuse(part)
+    for name, parameter in parameters(part).items():
+        parameter.data = parameter.data.float()  # PEFT gives it the type of the base
+        if "lora_A" in name:
+            parameter.data.copy_(fresh_factor(name, parameter.shape, seed))
+
+
+def local_parameters(part: Part) -> dict[str, nn.Parameter]:
+    """A part's adapter parameters by the names they have in the part."""
+    return {name: parameter for name, parameter in part.named_parameters() if f".{_NAME}." in name}
+
+
+def exported_name(part: Part, local: str) -> str:
+    """The name that PEFT gives a part's adapter parameter in a file for the unsplit model."""
+    return part.whole_name(local).replace(f".{_NAME}.", ".")
+
+
+def parameters(part: Part) -> dict[str, nn.Parameter]:
+    """A part's adapter parameters by the names PEFT gives them in a file for the unsplit model."""
+    return {exported_name(part, name): parameter for name, parameter in local_parameters(part).items()}
+
+
+def _layer_of(module: LoraLayer) -> Layer:
+    return Layer(float(module.lora_alpha[_NAME]), bool(module.fan_in_fan_out), bool(module.use_rslora[_NAME]))
+
+
+def read(*parts: Part) -> Adapters:
+    """Copies the adapters of some parts."""
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Layer] = {}
+    for part in parts:
+        tensors |= {name: parameter.detach().clone() for name, parameter in parameters(part).items()}
+        for name, module in part.named_modules():
+            if isinstance(module, LoraLayer):
+                layers[part.whole_name(name)] = _layer_of(module)
+    return Adapters(tensors, layers)
+
+
+@torch.no_grad()
+def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
+    """Copies adapters into some parts, which take on their rank, and the scaling that goes with it.
+
+    Args:
+        tensors: By exported name, exactly those the parts have.
+        *parts: The parts.
+
+    Raises:
+        KeyError: A part's adapter is missing among the tensors.
+    """
+    for part in parts:
+        resized = False
+        for name, parameter in parameters(part).items():
+            if parameter.shape == tensors[name].shape:
+                parameter.copy_(tensors[name])
+            else:
+                parameter.data, resized = tensors[name].clone(), True
+        if resized:
+            rescale(part)
+
+
+def rescale(part: Part) -> None:
+    """Gives every LoRA layer of a part the scaling that goes with the rank of its factors as they are."""
+    for module in part.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling[_NAME] = _layer_of(module).scaling(module.lora_A[_NAME].weight.shape[0])
+
+
+@torch.no_grad()
+def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
+    """Adds matrices to the frozen weights below a part's adapters, for good.
+
+    Args:
+        part: The part.
+        changes: Matrices (out, in) by layer of the unsplit model; layers of other parts are passed over.
+    """
+    for name, module in part.named_modules():
+        if isinstance(module, LoraLayer) and (change := changes.get(part.whole_name(name))) is not None:
+            weight = module.base_layer.weight
+            narrow = change.to(weight.dtype)
+            if module.fan_in_fan_out:
+                weight.addmm_(narrow.down.T, narrow.up.T)
+            else:
+                weight.addmm_(narrow.up, narrow.down)
+
+
+def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
+    """Counts a part's parameters.
+
+    Args:
+        part: The part.
+        elsewhere: Parts of the same party; what the part shares with them (a tied head) is not counted again.
+
+    Returns:
+        {"total": base and adapters, "trainable": adapters}.
+    """
+    seen = {id(parameter) for other in elsewhere for parameter in other.parameters()}
+    own = [parameter for parameter in part.parameters() if id(parameter) not in seen]
+    return {
+        "total": sum(parameter.numel() for parameter in own),
+        "trainable": sum(parameter.numel() for parameter in own if parameter.requires_grad),
+    }
+
+
+def save(
+    directory: Path,
+    whole: Adapters,
+    settings: LoraSettings,
+    family: Family,
+    base: str,
+    blocks: Sequence[int] | None = None,
+) -> None:
+    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
+
+    What was folded into base weights goes into the factors, whose rank grows by its rank.
+
+    Args:
+        directory: Where to; made if it is not there.
+        whole: The adapters, by exported name, and what was folded.
+        settings: Rank, alpha, dropout and targets.
+        family: The model's family.
+        base: The base model's name, for the record.
+        blocks: The adapted blocks of the unsplit model, where it is not all of them.
+    """
+    config = lora_config(settings, family, blocks)
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    tensors = dict(whole.tensors)
+    for layer in whole.complete:
+        change = whole.change(layer)
+        if layer in whole.folded:
+            change = change + whole.folded[layer].to(change.up.dtype)
+        elif change.rank == settings.top_rank:
+            continue
+        config.rank_pattern[layer] = change.rank
+        config.alpha_pattern[layer] = change.rank**0.5 if settings.rslora else change.rank  # a scaling of 1
+        tensors |= {f"{layer}.lora_A.weight": change.down.float(), f"{layer}.lora_B.weight": change.up.float()}
+    config.save_pretrained(str(directory))
+    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load(directory: Path) -> Adapters:
+    """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote; the inverse of `save`.
+
+    What had been folded is in the factors; every layer has the alpha that goes with its own rank.
+    """
+    config = LoraConfig.from_pretrained(str(directory))
+    named = load_file(directory / "adapter_model.safetensors")
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in named.items()}
+    layers = {}
+    for layer in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+        layers[layer] = Layer(float(alpha), bool(config.fan_in_fan_out), bool(config.use_rslora))
+    return Adapters(tensors, layers)

@@ -95,7 +95,7 @@ def grid_of(plan: Mapping[str, Any]) -> tuple[dict[str, Any], list[Case]]:
         for name, choices in grid["sides"].items()
         for options in choices
     }
-    place = {grid["federation"]: {**plan["federations"][grid["federation"]], "rounds": grid["rounds"]}}
+    place = {grid["federation"]: {**plan["federations"][grid["federation"]], **grid["settings"]}}
     changed = {**plan, "sides": sides, "federations": place}
     return changed, [Case(grid["federation"], side, "equal", grid["seed"]) for side in sides]
 
@@ -169,10 +169,16 @@ def outcome(config: Config, events: Sequence[Mapping[str, Any]], summary: Mappin
 
 def _begin() -> None:
     """Prepares a process of the pool."""
+    prepare_environment()
+
+    import functools
     import warnings
 
+    from fedsplit import evaluate
+
     warnings.simplefilter("ignore")
-    prepare_environment()
+    # Many runs in a row have the same text, which would take each of them three seconds to read and deal out.
+    evaluate.make_shards = functools.lru_cache(maxsize=2)(evaluate.make_shards)
 
 
 def run_all(

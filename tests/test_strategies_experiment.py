@@ -25,7 +25,7 @@ MACHINE = {"cpu": "a", "cores": 2, "memory": 2**30, "date": "today", "commit": "
 @pytest.fixture
 def tiny(tiny_models: dict[str, Path], corpus_file: Path) -> dict[str, Any]:
     """The plan with little of everything."""
-    small = {"rounds": 1, "train.steps": 1, "train.batch_size": 2, "train.max_length": 16, "cut": "1:2"}
+    small = {"rounds": 1, "train.steps": 2, "train.batch_size": 2, "train.max_length": 16, "cut": "1:2"}
     small |= {"model": str(tiny_models["gpt2"]), "dataset": str(corpus_file)}
     places = {name: {"clients": 3, "partition": "natural"} for name in PLAN["federations"]}
     return {**PLAN, "settings": {**PLAN["settings"], **small}, "federations": places}
@@ -63,11 +63,12 @@ def test_a_run_tells_what_came_of_it(tiny: dict[str, Any], side: str) -> None:
     found = run.measure(run.settings(tiny, run.Case("presidents", side, "equal", 0)))
     assert found["worst"] >= found["perplexity"] > 1 and len(found["losses"]) == 2
     assert found["up"] > 0 and len(found["change_norms"]) == 1
-    assert (found["change_norms"][0] > 0) == (side != "fedsa")  # B, which begins at zero, passes A no gradient yet
+    assert found["change_norms"][0] > 0
     assert found["personal"] == (side == "fedsa") == (found["error_mean"] is None)
     assert (found["residual_rank"] is not None) == (side == "fedex, rank 8")
 
 
+@pytest.mark.slow
 def test_the_queue_goes_on_after_a_run_that_failed(tiny: dict[str, Any]) -> None:
     """Mixed ranks under FedAvg fail in a process of the pool; the next run is begun all the same."""
     todo = [run.Case("presidents", "fedavg", ranks, 0) for ranks in ("mixed", "equal")]

@@ -108,7 +108,7 @@ def test_sides_are_compared_seed_by_seed_and_what_is_missing_is_named() -> None:
     records = [record("fedavg", 0, 20.0), record("fedavg", 1, 22.0), record("fedex", 1, 21.0)]
     records += [record("krum", 0, 19.0, failed="why"), record("fedsa", 0, 24.0, personal=True, error_mean=None)]
     plan = {**PLAN, "seeds": [0, 1], "sides": {name: {} for name in ("fedavg", "fedex", "fedsa")}}
-    plan |= {"queue": {"equal": ["presidents"], "mixed": [], "last": []}}
+    plan |= {"queue": {"equal": ["presidents"], "mixed": [], "last": [], "first": []}}
     text = report.result_text({"machine": MACHINE, "plan": plan, "records": records})
     fedavg, fedex, fedsa = (line for line in text.splitlines() if line.startswith("| fed"))
     assert "| 21.000 (20.000 to 22.000) | +0.000 (+0.000 to +0.000) | 30.00 | 0.5 | 0.25 | 1.00 | 2.00 |" in fedavg

@@ -70,13 +70,16 @@ def takes_mixed_ranks(plan: Mapping[str, Any], name: str) -> bool:
 
 def cases(plan: Mapping[str, Any]) -> Iterator[Case]:
     """All runs, the most important first."""
-    sides = list(plan["sides"])
+    sides, queue, (first, *seeds) = list(plan["sides"]), plan["queue"], plan["seeds"]
+    early = queue["first"]
+    late = [side for side in sides if side not in early]
     mixed = [side for side in sides if takes_mixed_ranks(plan, side)]
-    queue = plan["queue"]
-    for seed in plan["seeds"]:
-        yield from (Case(place, side, "equal", seed) for place in queue["equal"] for side in sides)
-        yield from (Case(place, side, "mixed", seed) for place in queue["mixed"] for side in mixed)
-    yield from (Case(place, side, "equal", plan["seeds"][0]) for place in queue["last"] for side in sides)
+    yield from (Case(place, side, "equal", first) for place in queue["equal"] for side in sides)
+    yield from (Case(place, side, "mixed", first) for place in queue["mixed"] for side in mixed)
+    for some in (early, late):
+        yield from (Case(at, side, "equal", seed) for at in queue["equal"] for seed in seeds for side in some)
+    yield from (Case(place, side, "mixed", seed) for seed in seeds for place in queue["mixed"] for side in mixed)
+    yield from (Case(place, side, "equal", first) for place in queue["last"] for side in sides)
 
 
 def settings(plan: Mapping[str, Any], case: Case) -> Config:

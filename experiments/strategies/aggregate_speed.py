@@ -159,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     here = machine()
     for name in args.strategies:
         command = [sys.executable, "-m", "experiments.strategies.aggregate_speed", *given, "--only", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment(), check=True)
+        # As for the command: threads that wait would otherwise burn their core, which others may need.
+        own = {**environment(), "OMP_WAIT_POLICY": "passive"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=own, check=True)
         records.append(json.loads(done.stdout.splitlines()[-1]))
         print(_line(records[-1]), flush=True)
         write(args.out, {"machine": here, "records": records})

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from experiments.speed.run import disturbed, environment, machine
+from experiments.speed.run import disturbed, machine
 from experiments.strategies.run import read_plan, side_of, write
+from fedsplit.simulate import prepare_environment
 from strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -104,31 +104,33 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     start = start_of(layers, args.rank, args.alpha)
     state = strategy.init(start)
     updates = list(updates_of(strategy, state, start, args.clients, args.rank))
-    before, seconds = resident_memory(), {"aggregate": [], "measure": []}
-    times, own, started = psutil.cpu_times(), time.process_time(), time.monotonic()
-    for _ in range(args.repeats):
-        began = time.perf_counter()
-        _, result = strategy.aggregate(state, start, updates)
-        seconds["aggregate"].append(time.perf_counter() - began)
+    before = resident_memory()
+    result, aggregate = _timed(lambda: strategy.aggregate(state, start, updates)[1])
     peak = peak_memory()
-    for _ in range(args.repeats):
-        began = time.perf_counter()
-        found = measure_error(updates, result)
-        seconds["measure"].append(time.perf_counter() - began)
+    found, measured = _timed(lambda: measure_error(updates, result))
     return {
         **{"strategy": name, "size": args.size, "layers": len(layers), "clients": args.clients, "rank": args.rank},
-        **{"threads": args.threads, "adapter": start.nbytes, "before": before, "peak": peak, **seconds},
-        **{"error": found.overall, "residual_rank": max(found.residual_rank.values(), default=0)},
-        "others": disturbed(times, time.process_time() - own, time.monotonic() - started),
+        **{"threads": args.threads, "adapter": start.nbytes, "before": before, "peak": peak},
+        **{"aggregate": aggregate, "measure": measured, "error": found.overall},
+        "residual_rank": max(found.residual_rank.values(), default=0),
     }
 
 
+def _timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What comes of some work; its seconds, those of this process alone, and the share of the cores of others."""
+    times, own, began = psutil.cpu_times(), time.process_time(), time.perf_counter()
+    result = work()
+    seconds, cpu = time.perf_counter() - began, time.process_time() - own
+    return result, {"seconds": seconds, "cpu": cpu, "others": disturbed(times, cpu, seconds)}
+
+
 def _line(record: Mapping[str, Any]) -> str:
-    aggregate, measured = (", ".join(f"{s:.2f}" for s in record[what]) for what in ("aggregate", "measure"))
+    each = (
+        f"{what} {record[what]['seconds']:.2f} s, CPU {record[what]['cpu']:.2f} s" for what in ("aggregate", "measure")
+    )
     error = "unknown" if record["error"] is None else f"{record['error']:.2g}"
     return (
-        f"{record['size']} {record['strategy']}: aggregate {aggregate} s, measure {measured} s, "
-        f"peak {record['peak'] / 1e9:.1f} GB, error {error}, others {record['others']:.0%}"
+        f"{record['size']} {record['strategy']}: {', '.join(each)}, peak {record['peak'] / 1e9:.1f} GB, error {error}"
     )
 
 
@@ -142,27 +144,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--alpha", type=float, default=32.0)
     parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--scale", type=int, default=1, help="all widths are divided by it")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--only", choices=STRATEGIES, help="measure one in this process, and print what was found")
+    parser.add_argument("--threads", type=int, default=1, help="more are slower where others use the cores, too")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(given)
-    if args.only:
-        print(json.dumps(measure(args.only, args)))
-        return
+def main() -> None:
+    args = _parser().parse_args()
+    prepare_environment()
+    import torch
+
+    from fedsplit import fidelity, strategy  # noqa: F401  # once, for all processes that are forked
+
+    torch.set_num_threads(args.threads)
     old = json.loads(args.out.read_text())["records"] if args.out.exists() else []
     records = [r for r in old if (r["size"], r["strategy"]) not in {(args.size, name) for name in args.strategies}]
     here = machine()
     for name in args.strategies:
-        command = [sys.executable, "-m", "experiments.strategies.aggregate_speed", *given, "--only", name]
-        # As for the command: threads that wait would otherwise burn their core, which others may need.
-        own = {**environment(), "OMP_WAIT_POLICY": "passive"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=own, check=True)
-        records.append(json.loads(done.stdout.splitlines()[-1]))
+        with get_context("fork").Pool(1) as pool:  # a process each, whose peak is its own
+            records.append(pool.apply(measure, (name, args)))
         print(_line(records[-1]), flush=True)
         write(args.out, {"machine": here, "records": records})
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.speed.report import conditions, middle, table, write_between
+from experiments.speed.report import conditions, number, table, write_between
 
 HERE = Path(__file__).parent
 REFERENCE = "fedavg"
@@ -150,26 +150,25 @@ def grid_text(result: Mapping[str, Any]) -> str:
 def speed_text(result: Mapping[str, Any]) -> str:
     """The tables of `aggregate_speed.py`, one a choice of layers."""
     lines = [conditions(result["machine"]), ""]
-    head = ["strategy", "s to aggregate", "s to measure", "peak GB", "error", "folded rank"]
+    head = ["strategy", "CPU s to aggregate", "s", "CPU s to measure", "s", "peak GB", "error", "folded rank"]
     for size in dict.fromkeys(record["size"] for record in result["records"]):
-        own = [r for r in result["records"] if r["size"] == size]
+        own = sorted((r for r in result["records"] if r["size"] == size), key=lambda r: r["aggregate"]["cpu"])
+        first, parts = own[0], ("aggregate", "measure")
         rows = [
             [
                 record["strategy"],
-                middle(record["aggregate"]),
-                middle(record["measure"]),
+                *(number(record[part][what]) for part in parts for what in ("cpu", "seconds")),
                 f"{record['peak'] / 1e9:.1f}",
                 "" if record["error"] is None else f"{record['error']:.2g}",
                 str(record["residual_rank"] or ""),
             ]
-            for record in sorted(own, key=lambda r: statistics.median(r["aggregate"]))
+            for record in own
         ]
-        first = own[0]
+        others = statistics.median(record[part]["others"] for record in own for part in parts)
         words = (
             f"**{size}**: {first['layers']} adapted layers, {first['clients']} clients of rank {first['rank']}, "
-            f"{first['adapter'] / 1e6:,.0f} MB an adapter, threads: {first['threads']}; "
-            f"{first['before'] / 1e9:.1f} GB resident before, which are the adapters; others used "
-            f"{max(r['others'] for r in own):.0%} of the cores at most"
+            f"{first['adapter'] / 1e6:,.0f} MB an adapter, threads: {first['threads']}; others used {others:.0%} of the "
+            "cores (median)"
         )
         lines += [words, "", *table(head, rows), ""]
     return "\n".join(lines)

@@ -75,14 +75,20 @@ HEAD = (
 
 
 def groups(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, list[Record]]]:
-    """The records by federation and ranks, and by side; sides in the order of their mean perplexity."""
+    """The records by federation and ranks, and by side.
+
+    Sides are in the order of their perplexity, less the reference's of the same seeds: text differs from seed to seed,
+    and some sides have more seeds than others.
+    """
     found: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in sorted(records, key=lambda r: r["seed"]):
         found.setdefault((record["federation"], record["ranks"]), {}).setdefault(record["side"], []).append(record)
-    return {
-        key: dict(sorted(sides.items(), key=lambda item: statistics.mean(r["perplexity"] for r in item[1])))
-        for key, sides in found.items()
-    }
+
+    def place(own: Sequence[Record]) -> tuple[bool, float]:
+        apart = list(differences(records, own).values())
+        return not apart, statistics.mean(apart or [record["perplexity"] for record in own])
+
+    return {key: dict(sorted(sides.items(), key=lambda item: place(item[1]))) for key, sides in found.items()}
 
 
 def missing(result: Mapping[str, Any]) -> str:
@@ -131,7 +137,8 @@ def result_text(result: Mapping[str, Any]) -> str:
         lines += [*table(HEAD, [_row(records, rows) for rows in sides.values()]), ""]
     options = {name: given for name, given in plan["sides"].items() if given}
     words = [f"{name}: {', '.join(f'{k} {v}' for k, v in given.items())}" for name, given in options.items()]
-    return "\n".join([*lines, f"Options: {'; '.join(words)}.", ""])
+    picture = "![Perplexity less that of fedavg with the same seed, by side, a point a seed](result.svg)"
+    return "\n".join([*lines, f"Options: {'; '.join(words)}.", "", picture, ""])
 
 
 def grid_text(result: Mapping[str, Any]) -> str:
@@ -167,8 +174,8 @@ def speed_text(result: Mapping[str, Any]) -> str:
         others = statistics.median(record[part]["others"] for record in own for part in parts)
         words = (
             f"**{size}**: {first['layers']} adapted layers, {first['clients']} clients of rank {first['rank']}, "
-            f"{first['adapter'] / 1e6:,.0f} MB an adapter, threads: {first['threads']}; others used {others:.0%} of the "
-            "cores (median)"
+            f"{first['adapter'] / 1e6:,.0f} MB an adapter, threads: {first['threads']}; "
+            f"others used {others:.0%} of the cores (median)"
         )
         lines += [words, "", *table(head, rows), ""]
     return "\n".join(lines)
@@ -193,6 +200,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set(title=place[0], xlabel="perplexity less fedavg's of the same seed")
         axes.set_yticks(range(len(order)), order)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
     figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 

@@ -110,7 +110,7 @@ def test_sides_are_compared_seed_by_seed_and_what_is_missing_is_named() -> None:
     plan = {**PLAN, "seeds": [0, 1], "sides": {name: {} for name in ("fedavg", "fedex", "fedsa")}}
     plan |= {"queue": {"equal": ["presidents"], "mixed": [], "last": [], "first": []}}
     text = report.result_text({"machine": MACHINE, "plan": plan, "records": records})
-    fedavg, fedex, fedsa = (line for line in text.splitlines() if line.startswith("| fed"))
+    fedex, fedavg, fedsa = (line for line in text.splitlines() if line.startswith("| fed"))
     assert "| 21.000 (20.000 to 22.000) | +0.000 (+0.000 to +0.000) | 30.00 | 0.5 | 0.25 | 1.00 | 2.00 |" in fedavg
     assert "| fedex | 21.000 | -1.000 |" in fedex and "its own B) | 24.000 | +4.000 | 30.00 |  |" in fedsa
     assert (

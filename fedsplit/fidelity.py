@@ -40,7 +40,7 @@ def measure(updates: Sequence[ClientUpdate], result: Adapters) -> Fidelity:
         applied = result.change(layer)
         if layer in result.folded:
             applied = applied + result.folded[layer].to(mean.up.dtype)
-        size, distance = mean.norm(), (applied - mean).norm()
+        size, distance = mean.norm_and_distance(applied)
         missed, wanted = missed + distance**2, wanted + size**2
         if size > 0:
             layers[layer] = distance / size

@@ -58,14 +58,31 @@ class LowRank:
         """The Frobenius norm."""
         if self.rank == 0:
             return 0.0
-        core, _, _ = self._core()
-        return float(torch.linalg.matrix_norm(core))
+        upper, lower = self._triangles()
+        return float(torch.linalg.matrix_norm(upper @ lower.T))
+
+    def norm_and_distance(self, other: LowRank) -> tuple[float, float]:
+        """The norm of this matrix, and that of what another of its shape differs by, from one QR a side.
+
+        The triangle of this one's columns is what the triangle of both matrices' columns begins with.
+        """
+        both = total([self, other])
+        if both.rank == 0:
+            return 0.0, 0.0
+        upper, lower = both._triangles()
+        own = upper[:, : self.rank] @ lower[:, : self.rank].T
+        others = upper[:, self.rank :] @ lower[:, self.rank :].T
+        return float(torch.linalg.matrix_norm(own)), float(torch.linalg.matrix_norm(others - own))
 
     def inner(self, other: LowRank) -> float:
         """The Frobenius inner product with another matrix of this shape."""
         left = self.up.double().T @ other.up.double()
         right = self.down.double() @ other.down.double().T
         return float((left * right).sum())
+
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        """The triangles (p, q) of both sides' QR, which has no need of its bases for norms: (upper, lower)."""
+        return torch.linalg.qr(self.up.double(), mode="r").R, torch.linalg.qr(self.down.double().T, mode="r").R
 
     def _core(self) -> tuple[Tensor, Tensor, Tensor]:
         """Orthonormal bases of both sides and the small matrix between them: (core, out basis, in basis)."""

@@ -32,7 +32,11 @@ class Runs:
         if out.exists():
             return out
         values: dict[str, object] = {"clients": 3, "rounds": 2, "cut": "1:2", "dataset": str(self.corpus)}
-        values |= {"model": model if "/" in model else str(self._models[model]), "partition": "natural", "trunk.schedule": "copies"}
+        values |= {
+            "model": model if "/" in model else str(self._models[model]),
+            "partition": "natural",
+            "trunk.schedule": "copies",
+        }
         values |= {"lora.rank": 2, "lora.alpha": 3.0, "lora.dropout": 0.0, "train.lr": 0.02, "strategy": strategy}
         values |= {"train.steps": 3, "train.batch_size": 2, "train.max_length": 16}
         config = build(values | {name.replace("__", "."): value for name, value in settings.items()})

@@ -1,112 +1,25 @@
-"""A federation in this process: Flower's apps and our loop, without Flower's engine and without Ray."""
+"""A federation in this process, with a watcher that remembers and replies that can be spoilt."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Message
 
-from fedsplit import client_app, lora
-from fedsplit.checkpoint import RunFolder
+from experiments import in_process
+from experiments.in_process import LocalGrid, Silent
 from fedsplit.config import Config
-from fedsplit.dispatch import Dispatcher
-from fedsplit.families import read_facts
-from fedsplit.memory import peak_memory, resident_memory
-from fedsplit.packets import Packet
 from fedsplit.server_app import Federation
-from fedsplit.split import TYPES, load_parts
-from fedsplit.trunk import TrunkServer
-from fedsplit.wire import make_codec
 
 
-class LocalTrunk:
-    """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
-
-    def __init__(self, config: Config, run: str = "") -> None:
-        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
-        lora.add(part, config.lora, config.seed)
-        self.now = 0.0
-        codec, schedule = make_codec(config.wire.codec), config.trunk.schedule
-        clock, train, seed = lambda: self.now, config.train, config.seed
-        self.server = TrunkServer(
-            part, codec, schedule, train, seed, run=run, incarnation="first", lease=config.trunk.lease, clock=clock
-        )
-        self.dispatcher = Dispatcher(self.server, config.trunk, clock)
-        self.begin, self.leave, self.end_round = self.dispatcher.begin, self.dispatcher.leave, self.dispatcher.end_round
-        self.fold = self.server.fold
-        for method in ("assign", "copies", "read", "write", "moments", "restore"):
-            setattr(self, method, getattr(self.server.learners, method))
-
-    def send(self, packet: Packet) -> Callable[[], Packet]:
-        answers: list[Any] = []
-        self.dispatcher.submit(packet, answers.append)
-
-        def wait() -> Packet:
-            while not answers:
-                if not self.dispatcher.advance():
-                    wakes = self.dispatcher.wakes_at()
-                    assert wakes is not None, "nothing will ever answer"
-                    self.now = max(self.now, wakes)
-            if isinstance(answers[0], Exception):
-                raise answers[0]
-            return answers[0]
-
-        return wait
-
-    def status(self) -> dict[str, Any]:
-        return {
-            "incarnation": "first",
-            "least_memory": 0,
-            "traffic": dict(self.server.traffic),
-            "peak_memory": peak_memory(),
-            "resident_memory": resident_memory(),
-            "pending": len(self.server.steps),
-            "parameters": self.server.count(),
-        }
-
-
-class LocalGrid:
-    """Delivers messages to the ClientApp at once; nodes are not in the order of their partitions."""
-
-    def __init__(self, clients: int, spoil: Callable[[Message, Message], Message]) -> None:
-        self.partitions = {1000 - client: client for client in range(clients)}
-        self._spoil = spoil
-        self._replies: dict[str, Message] = {}
-
-    def get_node_ids(self) -> list[int]:
-        return sorted(self.partitions)
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
-            ids.append(message.metadata.message_id)
-            partition = self.partitions[message.metadata.dst_node_id]
-            context = Context(1, message.metadata.dst_node_id, {"partition-id": partition}, RecordDict(), {})
-            try:
-                reply = client_app.app(message, context)
-            except Exception as error:  # noqa: BLE001  # as Flower's engine does
-                reply = Message(Error(1, f"{type(error).__name__}: {error}"), reply_to=message)
-            self._replies[ids[-1]] = self._spoil(message, reply)
-        return ids
-
-    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
-        return [self._replies.pop(one) for one in sorted(ids) if one in self._replies]
-
-
-class Lines:
+class Lines(Silent):
     """A watcher that remembers."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-
-    def phase(self, text: str, done: int, of: int) -> None:
-        pass
 
     def line(self, text: str) -> None:
         self.lines.append(text)
@@ -125,14 +38,14 @@ def federate(
         config: Its configuration.
         out: The run's folder.
         strategy: Ours or Flower's.
-        monkeypatch: Puts the local trunk where clients look for it.
+        monkeypatch: Puts the grid that spoils where the federation gets its own.
         spoil: Changes replies on their way to the server.
     """
-    run = str(uuid4())
-    trunk = LocalTrunk(config, run)
-    monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
-    facts, lines = read_facts(config.model_path), Lines()
-    folder = RunFolder(out, config, facts.family, facts.blocks)
-    federation = Federation(config, trunk, run, 1, strategy, folder, lines, time.perf_counter())  # type: ignore[arg-type]
-    federation.run(LocalGrid(config.clients, spoil))  # type: ignore[arg-type]
-    return federation, lines
+
+    class SpoiltGrid(LocalGrid):
+        def deliver(self, message: Message) -> Message:
+            return spoil(message, super().deliver(message))
+
+    monkeypatch.setattr(in_process, "LocalGrid", SpoiltGrid)
+    lines = Lines()
+    return in_process.federate(config, out, strategy, lines), lines

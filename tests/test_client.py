@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, without_dropout
-from local_federation import LocalTrunk
 from peft import get_peft_model
 
+from experiments.in_process import LocalTrunk
 from fedsplit import lora
 from fedsplit.client import Client
 from fedsplit.config import LoraSettings, TrainSettings, build

@@ -40,6 +40,16 @@ def test_it_is_the_matrix_it_stands_for(sizes, factor: float) -> None:
         assert torch.allclose(dense(got), wanted, atol=1e-9)
 
 
+@given(SIZES, st.integers(0, 12))
+def test_norm_and_distance_are_those_of_the_matrices(sizes, inner: int) -> None:
+    seed, out, _, width = sizes
+    one, other = thin(*sizes), thin(seed + 1, out, inner, width)
+    norm, distance = one.norm_and_distance(other)
+    assert norm == pytest.approx(float(dense(one).norm()), abs=1e-9)
+    assert distance == pytest.approx(float((dense(one) - dense(other)).norm()), abs=1e-9)
+    assert one.norm_and_distance(one)[1] < 1e-12
+
+
 @given(SIZES)
 def test_singular_values_are_those_of_the_matrix(sizes) -> None:
     seed, out, inner, width = sizes

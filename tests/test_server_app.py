@@ -320,7 +320,7 @@ def test_stopping_ends_the_run_at_the_next_look(
             self.stop.set()
             return super()._meet(grid)
 
-    monkeypatch.setattr("local_federation.Federation", Stopped)
+    monkeypatch.setattr("experiments.in_process.Federation", Stopped)
     with pytest.raises(Interrupted):
         federate(config, tmp_path / "run", FedAvg(), monkeypatch)
 

@@ -1,0 +1,146 @@
+"""A federation in one process: Flower's apps and our loop, without Flower's engine and without Ray.
+
+Starting these takes half of a short run's time. Where a run's result does not depend on the number of processes, as
+under `--trunk.schedule copies`, this gives what the command gives with one thread a process, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsplit import client_app, lora
+from fedsplit.checkpoint import RunFolder
+from fedsplit.config import Config
+from fedsplit.dispatch import Dispatcher
+from fedsplit.families import read_facts
+from fedsplit.memory import peak_memory, resident_memory
+from fedsplit.packets import Packet
+from fedsplit.server_app import Federation
+from fedsplit.split import TYPES, load_parts
+from fedsplit.trunk import TrunkServer
+from fedsplit.wire import make_codec
+
+
+class LocalTrunk:
+    """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
+
+    def __init__(self, config: Config, run: str = "") -> None:
+        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
+        lora.add(part, config.lora, config.seed)
+        self.now = 0.0
+        codec, schedule = make_codec(config.wire.codec), config.trunk.schedule
+        clock, train, seed = lambda: self.now, config.train, config.seed
+        self.server = TrunkServer(
+            part, codec, schedule, train, seed, run=run, incarnation="first", lease=config.trunk.lease, clock=clock
+        )
+        self.dispatcher = Dispatcher(self.server, config.trunk, clock)
+        self.begin, self.leave, self.end_round = self.dispatcher.begin, self.dispatcher.leave, self.dispatcher.end_round
+        self.fold = self.server.fold
+        for method in ("assign", "copies", "read", "write", "moments", "restore"):
+            setattr(self, method, getattr(self.server.learners, method))
+
+    def send(self, packet: Packet) -> Callable[[], Packet]:
+        answers: list[Any] = []
+        self.dispatcher.submit(packet, answers.append)
+
+        def wait() -> Packet:
+            while not answers:
+                if not self.dispatcher.advance():
+                    wakes = self.dispatcher.wakes_at()
+                    assert wakes is not None, "nothing will ever answer"
+                    self.now = max(self.now, wakes)
+            if isinstance(answers[0], Exception):
+                raise answers[0]
+            return answers[0]
+
+        return wait
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "incarnation": "first",
+            "least_memory": 0,
+            "traffic": dict(self.server.traffic),
+            "peak_memory": peak_memory(),
+            "resident_memory": resident_memory(),
+            "pending": len(self.server.steps),
+            "parameters": self.server.count(),
+        }
+
+
+class LocalGrid:
+    """Delivers messages to the ClientApp at once; nodes are not in the order of their partitions."""
+
+    def __init__(self, clients: int) -> None:
+        self.partitions = {1000 - client: client for client in range(clients)}
+        self._replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return sorted(self.partitions)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            ids.append(message.metadata.message_id)
+            self._replies[ids[-1]] = self.deliver(message)
+        return ids
+
+    def deliver(self, message: Message) -> Message:
+        """What the client answers."""
+        node = message.metadata.dst_node_id
+        context = Context(1, node, {"partition-id": self.partitions[node]}, RecordDict(), {})
+        try:
+            return client_app.app(message, context)
+        except Exception as error:  # noqa: BLE001  # as Flower's engine does
+            return Message(Error(1, f"{type(error).__name__}: {error}"), reply_to=message)
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(one) for one in sorted(ids) if one in self._replies]
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def phase(self, text: str, done: int, of: int) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def trunk_of(config: Config, run: str) -> Iterator[LocalTrunk]:
+    """A trunk in this process, which clients find as long as the context lasts."""
+    trunk, find = LocalTrunk(config, run), client_app.find_trunk
+    client_app.find_trunk = lambda name: trunk  # type: ignore[assignment,return-value]
+    try:
+        yield trunk
+    finally:
+        client_app.find_trunk = find
+
+
+def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federation:
+    """Runs a whole federation, with one thread.
+
+    Args:
+        config: Its configuration.
+        out: The run's folder.
+        strategy: Ours or Flower's.
+        watcher: Who is told.
+    """
+    run, facts = str(uuid4()), read_facts(config.model_path)
+    # Flower's messages name the run they belong to; its engine sets this.
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    with trunk_of(config, run) as trunk:
+        folder = RunFolder(out, config, facts.family, facts.blocks)
+        federation = Federation(config, trunk, run, 1, strategy, folder, watcher, time.perf_counter())  # type: ignore[arg-type]
+        federation.run(LocalGrid(config.clients))  # type: ignore[arg-type]
+    return federation

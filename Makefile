@@ -24,11 +24,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup  ## eight presidents fine-tune one split model
 	$(BIN)/python -m fedsplit.simulate --clients 8
 
-test: setup lint  ## lint and all tests
-	$(BIN)/python -m pytest
+test: setup lint  ## lint and all tests; those that start federations one after the other, since each takes all cores
+	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 test-fast: setup  ## the tests that start no federation
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

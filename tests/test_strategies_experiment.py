@@ -12,7 +12,7 @@ import torch
 
 from experiments.in_process import Silent, trunk_of
 from experiments.strategies import aggregate_speed, report, run
-from fedsplit import client_app
+from fedsplit import client_app, heldout
 from fedsplit.aggregation import strategy_defaults
 from fedsplit.strategy import check_strategy, load_strategy
 from strategies import STRATEGIES
@@ -154,3 +154,10 @@ def test_aggregation_is_measured(name: str) -> None:
     found = aggregate_speed.measure(name, args)
     assert found["layers"] == 4 and found["aggregate"]["seconds"] > 0
     assert (found["error"] is None) == (name == "fedsa")
+
+
+def test_a_process_of_the_pool_deals_a_text_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "prepare_environment", lambda: None)
+    monkeypatch.setattr(heldout, "make_shards", heldout.make_shards)  # put back afterwards
+    run._begin()
+    assert heldout.make_shards.cache_info().maxsize == 2

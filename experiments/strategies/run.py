@@ -176,11 +176,11 @@ def _begin() -> None:
     import functools
     import warnings
 
-    from fedsplit import evaluate
+    from fedsplit import heldout
 
     warnings.simplefilter("ignore")
     # Many runs in a row have the same text, which would take each of them three seconds to read and deal out.
-    evaluate.make_shards = functools.lru_cache(maxsize=2)(evaluate.make_shards)
+    heldout.make_shards = functools.lru_cache(maxsize=2)(heldout.make_shards)
 
 
 def run_all(

@@ -46,7 +46,7 @@ try:
             here, there = getattr(local, call)(packet), find_trunk("t").send(packet)()
             assert torch.equal(codec.decode(here.tensors[name]), codec.decode(there.tensors[name])), (step, call)
     there = handle.read().tensors
-    assert all(torch.equal(tensor, there[name]) for name, tensor in local.read().tensors.items())
+    assert all(torch.equal(tensor, there[name]) for name, tensor in local.learners.read().tensors.items())
     status = handle.status()
     assert status["traffic"] == dict(local.traffic)
     assert status["peak_memory"] + 10**6 >= status["resident_memory"] > 10**8

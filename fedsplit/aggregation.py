@@ -55,11 +55,9 @@ class Aggregation(Protocol):
 
     Attributes:
         traits: Of the strategy.
-        resumes: Whether what the strategy remembers can be saved.
     """
 
     traits: Traits
-    resumes: bool
 
     def assign(self, round: int, adapters: Adapters, grid: Grid) -> dict[int, Assignment]:
         """Who trains in this round, and from what, by client."""
@@ -93,8 +91,6 @@ def _named(strategy: object, round: int) -> Iterator[None]:
 
 class OwnAggregation:
     """Runs a `fedsplit.strategy.Strategy` on the clients that are sampled."""
-
-    resumes = True
 
     def __init__(self, strategy: Strategy, config: Config) -> None:
         """Holds the strategy's state between rounds.
@@ -209,7 +205,6 @@ class FlowerAggregation:
     after every round. What it remembers is its own, and cannot be saved.
     """
 
-    resumes = False
     traits = Traits()
 
     def __init__(self, strategy: FlowerStrategy, config: Config, members: Sequence[Member]) -> None:

@@ -18,7 +18,7 @@ from fedsplit import lora
 from fedsplit.config import Config, SettingError, as_document
 from fedsplit.families import Family
 from fedsplit.split import Kind, ranges
-from fedsplit.store import load_tensors, pack, unpack, write_tensors
+from fedsplit.store import load_tensors, pack, sync, unpack, write_tensors
 from fedsplit.updates import Adapters
 
 
@@ -73,19 +73,11 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     for file in draft.rglob("*"):
-        _sync(file)
-    _sync(draft)
+        sync(file)
+    sync(draft)
     shutil.rmtree(target, ignore_errors=True)  # of a run that went on, and ended before
     draft.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 @dataclass(frozen=True)
@@ -194,7 +186,7 @@ def _replace(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(text, encoding="utf-8")
-    _sync(draft)
+    sync(draft)
     draft.rename(path)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsplit.config import PARTS, Config, InputError, SettingError, from_document
+from fedsplit.config import PARTS, Config, InputError, SettingError, build
 from fedsplit.flags import read_toml
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -114,8 +114,7 @@ def open_run(path: Path) -> Run:
         raise InputError(f"{path} is no folder of a run: there is no such folder")
     if not (path / "config.toml").is_file():
         raise InputError(f"{path} is no folder of a run: there is no config.toml in it")
-    values, options = read_toml(path / "config.toml")
-    config = from_document({**values, "strategy_options": options})
+    config = build(*read_toml(path / "config.toml"))
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         rounds = int(summary["rounds"])
@@ -171,17 +170,7 @@ def _same_weights(one: Path, two: Path) -> bool:
     files = [{file.name: file for file in path.glob("*.safetensors")} for path in (one, two)]
     if not files[0] or files[0].keys() != files[1].keys():
         return False
-    return all(_same_bytes(file, files[1][name]) for name, file in files[0].items())
-
-
-def _same_bytes(one: Path, two: Path) -> bool:
-    if os.path.getsize(one) != os.path.getsize(two):
-        return False
-    with open(one, "rb") as left, open(two, "rb") as right:
-        while block := left.read(2**20):
-            if block != right.read(2**20):
-                return False
-    return True
+    return all(filecmp.cmp(file, files[1][name], shallow=False) for name, file in files[0].items())
 
 
 def copy_adapter(adapter: Adapter, folder: Path) -> None:

@@ -66,8 +66,7 @@ class Holdings:
         tensors = self.crossing(assignment.adapters.tensors)
         unknown = client in self.accepted and client not in self._held
         known = self._held.get(client, {})
-        ranks = {assignment.adapters.rank(layer) for layer in assignment.adapters.complete}
-        start = self._clients.with_rank(max(ranks)).tensors if ranks else self._clients.tensors
+        start = _at_rank_of(assignment, self._clients)
 
         def has(name: str, tensor: Tensor) -> bool:
             if assignment.drawn is not None and factor_of(name) is not None:
@@ -92,8 +91,7 @@ class Holdings:
 
     def trunk_start(self, client: int, assignment: Assignment) -> Start:
         """What a client's copy of the trunk's adapter starts from."""
-        ranks = {assignment.adapters.rank(layer) for layer in assignment.adapters.complete}
-        start = self._trunk.with_rank(max(ranks)).tensors if ranks else self._trunk.tensors
+        start = _at_rank_of(assignment, self._trunk)
         given = {n: t for n, t in assignment.adapters.tensors.items() if n in self._trunk.tensors}
         own = self._own.get(client, {})
         return Start({**start, **given, **own}, assignment.task, self._control.get(client, {}))
@@ -132,17 +130,16 @@ class Holdings:
 
     def fold(self, round: int, changes: Mapping[str, LowRank]) -> None:
         """Takes note of what is folded into base weights at the end of a round."""
-        self.news = {
-            layer: change.to(torch.float32) for layer, change in changes.items() if layer in self._clients.layers
-        }
-        if changes:
-            self._log.append(round, {layer: change.to(torch.float32) for layer, change in changes.items()})
-            self._remember(round, changes)
+        sent = {layer: change.to(torch.float32) for layer, change in changes.items()}
+        self.news = {layer: change for layer, change in sent.items() if layer in self._clients.layers}
+        if sent:
+            self._log.append(round, sent)
+            self._remember(round, sent)
 
     def _remember(self, round: int, changes: Mapping[str, LowRank]) -> None:
         self.last_fold = round
         for layer, change in changes.items():
-            whole = self.folded[layer] + change.to(torch.float32) if layer in self.folded else change.to(torch.float32)
+            whole = self.folded[layer] + change if layer in self.folded else change
             self.folded[layer] = whole.compressed().to(torch.float32) if whole.rank > min(whole.shape) else whole
 
     def everything(self, adapters: Adapters, trunk: Adapters) -> Adapters:
@@ -186,6 +183,12 @@ class Holdings:
             if changes:
                 self._remember(number, changes)
         return past
+
+
+def _at_rank_of(assignment: Assignment, start: Adapters) -> Mapping[str, Tensor]:
+    """What training starts from, at the rank that a client is given; as it is where the client is given no factors."""
+    rank = assignment.adapters.largest_rank
+    return start.with_rank(rank).tensors if rank else start.tensors
 
 
 def _trains(name: str, assignment: Assignment) -> bool:

@@ -108,9 +108,7 @@ class LowRank:
 
     def truncated(self, rank: int) -> LowRank:
         """The nearest matrix of at most that rank (Eckart and Young, 1936), its singular values shared evenly."""
-        u, s, v = self.svd()
-        root = s[:rank].sqrt()
-        return LowRank(u[:, :rank] * root, root[:, None] * v[:rank])
+        return balanced(*self.svd(), rank)
 
     def compressed(self, relative: float = 1e-12) -> LowRank:
         """The same matrix with as small an inner dimension as it has rank.
@@ -118,11 +116,15 @@ class LowRank:
         Args:
             relative: Singular values below this part of the largest are rounding, and dropped.
         """
-        _, s, _ = decomposed = self.svd()
+        u, s, v = self.svd()
         kept = int((s > relative * s[0]).sum()) if s.numel() and float(s[0]) > 0 else 0
-        u, s, v = decomposed
-        root = s[:kept].sqrt()
-        return LowRank(u[:, :kept] * root, root[:, None] * v[:kept])
+        return balanced(u, s, v, kept)
+
+
+def balanced(u: Tensor, s: Tensor, v: Tensor, rank: int) -> LowRank:
+    """The first terms of a singular value decomposition (see `LowRank.svd`), each value shared by both factors."""
+    root = s[:rank].sqrt()
+    return LowRank(u[:, :rank] * root, root[:, None] * v[:rank])
 
 
 def total(matrices: Iterable[LowRank]) -> LowRank:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsplit.heldout import HeldOut
 from fedsplit.lowrank import LowRank
-from fedsplit.store import pack, unpack
+from fedsplit.store import pack_changes, unpack_changes
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -109,16 +109,14 @@ def read_task(message: Message) -> tuple[Task, int | None, int]:
 
 def to_fold(changes: Mapping[str, LowRank]) -> ArrayRecord:
     """Changes of base weights by layer, as their factors."""
-    ups = {layer: change.up for layer, change in changes.items()}
-    return to_arrays(pack({"up": ups, "down": {layer: change.down for layer, change in changes.items()}}))
+    return to_arrays(pack_changes(changes))
 
 
 def read_fold(message: Message) -> dict[str, LowRank]:
     """The changes of base weights that a message carries; none, where it has no such record."""
     if FOLD not in message.content.array_records:
         return {}
-    groups = unpack(from_arrays(message.content.array_records[FOLD]))
-    return {layer: LowRank(up, groups["down"][layer]) for layer, up in groups.get("up", {}).items()}
+    return unpack_changes(from_arrays(message.content.array_records[FOLD]))
 
 
 def from_update(update: ClientUpdate, shared: Collection[str], own: HeldOut, peak_memory: int) -> RecordDict:

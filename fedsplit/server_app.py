@@ -234,9 +234,7 @@ class Federation:
 
     def _invitation(self, client: int, assignment: Assignment, round: int) -> Message:
         """What a client is sent to train: instructions, its task, and those adapters that it does not have."""
-        task, rank = assignment.task, self._config.lora.rank_of(client)
-        if ranks := {assignment.adapters.rank(layer) for layer in assignment.adapters.complete}:
-            rank = max(ranks)
+        task, rank = assignment.task, assignment.adapters.largest_rank or self._config.lora.rank_of(client)
         accepted = self._holdings.accepted.get(client, 0)
         content: dict[str, Any] = {
             records.ARRAYS: records.to_arrays(self._holdings.lacking(client, assignment)),

@@ -26,12 +26,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Copies, since the format knows no two tensors that share memory, and a strategy may return such.
     apart = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(apart, draft)
-    descriptor = os.open(draft, os.O_RDONLY)
+    sync(draft)
+    draft.rename(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    draft.rename(path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -59,6 +64,18 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
     return groups
+
+
+def pack_changes(changes: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """Changes of weights by layer as tensors."""
+    ups = {layer: change.up for layer, change in changes.items()}
+    return pack({"up": ups, "down": {layer: change.down for layer, change in changes.items()}})
+
+
+def unpack_changes(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    """The inverse of `pack_changes`."""
+    groups = unpack(tensors)
+    return {layer: LowRank(up, groups["down"][layer]) for layer, up in groups.get("up", {}).items()}
 
 
 class LostState(Exception):
@@ -130,9 +147,7 @@ class FoldLog:
 
     def append(self, round: int, changes: Mapping[str, LowRank]) -> None:
         """Remembers the changes (out, in) of a round by layer, in place of those of an attempt that was given up."""
-        ups = {layer: change.up for layer, change in changes.items()}
-        downs = {layer: change.down for layer, change in changes.items()}
-        write_tensors(self._path(round), pack({"up": ups, "down": downs}))
+        write_tensors(self._path(round), pack_changes(changes))
 
     def forget(self, after: int) -> None:
         """Drops the rounds after one, which will be made again."""
@@ -143,10 +158,7 @@ class FoldLog:
     def read(self, round: int) -> dict[str, LowRank]:
         """The changes of a round; none, if it had none."""
         path = self._path(round)
-        if not path.exists():
-            return {}
-        groups = unpack(load_tensors(path))
-        return {layer: LowRank(up, groups["down"][layer]) for layer, up in groups["up"].items()}
+        return unpack_changes(load_tensors(path)) if path.exists() else {}
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.safetensors"

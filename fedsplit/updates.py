@@ -76,6 +76,11 @@ class Adapters:
             return a.shape[0]
         return self.tensors[f"{layer}.lora_B.weight"].shape[1]
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of the layers of which both factors are here; 0 where there is none."""
+        return max((self.rank(layer) for layer in self.complete), default=0)
+
     def scaling(self, layer: str) -> float:
         """The factor s of a layer."""
         return self.layers[layer].scaling(self.rank(layer))

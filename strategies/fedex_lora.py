@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedsplit.lowrank import LowRank
+from fedsplit.lowrank import LowRank, balanced
 from fedsplit.updates import Adapters, ClientUpdate, Traits, average_adapters, counted, mean_change
 
 ROUNDING = 2.0**-24
@@ -61,8 +61,7 @@ class FedExLoRA:
             ValueError: No client has any example.
         """
         ordered, shares = counted(updates)
-        largest = max((adapters.rank(layer) for layer in adapters.complete), default=0)
-        grown = [replace(update, adapters=update.adapters.with_rank(largest)) for update in ordered]
+        grown = [replace(update, adapters=update.adapters.with_rank(adapters.largest_rank)) for update in ordered]
         averaged = average_adapters(adapters, grown, shares)
         residuals = {
             layer: self._residual(mean_change(ordered, shares, layer), averaged, layer, len(ordered))
@@ -81,5 +80,4 @@ class FedExLoRA:
         u, s, v = (wanted - averaged.change(layer)).svd()
         most = (clients - 1) * averaged.rank(layer)
         kept = min(_needed(s, ROUNDING * wanted.norm()), most, self._rank or most)
-        root = s[:kept].sqrt()
-        return LowRank(u[:, :kept] * root, root[:, None] * v[:kept])
+        return balanced(u, s, v, kept)

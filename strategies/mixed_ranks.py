@@ -13,7 +13,7 @@ from fedsplit.updates import Adapters, ClientUpdate, average_adapters
 
 def rank_of(adapters: Adapters) -> int:
     """The largest rank among the layers that have both factors; 1 where there are none."""
-    return max((adapters.rank(layer) for layer in adapters.complete), default=1)
+    return adapters.largest_rank or 1
 
 
 def average_others(adapters: Adapters, updates: Sequence[ClientUpdate], shares: Sequence[float]) -> Adapters:

@@ -1,4 +1,4 @@
-"""The same rounds for one of Flower's own strategies, as messages."""
+"""Rounds for server optimisers: two worked by hand, and the same ones for Flower's own strategies, as messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,24 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from rounds import Round, start
 from torch import Tensor
 
-from fedsplit.updates import Adapters, ClientUpdate
+from fedsplit.updates import Adapters, ClientUpdate, Layer
+
+A = "l.lora_A.weight"
+
+
+def single(value: float) -> Adapters:
+    return Adapters({A: torch.tensor([[value]]), "l.lora_B.weight": torch.zeros(1, 1)}, {"l": Layer(3.0, False)})
+
+
+def two_rounds(strategy: Any) -> list[float]:
+    """From A = 0, clients of 1 and 3 examples return 4 and 8 in both rounds."""
+    state, adapters, seen = strategy.init(single(0.0)), single(0.0), []
+    for _ in range(2):
+        updates = [ClientUpdate(0, single(4.0), 1), ClientUpdate(1, single(8.0), 3)]
+        state, adapters = strategy.aggregate(state, adapters, updates)
+        seen.append(adapters.tensors[A].item())
+        assert adapters.tensors["l.lora_B.weight"].item() == 0.0
+    return seen
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flower_rounds import assert_equal_rounds
+from flower_rounds import assert_equal_rounds, single, two_rounds
 from flwr.serverapp.strategy import FedAvgM as Flowers
 from rounds import Round, start
 
-from fedsplit.updates import Adapters, ClientUpdate, Layer
+from fedsplit.updates import ClientUpdate
 from strategies.fedavg import FedAvg
 from strategies.fedavgm import FedAvgM
 
 A = "l.lora_A.weight"
-
-
-def single(value: float) -> Adapters:
-    return Adapters({A: torch.tensor([[value]]), "l.lora_B.weight": torch.zeros(1, 1)}, {"l": Layer(3.0, False)})
-
-
-def two_rounds(strategy: FedAvgM) -> list[float]:
-    """From A = 0, clients of 1 and 3 examples return 4 and 8 in both rounds."""
-    state, adapters, seen = strategy.init(single(0.0)), single(0.0), []
-    for _ in range(2):
-        updates = [ClientUpdate(0, single(4.0), 1), ClientUpdate(1, single(8.0), 3)]
-        state, adapters = strategy.aggregate(state, adapters, updates)
-        seen.append(adapters.tensors[A].item())
-        assert adapters.tensors["l.lora_B.weight"].item() == 0.0
-    return seen
 
 
 def test_two_rounds_by_hand() -> None:

@@ -79,7 +79,10 @@ def cases(plan: Mapping[str, Any]) -> Iterator[Case]:
     for some in (early, late):
         yield from (Case(at, side, "equal", seed) for at in queue["equal"] for seed in seeds for side in some)
     yield from (Case(place, side, "mixed", seed) for seed in seeds for place in queue["mixed"] for side in mixed)
-    yield from (Case(place, side, "equal", first) for place in queue["last"] for side in sides)
+    for seed in plan["seeds"]:
+        for place in queue["last"]:
+            yield from (Case(place, side, "equal", seed) for side in sides)
+            yield from (Case(place, side, "mixed", seed) for side in mixed)
 
 
 def settings(plan: Mapping[str, Any], case: Case) -> Config:
@@ -183,6 +186,16 @@ def _begin() -> None:
     heldout.make_shards = functools.lru_cache(maxsize=2)(heldout.make_shards)
 
 
+def make_corpora(plan: Mapping[str, Any], todo: Iterable[Case]) -> None:
+    """Writes what the runs read and is not there yet."""
+    from experiments.strategies import books
+
+    named = {plan["federations"][case.federation].get("dataset") for case in todo} - {None}
+    for path in (Path(name) for name in named):
+        if not path.exists():
+            books.write(path)
+
+
 def run_all(
     plan: Mapping[str, Any], todo: Sequence[Case], processes: int, minutes: float = math.inf
 ) -> Iterator[dict[str, Any]]:
@@ -260,6 +273,7 @@ def main() -> int:
         records = still_good(json.loads(out.read_text()), plan, wanted)
     done = {case_of(record) for record in records}
     todo = [case for case in wanted if case not in done]
+    make_corpora(plan, todo)
     failures = 0
     for record in run_all(plan, todo, args.processes, args.minutes):
         records.append({**record, "commit": here["commit"]})

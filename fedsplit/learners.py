@@ -282,7 +282,7 @@ class Learners:
         self.assign({client: Start(dict(personal)) for client, personal in (own or {}).items()})
 
     def moments(self) -> dict[str, Tensor]:
-        """What the shared adapter's optimiser remembers, as `Learner.moments` names it; and copies', after "client/"."""
+        """What the shared adapter's optimiser remembers, as `Learner.moments` has it; and copies', after "client/"."""
         kept = {f"{client}/{name}": value for client, own in self._kept.items() for name, value in own.items()}
         return self.shared.moments() | kept
 

@@ -390,9 +390,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit_with_what_optimisers_remember
     federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
     straight, stopped = final_adapter(tmp_path / "straight"), final_adapter(out)
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
-    forgetful = from_document(
-        as_document(config) | {"train": document["train"] | FEATURES | {"optimizer_state": "reset"}}
-    )
+    forgetful = replace(config, train=replace(config.train, optimizer_state="reset"))
     federate(forgetful, tmp_path / "reset", FedAvg(), monkeypatch)
     reset = final_adapter(tmp_path / "reset")
     assert any(not torch.equal(tensor, reset[name]) for name, tensor in straight.items())

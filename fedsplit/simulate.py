@@ -78,7 +78,7 @@ def check_training(config: Config) -> None:
     if train.optimizer_state == "keep" and train.optimizer == "sgd" and not train.momentum:
         words = "reset under sgd without momentum, which remembers nothing"
         raise SettingError("train.optimizer_state", "keep", words)
-    if config.min_delta and not config.patience:
+    if config.min_delta and not (config.patience or config.resume):
         raise SettingError("min_delta", config.min_delta, "0 without --patience")
 
 

@@ -42,17 +42,19 @@ def check_folder(path: Path) -> None:
         raise SettingError("out", f"{path} ({error.strerror} in {nearest})", allowed) from None
 
 
-def check_resumable(path: Path, rounds: int) -> None:
+def check_resumable(path: Path, rounds: int, patience: int = 0) -> None:
     """Makes sure that a run can go on.
 
     Raises:
-        SettingError: There is no round in its folder, the last one is damaged, or no round is left to do.
+        SettingError: There is no round in its folder, the last one is damaged, no round is left to do, or the run has
+            stopped because its patience ran out, and is given no more.
     """
     last = last_round(path)
     if last is None or not (path / "metrics.jsonl").exists():
         raise SettingError("resume", path, "the folder of a run that ended one round at least")
     try:
-        done = int(json.loads((last / _FACTS).read_text(encoding="utf-8"))["round"])
+        facts = json.loads((last / _FACTS).read_text(encoding="utf-8"))
+        done, waited = int(facts["round"]), int(facts.get("course", {}).get("waited", 0))
         load_tensors(last / _TENSORS)
     except Exception as error:  # noqa: BLE001  # safetensors raises an error of its own for a file cut short
         reason = f"{last.name} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -60,6 +62,17 @@ def check_resumable(path: Path, rounds: int) -> None:
         raise SettingError("resume", f"{path} ({reason})", words) from None
     if done >= rounds:
         raise SettingError("rounds", rounds, f"more than {done}, the rounds that the run in {path} has done")
+    if 0 < patience <= waited and _summed_up(path) == done:
+        words = f"more than {waited}, the rounds in a row that did not better the held-out loss, or 0"
+        raise SettingError("patience", patience, words)
+
+
+def _summed_up(path: Path) -> int | None:
+    """After which round a run was summed up; None where it was not."""
+    try:
+        return int(json.loads((path / "summary.json").read_text(encoding="utf-8"))["last_round"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
@@ -141,16 +154,32 @@ class RunFolder:
         _replace(metrics, "".join(line for line in events if json.loads(line)["round"] <= facts["round"]))
         return Snapshot(facts["round"], facts, unpack(load_tensors(last / _TENSORS)))
 
-    def save_round(self, snapshot: Snapshot, adapters: Adapters) -> None:
-        """Writes the adapter of the whole model after a round, and what it takes to go on from there."""
+    def save_round(
+        self, snapshot: Snapshot, adapters: Adapters, personal: Mapping[int, Adapters] | None = None
+    ) -> None:
+        """Writes the adapter of the whole model after a round, and what it takes to go on from there.
+
+        Args:
+            snapshot: What it takes.
+            adapters: The adapter that all share.
+            personal: Clients' own, where the round may be the one whose adapters a run leaves.
+        """
 
         def fill(folder: Path) -> None:
             self._save(folder, adapters)
+            for client, own in (personal or {}).items():
+                self._save(folder / _PERSONAL / f"{client:04d}", own)
             write_tensors(folder / _TENSORS, pack(snapshot.groups))
             facts = {**snapshot.facts, "round": snapshot.round}
             (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
         write_whole(self._rounds / f"round-{snapshot.round:04d}", fill)
+
+    def read_round(self, round: int) -> tuple[Adapters, dict[int, Adapters]]:
+        """The adapters that `save_round` wrote: the whole model's, and clients' own."""
+        folder = self._rounds / f"round-{round:04d}"
+        own = sorted((folder / _PERSONAL).glob("[0-9]*"))
+        return lora.load(folder), {int(one.name): lora.load(one) for one in own}
 
     def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
         """Writes the final adapter, whole and by part, and the summary last."""
@@ -161,7 +190,7 @@ class RunFolder:
 
     def save_personal(self, client: int, adapters: Adapters) -> None:
         """Writes the adapter of the whole model as one client has it."""
-        write_whole(self.path / "personal" / f"{client:04d}", lambda folder: self._save(folder, adapters))
+        write_whole(self.path / _PERSONAL / f"{client:04d}", lambda folder: self._save(folder, adapters))
 
     def _save(self, folder: Path, whole: Adapters, kind: Kind | None = None) -> None:
         blocks = None if kind is None else self._ranges[kind]
@@ -174,7 +203,7 @@ class RunFolder:
         lora.save(folder, whole, self._config.lora, self._family, self._config.model, blocks)
 
 
-_FACTS, _TENSORS = "state.json", "state.safetensors"
+_FACTS, _TENSORS, _PERSONAL = "state.json", "state.safetensors", "personal"
 
 
 def last_round(run: Path) -> Path | None:

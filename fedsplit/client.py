@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fedsplit import lora
+from fedsplit import lora, optim
+from fedsplit.clipping import coefficient, squared_norm
 from fedsplit.config import TrainSettings
 from fedsplit.kernels import IGNORED
-from fedsplit.link import Link
+from fedsplit.link import Crossing, Link
 from fedsplit.local import LocalRule
 from fedsplit.optim import make_optimizer
 from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, batch
+from fedsplit.rates import share_of_rate
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Bottom, Top
 from fedsplit.updates import ClientUpdate, Task
@@ -23,7 +25,7 @@ from fedsplit.updates import ClientUpdate, Task
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Some rows of a batch, and their share in the batch's mean loss."""
+    """Some rows of a batch, and their share in the mean loss of the step."""
 
     ids: Tensor
     labels: Tensor
@@ -31,12 +33,22 @@ class _MicroBatch:
     share: float
 
 
-def _micro_batches(ids: Tensor, mask: Tensor | None, count: int) -> list[_MicroBatch]:
+def _batches(ids: Tensor, mask: Tensor | None, batches: int, micros: int) -> list[list[_MicroBatch]]:
+    """A step's rows as batches that follow each other, each as micro-batches that are under way at once."""
     labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+    predicted = int((labels[:, 1:] != IGNORED).sum())
+    batches = min(batches, len(ids))
+    masks = [None] * batches if mask is None else mask.tensor_split(batches)
+    return [
+        _micro_batches(rows, wanted, seen, micros, predicted)
+        for rows, wanted, seen in zip(ids.tensor_split(batches), labels.tensor_split(batches), masks, strict=True)
+    ]
+
+
+def _micro_batches(ids: Tensor, labels: Tensor, mask: Tensor | None, count: int, predicted: int) -> list[_MicroBatch]:
     count = min(max(1, count), len(ids))
     masks = [None] * count if mask is None else mask.tensor_split(count)
     split = zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
-    predicted = int((labels[:, 1:] != IGNORED).sum())
     return [
         _MicroBatch(rows, wanted, seen, int((wanted[:, 1:] != IGNORED).sum()) / predicted)
         for rows, wanted, seen in split
@@ -58,6 +70,7 @@ class Client:
         link: The way through the trunk.
         settings: How it trains.
         seed: The run's seed.
+        rounds: Rounds of the run, over which the learning rate takes its course.
     """
 
     number: int
@@ -67,51 +80,84 @@ class Client:
     link: Link
     settings: TrainSettings
     seed: int
+    rounds: int = 1
 
     @property
     def steps(self) -> int:
         """Local steps a round."""
         if self.settings.epochs:
-            return -(-len(self._train) * self.settings.epochs // self.settings.batch_size)
+            return -(-len(self._train) * self.settings.epochs // self._sequences)
         return self.settings.steps
+
+    @property
+    def _sequences(self) -> int:
+        """Sequences a step."""
+        return self.settings.batch_size * self.settings.accumulation
 
     @property
     def _train(self) -> Tensor:
         return self.shard.train[: self.settings.samples or None]
 
-    def step(self, ids: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:
-        """Forward and backward of one batch; leaves gradients on the adapters of bottom and top.
+    def step(self, ids: Tensor, key: StepKey, mask: Tensor | None = None, rate: float = 1.0) -> Tensor:
+        """Forward and backward of one step; leaves gradients on the adapters of bottom and top.
 
-        With several micro-batches, this client and the trunk work at the same time, each on another one.
+        With several micro-batches, this client and the trunk work at the same time, each on another one. Where
+        gradients are accumulated, batches follow each other, so that no more than one is ever under way.
 
         Args:
-            ids: Tokens (B, T); they are the labels, too.
+            ids: Tokens (B, T) of all batches; they are the labels, too.
             key: Names the step to the trunk.
             mask: (B, T), 0 on padding, which is not predicted.
+            rate: The share of the learning rate at which the trunk makes the step.
 
         Returns:
             The mean loss in nats, a scalar.
         """
-        parts = _micro_batches(ids, mask, self.settings.micro_batches)
-        crossings, losses = [], []
-        # 1. Up: what the bottom makes of the tokens.
-        for micro, part in enumerate(parts):
-            hidden = self.bottom(part.ids, part.mask)
-            crossings.append(self.link.send(hidden, replace(key, micro=micro), part.mask, len(parts)))
-        # 2. Down, through the top to the loss; and its gradient up.
-        for crossing, part in zip(crossings, parts, strict=True):
-            hidden = crossing.output()
-            loss = self.top(hidden, part.labels, part.mask) * part.share
-            loss.backward()
-            crossing.send_back(hidden.grad)
-            losses.append(loss.detach())
-        # 3. Down: the gradient of what the bottom made.
-        for crossing in crossings:
-            crossing.finish()
+        batches = _batches(ids, mask, self.settings.accumulation, self.settings.micro_batches)
+        losses = []
+        for number, parts in enumerate(batches):
+            crossings = []
+            # 1. Up: what the bottom makes of the tokens.
+            for micro, part in enumerate(parts):
+                hidden, place = self.bottom(part.ids, part.mask), replace(key, batch=number, micro=micro)
+                sent = self.link.send(hidden, place, part.mask, len(parts), batches=len(batches), rate=rate)
+                crossings.append(sent)
+            # 2. Down, through the top to the loss; and its gradient up.
+            for crossing, part in zip(crossings, parts, strict=True):
+                hidden = crossing.output()
+                loss = self.top(hidden, part.labels, part.mask) * part.share
+                loss.backward()
+                crossing.send_back(hidden.grad)
+                losses.append(loss.detach())
+            # 3. Down: the gradient of what the bottom made.
+            norms = [crossing.finish() for crossing in crossings]
+        if self.settings.clip:
+            # 4. Down and up once more: the gradient's norm over all parts, and what all scale theirs by.
+            self._clip(crossings[-1], [norm for norm in norms if norm is not None])
         return torch.stack(losses).sum()
 
+    def _clip(self, crossing: Crossing, trunk: Sequence[float]) -> None:
+        """Scales this client's gradients, and has the trunk scale its own.
+
+        Args:
+            crossing: Any of the step's last batch.
+            trunk: The squared norm of the trunk's gradient; nothing where it does not learn.
+        """
+        parameters = {**lora.parameters(self.bottom), **lora.parameters(self.top)}.values()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        scale = coefficient(squared_norm(gradients) + sum(trunk), self.settings.clip)
+        for gradient in gradients:
+            gradient.mul_(scale)
+        if trunk:
+            crossing.scale(scale)
+
     def train(
-        self, given: Mapping[str, Tensor], round: int, task: Task | None = None, own: Mapping[str, Tensor] | None = None
+        self,
+        given: Mapping[str, Tensor],
+        round: int,
+        task: Task | None = None,
+        own: Mapping[str, Tensor] | None = None,
+        moments: Mapping[str, Tensor] | None = None,
     ) -> ClientUpdate:
         """A round of local training.
 
@@ -122,6 +168,7 @@ class Client:
             round: The round, from 1.
             task: What the strategy asks; nothing beyond the settings where not given.
             own: This client's control variate.
+            moments: What its optimiser remembers; nothing where not given.
 
         Returns:
             The adapters it ends with, and what it went through.
@@ -134,26 +181,41 @@ class Client:
             parameter.requires_grad_(rule.trains(name))
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         optimizer = make_optimizer(trained.values(), self.settings)
+        optim.restore(optimizer, trained, moments or {})
         order = derive_seed(self.seed, "client", self.number)
         self.bottom.train()
         self.top.train()
         losses, tokens = [], 0
         for step in range(self.steps):
-            ids = batch(self._train, (round - 1) * self.steps + step, self.settings.batch_size, order)
+            done = (round - 1) * self.steps + step
+            rate = share_of_rate(self.settings, done, self.rounds * self.steps)
+            ids = batch(self._train, done, self._sequences, order)
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
-            losses.append(self.step(ids, StepKey(round, self.number, step)))
+            losses.append(self.step(ids, StepKey(round, self.number, step), rate=rate))
             if optimizer is not None:
                 gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
                 for name, gradient in rule.correct(gradients, parameters).items():
                     trained[name].grad = gradient
-                optimizer.step()
-                optimizer.zero_grad()
+                optim.step(optimizer, rate)
             tokens += ids.numel()
         return ClientUpdate(
             client=self.number,
             adapters=lora.read(self.bottom, self.top),
-            examples=self.steps * self.settings.batch_size,
+            examples=self.steps * self._sequences,
             tokens=tokens,
             loss=float(torch.stack(losses).mean()),
             control=rule.control_change(),
+            moments=self._remembered(optimizer, parameters, trained, moments or {}),
         )
+
+    def _remembered(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        parameters: Mapping[str, Tensor],
+        trained: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The moments to go on with; of what did not train in this round, those from before."""
+        if self.settings.optimizer_state == "reset":
+            return {}
+        return {**optim.fitting(before, parameters), **optim.moments(optimizer, trained)}

@@ -57,7 +57,8 @@ class _Site:
         config = self.config
         codec, schedule = make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule]
         link = Link(self.trunk, codec, schedule, run, incarnation, asks=bool(config.trunk.memory))
-        return Client(number, self.shards[number], self.bottom, self.top, link, config.train, config.seed)
+        shard, rounds = self.shards[number], config.rounds
+        return Client(number, shard, self.bottom, self.top, link, config.train, config.seed, rounds)
 
     def personal(self, factors: str) -> set[str]:
         """The names of the adapters that stay with each client: parts that are not shared, and some factors."""
@@ -129,7 +130,8 @@ def train(message: Message, context: Context) -> Message:
     round, (task, drawn, rank) = facts[records.ROUND], records.read_task(message)
     kept, start = store.load(facts["accepted"]), site.start.with_rank(rank)
     given = {**start.tensors, **_drawn(start, drawn), **kept.held, **records.tensors_of(message), **kept.personal}
-    update = client.train(given, round, task, kept.control)
+    moments = {} if drawn is not None else kept.moments  # of adapters that begin anew there is nothing to remember
+    update = client.train(given, round, task, kept.control, moments)
     if not config.deterministic:  # else the others wait, or what is measured would depend on them
         client.link.leave(client.number)
     batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
@@ -155,7 +157,7 @@ def _kept(
     held = {n: given[n] for n in untouched if not torch.equal(given[n], start.tensors[n])}
     own = {n: update.adapters.tensors[n] for n in personal}
     control = {n: old.control[n] + t if n in old.control else t for n, t in update.control.items()}
-    return Kept(held, own, control)
+    return Kept(held, own, control, update.moments)
 
 
 @app.evaluate()

@@ -26,7 +26,9 @@ ORDERS = ("random", "cyclic")
 CODECS = ("raw", "bf16")
 KERNELS = ("fused", "library")
 DTYPES = ("fp32", "bf16")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "sgd", "adamw8bit")
+RATES = ("constant", "linear", "cosine")
+OPTIMIZER_STATES = ("reset", "keep")
 WEIGHTS = ("examples", "tokens", "equal")
 PARTS = ("bottom", "trunk", "top")
 
@@ -76,6 +78,10 @@ def below(low: float, high: float) -> Allowed:
     return Allowed(f"a number from {low:g} to below {high:g}", lambda v: low <= v < high)
 
 
+def _is_warmup(value: float) -> bool:
+    return 0 <= value < 1 or (math.isfinite(value) and value >= 1 and value == int(value))
+
+
 def one_of(names: Sequence[str]) -> Allowed:
     """One of a few names."""
     return Allowed(" | ".join(names), lambda v: v in names)
@@ -99,6 +105,7 @@ RANKS = Allowed(
 )
 SHARES = Allowed("parts among bottom,trunk,top", lambda v: v != () and len({*v}) == len(v) and {*v} <= {*PARTS})
 NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name in v))
+WARMUP = Allowed("a whole number of steps, or a share of them from 0 to below 1", _is_warmup)
 CUT = Allowed("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: _parse_cut(v) is not None)
 MEMORY = Allowed("bytes with a unit, such as 800MB, 1.5GB or 2GiB", lambda v: v == "" or _parse_memory(v) is not None)
 PARTITION = Allowed("auto | natural | iid | dirichlet:ALPHA with ALPHA above 0", _is_partition)
@@ -165,9 +172,30 @@ class TrainSettings:
         "parts of a batch that are under way at once, so that client and trunk work at the same time; 0: planned",
         "--micro-batches",
     )
-    optimizer: str = setting("adamw", one_of(OPTIMIZERS), "optimiser of clients and trunk; sgd is without momentum")
+    accumulation: int = setting(
+        1, at_least(1), "batches a step, whose gradients are summed as those of one large batch"
+    )
+    clip: float = setting(
+        0.0, at_least(0), "largest norm of a step's gradient, over the adapters of all parts; 0: it is not clipped"
+    )
+    optimizer: str = setting(
+        "adamw", one_of(OPTIMIZERS), "optimiser of clients and trunk; adamw8bit is that of bitsandbytes"
+    )
     lr: float = setting(1e-3, above(0), "learning rate, of clients and trunk", "--lr")
     weight_decay: float = setting(0.0, at_least(0), "weight decay")
+    momentum: float = setting(0.0, below(0, 1), "sgd: momentum")
+    beta1: float = setting(0.9, below(0, 1), "adamw, adamw8bit: decay of the mean gradient")
+    beta2: float = setting(0.999, below(0, 1), "adamw, adamw8bit: decay of the mean squared gradient")
+    eps: float = setting(1e-8, above(0), "adamw, adamw8bit: what is added to the root of the mean squared gradient")
+    optimizer_state: str = setting(
+        "reset",
+        one_of(OPTIMIZER_STATES),
+        "what a client's optimiser remembers: reset begins every round anew, keep goes on from the client's last one",
+    )
+    schedule: str = setting("constant", one_of(RATES), "course of the learning rate over the steps of all rounds")
+    warmup: float = setting(
+        0.0, WARMUP, "steps over which the learning rate rises from 0: 1 or more count them, below 1 is their share"
+    )
 
 
 @dataclass(frozen=True)
@@ -222,6 +250,15 @@ class Config:
         "auto", PARTITION, "who owns what; auto is by president, or iid where those do not suffice"
     )
     strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
+    patience: int = setting(
+        0, at_least(0), "rounds in a row without a better held-out loss after which the run stops; 0: it does not"
+    )
+    min_delta: float = setting(
+        0.0, at_least(0), "patience: by how much, in nats a token, a held-out loss must be lower to be better"
+    )
+    keep_best: bool = setting(
+        False, YES_OR_NO, "the adapter that the run leaves is that of its best round, not that of its last"
+    )
     fraction: float = setting(
         1.0, Allowed("a number above 0, up to 1", lambda v: 0 < v <= 1), "clients that train in a round"
     )
@@ -242,7 +279,9 @@ class Config:
     )
     out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
     resume: str = setting(
-        "", Allowed("a folder", lambda v: True), "go on with the run of this folder; only rounds and threads may differ"
+        "",
+        Allowed("a folder", lambda v: True),
+        "go on with the run of this folder; only rounds, patience and threads may differ",
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainSettings = field(default_factory=TrainSettings)

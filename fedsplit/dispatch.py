@@ -31,7 +31,8 @@ class _Request:
 
     @property
     def is_backward(self) -> bool:
-        return "gradient" in self.packet.tensors
+        """A gradient, or what it is to be scaled by."""
+        return "gradient" in self.packet.tensors or self.packet.clips
 
     @property
     def is_question(self) -> bool:
@@ -232,5 +233,6 @@ class Dispatcher:
             self._active.discard(request.client)  # those who wait for it may have what it waits for
         elif self._sent_away.pop(request.client, None) and request.packet.training:
             self._active.add(request.client)
-        if request.is_backward and request.packet.key.micro == request.packet.micros - 1:
+        packet = request.packet
+        if packet.clips if self.server.learners.clips else request.is_backward and packet.ends:
             self._contributed[request.client] += 1

@@ -94,7 +94,8 @@ class Holdings:
         start = _at_rank_of(assignment, self._trunk)
         given = {n: t for n, t in assignment.adapters.tensors.items() if n in self._trunk.tensors}
         own = self._own.get(client, {})
-        return Start({**start, **given, **own}, assignment.task, self._control.get(client, {}))
+        control, afresh = self._control.get(client, {}), assignment.drawn is not None
+        return Start({**start, **given, **own}, assignment.task, control, afresh)
 
     def with_copies(
         self, updates: Sequence[ClientUpdate], copies: Mapping[int, Copy], assigned: Mapping[int, Assignment]

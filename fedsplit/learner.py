@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fedsplit import optim
 from fedsplit.config import TrainSettings
 from fedsplit.local import LocalRule
 from fedsplit.optim import make_optimizer
@@ -43,7 +44,8 @@ class Learner:
         self._rule = LocalRule(task or Task(), start, own or {})
         self._learns = {name for name in start if learns and self._rule.trains(name)}
         self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
-        self._optimizer = make_optimizer([self._parameters[name] for name in start if name in self._learns], settings)
+        self._trained = {name: parameter for name, parameter in self._parameters.items() if name in self._learns}
+        self._optimizer = make_optimizer(self._trained.values(), settings)
         self._publish()
 
     def _publish(self) -> None:
@@ -52,14 +54,13 @@ class Learner:
             for name, parameter in self._parameters.items()
         }
 
-    def step(self, gradients: Mapping[str, Tensor]) -> None:
-        """One step of the optimiser."""
+    def step(self, gradients: Mapping[str, Tensor], rate: float = 1.0) -> None:
+        """One step of the optimiser, with a share of the learning rate."""
         assert self._optimizer is not None
         for name, gradient in self._rule.correct(gradients, self._parameters).items():
             # The fused optimiser pairs elements by their place in memory: a transposed gradient would be scrambled.
             self._parameters[name].grad = gradient.contiguous()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        optim.step(self._optimizer, rate)
         self._publish()
 
     @torch.no_grad()
@@ -75,18 +76,8 @@ class Learner:
 
     def moments(self) -> dict[str, Tensor]:
         """What the optimiser remembers, by the parameter's name and what it is: "step", "exp_avg", …."""
-        if self._optimizer is None:
-            return {}
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
-        return {
-            f"{names[id(parameter)]}:{what}": value.clone()
-            for parameter, state in self._optimizer.state.items()
-            for what, value in state.items()
-        }
+        return optim.moments(self._optimizer, self._trained)
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
-        """The inverse of `moments`."""
-        for key, value in moments.items():
-            name, _, what = key.rpartition(":")
-            assert self._optimizer is not None
-            self._optimizer.state[self._parameters[name]][what] = value.clone()
+        """The inverse of `moments`, as far as they fit: see `fedsplit.optim.restore`."""
+        optim.restore(self._optimizer, self._trained, moments)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import Schedule
-from fedsplit.wire import Codec
+from fedsplit.wire import EXACT, Codec
 
 Answer = Callable[[], Packet]
 """Waits for an answer and returns it."""
@@ -77,13 +77,25 @@ class Crossing:
             packet = replace(self._packet, tensors={"gradient": self._link.codec.encode(gradient)})
             self._answer = self._link.trunk.send(packet)
 
-    def finish(self) -> None:
-        """Waits for the gradient of the bottom's output, and goes on with it through the bottom."""
+    def finish(self) -> float | None:
+        """Waits for the gradient of the bottom's output, and goes on with it through the bottom.
+
+        Returns:
+            The squared norm of the gradient of the trunk's adapter, where this was the last part of a step, and the
+            trunk must be told what to scale it by: see `scale`.
+        """
         if not self._returns:
-            return
+            return None
         answer = self._answer()
-        if answer.tensors:
+        if "gradient" in answer.tensors:
             self._hidden.backward(self._link.codec.decode(answer.tensors["gradient"]))
+        return float(EXACT.decode(answer.tensors["norm"])) if "norm" in answer.tensors else None
+
+    def scale(self, coefficient: float) -> None:
+        """Tells the trunk what its gradient of the step is to be scaled by, and waits until it counts."""
+        value = EXACT.encode(torch.tensor(coefficient, dtype=torch.float64))
+        packet = replace(self._packet, key=self._packet.clipping_key, tensors={"coefficient": value})
+        self._link.trunk.send(packet)()
 
 
 @dataclass(frozen=True)
@@ -109,23 +121,33 @@ class Link:
     asks: bool = False
 
     def send(
-        self, hidden: Tensor, key: StepKey, mask: Tensor | None = None, micros: int = 1, training: bool = True
+        self,
+        hidden: Tensor,
+        key: StepKey,
+        mask: Tensor | None = None,
+        micros: int = 1,
+        training: bool = True,
+        batches: int = 1,
+        rate: float = 1.0,
     ) -> Crossing:
         """Sends hidden states (B, T, D) on their way, and does not wait.
 
         Args:
             hidden: The bottom's output.
-            key: The step, and the micro-batch within it.
+            key: The step, and the batch and micro-batch within it.
             mask: (B, T), 0 on padding; sent only where there is padding.
-            micros: Micro-batches of the step.
+            micros: Micro-batches of the batch.
             training: Whether a gradient may come back, and dropout is on.
+            batches: Batches of the step.
+            rate: The share of the learning rate at which the step is made.
         """
         tensors = {"hidden": self.codec.encode(hidden)}
         if mask is not None and not bool(mask.all()):
             tensors["mask"] = self.codec.encode(mask.bool())
         key = replace(key, run=self.run, attempt=self.attempt)
         wants = training and hidden.requires_grad
-        return Crossing(self, Packet(key, tensors, training, wants, micros, self.incarnation), hidden)
+        packet = Packet(key, tensors, training, wants, micros, self.incarnation, batches=batches, rate=rate)
+        return Crossing(self, packet, hidden)
 
     @torch.no_grad()
     def evaluate(self, hidden: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from fedsplit.holdings import Holdings
 from fedsplit.report import Watcher, perplexity
 from fedsplit.schedules import SCHEDULES, is_deterministic
 from fedsplit.seeds import derive_seed
+from fedsplit.stopping import Course
 from fedsplit.tally import Tally
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate
 
@@ -75,6 +76,7 @@ class Federation:
         }
         self._forgotten: dict[str, float] = {}
         self._error: float | None = None
+        self._course = Course(config.patience, config.min_delta)
         self.summary: dict[str, Any] | None = None
 
     def app(self) -> ServerApp:
@@ -107,19 +109,40 @@ class Federation:
             last, before, after = snapshot.round, snapshot.facts["before"], snapshot.facts["after"]
             adapters = self._restore(snapshot, adapters)
         for round in range(last + 1, self._config.rounds + 1):
+            if self._course.is_over:
+                break
             # 1. Clients train from what the strategy gives them; the trunk learns as they do.
             replies, updates, own = self._train(grid, round, adapters)
             # 2. The strategy makes one set of adapters of theirs, which every party takes over.
             adapters = self._aggregate(round, adapters, replies, updates)
             # 3. Every client measures it.
             after = self._evaluate(grid, round, adapters, own)
+            self._course.note(round, after)
             # 4. What came of it is kept, and told.
             self._save(round, adapters, before, after)
             self._announce(round, after, updates)
-        self.summary = self._summarise(parameters, before, after)
-        self._folder.save_result(self._whole(adapters), self.summary)
-        for client, alone in self._holdings.personal_adapters().items():
-            self._folder.save_personal(client, self._whole(adapters.with_tensors({**adapters.tensors, **alone})))
+        self._leave_result(parameters, before, after, adapters)
+
+    def _leave_result(self, parameters: Mapping[str, Any], before: float, after: float, adapters: Adapters) -> None:
+        """Writes the adapters that the run leaves, of its last round or of its best, and the summary."""
+        course = self._course
+        if course.is_over or (self._config.keep_best and not course.is_best):
+            best = f"the best round was {course.best}, with a held-out loss of {course.lowest:.4f}"
+            self._watcher.line(f"ends after round {course.last}: {course.reason}; {best}")
+        if self._config.keep_best and not course.is_best:
+            left, after = course.best, course.lowest
+            whole, own = self._folder.read_round(left)
+        else:
+            left, whole, own = course.last, self._whole(adapters), self._personal(adapters)
+        self.summary = self._summarise(parameters, before, after, left)
+        self._folder.save_result(whole, self.summary)
+        for client, alone in own.items():
+            self._folder.save_personal(client, alone)
+
+    def _personal(self, adapters: Adapters) -> dict[int, Adapters]:
+        """By client, the whole model's adapters as that client has them; of clients with any of their own."""
+        own = self._holdings.personal_adapters()
+        return {c: self._whole(adapters.with_tensors({**adapters.tensors, **alone})) for c, alone in own.items()}
 
     def _whole(self, adapters: Adapters) -> Adapters:
         """The whole model's adapters, with all that was folded."""
@@ -134,10 +157,13 @@ class Federation:
             "tally": self._tally.document(self._trunk.status()["traffic"]),
             "forgotten": self._forgotten,
             "error": self._error,
+            "course": self._course.document(),
         }
         groups |= {"adapters": dict(adapters.tensors), "strategy": dict(self._aggregation.state())}
         groups |= {"trunk": dict(self._trunk.read().tensors), "moments": self._trunk.moments()}
-        self._folder.save_round(Snapshot(round, facts, groups), self._whole(adapters))
+        candidate = self._config.keep_best and self._course.is_best
+        personal = self._personal(adapters) if candidate else {}
+        self._folder.save_round(Snapshot(round, facts, groups), self._whole(adapters), personal)
 
     def _restore(self, snapshot: Snapshot, adapters: Adapters) -> Adapters:
         """Brings everything back to where it was at the end of a round; the adapters of that round."""
@@ -152,6 +178,7 @@ class Federation:
             self._trunk.write(*self._holdings.trunk_end(adapters))
         self._tally = self._tally.go_on(facts["tally"])
         self._forgotten, self._error = facts["forgotten"], facts["error"]
+        self._course.go_on(facts["course"])
         self._watcher.line(f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}")
         return adapters
 
@@ -371,13 +398,17 @@ class Federation:
             f"perplexity {perplexity(loss):.2f}{speed}  {self._tally.seconds:.1f} s"
         )
 
-    def _summarise(self, parameters: Mapping[str, Any], before: float, after: float) -> dict[str, Any]:
+    def _summarise(self, parameters: Mapping[str, Any], before: float, after: float, left: int) -> dict[str, Any]:
         config, trunk = self._config, self._trunk.status()
         return {
             "seed": config.seed,
             "model": config.model,
             "clients": config.clients,
             "rounds": config.rounds,
+            "last_round": self._course.last,
+            "best_round": self._course.best,
+            "adapter_round": left,
+            "ended": self._course.reason,
             "strategy": config.strategy,
             "schedule": config.trunk.schedule,
             "cut": config.cut,

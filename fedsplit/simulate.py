@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.command import QUIET, exit_code
-from fedsplit.config import Config, SettingError
+from fedsplit.config import Config, SettingError, TrainSettings
 from fedsplit.flags import parse
 
 ENVIRONMENT = {
@@ -53,6 +53,35 @@ def learning_parts(config: Config, blocks: int) -> list[str]:
     return [part for part, does in learns.items() if does]
 
 
+def check_training(config: Config) -> None:
+    """Makes sure that no setting of training is asked for where it would do nothing, or has no meaning.
+
+    Raises:
+        SettingError: One is.
+    """
+    train, plain = config.train, TrainSettings()
+    if config.trunk.schedule == "batched":
+        one = "under the trunk schedule batched, where the trunk's gradient is of no single client's step"
+        if train.accumulation > 1:
+            raise SettingError("train.accumulation", train.accumulation, f"1 {one}")
+        if train.clip:
+            raise SettingError("train.clip", train.clip, f"0 {one}")
+    if train.warmup >= 1 and not train.epochs and train.warmup > (total := config.rounds * train.steps):
+        raise SettingError("train.warmup", f"{train.warmup:g}", f"up to {total}, a client's steps in all rounds")
+    if train.momentum and train.optimizer != "sgd":
+        raise SettingError("train.momentum", train.momentum, f"0 under {train.optimizer}; it is sgd's")
+    for name in ("beta1", "beta2", "eps") if train.optimizer == "sgd" else ():
+        if (value := getattr(train, name)) != getattr(plain, name):
+            raise SettingError(
+                f"train.{name}", value, f"{getattr(plain, name):g}, the default, under sgd, which has none"
+            )
+    if train.optimizer_state == "keep" and train.optimizer == "sgd" and not train.momentum:
+        words = "reset under sgd without momentum, which remembers nothing"
+        raise SettingError("train.optimizer_state", "keep", words)
+    if config.min_delta and not (config.patience or config.resume):
+        raise SettingError("min_delta", config.min_delta, "0 without --patience")
+
+
 def check(config: Config) -> tuple[Path, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
 
@@ -75,6 +104,7 @@ def check(config: Config) -> tuple[Path, Any]:
     if config.trunk.schedule == "batched" and config.train.micro_batches > 1:
         words = "1 under the trunk schedule batched, which computes the steps of all clients as one"
         raise SettingError("train.micro_batches", config.train.micro_batches, words)
+    check_training(config)
     if config.trunk.every and not SCHEDULES[config.trunk.schedule].sums:
         words = f"0 under the trunk schedule {config.trunk.schedule}, which sums nothing over a barrier"
         raise SettingError("trunk.every", config.trunk.every, words)
@@ -103,15 +133,17 @@ def check(config: Config) -> tuple[Path, Any]:
     from fedsplit.aggregation import strategy_defaults
     from fedsplit.checkpoint import check_folder, check_resumable
     from fedsplit.heldout import shards_of
+    from fedsplit.optim import check_optimizer
     from fedsplit.split import check_checkpoint
     from fedsplit.strategy import check_strategy, load_strategy
 
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     if config.resume:
-        check_resumable(folder, config.rounds)
+        check_resumable(folder, config.rounds, config.patience)
     else:
         check_folder(folder)
     check_checkpoint(config.model_path)
+    check_optimizer(config.train)
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
     check_strategy(strategy, config)
     shards_of(config)

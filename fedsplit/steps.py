@@ -40,7 +40,7 @@ class SpoiledStep(RefusedStep):
 class _Client(Generic[T]):
     """What is kept of a client: its newest step, and nothing of those before."""
 
-    place: tuple[int, int, int] = (-1, -1, -1)
+    place: tuple[int, int, int, int] = (-1, -1, -1, -1)
     pending: dict[StepKey, tuple[T, float]] = field(default_factory=dict)
     answers: dict[StepKey, Packet] = field(default_factory=dict)
     expired: set[StepKey] = field(default_factory=set)
@@ -51,7 +51,7 @@ class _Client(Generic[T]):
 class Steps(Generic[T]):
     """The life of every step: begun, pending, answered; or expired, or left behind.
 
-    A client has one step at a time, of one or more micro-batches; beginning the next one ends it. What is
+    A client has one batch of a step at a time, of one or more micro-batches; beginning the next one ends it. What is
     repeated gets the answer it got before. What is held for a pending step is the caller's.
 
     Attributes:
@@ -183,6 +183,10 @@ class Steps(Generic[T]):
     def pending(self) -> list[T]:
         """What is held, oldest first for each client."""
         return [held for client in self._clients.values() for held, _ in client.pending.values()]
+
+    def busy(self) -> set[int]:
+        """The clients of which something is pending."""
+        return {number for number, client in self._clients.items() if client.pending}
 
     def __len__(self) -> int:
         """How many steps are pending."""

@@ -5,6 +5,7 @@ In a simulation all of them lie in the run's folder; none reads what is another'
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -90,11 +91,13 @@ class Kept:
         held: Shared factors that it was given and did not train, where they are no longer those of the start.
         personal: Factors that never leave it.
         control: Its control variate.
+        moments: What its optimiser remembers.
     """
 
     held: Mapping[str, Tensor] = field(default_factory=dict)
     personal: Mapping[str, Tensor] = field(default_factory=dict)
     control: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ClientStore:
@@ -125,7 +128,7 @@ class ClientStore:
             kept: What it leaves.
             accepted: The last round that the server has accepted, which is kept until this one is; others go.
         """
-        tensors = pack({"held": kept.held, "personal": kept.personal, "control": kept.control})
+        tensors = pack({group.name: getattr(kept, group.name) for group in dataclasses.fields(Kept)})
         if tensors and accepted and not self._folder.exists():  # nothing was kept of it, which is not lost
             write_tensors(self._path(accepted), {})
         if tensors or self._folder.exists():

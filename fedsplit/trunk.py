@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from fedsplit import lora
 from fedsplit.config import TrainSettings
 from fedsplit.learner import Learner, Version
-from fedsplit.learners import Learners
+from fedsplit.learners import Learners, Withheld
 from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Trunk
-from fedsplit.steps import RefusedStep, SpoiledStep, Steps
-from fedsplit.wire import Codec
+from fedsplit.steps import RefusedStep, SpoiledStep, StaleStep, Steps, UnknownStep
+from fedsplit.wire import EXACT, Codec
 
 WAIT_SECONDS = 0.05
 """After how long a client that found no room may ask again."""
@@ -91,7 +91,7 @@ class TrunkServer:
 
     Attributes:
         learners: The adapters that learn.
-        steps: Which steps are pending.
+        steps: Which steps are pending: for want of a gradient, or of what theirs is to be scaled by.
         traffic: Bytes by direction ("activation_up", …), of training, under "evaluation_…" of evaluation, and
             under "repeated_…" of what crossed more than once.
         counts: What happened since the round began: "steps" of an optimiser, "forwards" and "backwards" computed,
@@ -136,7 +136,7 @@ class TrunkServer:
         self._budget = budget or Budget(None)
         self._promised: dict[StepKey, tuple[int, float]] = {}
         self._clock, self._lease = clock, lease
-        self.steps: Steps[_Flight] = Steps(run, incarnation, lease, clock)
+        self.steps: Steps[_Flight | Withheld] = Steps(run, incarnation, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.learners = Learners(lora.read(part), self._schedule, settings, self.counts)
@@ -168,14 +168,14 @@ class TrunkServer:
 
     def is_repeat(self, packet: Packet) -> bool:
         """Whether a request was served before, so that answering it computes nothing new."""
-        if "gradient" in packet.tensors:
+        if "gradient" in packet.tensors or packet.clips:
             return self.steps.answered(packet.key) is not None
         return packet.training and self.steps.repeated(packet.key) is not None
 
     def companions(self, key: StepKey) -> set[int]:
         """The clients whose steps are pending in the same flight as a step; empty where it is not pending."""
         try:
-            flight = self.steps.held(key)
+            flight = self._flight(key)
         except RefusedStep:
             return set()
         return {other.client for other in flight.inputs if self.steps.is_pending(other)}
@@ -207,7 +207,7 @@ class TrunkServer:
     def _bytes_to_come(self) -> int:
         """What is on its way, or may be at any time: hidden states that were promised room, and gradients."""
         hidden = sum(size for size, _ in self._promised.values())
-        flights = {id(flight): flight for flight in self.steps.pending()}.values()
+        flights = {id(flight): flight for flight in self._flights()}.values()
         pending = ((key, tensor) for flight in flights for key, tensor in flight.inputs.items())
         return 2 * hidden + _TRANSIT * sum(tensor.nbytes for key, tensor in pending if self.steps.is_pending(key))
 
@@ -215,7 +215,7 @@ class TrunkServer:
         """Whether a step can be computed and so many bytes be kept; for that, others' graphs may have to go."""
         if self._budget.fits(tokens, kept):
             return True
-        graphs = [flight for flight in self.steps.pending() if flight.output is not None and flight is not own]
+        graphs = [flight for flight in self._flights() if flight.output is not None and flight is not own]
         for flight in graphs:
             flight.output = None
             self._budget.freed()
@@ -245,6 +245,8 @@ class TrunkServer:
         first = packets[0]
         keeps = first.training and self._schedule.expects_backward(first.wants_gradient)
         if keeps and (again := self.steps.repeated(first.key)) is not None:
+            if isinstance(again, Withheld):
+                raise StaleStep(f"{first.key}: its gradient has come already")
             output = self._run(again, keeps_graph=False) if again.output is None else again.output.detach()
             answers = {first.key: again.cut(output)[first.key]}
             return self._answer("repeated", "hidden", packets, answers)
@@ -297,7 +299,7 @@ class TrunkServer:
     def _take_off(self, packets: Sequence[Packet], inputs: Mapping[StepKey, Tensor], keeps: bool) -> _Flight:
         masks = {p.key: self._codec.decode(p.tensors["mask"]) for p in packets if "mask" in p.tensors}
         learner = self.learners.of(packets[0].key.client, begins=keeps)
-        path = [(key.round, key.client, key.step, key.micro) for key in (packet.key for packet in packets)]
+        path = [(p.key.round, p.key.client, p.key.step, p.key.batch * p.micros + p.key.micro) for p in packets]
         flown = {packet.key: inputs[packet.key] for packet in packets}
         return _Flight(flown, masks, learner, learner.version, derive_seed(self._seed, "trunk", *path))
 
@@ -305,11 +307,14 @@ class TrunkServer:
         """One backward of steps whose forward was one.
 
         Where the schedule learns, the gradient of the adapter goes to the optimiser: at once under `shared` and
-        `copies` (after the last micro-batch), averaged over the clients under `batched`, and at `close_window`
+        `copies` (after the last part of the step), averaged over the clients under `batched`, and at `close_window`
         under `accumulate`, as `Learners` has it. A gradient that comes again gets the same answer and counts no more.
 
+        With clipping it goes nowhere before the client has sent its coefficient, which comes the same way, under the
+        packet's `clipping_key`: until then the step is pending, its lease runs, and its client's next one ends it.
+
         Args:
-            packets: Gradients (B, T, D), of one flight.
+            packets: Gradients (B, T, D), of one flight; or one coefficient.
 
         Raises:
             RefusedStep: A packet must not be served; nothing was done.
@@ -319,13 +324,50 @@ class TrunkServer:
         if (known := self.steps.answered(packets[0].key)) is not None:
             self._count("repeated", packets[0], known)
             return [known]
-        flight = self.steps.held(packets[0].key)
+        if packets[0].clips:
+            return [self._scale(packets[0])]
+        flight = self._flight(packets[0].key)
+        for packet in packets:
+            _check_rate(packet)
         sent = {packet.key: self._gradient(packet, flight) for packet in packets}
-        returned = self._differentiate(flight, packets, sent)
+        returned, withheld = self._differentiate(flight, packets, sent)
         answers = self._answer("gradient", "gradient", packets, returned)
+        if withheld is not None:
+            norm = EXACT.encode(torch.tensor(withheld.squared, dtype=torch.float64))
+            self.traffic["gradient_down"] += norm.nbytes
+            answers = [replace(answers[0], tensors={**answers[0].tensors, "norm": norm})]
+            self.steps.begin(packets[0].clipping_key, withheld)
         for packet, answer in zip(packets, answers, strict=True):
             self.steps.answer(packet.key, answer)
         return answers
+
+    def _scale(self, packet: Packet) -> Packet:
+        """Takes a step's coefficient, with which its gradient counts."""
+        withheld = self.steps.held(packet.key)
+        if not isinstance(withheld, Withheld):
+            raise UnknownStep(f"{packet.key} waits for a gradient, not for what it is scaled by")
+        value = EXACT.decode(packet.tensors["coefficient"])
+        if value.ndim or not 0 <= float(value) <= 1:
+            raise SpoiledStep(f"{packet.key} sent {value.tolist()} to scale its gradient by, not a number from 0 to 1")
+        self.learners.release(withheld, float(value))
+        answer = Packet(packet.key)
+        self._count("gradient", packet, answer)
+        self.steps.answer(packet.key, answer)
+        return answer
+
+    def _flight(self, key: StepKey) -> _Flight:
+        """The pending forward of a step.
+
+        Raises:
+            RefusedStep: None is pending.
+        """
+        held = self.steps.held(key)
+        if isinstance(held, Withheld):
+            raise UnknownStep(f"no forward is pending for {key}")
+        return held
+
+    def _flights(self) -> list[_Flight]:
+        return [held for held in self.steps.pending() if isinstance(held, _Flight)]
 
     def _gradient(self, packet: Packet, flight: _Flight) -> Tensor:
         gradient = self._codec.decode(packet.tensors["gradient"])
@@ -337,8 +379,8 @@ class TrunkServer:
 
     def _differentiate(
         self, flight: _Flight, packets: Sequence[Packet], sent: Mapping[StepKey, Tensor]
-    ) -> dict[StepKey, Tensor]:
-        """The gradients of a flight's inputs; those of its adapter go on to the learner."""
+    ) -> tuple[dict[StepKey, Tensor], Withheld | None]:
+        """The gradients of a flight's inputs; those of its adapter go on to the learner, or are withheld."""
         tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in flight.inputs.values())
         self._make_room(tokens, 0 if flight.output is None else -self._budget.graph(tokens), flight)
         if flight.output is None:
@@ -350,11 +392,12 @@ class TrunkServer:
         gradients = torch.autograd.grad(output, [*learned.values(), *wanted.values()], _spread(flight, output, sent))
         self.counts["backwards"] += 1
         self._budget.freed()
+        withheld = None
         if learned:
             found = dict(zip(learned, gradients, strict=False))
-            self.learners.learn(flight.learner, flight.version, flight.spent, packets, found)
+            withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, found)
         flight.spent = True
-        return dict(zip(wanted, gradients[len(learned) :], strict=True))
+        return dict(zip(wanted, gradients[len(learned) :], strict=True)), withheld
 
     def leave(self, client: int) -> None:
         """A client has ended its round, or is dead: what is pending of it is freed."""
@@ -380,7 +423,7 @@ class TrunkServer:
         Returns:
             `counts` of the round; they begin anew.
         """
-        for client in {key.client for flight in self.steps.pending() for key in flight.inputs}:
+        for client in self.steps.busy():
             self.leave(client)
         self.learners.end_round(finished)
         counts = {name: count for name, count in self.counts.items() if count}
@@ -444,6 +487,16 @@ class TrunkServer:
     def _count(self, what: str, up: Packet, down: Packet) -> None:
         self.traffic[f"{what}_up"] += up.nbytes
         self.traffic[f"{what}_down"] += down.nbytes
+
+
+def _check_rate(packet: Packet) -> None:
+    """Makes sure that a client asks for no more than the whole learning rate.
+
+    Raises:
+        SpoiledStep: It does.
+    """
+    if not 0 <= packet.rate <= 1:
+        raise SpoiledStep(f"{packet.key} asks for {packet.rate} of the learning rate, not a share from 0 to 1")
 
 
 def _slot(part: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -190,6 +190,7 @@ class ClientUpdate:
         weight: What it counts beside others, by the run's `--weights`; its examples where not given.
         given: What it started from; what the strategy gave to all where not given.
         control: What its control variate has changed by, by exported name (SCAFFOLD); empty otherwise.
+        moments: What its optimiser remembers, where that is kept; it never leaves the client.
     """
 
     client: int
@@ -200,6 +201,7 @@ class ClientUpdate:
     weight: float | None = None
     given: Adapters | None = None
     control: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

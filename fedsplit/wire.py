@@ -51,6 +51,10 @@ class Codec:
         return tensor.to(dtype)
 
 
+EXACT = Codec("raw")
+"""Loses nothing; for single numbers, whatever the codec of the run."""
+
+
 _CODECS: dict[str, Callable[[], Codec]] = {
     "raw": lambda: Codec("raw"),
     "bf16": lambda: Codec("bf16", torch.bfloat16),

@@ -17,6 +17,7 @@ from fedsplit import lora
 from fedsplit.checkpoint import RunFolder, Snapshot, check_folder, check_resumable
 from fedsplit.config import Config, LoraSettings, SettingError
 from fedsplit.flags import parse
+from fedsplit.lowrank import LowRank
 
 
 @pytest.fixture
@@ -103,6 +104,29 @@ def test_what_cannot_go_on_is_refused(folder: RunFolder, tmp_path: Path) -> None
     check_resumable(folder.path, 3)
     with pytest.raises(SettingError, match=r"^rounds: 2 is not possible; allowed: more than 2"):
         check_resumable(folder.path, 2)
+
+
+def test_a_round_is_read_as_it_was_written(folder: RunFolder) -> None:
+    """With clients' own adapters, and with what was folded in the factors."""
+    whole = folder.whole
+    (layer, *_) = whole.complete
+    a, b = whole.factors(layer)
+    folded = LowRank(torch.randn(b.shape[0], 2), torch.randn(2, a.shape[1]))
+    own = whole.with_tensors({name: tensor + 1 for name, tensor in whole.tensors.items()})
+    folder.save_round(snapshot(1), dataclasses.replace(whole, folded={layer: folded}), {4: own})
+    back, personal = folder.read_round(1)
+    assert list(personal) == [4]
+    assert all(torch.equal(tensor, own.tensors[name]) for name, tensor in personal[4].tensors.items())
+    for name in whole.complete:
+        expected = whole.change(name) + folded.to(torch.float64) if name == layer else whole.change(name)
+        found = back.change(name)
+        assert torch.allclose(found.up @ found.down, expected.up @ expected.down, atol=1e-6), name
+    folder.save_result(back, {})
+    round = folder.path / "checkpoints" / "round-0001"
+    written, left = (load_file(place / "adapter_model.safetensors") for place in (round, folder.path / "adapter"))
+    assert left.keys() == written.keys() and all(torch.equal(tensor, written[name]) for name, tensor in left.items())
+    texts = [(place / "adapter_config.json").read_text() for place in (round, folder.path / "adapter")]
+    assert [json.loads(text)["alpha_pattern"] for text in texts] == [{layer: 5}] * 2
 
 
 def test_folders_that_cannot_be_used_are_refused_and_left_alone(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, without_dropout
 from peft import get_peft_model
+from transformers import get_scheduler
 
 from experiments.in_process import LocalTrunk
 from fedsplit import lora
@@ -23,7 +24,8 @@ from fedsplit.partition import Shard, batch
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
 from fedsplit.split import load_parts, load_whole
-from fedsplit.steps import StaleStep
+from fedsplit.steps import SpoiledStep, StaleStep
+from fedsplit.updates import Task
 from fedsplit.wire import Codec, make_codec
 
 STEPS = 20
@@ -39,10 +41,12 @@ def make_client(
     codec="raw",
     micro_batches=1,
     kernels="library",
+    **train,
 ):
     """A client and its trunk in one process."""
     values = {"model": str(path), "cut": f"{cut[0]}:{cut[1]}", "seed": seed, "lora.rank": 2, "lora.dropout": dropout}
     values |= {"train.steps": steps, "train.batch_size": 3, "train.lr": 5e-3, "trunk.schedule": schedule}
+    values |= {f"train.{name}": value for name, value in train.items()}
     config = build(values | {"wire.codec": codec, "train.micro_batches": micro_batches, "kernels": kernels})
     bottom, top = load_parts(path, cut, ["bottom", "top"], kernels=kernels)
     trunk = LocalTrunk(config)
@@ -78,6 +82,59 @@ def fine_tune(
         optimizer.step()
         optimizer.zero_grad()
     return {name: parameter.detach() for name, parameter in trained.items()}
+
+
+def central(
+    path: Path, start: dict[str, torch.Tensor], blocks: torch.Tensor, settings: TrainSettings, rounds: int
+) -> dict[str, torch.Tensor]:
+    """Plain fine-tuning of the unsplit model by PEFT, torch and transformers' schedulers, all features as they are."""
+    base = load_whole(path)
+    settings_of = LoraSettings(rank=(2,), dropout=0.0)
+    whole = get_peft_model(base, lora.lora_config(settings_of, FAMILIES[base.config.model_type])).eval()
+    names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
+    trained = {n: p for n, p in names.items() if p.requires_grad}
+    assert trained.keys() == start.keys()
+    for name, parameter in trained.items():
+        parameter.data = start[name].clone()
+    optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    total = rounds * settings.steps
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=int(settings.warmup * total), num_training_steps=total)
+    for step in range(total):
+        ids = batch(blocks, step, settings.batch_size * settings.accumulation, derive_seed(0, "client", 0))
+        for part in ids.split(settings.batch_size):
+            (whole(input_ids=part, labels=part).loss / settings.accumulation).backward()
+        if settings.clip:
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
+            assert norm > settings.clip, "nothing to clip: the test would prove nothing"
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in trained.items()}
+
+
+FEATURES = {"schedule": "cosine", "warmup": 0.25, "accumulation": 2, "clip": 0.1, "optimizer_state": "keep"}
+"""All at once; the norms of the tiny models' gradients are above this at every step."""
+
+
+@pytest.mark.parametrize("cut", [(0, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_all_features_at_once_follow_plain_fine_tuning(model_path: Path, cut: tuple[int, int], micro_batches) -> None:
+    """Three rounds of one client, whose optimisers' state is kept: the adapters of the unsplit model's training."""
+    client, server, given = make_client(
+        model_path, "shared", cut, steps=4, micro_batches=micro_batches, weight_decay=0.01, **FEATURES
+    )
+    client = replace(client, rounds=3)
+    start = {**given, **server.learners.read().tensors}
+    tensors, moments = given, {}
+    for round in range(1, 4):
+        update = client.train(tensors, round, moments=moments)
+        tensors, moments = update.adapters.tensors, update.moments
+    assert update.examples == 4 * 2 * 3
+    federated = {**tensors, **server.learners.read().tensors}
+    for name, parameter in central(model_path, start, client.shard.train, client.settings, 3).items():
+        assert (federated[name] - parameter).abs().max() <= 1e-5, name
+        assert (start[name] - parameter).abs().max() > 1e-3, name
 
 
 @pytest.mark.parametrize("cut", [(0, 1), (0, 3), (1, 2), (2, 3)])
@@ -187,6 +244,112 @@ def test_micro_batches_are_the_whole_batch(model_path: Path, schedule: str) -> N
     )
     for name, tensor in ones.tensors.items():
         assert torch.allclose(tensor, threes.tensors[name], atol=2e-6), name
+
+
+@pytest.mark.parametrize("schedule", ["shared", "accumulate", "copies", "frozen", "forward-only"])
+def test_accumulated_batches_are_one_large_batch(model_path: Path, schedule: str) -> None:
+    """Two batches of three are a batch of six, at client and trunk, with and without clipping and micro-batches."""
+    for more in ({}, {"clip": 0.1}):
+        whole, whole_server, given = make_client(model_path, schedule, steps=3, batch_size=6, **more)
+        split, split_server, _ = make_client(
+            model_path, schedule, steps=3, batch_size=3, accumulation=2, micro_batches=2, **more
+        )
+        one, two = whole.train(given, 1), split.train(given, 1)
+        assert (two.examples, two.tokens) == (one.examples, one.tokens)
+        assert two.loss == pytest.approx(one.loss, rel=1e-6)
+        pairs = [(one.adapters.tensors, two.adapters.tensors)]
+        for server in (whole_server, split_server):
+            expected = {"accumulate": 1, "shared": 3, "copies": 3}.get(schedule, 0)
+            assert server.end_round([0]).get("steps", 0) == expected
+        read = [
+            s.learners.copies()[0].adapters if schedule == "copies" else s.learners.read()
+            for s in (whole_server, split_server)
+        ]
+        for ones, twos in [*pairs, (read[0].tensors, read[1].tensors)]:
+            for name, tensor in ones.items():
+                assert torch.allclose(tensor, twos[name], atol=2e-6), name
+
+
+def test_accumulation_holds_no_more_at_the_trunk_than_a_batch(model_path: Path) -> None:
+    """However many batches a step has: what is pending, and the answers that are kept for who asks again."""
+    client, server, given = make_client(model_path, "shared", steps=2, accumulation=5, micro_batches=2)
+    seen, send = [], client.link.trunk.send
+
+    def watched(packet):
+        answer = send(packet)
+        kept = server.steps._clients[0]
+        seen.append((len(kept.pending), len(kept.answers)))
+        return answer
+
+    client.link.trunk.send = watched
+    client.train(given, 1)
+    assert len(seen) == 2 * 5 * 2 * 2
+    assert max(pending for pending, _ in seen) <= 2 and max(answers for _, answers in seen) <= 2
+
+
+@pytest.mark.parametrize("schedule", ["shared", "copies", "accumulate", "frozen", "forward-only"])
+def test_clipping_is_by_the_norm_over_all_that_learns(model_path: Path, schedule: str) -> None:
+    """One step, with plain SGD, which shows the size of a gradient: that of `clip_grad_norm_` on the unsplit model."""
+    client, server, given = make_client(
+        model_path, schedule, steps=1, optimizer="sgd", lr=1.0, clip=0.1, micro_batches=3
+    )
+    start = {**given, **server.learners.read().tensors}
+    learning = {
+        "frozen": set(given),
+        "forward-only": set(lora.parameters(client.top)),
+    }.get(schedule, set(start))
+    update = client.train(given, 1)
+    server.end_round([0])
+    after = server.learners.copies()[0].adapters if schedule == "copies" else server.learners.read()
+    moved = {n: start[n] - t for n, t in {**update.adapters.tensors, **after.tensors}.items()}
+    base = load_whole(model_path)
+    settings_of = LoraSettings(rank=(2,), dropout=0.0)
+    whole = get_peft_model(base, lora.lora_config(settings_of, FAMILIES[base.config.model_type])).eval()
+    names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
+    for name, tensor in start.items():
+        names[name].data = tensor.clone()
+    ids = batch(client.shard.train, 0, 3, derive_seed(0, "client", 0))
+    whole(input_ids=ids, labels=ids).loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([names[name] for name in learning], 0.1)
+    assert norm > 0.2
+    for name in start:
+        expected = names[name].grad if name in learning else torch.zeros_like(start[name])
+        assert torch.allclose(moved[name], expected, atol=1e-6, rtol=1e-3), name
+    assert float(sum(tensor.square().sum() for tensor in moved.values()).sqrt()) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_clipping_costs_sixteen_bytes_a_step_and_nothing_where_it_is_off(model_path: Path) -> None:
+    traffic = []
+    for clip in (0.0, 0.1):
+        client, server, given = make_client(model_path, "shared", steps=3, accumulation=2, clip=clip)
+        client.train(given, 1)
+        traffic.append(server.traffic)
+    assert traffic[0]["gradient_up"] == traffic[0]["gradient_down"] == 3 * 2 * 3 * 8 * 32 * 4
+    for way in ("gradient_up", "gradient_down"):
+        assert traffic[1][way] - traffic[0][way] == 3 * 8
+    assert traffic[1]["activation_up"] == traffic[0]["activation_up"]
+
+
+def test_a_rate_above_the_whole_is_refused(model_path: Path) -> None:
+    client, _, _ = make_client(model_path, "shared")
+    for step, rate in enumerate((1.5, -0.1, float("nan"))):
+        with pytest.raises(SpoiledStep, match="of the learning rate, not a share from 0 to 1"):
+            client.step(client.shard.train[:3], StepKey(1, 0, step), rate=rate)
+
+
+def test_what_an_optimiser_remembers_is_kept_where_that_is_asked_for(model_path: Path) -> None:
+    """Of a factor that rests in a round, what there was; otherwise every round begins anew."""
+    client, _, given = make_client(model_path, "frozen", steps=2, optimizer_state="keep")
+    assert make_client(model_path, "frozen", steps=2)[0].train(given, 1).moments == {}
+    first = client.train(given, 1)
+    assert {name.partition(":")[0] for name in first.moments} == set(given)
+    resting = Task(trains=frozenset("B"))
+    second = client.train(first.adapters.tensors, 2, resting, None, first.moments)
+    assert second.moments.keys() == first.moments.keys()
+    for name, value in second.moments.items():
+        assert torch.equal(value, first.moments[name]) == (".lora_A." in name), name
+    again = client.train(given, 1, None, None, first.moments)
+    assert any(not torch.equal(again.adapters.tensors[name], first.adapters.tensors[name]) for name in given)
 
 
 def test_micro_batches_weigh_by_what_is_predicted(model_path: Path) -> None:

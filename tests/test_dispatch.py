@@ -29,6 +29,7 @@ class Recorder:
         self.done: dict[StepKey, Packet] = {}
         self.room = True
         self.spoiled: set[int] = set()
+        self.clips = False
         self.steps = self.learners = self
 
     def held(self, key: StepKey) -> object:
@@ -65,7 +66,8 @@ class Recorder:
     def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
         if any(packet.key.client in self.spoiled for packet in packets):
             raise SpoiledStep("spoiled")
-        self.calls.append(("backward", [packet.key.client for packet in packets]))
+        what = "scale" if packets[0].clips else "backward"
+        self.calls.append((what, [packet.key.client for packet in packets]))
         for packet in packets:
             self.flights.pop(packet.key, None)
             self.done[packet.key] = Packet(packet.key)
@@ -90,7 +92,7 @@ class Stage:
         self.answers: dict[tuple[str, int, int], Packet | RefusedStep] = {}
 
     def ask(self, kind: str, client: int, step: int = 0) -> None:
-        name = "gradient" if kind == "backward" else "hidden"
+        name = {"backward": "gradient", "scale": "coefficient"}.get(kind, "hidden")
         tensors = {} if kind == "ask" else {name: RAW.encode(torch.zeros(1))}
         packet = Packet(StepKey(1, client, step), tensors, training=kind != "evaluate")
         self.dispatcher.submit(packet, lambda answer: self.answers.__setitem__((kind, client, step), answer))
@@ -229,6 +231,20 @@ def test_accumulate_holds_at_the_barrier_until_all_have_come() -> None:
     assert stage.serve() == []
     stage.now = 5.0
     assert stage.serve() == [("close", []), ("forward", [0])]
+
+
+def test_a_gradient_that_is_clipped_contributes_with_its_coefficient() -> None:
+    stage = Stage(schedule="accumulate", every=1)
+    stage.trunk.clips = True
+    for client in (0, 1):
+        stage.ask("forward", client)
+        stage.ask("backward", client)
+    stage.serve()
+    stage.ask("scale", 0)
+    stage.ask("forward", 0, step=1)
+    assert stage.serve() == [("scale", [0])]
+    stage.ask("scale", 1)
+    assert stage.serve() == [("scale", [1]), ("close", []), ("forward", [0])]
 
 
 def test_accumulate_over_the_round_holds_nobody() -> None:

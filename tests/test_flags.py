@@ -152,10 +152,11 @@ def test_parts_that_are_shared_are_parts(share: str, right: bool) -> None:
             parse(["--share", share])
 
 
-def test_a_run_that_goes_on_may_have_more_rounds_and_nothing_else(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_may_have_more_rounds_and_patience_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("seed = 3\nrounds = 2\n[strategy_options]\neta = 0.5\n")
-    config = parse(["--resume", str(tmp_path), "--rounds", "7", "--workers", "1"])
+    config = parse(["--resume", str(tmp_path), "--rounds", "7", "--patience", "2", "--workers", "1"])
     assert (config.seed, config.rounds, config.workers, config.resume) == (3, 7, 1, str(tmp_path))
+    assert config.patience == 2
     assert config.strategy_options == {"eta": 0.5}
     for flags in (["--seed", "4"], ["--config", "x.toml"], ["--strategy.eta", "1"], ["--lr", "0.1"]):
         with pytest.raises(InputError, match=f"{flags[0].lstrip('-').split('-')[-1]}.* cannot be set for a run that"):

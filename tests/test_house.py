@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"config", "lowrank", "packets", "seeds", "tally"},
-    {"updates", "flags", "command"},
+    {"config", "lowrank", "packets", "seeds", "tally", "clipping", "stopping"},
+    {"updates", "flags", "command", "rates"},
     {
         "finished",
         "families",
@@ -42,6 +42,7 @@ LAYERS = [
 ]
 
 HOMES = {
+    "bitsandbytes": {"optim"},
     "datasets": {"corpus", "partition"},
     "flwr": {"records", "aggregation", "exchange", "client_app", "server_app", "simulate"},
     "flwr_datasets": {"partition"},

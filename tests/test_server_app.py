@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,19 @@ from flwr.app import Array, ArrayRecord, Error, Message, MessageType
 from local_federation import federate
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_client import STEPS, fine_tune
+from test_client import FEATURES, STEPS, central, fine_tune
 
 from fedsplit import lora, records
 from fedsplit.aggregation import FederationFailed, strategy_defaults
-from fedsplit.config import Config, as_document, build, from_document
+from fedsplit.checkpoint import check_resumable
+from fedsplit.config import PARTS, Config, SettingError, as_document, build, from_document
 from fedsplit.evaluate import held_out_loss
 from fedsplit.exchange import Interrupted
 from fedsplit.heldout import shards_of
 from fedsplit.split import load_parts, load_whole
-from fedsplit.strategy import load_strategy
+from fedsplit.strategy import broadcast, load_strategy, traits_of
 from strategies.fedavg import FedAvg
+from strategies.flora import FLoRA as Flora
 
 
 @pytest.fixture
@@ -333,3 +337,136 @@ def test_events_are_logged_by_round_and_client(config: Config, tmp_path: Path, m
     assert [(event["event"], event["round"]) for event in events] == expected
     assert all(list(e["clients"]) == ["ann", "bob", "cid"] for e in events if e["event"] != "aggregate")
     assert events[-1]["perplexity"] == pytest.approx(math.exp(events[-1]["loss"]))
+
+
+class Killed(Exception):
+    """The end of a process."""
+
+
+def killed_in(round: int):
+    """What kills a federation as its first client of a round answers."""
+
+    def spoil(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and records.config_of(message)[records.ROUND] == round:
+            raise Killed
+        return reply
+
+    return spoil
+
+
+@pytest.mark.parametrize("trunk", [{}, {"schedule": "copies"}, {"schedule": "accumulate", "every": 1}])
+def test_a_run_of_one_client_with_all_features_is_plain_fine_tuning(
+    tiny_models: dict[str, Path], corpus_file: Path, trunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedule, warm-up, accumulation, clipping and a kept state over three rounds of the whole loop."""
+    path = tiny_models["llama"]
+    values = {"clients": 1, "rounds": 3, "model": str(path), "cut": "1:2", "dataset": str(corpus_file)}
+    values |= {"partition": "natural", "lora.rank": 2, "lora.dropout": 0.0, "train.max_length": 16}
+    values |= {"kernels": "library", "train.steps": 4, "train.batch_size": 3, "train.lr": 5e-3}
+    values |= {f"train.{name}": value for name, value in FEATURES.items()}
+    config = build(values | {f"trunk.{name}": value for name, value in trunk.items()})
+    parts = load_parts(path, config.bounds, ["bottom", "trunk", "top"])
+    for part in parts:
+        lora.add(part, config.lora, config.seed)
+    start = lora.read(*parts).tensors
+    plain = central(path, start, shards_of(config)[0].train, config.train, 3)
+    federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    federated = final_adapter(tmp_path / "run")
+    for name, tensor in plain.items():
+        assert (federated[f"base_model.model.{name}"] - tensor).abs().max() <= 1e-5, name
+        assert (start[name] - tensor).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("schedule", ["shared", "copies"])
+def test_a_run_that_was_stopped_goes_on_to_the_bit_with_what_optimisers_remember(
+    config: Config, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = as_document(config) | {"rounds": 3, "trunk": {"schedule": schedule}, "fraction": 0.67}
+    config = from_document(document | {"train": document["train"] | FEATURES})
+    out = tmp_path / "stopped"
+    federate(config, tmp_path / "straight", FedAvg(), monkeypatch)
+    with pytest.raises(Killed):
+        federate(config, out, FedAvg(), monkeypatch, killed_in(3))
+    federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
+    straight, stopped = final_adapter(tmp_path / "straight"), final_adapter(out)
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+    forgetful = replace(config, train=replace(config.train, optimizer_state="reset"))
+    federate(forgetful, tmp_path / "reset", FedAvg(), monkeypatch)
+    reset = final_adapter(tmp_path / "reset")
+    assert any(not torch.equal(tensor, reset[name]) for name, tensor in straight.items())
+
+
+class Worse:
+    """A strategy that spoils what another one makes from a round on."""
+
+    def __init__(self, around, since: int, done: int = 0) -> None:
+        self.around, self.since, self.done = around, since, done
+        self.init, self.broadcast, self.traits = around.init, partial(broadcast, around), traits_of(around)
+
+    def aggregate(self, state, adapters, updates):
+        self.done += 1
+        state, made = self.around.aggregate(state, adapters, updates)
+        if self.done < self.since:
+            return state, made
+        spoilt = {name: tensor * 30 for name, tensor in made.tensors.items()}
+        return state, replace(made, tensors=spoilt, folded={n: c.times(30.0) for n, c in made.folded.items()})
+
+
+@pytest.mark.parametrize("case", ["personal", "folded"])
+def test_the_best_round_is_what_a_run_leaves_that_stops_early(
+    config: Config, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spoilt from round 3 on, and killed in round 4: what is left is round 2, and its loss is the one reported."""
+    values = as_document(config) | {"rounds": 9, "patience": 2, "keep_best": True, "trunk": {"schedule": "copies"}}
+    config, around = from_document(values), Flora
+    if case == "personal":
+        config, around = replace(config, share=("bottom", "trunk")), FedAvg
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        federate(config, out, Worse(around(), 3), monkeypatch, killed_in(4))
+    going = replace(config, resume=str(out))
+    federation, lines = federate(going, out, Worse(around(), 3, done=3), monkeypatch)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == federation.summary
+    assert {name: summary[f"{name}_round"] for name in ("last", "best", "adapter")} == {
+        "last": 4,
+        "best": 2,
+        "adapter": 2,
+    }
+    assert summary["ended"] == "2 rounds in a row have not bettered the held-out loss"
+    assert lines.lines[-1].startswith(f"ends after round 4: {summary['ended']}; the best round was 2")
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = {event["round"]: event for event in events if event["event"] == "evaluate"}
+    assert summary["eval_loss"]["after"] == losses[2]["loss"] < min(losses[3]["loss"], losses[4]["loss"])
+    best = load_file(out / "checkpoints" / "round-0002" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in final_adapter(out).items())
+    parts = [load_file(out / f"{part}_lora" / "adapter_model.safetensors") for part in PARTS]
+    assert {name: best[name] for part in parts for name in part}.keys() == best.keys()
+    assert all(torch.equal(tensor, best[name]) for part in parts for name, tensor in part.items())
+    names = sorted(losses[2]["clients"])
+    if case == "folded":
+        model = PeftModel.from_pretrained(load_whole(config.model_path), str(out / "adapter"))
+        assert held_out_loss(model, out) == pytest.approx(losses[2]["loss"], abs=1e-5)
+    for client, name in enumerate(names if case == "personal" else []):
+        model = PeftModel.from_pretrained(load_whole(config.model_path), str(out / "personal" / f"{client:04d}"))
+        assert held_out_loss(model, out, [client]) == pytest.approx(losses[2]["clients"][name], abs=1e-5)
+    with pytest.raises(SettingError, match=r"^patience: 2 is not possible; allowed: more than 2, the rounds in a row"):
+        check_resumable(out, 9, 2)
+    check_resumable(out, 9, 3)
+    check_resumable(out, 9)
+
+
+def test_a_run_killed_before_it_was_summed_up_is_summed_up(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its patience has run out: it trains no more, and says so."""
+    config, out = replace(config, rounds=9, patience=1, min_delta=100.0), tmp_path / "run"
+    first, _ = federate(config, out, FedAvg(), monkeypatch)
+    assert first.summary is not None and first.summary["last_round"] == 2
+    (out / "summary.json").unlink()
+    check_resumable(out, 9, 1)
+    again, lines = federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
+    assert again.summary is not None
+    for name in ("eval_loss", "last_round", "best_round", "ended", "tokens"):
+        assert again.summary[name] == first.summary[name], name
+    assert len(lines.lines) == 2

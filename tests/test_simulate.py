@@ -105,6 +105,31 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_with_what_its_optimisers_remember(tmp_path: Path) -> None:
+    """SIGKILL in the second round of three, with every feature of training on: the same to the bit."""
+    argv = [*TINY, "--clients", "2", "--rounds", "3", "--trunk.schedule", "copies", "--keep-best", "--patience", "2"]
+    argv += ["--train.schedule", "cosine", "--train.warmup", "0.2", "--train.accumulation", "2", "--train.clip", "0.1"]
+    argv += ["--train.optimizer-state", "keep"]
+    done = command(*argv, "--out", "straight", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    call = [sys.executable, "-m", "fedsplit.simulate", *argv, "--out", "killed"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("round 1/3"):
+                run.kill()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    done = command("--resume", "killed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (adapter(tmp_path / name) for name in ("straight", "killed"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "killed"))
+    for name in ("eval_loss", "tokens", "best_round", "adapter_round", "ended"):
+        assert before[name] == after[name], name
+    assert before["tokens"] == 2 * 3 * 2 * (2 * 2) * 32
+
+
+@pytest.mark.slow
 def test_the_readmes_three_lines_give_the_reported_loss(tmp_path: Path) -> None:
     """Runs from another folder, on two processes, with a strategy of the user's, from a file of settings."""
     readme = Path("README.md").read_text()
@@ -182,6 +207,27 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         ),
         (["--deterministic", "perhaps"], "deterministic: perhaps is not possible; allowed: true | false"),
         (["--trunk.schedule", "batched", "--micro-batches", "2"], "train.micro_batches: 2 is not possible; allowed: 1"),
+        (
+            ["--trunk.schedule", "batched", "--train.accumulation", "2"],
+            "train.accumulation: 2 is not possible; allowed: 1 under the trunk schedule batched",
+        ),
+        (["--trunk.schedule", "batched", "--train.clip", "1"], "train.clip: 1.0 is not possible; allowed: 0 under"),
+        (["--train.clip", "-1"], "train.clip: -1 is not possible; allowed: a number of at least 0"),
+        (["--train.accumulation", "0"], "train.accumulation: 0 is not possible"),
+        (["--train.schedule", "steps"], "train.schedule: steps is not possible; allowed: constant | linear | cosine"),
+        (["--train.warmup", "1.5"], "train.warmup: 1.5 is not possible; allowed: a whole number of steps, or a share"),
+        (
+            ["--train.warmup", "51"],
+            "train.warmup: 51 is not possible; allowed: up to 50, a client's steps in all rounds",
+        ),
+        (["--train.momentum", "0.9"], "train.momentum: 0.9 is not possible; allowed: 0 under adamw"),
+        (["--train.momentum", "1", "--train.optimizer", "sgd"], "train.momentum: 1 is not possible"),
+        (["--train.beta1", "0.5", "--train.optimizer", "sgd"], "train.beta1: 0.5 is not possible; allowed: 0.9, the"),
+        (
+            ["--train.optimizer-state", "keep", "--train.optimizer", "sgd"],
+            "train.optimizer_state: keep is not possible; allowed: reset under sgd without momentum",
+        ),
+        (["--min-delta", "0.1"], "min_delta: 0.1 is not possible; allowed: 0 without --patience"),
         (["--config", "nowhere.toml"], "config: nowhere.toml is not possible"),
     ]
 

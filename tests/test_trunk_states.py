@@ -30,7 +30,7 @@ from fedsplit.memory import Budget
 from fedsplit.packets import Packet, StepKey
 from fedsplit.steps import ExpiredStep, ForeignStep, RefusedStep, SpoiledStep, StaleStep, UnknownStep
 from fedsplit.trunk import TrunkServer
-from fedsplit.wire import make_codec
+from fedsplit.wire import EXACT, make_codec
 
 RAW = make_codec("raw")
 LEASE = 10.0
@@ -82,11 +82,21 @@ class Pending:
     answer: Tensor
 
 
+@dataclass
+class Held:
+    """A step whose gradient waits to be scaled."""
+
+    packet: Packet
+    weights: list[Tensor]
+    gradient: Tensor
+
+
 class Trunk(RuleBasedStateMachine):
     """The model: who has what pending, and what every adapter must be."""
 
     schedule = "shared"
     limit: int | None = None
+    clip = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +114,7 @@ class Trunk(RuleBasedStateMachine):
             Toy(),  # type: ignore[arg-type]
             RAW,
             self.schedule,
-            TrainSettings(),
+            TrainSettings(clip=self.clip),
             seed=0,
             run="run",
             incarnation=str(self.life),
@@ -116,11 +126,14 @@ class Trunk(RuleBasedStateMachine):
         self.shared = Learner(self.saved)
         self.own: dict[int, Learner] = {}
         self.sums: dict[int, Tensor] = {}
-        self.partial: dict[int, tuple[tuple[int, int, int], int, Tensor]] = {}
+        self.partial: dict[int, tuple[tuple[int, int, int], int, Tensor, list[Tensor]]] = {}
+        self.held: dict[StepKey, Held] = {}
+        self.scaled: dict[StepKey, Packet] = {}
+        self.plans: dict[int, tuple[int, int]] = {}
         self.pending: dict[StepKey, Pending] = {}
         self.answered: dict[StepKey, tuple[Packet, Tensor]] = {}
         self.expired: dict[StepKey, Packet] = {}
-        self.places: dict[int, tuple[int, int, int]] = {}
+        self.places: dict[int, tuple[int, int, int, int]] = {}
         self.left: set[int] = set()
 
     def learner(self, client: int) -> Learner:
@@ -132,24 +145,39 @@ class Trunk(RuleBasedStateMachine):
         self.pending = {key: p for key, p in self.pending.items() if key.client != client}
         self.answered = {key: p for key, p in self.answered.items() if key.client != client}
         self.expired = {key: p for key, p in self.expired.items() if key.client != client}
+        self.held = {key: h for key, h in self.held.items() if key.client != client}
+        self.scaled = {key: p for key, p in self.scaled.items() if key.client != client}
 
-    def packet(self, key: StepKey, micros: int, name: str = "hidden") -> Packet:
+    def packet(self, key: StepKey, micros: int, name: str = "hidden", batches: int = 1) -> Packet:
         tensor = torch.randn(1, 2, WIDTH, generator=self.generator)
-        return Packet(key, {name: RAW.encode(tensor)}, micros=micros, incarnation=str(self.life))
+        return Packet(key, {name: RAW.encode(tensor)}, micros=micros, batches=batches, incarnation=str(self.life))
 
     def pick(self, choice: int, things: dict[StepKey, Any]) -> StepKey:
         return sorted(things, key=lambda key: (key.client, key.place, key.micro))[choice % len(things)]
 
-    @rule(client=st.integers(0, 2), skip=st.integers(0, 1), attempt=st.integers(0, 1), micros=st.integers(1, 2))
-    def forward(self, client: int, skip: int, attempt: int, micros: int) -> None:
-        round, before, step = self.places.get(client, (self.round, 0, -1))
-        step = step + 1 + skip if round == self.round and attempt <= before else 0
-        place = (self.round, max(attempt, before if round == self.round else 0), step)
+    @rule(
+        client=st.integers(0, 2),
+        skip=st.integers(0, 2),
+        attempt=st.integers(0, 1),
+        micros=st.integers(1, 2),
+        batches=st.integers(1, 2),
+    )
+    def forward(self, client: int, skip: int, attempt: int, micros: int, batches: int) -> None:
+        round, before, step, batch = self.places.get(client, (self.round, 0, -1, 0))
+        planned = self.plans.get(client, (1, 1))
+        if skip == 0 and round == self.round and attempt <= before and batch + 1 < planned[1]:
+            (micros, batches), batch, attempt = planned, batch + 1, before  # the next batch of the same step
+        else:
+            step = step + max(1, skip) if round == self.round and attempt <= before else 0
+            attempt, batch = max(attempt, before if round == self.round else 0), 0
+        self.plans[client] = micros, batches
+        place = (self.round, attempt, step, batch)
         self.forget(client)
         self.left.discard(client)
         self.places[client] = place
         for micro in range(micros):
-            packet = self.packet(StepKey(place[0], client, place[2], place[1], micro, "run"), micros)
+            key = StepKey(self.round, client, step, attempt, micro, "run", batch)
+            packet = self.packet(key, micros, batches=batches)
             weight = self.learner(client).weight.detach().clone()
             answer = RAW.decode(self.server.forward(packet).tensors["hidden"])
             hidden = RAW.decode(packet.tensors["hidden"])
@@ -173,30 +201,78 @@ class Trunk(RuleBasedStateMachine):
     def gradient(self, choice: int) -> None:
         key = self.pick(choice, self.pending)
         pending = self.pending.pop(key)
-        sent = self.packet(key, pending.packet.micros, "gradient")
+        sent = self.packet(key, pending.packet.micros, "gradient", pending.packet.batches)
         hidden = RAW.decode(pending.packet.tensors["hidden"]).clone().requires_grad_()
         weight = pending.weight.requires_grad_()
         gradient = RAW.decode(sent.tensors["gradient"])
         expected, learned = torch.autograd.grad(torch.tanh(hidden @ weight.T), [hidden, weight], gradient)
-        answer = RAW.decode(self.server.backward(sent).tensors["gradient"])
+        back = self.server.backward(sent)
+        answer = RAW.decode(back.tensors["gradient"])
         assert torch.allclose(answer, expected, atol=1e-6)
         self.answered[key] = (sent, answer)
-        self.count(key, pending, learned)
+        whole = self.count(key, pending, learned)
+        assert ("norm" in back.tensors) == (whole is not None)
+        if whole is not None:
+            assert float(EXACT.decode(back.tensors["norm"])) == pytest.approx(float(whole.gradient.norm() ** 2), 1e-4)
+            self.held[sent.clipping_key] = whole
 
-    def count(self, key: StepKey, pending: Pending, gradient: Tensor) -> None:
+    def count(self, key: StepKey, pending: Pending, gradient: Tensor) -> Held | None:
+        """What becomes of a gradient; with clipping, the whole one of a step that is complete."""
+        if self.schedule == "accumulate" and not self.clip:
+            self.add_to_window(key.client, [pending.weight], gradient)
+            return None
+        turn, done, total, weights = self.partial.get(key.client, (key.turn, 0, torch.zeros(WIDTH, WIDTH), []))
+        if turn != key.turn:
+            done, total, weights = 0, torch.zeros(WIDTH, WIDTH), []
+        done, total, weights = done + 1, total + gradient, [*weights, pending.weight]
+        if done < pending.packet.parts:
+            self.partial[key.client] = (key.turn, done, total, weights)
+            return None
+        self.partial.pop(key.client, None)
+        if self.clip:
+            return Held(pending.packet, weights, total)
+        self.learner(key.client).step(total)
+        return None
+
+    def add_to_window(self, client: int, weights: list[Tensor], gradient: Tensor) -> None:
+        if all(torch.equal(weight, self.shared.weight) for weight in weights):
+            self.sums[client] = self.sums.get(client, torch.zeros(WIDTH, WIDTH)) + gradient
+
+    def coefficient(self, key: StepKey, value: float) -> Packet:
+        tensors = {"coefficient": EXACT.encode(torch.tensor(value, dtype=torch.float64))}
+        return Packet(key, tensors, micros=key.micro, batches=key.batch + 1, incarnation=str(self.life))
+
+    @precondition(lambda self: self.held)
+    @rule(choice=st.integers(0, 9), value=st.sampled_from([0.125, 0.25, 1.0]))
+    def scale(self, choice: int, value: float) -> None:
+        key = self.pick(choice, self.held)
+        sent = self.coefficient(key, value)
+        for wrong in (-0.5, 1.5, float("nan")):
+            with pytest.raises(SpoiledStep):
+                self.server.backward(self.coefficient(key, wrong))
+        with pytest.raises(StaleStep):  # it is no forward, and no gradient is wanted
+            self.server.forward(self.packet(key, key.micro))
+        with pytest.raises(UnknownStep):
+            self.server.backward(self.packet(key, key.micro, "gradient"))
+        assert not self.server.backward(sent).tensors
+        held = self.held.pop(key)
+        self.scaled[key] = sent
         if self.schedule == "accumulate":
-            if torch.equal(pending.weight, self.shared.weight):
-                self.sums[key.client] = self.sums.get(key.client, torch.zeros(WIDTH, WIDTH)) + gradient
-            return
-        place, done, total = self.partial.get(key.client, (key.place, 0, torch.zeros(WIDTH, WIDTH)))
-        if place != key.place:
-            done, total = 0, torch.zeros(WIDTH, WIDTH)
-        done, total = done + 1, total + gradient
-        if done == pending.packet.micros:
-            self.learner(key.client).step(total)
-            self.partial.pop(key.client, None)
+            self.add_to_window(key.client, held.weights, held.gradient * value)
         else:
-            self.partial[key.client] = (key.place, done, total)
+            self.learner(key.client).step(held.gradient * value)
+
+    @precondition(lambda self: self.scaled)
+    @rule(choice=st.integers(0, 9))
+    def scale_again(self, choice: int) -> None:
+        self.server.backward(self.scaled[self.pick(choice, self.scaled)])
+
+    @precondition(lambda self: self.clip and self.pending)
+    @rule(choice=st.integers(0, 9))
+    def scale_what_has_no_gradient(self, choice: int) -> None:
+        key = self.pick(choice, self.pending)
+        with pytest.raises(UnknownStep):
+            self.server.backward(self.coefficient(key, 1.0))
 
     @precondition(lambda self: self.answered)
     @rule(choice=st.integers(0, 9))
@@ -243,6 +319,10 @@ class Trunk(RuleBasedStateMachine):
         for key, pending in self.pending.items():
             self.expired[key] = pending.packet
         self.pending.clear()
+        for key in self.held:
+            with pytest.raises(ExpiredStep):
+                self.server.backward(self.coefficient(key, 1.0))
+        self.held.clear()
 
     @precondition(lambda self: self.expired)
     @rule(choice=st.integers(0, 9))
@@ -256,10 +336,14 @@ class Trunk(RuleBasedStateMachine):
         if luck:
             return
         gone = [pending.packet.key for pending in self.pending.values() if pending.packet.key.client == client]
+        held = [key for key in self.held if key.client == client]
         self.server.leave(client)
         self.forget(client)
-        if self.schedule != "accumulate":
+        if self.schedule != "accumulate" or self.clip:
             self.partial.pop(client, None)
+        for key in held:
+            with pytest.raises(StaleStep):
+                self.server.backward(self.coefficient(key, 1.0))
         for key in gone:
             with pytest.raises(StaleStep):
                 self.server.backward(self.packet(key, 1, "gradient"))
@@ -284,9 +368,11 @@ class Trunk(RuleBasedStateMachine):
             assert sorted(self.server.learners.copies()) == sorted(set(self.own) & {0, 1})
             self.server.learners.write({NAME: self.saved})
             self.shared.weight.data.copy_(self.saved)
-        for client in {key.client for key in self.pending}:
+        for client in {key.client for key in (*self.pending, *self.held)}:
             self.forget(client)
             self.partial.pop(client, None)
+        if self.clip:
+            self.partial.clear()
         self.sums.clear()
         self.own.clear()
         self.round += 1
@@ -298,6 +384,7 @@ class Trunk(RuleBasedStateMachine):
         if luck:
             return
         old = [pending.packet for pending in self.pending.values()]
+        old += [self.coefficient(key, 1.0) for key in self.held]
         self.start()
         for packet in old:
             with pytest.raises(ForeignStep):
@@ -307,7 +394,7 @@ class Trunk(RuleBasedStateMachine):
     def every_step_has_counted_once(self) -> None:
         if not hasattr(self, "server"):
             return
-        assert len(self.server.steps) == len(self.pending)
+        assert len(self.server.steps) == len(self.pending) + len(self.held)
         assert torch.allclose(self.server.learners.read().tensors[NAME], self.shared.weight, atol=1e-5)
         for client, copy in self.server.learners.copies().items():
             assert torch.allclose(copy.adapters.tensors[NAME], self.own[client].weight, atol=1e-5)
@@ -327,7 +414,24 @@ class Recomputing(Trunk):
     limit = 2_500_000
 
 
-@pytest.mark.parametrize("machine", [Trunk, Copies, Accumulate, Recomputing])
+class Clipping(Trunk):
+    """A step counts with its coefficient, and not before."""
+
+    clip = 1.0
+
+
+class ClippingCopies(Copies):
+    clip = 1.0
+
+
+class ClippingAccumulate(Accumulate):
+    clip = 1.0
+
+
+MACHINES = [Trunk, Copies, Accumulate, Recomputing, Clipping, ClippingCopies, ClippingAccumulate]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_every_step_counts_once(machine: type[Trunk], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsplit.learner.make_optimizer", sgd)
     run_state_machine_as_test(machine, settings=settings(max_examples=120, stateful_step_count=30, deadline=None))

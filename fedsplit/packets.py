@@ -19,6 +19,8 @@ class StepKey:
         attempt: How often the client's round was begun before.
         micro: The micro-batch within the step, from 0.
         run: The run's name.
+        session: Where text is generated, which one: `step` counts what was sent of it, from 0, the prompt. Empty
+            elsewhere.
     """
 
     round: int
@@ -27,6 +29,7 @@ class StepKey:
     attempt: int = 0
     micro: int = 0
     run: str = ""
+    session: str = ""
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -34,6 +37,8 @@ class StepKey:
         return self.round, self.attempt, self.step
 
     def __str__(self) -> str:
+        if self.session:
+            return f"session {self.session}, client {self.client}, step {self.step}"
         return f"round {self.round}, client {self.client}, step {self.step}.{self.micro}, attempt {self.attempt}"
 
 

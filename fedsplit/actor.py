@@ -10,6 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from fedsplit.learners import Copy, Start
 from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet
+from fedsplit.sessions import Sessions
 from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Adapters
@@ -52,11 +54,13 @@ class TrunkActor:
     without holding them up.
     """
 
-    def __init__(self, config: Config, run: str, threads: int) -> None:
-        """Loads the trunk's blocks, and no others, and puts the adapter on them."""
+    def __init__(self, config: Config, run: str, threads: int, adapter: Path | None = None) -> None:
+        """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
         (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
         lora.add(part, config.lora, config.seed)
+        if adapter is not None:
+            lora.adopt(lora.load(adapter), part)
         budget = Budget(config.trunk.memory_bytes)
         self._incarnation = secrets.token_hex(8)
         server = TrunkServer(
@@ -74,15 +78,17 @@ class TrunkActor:
         if budget.limit is not None:
             self._least = server.calibrate(config.train.batch_size, config.train.max_length)
         self._dispatcher = Dispatcher(server, config.trunk)
+        self._sessions = Sessions(server, make_codec(config.wire.codec), config.trunk.lease)
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._compute, args=(threads,), daemon=True).start()
 
     def _compute(self, threads: int) -> None:
         torch.set_num_threads(threads)  # OpenMP keeps the number for each thread that asks
         while True:
-            wakes = self._dispatcher.wakes_at()
+            wakes = min(filter(None, (self._dispatcher.wakes_at(), self._sessions.next_expiry())), default=None)
             with contextlib.suppress(queue.Empty):
                 self._calls.get(timeout=None if wakes is None else max(0.0, wakes - time.monotonic()))()
+            self._sessions.expire()
             self._take_calls()
             while self._dispatcher.advance():
                 self._take_calls()
@@ -107,7 +113,13 @@ class TrunkActor:
         return await future
 
     async def serve(self, packet: Packet) -> Packet:
-        """Hidden states or a gradient up, and down what `TrunkServer` makes of them, when it is their turn."""
+        """Hidden states or a gradient up, and down what `TrunkServer` makes of them, when it is their turn.
+
+        What belongs to a session goes to `Sessions`, between two steps.
+        """
+        if packet.key.session:
+            said: Packet = await self._in_order(self._sessions.serve, packet)
+            return said
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def done(answer: Answer) -> None:
@@ -123,8 +135,9 @@ class TrunkActor:
         await self._in_order(self._dispatcher.begin, group)
 
     async def leave(self, client: int) -> None:
-        """As `Dispatcher.leave`."""
+        """As `Dispatcher.leave`; the client's sessions end, too."""
         await self._in_order(self._dispatcher.leave, client)
+        await self._in_order(self._sessions.leave, client)
 
     async def end_round(self, finished: Sequence[int]) -> dict[str, int]:
         """As `Dispatcher.end_round`."""
@@ -136,8 +149,9 @@ class TrunkActor:
         return await self._in_order(getattr(self._dispatcher.server.learners, method), *args)
 
     async def fold(self, changes: Mapping[str, LowRank]) -> None:
-        """As `TrunkServer.fold`."""
+        """As `TrunkServer.fold`; all sessions end, since what they remember was computed with other weights."""
         await self._in_order(self._dispatcher.server.fold, changes)
+        await self._in_order(self._sessions.leave)
 
     async def status(self) -> dict[str, Any]:
         """What the process can tell: see the keys below; bytes, and counts of parameters.
@@ -154,6 +168,7 @@ class TrunkActor:
                 "resident_memory": resident_memory(),
                 "peak_memory": peak_memory(),
                 "pending": len(server.steps),
+                "sessions": len(self._sessions),
                 "parameters": server.count(),
             }
 
@@ -270,7 +285,7 @@ def start_cluster(workers: int) -> None:
     )
 
 
-def start_trunk(config: Config, name: str, threads: int) -> TrunkHandle:
+def start_trunk(config: Config, name: str, threads: int, adapter: Path | None = None) -> TrunkHandle:
     """Starts the trunk's actor; it loads while the caller goes on.
 
     It asks for no CPU: Flower counts all CPUs of a node as its own, and would wait for ever for one that
@@ -280,9 +295,10 @@ def start_trunk(config: Config, name: str, threads: int) -> TrunkHandle:
         config: The run's configuration.
         name: What clients find it by; also the run's name, which their steps carry.
         threads: Of its process.
+        adapter: The folder of a finished run's adapter, of which it takes its own layers.
     """
     remote = ray.remote(num_cpus=0)(TrunkActor)
-    return TrunkHandle(remote.options(name=name, max_concurrency=_AT_ONCE).remote(config, name, threads))
+    return TrunkHandle(remote.options(name=name, max_concurrency=_AT_ONCE).remote(config, name, threads, adapter))
 
 
 def find_trunk(name: str) -> TrunkHandle:

@@ -34,6 +34,8 @@ class Family:
         stored: What checkpoints call parameters, or the pieces of them, where it is not the library's name; both by
             the ends of the names. For `*` the numbers of experts are put in, whose tensors are stacked; pieces are
             joined by their rows.
+        outgrows: What config.json calls the length beyond which positions are turned otherwise, where the library
+            then computes a text anew that has grown past it.
         required: What config.json must say, if it says anything: a value, or the key that has the same one. Anything
             else would not be the unsplit model.
     """
@@ -51,6 +53,7 @@ class Family:
     positions_key: str = "max_position_embeddings"
     cap_key: str | None = None
     stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outgrows: str | None = None
     required: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -87,7 +90,11 @@ FAMILIES = {
     "qwen3": _LLAMA,
     "gemma2": replace(_LLAMA, cap_key="final_logit_softcapping"),
     "gemma3_text": replace(_LLAMA, cap_key="final_logit_softcapping"),
-    "phi3": replace(_LLAMA, targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "phi3": replace(
+        _LLAMA,
+        targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        outgrows="original_max_position_embeddings",
+    ),
     "gpt_neox": Family(
         decoder="gpt_neox",
         blocks="layers",

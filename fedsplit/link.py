@@ -154,6 +154,10 @@ class Link:
         """Hidden states (B, T, D) through the trunk, without dropout and without a way back."""
         return self.send(hidden, key, mask, training=False).output()
 
+    def end(self, key: StepKey) -> None:
+        """Tells the trunk that a session is over: nothing need be remembered of it any more."""
+        self.trunk.send(Packet(replace(key, run=self.run), training=False, incarnation=self.incarnation))()
+
     def leave(self, client: int) -> None:
         """Tells the trunk that a client's round is over."""
         self.trunk.leave(client)

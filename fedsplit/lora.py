@@ -145,6 +145,26 @@ def rescale(part: Part) -> None:
             module.scaling[_NAME] = _layer_of(module).scaling(module.lora_A[_NAME].weight.shape[0])
 
 
+def adopt(whole: Adapters, *parts: Part) -> None:
+    """Puts a finished adapter of the unsplit model, as `load` reads it, on parts that have one already.
+
+    Every layer takes on the rank and the alpha that it has in the file, and so computes what PEFT makes of the file.
+
+    Args:
+        whole: The adapter.
+        *parts: The parts; what belongs to others is passed over.
+
+    Raises:
+        KeyError: A part's adapter is missing.
+    """
+    write(whole.tensors, *parts)
+    for part in parts:
+        for name, module in part.named_modules():
+            if isinstance(module, LoraLayer):
+                module.lora_alpha[_NAME] = whole.layers[part.whole_name(name)].alpha
+        rescale(part)
+
+
 @torch.no_grad()
 def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
     """Adds matrices to the frozen weights below a part's adapters, for good.

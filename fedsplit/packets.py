@@ -20,6 +20,8 @@ class StepKey:
         micro: The micro-batch within the batch, from 0.
         run: The run's name.
         batch: The batch within the step, from 0; above 0 only where gradients are accumulated.
+        session: Where text is generated, which one: `step` counts what was sent of it, from 0, the prompt. Empty
+            elsewhere.
     """
 
     round: int
@@ -29,6 +31,7 @@ class StepKey:
     micro: int = 0
     run: str = ""
     batch: int = 0
+    session: str = ""
 
     @property
     def place(self) -> tuple[int, int, int, int]:
@@ -41,6 +44,8 @@ class StepKey:
         return self.round, self.attempt, self.step
 
     def __str__(self) -> str:
+        if self.session:
+            return f"session {self.session}, client {self.client}, step {self.step}"
         batch = f", batch {self.batch}" if self.batch else ""
         return f"round {self.round}, client {self.client}, step {self.step}.{self.micro}{batch}, attempt {self.attempt}"
 

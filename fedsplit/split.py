@@ -104,9 +104,25 @@ class Part(nn.Module):
         """Products of float32 adapters with narrower hidden states are made in the narrower type."""
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _decode(self, mask: Tensor | None, **start: Tensor) -> Tensor:
+    def _decode(self, mask: Tensor | None, **start: Any) -> Tensor:
         with self._computing(next(iter(start.values())).device):
-            return self.decoder(attention_mask=mask, use_cache=False, **start).last_hidden_state
+            return self.decoder(attention_mask=mask, **{"use_cache": False, **start}).last_hidden_state
+
+    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        """What follows on positions whose keys and values are known; see `fedsplit.caches`.
+
+        Args:
+            start: New tokens (B, T) of a bottom, new hidden states (B, T, D) of another part.
+            mask: (B, all positions so far and the new ones), 0 on padding; None where there is none.
+            positions: Of the new tokens in their sequences, (B, T) or (1, T).
+            cache: The library's, of this part's blocks; grows.
+
+        Returns:
+            Hidden states (B, T, D); of a top, those that its head reads.
+        """
+        name = "input_ids" if self.kind == "bottom" else "inputs_embeds"
+        how = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+        return self._decode(mask, **{name: start}, **how)
 
 
 class Bottom(Part):
@@ -131,7 +147,12 @@ class Top(Part):
     def logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) to logits (B, T, V)."""
         with self._computing(hidden.device):
-            logits = self.lm_head(self._decode(mask, inputs_embeds=hidden))
+            return self.predict(self._decode(mask, inputs_embeds=hidden))
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """What the head makes of the last block's hidden states (B, T, D): logits (B, T, V)."""
+        with self._computing(hidden.device):
+            logits = self.lm_head(hidden)
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     @property

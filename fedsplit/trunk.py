@@ -430,6 +430,26 @@ class TrunkServer:
         self.counts.clear()
         return counts
 
+    def inference(self, client: int, version: Version | None = None) -> tuple[Trunk, Version]:
+        """The part without dropout, ready to compute with an adapter until something else is asked for.
+
+        Args:
+            client: Whose adapter: the newest version of it.
+            version: The version to take in its place.
+
+        Returns:
+            The part, and the version.
+        """
+        version = self.learners.of(client, begins=False).version if version is None else version
+        if self._part.training:
+            self._part.eval()
+        self._place(version)
+        return self._part, version
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether so many tokens can be computed under the budget; others' graphs may have to go for it."""
+        return self._make_room(tokens, 0.0)
+
     def fold(self, changes: Mapping[str, LowRank]) -> None:
         """Adds matrices to the base weights for good.
 

@@ -62,17 +62,26 @@ def open_base(model_path: Path, dtype: str) -> Any:
     return load_whole(model_path, TYPES[dtype]).eval()
 
 
+def read_adapter(adapter: Adapter) -> Adapters:
+    """Reads an adapter.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        return lora.load(adapter.folder)
+    except Exception as error:  # noqa: BLE001  # whatever the libraries make of a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason})") from None
+
+
 def read_fitting(adapter: Adapter, base: Any) -> Adapters:
     """Reads an adapter, and makes sure that it fits a model.
 
     Raises:
         InputError: It has a layer that the model has not, or one of another shape, or cannot be read.
     """
-    try:
-        read = lora.load(adapter.folder)
-    except Exception as error:  # noqa: BLE001  # whatever the libraries make of a broken file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason})") from None
+    read = read_adapter(adapter)
     modules = dict(base.named_modules())
     for layer in read.complete:
         change, facts = read.change(layer), read.layers[layer]

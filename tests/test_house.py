@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"config", "lowrank", "packets", "seeds", "tally", "clipping", "stopping"},
+    {"config", "lowrank", "packets", "seeds", "tally", "clipping", "stopping", "transcript"},
     {"updates", "flags", "command", "rates"},
     {
         "finished",
@@ -28,17 +28,19 @@ LAYERS = [
         "store",
         "fidelity",
         "comparison",
+        "sampling",
     },
     {"split", "partition", "link", "learner"},
-    {"lora", "learners"},
-    {"trunk", "client", "checkpoint", "whole"},
-    {"dispatch", "heldout", "holdings", "merging"},
+    {"lora", "learners", "caches"},
+    {"trunk", "client", "checkpoint", "whole", "decoding"},
+    {"dispatch", "sessions", "heldout", "holdings", "merging"},
     {"actor"},
     {"records"},
     {"aggregation", "client_app"},
     {"exchange"},
     {"server_app"},
     {"simulate", "adapters", "evaluate"},
+    {"generate"},
 ]
 
 HOMES = {
@@ -54,7 +56,7 @@ HOMES = {
     "safetensors": {"split", "lora", "store"},
     "tokenizers": {"corpus"},
     "tomli_w": {"checkpoint"},
-    "transformers": {"split"},
+    "transformers": {"split", "caches", "sampling"},
 }
 """torch may be used anywhere."""
 

@@ -118,3 +118,10 @@ def test_leaving_is_passed_on() -> None:
     trunk = Doubler()
     Link(trunk, CODEC, SCHEDULES["shared"]).leave(2)
     assert trunk.left == [2]
+
+
+def test_the_end_of_a_session_is_told_without_tensors() -> None:
+    trunk = Doubler()
+    Link(trunk, CODEC, SCHEDULES["shared"], "this-run", "first").end(replace(KEY, session="s"))
+    (packet,) = trunk.sent
+    assert packet == Packet(replace(KEY, run="this-run", session="s"), {}, training=False, incarnation="first")

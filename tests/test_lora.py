@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from peft import PeftModel
 from fedsplit import lora
 from fedsplit.config import LoraSettings
 from fedsplit.split import load_parts, load_whole, ranges
+from fedsplit.updates import Adapters
 
 KINDS = ("bottom", "trunk", "top")
 SETTINGS = LoraSettings(rank=(3,), alpha=6.0, dropout=0.0)
@@ -115,3 +117,34 @@ def test_peft_opens_what_is_saved_whole_and_by_part(tmp_path: Path, any_model_pa
             for name, parameter in lora.parameters(part).items():
                 found = written[f"base_model.model.{name}".replace(".weight", ".default.weight")]
                 assert torch.equal(found, parameter)
+
+
+def test_a_finished_adapter_brings_its_ranks_and_scalings(model_path: Path) -> None:
+    """Layer by layer, as a file has them that something was folded into."""
+    parts = adapted(model_path, (1, 2))
+    whole = lora.read(*parts)
+    layers = sorted(whole.layers)
+    given = {
+        f"{layer}.lora_{factor}.weight": torch.randn(
+            (rank, a.shape[1]) if factor == "A" else (b.shape[0], rank), generator=torch.Generator().manual_seed(rank)
+        )
+        for rank, layer in enumerate(layers, 1)
+        for (a, b) in [whole.factors(layer)]
+        for factor in "AB"
+    }
+    changed = {layer: replace(whole.layers[layer], alpha=0.5 * n) for n, layer in enumerate(layers, 1)}
+    lora.adopt(Adapters(given, changed), *parts)
+    found = lora.read(*parts)
+    assert found.layers == changed and all(torch.equal(found.tensors[name], given[name]) for name in given)
+    bottom, trunk, top = parts
+    ids = torch.arange(12).reshape(2, 6)
+    mine = top.logits(trunk(bottom(ids)))
+    merged = load_whole(model_path)
+    modules = dict(merged.named_modules())
+    for layer in layers:
+        change = (found.change(layer).up @ found.change(layer).down).float()
+        weight = modules[layer].weight.data
+        weight += change.T if found.layers[layer].transposed else change
+    torch.testing.assert_close(mine, merged(input_ids=ids).logits, rtol=1e-3, atol=1e-4)
+    with pytest.raises(KeyError):
+        lora.adopt(Adapters({}, {}), bottom)

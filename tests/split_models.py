@@ -1,0 +1,77 @@
+"""Parts with adapters that are not zero, the unsplit model with the same ones, and a trunk in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from fedsplit import lora
+from fedsplit.config import LoraSettings, TrainSettings
+from fedsplit.decoding import Ends
+from fedsplit.link import Link
+from fedsplit.packets import Packet
+from fedsplit.schedules import SCHEDULES
+from fedsplit.sessions import Sessions
+from fedsplit.split import Trunk, load_parts, load_whole
+from fedsplit.trunk import TrunkServer
+from fedsplit.wire import make_codec
+
+RAW = make_codec("raw")
+SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.1)
+
+
+def parts_of(
+    path: Path, cut: tuple[int, int], dtype: torch.dtype = torch.float32, kernels: str = "library", size: float = 0.3
+) -> list[Any]:
+    """Bottom, trunk and top."""
+    parts = load_parts(path, cut, ("bottom", "trunk", "top"), dtype, kernels)
+    for part in parts:
+        lora.add(part, SETTINGS, seed=0)
+        for name, parameter in lora.parameters(part).items():
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            parameter.data = torch.randn(parameter.shape, generator=generator) * size
+        part.eval()
+    return parts
+
+
+def whole_of(path: Path, parts: list[Any], dtype: torch.dtype = torch.float32) -> Any:
+    """The unsplit model under PEFT with the parts' adapters; nothing ends a text of it."""
+    base = load_whole(path, dtype)
+    base.generation_config.eos_token_id, base.generation_config.pad_token_id = None, 0
+    whole = get_peft_model(base, lora.lora_config(SETTINGS, parts[0].family)).eval()
+    given = lora.read(*parts).tensors
+    for name, parameter in whole.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = given[name.removeprefix("base_model.model.").replace(".default", "")].clone()
+    return whole
+
+
+def server_of(trunk: Trunk, **how: Any) -> TrunkServer:
+    return TrunkServer(trunk, RAW, "shared", TrainSettings(), seed=0, run="run", incarnation="first", **how)
+
+
+class Here:
+    """A trunk in this process that remembers what it was sent."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self.server = server_of(trunk)
+        self.sessions = Sessions(self.server, RAW, lease=600.0)
+        self.sent: list[Packet] = []
+
+    def send(self, packet: Packet) -> Callable[[], Packet]:
+        self.sent.append(packet)
+        answer = self.sessions.serve(packet)
+        return lambda: answer
+
+    def leave(self, client: int) -> None:
+        self.sessions.leave(client)
+
+
+def ends_of(parts: list[Any]) -> tuple[Ends, Here]:
+    """A client with its bottom and top, and the trunk that it talks to."""
+    here = Here(parts[1])
+    return Ends(0, parts[0], parts[2], Link(here, RAW, SCHEDULES["shared"], "run", "first")), here

@@ -1,0 +1,231 @@
+"""The command that writes text: the unsplit model's with the exported adapter, through processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+from split_models import Here, server_of
+
+from fedsplit import generate, lora
+from fedsplit.decoding import Ends, Pace, decode
+from fedsplit.finished import Run, open_run
+from fedsplit.link import Link
+from fedsplit.sampling import Chooser, Sampling
+from fedsplit.schedules import SCHEDULES
+from fedsplit.split import load_parts, load_tokenizer, load_whole
+
+PROMPTS = ["ann wrote", "bob", "text number 3"]
+TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+
+
+Talking = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def talking(
+    tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, finished_run: Callable[..., Path]
+) -> Talking:
+    """Makes finished runs of a family, whose tokenizer reads and writes characters; the newline ends a text.
+
+    Llama's knows conversations, too.
+    """
+    models: dict[str, Path] = {}
+
+    def make(family: str, strategy: str = "fedavg", **settings: object) -> Path:
+        if family not in models:
+            models[family] = folder = tmp_path_factory.mktemp("talking") / f"talking-{family}"
+            shutil.copytree(tiny_models[family], folder)
+            words = {"tokenizer_class": "TokenizersBackend", "eos_token": "\n"}
+            words |= {"chat_template": TEMPLATE} if family == "llama" else {}
+            (folder / "tokenizer_config.json").write_text(json.dumps(words))
+            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [96, 95]}))
+            file = folder / "tokenizer.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"decoder": {"type": "Fuse"}}))
+        return finished_run(str(models[family]), strategy, **settings)
+
+    return make
+
+
+def _unsplit(run: Run, adapter: Path, text: str, count: int) -> list[int]:
+    """The new tokens of the unsplit model with an exported adapter."""
+    tokenizer = load_tokenizer(run.config.model_path)
+    model = PeftModel.from_pretrained(load_whole(run.config.model_path), str(adapter)).eval()
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return made[0, ids.shape[1] :].tolist()
+
+
+def _through_parts(run: Run, adapter: Path, tokens: list[list[int]], count: int) -> list[list[int]]:
+    """As the command, without its processes."""
+    config, (end, *_) = run.config, generate._end_tokens(run.config.model_path)
+    parts = load_parts(config.model_path, config.bounds, ["bottom", "trunk", "top"])
+    for part in parts:
+        lora.add(part, config.lora, config.seed)
+    lora.adopt(lora.load(adapter), *parts)
+    here = Here(parts[1])
+    here.server = server_of(parts[1])
+    ends = Ends(0, parts[0], parts[2], Link(here, here.sessions._codec, SCHEDULES["copies"], "run", "first"))
+    chooser = Chooser(Sampling(), range(len(tokens)))
+    steps = decode(ends, tokens, count, [end], chooser, Pace())
+    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "client"),
+    [("gpt2", "fedavg", None), ("llama", "fedavg", None), ("gpt2", "fedex", None), ("gpt2", "fedsa", 2)],
+)
+def test_texts_are_those_of_the_exported_adapter(
+    model: str, strategy: str, client: int | None, talking: Talking
+) -> None:
+    """FedEx folds, which makes ranks of its own in the file; under FedSA each client has an adapter of its own."""
+    run = open_run(talking(model, strategy))
+    folder = run.adapter(client).folder
+    tokenizer = load_tokenizer(run.config.model_path)
+    tokens = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    found = _through_parts(run, folder, tokens, 12)
+    assert found == [_unsplit(run, folder, prompt, 12) for prompt in PROMPTS]
+
+
+def test_mixed_ranks_and_scalings_are_taken_over(talking: Talking) -> None:
+    run = open_run(talking("llama", "flora", lora__rank=[1, 4]))
+    folder = run.adapter().folder
+    assert json.loads((folder / "adapter_config.json").read_text())["alpha_pattern"]
+    tokens = [load_tokenizer(run.config.model_path)(PROMPTS[0])["input_ids"]]
+    assert _through_parts(run, folder, tokens, 12) == [_unsplit(run, folder, PROMPTS[0], 12)]
+
+
+def test_prompts_become_tokens(talking: Talking) -> None:
+    model = open_run(talking("llama")).config.model_path
+    tokenizer = load_tokenizer(model)
+    plain, said = (generate._tokenise(tokenizer, ["ab", "c"], chat, "m") for chat in (False, True))
+    assert [tokenizer.decode(ids) for ids in plain] == ["ab", "c"]
+    assert ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in said] == ["<ab>:", "<c>:"]
+    assert generate._end_tokens(model) == [96, 95]
+
+
+def test_what_went_by_is_told() -> None:
+    pace = Pace(read=10, read_seconds=0.5, written=40, written_seconds=2.0, passes=20, texts=2)
+    sent = {"prompt_up": 1300, "prompt_down": 1280, "token_up": 5120, "token_down": 5120}
+    assert generate.lines(pace, sent) == [
+        "            tokens  seconds  a second  bytes a token up   down",
+        "prompts         10     0.50        20             130 B  128 B",
+        "after them      40     2.00        20             128 B  128 B",
+    ]
+    assert generate.lines(Pace(read=1, read_seconds=1.0), {})[2].split()[-3:-2] == ["-"]
+
+
+def test_what_is_asked_for_wrongly_gets_one_line(
+    talking: Talking, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, own = str(talking("gpt2")), str(talking("gpt2", "fedsa"))
+    shutil.copytree(run, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "summary.json").unlink()
+    shutil.copytree(run, tmp_path / "broken")
+    (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
+    (tmp_path / "none.txt").write_text("\n \n")
+    hello = ["--prompt", "Hello"]
+    for argv, words in (
+        (hello, "the following arguments are required: --run; see --help"),
+        (["--run", "nowhere", *hello], "nowhere is no folder of a run: there is no such folder"),
+        (["--run", str(tmp_path / "unfinished"), *hello], f"the run in {tmp_path}/unfinished did not end"),
+        (["--run", str(tmp_path / "broken"), *hello], f"the adapter in {tmp_path}/broken/adapter cannot be read"),
+        (["--run", run], "say what to go on from: --prompt TEXT, or --prompts FILE"),
+        (["--run", run, "--prompt", " "], "prompt: nothing is not possible"),
+        (["--run", run, "--prompts", "nowhere.txt"], "prompts: nowhere.txt is not possible; allowed: a text file"),
+        (["--run", run, "--prompts", f"{tmp_path}/none.txt"], f"prompts: {tmp_path}/none.txt (nothing in it)"),
+        (["--run", run, "--prompt", "x" * 32], "prompt: number 1 (32 tokens) is not possible; allowed: up to 31"),
+        (["--run", run, "--max-new-tokens", "28", *hello], "max_new_tokens: 28 is not possible; allowed: 1 to 27"),
+        (["--run", run, "--max-new-tokens", "0", *hello], "max_new_tokens: 0 is not possible"),
+        (["--run", run, "--temperature", "-1", *hello], "temperature: -1.0 is not possible; allowed: 0, which"),
+        (["--run", run, "--temperature", "nan", *hello], "temperature: nan is not possible"),
+        (["--run", run, "--temperature", "1", "--top-p", "0", *hello], "top_p: 0.0 is not possible"),
+        (["--run", run, "--temperature", "1", "--top-k", "-1", *hello], "top_k: -1 is not possible"),
+        (["--run", run, "--top-k", "5", *hello], "top_k: 5 is not possible; allowed: none without --temperature"),
+        (["--run", run, "--seed", "5", *hello], "seed: 5 is not possible; allowed: none without --temperature"),
+        (["--run", run, "--batch-size", "0", *hello], "batch_size: 0 is not possible"),
+        (["--run", run, "--kernels", "none", *hello], "kernels: none is not possible; allowed: fused | library"),
+        (["--run", run, "--client", "0", *hello], "client: 0 is not possible; allowed: none: in this run all"),
+        (["--run", own, "--client", "3", *hello], "client: 3 is not possible; allowed: one of 0, 1, 2"),
+        (["--run", own, *hello], "in this run every client has an adapter of its own: say --client, one of 0, 1, 2"),
+        (["--run", run, "--chat", *hello], "chat: the tokenizer of"),
+        (["--run", run, "--model", "nowhere", *hello], "model: nowhere is not possible"),
+    ):
+        assert generate.main(argv) == 2, argv
+        said = capsys.readouterr()
+        assert said.err.startswith(f"fedsplit: {words}") and said.err.count("\n") == 1, said.err
+        assert said.out == ""
+
+
+def _command(run: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "fedsplit.generate", "--run", str(run), *flags]
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_the_unsplit_model_writes(talking: Talking, tmp_path: Path) -> None:
+    """Ragged prompts, a conversation, and end tokens, with Ray and a trunk that is gone afterwards."""
+    folder = talking("llama")
+    run = open_run(folder)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]))
+    flags = ["--prompt", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "12"]
+    done = subprocess.run(
+        _command(folder, *flags, "--kernels", "library"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer(run.config.model_path)
+    tokens = [_unsplit(run, run.adapter().folder, prompt, 12) for prompt in PROMPTS]
+    texts = [prompt + "".join(_shown(tokenizer, ids)) for prompt, ids in zip(PROMPTS, tokens, strict=True)]
+    assert done.stdout == "\n\n".join(texts) + "\n"
+    prompts, after = (line.split() for line in done.stderr.splitlines()[-2:])
+    assert prompts[1] == str(sum(map(len, PROMPTS))) and after[2] == str(sum(len(ids) - 1 for ids in tokens))
+    # The longest of them decides how many passes there are, and all of them take part in each.
+    passes = max(map(len, tokens)) - 1
+    assert re.search(rf"{round(3 * passes * 128 / int(after[2]))} B", done.stderr), done.stderr
+
+
+def _shown(tokenizer: object, ids: list[int]) -> list[str]:
+    """What is to be seen of tokens; the newline is an end token here, and special."""
+    return [tokenizer.decode([token], skip_special_tokens=True) for token in ids]  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_trunk_too(talking: Talking) -> None:
+    folder = talking("llama")
+    many = [word for number in range(400) for word in ("--prompt", f"text {number}")]
+    process = subprocess.Popen(
+        _command(folder, *many, "--batch-size", "1", "--max-new-tokens", "20"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline()
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("TrunkActor" in " ".join(child.cmdline()) for child in children)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr.read().splitlines()[-1] == "fedsplit: stopped"
+    for _ in range(100):
+        if not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+            return
+        time.sleep(0.1)
+    raise AssertionError("something of it still runs")

@@ -23,6 +23,7 @@ from fedsplit.learners import Copy, Start
 from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet
+from fedsplit.sources import weights
 from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Adapters
@@ -55,7 +56,7 @@ class TrunkActor:
     def __init__(self, config: Config, run: str, threads: int) -> None:
         """Loads the trunk's blocks, and no others, and puts the adapter on them."""
         torch.set_num_threads(threads)
-        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
+        (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
         lora.add(part, config.lora, config.seed)
         budget = Budget(config.trunk.memory_bytes)
         self._incarnation = secrets.token_hex(8)

@@ -11,9 +11,8 @@ import pytest
 
 LAYERS = [
     {"config", "lowrank", "packets", "seeds", "tally"},
-    {"updates", "flags", "command"},
+    {"updates", "flags", "command", "vocabulary"},
     {
-        "finished",
         "families",
         "kernels",
         "corpus",
@@ -29,7 +28,9 @@ LAYERS = [
         "fidelity",
         "comparison",
     },
-    {"split", "partition", "link", "learner"},
+    {"hub", "gguf_files"},
+    {"sources"},
+    {"split", "partition", "link", "learner", "finished"},
     {"lora", "learners"},
     {"trunk", "client", "checkpoint", "whole"},
     {"dispatch", "heldout", "holdings", "merging"},
@@ -45,15 +46,16 @@ HOMES = {
     "datasets": {"corpus", "partition"},
     "flwr": {"records", "aggregation", "exchange", "client_app", "server_app", "simulate"},
     "flwr_datasets": {"partition"},
+    "huggingface_hub": {"hub"},
     "numpy": {"packets", "records", "wire"},
     "peft": {"lora", "whole", "merging"},
     "psutil": {"memory"},
     "ray": {"actor"},
     "rich": {"report"},
     "safetensors": {"split", "lora", "store"},
-    "tokenizers": {"corpus"},
+    "tokenizers": {"vocabulary"},
     "tomli_w": {"checkpoint"},
-    "transformers": {"split"},
+    "transformers": {"split", "gguf_files", "vocabulary"},
 }
 """torch may be used anywhere."""
 
@@ -92,6 +94,11 @@ def test_libraries_stay_in_their_homes(name: str) -> None:
         library = imported.partition(".")[0]
         if library not in sys.stdlib_module_names and library not in ("fedsplit", "torch"):
             assert name in HOMES[library], f"{name} imports {library}"
+
+
+def test_sources_alone_turns_a_models_name_into_a_folder() -> None:
+    """`Config.model_path` knows local folders only."""
+    assert [name for name, path in MODULES.items() if "config.model_path" in path.read_text()] == []
 
 
 def test_strategies_need_torch_and_the_lowest_modules_only() -> None:

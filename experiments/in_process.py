@@ -24,6 +24,7 @@ from fedsplit.families import read_facts
 from fedsplit.memory import peak_memory, resident_memory
 from fedsplit.packets import Packet
 from fedsplit.server_app import Federation
+from fedsplit.sources import about, weights
 from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.wire import make_codec
@@ -33,7 +34,7 @@ class LocalTrunk:
     """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
 
     def __init__(self, config: Config, run: str = "") -> None:
-        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
+        (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
         lora.add(part, config.lora, config.seed)
         self.now = 0.0
         codec, schedule = make_codec(config.wire.codec), config.trunk.schedule
@@ -136,7 +137,7 @@ def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federati
         strategy: Ours or Flower's.
         watcher: Who is told.
     """
-    run, facts = str(uuid4()), read_facts(config.model_path)
+    run, facts = str(uuid4()), read_facts(about(config))
     # Flower's messages name the run they belong to; its engine sets this.
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     with trunk_of(config, run) as trunk:

@@ -25,6 +25,7 @@ from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet
 from fedsplit.sessions import Sessions
+from fedsplit.sources import weights
 from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Adapters
@@ -57,7 +58,7 @@ class TrunkActor:
     def __init__(self, config: Config, run: str, threads: int, adapter: Path | None = None) -> None:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
-        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
+        (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
         lora.add(part, config.lora, config.seed)
         if adapter is not None:
             lora.adopt(lora.load(adapter), part)

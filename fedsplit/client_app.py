@@ -27,6 +27,7 @@ from fedsplit.link import Link
 from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
 from fedsplit.schedules import SCHEDULES
+from fedsplit.sources import weights
 from fedsplit.split import TYPES, Bottom, Top, load_parts
 from fedsplit.store import ClientStore, FoldLog, Kept
 from fedsplit.updates import Adapters, ClientUpdate, factor_of, fresh_factor
@@ -84,7 +85,8 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     config = from_document(json.loads(run))
-    bottom, top = load_parts(config.model_path, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
+    folder = weights(config, ["bottom", "top"])
+    bottom, top = load_parts(folder, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
     for part in (bottom, top):
         lora.add(part, config.lora, config.seed)
     return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), lora.read(bottom, top))

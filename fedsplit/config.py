@@ -243,7 +243,11 @@ class Config:
     clients: int = setting(8, at_least(1), "clients in the federation")
     rounds: int = setting(5, at_least(1), "rounds of training and aggregation")
     seed: int = setting(0, at_least(0, 2**32 - 1), "decides data order, dropout and adapters at the start")
-    model: str = setting(DEFAULT_MODEL, TEXT, "the bundled base model, or a folder with config.json and safetensors")
+    model: str = setting(
+        DEFAULT_MODEL,
+        TEXT,
+        "sotu-gpt2, smollm2, a folder with config.json and safetensors, a .gguf file, or the Hub's org/name[@revision]",
+    )
     cut: str = setting("1:5", CUT, "the trunk is blocks LO to HI - 1; bottom and top are the rest")
     dataset: str = setting("sotu", TEXT, "sotu, or a .txt, .jsonl, .csv or .parquet file with a column 'text'")
     partition: str = setting(
@@ -305,7 +309,7 @@ class Config:
 
     @property
     def model_path(self) -> Path:
-        """The folder that holds the base model."""
+        """The bundled model's folder, or the one that the name itself is; `fedsplit.sources` finds every model."""
         return BUNDLED_MODEL if self.model == DEFAULT_MODEL else Path(self.model)
 
 

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from fedsplit.config import SettingError
+from fedsplit.vocabulary import open_tokenizer
 
 FILE_TYPES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 """Files that can be read, and what `datasets` calls their format."""
@@ -150,17 +149,12 @@ def tokenise(documents: Sequence[Document], model_path: Path) -> list[list[int]]
 
     Args:
         documents: The texts.
-        model_path: The model's folder; its tokenizer.json is used.
+        model_path: The model's folder, for its tokenizer.
 
     Raises:
-        SettingError: The folder has no tokenizer.json that can be read.
+        SettingError: The folder has no tokenizer that can be read.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(model_path / "tokenizer.json"))
-    except Exception as error:  # noqa: BLE001  # the library raises nothing narrower
-        raise SettingError(
-            "model", f"{model_path} ({error})", "a folder with a tokenizer.json that can be read"
-        ) from None
+    tokenizer = open_tokenizer(model_path)
     tokenizer.no_truncation()
     encodings = tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False)
     return [encoding.ids for encoding in encodings]

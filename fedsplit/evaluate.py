@@ -71,9 +71,10 @@ def _other_text(config: Config, dataset: str, samples: int) -> list[tuple[str, l
     from fedsplit.corpus import check_dataset
     from fedsplit.families import read_facts
     from fedsplit.partition import all_text, spread
+    from fedsplit.sources import about
 
     check_dataset(dataset)
-    path, length = config.model_path, config.train.max_length
+    path, length = about(config), config.train.max_length
     texts = all_text(dataset, length, path, read_facts(path).end)
     return [
         (name, list(spread(blocks, samples or len(blocks)).split(config.train.batch_size)))
@@ -120,11 +121,12 @@ def evaluate(run: Run, dataset: str = "", client: int | None = None, samples: in
     Raises:
         InputError: There is no such client or data set, or the run's model is not there.
     """
+    from fedsplit.sources import weights
     from fedsplit.whole import attach, open_base, score
 
     results = []
     work = _work(run, dataset, client, samples)
-    base = open_base(run.config.model_path, run.config.dtype)
+    base = open_base(weights(run.config), run.config.dtype)
     for adapter, texts in work:
         alone = [score(base, batches) for _, batches in texts]
         model = attach(base, adapter)
@@ -169,7 +171,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--samples", type=int, default=0, metavar="N", help="sequences each at most (default: the run's; all of others)"
     )
-    parser.add_argument("--model", default="", metavar="DIR", help="where the base model lies now, if it was moved")
+    parser.add_argument("--model", default="", metavar="DIR", help="the base model, if it lies elsewhere now")
     return parser
 
 

@@ -186,18 +186,16 @@ def read_facts(path: Path) -> Facts:
     """Reads a checkpoint's config.json, without transformers.
 
     Raises:
-        SettingError: There is no such folder, it holds no checkpoint, its family is unknown, or it has something
+        SettingError: There is no such folder, it holds no model, its family is unknown, or it has something
             that cannot be split.
     """
-    allowed = "the name of the bundled model, or a folder with config.json, tokenizer.json and *.safetensors"
+    allowed = "a model with a config.json that says what its family needs"
     try:
         document: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         document = {}
     if not isinstance(document, dict) or not document:
         raise SettingError("model", path, allowed)
-    if not any(path.glob("*.safetensors")):
-        raise SettingError("model", f"{path} (no *.safetensors in it)", allowed)
     family = family_of(str(document.get("model_type")))
     _check_required(family, document, allowed)
     numbers = []

@@ -36,8 +36,14 @@ class Adapter:
 
     @property
     def model_path(self) -> Path:
-        """The folder of its base model."""
-        return Config(model=self.model).model_path
+        """The folder of its base model.
+
+        Raises:
+            SettingError: There is no such model, or it cannot be had.
+        """
+        from fedsplit.sources import weights  # not before the environment is set that its libraries read
+
+        return weights(Config(model=self.model, dtype=self.dtype))
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,11 @@ def find_adapter(path: Path, client: int | None = None) -> Adapter:
         return open_run(path).adapter(client)
     if client is not None:
         raise InputError(f"{path} is an adapter, not a run: it has no clients")
+    from fedsplit.sources import from_peft
+
     try:
         document = json.loads((path / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-        model = str(document["base_model_name_or_path"])
+        model = from_peft(str(document["base_model_name_or_path"]), document.get("revision"))
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no adapter: its {ADAPTER_FILES[0]} names no base model") from None
     return Adapter(_whole(path), model, "fp32", path.resolve().name)

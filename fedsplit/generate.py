@@ -193,20 +193,22 @@ def check(asked: argparse.Namespace) -> Job:
     adapter = _adapter(run, asked.client)
 
     from fedsplit.families import read_facts
+    from fedsplit.sources import about, weights
 
-    facts = read_facts(config.model_path)
+    model = about(config)
+    facts = read_facts(model)
 
     from fedsplit.sampling import Sampling
     from fedsplit.split import check_checkpoint, load_tokenizer
     from fedsplit.whole import read_adapter
 
-    tokenizer = load_tokenizer(config.model_path)
+    tokenizer = load_tokenizer(model)
     tokens = _tokenise(tokenizer, prompts, asked.chat, config.model)
     most = _new_tokens(tokens, asked.max_new_tokens, facts.positions)
-    check_checkpoint(config.model_path)
+    check_checkpoint(weights(config))
     read_adapter(adapter)
     how = Sampling(asked.temperature, asked.top_k or 0, asked.top_p or 1.0, asked.seed or 0)
-    stops = _end_tokens(config.model_path)
+    stops = _end_tokens(model)
     client = asked.client or 0
     heads = [f"{prompt}\n" if asked.chat else prompt for prompt in prompts]
     return Job(config, adapter, client, tokenizer, heads, tokens, most, stops, how, asked.batch_size)
@@ -233,7 +235,7 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
         start_cluster(1)
         trunk = start_trunk(config, name, shares.trunk_threads, folder)
         bottom, top = load_parts(
-            config.model_path, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels
+            weights(config, ["bottom", "top"]), config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels
         )
         for part in (bottom, top):
             lora.add(part, config.lora, config.seed)

@@ -14,6 +14,7 @@ from fedsplit.config import Config
 from fedsplit.families import read_facts
 from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, make_shards, spread
+from fedsplit.sources import about
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,6 @@ def through_split(
 
 def shards_of(config: Config) -> list[Shard]:
     """The data of every client of a run."""
-    path = config.model_path
+    path = about(config)
     length, end = config.train.max_length, read_facts(path).end
     return make_shards(config.dataset, config.partition, config.clients, length, config.seed, path, end)

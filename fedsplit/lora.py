@@ -17,6 +17,7 @@ from fedsplit.config import LoraSettings
 from fedsplit.families import Family
 from fedsplit.kernels import lora_linear
 from fedsplit.lowrank import LowRank
+from fedsplit.sources import to_peft
 from fedsplit.split import Part
 from fedsplit.updates import Adapters, Layer, fresh_factor
 
@@ -218,11 +219,11 @@ def save(
         whole: The adapters, by exported name, and what was folded.
         settings: Rank, alpha, dropout and targets.
         family: The model's family.
-        base: The base model's name, for the record.
+        base: The base model's name, for the record, as `--model` has it.
         blocks: The adapted blocks of the unsplit model, where it is not all of them.
     """
     config = lora_config(settings, family, blocks)
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path, config.revision = to_peft(base)
     config.inference_mode = True
     tensors = dict(whole.tensors)
     for layer in whole.complete:

@@ -22,9 +22,11 @@ from torch import Tensor
 from fedsplit.checkpoint import write_whole
 from fedsplit.config import InputError
 from fedsplit.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
+from fedsplit.sources import to_peft
 from fedsplit.split import TYPES, load_whole
 from fedsplit.store import write_tensors
 from fedsplit.updates import Adapters
+from fedsplit.vocabulary import TOKENIZER_FILES
 from fedsplit.whole import open_base, read_fitting
 
 RECORD = "merged.json"
@@ -32,9 +34,6 @@ RECORD = "merged.json"
 
 MERGED = "merged_adapter"
 """The adapter that was merged, in a merged folder."""
-
-TOKENIZER_FILES = ("token*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
-"""What lies beside a model for its tokenizer, by the names that transformers gives it."""
 
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -181,6 +180,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     model.add_weighted_adapter(names, list(weights), "combined", combination_type=how, svd_rank=rank)
     tensors, ranks = _trimmed(get_peft_model_state_dict(model, adapter_name="combined"))
     largest = max(ranks.values())
+    name, revision = to_peft(adapters[0].model)
     config = replace(
         model.peft_config["combined"],
         r=largest,
@@ -188,7 +188,8 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         use_rslora=False,
         rank_pattern={layer: own for layer, own in ranks.items() if own != largest},
         alpha_pattern={layer: own for layer, own in ranks.items() if own != largest},
-        base_model_name_or_path=adapters[0].model,
+        base_model_name_or_path=name,
+        revision=revision,
         inference_mode=True,
     )
 

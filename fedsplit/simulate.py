@@ -94,8 +94,9 @@ def check(config: Config) -> tuple[Path, Any]:
     from fedsplit.corpus import check_dataset
     from fedsplit.families import read_facts
     from fedsplit.schedules import SCHEDULES
+    from fedsplit.sources import about, weights
 
-    facts = read_facts(config.model_path)
+    facts = read_facts(about(config))
     if config.bounds[1] > facts.blocks:
         raise SettingError("cut", config.cut, f"LO:HI with 0 <= LO < HI <= {facts.blocks}, the model's blocks")
     if not learning_parts(config, facts.blocks):
@@ -142,11 +143,11 @@ def check(config: Config) -> tuple[Path, Any]:
         check_resumable(folder, config.rounds, config.patience)
     else:
         check_folder(folder)
-    check_checkpoint(config.model_path)
     check_optimizer(config.train)
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
     check_strategy(strategy, config)
     shards_of(config)
+    check_checkpoint(weights(config, tell=print))  # last: they may have to be fetched first
     return folder, strategy
 
 
@@ -225,10 +226,11 @@ def run(config: Config) -> dict[str, Any]:
     from fedsplit.families import read_facts
     from fedsplit.report import make_watcher
     from fedsplit.server_app import Federation
+    from fedsplit.sources import about, pinned
 
     shares = plan(config)
-    config = replace(config, train=replace(config.train, micro_batches=shares.micro_batches))
-    facts = read_facts(config.model_path)
+    config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
+    facts = read_facts(about(config))
     with make_watcher() as watcher:
         watcher.line(
             f"{config.clients} clients in {shares.workers} processes; "

@@ -175,6 +175,10 @@ class Top(Part):
 PARTS: dict[Kind, type[Part]] = {"bottom": Bottom, "trunk": Trunk, "top": Top}
 
 
+_AT_ONCE = 32 * 2**20
+"""Bytes of a tensor that are cast at a time."""
+
+
 class _Checkpoint:
     """Reads single tensors of a checkpoint in safetensors, sharded or not.
 
@@ -220,11 +224,23 @@ class _Checkpoint:
         with safe_open(self._files[pattern], framework="pt") as file:
             return list(file.get_slice(pattern).get_shape())
 
-    def _tensor(self, pattern: str) -> Tensor:
+    def _mapped(self, name: str) -> Tensor | None:
+        """A tensor as it lies in the file, whose pages processes share; None where it is of another type."""
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor = file.get_tensor(name)
+        return tensor if tensor.dtype == self._dtype else None
+
+    def _fill(self, pattern: str, place: Tensor) -> None:
+        """Reads a tensor into its place, some rows at a time: no more of it is there twice while it is cast."""
         if "*" in pattern:
-            return torch.stack([self._tensor(name) for name in self._experts(pattern)])
-        with safe_open(self._files[pattern], framework="pt") as file:
-            return file.get_tensor(pattern).to(self._dtype)
+            for row, name in zip(place, self._experts(pattern), strict=True):
+                self._fill(name, row)
+            return
+        rows = max(1, _AT_ONCE * len(place) // max(1, place.nbytes))
+        for begin in range(0, len(place), rows):
+            # Opened anew each time: what was read of a file stays resident until it is closed.
+            with safe_open(self._files[pattern], framework="pt") as file:
+                place[begin : begin + rows] = file.get_slice(pattern)[begin : begin + rows]
 
     def shape(self, name: str, tied_to: str) -> list[int]:
         """The shape of a tensor, from the files' headers."""
@@ -237,11 +253,15 @@ class _Checkpoint:
 
     def parameter(self, name: str, tied_to: str) -> nn.Parameter:
         """The frozen parameter of that name; the one it is tied to where the file has no such name."""
-        first, *others = self._find(name, tied_to)
+        first, *others = pieces = self._find(name, tied_to)
         if first not in self._kept:
-            tensor = self._tensor(first)
-            if others:
-                tensor = torch.cat([tensor, *map(self._tensor, others)], -2)
+            tensor = self._mapped(first) if not others and "*" not in first else None
+            if tensor is None:
+                tensor = torch.empty(self.shape(name, tied_to), dtype=self._dtype)
+                sizes = [self._shape(piece)[-2] for piece in pieces] if others else []
+                places = tensor.split(sizes, -2) if others else [tensor]
+                for piece, place in zip(pieces, places, strict=True):
+                    self._fill(piece, place)
             self._kept[first] = nn.Parameter(tensor, requires_grad=False)
         return self._kept[first]
 

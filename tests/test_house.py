@@ -11,9 +11,8 @@ import pytest
 
 LAYERS = [
     {"config", "lowrank", "packets", "seeds", "tally", "clipping", "stopping", "transcript"},
-    {"updates", "flags", "command", "rates"},
+    {"updates", "flags", "command", "rates", "vocabulary"},
     {
-        "finished",
         "families",
         "kernels",
         "corpus",
@@ -30,7 +29,9 @@ LAYERS = [
         "comparison",
         "sampling",
     },
-    {"split", "partition", "link", "learner"},
+    {"hub", "gguf_files"},
+    {"sources"},
+    {"split", "partition", "link", "learner", "finished"},
     {"lora", "learners", "caches"},
     {"trunk", "client", "checkpoint", "whole", "decoding"},
     {"dispatch", "sessions", "heldout", "holdings", "merging"},
@@ -48,15 +49,16 @@ HOMES = {
     "datasets": {"corpus", "partition"},
     "flwr": {"records", "aggregation", "exchange", "client_app", "server_app", "simulate"},
     "flwr_datasets": {"partition"},
+    "huggingface_hub": {"hub"},
     "numpy": {"packets", "records", "wire"},
     "peft": {"lora", "whole", "merging"},
     "psutil": {"memory"},
     "ray": {"actor"},
     "rich": {"report"},
     "safetensors": {"split", "lora", "store"},
-    "tokenizers": {"corpus"},
+    "tokenizers": {"vocabulary"},
     "tomli_w": {"checkpoint"},
-    "transformers": {"split", "caches", "sampling"},
+    "transformers": {"split", "caches", "sampling", "gguf_files", "vocabulary"},
 }
 """torch may be used anywhere."""
 
@@ -95,6 +97,11 @@ def test_libraries_stay_in_their_homes(name: str) -> None:
         library = imported.partition(".")[0]
         if library not in sys.stdlib_module_names and library not in ("fedsplit", "torch"):
             assert name in HOMES[library], f"{name} imports {library}"
+
+
+def test_sources_alone_turns_a_models_name_into_a_folder() -> None:
+    """`Config.model_path` knows local folders only."""
+    assert [name for name, path in MODULES.items() if "config.model_path" in path.read_text()] == []
 
 
 def test_strategies_need_torch_and_the_lowest_modules_only() -> None:

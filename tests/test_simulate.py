@@ -180,6 +180,8 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         (["--max-length", "100000"], "train.max_length: 100000 is not possible; allowed: 8 to 256"),
         (["--lora.targets", "q_proj"], "lora.targets: q_proj is not possible; allowed: c_attn,c_proj,c_fc"),
         (["--model", "nowhere"], "model: nowhere is not possible; allowed: the name of the bundled model, or a folder"),
+        (["--model", "org/nowhere"], "model: org/nowhere (no such folder; not all of it is in the Hub's cache"),
+        (["--model", "nowhere.gguf"], "model: nowhere.gguf is not possible"),
         (["--model", str(tmp_path / "bert")], "model: a model of type bert is not possible; allowed: "),
         (["--model", str(tmp_path / "torn"), "--cut", "1:2", "--max-length", "32"], f"model: {tmp_path}/torn ("),
         (["--dataset", "nowhere.txt"], "dataset: nowhere.txt is not possible"),

@@ -1,0 +1,56 @@
+"""A model's folder to its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from fedsplit.config import SettingError
+
+TOKENIZER_FILES = (
+    "token*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+    "spiece.model",
+    "sentencepiece*",
+    "tekken.json",
+    "tiktoken.model",
+)
+"""What lies beside a model for its tokenizer, by the names that transformers gives it."""
+
+_READY = "tokenizer.json"
+
+_VOCABULARIES = ("tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*", "tekken.json", "tiktoken.model")
+"""Any of these is enough for transformers to make a tokenizer of; without any, it may make an empty one."""
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether there is anything in a folder that a tokenizer can be made of."""
+    return (folder / _READY).is_file() or any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern))
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that lies beside a model: its tokenizer.json, or what transformers makes of older files.
+
+    Args:
+        folder: The model's.
+
+    Raises:
+        SettingError: There is none, or it cannot be read.
+    """
+    try:
+        if not has_vocabulary(folder):
+            raise FileNotFoundError("no tokenizer in it")
+        if (folder / _READY).is_file():
+            return Tokenizer.from_file(str(folder / _READY))
+        from transformers import AutoTokenizer  # takes a second to import, and most models do not need it
+
+        return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    except Exception as error:  # noqa: BLE001  # the libraries raise nothing narrower
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        words = "a folder with a tokenizer.json that can be read, or another tokenizer that transformers opens"
+        raise SettingError("model", f"{folder} ({reason})", words) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fedsplit.local import LocalRule
 from fedsplit.optim import make_optimizer
 from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, batch
+from fedsplit.routers import RouterLoss
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Bottom, Top
 from fedsplit.updates import ClientUpdate, Task
@@ -58,6 +59,7 @@ class Client:
         link: The way through the trunk.
         settings: How it trains.
         seed: The run's seed.
+        routers: The loss that balances its experts; by default there is none.
     """
 
     number: int
@@ -67,6 +69,7 @@ class Client:
     link: Link
     settings: TrainSettings
     seed: int
+    routers: RouterLoss = field(default_factory=RouterLoss)
 
     @property
     def steps(self) -> int:
@@ -90,18 +93,21 @@ class Client:
             mask: (B, T), 0 on padding, which is not predicted.
 
         Returns:
-            The mean loss in nats, a scalar.
+            The mean loss in nats, a scalar; with that of the routers, where there is one.
         """
         parts = _micro_batches(ids, mask, self.settings.micro_batches)
         crossings, losses = [], []
         # 1. Up: what the bottom makes of the tokens.
         for micro, part in enumerate(parts):
-            hidden = self.bottom(part.ids, part.mask)
-            crossings.append(self.link.send(hidden, replace(key, micro=micro), part.mask, len(parts)))
+            with self.routers.through(self.bottom, part.mask) as seen:
+                hidden = self.bottom(part.ids, part.mask)
+            crossings.append(self.link.send(hidden, replace(key, micro=micro), part.mask, len(parts), sums=seen.sums))
         # 2. Down, through the top to the loss; and its gradient up.
         for crossing, part in zip(crossings, parts, strict=True):
             hidden = crossing.output()
-            loss = self.top(hidden, part.labels, part.mask) * part.share
+            with self.routers.through(self.top, part.mask, crossing.sums) as seen:
+                loss = self.top(hidden, part.labels, part.mask)
+            loss = self.routers.added(loss, seen, part.share)
             loss.backward()
             crossing.send_back(hidden.grad)
             losses.append(loss.detach())
@@ -156,4 +162,5 @@ class Client:
             tokens=tokens,
             loss=float(torch.stack(losses).mean()),
             control=rule.control_change(),
+            router_loss=self.routers.mean(self.steps),
         )

@@ -186,10 +186,11 @@ class ClientUpdate:
         adapters: Its adapters after training; without the factors that stay with it.
         examples: Training sequences it went through this round.
         tokens: Tokens among them.
-        loss: Mean training loss, nats a token.
+        loss: Mean training loss, nats a token; what is minimised, so with the routers' where there is one.
         weight: What it counts beside others, by the run's `--weights`; its examples where not given.
         given: What it started from; what the strategy gave to all where not given.
         control: What its control variate has changed by, by exported name (SCAFFOLD); empty otherwise.
+        router_loss: Its routers' mean auxiliary loss, without the coefficient; None where there is none.
     """
 
     client: int
@@ -200,6 +201,7 @@ class ClientUpdate:
     weight: float | None = None
     given: Adapters | None = None
     control: Mapping[str, Tensor] = field(default_factory=dict)
+    router_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ class Codec:
         return tensor.to(dtype)
 
 
+EXACT = Codec("raw")
+"""For what is small and must cross as it is, whatever the run's codec."""
+
 _CODECS: dict[str, Callable[[], Codec]] = {
     "raw": lambda: Codec("raw"),
     "bf16": lambda: Codec("bf16", torch.bfloat16),

@@ -102,6 +102,7 @@ FAMILIES = {
         transposed=True,
         layers_key="n_layer",
         positions_key="n_positions",
+        required={"add_cross_attention": False},  # there is no encoder, and adapters on it would get no gradient
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -127,7 +128,7 @@ FAMILIES = {
         norm="final_layer_norm",
         targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         positions="embed_positions",
-        required={"word_embed_proj_dim": "hidden_size"},
+        required={"word_embed_proj_dim": "hidden_size", "layerdrop": 0},
     ),
     "mixtral": replace(
         _EXPERTS,
@@ -196,13 +197,17 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+_CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
+"""Of every family: a token that saw later ones would be no target, and padding of joined batches would be seen."""
+
+
 def _is_needed(entry: Any) -> bool:
     return entry.default is MISSING and entry.default_factory is MISSING
 
 
 def _check_required(family: Family, document: Mapping[str, Any], allowed: str) -> None:
     """Refuses a model that the family's code would not split exactly."""
-    for key, wanted in family.required.items():
+    for key, wanted in {**_CAUSAL, **family.required}.items():
         expected = document.get(wanted) if isinstance(wanted, str) else wanted
         if (value := document.get(key)) is not None and value != expected:
             words = f"{wanted}, {expected}" if isinstance(wanted, str) else json.dumps(wanted)
@@ -225,6 +230,9 @@ def read_facts(path: Path) -> Facts:
         raise SettingError("model", path, allowed)
     if not any(path.glob("*.safetensors")):
         raise SettingError("model", f"{path} (no *.safetensors in it)", allowed)
+    if isinstance(document.get("text_config"), dict):
+        kind = f"a model of type {document.get('model_type')}, whose text model is nested in it"
+        raise SettingError("model", kind, "a text model alone, such as what gemma3_text is of gemma3")
     family = family_of(str(document.get("model_type")))
     _check_required(family, document, allowed)
     numbers = []

@@ -23,6 +23,7 @@ LAYERS = [
         "steps",
         "memory",
         "strategy",
+        "routers",
         "report",
         "local",
         "store",

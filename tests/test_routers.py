@@ -1,4 +1,4 @@
-"""The routers' auxiliary loss across the cut: the library's, value and gradients, at every cut and under every schedule."""
+"""The routers' auxiliary loss across the cut: value and gradients are the library's, under every schedule."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from test_client import make_client
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fedsplit import lora
+from fedsplit.client import Client
 from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.families import FAMILIES
 from fedsplit.link import Link
@@ -42,7 +43,11 @@ PADDINGS = ("none", "left", "right")
 @pytest.fixture(scope="module", params=EXPERTS)
 def balanced(request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory) -> Path:
     """A model whose config.json asks for the auxiliary loss."""
-    source, folder = tiny_models[request.param], tmp_path_factory.mktemp(f"{request.param}-balanced")
+    return ask_for_balance(tiny_models[request.param], tmp_path_factory.mktemp(f"{request.param}-balanced"))
+
+
+def ask_for_balance(source: Path, folder: Path) -> Path:
+    """A copy of a model whose config.json asks for the auxiliary loss."""
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     document = json.loads((source / "config.json").read_text())
@@ -63,8 +68,7 @@ def _batch(padding: str, rows: int = 3, length: int = 9) -> tuple[torch.Tensor, 
     return ids, mask, ids.masked_fill(mask == 0, -100)
 
 
-def _settings() -> LoraSettings:
-    return LoraSettings(rank=(3,), alpha=5.0, dropout=0.0)
+SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.0)
 
 
 def _fill(parameters: dict[str, torch.nn.Parameter]) -> None:
@@ -73,27 +77,37 @@ def _fill(parameters: dict[str, torch.nn.Parameter]) -> None:
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
 
 
-def _parts(path: Path, cut: tuple[int, int], dtype: torch.dtype = torch.float32, kernels: str = "library"):
+def parts_of(
+    path: Path,
+    cut: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "library",
+    settings: LoraSettings = SETTINGS,
+):
+    """The parts with adapters, none of them zero."""
     parts = load_parts(path, cut, ("bottom", "trunk", "top"), dtype, kernels)
     for part in parts:
-        lora.add(part, _settings(), seed=0)
+        lora.add(part, settings, seed=0)
         _fill(lora.parameters(part))
     return parts
 
 
-def _whole(path: Path, dtype: torch.dtype = torch.float32):
+def whole_of(path: Path, dtype: torch.dtype = torch.float32, settings: LoraSettings = SETTINGS):
     """The unsplit model under PEFT, and what trains in it by exported name."""
     base = load_whole(path, dtype)
-    whole = get_peft_model(base, lora.lora_config(_settings(), FAMILIES[base.config.model_type])).eval()
+    whole = get_peft_model(base, lora.lora_config(settings, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
     _fill(trained)
     return whole, trained
 
 
-def _reference(path: Path, padding: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def unsplit(
+    path: Path, padding: str, dtype: torch.dtype = torch.float32, settings: LoraSettings = SETTINGS
+) -> dict[str, torch.Tensor]:
+    """The loss of the whole model, and the gradient of every adapter parameter."""
     ids, mask, labels = _batch(padding)
-    whole, trained = _whole(path, dtype)
+    whole, trained = whole_of(path, dtype, settings)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         outputs = whole(input_ids=ids, attention_mask=mask, labels=labels)
     outputs.loss.backward()
@@ -126,24 +140,32 @@ def _evaluating(server: TrunkServer) -> None:
     server._part.train = lambda mode=True: server._part  # type: ignore[method-assign,assignment]
 
 
-def _step(parts, link: Link, padding: str, micro_batches: int = 1) -> torch.Tensor:
-    from fedsplit.client import Client
-
+def _step(parts, link: Link, padding: str) -> torch.Tensor:
     bottom, _, top = parts
     ids, mask, _ = _batch(padding)
-    settings = TrainSettings(micro_batches=micro_batches)
+    settings = TrainSettings(micro_batches=1)
     client = Client(0, None, bottom, top, link, settings, 0, RouterLoss(COEFFICIENT))  # type: ignore[arg-type]
     loss = client.step(ids, StepKey(1, 0, 0), mask)
     assert client.routers.mean(1) > 2
     return loss
 
 
-def _split(path: Path, cut, padding: str, dtype=torch.float32, kernels="library", codec="raw", micro_batches=1, **how):
-    parts = _parts(path, cut, dtype, kernels)
+def through_split(
+    path: Path,
+    cut: tuple[int, int],
+    padding: str,
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "library",
+    settings: LoraSettings = SETTINGS,
+    codec: str = "raw",
+    **how: object,
+):
+    """The same as `unsplit` of a client's step, and the trunk."""
+    parts = parts_of(path, cut, dtype, kernels, settings)
     server = _server(parts[1], **how)
     _evaluating(server)
     link = Link(Direct(server), make_codec(codec), SCHEDULES["accumulate"])
-    loss = _step(parts, link, padding, micro_batches)
+    loss = _step(parts, link, padding)
     found = {name: p.grad for part in (parts[0], parts[2]) for name, p in lora.parameters(part).items()}
     return {"loss": loss, **found, **server.learners._sums[0].gradients}, server
 
@@ -152,7 +174,7 @@ def _split(path: Path, cut, padding: str, dtype=torch.float32, kernels="library"
 @pytest.mark.parametrize("cut", CUTS)
 def test_loss_and_gradients_are_the_unsplit_models_to_the_bit(balanced: Path, cut, padding: str) -> None:
     """Behind a wire that loses nothing; each party goes on adding where the one before it stopped."""
-    expected, (found, _) = _reference(balanced, padding), _split(balanced, cut, padding)
+    expected, (found, _) = unsplit(balanced, padding), through_split(balanced, cut, padding)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -160,9 +182,9 @@ def test_loss_and_gradients_are_the_unsplit_models_to_the_bit(balanced: Path, cu
 
 def test_without_the_gradient_by_the_sums_it_would_show(balanced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss that reaches bottom and trunk is the routers' too, and not a little."""
-    expected = _reference(balanced, "none")
+    expected = unsplit(balanced, "none")
     monkeypatch.setattr(RouterSums, "as_leaf", lambda sums, takes: replace(sums, probabilities=sums.probabilities * 1))
-    parts = _parts(balanced, (1, 2))
+    parts = parts_of(balanced, (1, 2))
     server = _server(parts[1])
     _evaluating(server)
     link = Link(Direct(server), make_codec("raw"), SCHEDULES["accumulate"])
@@ -175,11 +197,11 @@ def test_without_the_gradient_by_the_sums_it_would_show(balanced: Path, monkeypa
 @pytest.mark.parametrize("cut", [(0, 3), (1, 2), (2, 3)])
 def test_in_bfloat16_and_with_fused_kernels(balanced: Path, cut) -> None:
     """The library's code to the bit in bfloat16; fused kernels to rounding in float32."""
-    expected = _reference(balanced, "right", torch.bfloat16)
-    found, _ = _split(balanced, cut, "right", torch.bfloat16)
+    expected = unsplit(balanced, "right", torch.bfloat16)
+    found, _ = through_split(balanced, cut, "right", torch.bfloat16)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    exact = _reference(balanced, "right")
-    fused, _ = _split(balanced, cut, "right", kernels="fused")
+    exact = unsplit(balanced, "right")
+    fused, _ = through_split(balanced, cut, "right", kernels="fused")
     for name, tensor in exact.items():
         assert (fused[name] - tensor).norm() <= 2e-5 * tensor.norm(), name
 
@@ -187,7 +209,7 @@ def test_in_bfloat16_and_with_fused_kernels(balanced: Path, cut) -> None:
 def test_sums_cross_unrounded_whatever_the_codec(balanced: Path) -> None:
     """Under bf16 on the wire the sums have float32's digits, and what they cost is in the ledger."""
     experts, tokens = 4, 3 * 9
-    _, server = _split(balanced, (1, 2), "none", codec="bf16")
+    _, server = through_split(balanced, (1, 2), "none", codec="bf16")
     # Up hidden states and sums, down the same; up two gradients, down one.
     assert server.traffic["activation_up"] == tokens * 32 * 2 + (2 * experts + 1) * 4
     assert server.traffic["gradient_up"] == tokens * 32 * 2 + experts * 4
@@ -197,7 +219,7 @@ def test_sums_cross_unrounded_whatever_the_codec(balanced: Path) -> None:
 def test_micro_batches_are_the_librarys_accumulation(balanced: Path) -> None:
     """The mean over micro-batches of the library's loss of each, weighted by what they predict."""
     ids, mask, labels = _batch("left", 4, 8)
-    whole, trained = _whole(balanced)
+    whole, trained = whole_of(balanced)
     predicted = (labels[:, 1:] != -100).sum()
     losses = []
     for rows in (slice(0, 2), slice(2, 4)):
@@ -205,12 +227,10 @@ def test_micro_batches_are_the_librarys_accumulation(balanced: Path) -> None:
         loss = whole(input_ids=ids[rows], attention_mask=mask[rows], labels=labels[rows]).loss * share
         loss.backward()
         losses.append(loss.detach())
-    parts = _parts(balanced, (1, 2))
+    parts = parts_of(balanced, (1, 2))
     server = _server(parts[1])
     _evaluating(server)
     bottom, _, top = parts
-    from fedsplit.client import Client
-
     link = Link(Direct(server), make_codec("raw"), SCHEDULES["accumulate"])
     settings = TrainSettings(micro_batches=2)
     client = Client(0, None, bottom, top, link, settings, 0, RouterLoss(COEFFICIENT))  # type: ignore[arg-type]
@@ -224,13 +244,13 @@ def test_micro_batches_are_the_librarys_accumulation(balanced: Path) -> None:
 
 def test_a_forward_that_is_computed_again_has_the_same_sums(balanced: Path) -> None:
     """With room for inputs alone, a forward is computed again in the backward, and when it is asked for again."""
-    expected, first = _split(balanced, (1, 2), "left")
+    expected, first = through_split(balanced, (1, 2), "left")
     budget = Budget(10**9, resident=lambda: 0, release=lambda: None)
     budget.room = lambda tokens, kept: "input"  # type: ignore[method-assign]
-    found, server = _split(balanced, (1, 2), "left", budget=budget)
+    found, server = through_split(balanced, (1, 2), "left", budget=budget)
     assert server.counts["recomputed"] == 1 and first.counts["recomputed"] == 0
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    parts = _parts(balanced, (1, 2))
+    parts = parts_of(balanced, (1, 2))
     again = _server(parts[1], budget=budget)
     packet = _packet(0, 5, 4)
     one, two = again.forward(packet), again.forward(packet)
@@ -259,7 +279,7 @@ def test_steps_that_are_computed_as_one_have_each_their_own_sums(balanced: Path)
         gradients.append(replace(packet, tensors={name: EXACT.encode(tensor) for name, tensor in tensors.items()}))
 
     def run(together: bool, order: list[int]):
-        server = _server(_parts(balanced, (1, 2))[1], "batched")
+        server = _server(parts_of(balanced, (1, 2))[1], "batched")
         _evaluating(server)
         learned: dict[str, torch.Tensor] = {}
         server.learners.learn = lambda *given: learned.update(  # type: ignore[method-assign]
@@ -289,7 +309,7 @@ def test_steps_that_are_computed_as_one_have_each_their_own_sums(balanced: Path)
     ],
 )
 def test_spoilt_sums_are_refused(balanced: Path, name: str, tensor: torch.Tensor, message: str) -> None:
-    server, packet = _server(_parts(balanced, (1, 2))[1]), _packet(0, 5, 4)
+    server, packet = _server(parts_of(balanced, (1, 2))[1]), _packet(0, 5, 4)
     if name == "gradient":
         server.forward(packet)
         packet = replace(packet, tensors={"gradient": packet.tensors["hidden"]})
@@ -301,7 +321,7 @@ def test_spoilt_sums_are_refused(balanced: Path, name: str, tensor: torch.Tensor
 
 
 def test_a_model_without_routers_takes_no_sums(tiny_models: dict[str, Path]) -> None:
-    server = _server(_parts(tiny_models["llama"], (1, 2))[1])
+    server = _server(parts_of(tiny_models["llama"], (1, 2))[1])
     with pytest.raises(SpoiledStep, match="as sums of routers, not 1 finite"):
         server.forward(_packet(0, 5, 4))
 
@@ -320,7 +340,7 @@ def test_training_follows_plain_fine_tuning(balanced: Path, schedule: str) -> No
     trunk = copies[0].adapters if copies else server.learners.read()
     found = {**update.adapters.tensors, **trunk.tensors}
 
-    base = load_whole(balanced)
+    base = loadwhole_of(balanced)
     settings = LoraSettings(rank=(2,), dropout=0.0)
     whole = get_peft_model(base, lora.lora_config(settings, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
@@ -401,7 +421,7 @@ def test_by_hand() -> None:
 
 
 def test_a_router_is_heard_in_the_order_of_blocks_and_not_afterwards(tiny_models: dict[str, Path]) -> None:
-    (bottom,) = load_parts(tiny_models["qwen3_moe"], (2, 3), ["bottom"])
+    (bottom,) = loadparts_of(tiny_models["qwen3_moe"], (2, 3), ["bottom"])
     ids, _, _ = _batch("none")
     with listening(bottom) as heard:
         bottom(ids)

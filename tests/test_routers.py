@@ -340,7 +340,7 @@ def test_training_follows_plain_fine_tuning(balanced: Path, schedule: str) -> No
     trunk = copies[0].adapters if copies else server.learners.read()
     found = {**update.adapters.tensors, **trunk.tensors}
 
-    base = loadwhole_of(balanced)
+    base = load_whole(balanced)
     settings = LoraSettings(rank=(2,), dropout=0.0)
     whole = get_peft_model(base, lora.lora_config(settings, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
@@ -421,7 +421,7 @@ def test_by_hand() -> None:
 
 
 def test_a_router_is_heard_in_the_order_of_blocks_and_not_afterwards(tiny_models: dict[str, Path]) -> None:
-    (bottom,) = loadparts_of(tiny_models["qwen3_moe"], (2, 3), ["bottom"])
+    (bottom,) = load_parts(tiny_models["qwen3_moe"], (2, 3), ["bottom"])
     ids, _, _ = _batch("none")
     with listening(bottom) as heard:
         bottom(ids)

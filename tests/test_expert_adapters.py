@@ -159,7 +159,7 @@ REFUSED = [
     (
         "qwen3_moe",
         {"lora.targets": "gate,down_proj", "lora.dropout": 0},
-        "lora.targets: gate,down_proj is not .*: other targets, too, under the cut 1:2, which leaves the trunk no block",
+        "lora.targets: gate,down_proj is not .*: other targets, too, under the cut 1:2, which leaves the trunk no",
     ),
     *(
         ("mixtral", {"lora.targets": "down_proj", "lora.dropout": 0, "strategy": name}, f"under the strategy {name}")

@@ -24,7 +24,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama 3's positions": (
         "llama",
-        {"rope_parameters": {**_ROPE, "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0}, "head_dim": 16},
+        {
+            "rope_parameters": {
+                **_ROPE,
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            }
+        },
     ),
     "yarn": ("llama", {"rope_parameters": {**_ROPE, "rope_type": "yarn", "factor": 4.0}}),
     "dynamic positions": (

@@ -135,11 +135,6 @@ def _server(trunk, schedule: str = "accumulate", **how) -> TrunkServer:
     return TrunkServer(trunk, make_codec("raw"), schedule, TrainSettings(), seed=0, **how)
 
 
-def _evaluating(server: TrunkServer) -> None:
-    """Without the base's dropout: trains as if in evaluation."""
-    server._part.train = lambda mode=True: server._part  # type: ignore[method-assign,assignment]
-
-
 def _step(parts, link: Link, padding: str) -> torch.Tensor:
     bottom, _, top = parts
     ids, mask, _ = _batch(padding)
@@ -163,7 +158,6 @@ def through_split(
     """The same as `unsplit` of a client's step, and the trunk."""
     parts = parts_of(path, cut, dtype, kernels, settings)
     server = _server(parts[1], **how)
-    _evaluating(server)
     link = Link(Direct(server), make_codec(codec), SCHEDULES["accumulate"])
     loss = _step(parts, link, padding)
     found = {name: p.grad for part in (parts[0], parts[2]) for name, p in lora.parameters(part).items()}
@@ -186,7 +180,6 @@ def test_without_the_gradient_by_the_sums_it_would_show(balanced: Path, monkeypa
     monkeypatch.setattr(RouterSums, "as_leaf", lambda sums, takes: replace(sums, probabilities=sums.probabilities * 1))
     parts = parts_of(balanced, (1, 2))
     server = _server(parts[1])
-    _evaluating(server)
     link = Link(Direct(server), make_codec("raw"), SCHEDULES["accumulate"])
     with pytest.raises(AssertionError):
         _step(parts, link, "none")
@@ -229,7 +222,6 @@ def test_micro_batches_are_the_librarys_accumulation(balanced: Path) -> None:
         losses.append(loss.detach())
     parts = parts_of(balanced, (1, 2))
     server = _server(parts[1])
-    _evaluating(server)
     bottom, _, top = parts
     link = Link(Direct(server), make_codec("raw"), SCHEDULES["accumulate"])
     settings = TrainSettings(micro_batches=2)
@@ -280,7 +272,6 @@ def test_steps_that_are_computed_as_one_have_each_their_own_sums(balanced: Path)
 
     def run(together: bool, order: list[int]):
         server = _server(parts_of(balanced, (1, 2))[1], "batched")
-        _evaluating(server)
         learned: dict[str, torch.Tensor] = {}
         server.learners.learn = lambda *given: learned.update(  # type: ignore[method-assign]
             {name: learned.get(name, 0) + gradient for name, gradient in given[-1].items()}
@@ -330,8 +321,6 @@ def test_a_model_without_routers_takes_no_sums(tiny_models: dict[str, Path]) -> 
 def test_training_follows_plain_fine_tuning(balanced: Path, schedule: str) -> None:
     """Five optimiser steps; what does not learn under the schedule does not in the unsplit model either."""
     client, server, start = make_client(balanced, schedule, steps=5)
-    _evaluating(server)
-    client.bottom.train = client.top.train = lambda mode=True: None  # type: ignore[method-assign,assignment]
     client = replace(client, routers=RouterLoss(COEFFICIENT))
     whole_start = {**start, **server.learners.read().tensors}
     update = client.train(start, round=1)

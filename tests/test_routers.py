@@ -174,8 +174,11 @@ def test_loss_and_gradients_are_the_unsplit_models_to_the_bit(balanced: Path, cu
         assert torch.equal(found[name], tensor), name
 
 
-def test_without_the_gradient_by_the_sums_it_would_show(balanced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss that reaches bottom and trunk is the routers' too, and not a little."""
+def test_without_the_gradient_by_the_sums_it_would_show(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss that reaches the trunk is its own routers', too, and not a little."""
+    balanced = ask_for_balance(tiny_models["mixtral"], tmp_path)
     expected = unsplit(balanced, "none")
     monkeypatch.setattr(RouterSums, "as_leaf", lambda sums, takes: replace(sums, probabilities=sums.probabilities * 1))
     parts = parts_of(balanced, (1, 2))

@@ -59,7 +59,7 @@ def _ranks(run: Run) -> str:
     from fedsplit import lora
 
     read = lora.load(run.adapter().folder)
-    ranks = sorted({read.rank(layer) for layer in read.complete})
+    ranks = sorted({read.rank(layer) for layer in (*read.complete, *read.stacked)})
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
 
 
@@ -94,7 +94,7 @@ def _distances(first: Run, second: Run) -> list[str]:
 
     one, two = (lora.load(run.adapter().folder) for run in (first, second))
     found = distances(one, two)
-    others = len({*one.complete, *two.complete} - found.keys())
+    others = len({*one.complete, *two.complete, *one.stacked, *two.stacked} - found.keys())
     end = [f"{others} layers are in one of the adapters only, or differ in shape"] if others else []
     if not found:
         return [*end, "the adapters have nothing to compare"]

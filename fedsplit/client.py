@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fedsplit.optim import make_optimizer
 from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, batch
 from fedsplit.rates import share_of_rate
+from fedsplit.routers import RouterLoss
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Bottom, Top
 from fedsplit.updates import ClientUpdate, Task
@@ -71,6 +72,7 @@ class Client:
         settings: How it trains.
         seed: The run's seed.
         rounds: Rounds of the run, over which the learning rate takes its course.
+        routers: The loss that balances its experts; by default there is none.
     """
 
     number: int
@@ -81,6 +83,7 @@ class Client:
     settings: TrainSettings
     seed: int
     rounds: int = 1
+    routers: RouterLoss = field(default_factory=RouterLoss)
 
     @property
     def steps(self) -> int:
@@ -111,7 +114,7 @@ class Client:
             rate: The share of the learning rate at which the trunk makes the step.
 
         Returns:
-            The mean loss in nats, a scalar.
+            The mean loss in nats, a scalar; with that of the routers, where there is one.
         """
         batches = _batches(ids, mask, self.settings.accumulation, self.settings.micro_batches)
         losses = []
@@ -119,13 +122,19 @@ class Client:
             crossings = []
             # 1. Up: what the bottom makes of the tokens.
             for micro, part in enumerate(parts):
-                hidden, place = self.bottom(part.ids, part.mask), replace(key, batch=number, micro=micro)
-                sent = self.link.send(hidden, place, part.mask, len(parts), batches=len(batches), rate=rate)
+                place = replace(key, batch=number, micro=micro)
+                with self.routers.through(self.bottom, part.mask) as seen:
+                    hidden = self.bottom(part.ids, part.mask)
+                sent = self.link.send(
+                    hidden, place, part.mask, len(parts), batches=len(batches), rate=rate, sums=seen.sums
+                )
                 crossings.append(sent)
             # 2. Down, through the top to the loss; and its gradient up.
             for crossing, part in zip(crossings, parts, strict=True):
                 hidden = crossing.output()
-                loss = self.top(hidden, part.labels, part.mask) * part.share
+                with self.routers.through(self.top, part.mask, crossing.sums) as seen:
+                    loss = self.top(hidden, part.labels, part.mask)
+                loss = self.routers.added(loss, seen, part.share)
                 loss.backward()
                 crossing.send_back(hidden.grad)
                 losses.append(loss.detach())
@@ -206,6 +215,7 @@ class Client:
             loss=float(torch.stack(losses).mean()),
             control=rule.control_change(),
             moments=self._remembered(optimizer, parameters, trained, moments or {}),
+            router_loss=self.routers.mean(self.steps),
         )
 
     def _remembered(

@@ -22,10 +22,12 @@ from fedsplit import lora, records
 from fedsplit.actor import TrunkHandle, find_trunk
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
+from fedsplit.families import read_facts
 from fedsplit.heldout import held_out_batches, pooled, sample, shards_of, through_split
 from fedsplit.link import Link
 from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
+from fedsplit.routers import RouterLoss
 from fedsplit.schedules import SCHEDULES
 from fedsplit.sources import weights
 from fedsplit.split import TYPES, Bottom, Top, load_parts
@@ -43,6 +45,7 @@ class _Site:
     Attributes:
         start: The adapters of bottom and top that training starts from, at the largest rank.
         folded: The last round whose changes of the base weights have been folded in.
+        router_aux_loss: The coefficient of the routers' loss; 0 where there is none.
     """
 
     config: Config
@@ -52,14 +55,15 @@ class _Site:
     shards: list[Shard]
     start: Adapters
     folded: int = 0
+    router_aux_loss: float = 0.0
 
     def client(self, number: int, run: str, incarnation: str) -> Client:
         """The client of that partition, with its way to the trunk."""
         config = self.config
         codec, schedule = make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule]
         link = Link(self.trunk, codec, schedule, run, incarnation, asks=bool(config.trunk.memory))
-        shard, rounds = self.shards[number], config.rounds
-        return Client(number, shard, self.bottom, self.top, link, config.train, config.seed, rounds)
+        shard, rounds, routers = self.shards[number], config.rounds, RouterLoss(self.router_aux_loss)
+        return Client(number, shard, self.bottom, self.top, link, config.train, config.seed, rounds, routers)
 
     def personal(self, factors: str) -> set[str]:
         """The names of the adapters that stay with each client: parts that are not shared, and some factors."""
@@ -89,7 +93,9 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     bottom, top = load_parts(folder, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
     for part in (bottom, top):
         lora.add(part, config.lora, config.seed)
-    return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), lora.read(bottom, top))
+    coefficient = read_facts(config.model_path).coefficient(config.router_aux_loss)
+    start = lora.read(bottom, top)
+    return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), start, router_aux_loss=coefficient)
 
 
 def _meet(message: Message, context: Context) -> tuple[_Site, Client, ClientStore, set[str]]:

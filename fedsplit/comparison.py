@@ -56,7 +56,18 @@ def distances(first: Adapters, second: Adapters) -> dict[str, Distance]:
     for layer in first.complete:
         if layer in second.complete and (one := first.change(layer)).shape == (two := second.change(layer)).shape:
             found[layer] = distance(one, two)
+    for layer in first.stacked:
+        if layer in second.stacked and _shapes(first, layer) == _shapes(second, layer):
+            each = zip(first.changes(layer), second.changes(layer), strict=True)
+            apart, *others = (distance(one, two) for one, two in each)
+            found[layer] = sum(others, apart)
     return found
+
+
+def _shapes(adapters: Adapters, layer: str) -> tuple[str, int, tuple[int, int]]:
+    """Which weight a layer of stacked experts changes, how many there are, and the shape (out, in) of each."""
+    changes = adapters.changes(layer)
+    return adapters.weight_name(layer), len(changes), changes[0].shape
 
 
 def differing(first: Config, second: Config) -> dict[str, tuple[object, object]]:

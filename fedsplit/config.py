@@ -103,6 +103,9 @@ RANKS = Allowed(
     "whole numbers from 1 to 1024, separated by commas, or a file of them",
     lambda v: v != () and all(1 <= rank <= 1024 for rank in v),
 )
+COEFFICIENT = Allowed(
+    "a number of at least 0, or -1 for what config.json says", lambda v: v == -1 or (math.isfinite(v) and v >= 0)
+)
 SHARES = Allowed("parts among bottom,trunk,top", lambda v: v != () and len({*v}) == len(v) and {*v} <= {*PARTS})
 NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name in v))
 WARMUP = Allowed("a whole number of steps, or a share of them from 0 to below 1", _is_warmup)
@@ -276,6 +279,11 @@ class Config:
         "fused makes fewer passes over memory; library is the unsplit model's own code, equal to it to the bit",
     )
     dtype: str = setting("fp32", one_of(DTYPES), "type of base weights and of computation; adapters are fp32")
+    router_aux_loss: float = setting(
+        -1.0,
+        COEFFICIENT,
+        "coefficient of the loss that balances a mixture of experts; -1: as the model's config.json has it; 0: none",
+    )
     workers: int = setting(0, at_least(0), "processes that play the clients; 0: as many as cores")
     threads: int = setting(0, at_least(0), "threads of each client process; 0: planned, so that cores suffice")
     deterministic: bool = setting(

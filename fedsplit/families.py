@@ -6,7 +6,8 @@ A record is all the family-specific code there is: `split` builds every part fro
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ class Family:
             then computes a text anew that has grown past it.
         required: What config.json must say, if it says anything: a value, or the key that has the same one. Anything
             else would not be the unsplit model.
+        router: The router within a block with experts, if the family has such blocks.
+        experts_key: What config.json calls the number of experts.
+        sparse: Whether config.json may leave blocks without experts (`mlp_only_layers`, `decoder_sparse_step`).
+        parameters: What has no module of its own and can have an adapter all the same, by the name that a setting
+            calls it by: its dotted name within a block. Adapters sit there only where they are asked for.
     """
 
     decoder: str
@@ -55,6 +61,14 @@ class Family:
     stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     outgrows: str | None = None
     required: Mapping[str, object] = field(default_factory=dict)
+    router: str | None = None
+    experts_key: str | None = None
+    sparse: bool = False
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    def asked(self, targets: Sequence[str]) -> list[str]:
+        """Of the names of targets, those that stand for bare parameters."""
+        return [name for name in targets if name in self.parameters]
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -68,8 +82,16 @@ _LLAMA = Family(
     rotary="rotary_emb",
 )
 
-_EXPERTS = replace(_LLAMA, targets=_ATTENTION, required={"output_router_logits": False})
-"""The experts' matrices are stacked in one parameter, and the router's auxiliary loss would have to cross the cut."""
+STACKED = ("gate_up_proj", "down_proj")
+"""The experts' matrices, each (E, out, in) in one parameter, in the order in which the library's modules have them."""
+
+_EXPERTS = replace(
+    _LLAMA,
+    targets=_ATTENTION,
+    router="mlp.gate",
+    experts_key="num_experts",
+    parameters={**{name: f"mlp.experts.{name}" for name in STACKED}, "gate": "mlp.gate.weight"},
+)
 
 FAMILIES = {
     "gpt2": Family(
@@ -83,6 +105,7 @@ FAMILIES = {
         transposed=True,
         layers_key="n_layer",
         positions_key="n_positions",
+        required={"add_cross_attention": False},  # there is no encoder, and adapters on it would get no gradient
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -112,10 +135,11 @@ FAMILIES = {
         norm="final_layer_norm",
         targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         positions="embed_positions",
-        required={"word_embed_proj_dim": "hidden_size"},
+        required={"word_embed_proj_dim": "hidden_size", "layerdrop": 0},
     ),
     "mixtral": replace(
         _EXPERTS,
+        experts_key="num_local_experts",
         stored={
             "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
             "mlp.experts.gate_up_proj": (
@@ -127,6 +151,7 @@ FAMILIES = {
     ),
     "qwen3_moe": replace(
         _EXPERTS,
+        sparse=True,
         stored={
             "mlp.experts.gate_up_proj": ("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"),
             "mlp.experts.down_proj": ("mlp.experts.*.down_proj.weight",),
@@ -144,12 +169,22 @@ class Facts:
         blocks: Number of blocks.
         positions: Longest sequence in tokens.
         end: The id of the token that ends a text.
+        experts: Experts of each block that has any.
+        routed: The blocks that have experts.
+        router_aux_loss: The coefficient of the auxiliary loss of their routers, as the unsplit model has it.
     """
 
     family: Family
     blocks: int
     positions: int
     end: int
+    experts: int = 0
+    routed: tuple[int, ...] = ()
+    router_aux_loss: float = 0.0
+
+    def coefficient(self, asked: float) -> float:
+        """The coefficient of the auxiliary loss, given the setting; below 0 the unsplit model's own holds."""
+        return self.router_aux_loss if asked < 0 else asked
 
 
 def family_of(model_type: str) -> Family:
@@ -169,13 +204,17 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+_CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
+"""Of every family: a token that saw later ones would be no target, and padding of joined batches would be seen."""
+
+
 def _is_needed(entry: Any) -> bool:
     return entry.default is MISSING and entry.default_factory is MISSING
 
 
 def _check_required(family: Family, document: Mapping[str, Any], allowed: str) -> None:
     """Refuses a model that the family's code would not split exactly."""
-    for key, wanted in family.required.items():
+    for key, wanted in {**_CAUSAL, **family.required}.items():
         expected = document.get(wanted) if isinstance(wanted, str) else wanted
         if (value := document.get(key)) is not None and value != expected:
             words = f"{wanted}, {expected}" if isinstance(wanted, str) else json.dumps(wanted)
@@ -196,6 +235,9 @@ def read_facts(path: Path) -> Facts:
         document = {}
     if not isinstance(document, dict) or not document:
         raise SettingError("model", path, allowed)
+    if isinstance(document.get("text_config"), dict):
+        kind = f"a model of type {document.get('model_type')}, whose text model is nested in it"
+        raise SettingError("model", kind, "a text model alone, such as what gemma3_text is of gemma3")
     family = family_of(str(document.get("model_type")))
     _check_required(family, document, allowed)
     numbers = []
@@ -205,4 +247,31 @@ def read_facts(path: Path) -> Facts:
         if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "eos_token_id" else 1):
             raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
         numbers.append(value)
-    return Facts(family, *numbers)
+    return replace(Facts(family, *numbers), **_read_experts(family, document, numbers[0], path, allowed))
+
+
+_UNSAID = {"num_local_experts": 8, "num_experts": 128, "decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}
+"""What the library takes where config.json does not say."""
+
+
+def _read_experts(family: Family, document: Mapping[str, Any], blocks: int, path: Path, allowed: str) -> dict[str, Any]:
+    """What config.json says of a mixture of experts, by the names of `Facts`.
+
+    Raises:
+        SettingError: It has no possible number of experts, or coefficient.
+    """
+    if family.experts_key is None:
+        return {}
+    found = {}
+    for key, least in ((family.experts_key, 0), ("decoder_sparse_step", 1), ("router_aux_loss_coef", 0)):
+        value = found[key] = document.get(key, _UNSAID[key])
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
+    experts, coefficient = int(found[family.experts_key]), float(found["router_aux_loss_coef"])
+    dense = document.get("mlp_only_layers") or []
+    routed = tuple(block for block in range(blocks) if experts)
+    if family.sparse:
+        step = int(found["decoder_sparse_step"])
+        routed = tuple(block for block in routed if block not in dense and (block + 1) % step == 0)
+    wanted = routed and document.get("output_router_logits")
+    return {"experts": experts, "routed": routed, "router_aux_loss": coefficient if wanted else 0.0}

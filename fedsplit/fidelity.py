@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsplit.updates import Adapters, ClientUpdate, counted, mean_change
+from fedsplit.updates import Adapters, ClientUpdate, counted, mean_change, mean_changes
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ def measure(updates: Sequence[ClientUpdate], result: Adapters) -> Fidelity:
         if layer in result.folded:
             applied = applied + result.folded[layer].to(mean.up.dtype)
         size, distance = mean.norm_and_distance(applied)
+        missed, wanted = missed + distance**2, wanted + size**2
+        if size > 0:
+            layers[layer] = distance / size
+    for layer in ordered[0].adapters.stacked:
+        pairs = zip(mean_changes(ordered, shares, layer), result.changes(layer), strict=True)
+        by_expert = [mean.norm_and_distance(applied) for mean, applied in pairs]
+        size, distance = (math.hypot(*norms) for norms in zip(*by_expert, strict=True))
         missed, wanted = missed + distance**2, wanted + size**2
         if size > 0:
             layers[layer] = distance / size

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.packets import Packet, StepKey
+from fedsplit.routers import SUMS, RouterSums
 from fedsplit.schedules import Schedule
 from fedsplit.wire import EXACT, Codec
 
@@ -35,17 +36,23 @@ class Crossing:
 
     In order: `output`, then `send_back` with the gradient of the loss by it, then `finish`. Between them the
     client may do other work; the trunk does this one's meanwhile.
+
+    Attributes:
+        sums: The routers' sums behind the trunk, once there is an output; they take a gradient as it does. None where
+            none were sent.
     """
 
-    def __init__(self, link: Link, packet: Packet, hidden: Tensor) -> None:
+    def __init__(self, link: Link, packet: Packet, hidden: Tensor, sums: RouterSums | None = None) -> None:
         """Sends the hidden states.
 
         Args:
             link: The way.
             packet: What goes up.
             hidden: The bottom's output (B, T, D), with its graph.
+            sums: Of the bottom's routers, with their graph.
         """
-        self._link, self._packet, self._hidden = link, packet, hidden
+        self._link, self._packet, self._hidden, self._bottom_sums = link, packet, hidden, sums
+        self.sums: RouterSums | None = None
         self._returns = packet.training and link.schedule.expects_backward(packet.wants_gradient)
         self._asks = link.asks and self._returns
         question = replace(packet, tensors={}, shape=tuple(hidden.shape))
@@ -61,6 +68,8 @@ class Crossing:
         if self._asks:
             self._first, self._answer = self._packet, self._link.trunk.send(self._packet)
             answer = self._settled()
+        if self._bottom_sums is not None:
+            self.sums = RouterSums.unpacked(EXACT.decode(answer.tensors[SUMS])).as_leaf(self._returns)
         return self._link.codec.decode(answer.tensors["hidden"]).requires_grad_(self._returns)
 
     def _settled(self) -> Packet:
@@ -72,10 +81,12 @@ class Crossing:
         return answer
 
     def send_back(self, gradient: Tensor | None) -> None:
-        """Sends the gradient (B, T, D) of the loss by the output, where the trunk wants one."""
+        """Sends the gradient (B, T, D) of the loss by the output, where the trunk wants one; that by the sums too."""
         if self._returns and gradient is not None:
-            packet = replace(self._packet, tensors={"gradient": self._link.codec.encode(gradient)})
-            self._answer = self._link.trunk.send(packet)
+            tensors = {"gradient": self._link.codec.encode(gradient)}
+            if self.sums is not None and self.sums.probabilities.grad is not None:
+                tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
+            self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
 
     def finish(self) -> float | None:
         """Waits for the gradient of the bottom's output, and goes on with it through the bottom.
@@ -88,7 +99,13 @@ class Crossing:
             return None
         answer = self._answer()
         if "gradient" in answer.tensors:
-            self._hidden.backward(self._link.codec.decode(answer.tensors["gradient"]))
+            outputs, gradients = [self._hidden], [self._link.codec.decode(answer.tensors["gradient"])]
+            # The sums only grow on their way: what the loss gains by them is the same here as at the top.
+            if self._bottom_sums is not None and self._bottom_sums.probabilities.requires_grad:
+                assert self.sums is not None and self.sums.probabilities.grad is not None
+                outputs.append(self._bottom_sums.probabilities)
+                gradients.append(self.sums.probabilities.grad)
+            torch.autograd.backward(outputs, gradients)
         return float(EXACT.decode(answer.tensors["norm"])) if "norm" in answer.tensors else None
 
     def scale(self, coefficient: float) -> None:
@@ -129,6 +146,7 @@ class Link:
         training: bool = True,
         batches: int = 1,
         rate: float = 1.0,
+        sums: RouterSums | None = None,
     ) -> Crossing:
         """Sends hidden states (B, T, D) on their way, and does not wait.
 
@@ -140,14 +158,17 @@ class Link:
             training: Whether a gradient may come back, and dropout is on.
             batches: Batches of the step.
             rate: The share of the learning rate at which the step is made.
+            sums: Of the bottom's routers, where there is an auxiliary loss.
         """
         tensors = {"hidden": self.codec.encode(hidden)}
+        if sums is not None:
+            tensors[SUMS] = EXACT.encode(sums.packed())
         if mask is not None and not bool(mask.all()):
             tensors["mask"] = self.codec.encode(mask.bool())
         key = replace(key, run=self.run, attempt=self.attempt)
         wants = training and hidden.requires_grad
         packet = Packet(key, tensors, training, wants, micros, self.incarnation, batches=batches, rate=rate)
-        return Crossing(self, packet, hidden)
+        return Crossing(self, packet, hidden, sums)
 
     @torch.no_grad()
     def evaluate(self, hidden: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:

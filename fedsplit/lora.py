@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedsplit.config import LoraSettings
-from fedsplit.families import Family
+from fedsplit.families import STACKED, Family
 from fedsplit.kernels import lora_linear
 from fedsplit.lowrank import LowRank
 from fedsplit.sources import to_peft
@@ -51,12 +53,17 @@ def lora_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | 
         family: The model's family.
         blocks: The blocks of the unsplit model that are adapted; all where None.
     """
+    targets = settings.targets or family.targets
+    paths = [family.parameters[name] for name in family.asked(targets)]
+    if blocks is not None:  # PEFT chooses blocks for modules only
+        paths = [f"{family.blocks}.{block}.{path}" for block in blocks for path in paths]
     return LoraConfig(
         r=settings.top_rank,
         lora_alpha=settings.alpha,
         use_rslora=settings.rslora,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets or family.targets),
+        target_modules=[name for name in targets if name not in family.parameters],
+        target_parameters=paths or None,
         fan_in_fan_out=family.transposed,
         layers_to_transform=None if blocks is None else list(blocks),
         layers_pattern=None if blocks is None else family.blocks,
@@ -75,7 +82,8 @@ def add(part: Part, settings: LoraSettings, seed: int) -> None:
         settings: Rank, alpha, dropout and targets.
         seed: The run's seed.
     """
-    if not part.blocks:
+    modules = len(settings.targets) > len(part.family.asked(settings.targets)) or not settings.targets
+    if not part.blocks or not (modules or part.routers):
         return
     inject_adapter_in_model(lora_config(settings, part.family), part, adapter_name=_NAME)
     if part.fused:
@@ -102,7 +110,10 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
 
 
 def _layer_of(module: LoraLayer) -> Layer:
-    return Layer(float(module.lora_alpha[_NAME]), bool(module.fan_in_fan_out), bool(module.use_rslora[_NAME]))
+    layer = Layer(float(module.lora_alpha[_NAME]), bool(module.fan_in_fan_out), bool(module.use_rslora[_NAME]))
+    if isinstance(module, ParamWrapper):
+        layer = replace(layer, experts=int(module.num_experts), parameter=str(module.parameter_name))
+    return layer
 
 
 def read(*parts: Part) -> Adapters:
@@ -143,7 +154,8 @@ def rescale(part: Part) -> None:
     """Gives every LoRA layer of a part the scaling that goes with the rank of its factors as they are."""
     for module in part.modules():
         if isinstance(module, LoraLayer):
-            module.scaling[_NAME] = _layer_of(module).scaling(module.lora_A[_NAME].weight.shape[0])
+            layer = _layer_of(module)
+            module.scaling[_NAME] = layer.scaling(module.lora_A[_NAME].weight.shape[0] // layer.experts)
 
 
 def adopt(whole: Adapters, *parts: Part) -> None:
@@ -252,4 +264,14 @@ def load(directory: Path) -> Adapters:
     for layer in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
         layers[layer] = Layer(float(alpha), bool(config.fan_in_fan_out), bool(config.use_rslora))
+        if layer.removesuffix(".base_layer").endswith(".experts"):
+            experts = tensors[f"{layer}.lora_A.weight"].shape[0] // config.r
+            layers[layer] = replace(layers[layer], experts=experts, parameter=_wrapped(layer, config))
     return Adapters(tensors, layers)
+
+
+def _wrapped(layer: str, config: LoraConfig) -> str:
+    """Which parameter of an experts' module a file's layer stands for; PEFT wraps the first one innermost."""
+    asked = {path.rpartition(".")[2] for path in config.target_parameters or ()}
+    inwards = [name for name in reversed(STACKED) if name in asked]
+    return inwards[layer.count(".base_layer")]

@@ -45,6 +45,9 @@ def _add(model: Any, adapters: Adapters, sign: float) -> None:
         weight, change = model.get_submodule(layer).weight, adapters.change(layer)
         dense = change.up @ change.down
         weight.copy_(weight.double() + sign * (dense.T if adapters.layers[layer].transposed else dense))
+    for layer in adapters.stacked:
+        weight = model.get_parameter(adapters.weight_name(layer))
+        weight.copy_(weight.double() + sign * torch.stack([own.up @ own.down for own in adapters.changes(layer)]))
 
 
 def _type_of(model: Any) -> str:
@@ -173,6 +176,8 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     read = [read_fitting(adapter, base) for adapter in adapters]
     if how == "linear":
         _check_linear(read)
+    if any(one.stacked for one in read):
+        raise InputError("adapters on the experts' stacked weights cannot be combined: PEFT adds up no such factors")
     names = [f"number{index}" for index in range(len(adapters))]
     model = PeftModel.from_pretrained(base, str(adapters[0].folder), adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):

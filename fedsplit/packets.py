@@ -74,7 +74,8 @@ class Packet:
 
     Attributes:
         key: The step it belongs to.
-        tensors: "hidden" or "gradient" (B, T, D), and "mask" (B, T) where a batch is padded. Empty where
+        tensors: "hidden" or "gradient" (B, T, D), "mask" (B, T) where a batch is padded, and "routers" where there is
+            an auxiliary loss (`fedsplit.routers`): the sums (2E + 1,), or the gradient (E,) by them. Empty where
             an answer carries nothing, as when the client's bottom has nothing to learn, and where a client
             asks whether there is room for its hidden states. With clipping, "norm" () in the answer to the last
             gradient of a step, the squared norm of the adapter's gradient; and "coefficient" (), which the client

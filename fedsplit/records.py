@@ -137,6 +137,8 @@ def from_update(update: ClientUpdate, shared: Collection[str], own: HeldOut, pea
         "sample-tokens": own.tokens,
         "peak-memory": peak_memory,
     }
+    if update.router_loss is not None:
+        metrics["router-loss"] = update.router_loss
     sent = {name: tensor for name, tensor in update.adapters.tensors.items() if name in shared}
     found: dict[str, Any] = {ARRAYS: to_arrays(sent), METRICS: MetricRecord(metrics)}
     if control := {name: tensor for name, tensor in update.control.items() if name in shared}:
@@ -174,6 +176,7 @@ def to_update(reply: Message, given: Adapters, trained: Collection[str], sender:
         loss=float(metrics["loss"]),
         given=given,
         control=control,
+        router_loss=metrics.get("router-loss"),
     )
 
 

@@ -252,6 +252,7 @@ class Federation:
                 "round": round,
                 "loss": _mean([update.loss for update in updates]) if updates else None,
                 "clients": {self._exchange.members[u.client].name: u.loss for u in updates},
+                **_router_loss(updates),
                 "tokens": tokens,
                 "seconds": seconds,
                 "trunk": {**counts, "resident_memory": self._trunk.status()["resident_memory"]},
@@ -419,6 +420,12 @@ class Federation:
             **self._tally.summary(trunk["traffic"]),
             "peak_memory": {"client": self._tally.client_memory, "trunk": trunk["peak_memory"]},
         }
+
+
+def _router_loss(updates: Sequence[ClientUpdate]) -> dict[str, float]:
+    """The clients' mean auxiliary loss, where there is one."""
+    found = [update.router_loss for update in updates if update.router_loss is not None]
+    return {"router_aux_loss": _mean(found)} if found else {}
 
 
 def _mean(values: Sequence[float]) -> float:

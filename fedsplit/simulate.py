@@ -127,8 +127,10 @@ def check(config: Config) -> tuple[Path, Any]:
         raise SettingError(
             "train.max_length", config.train.max_length, f"8 to {facts.positions}, the model's positions"
         )
-    if strange := [name for name in config.lora.targets if name not in facts.family.targets]:
-        raise SettingError("lora.targets", strange[0], ",".join(facts.family.targets))
+    possible = (*facts.family.targets, *facts.family.parameters)
+    if strange := [name for name in config.lora.targets if name not in possible]:
+        raise SettingError("lora.targets", strange[0], ",".join(possible))
+    check_experts(config, facts)
     check_dataset(config.dataset)
 
     from fedsplit.aggregation import strategy_defaults
@@ -146,9 +148,62 @@ def check(config: Config) -> tuple[Path, Any]:
     check_optimizer(config.train)
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
     check_strategy(strategy, config)
+    check_stacked(strategy, config, facts)
     shards_of(config)
     check_checkpoint(weights(config, tell=print))  # last: they may have to be fetched first
     return folder, strategy
+
+
+def check_experts(config: Config, facts: Any) -> None:
+    """Makes sure that what is asked of a mixture of experts can be had of this model.
+
+    Args:
+        config: The run's.
+        facts: The model's `Facts`.
+
+    Raises:
+        SettingError: There are no experts to balance, or adapters cannot sit where they are asked for.
+    """
+    if config.router_aux_loss > 0 and not facts.routed:
+        words = "0 for a model without a block that has experts"
+        raise SettingError("router_aux_loss", config.router_aux_loss, words)
+    asked = facts.family.asked(config.lora.targets)
+    if not asked:
+        return
+    if facts.experts < 2:
+        raise SettingError("lora.targets", asked[0], f"{','.join(facts.family.targets)} for a model without experts")
+    if config.lora.dropout:
+        words = f"0 with adapters on {','.join(asked)}, which PEFT adds to the weights themselves"
+        raise SettingError("lora.dropout", config.lora.dropout, words)
+    low, high = config.bounds
+    own = {"bottom": range(low), "trunk": range(low, high), "top": range(high, facts.blocks)}
+    without = [part for part, blocks in own.items() if blocks and not {*blocks} & {*facts.routed}]
+    if without and len(asked) == len(config.lora.targets):
+        words = f"other targets, too, under the cut {config.cut}, which leaves the {without[0]} no block with experts"
+        raise SettingError("lora.targets", ",".join(asked), words)
+
+
+def check_stacked(strategy: Any, config: Config, facts: Any) -> None:
+    """Makes sure that a strategy can do with adapters on the experts' stacked weights, where they are asked for.
+
+    Args:
+        strategy: The strategy.
+        config: The run's.
+        facts: The model's `Facts`.
+
+    Raises:
+        SettingError: It cannot, or they would differ in rank.
+    """
+    from fedsplit.families import STACKED
+    from fedsplit.strategy import traits_of
+
+    asked = [name for name in facts.family.asked(config.lora.targets) if name in STACKED]
+    if asked and traits_of(strategy).multiplies:
+        words = f"targets that are one matrix each under the strategy {config.strategy}, which computes with B A"
+        raise SettingError("lora.targets", ",".join(asked), words)
+    if asked and len(set(config.lora.rank)) > 1:
+        ranks = ",".join(map(str, config.lora.rank))
+        raise SettingError("lora.rank", ranks, f"one rank with adapters on {','.join(asked)}, which are stacked")
 
 
 @dataclass(frozen=True)
@@ -189,7 +244,8 @@ def plan(config: Config) -> Plan:
     group = config.trunk.group
     if config.deterministic and group > workers:
         raise SettingError("trunk.group", group, f"1 to {workers}, the number of client processes")
-    micro_batches = 2 if at_once < cores and not SCHEDULES[config.trunk.schedule].gathers else 1
+    one = SCHEDULES[config.trunk.schedule].gathers or config.router_aux_loss > 0  # what they would change
+    micro_batches = 1 if one or at_once >= cores else 2
     return Plan(
         workers, config.threads or client, config.trunk.threads or trunk, config.train.micro_batches or micro_batches
     )
@@ -228,9 +284,10 @@ def run(config: Config) -> dict[str, Any]:
     from fedsplit.server_app import Federation
     from fedsplit.sources import about, pinned
 
+    facts = read_facts(about(config))
+    config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config)
     config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
-    facts = read_facts(about(config))
     with make_watcher() as watcher:
         watcher.line(
             f"{config.clients} clients in {shares.workers} processes; "

@@ -92,6 +92,18 @@ class Part(nn.Module):
         """The library's decoder, with this part's blocks."""
         return self.get_submodule(self.family.decoder)
 
+    @property
+    def routers(self) -> list[nn.Module]:
+        """The routers of its blocks with experts, in the order of the blocks."""
+        inner, _, name = (self.family.router or "").partition(".")
+        blocks = getattr(self.decoder, self.family.blocks) if inner else []
+        return [router for block in blocks if (router := getattr(getattr(block, inner), name, None)) is not None]
+
+    @property
+    def experts(self) -> int:
+        """Experts of each block that has any; 0 where the family has none."""
+        return self.config.num_experts if self.family.router else 0
+
     def whole_name(self, name: str) -> str:
         """The name in the unsplit model of a submodule or parameter of this part."""
         prefix = f"{self.family.decoder}.{self.family.blocks}."

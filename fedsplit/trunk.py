@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from fedsplit.learners import Learners, Withheld
 from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet, StepKey
+from fedsplit.routers import SUMS, RouterSums, listening
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Trunk
@@ -36,6 +37,19 @@ _TRANSIT = 3
 """Times a packet's bytes that it takes while it arrives: in the transport's buffers, and as what is kept."""
 
 
+@dataclass(frozen=True)
+class _Output:
+    """What a forward makes, with its graph.
+
+    Attributes:
+        hidden: All rows, the longest, D.
+        sums: Of the routers, by step, where a step has them.
+    """
+
+    hidden: Tensor
+    sums: Mapping[StepKey, RouterSums]
+
+
 @dataclass(eq=False)
 class _Flight:
     """A forward of one client, or of several at once, of which some backward has not come.
@@ -46,6 +60,7 @@ class _Flight:
         learner: Whose adapter it is computed with.
         version: Which version of it.
         seed: Of its dropout.
+        sums: Of the bottom's routers, of those that have an auxiliary loss, which is each client's own.
         output: The result with its graph; None where it must be computed again.
         spent: A backward has been made; those that come later are late.
     """
@@ -55,7 +70,8 @@ class _Flight:
     learner: Learner
     version: Version
     seed: int
-    output: Tensor | None = None
+    sums: dict[StepKey, RouterSums] = field(default_factory=dict)
+    output: _Output | None = None
     spent: bool = False
 
     def join(self) -> tuple[Tensor, Tensor | None]:
@@ -149,14 +165,25 @@ class TrunkServer:
             lora.rescale(self._part)
         self._placed = version
 
-    def _run(self, flight: _Flight, keeps_graph: bool, training: bool = True) -> Tensor:
+    def _run(self, flight: _Flight, keeps_graph: bool, training: bool = True) -> _Output:
         if self._part.training != training:
             self._part.train(training)
         hidden, mask = flight.join()
         self._place(flight.version)
+        listen = listening(self._part) if flight.sums else contextlib.nullcontext([])
         with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed):
-            output: Tensor = self._part(hidden, mask)
-        return output
+            with listen as heard:
+                output: Tensor = self._part(hidden, mask)
+            return _Output(output, self._sums_behind(flight, heard, hidden.shape[:2]))
+
+    def _sums_behind(self, flight: _Flight, heard: Sequence[Tensor], shape: Sequence[int]) -> dict[StepKey, RouterSums]:
+        """Each step's sums with its own rows of what the routers said of the joined batch, (rows, longest) tokens."""
+        own = [flight.cut(probabilities.unflatten(0, tuple(shape))) for probabilities in heard]
+        chosen = self._part.config.num_experts_per_tok if flight.sums else 0
+        return {
+            key: sums.after([layer[key].flatten(0, 1) for layer in own], chosen, flight.masks.get(key))
+            for key, sums in flight.sums.items()
+        }
 
     def forward(self, packet: Packet) -> Packet:
         """Hidden states (B, T, D) in, hidden states (B, T, D) out; as `forward_together` of one."""
@@ -247,31 +274,32 @@ class TrunkServer:
         if keeps and (again := self.steps.repeated(first.key)) is not None:
             if isinstance(again, Withheld):
                 raise StaleStep(f"{first.key}: its gradient has come already")
-            output = self._run(again, keeps_graph=False) if again.output is None else again.output.detach()
-            answers = {first.key: again.cut(output)[first.key]}
-            return self._answer("repeated", "hidden", packets, answers)
+            output = again.output or self._run(again, keeps_graph=False)
+            answers = {first.key: again.cut(output.hidden.detach())[first.key]}
+            return self._answer("repeated", "hidden", packets, answers, output.sums)
         for packet in packets:
             self._promised.pop(packet.key, None)
         inputs = {packet.key: self._hidden(packet) for packet in packets}
+        routers = {packet.key: self._sums(packet) for packet in packets if SUMS in packet.tensors}
         if keeps:
             for packet in packets:
                 self.steps.check_order(packet.key)
         room, count = self._room(list(inputs.values())) if keeps else ("none", len(packets))
         served = packets[:count]
-        answers = {}
+        answers, sums = {}, {}
         if served:
-            flight = self._take_off(served, inputs, keeps)
+            flight = self._take_off(served, inputs, routers, keeps)
             output = self._run(flight, keeps_graph=room == "graph", training=first.training)
             flight.output = output if room == "graph" else None
             if keeps:
                 for key in flight.inputs:
                     self.steps.begin(key, flight)
-            answers = flight.cut(output.detach())
+            answers, sums = flight.cut(output.hidden.detach()), output.sums
             self.counts["forwards"] += 1
         self.counts["waits"] += len(packets) - count
         what = "activation" if first.training else "evaluation_activation"
         return [
-            *self._answer(what, "hidden", served, answers),
+            *self._answer(what, "hidden", served, answers, sums),
             *(Packet(packet.key, wait=WAIT_SECONDS) for packet in packets[count:]),
         ]
 
@@ -281,6 +309,12 @@ class TrunkServer:
         if hidden.ndim != 3 or hidden.shape[2] != width or not hidden.numel():
             raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
         return hidden.requires_grad_(packet.training and packet.wants_gradient and self._schedule.returns_gradient)
+
+    def _sums(self, packet: Packet) -> RouterSums:
+        sums, size = EXACT.decode(packet.tensors[SUMS]), 2 * self._part.experts + 1
+        if sums.shape != (size,) or not torch.isfinite(sums).all():
+            raise SpoiledStep(f"{packet.key} sent {tuple(sums.shape)} as sums of routers, not {size} finite numbers")
+        return RouterSums.unpacked(sums)
 
     def _room(self, inputs: Sequence[Tensor]) -> tuple[str, int]:
         """What may be kept of a flight, and for how many of its steps there is room."""
@@ -296,12 +330,19 @@ class TrunkServer:
             count //= 2
         return "none", 0
 
-    def _take_off(self, packets: Sequence[Packet], inputs: Mapping[StepKey, Tensor], keeps: bool) -> _Flight:
+    def _take_off(
+        self,
+        packets: Sequence[Packet],
+        inputs: Mapping[StepKey, Tensor],
+        routers: Mapping[StepKey, RouterSums],
+        keeps: bool,
+    ) -> _Flight:
         masks = {p.key: self._codec.decode(p.tensors["mask"]) for p in packets if "mask" in p.tensors}
         learner = self.learners.of(packets[0].key.client, begins=keeps)
         path = [(p.key.round, p.key.client, p.key.step, p.key.batch * p.micros + p.key.micro) for p in packets]
         flown = {packet.key: inputs[packet.key] for packet in packets}
-        return _Flight(flown, masks, learner, learner.version, derive_seed(self._seed, "trunk", *path))
+        sums = {key: routers[key] for key in flown if key in routers}
+        return _Flight(flown, masks, learner, learner.version, derive_seed(self._seed, "trunk", *path), sums)
 
     def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
         """One backward of steps whose forward was one.
@@ -330,7 +371,8 @@ class TrunkServer:
         for packet in packets:
             _check_rate(packet)
         sent = {packet.key: self._gradient(packet, flight) for packet in packets}
-        returned, withheld = self._differentiate(flight, packets, sent)
+        by_sums = {packet.key: self._gradient_by_sums(packet, flight) for packet in packets if SUMS in packet.tensors}
+        returned, withheld = self._differentiate(flight, packets, sent, by_sums)
         answers = self._answer("gradient", "gradient", packets, returned)
         if withheld is not None:
             norm = EXACT.encode(torch.tensor(withheld.squared, dtype=torch.float64))
@@ -377,8 +419,18 @@ class TrunkServer:
             raise SpoiledStep(f"{packet.key} sent NaN or infinite values as its gradient")
         return gradient
 
+    def _gradient_by_sums(self, packet: Packet, flight: _Flight) -> Tensor:
+        gradient, size = EXACT.decode(packet.tensors[SUMS]), self._part.experts
+        if packet.key not in flight.sums or gradient.shape != (size,) or not torch.isfinite(gradient).all():
+            raise SpoiledStep(f"{packet.key} sent a gradient by sums of routers that is not {size} finite numbers")
+        return gradient
+
     def _differentiate(
-        self, flight: _Flight, packets: Sequence[Packet], sent: Mapping[StepKey, Tensor]
+        self,
+        flight: _Flight,
+        packets: Sequence[Packet],
+        sent: Mapping[StepKey, Tensor],
+        by_sums: Mapping[StepKey, Tensor],
     ) -> tuple[dict[StepKey, Tensor], Withheld | None]:
         """The gradients of a flight's inputs; those of its adapter go on to the learner, or are withheld."""
         tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in flight.inputs.values())
@@ -389,7 +441,13 @@ class TrunkServer:
         learned = {name: tensor for name, tensor in flight.version.items() if tensor.requires_grad}
         wanted = {key: flight.inputs[key] for key in sent if flight.inputs[key].requires_grad}
         output, flight.output = flight.output, None
-        gradients = torch.autograd.grad(output, [*learned.values(), *wanted.values()], _spread(flight, output, sent))
+        sums = {key: output.sums[key].probabilities for key in by_sums}
+        routed = [key for key, probabilities in sums.items() if probabilities.requires_grad]
+        gradients = torch.autograd.grad(
+            [output.hidden, *(sums[key] for key in routed)],
+            [*learned.values(), *wanted.values()],
+            [_spread(flight, output.hidden, sent), *(by_sums[key] for key in routed)],
+        )
         self.counts["backwards"] += 1
         self._budget.freed()
         withheld = None
@@ -486,7 +544,7 @@ class TrunkServer:
 
         before = resident_memory()
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-            output = self._run(flight, keeps_graph=True)
+            output = self._run(flight, keeps_graph=True).hidden
         inputs = [hidden, *(tensor for tensor in flight.version.values() if tensor.requires_grad)]
         torch.autograd.grad(output, inputs, torch.zeros_like(output))
         graph = sum(storages.values())
@@ -495,11 +553,18 @@ class TrunkServer:
         return self._budget.least(batch * length, (1 + 2 * _TRANSIT) * hidden.nbytes)
 
     def _answer(
-        self, what: str, name: str, packets: Sequence[Packet], tensors: Mapping[StepKey, Tensor]
+        self,
+        what: str,
+        name: str,
+        packets: Sequence[Packet],
+        tensors: Mapping[StepKey, Tensor],
+        sums: Mapping[StepKey, RouterSums] | None = None,
     ) -> list[Packet]:
         answers = []
         for packet in packets:
             found = {name: self._codec.encode(tensors[packet.key])} if packet.key in tensors else {}
+            if sums and packet.key in sums:
+                found[SUMS] = EXACT.encode(sums[packet.key].packed())
             answers.append(Packet(packet.key, found, packet.training))
             self._count(what, packet, answers[-1])
         return answers

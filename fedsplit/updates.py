@@ -38,11 +38,17 @@ class Layer:
         transposed: Whether the base stores its weight as (in, out), as GPT-2's Conv1D does; the change
             to add is then the transpose of s * B @ A.
         rslora: Whether s is alpha / sqrt(r) (2312.03732), and not alpha / r.
+        experts: How many matrices are stacked in the weight, (E, out, in). The factors are then all experts' in one
+            tensor each, as PEFT has them: A (E * r, in) expert by expert, B (out, r * E) rank by rank. B @ A means
+            nothing; expert e's change is s times the product of its own factors.
+        parameter: The name of the weight within its module, where it is not "weight".
     """
 
     alpha: float
     transposed: bool
     rslora: bool = False
+    experts: int = 1
+    parameter: str = "weight"
 
     def scaling(self, rank: int) -> float:
         """The factor s at that rank."""
@@ -73,8 +79,8 @@ class Adapters:
     def rank(self, layer: str) -> int:
         """The rank r of a layer, of which one factor at least must be here."""
         if (a := self.tensors.get(f"{layer}.lora_A.weight")) is not None:
-            return a.shape[0]
-        return self.tensors[f"{layer}.lora_B.weight"].shape[1]
+            return a.shape[0] // self.layers[layer].experts
+        return self.tensors[f"{layer}.lora_B.weight"].shape[1] // self.layers[layer].experts
 
     @property
     def largest_rank(self) -> int:
@@ -86,14 +92,42 @@ class Adapters:
         return self.layers[layer].scaling(self.rank(layer))
 
     def change(self, layer: str) -> LowRank:
-        """What a layer's adapter adds to its weight, s * B @ A (out, in), in float64; not yet transposed for Conv1D."""
+        """What a layer's adapter adds to its weight, s * B @ A (out, in), in float64; not yet transposed for Conv1D.
+
+        Raises:
+            ValueError: Several experts' weights are stacked in the layer.
+        """
+        if self.layers[layer].experts > 1:
+            raise ValueError(f"{layer} stacks the weights of experts: each has a change of its own (see changes)")
         a, b = self.factors(layer)
         return LowRank(b.double() * self.scaling(layer), a.double())
 
+    def changes(self, layer: str) -> list[LowRank]:
+        """What a layer's adapter adds to its weights, as `change`: of each expert where they are stacked, else one."""
+        experts, (a, b) = self.layers[layer].experts, self.factors(layer)
+        downs = a.double().unflatten(0, (experts, -1))
+        ups = (b.double() * self.scaling(layer)).unflatten(1, (-1, experts))
+        return [LowRank(ups[:, :, expert], downs[expert]) for expert in range(experts)]
+
+    def weight_name(self, layer: str) -> str:
+        """The name in the unsplit model of the weight that a layer's adapter changes."""
+        module = layer
+        while self.layers[layer].parameter != "weight" and module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")  # PEFT wraps a module once for each of its parameters
+        return f"{module}.{self.layers[layer].parameter}"
+
+    def _both(self) -> list[str]:
+        return [layer for layer in sorted(self.layers) if all(f"{layer}.lora_{f}.weight" in self.tensors for f in "AB")]
+
     @property
     def complete(self) -> list[str]:
-        """The layers of which both factors are here, in order of their names."""
-        return [layer for layer in sorted(self.layers) if all(f"{layer}.lora_{f}.weight" in self.tensors for f in "AB")]
+        """The layers of which both factors are here and are those of one matrix, in order of their names."""
+        return [layer for layer in self._both() if self.layers[layer].experts == 1]
+
+    @property
+    def stacked(self) -> list[str]:
+        """The layers of which both factors are here and are those of several experts, in order of their names."""
+        return [layer for layer in self._both() if self.layers[layer].experts > 1]
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapters:
         """The same layers with other factors, and nothing to fold."""
@@ -186,11 +220,12 @@ class ClientUpdate:
         adapters: Its adapters after training; without the factors that stay with it.
         examples: Training sequences it went through this round.
         tokens: Tokens among them.
-        loss: Mean training loss, nats a token.
+        loss: Mean training loss, nats a token; what is minimised, so with the routers' where there is one.
         weight: What it counts beside others, by the run's `--weights`; its examples where not given.
         given: What it started from; what the strategy gave to all where not given.
         control: What its control variate has changed by, by exported name (SCAFFOLD); empty otherwise.
         moments: What its optimiser remembers, where that is kept; it never leaves the client.
+        router_loss: Its routers' mean auxiliary loss, without the coefficient; None where there is none.
     """
 
     client: int
@@ -202,6 +237,7 @@ class ClientUpdate:
     given: Adapters | None = None
     control: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Tensor] = field(default_factory=dict)
+    router_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -264,6 +300,7 @@ class Traits:
         linear: It needs weighted sums of what clients send, and nothing of a single one; only such a strategy can
             work under secure aggregation.
         fewest: The clients that must answer in a round at least.
+        multiplies: It computes with B @ A, or with factors as halves of it, so that it needs layers of one matrix.
     """
 
     mixed_ranks: bool = False
@@ -271,6 +308,7 @@ class Traits:
     personal: frozenset[str] = frozenset()
     linear: bool = False
     fewest: int = 1
+    multiplies: bool = False
 
 
 def sure_rank(rank: int, tail: float) -> int:
@@ -331,6 +369,15 @@ def average_adapters(
     held = updates[0].adapters.only(factors).tensors
     means = {name: average([update.adapters.tensors[name] for update in updates], shares) for name in held}
     return adapters.with_tensors({**adapters.tensors, **means})
+
+
+def mean_changes(updates: Sequence[ClientUpdate], shares: Sequence[float], layer: str) -> list[LowRank]:
+    """As `mean_change`, of each expert of a layer that stacks them."""
+    by_client = [update.adapters.changes(layer) for update in updates]
+    return [
+        total(change.times(share) for change, share in zip(own, shares, strict=True))
+        for own in zip(*by_client, strict=True)
+    ]
 
 
 def mean_change(updates: Sequence[ClientUpdate], shares: Sequence[float], layer: str) -> LowRank:

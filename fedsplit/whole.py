@@ -90,6 +90,13 @@ def read_fitting(adapter: Adapter, base: Any) -> Adapters:
         if found != wanted:
             words = "which the model has not" if found is None else f"which is {found} in the model, not {wanted}"
             raise InputError(f"the adapter in {adapter.folder} does not fit the model: it changes {layer}, {words}")
+    parameters = dict(base.named_parameters())
+    for layer in read.stacked:
+        name, changes = read.weight_name(layer), read.changes(layer)
+        wanted = len(changes), *changes[0].shape
+        if name not in parameters or parameters[name].shape != wanted:
+            words = f"which is no {' x '.join(map(str, wanted))} in the model"
+            raise InputError(f"the adapter in {adapter.folder} does not fit the model: it changes {name}, {words}")
     return read
 
 

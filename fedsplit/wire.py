@@ -52,7 +52,7 @@ class Codec:
 
 
 EXACT = Codec("raw")
-"""Loses nothing; for single numbers, whatever the codec of the run."""
+"""For what is small and must cross as it is, whatever the run's codec."""
 
 
 _CODECS: dict[str, Callable[[], Codec]] = {

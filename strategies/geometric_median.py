@@ -44,6 +44,7 @@ class GeometricMedian:
         if not 0 < nu < math.inf:
             raise ValueError(f"nu is {nu}; it must be more than 0")
         self.on, self.iterations, self.nu = on, iterations, nu
+        self.traits = Traits(multiplies=on == "product")
 
     def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
         """The geometric median remembers nothing."""

@@ -59,7 +59,7 @@ class MultiKrum:
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more")
         self.malicious, self.keep, self.on = malicious, keep, on
-        self.traits = Traits(fewest=max(2 * malicious + 3, keep))
+        self.traits = Traits(fewest=max(2 * malicious + 3, keep), multiplies=on == "product")
 
     def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
         """Krum remembers nothing."""

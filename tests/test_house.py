@@ -22,6 +22,7 @@ LAYERS = [
         "steps",
         "memory",
         "strategy",
+        "routers",
         "report",
         "local",
         "store",

@@ -29,7 +29,7 @@ from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
 from fedsplit.routers import RouterLoss
 from fedsplit.schedules import SCHEDULES
-from fedsplit.sources import weights
+from fedsplit.sources import about, weights
 from fedsplit.split import TYPES, Bottom, Top, load_parts
 from fedsplit.store import ClientStore, FoldLog, Kept
 from fedsplit.updates import Adapters, ClientUpdate, factor_of, fresh_factor
@@ -93,7 +93,7 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     bottom, top = load_parts(folder, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
     for part in (bottom, top):
         lora.add(part, config.lora, config.seed)
-    coefficient = read_facts(config.model_path).coefficient(config.router_aux_loss)
+    coefficient = read_facts(about(config)).coefficient(config.router_aux_loss)
     start = lora.read(bottom, top)
     return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), start, router_aux_loss=coefficient)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from fedsplit.optim import make_optimizer
 from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, batch
 from fedsplit.seeds import derive_seed
+from fedsplit.sequences import Sequences, predicted
 from fedsplit.split import Bottom, Top
 from fedsplit.updates import ClientUpdate, Task
 
@@ -31,16 +32,20 @@ class _MicroBatch:
     share: float
 
 
-def _micro_batches(ids: Tensor, mask: Tensor | None, count: int) -> list[_MicroBatch]:
-    labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+def _micro_batches(ids: Tensor, labels: Tensor | None, mask: Tensor | None, count: int) -> list[_MicroBatch]:
+    if labels is None:
+        labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
     count = min(max(1, count), len(ids))
     masks = [None] * count if mask is None else mask.tensor_split(count)
     split = zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
-    predicted = int((labels[:, 1:] != IGNORED).sum())
-    return [
-        _MicroBatch(rows, wanted, seen, int((wanted[:, 1:] != IGNORED).sum()) / predicted)
-        for rows, wanted, seen in split
-    ]
+    whole = predicted(labels)
+    return [_MicroBatch(rows, wanted, seen, predicted(wanted) / whole) for rows, wanted, seen in split]
+
+
+def _weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
+    """The mean over all that was predicted; where steps predict equally much, their mean to the bit."""
+    weights = torch.tensor(counts, dtype=torch.float64) * len(counts) / sum(counts)
+    return float((torch.stack(list(losses)) * weights.float()).mean())
 
 
 @dataclass(frozen=True)
@@ -76,23 +81,24 @@ class Client:
         return self.settings.steps
 
     @property
-    def _train(self) -> Tensor:
+    def _train(self) -> Sequences:
         return self.shard.train[: self.settings.samples or None]
 
-    def step(self, ids: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:
+    def step(self, ids: Tensor, key: StepKey, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Forward and backward of one batch; leaves gradients on the adapters of bottom and top.
 
         With several micro-batches, this client and the trunk work at the same time, each on another one.
 
         Args:
-            ids: Tokens (B, T); they are the labels, too.
+            ids: Tokens (B, T).
             key: Names the step to the trunk.
             mask: (B, T), 0 on padding, which is not predicted.
+            labels: The tokens (B, T), -100 where they are not predicted; all but padding are where not given.
 
         Returns:
             The mean loss in nats, a scalar.
         """
-        parts = _micro_batches(ids, mask, self.settings.micro_batches)
+        parts = _micro_batches(ids, labels, mask, self.settings.micro_batches)
         crossings, losses = [], []
         # 1. Up: what the bottom makes of the tokens.
         for micro, part in enumerate(parts):
@@ -137,23 +143,24 @@ class Client:
         order = derive_seed(self.seed, "client", self.number)
         self.bottom.train()
         self.top.train()
-        losses, tokens = [], 0
+        losses, counts, tokens = [], [], 0
         for step in range(self.steps):
-            ids = batch(self._train, (round - 1) * self.steps + step, self.settings.batch_size, order)
+            rows = batch(self._train, (round - 1) * self.steps + step, self.settings.batch_size, order)
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
-            losses.append(self.step(ids, StepKey(round, self.number, step)))
+            losses.append(self.step(rows.ids, StepKey(round, self.number, step), rows.mask, rows.labels))
+            counts.append(rows.predicted)
             if optimizer is not None:
                 gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
                 for name, gradient in rule.correct(gradients, parameters).items():
                     trained[name].grad = gradient
                 optimizer.step()
                 optimizer.zero_grad()
-            tokens += ids.numel()
+            tokens += rows.tokens
         return ClientUpdate(
             client=self.number,
             adapters=lora.read(self.bottom, self.top),
             examples=self.steps * self.settings.batch_size,
             tokens=tokens,
-            loss=float(torch.stack(losses).mean()),
+            loss=_weighted_mean(losses, counts),
             control=rule.control_change(),
         )

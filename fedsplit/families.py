@@ -201,3 +201,16 @@ def read_facts(path: Path) -> Facts:
             raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
         numbers.append(value)
     return Facts(family, *numbers)
+
+
+def read_pad(path: Path, end: int) -> int:
+    """The token that fills up shorter sequences: what config.json says, else the end token; it is masked either way.
+
+    Args:
+        path: The checkpoint's folder.
+        end: The id of the token that ends a text.
+    """
+    document = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    pad, size = document.get("pad_token_id"), document.get("vocab_size")
+    possible = isinstance(pad, int) and not isinstance(pad, bool) and pad >= 0
+    return pad if possible and (not isinstance(size, int) or pad < size) else end

@@ -53,18 +53,18 @@ def learning_parts(config: Config, blocks: int) -> list[str]:
     return [part for part, does in learns.items() if does]
 
 
-def check(config: Config) -> tuple[Path, Any]:
+def check(config: Config) -> tuple[Path, Any, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
 
     Returns:
-        The run's folder, not made yet, and the strategy.
+        The run's folder, not made yet, the strategy, and the data as they are dealt out.
 
     Raises:
         SettingError: Something was given wrongly.
     """
-    from fedsplit.corpus import check_dataset
     from fedsplit.families import read_facts
     from fedsplit.schedules import SCHEDULES
+    from fedsplit.sources import check_dataset
 
     facts = read_facts(config.model_path)
     if config.bounds[1] > facts.blocks:
@@ -98,11 +98,11 @@ def check(config: Config) -> tuple[Path, Any]:
         )
     if strange := [name for name in config.lora.targets if name not in facts.family.targets]:
         raise SettingError("lora.targets", strange[0], ",".join(facts.family.targets))
-    check_dataset(config.dataset)
+    check_dataset(config.dataset, config.data)
 
     from fedsplit.aggregation import strategy_defaults
     from fedsplit.checkpoint import check_folder, check_resumable
-    from fedsplit.heldout import shards_of
+    from fedsplit.heldout import deal_of
     from fedsplit.split import check_checkpoint
     from fedsplit.strategy import check_strategy, load_strategy
 
@@ -114,8 +114,7 @@ def check(config: Config) -> tuple[Path, Any]:
     check_checkpoint(config.model_path)
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
     check_strategy(strategy, config)
-    shards_of(config)
-    return folder, strategy
+    return folder, strategy, deal_of(config)
 
 
 @dataclass(frozen=True)
@@ -185,10 +184,11 @@ def run(config: Config) -> dict[str, Any]:
         FederationFailed, RefusedUpdate, TrunkLost: The run broke.
     """
     started = time.perf_counter()
-    folder, strategy = check(config)
+    folder, strategy, deal = check(config)
 
     from fedsplit.actor import start_cluster, start_trunk, stop_cluster
     from fedsplit.aggregation import FederationFailed
+    from fedsplit.census import as_document, stated, table
     from fedsplit.checkpoint import RunFolder
     from fedsplit.families import read_facts
     from fedsplit.report import make_watcher
@@ -205,12 +205,15 @@ def run(config: Config) -> dict[str, Any]:
         )
         trunk_line = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}"
         watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}")
+        for line in [*stated(deal), *(table(deal) if config.data.show else [])]:
+            watcher.line(line)
         name = f"trunk-{os.getpid()}-{time.time_ns()}"
         try:
             start_cluster(shares.workers)
             trunk = start_trunk(config, name, shares.trunk_threads)
             check_memory(config, trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks)
+            results.save_data(as_document(deal))
             federation = Federation(config, trunk, name, shares.client_threads, strategy, results, watcher, started)
             _simulate(federation, config.clients)
         finally:

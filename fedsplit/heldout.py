@@ -13,7 +13,8 @@ from fedsplit.client import Client
 from fedsplit.config import Config
 from fedsplit.families import read_facts
 from fedsplit.packets import StepKey
-from fedsplit.partition import Shard, make_shards, spread
+from fedsplit.partition import Deal, Shard, make_deal, make_shards, spread
+from fedsplit.sequences import Sequences
 from fedsplit.sources import about
 
 
@@ -43,21 +44,24 @@ def pooled(measured: Iterable[HeldOut]) -> HeldOut:
     return sum(measured, HeldOut(0.0, 0))
 
 
-def measure(loss_of: Callable[[int, Tensor], Tensor], batches: Sequence[tuple[int, Tensor]]) -> HeldOut:
-    """Measures a model on batches of tokens.
+Batches = Sequence[tuple[int, Sequences]]
+"""Numbers of batches, and what is in them."""
+
+
+def measure(loss_of: Callable[[int, Sequences], Tensor], batches: Batches) -> HeldOut:
+    """Measures a model on batches; every token that is predicted counts the same.
 
     Args:
-        loss_of: The number of a batch and its tokens (B, T) to the mean loss.
-        batches: Numbers and tokens.
+        loss_of: The number of a batch and its sequences to the mean loss.
+        batches: Numbers and sequences.
     """
     total = HeldOut(0.0, 0)
-    for number, ids in batches:
-        predicted = ids.shape[0] * (ids.shape[1] - 1)
-        total += HeldOut(float(loss_of(number, ids)) * predicted, predicted)
+    for number, rows in batches:
+        total += HeldOut(float(loss_of(number, rows)) * rows.predicted, rows.predicted)
     return total
 
 
-def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int, Tensor]]:
+def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int, Sequences]]:
     """A client's held-out text in numbered batches.
 
     Args:
@@ -68,31 +72,30 @@ def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int
     return list(enumerate(spread(shard.held_out, most).split(batch_size)))
 
 
-def sample(batches: Sequence[tuple[int, Tensor]], sequences: int, batch_size: int) -> list[tuple[int, Tensor]]:
+def sample(batches: Batches, sequences: int, batch_size: int) -> list[tuple[int, Sequences]]:
     """Some of the batches, spread evenly: as many as it takes for so many sequences."""
     chosen = spread(torch.arange(len(batches)), -(-sequences // batch_size))
     return [batches[number] for number in chosen.tolist()]
 
 
 @torch.no_grad()
-def through_split(
-    client: Client, given: Mapping[str, Tensor], round: int, batches: Sequence[tuple[int, Tensor]]
-) -> list[HeldOut]:
+def through_split(client: Client, given: Mapping[str, Tensor], round: int, batches: Batches) -> list[HeldOut]:
     """A client's loss on each of some batches, with the given adapters and the trunk as it is now.
 
     Args:
         client: Whose parts.
         given: Adapters of bottom and top by exported name.
         round: The round, for the step's key.
-        batches: Numbers and tokens (B, T).
+        batches: Numbers and sequences.
     """
     lora.write(given, client.bottom, client.top)
     client.bottom.eval()
     client.top.eval()
 
-    def loss_of(number: int, ids: Tensor) -> Tensor:
-        hidden = client.link.evaluate(client.bottom(ids), StepKey(round, client.number, number))
-        return client.top(hidden, ids)
+    def loss_of(number: int, rows: Sequences) -> Tensor:
+        key = StepKey(round, client.number, number)
+        hidden = client.link.evaluate(client.bottom(rows.ids, rows.mask), key, rows.mask)
+        return client.top(hidden, rows.labels, rows.mask)
 
     return [measure(loss_of, [batch]) for batch in batches]
 
@@ -101,4 +104,11 @@ def shards_of(config: Config) -> list[Shard]:
     """The data of every client of a run."""
     path = about(config)
     length, end = config.train.max_length, read_facts(path).end
-    return make_shards(config.dataset, config.partition, config.clients, length, config.seed, path, end)
+    return make_shards(config.dataset, config.partition, config.clients, length, config.seed, path, end, config.data)
+
+
+def deal_of(config: Config) -> Deal:
+    """The data of every client of a run, and what else is to be known of how they were dealt out."""
+    path = about(config)
+    length, end = config.train.max_length, read_facts(path).end
+    return make_deal(config.dataset, config.partition, config.clients, length, config.seed, path, end, config.data)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fedsplit.config import SettingError
-from fedsplit.corpus import Document, pack, read_documents, tokenise
+from fedsplit.config import DataSettings, PartitionSpec, SettingError, parse_partition
+from fedsplit.families import read_pad
+from fedsplit.formats import Fitted, Reading, fit, format_of, joined, read_rows
 from fedsplit.seeds import derive_seed
+from fedsplit.sequences import Row, Sequences, stack
+from fedsplit.tables import MADE, Table, read_held_out, read_table
 
 HELD_OUT_DOCUMENTS = 4
 """Of an owner's texts, every fourth by date is held out; the last one where there are fewer."""
 
 HELD_OUT_BLOCKS = 8
 """Of a client's blocks without owners, every eighth is held out, and at least one."""
+
+Rows = TypeVar("Rows", Tensor, Sequences)
 
 
 @dataclass(frozen=True)
@@ -27,28 +34,51 @@ class Shard:
 
     Attributes:
         name: Whose it is.
-        train: Token ids (n, T).
-        held_out: Token ids (m, T), never trained on.
+        train: Its sequences.
+        held_out: Sequences that are never trained on.
+        shares: How many of both are of which owner, or of another column's value.
     """
 
     name: str
-    train: Tensor
-    held_out: Tensor
+    train: Sequences
+    held_out: Sequences
+    shares: Mapping[str, int] = field(default_factory=dict)
 
 
-def batch(blocks: Tensor, step: int, size: int, seed: int) -> Tensor:
+@dataclass(frozen=True)
+class Deal:
+    """A data set, dealt out.
+
+    Attributes:
+        shards: A client's each.
+        format: What its rows are, one of `fedsplit.config.FORMATS`, but not "auto".
+        packed: Whether several texts are put into a sequence.
+        by: What the shards' shares are of: "owner", or a column.
+        cut: Texts that lost their end, since they were longer than a sequence.
+        dropped: Texts that were left out, since nothing of them was to be predicted then.
+    """
+
+    shards: list[Shard]
+    format: str
+    packed: bool
+    by: str
+    cut: int
+    dropped: int
+
+
+def batch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
     """The batch of a step: passes over the blocks, each shuffled anew, cut into batches without a gap.
 
     A function of its arguments alone, so that a client that starts again in the middle continues in order.
 
     Args:
-        blocks: Token ids (n, T).
+        blocks: Sequences, or token ids (n, T).
         step: Steps made before this one, over all rounds.
         size: Sequences a batch.
         seed: Decides the order.
 
     Returns:
-        Token ids (size, T).
+        As many sequences, or token ids (size, T).
     """
     positions = range(step * size, (step + 1) * size)
     orders = {epoch: _shuffled(len(blocks), seed, epoch) for epoch in {p // len(blocks) for p in positions}}
@@ -61,138 +91,277 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def spread(blocks: Tensor, most: int) -> Tensor:
+def spread(blocks: Rows, most: int) -> Rows:
     """At most so many blocks (n, T), evenly spaced over all of them, so that no text is favoured."""
     if len(blocks) <= most:
         return blocks
     return blocks[[index * len(blocks) // most for index in range(most)]]
 
 
-def _texts_by_owner(documents: Sequence[Document], tokens: Sequence[list[int]]) -> dict[str, list[list[int]]]:
-    """The tokens of each owner's texts; owners and texts in the order of the documents."""
-    texts: dict[str, list[list[int]]] = {}
-    for document, ids in zip(documents, tokens, strict=True):
-        texts.setdefault(document.owner, []).append(ids)
-    return texts
+def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The texts by what they are dealt by, in their order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.key, []).append(row)
+    return groups
 
 
-def _by_owner(documents: Sequence[Document], tokens: Sequence[list[int]], length: int, end: int) -> list[Shard]:
-    """The shards of all owners who have enough text for a training and a held-out block."""
-    shards = []
-    for owner, own in _texts_by_owner(documents, tokens).items():
-        held_out = own[HELD_OUT_DOCUMENTS - 1 :: HELD_OUT_DOCUMENTS] or own[-1:]
-        train = [ids for ids in own if not any(ids is other for other in held_out)]
-        blocks = [pack(texts, length, end) for texts in (train, held_out)]
-        if all(blocks):
-            shards.append(Shard(owner, torch.tensor(blocks[0]), torch.tensor(blocks[1])))
-    return shards
+@dataclass(frozen=True)
+class _Dealer:
+    """What all ways to deal out have in common.
+
+    Attributes:
+        table: The data set.
+        reading: How its rows are read.
+        length: Tokens of a sequence at most.
+        pad: The token that fills up shorter ones.
+        held_out: The table of what is held out; None where it is a part of each client's own.
+    """
+
+    table: Table
+    reading: Reading
+    length: int
+    pad: int
+    held_out: Table | None
+
+    @property
+    def by(self) -> str:
+        return self.reading.column or "owner"
+
+    @property
+    def least(self) -> int:
+        """Sequences that a client must have."""
+        return 1 if self.held_out else 2
+
+    @property
+    def lengths(self) -> str:
+        """The sequences' length, in words."""
+        return f"of {self.length} tokens" if self.reading.packs else f"of up to {self.length} tokens"
+
+    def rows(self) -> list[Row]:
+        return read_rows(self.table, self.reading)
+
+    def fit(self, rows: Sequence[Row]) -> Fitted:
+        """Texts to sequences, none of which is of two groups."""
+        return joined([fit(own, self.reading, self.length) for own in _grouped(rows).values()])
+
+    def shard(self, name: str, train: Sequence[Row], held_out: Sequence[Row]) -> Shard:
+        shares = Counter(row.key for row in (*train, *held_out))
+        return Shard(name, stack(train, self.pad), stack(held_out, self.pad), dict(sorted(shares.items())))
+
+    def deal(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Deal:
+        cut, dropped = sum(one.cut for one in fitted), sum(one.dropped for one in fitted)
+        return Deal(shards, self.reading.format, self.reading.packs, self.by, cut, dropped)
+
+    def separate(self) -> Fitted | None:
+        """What is held out by the user, as sequences; None where it is a part of each client's own."""
+        return self.fit(read_rows(self.held_out, self.reading)) if self.held_out else None
 
 
-def _indices(spec: str, owners: Sequence[str], clients: int, seed: int) -> list[list[int]]:
-    """Deals blocks out with a partitioner of flwr-datasets."""
+def _by_owner(dealer: _Dealer) -> tuple[list[Shard], list[str], list[Fitted]]:
+    """The shards of all owners who have enough text, the names of those who have not, and all that was fitted."""
+    owners, separate = _grouped(dealer.rows()), dealer.separate()
+    shards, poor, everything = [], [], [separate] if separate else []
+    for number, (owner, own) in enumerate(owners.items()):
+        if separate is None:
+            places = set(range(HELD_OUT_DOCUMENTS - 1, len(own), HELD_OUT_DOCUMENTS)) or {len(own) - 1}
+            train = dealer.fit([row for place, row in enumerate(own) if place not in places])
+            held_out = dealer.fit([own[place] for place in sorted(places)])
+            everything += [train, held_out]
+        else:
+            train, held_out = dealer.fit(own), Fitted(_part(dealer, separate.rows, owner, number, len(owners)))
+            everything.append(train)
+        if train.rows and held_out.rows:
+            shards.append(dealer.shard(owner, train.rows, held_out.rows))
+        else:
+            poor.append(owner)
+    return shards, poor, everything
+
+
+def _part(dealer: _Dealer, held_out: list[Row], owner: str, number: int, owners: int) -> list[Row]:
+    """What a table of held-out text has of an owner; an even part where it does not say whose it is."""
+    assert dealer.held_out is not None
+    if (dealer.reading.column or dealer.reading.data.owner) in dealer.held_out.columns:
+        return [row for row in held_out if row.key == owner]
+    return held_out[number::owners]
+
+
+def _partitioner(spec: PartitionSpec, clients: int, seed: int, least: int) -> Any:
+    """A partitioner of flwr-datasets."""
+    from flwr_datasets import partitioner as made
+
+    if spec.kind == "dirichlet":
+        return made.DirichletPartitioner(clients, "owner", spec.alpha, min_partition_size=least, seed=seed)
+    if spec.kind == "inner-dirichlet":
+        return made.InnerDirichletPartitioner(list(spec.sizes), "number", spec.alpha, seed=seed)
+    if spec.kind == "pathological":
+        return made.PathologicalPartitioner(clients, "owner", spec.number, "first-deterministic", seed=seed)
+    if spec.kind == "shard":
+        return made.ShardPartitioner(clients, "owner", num_shards_per_partition=spec.number, seed=seed)
+    if spec.kind == "size":
+        return made.SizePartitioner(list(spec.sizes))
+    even = {"linear": made.LinearPartitioner, "square": made.SquarePartitioner, "iid": made.IidPartitioner}
+    return {**even, "exponential": made.ExponentialPartitioner}[spec.kind](num_partitions=clients)
+
+
+def _indices(spec: PartitionSpec, owners: Sequence[str], clients: int, seed: int, least: int) -> list[list[int]]:
+    """Deals blocks out with a partitioner of flwr-datasets.
+
+    Raises:
+        ValueError: It cannot.
+    """
     import datasets  # with flwr_datasets, takes seconds to import; the default run needs neither
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 
     datasets.disable_progress_bars()
     generator = torch.Generator().manual_seed(derive_seed(seed, "partition"))
     order = torch.randperm(len(owners), generator=generator).tolist()
-    kind, _, alpha = spec.partition(":")
-    partitioner: Partitioner = IidPartitioner(num_partitions=clients)
-    if kind == "dirichlet":
-        partitioner = DirichletPartitioner(clients, "owner", float(alpha), min_partition_size=2, seed=seed)
-    partitioner.dataset = datasets.Dataset.from_dict({"block": order, "owner": [owners[i] for i in order]})
+    partitioner, numbers = _partitioner(spec, clients, seed, least), {o: n for n, o in enumerate(sorted(set(owners)))}
+    columns = {"block": order, "owner": [owners[i] for i in order], "number": [numbers[owners[i]] for i in order]}
+    partitioner.dataset = datasets.Dataset.from_dict(columns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each draw that leaves a client too little, before the error
         return [list(partitioner.load_partition(client)["block"]) for client in range(clients)]
 
 
-def _by_block(
-    documents: Sequence[Document],
-    tokens: Sequence[list[int]],
-    length: int,
-    end: int,
-    spec: str,
-    clients: int,
-    seed: int,
-) -> list[Shard]:
-    """Shards of single blocks, whoever wrote them."""
-    blocks: list[list[int]] = []
-    owners: list[str] = []
-    for owner, own in _texts_by_owner(documents, tokens).items():
-        packed = pack(own, length, end)
-        blocks += packed
-        owners += [owner] * len(packed)
-    if clients * 2 > len(blocks):
-        words = f"1 to {len(blocks) // 2} (two sequences of {length} tokens a client, of {len(blocks)} there are)"
-        if len(blocks) < 2:
-            found = f"a text of {len(blocks)} sequences ({documents[0].name}, {len(documents)} in all)"
-            raise SettingError("dataset", found, f"two sequences of {length} tokens or more")
-        raise SettingError("clients", clients, words)
+def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, seed: int) -> Deal:
+    """Shards of single sequences, whoever wrote them."""
+    fitted, least = dealer.fit(dealer.rows()), dealer.least
+    blocks = fitted.rows
+    if clients * least > len(blocks):
+        if len(blocks) < least:
+            table = dealer.table
+            found = f"a text of {len(blocks)} sequences ({table.name}, {len(table)} in all)"
+            raise SettingError("dataset", found, f"{_number(least)} {dealer.lengths} or more")
+        words = f"{_number(least)} {dealer.lengths} a client, of {len(blocks)} there are"
+        raise SettingError("clients", clients, f"1 to {len(blocks) // least} ({words})")
     try:
-        dealt = _indices(spec, owners, clients, seed)
-    except ValueError:
-        words = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets two sequences"
-        raise SettingError("partition", spec, words) from None
-    data = torch.tensor(blocks)
-    shards = []
-    for client, indices in enumerate(dealt):
-        held_out = indices[::HELD_OUT_BLOCKS]
-        chosen = set(held_out)
-        train = [index for index in indices if index not in chosen]
-        shards.append(Shard(f"client {client}", data[train], data[held_out]))
-    return shards
+        dealt = _indices(spec, [row.key for row in blocks], clients, seed, least)
+    except (ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
+        words = f"a way to deal {len(blocks)} sequences of {len({row.key for row in blocks})} kinds ({dealer.by})"
+        hint = f"{words} to {clients} clients, {_number(least)} each ({reason})"
+        if spec.kind == "dirichlet":
+            hint = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
+        raise SettingError("partition", name, hint) from None
+    if poor := [client for client, indices in enumerate(dealt) if len(indices) < least]:
+        who = f"client {poor[0]} gets {len(dealt[poor[0]])} of {len(blocks)}"
+        raise SettingError("partition", f"{name} for {clients} clients", f"{_number(least)} or more each ({who})")
+    separate = dealer.separate()
+    if separate is None:
+        held = [indices[::HELD_OUT_BLOCKS] for indices in dealt]
+        chosen = [set(indices) for indices in held]
+        parts = [
+            ([blocks[i] for i in indices if i not in out], [blocks[i] for i in kept])
+            for indices, out, kept in zip(dealt, chosen, held, strict=True)
+        ]
+    else:
+        parts = [([blocks[i] for i in own], separate.rows[n::clients]) for n, own in enumerate(dealt)]
+        _check_held_out(dealer, [f"client {n}" for n, (_, rows) in enumerate(parts) if not rows])
+    shards = [dealer.shard(f"client {client}", *part) for client, part in enumerate(parts)]
+    return dealer.deal(shards, [fitted, separate] if separate else [fitted])
 
 
-def make_shards(
-    dataset: str, spec: str, clients: int, length: int, seed: int, model_path: Path, end: int
-) -> list[Shard]:
+def _number(sequences: int) -> str:
+    return {1: "one sequence", 2: "two sequences"}[sequences]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_held_out(dealer: _Dealer, poor: Sequence[str]) -> None:
+    if poor:
+        words = f"a sequence {dealer.lengths} for each client at least (nothing for {_listed(poor)})"
+        raise SettingError("data.held_out", dealer.reading.data.held_out, words)
+
+
+def make_deal(
+    dataset: str,
+    partition: str,
+    clients: int,
+    length: int,
+    seed: int,
+    model_path: Path,
+    end: int,
+    data: DataSettings | None = None,
+) -> Deal:
     """Reads a data set and deals it out.
 
     Args:
-        dataset: As `fedsplit.corpus.read_documents` takes it.
-        spec: "natural" (a client an owner), "iid" or "dirichlet:ALPHA" (over the owners); "auto" is natural for
-            the bundled corpus as far as its presidents go, and iid otherwise.
+        dataset: As `fedsplit.tables.read_table` takes it.
+        partition: "natural" (a client an owner), "iid", "dirichlet:ALPHA" (over the owners), or another that
+            `fedsplit.config.parse_partition` knows; "auto" is natural for what is made here as far as its owners go,
+            and iid otherwise.
         clients: How many.
-        length: Tokens a sequence.
+        length: Tokens of a sequence at most.
         seed: Decides what is dealt to whom, other than by nature.
         model_path: The model's folder, for its tokenizer.
         end: The id of the token that ends a text.
-
-    Returns:
-        A shard a client.
+        data: Columns and format.
 
     Raises:
-        SettingError: There is too little text for so many clients.
+        SettingError: There is too little text for so many clients, or something is wrong with it.
     """
-    documents = read_documents(dataset)
-    tokens = tokenise(documents, model_path)
-    natural = _by_owner(documents, tokens, length, end) if spec in ("auto", "natural") else []
-    if spec == "natural" or (spec == "auto" and dataset == "sotu" and clients <= len(natural)):
-        if clients > len(natural):
-            words = f"1 to {len(natural)} (owners with text enough), or --partition iid"
+    data, spec = data or DataSettings(), parse_partition(partition)
+    if spec.sizes and len(spec.sizes) != clients:
+        raise SettingError("partition", partition, f"as many sizes as there are clients, {clients}")
+    table = read_table(dataset, data, seed=seed, owners=clients)
+    held_out = read_held_out(dataset, data) if data.held_out else None
+    reading = Reading(data, format_of(table, data), spec.column, model_path, end)
+    dealer = _Dealer(table, reading, length, read_pad(model_path, end), held_out)
+    if spec.kind == "natural" or (spec.kind == "auto" and dataset in MADE):
+        natural, poor, fitted = _by_owner(dealer)
+        if clients <= len(natural):
+            return dealer.deal(natural[:clients], fitted)
+        if spec.kind == "natural":
+            lacking = f", not {_listed(poor)}" if poor else ""
+            words = f"1 to {len(natural)} (owners with text enough{lacking}), or --partition iid"
             raise SettingError("clients", clients, words)
-        return natural[:clients]
-    return _by_block(documents, tokens, length, end, "iid" if spec == "auto" else spec, clients, seed)
+    if spec.kind == "auto":
+        spec = PartitionSpec("iid")
+    return _by_block(dealer, spec, partition, clients, seed)
 
 
-def all_text(dataset: str, length: int, model_path: Path, end: int) -> dict[str, Tensor]:
+def make_shards(
+    dataset: str,
+    spec: str,
+    clients: int,
+    length: int,
+    seed: int,
+    model_path: Path,
+    end: int,
+    data: DataSettings | None = None,
+) -> list[Shard]:
+    """A shard a client; as `make_deal`, which says what else is to be known of them."""
+    return make_deal(dataset, spec, clients, length, seed, model_path, end, data).shards
+
+
+def all_text(
+    dataset: str, length: int, model_path: Path, end: int, data: DataSettings | None = None, seed: int = 0
+) -> dict[str, Sequences]:
     """A data set that nobody trains on, as it is: nothing is held back, and nothing dealt out.
 
     Args:
-        dataset: As `fedsplit.corpus.read_documents` takes it.
-        length: Tokens a sequence.
+        dataset: As `fedsplit.tables.read_table` takes it.
+        length: Tokens of a sequence at most.
         model_path: The model's folder, for its tokenizer.
         end: The id of the token that ends a text.
+        data: Columns and format.
+        seed: Decides a synthetic one.
 
     Returns:
-        Token ids (n, T) of each owner who has text for a sequence at least.
+        The sequences of each owner who has text for one at least.
 
     Raises:
         SettingError: Nobody has.
     """
-    documents = read_documents(dataset)
-    owned = _texts_by_owner(documents, tokenise(documents, model_path))
-    packed = {owner: blocks for owner, texts in owned.items() if (blocks := pack(texts, length, end))}
-    if not packed:
-        raise SettingError("dataset", dataset, f"a text of {length} tokens or more")
-    return {owner: torch.tensor(blocks) for owner, blocks in packed.items()}
+    data = data or DataSettings()
+    table = read_table(dataset, data, seed=seed)
+    reading = Reading(data, format_of(table, data), "", model_path, end)
+    dealer = _Dealer(table, reading, length, read_pad(model_path, end), None)
+    fitted = {owner: dealer.fit(rows).rows for owner, rows in _grouped(dealer.rows()).items()}
+    found = {owner: stack(rows, dealer.pad) for owner, rows in fitted.items() if rows}
+    if not found:
+        words = f"a text of {length} tokens or more" if reading.packs else "a text of which something is predicted"
+        raise SettingError("dataset", dataset, words)
+    return found

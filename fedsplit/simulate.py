@@ -82,19 +82,19 @@ def check_training(config: Config) -> None:
         raise SettingError("min_delta", config.min_delta, "0 without --patience")
 
 
-def check(config: Config) -> tuple[Path, Any]:
+def check(config: Config) -> tuple[Path, Any, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
 
     Returns:
-        The run's folder, not made yet, and the strategy.
+        The run's folder, not made yet, the strategy, and the data as they are dealt out.
 
     Raises:
         SettingError: Something was given wrongly.
     """
-    from fedsplit.corpus import check_dataset
     from fedsplit.families import read_facts
     from fedsplit.schedules import SCHEDULES
     from fedsplit.sources import about, weights
+    from fedsplit.tables import check_dataset
 
     facts = read_facts(about(config))
     if config.bounds[1] > facts.blocks:
@@ -131,11 +131,11 @@ def check(config: Config) -> tuple[Path, Any]:
     if strange := [name for name in config.lora.targets if name not in possible]:
         raise SettingError("lora.targets", strange[0], ",".join(possible))
     check_experts(config, facts)
-    check_dataset(config.dataset)
+    check_dataset(config.dataset, config.data)
 
     from fedsplit.aggregation import strategy_defaults
     from fedsplit.checkpoint import check_folder, check_resumable
-    from fedsplit.heldout import shards_of
+    from fedsplit.heldout import deal_of
     from fedsplit.optim import check_optimizer
     from fedsplit.split import check_checkpoint
     from fedsplit.strategy import check_strategy, load_strategy
@@ -149,9 +149,9 @@ def check(config: Config) -> tuple[Path, Any]:
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
     check_strategy(strategy, config)
     check_stacked(strategy, config, facts)
-    shards_of(config)
+    deal = deal_of(config)
     check_checkpoint(weights(config, tell=print))  # last: they may have to be fetched first
-    return folder, strategy
+    return folder, strategy, deal
 
 
 def check_experts(config: Config, facts: Any) -> None:
@@ -274,10 +274,11 @@ def run(config: Config) -> dict[str, Any]:
         FederationFailed, RefusedUpdate, TrunkLost: The run broke.
     """
     started = time.perf_counter()
-    folder, strategy = check(config)
+    folder, strategy, deal = check(config)
 
     from fedsplit.actor import start_cluster, start_trunk, stop_cluster
     from fedsplit.aggregation import FederationFailed
+    from fedsplit.census import as_document, stated, table
     from fedsplit.checkpoint import RunFolder
     from fedsplit.families import read_facts
     from fedsplit.report import make_watcher
@@ -296,12 +297,15 @@ def run(config: Config) -> dict[str, Any]:
         )
         trunk_line = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}"
         watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}")
+        for line in [*stated(deal), *(table(deal) if config.data.show else [])]:
+            watcher.line(line)
         name = f"trunk-{os.getpid()}-{time.time_ns()}"
         try:
             start_cluster(shares.workers)
             trunk = start_trunk(config, name, shares.trunk_threads)
             check_memory(config, trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks)
+            results.save_data(as_document(deal))
             federation = Federation(config, trunk, name, shares.client_threads, strategy, results, watcher, started)
             _simulate(federation, config.clients)
         finally:

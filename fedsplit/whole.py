@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from fedsplit import lora
 from fedsplit.config import InputError
 from fedsplit.families import read_facts
 from fedsplit.finished import Adapter
+from fedsplit.kernels import IGNORED
+from fedsplit.sequences import Sequences
 from fedsplit.split import TYPES, check_checkpoint, load_whole
 from fedsplit.updates import Adapters
 
@@ -111,19 +112,23 @@ def attach(base: Any, adapter: Adapter) -> Any:
 
 
 @torch.no_grad()
-def score(model: Any, batches: Iterable[Tensor]) -> Score:
+def score(model: Any, batches: Iterable[Sequences]) -> Score:
     """Measures a causal LM.
 
     Args:
         model: The library's, with or without an adapter; computes in the type of its weights.
-        batches: Tokens (B, T) each.
+        batches: Sequences; every token that is predicted counts the same.
     """
     narrow = next(model.parameters()).dtype
     total = Score()
-    for ids in batches:
+    for rows in batches:
+        seen = {} if rows.mask is None else {"attention_mask": rows.mask}
         with torch.autocast("cpu", narrow, enabled=narrow != torch.float32):
-            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        labels = ids[:, 1:].flatten()
+            logits = model(input_ids=rows.ids, **seen).logits[:, :-1].flatten(0, 1)
+        labels = rows.labels[:, 1:].flatten()
+        wanted = labels != IGNORED
+        if not bool(wanted.all()):
+            logits, labels = logits[wanted], labels[wanted]
         nats = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
         total += Score(float(nats), int((logits.argmax(-1) == labels).sum()), labels.numel())
     return total

@@ -23,6 +23,7 @@ from fedsplit.packets import Encoded, StepKey
 from fedsplit.partition import Shard, batch
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
+from fedsplit.sequences import Sequences
 from fedsplit.split import load_parts, load_whole
 from fedsplit.steps import SpoiledStep, StaleStep
 from fedsplit.updates import Task
@@ -56,7 +57,9 @@ def make_client(
         without_dropout(part)
     generator = torch.Generator().manual_seed(1)
     shard = Shard(
-        "ann", torch.randint(1, VOCABULARY, (10, 8), generator=generator), torch.zeros(1, 8, dtype=torch.long)
+        "ann",
+        Sequences.packed(torch.randint(1, VOCABULARY, (10, 8), generator=generator)),
+        Sequences.packed(torch.zeros(1, 8, dtype=torch.long)),
     )
     link = Link(trunk, make_codec(codec), SCHEDULES[schedule], incarnation="first")
     client = Client(0, shard, bottom, top, link, config.train, seed)
@@ -64,7 +67,7 @@ def make_client(
 
 
 def fine_tune(
-    path: Path, start: dict[str, torch.Tensor], blocks: torch.Tensor, settings: TrainSettings, client: int = 0
+    path: Path, start: dict[str, torch.Tensor], blocks: Sequences, settings: TrainSettings, client: int = 0
 ) -> dict[str, torch.Tensor]:
     """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of a client with seed 0."""
     base = load_whole(path)
@@ -77,8 +80,8 @@ def fine_tune(
         parameter.data = start[name].clone()
     optimizer = make_optimizer(trained.values(), settings)
     for step in range(STEPS):
-        ids = batch(blocks, step, settings.batch_size, derive_seed(0, "client", client))
-        whole(input_ids=ids, labels=ids).loss.backward()
+        rows = batch(blocks, step, settings.batch_size, derive_seed(0, "client", client))
+        whole(input_ids=rows.ids, labels=rows.labels, attention_mask=rows.mask).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: parameter.detach() for name, parameter in trained.items()}
@@ -186,7 +189,7 @@ def test_training_depends_on_what_it_is_given_alone(model_path: Path) -> None:
     client, _, given = make_client(model_path, "frozen", dropout=0.3, steps=3)
     first = client.train(given, round=2).adapters.tensors
     broken, second = (replace(client, link=replace(client.link, attempt=attempt)) for attempt in (1, 2))
-    broken.step(client.shard.train[:2], StepKey(2, 0, 0))
+    broken.step(client.shard.train.ids[:2], StepKey(2, 0, 0))
     torch.manual_seed(99)
     again = second.train(given, round=2).adapters.tensors
     with pytest.raises(StaleStep, match="round 2, client 0, step 0"):
@@ -199,7 +202,7 @@ def test_training_depends_on_what_it_is_given_alone(model_path: Path) -> None:
 def test_padding_is_neither_seen_nor_predicted(model_path: Path) -> None:
     client, server, _ = make_client(model_path, "frozen")
     client.bottom.eval(), client.top.eval()
-    ids = client.shard.train[:2].clone()
+    ids = client.shard.train.ids[:2].clone()
     mask = torch.ones_like(ids)
     mask[:, 5:] = 0
     short = client.step(ids[:, :5], StepKey(1, 0, 0))

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.config import BUNDLED_MODEL, SettingError
-from fedsplit.corpus import check_dataset, pack, read_documents, sotu, tokenise
+from fedsplit.config import BUNDLED_MODEL, DataSettings, SettingError
+from fedsplit.corpus import FIRST_CLIENT_YEAR, chop, pack, sotu, tokenise
+from fedsplit.tables import read_table
 
 
 @given(st.lists(st.lists(st.integers(1, 50)), max_size=8), st.integers(1, 9))
@@ -19,16 +20,18 @@ def test_blocks_joined_are_the_texts_with_ends_between(texts: list[list[int]], l
     stream = [token for text in texts for token in (*text, 0)]
     assert all(len(block) == length for block in blocks)
     assert [token for block in blocks for token in block] == stream[: len(stream) // length * length]
+    assert blocks == chop([[*text, 0] for text in texts], length)
 
 
 def test_clients_and_base_model_share_no_address() -> None:
     """The base model's own record of what it read, against what clients are given."""
     record = json.loads(Path("experiments/base_model/result.json").read_text())
     read = {*record["trained_on"], *record["validated_on"]}
-    given_to_clients = {document.name for document in read_documents("sotu")}
+    given_to_clients = {document.name for document in sotu(first_year=FIRST_CLIENT_YEAR)}
     assert read == {document.name for document in sotu(last_year=1945)}
     assert not read & given_to_clients
     assert len(read) + len(given_to_clients) == len(sotu())
+    assert len(given_to_clients) == len(read_table("sotu", DataSettings()))
 
 
 def test_addresses_come_by_date_with_their_presidents() -> None:
@@ -48,47 +51,6 @@ def test_tokens_decode_to_the_text() -> None:
     (document,) = sotu(1790, 1790)[:1]
     (ids,) = tokenise([document], BUNDLED_MODEL)
     assert Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json")).decode(ids) == document.text
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "txt"])
-def test_files_of_all_types(tmp_path: Path, suffix: str) -> None:
-    import datasets
-
-    path = tmp_path / f"notes.{suffix}"
-    rows = datasets.Dataset.from_dict({"text": ["one, two", " three\n", ""], "owner": ["ann", "bob", "ann"]})
-    if suffix == "txt":
-        path.write_text("one, two\n")
-        assert [document.text for document in read_documents(str(path))] == ["one, two"]
-        return
-    {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](str(path))
-    found = [(document.text, document.owner) for document in read_documents(str(path))]
-    assert found == [("one, two", "ann"), ("three", "bob")]
-
-
-@pytest.mark.parametrize("dataset", ["wiki", "missing.jsonl", "notes.pdf"])
-def test_what_is_not_there_is_refused_without_reading(dataset: str) -> None:
-    with pytest.raises(SettingError, match=f"dataset: {dataset} is not possible; allowed: sotu, or a file"):
-        check_dataset(dataset)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"body": "x"}', "its columns are body"),
-        ("a.jsonl", "", "it is empty"),
-        ("a.jsonl", "{", "a .jsonl file with a column 'text'"),
-        ("a.jsonl", '{"text": " "}', "at least one text"),
-        ("a.csv", "text\n", "dataset: "),
-        ("a.parquet", "PAR", "a .parquet file with a column 'text'"),
-        ("a.txt", " \n", "at least one text"),
-    ],
-)
-def test_wrong_files_get_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(SettingError, match=message) as caught:
-        read_documents(str(path))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from test_client import make_client
 
 from fedsplit.heldout import HeldOut, held_out_batches, measure, sample, through_split
 from fedsplit.partition import Shard
+from fedsplit.sequences import Sequences
 from fedsplit.split import load_whole
 
 
 def test_means_are_over_tokens_not_over_batches() -> None:
     losses = {0: 1.0, 1: 4.0}
-    batches = [(0, torch.zeros(2, 5)), (1, torch.zeros(1, 5))]
-    measured = measure(lambda number, ids: torch.tensor(losses[number]), batches)
+    batches = [(0, Sequences.packed(torch.zeros(2, 5))), (1, Sequences.packed(torch.zeros(1, 5)))]
+    measured = measure(lambda number, rows: torch.tensor(losses[number]), batches)
     assert (measured.nats, measured.tokens, measured.loss) == (2 * 4 * 1.0 + 4 * 4.0, 12, 2.0)
     assert (measured + HeldOut(12.0, 12)).loss == pytest.approx(1.5)
 
@@ -26,7 +28,8 @@ def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
     """With B = 0 the adapters change nothing, so the base itself is the reference."""
     client, server, given = make_client(model_path, "shared", dropout=0.5)
     blocks = torch.randint(1, VOCABULARY, (7, 9), generator=torch.Generator().manual_seed(4))
-    client = type(client)(0, Shard("ann", blocks, blocks), client.bottom, client.top, client.link, client.settings, 0)
+    shard = Shard("ann", Sequences.packed(blocks), Sequences.packed(blocks))
+    client = replace(client, shard=shard)
     batches = held_out_batches(client.shard, 100, 3)
     measured = sum(through_split(client, given, 0, batches), HeldOut(0.0, 0))
     with torch.no_grad():
@@ -38,7 +41,8 @@ def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
 
 
 def test_a_sample_is_spread_over_the_batches() -> None:
-    shard = Shard("ann", torch.zeros(1, 2), torch.arange(40).reshape(20, 2))
+    train, held_out = (Sequences.packed(ids) for ids in (torch.zeros(1, 2), torch.arange(40).reshape(20, 2)))
+    shard = Shard("ann", train, held_out)
     batches = held_out_batches(shard, 12, 2)
     assert [number for number, _ in batches] == [0, 1, 2, 3, 4, 5]
     assert [number for number, _ in sample(batches, 5, 2)] == [0, 2, 4]

@@ -39,10 +39,10 @@ def test_the_first_eight_presidents_after_1945() -> None:
 def test_no_block_has_two_owners_or_is_both_trained_on_and_held_out(spec: str, clients: int) -> None:
     dealt = shards("sotu", spec, clients, length=128)
     assert len(dealt) == clients
-    everything = [row for shard in dealt for row in rows(shard.train, shard.held_out)]
+    everything = [row for shard in dealt for row in rows(shard.train.ids, shard.held_out.ids)]
     assert len(everything) == len(set(everything))
     assert all(len(shard.train) and len(shard.held_out) for shard in dealt)
-    assert all(shard.train.shape[1] == shard.held_out.shape[1] == 128 for shard in dealt)
+    assert all(shard.train.ids.shape[1] == shard.held_out.ids.shape[1] == 128 for shard in dealt)
 
 
 def test_dirichlet_skews_what_iid_does_not() -> None:
@@ -53,8 +53,8 @@ def test_dirichlet_skews_what_iid_does_not() -> None:
 
 def test_dealing_depends_on_the_seed_alone() -> None:
     first, again, other = (shards("sotu", "iid", 3, seed=seed) for seed in (1, 1, 2))
-    assert all(torch.equal(a.train, b.train) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0].train, other[0].train)
+    assert all(torch.equal(a.train.ids, b.train.ids) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0].train.ids, other[0].train.ids)
 
 
 def test_owners_of_a_file_become_clients(corpus_file: Path) -> None:

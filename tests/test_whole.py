@@ -14,6 +14,7 @@ from conftest import VOCABULARY
 
 from fedsplit.config import InputError
 from fedsplit.finished import find_adapter
+from fedsplit.sequences import Sequences
 from fedsplit.whole import Score, attach, open_base, read_fitting, score
 
 
@@ -24,13 +25,13 @@ class Certain(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(math.log(3.0)))
 
-    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.nn.functional.one_hot((input_ids + 1) % 3, 3) * self.weight)
 
 
 def test_scores_by_hand() -> None:
     """Of four predictions three are right: -ln 3/5 each, and -ln 1/5 for the other."""
-    found = score(Certain(), [torch.tensor([[0, 1, 2], [1, 2, 2]])])
+    found = score(Certain(), [Sequences.packed(torch.tensor([[0, 1, 2], [1, 2, 2]]))])
     assert (found.right, found.tokens, found.accuracy) == (3, 4, 0.75)
     assert found.loss == pytest.approx((3 * math.log(5 / 3) + math.log(5)) / 4)
     assert found + Score(1.0, 1, 4) == Score(found.nats + 1.0, 4, 8)
@@ -39,7 +40,7 @@ def test_scores_by_hand() -> None:
 def test_the_loss_is_the_librarys(model_path: Path) -> None:
     model = open_base(model_path, "fp32")
     ids = torch.randint(1, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(1))
-    assert score(model, ids.split(3)).loss == pytest.approx(
+    assert score(model, Sequences.packed(ids).split(3)).loss == pytest.approx(
         float(model(input_ids=ids, labels=ids).loss.detach()), rel=1e-6
     )
 

@@ -66,6 +66,7 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     from fedsplit.packets import StepKey
     from fedsplit.partition import Shard
     from fedsplit.schedules import SCHEDULES
+    from fedsplit.sequences import Sequences
     from fedsplit.split import TYPES, load_parts
     from fedsplit.wire import make_codec
 
@@ -96,7 +97,7 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     ids = torch.randint(0, 1000, shape)
     party = client.Client(
         0,
-        Shard("nobody", ids, ids),
+        Shard("nobody", Sequences.packed(ids), Sequences.packed(ids)),
         account.timed("bottom: forward", bottom),  # type: ignore[arg-type]
         account.timed("top: forward and loss, with its gradient", top),  # type: ignore[arg-type]
         Link(Direct(), make_codec("raw"), SCHEDULES["shared"]),

@@ -43,7 +43,7 @@ def train(message: Message, context: Context) -> Message:
     client, steps = int(context.node_config["partition-id"]), config.train.steps
     first = (instructions["server-round"] - 1) * steps
     losses = [
-        trainer.step(batch(shards[client].train, step, config.train.batch_size, config.seed))
+        trainer.step(batch(shards[client].train.ids, step, config.train.batch_size, config.seed))
         for step in range(first, first + steps)
     ]
     examples = steps * config.train.batch_size

@@ -78,7 +78,7 @@ def main() -> None:
     config = parse(args.flags)
     torch.set_num_threads(args.threads)
     trainer = Trainer(config, args.dtype)
-    data = torch.cat([shard.train for shard in shards_of(config)[args.worker :: args.workers]])
+    data = torch.cat([shard.train.ids for shard in shards_of(config)[args.worker :: args.workers]])
 
     def train(steps: range) -> list[Tensor]:
         return [trainer.step(batch(data, step, config.train.batch_size, config.seed)) for step in steps]

@@ -1,0 +1,72 @@
+"""`python -m fedsplit.data`: who would hold what in a federation, without running it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsplit.command import exit_code, quieten
+from fedsplit.config import Config, SettingError
+from fedsplit.flags import Parser, parse
+
+
+def look(config: Config) -> Any:
+    """The data of a federation, dealt out; only what decides that is checked.
+
+    Returns:
+        A `fedsplit.partition.Deal`.
+
+    Raises:
+        SettingError: There is no such model or data set, or too little text.
+    """
+    from fedsplit.families import read_facts
+    from fedsplit.tables import check_dataset
+
+    facts = read_facts(config.model_path)
+    if config.train.max_length > facts.positions:
+        words = f"8 to {facts.positions}, the model's positions"
+        raise SettingError("train.max_length", config.train.max_length, words)
+    check_dataset(config.dataset, config.data)
+
+    from fedsplit.heldout import deal_of
+
+    return deal_of(config)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m fedsplit.data",
+        description="Shows who would hold what: sequences and tokens, trained and held out, and whose they are.",
+        epilog="All flags of python -m fedsplit.simulate are taken, too: --dataset, --partition, --clients, --model, "
+        "--max-length, --seed and those of the data decide.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--plot", default="", metavar="FILE", help="draw it, too, where matplotlib is installed")
+    parser.add_argument("--json", action="store_true", help="as JSON, as data.json in a run's folder has it")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
+
+    def work() -> None:
+        asked, rest = _parser().parse_known_args(argv)
+        config = parse(rest)
+        quieten(offline=False)
+
+        from fedsplit.census import as_document, plot, stated, table
+
+        deal = look(config)
+        lines = [json.dumps(as_document(deal), indent=2)] if asked.json else [*stated(deal), *table(deal)]
+        print(*lines, sep="\n")
+        if asked.plot:
+            plot(deal, Path(asked.plot))
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

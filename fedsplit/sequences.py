@@ -1,0 +1,110 @@
+"""Sequences of tokens with what is to be predicted of them, padded where they differ in length.
+
+Shapes: n or B sequences of at most T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsplit.kernels import IGNORED
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence, before there are tensors.
+
+    Attributes:
+        ids: Its tokens.
+        labels: The tokens that are predicted, `IGNORED` elsewhere.
+        key: What it is dealt by: its owner, or another column's value.
+    """
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    key: str
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens are predicted; the first one never is."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def predicted(labels: Tensor) -> int:
+    """How many tokens of labels (B, T) are predicted; the first one of a sequence never is."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Some sequences, which lie at the left; what is right of their ends is padding.
+
+    Attributes:
+        ids: Tokens (n, T).
+        labels: The tokens themselves (n, T) where they are predicted, `IGNORED` elsewhere; as the library takes them,
+            they are not shifted.
+        lengths: Tokens of each sequence (n,); None where there is no padding.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    lengths: Tensor | None = None
+
+    @classmethod
+    def packed(cls, ids: Tensor) -> Sequences:
+        """Tokens (n, T) that are all predicted, without padding."""
+        return cls(ids, ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, which: Sequence[int] | slice) -> Sequences:
+        """Some of them, without the padding that all of these have in common."""
+        ids, labels = self.ids[which], self.labels[which]
+        if self.lengths is None:
+            return Sequences(ids, labels)
+        lengths = self.lengths[which]
+        longest = int(lengths.max()) if len(lengths) else 0
+        padded = bool((lengths < longest).any())
+        return Sequences(ids[:, :longest], labels[:, :longest], lengths if padded else None)
+
+    def split(self, size: int) -> list[Sequences]:
+        """Batches in order, of so many sequences each but for the last."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(n, T), False on padding; None where there is none."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.ids.shape[1])[None] < self.lengths[:, None]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return self.ids.numel() if self.lengths is None else int(self.lengths.sum())
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that are predicted."""
+        return predicted(self.labels)
+
+
+def stack(rows: Sequence[Row], pad: int) -> Sequences:
+    """Rows as tensors.
+
+    Args:
+        rows: One or more.
+        pad: The token put where a sequence is shorter than the longest; nobody sees or predicts it.
+    """
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    longest = int(lengths.max())
+    ids = torch.tensor([[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows])
+    if all(row.labels is row.ids for row in rows) and bool((lengths == longest).all()):
+        return Sequences.packed(ids)
+    labels = torch.tensor([[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in rows])
+    return Sequences(ids, labels, lengths if bool((lengths < longest).any()) else None)

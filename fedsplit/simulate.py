@@ -64,6 +64,7 @@ def check(config: Config) -> tuple[Path, Any]:
     """
     from fedsplit.corpus import check_dataset
     from fedsplit.families import read_facts
+    from fedsplit.methods import check_method
     from fedsplit.schedules import SCHEDULES
 
     facts = read_facts(config.model_path)
@@ -98,6 +99,7 @@ def check(config: Config) -> tuple[Path, Any]:
         )
     if strange := [name for name in config.lora.targets if name not in facts.family.targets]:
         raise SettingError("lora.targets", strange[0], ",".join(facts.family.targets))
+    check_method(config, facts.family.transposed)
     check_dataset(config.dataset)
 
     from fedsplit.aggregation import strategy_defaults
@@ -114,6 +116,10 @@ def check(config: Config) -> tuple[Path, Any]:
     check_checkpoint(config.model_path)
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
     check_strategy(strategy, config)
+    if config.lora.method != "lora" or config.lora.options:
+        from fedsplit.injection import check_injection
+
+        check_injection(config, facts.family)
     shards_of(config)
     return folder, strategy
 

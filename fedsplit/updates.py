@@ -256,6 +256,7 @@ class Traits:
     """What must be known of a strategy before a run.
 
     Attributes:
+        factors: It needs layers with a pair of factors A and B, as LoRA has them.
         mixed_ranks: Clients may have different ranks.
         folds: It changes base weights.
         personal: The factors that never leave their client.
@@ -264,6 +265,7 @@ class Traits:
         fewest: The clients that must answer in a round at least.
     """
 
+    factors: bool = False
     mixed_ranks: bool = False
     folds: bool = False
     personal: frozenset[str] = frozenset()

@@ -56,9 +56,7 @@ def _refused(settings: LoraSettings, error: Exception) -> SettingError:
     return SettingError(setting, value, f"what PEFT takes ({reason})")
 
 
-def _where(
-    settings: LoraSettings, family: Family, blocks: Sequence[int] | None, known: set[str]
-) -> dict[str, Any]:
+def _where(settings: LoraSettings, family: Family, blocks: Sequence[int] | None, known: set[str]) -> dict[str, Any]:
     """The fields that say which layers are adapted."""
     targets = list(settings.targets or family.targets)
     where: dict[str, Any] = {"target_modules": targets}
@@ -68,7 +66,7 @@ def _where(
         numbers, names = "|".join(map(str, blocks)), "|".join(map(re.escape, targets))
         where["target_modules"] = rf".*\.{family.blocks}\.({numbers})\.(.*\.)?({names})"
     if "feedforward_modules" in known:
-        # As patterns, since PEFT wants names to be among the targets, and a name may be both of an MLP and of attention.
+        # As patterns: PEFT wants names to be among the targets, and one may be of an MLP and of attention.
         if blocks is None:
             where["target_modules"] = rf".*\.({'|'.join(map(re.escape, targets))})"
         where["feedforward_modules"] = rf".*\.({'|'.join(map(re.escape, family.narrows)) or '(?!)'})"

@@ -210,7 +210,8 @@ def run(config: Config) -> dict[str, Any]:
             f"micro-batches: {shares.micro_batches}"
         )
         trunk_line = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}"
-        watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}")
+        kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
+        watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}{kind}")
         name = f"trunk-{os.getpid()}-{time.time_ns()}"
         try:
             start_cluster(shares.workers)

@@ -170,7 +170,8 @@ def check_strategy(strategy: Any, config: Config) -> None:
     """Makes sure that a strategy can do what a run asks of it.
 
     Raises:
-        SettingError: It needs factors that the adapters do not have, cannot handle different ranks, cannot be applied in this type, or cannot go on.
+        SettingError: It needs factors that the adapters do not have, cannot handle different ranks, cannot be applied
+            in this type, or cannot go on.
     """
     traits = traits_of(strategy)
     if traits.factors and not method_of(config.lora).factors:

@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = [
     {"config", "lowrank", "packets", "seeds", "tally"},
-    {"updates", "flags", "command"},
+    {"updates", "flags", "command", "methods"},
     {
         "finished",
         "families",
@@ -30,6 +30,7 @@ LAYERS = [
         "comparison",
     },
     {"split", "partition", "link", "learner"},
+    {"injection"},
     {"lora", "learners"},
     {"trunk", "client", "checkpoint", "whole"},
     {"dispatch", "heldout", "holdings", "merging"},
@@ -46,7 +47,7 @@ HOMES = {
     "flwr": {"records", "aggregation", "exchange", "client_app", "server_app", "simulate"},
     "flwr_datasets": {"partition"},
     "numpy": {"packets", "records", "wire"},
-    "peft": {"lora", "whole", "merging"},
+    "peft": {"injection", "lora", "whole", "merging"},
     "psutil": {"memory"},
     "ray": {"actor"},
     "rich": {"report"},

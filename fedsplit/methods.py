@@ -138,11 +138,11 @@ RESERVED: Mapping[str, str] = {
     **dict.fromkeys(("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"), _OURS),
     **dict.fromkeys(("base_model_name_or_path", "revision", "fan_in_fan_out", "layers_to_transform"), _OURS),
     **dict.fromkeys(("layers_pattern", "feedforward_modules", "save_projection", "progressbar"), _OURS),
-    **dict.fromkeys(("target_modules", "exclude_modules", "target_parameters"), "said by lora.targets"),
+    **dict.fromkeys(("target_modules", "exclude_modules", "target_parameters"), "lora.targets says which layers"),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "lambda_pattern", "block_size_pattern"), _NUMBERED),
     "n_frequency_pattern": _NUMBERED,
     "proportional_parameters": _NUMBERED,
-    "use_rslora": "said by lora.rslora",
+    "use_rslora": "lora.rslora says so",
     **dict.fromkeys(("use_dora", "use_bdlora", "velora_config", "kasa_config"), "another method, not this one's"),
     **dict.fromkeys(("monteclora_config", "arrow_config", "alora_invocation_tokens"), "another method, not this one's"),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "bias", "lora_bias"), "only adapters train"),
@@ -232,10 +232,10 @@ def _check_options(settings: LoraSettings, method: Method) -> None:
     said = {method.rank: "lora.rank", method.alpha: "lora.alpha", method.dropout: "lora.dropout", method.seed: "seed"}
     for name, value in options_of(settings).items():
         if name in said:
-            raise SettingError("lora.options", name, f"it said by {said[name]}")
+            raise SettingError("lora.options", name, f"other fields; this one is the setting {said[name]}")
         if name in RESERVED or name in method.preset:
-            why = RESERVED.get(name, f"said by the method {settings.method}")
-            raise SettingError("lora.options", name, f"fields of the method {settings.method} without this one: {why}")
+            why = RESERVED.get(name, f"what the method {settings.method} stands for")
+            raise SettingError("lora.options", name, f"other fields ({why})")
         if name == "init_lora_weights" and value not in _STARTS:
             words = "gaussian | orthogonal | true | false; or --peft pissa or olora"
             raise SettingError("lora.options", f"{name} {value}", words)

@@ -44,5 +44,5 @@ def test_fields_are_read_from_text_or_file_and_kept_as_text(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("given", ["nowhere.json", "{", "[1]", '{"a": NaN}', "3", 3])
 def test_what_is_no_object_of_fields_is_refused(given: object) -> None:
-    with pytest.raises(SettingError, match="^lora.options: .* allowed: a JSON object of fields, or a .json file"):
+    with pytest.raises(SettingError, match=r"^lora.options: .* allowed: a JSON object of fields, or a .json file"):
         build({"lora.options": given})

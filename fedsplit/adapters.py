@@ -50,7 +50,8 @@ def summary(run: Run) -> list[str]:
         file = run.adapter(client).folder / ADAPTER_FILES[1]
         rows.append((f"client {client}", "", "", "", f"{count_values(file):,}", size(file.stat().st_size)))
     config = run.config
-    about = f"model {config.model}; cut {config.cut}; strategy {config.strategy}; ranks {_ranks(run)}"
+    kind = f"ranks {_ranks(run)}" if config.lora.method == "lora" else f"{config.lora.method}, ranks {_ranks(run)}"
+    about = f"model {config.model}; cut {config.cut}; strategy {config.strategy}; {kind}"
     return [about, *aligned(rows)]
 
 

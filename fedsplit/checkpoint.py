@@ -205,7 +205,8 @@ class RunFolder:
             layers = {layer: facts for layer, facts in whole.layers.items() if layer.startswith(prefixes)}
             tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(prefixes)}
             whole = Adapters(tensors, layers, folded)
-        lora.save(folder, whole, self._config.lora, self._family, self._config.model, blocks)
+        config = self._config
+        lora.save(folder, whole, config.lora, self._family, config.model, blocks, config.seed)
 
 
 _FACTS, _TENSORS, _PERSONAL = "state.json", "state.safetensors", "personal"

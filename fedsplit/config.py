@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,6 +101,7 @@ COEFFICIENT = Allowed(
     "a number of at least 0, or -1 for what config.json says", lambda v: v == -1 or (math.isfinite(v) and v >= 0)
 )
 SHARES = Allowed("parts among bottom,trunk,top", lambda v: v != () and len({*v}) == len(v) and {*v} <= {*PARTS})
+FIELDS = Allowed("a JSON object of fields, or a .json file that holds one", lambda v: True)
 NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name in v))
 WARMUP = Allowed("a whole number of steps, or a share of them from 0 to below 1", _is_warmup)
 CUT = Allowed("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: _parse_cut(v) is not None)
@@ -213,6 +215,8 @@ class LoraSettings:
     targets: tuple[str, ...] = setting(
         (), NAMES, "projections that get an adapter (default: all of the family's)", "--lora-target-modules"
     )
+    method: str = setting("lora", TEXT, "the kind of adapter, by PEFT's name for it; the README lists them", "--peft")
+    options: str = setting("", FIELDS, "more fields of that kind's PEFT configuration, by name", "--peft-config")
 
     @property
     def top_rank(self) -> int:
@@ -444,6 +448,8 @@ def _convert(name: str, value: object, kind: Any) -> Any:
         elif kind == tuple[int, ...]:
             converted = _whole_numbers(value)
             suits = True
+        elif allowed is FIELDS:
+            converted, suits = _object(value), True
         elif kind is bool:
             converted = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
             suits = isinstance(converted, bool)
@@ -479,6 +485,25 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
     if any(isinstance(item, bool) or not isinstance(item, int | str) for item in items):
         raise TypeError
     return tuple(int(item) for item in items)
+
+
+def _object(value: object) -> str:
+    """A JSON object as one line, from its text, from the file that the text names, or from a table; "" for none.
+
+    Raises:
+        ValueError, TypeError: It is none of these.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if text and not text.startswith("{"):
+            try:
+                text = Path(text).read_text(encoding="utf-8")
+            except OSError as error:
+                raise ValueError from error
+        value = json.loads(text or "{}")
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
 def _short(value: object) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsplit.config import SettingError
 from fedsplit.vocabulary import open_tokenizer
 
 FIRST_CLIENT_YEAR = 1946

@@ -29,6 +29,7 @@ class Family:
         rotary: The rotary position module within the decoder, if there is one.
         targets: Attention and MLP projections, by the last part of their names.
         transposed: Whether those projections are `Conv1D`, which store (in, out).
+        narrows: The MLP's projections back to the hidden size, by the ends of their names.
         layers_key: What the checkpoint's config.json calls the number of blocks.
         positions_key: What it calls the longest sequence.
         cap_key: What it calls the cap of the logits, if the family has one.
@@ -55,6 +56,7 @@ class Family:
     dropout: str | None = None
     rotary: str | None = None
     transposed: bool = False
+    narrows: tuple[str, ...] = ()
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
     cap_key: str | None = None
@@ -79,6 +81,7 @@ _LLAMA = Family(
     embedding="embed_tokens",
     norm="norm",
     targets=(*_ATTENTION, "gate_proj", "up_proj", "down_proj"),
+    narrows=("down_proj",),
     rotary="rotary_emb",
 )
 
@@ -103,6 +106,7 @@ FAMILIES = {
         positions="wpe",
         dropout="drop",
         transposed=True,
+        narrows=("mlp.c_proj",),
         layers_key="n_layer",
         positions_key="n_positions",
         required={"add_cross_attention": False},  # there is no encoder, and adapters on it would get no gradient
@@ -124,6 +128,7 @@ FAMILIES = {
         embedding="embed_in",
         norm="final_layer_norm",
         targets=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        narrows=("dense_4h_to_h",),
         dropout="emb_dropout",
         rotary="rotary_emb",
         stored={"lm_head.weight": ("embed_out.weight",)},
@@ -134,6 +139,7 @@ FAMILIES = {
         embedding="embed_tokens",
         norm="final_layer_norm",
         targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        narrows=("fc2",),
         positions="embed_positions",
         required={"word_embed_proj_dim": "hidden_size", "layerdrop": 0},
     ),

@@ -12,8 +12,8 @@ from fedsplit.config import DataSettings, SettingError
 from fedsplit.corpus import chop, encode
 from fedsplit.kernels import IGNORED
 from fedsplit.sequences import Row
-from fedsplit.tables import Table
 from fedsplit.split import load_tokenizer
+from fedsplit.tables import Table
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What marks the assistant's turns in a chat template that says where they are."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedsplit.config import PARTS, Config
 from fedsplit.learners import Copy, Start
 from fedsplit.lowrank import LowRank
+from fedsplit.methods import method_of
 from fedsplit.schedules import SCHEDULES
 from fedsplit.store import ClientStore, FoldLog
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Traits, factor_of
@@ -51,6 +52,9 @@ class Holdings:
         self.start = everything.with_tensors({n: t for n, t in everything.tensors.items() if n not in alone})
         self.accepted: dict[int, int] = {}
         self.folded: dict[str, LowRank] = {}
+        if method_of(config.lora).residual:  # every party has taken out of its base weights what it starts from
+            starts = [(layer, part.change(layer)) for part in parts.values() for layer in part.complete]
+            self.folded = {layer: start.times(-1.0).to(torch.float32) for layer, start in starts}
         self.news: dict[str, LowRank] = {}
         self.last_fold = 0
         self._held: dict[int, dict[str, Tensor]] = {}

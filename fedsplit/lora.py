@@ -1,4 +1,8 @@
-"""PEFT on a part: add, read, write, count, save; and what was saved, read again."""
+"""Adapters on a part, by PEFT: add, read, write, count, save; and what was saved, read again.
+
+Those of LoRA are pairs of factors, with a scaling that goes with their rank. Of any other kind there are only tensors
+by name, which are read, written and saved alike.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import PeftConfig
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
@@ -17,13 +21,15 @@ from torch import Tensor, nn
 
 from fedsplit.config import LoraSettings
 from fedsplit.families import STACKED, Family
+from fedsplit.injection import ADAPTER, exported, inject, make_config, trained_names
 from fedsplit.kernels import lora_linear
 from fedsplit.lowrank import LowRank
+from fedsplit.methods import draws_fresh, method_of
 from fedsplit.sources import to_peft
 from fedsplit.split import Part
 from fedsplit.updates import Adapters, Layer, fresh_factor
 
-_NAME = "default"
+_NAME = ADAPTER
 
 
 class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
@@ -45,63 +51,44 @@ def _fuse(part: Part) -> None:
             module.__class__ = _FusedLinear
 
 
-def lora_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | None = None) -> LoraConfig:
-    """PEFT's configuration of our adapters.
-
-    Args:
-        settings: Rank, alpha, dropout and targets.
-        family: The model's family.
-        blocks: The blocks of the unsplit model that are adapted; all where None.
-    """
-    targets = settings.targets or family.targets
-    paths = [family.parameters[name] for name in family.asked(targets)]
-    if blocks is not None:  # PEFT chooses blocks for modules only
-        paths = [f"{family.blocks}.{block}.{path}" for block in blocks for path in paths]
-    return LoraConfig(
-        r=settings.top_rank,
-        lora_alpha=settings.alpha,
-        use_rslora=settings.rslora,
-        lora_dropout=settings.dropout,
-        target_modules=[name for name in targets if name not in family.parameters],
-        target_parameters=paths or None,
-        fan_in_fan_out=family.transposed,
-        layers_to_transform=None if blocks is None else list(blocks),
-        layers_pattern=None if blocks is None else family.blocks,
-        task_type="CAUSAL_LM",
-    )
+lora_config = make_config
+"""PEFT's configuration of our adapters, LoRA or another."""
 
 
 def add(part: Part, settings: LoraSettings, seed: int) -> None:
-    """Puts LoRA adapters on a part, in place; its other parameters stay frozen.
+    """Puts adapters on a part, in place; its other parameters stay frozen.
 
-    What A starts from depends on the seed and the layer's name alone, so that it is the same for every
-    client and every cut. B starts at zero.
+    What training starts from depends on the seed, the layer's name and its weight alone, so that it is the same for
+    every client and every cut. LoRA's B starts at zero, unless the method takes its start out of the base weight.
 
     Args:
         part: The part; its base weights must be frozen already.
-        settings: Rank, alpha, dropout and targets.
+        settings: The kind of adapter, rank, alpha, dropout and targets.
         seed: The run's seed.
     """
     modules = len(settings.targets) > len(part.family.asked(settings.targets)) or not settings.targets
     if not part.blocks or not (modules or part.routers):
         return
-    inject_adapter_in_model(lora_config(settings, part.family), part, adapter_name=_NAME)
+    inject(part, make_config(settings, part.family, seed=seed), seed)
+    part.adapter = trained_names(part)
     if part.fused:
         _fuse(part)
+    fresh = draws_fresh(settings)
     for name, parameter in parameters(part).items():
-        parameter.data = parameter.data.float()  # PEFT gives it the type of the base
-        if "lora_A" in name:
+        # PEFT gives it the type of the base; and the fused optimiser pairs elements by their place in memory.
+        parameter.data = parameter.data.float().contiguous()
+        if fresh and "lora_A" in name:
             parameter.data.copy_(fresh_factor(name, parameter.shape, seed))
 
 
 def local_parameters(part: Part) -> dict[str, nn.Parameter]:
     """A part's adapter parameters by the names they have in the part."""
-    return {name: parameter for name, parameter in part.named_parameters() if f".{_NAME}." in name}
+    return {name: parameter for name, parameter in part.named_parameters() if name in part.adapter}
 
 
 def exported_name(part: Part, local: str) -> str:
     """The name that PEFT gives a part's adapter parameter in a file for the unsplit model."""
-    return part.whole_name(local).replace(f".{_NAME}.", ".")
+    return exported(part.whole_name(local))
 
 
 def parameters(part: Part) -> dict[str, nn.Parameter]:
@@ -123,7 +110,7 @@ def read(*parts: Part) -> Adapters:
     for part in parts:
         tensors |= {name: parameter.detach().clone() for name, parameter in parameters(part).items()}
         for name, module in part.named_modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and not module.lora_variant:  # a variant does more than to add s * B @ A
                 layers[part.whole_name(name)] = _layer_of(module)
     return Adapters(tensors, layers)
 
@@ -221,6 +208,7 @@ def save(
     family: Family,
     base: str,
     blocks: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> None:
     """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
 
@@ -229,12 +217,15 @@ def save(
     Args:
         directory: Where to; made if it is not there.
         whole: The adapters, by exported name, and what was folded.
-        settings: Rank, alpha, dropout and targets.
+        settings: The kind of adapter, rank, alpha, dropout and targets.
         family: The model's family.
         base: The base model's name, for the record, as `--model` has it.
         blocks: The adapted blocks of the unsplit model, where it is not all of them.
+        seed: The run's seed.
     """
-    config = lora_config(settings, family, blocks)
+    config = make_config(settings, family, blocks, seed)
+    if method_of(settings).residual:
+        config.init_lora_weights = True  # what was taken out of the base is in the factors, with what was folded
     config.base_model_name_or_path, config.revision = to_peft(base)
     config.inference_mode = True
     tensors = dict(whole.tensors)
@@ -255,12 +246,15 @@ def save(
 def load(directory: Path) -> Adapters:
     """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote; the inverse of `save`.
 
-    What had been folded is in the factors; every layer has the alpha that goes with its own rank.
+    What had been folded is in the factors; every layer has the alpha that goes with its own rank. Of an adapter that
+    does more, or something else, than to add s * B @ A, there are tensors only, and no layers.
     """
-    config = LoraConfig.from_pretrained(str(directory))
+    config = PeftConfig.from_pretrained(str(directory))
     named = load_file(directory / "adapter_model.safetensors")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in named.items()}
-    layers = {}
+    layers: dict[str, Layer] = {}
+    if config.peft_type != "LORA" or config.use_dora or config.lora_bias:
+        return Adapters(tensors, layers)
     for layer in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
         layers[layer] = Layer(float(alpha), bool(config.fan_in_fan_out), bool(config.use_rslora))

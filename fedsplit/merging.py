@@ -27,7 +27,7 @@ from fedsplit.split import TYPES, load_whole
 from fedsplit.store import write_tensors
 from fedsplit.updates import Adapters
 from fedsplit.vocabulary import TOKENIZER_FILES
-from fedsplit.whole import open_base, read_fitting
+from fedsplit.whole import merged, open_base, read_fitting
 
 RECORD = "merged.json"
 """What was merged, in a merged folder."""
@@ -87,7 +87,10 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
     base = open_base(adapter.model_path, adapter.dtype).float()
     changes = read_fitting(adapter, base)
     base_type = _type_of(base)
-    _add(base, changes, 1.0)
+    if changes.layers:
+        _add(base, changes, 1.0)
+    else:
+        base = merged(base, adapter)
     base.to(TYPES[dtype])
 
     def fill(draft: Path) -> None:
@@ -134,6 +137,9 @@ def unmerge(folder: Path, out: Path) -> str:
     record = read_record(folder)
     model = load_whole(folder, torch.float32)
     changes = read_fitting(Adapter(folder / MERGED, str(folder), "fp32", MERGED), model)
+    if not changes.layers:
+        words = f"its adapter does more than to add something to the weights; the base is {record['base']}"
+        raise InputError(f"{folder} cannot be unmerged: {words}")
     _add(model, changes, -1.0)
     kind = str(record["base_type"]) if record["dtype"] == "fp32" else "float32"
     model.to(_NARROW.get(kind, torch.float32))
@@ -174,6 +180,9 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     check_same_base(adapters)
     base = open_base(adapters[0].model_path, adapters[0].dtype).float()
     read = [read_fitting(adapter, base) for adapter in adapters]
+    for adapter, found in zip(adapters, read, strict=True):
+        if not found.layers:
+            raise InputError(f"{adapter.folder} cannot be combined: it is no LoRA, whose factors add up")
     if how == "linear":
         _check_linear(read)
     if any(one.stacked for one in read):

@@ -92,6 +92,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         SettingError: Something was given wrongly.
     """
     from fedsplit.families import read_facts
+    from fedsplit.methods import check_method
     from fedsplit.schedules import SCHEDULES
     from fedsplit.sources import about, weights
     from fedsplit.tables import check_dataset
@@ -131,6 +132,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     if strange := [name for name in config.lora.targets if name not in possible]:
         raise SettingError("lora.targets", strange[0], ",".join(possible))
     check_experts(config, facts)
+    check_method(config, facts.family.transposed)
     check_dataset(config.dataset, config.data)
 
     from fedsplit.aggregation import strategy_defaults
@@ -149,6 +151,10 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
     check_strategy(strategy, config)
     check_stacked(strategy, config, facts)
+    if config.lora.method != "lora" or config.lora.options:
+        from fedsplit.injection import check_injection
+
+        check_injection(config, facts.family)
     deal = deal_of(config)
     check_checkpoint(weights(config, tell=print))  # last: they may have to be fetched first
     return folder, strategy, deal
@@ -296,7 +302,8 @@ def run(config: Config) -> dict[str, Any]:
             f"micro-batches: {shares.micro_batches}"
         )
         trunk_line = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}"
-        watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}")
+        kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
+        watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}{kind}")
         for line in [*stated(deal), *(table(deal) if config.data.show else [])]:
             watcher.line(line)
         name = f"trunk-{os.getpid()}-{time.time_ns()}"

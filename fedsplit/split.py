@@ -51,7 +51,10 @@ class Part(nn.Module):
         config: The model's configuration, cut to this part.
         fused: Whether it computes with `fedsplit.kernels` where it can; else with the library's code alone.
         dtype: The type of its base weights and of its computation; adapters are float32 always.
+        adapter: The parameters that are its adapter's, by their names here.
     """
+
+    adapter: frozenset[str] = frozenset()
 
     def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any, fused: bool, dtype: torch.dtype) -> None:
         """Cuts a part out of a model.
@@ -413,6 +416,12 @@ def load_parts(
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer that lies beside a model."""
     return AutoTokenizer.from_pretrained(path)
+
+
+def blank(path: Path) -> Any:
+    """The unsplit model without its weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
 
 
 def load_whole(path: Path, dtype: torch.dtype = torch.float32) -> Any:

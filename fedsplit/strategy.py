@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from fedsplit.config import Config, SettingError
+from fedsplit.methods import method_of
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 
 State = Mapping[str, Tensor]
@@ -169,9 +170,15 @@ def check_strategy(strategy: Any, config: Config) -> None:
     """Makes sure that a strategy can do what a run asks of it.
 
     Raises:
-        SettingError: It cannot handle different ranks, cannot be applied in this type, or cannot go on.
+        SettingError: It needs factors that the adapters do not have, cannot handle different ranks, cannot be applied
+            in this type, or cannot go on.
     """
     traits = traits_of(strategy)
+    if traits.factors and not method_of(config.lora).factors:
+        names: Any = importlib.import_module("strategies").STRATEGIES
+        able = ", ".join(sorted(name for name in names if not traits_of(_find(name)).factors))
+        words = f"{able} with the method {config.lora.method}, whose layers have no pair of factors A and B"
+        raise SettingError("strategy", config.strategy, words)
     if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
         package: Any = importlib.import_module("strategies")
         can = sorted(name for name in package.STRATEGIES if traits_of(_find(name)).mixed_ranks)

@@ -294,6 +294,7 @@ class Traits:
     """What must be known of a strategy before a run.
 
     Attributes:
+        factors: It needs layers with a pair of factors A and B, as LoRA has them.
         mixed_ranks: Clients may have different ranks.
         folds: It changes base weights.
         personal: The factors that never leave their client.
@@ -303,6 +304,7 @@ class Traits:
         multiplies: It computes with B @ A, or with factors as halves of it, so that it needs layers of one matrix.
     """
 
+    factors: bool = False
     mixed_ranks: bool = False
     folds: bool = False
     personal: frozenset[str] = frozenset()

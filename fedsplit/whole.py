@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,20 @@ def read_fitting(adapter: Adapter, base: Any) -> Adapters:
         if name not in parameters or parameters[name].shape != wanted:
             words = f"which is no {' x '.join(map(str, wanted))} in the model"
             raise InputError(f"the adapter in {adapter.folder} does not fit the model: it changes {name}, {words}")
+    for name in read.tensors if not read.layers else ():
+        if _owner(name, modules) is None:
+            words = f"it has {name}, of a layer which the model has not"
+            raise InputError(f"the adapter in {adapter.folder} does not fit the model: {words}")
     return read
+
+
+def _owner(name: str, modules: Mapping[str, Any]) -> str | None:
+    """The layer that an adapter's tensor belongs to: the longest beginning of its name that is one with a weight."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            return name if hasattr(modules[name], "weight") else None
+    return None
 
 
 def attach(base: Any, adapter: Adapter) -> Any:
@@ -108,7 +122,27 @@ def attach(base: Any, adapter: Adapter) -> Any:
         InputError: The adapter does not fit.
     """
     read_fitting(adapter, base)
-    return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is drawn from a seed is not in the file, and need not be
+        try:
+            return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"the adapter in {adapter.folder} does not fit the model ({reason})") from None
+
+
+def merged(base: Any, adapter: Adapter) -> Any:
+    """A base model with an adapter of any kind in its weights, by PEFT; the base is changed.
+
+    Raises:
+        InputError: The adapter does not fit, or cannot be merged.
+    """
+    model = attach(base, adapter)
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the adapter in {adapter.folder} cannot be merged ({reason})") from None
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from fedsplit import adapters
+from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.split import load_whole
+from fedsplit.whole import Score
 
 Said = tuple[int, list[str], str]
 
@@ -89,6 +91,55 @@ def test_combine_weighs_and_says_what_it_wrote(
     assert lines == [f"{tmp_path}/out: -1 * gpt2_fedavg_seed=1 + 2 * gpt2_fedavg_seed=2 by cat, of rank 4"]
     assert say("combine", *runs, "--how", "svd", "--rank", 1, "--out", tmp_path / "thin")[1][0].endswith("of rank 1")
     assert say("merge", tmp_path / "out", "--out", tmp_path / "merged")[0] == 0
+
+
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "dora"), ("gpt2", "ia3"), ("llama", "oft")])
+def test_adapters_that_are_no_pairs_of_factors(
+    family: str, method: str, finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    """What can be done with them is done right, and the rest is refused with the reason."""
+    rank = {} if method == "dora" else {"lora__rank": 8, "lora__alpha": 16.0, "lora__dropout": 0.1}
+    options = {"lora__options": '{"oft_block_size": 8}'} if method == "oft" else {}
+    run = finished_run(family, lora__method=method, **rank, **options)
+    opened = adapters.open_run(run)
+    _, lines, _ = say("summary", run)
+    assert lines[0].endswith(f"strategy fedavg; {method}, ranks none")
+    assert say("merge", run, "--out", tmp_path / "merged")[0] == 0
+    loss = opened.summary["eval_loss"]
+    assert held_out_loss(load_whole(tmp_path / "merged"), run) == pytest.approx(loss["after"], abs=1e-4)
+    assert abs(loss["after"] - loss["before"]) > 1e-3
+    assert evaluate(opened)[0].tuned.tokens > 0
+    everyone = sum((result.tuned for result in evaluate(opened)), Score())
+    assert everyone.loss == pytest.approx(loss["after"], abs=1e-5)
+    code, _, error = say("unmerge", tmp_path / "merged", "--out", tmp_path / "back")
+    assert code == 2 and "does more than to add something to the weights; the base is" in error
+    code, _, error = say("combine", run, run, "--out", tmp_path / "both")
+    assert code == 2 and "cannot be combined: it is no LoRA" in error
+    assert say("export", run, "--names", "speech", "--out", tmp_path / "tasks")[0] == 0
+    model = PeftModel.from_pretrained(load_whole(opened.config.model_path), str(tmp_path / "tasks" / "speech"))
+    assert held_out_loss(model, run) == pytest.approx(loss["after"], abs=1e-5)
+    code, lines, _ = say("compare", run, run)
+    assert code == 0 and lines[-1] == "the adapters have nothing to compare"
+    assert not list((tmp_path / "back").parent.glob("b*"))
+
+
+def test_a_start_out_of_the_base_weights_is_left_as_an_ordinary_adapter_of_the_base(
+    finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    """PiSSA takes its start out of the base; what is saved adds to the base as it was, at twice the rank."""
+    run = finished_run("gpt2", lora__method="pissa")
+    opened = adapters.open_run(run)
+    _, lines, _ = say("summary", run)
+    assert lines[0].endswith("pissa, ranks 4")
+    model = PeftModel.from_pretrained(load_whole(opened.config.model_path), str(run / "adapter"))
+    loss = opened.summary["eval_loss"]
+    assert held_out_loss(model, run) == pytest.approx(loss["after"], abs=1e-5)
+    assert held_out_loss(load_whole(opened.config.model_path), run) == pytest.approx(loss["before"], abs=1e-5)
+    assert abs(loss["after"] - loss["before"]) > 1e-3
+    assert say("merge", run, "--out", tmp_path / "merged")[0] == 0
+    assert say("unmerge", tmp_path / "merged", "--out", tmp_path / "back")[0] == 0
+    base, back = (load_whole(path).state_dict() for path in (opened.config.model_path, tmp_path / "back"))
+    assert all(torch.allclose(tensor, back[name], atol=1e-6) for name, tensor in base.items())
 
 
 def test_compare_shows_settings_losses_bytes_and_layers(

@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = [
     {"config", "lowrank", "packets", "seeds", "tally", "clipping", "stopping", "transcript"},
-    {"updates", "flags", "command", "rates", "vocabulary", "synthetic"},
+    {"updates", "flags", "command", "rates", "vocabulary", "synthetic", "methods"},
     {
         "families",
         "kernels",
@@ -33,6 +33,7 @@ LAYERS = [
     {"hub", "gguf_files", "tables"},
     {"sources"},
     {"split", "link", "learner", "finished", "sequences"},
+    {"injection"},
     {"lora", "learners", "caches", "formats"},
     {"partition"},
     {"trunk", "client", "checkpoint", "whole", "decoding", "census"},
@@ -54,7 +55,7 @@ HOMES = {
     "huggingface_hub": {"hub"},
     "matplotlib": {"census"},
     "numpy": {"packets", "records", "wire"},
-    "peft": {"lora", "whole", "merging"},
+    "peft": {"injection", "lora", "whole", "merging"},
     "psutil": {"memory"},
     "ray": {"actor"},
     "rich": {"report"},

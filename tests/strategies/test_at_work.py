@@ -309,3 +309,35 @@ def test_a_round_in_which_all_rest_is_skipped(config: Config, tmp_path: Path, mo
     assert federation.summary is not None
     assert federation.summary["eval_loss"]["after"] == federation.summary["eval_loss"]["before"]
     assert federation.summary["tokens"] == 0
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3"])
+@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedadam", "krum", "fedbuff"])
+def test_adapters_without_factors_are_aggregated_name_by_name(
+    config: Config, name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no aggregation error is told, since there is no change of the weights that is a sum."""
+    own = {"method": method} if method == "dora" else {"method": method, "rank": 8, "alpha": 16.0, "dropout": 0.1}
+    config = changed(config, lora=own)
+    strategy = make(name, config)
+    check_strategy(strategy, config)
+    federation, lines = federate(config, tmp_path / "run", strategy, monkeypatch)
+    assert federation.summary is not None
+    loss = federation.summary["eval_loss"]
+    assert loss["after"] < loss["before"] and not any("left out" in line for line in lines.lines)
+    assert federation.summary["aggregation_error"] is None and not any("error" in line for line in lines.lines)
+    model = PeftModel.from_pretrained(load_whole(config.model_path), str(tmp_path / "run" / "adapter"))
+    assert held_out_loss(model, tmp_path / "run") == pytest.approx(loss["after"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("method", "name"), [("dora", "scaffold"), ("pissa", "fedex")])
+def test_a_run_with_other_adapters_goes_on_to_the_bit(
+    config: Config, method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(config, lora={"method": method}, rounds=3)
+    federate(config, tmp_path / "straight", make(name, config), monkeypatch)
+    stopped = tmp_path / "stopped"
+    federate(replace(config, rounds=1), stopped, make(name, config), monkeypatch)
+    federate(replace(config, resume=str(stopped)), stopped, make(name, config), monkeypatch)
+    one, two = exported(tmp_path / "straight"), exported(stopped)
+    assert one.keys() == two.keys() and all(torch.equal(tensor, two[key]) for key, tensor in one.items())

@@ -224,6 +224,7 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     from fedsplit.decoding import Ends
     from fedsplit.link import Link
     from fedsplit.schedules import SCHEDULES
+    from fedsplit.sources import weights
     from fedsplit.split import TYPES, load_parts
     from fedsplit.wire import make_codec
 

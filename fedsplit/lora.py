@@ -264,7 +264,7 @@ def load(directory: Path) -> Adapters:
     return Adapters(tensors, layers)
 
 
-def _wrapped(layer: str, config: LoraConfig) -> str:
+def _wrapped(layer: str, config: PeftConfig) -> str:
     """Which parameter of an experts' module a file's layer stands for; PEFT wraps the first one innermost."""
     asked = {path.rpartition(".")[2] for path in config.target_parameters or ()}
     inwards = [name for name in reversed(STACKED) if name in asked]

@@ -44,6 +44,7 @@ def test_ratios_are_formed_within_a_repeat() -> None:
         "1.5 (1 to 2)",
         "",
         "4.5",
+        "2",
         "process 2",
         "0%",
     ]

@@ -68,6 +68,7 @@ def test_scale_is_told_by_client() -> None:
     spans = scale.spans(
         [
             {"event": "train", "round": 1, "tokens": 1, "seconds": 8.0, "cpu": 2.0, "trunk": {"resident_memory": 1}},
+            {"event": "aggregate", "round": 1, "seconds": 1.0, "cpu": 3.0},
             {"event": "evaluate", "round": 1, "tokens": 1, "seconds": 4.0, "cpu": 6.0},
         ]
     )

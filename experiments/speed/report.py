@@ -64,6 +64,7 @@ def _row(records: Sequence[Mapping[str, Any]], side: str) -> list[str]:
         middle(against) if against else "",
         number(statistics.median(first)) if first else "",
         number(statistics.median(r["cpu_seconds"] / r["tokens"] * 1000 for r in own)),
+        number(statistics.median(r["cpu_seconds"] / r["seconds"] for r in own)),
         ", ".join(f"{name} {peaks[role] / 1e6:,.0f}" for role, name in ROLES.items() if role in peaks),
         f"{statistics.median(record['others'] for record in own):.0%}",
     ]
@@ -93,6 +94,7 @@ def sides_text(result: Mapping[str, Any]) -> str:
         "of `whole`",
         "tokens/s, first round too",
         "CPU s / 1,000 tokens",
+        "cores busy",
         "peak MB a process",
         "others",
     ]

@@ -29,9 +29,14 @@ FLAGS = shlex.split(
 
 
 def spans(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every round's training and evaluation: seconds, and CPU seconds of all processes since the event before."""
+    """Every round's training and evaluation: seconds, and CPU seconds of all processes since the one before.
+
+    What aggregation takes is with the evaluation that follows it.
+    """
     found, before = [], 0.0
     for event in events:
+        if event["event"] not in ("train", "evaluate"):
+            continue
         measured = {name: event[name] for name in ("event", "round", "tokens", "seconds")}
         if event["event"] == "train":
             measured["trunk_resident"] = event["trunk"]["resident_memory"]

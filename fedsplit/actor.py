@@ -16,7 +16,7 @@ import ray
 import torch
 from torch import Tensor
 
-from fedsplit import lora
+from fedsplit.adapting import adapt
 from fedsplit.config import Config
 from fedsplit.dispatch import Answer, Dispatcher
 from fedsplit.learners import Copy, Start
@@ -56,7 +56,7 @@ class TrunkActor:
         """Loads the trunk's blocks, and no others, and puts the adapter on them."""
         torch.set_num_threads(threads)
         (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
-        lora.add(part, config.lora, config.seed)
+        adapt(part, config)
         budget = Budget(config.trunk.memory_bytes)
         self._incarnation = secrets.token_hex(8)
         server = TrunkServer(
@@ -72,7 +72,7 @@ class TrunkActor:
         )
         self._least = 0
         if budget.limit is not None:
-            self._least = server.calibrate(config.train.batch_size, config.train.max_length)
+            self._least = server.calibrate(config.train.batch_size, config.train.max_length + config.prompt.virtual)
         self._dispatcher = Dispatcher(server, config.trunk)
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._compute, args=(threads,), daemon=True).start()

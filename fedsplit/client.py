@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit import lora
 from fedsplit.config import TrainSettings
@@ -31,8 +31,12 @@ class _MicroBatch:
     share: float
 
 
-def _micro_batches(ids: Tensor, mask: Tensor | None, count: int) -> list[_MicroBatch]:
+def _micro_batches(ids: Tensor, mask: Tensor | None, count: int, virtual: int = 0) -> list[_MicroBatch]:
+    """A batch in parts; labels and mask also have the positions of virtual tokens, of which only the last predicts."""
     labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+    if virtual:
+        labels = nn.functional.pad(labels, (virtual, 0), value=IGNORED)
+        mask = None if mask is None else nn.functional.pad(mask, (virtual, 0), value=1)
     count = min(max(1, count), len(ids))
     masks = [None] * count if mask is None else mask.tensor_split(count)
     split = zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
@@ -92,7 +96,7 @@ class Client:
         Returns:
             The mean loss in nats, a scalar.
         """
-        parts = _micro_batches(ids, mask, self.settings.micro_batches)
+        parts = _micro_batches(ids, mask, self.settings.micro_batches, self.bottom.virtual)
         crossings, losses = [], []
         # 1. Up: what the bottom makes of the tokens.
         for micro, part in enumerate(parts):

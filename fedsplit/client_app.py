@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedsplit import lora, records
 from fedsplit.actor import TrunkHandle, find_trunk
+from fedsplit.adapting import adapt
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
 from fedsplit.heldout import held_out_batches, pooled, sample, shards_of, through_split
@@ -85,7 +86,7 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     config = from_document(json.loads(run))
     bottom, top = load_parts(config.model_path, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
     for part in (bottom, top):
-        lora.add(part, config.lora, config.seed)
+        adapt(part, config)
     return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), lora.read(bottom, top))
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit import lora
 from fedsplit.client import Client
 from fedsplit.config import Config
 from fedsplit.families import read_facts
+from fedsplit.kernels import IGNORED
 from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, make_shards, spread
 
@@ -91,7 +92,9 @@ def through_split(
 
     def loss_of(number: int, ids: Tensor) -> Tensor:
         hidden = client.link.evaluate(client.bottom(ids), StepKey(round, client.number, number))
-        return client.top(hidden, ids)
+        # The first token is not asked for, which only virtual tokens could predict: the same text counts for all.
+        labels = nn.functional.pad(ids[:, 1:], (client.bottom.virtual + 1, 0), value=IGNORED)
+        return client.top(hidden, labels)
 
     return [measure(loss_of, [batch]) for batch in batches]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedsplit.config import LoraSettings
 from fedsplit.families import Family
-from fedsplit.kernels import lora_linear
+from fedsplit.head import HEAD, WholeHead
+from fedsplit.kernels import causal_loss, lora_linear
 from fedsplit.lowrank import LowRank
 from fedsplit.split import Part
-from fedsplit.updates import Adapters, Layer, fresh_factor
+from fedsplit.updates import Adapters, Layer, factor_of, fresh_factor
 
 _NAME = "default"
 
@@ -34,6 +37,13 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         return lora_linear(x, weight, base.bias, down.weight, up.weight, self.scaling[_NAME], p)
 
+    def causal_loss(self, hidden: Tensor, labels: Tensor, cap: float | None) -> Tensor:
+        """As a head, the mean next-token loss; see `fedsplit.kernels.causal_loss`."""
+        weight = self.base_layer.weight
+        seen = self.lora_dropout[_NAME](hidden.to(weight.dtype))
+        low = functional.linear(seen, self.lora_A[_NAME].weight.to(weight.dtype)) * self.scaling[_NAME]
+        return causal_loss(hidden, weight, labels, cap, low, self.lora_B[_NAME].weight.to(weight.dtype))
+
 
 def _fuse(part: Part) -> None:
     for module in part.modules():
@@ -42,20 +52,25 @@ def _fuse(part: Part) -> None:
             module.__class__ = _FusedLinear
 
 
-def lora_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | None = None) -> LoraConfig:
+def lora_config(
+    settings: LoraSettings, family: Family, blocks: Sequence[int] | None = None, head: str = "frozen"
+) -> LoraConfig:
     """PEFT's configuration of our adapters.
 
     Args:
         settings: Rank, alpha, dropout and targets.
         family: The model's family.
         blocks: The blocks of the unsplit model that are adapted; all where None.
+        head: What trains of the head, one of `fedsplit.config.HEADS`; "frozen" for a part without it.
     """
+    targets = list(settings.targets or family.targets)
     return LoraConfig(
         r=settings.top_rank,
         lora_alpha=settings.alpha,
         use_rslora=settings.rslora,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets or family.targets),
+        target_modules=[*targets, HEAD] if head == "lora" else targets,
+        modules_to_save=[HEAD] if head == "full" else None,
         fan_in_fan_out=family.transposed,
         layers_to_transform=None if blocks is None else list(blocks),
         layers_pattern=None if blocks is None else family.blocks,
@@ -63,7 +78,7 @@ def lora_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | 
     )
 
 
-def add(part: Part, settings: LoraSettings, seed: int) -> None:
+def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> None:
     """Puts LoRA adapters on a part, in place; its other parameters stay frozen.
 
     What A starts from depends on the seed and the layer's name alone, so that it is the same for every
@@ -73,10 +88,17 @@ def add(part: Part, settings: LoraSettings, seed: int) -> None:
         part: The part; its base weights must be frozen already.
         settings: Rank, alpha, dropout and targets.
         seed: The run's seed.
+        head: What of the top's head trains, one of `fedsplit.config.HEADS`. Where it is tied, the embedding stays as
+            it is: an adapter adds to what the shared weight makes, and a head that trains whole gets a copy.
     """
-    if not part.blocks:
-        return
-    inject_adapter_in_model(lora_config(settings, part.family), part, adapter_name=_NAME)
+    head = head if part.kind == "top" else "frozen"
+    if part.blocks or head == "lora":
+        with warnings.catch_warnings():  # of a head that is tied, and no Conv1D as the other layers
+            warnings.simplefilter("ignore")
+            config = lora_config(settings, part.family, head="lora" if head == "lora" else "frozen")
+            inject_adapter_in_model(config, part, adapter_name=_NAME)
+    if head == "full":
+        part.lm_head = WholeHead(part.lm_head)
     if part.fused:
         _fuse(part)
     for name, parameter in parameters(part).items():
@@ -87,7 +109,11 @@ def add(part: Part, settings: LoraSettings, seed: int) -> None:
 
 def local_parameters(part: Part) -> dict[str, nn.Parameter]:
     """A part's adapter parameters by the names they have in the part."""
-    return {name: parameter for name, parameter in part.named_parameters() if f".{_NAME}." in name}
+    found = {name: parameter for name, parameter in part.named_parameters() if f".{_NAME}." in name}
+    whole = getattr(part, HEAD, None)
+    if isinstance(whole, WholeHead):
+        found |= {f"{HEAD}.{name}": parameter for name, parameter in whole.named_parameters()}
+    return found
 
 
 def exported_name(part: Part, local: str) -> str:
@@ -155,6 +181,8 @@ def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
     """
     for name, module in part.named_modules():
         if isinstance(module, LoraLayer) and (change := changes.get(part.whole_name(name))) is not None:
+            if name == HEAD:  # the embedding may share its weight, and must not change
+                module.base_layer.weight = nn.Parameter(module.base_layer.weight.clone(), requires_grad=False)
             weight = module.base_layer.weight
             narrow = change.to(weight.dtype)
             if module.fan_in_fan_out:
@@ -188,6 +216,7 @@ def save(
     family: Family,
     base: str,
     blocks: Sequence[int] | None = None,
+    head: str = "frozen",
 ) -> None:
     """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
 
@@ -200,8 +229,9 @@ def save(
         family: The model's family.
         base: The base model's name, for the record.
         blocks: The adapted blocks of the unsplit model, where it is not all of them.
+        head: What of the head trained, where it is among them.
     """
-    config = lora_config(settings, family, blocks)
+    config = lora_config(settings, family, blocks, head)
     config.base_model_name_or_path = base
     config.inference_mode = True
     tensors = dict(whole.tensors)
@@ -228,7 +258,8 @@ def load(directory: Path) -> Adapters:
     named = load_file(directory / "adapter_model.safetensors")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in named.items()}
     layers = {}
-    for layer in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+    for layer in sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)}):
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
-        layers[layer] = Layer(float(alpha), bool(config.fan_in_fan_out), bool(config.use_rslora))
+        transposed = bool(config.fan_in_fan_out) and layer != HEAD  # a head is no Conv1D in any family
+        layers[layer] = Layer(float(alpha), transposed, bool(config.use_rslora))
     return Adapters(tensors, layers)

@@ -169,11 +169,16 @@ def check_strategy(strategy: Any, config: Config) -> None:
     """Makes sure that a strategy can do what a run asks of it.
 
     Raises:
-        SettingError: It cannot handle different ranks, cannot be applied in this type, or cannot go on.
+        SettingError: It needs factors that are not there, cannot handle different ranks, cannot be applied in this
+            type, or cannot go on.
     """
     traits = traits_of(strategy)
+    package: Any = importlib.import_module("strategies")
+    if config.prompt.kind != "off" and traits.factors:
+        can = sorted(name for name in package.STRATEGIES if not traits_of(_find(name)).factors)
+        words = f"with --prompt.kind {config.prompt.kind}, which has no factors A and B: {', '.join(can)}"
+        raise SettingError("strategy", config.strategy, words)
     if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
-        package: Any = importlib.import_module("strategies")
         can = sorted(name for name in package.STRATEGIES if traits_of(_find(name)).mixed_ranks)
         ranks = ",".join(map(str, config.lora.rank))
         raise SettingError(

@@ -262,6 +262,7 @@ class Traits:
         linear: It needs weighted sums of what clients send, and nothing of a single one; only such a strategy can
             work under secure aggregation.
         fewest: The clients that must answer in a round at least.
+        factors: It works on LoRA's two factors, and has no rule for adapters without them.
     """
 
     mixed_ranks: bool = False
@@ -269,6 +270,7 @@ class Traits:
     personal: frozenset[str] = frozenset()
     linear: bool = False
     fewest: int = 1
+    factors: bool = False
 
 
 def sure_rank(rank: int, tail: float) -> int:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fedsplit import lora
+from fedsplit import adapting, prompts
 from fedsplit.config import InputError
 from fedsplit.families import read_facts
 from fedsplit.finished import Adapter
@@ -69,7 +69,7 @@ def read_fitting(adapter: Adapter, base: Any) -> Adapters:
         InputError: It has a layer that the model has not, or one of another shape, or cannot be read.
     """
     try:
-        read = lora.load(adapter.folder)
+        read = adapting.load(adapter.folder)
     except Exception as error:  # noqa: BLE001  # whatever the libraries make of a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason})") from None

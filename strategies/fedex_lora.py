@@ -41,7 +41,7 @@ class FedExLoRA:
         rank: The most that the residual's rank may be; 0 for no limit, by which the aggregate is exact.
     """
 
-    traits = Traits(mixed_ranks=True, folds=True)
+    traits = Traits(mixed_ranks=True, folds=True, factors=True)
 
     def __init__(self, rank: int = 0) -> None:
         if not isinstance(rank, int) or rank < 0:

@@ -64,7 +64,7 @@ def rotation_to(reference: tuple[Tensor, Tensor], a: Tensor, b: Tensor, align: s
 class FedRotLoRA:
     """The average of factors that have been rotated to where the clients started from."""
 
-    traits = Traits()
+    traits = Traits(factors=True)
 
     def __init__(self, align: str = "alternate", strength: float = 1.0) -> None:
         """Chooses what is brought near, and how far.

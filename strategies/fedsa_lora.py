@@ -17,7 +17,7 @@ from fedsplit.updates import FACTORS, Adapters, ClientUpdate, Traits, average_ad
 class FedSALoRA:
     """The weighted average of A."""
 
-    traits = Traits(personal=frozenset("B"), linear=True)
+    traits = Traits(personal=frozenset("B"), linear=True, factors=True)
 
     def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
         """FedSA-LoRA remembers nothing; what is personal is remembered by the clients."""

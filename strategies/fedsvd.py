@@ -43,7 +43,7 @@ def orthonormal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class FedSVD:
     """The average of B, and an orthonormal A anew in every round."""
 
-    traits = Traits(linear=True)
+    traits = Traits(linear=True, factors=True)
 
     def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
         """FedSVD remembers nothing."""

@@ -30,7 +30,7 @@ TRAINED = frozenset("B")
 class FFALoRA:
     """The weighted average of B, with A as it was drawn."""
 
-    traits = Traits(linear=True)
+    traits = Traits(linear=True, factors=True)
 
     def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
         """FFA-LoRA remembers nothing."""

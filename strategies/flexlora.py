@@ -57,7 +57,7 @@ def _orthogonal_rows(rows: Tensor, taken: Tensor) -> Tensor:
 class FlexLoRA:
     """The best fit of the mean change at every client's rank."""
 
-    traits = Traits(mixed_ranks=True)
+    traits = Traits(mixed_ranks=True, factors=True)
 
     def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
         """FlexLoRA remembers nothing."""

@@ -46,7 +46,7 @@ def change_norm(adapters: Adapters) -> float:
 class HetLoRA:
     """The average of zero-padded factors, weighted by the size of each client's change."""
 
-    traits = Traits(mixed_ranks=True)
+    traits = Traits(mixed_ranks=True, factors=True)
 
     def __init__(self, gamma: float = 0.99, decay: float = 0.0) -> None:
         """Sets up self-pruning.

@@ -45,7 +45,7 @@ def correction(missing: LowRank, a: Tensor, ridge: float) -> Tensor:
 class LoRAFAIR:
     """The average of the factors, with a correction to B for what the averages' product misses."""
 
-    traits = Traits(mixed_ranks=True)
+    traits = Traits(mixed_ranks=True, factors=True)
 
     def __init__(self, ridge: float = 1e-4) -> None:
         """Sets the correction's size.

@@ -35,7 +35,7 @@ def _trained(state: Mapping[str, Tensor]) -> frozenset[str]:
 class RoLoRA:
     """The weighted average of one factor in each round."""
 
-    traits = Traits(linear=True)
+    traits = Traits(linear=True, factors=True)
 
     def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
         """The number of the round to come, from 1."""

@@ -120,7 +120,7 @@ def evaluate(run: Run, dataset: str = "", client: int | None = None, samples: in
     Raises:
         InputError: There is no such client or data set, or the run's model is not there.
     """
-    from fedsplit.whole import attach, open_base, score
+    from fedsplit.whole import attach, detach, open_base, score
 
     results = []
     work = _work(run, dataset, client, samples)
@@ -130,7 +130,7 @@ def evaluate(run: Run, dataset: str = "", client: int | None = None, samples: in
         model = attach(base, adapter)
         for (name, batches), before in zip(texts, alone, strict=True):
             results.append(Result(name, before, score(model, batches)))
-        base = model.unload()
+        base = detach(model)
     return results
 
 

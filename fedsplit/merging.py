@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit.checkpoint import write_whole
 from fedsplit.config import InputError
 from fedsplit.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
+from fedsplit.head import HEAD, WEIGHT
+from fedsplit.prompts import SAVED
 from fedsplit.split import TYPES, load_whole
-from fedsplit.store import write_tensors
+from fedsplit.store import load_tensors, write_tensors
 from fedsplit.updates import Adapters
 from fedsplit.whole import open_base, read_fitting
 
@@ -33,10 +35,43 @@ RECORD = "merged.json"
 MERGED = "merged_adapter"
 """The adapter that was merged, in a merged folder."""
 
+BASE_HEAD = "base_head.safetensors"
+"""The head as it was, beside an adapter that replaced it whole, where it was not tied to the embedding."""
+
 TOKENIZER_FILES = ("token*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 """What lies beside a model for its tokenizer, by the names that transformers gives it."""
 
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _check_mergeable(adapter: Adapter, read: Adapters) -> None:
+    """Makes sure that an adapter is a change of weights.
+
+    Raises:
+        InputError: It is not.
+    """
+    if SAVED in read.tensors:
+        words = "virtual tokens or prefixes, which change no weight: there is nothing to add to the model's"
+        raise InputError(f"the adapter in {adapter.folder} is made of {words}")
+
+
+def _untie(model: Any, changes: Adapters) -> bool:
+    """Gives the head a weight of its own where an adapter changes it; whether it had shared the embedding's."""
+    head, words = model.lm_head, model.get_input_embeddings()
+    if (HEAD not in changes.layers and WEIGHT not in changes.tensors) or head.weight is not words.weight:
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return True
+
+
+def _replace_head(model: Any, weight: Tensor | None) -> Tensor | None:
+    """Puts another weight into the head, if there is one; returns the one that was there."""
+    before: Tensor = model.lm_head.weight.detach()
+    if weight is None:
+        return None
+    model.lm_head.weight = nn.Parameter(weight.to(before.dtype))
+    return before
 
 
 @torch.no_grad()
@@ -80,18 +115,22 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
         dtype: The type of the weights; anything but fp32 rounds a part of the adapter away.
 
     Raises:
-        InputError: The base model is missing, or the adapter does not fit it.
+        InputError: The base model is missing, or the adapter does not fit it or is no change of weights.
     """
     base = open_base(adapter.model_path, adapter.dtype).float()
     changes = read_fitting(adapter, base)
-    base_type = _type_of(base)
+    _check_mergeable(adapter, changes)
+    base_type, tied = _type_of(base), _untie(base, changes)
     _add(base, changes, 1.0)
+    head = _replace_head(base, changes.tensors.get(WEIGHT))
     base.to(TYPES[dtype])
 
     def fill(draft: Path) -> None:
         _save(base, adapter.model_path, draft)
         copy_adapter(adapter, draft / MERGED)
-        record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder)}
+        if head is not None and not tied:
+            write_tensors(draft / MERGED / BASE_HEAD, {WEIGHT: head})
+        record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": tied}
         text = json.dumps({**record, "dtype": dtype, "weights": _digests(draft)}, indent=2)
         (draft / RECORD).write_text(text + "\n", encoding="utf-8")
 
@@ -133,6 +172,11 @@ def unmerge(folder: Path, out: Path) -> str:
     model = load_whole(folder, torch.float32)
     changes = read_fitting(Adapter(folder / MERGED, str(folder), "fp32", MERGED), model)
     _add(model, changes, -1.0)
+    if record.get("tied"):
+        model.lm_head.weight = model.get_input_embeddings().weight
+        model.config.tie_word_embeddings = True
+    elif WEIGHT in changes.tensors:
+        _replace_head(model, load_tensors(folder / MERGED / BASE_HEAD)[WEIGHT])
     kind = str(record["base_type"]) if record["dtype"] == "fp32" else "float32"
     model.to(_NARROW.get(kind, torch.float32))
     write_whole(out, lambda draft: _save(model, folder, draft))
@@ -172,6 +216,10 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     check_same_base(adapters)
     base = open_base(adapters[0].model_path, adapters[0].dtype).float()
     read = [read_fitting(adapter, base) for adapter in adapters]
+    for adapter, one in zip(adapters, read, strict=True):
+        _check_mergeable(adapter, one)
+        if WEIGHT in one.tensors:
+            raise InputError(f"the adapter in {adapter.folder} holds a whole head, which PEFT cannot combine")
     if how == "linear":
         _check_linear(read)
     names = [f"number{index}" for index in range(len(adapters))]
@@ -190,6 +238,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         alpha_pattern={layer: own for layer, own in ranks.items() if own != largest},
         base_model_name_or_path=adapters[0].model,
         inference_mode=True,
+        fan_in_fan_out=any(layer.transposed for layer in read[0].layers.values()),  # PEFT has that of the last layer
     )
 
     def fill(draft: Path) -> None:

@@ -45,7 +45,7 @@ def prepare_environment() -> None:
 
 
 def learning_parts(config: Config, blocks: int) -> list[str]:
-    """The parts that have adapters, in blocks or on the head or before the text, and get gradients under the schedule."""
+    """The parts that have something to train, and get gradients under the schedule."""
     from fedsplit.schedules import SCHEDULES
 
     schedule, (low, high) = SCHEDULES[config.trunk.schedule], config.bounds
@@ -90,12 +90,7 @@ def check_prompt(config: Config) -> None:
     if (prompt.init == "text") != bool(prompt.text.strip()):
         words = "a text that is not empty with --prompt.init text, and none otherwise"
         raise SettingError("prompt.text", prompt.text or "nothing", words)
-    if (
-        kind == "ptuning"
-        and prompt.encoder == "mlp"
-        and (changed := {"layers", "dropout"} & set_by_user(prompt).keys())
-    ):
-        name = min(changed)
+    for name in sorted({"layers", "dropout"} & set_by_user(prompt).keys()) if prompt.encoder == "mlp" else ():
         raise SettingError(f"prompt.{name}", getattr(prompt, name), "its default, except with --prompt.encoder lstm")
     if prompt.dropout and prompt.layers == 1:
         raise SettingError("prompt.dropout", prompt.dropout, "0 with one layer: it works between layers")
@@ -151,7 +146,9 @@ def check(config: Config) -> tuple[Path, Any]:
             "train.max_length", config.train.max_length, f"8 to {facts.positions}, the model's positions"
         )
     if (positions := config.prompt.positions) and config.train.max_length + positions > facts.positions:
-        words = f"1 to {facts.positions - config.train.max_length}, what the model's positions leave the text"
+        words = (
+            f"at most the model's {facts.positions} positions together with train.max_length {config.train.max_length}"
+        )
         raise SettingError("prompt.tokens", positions, words)
     if strange := [name for name in config.lora.targets if name not in facts.family.targets]:
         raise SettingError("lora.targets", strange[0], ",".join(facts.family.targets))

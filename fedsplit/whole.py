@@ -15,6 +15,7 @@ from fedsplit import adapting, prompts
 from fedsplit.config import InputError
 from fedsplit.families import read_facts
 from fedsplit.finished import Adapter
+from fedsplit.head import WEIGHT
 from fedsplit.split import TYPES, check_checkpoint, load_whole
 from fedsplit.updates import Adapters
 
@@ -81,7 +82,26 @@ def read_fitting(adapter: Adapter, base: Any) -> Adapters:
         if found != wanted:
             words = "which the model has not" if found is None else f"which is {found} in the model, not {wanted}"
             raise InputError(f"the adapter in {adapter.folder} does not fit the model: it changes {layer}, {words}")
+    _check_others(adapter, read, base)
     return read
+
+
+def _check_others(adapter: Adapter, read: Adapters, base: Any) -> None:
+    """Makes sure that what an adapter has beside LoRA fits a model.
+
+    Raises:
+        InputError: It does not.
+    """
+    pairs: list[tuple[str, object, object]] = []
+    if WEIGHT in read.tensors:
+        pairs.append((WEIGHT, tuple(read.tensors[WEIGHT].shape), tuple(base.lm_head.weight.shape)))
+    if (kind := prompts.kind_of(adapter.folder)) is not None:
+        width = prompts.saved_width(kind, base.config)
+        pairs.append((f"the width of its {prompts.SAVED}", read.tensors[prompts.SAVED].shape[1], width))
+    for name, found, wanted in pairs:
+        if found != wanted:
+            words = f"{name} is {found}, the model's {wanted}"
+            raise InputError(f"the adapter in {adapter.folder} does not fit the model: {words}")
 
 
 def attach(base: Any, adapter: Adapter) -> Any:
@@ -92,6 +112,18 @@ def attach(base: Any, adapter: Adapter) -> Any:
     """
     read_fitting(adapter, base)
     return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
+
+
+def detach(model: Any) -> Any:
+    """The base model again, from what `attach` made of it."""
+    base = model.get_base_model()
+    if model.active_peft_config.is_prompt_learning:
+        return base
+    head = getattr(base.lm_head, "original_module", base.lm_head)
+    base = model.unload()
+    if not hasattr(head, "base_layer"):  # PEFT leaves a head that was trained whole where it is
+        base.lm_head = head
+    return base
 
 
 @torch.no_grad()
@@ -106,7 +138,7 @@ def score(model: Any, batches: Iterable[Tensor]) -> Score:
     total = Score()
     for ids in batches:
         with torch.autocast("cpu", narrow, enabled=narrow != torch.float32):
-            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            logits = model(input_ids=ids).logits[:, -ids.shape[1] : -1].flatten(0, 1)  # none of virtual tokens
         labels = ids[:, 1:].flatten()
         nats = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
         total += Score(float(nats), int((logits.argmax(-1) == labels).sum()), labels.numel())

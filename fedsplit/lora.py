@@ -64,12 +64,14 @@ def lora_config(
         head: What trains of the head, one of `fedsplit.config.HEADS`; "frozen" for a part without it.
     """
     targets = list(settings.targets or family.targets)
+    if head == "lora":
+        targets = [*(targets if blocks is None or len(blocks) else []), HEAD]
     return LoraConfig(
         r=settings.top_rank,
         lora_alpha=settings.alpha,
         use_rslora=settings.rslora,
         lora_dropout=settings.dropout,
-        target_modules=[*targets, HEAD] if head == "lora" else targets,
+        target_modules=targets,
         modules_to_save=[HEAD] if head == "full" else None,
         fan_in_fan_out=family.transposed,
         layers_to_transform=None if blocks is None else list(blocks),

@@ -394,7 +394,7 @@ def finished(
     [
         ("prompt", "gpt2", {}),
         ("prompt", "llama", {"trunk__schedule": "shared", "strategy": "median"}),
-        ("ptuning", "llama", {"strategy": "fedadam"}),
+        ("ptuning", "llama", {"strategy": "trimmed_mean"}),
         ("prefix", "gpt2", {}),
         ("prefix", "llama", {"trunk__schedule": "shared", "strategy": "scaffold"}),
         ("projected", "gpt2", {"strategy": "krum"}),
@@ -499,7 +499,7 @@ def test_strategies_that_need_factors_are_refused_by_name() -> None:
         ({"kind": "ptuning", "layers": 3}, "prompt.layers: 3 .*--prompt.encoder lstm"),
         ({"kind": "ptuning", "encoder": "lstm", "layers": 1, "dropout": 0.5}, "prompt.dropout: 0.5 "),
         ({"kind": "prefix", "hidden": 9}, "prompt.hidden: 9 .*--prompt.projection"),
-        ({"kind": "prefix", "tokens": 250}, "prompt.tokens: 250 .*at most 256, the positions"),
+        ({"kind": "prefix", "tokens": 250}, "prompt.tokens: 250 .*at most the model's 256 positions together"),
         ({"kind": "prompt", "lora.rank": 4}, "lora.rank: .*there are no LoRA adapters"),
         ({"kind": "prompt", "lm_head": "full"}, "lm_head: full is not possible; allowed: frozen"),
         ({"kind": "prompt", "trunk.schedule": "forward-only"}, "trunk.schedule: forward-only .*returns gradients"),

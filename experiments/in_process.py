@@ -16,7 +16,8 @@ from uuid import uuid4
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit import client_app, lora
+from fedsplit import client_app
+from fedsplit.adapting import adapt
 from fedsplit.checkpoint import RunFolder
 from fedsplit.config import Config
 from fedsplit.dispatch import Dispatcher
@@ -35,7 +36,7 @@ class LocalTrunk:
 
     def __init__(self, config: Config, run: str = "") -> None:
         (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
-        lora.add(part, config.lora, config.seed)
+        adapt(part, config)
         self.now = 0.0
         codec, schedule = make_codec(config.wire.codec), config.trunk.schedule
         clock, train, seed = lambda: self.now, config.train, config.seed

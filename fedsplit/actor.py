@@ -17,7 +17,7 @@ import ray
 import torch
 from torch import Tensor
 
-from fedsplit import lora
+from fedsplit.adapting import adapt
 from fedsplit.config import Config
 from fedsplit.dispatch import Answer, Dispatcher
 from fedsplit.learners import Copy, Start
@@ -59,7 +59,7 @@ class TrunkActor:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
         (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
-        lora.add(part, config.lora, config.seed)
+        adapt(part, config)
         if adapter is not None:
             lora.adopt(lora.load(adapter), part)
         budget = Budget(config.trunk.memory_bytes)
@@ -77,7 +77,7 @@ class TrunkActor:
         )
         self._least = 0
         if budget.limit is not None:
-            self._least = server.calibrate(config.train.batch_size, config.train.max_length)
+            self._least = server.calibrate(config.train.batch_size, config.train.max_length + config.prompt.virtual)
         self._dispatcher = Dispatcher(server, config.trunk)
         self._sessions = Sessions(server, make_codec(config.wire.codec), config.trunk.lease)
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

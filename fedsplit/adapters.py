@@ -57,9 +57,9 @@ def summary(run: Run) -> list[str]:
 
 def _ranks(run: Run) -> str:
     """The ranks of the layers in the adapter, from the least to the largest."""
-    from fedsplit import lora
+    from fedsplit import adapting
 
-    read = lora.load(run.adapter().folder)
+    read = adapting.load(run.adapter().folder)
     ranks = sorted({read.rank(layer) for layer in (*read.complete, *read.stacked)})
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
 
@@ -89,11 +89,11 @@ def _shown(value: object) -> str:
 
 def _distances(first: Run, second: Run) -> list[str]:
     """How far apart the adapters are, layer by layer, as one table."""
-    from fedsplit import lora
+    from fedsplit import adapting
     from fedsplit.comparison import distances
     from fedsplit.report import aligned
 
-    one, two = (lora.load(run.adapter().folder) for run in (first, second))
+    one, two = (adapting.load(run.adapter().folder) for run in (first, second))
     found = distances(one, two)
     others = len({*one.complete, *two.complete, *one.stacked, *two.stacked} - found.keys())
     end = [f"{others} layers are in one of the adapters only, or differ in shape"] if others else []

@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 from torch import Tensor
 
-from fedsplit import lora
+from fedsplit import adapting
 from fedsplit.config import Config, SettingError, as_document
 from fedsplit.families import Family
 from fedsplit.split import Kind, ranges
@@ -199,14 +199,9 @@ class RunFolder:
 
     def _save(self, folder: Path, whole: Adapters, kind: Kind | None = None) -> None:
         blocks = None if kind is None else self._ranges[kind]
-        if blocks is not None:
-            prefixes = tuple(f"{self._family.decoder}.{self._family.blocks}.{block}." for block in blocks)
-            folded = {layer: change for layer, change in whole.folded.items() if layer.startswith(prefixes)}
-            layers = {layer: facts for layer, facts in whole.layers.items() if layer.startswith(prefixes)}
-            tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(prefixes)}
-            whole = Adapters(tensors, layers, folded)
-        config = self._config
-        lora.save(folder, whole, config.lora, self._family, config.model, blocks, config.seed)
+        if kind is not None and blocks is not None:
+            whole = adapting.of_part(whole, self._config, self._family, kind, blocks)
+        adapting.save(folder, whole, self._config, self._family, kind, blocks)
 
 
 _FACTS, _TENSORS, _PERSONAL = "state.json", "state.safetensors", "personal"

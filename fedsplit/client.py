@@ -20,7 +20,7 @@ from fedsplit.partition import Shard, batch
 from fedsplit.rates import share_of_rate
 from fedsplit.routers import RouterLoss
 from fedsplit.seeds import derive_seed
-from fedsplit.sequences import Sequences, predicted
+from fedsplit.sequences import Sequences, behind, predicted
 from fedsplit.split import Bottom, Top
 from fedsplit.updates import ClientUpdate, Task
 
@@ -36,11 +36,15 @@ class _MicroBatch:
 
 
 def _batches(
-    ids: Tensor, labels: Tensor | None, mask: Tensor | None, batches: int, micros: int
+    ids: Tensor, labels: Tensor | None, mask: Tensor | None, batches: int, micros: int, virtual: int
 ) -> list[list[_MicroBatch]]:
-    """A step's rows as batches that follow each other, each as micro-batches that are under way at once."""
+    """A step's rows as batches that follow each other, each as micro-batches that are under way at once.
+
+    Labels and mask also have the positions of virtual tokens, of which only the last predicts.
+    """
     if labels is None:
         labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+    labels, mask = behind(virtual, labels, mask)
     whole = predicted(labels)
     batches = min(batches, len(ids))
     masks = [None] * batches if mask is None else mask.tensor_split(batches)
@@ -131,7 +135,8 @@ class Client:
         Returns:
             The mean loss in nats, a scalar; with that of the routers, where there is one.
         """
-        batches = _batches(ids, labels, mask, self.settings.accumulation, self.settings.micro_batches)
+        settings = self.settings
+        batches = _batches(ids, labels, mask, settings.accumulation, settings.micro_batches, self.bottom.virtual)
         losses = []
         for number, parts in enumerate(batches):
             crossings = []

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedsplit import lora, records
 from fedsplit.actor import TrunkHandle, find_trunk
+from fedsplit.adapting import adapt
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
 from fedsplit.families import read_facts
@@ -92,7 +93,7 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     folder = weights(config, ["bottom", "top"])
     bottom, top = load_parts(folder, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
     for part in (bottom, top):
-        lora.add(part, config.lora, config.seed)
+        adapt(part, config)
     coefficient = read_facts(about(config)).coefficient(config.router_aux_loss)
     start = lora.read(bottom, top)
     return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), start, router_aux_loss=coefficient)

@@ -34,6 +34,10 @@ WEIGHTS = ("examples", "tokens", "equal")
 PARTS = ("bottom", "trunk", "top")
 FORMATS = ("auto", "text", "completion", "chat")
 PACKING = ("auto", "true", "false")
+PROMPTS = ("off", "prompt", "ptuning", "prefix")
+STARTS = ("random", "vocab", "text", "zero")
+ENCODERS = ("mlp", "lstm")
+HEADS = ("frozen", "lora", "full")
 
 
 class InputError(Exception):
@@ -229,6 +233,44 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class PromptSettings:
+    """Virtual tokens or prefixes in place of LoRA; the base weights of all three parts stay frozen."""
+
+    kind: str = setting(
+        "off",
+        one_of(PROMPTS),
+        "prompt (2104.08691) and ptuning (2103.10385) put virtual tokens before the text at the client; prefix "
+        "(2101.00190) gives the attention of each part past keys and values",
+    )
+    tokens: int = setting(8, at_least(1, 4096), "virtual tokens, which the model's positions must have room for")
+    init: str = setting(
+        "random",
+        one_of(STARTS),
+        "what they start from; prompt: random, tokens of the vocabulary or those of prompt.text; prefix: random, zero",
+    )
+    text: str = setting("", Allowed("a text", lambda v: True), "prompt with init text: repeated or cut to the tokens")
+    encoder: str = setting("mlp", one_of(ENCODERS), "ptuning: what makes the virtual tokens")
+    hidden: int = setting(
+        0, at_least(0), "ptuning, and prefix with projection: width of the encoder; 0: as wide as the virtual tokens"
+    )
+    layers: int = setting(2, at_least(1, 64), "ptuning with encoder lstm: its layers")
+    dropout: float = setting(0.0, below(0, 1), "ptuning with encoder lstm: dropout between its layers")
+    projection: bool = setting(
+        False, YES_OR_NO, "prefix: each part trains an embedding and an MLP that make its past keys and values"
+    )
+
+    @property
+    def virtual(self) -> int:
+        """Positions that cross before those of the text."""
+        return self.tokens if self.kind in ("prompt", "ptuning") else 0
+
+    @property
+    def positions(self) -> int:
+        """Positions of the model that are not the text's."""
+        return 0 if self.kind == "off" else self.tokens
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """A client's local training."""
 
@@ -376,6 +418,9 @@ class Config:
         one_of(KERNELS),
         "fused makes fewer passes over memory; library is the unsplit model's own code, equal to it to the bit",
     )
+    lm_head: str = setting(
+        "frozen", one_of(HEADS), "what of the head trains: nothing, an adapter on it (lora), or its weight whole (full)"
+    )
     dtype: str = setting("fp32", one_of(DTYPES), "type of base weights and of computation; adapters are fp32")
     router_aux_loss: float = setting(
         -1.0,
@@ -394,6 +439,7 @@ class Config:
         "go on with the run of this folder; only rounds, patience and threads may differ",
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
@@ -551,6 +597,12 @@ def dotted(document: Mapping[str, Any]) -> dict[str, object]:
         else:
             values[key] = value
     return values
+
+
+def set_by_user(section: Any) -> dict[str, Any]:
+    """The settings of a section, by the names of its fields, that do not have their defaults."""
+    values = {leaf.name: (getattr(section, leaf.name), leaf.default) for leaf in dataclasses.fields(section)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def as_document(config: Config) -> dict[str, Any]:

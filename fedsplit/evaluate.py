@@ -130,7 +130,7 @@ def evaluate(
         InputError: There is no such client or data set, or the run's model is not there.
     """
     from fedsplit.sources import weights
-    from fedsplit.whole import attach, open_base, score
+    from fedsplit.whole import attach, detach, open_base, score
 
     results = []
     data = replace(run.config.data, config=configuration, split=split, held_out="")
@@ -141,7 +141,7 @@ def evaluate(
         model = attach(base, adapter)
         for (name, batches), before in zip(texts, alone, strict=True):
             results.append(Result(name, before, score(model, batches)))
-        base = model.unload()
+        base = detach(model)
     return results
 
 

@@ -12,9 +12,10 @@ from fedsplit import lora
 from fedsplit.client import Client
 from fedsplit.config import Config
 from fedsplit.families import read_facts
+from fedsplit.kernels import IGNORED
 from fedsplit.packets import StepKey
 from fedsplit.partition import Deal, Shard, make_deal, make_shards, spread
-from fedsplit.sequences import Sequences
+from fedsplit.sequences import Sequences, behind
 from fedsplit.sources import about
 
 
@@ -93,9 +94,11 @@ def through_split(client: Client, given: Mapping[str, Tensor], round: int, batch
     client.top.eval()
 
     def loss_of(number: int, rows: Sequences) -> Tensor:
-        key = StepKey(round, client.number, number)
-        hidden = client.link.evaluate(client.bottom(rows.ids, rows.mask), key, rows.mask)
-        return client.top(hidden, rows.labels, rows.mask)
+        key, virtual = StepKey(round, client.number, number), client.bottom.virtual
+        # The first token is not asked for, which only virtual tokens could predict: the same text counts for all.
+        labels, mask = behind(virtual, rows.labels.index_fill(1, torch.tensor(0), IGNORED), rows.mask)
+        hidden = client.link.evaluate(client.bottom(rows.ids, mask), key, mask)
+        return client.top(hidden, labels, mask)
 
     return [measure(loss_of, [batch]) for batch in batches]
 

@@ -15,6 +15,7 @@ from peft.utils.peft_types import PeftType
 
 from fedsplit.config import Config, LoraSettings, SettingError, suggest
 from fedsplit.families import Family
+from fedsplit.head import HEAD
 from fedsplit.methods import fields_of, method_of, options_of
 from fedsplit.seeds import derive_seed
 from fedsplit.sources import about
@@ -24,7 +25,13 @@ ADAPTER = "default"
 """What PEFT calls the one adapter that a part has."""
 
 
-def make_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | None = None, seed: int = 0) -> Any:
+def make_config(
+    settings: LoraSettings,
+    family: Family,
+    blocks: Sequence[int] | None = None,
+    seed: int = 0,
+    head: str = "frozen",
+) -> Any:
     """PEFT's configuration of our adapters.
 
     Args:
@@ -32,6 +39,7 @@ def make_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | 
         family: The model's family.
         blocks: The blocks of the unsplit model that are adapted; all where None.
         seed: The run's seed, from which follows what is drawn and not trained.
+        head: What trains of the head, one of `fedsplit.config.HEADS`; "frozen" for a part without it.
 
     Raises:
         SettingError: Among the further fields is one that this kind does not have, or with an impossible value.
@@ -41,7 +49,7 @@ def make_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | 
     for name in options_of(settings):
         if name not in known:
             raise SettingError("lora.options", name, f"a field of PEFT's {cls.__name__}; {suggest(name, known)}")
-    given = {**fields_of(settings, seed), **_where(settings, family, blocks, known), "task_type": "CAUSAL_LM"}
+    given = {**fields_of(settings, seed), **_where(settings, family, blocks, known, head), "task_type": "CAUSAL_LM"}
     if "fan_in_fan_out" in known:
         given["fan_in_fan_out"] = family.transposed
     try:
@@ -57,11 +65,17 @@ def _refused(settings: LoraSettings, error: Exception) -> SettingError:
     return SettingError(setting, value, f"what PEFT takes ({reason})")
 
 
-def _where(settings: LoraSettings, family: Family, blocks: Sequence[int] | None, known: set[str]) -> dict[str, Any]:
+def _where(
+    settings: LoraSettings, family: Family, blocks: Sequence[int] | None, known: set[str], head: str
+) -> dict[str, Any]:
     """The fields that say which layers are adapted."""
     chosen = settings.targets or family.targets
     targets = [name for name in chosen if name not in family.parameters]
+    if head == "lora":
+        targets = [*(targets if blocks is None or len(blocks) else []), HEAD]
     where: dict[str, Any] = {"target_modules": targets}
+    if head == "full":
+        where["modules_to_save"] = [HEAD]
     if asked := family.asked(chosen):
         if "target_parameters" not in known:
             words = f"{','.join(family.targets)} with adapters of the kind {settings.method}, which sit on modules only"

@@ -8,6 +8,7 @@ Shapes: N rows (tokens), D hidden, V vocabulary, I and O a projection's inputs a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,17 +26,26 @@ _LEVELS = 2**16
 _UNDERFLOW = 1e-30
 
 
-def causal_loss(hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None = None) -> Tensor:
-    """The mean next-token loss of a frozen head without a bias.
+def causal_loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    cap: float | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
+) -> Tensor:
+    """The mean next-token loss of a head without a bias, which may have an adapter, or learn itself.
 
-    The logits exist a few rows at a time. Where a gradient is wanted, it is computed on the way, so that the
-    backward only scales it; positions without a label are left out from the beginning.
+    The logits exist a few rows at a time. Where gradients are wanted, they are computed on the way, so that the
+    backward only scales them; positions without a label are left out from the beginning.
 
     Args:
         hidden: The head's input (B, T, D).
-        head: The head's weight (V, D); gets no gradient. Products are made in its type, the rest in float32.
+        head: The head's weight (V, D). Products are made in its type, the rest in float32.
         labels: The tokens themselves (B, T), `IGNORED` where no loss is wanted; they are shifted here.
         cap: Where logits are capped softly, what none of them exceeds.
+        low: Of an adapter, its scaled s * A x (B, T, R); `low @ up.T` is added to the logits.
+        up: Of an adapter, B (V, R).
 
     Returns:
         Nats, a scalar in float32; NaN where no position has a label.
@@ -44,8 +54,10 @@ def causal_loss(hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None 
     places = (wanted != IGNORED).nonzero().squeeze(1)
     # Rows of the unshifted hidden states: the last position of a sequence predicts nothing.
     length = labels.shape[1] - 1
-    rows = hidden.flatten(0, 1).index_select(0, places + places // max(length, 1))
-    loss: Tensor = _Loss.apply(rows, head, wanted[places], torch.is_grad_enabled(), cap)  # type: ignore[no-untyped-call]
+    rows = places + places // max(length, 1)
+    inputs = hidden.flatten(0, 1).index_select(0, rows)
+    narrow = None if low is None else low.flatten(0, 1).index_select(0, rows)
+    loss: Tensor = _Loss.apply(inputs, head, narrow, up, wanted[places], torch.is_grad_enabled(), cap)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -58,33 +70,93 @@ def _bend(scores: Tensor, cap: float | None) -> Tensor | None:
     return slope
 
 
+class _Products:
+    """Logits of some rows, `rows @ head.T` and what an adapter adds; and on the way back, the gradients wanted."""
+
+    def __init__(
+        self, rows: Tensor, head: Tensor, low: Tensor | None, up: Tensor | None, wanted: Sequence[bool]
+    ) -> None:
+        """Makes room.
+
+        Args:
+            rows: (N, D).
+            head: (V, D).
+            low: (N, R), or None.
+            up: (V, R), or None.
+            wanted: Which of these four take a gradient.
+        """
+        self._pairs = [(rows, head)] if low is None or up is None else [(rows, head), (low, up)]
+        self._type = head.dtype
+        self.gradients: list[Tensor | None] = [None] * 4
+        for place, (left, right) in enumerate(self._pairs):
+            if wanted[2 * place]:
+                self.gradients[2 * place] = torch.empty_like(left, dtype=head.dtype)
+            if wanted[2 * place + 1]:  # a sum over all rows, which a narrow type would round each time
+                self.gradients[2 * place + 1] = torch.zeros_like(right, dtype=torch.float32)
+
+    @property
+    def any(self) -> bool:
+        """Whether any gradient is wanted."""
+        return any(gradient is not None for gradient in self.gradients)
+
+    def logits(self, chosen: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        """Of the rows chosen (n, V)."""
+        left, right = self._pairs[0]
+        logits = torch.mm(left[chosen].to(self._type), right.t(), out=out)
+        for left, right in self._pairs[1:]:
+            logits.addmm_(left[chosen].to(self._type), right.to(self._type).t())
+        return logits
+
+    def back(self, chosen: slice, slopes: Tensor) -> None:
+        """Takes the gradient by the logits (n, V) of some rows."""
+        for place, (left, right) in enumerate(self._pairs):
+            by_row, by_weight = self.gradients[2 * place], self.gradients[2 * place + 1]
+            if by_row is not None:
+                torch.mm(slopes, right.to(self._type), out=by_row[chosen])
+            if by_weight is not None:
+                seen = left[chosen].to(self._type)
+                if by_weight.dtype == slopes.dtype:
+                    by_weight.addmm_(slopes.t(), seen)
+                else:
+                    by_weight += torch.mm(slopes.t(), seen)
+
+
 class _Loss(torch.autograd.Function):
-    """Rows (N, D), head (V, D), labels (N,) to the mean loss; keeps the gradient (N, D)."""
+    """Rows (N, D), head (V, D), low (N, R), up (V, R), labels (N,) to the mean loss; keeps the gradients wanted."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, head: Tensor, labels: Tensor, graph: bool, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        head: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        labels: Tensor,
+        graph: bool,
+        cap: float | None,
+    ) -> Tensor:
         count, size = len(rows), len(head)
-        gradient = torch.empty_like(rows, dtype=head.dtype) if graph and ctx.needs_input_grad[0] else None
+        products = _Products(rows, head, low, up, [graph and need for need in ctx.needs_input_grad[:4]])
         nats = torch.zeros((), device=rows.device)
         step = -(-count // max(1, -(-count * size // LOGITS))) if count else 1
         # The same memory for every run of rows: fresh pages would cost as much as a pass over them.
         buffer = torch.empty(min(step, count), size, dtype=head.dtype, device=rows.device)
         wide = buffer if head.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
         for start in range(0, count, step):
-            part, label = rows[start : start + step].to(head.dtype), labels[start : start + step]
-            logits, scores = buffer[: len(part)], wide[: len(part)]
-            torch.mm(part, head.t(), out=logits)
+            run, label = slice(start, start + step), labels[start : start + step]
+            logits, scores = buffer[: len(label)], wide[: len(label)]
+            products.logits(run, logits)
             if scores is not logits:
                 scores.copy_(logits)
             slope = _bend(scores, cap)
-            if gradient is None:
+            if not products.any:
                 nats += functional.cross_entropy(scores, label, reduction="sum")
                 continue
             torch.softmax(scores, -1, out=scores)
             chosen = scores.gather(1, label[:, None])
             lost = (chosen < _UNDERFLOW).squeeze(1)
             if lost.any():
-                again = torch.mm(part[lost], head.t()).float()
+                again = products.logits(start + lost.nonzero().squeeze(1)).float()
                 _bend(again, cap)
                 nats += functional.cross_entropy(again, label[lost], reduction="sum")
             nats -= chosen[~lost].log().sum()
@@ -93,18 +165,19 @@ class _Loss(torch.autograd.Function):
                 scores.mul_(slope)
             if scores is not logits:
                 logits.copy_(scores)
-            torch.mm(logits, head, out=gradient[start : start + step])
+            products.back(run, logits)
         ctx.count = count
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-            ctx.rows_dtype = rows.dtype
+        ctx.types = [None if tensor is None else tensor.dtype for tensor in (rows, head, low, up)]
+        ctx.save_for_backward(*products.gradients)
         return nats / count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * (gradients[0] / max(ctx.count, 1))).to(ctx.rows_dtype), None, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        factor = gradients[0] / max(ctx.count, 1)
+        kept = zip(ctx.saved_tensors, ctx.types, strict=True)
+        scaled = [None if gradient is None else (gradient * factor).to(dtype) for gradient, dtype in kept]
+        return *scaled, None, None, None
 
 
 def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:

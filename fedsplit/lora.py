@@ -18,16 +18,18 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedsplit.config import LoraSettings
 from fedsplit.families import STACKED, Family
+from fedsplit.head import HEAD, WEIGHT, WholeHead
 from fedsplit.injection import ADAPTER, exported, inject, make_config, trained_names
-from fedsplit.kernels import lora_linear
+from fedsplit.kernels import causal_loss, lora_linear
 from fedsplit.lowrank import LowRank
 from fedsplit.methods import draws_fresh, method_of
 from fedsplit.sources import to_peft
 from fedsplit.split import Part
-from fedsplit.updates import Adapters, Layer, fresh_factor
+from fedsplit.updates import Adapters, Layer, factor_of, fresh_factor
 
 _NAME = ADAPTER
 
@@ -43,6 +45,13 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         return lora_linear(x, weight, base.bias, down.weight, up.weight, self.scaling[_NAME], p)
 
+    def causal_loss(self, hidden: Tensor, labels: Tensor, cap: float | None) -> Tensor:
+        """As a head, the mean next-token loss; see `fedsplit.kernels.causal_loss`."""
+        weight = self.base_layer.weight
+        seen = self.lora_dropout[_NAME](hidden.to(weight.dtype))
+        low = functional.linear(seen, self.lora_A[_NAME].weight.to(weight.dtype)) * self.scaling[_NAME]
+        return causal_loss(hidden, weight, labels, cap, low, self.lora_B[_NAME].weight.to(weight.dtype))
+
 
 def _fuse(part: Part) -> None:
     for module in part.modules():
@@ -55,7 +64,7 @@ lora_config = make_config
 """PEFT's configuration of our adapters, LoRA or another."""
 
 
-def add(part: Part, settings: LoraSettings, seed: int) -> None:
+def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> None:
     """Puts adapters on a part, in place; its other parameters stay frozen.
 
     What training starts from depends on the seed, the layer's name and its weight alone, so that it is the same for
@@ -65,12 +74,17 @@ def add(part: Part, settings: LoraSettings, seed: int) -> None:
         part: The part; its base weights must be frozen already.
         settings: The kind of adapter, rank, alpha, dropout and targets.
         seed: The run's seed.
+        head: What of the top's head trains, one of `fedsplit.config.HEADS`. Where it is tied, the embedding stays as
+            it is: an adapter adds to what the shared weight makes, and a head that trains whole gets a copy.
     """
+    head = head if part.kind == "top" else "frozen"
     modules = len(settings.targets) > len(part.family.asked(settings.targets)) or not settings.targets
-    if not part.blocks or not (modules or part.routers):
-        return
-    inject(part, make_config(settings, part.family, seed=seed), seed)
-    part.adapter = trained_names(part)
+    if (part.blocks and (modules or part.routers)) or head == "lora":
+        inject(part, make_config(settings, part.family, seed=seed, head="lora" if head == "lora" else "frozen"), seed)
+        part.adapter = trained_names(part)
+    if head == "full":
+        part.lm_head = WholeHead(part.lm_head)
+        part.adapter |= {WEIGHT}
     if part.fused:
         _fuse(part)
     fresh = draws_fresh(settings)
@@ -175,6 +189,8 @@ def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
     """
     for name, module in part.named_modules():
         if isinstance(module, LoraLayer) and (change := changes.get(part.whole_name(name))) is not None:
+            if name == HEAD:  # the embedding may share its weight, and must not change
+                module.base_layer.weight = nn.Parameter(module.base_layer.weight.clone(), requires_grad=False)
             weight = module.base_layer.weight
             narrow = change.to(weight.dtype)
             if module.fan_in_fan_out:
@@ -209,6 +225,7 @@ def save(
     base: str,
     blocks: Sequence[int] | None = None,
     seed: int = 0,
+    head: str = "frozen",
 ) -> None:
     """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
 
@@ -222,8 +239,9 @@ def save(
         base: The base model's name, for the record, as `--model` has it.
         blocks: The adapted blocks of the unsplit model, where it is not all of them.
         seed: The run's seed.
+        head: What of the head trained, where it is among them.
     """
-    config = make_config(settings, family, blocks, seed)
+    config = make_config(settings, family, blocks, seed, head)
     if method_of(settings).residual:
         config.init_lora_weights = True  # what was taken out of the base is in the factors, with what was folded
     config.base_model_name_or_path, config.revision = to_peft(base)
@@ -255,9 +273,10 @@ def load(directory: Path) -> Adapters:
     layers: dict[str, Layer] = {}
     if config.peft_type != "LORA" or config.use_dora or config.lora_bias:
         return Adapters(tensors, layers)
-    for layer in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+    for layer in sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)}):
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
-        layers[layer] = Layer(float(alpha), bool(config.fan_in_fan_out), bool(config.use_rslora))
+        transposed = bool(config.fan_in_fan_out) and layer != HEAD  # a head is no Conv1D in any family
+        layers[layer] = Layer(float(alpha), transposed, bool(config.use_rslora))
         if layer.removesuffix(".base_layer").endswith(".experts"):
             experts = tensors[f"{layer}.lora_A.weight"].shape[0] // config.r
             layers[layer] = replace(layers[layer], experts=experts, parameter=_wrapped(layer, config))

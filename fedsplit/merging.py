@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit.checkpoint import write_whole
 from fedsplit.config import InputError
 from fedsplit.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
+from fedsplit.head import HEAD, WEIGHT
+from fedsplit.prompts import SAVED
 from fedsplit.sources import to_peft
 from fedsplit.split import TYPES, load_whole
-from fedsplit.store import write_tensors
+from fedsplit.store import load_tensors, write_tensors
 from fedsplit.updates import Adapters
 from fedsplit.vocabulary import TOKENIZER_FILES
 from fedsplit.whole import merged, open_base, read_fitting
@@ -35,7 +37,40 @@ RECORD = "merged.json"
 MERGED = "merged_adapter"
 """The adapter that was merged, in a merged folder."""
 
+BASE_HEAD = "base_head.safetensors"
+"""The head as it was, beside an adapter that replaced it whole, where it was not tied to the embedding."""
+
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _check_mergeable(adapter: Adapter, read: Adapters) -> None:
+    """Makes sure that an adapter is a change of weights.
+
+    Raises:
+        InputError: It is not.
+    """
+    if SAVED in read.tensors:
+        words = "virtual tokens or prefixes, which change no weight: there is nothing to add to the model's"
+        raise InputError(f"the adapter in {adapter.folder} is made of {words}")
+
+
+def _untie(model: Any, changes: Adapters) -> bool:
+    """Gives the head a weight of its own where an adapter changes it; whether it had shared the embedding's."""
+    head, words = model.lm_head, model.get_input_embeddings()
+    if (HEAD not in changes.layers and WEIGHT not in changes.tensors) or head.weight is not words.weight:
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return True
+
+
+def _replace_head(model: Any, weight: Tensor | None) -> Tensor | None:
+    """Puts another weight into the head, if there is one; returns the one that was there."""
+    before: Tensor = model.lm_head.weight.detach()
+    if weight is None:
+        return None
+    model.lm_head.weight = nn.Parameter(weight.to(before.dtype))
+    return before
 
 
 @torch.no_grad()
@@ -82,13 +117,15 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
         dtype: The type of the weights; anything but fp32 rounds a part of the adapter away.
 
     Raises:
-        InputError: The base model is missing, or the adapter does not fit it.
+        InputError: The base model is missing, or the adapter does not fit it or is no change of weights.
     """
     base = open_base(adapter.model_path, adapter.dtype).float()
     changes = read_fitting(adapter, base)
-    base_type = _type_of(base)
+    _check_mergeable(adapter, changes)
+    base_type, tied, head = _type_of(base), _untie(base, changes), None
     if changes.layers:
         _add(base, changes, 1.0)
+        head = _replace_head(base, changes.tensors.get(WEIGHT))
     else:
         base = merged(base, adapter)
     base.to(TYPES[dtype])
@@ -96,7 +133,9 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
     def fill(draft: Path) -> None:
         _save(base, adapter.model_path, draft)
         copy_adapter(adapter, draft / MERGED)
-        record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder)}
+        if head is not None and not tied:
+            write_tensors(draft / MERGED / BASE_HEAD, {WEIGHT: head})
+        record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": tied}
         text = json.dumps({**record, "dtype": dtype, "weights": _digests(draft)}, indent=2)
         (draft / RECORD).write_text(text + "\n", encoding="utf-8")
 
@@ -141,6 +180,11 @@ def unmerge(folder: Path, out: Path) -> str:
         words = f"its adapter does more than to add something to the weights; the base is {record['base']}"
         raise InputError(f"{folder} cannot be unmerged: {words}")
     _add(model, changes, -1.0)
+    if record.get("tied"):
+        model.lm_head.weight = model.get_input_embeddings().weight
+        model.config.tie_word_embeddings = True
+    elif WEIGHT in changes.tensors:
+        _replace_head(model, load_tensors(folder / MERGED / BASE_HEAD)[WEIGHT])
     kind = str(record["base_type"]) if record["dtype"] == "fp32" else "float32"
     model.to(_NARROW.get(kind, torch.float32))
     write_whole(out, lambda draft: _save(model, folder, draft))
@@ -180,9 +224,12 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     check_same_base(adapters)
     base = open_base(adapters[0].model_path, adapters[0].dtype).float()
     read = [read_fitting(adapter, base) for adapter in adapters]
-    for adapter, found in zip(adapters, read, strict=True):
-        if not found.layers:
+    for adapter, one in zip(adapters, read, strict=True):
+        _check_mergeable(adapter, one)
+        if not one.layers:
             raise InputError(f"{adapter.folder} cannot be combined: it is no LoRA, whose factors add up")
+        if WEIGHT in one.tensors:
+            raise InputError(f"the adapter in {adapter.folder} holds a whole head, which PEFT cannot combine")
     if how == "linear":
         _check_linear(read)
     if any(one.stacked for one in read):
@@ -205,6 +252,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         base_model_name_or_path=name,
         revision=revision,
         inference_mode=True,
+        fan_in_fan_out=any(layer.transposed for layer in read[0].layers.values()),  # PEFT has that of the last layer
     )
 
     def fill(draft: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fedsplit.kernels import IGNORED
 
@@ -108,3 +109,17 @@ def stack(rows: Sequence[Row], pad: int) -> Sequences:
         return Sequences.packed(ids)
     labels = torch.tensor([[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in rows])
     return Sequences(ids, labels, lengths if bool((lengths < longest).any()) else None)
+
+
+def behind(virtual: int, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Labels and mask (B, T) of a text that virtual tokens are put before, as (B, P + T).
+
+    Args:
+        virtual: P, how many; of these only the last one predicts.
+        labels: What is predicted of the text.
+        mask: 0 on padding; None where there is none.
+    """
+    if not virtual:
+        return labels, mask
+    padded = None if mask is None else functional.pad(mask, (virtual, 0), value=1)
+    return functional.pad(labels, (virtual, 0), value=IGNORED), padded

@@ -172,8 +172,8 @@ class Federation:
         for changes in self._holdings.restore(snapshot.round, facts, groups):
             if self._schedule.personal:
                 self._trunk.fold(changes)
-        adapters = adapters.with_tensors(groups["adapters"])
-        self._trunk.restore(groups["trunk"], groups.get("moments", {}))
+        adapters = adapters.with_tensors(groups.get("adapters", {}))
+        self._trunk.restore(groups.get("trunk", {}), groups.get("moments", {}))
         if self._schedule.personal:
             self._trunk.write(*self._holdings.trunk_end(adapters))
         self._tally = self._tally.go_on(facts["tally"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.command import QUIET, exit_code
-from fedsplit.config import Config, SettingError, TrainSettings
+from fedsplit.config import Config, SettingError, TrainSettings, set_by_user
 from fedsplit.flags import parse
 
 ENVIRONMENT = {
@@ -45,11 +45,14 @@ def prepare_environment() -> None:
 
 
 def learning_parts(config: Config, blocks: int) -> list[str]:
-    """The parts that have adapters, which sit in blocks, and get gradients under the schedule."""
+    """The parts that have something to train, and get gradients under the schedule."""
     from fedsplit.schedules import SCHEDULES
 
     schedule, (low, high) = SCHEDULES[config.trunk.schedule], config.bounds
     learns = {"bottom": schedule.returns_gradient and low > 0, "trunk": schedule.learns, "top": high < blocks}
+    learns["top"] |= config.lm_head != "frozen"
+    if config.prompt.virtual:
+        learns = {"bottom": schedule.returns_gradient}
     return [part for part, does in learns.items() if does]
 
 
@@ -82,6 +85,48 @@ def check_training(config: Config) -> None:
         raise SettingError("min_delta", config.min_delta, "0 without --patience")
 
 
+PROMPT_SETTINGS = {
+    "off": (),
+    "prompt": ("tokens", "init", "text"),
+    "ptuning": ("tokens", "encoder", "hidden", "layers", "dropout"),
+    "prefix": ("tokens", "init", "hidden", "projection"),
+}
+"""Which settings of prompts a kind has a use for."""
+
+PROMPT_STARTS = {"prompt": ("random", "vocab", "text"), "prefix": ("random", "zero")}
+"""What virtual tokens and prefixes can start from; p-tuning's at random."""
+
+
+def check_prompt(config: Config) -> None:
+    """Makes sure that settings of prompts, LoRA and the head belong together: PEFT has one method an adapter.
+
+    Raises:
+        SettingError: One has no use, or is not possible beside another.
+    """
+    prompt, kind = config.prompt, config.prompt.kind
+    for name, value in set_by_user(prompt).items():
+        if name != "kind" and name not in PROMPT_SETTINGS[kind]:
+            uses = " | ".join(other for other, names in PROMPT_SETTINGS.items() if name in names)
+            raise SettingError(f"prompt.{name}", value, f"its default, except with --prompt.kind {uses}")
+    if kind == "off":
+        return
+    for name, value in set_by_user(config.lora).items():
+        raise SettingError(f"lora.{name}", value, f"its default: with --prompt.kind {kind} there are no LoRA adapters")
+    if config.lm_head != "frozen":
+        raise SettingError("lm_head", config.lm_head, f"frozen with --prompt.kind {kind}")
+    if prompt.init not in (starts := PROMPT_STARTS.get(kind, ("random",))):
+        raise SettingError("prompt.init", prompt.init, f"{' | '.join(starts)} with --prompt.kind {kind}")
+    if (prompt.init == "text") != bool(prompt.text.strip()):
+        words = "a text that is not empty with --prompt.init text, and none otherwise"
+        raise SettingError("prompt.text", prompt.text or "nothing", words)
+    for name in sorted({"layers", "dropout"} & set_by_user(prompt).keys()) if prompt.encoder == "mlp" else ():
+        raise SettingError(f"prompt.{name}", getattr(prompt, name), "its default, except with --prompt.encoder lstm")
+    if prompt.dropout and prompt.layers == 1:
+        raise SettingError("prompt.dropout", prompt.dropout, "0 with one layer: it works between layers")
+    if kind == "prefix" and prompt.hidden and not prompt.projection:
+        raise SettingError("prompt.hidden", prompt.hidden, "0, except with --prompt.projection")
+
+
 def check(config: Config) -> tuple[Path, Any, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
 
@@ -97,9 +142,13 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     from fedsplit.sources import about, weights
     from fedsplit.tables import check_dataset
 
+    check_prompt(config)
     facts = read_facts(about(config))
     if config.bounds[1] > facts.blocks:
         raise SettingError("cut", config.cut, f"LO:HI with 0 <= LO < HI <= {facts.blocks}, the model's blocks")
+    if config.prompt.virtual and not learning_parts(config, facts.blocks):
+        words = f"a schedule that returns gradients, with --prompt.kind {config.prompt.kind}: nothing else learns"
+        raise SettingError("trunk.schedule", config.trunk.schedule, words)
     if not learning_parts(config, facts.blocks):
         words = f"a cut that leaves blocks to a part that learns under the trunk schedule {config.trunk.schedule}"
         raise SettingError("cut", config.cut, words)
@@ -128,6 +177,11 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         raise SettingError(
             "train.max_length", config.train.max_length, f"8 to {facts.positions}, the model's positions"
         )
+    if (positions := config.prompt.positions) and config.train.max_length + positions > facts.positions:
+        words = (
+            f"at most the model's {facts.positions} positions together with train.max_length {config.train.max_length}"
+        )
+        raise SettingError("prompt.tokens", positions, words)
     possible = (*facts.family.targets, *facts.family.parameters)
     if strange := [name for name in config.lora.targets if name not in possible]:
         raise SettingError("lora.targets", strange[0], ",".join(possible))

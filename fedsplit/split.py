@@ -52,9 +52,11 @@ class Part(nn.Module):
         fused: Whether it computes with `fedsplit.kernels` where it can; else with the library's code alone.
         dtype: The type of its base weights and of its computation; adapters are float32 always.
         adapter: The parameters that are its adapter's, by their names here.
+        virtual: Of a bottom, the virtual tokens that it puts before the text, as `fedsplit.prompts` makes it.
     """
 
     adapter: frozenset[str] = frozenset()
+    virtual: int = 0
 
     def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any, fused: bool, dtype: torch.dtype) -> None:
         """Cuts a part out of a model.
@@ -181,6 +183,8 @@ class Top(Part):
         Labels are the tokens themselves, -100 where no loss is wanted; they are shifted here.
         """
         head = self.lm_head
+        if self.fused and hasattr(head, "causal_loss"):  # a head that learns
+            return head.causal_loss(self._decode(mask, inputs_embeds=hidden), labels, self.cap)
         bare = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         if self.fused and bare:
             return causal_loss(self._decode(mask, inputs_embeds=hidden), head.weight, labels, self.cap)

@@ -174,13 +174,13 @@ def check_strategy(strategy: Any, config: Config) -> None:
             in this type, or cannot go on.
     """
     traits = traits_of(strategy)
-    if traits.factors and not method_of(config.lora).factors:
-        names: Any = importlib.import_module("strategies").STRATEGIES
-        able = ", ".join(sorted(name for name in names if not traits_of(_find(name)).factors))
-        words = f"{able} with the method {config.lora.method}, whose layers have no pair of factors A and B"
+    package: Any = importlib.import_module("strategies")
+    if traits.factors and (config.prompt.kind != "off" or not method_of(config.lora).factors):
+        can = ", ".join(sorted(name for name in package.STRATEGIES if not traits_of(_find(name)).factors))
+        kind = f"--prompt.kind {config.prompt.kind}" if config.prompt.kind != "off" else f"--peft {config.lora.method}"
+        words = f"{can} with {kind}, which has no pairs of factors A and B"
         raise SettingError("strategy", config.strategy, words)
     if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
-        package: Any = importlib.import_module("strategies")
         can = sorted(name for name in package.STRATEGIES if traits_of(_find(name)).mixed_ranks)
         ranks = ",".join(map(str, config.lora.rank))
         raise SettingError(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from fedsplit import lora
+from fedsplit import adapting, prompts
 from fedsplit.config import InputError
 from fedsplit.families import read_facts
 from fedsplit.finished import Adapter
+from fedsplit.head import WEIGHT
 from fedsplit.kernels import IGNORED
 from fedsplit.sequences import Sequences
 from fedsplit.split import TYPES, check_checkpoint, load_whole
@@ -71,7 +72,7 @@ def read_adapter(adapter: Adapter) -> Adapters:
         InputError: It cannot be read.
     """
     try:
-        return lora.load(adapter.folder)
+        return adapting.load(adapter.folder)
     except Exception as error:  # noqa: BLE001  # whatever the libraries make of a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason})") from None
@@ -99,20 +100,39 @@ def read_fitting(adapter: Adapter, base: Any) -> Adapters:
         if name not in parameters or parameters[name].shape != wanted:
             words = f"which is no {' x '.join(map(str, wanted))} in the model"
             raise InputError(f"the adapter in {adapter.folder} does not fit the model: it changes {name}, {words}")
-    for name in read.tensors if not read.layers else ():
-        if _owner(name, modules) is None:
+    for name in read.tensors.keys() - {prompts.SAVED, WEIGHT} if not read.layers else ():
+        if _layer_of(name, modules) is None:
             words = f"it has {name}, of a layer which the model has not"
             raise InputError(f"the adapter in {adapter.folder} does not fit the model: {words}")
+    _check_others(adapter, read, base)
     return read
 
 
-def _owner(name: str, modules: Mapping[str, Any]) -> str | None:
+def _layer_of(name: str, modules: Mapping[str, Any]) -> str | None:
     """The layer that an adapter's tensor belongs to: the longest beginning of its name that is one with a weight."""
     while name:
         name = name.rpartition(".")[0]
         if name in modules:
             return name if hasattr(modules[name], "weight") else None
     return None
+
+
+def _check_others(adapter: Adapter, read: Adapters, base: Any) -> None:
+    """Makes sure that what an adapter has beside LoRA fits a model.
+
+    Raises:
+        InputError: It does not.
+    """
+    pairs: list[tuple[str, object, object]] = []
+    if WEIGHT in read.tensors:
+        pairs.append((WEIGHT, tuple(read.tensors[WEIGHT].shape), tuple(base.lm_head.weight.shape)))
+    if (kind := prompts.kind_of(adapter.folder)) is not None:
+        width = prompts.saved_width(kind, base.config)
+        pairs.append((f"the width of its {prompts.SAVED}", read.tensors[prompts.SAVED].shape[1], width))
+    for name, found, wanted in pairs:
+        if found != wanted:
+            words = f"{name} is {found}, the model's {wanted}"
+            raise InputError(f"the adapter in {adapter.folder} does not fit the model: {words}")
 
 
 def attach(base: Any, adapter: Adapter) -> Any:
@@ -145,6 +165,18 @@ def merged(base: Any, adapter: Adapter) -> Any:
         raise InputError(f"the adapter in {adapter.folder} cannot be merged ({reason})") from None
 
 
+def detach(model: Any) -> Any:
+    """The base model again, from what `attach` made of it."""
+    base = model.get_base_model()
+    if model.active_peft_config.is_prompt_learning:
+        return base
+    head = getattr(base.lm_head, "original_module", base.lm_head)
+    base = model.unload()
+    if not hasattr(head, "base_layer"):  # PEFT leaves a head that was trained whole where it is
+        base.lm_head = head
+    return base
+
+
 @torch.no_grad()
 def score(model: Any, batches: Iterable[Sequences]) -> Score:
     """Measures a causal LM.
@@ -158,7 +190,7 @@ def score(model: Any, batches: Iterable[Sequences]) -> Score:
     for rows in batches:
         seen = {} if rows.mask is None else {"attention_mask": rows.mask}
         with torch.autocast("cpu", narrow, enabled=narrow != torch.float32):
-            logits = model(input_ids=rows.ids, **seen).logits[:, :-1].flatten(0, 1)
+            logits = model(input_ids=rows.ids, **seen).logits[:, -rows.ids.shape[1] : -1].flatten(0, 1)  # none virtual
         labels = rows.labels[:, 1:].flatten()
         wanted = labels != IGNORED
         if not bool(wanted.all()):

@@ -71,6 +71,51 @@ def test_the_loss_and_its_gradient_are_the_dense_ones(
     torch.testing.assert_close(causal_loss(hidden.detach(), head, labels, cap), loss, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("limit", [1, 5 * VOCABULARY, 2**23])
+@pytest.mark.parametrize("wanted", ["all", "head", "low and up", "not the input"])
+def test_a_head_that_learns_gets_the_dense_gradients(
+    wanted: str, limit: int, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its weight, and of an adapter on it, summed over runs of rows; whichever of them want one."""
+    monkeypatch.setattr(kernels, "LOGITS", limit)
+    (hidden, head), labels = _inputs(), _labels("ragged")
+    generator = torch.Generator().manual_seed(4)
+    low, up = (torch.randn(*shape, generator=generator) for shape in ((ROWS, TOKENS, 2), (VOCABULARY, 2)))
+    takes = {"all": "hidden head low up", "head": "head", "low and up": "low up", "not the input": "head low up"}
+    named = {"hidden": hidden.detach(), "head": head, "low": low, "up": up}
+    leaves = [named[name].requires_grad_() for name in takes[wanted].split()]
+    wide = torch.cat([named["hidden"], low], 2).double(), torch.cat([head, up], 1).double()
+    expected = _dense(*wide, labels, cap)
+    loss = causal_loss(named["hidden"], head, labels, cap, low, up)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for mine, theirs in zip(
+        torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_loss(named["hidden"], head, labels, cap, low, up), loss, rtol=1e-6, atol=0)
+
+
+def test_a_narrow_head_that_learns_sums_its_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row at a time: sums in bfloat16 would lose most of them."""
+    monkeypatch.setattr(kernels, "LOGITS", 1)
+    (hidden, head), labels = _inputs(dtype=torch.bfloat16), _labels("all")
+    whole = head.float().requires_grad_()
+    (mine,) = torch.autograd.grad(causal_loss(hidden, whole.to(torch.bfloat16), labels), whole)
+    (dense,) = torch.autograd.grad(_dense(hidden, whole, labels), whole)
+    assert mine.dtype == torch.float32
+    assert functional.cosine_similarity(mine.flatten(), dense.flatten(), 0) > 0.9999
+
+
+def test_a_label_without_probability_is_found_with_an_adapter_too() -> None:
+    (hidden, head), labels = _inputs(scale=100.0), _labels("ragged")
+    low, up = torch.ones(ROWS, TOKENS, 2), torch.ones(VOCABULARY, 2, requires_grad=True)
+    expected = _dense(torch.cat([hidden, low], 2), torch.cat([head, up], 1), labels)
+    assert expected > 100
+    torch.testing.assert_close(causal_loss(hidden, head, labels, None, low, up).double(), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("cap", [None, 1000.0])
 def test_a_label_of_no_probability_has_a_finite_loss(cap: float | None) -> None:
     (hidden, head), labels = _inputs(scale=100.0), _labels("ragged")

@@ -210,8 +210,7 @@ def test_hidden_states_and_gradients_cross_in_the_type_of_computation(any_model_
     assert sent["activation_down"] == sent["gradient_up"] == sent["gradient_down"] == nbytes
 
 
-def test_an_adapter_on_the_head_takes_the_ordinary_way(tiny_models: dict[str, Path]) -> None:
-    """Fused kernels are for frozen weights; the loss has its gradient all the same."""
+def test_an_adapter_on_the_head_gives_the_same_with_fused_kernels(tiny_models: dict[str, Path]) -> None:
     _, _, labels = _batch("none")
     settings, losses, gradients = LoraSettings(dropout=0.0, targets=("o_proj", "lm_head")), [], []
     for kernels in ("library", "fused"):

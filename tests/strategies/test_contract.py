@@ -202,6 +202,20 @@ def test_what_the_run_knows_may_be_passed_to_every_strategy(name: str) -> None:
     assert isinstance(made.init(start()), Mapping)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if traits_of(make(name)).factors])
+def test_what_is_no_factor_is_averaged_plainly_beside_factors(name: str) -> None:
+    """Such as a head that trains whole; for three rounds, with other draws in between."""
+    head = torch.arange(12.0).reshape(4, 3)
+    run = Round.begin(make(name), replace(start(), tensors={**start().tensors, "lm_head.weight": head}))
+    for number in range(3):
+        updates = run.train([2] * 3, seed=number)
+        weights = [update.examples / sum(u.examples for u in updates) for update in updates]
+        heads = [update.adapters.tensors["lm_head.weight"].double() for update in updates]
+        mean = sum(weight * tensor for weight, tensor in zip(weights, heads, strict=True))
+        found = run.aggregate(updates).tensors["lm_head.weight"]
+        assert torch.allclose(found.double(), mean, rtol=1e-6) and not torch.equal(found, head)
+
+
 def test_a_strategy_made_by_name_takes_its_own_options_only() -> None:
     assert strategies.make("fedprox", {"clients": 3, "mu": 0.5}).mu == 0.5
     assert strategies.make("fedprox", {"mu": 0.5}, mu=0.1).mu == 0.1

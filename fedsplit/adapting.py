@@ -1,0 +1,72 @@
+"""Which adapter a part gets by a run's settings, and its files: LoRA, or virtual tokens and prefixes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedsplit import lora, prompts
+from fedsplit.config import Config
+from fedsplit.families import Family
+from fedsplit.head import HEAD
+from fedsplit.sources import about
+from fedsplit.split import Kind, Part
+from fedsplit.updates import Adapters
+
+
+def adapt(part: Part, config: Config) -> None:
+    """Puts on a part what trains, in place; its base weights must be frozen already."""
+    if config.prompt.kind == "off":
+        lora.add(part, config.lora, config.seed, config.lm_head)
+    else:
+        prompts.add(part, config.prompt, config.seed, about(config))
+
+
+def of_part(whole: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
+    """What of the whole model's adapters belongs to a part.
+
+    Args:
+        whole: By exported name, with what was folded.
+        config: The run's.
+        family: The model's family.
+        kind: The part.
+        blocks: Its blocks.
+    """
+    if config.prompt.kind != "off":
+        return Adapters(prompts.of_part(whole.tensors, kind, blocks), {})
+    prefixes = tuple(f"{family.decoder}.{family.blocks}.{block}." for block in blocks)
+    if kind == "top":
+        prefixes += (HEAD,)
+    folded = {layer: change for layer, change in whole.folded.items() if layer.startswith(prefixes)}
+    layers = {layer: facts for layer, facts in whole.layers.items() if layer.startswith(prefixes)}
+    tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(prefixes)}
+    return Adapters(tensors, layers, folded)
+
+
+def save(
+    folder: Path,
+    adapters: Adapters,
+    config: Config,
+    family: Family,
+    kind: Kind | None = None,
+    blocks: range | None = None,
+) -> None:
+    """Writes an adapter of the unsplit model that PEFT opens.
+
+    Args:
+        folder: Where to; made if it is not there.
+        adapters: The whole model's, or a part's (`of_part`).
+        config: The run's.
+        family: The model's family.
+        kind: The part whose they are; all where None.
+        blocks: Its blocks.
+    """
+    if config.prompt.kind != "off":
+        prompts.save(folder, adapters.tensors, config.prompt, about(config), config.model, blocks)
+    else:
+        head = config.lm_head if kind in (None, "top") else "frozen"
+        lora.save(folder, adapters, config.lora, family, config.model, blocks, config.seed, head)
+
+
+def load(folder: Path) -> Adapters:
+    """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote."""
+    return lora.load(folder) if prompts.kind_of(folder) is None else prompts.load(folder)

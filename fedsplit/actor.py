@@ -17,7 +17,7 @@ import ray
 import torch
 from torch import Tensor
 
-from fedsplit.adapting import adapt
+from fedsplit import adapting
 from fedsplit.config import Config
 from fedsplit.dispatch import Answer, Dispatcher
 from fedsplit.learners import Copy, Start
@@ -59,9 +59,10 @@ class TrunkActor:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
         (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
-        adapt(part, config)
-        if adapter is not None:
-            lora.adopt(lora.load(adapter), part)
+        if adapter is None:
+            adapting.adapt(part, config)
+        else:
+            adapting.adopt(adapter, config, part)
         budget = Budget(config.trunk.memory_bytes)
         self._incarnation = secrets.token_hex(8)
         server = TrunkServer(

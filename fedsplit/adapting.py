@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fedsplit import lora, prompts
 from fedsplit.config import Config
 from fedsplit.families import Family
 from fedsplit.head import HEAD
+from fedsplit.methods import method_of
 from fedsplit.sources import about
 from fedsplit.split import Kind, Part
 from fedsplit.updates import Adapters
@@ -70,3 +72,18 @@ def save(
 def load(folder: Path) -> Adapters:
     """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote."""
     return lora.load(folder) if prompts.kind_of(folder) is None else prompts.load(folder)
+
+
+def adopt(folder: Path, config: Config, *parts: Part) -> None:
+    """Puts a finished run's adapter on parts, whose base weights are as they were loaded.
+
+    Args:
+        folder: The adapter's, of the unsplit model.
+        config: The run's; not one with virtual tokens or prefixes, of which no file has the encoders.
+        *parts: The parts; what belongs to others is passed over.
+    """
+    if method_of(config.lora).residual:  # the file has as factors, too, what was taken out of the base weights
+        config = replace(config, lora=replace(config.lora, method="lora", options=""))
+    for part in parts:
+        adapt(part, config)
+    lora.adopt(load(folder), *parts)

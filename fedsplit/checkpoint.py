@@ -183,8 +183,11 @@ class RunFolder:
     def read_round(self, round: int) -> tuple[Adapters, dict[int, Adapters]]:
         """The adapters that `save_round` wrote: the whole model's, and clients' own."""
         folder = self._rounds / f"round-{round:04d}"
+        if self._config.prompt.kind != "off":  # adapter files have what the encoders make, and not the encoders
+            groups = unpack(load_tensors(folder / _TENSORS))
+            return Adapters({**groups.get("adapters", {}), **groups.get("trunk", {})}, {}), {}
         own = sorted((folder / _PERSONAL).glob("[0-9]*"))
-        return lora.load(folder), {int(one.name): lora.load(one) for one in own}
+        return adapting.load(folder), {int(one.name): adapting.load(one) for one in own}
 
     def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
         """Writes the final adapter, whole and by part, and the summary last."""

@@ -191,6 +191,9 @@ def check(asked: argparse.Namespace) -> Job:
     run = open_run(Path(asked.run))
     config = replace(run.config, model=asked.model or run.config.model, kernels=asked.kernels or run.config.kernels)
     adapter = _adapter(run, asked.client)
+    if config.prompt.kind != "off":
+        kind = f"a run with --prompt.kind {config.prompt.kind}"
+        raise InputError(f"{kind} cannot write through the split: no file has what its parties' encoders need to go on")
 
     from fedsplit.families import read_facts
     from fedsplit.sources import about, weights
@@ -219,7 +222,7 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     """Starts the trunk, loads what the client has meanwhile, and stops the trunk at the end, however it ends."""
     import torch
 
-    from fedsplit import lora
+    from fedsplit import adapting
     from fedsplit.actor import start_cluster, start_trunk, stop_cluster
     from fedsplit.decoding import Ends
     from fedsplit.link import Link
@@ -238,9 +241,7 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
         bottom, top = load_parts(
             weights(config, ["bottom", "top"]), config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels
         )
-        for part in (bottom, top):
-            lora.add(part, config.lora, config.seed)
-        lora.adopt(lora.load(folder), bottom, top)
+        adapting.adopt(folder, config, bottom, top)
         check_memory(config, trunk)
         incarnation = trunk.status()["incarnation"]
         link = Link(trunk, make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule], name, incarnation)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.command import QUIET, exit_code
-from fedsplit.config import Config, SettingError, TrainSettings, set_by_user
+from fedsplit.config import PARTS, Config, SettingError, TrainSettings, set_by_user
 from fedsplit.flags import parse
 
 ENVIRONMENT = {
@@ -112,6 +112,9 @@ def check_prompt(config: Config) -> None:
         return
     for name, value in set_by_user(config.lora).items():
         raise SettingError(f"lora.{name}", value, f"its default: with --prompt.kind {kind} there are no LoRA adapters")
+    if config.keep_best and {*config.share} != {*PARTS}:
+        words = f"all parts with --prompt.kind {kind} and --keep-best, for which no client keeps its own of every round"
+        raise SettingError("share", ",".join(config.share), words)
     if config.lm_head != "frozen":
         raise SettingError("lm_head", config.lm_head, f"frozen with --prompt.kind {kind}")
     if prompt.init not in (starts := PROMPT_STARTS.get(kind, ("random",))):

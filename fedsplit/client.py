@@ -38,6 +38,7 @@ def _batches(ids: Tensor, mask: Tensor | None, batches: int, micros: int) -> lis
     labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
     predicted = int((labels[:, 1:] != IGNORED).sum())
     batches = min(batches, len(ids))
+    micros = min(micros, len(ids) // batches)  # as many in each, since the trunk counts them
     masks = [None] * batches if mask is None else mask.tensor_split(batches)
     return [
         _micro_batches(rows, wanted, seen, micros, predicted)

@@ -117,40 +117,47 @@ class Client:
         batches = _batches(ids, mask, self.settings.accumulation, self.settings.micro_batches)
         losses = []
         for number, parts in enumerate(batches):
-            crossings = []
-            # 1. Up: what the bottom makes of the tokens.
-            for micro, part in enumerate(parts):
-                hidden, place = self.bottom(part.ids, part.mask), replace(key, batch=number, micro=micro)
-                sent = self.link.send(hidden, place, part.mask, len(parts), batches=len(batches), rate=rate)
-                crossings.append(sent)
-            # 2. Down, through the top to the loss; and its gradient up.
-            for crossing, part in zip(crossings, parts, strict=True):
-                hidden = crossing.output()
-                loss = self.top(hidden, part.labels, part.mask) * part.share
-                loss.backward()
-                crossing.send_back(hidden.grad)
-                losses.append(loss.detach())
-            # 3. Down: the gradient of what the bottom made.
-            norms = [crossing.finish() for crossing in crossings]
+            loss, crossings = self._cross(parts, replace(key, batch=number), len(batches), rate)
+            losses.append(loss)
         if self.settings.clip:
-            # 4. Down and up once more: the gradient's norm over all parts, and what all scale theirs by.
-            self._clip(crossings[-1], [norm for norm in norms if norm is not None])
+            self._clip(crossings)
         return torch.stack(losses).sum()
 
-    def _clip(self, crossing: Crossing, trunk: Sequence[float]) -> None:
-        """Scales this client's gradients, and has the trunk scale its own.
+    def _cross(
+        self, parts: Sequence[_MicroBatch], key: StepKey, batches: int, rate: float
+    ) -> tuple[Tensor, list[Crossing]]:
+        """One batch of a step, as micro-batches; its share in the step's loss, and what crossed."""
+        crossings, losses = [], []
+        # 1. Up: what the bottom makes of the tokens.
+        for micro, part in enumerate(parts):
+            hidden, place = self.bottom(part.ids, part.mask), replace(key, micro=micro)
+            crossings.append(self.link.send(hidden, place, part.mask, len(parts), batches=batches, rate=rate))
+        # 2. Down, through the top to the loss; and its gradient up.
+        for crossing, part in zip(crossings, parts, strict=True):
+            hidden = crossing.output()
+            loss = self.top(hidden, part.labels, part.mask) * part.share
+            loss.backward()
+            crossing.send_back(hidden.grad)
+            losses.append(loss.detach())
+        # 3. Down: the gradient of what the bottom made.
+        for crossing in crossings:
+            crossing.finish()
+        return torch.stack(losses).sum(), crossings
+
+    def _clip(self, crossings: Sequence[Crossing]) -> None:
+        """Scales this client's gradients by the norm over all parts, and has the trunk scale its own.
 
         Args:
-            crossing: Any of the step's last batch.
-            trunk: The squared norm of the trunk's gradient; nothing where it does not learn.
+            crossings: Those of the step's last batch, one of which knows the norm of the trunk's gradient if it learns.
         """
         parameters = {**lora.parameters(self.bottom), **lora.parameters(self.top)}.values()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        trunk = [crossing.norm for crossing in crossings if crossing.norm is not None]
         scale = coefficient(squared_norm(gradients) + sum(trunk), self.settings.clip)
         for gradient in gradients:
             gradient.mul_(scale)
         if trunk:
-            crossing.scale(scale)
+            crossings[-1].scale(scale)
 
     def train(
         self,

@@ -35,6 +35,10 @@ class Crossing:
 
     In order: `output`, then `send_back` with the gradient of the loss by it, then `finish`. Between them the
     client may do other work; the trunk does this one's meanwhile.
+
+    Attributes:
+        norm: With clipping, the squared norm of the step's gradient by the trunk's adapter: of the last part of a step,
+            once it has finished, where the trunk learns. The trunk then waits for `scale`.
     """
 
     def __init__(self, link: Link, packet: Packet, hidden: Tensor) -> None:
@@ -46,6 +50,7 @@ class Crossing:
             hidden: The bottom's output (B, T, D), with its graph.
         """
         self._link, self._packet, self._hidden = link, packet, hidden
+        self.norm: float | None = None
         self._returns = packet.training and link.schedule.expects_backward(packet.wants_gradient)
         self._asks = link.asks and self._returns
         question = replace(packet, tensors={}, shape=tuple(hidden.shape))
@@ -77,22 +82,18 @@ class Crossing:
             packet = replace(self._packet, tensors={"gradient": self._link.codec.encode(gradient)})
             self._answer = self._link.trunk.send(packet)
 
-    def finish(self) -> float | None:
-        """Waits for the gradient of the bottom's output, and goes on with it through the bottom.
-
-        Returns:
-            The squared norm of the gradient of the trunk's adapter, where this was the last part of a step, and the
-            trunk must be told what to scale it by: see `scale`.
-        """
+    def finish(self) -> None:
+        """Waits for the gradient of the bottom's output, and goes on with it through the bottom."""
         if not self._returns:
-            return None
+            return
         answer = self._answer()
         if "gradient" in answer.tensors:
             self._hidden.backward(self._link.codec.decode(answer.tensors["gradient"]))
-        return float(EXACT.decode(answer.tensors["norm"])) if "norm" in answer.tensors else None
+        if "norm" in answer.tensors:
+            self.norm = float(EXACT.decode(answer.tensors["norm"]))
 
     def scale(self, coefficient: float) -> None:
-        """Tells the trunk what its gradient of the step is to be scaled by, and waits until it counts."""
+        """Tells the trunk what its gradient of the whole step is to be scaled by, and waits until it counts."""
         value = EXACT.encode(torch.tensor(coefficient, dtype=torch.float64))
         packet = replace(self._packet, key=self._packet.clipping_key, tensors={"coefficient": value})
         self._link.trunk.send(packet)()

@@ -179,6 +179,7 @@ class RunFolder:
             (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
         write_whole(self._rounds / f"round-{snapshot.round:04d}", fill)
+        (self.path / "summary.json").unlink(missing_ok=True)  # of a run that ended, and goes on
 
     def read_round(self, round: int) -> tuple[Adapters, dict[int, Adapters]]:
         """The adapters that `save_round` wrote: the whole model's, and clients' own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ def _batches(
     labels, mask = behind(virtual, labels, mask)
     whole = predicted(labels)
     batches = min(batches, len(ids))
+    micros = min(micros, len(ids) // batches)  # as many in each, since the trunk counts them
     masks = [None] * batches if mask is None else mask.tensor_split(batches)
     return [
         _micro_batches(rows, wanted, seen, micros, whole)
@@ -139,46 +141,51 @@ class Client:
         batches = _batches(ids, labels, mask, settings.accumulation, settings.micro_batches, self.bottom.virtual)
         losses = []
         for number, parts in enumerate(batches):
-            crossings = []
-            # 1. Up: what the bottom makes of the tokens.
-            for micro, part in enumerate(parts):
-                place = replace(key, batch=number, micro=micro)
-                with self.routers.through(self.bottom, part.mask) as seen:
-                    hidden = self.bottom(part.ids, part.mask)
-                sent = self.link.send(
-                    hidden, place, part.mask, len(parts), batches=len(batches), rate=rate, sums=seen.sums
-                )
-                crossings.append(sent)
-            # 2. Down, through the top to the loss; and its gradient up.
-            for crossing, part in zip(crossings, parts, strict=True):
-                hidden = crossing.output()
-                with self.routers.through(self.top, part.mask, crossing.sums) as seen:
-                    loss = self.top(hidden, part.labels, part.mask)
-                loss = self.routers.added(loss, seen, part.share)
-                loss.backward()
-                crossing.send_back(hidden.grad)
-                losses.append(loss.detach())
-            # 3. Down: the gradient of what the bottom made.
-            norms = [crossing.finish() for crossing in crossings]
+            loss, crossings = self._cross(parts, replace(key, batch=number), len(batches), rate)
+            losses.append(loss)
         if self.settings.clip:
-            # 4. Down and up once more: the gradient's norm over all parts, and what all scale theirs by.
-            self._clip(crossings[-1], [norm for norm in norms if norm is not None])
+            self._clip(crossings)
         return torch.stack(losses).sum()
 
-    def _clip(self, crossing: Crossing, trunk: Sequence[float]) -> None:
-        """Scales this client's gradients, and has the trunk scale its own.
+    def _cross(
+        self, parts: Sequence[_MicroBatch], key: StepKey, batches: int, rate: float
+    ) -> tuple[Tensor, list[Crossing]]:
+        """One batch of a step, as micro-batches; its share in the step's loss, and what crossed."""
+        crossings, losses = [], []
+        # 1. Up: what the bottom makes of the tokens.
+        for micro, part in enumerate(parts):
+            with self.routers.through(self.bottom, part.mask) as seen:
+                hidden = self.bottom(part.ids, part.mask)
+            how: dict[str, Any] = {"micros": len(parts), "batches": batches, "rate": rate, "sums": seen.sums}
+            crossings.append(self.link.send(hidden, replace(key, micro=micro), part.mask, **how))
+        # 2. Down, through the top to the loss; and its gradient up.
+        for crossing, part in zip(crossings, parts, strict=True):
+            hidden = crossing.output()
+            with self.routers.through(self.top, part.mask, crossing.sums) as seen:
+                loss = self.top(hidden, part.labels, part.mask)
+            loss = self.routers.added(loss, seen, part.share)
+            loss.backward()
+            crossing.send_back(hidden.grad)
+            losses.append(loss.detach())
+        # 3. Down: the gradient of what the bottom made.
+        for crossing in crossings:
+            crossing.finish()
+        return torch.stack(losses).sum(), crossings
+
+    def _clip(self, crossings: Sequence[Crossing]) -> None:
+        """Scales this client's gradients by the norm over all parts, and has the trunk scale its own.
 
         Args:
-            crossing: Any of the step's last batch.
-            trunk: The squared norm of the trunk's gradient; nothing where it does not learn.
+            crossings: Those of the step's last batch, one of which knows the norm of the trunk's gradient if it learns.
         """
         parameters = {**lora.parameters(self.bottom), **lora.parameters(self.top)}.values()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        trunk = [crossing.norm for crossing in crossings if crossing.norm is not None]
         scale = coefficient(squared_norm(gradients) + sum(trunk), self.settings.clip)
         for gradient in gradients:
             gradient.mul_(scale)
         if trunk:
-            crossing.scale(scale)
+            crossings[-1].scale(scale)
 
     def train(
         self,

@@ -40,6 +40,8 @@ class Crossing:
     Attributes:
         sums: The routers' sums behind the trunk, once there is an output; they take a gradient as it does. None where
             none were sent.
+        norm: With clipping, the squared norm of the step's gradient by the trunk's adapter: of the last part of a step,
+            once it has finished, where the trunk learns. The trunk then waits for `scale`.
     """
 
     def __init__(self, link: Link, packet: Packet, hidden: Tensor, sums: RouterSums | None = None) -> None:
@@ -53,6 +55,7 @@ class Crossing:
         """
         self._link, self._packet, self._hidden, self._bottom_sums = link, packet, hidden, sums
         self.sums: RouterSums | None = None
+        self.norm: float | None = None
         self._returns = packet.training and link.schedule.expects_backward(packet.wants_gradient)
         self._asks = link.asks and self._returns
         question = replace(packet, tensors={}, shape=tuple(hidden.shape))
@@ -88,15 +91,10 @@ class Crossing:
                 tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
             self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
 
-    def finish(self) -> float | None:
-        """Waits for the gradient of the bottom's output, and goes on with it through the bottom.
-
-        Returns:
-            The squared norm of the gradient of the trunk's adapter, where this was the last part of a step, and the
-            trunk must be told what to scale it by: see `scale`.
-        """
+    def finish(self) -> None:
+        """Waits for the gradient of the bottom's output, and goes on with it through the bottom."""
         if not self._returns:
-            return None
+            return
         answer = self._answer()
         if "gradient" in answer.tensors:
             outputs, gradients = [self._hidden], [self._link.codec.decode(answer.tensors["gradient"])]
@@ -106,10 +104,11 @@ class Crossing:
                 outputs.append(self._bottom_sums.probabilities)
                 gradients.append(self.sums.probabilities.grad)
             torch.autograd.backward(outputs, gradients)
-        return float(EXACT.decode(answer.tensors["norm"])) if "norm" in answer.tensors else None
+        if "norm" in answer.tensors:
+            self.norm = float(EXACT.decode(answer.tensors["norm"]))
 
     def scale(self, coefficient: float) -> None:
-        """Tells the trunk what its gradient of the step is to be scaled by, and waits until it counts."""
+        """Tells the trunk what its gradient of the whole step is to be scaled by, and waits until it counts."""
         value = EXACT.encode(torch.tensor(coefficient, dtype=torch.float64))
         packet = replace(self._packet, key=self._packet.clipping_key, tensors={"coefficient": value})
         self._link.trunk.send(packet)()

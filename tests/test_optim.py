@@ -19,7 +19,7 @@ def steps(settings: TrainSettings, gradients: list[float], shares: list[float] |
     for gradient, share in zip(gradients, shares or [1.0] * len(gradients), strict=True):
         parameter.grad = torch.tensor([gradient])
         step(optimizer, share)
-    return float(parameter)
+    return float(parameter.detach())
 
 
 def test_two_steps_by_hand() -> None:

@@ -434,7 +434,8 @@ MACHINES = [Trunk, Copies, Accumulate, Recomputing, Clipping, ClippingCopies, Cl
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_step_counts_once(machine: type[Trunk], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsplit.learner.make_optimizer", sgd)
-    run_state_machine_as_test(machine, settings=settings(max_examples=120, stateful_step_count=30, deadline=None))
+    count = 40 if machine.clip else 120
+    run_state_machine_as_test(machine, settings=settings(max_examples=count, stateful_step_count=30, deadline=None))
 
 
 def test_refusals_have_one_family() -> None:

@@ -174,8 +174,8 @@ def adopt(whole: Adapters, *parts: Part) -> None:
     write(whole.tensors, *parts)
     for part in parts:
         for name, module in part.named_modules():
-            if isinstance(module, LoraLayer) and (layer := whole.layers.get(part.whole_name(name))) is not None:
-                module.lora_alpha[_NAME] = layer.alpha
+            if isinstance(module, LoraLayer) and (facts := whole.layers.get(part.whole_name(name))) is not None:
+                module.lora_alpha[_NAME] = facts.alpha
         rescale(part)
 
 

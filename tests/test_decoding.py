@@ -15,8 +15,8 @@ from fedsplit.decoding import Ends, Pace, Walk, decode, depends_on_neighbours, p
 from fedsplit.sampling import Chooser, Sampling
 from fedsplit.seeds import derive_seed
 
-CUTS = [(0, 1), (1, 2), (2, BLOCKS), (0, BLOCKS)]
-NEW = 12
+CUTS = [(0, 1), (1, 2), (2, BLOCKS)]
+NEW = 8
 GREEDY = Sampling()
 
 

@@ -121,17 +121,15 @@ def test_peft_opens_what_is_saved_whole_and_by_part(tmp_path: Path, any_model_pa
 
 def test_a_finished_adapter_brings_its_ranks_and_scalings(model_path: Path) -> None:
     """Layer by layer, as a file has them that something was folded into."""
+    torch.manual_seed(4)
     parts = adapted(model_path, (1, 2))
     whole = lora.read(*parts)
     layers = sorted(whole.layers)
-    given = {
-        f"{layer}.lora_{factor}.weight": torch.randn(
-            (rank, a.shape[1]) if factor == "A" else (b.shape[0], rank), generator=torch.Generator().manual_seed(rank)
-        )
-        for rank, layer in enumerate(layers, 1)
-        for (a, b) in [whole.factors(layer)]
-        for factor in "AB"
-    }
+    given = {}
+    for rank, layer in enumerate(layers, 1):
+        a, b = whole.factors(layer)
+        given[f"{layer}.lora_A.weight"] = torch.randn(rank, a.shape[1]) * 0.1
+        given[f"{layer}.lora_B.weight"] = torch.randn(b.shape[0], rank) * 0.1
     changed = {layer: replace(whole.layers[layer], alpha=0.5 * n) for n, layer in enumerate(layers, 1)}
     lora.adopt(Adapters(given, changed), *parts)
     found = lora.read(*parts)

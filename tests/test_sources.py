@@ -206,7 +206,7 @@ def test_the_command_on_a_model_of_the_hub(sharded: Path, tmp_path: Path) -> Non
         done = command("simulate", "--model", "org/tiny", *settings)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("fetching the weights of org/tiny: ")
-        assert len([path for path in hub.asked if path.startswith("GET") and path.endswith("config.json")]) == 1
+        assert len([path for path in hub.asked if path.startswith("GET") and path.endswith("/config.json")]) == 1
         assert command("simulate", "--model", "org/none", *settings).stderr.count("\n") == 1
     environment["HF_HUB_OFFLINE"] = "1"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -176,7 +176,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, monkeypatch: py
             assert "\n" not in str(caught.value)
 
 
-@given(st.from_regex(r"[a-z][a-z0-9.-]{0,5}/[a-z0-9.-]{1,5}(@[a-z0-9./-]{1,9})?", fullmatch=True))
+@given(st.from_regex(r"[a-z0-9][a-z0-9.-]{0,5}/[a-z0-9][a-z0-9.-]{0,3}(@[a-z0-9./-]{1,9})?", fullmatch=True))
 def test_peft_gives_back_the_name_it_was_given(model: str) -> None:
     name, revision = to_peft(model)
     assert "@" not in name

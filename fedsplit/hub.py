@@ -125,10 +125,12 @@ def fetch_weights(
         return
     if not (folder / INDEX).exists():
         tell(f"fetching the weights of {name}")
-        _download(name, folder.name, (INDEX, WEIGHTS))
+        _download(name, folder.name, (INDEX, WEIGHTS))  # it has one of them
+        if (folder / WEIGHTS).exists():
+            return
     files = _shards(name, folder / INDEX, wanted) if (folder / INDEX).exists() else [WEIGHTS]
     if missing := [file for file in files if not (folder / file).exists()]:
-        tell(f"fetching the weights of {name}: {len(missing)} files")
+        tell(f"fetching the weights of {name}: {', '.join(missing)}")
         _download(name, folder.name, missing)
     if missing := [file for file in files if not (folder / file).exists()]:
         raise SettingError("model", f"{name} (no {missing[0]} in it)", "a model whose weights are in safetensors")

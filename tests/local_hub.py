@@ -37,10 +37,6 @@ class LocalHub:
         self.asked: list[str] = []
         self.address = ""
 
-    def files(self) -> list[str]:
-        """The files whose content was sent, each once."""
-        return sorted({path.rpartition("/")[2] for path in self.asked if path.startswith("GET /org/")})
-
     def answer(self, path: str, authorised: bool) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body."""
         words = [unquote(word) for word in urlsplit(path).path.strip("/").split("/")]

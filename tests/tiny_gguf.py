@@ -13,8 +13,8 @@ from conftest import BLOCKS, VOCABULARY
 from fedsplit.split import load_whole
 
 END = "<|endoftext|>"
-CHARACTERS = [END, *map(chr, range(33, 127)), "Ġ", "Ċ"]
-"""All tokens, as byte-level tokenizers spell them: Ġ is a space, Ċ a new line."""
+TOKENS = [END, *map(chr, range(33, 126)), "Ġ", "Ċ", "th"]
+"""As byte-level tokenizers spell them: Ġ is a space, Ċ a new line."""
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -50,7 +50,7 @@ def _describe(writer: Any) -> None:
         "layer_norm_rms_eps": 1e-6,
         "rope_freq_base": 10000.0,
         "tokenizer_model": "gpt2",
-        "token_list": CHARACTERS,
+        "token_list": TOKENS,
         "token_types": [3, *[1] * (VOCABULARY - 1)],
         "token_merges": ["t h"],
         "bos_token_id": 0,
@@ -71,7 +71,7 @@ def write_gguf(
         architecture: What the file says it is.
         without: Tensors to leave out.
     """
-    assert len(CHARACTERS) == VOCABULARY
+    assert len(TOKENS) == VOCABULARY
     writer = gguf.GGUFWriter(file, architecture)
     _describe(writer)
     for name, parameter in load_whole(model).state_dict().items():

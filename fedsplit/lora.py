@@ -84,7 +84,10 @@ def add(part: Part, settings: LoraSettings, seed: int) -> None:
     modules = len(settings.targets) > len(part.family.asked(settings.targets)) or not settings.targets
     if not part.blocks or not (modules or part.routers):
         return
-    inject_adapter_in_model(lora_config(settings, part.family), part, adapter_name=_NAME)
+    config = lora_config(settings, part.family)
+    if not part.routers:
+        config.target_parameters = None  # they are there only in blocks with experts; PEFT would miss them
+    inject_adapter_in_model(config, part, adapter_name=_NAME)
     if part.fused:
         _fuse(part)
     for name, parameter in parameters(part).items():
@@ -216,6 +219,10 @@ def save(
     config = lora_config(settings, family, blocks)
     config.base_model_name_or_path = base
     config.inference_mode = True
+    if blocks is not None and config.target_parameters:
+        adapted = [whole.weight_name(layer) for layer in whole.layers]
+        there = [path for path in config.target_parameters if any(name.endswith(f".{path}") for name in adapted)]
+        config.target_parameters = there or None
     tensors = dict(whole.tensors)
     for layer in whole.complete:
         change = whole.change(layer)

@@ -41,7 +41,7 @@ class Family:
         required: What config.json must say, if it says anything: a value, or the key that has the same one. Anything
             else would not be the unsplit model.
         router: The router within a block with experts, if the family has such blocks.
-        experts_key: What config.json calls the number of experts.
+        experts: How many each of those has where config.json does not say.
         sparse: Whether config.json may leave blocks without experts (`mlp_only_layers`, `decoder_sparse_step`).
         parameters: What has no module of its own and can have an adapter all the same, by the name that a setting
             calls it by: its dotted name within a block. Adapters sit there only where they are asked for.
@@ -64,7 +64,7 @@ class Family:
     outgrows: str | None = None
     required: Mapping[str, object] = field(default_factory=dict)
     router: str | None = None
-    experts_key: str | None = None
+    experts: int | None = None
     sparse: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
 
@@ -92,7 +92,7 @@ _EXPERTS = replace(
     _LLAMA,
     targets=_ATTENTION,
     router="mlp.gate",
-    experts_key="num_experts",
+    experts=128,
     parameters={**{name: f"mlp.experts.{name}" for name in STACKED}, "gate": "mlp.gate.weight"},
 )
 
@@ -145,7 +145,7 @@ FAMILIES = {
     ),
     "mixtral": replace(
         _EXPERTS,
-        experts_key="num_local_experts",
+        experts=8,
         stored={
             "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
             "mlp.experts.gate_up_proj": (
@@ -256,8 +256,8 @@ def read_facts(path: Path) -> Facts:
     return replace(Facts(family, *numbers), **_read_experts(family, document, numbers[0], path, allowed))
 
 
-_UNSAID = {"num_local_experts": 8, "num_experts": 128, "decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}
-"""What the library takes where config.json does not say."""
+_UNSAID = {"decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}
+"""What the library takes where config.json of a mixture of experts does not say."""
 
 
 def _read_experts(family: Family, document: Mapping[str, Any], blocks: int, path: Path, allowed: str) -> dict[str, Any]:
@@ -266,14 +266,16 @@ def _read_experts(family: Family, document: Mapping[str, Any], blocks: int, path
     Raises:
         SettingError: It has no possible number of experts, or coefficient.
     """
-    if family.experts_key is None:
+    if family.experts is None:
         return {}
-    found = {}
-    for key, least in ((family.experts_key, 0), ("decoder_sparse_step", 1), ("router_aux_loss_coef", 0)):
-        value = found[key] = document.get(key, _UNSAID[key])
+    number = "num_local_experts" if "num_local_experts" in document else "num_experts"  # the library takes either
+    found = {number: family.experts, **_UNSAID}
+    for key in found:
+        value = found[key] = document.get(key, found[key])
+        least = 1 if key == "decoder_sparse_step" else 0
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
             raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
-    experts, coefficient = int(found[family.experts_key]), float(found["router_aux_loss_coef"])
+    experts, coefficient = int(found[number]), float(found["router_aux_loss_coef"])
     dense = document.get("mlp_only_layers") or []
     routed = tuple(block for block in range(blocks) if experts)
     if family.sparse:

@@ -80,7 +80,10 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
     head = head if part.kind == "top" else "frozen"
     modules = len(settings.targets) > len(part.family.asked(settings.targets)) or not settings.targets
     if (part.blocks and (modules or part.routers)) or head == "lora":
-        inject(part, make_config(settings, part.family, seed=seed, head="lora" if head == "lora" else "frozen"), seed)
+        config = make_config(settings, part.family, seed=seed, head="lora" if head == "lora" else "frozen")
+        if not part.routers and "target_parameters" in vars(config):
+            config.target_parameters = None  # they are there only in blocks with experts; PEFT would miss them
+        inject(part, config, seed)
         part.adapter = trained_names(part)
     if head == "full":
         part.lm_head = WholeHead(part.lm_head)
@@ -246,6 +249,10 @@ def save(
         config.init_lora_weights = True  # what was taken out of the base is in the factors, with what was folded
     config.base_model_name_or_path, config.revision = to_peft(base)
     config.inference_mode = True
+    if blocks is not None and config.target_parameters:
+        adapted = [whole.weight_name(layer) for layer in whole.layers]
+        there = [path for path in config.target_parameters if any(name.endswith(f".{path}") for name in adapted)]
+        config.target_parameters = there or None
     tensors = dict(whole.tensors)
     for layer in whole.complete:
         change = whole.change(layer)

@@ -79,7 +79,7 @@ def test_what_would_not_be_split_exactly_is_refused(
         ("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 0.02}, 4, (0, 1, 2), 0.02),
         ("qwen3_moe", {"output_router_logits": True}, 4, (0, 2), 0.001),
         ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}, 4, (1,), 0.0),
-        ("qwen3_moe", {"num_experts": 0, "output_router_logits": True}, 0, (), 0.0),
+        ("qwen3_moe", {"num_local_experts": 0, "output_router_logits": True}, 0, (), 0.0),
     ],
 )
 def test_what_is_known_of_experts(

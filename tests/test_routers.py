@@ -290,7 +290,7 @@ def test_steps_that_are_computed_as_one_have_each_their_own_sums(balanced: Path)
     for mine, theirs in zip(joined, alone, strict=True):
         assert mine.keys() == theirs.keys()
         for key, tensor in theirs.items():
-            torch.testing.assert_close(mine[key], tensor, rtol=1e-5, atol=1e-6)
+            assert (mine[key] - tensor).norm() <= 1e-5 * tensor.norm(), key
 
 
 @pytest.mark.parametrize(
@@ -351,8 +351,8 @@ def test_training_follows_plain_fine_tuning(balanced: Path, schedule: str) -> No
         ids = batch(client.shard.train, step, 3, derive_seed(0, "client", 0))
         outputs = whole(input_ids=ids, labels=ids)
         outputs.loss.backward()
-        losses.append(float(outputs.loss))
-        auxiliary.append(float(outputs.aux_loss))
+        losses.append(outputs.loss.item())
+        auxiliary.append(outputs.aux_loss.item())
         optimizers[0].step()
         optimizers[0].zero_grad()
     for optimizer in optimizers[1:]:
@@ -361,7 +361,8 @@ def test_training_follows_plain_fine_tuning(balanced: Path, schedule: str) -> No
     assert update.router_loss == pytest.approx(sum(auxiliary) / 5, rel=1e-5)
     for name, tensor in found.items():
         assert (tensor - names[name]).abs().max() <= 1e-5, name
-        assert name not in trained or (whole_start[name] - names[name]).abs().max() > 1e-4, name
+        # Of a trunk that steps only once A has no gradient: B is zero until then.
+        assert name not in trained or "lora_A" in name or (whole_start[name] - names[name]).abs().max() > 1e-4, name
 
 
 def test_no_auxiliary_loss_nothing_heard_and_nothing_sent(tiny_models: dict[str, Path]) -> None:

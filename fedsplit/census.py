@@ -43,7 +43,15 @@ def as_document(deal: Deal) -> dict[str, Any]:
         }
         for number, shard in enumerate(deal.shards)
     ]
-    facts = {"format": deal.format, "packed": deal.packed, "cut": deal.cut, "dropped": deal.dropped, "by": deal.by}
+    facts: dict[str, Any] = {
+        "format": deal.format,
+        "packed": deal.packed,
+        "cut": deal.cut,
+        "dropped": deal.dropped,
+        "by": deal.by,
+    }
+    if deal.classes:
+        facts["classes"] = list(deal.classes)
     return {**facts, "clients": clients}
 
 

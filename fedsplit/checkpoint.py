@@ -174,6 +174,8 @@ class RunFolder:
             prefixes = tuple(f"{self._family.decoder}.{self._family.blocks}.{block}." for block in blocks)
             folded = {layer: change for layer, change in whole.folded.items() if layer.startswith(prefixes)}
             layers = {layer: facts for layer, facts in whole.layers.items() if layer.startswith(prefixes)}
+            if kind == "top":
+                prefixes += (lora.SCORE_WEIGHT,)
             tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(prefixes)}
             whole = Adapters(tensors, layers, folded)
         lora.save(folder, whole, self._config.lora, self._family, self._config.model, blocks)

@@ -17,10 +17,14 @@ from fedsplit.config import LoraSettings
 from fedsplit.families import Family
 from fedsplit.kernels import lora_linear
 from fedsplit.lowrank import LowRank
-from fedsplit.split import Part
+from fedsplit.seeds import derive_seed
+from fedsplit.split import SCORE, Part
 from fedsplit.updates import Adapters, Layer, fresh_factor
 
 _NAME = "default"
+
+SCORE_WEIGHT = f"{SCORE}.weight"
+"""The name of the weight of a head of classes, in a part and in an adapter's file."""
 
 
 class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
@@ -63,6 +67,23 @@ def lora_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | 
     )
 
 
+def fresh_score(shape: Sequence[int], spread: float, seed: int) -> Tensor:
+    """A new head (C, D) of classes, as the library draws it, from the run's seed alone: all clients begin with it.
+
+    Args:
+        shape: (C, D).
+        spread: The standard deviation, the model's `initializer_range`.
+        seed: The run's.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", SCORE))
+    return torch.empty(*shape).normal_(0.0, spread, generator=generator)
+
+
+def spread_of(config: Any) -> float:
+    """The standard deviation that a model's new heads are drawn with."""
+    return float(getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02)
+
+
 def add(part: Part, settings: LoraSettings, seed: int) -> None:
     """Puts LoRA adapters on a part, in place; its other parameters stay frozen.
 
@@ -74,20 +95,31 @@ def add(part: Part, settings: LoraSettings, seed: int) -> None:
         settings: Rank, alpha, dropout and targets.
         seed: The run's seed.
     """
+    if hasattr(part, SCORE):
+        _add_score(part, seed)
     if not part.blocks:
         return
     inject_adapter_in_model(lora_config(settings, part.family), part, adapter_name=_NAME)
     if part.fused:
         _fuse(part)
+    if hasattr(part, SCORE):
+        part.score.requires_grad_(True)  # PEFT freezes all that is no adapter
     for name, parameter in parameters(part).items():
         parameter.data = parameter.data.float()  # PEFT gives it the type of the base
         if "lora_A" in name:
             parameter.data.copy_(fresh_factor(name, parameter.shape, seed))
 
 
+def _add_score(part: Part, seed: int) -> None:
+    """Gives the head of classes what it begins with; it is trained whole, in float32."""
+    weight = part.score.weight
+    part.score.weight = nn.Parameter(fresh_score(weight.shape, spread_of(part.config), seed))
+
+
 def local_parameters(part: Part) -> dict[str, nn.Parameter]:
-    """A part's adapter parameters by the names they have in the part."""
-    return {name: parameter for name, parameter in part.named_parameters() if f".{_NAME}." in name}
+    """A part's adapter parameters, and those of a head of classes, by the names they have in the part."""
+    named = part.named_parameters()
+    return {name: parameter for name, parameter in named if f".{_NAME}." in name or name == SCORE_WEIGHT}
 
 
 def exported_name(part: Part, local: str) -> str:
@@ -204,6 +236,8 @@ def save(
     config = lora_config(settings, family, blocks)
     config.base_model_name_or_path = base
     config.inference_mode = True
+    if SCORE_WEIGHT in whole.tensors:
+        config.task_type, config.modules_to_save = "SEQ_CLS", [SCORE]
     tensors = dict(whole.tensors)
     for layer in whole.complete:
         change = whole.change(layer)
@@ -228,7 +262,7 @@ def load(directory: Path) -> Adapters:
     named = load_file(directory / "adapter_model.safetensors")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in named.items()}
     layers = {}
-    for layer in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+    for layer in sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}):
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
         layers[layer] = Layer(float(alpha), bool(config.fan_in_fan_out), bool(config.use_rslora))
     return Adapters(tensors, layers)

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedsplit.checkpoint import write_whole
 from fedsplit.config import InputError
 from fedsplit.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
+from fedsplit.lora import SCORE_WEIGHT
 from fedsplit.split import TYPES, load_whole
 from fedsplit.store import write_tensors
 from fedsplit.updates import Adapters
@@ -46,6 +47,17 @@ def _add(model: Any, adapters: Adapters, sign: float) -> None:
         weight, change = model.get_submodule(layer).weight, adapters.change(layer)
         dense = change.up @ change.down
         weight.copy_(weight.double() + sign * (dense.T if adapters.layers[layer].transposed else dense))
+
+
+def _check_headless(adapter: Adapter, read: Adapters) -> None:
+    """What classifies has a head of its own, which is no change of the base model's weights.
+
+    Raises:
+        InputError: The adapter has one.
+    """
+    if SCORE_WEIGHT in read.tensors:
+        words = "merge it with PEFT, on AutoModelForSequenceClassification"
+        raise InputError(f"the adapter in {adapter.folder} has a head of classes, which no causal LM has: {words}")
 
 
 def _type_of(model: Any) -> str:
@@ -84,6 +96,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
     """
     base = open_base(adapter.model_path, adapter.dtype).float()
     changes = read_fitting(adapter, base)
+    _check_headless(adapter, changes)
     base_type = _type_of(base)
     _add(base, changes, 1.0)
     base.to(TYPES[dtype])
@@ -172,6 +185,8 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     check_same_base(adapters)
     base = open_base(adapters[0].model_path, adapters[0].dtype).float()
     read = [read_fitting(adapter, base) for adapter in adapters]
+    for adapter, tensors in zip(adapters, read, strict=True):
+        _check_headless(adapter, tensors)
     if how == "linear":
         _check_linear(read)
     names = [f"number{index}" for index in range(len(adapters))]

@@ -64,7 +64,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     """
     from fedsplit.families import read_facts
     from fedsplit.schedules import SCHEDULES
-    from fedsplit.sources import check_dataset
+    from fedsplit.sources import check_dataset, check_packing
 
     facts = read_facts(config.model_path)
     if config.bounds[1] > facts.blocks:
@@ -98,6 +98,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         )
     if strange := [name for name in config.lora.targets if name not in facts.family.targets]:
         raise SettingError("lora.targets", strange[0], ",".join(facts.family.targets))
+    check_packing(config.data)
     check_dataset(config.dataset, config.data)
 
     from fedsplit.aggregation import strategy_defaults

@@ -12,11 +12,11 @@ from peft import PeftModel
 
 from fedsplit import lora
 from fedsplit.config import InputError
-from fedsplit.families import read_facts
+from fedsplit.families import read_facts, read_pad
 from fedsplit.finished import Adapter
 from fedsplit.kernels import IGNORED
 from fedsplit.sequences import Sequences
-from fedsplit.split import TYPES, check_checkpoint, load_whole
+from fedsplit.split import SCORE, TYPES, check_checkpoint, load_whole
 from fedsplit.updates import Adapters
 
 
@@ -48,19 +48,30 @@ class Score:
         return Score(self.nats + other.nats, self.right + other.right, self.tokens + other.tokens)
 
 
-def open_base(model_path: Path, dtype: str) -> Any:
+def open_base(model_path: Path, dtype: str, classes: int = 0, seed: int = 0) -> Any:
     """The base model as a run held it.
 
     Args:
         model_path: Its folder.
         dtype: One of `fedsplit.config.DTYPES`.
+        classes: Where above 0, a classifier of sequences with the head that the run began with.
+        seed: The run's, of which that head follows.
 
     Raises:
         SettingError: The folder holds no model, or a broken one.
     """
-    read_facts(model_path)
+    facts = read_facts(model_path)
     check_checkpoint(model_path)
-    return load_whole(model_path, TYPES[dtype]).eval()
+    base = load_whole(model_path, TYPES[dtype], classes, read_pad(model_path, facts.end)).eval()
+    if classes:
+        restore_head(base, seed)
+    return base
+
+
+def restore_head(base: Any, seed: int) -> None:
+    """Gives a classifier the head that a run of that seed began with."""
+    head = base.get_submodule(SCORE)
+    head.weight = torch.nn.Parameter(lora.fresh_score(head.weight.shape, lora.spread_of(base.config), seed))
 
 
 def read_fitting(adapter: Adapter, base: Any) -> Adapters:
@@ -97,10 +108,11 @@ def attach(base: Any, adapter: Adapter) -> Any:
 
 @torch.no_grad()
 def score(model: Any, batches: Iterable[Sequences]) -> Score:
-    """Measures a causal LM.
+    """Measures a causal LM, or a classifier of sequences.
 
     Args:
-        model: The library's, with or without an adapter; computes in the type of its weights.
+        model: The library's, with or without an adapter; computes in the type of its weights. A classifier's
+            `pad_token_id` must be the token that fills up the sequences.
         batches: Sequences; every token that is predicted counts the same.
     """
     narrow = next(model.parameters()).dtype
@@ -108,8 +120,10 @@ def score(model: Any, batches: Iterable[Sequences]) -> Score:
     for rows in batches:
         seen = {} if rows.mask is None else {"attention_mask": rows.mask}
         with torch.autocast("cpu", narrow, enabled=narrow != torch.float32):
-            logits = model(input_ids=rows.ids, **seen).logits[:, :-1].flatten(0, 1)
-        labels = rows.labels[:, 1:].flatten()
+            logits = model(input_ids=rows.ids, **seen).logits
+        labels = rows.labels
+        if labels.ndim > 1:
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         wanted = labels != IGNORED
         if not bool(wanted.all()):
             logits, labels = logits[wanted], labels[wanted]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def test_text_is_predicted_whole_and_empty_text_left_out(tiny_models: dict[str, 
         table(text=["ab", " ", None, "c"], owner=["x", "y", "y", "z"]), reading(tiny_models["gpt2"], "text")
     )
     assert [(said(row.ids), said(row.labels), row.key) for row in rows] == [("ab|", "ab|", "x"), ("c|", "c|", "z")]
+
+
+def test_a_text_with_a_class_has_no_end_token_and_ends_in_no_padding(tiny_models: dict[str, Path]) -> None:
+    """Token 0, a space in tests' tokenizer, is the padding: the library would not take it for the last one."""
+    found = table(text=["ab", "abc  d", " "], label=["bad", "good", "bad"])
+    how = replace(reading(tiny_models["gpt2"], "classification"), classes=("bad", "good"))
+    rows = fit(read_rows(found, how), how, length=5).rows
+    assert [(list(row.ids), row.target, row.share) for row in rows] == [([65, 66], 0, "bad"), ([65, 66, 67], 1, "good")]
+    assert [row.predicted for row in rows] == [1, 1]
 
 
 def test_only_completions_are_predicted(tiny_models: dict[str, Path]) -> None:

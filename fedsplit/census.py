@@ -109,7 +109,7 @@ def plot(deal: Deal, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("sequences, held-out ones included")
     if len(names) <= 20:
-        axes.legend(title=deal.by, fontsize="small", loc="outside right upper")  # type: ignore[arg-type]
+        figure.legend(title=deal.by, fontsize="small", loc="outside right upper")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -214,6 +214,8 @@ def _reason(error: Exception, path: Path) -> str:
         return "it is empty"
     cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     words = " ".join(str(cause).split()) or type(cause).__name__
+    if words.endswith("corresponds to no data!"):
+        return "it is empty"
     return words if len(words) <= 300 else f"{words[:300]}…"
 
 

@@ -27,7 +27,7 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
 )
 CHAT = [
-    {"role": "system", "content": "be brief"},
+    {"role": "system", "content": "be-brief"},
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "yes"},
     {"role": "user", "content": "why?"},
@@ -90,10 +90,10 @@ def test_only_the_assistant_is_predicted(talkative: Path, template: str) -> None
     """By the template's own marks, and by what a turn adds to the turns before: the same tokens."""
     give_template(talkative, template)
     (row,) = read_rows(table(messages=[CHAT]), reading(talkative, "chat"))
-    assert said(row.ids) == "<system>be brief\n<user>hi\n<assistant>yes\n<user>why?\n<assistant>no\n"
+    assert said(row.ids) == "<system>be-brief\n<user>hi\n<assistant>yes\n<user>why?\n<assistant>no\n"
     assert (
         said(row.labels)
-        == "_" * len("<system>be brief\n<user>hi\n<assistant>")
+        == "_" * len("<system>be-brief\n<user>hi\n<assistant>")
         + "yes\n"
         + "_" * len("<user>why?\n<assistant>")
         + "no\n"
@@ -107,7 +107,11 @@ def test_only_the_assistant_is_predicted(talkative: Path, template: str) -> None
         (PLAIN, "hello", "a list of messages with role and content"),
         (PLAIN, [{"role": "user"}], "whose role and content are texts"),
         (PLAIN, [{"role": "user", "content": "hi"}], "in which the assistant says something"),
-        ("{{ raise_exception('no system here') }}", CHAT, r"that the template takes .no system here"),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + PLAIN,
+            CHAT,
+            r"that the template takes .no system here",
+        ),
         ("{{ messages | length }}{{ messages[-1].content }}", CHAT, "writes earlier turns anew"),
     ],
 )

@@ -51,11 +51,20 @@ def test_of_other_formats_too(
     shutil.copytree(tiny_models["gpt2"], model)
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": PLAIN}
     (model / "tokenizer_config.json").write_text(json.dumps(facts))
-    run = finished_run(str(model), dataset="synthetic", data__format=format, train__max_length=32, eval__samples=6)
+    rows = []
+    for n in range(24):
+        prompt, completion = f"{n}+{n}", f"{n + n}" * (1 + n % 3)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        rows.append({"prompt": prompt, "completion": completion, "messages": turns, "owner": "abc"[n % 3]})
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"dataset": str(tmp_path / "sums.jsonl"), "data__format": format}
+    run = finished_run(str(model), **data, train__max_length=32, eval__samples=6)
     results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)
     assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
     assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
-    assert 0 < pooled(results).tokens < 3 * 6 * 31
+    said = [len(row["completion"]) + 1 for row in rows]  # with the end token, or the end of a turn
+    held_out = [said[9 + owner] + said[21 + owner] for owner in range(3)]
+    assert [result.tuned.tokens for result in results] == held_out
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedsa"])

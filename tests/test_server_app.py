@@ -78,7 +78,7 @@ def test_packing_is_padding_where_a_text_fills_a_sequence(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts of fifteen characters and the end token, in sequences of sixteen: the same run to the bit."""
-    rows = [{"text": f"{owner} said {n:07}", "owner": owner} for owner in ("ann", "bob", "cid") for n in range(8)]
+    rows = [{"text": f"{owner} said {n:06}", "owner": owner} for owner in ("ann", "bob", "cid") for n in range(8)]
     (tmp_path / "full.jsonl").write_text("\n".join(map(json.dumps, rows)))
     document = as_document(config) | {"dataset": str(tmp_path / "full.jsonl")}
     for packing in ("true", "false"):

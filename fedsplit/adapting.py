@@ -11,7 +11,7 @@ from fedsplit.families import Family
 from fedsplit.head import HEAD
 from fedsplit.methods import method_of
 from fedsplit.sources import about
-from fedsplit.split import Kind, Part
+from fedsplit.split import SCORE, Kind, Part
 from fedsplit.updates import Adapters
 
 
@@ -37,7 +37,7 @@ def of_part(whole: Adapters, config: Config, family: Family, kind: Kind, blocks:
         return Adapters(prompts.of_part(whole.tensors, kind, blocks), {})
     prefixes = tuple(f"{family.decoder}.{family.blocks}.{block}." for block in blocks)
     if kind == "top":
-        prefixes += (HEAD,)
+        prefixes += (HEAD, SCORE)
     folded = {layer: change for layer, change in whole.folded.items() if layer.startswith(prefixes)}
     layers = {layer: facts for layer, facts in whole.layers.items() if layer.startswith(prefixes)}
     tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(prefixes)}

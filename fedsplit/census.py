@@ -43,7 +43,15 @@ def as_document(deal: Deal) -> dict[str, Any]:
         }
         for number, shard in enumerate(deal.shards)
     ]
-    facts = {"format": deal.format, "packed": deal.packed, "cut": deal.cut, "dropped": deal.dropped, "by": deal.by}
+    facts: dict[str, Any] = {
+        "format": deal.format,
+        "packed": deal.packed,
+        "cut": deal.cut,
+        "dropped": deal.dropped,
+        "by": deal.by,
+    }
+    if deal.classes:
+        facts["classes"] = list(deal.classes)
     return {**facts, "clients": clients}
 
 
@@ -101,7 +109,7 @@ def plot(deal: Deal, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("sequences, held-out ones included")
     if len(names) <= 20:
-        axes.legend(title=deal.by, fontsize="small", loc="outside right upper")  # type: ignore[arg-type]
+        figure.legend(title=deal.by, fontsize="small", loc="outside right upper")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

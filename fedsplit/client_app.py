@@ -24,14 +24,14 @@ from fedsplit.adapting import adapt
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
 from fedsplit.families import read_facts
-from fedsplit.heldout import held_out_batches, pooled, sample, shards_of, through_split
+from fedsplit.heldout import deal_of, held_out_batches, pooled, sample, through_split
 from fedsplit.link import Link
 from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
 from fedsplit.routers import RouterLoss
 from fedsplit.schedules import SCHEDULES
 from fedsplit.sources import about, weights
-from fedsplit.split import TYPES, Bottom, Top, load_parts
+from fedsplit.split import TYPES, Bottom, Kind, Top, load_parts
 from fedsplit.store import ClientStore, FoldLog, Kept
 from fedsplit.updates import Adapters, ClientUpdate, factor_of, fresh_factor
 from fedsplit.wire import make_codec
@@ -90,13 +90,14 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     config = from_document(json.loads(run))
-    folder = weights(config, ["bottom", "top"])
-    bottom, top = load_parts(folder, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
+    deal, dtype = deal_of(config), TYPES[config.dtype]
+    ends: list[Kind] = ["bottom", "top"]
+    bottom, top = load_parts(weights(config, ends), config.bounds, ends, dtype, config.kernels, len(deal.classes))
     for part in (bottom, top):
         adapt(part, config)
     coefficient = read_facts(about(config)).coefficient(config.router_aux_loss)
     start = lora.read(bottom, top)
-    return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), start, router_aux_loss=coefficient)
+    return _Site(config, bottom, top, find_trunk(trunk), deal.shards, start, router_aux_loss=coefficient)
 
 
 def _meet(message: Message, context: Context) -> tuple[_Site, Client, ClientStore, set[str]]:

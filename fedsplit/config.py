@@ -32,7 +32,7 @@ RATES = ("constant", "linear", "cosine")
 OPTIMIZER_STATES = ("reset", "keep")
 WEIGHTS = ("examples", "tokens", "equal")
 PARTS = ("bottom", "trunk", "top")
-FORMATS = ("auto", "text", "completion", "chat")
+FORMATS = ("auto", "text", "completion", "chat", "classification")
 PACKING = ("auto", "true", "false")
 PROMPTS = ("off", "prompt", "ptuning", "prefix")
 STARTS = ("random", "vocab", "text", "zero")
@@ -316,7 +316,7 @@ class DataSettings:
     """Where texts, their owners and what is to be predicted are found in a data set."""
 
     format: str = setting(
-        "auto", one_of(FORMATS), "what a row is; auto: text where there is such a column, else chat, else completion"
+        "auto", one_of(FORMATS), "what a row is; auto: text where there is such a column, else chat or completion"
     )
     config: str = setting("", ANYTHING, "configuration of a data set that has several, such as wikitext-2-raw-v1")
     split: str = setting("train", TEXT, "split of a data set that has several, such as train or train[:10%]")
@@ -328,6 +328,7 @@ class DataSettings:
     prompt: str = setting("prompt", TEXT, "column of what is given, of which nothing is predicted")
     completion: str = setting("completion", TEXT, "column of what is predicted after a prompt")
     messages: str = setting("messages", TEXT, "column of chats: lists of messages with role and content")
+    label: str = setting("label", TEXT, "column of the class of a text, under the format classification")
     packing: str = setting(
         "auto",
         one_of(PACKING),

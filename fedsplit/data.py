@@ -23,12 +23,13 @@ def look(config: Config) -> Any:
         SettingError: There is no such model or data set, or too little text.
     """
     from fedsplit.families import read_facts
-    from fedsplit.tables import check_dataset
+    from fedsplit.tables import check_dataset, check_packing
 
     facts = read_facts(config.model_path)
     if config.train.max_length > facts.positions:
         words = f"8 to {facts.positions}, the model's positions"
         raise SettingError("train.max_length", config.train.max_length, words)
+    check_packing(config.data)
     check_dataset(config.dataset, config.data)
 
     from fedsplit.heldout import deal_of

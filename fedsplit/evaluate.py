@@ -41,17 +41,22 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
     """The loss of an unsplit model on the held-out text of a finished run's clients.
 
     Args:
-        model: A causal LM, such as the base with the run's adapter opened by PEFT.
+        model: A causal LM, or a classifier where the run trained one, such as the base with the run's adapter opened
+            by PEFT.
         run: The run's folder.
         clients: The numbers of those whose text counts, such as the one whose own adapter it is; all where None.
 
     Returns:
-        The mean over all predicted tokens, in nats; of the run's own model, `eval_loss.after` in its summary.
+        The mean over all predicted tokens, or sequences, in nats; of the run's own model, `eval_loss.after` in its
+        summary.
     """
+    from fedsplit.families import read_facts, read_pad
     from fedsplit.whole import Score, score
 
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
+    if config.data.format == "classification":  # the library finds the last token of a sequence by this
+        model.config.pad_token_id = read_pad(config.model_path, read_facts(config.model_path).end)
     texts = _held_out(config, config.eval.samples)
     counted = [batches for client, (_, batches) in enumerate(texts) if clients is None or client in clients]
     return sum((score(model, batches) for batches in counted), Score()).loss
@@ -74,7 +79,7 @@ def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) 
 
     check_dataset(dataset, data)
     path, length = about(config), config.train.max_length
-    texts = all_text(dataset, length, path, read_facts(path).end, data, config.seed)
+    texts = all_text(dataset, length, path, read_facts(path).end, data, config.seed, _classes(config))
     return [
         (name, list(spread(blocks, samples or len(blocks)).split(config.train.batch_size)))
         for name, blocks in texts.items()
@@ -130,40 +135,55 @@ def evaluate(
         InputError: There is no such client or data set, or the run's model is not there.
     """
     from fedsplit.sources import weights
-    from fedsplit.whole import attach, detach, open_base, score
+    from fedsplit.whole import attach, detach, open_base, restore_head, score
 
     results = []
     data = replace(run.config.data, config=configuration, split=split, held_out="")
     work = _work(run, dataset, client, samples, data)
-    base = open_base(weights(run.config), run.config.dtype)
+    classes = _classes(run.config)
+    base = open_base(weights(run.config), run.config.dtype, len(classes), run.config.seed)
     for adapter, texts in work:
         alone = [score(base, batches) for _, batches in texts]
         model = attach(base, adapter)
         for (name, batches), before in zip(texts, alone, strict=True):
             results.append(Result(name, before, score(model, batches)))
         base = detach(model)
+        if classes:  # PEFT leaves the adapter's head where it was
+            restore_head(base, run.config.seed)
     return results
 
 
-def lines(results: Sequence[Result]) -> list[str]:
-    """Results as a table, with all of them as one in its last line."""
+def _classes(config: Config) -> tuple[str, ...]:
+    """The names of the classes that a run learned to tell; none where it predicted tokens."""
+    from fedsplit.heldout import deal_of
+
+    return deal_of(config).classes if config.data.format == "classification" else ()
+
+
+def lines(results: Sequence[Result], sorts: bool = False) -> list[str]:
+    """Results as a table, with all of them as one in its last line.
+
+    Args:
+        results: One or more.
+        sorts: Whether the classes of texts were predicted, and not tokens.
+    """
     from fedsplit.report import aligned, perplexity
     from fedsplit.whole import Score
 
     base, tuned = (sum((getattr(r, which) for r in results), Score()) for which in ("base", "tuned"))
-    rows = [("", "tokens", "loss", "perplexity", "accuracy")]
+    rows = [("", "texts" if sorts else "tokens", "loss", *(() if sorts else ("perplexity",)), "accuracy")]
     for name, before, after in [*((r.name, r.base, r.tuned) for r in results), ("all", base, tuned)]:
         loss = f"{before.loss:.4f} -> {after.loss:.4f}"
         perplexities = f"{perplexity(before.loss):.2f} -> {perplexity(after.loss):.2f}"
         accuracy = f"{before.accuracy:.2%} -> {after.accuracy:.2%}"
-        rows.append((name, f"{after.tokens:,}", loss, perplexities, accuracy))
+        rows.append((name, f"{after.tokens:,}", loss, *(() if sorts else (perplexities,)), accuracy))
     return aligned(rows)
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m fedsplit.evaluate",
-        description="Perplexity and next-token accuracy of a finished run's model: base alone -> with the adapter.",
+        description="Perplexity and accuracy of a finished run's model: base alone -> with the adapter.",
         allow_abbrev=False,
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="the folder of a finished run")
@@ -200,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = replace(run, config=replace(run.config, model=asked.model))
         quieten(offline=not asked.dataset)
         found = evaluate(run, asked.dataset, asked.client, asked.samples, asked.configuration, asked.split)
-        print(*lines(found), sep="\n")
+        print(*lines(found, run.config.data.format == "classification"), sep="\n")
 
     return exit_code(work)
 

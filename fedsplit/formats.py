@@ -1,4 +1,4 @@
-"""Rows of a table to tokens, and which of them are predicted: text, prompt and completion, chat."""
+"""Rows of a table to tokens, and what is predicted of them: text, prompt and completion, chat, classification."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedsplit.classes import numbers_of
 from fedsplit.config import DataSettings, SettingError
 from fedsplit.corpus import chop, encode
 from fedsplit.kernels import IGNORED
@@ -29,6 +30,8 @@ class Reading:
         column: The column whose values rows are dealt by; empty where whose they are decides.
         model_path: The model's folder, for its tokenizer.
         end: The id of the token that ends a text.
+        pad: The id of the token that fills up shorter sequences.
+        classes: The names of the classes, under classification.
     """
 
     data: DataSettings
@@ -36,6 +39,8 @@ class Reading:
     column: str
     model_path: Path
     end: int
+    pad: int = 0
+    classes: tuple[str, ...] = ()
 
     @property
     def packs(self) -> bool:
@@ -68,10 +73,13 @@ def read_rows(table: Table, reading: Reading) -> list[Row]:
         SettingError: A column is missing, or a row has not what it must have.
     """
     keys = _keys(table, reading)
-    read = {"text": _text, "completion": _completion, "chat": _chat}[reading.format]
+    read = {"text": _text, "completion": _completion, "chat": _chat, "classification": _alone}[reading.format]
     found = read(table, reading)
     if not found:
         raise SettingError("dataset", table.dataset, "a data set with at least one text that is not empty")
+    if reading.format == "classification":
+        targets = numbers_of(table, reading.data.label, reading.classes)
+        return [Row(ids, ids, keys[n], targets[n], reading.classes[targets[n]]) for n, (ids, _) in found.items()]
     return [Row(ids, labels, keys[number]) for number, (ids, labels) in found.items()]
 
 
@@ -93,12 +101,21 @@ Tokens = Mapping[int, tuple[Sequence[int], Sequence[int]]]
 """Tokens and labels by the number of the row, from 0."""
 
 
-def _text(table: Table, reading: Reading) -> Tokens:
+def _encoded(table: Table, reading: Reading) -> dict[int, list[int]]:
     column = table.column("data.text", reading.data.text)
     texts = {n: text.strip() for n, text in enumerate(column) if isinstance(text, str) and text.strip()}
-    encoded = encode(list(texts.values()), reading.model_path)
-    ended = [[*ids, reading.end] for ids in encoded]
-    return {n: (ids, ids) for n, ids in zip(texts, ended, strict=True)}
+    return dict(zip(texts, encode(list(texts.values()), reading.model_path), strict=True))
+
+
+def _text(table: Table, reading: Reading) -> Tokens:
+    """Texts with the end token, all of them predicted."""
+    ended = {n: [*ids, reading.end] for n, ids in _encoded(table, reading).items()}
+    return {n: (ids, ids) for n, ids in ended.items()}
+
+
+def _alone(table: Table, reading: Reading) -> Tokens:
+    """Texts without an end token, whose last token decides their class."""
+    return {n: (ids, ids) for n, ids in _encoded(table, reading).items()}
 
 
 def _completion(table: Table, reading: Reading) -> Tokens:
@@ -224,17 +241,24 @@ def fit(rows: Sequence[Row], reading: Reading, length: int) -> Fitted:
     if reading.packs and reading.format == "text":
         blocks = chop([row.ids for row in rows], length)
         return Fitted([Row(block, block, rows[0].key) for block in blocks])
-    fitting = [_shortened(row, length) for row in rows]
-    kept = [row for row in fitting if row.predicted]
+    fitting = [_shortened(row, length, reading.pad) for row in rows]
+    kept = [row for row in fitting if row.ids and row.predicted]
     cut = sum(len(row.ids) > length for row in rows)
     return Fitted(_together(kept, length) if reading.packs else kept, cut, len(fitting) - len(kept))
 
 
-def _shortened(row: Row, length: int) -> Row:
-    if len(row.ids) <= length:
+def _shortened(row: Row, length: int, pad: int) -> Row:
+    """A text without what is too much; one that has a class also without padding tokens at its end.
+
+    The library takes the last token that is no padding token for the one that decides.
+    """
+    end = min(len(row.ids), length)
+    while row.target is not None and end and row.ids[end - 1] == pad:
+        end -= 1
+    if len(row.ids) == end:
         return row
-    ids = row.ids[:length]
-    return replace(row, ids=ids, labels=ids if row.labels is row.ids else row.labels[:length])
+    ids = row.ids[:end]
+    return replace(row, ids=ids, labels=ids if row.labels is row.ids else row.labels[:end])
 
 
 def _together(rows: Sequence[Row], length: int) -> list[Row]:

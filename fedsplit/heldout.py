@@ -14,7 +14,7 @@ from fedsplit.config import Config
 from fedsplit.families import read_facts
 from fedsplit.kernels import IGNORED
 from fedsplit.packets import StepKey
-from fedsplit.partition import Deal, Shard, make_deal, make_shards, spread
+from fedsplit.partition import Deal, Shard, make_deal, spread
 from fedsplit.sequences import Sequences, behind
 from fedsplit.sources import about
 
@@ -25,19 +25,26 @@ class HeldOut:
 
     Attributes:
         nats: Sum of the losses of all predicted tokens.
-        tokens: How many were predicted.
+        tokens: How many were predicted; sequences, where their classes are.
+        right: How many of them rightly; counted of classes alone.
     """
 
     nats: float
     tokens: int
+    right: int = 0
 
     @property
     def loss(self) -> float:
         """Mean loss in nats a token; its exponential is the perplexity."""
         return self.nats / self.tokens
 
+    @property
+    def accuracy(self) -> float:
+        """The share that was predicted rightly; counted of classes alone."""
+        return self.right / self.tokens
+
     def __add__(self, other: HeldOut) -> HeldOut:
-        return HeldOut(self.nats + other.nats, self.tokens + other.tokens)
+        return HeldOut(self.nats + other.nats, self.tokens + other.tokens, self.right + other.right)
 
 
 def pooled(measured: Iterable[HeldOut]) -> HeldOut:
@@ -100,14 +107,23 @@ def through_split(client: Client, given: Mapping[str, Tensor], round: int, batch
         hidden = client.link.evaluate(client.bottom(rows.ids, mask), key, mask)
         return client.top(hidden, labels, mask)
 
+    if client.top.classifies:
+        return [_sorted(client, round, number, rows) for number, rows in batches]
     return [measure(loss_of, [batch]) for batch in batches]
+
+
+def _sorted(client: Client, round: int, number: int, rows: Sequences) -> HeldOut:
+    """How well a client tells the classes of a batch."""
+    key = StepKey(round, client.number, number)
+    hidden = client.link.evaluate(client.bottom(rows.ids, rows.mask), key, rows.mask)
+    logits = client.top.scores(hidden, rows.mask).float()
+    nats = torch.nn.functional.cross_entropy(logits, rows.labels) * len(rows)
+    return HeldOut(float(nats), len(rows), int((logits.argmax(-1) == rows.labels).sum()))
 
 
 def shards_of(config: Config) -> list[Shard]:
     """The data of every client of a run."""
-    path = about(config)
-    length, end = config.train.max_length, read_facts(path).end
-    return make_shards(config.dataset, config.partition, config.clients, length, config.seed, path, end, config.data)
+    return deal_of(config).shards
 
 
 def deal_of(config: Config) -> Deal:

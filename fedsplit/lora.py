@@ -27,11 +27,15 @@ from fedsplit.injection import ADAPTER, exported, inject, make_config, trained_n
 from fedsplit.kernels import causal_loss, lora_linear
 from fedsplit.lowrank import LowRank
 from fedsplit.methods import draws_fresh, method_of
+from fedsplit.seeds import derive_seed
 from fedsplit.sources import to_peft
-from fedsplit.split import Part
+from fedsplit.split import SCORE, Part
 from fedsplit.updates import Adapters, Layer, factor_of, fresh_factor
 
 _NAME = ADAPTER
+
+SCORE_WEIGHT = f"{SCORE}.weight"
+"""The name of the weight of a head of classes, in a part and in an adapter's file."""
 
 
 class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
@@ -64,6 +68,23 @@ lora_config = make_config
 """PEFT's configuration of our adapters, LoRA or another."""
 
 
+def fresh_score(shape: Sequence[int], spread: float, seed: int) -> Tensor:
+    """A new head (C, D) of classes, as the library draws it, from the run's seed alone: all clients begin with it.
+
+    Args:
+        shape: (C, D).
+        spread: The standard deviation, the model's `initializer_range`.
+        seed: The run's.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", SCORE))
+    return torch.empty(*shape).normal_(0.0, spread, generator=generator)
+
+
+def spread_of(config: Any) -> float:
+    """The standard deviation that a model's new heads are drawn with."""
+    return float(getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02)
+
+
 def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> None:
     """Puts adapters on a part, in place; its other parameters stay frozen.
 
@@ -85,6 +106,10 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
             config.target_parameters = None  # they are there only in blocks with experts; PEFT would miss them
         inject(part, config, seed)
         part.adapter = trained_names(part)
+    if hasattr(part, SCORE):
+        _add_score(part, seed)
+        part.score.requires_grad_(True)  # PEFT freezes all that is no adapter
+        part.adapter |= {SCORE_WEIGHT}
     if head == "full":
         part.lm_head = WholeHead(part.lm_head)
         part.adapter |= {WEIGHT}
@@ -98,8 +123,14 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
             parameter.data.copy_(fresh_factor(name, parameter.shape, seed))
 
 
+def _add_score(part: Part, seed: int) -> None:
+    """Gives the head of classes what it begins with; it is trained whole, in float32."""
+    weight = part.score.weight
+    part.score.weight = nn.Parameter(fresh_score(weight.shape, spread_of(part.config), seed))
+
+
 def local_parameters(part: Part) -> dict[str, nn.Parameter]:
-    """A part's adapter parameters by the names they have in the part."""
+    """A part's adapter parameters, and those of a head that trains whole, by the names they have in the part."""
     return {name: parameter for name, parameter in part.named_parameters() if name in part.adapter}
 
 
@@ -253,6 +284,8 @@ def save(
         adapted = [whole.weight_name(layer) for layer in whole.layers]
         there = [path for path in config.target_parameters if any(name.endswith(f".{path}") for name in adapted)]
         config.target_parameters = there or None
+    if SCORE_WEIGHT in whole.tensors:
+        config.task_type, config.modules_to_save = "SEQ_CLS", [SCORE]
     tensors = dict(whole.tensors)
     for layer in whole.complete:
         change = whole.change(layer)

@@ -23,6 +23,7 @@ from fedsplit.checkpoint import write_whole
 from fedsplit.config import InputError
 from fedsplit.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
 from fedsplit.head import HEAD, WEIGHT
+from fedsplit.lora import SCORE_WEIGHT
 from fedsplit.prompts import SAVED
 from fedsplit.sources import to_peft
 from fedsplit.split import TYPES, load_whole
@@ -85,6 +86,17 @@ def _add(model: Any, adapters: Adapters, sign: float) -> None:
         weight.copy_(weight.double() + sign * torch.stack([own.up @ own.down for own in adapters.changes(layer)]))
 
 
+def _check_headless(adapter: Adapter, read: Adapters) -> None:
+    """What classifies has a head of its own, which is no change of the base model's weights.
+
+    Raises:
+        InputError: The adapter has one.
+    """
+    if SCORE_WEIGHT in read.tensors:
+        words = "merge it with PEFT, on AutoModelForSequenceClassification"
+        raise InputError(f"the adapter in {adapter.folder} has a head of classes, which no causal LM has: {words}")
+
+
 def _type_of(model: Any) -> str:
     """The narrowest type that holds all weights without a rounding."""
     for name, dtype in _NARROW.items():
@@ -122,6 +134,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
     base = open_base(adapter.model_path, adapter.dtype).float()
     changes = read_fitting(adapter, base)
     _check_mergeable(adapter, changes)
+    _check_headless(adapter, changes)
     base_type, tied, head = _type_of(base), _untie(base, changes), None
     if changes.layers:
         _add(base, changes, 1.0)
@@ -226,6 +239,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     read = [read_fitting(adapter, base) for adapter in adapters]
     for adapter, one in zip(adapters, read, strict=True):
         _check_mergeable(adapter, one)
+        _check_headless(adapter, one)
         if not one.layers:
             raise InputError(f"{adapter.folder} cannot be combined: it is no LoRA, whose factors add up")
         if WEIGHT in one.tensors:

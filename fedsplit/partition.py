@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fedsplit.classes import classes_of
 from fedsplit.config import DataSettings, PartitionSpec, SettingError, parse_partition
 from fedsplit.families import read_pad
 from fedsplit.formats import Fitted, Reading, fit, format_of, joined, read_rows
@@ -24,6 +25,9 @@ HELD_OUT_DOCUMENTS = 4
 
 HELD_OUT_BLOCKS = 8
 """Of a client's blocks without owners, every eighth is held out, and at least one."""
+
+_SKEWED = ("dirichlet", "inner-dirichlet", "pathological", "shard")
+"""Ways to deal out that give clients other shares of what they deal by."""
 
 Rows = TypeVar("Rows", Tensor, Sequences)
 
@@ -54,6 +58,7 @@ class Deal:
         format: What its rows are, one of `fedsplit.config.FORMATS`, but not "auto".
         packed: Whether several texts are put into a sequence.
         by: What the shards' shares are of: "owner", or a column.
+        classes: The names of the classes, under classification.
         cut: Texts that lost their end, since they were longer than a sequence.
         dropped: Texts that were left out, since nothing of them was to be predicted then.
     """
@@ -64,6 +69,7 @@ class Deal:
     by: str
     cut: int
     dropped: int
+    classes: tuple[str, ...] = ()
 
 
 def batch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
@@ -114,18 +120,22 @@ class _Dealer:
         table: The data set.
         reading: How its rows are read.
         length: Tokens of a sequence at most.
-        pad: The token that fills up shorter ones.
         held_out: The table of what is held out; None where it is a part of each client's own.
     """
 
     table: Table
     reading: Reading
     length: int
-    pad: int
     held_out: Table | None
 
     @property
     def by(self) -> str:
+        """What shares are told of."""
+        return self.reading.data.label if self.reading.classes else self.key
+
+    @property
+    def key(self) -> str:
+        """What rows are dealt by."""
         return self.reading.column or "owner"
 
     @property
@@ -146,12 +156,15 @@ class _Dealer:
         return joined([fit(own, self.reading, self.length) for own in _grouped(rows).values()])
 
     def shard(self, name: str, train: Sequence[Row], held_out: Sequence[Row]) -> Shard:
-        shares = Counter(row.key for row in (*train, *held_out))
-        return Shard(name, stack(train, self.pad), stack(held_out, self.pad), dict(sorted(shares.items())))
+        shares = Counter(row.share or row.key for row in (*train, *held_out))
+        return Shard(
+            name, stack(train, self.reading.pad), stack(held_out, self.reading.pad), dict(sorted(shares.items()))
+        )
 
     def deal(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Deal:
         cut, dropped = sum(one.cut for one in fitted), sum(one.dropped for one in fitted)
-        return Deal(shards, self.reading.format, self.reading.packs, self.by, cut, dropped)
+        how = self.reading
+        return Deal(shards, how.format, how.packs, self.by, cut, dropped, how.classes)
 
     def separate(self) -> Fitted | None:
         """What is held out by the user, as sequences; None where it is a part of each client's own."""
@@ -238,7 +251,7 @@ def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, see
         dealt = _indices(spec, [row.key for row in blocks], clients, seed, least)
     except (ValueError, TypeError) as error:
         reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
-        words = f"a way to deal {len(blocks)} sequences of {len({row.key for row in blocks})} kinds ({dealer.by})"
+        words = f"a way to deal {len(blocks)} sequences of {len({row.key for row in blocks})} kinds ({dealer.key})"
         hint = f"{words} to {clients} clients, {_number(least)} each ({reason})"
         if spec.kind == "dirichlet":
             hint = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
@@ -307,8 +320,8 @@ def make_deal(
         raise SettingError("partition", partition, f"as many sizes as there are clients, {clients}")
     table = read_table(dataset, data, seed=seed, owners=clients)
     held_out = read_held_out(dataset, data) if data.held_out else None
-    reading = Reading(data, format_of(table, data), spec.column, model_path, end)
-    dealer = _Dealer(table, reading, length, read_pad(model_path, end), held_out)
+    reading = _reading(table, data, model_path, end, spec)
+    dealer = _Dealer(table, reading, length, held_out)
     if spec.kind == "natural" or (spec.kind == "auto" and dataset in MADE):
         natural, poor, fitted = _by_owner(dealer)
         if clients <= len(natural):
@@ -322,22 +335,25 @@ def make_deal(
     return _by_block(dealer, spec, partition, clients, seed)
 
 
-def make_shards(
-    dataset: str,
-    spec: str,
-    clients: int,
-    length: int,
-    seed: int,
-    model_path: Path,
-    end: int,
-    data: DataSettings | None = None,
-) -> list[Shard]:
-    """A shard a client; as `make_deal`, which says what else is to be known of them."""
-    return make_deal(dataset, spec, clients, length, seed, model_path, end, data).shards
+def _reading(
+    table: Table, data: DataSettings, model_path: Path, end: int, spec: PartitionSpec, classes: tuple[str, ...] = ()
+) -> Reading:
+    """How a table's rows are read; texts with classes are dealt by these, where no column is named."""
+    format, column = format_of(table, data), spec.column
+    if format == "classification":
+        classes = classes or classes_of(table, data.label)
+        column = column or (data.label if spec.kind in _SKEWED else "")
+    return Reading(data, format, column, model_path, end, read_pad(model_path, end), classes)
 
 
 def all_text(
-    dataset: str, length: int, model_path: Path, end: int, data: DataSettings | None = None, seed: int = 0
+    dataset: str,
+    length: int,
+    model_path: Path,
+    end: int,
+    data: DataSettings | None = None,
+    seed: int = 0,
+    classes: tuple[str, ...] = (),
 ) -> dict[str, Sequences]:
     """A data set that nobody trains on, as it is: nothing is held back, and nothing dealt out.
 
@@ -348,6 +364,7 @@ def all_text(
         end: The id of the token that ends a text.
         data: Columns and format.
         seed: Decides a synthetic one.
+        classes: The classes that a model knows, under classification; those of the data set where not given.
 
     Returns:
         The sequences of each owner who has text for one at least.
@@ -357,10 +374,10 @@ def all_text(
     """
     data = data or DataSettings()
     table = read_table(dataset, data, seed=seed)
-    reading = Reading(data, format_of(table, data), "", model_path, end)
-    dealer = _Dealer(table, reading, length, read_pad(model_path, end), None)
+    reading = _reading(table, data, model_path, end, PartitionSpec("natural"), classes)
+    dealer = _Dealer(table, reading, length, None)
     fitted = {owner: dealer.fit(rows).rows for owner, rows in _grouped(dealer.rows()).items()}
-    found = {owner: stack(rows, dealer.pad) for owner, rows in fitted.items() if rows}
+    found = {owner: stack(rows, reading.pad) for owner, rows in fitted.items() if rows}
     if not found:
         words = f"a text of {length} tokens or more" if reading.packs else "a text of which something is predicted"
         raise SettingError("dataset", dataset, words)

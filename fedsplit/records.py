@@ -192,6 +192,7 @@ def from_held_out(client: int, measured: HeldOut, part: HeldOut, peak_memory: in
         WEIGHT: measured.tokens,
         "loss": measured.loss,
         "nats": measured.nats,
+        "right": measured.right,
         "sample-nats": part.nats,
         "sample-tokens": part.tokens,
         "peak-memory": peak_memory,
@@ -202,7 +203,7 @@ def from_held_out(client: int, measured: HeldOut, part: HeldOut, peak_memory: in
 def to_held_out(reply: Message) -> HeldOut:
     """What a client measured."""
     metrics = metrics_of(reply)
-    return HeldOut(float(metrics["nats"]), int(metrics[WEIGHT]))
+    return HeldOut(float(metrics["nats"]), int(metrics[WEIGHT]), int(metrics["right"]))
 
 
 def sample_of(reply: Message) -> HeldOut:

@@ -97,7 +97,10 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
     table.add_column(overflow="fold")
     before, after = summary["eval_loss"]["before"], summary["eval_loss"]["after"]
     table.add_row("held-out loss", f"{before:.4f} -> {after:.4f}")
-    table.add_row("perplexity", f"{perplexity(before):.2f} -> {perplexity(after):.2f}")
+    if accuracy := summary.get("accuracy"):
+        table.add_row("accuracy", f"{accuracy['before']:.2%} -> {accuracy['after']:.2%}")
+    else:
+        table.add_row("perplexity", f"{perplexity(before):.2f} -> {perplexity(after):.2f}")
     for part, counts in summary["parameters"].items():
         table.add_row(f"{part} parameters", f"{counts['total']:,}, of which trained {counts['trainable']:,}")
     sent = summary["bytes"]

@@ -1,5 +1,7 @@
 """Sequences of tokens with what is to be predicted of them, padded where they differ in length.
 
+What is predicted is the next token, or under classification the class of a sequence.
+
 Shapes: n or B sequences of at most T tokens.
 """
 
@@ -23,20 +25,28 @@ class Row:
         ids: Its tokens.
         labels: The tokens that are predicted, `IGNORED` elsewhere.
         key: What it is dealt by: its owner, or another column's value.
+        target: Its class, where that alone is predicted.
+        share: What it counts as where shares are told; its key where nothing is said.
     """
 
     ids: Sequence[int]
     labels: Sequence[int]
     key: str
+    target: int | None = None
+    share: str = ""
 
     @property
     def predicted(self) -> int:
-        """How many tokens are predicted; the first one never is."""
+        """How many tokens are predicted; the first one never is. A class counts as one."""
+        if self.target is not None:
+            return 1
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 def predicted(labels: Tensor) -> int:
-    """How many tokens of labels (B, T) are predicted; the first one of a sequence never is."""
+    """How many tokens of labels (B, T) are predicted: not the first one of a sequence. Of classes (B,), all are."""
+    if labels.ndim == 1:
+        return len(labels)
     return int((labels[:, 1:] != IGNORED).sum())
 
 
@@ -47,7 +57,7 @@ class Sequences:
     Attributes:
         ids: Tokens (n, T).
         labels: The tokens themselves (n, T) where they are predicted, `IGNORED` elsewhere; as the library takes them,
-            they are not shifted.
+            they are not shifted. Or the classes of the sequences (n,).
         lengths: Tokens of each sequence (n,); None where there is no padding.
     """
 
@@ -71,7 +81,8 @@ class Sequences:
         lengths = self.lengths[which]
         longest = int(lengths.max()) if len(lengths) else 0
         padded = bool((lengths < longest).any())
-        return Sequences(ids[:, :longest], labels[:, :longest], lengths if padded else None)
+        labels = labels if labels.ndim == 1 else labels[:, :longest]
+        return Sequences(ids[:, :longest], labels, lengths if padded else None)
 
     def split(self, size: int) -> list[Sequences]:
         """Batches in order, of so many sequences each but for the last."""
@@ -91,7 +102,7 @@ class Sequences:
 
     @property
     def predicted(self) -> int:
-        """Tokens that are predicted."""
+        """Tokens, or classes, that are predicted."""
         return predicted(self.labels)
 
 
@@ -105,8 +116,11 @@ def stack(rows: Sequence[Row], pad: int) -> Sequences:
     lengths = torch.tensor([len(row.ids) for row in rows])
     longest = int(lengths.max())
     ids = torch.tensor([[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows])
-    if all(row.labels is row.ids for row in rows) and bool((lengths == longest).all()):
+    if all(row.labels is row.ids and row.target is None for row in rows) and bool((lengths == longest).all()):
         return Sequences.packed(ids)
+    if rows[0].target is not None:
+        classes = torch.tensor([row.target for row in rows])
+        return Sequences(ids, classes, lengths if bool((lengths < longest).any()) else None)
     labels = torch.tensor([[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in rows])
     return Sequences(ids, labels, lengths if bool((lengths < longest).any()) else None)
 

@@ -77,6 +77,7 @@ class Federation:
         self._forgotten: dict[str, float] = {}
         self._error: float | None = None
         self._course = Course(config.patience, config.min_delta)
+        self._accuracy: dict[str, float] = {}  # of classes, before and after
         self.summary: dict[str, Any] | None = None
 
     def app(self) -> ServerApp:
@@ -158,6 +159,7 @@ class Federation:
             "forgotten": self._forgotten,
             "error": self._error,
             "course": self._course.document(),
+            "accuracy": self._accuracy,
         }
         groups |= {"adapters": dict(adapters.tensors), "strategy": dict(self._aggregation.state())}
         groups |= {"trunk": dict(self._trunk.read().tensors), "moments": self._trunk.moments()}
@@ -179,6 +181,7 @@ class Federation:
         self._tally = self._tally.go_on(facts["tally"])
         self._forgotten, self._error = facts["forgotten"], facts["error"]
         self._course.go_on(facts["course"])
+        self._accuracy = facts.get("accuracy", {})
         self._watcher.line(f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}")
         return adapters
 
@@ -364,7 +367,10 @@ class Federation:
         self._remember_memory(replies)
         by_client = {number_of(reply): reply for reply in replies}
         measured = {client: records.to_held_out(reply) for client, reply in by_client.items()}
-        loss = pooled(measured.values()).loss
+        found = pooled(measured.values())
+        loss = found.loss
+        if self._config.data.format == "classification":
+            self._accuracy = {"before": found.accuracy, **self._accuracy, "after": found.accuracy}
         self._forgotten = {
             self._exchange.members[client].name: records.sample_of(by_client[client]).loss - then.loss
             for client, then in own.items()
@@ -375,7 +381,7 @@ class Federation:
                 "event": "evaluate",
                 "round": round,
                 "loss": loss,
-                "perplexity": perplexity(loss),
+                **({"accuracy": found.accuracy} if self._accuracy else {"perplexity": perplexity(loss)}),
                 "clients": {self._exchange.members[c].name: m.loss for c, m in measured.items()},
                 "forgotten": self._forgotten,
                 "adapter_bytes": self._tally.adapter_bytes(),
@@ -394,9 +400,9 @@ class Federation:
                 trained += f"aggregation error {self._error:.3g}  "
             if self._forgotten:
                 speed = f"  forgotten {_mean(list(self._forgotten.values())):+.4f}{speed}"
+        quality = f"accuracy {self._accuracy['after']:.2%}" if self._accuracy else f"perplexity {perplexity(loss):.2f}"
         self._watcher.line(
-            f"{self._label(round)}  {trained}held-out loss {loss:.4f}  "
-            f"perplexity {perplexity(loss):.2f}{speed}  {self._tally.seconds:.1f} s"
+            f"{self._label(round)}  {trained}held-out loss {loss:.4f}  {quality}{speed}  {self._tally.seconds:.1f} s"
         )
 
     def _summarise(self, parameters: Mapping[str, Any], before: float, after: float, left: int) -> dict[str, Any]:
@@ -415,6 +421,7 @@ class Federation:
             "cut": config.cut,
             "parameters": dict(parameters),
             "eval_loss": {"before": before, "after": after},
+            **({"accuracy": self._accuracy} if self._accuracy else {}),
             "forgotten": _mean(list(self._forgotten.values())) if self._forgotten else None,
             "aggregation_error": self._error,
             **self._tally.summary(trunk["traffic"]),

@@ -143,7 +143,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     from fedsplit.methods import check_method
     from fedsplit.schedules import SCHEDULES
     from fedsplit.sources import about, weights
-    from fedsplit.tables import check_dataset
+    from fedsplit.tables import check_dataset, check_packing
 
     check_prompt(config)
     facts = read_facts(about(config))
@@ -190,6 +190,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         raise SettingError("lora.targets", strange[0], ",".join(possible))
     check_experts(config, facts)
     check_method(config, facts.family.transposed)
+    check_packing(config.data)
     check_dataset(config.dataset, config.data)
 
     from fedsplit.aggregation import strategy_defaults
@@ -213,8 +214,23 @@ def check(config: Config) -> tuple[Path, Any, Any]:
 
         check_injection(config, facts.family)
     deal = deal_of(config)
+    if deal.classes:
+        check_classifier(config)
     check_checkpoint(weights(config, tell=print))  # last: they may have to be fetched first
     return folder, strategy, deal
+
+
+def check_classifier(config: Config) -> None:
+    """Makes sure that nothing is asked of a head for tokens where the head is one for classes.
+
+    Raises:
+        SettingError: It is.
+    """
+    words = "where texts are sorted into classes, by a head of their own"
+    if config.prompt.kind != "off":
+        raise SettingError("prompt.kind", config.prompt.kind, f"off {words}")
+    if config.lm_head != "frozen":
+        raise SettingError("lm_head", config.lm_head, f"frozen {words}")
 
 
 def check_experts(config: Config, facts: Any) -> None:

@@ -17,7 +17,15 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.nn import functional
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import sdpa_mask
@@ -27,6 +35,9 @@ from fedsplit.families import Family, family_of
 from fedsplit.kernels import causal_loss
 
 Kind = Literal["bottom", "trunk", "top"]
+
+SCORE = "score"
+"""The name of the head of all the library's classifiers of sequences."""
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By the names in `fedsplit.config.DTYPES`."""
@@ -65,7 +76,7 @@ class Part(nn.Module):
             kind: Which part.
             family: The family's record.
             blocks: The blocks to keep.
-            whole: The library's causal LM, on the meta device; taken apart by this.
+            whole: The library's causal LM, or classifier of sequences, on the meta device; taken apart by this.
             fused: Whether to compute with `fedsplit.kernels`.
             dtype: The type to compute in.
         """
@@ -86,6 +97,8 @@ class Part(nn.Module):
                 setattr(decoder, family.dropout, nn.Identity())
         if kind != "top":
             setattr(decoder, family.norm, nn.Identity())
+        elif hasattr(whole, "score"):
+            self.score = whole.score
         else:
             self.lm_head = whole.lm_head
         outermost = family.decoder.partition(".")[0]
@@ -177,11 +190,26 @@ class Top(Part):
         """What no logit exceeds, where the family caps them softly."""
         return getattr(self.config, self.family.cap_key) if self.family.cap_key else None
 
+    @property
+    def classifies(self) -> bool:
+        """Whether its head tells the classes of sequences, and not the next token."""
+        return hasattr(self, "score")
+
+    def scores(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) to logits of classes (B, C), by the last token that is no padding."""
+        with self._computing(hidden.device):
+            logits = self.score(self._decode(mask, inputs_embeds=hidden))
+        last = hidden.shape[1] - 1 if mask is None else mask.long().sum(1) - 1
+        return logits[torch.arange(len(hidden), device=hidden.device), last]
+
     def forward(self, hidden: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) and labels (B, T) to the mean next-token loss in nats, a scalar.
 
-        Labels are the tokens themselves, -100 where no loss is wanted; they are shifted here.
+        Labels are the tokens themselves, -100 where no loss is wanted; they are shifted here. Of a part that classifies
+        they are classes (B,), and the loss is that of the sequences; padding must be at the right.
         """
+        if self.classifies:
+            return functional.cross_entropy(self.scores(hidden, mask).float(), labels)
         head = self.lm_head
         if self.fused and hasattr(head, "causal_loss"):  # a head that learns
             return head.causal_loss(self._decode(mask, inputs_embeds=hidden), labels, self.cap)
@@ -369,6 +397,7 @@ def load_parts(
     kinds: Sequence[Kind],
     dtype: torch.dtype = torch.float32,
     kernels: str = "library",
+    classes: int = 0,
 ) -> list[Any]:
     """Loads some parts of a model; of the checkpoint, nothing else is read.
 
@@ -381,6 +410,8 @@ def load_parts(
         dtype: The type of the weights, whatever type they are stored in, and of computation.
         kernels: "fused" computes with `fedsplit.kernels`, which is the same to rounding; "library" with the
             library's code alone, which is the unsplit model to the bit.
+        classes: Where above 0, the top gets a new head, `score`, that tells so many classes of sequences. It has no
+            values yet: `fedsplit.lora.add` draws them.
 
     Returns:
         The parts, in the order of `kinds`, in evaluation mode.
@@ -399,8 +430,12 @@ def load_parts(
         config = AutoConfig.from_pretrained(path)
         if fused:
             _quicken(config)
+        sorts = kind == "top" and classes > 0
+        if sorts:
+            config.num_labels = classes
+        made_by = AutoModelForSequenceClassification if sorts else AutoModelForCausalLM
         with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            whole = made_by.from_config(config, dtype=dtype)
         if fused:
             _widen(whole.config, dtype)
         part = PARTS[kind](kind, family, pieces[kind], whole, fused, dtype)
@@ -408,7 +443,10 @@ def load_parts(
         if kind == "bottom":
             _restore_scale(decoder, getattr(decoder, family.embedding))
         for module_name, module in part.named_modules():
-            for name, _ in list(module.named_parameters(recurse=False)):
+            for name, old in list(module.named_parameters(recurse=False)):
+                if sorts and module_name == SCORE:
+                    setattr(module, name, nn.Parameter(torch.empty(old.shape)))
+                    continue
                 full = part.whole_name(f"{module_name}.{name}")
                 setattr(module, name, checkpoint.parameter(full, _tied(full, family)))
         if family.rotary:
@@ -428,6 +466,16 @@ def blank(path: Path) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
 
 
-def load_whole(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The unsplit model, for whoever may hold it: the reference in tests, the user after a run."""
+def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:
+    """The unsplit model, for whoever may hold it: the reference in tests, the user after a run.
+
+    Args:
+        path: A folder with config.json and safetensors.
+        dtype: The type of the weights.
+        classes: Where above 0, a classifier of sequences whose head has random values.
+        pad: Of a classifier, the token that fills up shorter sequences.
+    """
+    if classes:
+        made_by = AutoModelForSequenceClassification
+        return made_by.from_pretrained(path, dtype=dtype, num_labels=classes, pad_token_id=pad)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

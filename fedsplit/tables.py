@@ -87,6 +87,17 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
         raise SettingError("dataset", dataset, ALLOWED)
 
 
+def check_packing(data: DataSettings) -> None:
+    """Makes sure that what is to be packed can be.
+
+    Raises:
+        SettingError: A sequence has one class, so that it cannot have several texts.
+    """
+    if data.format == "classification" and data.packing == "true":
+        words = "auto | false under the format classification, where a text is a sequence"
+        raise SettingError("data.packing", "true", words)
+
+
 def _may_be_on_hub(dataset: str) -> bool:
     ends_like_a_file = re.search(r"\.[a-z]{2,8}$", dataset)
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", dataset)) and not ends_like_a_file
@@ -203,6 +214,8 @@ def _reason(error: Exception, path: Path) -> str:
         return "it is empty"
     cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     words = " ".join(str(cause).split()) or type(cause).__name__
+    if words.endswith("corresponds to no data!"):
+        return "it is empty"
     return words if len(words) <= 300 else f"{words[:300]}…"
 
 

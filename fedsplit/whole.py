@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from fedsplit import adapting, prompts
+from fedsplit import adapting, lora, prompts
 from fedsplit.config import InputError
-from fedsplit.families import read_facts
+from fedsplit.families import read_facts, read_pad
 from fedsplit.finished import Adapter
-from fedsplit.head import WEIGHT
+from fedsplit.head import HEAD, WEIGHT
 from fedsplit.kernels import IGNORED
 from fedsplit.sequences import Sequences
-from fedsplit.split import TYPES, check_checkpoint, load_whole
+from fedsplit.split import SCORE, TYPES, check_checkpoint, load_whole
 from fedsplit.updates import Adapters
 
 
@@ -50,19 +50,30 @@ class Score:
         return Score(self.nats + other.nats, self.right + other.right, self.tokens + other.tokens)
 
 
-def open_base(model_path: Path, dtype: str) -> Any:
+def open_base(model_path: Path, dtype: str, classes: int = 0, seed: int = 0) -> Any:
     """The base model as a run held it.
 
     Args:
         model_path: Its folder.
         dtype: One of `fedsplit.config.DTYPES`.
+        classes: Where above 0, a classifier of sequences with the head that the run began with.
+        seed: The run's, of which that head follows.
 
     Raises:
         SettingError: The folder holds no model, or a broken one.
     """
-    read_facts(model_path)
+    facts = read_facts(model_path)
     check_checkpoint(model_path)
-    return load_whole(model_path, TYPES[dtype]).eval()
+    base = load_whole(model_path, TYPES[dtype], classes, read_pad(model_path, facts.end)).eval()
+    if classes:
+        restore_head(base, seed)
+    return base
+
+
+def restore_head(base: Any, seed: int) -> None:
+    """Gives a classifier the head that a run of that seed began with."""
+    head = base.get_submodule(SCORE)
+    head.weight = torch.nn.Parameter(lora.fresh_score(head.weight.shape, lora.spread_of(base.config), seed))
 
 
 def read_adapter(adapter: Adapter) -> Adapters:
@@ -170,19 +181,21 @@ def detach(model: Any) -> Any:
     base = model.get_base_model()
     if model.active_peft_config.is_prompt_learning:
         return base
-    head = getattr(base.lm_head, "original_module", base.lm_head)
+    outer = getattr(base, HEAD, None)  # a classifier has none
+    head = getattr(outer, "original_module", outer)
     base = model.unload()
-    if not hasattr(head, "base_layer"):  # PEFT leaves a head that was trained whole where it is
+    if head is not None and not hasattr(head, "base_layer"):  # PEFT leaves a head that was trained whole where it is
         base.lm_head = head
     return base
 
 
 @torch.no_grad()
 def score(model: Any, batches: Iterable[Sequences]) -> Score:
-    """Measures a causal LM.
+    """Measures a causal LM, or a classifier of sequences.
 
     Args:
-        model: The library's, with or without an adapter; computes in the type of its weights.
+        model: The library's, with or without an adapter; computes in the type of its weights. A classifier's
+            `pad_token_id` must be the token that fills up the sequences.
         batches: Sequences; every token that is predicted counts the same.
     """
     narrow = next(model.parameters()).dtype
@@ -190,8 +203,10 @@ def score(model: Any, batches: Iterable[Sequences]) -> Score:
     for rows in batches:
         seen = {} if rows.mask is None else {"attention_mask": rows.mask}
         with torch.autocast("cpu", narrow, enabled=narrow != torch.float32):
-            logits = model(input_ids=rows.ids, **seen).logits[:, -rows.ids.shape[1] : -1].flatten(0, 1)  # none virtual
-        labels = rows.labels[:, 1:].flatten()
+            logits = model(input_ids=rows.ids, **seen).logits
+        labels = rows.labels
+        if labels.ndim > 1:  # none is of virtual tokens
+            logits, labels = logits[:, -labels.shape[1] : -1].flatten(0, 1), labels[:, 1:].flatten()
         wanted = labels != IGNORED
         if not bool(wanted.all()):
             logits, labels = logits[wanted], labels[wanted]

@@ -17,13 +17,14 @@ from fedsplit import lora
 from fedsplit.client import Client
 from fedsplit.config import LoraSettings, TrainSettings, build
 from fedsplit.families import FAMILIES
+from fedsplit.kernels import IGNORED
 from fedsplit.link import Link
 from fedsplit.optim import make_optimizer
 from fedsplit.packets import Encoded, StepKey
 from fedsplit.partition import Shard, batch
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
-from fedsplit.sequences import Sequences
+from fedsplit.sequences import Row, Sequences, stack
 from fedsplit.split import load_parts, load_whole
 from fedsplit.steps import SpoiledStep, StaleStep
 from fedsplit.updates import Task
@@ -208,6 +209,78 @@ def test_padding_is_neither_seen_nor_predicted(model_path: Path) -> None:
     padded = client.step(ids, StepKey(1, 0, 1), mask)
     assert padded == pytest.approx(float(short), rel=1e-5)
     assert server.traffic["activation_up"] == (2 * 5 + 2 * 8) * 32 * 4 + 2 * 8
+
+
+def padded_rows(kind: str) -> Sequences:
+    """Ten sequences of different lengths, of which the ends only are predicted, or all, or all of equal length."""
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for number in range(10):
+        ids = torch.randint(1, VOCABULARY, (8 if kind == "equal" else 3 + number % 6,), generator=generator).tolist()
+        labels = [IGNORED] * (number % 2 + 1) + ids[number % 2 + 1 :] if kind == "completions" else ids
+        rows.append(Row(ids, labels, "ann"))
+    return stack(rows, pad=0)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("kind", ["completions", "texts"])
+def test_padded_sequences_train_as_the_unsplit_model(model_path: Path, kind: str, micro_batches: int) -> None:
+    """Twenty steps on sequences of different lengths with labels of their own, against plain PEFT fine-tuning."""
+    client, server, given = make_client(model_path, "shared", micro_batches=micro_batches)
+    rows = padded_rows(kind)
+    client = replace(client, shard=Shard("ann", rows, rows))
+    start = {**given, **server.learners.read().tensors}
+    update = client.train(given, round=1)
+    federated = {**update.adapters.tensors, **server.learners.read().tensors}
+    for name, parameter in fine_tune(model_path, start, rows, client.settings).items():
+        assert (federated[name] - parameter).abs().max() <= (1e-5 if micro_batches == 1 else 1e-4), name
+    batches = [batch(rows, step, 3, derive_seed(0, "client", 0)) for step in range(STEPS)]
+    assert update.tokens == sum(batch.tokens for batch in batches) < STEPS * 3 * 8
+
+
+def test_a_step_is_the_unsplit_models_to_the_bit(model_path: Path) -> None:
+    client, _, _ = make_client(model_path, "frozen")
+    client.bottom.eval(), client.top.eval()
+    for number, kind in enumerate(("completions", "texts", "equal")):
+        rows = padded_rows(kind)
+        loss = client.step(rows.ids, StepKey(1, 0, number), rows.mask, rows.labels)
+        whole = load_whole(model_path)(input_ids=rows.ids, attention_mask=rows.mask, labels=rows.labels)
+        assert torch.equal(loss, whole.loss.detach()), kind
+
+
+def test_micro_batches_of_classes_are_the_whole_batch(model_path: Path) -> None:
+    losses, heads = [], []
+    for count in (1, 3):
+        client, _, _ = make_client(model_path, "frozen", micro_batches=count)
+        bottom, top = load_parts(model_path, (1, 2), ["bottom", "top"], classes=4)
+        for part in (bottom, top):
+            lora.add(part, LoraSettings(rank=(2,), dropout=0.0), 0)
+            without_dropout(part)
+        client = replace(client, bottom=bottom, top=top)
+        ids, lengths = padded_rows("texts").ids, padded_rows("texts").lengths
+        rows = Sequences(ids, torch.arange(10) % 4, lengths)[list(range(5))]
+        losses.append(float(client.step(rows.ids, StepKey(1, 0, 0), rows.mask, rows.labels)))
+        heads.append(top.score.weight.grad)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert torch.allclose(heads[0], heads[1], atol=1e-6)
+
+
+def test_a_rounds_loss_is_the_mean_over_what_was_predicted(model_path: Path) -> None:
+    client, _, given = make_client(model_path, "frozen", steps=4)
+    rows = padded_rows("completions")
+    client = replace(client, shard=Shard("ann", rows, rows))
+    losses, counts, step = [], [], Client.step
+
+    def watched(self, ids, key, mask=None, labels=None):
+        losses.append(float(step(self, ids, key, mask, labels)))
+        counts.append(int((labels[:, 1:] != IGNORED).sum()))
+        return torch.tensor(losses[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Client, "step", watched)
+        update = client.train(given, 1)
+    assert len(set(counts)) > 1
+    assert update.loss == pytest.approx(sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts), rel=1e-6)
 
 
 def test_epochs_and_samples_count_passes_over_what_is_used(model_path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
+from test_formats import PLAIN
+from transformers import AutoModelForSequenceClassification
 
 from fedsplit import evaluate
 from fedsplit.finished import open_run
@@ -36,6 +40,55 @@ def test_losses_are_those_that_the_run_reported(model: str, strategy: str, finis
     opened = PeftModel.from_pretrained(load_whole(open_run(run).config.model_path), str(run / "adapter"))
     assert evaluate.held_out_loss(opened, run) == pytest.approx(loss["after"], abs=1e-5)
     assert evaluate.held_out_loss(opened, run, [1]) == pytest.approx(clients["bob"], abs=1e-5)
+
+
+@pytest.mark.parametrize("format", ["completion", "chat"])
+def test_of_other_formats_too(
+    format: str, finished_run: Callable[..., Path], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Prompts are not counted, lengths differ, and losses are pooled by what is predicted."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_models["gpt2"], model)
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": PLAIN}
+    (model / "tokenizer_config.json").write_text(json.dumps(facts))
+    rows = []
+    for n in range(24):
+        prompt, completion = f"{n}+{n}", f"{n + n}" * (1 + n % 3)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        rows.append({"prompt": prompt, "completion": completion, "messages": turns, "owner": "abc"[n % 3]})
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"dataset": str(tmp_path / "sums.jsonl"), "data__format": format}
+    run = finished_run(str(model), **data, train__max_length=32, eval__samples=6)
+    results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)
+    assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
+    assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
+    said = [len(row["completion"]) + 1 for row in rows]  # with the end token, or the end of a turn
+    held_out = [said[9 + owner] + said[21 + owner] for owner in range(3)]
+    assert [result.tuned.tokens for result in results] == held_out
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedsa"])
+def test_classes_are_told_as_the_run_reported(strategy: str, finished_run: Callable[..., Path]) -> None:
+    """The head is in the adapter: PEFT opens it on the library's classifier, with the same loss and accuracy."""
+    settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
+    run = finished_run("gpt2", strategy, **settings)
+    results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)
+    assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
+    assert sum((r.base for r in results), Score()).loss == pytest.approx(loss["before"], abs=1e-5)
+    assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
+    accuracy = json.loads((run / "summary.json").read_text())["accuracy"]
+    assert pooled(results).accuracy == pytest.approx(accuracy["after"])
+    assert loss["after"] < loss["before"]
+    if strategy == "fedavg":
+        base = AutoModelForSequenceClassification.from_pretrained(open_run(run).config.model_path, num_labels=4)
+        opened = PeftModel.from_pretrained(base, str(run / "adapter"))
+        assert evaluate.held_out_loss(opened, run) == pytest.approx(loss["after"], abs=1e-5)
+        assert torch.equal(
+            load_file(run / "adapter" / "adapter_model.safetensors")["base_model.model.score.weight"],
+            load_file(run / "top_lora" / "adapter_model.safetensors")["base_model.model.score.weight"],
+        )
+    header = evaluate.lines(results, sorts=True)[0].split()
+    assert header == ["texts", "loss", "accuracy"]
 
 
 def test_every_client_with_its_own_adapter(finished_run: Callable[..., Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
 )
 CHAT = [
-    {"role": "system", "content": "be brief"},
+    {"role": "system", "content": "be-brief"},
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "yes"},
     {"role": "user", "content": "why?"},
@@ -68,6 +69,15 @@ def test_text_is_predicted_whole_and_empty_text_left_out(tiny_models: dict[str, 
     assert [(said(row.ids), said(row.labels), row.key) for row in rows] == [("ab|", "ab|", "x"), ("c|", "c|", "z")]
 
 
+def test_a_text_with_a_class_has_no_end_token_and_ends_in_no_padding(tiny_models: dict[str, Path]) -> None:
+    """Token 0, a space in tests' tokenizer, is the padding: the library would not take it for the last one."""
+    found = table(text=["ab", "abc  d", " "], label=["bad", "good", "bad"])
+    how = replace(reading(tiny_models["gpt2"], "classification"), classes=("bad", "good"))
+    rows = fit(read_rows(found, how), how, length=5).rows
+    assert [(list(row.ids), row.target, row.share) for row in rows] == [([65, 66], 0, "bad"), ([65, 66, 67], 1, "good")]
+    assert [row.predicted for row in rows] == [1, 1]
+
+
 def test_only_completions_are_predicted(tiny_models: dict[str, Path]) -> None:
     found = table(q=["1+1=", "a"], a=["2", "bc"])
     rows = read_rows(found, reading(tiny_models["gpt2"], "completion", prompt="q", completion="a"))
@@ -80,10 +90,10 @@ def test_only_the_assistant_is_predicted(talkative: Path, template: str) -> None
     """By the template's own marks, and by what a turn adds to the turns before: the same tokens."""
     give_template(talkative, template)
     (row,) = read_rows(table(messages=[CHAT]), reading(talkative, "chat"))
-    assert said(row.ids) == "<system>be brief\n<user>hi\n<assistant>yes\n<user>why?\n<assistant>no\n"
+    assert said(row.ids) == "<system>be-brief\n<user>hi\n<assistant>yes\n<user>why?\n<assistant>no\n"
     assert (
         said(row.labels)
-        == "_" * len("<system>be brief\n<user>hi\n<assistant>")
+        == "_" * len("<system>be-brief\n<user>hi\n<assistant>")
         + "yes\n"
         + "_" * len("<user>why?\n<assistant>")
         + "no\n"
@@ -97,7 +107,11 @@ def test_only_the_assistant_is_predicted(talkative: Path, template: str) -> None
         (PLAIN, "hello", "a list of messages with role and content"),
         (PLAIN, [{"role": "user"}], "whose role and content are texts"),
         (PLAIN, [{"role": "user", "content": "hi"}], "in which the assistant says something"),
-        ("{{ raise_exception('no system here') }}", CHAT, r"that the template takes .no system here"),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + PLAIN,
+            CHAT,
+            r"that the template takes .no system here",
+        ),
         ("{{ messages | length }}{{ messages[-1].content }}", CHAT, "writes earlier turns anew"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY
-from test_client import make_client
+from test_client import make_client, padded_rows
 
 from fedsplit.heldout import HeldOut, held_out_batches, measure, sample, through_split
 from fedsplit.partition import Shard
@@ -38,6 +38,20 @@ def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
     assert measured.tokens == 7 * 8
     assert [part.tokens for part in through_split(client, given, 0, held_out_batches(client.shard, 2, 3))] == [2 * 8]
     assert len(server.steps) == 0
+
+
+def test_padded_sequences_are_pooled_by_what_they_predict(model_path: Path) -> None:
+    """Batches of two that differ in length and in what is predicted: the unsplit model's sum over all of them."""
+    client, _, given = make_client(model_path, "frozen")
+    rows = padded_rows("completions")
+    client = replace(client, shard=Shard("ann", rows, rows))
+    measured = through_split(client, given, 0, held_out_batches(client.shard, 100, 2))
+    whole, nats = load_whole(model_path), 0.0
+    with torch.no_grad():
+        for one in rows.split(1):
+            nats += float(whole(input_ids=one.ids, labels=one.labels).loss) * one.predicted
+    assert sum(part.tokens for part in measured) == rows.predicted
+    assert sum(part.nats for part in measured) == pytest.approx(nats, rel=1e-5)
 
 
 def test_a_sample_is_spread_over_the_batches() -> None:

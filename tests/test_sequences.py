@@ -51,3 +51,11 @@ def test_without_padding_labels_are_the_tokens_themselves() -> None:
     assert found.labels is found.ids and found.mask is None
     assert torch.equal(found.ids, Sequences.packed(torch.tensor(blocks)).ids)
     assert (found.tokens, found.predicted) == (6, 4)
+
+
+def test_classes_stay_with_their_sequences() -> None:
+    rows = [Row([1, 2, 3], [], "ann", target=2), Row([4], [], "ann", target=0)]
+    whole = stack(rows, pad=9)
+    assert whole.labels.tolist() == [2, 0] and whole.predicted == predicted(whole.labels) == 2
+    one = whole[[1]]
+    assert (one.ids.tolist(), one.labels.tolist(), one.mask, one.tokens) == ([[4]], [0], None, 1)

@@ -78,6 +78,22 @@ def test_the_same_seed_gives_the_same_adapters_to_the_bit(
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
+def test_packing_is_padding_where_a_text_fills_a_sequence(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of fifteen characters and the end token, in sequences of sixteen: the same run to the bit."""
+    rows = [{"text": f"{owner} said {n:06}", "owner": owner} for owner in ("ann", "bob", "cid") for n in range(8)]
+    (tmp_path / "full.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    document = as_document(config) | {"dataset": str(tmp_path / "full.jsonl")}
+    for packing in ("true", "false"):
+        how = from_document(document | {"data": {"packing": packing}})
+        federate(how, tmp_path / packing, FedAvg(), monkeypatch)
+    packed, padded = final_adapter(tmp_path / "true"), final_adapter(tmp_path / "false")
+    assert all(torch.equal(tensor, padded[name]) for name, tensor in packed.items())
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("true", "false"))
+    assert one["eval_loss"] == two["eval_loss"] and one["tokens"] == two["tokens"] and one["bytes"] == two["bytes"]
+
+
 def test_a_run_of_one_client_is_plain_peft_fine_tuning(
     tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

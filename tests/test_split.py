@@ -120,6 +120,45 @@ def test_split_equals_unsplit_bit_for_bit(any_model_path: Path, dtype: torch.dty
             assert torch.equal(mine, theirs), f"{name}, padding {padding}"
 
 
+@pytest.mark.parametrize("cut", [(0, 3), (1, 2)])
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_a_split_classifier_is_the_unsplit_one_to_the_bit(
+    any_model_path: Path, padding: str, cut: tuple[int, int]
+) -> None:
+    """Loss, logits, and the gradients of adapters and head, against the library's classifier under PEFT."""
+    parts = load_parts(any_model_path, cut, KINDS, classes=3)
+    for part in parts:
+        lora.add(part, _settings(0.0), seed=0)
+        for name, parameter in lora.parameters(part).items():
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    how = lora.lora_config(_settings(0.0), parts[0].family)
+    how.task_type, how.modules_to_save = "SEQ_CLS", ["score"]
+    whole = get_peft_model(load_whole(any_model_path, classes=3, pad=0), how).eval()
+    names = {
+        n.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", ""): p
+        for n, p in whole.named_parameters()
+        if p.requires_grad
+    }
+    given = lora.read(*parts).tensors
+    assert names.keys() == given.keys() and "score.weight" in given
+    for name, parameter in names.items():
+        parameter.data = given[name].clone()
+    ids, mask, _ = _batch(padding)
+    classes = torch.tensor([2, 0, 1])
+    if mask is not None:  # the library finds the end of a sequence by the padding token
+        ids = ids.masked_fill(mask == 0, 0)
+    reference = whole(input_ids=ids, attention_mask=mask, labels=classes)
+    reference.loss.backward()
+    bottom, trunk, top = parts
+    hidden = trunk(bottom(ids, mask), mask)
+    loss = top(hidden, classes, mask)
+    loss.backward()
+    assert torch.equal(top.scores(hidden, mask), reference.logits) and torch.equal(loss, reference.loss)
+    for name, gradient in _gradients(parts).items():
+        assert torch.equal(gradient, names[name].grad), name
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_fused_kernels_are_the_unsplit_model_to_rounding(any_model_path: Path, cut: tuple[int, int]) -> None:
     """By norms.

@@ -158,6 +158,6 @@ def test_aggregation_is_measured(name: str) -> None:
 
 def test_a_process_of_the_pool_deals_a_text_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "prepare_environment", lambda: None)
-    monkeypatch.setattr(heldout, "make_shards", heldout.make_shards)  # put back afterwards
+    monkeypatch.setattr(heldout, "make_deal", heldout.make_deal)  # put back afterwards
     run._begin()
-    assert heldout.make_shards.cache_info().maxsize == 2
+    assert heldout.make_deal.cache_info().maxsize == 2

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import VOCABULARY
+from test_client import padded_rows
 
 from fedsplit.config import InputError
 from fedsplit.finished import find_adapter
@@ -43,6 +44,18 @@ def test_the_loss_is_the_librarys(model_path: Path) -> None:
     assert score(model, Sequences.packed(ids).split(3)).loss == pytest.approx(
         float(model(input_ids=ids, labels=ids).loss.detach()), rel=1e-6
     )
+
+
+def test_padding_and_prompts_do_not_count(model_path: Path) -> None:
+    rows, model = padded_rows("completions"), open_base(model_path, "fp32")
+    found = score(model, rows.split(4))
+    one_by_one = sum((score(model, [one]) for one in rows.split(1)), Score())
+    assert (found.tokens, found.right) == (rows.predicted, one_by_one.right)
+    assert found.nats == pytest.approx(one_by_one.nats, rel=1e-5)
+    alone = rows[[3]]
+    with torch.no_grad():
+        expected = float(model(input_ids=alone.ids, labels=alone.labels).loss)
+    assert score(model, [alone]).loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_adapter_comes_and_goes(finished_run: Callable[..., Path]) -> None:

@@ -183,7 +183,7 @@ def _begin() -> None:
 
     warnings.simplefilter("ignore")
     # Many runs in a row have the same text, which would take each of them three seconds to read and deal out.
-    heldout.make_shards = functools.lru_cache(maxsize=2)(heldout.make_shards)
+    heldout.make_deal = functools.lru_cache(maxsize=2)(heldout.make_deal)
 
 
 def make_corpora(plan: Mapping[str, Any], todo: Iterable[Case]) -> None:

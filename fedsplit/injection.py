@@ -58,19 +58,22 @@ def _refused(settings: LoraSettings, error: Exception) -> SettingError:
 
 def _where(settings: LoraSettings, family: Family, blocks: Sequence[int] | None, known: set[str]) -> dict[str, Any]:
     """The fields that say which layers are adapted."""
-    targets = list(settings.targets or family.targets)
-    where: dict[str, Any] = {"target_modules": targets}
-    if blocks is not None and {"layers_to_transform", "layers_pattern"} <= known:
-        where |= {"layers_to_transform": list(blocks), "layers_pattern": family.blocks}
-    elif blocks is not None:
-        numbers, names = "|".join(map(str, blocks)), "|".join(map(re.escape, targets))
-        where["target_modules"] = rf".*\.{family.blocks}\.({numbers})\.(.*\.)?({names})"
-    if "feedforward_modules" in known:
-        # As patterns: PEFT wants names to be among the targets, and one may be of an MLP and of attention.
-        if blocks is None:
-            where["target_modules"] = rf".*\.({'|'.join(map(re.escape, targets))})"
-        where["feedforward_modules"] = rf".*\.({'|'.join(map(re.escape, family.narrows)) or '(?!)'})"
+    norms, feeds = method_of(settings).norms, "feedforward_modules" in known
+    names = list(settings.targets or (family.norms if norms else family.targets))
+    if not (norms or feeds) and (blocks is None or {"layers_to_transform", "layers_pattern"} <= known):
+        numbered = {} if blocks is None else {"layers_to_transform": list(blocks), "layers_pattern": family.blocks}
+        return {"target_modules": names, **numbered}
+    # Else as a pattern: a name may also be that of something outside the blocks, or of an MLP and of attention.
+    numbers = r"\d+" if blocks is None else "|".join(map(str, blocks))
+    where = {"target_modules": rf".*\.{family.blocks}\.({numbers})\.(.*\.)?({_either(names)})"}
+    if feeds:
+        where["feedforward_modules"] = rf".*\.({_either(family.narrows)})"
     return where
+
+
+def _either(names: Sequence[str]) -> str:
+    """A pattern of any of some names, which matches nothing where there are none."""
+    return "|".join(map(re.escape, names)) or "(?!)"
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def check(config: Config) -> tuple[Path, Any]:
     """
     from fedsplit.corpus import check_dataset
     from fedsplit.families import read_facts
-    from fedsplit.methods import check_method
+    from fedsplit.methods import METHODS, check_method
     from fedsplit.schedules import SCHEDULES
 
     facts = read_facts(config.model_path)
@@ -97,9 +97,10 @@ def check(config: Config) -> tuple[Path, Any]:
         raise SettingError(
             "train.max_length", config.train.max_length, f"8 to {facts.positions}, the model's positions"
         )
-    if strange := [name for name in config.lora.targets if name not in facts.family.targets]:
-        raise SettingError("lora.targets", strange[0], ",".join(facts.family.targets))
     check_method(config, facts.family.transposed)
+    targets = facts.family.norms if METHODS[config.lora.method].norms else facts.family.targets
+    if strange := [name for name in config.lora.targets if name not in targets]:
+        raise SettingError("lora.targets", strange[0], ",".join(targets))
     check_dataset(config.dataset)
 
     from fedsplit.aggregation import strategy_defaults

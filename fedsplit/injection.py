@@ -44,7 +44,9 @@ def make_config(settings: LoraSettings, family: Family, blocks: Sequence[int] | 
     if "fan_in_fan_out" in known:
         given["fan_in_fan_out"] = family.transposed
     try:
-        return cls(**given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return cls(**given)
     except (TypeError, ValueError) as error:
         raise _refused(settings, error) from None
 

@@ -347,13 +347,11 @@ class TrunkServer:
         learned = {name: tensor for name, tensor in flight.version.items() if tensor.requires_grad}
         wanted = {key: flight.inputs[key] for key in sent if flight.inputs[key].requires_grad}
         output, flight.output = flight.output, None
-        leaves = [*learned.values(), *wanted.values()]  # some adapters have a parameter that a layer does not use
-        gradients = torch.autograd.grad(output, leaves, _spread(flight, output, sent), allow_unused=True)
+        gradients = torch.autograd.grad(output, [*learned.values(), *wanted.values()], _spread(flight, output, sent))
         self.counts["backwards"] += 1
         self._budget.freed()
         if learned:
-            pairs = zip(learned, gradients, strict=False)
-            found = {name: gradient for name, gradient in pairs if gradient is not None}
+            found = dict(zip(learned, gradients, strict=False))
             self.learners.learn(flight.learner, flight.version, flight.spent, packets, found)
         flight.spent = True
         return dict(zip(wanted, gradients[len(learned) :], strict=True))
@@ -427,7 +425,7 @@ class TrunkServer:
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
             output = self._run(flight, keeps_graph=True)
         inputs = [hidden, *(tensor for tensor in flight.version.values() if tensor.requires_grad)]
-        torch.autograd.grad(output, inputs, torch.zeros_like(output), allow_unused=True)
+        torch.autograd.grad(output, inputs, torch.zeros_like(output))
         graph = sum(storages.values())
         self._budget.learn(batch * length, graph, max(peak_memory() - before, graph))
         del output

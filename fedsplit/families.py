@@ -29,6 +29,7 @@ class Family:
         rotary: The rotary position module within the decoder, if there is one.
         targets: Attention and MLP projections, by the last part of their names.
         transposed: Whether those projections are `Conv1D`, which store (in, out).
+        norms: The norms in a block, by the ends of their names.
         narrows: The MLP's projections back to the hidden size, by the ends of their names.
         layers_key: What the checkpoint's config.json calls the number of blocks.
         positions_key: What it calls the longest sequence.
@@ -56,6 +57,7 @@ class Family:
     dropout: str | None = None
     rotary: str | None = None
     transposed: bool = False
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     narrows: tuple[str, ...] = ()
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
@@ -85,6 +87,9 @@ _LLAMA = Family(
     rotary="rotary_emb",
 )
 
+_QK = (*_LLAMA.norms, "q_norm", "k_norm")
+_AROUND = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+
 STACKED = ("gate_up_proj", "down_proj")
 """The experts' matrices, each (E, out, in) in one parameter, in the order in which the library's modules have them."""
 
@@ -106,6 +111,7 @@ FAMILIES = {
         positions="wpe",
         dropout="drop",
         transposed=True,
+        norms=("ln_1", "ln_2"),
         narrows=("mlp.c_proj",),
         layers_key="n_layer",
         positions_key="n_positions",
@@ -114,9 +120,9 @@ FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": replace(_LLAMA, cap_key="final_logit_softcapping"),
-    "gemma3_text": replace(_LLAMA, cap_key="final_logit_softcapping"),
+    "qwen3": replace(_LLAMA, norms=_QK),
+    "gemma2": replace(_LLAMA, norms=(*_LLAMA.norms, *_AROUND), cap_key="final_logit_softcapping"),
+    "gemma3_text": replace(_LLAMA, norms=(*_QK, *_AROUND), cap_key="final_logit_softcapping"),
     "phi3": replace(
         _LLAMA,
         targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
@@ -139,6 +145,7 @@ FAMILIES = {
         embedding="embed_tokens",
         norm="final_layer_norm",
         targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        norms=("self_attn_layer_norm", "final_layer_norm"),
         narrows=("fc2",),
         positions="embed_positions",
         required={"word_embed_proj_dim": "hidden_size", "layerdrop": 0},
@@ -158,6 +165,7 @@ FAMILIES = {
     "qwen3_moe": replace(
         _EXPERTS,
         sparse=True,
+        norms=_QK,
         stored={
             "mlp.experts.gate_up_proj": ("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"),
             "mlp.experts.down_proj": ("mlp.experts.*.down_proj.weight",),

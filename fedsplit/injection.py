@@ -53,7 +53,9 @@ def make_config(
     if "fan_in_fan_out" in known:
         given["fan_in_fan_out"] = family.transposed
     try:
-        return cls(**given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return cls(**given)
     except (TypeError, ValueError) as error:
         raise _refused(settings, error) from None
 
@@ -69,13 +71,12 @@ def _where(
     settings: LoraSettings, family: Family, blocks: Sequence[int] | None, known: set[str], head: str
 ) -> dict[str, Any]:
     """The fields that say which layers are adapted."""
-    chosen = settings.targets or family.targets
-    targets = [name for name in chosen if name not in family.parameters]
+    norms, feeds = method_of(settings).norms, "feedforward_modules" in known
+    chosen = settings.targets or (family.norms if norms else family.targets)
+    names = [name for name in chosen if name not in family.parameters]
     if head == "lora":
-        targets = [*(targets if blocks is None or len(blocks) else []), HEAD]
-    where: dict[str, Any] = {"target_modules": targets}
-    if head == "full":
-        where["modules_to_save"] = [HEAD]
+        names = [*(names if blocks is None or len(blocks) else []), HEAD]
+    where: dict[str, Any] = {"modules_to_save": [HEAD]} if head == "full" else {}
     if asked := family.asked(chosen):
         if "target_parameters" not in known:
             words = f"{','.join(family.targets)} with adapters of the kind {settings.method}, which sit on modules only"
@@ -84,17 +85,20 @@ def _where(
         if blocks is not None:  # PEFT chooses blocks for modules only
             paths = [f"{family.blocks}.{block}.{path}" for block in blocks for path in paths]
         where["target_parameters"] = paths
-    if blocks is not None and {"layers_to_transform", "layers_pattern"} <= known:
-        where |= {"layers_to_transform": list(blocks), "layers_pattern": family.blocks}
-    elif blocks is not None:
-        numbers, names = "|".join(map(str, blocks)), "|".join(map(re.escape, targets))
-        where["target_modules"] = rf".*\.{family.blocks}\.({numbers})\.(.*\.)?({names})"
-    if "feedforward_modules" in known:
-        # As patterns: PEFT wants names to be among the targets, and one may be of an MLP and of attention.
-        if blocks is None:
-            where["target_modules"] = rf".*\.({'|'.join(map(re.escape, targets))})"
-        where["feedforward_modules"] = rf".*\.({'|'.join(map(re.escape, family.narrows)) or '(?!)'})"
+    if not (norms or feeds) and (blocks is None or {"layers_to_transform", "layers_pattern"} <= known):
+        numbered = {} if blocks is None else {"layers_to_transform": list(blocks), "layers_pattern": family.blocks}
+        return {**where, "target_modules": names, **numbered}
+    # Else as a pattern: a name may also be that of something outside the blocks, or of an MLP and of attention.
+    numbers = r"\d+" if blocks is None else "|".join(map(str, blocks))
+    where["target_modules"] = rf".*\.{family.blocks}\.({numbers})\.(.*\.)?({_either(names)})"
+    if feeds:
+        where["feedforward_modules"] = rf".*\.({_either(family.narrows)})"
     return where
+
+
+def _either(names: Sequence[str]) -> str:
+    """A pattern of any of some names, which matches nothing where there are none."""
+    return "|".join(map(re.escape, names)) or "(?!)"
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ class Method:
         preset: Fields that the name stands for.
         transposed: Whether it works on `Conv1D`, which stores (in, out).
         factors: Whether all that it does to a layer is to add s * B @ A.
+        norms: Whether it trains the norms in the blocks, not projections.
         residual: Whether it starts from the principal part of the base weight, which is taken out of the base.
     """
 
@@ -38,6 +39,7 @@ class Method:
     preset: Mapping[str, object] = field(default_factory=dict)
     transposed: bool = False
     factors: bool = False
+    norms: bool = False
     residual: bool = False
 
 
@@ -97,6 +99,7 @@ METHODS: Mapping[str, Method] = {
     "psoft": Method("PSOFT", alpha="psoft_alpha", dropout="psoft_dropout", seed="random_seed"),
     "peanut": Method("PEANUT"),
     "beft": Method("BEFT", rank=None),
+    "ln_tuning": Method("LN_TUNING", rank=None, transposed=True, norms=True),
 }
 """By the name that `--peft` takes."""
 
@@ -120,7 +123,6 @@ REFUSED: Mapping[str, str] = {
     "eva": f"its factors {_DATA}",
     "lora_ga": f"its factors {_DATA}",
     "loftq": "its factors make up for quantised base weights",
-    "ln_tuning": "it trains norms, which are no projections",
     "trainable_tokens": "it trains embeddings, which stay frozen",
     "adaption_prompt": _INPUT,
     "cartridge": _INPUT,

@@ -140,7 +140,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         SettingError: Something was given wrongly.
     """
     from fedsplit.families import read_facts
-    from fedsplit.methods import check_method
+    from fedsplit.methods import METHODS, check_method
     from fedsplit.schedules import SCHEDULES
     from fedsplit.sources import about, weights
     from fedsplit.tables import check_dataset, check_packing
@@ -185,11 +185,12 @@ def check(config: Config) -> tuple[Path, Any, Any]:
             f"at most the model's {facts.positions} positions together with train.max_length {config.train.max_length}"
         )
         raise SettingError("prompt.tokens", positions, words)
-    possible = (*facts.family.targets, *facts.family.parameters)
+    check_method(config, facts.family.transposed)
+    targets = facts.family.norms if METHODS[config.lora.method].norms else facts.family.targets
+    possible = (*targets, *facts.family.parameters)
     if strange := [name for name in config.lora.targets if name not in possible]:
         raise SettingError("lora.targets", strange[0], ",".join(possible))
     check_experts(config, facts)
-    check_method(config, facts.family.transposed)
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 

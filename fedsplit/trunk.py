@@ -447,14 +447,12 @@ class TrunkServer:
             [output.hidden, *(sums[key] for key in routed)],
             [*learned.values(), *wanted.values()],
             [_spread(flight, output.hidden, sent), *(by_sums[key] for key in routed)],
-            allow_unused=True,  # some adapters have a parameter that a layer does not use
         )
         self.counts["backwards"] += 1
         self._budget.freed()
         withheld = None
         if learned:
-            pairs = zip(learned, gradients, strict=False)
-            found = {name: gradient for name, gradient in pairs if gradient is not None}
+            found = dict(zip(learned, gradients, strict=False))
             withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, found)
         flight.spent = True
         return dict(zip(wanted, gradients[len(learned) :], strict=True)), withheld
@@ -548,7 +546,7 @@ class TrunkServer:
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
             output = self._run(flight, keeps_graph=True).hidden
         inputs = [hidden, *(tensor for tensor in flight.version.values() if tensor.requires_grad)]
-        torch.autograd.grad(output, inputs, torch.zeros_like(output), allow_unused=True)
+        torch.autograd.grad(output, inputs, torch.zeros_like(output))
         graph = sum(storages.values())
         self._budget.learn(batch * length, graph, max(peak_memory() - before, graph))
         del output

@@ -58,11 +58,11 @@ def test_settings_become_fields_by_their_meaning() -> None:
             False,
             "^lora.options: r is not possible; allowed: other fields; this one is the setting lora.rank",
         ),
-        ({"lora.options": '{"use_dora": true}'}, False, "^lora.options: use_dora .* another method"),
+        ({"lora.options": '{"use_dora": true}'}, False, "^lora.options: use_dora is not possible; .* .another method"),
         (
             {"lora.options": '{"modules_to_save": ["lm_head"]}'},
             False,
-            "^lora.options: modules_to_save .* only adapters",
+            "^lora.options: modules_to_save is not .* .only adapters",
         ),
         ({"lora.options": '{"init_lora_weights": "eva"}'}, False, "^lora.options: init_lora_weights eva .* gaussian"),
         (

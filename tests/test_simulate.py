@@ -145,6 +145,23 @@ def test_the_readmes_three_lines_give_the_reported_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_another_kind_of_adapter_goes_on_with_the_fields_of_a_file_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "fields.json").write_text('{"d_initial": 0.3}')
+    argv = ["--clients", "2", "--peft", "vera", "--peft-config", "fields.json", "--trunk.schedule", "copies"]
+    done = command(*argv, "--out", "run", *TINY, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "; adapters: vera" in done.stdout and "aggregation error" not in done.stdout
+    (tmp_path / "fields.json").unlink()
+    done = command("--resume", "run", "--rounds", "2", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "options = '{\"d_initial\": 0.3}'" in (tmp_path / "run" / "config.toml").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_loss"]["after"] < summary["eval_loss"]["before"]
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["d_initial"] == 0.3
+    assert {name.rpartition("_lambda_")[2] for name in adapter(tmp_path / "run")} == {"b", "d"}
+
+
+@pytest.mark.slow
 def test_a_flower_strategy_by_name(tmp_path: Path) -> None:
     argv = ["--clients", "2", "--strategy", "flwr.serverapp.strategy:FedAdam", "--strategy.eta", "0.01"]
     done = command(*argv, "--out", "run", *TINY, cwd=tmp_path)
@@ -178,6 +195,14 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         (["--cut", "5:6", "--trunk.schedule", "forward-only"], "cut: 5:6 is not possible; allowed: a cut that leaves"),
         (["--cut", "0:6", "--trunk.schedule", "frozen"], "cut: 0:6 is not possible; allowed: a cut that leaves"),
         (["--max-length", "100000"], "train.max_length: 100000 is not possible; allowed: 8 to 256"),
+        (["--peft", "loraa"], "lora.method: loraa is not possible; allowed: lora | rslora"),
+        (["--peft", "xlora"], "lora.method: xlora (a router reads the hidden states of the whole model"),
+        (["--peft", "oft"], "lora.method: oft is not possible; allowed: lora | rslora | dora"),
+        (["--peft", "ia3", "--lora-rank", "4"], "lora.rank: 4 is not possible; allowed: the default with the method"),
+        (["--peft", "dora", "--strategy", "flora"], "strategy: flora is not possible; allowed: fedadagrad"),
+        (["--peft-config", "nowhere.json"], "lora.options: nowhere.json is not possible; allowed: a JSON object"),
+        (["--peft-config", '{"rr": 1}'], "lora.options: rr is not possible; allowed: a field of PEFT's LoraConfig"),
+        (["--peft", "ln_tuning", "--lora.targets", "c_fc"], "lora.targets: c_fc is not possible; allowed: ln_1,ln_2"),
         (["--lora.targets", "q_proj"], "lora.targets: q_proj is not possible; allowed: c_attn,c_proj,c_fc"),
         (["--model", "nowhere"], "model: nowhere is not possible; allowed: the name of the bundled model, or a folder"),
         (["--model", "org/nowhere"], "model: org/nowhere (no such folder; not all of it is in the Hub's cache"),

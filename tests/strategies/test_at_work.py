@@ -311,8 +311,10 @@ def test_a_round_in_which_all_rest_is_skipped(config: Config, tmp_path: Path, mo
     assert federation.summary["tokens"] == 0
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3"])
-@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedadam", "krum", "fedbuff"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("scaffold", "dora"), ("krum", "dora"), ("fedavg", "ia3"), ("fedadam", "ia3"), ("fedbuff", "ia3")],
+)
 def test_adapters_without_factors_are_aggregated_name_by_name(
     config: Config, name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

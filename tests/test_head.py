@@ -13,7 +13,6 @@ import torch
 from conftest import BLOCKS, VOCABULARY
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_client import fine_tune  # noqa: F401  # the same model without a head that learns
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -225,11 +224,11 @@ def finished(finished_run: Callable[..., Path], head: str, model="gpt2", strateg
     [
         ("lora", "gpt2", "fedavg"),
         ("lora", "gpt2", "fedex"),
-        ("lora", "llama", "flora"),
+        pytest.param("lora", "llama", "flora", marks=pytest.mark.slow),
         ("full", "gpt2", "fedavg"),
-        ("full", "llama", "median"),
-        ("full", "gpt2", "flora"),
-        ("full", "gemma2", "ffa"),
+        pytest.param("full", "llama", "median", marks=pytest.mark.slow),
+        pytest.param("full", "gpt2", "flora", marks=pytest.mark.slow),
+        pytest.param("full", "gemma2", "ffa", marks=pytest.mark.slow),
     ],
 )
 def test_a_federation_reports_what_plain_peft_measures(
@@ -279,7 +278,7 @@ def test_a_merged_head_is_the_adapter_on_its_base_and_comes_apart_again(
 
 
 def test_heads_are_combined_where_they_have_factors(finished_run: Callable[..., Path], tmp_path: Path) -> None:
-    one, two = (find_adapter(finished(finished_run, "lora", seed=seed)) for seed in (0, 1))
+    one, two = (find_adapter(finished(finished_run, "lora", strategy=name)) for name in ("fedavg", "fedex"))
     combine([one, two], [0.7, 0.3], "cat", tmp_path / "both")
     read = [lora.load(folder) for folder in (one.folder, two.folder, tmp_path / "both")]
     assert HEAD in read[2].complete and read[2].layers[HEAD].transposed is False
@@ -292,7 +291,7 @@ def test_heads_are_combined_where_they_have_factors(finished_run: Callable[..., 
         combine([whole, whole], [1.0, 1.0], "cat", tmp_path / "none")
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_an_adapter_of_the_head_comes_and_goes(finished_run: Callable[..., Path], head: str) -> None:
     """Each client's own in turn, on one base."""
     run = open_run(finished(finished_run, head, strategy="fedsa", share="bottom,trunk"))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +44,7 @@ from fedsplit.seeds import derive_seed
 from fedsplit.split import load_parts, load_tokenizer, load_whole
 from fedsplit.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.trunk import TrunkServer
+from fedsplit.whole import open_base, read_fitting
 from fedsplit.wire import make_codec
 
 KINDS = ("bottom", "trunk", "top")
@@ -394,10 +398,10 @@ def finished(
     [
         ("prompt", "gpt2", {}),
         ("prompt", "llama", {"trunk__schedule": "shared", "strategy": "median"}),
-        ("ptuning", "llama", {"strategy": "trimmed_mean"}),
+        pytest.param("ptuning", "llama", {"strategy": "trimmed_mean"}, marks=pytest.mark.slow),
         ("prefix", "gpt2", {}),
-        ("prefix", "llama", {"trunk__schedule": "shared", "strategy": "scaffold"}),
-        ("projected", "gpt2", {"strategy": "krum"}),
+        pytest.param("prefix", "llama", {"trunk__schedule": "shared", "strategy": "scaffold"}, marks=pytest.mark.slow),
+        pytest.param("projected", "gpt2", {"strategy": "krum"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_federation_reports_what_plain_peft_measures(
@@ -419,7 +423,9 @@ def test_a_federation_reports_what_plain_peft_measures(
     assert own < sent <= own + 2 * arrays * 256 * 2
 
 
-def test_what_is_done_after_a_run(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_is_done_after_a_run(
+    finished_run: Callable[..., Path], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     path = finished(finished_run, "prompt")
     run = open_run(path)
     results = evaluate(run)
@@ -434,12 +440,9 @@ def test_what_is_done_after_a_run(finished_run: Callable[..., Path], tmp_path: P
     ):
         with pytest.raises(InputError, match="virtual tokens or prefixes, which change no weight"):
             work()
-    other = open_run(finished_run("qwen3"))
-    from fedsplit.whole import open_base, read_fitting
-
     adapter = find_adapter(finished(finished_run, "prefix"))
     with pytest.raises(InputError, match=r"does not fit the model: the width of its prompt_embeddings is 192"):
-        read_fitting(adapter, open_base(other.config.model_path, "fp32"))
+        read_fitting(adapter, open_base(tiny_models["qwen3"], "fp32"))
 
 
 def test_prompts_that_stay_with_their_clients(finished_run: Callable[..., Path]) -> None:
@@ -453,12 +456,12 @@ def test_prompts_that_stay_with_their_clients(finished_run: Callable[..., Path])
     assert not torch.equal(*own)
 
 
-@pytest.mark.parametrize("name", ["ptuning", "prefix"])
+@pytest.mark.parametrize("name", ["ptuning", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_goes_on_to_the_bit(
     finished_run: Callable[..., Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Encoders, which no exported adapter holds, are in the checkpoint."""
-    straight = finished(finished_run, name, rounds=3)
+    straight = finished(finished_run, name)
     config, trained = open_run(straight).config, 0
     rule = lambda: load_strategy("fedavg", {}, {})  # noqa: E731
 
@@ -516,3 +519,19 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(SettingError, match=f"^{message}"):
         simulate.check(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_command_trains_prefixes_on_all_three_parts(tmp_path: Path) -> None:
+    """With the trunk in a process of its own, under a memory budget; then resumed for one more round."""
+    argv = ["--prompt.kind", "prefix", "--prompt.tokens", "4", "--clients", "2", "--rounds", "1", "--train.steps", "2"]
+    argv += ["--max-length", "32", "--batch-size", "2", "--eval.samples", "4", "--lr", "0.05", "--trunk.memory", "2GB"]
+    for more in ([*argv, "--out", "run"], ["--resume", "run", "--rounds", "2"]):
+        call = [sys.executable, "-m", "fedsplit.simulate", *more]
+        done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=dict(os.environ))
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    trained = [summary["parameters"][part]["trainable"] for part in KINDS]
+    assert trained == [4 * 2 * 128 * blocks for blocks in (1, 4, 1)]
+    opened = PeftModel.from_pretrained(load_whole(Config().model_path), str(tmp_path / "run" / "adapter"))
+    assert held_out_loss(opened, tmp_path / "run") == pytest.approx(summary["eval_loss"]["after"], abs=1e-5)

@@ -186,7 +186,11 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         )
         raise SettingError("prompt.tokens", positions, words)
     check_method(config, facts.family.transposed)
-    targets = facts.family.norms if METHODS[config.lora.method].norms else facts.family.targets
+    method = METHODS[config.lora.method]
+    if config.lm_head == "lora" and (method.kind != "LORA" or method.residual):
+        words = f"frozen | full with adapters of the kind {config.lora.method}"
+        raise SettingError("lm_head", config.lm_head, words)
+    targets = facts.family.norms if method.norms else facts.family.targets
     possible = (*targets, *facts.family.parameters)
     if strange := [name for name in config.lora.targets if name not in possible]:
         raise SettingError("lora.targets", strange[0], ",".join(possible))

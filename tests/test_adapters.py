@@ -93,7 +93,7 @@ def test_combine_weighs_and_says_what_it_wrote(
     assert say("merge", tmp_path / "out", "--out", tmp_path / "merged")[0] == 0
 
 
-@pytest.mark.parametrize(("family", "method"), [("gpt2", "dora"), ("llama", "oft")])
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "dora"), pytest.param("llama", "oft", marks=pytest.mark.slow)])
 def test_adapters_that_are_no_pairs_of_factors(
     family: str, method: str, finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
 ) -> None:

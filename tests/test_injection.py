@@ -256,6 +256,7 @@ def test_what_does_not_suit_a_layer_is_found_before_anything_is_loaded(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_suits_is_not_refused(tiny_models: dict[str, Path]) -> None:
     for method in METHODS:
         check_injection(config_of(tiny_models["llama"], method), FAMILIES["llama"])

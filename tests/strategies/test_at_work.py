@@ -313,7 +313,13 @@ def test_a_round_in_which_all_rest_is_skipped(config: Config, tmp_path: Path, mo
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("scaffold", "dora"), ("krum", "dora"), ("fedavg", "ia3"), ("fedadam", "ia3"), ("fedbuff", "ia3")],
+    [
+        ("scaffold", "dora"),
+        ("fedavg", "ia3"),
+        pytest.param("krum", "dora", marks=pytest.mark.slow),
+        pytest.param("fedadam", "ia3", marks=pytest.mark.slow),
+        pytest.param("fedbuff", "ia3", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_without_factors_are_aggregated_name_by_name(
     config: Config, name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -332,6 +338,7 @@ def test_adapters_without_factors_are_aggregated_name_by_name(
     assert held_out_loss(model, tmp_path / "run") == pytest.approx(loss["after"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "name"), [("dora", "scaffold"), ("pissa", "fedex")])
 def test_a_run_with_other_adapters_goes_on_to_the_bit(
     config: Config, method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,12 +31,22 @@ from strategies.flora import FLoRA as Flora
 
 @pytest.fixture
 def config(model_path: Path, corpus_file: Path) -> Config:
+    return three_clients(model_path, corpus_file)
+
+
+@pytest.fixture
+def one_config(tiny_models: dict[str, Path], corpus_file: Path) -> Config:
+    """For what does not depend on the family, and takes long."""
+    return three_clients(tiny_models["gpt2"], corpus_file)
+
+
+def three_clients(model: Path, corpus: Path) -> Config:
     values = {
         "clients": 3,
         "rounds": 2,
-        "model": str(model_path),
+        "model": str(model),
         "cut": "1:2",
-        "dataset": str(corpus_file),
+        "dataset": str(corpus),
         "partition": "natural",
         "lora.rank": 2,
         "train.steps": 4,
@@ -395,9 +405,9 @@ def test_a_run_of_one_client_with_all_features_is_plain_fine_tuning(
 
 @pytest.mark.parametrize("schedule", ["shared", "copies"])
 def test_a_run_that_was_stopped_goes_on_to_the_bit_with_what_optimisers_remember(
-    config: Config, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_config: Config, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document = as_document(config) | {"rounds": 3, "trunk": {"schedule": schedule}, "fraction": 0.67}
+    document = as_document(one_config) | {"rounds": 3, "trunk": {"schedule": schedule}, "fraction": 0.67}
     config = from_document(document | {"train": document["train"] | FEATURES})
     out = tmp_path / "stopped"
     federate(config, tmp_path / "straight", FedAvg(), monkeypatch)
@@ -430,10 +440,10 @@ class Worse:
 
 @pytest.mark.parametrize("case", ["personal", "folded"])
 def test_the_best_round_is_what_a_run_leaves_that_stops_early(
-    config: Config, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_config: Config, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Spoilt from round 3 on, and killed in round 4: what is left is round 2, and its loss is the one reported."""
-    values = as_document(config) | {"rounds": 9, "patience": 2, "keep_best": True, "trunk": {"schedule": "copies"}}
+    values = as_document(one_config) | {"rounds": 9, "patience": 2, "keep_best": True, "trunk": {"schedule": "copies"}}
     config, around = from_document(values), Flora
     if case == "personal":
         config, around = replace(config, share=("bottom", "trunk")), FedAvg
@@ -473,10 +483,10 @@ def test_the_best_round_is_what_a_run_leaves_that_stops_early(
 
 
 def test_a_run_killed_before_it_was_summed_up_is_summed_up(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its patience has run out: it trains no more, and says so."""
-    config, out = replace(config, rounds=9, patience=1, min_delta=100.0), tmp_path / "run"
+    config, out = replace(one_config, rounds=9, patience=1, min_delta=100.0), tmp_path / "run"
     first, _ = federate(config, out, FedAvg(), monkeypatch)
     assert first.summary is not None and first.summary["last_round"] == 2
     (out / "summary.json").unlink()

@@ -176,9 +176,9 @@ def check_strategy(strategy: Any, config: Config) -> None:
     traits = traits_of(strategy)
     package: Any = importlib.import_module("strategies")
     if traits.factors and (config.prompt.kind != "off" or not method_of(config.lora).factors):
-        can = ", ".join(sorted(name for name in package.STRATEGIES if not traits_of(_find(name)).factors))
+        can = sorted(name for name in package.STRATEGIES if not traits_of(_find(name)).factors)
         kind = f"--prompt.kind {config.prompt.kind}" if config.prompt.kind != "off" else f"--peft {config.lora.method}"
-        words = f"{can} with {kind}, which has no pairs of factors A and B"
+        words = f"{', '.join(can)} with {kind}, which has no pairs of factors A and B"
         raise SettingError("strategy", config.strategy, words)
     if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
         can = sorted(name for name in package.STRATEGIES if traits_of(_find(name)).mixed_ranks)

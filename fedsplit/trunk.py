@@ -170,7 +170,9 @@ class TrunkServer:
             self._part.train(training)
         hidden, mask = flight.join()
         self._place(flight.version)
-        listen = listening(self._part) if flight.sums else contextlib.nullcontext([])
+        listen: contextlib.AbstractContextManager[list[Tensor]] = (
+            listening(self._part) if flight.sums else contextlib.nullcontext([])
+        )
         with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed):
             with listen as heard:
                 output: Tensor = self._part(hidden, mask)
@@ -286,7 +288,8 @@ class TrunkServer:
                 self.steps.check_order(packet.key)
         room, count = self._room(list(inputs.values())) if keeps else ("none", len(packets))
         served = packets[:count]
-        answers, sums = {}, {}
+        answers: dict[StepKey, Tensor] = {}
+        sums: Mapping[StepKey, RouterSums] = {}
         if served:
             flight = self._take_off(served, inputs, routers, keeps)
             output = self._run(flight, keeps_graph=room == "graph", training=first.training)

@@ -23,9 +23,10 @@ def look(config: Config) -> Any:
         SettingError: There is no such model or data set, or too little text.
     """
     from fedsplit.families import read_facts
+    from fedsplit.sources import about
     from fedsplit.tables import check_dataset, check_packing
 
-    facts = read_facts(config.model_path)
+    facts = read_facts(about(config))
     if config.train.max_length > facts.positions:
         words = f"8 to {facts.positions}, the model's positions"
         raise SettingError("train.max_length", config.train.max_length, words)

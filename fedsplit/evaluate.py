@@ -51,12 +51,14 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
         summary.
     """
     from fedsplit.families import read_facts, read_pad
+    from fedsplit.sources import about
     from fedsplit.whole import Score, score
 
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
     if config.data.format == "classification":  # the library finds the last token of a sequence by this
-        model.config.pad_token_id = read_pad(config.model_path, read_facts(config.model_path).end)
+        path = about(config)
+        model.config.pad_token_id = read_pad(path, read_facts(path).end)
     texts = _held_out(config, config.eval.samples)
     counted = [batches for client, (_, batches) in enumerate(texts) if clients is None or client in clients]
     return sum((score(model, batches) for batches in counted), Score()).loss

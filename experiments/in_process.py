@@ -19,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsplit import client_app, lora
 from fedsplit.checkpoint import RunFolder
 from fedsplit.config import Config
+from fedsplit.devices import resolve
 from fedsplit.dispatch import Dispatcher
 from fedsplit.families import read_facts
 from fedsplit.memory import peak_memory, resident_memory
@@ -33,7 +34,10 @@ class LocalTrunk:
     """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
 
     def __init__(self, config: Config, run: str = "") -> None:
-        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
+        device = resolve(config.device_of("trunk"))
+        (part,) = load_parts(
+            config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels, device, config.bits
+        )
         lora.add(part, config.lora, config.seed)
         self.now = 0.0
         codec, schedule = make_codec(config.wire.codec), config.trunk.schedule

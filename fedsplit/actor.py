@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedsplit import lora
 from fedsplit.config import Config
+from fedsplit.devices import resolve
 from fedsplit.dispatch import Answer, Dispatcher
 from fedsplit.learners import Copy, Start
 from fedsplit.lowrank import LowRank
@@ -55,7 +56,10 @@ class TrunkActor:
     def __init__(self, config: Config, run: str, threads: int) -> None:
         """Loads the trunk's blocks, and no others, and puts the adapter on them."""
         torch.set_num_threads(threads)
-        (part,) = load_parts(config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
+        device = resolve(config.device_of("trunk"))
+        (part,) = load_parts(
+            config.model_path, config.bounds, ["trunk"], TYPES[config.dtype], config.kernels, device, config.bits
+        )
         lora.add(part, config.lora, config.seed)
         budget = Budget(config.trunk.memory_bytes)
         self._incarnation = secrets.token_hex(8)

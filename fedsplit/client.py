@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fedsplit import lora
 from fedsplit.config import TrainSettings
+from fedsplit.devices import device_of
 from fedsplit.kernels import IGNORED
 from fedsplit.link import Link
 from fedsplit.local import LocalRule
 from fedsplit.optim import make_optimizer
 from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, batch
+from fedsplit.scaling import backward
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Bottom, Top
 from fedsplit.updates import ClientUpdate, Task
@@ -92,7 +94,9 @@ class Client:
         Returns:
             The mean loss in nats, a scalar.
         """
-        parts = _micro_batches(ids, mask, self.settings.micro_batches)
+        device = device_of(self.bottom)
+        masks = None if mask is None else mask.to(device)
+        parts = _micro_batches(ids.to(device), masks, self.settings.micro_batches)
         crossings, losses = [], []
         # 1. Up: what the bottom makes of the tokens.
         for micro, part in enumerate(parts):
@@ -102,12 +106,11 @@ class Client:
         for crossing, part in zip(crossings, parts, strict=True):
             hidden = crossing.output()
             loss = self.top(hidden, part.labels, part.mask) * part.share
-            loss.backward()
-            crossing.send_back(hidden.grad)
+            crossing.send_back(backward(loss, self.top.parameters(), hidden))
             losses.append(loss.detach())
         # 3. Down: the gradient of what the bottom made.
         for crossing in crossings:
-            crossing.finish()
+            crossing.finish(self.bottom.parameters())
         return torch.stack(losses).sum()
 
     def train(
@@ -128,7 +131,7 @@ class Client:
         """
         lora.write(given, self.bottom, self.top)
         parameters = {**lora.parameters(self.bottom), **lora.parameters(self.top)}
-        rule = LocalRule(task or Task(), given, own or {})
+        rule = LocalRule(task or Task(), given, own or {}, device_of(self.bottom))
         for name, parameter in parameters.items():
             parameter.grad = None
             parameter.requires_grad_(rule.trains(name))

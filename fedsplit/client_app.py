@@ -22,12 +22,13 @@ from fedsplit import lora, records
 from fedsplit.actor import TrunkHandle, find_trunk
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
+from fedsplit.devices import resolve
 from fedsplit.heldout import held_out_batches, pooled, sample, shards_of, through_split
 from fedsplit.link import Link
 from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
 from fedsplit.schedules import SCHEDULES
-from fedsplit.split import TYPES, Bottom, Top, load_parts
+from fedsplit.split import TYPES, Bottom, Kind, Top, load_parts
 from fedsplit.store import ClientStore, FoldLog, Kept
 from fedsplit.updates import Adapters, ClientUpdate, factor_of, fresh_factor
 from fedsplit.wire import make_codec
@@ -83,7 +84,11 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     config = from_document(json.loads(run))
-    bottom, top = load_parts(config.model_path, config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels)
+    kinds: list[Kind] = ["bottom", "top"]
+    device = resolve(config.device)
+    bottom, top = load_parts(
+        config.model_path, config.bounds, kinds, TYPES[config.dtype], config.kernels, device, config.bits
+    )
     for part in (bottom, top):
         lora.add(part, config.lora, config.seed)
     return _Site(config, bottom, top, find_trunk(trunk), shards_of(config), lora.read(bottom, top))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.command import exit_code, quieten
-from fedsplit.config import Config, InputError, SettingError, from_document
+from fedsplit.config import DEVICE, Config, InputError, SettingError, from_document
 from fedsplit.finished import Adapter, Run, open_run
 from fedsplit.flags import Parser
 
@@ -104,7 +104,9 @@ def _work(
     return [(run.adapter(), [text for _, text in numbered])]
 
 
-def evaluate(run: Run, dataset: str = "", client: int | None = None, samples: int = 0) -> list[Result]:
+def evaluate(
+    run: Run, dataset: str = "", client: int | None = None, samples: int = 0, device: str = "cpu"
+) -> list[Result]:
     """Measures a finished run's model.
 
     Args:
@@ -113,18 +115,21 @@ def evaluate(run: Run, dataset: str = "", client: int | None = None, samples: in
             text of the run's clients where empty.
         client: The one client whose text, or whose own adapter, counts; all where None.
         samples: Sequences a client or owner at most; where 0, those of the run, or all of another data set.
+        device: What to compute on, as the setting of that name.
 
     Returns:
         A result for every client, or every owner in another data set.
 
     Raises:
-        InputError: There is no such client or data set, or the run's model is not there.
+        InputError: There is no such client, data set or device, or the run's model is not there.
     """
-    from fedsplit.whole import attach, open_base, score
+    from fedsplit.devices import check_device, resolve
+    from fedsplit.whole import attach, open_held, score
 
     results = []
+    check_device("device", device)
     work = _work(run, dataset, client, samples)
-    base = open_base(run.config.model_path, run.config.dtype)
+    base = open_held(work[0][0], resolve(device))
     for adapter, texts in work:
         alone = [score(base, batches) for _, batches in texts]
         model = attach(base, adapter)
@@ -169,6 +174,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--samples", type=int, default=0, metavar="N", help="sequences each at most (default: the run's; all of others)"
     )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help=f"what to compute on: {DEVICE.words} (default: cpu)"
+    )
     parser.add_argument("--model", default="", metavar="DIR", help="where the base model lies now, if it was moved")
     return parser
 
@@ -180,11 +188,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = _parser().parse_args(argv)
         if asked.samples < 0:
             raise SettingError("samples", asked.samples, "a whole number of at least 0")
+        if not DEVICE.test(asked.device):
+            raise SettingError("device", asked.device, DEVICE.words)
         run = open_run(Path(asked.run))
         if asked.model:
             run = replace(run, config=replace(run.config, model=asked.model))
         quieten()
-        print(*lines(evaluate(run, asked.dataset, asked.client, asked.samples)), sep="\n")
+        print(*lines(evaluate(run, asked.dataset, asked.client, asked.samples, asked.device)), sep="\n")
 
     return exit_code(work)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedsplit import lora
 from fedsplit.client import Client
 from fedsplit.config import Config
+from fedsplit.devices import device_of
 from fedsplit.families import read_facts
 from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, make_shards, spread
@@ -88,8 +89,10 @@ def through_split(
     lora.write(given, client.bottom, client.top)
     client.bottom.eval()
     client.top.eval()
+    device = device_of(client.bottom)
 
     def loss_of(number: int, ids: Tensor) -> Tensor:
+        ids = ids.to(device)
         hidden = client.link.evaluate(client.bottom(ids), StepKey(round, client.number, number))
         return client.top(hidden, ids)
 

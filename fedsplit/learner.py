@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.config import TrainSettings
+from fedsplit.devices import CPU, put
 from fedsplit.local import LocalRule
 from fedsplit.optim import make_optimizer
 from fedsplit.updates import Task
@@ -30,6 +31,7 @@ class Learner:
         learns: bool,
         task: Task | None = None,
         own: Mapping[str, Tensor] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """Starts from an adapter.
 
@@ -39,8 +41,10 @@ class Learner:
             learns: Whether it learns at all.
             task: What the strategy asks of it.
             own: Its client's control variate.
+            device: What it is used on; versions are there, what comes and goes otherwise is on the CPU.
         """
-        self._rule = LocalRule(task or Task(), start, own or {})
+        start = put(start, device)
+        self._rule = LocalRule(task or Task(), start, own or {}, device)
         self._learns = {name for name in start if learns and self._rule.trains(name)}
         self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
         self._optimizer = make_optimizer([self._parameters[name] for name in start if name in self._learns], settings)
@@ -79,7 +83,7 @@ class Learner:
             return {}
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         return {
-            f"{names[id(parameter)]}:{what}": value.clone()
+            f"{names[id(parameter)]}:{what}": value.to(CPU, copy=True)
             for parameter, state in self._optimizer.state.items()
             for what, value in state.items()
         }
@@ -89,4 +93,4 @@ class Learner:
         for key, value in moments.items():
             name, _, what = key.rpartition(":")
             assert self._optimizer is not None
-            self._optimizer.state[self._parameters[name]][what] = value.clone()
+            self._optimizer.state[self._parameters[name]][what] = value.to(self._parameters[name].device, copy=True)

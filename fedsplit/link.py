@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.packets import Packet, StepKey
+from fedsplit.scaling import backward
 from fedsplit.schedules import Schedule
 from fedsplit.wire import Codec
 
@@ -61,7 +62,8 @@ class Crossing:
         if self._asks:
             self._first, self._answer = self._packet, self._link.trunk.send(self._packet)
             answer = self._settled()
-        return self._link.codec.decode(answer.tensors["hidden"]).requires_grad_(self._returns)
+        hidden = self._link.codec.decode(answer.tensors["hidden"]).to(self._hidden.device)
+        return hidden.requires_grad_(self._returns)
 
     def _settled(self) -> Packet:
         """The answer, once it is not to wait."""
@@ -74,16 +76,22 @@ class Crossing:
     def send_back(self, gradient: Tensor | None) -> None:
         """Sends the gradient (B, T, D) of the loss by the output, where the trunk wants one."""
         if self._returns and gradient is not None:
-            packet = replace(self._packet, tensors={"gradient": self._link.codec.encode(gradient)})
+            encoded = self._link.codec.encode_gradient(gradient, self._hidden.dtype)
+            packet = replace(self._packet, tensors={"gradient": encoded})
             self._answer = self._link.trunk.send(packet)
 
-    def finish(self) -> None:
-        """Waits for the gradient of the bottom's output, and goes on with it through the bottom."""
+    def finish(self, below: Iterable[Tensor] = ()) -> None:
+        """Waits for the gradient of the bottom's output, and goes on with it through the bottom.
+
+        Args:
+            below: The bottom's parameters; asked for in float16 alone, where their gradients are scaled back.
+        """
         if not self._returns:
             return
         answer = self._answer()
         if answer.tensors:
-            self._hidden.backward(self._link.codec.decode(answer.tensors["gradient"]))
+            gradient = self._link.codec.decode(answer.tensors["gradient"]).to(self._hidden.device)
+            backward(self._hidden, below, start=gradient)
 
 
 @dataclass(frozen=True)

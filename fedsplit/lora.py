@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedsplit.config import LoraSettings
+from fedsplit.devices import CPU
 from fedsplit.families import Family
 from fedsplit.kernels import lora_linear
 from fedsplit.lowrank import LowRank
+from fedsplit.quantization import values_in, was_transposed
 from fedsplit.split import Part
 from fedsplit.updates import Adapters, Layer, fresh_factor
 
@@ -101,15 +103,16 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
 
 
 def _layer_of(module: LoraLayer) -> Layer:
-    return Layer(float(module.lora_alpha[_NAME]), bool(module.fan_in_fan_out), bool(module.use_rslora[_NAME]))
+    transposed = bool(module.fan_in_fan_out) or was_transposed(module.base_layer)
+    return Layer(float(module.lora_alpha[_NAME]), transposed, bool(module.use_rslora[_NAME]))
 
 
 def read(*parts: Part) -> Adapters:
-    """Copies the adapters of some parts."""
+    """Copies the adapters of some parts, to the CPU."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
     for part in parts:
-        tensors |= {name: parameter.detach().clone() for name, parameter in parameters(part).items()}
+        tensors |= {name: parameter.detach().to(CPU, copy=True) for name, parameter in parameters(part).items()}
         for name, module in part.named_modules():
             if isinstance(module, LoraLayer):
                 layers[part.whole_name(name)] = _layer_of(module)
@@ -133,7 +136,7 @@ def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
             if parameter.shape == tensors[name].shape:
                 parameter.copy_(tensors[name])
             else:
-                parameter.data, resized = tensors[name].clone(), True
+                parameter.data, resized = tensors[name].to(parameter.device, copy=True), True
         if resized:
             rescale(part)
 
@@ -152,11 +155,16 @@ def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
     Args:
         part: The part.
         changes: Matrices (out, in) by layer of the unsplit model; layers of other parts are passed over.
+
+    Raises:
+        ValueError: The weights of a layer are quantised, and would have to be so again.
     """
     for name, module in part.named_modules():
         if isinstance(module, LoraLayer) and (change := changes.get(part.whole_name(name))) is not None:
             weight = module.base_layer.weight
-            narrow = change.to(weight.dtype)
+            if not weight.is_floating_point():
+                raise ValueError(f"nothing can be folded into {part.whole_name(name)}, whose weights are quantised")
+            narrow = LowRank(change.up.to(weight), change.down.to(weight))
             if module.fan_in_fan_out:
                 weight.addmm_(narrow.down.T, narrow.up.T)
             else:
@@ -176,7 +184,7 @@ def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
     seen = {id(parameter) for other in elsewhere for parameter in other.parameters()}
     own = [parameter for parameter in part.parameters() if id(parameter) not in seen]
     return {
-        "total": sum(parameter.numel() for parameter in own),
+        "total": sum(values_in(parameter) for parameter in own),
         "trainable": sum(parameter.numel() for parameter in own if parameter.requires_grad),
     }
 

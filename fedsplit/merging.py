@@ -25,7 +25,7 @@ from fedsplit.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adap
 from fedsplit.split import TYPES, load_whole
 from fedsplit.store import write_tensors
 from fedsplit.updates import Adapters
-from fedsplit.whole import open_base, read_fitting
+from fedsplit.whole import open_base, open_held, read_fitting
 
 RECORD = "merged.json"
 """What was merged, in a merged folder."""
@@ -82,7 +82,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
     Raises:
         InputError: The base model is missing, or the adapter does not fit it.
     """
-    base = open_base(adapter.model_path, adapter.dtype).float()
+    base = open_held(adapter, dense=True).float()
     changes = read_fitting(adapter, base)
     base_type = _type_of(base)
     _add(base, changes, 1.0)

@@ -78,6 +78,9 @@ def check(config: Config) -> tuple[Path, Any]:
     if config.trunk.every and not SCHEDULES[config.trunk.schedule].sums:
         words = f"0 under the trunk schedule {config.trunk.schedule}, which sums nothing over a barrier"
         raise SettingError("trunk.every", config.trunk.every, words)
+    if config.dtype == "fp16" and config.wire.codec == "bf16":
+        words = "raw with --dtype fp16: what crosses has 16 bits already, and would lose three of them"
+        raise SettingError("wire.codec", config.wire.codec, words)
     if config.train.micro_batches > config.train.batch_size:
         words = f"0 to {config.train.batch_size}, the sequences of a batch"
         raise SettingError("train.micro_batches", config.train.micro_batches, words)
@@ -100,9 +103,14 @@ def check(config: Config) -> tuple[Path, Any]:
         raise SettingError("lora.targets", strange[0], ",".join(facts.family.targets))
     check_dataset(config.dataset)
 
+    from fedsplit.devices import check_devices
+
+    check_devices(config)
+
     from fedsplit.aggregation import strategy_defaults
     from fedsplit.checkpoint import check_folder, check_resumable
     from fedsplit.heldout import shards_of
+    from fedsplit.quantization import check_quantization
     from fedsplit.split import check_checkpoint
     from fedsplit.strategy import check_strategy, load_strategy
 
@@ -114,6 +122,7 @@ def check(config: Config) -> tuple[Path, Any]:
     check_checkpoint(config.model_path)
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
     check_strategy(strategy, config)
+    check_quantization(config)
     shards_of(config)
     return folder, strategy
 

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from fedsplit import lora
 from fedsplit.config import TrainSettings
+from fedsplit.devices import CPU, device_of
 from fedsplit.learner import Learner, Version
 from fedsplit.learners import Learners
 from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet, StepKey
+from fedsplit.scaling import Overflow, gradients
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Trunk
@@ -64,7 +66,10 @@ class _Flight:
         rows = [nn.functional.pad(h, (0, 0, 0, length - h.shape[1])) for h in self.inputs.values()]
         if not self.masks:
             return rows[0] if len(rows) == 1 else torch.cat(rows), None
-        whole = {key: torch.ones(hidden.shape[:2], dtype=torch.bool) for key, hidden in self.inputs.items()}
+        whole = {
+            key: torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            for key, hidden in self.inputs.items()
+        }
         masks = [nn.functional.pad(m, (0, length - m.shape[1])) for m in {**whole, **self.masks}.values()]
         return torch.cat(rows), torch.cat(masks)
 
@@ -75,9 +80,9 @@ class _Flight:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draws dropout from a seed of its own and leaves the global state as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[] if device == CPU else [device]):
         torch.manual_seed(seed)
         yield
 
@@ -128,6 +133,7 @@ class TrunkServer:
             clock: Seconds, for leases.
         """
         self._part, self._codec, self._seed = part, codec, seed
+        self._device = device_of(part)
         self._schedule = SCHEDULES[schedule]
         # Where a version is put before it computes. `torch.func.functional_call` does the same, but looks at
         # every parameter of the part each time, which takes 3 % of a step of the bundled model.
@@ -139,7 +145,7 @@ class TrunkServer:
         self.steps: Steps[_Flight] = Steps(run, incarnation, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts)
+        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self._device)
 
     def _place(self, version: Version) -> None:
         """Puts a version where the part's layers look for it."""
@@ -154,7 +160,7 @@ class TrunkServer:
             self._part.train(training)
         hidden, mask = flight.join()
         self._place(flight.version)
-        with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed):
+        with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed, self._device):
             output: Tensor = self._part(hidden, mask)
         return output
 
@@ -274,7 +280,7 @@ class TrunkServer:
         ]
 
     def _hidden(self, packet: Packet) -> Tensor:
-        hidden = self._codec.decode(packet.tensors["hidden"])
+        hidden = self._codec.decode(packet.tensors["hidden"]).to(self._device)
         width = self._part.config.hidden_size
         if hidden.ndim != 3 or hidden.shape[2] != width or not hidden.numel():
             raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
@@ -295,7 +301,8 @@ class TrunkServer:
         return "none", 0
 
     def _take_off(self, packets: Sequence[Packet], inputs: Mapping[StepKey, Tensor], keeps: bool) -> _Flight:
-        masks = {p.key: self._codec.decode(p.tensors["mask"]) for p in packets if "mask" in p.tensors}
+        padded = [packet for packet in packets if "mask" in packet.tensors]
+        masks = {packet.key: self._codec.decode(packet.tensors["mask"]).to(self._device) for packet in padded}
         learner = self.learners.of(packets[0].key.client, begins=keeps)
         path = [(key.round, key.client, key.step, key.micro) for key in (packet.key for packet in packets)]
         flown = {packet.key: inputs[packet.key] for packet in packets}
@@ -321,14 +328,15 @@ class TrunkServer:
             return [known]
         flight = self.steps.held(packets[0].key)
         sent = {packet.key: self._gradient(packet, flight) for packet in packets}
+        narrow = flight.inputs[packets[0].key].dtype
         returned = self._differentiate(flight, packets, sent)
-        answers = self._answer("gradient", "gradient", packets, returned)
+        answers = self._answer("gradient", "gradient", packets, returned, narrow)
         for packet, answer in zip(packets, answers, strict=True):
             self.steps.answer(packet.key, answer)
         return answers
 
     def _gradient(self, packet: Packet, flight: _Flight) -> Tensor:
-        gradient = self._codec.decode(packet.tensors["gradient"])
+        gradient = self._codec.decode(packet.tensors["gradient"]).to(self._device)
         if gradient.shape != (expected := flight.inputs[packet.key].shape):
             raise SpoiledStep(f"{packet.key} sent a gradient of shape {tuple(gradient.shape)}, not {tuple(expected)}")
         if not torch.isfinite(gradient).all():
@@ -347,14 +355,14 @@ class TrunkServer:
         learned = {name: tensor for name, tensor in flight.version.items() if tensor.requires_grad}
         wanted = {key: flight.inputs[key] for key in sent if flight.inputs[key].requires_grad}
         output, flight.output = flight.output, None
-        gradients = torch.autograd.grad(output, [*learned.values(), *wanted.values()], _spread(flight, output, sent))
+        found = _gradients(output, [*learned.values(), *wanted.values()], _spread(flight, output, sent), packets)
         self.counts["backwards"] += 1
         self._budget.freed()
         if learned:
-            found = dict(zip(learned, gradients, strict=False))
-            self.learners.learn(flight.learner, flight.version, flight.spent, packets, found)
+            of_adapter = dict(zip(learned, found, strict=False))
+            self.learners.learn(flight.learner, flight.version, flight.spent, packets, of_adapter)
         flight.spent = True
-        return dict(zip(wanted, gradients[len(learned) :], strict=True))
+        return dict(zip(wanted, found[len(learned) :], strict=True))
 
     def leave(self, client: int) -> None:
         """A client has ended its round, or is dead: what is pending of it is freed."""
@@ -410,7 +418,8 @@ class TrunkServer:
         Returns:
             The smallest budget under which such a step can be served, in bytes.
         """
-        hidden = torch.zeros(batch, length, self._part.config.hidden_size, requires_grad=True)
+        size = batch, length, self._part.config.hidden_size
+        hidden = torch.zeros(size, dtype=self._part.dtype, device=self._device, requires_grad=True)
         flight = _Flight({StepKey(0, 0, 0): hidden}, {}, self.learners.shared, self.learners.shared.version, 0)
         storages: dict[int, int] = {}
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self._part.parameters(), *flight.version.values())}
@@ -425,18 +434,26 @@ class TrunkServer:
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
             output = self._run(flight, keeps_graph=True)
         inputs = [hidden, *(tensor for tensor in flight.version.values() if tensor.requires_grad)]
-        torch.autograd.grad(output, inputs, torch.zeros_like(output))
+        _gradients(output, inputs, torch.zeros_like(output), [Packet(StepKey(0, 0, 0))])
         graph = sum(storages.values())
         self._budget.learn(batch * length, graph, max(peak_memory() - before, graph))
         del output
         return self._budget.least(batch * length, (1 + 2 * _TRANSIT) * hidden.nbytes)
 
     def _answer(
-        self, what: str, name: str, packets: Sequence[Packet], tensors: Mapping[StepKey, Tensor]
+        self,
+        what: str,
+        name: str,
+        packets: Sequence[Packet],
+        tensors: Mapping[StepKey, Tensor],
+        narrow: torch.dtype | None = None,
     ) -> list[Packet]:
+        """Tensors as answers, and their bytes counted; gradients in the type of the hidden states, `narrow`."""
         answers = []
         for packet in packets:
-            found = {name: self._codec.encode(tensors[packet.key])} if packet.key in tensors else {}
+            found = {}
+            if (tensor := tensors.get(packet.key)) is not None:
+                found[name] = self._codec.encode_gradient(tensor, narrow) if narrow else self._codec.encode(tensor)
             answers.append(Packet(packet.key, found, packet.training))
             self._count(what, packet, answers[-1])
         return answers
@@ -444,6 +461,17 @@ class TrunkServer:
     def _count(self, what: str, up: Packet, down: Packet) -> None:
         self.traffic[f"{what}_up"] += up.nbytes
         self.traffic[f"{what}_down"] += down.nbytes
+
+
+def _gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor, packets: Sequence[Packet]) -> Sequence[Tensor]:
+    """The gradients of leaves, given that of the output; in float32 where the output is float16."""
+    if output.dtype != torch.float16:
+        return torch.autograd.grad(output, inputs, start)
+    try:
+        found = gradients(output, inputs, start)
+    except Overflow as error:
+        raise SpoiledStep(f"{packets[0].key}: {error}") from None
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(inputs, found, strict=True)]
 
 
 def _slot(part: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -456,7 +484,7 @@ def _spread(flight: _Flight, output: Tensor, sent: Mapping[StepKey, Tensor]) -> 
     """The gradients of some steps of a flight as one of its output; zero where none came."""
     if len(flight.inputs) == 1:
         return next(iter(sent.values()))
-    whole = torch.zeros_like(output)
+    whole = torch.zeros_like(output, dtype=next(iter(sent.values())).dtype)
     for key, place in flight.cut(whole).items():
         if key in sent:
             place.copy_(sent[key])

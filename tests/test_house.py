@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"config", "lowrank", "packets", "seeds", "tally"},
-    {"updates", "flags", "command"},
+    {"config", "lowrank", "packets", "scaling", "seeds", "tally"},
+    {"updates", "flags", "command", "devices", "schedules"},
     {
         "finished",
         "families",
         "kernels",
+        "quantization",
         "corpus",
         "wire",
         "optim",
-        "schedules",
         "steps",
         "memory",
         "strategy",
@@ -42,6 +42,7 @@ LAYERS = [
 ]
 
 HOMES = {
+    "bitsandbytes": {"quantization"},
     "datasets": {"corpus", "partition"},
     "flwr": {"records", "aggregation", "exchange", "client_app", "server_app", "simulate"},
     "flwr_datasets": {"partition"},

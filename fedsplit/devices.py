@@ -8,7 +8,6 @@ as share one: Ray is asked for none, so it hides none (`RAY_ACCEL_ENV_VAR_OVERRI
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from torch import Tensor
 from fedsplit.config import Config, SettingError
 
 CPU = torch.device("cpu")
-
-Name = TypeVar("Name")
 
 
 def resolve(name: str) -> torch.device:
@@ -69,7 +66,7 @@ def check_devices(config: Config) -> None:
         raise SettingError("trunk.memory", config.trunk.memory, words)
 
 
-def put(tensors: Mapping[Name, Tensor], device: torch.device) -> dict[Name, Tensor]:
+def put(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Tensors on a device; those that are there already are not copied."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 

@@ -2,13 +2,15 @@
 
 Only projections inside blocks are quantised; embeddings, norms, the head, and experts whose matrices are stacked in
 one parameter stay as they are. In 4 bits a weight is decoded to the type of computation whenever it is used, and
-constants of the blocks of 64 weights are quantised, too. In 8 bits the inputs of a projection are quantised as well,
-row by row, but for outliers above 6.
+constants of the blocks of 64 weights are quantised, too; in 8 bits every row of a weight has a constant. In 8 bits on
+a GPU the inputs of a projection are quantised as well, but for outliers above 6; on a CPU the weight is decoded.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import math
 from typing import Any
 
@@ -31,9 +33,25 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _library() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every rounding, at every step
     import bitsandbytes
 
     return bitsandbytes
+
+
+@functools.cache
+def _steady() -> Any:
+    """The library's layer of 8 bits, which on a CPU multiplies by other rules in training than in evaluation.
+
+    What is evaluated must be what is trained; it takes itself to be in training always, where the library decodes the
+    weight and quantises no inputs.
+    """
+
+    class Steady(_library().nn.Linear8bitLt):  # type: ignore[misc]  # the library has no types
+        def train(self, mode: bool = True) -> Any:
+            return self
+
+    return Steady
 
 
 def check_quantization(config: Config) -> None:
@@ -78,15 +96,18 @@ def quantized(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.de
     with torch.device("meta"):
         if bits == 4:
             made = library.nn.Linear4bit(columns, rows, biased, compute_dtype=dtype, quant_type="nf4")
+            # On some CPUs it would pack the weight anew for evaluation, in bfloat16, and go on training without a
+            # gradient by the input.
+            made.support_avx512bf16_for_cpu = False
         else:
-            made = library.nn.Linear8bitLt(columns, rows, biased, has_fp16_weights=False, threshold=OUTLIERS)
+            made = _steady()(columns, rows, biased, has_fp16_weights=False, threshold=OUTLIERS)
     kind = library.nn.Params4bit if bits == 4 else library.nn.Int8Params
     how = {"compress_statistics": True, "quant_type": "nf4", "module": made} if bits == 4 else {}
     # From the CPU: only on the way from there to a device is a weight of 8 bits quantised.
     made.weight = kind(weight.cpu().contiguous(), requires_grad=False, **how).to(device)
     made.bias = module.bias
     setattr(made, _MARK, transposed)
-    return made.train(module.training)
+    return made
 
 
 def dequantized(module: nn.Module) -> Tensor:

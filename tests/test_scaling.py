@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,14 @@ import torch
 from conftest import VOCABULARY, without_dropout
 from hypothesis import given
 from hypothesis import strategies as st
+from local_federation import federate
 from torch import Tensor
 
 from experiments.in_process import LocalTrunk
-from fedsplit import lora
+from fedsplit import lora, simulate
 from fedsplit.client import Client
 from fedsplit.config import LoraSettings, TrainSettings, build
+from fedsplit.flags import parse
 from fedsplit.link import Link
 from fedsplit.packets import Packet, StepKey
 from fedsplit.partition import Shard
@@ -23,6 +28,7 @@ from fedsplit.scaling import Overflow, backward, gradients, scale_to
 from fedsplit.schedules import SCHEDULES
 from fedsplit.split import TYPES, load_parts
 from fedsplit.steps import SpoiledStep
+from fedsplit.strategy import load_strategy
 from fedsplit.trunk import TrunkServer
 from fedsplit.wire import make_codec
 
@@ -188,3 +194,30 @@ def test_a_trunk_that_overflows_says_so_and_learns_nothing(model_path: Path) -> 
     with pytest.raises(SpoiledStep, match="exceed 65504"):
         server.backward(Packet(StepKey(1, 0, 0), {"gradient": gradient}))
     assert server.counts["steps"] == 0
+
+
+def test_the_codec_that_would_round_float16_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert simulate.main(["--dtype", "fp16", "--wire.codec", "bf16"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fedsplit: wire.codec: bf16 is not possible; allowed: raw with --dtype fp16")
+    assert said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_run_in_float16_goes_on_to_the_bit(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    """A scale that were remembered from step to step would have to be saved."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run("llama", dtype="fp16"), run)
+    wanted = {name: (run / name).read_bytes() for name in ("adapter/adapter_model.safetensors", "summary.json")}
+    for path in (run / "checkpoints" / "round-0002", run / "adapter"):
+        shutil.rmtree(path)
+    (run / "summary.json").unlink()
+    config = parse(["--resume", str(run), "--rounds", "2"])
+    assert config.dtype == "fp16"
+    with pytest.MonkeyPatch.context() as patch:
+        federation, _ = federate(config, run, load_strategy("fedavg", {}, {}), patch)
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == wanted["adapter/adapter_model.safetensors"]
+    assert federation.summary is not None
+    assert federation.summary["eval_loss"] == json.loads(wanted["summary.json"])["eval_loss"]

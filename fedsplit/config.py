@@ -260,7 +260,9 @@ class Config:
     )
     out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
     resume: str = setting(
-        "", Allowed("a folder", lambda v: True), "go on with the run of this folder; only rounds, threads and devices may differ"
+        "",
+        Allowed("a folder", lambda v: True),
+        "go on with this folder's run; only rounds, threads and devices may differ",
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainSettings = field(default_factory=TrainSettings)

@@ -49,6 +49,11 @@ def causal_loss(hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None 
     return loss
 
 
+def _factor_type(weight: Tensor) -> torch.dtype:
+    """The type in which products with a weight are made: its own, but for float16 on a CPU, which is slow at that."""
+    return torch.float32 if weight.dtype == torch.float16 and weight.device.type == "cpu" else weight.dtype
+
+
 def _bend(scores: Tensor, cap: float | None) -> Tensor | None:
     """Caps logits softly, in place; returns the derivative of that, or None where there is no cap."""
     if cap is None:
@@ -64,6 +69,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, head: Tensor, labels: Tensor, graph: bool, cap: float | None) -> Tensor:
         count, size = len(rows), len(head)
+        head = head.to(_factor_type(head))
         gradient = torch.empty_like(rows, dtype=head.dtype) if graph and ctx.needs_input_grad[0] else None
         nats = torch.zeros((), device=rows.device)
         step = -(-count // max(1, -(-count * size // LOGITS))) if count else 1
@@ -138,7 +144,7 @@ def lora_linear(
 ) -> Tensor:
     """A frozen projection with a LoRA adapter, `x W + b + scaling * dropout(x) A^T B^T`.
 
-    Products are made in the type of the weight. Of the dropout a byte an element is kept for the backward; the
+    Products are made in the type of the weight, or in float32 where that is float16 on a CPU. Of the dropout a byte an element is kept for the backward; the
     input is kept as it is, so that it is kept once, however many projections read it.
 
     Args:
@@ -176,13 +182,30 @@ class _LoraLinear(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         ctx.dtypes = x.dtype, down.dtype
-        x, down, up = x.to(weight.dtype), down.to(weight.dtype), up.to(weight.dtype)
-        rows = x.flatten(0, -2)
+        kind = _factor_type(weight)
+        x, down, up = x.to(weight.dtype), down.to(kind), up.to(kind)
+        if kind == weight.dtype:
+            return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout)
+        with torch.autocast("cpu", enabled=False):  # which would narrow the products again
+            return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout).to(weight.dtype)
+
+    @staticmethod
+    def _project(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        rows, wide = x.flatten(0, -2).to(down.dtype), weight.to(down.dtype)
         mask = None
         if dropout:
             mask, keep = keep_mask(rows.shape, dropout, rows.device)
             scaling /= keep
-        output = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        output = torch.mm(rows, wide) if bias is None else torch.addmm(bias.to(wide.dtype), rows, wide)
         low = torch.mm(down, (rows if mask is None else mask.to(rows.dtype).mul_(rows)).t())
         output.addmm_(low.t(), up.t(), alpha=scaling)
         ctx.scaling = scaling
@@ -194,7 +217,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, low, weight, down, up = ctx.saved_tensors
         (gradient,) = gradients
-        rows, (input_type, adapter_type) = gradient.flatten(0, -2), ctx.dtypes
+        rows, weight = gradient.flatten(0, -2).to(low.dtype), weight.to(low.dtype)
+        input_type, adapter_type = ctx.dtypes
         to_x, to_down, to_up = (ctx.needs_input_grad[place] for place in (0, 3, 4))
         for_x = for_down = for_up = None
         if to_up:
@@ -208,6 +232,6 @@ class _LoraLinear(torch.autograd.Function):
                 for_x *= kept
             for_x = for_x.addmm_(rows, weight.t()).view(*gradient.shape[:-1], -1).to(input_type)
         if to_down:
-            seen = x.flatten(0, -2)
+            seen = x.flatten(0, -2).to(low.dtype)
             for_down = torch.mm(back, seen if kept is None else kept.mul_(seen)).to(adapter_type)
         return for_x, None, None, for_down, for_up, None, None

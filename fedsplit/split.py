@@ -368,8 +368,7 @@ def load_parts(
                 checkpoint.forget(module.parameters())
                 module.weight = None
         if family.rotary:
-            with device:
-                setattr(decoder, family.rotary, type(getattr(decoder, family.rotary))(config=part.config))
+            setattr(decoder, family.rotary, type(getattr(decoder, family.rotary))(config=part.config).to(device))
         parts.append(_announced(part.eval(), [bits[kind]] if bits and kind in bits else []))
     return parts
 
@@ -404,10 +403,10 @@ def quantize_whole(
     """Gives the unsplit model the base weights that the parts of a run had.
 
     Args:
-        whole: The library's causal LM, in the run's type, on the CPU; changed in place.
+        whole: The library's causal LM, in the run's type; changed in place.
         bounds: The cut as (LO, HI).
         bits: By part, as for `load_parts`.
-        device: Where it is put.
+        device: Where it is.
         dense: Whether weights keep their type, and are only rounded to what the quantised ones stand for.
     """
     family = family_of(whole.config.model_type)

@@ -23,7 +23,7 @@ COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 class Elsewhere(torch.Tensor):
     """Wraps a tensor of the CPU's."""
 
-    values: torch.Tensor
+    inside: torch.Tensor
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> Elsewhere:
@@ -35,7 +35,7 @@ class Elsewhere(torch.Tensor):
             dtype=values.dtype,
             device=PLACE,
         )
-        made.values = values
+        made.inside = values
         return made
 
     @classmethod
@@ -62,7 +62,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is COPIES[0]:
         stays = there[0]
     plain = kwargs if device is None else {**kwargs, "device": torch.device("cpu")}
-    bare, named = pytree.tree_map_only(Elsewhere, lambda tensor: tensor.values, (args, plain))
+    bare, named = pytree.tree_map_only(Elsewhere, lambda tensor: tensor.inside, (args, plain))
     out = func(*bare, **named)
     if not stays:
         return out
@@ -128,6 +128,13 @@ def main(model: str, corpus: str, folder: str) -> None:
 
     torch.set_num_threads(1)
     register()
+    with Pretence():
+        try:
+            torch.ones(2, device=PLACE) + torch.ones(2)
+        except RuntimeError:
+            pass
+        else:
+            raise AssertionError("the device is of no use: it meets tensors of the CPU's")
     values: dict[str, object] = {"model": model, "dataset": corpus, "partition": "natural", "clients": 3, "rounds": 2}
     values |= {"cut": "1:2", "lora.rank": 2, "train.steps": 2, "train.batch_size": 2, "train.max_length": 16}
     values |= {"train.lr": 0.01, "lora.dropout": 0.1, "deterministic": True}

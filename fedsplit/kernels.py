@@ -144,8 +144,9 @@ def lora_linear(
 ) -> Tensor:
     """A frozen projection with a LoRA adapter, `x W + b + scaling * dropout(x) A^T B^T`.
 
-    Products are made in the type of the weight, or in float32 where that is float16 on a CPU. Of the dropout a byte an element is kept for the backward; the
-    input is kept as it is, so that it is kept once, however many projections read it.
+    Products are made in the type of the weight, or in float32 where that is float16 on a CPU. Of the dropout a byte an
+    element is kept for the backward; the input is kept as it is, so that it is kept once, however many projections
+    read it.
 
     Args:
         x: (..., I).

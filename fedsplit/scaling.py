@@ -22,7 +22,7 @@ from torch import Tensor
 _LOSS = 2.0**15
 """What a loss is multiplied by at first: a mean over N tokens gives each of them 1/N of it."""
 
-_BEGIN = 2.0**4
+_BEGIN = 2.0**8
 """What the largest element of a gradient that came over the wire is scaled to at first, at most."""
 
 _LESS = 2.0**-4

@@ -82,7 +82,7 @@ class _Flight:
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draws dropout from a seed of its own and leaves the global state as it was."""
-    with torch.random.fork_rng(devices=[] if device == CPU else [device]):
+    with torch.random.fork_rng(devices=[] if device == CPU else [device], device_type=device.type):
         torch.manual_seed(seed)
         yield
 

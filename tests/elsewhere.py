@@ -6,6 +6,7 @@ Run as a script it registers itself with torch, which no process can undo, and r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
-NAME = "privateuseone"
+NAME = "pretended"
+torch.utils.rename_privateuse1_backend(NAME)
 PLACE = torch.device(NAME, 0)
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
@@ -105,7 +107,7 @@ def register() -> None:
     """Tells torch of the device."""
     from torch.utils import backend_registration
 
-    backend_registration._setup_privateuseone_for_python_backend(backend_module=_Module())
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
 
 
 RUNS: dict[str, tuple[str, dict[str, object]]] = {
@@ -135,8 +137,15 @@ def main(model: str, corpus: str, folder: str) -> None:
             pass
         else:
             raise AssertionError("the device is of no use: it meets tensors of the CPU's")
-    values: dict[str, object] = {"model": model, "dataset": corpus, "partition": "natural", "clients": 3, "rounds": 2}
-    values |= {"cut": "1:2", "lora.rank": 2, "train.steps": 2, "train.batch_size": 2, "train.max_length": 16}
+    values: dict[str, object] = {"model": model, "dataset": corpus, "partition": "iid", "clients": 2, "rounds": 2}
+    values |= {
+        "cut": "1:2",
+        "lora.rank": 2,
+        "train.steps": 2,
+        "train.batch_size": 2,
+        "train.max_length": 16,
+        "eval.samples": 2,
+    }
     values |= {"train.lr": 0.01, "lora.dropout": 0.1, "deterministic": True}
     losses: dict[str, list[list[float]]] = {}
     for device in (torch.device("cpu"), PLACE):
@@ -145,8 +154,8 @@ def main(model: str, corpus: str, folder: str) -> None:
         for name, (strategy, more) in RUNS.items():
             client_app._site.cache_clear()
             config = build(values | more)
-            rule = load_strategy(strategy, {}, {"seed": 0, "clients": 3})
-            with Pretence():
+            rule = load_strategy(strategy, {}, {"seed": 0, "clients": 2})
+            with Pretence() if device == PLACE else contextlib.nullcontext():
                 done = in_process.federate(config, Path(folder) / f"{name}-{device.type}", rule, in_process.Silent())
             assert done.summary is not None
             losses.setdefault(name, []).append([*done.summary["eval_loss"].values()])

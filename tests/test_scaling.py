@@ -64,7 +64,7 @@ def test_small_gradients_are_not_lost() -> None:
     assert not plain.any()
     (found,) = gradients(output, [leaf], start)
     assert found is not None and found.dtype == torch.float32
-    assert torch.allclose(found, start * slope, rtol=2**-10, atol=0)
+    assert (found - start * slope).norm() <= 2**-10 * (start * slope).norm()
 
 
 def test_what_overflows_is_computed_again_with_less() -> None:
@@ -132,8 +132,8 @@ def changes(path: Path, dtype: str, kernels: str, **values: object) -> Tensor:
 @pytest.mark.parametrize("kernels", ["library", "fused"])
 def test_a_step_follows_float32_closer_than_bf16_does(model_path: Path, kernels: str) -> None:
     exact, half, brain = (changes(model_path, dtype, kernels) for dtype in ("fp32", "fp16", "bf16"))
-    assert (half - exact).norm() <= 0.01 * exact.norm()
-    assert 3 * (half - exact).norm() < (brain - exact).norm()
+    assert (half - exact).norm() <= 0.02 * exact.norm()
+    assert 5 * (half - exact).norm() < (brain - exact).norm()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_step_follows_float32_closer_than_bf16_does(model_path: Path, kernels:
 )
 def test_no_schedule_sees_the_scale(tiny_models: dict[str, Path], values: dict[str, object]) -> None:
     exact, half = (changes(tiny_models["gpt2"], dtype, "fused", **values) for dtype in ("fp32", "fp16"))
-    assert (half - exact).norm() <= 0.01 * exact.norm()
+    assert (half - exact).norm() <= 0.02 * exact.norm()
 
 
 def server_of(path: Path, dtype: str) -> TrunkServer:
@@ -180,8 +180,8 @@ def test_gradients_of_different_sizes_meet_in_one_flight(model_path: Path) -> No
         learned[name] = torch.cat([(after[n] - before[n]).flatten() for n in sorted(before)])
     for exact, half in zip(returned["fp32"], returned["fp16"], strict=True):
         assert half.dtype == torch.float32
-        assert 0 < (half - exact).norm() <= 0.01 * exact.norm()
-    assert (learned["fp16"] - learned["fp32"]).norm() <= 0.01 * learned["fp32"].norm()
+        assert 0 < (half - exact).norm() <= 0.02 * exact.norm()
+    assert (learned["fp16"] - learned["fp32"]).norm() <= 0.02 * learned["fp32"].norm()
 
 
 def test_a_trunk_that_overflows_says_so_and_learns_nothing(model_path: Path) -> None:

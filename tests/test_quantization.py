@@ -176,9 +176,9 @@ def test_the_split_is_the_quantised_whole_to_the_bit(model_path: Path, dtype: st
 
 
 @needed
-@pytest.mark.parametrize(("bits", "distance"), [(4, 0.5), (8, 0.05)])
+@pytest.mark.parametrize(("bits", "distance"), [(4, 0.7), (8, 0.05)])
 def test_how_far_logits_are_from_those_of_the_exact_weights(model_path: Path, bits: int, distance: float) -> None:
-    """Against the weights as they were, and against the decoded ones, of which 4 bits make exact products."""
+    """Of a random model; against the weights as they were, and the decoded ones, whose products 4 bits make exactly."""
     quantised, ids = dict.fromkeys(KINDS, bits), batch()
     whole = load_whole(model_path).eval()
     exact = whole(input_ids=ids).logits

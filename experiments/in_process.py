@@ -20,6 +20,7 @@ from fedsplit import client_app
 from fedsplit.adapting import adapt
 from fedsplit.checkpoint import RunFolder
 from fedsplit.config import Config
+from fedsplit.devices import resolve
 from fedsplit.dispatch import Dispatcher
 from fedsplit.families import read_facts
 from fedsplit.memory import peak_memory, resident_memory
@@ -35,7 +36,9 @@ class LocalTrunk:
     """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
 
     def __init__(self, config: Config, run: str = "") -> None:
-        (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
+        how: dict[str, Any] = {"device": resolve(config.device_of("trunk")), "bits": config.bits}
+        kernels, dtype = config.kernels, TYPES[config.dtype]
+        (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], dtype, kernels, **how)
         adapt(part, config)
         self.now = 0.0
         codec, schedule = make_codec(config.wire.codec), config.trunk.schedule

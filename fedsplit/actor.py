@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedsplit import adapting
 from fedsplit.config import Config
+from fedsplit.devices import resolve
 from fedsplit.dispatch import Answer, Dispatcher
 from fedsplit.learners import Copy, Start
 from fedsplit.lowrank import LowRank
@@ -58,7 +59,9 @@ class TrunkActor:
     def __init__(self, config: Config, run: str, threads: int, adapter: Path | None = None) -> None:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
-        (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], TYPES[config.dtype], config.kernels)
+        how: dict[str, Any] = {"device": resolve(config.device_of("trunk")), "bits": config.bits}
+        kernels, dtype = config.kernels, TYPES[config.dtype]
+        (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], dtype, kernels, **how)
         if adapter is None:
             adapting.adapt(part, config)
         else:

@@ -127,7 +127,8 @@ def _merge(asked: argparse.Namespace) -> list[str]:
     from fedsplit.merging import merge
 
     merge(adapter, asked.out, asked.dtype)
-    return [f"{asked.out}: {adapter.model} with {adapter.folder} added to its weights, in {asked.dtype}"]
+    decoded = f", decoded from {adapter.quantization} bits" if adapter.quantization else ""
+    return [f"{asked.out}: {adapter.model} with {adapter.folder} added to its weights{decoded}, in {asked.dtype}"]
 
 
 def _moved(adapter: Adapter, model: str) -> Adapter:
@@ -238,7 +239,10 @@ def _parser() -> Parser:
     folders(merge, "run", f"{run}, or of an adapter")
     merge.add_argument("--client", type=int, metavar="N", help="this client's own adapter, where it has one")
     merge.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="type of the weights; bf16 rounds some of the change away"
+        "--dtype",
+        choices=DTYPES,
+        default="fp32",
+        help="type of the weights; 16 bits round some of the change away",
     )
     out(merge, movable=True)
     unmerge = command("unmerge", _unmerge, "the base again, to a rounding, from what merge wrote")

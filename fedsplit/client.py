@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsplit import lora, optim
 from fedsplit.clipping import coefficient, squared_norm
 from fedsplit.config import TrainSettings
+from fedsplit.devices import device_of
 from fedsplit.kernels import IGNORED
 from fedsplit.link import Crossing, Link
 from fedsplit.local import LocalRule
@@ -20,6 +21,7 @@ from fedsplit.packets import StepKey
 from fedsplit.partition import Shard, batch
 from fedsplit.rates import share_of_rate
 from fedsplit.routers import RouterLoss
+from fedsplit.scaling import backward
 from fedsplit.seeds import derive_seed
 from fedsplit.sequences import Sequences, behind, predicted
 from fedsplit.split import Bottom, Top
@@ -164,12 +166,11 @@ class Client:
             with self.routers.through(self.top, part.mask, crossing.sums) as seen:
                 loss = self.top(hidden, part.labels, part.mask)
             loss = self.routers.added(loss, seen, part.share)
-            loss.backward()
-            crossing.send_back(hidden.grad)
+            crossing.send_back(backward(loss, self.top.parameters(), hidden))
             losses.append(loss.detach())
         # 3. Down: the gradient of what the bottom made.
         for crossing in crossings:
-            crossing.finish()
+            crossing.finish(self.bottom.parameters())
         return torch.stack(losses).sum(), crossings
 
     def _clip(self, crossings: Sequence[Crossing]) -> None:
@@ -211,7 +212,7 @@ class Client:
         """
         lora.write(given, self.bottom, self.top)
         parameters = {**lora.parameters(self.bottom), **lora.parameters(self.top)}
-        rule = LocalRule(task or Task(), given, own or {})
+        rule = LocalRule(task or Task(), given, own or {}, device_of(self.bottom))
         for name, parameter in parameters.items():
             parameter.grad = None
             parameter.requires_grad_(rule.trains(name))
@@ -225,7 +226,7 @@ class Client:
         for step in range(self.steps):
             done = (round - 1) * self.steps + step
             rate = share_of_rate(self.settings, done, self.rounds * self.steps)
-            rows = batch(self._train, done, self._sequences, order)
+            rows = batch(self._train, done, self._sequences, order).to(device_of(self.bottom))
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
             losses.append(self.step(rows.ids, StepKey(round, self.number, step), rows.mask, rows.labels, rate))
             counts.append(rows.predicted)

@@ -23,6 +23,7 @@ from fedsplit.actor import TrunkHandle, find_trunk
 from fedsplit.adapting import adapt
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
+from fedsplit.devices import resolve
 from fedsplit.families import read_facts
 from fedsplit.heldout import deal_of, held_out_batches, pooled, sample, through_split
 from fedsplit.link import Link
@@ -90,9 +91,10 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     config = from_document(json.loads(run))
-    deal, dtype = deal_of(config), TYPES[config.dtype]
+    deal, device = deal_of(config), resolve(config.device)
     ends: list[Kind] = ["bottom", "top"]
-    bottom, top = load_parts(weights(config, ends), config.bounds, ends, dtype, config.kernels, len(deal.classes))
+    how = TYPES[config.dtype], config.kernels, len(deal.classes), device, config.bits
+    bottom, top = load_parts(weights(config, ends), config.bounds, ends, *how)
     for part in (bottom, top):
         adapt(part, config)
     coefficient = read_facts(about(config)).coefficient(config.router_aux_loss)

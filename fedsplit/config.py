@@ -26,7 +26,7 @@ SCHEDULES = ("shared", "batched", "accumulate", "copies", "frozen", "forward-onl
 ORDERS = ("random", "cyclic")
 CODECS = ("raw", "bf16")
 KERNELS = ("fused", "library")
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd", "adamw8bit")
 RATES = ("constant", "linear", "cosine")
 OPTIMIZER_STATES = ("reset", "keep")
@@ -110,6 +110,12 @@ NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name
 WARMUP = Allowed("a whole number of steps, or a share of them from 0 to below 1", _is_warmup)
 CUT = Allowed("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: _parse_cut(v) is not None)
 MEMORY = Allowed("bytes with a unit, such as 800MB, 1.5GB or 2GiB", lambda v: v == "" or _parse_memory(v) is not None)
+DEVICE = Allowed("auto | cpu | cuda | cuda:N", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", v) is not None)
+OWN_DEVICE = Allowed(DEVICE.words, lambda v: v == "" or DEVICE.test(v))
+QUANTIZATION = Allowed(
+    "PART:BITS, separated by commas, with parts among bottom,trunk,top and 4 or 8 bits, such as trunk:4,top:8",
+    lambda v: _parse_quantization(v) is not None,
+)
 PARTITION = Allowed(
     "auto | natural[:COLUMN] | iid | dirichlet:ALPHA[:COLUMN] | inner-dirichlet:ALPHA:SIZE,SIZE,…[:COLUMN] "
     "| pathological:N[:COLUMN] | shard:N[:COLUMN] | linear | square | exponential | size:SIZE,SIZE,…",
@@ -199,6 +205,13 @@ def _parse_cut(value: str) -> tuple[int, int] | None:
     if not (colon and low.isdecimal() and high.isdecimal()) or len(value) > 20 or int(low) >= int(high):
         return None
     return int(low), int(high)
+
+
+def _parse_quantization(value: str) -> dict[str, int] | None:
+    """Bits by part, in the order of the parts."""
+    found = [re.fullmatch(rf"({'|'.join(PARTS)}):([48])", item) for item in value.split(",")] if value else []
+    bits = {match[1]: int(match[2]) for match in found if match}
+    return {part: bits[part] for part in PARTS if part in bits} if len(bits) == len(found) else None
 
 
 def setting(default: Any, allowed: Allowed, help: str, alias: str = "") -> Any:
@@ -361,6 +374,7 @@ class TrunkSettings:
     memory: str = setting("", MEMORY, "the most resident memory of the trunk's process, such as 800MB")
     lease: float = setting(600.0, above(0), "seconds that a forward may wait for its gradient")
     threads: int = setting(0, at_least(0), "threads of the trunk's process; 0: planned")
+    device: str = setting("", OWN_DEVICE, "what the trunk computes on, where it is not what the clients do (--device)")
 
     @property
     def memory_bytes(self) -> int | None:
@@ -428,6 +442,10 @@ class Config:
         COEFFICIENT,
         "coefficient of the loss that balances a mixture of experts; -1: as the model's config.json has it; 0: none",
     )
+    device: str = setting("cpu", DEVICE, "what the parts compute on; auto: a GPU where torch sees one")
+    quantization: str = setting(
+        "", QUANTIZATION, "parts whose base weights are kept in 4 or 8 bits by bitsandbytes, such as trunk:4,top:8"
+    )
     workers: int = setting(0, at_least(0), "processes that play the clients; 0: as many as cores")
     threads: int = setting(0, at_least(0), "threads of each client process; 0: planned, so that cores suffice")
     deterministic: bool = setting(
@@ -437,7 +455,7 @@ class Config:
     resume: str = setting(
         "",
         Allowed("a folder", lambda v: True),
-        "go on with the run of this folder; only rounds, patience and threads may differ",
+        "go on with the run of this folder; only rounds, patience, threads and devices may differ",
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
@@ -460,6 +478,15 @@ class Config:
         if bounds is None:
             raise SettingError("cut", self.cut, CUT.words)
         return bounds
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """By part, the bits of its base weights; parts that are not quantised are left out."""
+        return _parse_quantization(self.quantization) or {}
+
+    def device_of(self, part: str) -> str:
+        """What a part computes on, as the settings name it."""
+        return (part == "trunk" and self.trunk.device) or self.device
 
     @property
     def model_path(self) -> Path:

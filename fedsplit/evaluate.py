@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.command import exit_code, quieten
-from fedsplit.config import Config, DataSettings, InputError, SettingError, from_document
+from fedsplit.config import DEVICE, Config, DataSettings, InputError, SettingError, from_document
 from fedsplit.finished import Adapter, Run, open_run
 from fedsplit.flags import Parser
 
@@ -118,6 +118,7 @@ def evaluate(
     samples: int = 0,
     configuration: str = "",
     split: str = "train",
+    device: str = "cpu",
 ) -> list[Result]:
     """Measures a finished run's model.
 
@@ -129,21 +130,23 @@ def evaluate(
         samples: Sequences a client or owner at most; where 0, those of the run, or all of another data set.
         configuration: Of another data set that has several.
         split: Of another data set; its columns are called as those of the run's.
+        device: What to compute on, as the setting of that name.
 
     Returns:
         A result for every client, or every owner in another data set.
 
     Raises:
-        InputError: There is no such client or data set, or the run's model is not there.
+        InputError: There is no such client, data set or device, or the run's model is not there.
     """
-    from fedsplit.sources import weights
-    from fedsplit.whole import attach, detach, open_base, restore_head, score
+    from fedsplit.devices import check_device, resolve
+    from fedsplit.whole import attach, detach, open_held, restore_head, score
 
     results = []
+    check_device("device", device)
     data = replace(run.config.data, config=configuration, split=split, held_out="")
     work = _work(run, dataset, client, samples, data)
     classes = _classes(run.config)
-    base = open_base(weights(run.config), run.config.dtype, len(classes), run.config.seed)
+    base = open_held(work[0][0], resolve(device), classes=len(classes), seed=run.config.seed)
     for adapter, texts in work:
         alone = [score(base, batches) for _, batches in texts]
         model = attach(base, adapter)
@@ -206,6 +209,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--samples", type=int, default=0, metavar="N", help="sequences each at most (default: the run's; all of others)"
     )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help=f"what to compute on: {DEVICE.words} (default: cpu)"
+    )
     parser.add_argument("--model", default="", metavar="DIR", help="the base model, if it lies elsewhere now")
     return parser
 
@@ -217,12 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = _parser().parse_args(argv)
         if asked.samples < 0:
             raise SettingError("samples", asked.samples, "a whole number of at least 0")
+        if not DEVICE.test(asked.device):
+            raise SettingError("device", asked.device, DEVICE.words)
         run = open_run(Path(asked.run))
         if asked.model:
             run = replace(run, config=replace(run.config, model=asked.model))
         quieten(offline=not asked.dataset)
-        found = evaluate(run, asked.dataset, asked.client, asked.samples, asked.configuration, asked.split)
-        print(*lines(found, run.config.data.format == "classification"), sep="\n")
+        how = asked.dataset, asked.client, asked.samples, asked.configuration, asked.split, asked.device
+        print(*lines(evaluate(run, *how), run.config.data.format == "classification"), sep="\n")
 
     return exit_code(work)
 

@@ -27,12 +27,16 @@ class Adapter:
         model: The base model it is for, as `--model` names it.
         dtype: The type in which its run held that model, one of `fedsplit.config.DTYPES`.
         name: What to call it.
+        cut: The run's cut.
+        quantization: What of that model its run held in 4 or 8 bits, as in the settings.
     """
 
     folder: Path
     model: str
     dtype: str
     name: str
+    cut: str = Config.cut
+    quantization: str = ""
 
     @property
     def model_path(self) -> Path:
@@ -84,14 +88,16 @@ class Run:
         Raises:
             SettingError: The client has none.
         """
-        config = self.config
         if client is None:
-            return Adapter(_whole(self.path / "adapter"), config.model, config.dtype, self.name)
+            return self._adapter(self.path / "adapter", self.name)
         if client not in self.personal:
             words = f"one of {_listed(self.personal)}" if self.personal else "none: in this run all clients share one"
             raise SettingError("client", client, f"{words}, the clients with an adapter of their own")
-        folder = _whole(self.path / "personal" / f"{client:04d}")
-        return Adapter(folder, config.model, config.dtype, f"{self.name}-client-{client:04d}")
+        return self._adapter(self.path / "personal" / f"{client:04d}", f"{self.name}-client-{client:04d}")
+
+    def _adapter(self, folder: Path, name: str) -> Adapter:
+        config = self.config
+        return Adapter(_whole(folder), config.model, config.dtype, name, config.cut, config.quantization)
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -164,12 +170,18 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
     """
     first = adapters[0]
     for other in adapters[1:]:
-        if other.dtype != first.dtype:
-            both = f"{first.folder} in {first.dtype}, {other.folder} in {other.dtype}"
+        if _held(other) != _held(first):
+            both = f"{first.folder} in {_held(first)}, {other.folder} in {_held(other)}"
             raise InputError(f"the adapters were trained on base models of different types: {both}")
         if not _same_weights(first.model_path, other.model_path):
             both = f"{first.folder} of {first.model}, {other.folder} of {other.model}"
             raise InputError(f"the adapters belong to different base models: {both}")
+
+
+def _held(adapter: Adapter) -> str:
+    """The types in which an adapter's run held the base model, in words."""
+    bits = adapter.quantization
+    return f"{adapter.dtype} with {bits} bits at the cut {adapter.cut}" if bits else adapter.dtype
 
 
 def _same_weights(one: Path, two: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config, InputError, SettingError, build, dotted, suggest
 
-MAY_DIFFER = ("resume", "rounds", "patience", "workers", "threads", "trunk.threads")
+MAY_DIFFER = ("resume", "rounds", "patience", "workers", "threads", "device", "trunk.threads", "trunk.device")
 """What may be set of a run that goes on."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedsplit import lora
 from fedsplit.client import Client
 from fedsplit.config import Config
+from fedsplit.devices import device_of
 from fedsplit.families import read_facts
 from fedsplit.kernels import IGNORED
 from fedsplit.packets import StepKey
@@ -99,16 +100,18 @@ def through_split(client: Client, given: Mapping[str, Tensor], round: int, batch
     lora.write(given, client.bottom, client.top)
     client.bottom.eval()
     client.top.eval()
+    device = device_of(client.bottom)
 
     def loss_of(number: int, rows: Sequences) -> Tensor:
-        key, virtual = StepKey(round, client.number, number), client.bottom.virtual
+        key, virtual, rows = StepKey(round, client.number, number), client.bottom.virtual, rows.to(device)
         # The first token is not asked for, which only virtual tokens could predict: the same text counts for all.
-        labels, mask = behind(virtual, rows.labels.index_fill(1, torch.tensor(0), IGNORED), rows.mask)
+        first = torch.tensor(0, device=device)
+        labels, mask = behind(virtual, rows.labels.index_fill(1, first, IGNORED), rows.mask)
         hidden = client.link.evaluate(client.bottom(rows.ids, mask), key, mask)
         return client.top(hidden, labels, mask)
 
     if client.top.classifies:
-        return [_sorted(client, round, number, rows) for number, rows in batches]
+        return [_sorted(client, round, number, rows.to(device)) for number, rows in batches]
     return [measure(loss_of, [batch]) for batch in batches]
 
 

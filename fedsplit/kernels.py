@@ -61,6 +61,11 @@ def causal_loss(
     return loss
 
 
+def _factor_type(weight: Tensor) -> torch.dtype:
+    """The type in which products with a weight are made: its own, but for float16 on a CPU, which is slow at that."""
+    return torch.float32 if weight.dtype == torch.float16 and weight.device.type == "cpu" else weight.dtype
+
+
 def _bend(scores: Tensor, cap: float | None) -> Tensor | None:
     """Caps logits softly, in place; returns the derivative of that, or None where there is no cap."""
     if cap is None:
@@ -136,6 +141,7 @@ class _Loss(torch.autograd.Function):
         cap: float | None,
     ) -> Tensor:
         count, size = len(rows), len(head)
+        head = head.to(_factor_type(head))
         products = _Products(rows, head, low, up, [graph and need for need in ctx.needs_input_grad[:4]])
         nats = torch.zeros((), device=rows.device)
         step = -(-count // max(1, -(-count * size // LOGITS))) if count else 1
@@ -211,8 +217,9 @@ def lora_linear(
 ) -> Tensor:
     """A frozen projection with a LoRA adapter, `x W + b + scaling * dropout(x) A^T B^T`.
 
-    Products are made in the type of the weight. Of the dropout a byte an element is kept for the backward; the
-    input is kept as it is, so that it is kept once, however many projections read it.
+    Products are made in the type of the weight, or in float32 where that is float16 on a CPU. Of the dropout a byte an
+    element is kept for the backward; the input is kept as it is, so that it is kept once, however many projections
+    read it.
 
     Args:
         x: (..., I).
@@ -249,13 +256,30 @@ class _LoraLinear(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         ctx.dtypes = x.dtype, down.dtype
-        x, down, up = x.to(weight.dtype), down.to(weight.dtype), up.to(weight.dtype)
-        rows = x.flatten(0, -2)
+        kind = _factor_type(weight)
+        x, down, up = x.to(weight.dtype), down.to(kind), up.to(kind)
+        if kind == weight.dtype:
+            return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout)
+        with torch.autocast("cpu", enabled=False):  # which would narrow the products again
+            return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout).to(weight.dtype)
+
+    @staticmethod
+    def _project(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        rows, wide = x.flatten(0, -2).to(down.dtype), weight.to(down.dtype)
         mask = None
         if dropout:
             mask, keep = keep_mask(rows.shape, dropout, rows.device)
             scaling /= keep
-        output = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        output = torch.mm(rows, wide) if bias is None else torch.addmm(bias.to(wide.dtype), rows, wide)
         low = torch.mm(down, (rows if mask is None else mask.to(rows.dtype).mul_(rows)).t())
         output.addmm_(low.t(), up.t(), alpha=scaling)
         ctx.scaling = scaling
@@ -267,7 +291,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, low, weight, down, up = ctx.saved_tensors
         (gradient,) = gradients
-        rows, (input_type, adapter_type) = gradient.flatten(0, -2), ctx.dtypes
+        rows, weight = gradient.flatten(0, -2).to(low.dtype), weight.to(low.dtype)
+        input_type, adapter_type = ctx.dtypes
         to_x, to_down, to_up = (ctx.needs_input_grad[place] for place in (0, 3, 4))
         for_x = for_down = for_up = None
         if to_up:
@@ -281,6 +306,6 @@ class _LoraLinear(torch.autograd.Function):
                 for_x *= kept
             for_x = for_x.addmm_(rows, weight.t()).view(*gradient.shape[:-1], -1).to(input_type)
         if to_down:
-            seen = x.flatten(0, -2)
+            seen = x.flatten(0, -2).to(low.dtype)
             for_down = torch.mm(back, seen if kept is None else kept.mul_(seen)).to(adapter_type)
         return for_x, None, None, for_down, for_up, None, None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedsplit import optim
 from fedsplit.config import TrainSettings
+from fedsplit.devices import CPU, put
 from fedsplit.local import LocalRule
 from fedsplit.optim import make_optimizer
 from fedsplit.updates import Task
@@ -31,6 +32,7 @@ class Learner:
         learns: bool,
         task: Task | None = None,
         own: Mapping[str, Tensor] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """Starts from an adapter.
 
@@ -40,8 +42,10 @@ class Learner:
             learns: Whether it learns at all.
             task: What the strategy asks of it.
             own: Its client's control variate.
+            device: What it is used on; versions are there, what comes and goes otherwise is on the CPU.
         """
-        self._rule = LocalRule(task or Task(), start, own or {})
+        start = put(start, device)
+        self._rule = LocalRule(task or Task(), start, own or {}, device)
         self._learns = {name for name in start if learns and self._rule.trains(name)}
         self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
         self._trained = {name: parameter for name, parameter in self._parameters.items() if name in self._learns}

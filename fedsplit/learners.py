@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsplit.clipping import squared_norm
 from fedsplit.config import TrainSettings
+from fedsplit.devices import CPU, put
 from fedsplit.learner import Learner, Version
 from fedsplit.optim import fitting
 from fedsplit.packets import Packet, StepKey
@@ -96,7 +97,14 @@ class Learners:
         shared: The adapter of all clients; under `copies` what new copies start from.
     """
 
-    def __init__(self, start: Adapters, schedule: Schedule, settings: TrainSettings, counts: Counter[str]) -> None:
+    def __init__(
+        self,
+        start: Adapters,
+        schedule: Schedule,
+        settings: TrainSettings,
+        counts: Counter[str],
+        device: torch.device = CPU,
+    ) -> None:
         """Nobody has a copy yet.
 
         Args:
@@ -104,9 +112,11 @@ class Learners:
             schedule: How clients share it.
             settings: The optimiser's.
             counts: Where "steps" and "late" are counted.
+            device: What the trunk computes on.
         """
+        self._device = device
         self._layers, self._schedule, self._settings, self._counts = start.layers, schedule, settings, counts
-        self.shared = Learner(start.tensors, settings, schedule.learns)
+        self.shared = Learner(start.tensors, settings, schedule.learns, device=device)
         self._copies: dict[int, Learner] = {}
         self._sums: dict[int, _GradientSum] = {}
         self._unclipped: dict[int, _GradientSum] = {}
@@ -120,7 +130,9 @@ class Learners:
     def of(self, client: int, begins: bool) -> Learner:
         """Whose adapter a client's step is computed with; with its first training step its copy begins."""
         if begins and self._schedule.personal and client not in self._copies:
-            self._copies[client] = Learner(self.shared.version, self._settings, self._schedule.learns)
+            self._copies[client] = Learner(
+                self.shared.version, self._settings, self._schedule.learns, device=self._device
+            )
         return self._copies.get(client, self.shared)
 
     def learn(
@@ -249,7 +261,7 @@ class Learners:
             starts: By client.
         """
         self._copies = {
-            client: Learner(start.tensors, self._settings, self._schedule.learns, start.task, start.own)
+            client: Learner(start.tensors, self._settings, self._schedule.learns, start.task, start.own, self._device)
             for client, start in starts.items()
         }
         for client, copy in self._copies.items():
@@ -269,7 +281,7 @@ class Learners:
         return self._named(self.shared.version)
 
     def _named(self, version: Version) -> Adapters:
-        return Adapters({name: tensor.detach() for name, tensor in version.items()}, self._layers)
+        return Adapters(put({name: tensor.detach() for name, tensor in version.items()}, CPU), self._layers)
 
     def write(self, tensors: Mapping[str, Tensor], own: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
         """Replaces the shared adapter, and ends all copies; pending forwards keep the version they had.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedsplit.packets import Packet, StepKey
 from fedsplit.routers import SUMS, RouterSums
+from fedsplit.scaling import backward
 from fedsplit.schedules import Schedule
 from fedsplit.wire import EXACT, Codec
 
@@ -72,8 +73,10 @@ class Crossing:
             self._first, self._answer = self._packet, self._link.trunk.send(self._packet)
             answer = self._settled()
         if self._bottom_sums is not None:
-            self.sums = RouterSums.unpacked(EXACT.decode(answer.tensors[SUMS])).as_leaf(self._returns)
-        return self._link.codec.decode(answer.tensors["hidden"]).requires_grad_(self._returns)
+            self.sums = RouterSums.unpacked(EXACT.decode(answer.tensors[SUMS]).to(self._hidden.device))
+            self.sums = self.sums.as_leaf(self._returns)
+        hidden = self._link.codec.decode(answer.tensors["hidden"]).to(self._hidden.device)
+        return hidden.requires_grad_(self._returns)
 
     def _settled(self) -> Packet:
         """The answer, once it is not to wait."""
@@ -86,24 +89,29 @@ class Crossing:
     def send_back(self, gradient: Tensor | None) -> None:
         """Sends the gradient (B, T, D) of the loss by the output, where the trunk wants one; that by the sums too."""
         if self._returns and gradient is not None:
-            tensors = {"gradient": self._link.codec.encode(gradient)}
+            tensors = {"gradient": self._link.codec.encode_gradient(gradient, self._hidden.dtype)}
             if self.sums is not None and self.sums.probabilities.grad is not None:
                 tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
             self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
 
-    def finish(self) -> None:
-        """Waits for the gradient of the bottom's output, and goes on with it through the bottom."""
+    def finish(self, below: Iterable[Tensor] = ()) -> None:
+        """Waits for the gradient of the bottom's output, and goes on with it through the bottom.
+
+        Args:
+            below: The bottom's parameters; asked for in float16 alone, where their gradients are scaled back.
+        """
         if not self._returns:
             return
         answer = self._answer()
         if "gradient" in answer.tensors:
-            outputs, gradients = [self._hidden], [self._link.codec.decode(answer.tensors["gradient"])]
-            # The sums only grow on their way: what the loss gains by them is the same here as at the top.
+            gradient = self._link.codec.decode(answer.tensors["gradient"]).to(self._hidden.device)
             if self._bottom_sums is not None and self._bottom_sums.probabilities.requires_grad:
                 assert self.sums is not None and self.sums.probabilities.grad is not None
-                outputs.append(self._bottom_sums.probabilities)
-                gradients.append(self.sums.probabilities.grad)
-            torch.autograd.backward(outputs, gradients)
+                # The sums only grow on their way: what the loss gains by them is the same here as at the top.
+                both = [self._hidden, self._bottom_sums.probabilities]
+                torch.autograd.backward(both, [gradient, self.sums.probabilities.grad])
+            else:
+                backward(self._hidden, below, start=gradient)
         if "norm" in answer.tensors:
             self.norm = float(EXACT.decode(answer.tensors["norm"]))
 

@@ -6,26 +6,32 @@ Clients and the trunk's copies train by the same rules.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fedsplit.devices import CPU, put
 from fedsplit.updates import Task, factor_of, sure_rank
 
 
 class LocalRule:
     """A task at work on one party's parameters, from the beginning of a round to its end."""
 
-    def __init__(self, task: Task, start: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, task: Task, start: Mapping[str, Tensor], own: Mapping[str, Tensor], device: torch.device = CPU
+    ) -> None:
         """Remembers where the round began.
 
         Args:
             task: What the strategy asks.
             start: The adapters that training starts from, by exported name.
             own: This party's control variate c_i, by exported name; what is missing is zero.
+            device: Where the parameters are; the others may be elsewhere.
         """
-        self._task, self._own = task, own
-        self._start = {n: t.detach().clone() for n, t in start.items()} if task.proximal else {}
+        self._task = task if task.control is None else replace(task, control=put(task.control, device))
+        self._own = put(own, device)
+        self._start = {n: t.detach().to(device, copy=True) for n, t in start.items()} if task.proximal else {}
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
 
@@ -78,7 +84,8 @@ class LocalRule:
         """What this party's control variate changes by: c_i+ - c_i, with c_i+ the mean of its gradients (1910.06378).
 
         Under plain SGD that mean is the paper's c_i - c + (theta_t - theta_i) / (K eta); it has a meaning under
-        any other optimiser, too. Empty where no control variate was asked for.
+        any other optimiser, too. Empty where no control variate was asked for. On the CPU.
         """
         means = {name: total / self._steps for name, total in self._sums.items()}
-        return {name: mean - self._own[name] if name in self._own else mean for name, mean in means.items()}
+        changes = {name: mean - self._own[name] if name in self._own else mean for name, mean in means.items()}
+        return put(changes, CPU)

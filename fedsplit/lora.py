@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsplit.config import LoraSettings
+from fedsplit.devices import CPU
 from fedsplit.families import STACKED, Family
 from fedsplit.head import HEAD, WEIGHT, WholeHead
 from fedsplit.injection import ADAPTER, exported, inject, make_config, trained_names
 from fedsplit.kernels import causal_loss, lora_linear
 from fedsplit.lowrank import LowRank
 from fedsplit.methods import draws_fresh, method_of
+from fedsplit.quantization import values_in, was_transposed
 from fedsplit.seeds import derive_seed
 from fedsplit.sources import to_peft
 from fedsplit.split import SCORE, Part
@@ -145,18 +147,19 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
 
 
 def _layer_of(module: LoraLayer) -> Layer:
-    layer = Layer(float(module.lora_alpha[_NAME]), bool(module.fan_in_fan_out), bool(module.use_rslora[_NAME]))
+    transposed = bool(module.fan_in_fan_out) or was_transposed(module.base_layer)
+    layer = Layer(float(module.lora_alpha[_NAME]), transposed, bool(module.use_rslora[_NAME]))
     if isinstance(module, ParamWrapper):
         layer = replace(layer, experts=int(module.num_experts), parameter=str(module.parameter_name))
     return layer
 
 
 def read(*parts: Part) -> Adapters:
-    """Copies the adapters of some parts."""
+    """Copies the adapters of some parts, to the CPU."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
     for part in parts:
-        tensors |= {name: parameter.detach().clone() for name, parameter in parameters(part).items()}
+        tensors |= {name: parameter.detach().to(CPU, copy=True) for name, parameter in parameters(part).items()}
         for name, module in part.named_modules():
             if isinstance(module, LoraLayer) and not module.lora_variant:  # a variant does more than to add s * B @ A
                 layers[part.whole_name(name)] = _layer_of(module)
@@ -180,7 +183,7 @@ def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
             if parameter.shape == tensors[name].shape:
                 parameter.copy_(tensors[name])
             else:
-                parameter.data, resized = tensors[name].clone(), True
+                parameter.data, resized = tensors[name].to(parameter.device, copy=True), True
         if resized:
             rescale(part)
 
@@ -220,13 +223,18 @@ def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
     Args:
         part: The part.
         changes: Matrices (out, in) by layer of the unsplit model; layers of other parts are passed over.
+
+    Raises:
+        ValueError: The weights of a layer are quantised, and would have to be so again.
     """
     for name, module in part.named_modules():
         if isinstance(module, LoraLayer) and (change := changes.get(part.whole_name(name))) is not None:
             if name == HEAD:  # the embedding may share its weight, and must not change
                 module.base_layer.weight = nn.Parameter(module.base_layer.weight.clone(), requires_grad=False)
             weight = module.base_layer.weight
-            narrow = change.to(weight.dtype)
+            if not weight.is_floating_point():
+                raise ValueError(f"nothing can be folded into {part.whole_name(name)}, whose weights are quantised")
+            narrow = LowRank(change.up.to(weight), change.down.to(weight))
             if module.fan_in_fan_out:
                 weight.addmm_(narrow.down.T, narrow.up.T)
             else:
@@ -246,7 +254,7 @@ def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
     seen = {id(parameter) for other in elsewhere for parameter in other.parameters()}
     own = [parameter for parameter in part.parameters() if id(parameter) not in seen]
     return {
-        "total": sum(parameter.numel() for parameter in own),
+        "total": sum(values_in(parameter) for parameter in own),
         "trainable": sum(parameter.numel() for parameter in own if parameter.requires_grad),
     }
 

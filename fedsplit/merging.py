@@ -30,7 +30,7 @@ from fedsplit.split import TYPES, load_whole
 from fedsplit.store import load_tensors, write_tensors
 from fedsplit.updates import Adapters
 from fedsplit.vocabulary import TOKENIZER_FILES
-from fedsplit.whole import merged, open_base, read_fitting
+from fedsplit.whole import merged, open_base, open_held, read_fitting
 
 RECORD = "merged.json"
 """What was merged, in a merged folder."""
@@ -131,7 +131,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
     Raises:
         InputError: The base model is missing, or the adapter does not fit it or is no change of weights.
     """
-    base = open_base(adapter.model_path, adapter.dtype).float()
+    base = open_held(adapter, dense=True).float()
     changes = read_fitting(adapter, base)
     _check_mergeable(adapter, changes)
     _check_headless(adapter, changes)

@@ -76,7 +76,7 @@ def step(optimizer: torch.optim.Optimizer, share: float = 1.0) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies what an optimiser remembers.
+    """Copies what an optimiser remembers, to the CPU.
 
     Args:
         optimizer: The optimiser; None has nothing to remember.
@@ -89,7 +89,7 @@ def moments(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Te
         return {}
     names = {id(parameter): name for name, parameter in parameters.items()}
     return {
-        f"{names[id(parameter)]}:{what}": torch.as_tensor(value).clone()
+        f"{names[id(parameter)]}:{what}": torch.as_tensor(value).to("cpu", copy=True)
         for parameter, state in optimizer.state.items()
         for what, value in state.items()
     }
@@ -111,9 +111,10 @@ def restore(
     if optimizer is None:
         return
     for name, value in fitting(kept, parameters).items():
-        parameter, _, what = name.rpartition(":")
+        owner, _, what = name.rpartition(":")
+        parameter = parameters[owner]
         whole = value.ndim == 0 and not value.is_floating_point()  # a plain number, where bitsandbytes counts steps
-        optimizer.state[parameters[parameter]][what] = int(value) if whole else value.clone()
+        optimizer.state[parameter][what] = int(value) if whole else value.to(parameter.device, copy=True)
 
 
 def fitting(kept: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

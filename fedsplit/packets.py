@@ -57,10 +57,12 @@ class Encoded:
     Attributes:
         data: The encoded values; their bytes are what is counted.
         dtype: The name of the type to decode into, such as "float32".
+        scale: What the values were multiplied by to fit into a narrow type; a power of two.
     """
 
     data: np.ndarray
     dtype: str
+    scale: float = 1.0
 
     @property
     def nbytes(self) -> int:

@@ -88,12 +88,17 @@ class Sequences:
         """Batches in order, of so many sequences each but for the last."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
+    def to(self, device: torch.device) -> Sequences:
+        """The same on a device."""
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        return Sequences(self.ids.to(device), self.labels.to(device), lengths)
+
     @property
     def mask(self) -> Tensor | None:
         """(n, T), False on padding; None where there is none."""
         if self.lengths is None:
             return None
-        return torch.arange(self.ids.shape[1])[None] < self.lengths[:, None]
+        return torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
 
     @property
     def tokens(self) -> int:

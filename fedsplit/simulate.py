@@ -162,6 +162,9 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     if config.trunk.every and not SCHEDULES[config.trunk.schedule].sums:
         words = f"0 under the trunk schedule {config.trunk.schedule}, which sums nothing over a barrier"
         raise SettingError("trunk.every", config.trunk.every, words)
+    if config.dtype == "fp16" and config.wire.codec == "bf16":
+        words = "raw with --dtype fp16: what crosses has 16 bits already, and would lose three of them"
+        raise SettingError("wire.codec", config.wire.codec, words)
     if config.train.micro_batches > config.train.batch_size:
         words = f"0 to {config.train.batch_size}, the sequences of a batch"
         raise SettingError("train.micro_batches", config.train.micro_batches, words)
@@ -187,6 +190,12 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         raise SettingError("prompt.tokens", positions, words)
     check_method(config, facts.family.transposed)
     method = METHODS[config.lora.method]
+    if config.bits and not (method.factors and not method.residual):
+        words = f"none with adapters of the kind {config.lora.method}, which read the weights or change them"
+        raise SettingError("quantization", config.quantization, words)
+    if config.dtype == "fp16" and facts.coefficient(config.router_aux_loss):
+        words = "fp32 | bf16 with a loss that balances experts, whose gradient float16 may not hold"
+        raise SettingError("dtype", config.dtype, words)
     if config.lm_head == "lora" and (method.kind != "LORA" or method.residual):
         words = f"frozen | full with adapters of the kind {config.lora.method}"
         raise SettingError("lm_head", config.lm_head, words)
@@ -198,10 +207,15 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 
+    from fedsplit.devices import check_devices
+
+    check_devices(config)
+
     from fedsplit.aggregation import strategy_defaults
     from fedsplit.checkpoint import check_folder, check_resumable
     from fedsplit.heldout import deal_of
     from fedsplit.optim import check_optimizer
+    from fedsplit.quantization import check_quantization
     from fedsplit.split import check_checkpoint
     from fedsplit.strategy import check_strategy, load_strategy
 
@@ -214,6 +228,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
     check_strategy(strategy, config)
     check_stacked(strategy, config, facts)
+    check_quantization(config)
     if config.lora.method != "lora" or config.lora.options:
         from fedsplit.injection import check_injection
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,17 +29,20 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from fedsplit.config import SettingError
+from fedsplit.devices import CPU
 from fedsplit.families import Family, family_of
 from fedsplit.kernels import causal_loss
+from fedsplit.quantization import dequantized, quantized
 
 Kind = Literal["bottom", "trunk", "top"]
 
 SCORE = "score"
 """The name of the head of all the library's classifiers of sequences."""
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By the names in `fedsplit.config.DTYPES`."""
 
 
@@ -233,8 +236,8 @@ class _Checkpoint:
     put together as the library has them.
     """
 
-    def __init__(self, path: Path, family: Family, dtype: torch.dtype) -> None:
-        self._family, self._dtype = family, dtype
+    def __init__(self, path: Path, family: Family, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self._family, self._dtype, self._device = family, dtype, device
         self._prefix = f"{family.decoder.partition('.')[0]}."
         index = path / "model.safetensors.index.json"
         if index.exists():
@@ -309,8 +312,13 @@ class _Checkpoint:
                 places = tensor.split(sizes, -2) if others else [tensor]
                 for piece, place in zip(pieces, places, strict=True):
                     self._fill(piece, place)
-            self._kept[first] = nn.Parameter(tensor, requires_grad=False)
+            self._kept[first] = nn.Parameter(tensor.to(self._device), requires_grad=False)
         return self._kept[first]
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keeps some parameters no longer, for others that are tied to them."""
+        gone = {id(parameter) for parameter in parameters}
+        self._kept = {name: kept for name, kept in self._kept.items() if id(kept) not in gone}
 
 
 def _names(file: Path) -> Iterable[str]:
@@ -384,10 +392,10 @@ def _widen(config: Any, dtype: torch.dtype) -> None:
         config._attn_implementation = _WIDE
 
 
-def _restore_scale(decoder: Any, embedding: nn.Module) -> None:
+def _restore_scale(decoder: Any, embedding: nn.Module, device: torch.device) -> None:
     """Gives an embedding that scales what it looks up its factor, which no checkpoint has; the library knows it."""
     for name, buffer in list(embedding.named_buffers()):
-        setattr(embedding, name, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=False))
+        setattr(embedding, name, nn.Buffer(torch.empty_like(buffer, device=device), persistent=False))
     decoder._init_weights(embedding)
 
 
@@ -398,6 +406,8 @@ def load_parts(
     dtype: torch.dtype = torch.float32,
     kernels: str = "library",
     classes: int = 0,
+    device: torch.device = CPU,
+    bits: Mapping[str, int] | None = None,
 ) -> list[Any]:
     """Loads some parts of a model; of the checkpoint, nothing else is read.
 
@@ -412,6 +422,8 @@ def load_parts(
             library's code alone, which is the unsplit model to the bit.
         classes: Where above 0, the top gets a new head, `score`, that tells so many classes of sequences. It has no
             values yet: `fedsplit.lora.add` draws them.
+        device: Where the parts are put.
+        bits: By part, 4 or 8 bits in which its blocks keep their base weights; in `dtype` where it is left out.
 
     Returns:
         The parts, in the order of `kinds`, in evaluation mode.
@@ -424,7 +436,7 @@ def load_parts(
     if not 0 <= bounds[0] < bounds[1] <= config.num_hidden_layers:
         raise ValueError(f"cut {bounds} lies outside a model of {config.num_hidden_layers} blocks")
     pieces = ranges(config.num_hidden_layers, bounds)
-    checkpoint = _Checkpoint(path, family, dtype)
+    checkpoint = _Checkpoint(path, family, dtype, device)
     parts = []
     for kind in kinds:
         config = AutoConfig.from_pretrained(path)
@@ -441,18 +453,35 @@ def load_parts(
         part = PARTS[kind](kind, family, pieces[kind], whole, fused, dtype)
         decoder = part.decoder
         if kind == "bottom":
-            _restore_scale(decoder, getattr(decoder, family.embedding))
-        for module_name, module in part.named_modules():
+            _restore_scale(decoder, getattr(decoder, family.embedding), device)
+        for module_name, module in list(part.named_modules()):
             for name, old in list(module.named_parameters(recurse=False)):
                 if sorts and module_name == SCORE:
-                    setattr(module, name, nn.Parameter(torch.empty(old.shape)))
+                    setattr(module, name, nn.Parameter(torch.empty(old.shape, device=device)))
                     continue
                 full = part.whole_name(f"{module_name}.{name}")
                 setattr(module, name, checkpoint.parameter(full, _tied(full, family)))
+            if bits and kind in bits and _is_projection(part, module_name, module):
+                part.set_submodule(module_name, quantized(module, bits[kind], dtype, device))
+                checkpoint.forget(module.parameters())
+                module.weight = None
         if family.rotary:
-            setattr(decoder, family.rotary, type(getattr(decoder, family.rotary))(config=part.config))
-        parts.append(part.eval())
+            setattr(decoder, family.rotary, type(getattr(decoder, family.rotary))(config=part.config).to(device))
+        parts.append(_announced(part.eval(), [bits[kind]] if bits and kind in bits else []))
     return parts
+
+
+def _is_projection(part: Part, name: str, module: nn.Module) -> bool:
+    """Whether a module is a projection inside a block."""
+    blocks = f"{part.family.decoder}.{part.family.blocks}."
+    return name.startswith(blocks) and type(module) in (nn.Linear, Conv1D)
+
+
+def _announced(model: Any, bits: Iterable[int]) -> Any:
+    """A model that says what is quantised in it, as PEFT asks."""
+    for number in bits:
+        setattr(model, f"is_loaded_in_{number}bit", True)
+    return model
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -479,3 +508,32 @@ def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0,
         made_by = AutoModelForSequenceClassification
         return made_by.from_pretrained(path, dtype=dtype, num_labels=classes, pad_token_id=pad)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+@torch.no_grad()
+def quantize_whole(
+    whole: Any, bounds: tuple[int, int], bits: Mapping[str, int], device: torch.device = CPU, dense: bool = False
+) -> Any:
+    """Gives the unsplit model the base weights that the parts of a run had.
+
+    Args:
+        whole: The library's causal LM, in the run's type; changed in place.
+        bounds: The cut as (LO, HI).
+        bits: By part, as for `load_parts`.
+        device: Where it is.
+        dense: Whether weights keep their type, and are only rounded to what the quantised ones stand for.
+    """
+    family = family_of(whole.config.model_type)
+    blocks = whole.get_submodule(family.decoder).get_submodule(family.blocks)
+    for kind, numbers in ranges(len(blocks), bounds).items():
+        for number in numbers if kind in bits else ():
+            for name, module in list(blocks[number].named_modules()):
+                if type(module) not in (nn.Linear, Conv1D):
+                    continue
+                made = quantized(module.requires_grad_(False), bits[kind], whole.dtype, device)
+                if dense:
+                    rounded = dequantized(made)
+                    module.weight.copy_(rounded if isinstance(module, nn.Linear) else rounded.t())
+                else:
+                    blocks[number].set_submodule(name, made)
+    return whole if dense else _announced(whole, bits.values())

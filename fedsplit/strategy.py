@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsplit.config import Config, SettingError
 from fedsplit.methods import method_of
+from fedsplit.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 
 State = Mapping[str, Tensor]
@@ -166,6 +167,11 @@ def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, 
     return made
 
 
+def _aggregated(config: Config) -> set[str]:
+    """The parts whose adapters a strategy sees."""
+    return {part for part in config.share if part != "trunk" or SCHEDULES[config.trunk.schedule].personal}
+
+
 def check_strategy(strategy: Any, config: Config) -> None:
     """Makes sure that a strategy can do what a run asks of it.
 
@@ -195,5 +201,8 @@ def check_strategy(strategy: Any, config: Config) -> None:
             f"fp32 under the strategy {config.strategy}, whose changes of base weights {config.dtype} would round away"
         )
         raise SettingError("dtype", config.dtype, words)
+    if traits.folds and (quantized := [part for part in config.bits if part in _aggregated(config)]):
+        words = f"none of {', '.join(quantized)} under the strategy {config.strategy}, which changes its base weights"
+        raise SettingError("quantization", config.quantization, words)
     if config.resume and isinstance(strategy, FlowerLike):
         raise SettingError("resume", config.resume, "a strategy whose memory can be saved; Flower's cannot")

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from fedsplit import lora
 from fedsplit.config import TrainSettings
+from fedsplit.devices import CPU, device_of
 from fedsplit.learner import Learner, Version
 from fedsplit.learners import Learners, Withheld
 from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet, StepKey
 from fedsplit.routers import SUMS, RouterSums, listening
+from fedsplit.scaling import Overflow, gradients
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
 from fedsplit.split import Trunk
@@ -80,7 +82,10 @@ class _Flight:
         rows = [nn.functional.pad(h, (0, 0, 0, length - h.shape[1])) for h in self.inputs.values()]
         if not self.masks:
             return rows[0] if len(rows) == 1 else torch.cat(rows), None
-        whole = {key: torch.ones(hidden.shape[:2], dtype=torch.bool) for key, hidden in self.inputs.items()}
+        whole = {
+            key: torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            for key, hidden in self.inputs.items()
+        }
         masks = [nn.functional.pad(m, (0, length - m.shape[1])) for m in {**whole, **self.masks}.values()]
         return torch.cat(rows), torch.cat(masks)
 
@@ -91,9 +96,9 @@ class _Flight:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draws dropout from a seed of its own and leaves the global state as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[] if device == CPU else [device], device_type=device.type):
         torch.manual_seed(seed)
         yield
 
@@ -144,6 +149,7 @@ class TrunkServer:
             clock: Seconds, for leases.
         """
         self._part, self._codec, self._seed = part, codec, seed
+        self._device = device_of(part)
         self._schedule = SCHEDULES[schedule]
         # Where a version is put before it computes. `torch.func.functional_call` does the same, but looks at
         # every parameter of the part each time, which takes 3 % of a step of the bundled model.
@@ -155,7 +161,7 @@ class TrunkServer:
         self.steps: Steps[_Flight | Withheld] = Steps(run, incarnation, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts)
+        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self._device)
 
     def _place(self, version: Version) -> None:
         """Puts a version where the part's layers look for it."""
@@ -173,7 +179,7 @@ class TrunkServer:
         listen: contextlib.AbstractContextManager[list[Tensor]] = (
             listening(self._part) if flight.sums else contextlib.nullcontext([])
         )
-        with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed):
+        with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed, self._device):
             with listen as heard:
                 output: Tensor = self._part(hidden, mask)
             return _Output(output, self._sums_behind(flight, heard, hidden.shape[:2]))
@@ -307,7 +313,7 @@ class TrunkServer:
         ]
 
     def _hidden(self, packet: Packet) -> Tensor:
-        hidden = self._codec.decode(packet.tensors["hidden"])
+        hidden = self._codec.decode(packet.tensors["hidden"]).to(self._device)
         width = self._part.config.hidden_size
         if hidden.ndim != 3 or hidden.shape[2] != width or not hidden.numel():
             raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
@@ -340,7 +346,8 @@ class TrunkServer:
         routers: Mapping[StepKey, RouterSums],
         keeps: bool,
     ) -> _Flight:
-        masks = {p.key: self._codec.decode(p.tensors["mask"]) for p in packets if "mask" in p.tensors}
+        padded = [packet for packet in packets if "mask" in packet.tensors]
+        masks = {packet.key: self._codec.decode(packet.tensors["mask"]).to(self._device) for packet in padded}
         learner = self.learners.of(packets[0].key.client, begins=keeps)
         path = [(p.key.round, p.key.client, p.key.step, p.key.batch * p.micros + p.key.micro) for p in packets]
         flown = {packet.key: inputs[packet.key] for packet in packets}
@@ -376,7 +383,8 @@ class TrunkServer:
         sent = {packet.key: self._gradient(packet, flight) for packet in packets}
         by_sums = {packet.key: self._gradient_by_sums(packet, flight) for packet in packets if SUMS in packet.tensors}
         returned, withheld = self._differentiate(flight, packets, sent, by_sums)
-        answers = self._answer("gradient", "gradient", packets, returned)
+        narrow = flight.inputs[packets[0].key].dtype
+        answers = self._answer("gradient", "gradient", packets, returned, narrow=narrow)
         if withheld is not None:
             norm = EXACT.encode(torch.tensor(withheld.squared, dtype=torch.float64))
             self.traffic["gradient_down"] += norm.nbytes
@@ -415,7 +423,7 @@ class TrunkServer:
         return [held for held in self.steps.pending() if isinstance(held, _Flight)]
 
     def _gradient(self, packet: Packet, flight: _Flight) -> Tensor:
-        gradient = self._codec.decode(packet.tensors["gradient"])
+        gradient = self._codec.decode(packet.tensors["gradient"]).to(self._device)
         if gradient.shape != (expected := flight.inputs[packet.key].shape):
             raise SpoiledStep(f"{packet.key} sent a gradient of shape {tuple(gradient.shape)}, not {tuple(expected)}")
         if not torch.isfinite(gradient).all():
@@ -446,19 +454,20 @@ class TrunkServer:
         output, flight.output = flight.output, None
         sums = {key: output.sums[key].probabilities for key in by_sums}
         routed = [key for key, probabilities in sums.items() if probabilities.requires_grad]
-        gradients = torch.autograd.grad(
+        found = _gradients(
             [output.hidden, *(sums[key] for key in routed)],
             [*learned.values(), *wanted.values()],
             [_spread(flight, output.hidden, sent), *(by_sums[key] for key in routed)],
+            packets,
         )
         self.counts["backwards"] += 1
         self._budget.freed()
         withheld = None
         if learned:
-            found = dict(zip(learned, gradients, strict=False))
-            withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, found)
+            of_adapter = dict(zip(learned, found, strict=False))
+            withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, of_adapter)
         flight.spent = True
-        return dict(zip(wanted, gradients[len(learned) :], strict=True)), withheld
+        return dict(zip(wanted, found[len(learned) :], strict=True)), withheld
 
     def leave(self, client: int) -> None:
         """A client has ended its round, or is dead: what is pending of it is freed."""
@@ -534,7 +543,8 @@ class TrunkServer:
         Returns:
             The smallest budget under which such a step can be served, in bytes.
         """
-        hidden = torch.zeros(batch, length, self._part.config.hidden_size, requires_grad=True)
+        size = batch, length, self._part.config.hidden_size
+        hidden = torch.zeros(size, dtype=self._part.dtype, device=self._device, requires_grad=True)
         flight = _Flight({StepKey(0, 0, 0): hidden}, {}, self.learners.shared, self.learners.shared.version, 0)
         storages: dict[int, int] = {}
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self._part.parameters(), *flight.version.values())}
@@ -549,7 +559,7 @@ class TrunkServer:
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
             output = self._run(flight, keeps_graph=True).hidden
         inputs = [hidden, *(tensor for tensor in flight.version.values() if tensor.requires_grad)]
-        torch.autograd.grad(output, inputs, torch.zeros_like(output))
+        _gradients([output], inputs, [torch.zeros_like(output)], [Packet(StepKey(0, 0, 0))])
         graph = sum(storages.values())
         self._budget.learn(batch * length, graph, max(peak_memory() - before, graph))
         del output
@@ -562,10 +572,14 @@ class TrunkServer:
         packets: Sequence[Packet],
         tensors: Mapping[StepKey, Tensor],
         sums: Mapping[StepKey, RouterSums] | None = None,
+        narrow: torch.dtype | None = None,
     ) -> list[Packet]:
+        """Tensors as answers, and their bytes counted; gradients in the type of the hidden states, `narrow`."""
         answers = []
         for packet in packets:
-            found = {name: self._codec.encode(tensors[packet.key])} if packet.key in tensors else {}
+            found = {}
+            if (tensor := tensors.get(packet.key)) is not None:
+                found[name] = self._codec.encode_gradient(tensor, narrow) if narrow else self._codec.encode(tensor)
             if sums and packet.key in sums:
                 found[SUMS] = EXACT.encode(sums[packet.key].packed())
             answers.append(Packet(packet.key, found, packet.training))
@@ -587,6 +601,19 @@ def _check_rate(packet: Packet) -> None:
         raise SpoiledStep(f"{packet.key} asks for {packet.rate} of the learning rate, not a share from 0 to 1")
 
 
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequence[Tensor], packets: Sequence[Packet]
+) -> Sequence[Tensor]:
+    """The gradients of leaves, given those of the outputs; in float32 where there is one output in float16."""
+    if outputs[0].dtype != torch.float16:
+        return torch.autograd.grad(outputs, inputs, starts)
+    try:
+        found = gradients(outputs[0], inputs, starts[0])
+    except Overflow as error:
+        raise SpoiledStep(f"{packets[0].key}: {error}") from None
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(inputs, found, strict=True)]
+
+
 def _slot(part: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that has a parameter, and what the parameter is called there."""
     path, _, leaf = name.rpartition(".")
@@ -597,7 +624,7 @@ def _spread(flight: _Flight, output: Tensor, sent: Mapping[StepKey, Tensor]) -> 
     """The gradients of some steps of a flight as one of its output; zero where none came."""
     if len(flight.inputs) == 1:
         return next(iter(sent.values()))
-    whole = torch.zeros_like(output)
+    whole = torch.zeros_like(output, dtype=next(iter(sent.values())).dtype)
     for key, place in flight.cut(whole).items():
         if key in sent:
             place.copy_(sent[key])

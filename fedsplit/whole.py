@@ -12,13 +12,15 @@ import torch
 from peft import PeftModel
 
 from fedsplit import adapting, lora, prompts
-from fedsplit.config import InputError
+from fedsplit.config import Config, InputError, SettingError
+from fedsplit.devices import CPU, device_of
 from fedsplit.families import read_facts, read_pad
 from fedsplit.finished import Adapter
 from fedsplit.head import HEAD, WEIGHT
 from fedsplit.kernels import IGNORED
+from fedsplit.quantization import check_quantization, is_quantized, was_transposed
 from fedsplit.sequences import Sequences
-from fedsplit.split import SCORE, TYPES, check_checkpoint, load_whole
+from fedsplit.split import SCORE, TYPES, check_checkpoint, load_whole, quantize_whole
 from fedsplit.updates import Adapters
 
 
@@ -50,12 +52,13 @@ class Score:
         return Score(self.nats + other.nats, self.right + other.right, self.tokens + other.tokens)
 
 
-def open_base(model_path: Path, dtype: str, classes: int = 0, seed: int = 0) -> Any:
+def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0) -> Any:
     """The base model as a run held it.
 
     Args:
         model_path: Its folder.
         dtype: One of `fedsplit.config.DTYPES`.
+        device: Where to.
         classes: Where above 0, a classifier of sequences with the head that the run began with.
         seed: The run's, of which that head follows.
 
@@ -67,7 +70,7 @@ def open_base(model_path: Path, dtype: str, classes: int = 0, seed: int = 0) -> 
     base = load_whole(model_path, TYPES[dtype], classes, read_pad(model_path, facts.end)).eval()
     if classes:
         restore_head(base, seed)
-    return base
+    return base.to(device)
 
 
 def restore_head(base: Any, seed: int) -> None:
@@ -89,6 +92,31 @@ def read_adapter(adapter: Adapter) -> Adapters:
         raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason})") from None
 
 
+def open_held(
+    adapter: Adapter, device: torch.device = CPU, dense: bool = False, classes: int = 0, seed: int = 0
+) -> Any:
+    """The base model as the run of an adapter held it; quantised where it was.
+
+    Args:
+        adapter: The adapter.
+        device: Where to.
+        dense: Whether quantised weights are decoded to the run's type, so that something can be added to them.
+        classes: As in `open_base`.
+        seed: As in `open_base`.
+
+    Raises:
+        SettingError: As in `open_base`; or the model has fewer blocks, or cannot be quantised here.
+    """
+    held = Config(cut=adapter.cut, quantization=adapter.quantization, dtype=adapter.dtype, device=str(device))
+    if held.bits:
+        if held.bounds[1] > read_facts(adapter.model_path).blocks:
+            words = f"a model that can be cut as that of {adapter.folder} was, {adapter.cut}"
+            raise SettingError("model", adapter.model, words)
+        check_quantization(held)
+    base = open_base(adapter.model_path, adapter.dtype, device, classes, seed)
+    return quantize_whole(base, held.bounds, held.bits, device, dense) if held.bits else base
+
+
 def read_fitting(adapter: Adapter, base: Any) -> Adapters:
     """Reads an adapter, and makes sure that it fits a model.
 
@@ -100,7 +128,7 @@ def read_fitting(adapter: Adapter, base: Any) -> Adapters:
     for layer in read.complete:
         change, facts = read.change(layer), read.layers[layer]
         wanted = change.shape[::-1] if facts.transposed else change.shape
-        found = tuple(modules[layer].weight.shape) if layer in modules else None
+        found = _shape(modules[layer]) if layer in modules else None
         if found != wanted:
             words = "which the model has not" if found is None else f"which is {found} in the model, not {wanted}"
             raise InputError(f"the adapter in {adapter.folder} does not fit the model: it changes {layer}, {words}")
@@ -144,6 +172,14 @@ def _check_others(adapter: Adapter, read: Adapters, base: Any) -> None:
         if found != wanted:
             words = f"{name} is {found}, the model's {wanted}"
             raise InputError(f"the adapter in {adapter.folder} does not fit the model: {words}")
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    """The shape of a projection's weight in the unsplit model; a quantised one tells nothing by its own."""
+    if is_quantized(module):
+        shape = module.out_features, module.in_features
+        return shape[::-1] if was_transposed(module) else shape
+    return tuple(module.weight.shape)
 
 
 def attach(base: Any, adapter: Adapter) -> Any:
@@ -198,11 +234,11 @@ def score(model: Any, batches: Iterable[Sequences]) -> Score:
             `pad_token_id` must be the token that fills up the sequences.
         batches: Sequences; every token that is predicted counts the same.
     """
-    narrow = next(model.parameters()).dtype
+    narrow, device = next(model.parameters()).dtype, device_of(model)
     total = Score()
-    for rows in batches:
+    for rows in (batch.to(device) for batch in batches):
         seen = {} if rows.mask is None else {"attention_mask": rows.mask}
-        with torch.autocast("cpu", narrow, enabled=narrow != torch.float32):
+        with torch.autocast(device.type, narrow, enabled=narrow != torch.float32):
             logits = model(input_ids=rows.ids, **seen).logits
         labels = rows.labels
         if labels.ndim > 1:  # none is of virtual tokens

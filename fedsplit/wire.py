@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsplit.packets import Encoded
+from fedsplit.scaling import scale_to
 
 with warnings.catch_warnings():
     # torch warns once a process that it cannot protect an array from being written to; nobody here writes to one.
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(b"0", np.uint8))
+
+_FULL = 2.0**15
+"""What the largest element of a gradient is scaled to at most, half of what float16 can hold."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,19 @@ class Codec:
             tensor = tensor.to(self.narrow)
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.view(torch.int16)  # numpy has no bfloat16; the bits cross as integers
-        return Encoded(tensor.contiguous().numpy(), dtype)
+        return Encoded(tensor.contiguous().cpu().numpy(), dtype)
+
+    def encode_gradient(self, gradient: Tensor, hidden: torch.dtype) -> Encoded:
+        """The gradient of hidden states, in the type that they crossed in.
+
+        Args:
+            gradient: In their type; in float32 where that is float16, in which it crosses times a power of two.
+            hidden: Their type.
+        """
+        if hidden != torch.float16:
+            return self.encode(gradient)
+        scale = scale_to(_FULL, gradient)
+        return replace(self.encode((gradient * scale).to(hidden)), dtype="float32", scale=scale)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """What was sent to a tensor of the sender's shape and type; a view of it where that is possible.
@@ -48,7 +64,8 @@ class Codec:
         tensor, dtype = torch.from_numpy(encoded.data), getattr(torch, encoded.dtype)
         if tensor.dtype == torch.int16 and dtype.is_floating_point:
             tensor = tensor.view(torch.bfloat16)
-        return tensor.to(dtype)
+        tensor = tensor.to(dtype)
+        return tensor if encoded.scale == 1 else tensor / encoded.scale
 
 
 EXACT = Codec("raw")

@@ -100,10 +100,11 @@ def test_every_client_with_its_own_adapter(finished_run: Callable[..., Path]) ->
     assert alone.name == "cid" and alone == results[2]
 
 
-def test_a_run_in_bf16_is_close(finished_run: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(("dtype", "distance"), [("bf16", 0.02), ("fp16", 0.002)])
+def test_a_run_in_16_bits_is_close(dtype: str, distance: float, finished_run: Callable[..., Path]) -> None:
     """What the split rounds where parts meet, the unsplit model does not."""
-    run = finished_run("gpt2", dtype="bf16")
-    assert pooled(evaluate.evaluate(open_run(run))).loss == pytest.approx(reported(run)[0]["after"], rel=0.02)
+    run = finished_run("gpt2", dtype=dtype)
+    assert pooled(evaluate.evaluate(open_run(run))).loss == pytest.approx(reported(run)[0]["after"], rel=distance)
 
 
 def test_other_text_is_measured_whole_and_by_owner(finished_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"config", "lowrank", "packets", "seeds", "tally", "clipping", "stopping", "transcript"},
-    {"updates", "flags", "command", "rates", "vocabulary", "synthetic", "methods"},
+    {"config", "lowrank", "packets", "scaling", "seeds", "tally", "clipping", "stopping", "transcript"},
+    {"updates", "flags", "command", "rates", "vocabulary", "synthetic", "methods", "devices", "schedules"},
     {
         "families",
         "kernels",
+        "quantization",
         "corpus",
         "wire",
         "optim",
-        "schedules",
         "steps",
         "memory",
         "strategy",
@@ -48,7 +48,7 @@ LAYERS = [
 ]
 
 HOMES = {
-    "bitsandbytes": {"optim"},
+    "bitsandbytes": {"optim", "quantization"},
     "datasets": {"tables", "partition"},
     "flwr": {"records", "aggregation", "exchange", "client_app", "server_app", "simulate"},
     "flwr_datasets": {"partition"},

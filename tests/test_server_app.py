@@ -172,12 +172,13 @@ def test_every_schedule_learns_and_its_adapter_gives_the_reported_loss(
     assert any(not torch.equal(tensor, two[name]) for name, tensor in one.items() if ".1." in name)  # the trunk's
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_the_bits_cross_with_half_the_precision(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--dtype bf16`: bytes by half, a loss that is close, and an adapter in float32."""
+    """Bytes by half, a loss that is close, and an adapter in float32."""
     wide, _ = federate(config, tmp_path / "wide", FedAvg(), monkeypatch)
-    narrow, _ = federate(from_document(as_document(config) | {"dtype": "bf16"}), tmp_path / "n", FedAvg(), monkeypatch)
+    narrow, _ = federate(from_document(as_document(config) | {"dtype": dtype}), tmp_path / "n", FedAvg(), monkeypatch)
     assert wide.summary is not None
     assert narrow.summary is not None
     for what in ("activation_up", "activation_down", "gradient_up", "gradient_down"):

@@ -55,3 +55,26 @@ def test_what_arrives_is_not_copied() -> None:
 def test_encoding_takes_no_gradient_along() -> None:
     encoded = make_codec("raw").encode(torch.ones(2, requires_grad=True) * 2)
     assert not make_codec("raw").decode(encoded).requires_grad
+
+
+@given(st.floats(2.0**-100, 2.0**100, width=32))
+def test_a_gradient_of_float16_crosses_in_its_bytes_whatever_its_size(size: float) -> None:
+    codec, gradient = make_codec("raw"), torch.tensor([[size, -size / 3, size / 4096, 0.0]])
+    encoded = codec.encode_gradient(gradient, torch.float16)
+    decoded = codec.decode(pickle.loads(pickle.dumps(encoded)))
+    assert (encoded.nbytes, decoded.dtype) == (2 * 4, torch.float32)
+    assert torch.allclose(decoded, gradient, rtol=2**-11, atol=0)
+
+
+def test_a_gradient_that_is_not_finite_stays_so() -> None:
+    for value in (torch.inf, torch.nan):
+        encoded = make_codec("raw").encode_gradient(torch.tensor([1.0, value]), torch.float16)
+        assert not torch.isfinite(make_codec("raw").decode(encoded)).all()
+
+
+def test_gradients_of_other_types_cross_as_they_are() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        gradient = torch.randn(3).to(dtype)
+        encoded = make_codec("raw").encode_gradient(gradient, dtype)
+        assert encoded.scale == 1
+        assert torch.equal(make_codec("raw").decode(encoded), gradient)

@@ -2,9 +2,10 @@
 
     python -m experiments.memory.measure --cache runs/speed-cache
 
-Writes result.json and the table in README.md beside this file; what is in result.json already is not measured again. Every measurement is a process of its own, which loads
-as the command's processes do, reads every weight once, and makes one training step of 1 x 128 tokens on what it holds.
-The same with a tiny model of the same family is what the libraries alone take.
+Writes result.json and the table in README.md beside this file; what result.json has is not measured again. Every
+measurement is a process of its own, which loads as the command's processes do, reads every weight once, and makes one
+training step of 1 x 128 tokens on what it holds. The same with a tiny model of the same family is what the libraries
+alone take.
 """
 
 from __future__ import annotations

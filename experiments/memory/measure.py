@@ -2,9 +2,10 @@
 
     python -m experiments.memory.measure --cache runs/speed-cache
 
-Writes result.json and the table in README.md beside this file. Every measurement is a process of its own, which loads
-as the command's processes do, reads every weight once, and makes one training step of 1 x 128 tokens on what it holds.
-The same with a tiny model of the same family is what the libraries alone take.
+Writes result.json and the table in README.md beside this file; what result.json has is not measured again. Every
+measurement is a process of its own, which loads as the command's processes do, reads every weight once, and makes one
+training step of 1 x 128 tokens on what it holds. The same with a tiny model of the same family is what the libraries
+alone take.
 """
 
 from __future__ import annotations
@@ -170,17 +171,33 @@ def main() -> None:
     if asked.hold:
         print(json.dumps(_held(json.loads(asked.hold))))
         return
-    records = []
     for label, model in tomllib.loads((HERE / "config.toml").read_text())["models"].items():
         name = folder_of(model, asked.cache) if model.get("random") else _named(model)
         for role in ROLES:
-            libraries = measure(role, model, name, tiny=True)
-            found = measure(role, model, name, tiny=False)
-            records.append({"model": label, "role": role, "libraries": libraries["step"], **found})
-            print(records[-1], flush=True)
-    result = {"machine": machine(), "tokens": TOKENS, "records": records}
-    (asked.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    write_between(asked.folder / "README.md", "result.json", text(result))
+            if (label, role) not in _done(asked.folder):
+                libraries = measure(role, model, name, tiny=True)
+                found = measure(role, model, name, tiny=False)
+                _keep({"model": label, "role": role, "libraries": libraries["step"], **found}, asked.folder)
+    if (asked.folder / "README.md").exists():
+        result = json.loads((asked.folder / "result.json").read_text())
+        write_between(asked.folder / "README.md", "result.json", text(result))
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "result.json"
+    return json.loads(file.read_text())["records"] if file.exists() else []
+
+
+def _done(folder: Path) -> set[tuple[str, str]]:
+    """What has been measured already; remove result.json to measure it again."""
+    return {(record["model"], record["role"]) for record in _records(folder)}
+
+
+def _keep(record: dict[str, Any], folder: Path) -> None:
+    """Adds a record to the result."""
+    print(record, flush=True)
+    result = {"machine": machine(), "tokens": TOKENS, "records": [*_records(folder), record]}
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _named(model: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from fedsplit import lora
 from fedsplit.adapting import adapt
 from fedsplit.config import InputError, LoraSettings, build
 from fedsplit.evaluate import evaluate, held_out_loss
+from fedsplit.families import FAMILIES
 from fedsplit.finished import Adapter, find_adapter, open_run
 from fedsplit.head import HEAD, WEIGHT
 from fedsplit.lowrank import LowRank
@@ -33,7 +34,8 @@ from fedsplit.whole import attach, detach, open_base
 KINDS = ("bottom", "trunk", "top")
 CUTS = [(1, 2), (0, BLOCKS)]
 HEADS = ("lora", "full")
-TIED = {"gpt2": True, "llama": False, "qwen2": True, "gemma2": True}
+TIED = {"gpt2": True, "llama": False, "gemma2": True}
+"""Whether the head shares the embedding's weight; the last one's embedding is scaled, and its logits capped."""
 IDS = torch.randint(1, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(3))
 SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.0)
 
@@ -52,8 +54,8 @@ def parts_of(path: Path, cut: tuple[int, int], head: str, kernels: str = "librar
 def whole_of(path: Path, head: str, given: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """The unsplit model under plain PEFT with the same adapters, and what trains of it by our names."""
     base = load_whole(path)
-    family = load_parts(path, (0, 1), ["top"])[0].family
-    whole = get_peft_model(base, lora.lora_config(SETTINGS, family, head=head)).eval()
+    config = lora.lora_config(SETTINGS, FAMILIES[base.config.model_type], head=head)
+    whole = get_peft_model(base, config).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n.replace(".modules_to_save", ""): p for n, p in names.items() if p.requires_grad}
     assert trained.keys() == given.keys()
@@ -75,7 +77,7 @@ def labels_and_mask(padded: bool) -> tuple[Tensor, Tensor | None]:
 @pytest.mark.parametrize("family", TIED)
 def test_the_split_equals_plain_peft(tiny_models: dict[str, Path], family: str, head: str, kernels: str) -> None:
     """To the bit with the library's code, to rounding with ours; with a top that is a head alone, too."""
-    for cut in CUTS:
+    for cut in CUTS if kernels == "library" else CUTS[:1]:
         parts = parts_of(tiny_models[family], cut, head, kernels)
         whole, trained = whole_of(tiny_models[family], head, lora.read(*parts).tensors)
         mine = {n: p for part in parts for n, p in lora.parameters(part).items()}
@@ -191,7 +193,7 @@ def test_one_client_follows_plain_peft(model_path: Path, head: str) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", TIED)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_peft_opens_what_is_saved_whole_and_by_part(
     tmp_path: Path, tiny_models: dict[str, Path], family: str, head: str
 ) -> None:
@@ -255,7 +257,7 @@ def test_a_head_alone_learns_where_nothing_else_can(finished_run: Callable[..., 
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", TIED)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_merged_head_is_the_adapter_on_its_base_and_comes_apart_again(
     tmp_path: Path, tiny_models: dict[str, Path], family: str, head: str
 ) -> None:

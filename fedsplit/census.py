@@ -57,7 +57,7 @@ def as_document(deal: Deal) -> dict[str, Any]:
 
 def table(deal: Deal) -> list[str]:
     """Lines of a table, a client each, with all of them as one in the last."""
-    rows = [("", "sequences", "tokens", "held out", "tokens", deal.by)]
+    rows: list[tuple[str, ...]] = [("", "sequences", "tokens", "held out", "tokens", deal.by)]
     for number, shard in enumerate(deal.shards):
         name = shard.name if shard.name == f"client {number}" else f"{number} {shard.name}"
         rows.append((name, *_cells(shard), _shares(shard.shares)))

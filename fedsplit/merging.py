@@ -185,8 +185,8 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     check_same_base(adapters)
     base = open_base(adapters[0].model_path, adapters[0].dtype).float()
     read = [read_fitting(adapter, base) for adapter in adapters]
-    for adapter, tensors in zip(adapters, read, strict=True):
-        _check_headless(adapter, tensors)
+    for adapter, changes in zip(adapters, read, strict=True):
+        _check_headless(adapter, changes)
     if how == "linear":
         _check_linear(read)
     names = [f"number{index}" for index in range(len(adapters))]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,19 @@ def test_help_needs_no_libraries(capsys: pytest.CaptureFixture[str]) -> None:
         data.main(["--help"])
     assert ended.value.code == 0
     assert "--plot FILE" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_holds_what_was_shown_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Completions, padded and dealt out by owner, through the command; the table in its lines and in data.json."""
+    argv = ["--dataset", "synthetic", "--data.format", "completion", "--partition", "pathological:1", "--clients", "2"]
+    argv += ["--rounds", "1", "--train.steps", "2", "--batch-size", "2", "--max-length", "32", "--eval.samples", "4"]
+    call = [sys.executable, "-m", "fedsplit.simulate", *argv, "--lora-rank", "2", "--data.show", "--out", "run"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert data.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("data: completion; a text a sequence, padded") and shown in done.stdout
+    assert data.main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "run" / "data.json").read_text())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["tokens"] < 2 * 2 * 2 * 32

@@ -104,6 +104,26 @@ def test_packing_is_padding_where_a_text_fills_a_sequence(
     assert one["eval_loss"] == two["eval_loss"] and one["tokens"] == two["tokens"] and one["bytes"] == two["bytes"]
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "flora"])
+def test_a_run_that_tells_classes_goes_on_to_the_bit(
+    strategy: str, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head comes back, and the accuracy before the first round; dealt out unevenly by label."""
+    values = {"clients": 2, "rounds": 2, "model": str(tiny_models["gpt2"]), "cut": "1:2", "dataset": "synthetic"}
+    values |= {"data.format": "classification", "partition": "dirichlet:5", "trunk.schedule": "copies"}
+    values |= {"lora.rank": 2, "train.max_length": 16, "train.steps": 3, "train.lr": 0.01}
+    config = build(values)
+    rule = load_strategy(strategy, {}, strategy_defaults(config))
+    federate(config, tmp_path / "straight", rule, monkeypatch)
+    federate(replace(config, rounds=1), tmp_path / "stopped", rule, monkeypatch)
+    federate(replace(config, resume=str(tmp_path / "stopped")), tmp_path / "stopped", rule, monkeypatch)
+    straight, stopped = final_adapter(tmp_path / "straight"), final_adapter(tmp_path / "stopped")
+    assert "base_model.model.score.weight" in straight
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "stopped"))
+    assert one["accuracy"] == two["accuracy"] and one["eval_loss"] == two["eval_loss"]
+
+
 def test_a_run_of_one_client_is_plain_peft_fine_tuning(
     tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def add(part: Part, settings: LoraSettings, seed: int) -> None:
     if not part.blocks:
         return
     inject_adapter_in_model(lora_config(settings, part.family), part, adapter_name=_NAME)
+    part.train(part.training)  # the modules that are new would otherwise drop, whatever the part does
     if part.fused:
         _fuse(part)
     for name, parameter in parameters(part).items():

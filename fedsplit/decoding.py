@@ -140,7 +140,7 @@ def depends_on_neighbours(config: Any) -> bool:
 
 def decode(
     ends: Ends, prompts: Sequence[Sequence[int]], most: int, stops: Sequence[int], choose: Chooser, pace: Pace
-) -> Generator[list[int | None]]:
+) -> Generator[list[int | None], None, None]:
     """Goes on with some texts, all at once.
 
     A sequence that has ended takes part, as padding, until the last one has, as it does in the library.

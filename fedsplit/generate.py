@@ -20,7 +20,7 @@ from fedsplit.command import exit_code, quieten
 from fedsplit.config import KERNELS, Allowed, Config, InputError, SettingError, at_least, one_of
 from fedsplit.finished import Adapter, Run, open_run
 from fedsplit.flags import Parser
-from fedsplit.simulate import check_memory, plan, prepare_environment
+from fedsplit.simulate import check_memory, prepare_environment
 
 if TYPE_CHECKING:
     from fedsplit.actor import TrunkHandle
@@ -226,6 +226,7 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     from fedsplit.actor import start_cluster, start_trunk, stop_cluster
     from fedsplit.decoding import Ends
     from fedsplit.link import Link
+    from fedsplit.planning import plan
     from fedsplit.schedules import SCHEDULES
     from fedsplit.sources import weights
     from fedsplit.split import TYPES, load_parts

@@ -115,6 +115,7 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
     if head == "full":
         part.lm_head = WholeHead(part.lm_head)
         part.adapter |= {WEIGHT}
+    part.train(part.training)  # the modules that are new would otherwise drop, whatever the part does
     if part.fused:
         _fuse(part)
     fresh = draws_fresh(settings)

@@ -183,7 +183,7 @@ def test_strategies_that_average_factors_take_experts(strategy: str, tiny_models
     """And those that measure B A, where they are asked to measure factors; the router is one matrix to any."""
     facts, options = read_facts(tiny_models["mixtral"]), {"on": "factors"} if "krum" in strategy else {}
     values = {"lora.targets": "gate" if strategy == "flora" else "gate_up_proj,gate", "strategy": strategy}
-    simulate.check_stacked(load_strategy(strategy, options, {}), build(values), facts)
+    checks.check_stacked(load_strategy(strategy, options, {}), build(values), facts)
 
 
 @pytest.mark.parametrize(
@@ -192,15 +192,15 @@ def test_strategies_that_average_factors_take_experts(strategy: str, tiny_models
 def test_strategies_that_compute_with_products_do_not(strategy: str, tiny_models: dict[str, Path]) -> None:
     facts, config = read_facts(tiny_models["mixtral"]), build({"lora.targets": "down_proj", "strategy": strategy})
     with pytest.raises(SettingError, match=f"lora.targets: down_proj is not .* under the strategy {strategy}, which"):
-        simulate.check_stacked(load_strategy(strategy, {}, {}), config, facts)
+        checks.check_stacked(load_strategy(strategy, {}, {}), config, facts)
 
 
 def test_micro_batches_are_not_planned_where_they_would_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     values = {"clients": 1}
-    assert simulate.plan(build(values)).micro_batches == 2
-    assert simulate.plan(build({**values, "router_aux_loss": 0.1})).micro_batches == 1
-    assert simulate.plan(build({**values, "router_aux_loss": 0.1, "train.micro_batches": 4})).micro_batches == 4
+    assert planning.plan(build(values)).micro_batches == 2
+    assert planning.plan(build({**values, "router_aux_loss": 0.1})).micro_batches == 1
+    assert planning.plan(build({**values, "router_aux_loss": 0.1, "train.micro_batches": 4})).micro_batches == 4
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ def test_texts_are_those_of_the_exported_adapter(
 
 
 def test_mixed_ranks_and_scalings_are_taken_over(talking: Talking) -> None:
-    run = open_run(talking("llama", "flora", lora__rank=[1, 4]))
+    """And nothing is dropped while a text is written."""
+    run = open_run(talking("llama", "flora", lora__rank=[1, 4], lora__dropout=0.5))
     folder = run.adapter().folder
     assert json.loads((folder / "adapter_config.json").read_text())["alpha_pattern"]
     tokens = [load_tokenizer(run.config.model_path)(PROMPTS[0])["input_ids"]]

@@ -38,6 +38,7 @@ LAYERS = [
     {"partition", "adapting"},
     {"trunk", "client", "checkpoint", "whole", "decoding", "census"},
     {"dispatch", "sessions", "heldout", "holdings", "merging"},
+    {"planning", "checks"},
     {"actor"},
     {"records"},
     {"aggregation", "client_app"},

@@ -59,6 +59,14 @@ def test_layers_know_scaling_and_whether_they_are_transposed(tiny_models: dict[s
         assert all(a.shape[0] == b.shape[1] == 3 for a, b in map(read.factors, read.layers))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_new_modules_are_in_the_parts_mode(model_path: Path, training: bool) -> None:
+    """Or a part that is only looked at would drop, as long as nobody has said that it should not."""
+    (trunk,) = load_parts(model_path, (1, 2), ["trunk"])
+    lora.add(trunk.train(training), LoraSettings(dropout=0.5), 0)
+    assert {module.training for module in trunk.modules()} == {training}
+
+
 def test_write_then_read_is_identity_and_copies(model_path: Path) -> None:
     bottom, _, top = adapted(model_path, (1, 2))
     tensors = {name: torch.randn_like(t) for name, t in lora.read(bottom, top).tensors.items()}

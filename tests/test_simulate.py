@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsplit import simulate
+from fedsplit import checks, planning, simulate
 from fedsplit.config import Config, build
 
 TINY = [
@@ -333,17 +333,17 @@ def test_help_and_refusals_load_no_library(tmp_path: Path) -> None:
 def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     plans = {
-        (clients, workers): simulate.plan(build({"clients": clients, "workers": workers}))
+        (clients, workers): planning.plan(build({"clients": clients, "workers": workers}))
         for clients in (1, 3, 20)
         for workers in (0, 2)
     }
-    assert plans[1, 0] == simulate.Plan(1, 4, 4, 2)
-    assert plans[3, 0] == simulate.Plan(3, 1, 4, 2)
-    assert plans[20, 0] == simulate.Plan(8, 1, 1, 1)
-    assert plans[20, 2] == simulate.Plan(2, 2, 4, 2)
+    assert plans[1, 0] == planning.Plan(1, 4, 4, 2)
+    assert plans[3, 0] == planning.Plan(3, 1, 4, 2)
+    assert plans[20, 0] == planning.Plan(8, 1, 1, 1)
+    assert plans[20, 2] == planning.Plan(2, 2, 4, 2)
     asked = build({"clients": 20, "threads": 3, "trunk.threads": 5, "train.micro_batches": 4})
-    assert simulate.plan(asked) == simulate.Plan(8, 3, 5, 4)
-    assert simulate.plan(build({"clients": 1, "trunk.schedule": "batched"})).micro_batches == 1
+    assert planning.plan(asked) == planning.Plan(8, 3, 5, 4)
+    assert planning.plan(build({"clients": 1, "trunk.schedule": "batched"})).micro_batches == 1
 
 
 @pytest.mark.parametrize("values", [{"trunk.schedule": "copies"}, {"deterministic": True}])
@@ -351,7 +351,7 @@ def test_threads_do_not_depend_on_workers_where_the_result_must_not(
     values: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    plans = [simulate.plan(build({"clients": 4, "workers": workers, **values})) for workers in (1, 2, 4)]
+    plans = [planning.plan(build({"clients": 4, "workers": workers, **values})) for workers in (1, 2, 4)]
     assert [plan.workers for plan in plans] == [1, 2, 4]
     assert {(plan.client_threads, plan.trunk_threads, plan.micro_batches) for plan in plans} == {(1, 4, 2)}
 
@@ -369,7 +369,7 @@ def test_threads_do_not_depend_on_workers_where_the_result_must_not(
     ],
 )
 def test_which_parts_can_learn(cut: str, schedule: str, parts: list[str]) -> None:
-    assert simulate.learning_parts(build({"cut": cut, "trunk.schedule": schedule}), 6) == parts
+    assert checks.learning_parts(build({"cut": cut, "trunk.schedule": schedule}), 6) == parts
 
 
 @pytest.mark.slow

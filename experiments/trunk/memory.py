@@ -29,7 +29,8 @@ from experiments.speed.models import folder_of
 from experiments.speed.run import machine
 from experiments.speed.watch import Tree
 from fedsplit.config import TrunkSettings
-from fedsplit.simulate import plan, prepare_environment
+from fedsplit.planning import plan
+from fedsplit.simulate import prepare_environment
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "speed" / "config.toml"

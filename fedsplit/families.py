@@ -242,7 +242,8 @@ def read_facts(path: Path) -> Facts:
         if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "eos_token_id" else 1):
             raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
         numbers.append(value)
-    return replace(Facts(family, *numbers), **_read_experts(family, document, numbers[0], path, allowed))
+    blocks, positions, end = numbers
+    return Facts(family, blocks, positions, end, **_read_experts(family, document, blocks, path, allowed))
 
 
 _UNSAID = {"decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}

@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_plain_pefts_to_the_bit(
     """With the auxiliary loss, behind a wire; in float32 and bfloat16."""
     path = ask_for_balance(tiny_models[family], tmp_path)
     settings = LoraSettings(rank=(2,), alpha=3.0, dropout=0.0, targets=targets, rslora=len(targets) > 2)
-    for cut, dtype in (((0, 3), torch.float32), ((1, 2), torch.bfloat16), ((2, 3), torch.float32)):
+    for cut, dtype in (((1, 2), torch.bfloat16), ((2, 3), torch.float32)):
         expected = unsplit(path, "left", dtype, settings)
         found, _ = through_split(path, cut, "left", dtype, settings=settings)
         assert found.keys() == expected.keys()

@@ -155,6 +155,11 @@ def test_a_federation_with_adapters_on_experts(
 
 
 REFUSED = [
+    (
+        "gpt2",
+        {"router_aux_loss": -0.5},
+        "router_aux_loss: -0.5 is not possible; allowed: a number of at least 0, or -1",
+    ),
     ("gpt2", {"router_aux_loss": 0.1}, "router_aux_loss: 0.1 is not possible; allowed: 0 for a model without"),
     ("llama", {"lora.targets": "gate_up_proj"}, "lora.targets: gate_up_proj is not possible"),
     ("mixtral", {"lora.targets": "w1"}, "lora.targets: w1 is not .*: q_proj,k_proj,v_proj,o_proj,gate_up_proj,down_pr"),

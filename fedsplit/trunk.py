@@ -176,18 +176,17 @@ class TrunkServer:
             self._part.train(training)
         hidden, mask = flight.join()
         self._place(flight.version)
-        listen: contextlib.AbstractContextManager[list[Tensor]] = (
-            listening(self._part) if flight.sums else contextlib.nullcontext([])
-        )
         with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed, self._device):
-            with listen as heard:
-                output: Tensor = self._part(hidden, mask)
+            if not flight.sums:
+                return _Output(self._part(hidden, mask), {})
+            with listening(self._part) as heard:
+                output = self._part(hidden, mask)
             return _Output(output, self._sums_behind(flight, heard, hidden.shape[:2]))
 
     def _sums_behind(self, flight: _Flight, heard: Sequence[Tensor], shape: Sequence[int]) -> dict[StepKey, RouterSums]:
         """Each step's sums with its own rows of what the routers said of the joined batch, (rows, longest) tokens."""
         own = [flight.cut(probabilities.unflatten(0, tuple(shape))) for probabilities in heard]
-        chosen = self._part.config.num_experts_per_tok if flight.sums else 0
+        chosen = self._part.config.num_experts_per_tok
         return {
             key: sums.after([layer[key].flatten(0, 1) for layer in own], chosen, flight.masks.get(key))
             for key, sums in flight.sums.items()

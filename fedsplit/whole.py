@@ -135,9 +135,9 @@ def read_fitting(adapter: Adapter, base: Any) -> Adapters:
     parameters = dict(base.named_parameters())
     for layer in read.stacked:
         name, changes = read.weight_name(layer), read.changes(layer)
-        stack = len(changes), *changes[0].shape
-        if name not in parameters or parameters[name].shape != stack:
-            words = f"which is no {' x '.join(map(str, stack))} in the model"
+        shape = len(changes), *changes[0].shape
+        if name not in parameters or parameters[name].shape != shape:
+            words = f"which is no {' x '.join(map(str, shape))} in the model"
             raise InputError(f"the adapter in {adapter.folder} does not fit the model: it changes {name}, {words}")
     for name in read.tensors.keys() - {prompts.SAVED, WEIGHT} if not read.layers else ():
         if _layer_of(name, modules) is None:

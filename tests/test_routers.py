@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -37,13 +38,24 @@ CUTS = [cut for cut in itertools.product(range(BLOCKS + 1), repeat=2) if cut[0] 
 COEFFICIENT = 0.5
 """Large, so that a gradient that is missing would show."""
 
-PADDINGS = ("none", "left", "right")
+_FEW = {(cut, "left") for cut in CUTS} | {((1, 2), padding) for padding in ("none", "right")}
+CASES = [
+    pytest.param(cut, padding, marks=[] if (cut, padding) in _FEW else pytest.mark.slow)
+    for cut in CUTS
+    for padding in ("none", "left", "right")
+]
 
 
 @pytest.fixture(scope="module", params=EXPERTS)
 def balanced(request: pytest.FixtureRequest, tiny_models: dict[str, Path], tmp_path_factory) -> Path:
     """A model whose config.json asks for the auxiliary loss."""
     return ask_for_balance(tiny_models[request.param], tmp_path_factory.mktemp(f"{request.param}-balanced"))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tiny_models: dict[str, Path], tmp_path_factory) -> Path:
+    """Of both, the one that has a router in every block."""
+    return ask_for_balance(tiny_models["mixtral"], tmp_path_factory.mktemp("mixtral"))
 
 
 def ask_for_balance(source: Path, folder: Path) -> Path:
@@ -102,6 +114,7 @@ def whole_of(path: Path, dtype: torch.dtype = torch.float32, settings: LoraSetti
     return whole, trained
 
 
+@functools.cache
 def unsplit(
     path: Path, padding: str, dtype: torch.dtype = torch.float32, settings: LoraSettings = SETTINGS
 ) -> dict[str, torch.Tensor]:
@@ -164,8 +177,7 @@ def through_split(
     return {"loss": loss, **found, **server.learners._sums[0].gradients}, server
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(("cut", "padding"), CASES)
 def test_loss_and_gradients_are_the_unsplit_models_to_the_bit(balanced: Path, cut, padding: str) -> None:
     """Behind a wire that loses nothing; each party goes on adding where the one before it stopped."""
     expected, (found, _) = unsplit(balanced, padding), through_split(balanced, cut, padding)
@@ -174,14 +186,11 @@ def test_loss_and_gradients_are_the_unsplit_models_to_the_bit(balanced: Path, cu
         assert torch.equal(found[name], tensor), name
 
 
-def test_without_the_gradient_by_the_sums_it_would_show(
-    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_gradient_by_the_sums_it_would_show(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss that reaches the trunk is its own routers', too, and not a little."""
-    balanced = ask_for_balance(tiny_models["mixtral"], tmp_path)
-    expected = unsplit(balanced, "none")
+    expected = unsplit(mixtral, "none")
     monkeypatch.setattr(RouterSums, "as_leaf", lambda sums, takes: replace(sums, probabilities=sums.probabilities * 1))
-    parts = parts_of(balanced, (1, 2))
+    parts = parts_of(mixtral, (1, 2))
     server = _server(parts[1])
     link = Link(Direct(server), make_codec("raw"), SCHEDULES["accumulate"])
     with pytest.raises(AssertionError):
@@ -190,7 +199,7 @@ def test_without_the_gradient_by_the_sums_it_would_show(
         assert (gradient - expected[name]).norm() > 0.01 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("cut", [(0, 3), (1, 2), (2, 3)])
+@pytest.mark.parametrize("cut", [(0, 2), (1, 2)])
 def test_in_bfloat16_and_with_fused_kernels(balanced: Path, cut) -> None:
     """The library's code to the bit in bfloat16; fused kernels to rounding in float32."""
     expected = unsplit(balanced, "right", torch.bfloat16)
@@ -202,20 +211,20 @@ def test_in_bfloat16_and_with_fused_kernels(balanced: Path, cut) -> None:
         assert (fused[name] - tensor).norm() <= 2e-5 * tensor.norm(), name
 
 
-def test_sums_cross_unrounded_whatever_the_codec(balanced: Path) -> None:
+def test_sums_cross_unrounded_whatever_the_codec(mixtral: Path) -> None:
     """Under bf16 on the wire the sums have float32's digits, and what they cost is in the ledger."""
     experts, tokens = 4, 3 * 9
-    _, server = through_split(balanced, (1, 2), "none", codec="bf16")
+    _, server = through_split(mixtral, (1, 2), "none", codec="bf16")
     # Up hidden states and sums, down the same; up two gradients, down one.
     assert server.traffic["activation_up"] == tokens * 32 * 2 + (2 * experts + 1) * 4
     assert server.traffic["gradient_up"] == tokens * 32 * 2 + experts * 4
     assert server.traffic["gradient_down"] == tokens * 32 * 4
 
 
-def test_micro_batches_are_the_librarys_accumulation(balanced: Path) -> None:
+def test_micro_batches_are_the_librarys_accumulation(mixtral: Path) -> None:
     """The mean over micro-batches of the library's loss of each, weighted by what they predict."""
     ids, mask, labels = _batch("left", 4, 8)
-    whole, trained = whole_of(balanced)
+    whole, trained = whole_of(mixtral)
     predicted = (labels[:, 1:] != -100).sum()
     losses = []
     for rows in (slice(0, 2), slice(2, 4)):
@@ -223,7 +232,7 @@ def test_micro_batches_are_the_librarys_accumulation(balanced: Path) -> None:
         loss = whole(input_ids=ids[rows], attention_mask=mask[rows], labels=labels[rows]).loss * share
         loss.backward()
         losses.append(loss.detach())
-    parts = parts_of(balanced, (1, 2))
+    parts = parts_of(mixtral, (1, 2))
     server = _server(parts[1])
     bottom, _, top = parts
     link = Link(Direct(server), make_codec("raw"), SCHEDULES["accumulate"])
@@ -237,15 +246,15 @@ def test_micro_batches_are_the_librarys_accumulation(balanced: Path) -> None:
         assert (found[name] - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
 
 
-def test_a_forward_that_is_computed_again_has_the_same_sums(balanced: Path) -> None:
+def test_a_forward_that_is_computed_again_has_the_same_sums(mixtral: Path) -> None:
     """With room for inputs alone, a forward is computed again in the backward, and when it is asked for again."""
-    expected, first = through_split(balanced, (1, 2), "left")
+    expected, first = through_split(mixtral, (1, 2), "left")
     budget = Budget(10**9, resident=lambda: 0, release=lambda: None)
     budget.room = lambda tokens, kept: "input"  # type: ignore[method-assign]
-    found, server = through_split(balanced, (1, 2), "left", budget=budget)
+    found, server = through_split(mixtral, (1, 2), "left", budget=budget)
     assert server.counts["recomputed"] == 1 and first.counts["recomputed"] == 0
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    parts = parts_of(balanced, (1, 2))
+    parts = parts_of(mixtral, (1, 2))
     again = _server(parts[1], budget=budget)
     packet = _packet(0, 5, 4)
     one, two = again.forward(packet), again.forward(packet)
@@ -263,7 +272,7 @@ def _packet(client: int, length: int, experts: int, padded: bool = False) -> Pac
     return Packet(StepKey(1, client, 0), tensors)
 
 
-def test_steps_that_are_computed_as_one_have_each_their_own_sums(balanced: Path) -> None:
+def test_steps_that_are_computed_as_one_have_each_their_own_sums(mixtral: Path) -> None:
     """Three clients of different lengths, one of them padded: sums and gradients as if each were alone."""
     packets = [_packet(client, length, 4, padded=client == 1) for client, length in enumerate((5, 7, 6))]
     gradients = []
@@ -274,7 +283,7 @@ def test_steps_that_are_computed_as_one_have_each_their_own_sums(balanced: Path)
         gradients.append(replace(packet, tensors={name: EXACT.encode(tensor) for name, tensor in tensors.items()}))
 
     def run(together: bool, order: list[int]):
-        server = _server(parts_of(balanced, (1, 2))[1], "batched")
+        server = _server(parts_of(mixtral, (1, 2))[1], "batched")
         learned: dict[str, torch.Tensor] = {}
         server.learners.learn = lambda *given: learned.update(  # type: ignore[method-assign]
             {name: learned.get(name, 0) + gradient for name, gradient in given[-1].items()}
@@ -302,8 +311,8 @@ def test_steps_that_are_computed_as_one_have_each_their_own_sums(balanced: Path)
         ("gradient", torch.full((4,), torch.inf), "not 4 finite numbers"),
     ],
 )
-def test_spoilt_sums_are_refused(balanced: Path, name: str, tensor: torch.Tensor, message: str) -> None:
-    server, packet = _server(parts_of(balanced, (1, 2))[1]), _packet(0, 5, 4)
+def test_spoilt_sums_are_refused(mixtral: Path, name: str, tensor: torch.Tensor, message: str) -> None:
+    server, packet = _server(parts_of(mixtral, (1, 2))[1]), _packet(0, 5, 4)
     if name == "gradient":
         server.forward(packet)
         packet = replace(packet, tensors={"gradient": packet.tensors["hidden"]})
@@ -321,9 +330,9 @@ def test_a_model_without_routers_takes_no_sums(tiny_models: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
-def test_training_follows_plain_fine_tuning(balanced: Path, schedule: str) -> None:
+def test_training_follows_plain_fine_tuning(mixtral: Path, schedule: str) -> None:
     """Five optimiser steps; what does not learn under the schedule does not in the unsplit model either."""
-    client, server, start = make_client(balanced, schedule, steps=5)
+    client, server, start = make_client(mixtral, schedule, steps=5)
     client = replace(client, routers=RouterLoss(COEFFICIENT))
     whole_start = {**start, **server.learners.read().tensors}
     update = client.train(start, round=1)
@@ -332,7 +341,7 @@ def test_training_follows_plain_fine_tuning(balanced: Path, schedule: str) -> No
     trunk = copies[0].adapters if copies else server.learners.read()
     found = {**update.adapters.tensors, **trunk.tensors}
 
-    base = load_whole(balanced)
+    base = load_whole(mixtral)
     settings = LoraSettings(rank=(2,), dropout=0.0)
     whole = get_peft_model(base, lora.lora_config(settings, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}

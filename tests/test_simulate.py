@@ -109,7 +109,7 @@ def test_a_run_that_was_killed_goes_on_with_what_its_optimisers_remember(tmp_pat
     """SIGKILL in the second round of three, with every feature of training on: the same to the bit."""
     argv = [*TINY, "--clients", "2", "--rounds", "3", "--trunk.schedule", "copies", "--keep-best", "--patience", "2"]
     argv += ["--train.schedule", "cosine", "--train.warmup", "0.2", "--train.accumulation", "2", "--train.clip", "0.1"]
-    argv += ["--train.optimizer-state", "keep"]
+    argv += ["--train.optimizer-state", "keep", "--workers", "1"]
     done = command(*argv, "--out", "straight", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     call = [sys.executable, "-m", "fedsplit.simulate", *argv, "--out", "killed"]

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,8 @@ def test_another_kind_of_adapter_goes_on_with_the_fields_of_a_file_that_is_gone(
     (tmp_path / "fields.json").unlink()
     done = command("--resume", "run", "--rounds", "2", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "options = '{\"d_initial\": 0.3}'" in (tmp_path / "run" / "config.toml").read_text()
+    settings = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["lora"]
+    assert (settings["method"], settings["options"]) == ("vera", '{"d_initial": 0.3}')
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_loss"]["after"] < summary["eval_loss"]["before"]
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["d_initial"] == 0.3

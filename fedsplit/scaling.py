@@ -69,7 +69,7 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = N
     for _ in range(_ATTEMPTS if bool(torch.isfinite(output.detach()).all()) else 0):
         begin = (wide * scale).to(output.dtype)
         found = torch.autograd.grad(output, inputs, begin, retain_graph=True, allow_unused=True)
-        unscaled = [None if gradient is None else gradient.float() / scale for gradient in found]
+        unscaled: list[Tensor | None] = [None if gradient is None else gradient.float() / scale for gradient in found]
         if all(bool(torch.isfinite(gradient).all()) for gradient in unscaled if gradient is not None):
             return unscaled
         scale *= _LESS

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import logging
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +112,10 @@ def quantized(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.de
 
 def dequantized(module: nn.Module) -> Tensor:
     """The weight (out, in) that a quantised projection computes with, in float32."""
-    functional, weight = _library().functional, module.weight
+    functional, weight = _library().functional, cast(Any, module.weight)
     if hasattr(weight, "quant_state"):
         return functional.dequantize_4bit(weight.data, weight.quant_state).float()
-    scale = weight.SCB if weight.SCB is not None else module.state.SCB  # the first forward moves it
+    scale = weight.SCB if weight.SCB is not None else cast(Any, module.state).SCB  # the first forward moves it
     return functional.int8_vectorwise_dequant(weight.data, scale).float()
 
 

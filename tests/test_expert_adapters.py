@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from test_routers import EXPERTS, ask_for_balance, parts_of, through_split, unsplit
 from test_simulate import TINY, adapter, command
 
-from fedsplit import lora, simulate
+from fedsplit import checks, lora, planning, simulate
 from fedsplit.adapters import compare, summary
 from fedsplit.config import InputError, LoraSettings, SettingError, build
 from fedsplit.evaluate import held_out_loss
@@ -201,7 +201,7 @@ def test_strategies_that_compute_with_products_do_not(strategy: str, tiny_models
 
 
 def test_micro_batches_are_not_planned_where_they_would_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(planning.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     values = {"clients": 1}
     assert planning.plan(build(values)).micro_batches == 2
     assert planning.plan(build({**values, "router_aux_loss": 0.1})).micro_batches == 1

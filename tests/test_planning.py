@@ -1,0 +1,36 @@
+"""Who gets how much of the machine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fedsplit import planning
+from fedsplit.config import build
+
+
+def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    plans = {
+        (clients, workers): planning.plan(build({"clients": clients, "workers": workers}))
+        for clients in (1, 3, 20)
+        for workers in (0, 2)
+    }
+    assert plans[1, 0] == planning.Plan(1, 4, 4, 2)
+    assert plans[3, 0] == planning.Plan(3, 1, 4, 2)
+    assert plans[20, 0] == planning.Plan(8, 1, 1, 1)
+    assert plans[20, 2] == planning.Plan(2, 2, 4, 2)
+    asked = build({"clients": 20, "threads": 3, "trunk.threads": 5, "train.micro_batches": 4})
+    assert planning.plan(asked) == planning.Plan(8, 3, 5, 4)
+    assert planning.plan(build({"clients": 1, "trunk.schedule": "batched"})).micro_batches == 1
+
+
+@pytest.mark.parametrize("values", [{"trunk.schedule": "copies"}, {"deterministic": True}])
+def test_threads_do_not_depend_on_workers_where_the_result_must_not(
+    values: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    plans = [planning.plan(build({"clients": 4, "workers": workers, **values})) for workers in (1, 2, 4)]
+    assert [plan.workers for plan in plans] == [1, 2, 4]
+    assert {(plan.client_threads, plan.trunk_threads, plan.micro_batches) for plan in plans} == {(1, 4, 2)}

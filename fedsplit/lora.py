@@ -26,8 +26,6 @@ from fedsplit.methods import draws_fresh, method_of
 from fedsplit.split import Part
 from fedsplit.updates import Adapters, Layer, fresh_factor
 
-_NAME = ADAPTER
-
 
 class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
     """PEFT's layer with another forward: the same function, in fewer passes over memory."""
@@ -35,10 +33,15 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base, down, up, dropout = self.base_layer, self.lora_A[_NAME], self.lora_B[_NAME], self.lora_dropout[_NAME]
+        base, down, up, dropout = (
+            self.base_layer,
+            self.lora_A[ADAPTER],
+            self.lora_B[ADAPTER],
+            self.lora_dropout[ADAPTER],
+        )
         weight = base.weight if self.fan_in_fan_out else base.weight.t()
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        return lora_linear(x, weight, base.bias, down.weight, up.weight, self.scaling[_NAME], p)
+        return lora_linear(x, weight, base.bias, down.weight, up.weight, self.scaling[ADAPTER], p)
 
 
 def _fuse(part: Part) -> None:
@@ -93,7 +96,7 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
 
 
 def _layer_of(module: LoraLayer) -> Layer:
-    return Layer(float(module.lora_alpha[_NAME]), bool(module.fan_in_fan_out), bool(module.use_rslora[_NAME]))
+    return Layer(float(module.lora_alpha[ADAPTER]), bool(module.fan_in_fan_out), bool(module.use_rslora[ADAPTER]))
 
 
 def read(*parts: Part) -> Adapters:
@@ -134,7 +137,7 @@ def rescale(part: Part) -> None:
     """Gives every LoRA layer of a part the scaling that goes with the rank of its factors as they are."""
     for module in part.modules():
         if isinstance(module, LoraLayer):
-            module.scaling[_NAME] = _layer_of(module).scaling(module.lora_A[_NAME].weight.shape[0])
+            module.scaling[ADAPTER] = _layer_of(module).scaling(module.lora_A[ADAPTER].weight.shape[0])
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from fedsplit.config import Config, SettingError
-from fedsplit.methods import method_of
+from fedsplit.methods import draws_fresh, method_of
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 
 State = Mapping[str, Tensor]
@@ -178,6 +178,9 @@ def check_strategy(strategy: Any, config: Config) -> None:
         names: Any = importlib.import_module("strategies").STRATEGIES
         able = ", ".join(sorted(name for name in names if not traits_of(_find(name)).factors))
         words = f"{able} with the method {config.lora.method}, whose layers have no pair of factors A and B"
+        raise SettingError("strategy", config.strategy, words)
+    if traits.restarts and not draws_fresh(config.lora):
+        words = "another one where training starts from other factors than LoRA's: this one starts every round afresh"
         raise SettingError("strategy", config.strategy, words)
     if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
         package: Any = importlib.import_module("strategies")

@@ -34,8 +34,6 @@ from fedsplit.sources import to_peft
 from fedsplit.split import SCORE, Part
 from fedsplit.updates import Adapters, Layer, factor_of, fresh_factor
 
-_NAME = ADAPTER
-
 SCORE_WEIGHT = f"{SCORE}.weight"
 """The name of the weight of a head of classes, in a part and in an adapter's file."""
 
@@ -46,17 +44,22 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base, down, up, dropout = self.base_layer, self.lora_A[_NAME], self.lora_B[_NAME], self.lora_dropout[_NAME]
+        base, down, up, dropout = (
+            self.base_layer,
+            self.lora_A[ADAPTER],
+            self.lora_B[ADAPTER],
+            self.lora_dropout[ADAPTER],
+        )
         weight = base.weight if self.fan_in_fan_out else base.weight.t()
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        return lora_linear(x, weight, base.bias, down.weight, up.weight, self.scaling[_NAME], p)
+        return lora_linear(x, weight, base.bias, down.weight, up.weight, self.scaling[ADAPTER], p)
 
     def causal_loss(self, hidden: Tensor, labels: Tensor, cap: float | None) -> Tensor:
         """As a head, the mean next-token loss; see `fedsplit.kernels.causal_loss`."""
         weight = self.base_layer.weight
-        seen = self.lora_dropout[_NAME](hidden.to(weight.dtype))
-        low = functional.linear(seen, self.lora_A[_NAME].weight.to(weight.dtype)) * self.scaling[_NAME]
-        return causal_loss(hidden, weight, labels, cap, low, self.lora_B[_NAME].weight.to(weight.dtype))
+        seen = self.lora_dropout[ADAPTER](hidden.to(weight.dtype))
+        low = functional.linear(seen, self.lora_A[ADAPTER].weight.to(weight.dtype)) * self.scaling[ADAPTER]
+        return causal_loss(hidden, weight, labels, cap, low, self.lora_B[ADAPTER].weight.to(weight.dtype))
 
 
 def _fuse(part: Part) -> None:
@@ -149,7 +152,7 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
 
 def _layer_of(module: LoraLayer) -> Layer:
     transposed = bool(module.fan_in_fan_out) or was_transposed(module.base_layer)
-    layer = Layer(float(module.lora_alpha[_NAME]), transposed, bool(module.use_rslora[_NAME]))
+    layer = Layer(float(module.lora_alpha[ADAPTER]), transposed, bool(module.use_rslora[ADAPTER]))
     if isinstance(module, ParamWrapper):
         layer = replace(layer, experts=int(module.num_experts), parameter=str(module.parameter_name))
     return layer
@@ -194,7 +197,7 @@ def rescale(part: Part) -> None:
     for module in part.modules():
         if isinstance(module, LoraLayer):
             layer = _layer_of(module)
-            module.scaling[_NAME] = layer.scaling(module.lora_A[_NAME].weight.shape[0] // layer.experts)
+            module.scaling[ADAPTER] = layer.scaling(module.lora_A[ADAPTER].weight.shape[0] // layer.experts)
 
 
 def adopt(whole: Adapters, *parts: Part) -> None:
@@ -213,7 +216,7 @@ def adopt(whole: Adapters, *parts: Part) -> None:
     for part in parts:
         for name, module in part.named_modules():
             if isinstance(module, LoraLayer) and (facts := whole.layers.get(part.whole_name(name))) is not None:
-                module.lora_alpha[_NAME] = facts.alpha
+                module.lora_alpha[ADAPTER] = facts.alpha
         rescale(part)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from fedsplit.config import Config, SettingError
-from fedsplit.methods import method_of
+from fedsplit.methods import draws_fresh, method_of
 from fedsplit.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 
@@ -185,6 +185,9 @@ def check_strategy(strategy: Any, config: Config) -> None:
         can = sorted(name for name in package.STRATEGIES if not traits_of(_find(name)).factors)
         kind = f"--prompt.kind {config.prompt.kind}" if config.prompt.kind != "off" else f"--peft {config.lora.method}"
         words = f"{', '.join(can)} with {kind}, which has no pairs of factors A and B"
+        raise SettingError("strategy", config.strategy, words)
+    if traits.restarts and not draws_fresh(config.lora):
+        words = "another one where training starts from other factors than LoRA's: this one starts every round afresh"
         raise SettingError("strategy", config.strategy, words)
     if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
         can = sorted(name for name in package.STRATEGIES if traits_of(_find(name)).mixed_ranks)

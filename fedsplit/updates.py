@@ -295,6 +295,7 @@ class Traits:
 
     Attributes:
         factors: It needs layers with a pair of factors A and B, as LoRA has them.
+        restarts: Every round starts from A as `fresh_factor` draws it and B zero, the first one, too.
         mixed_ranks: Clients may have different ranks.
         folds: It changes base weights.
         personal: The factors that never leave their client.
@@ -305,6 +306,7 @@ class Traits:
     """
 
     factors: bool = False
+    restarts: bool = False
     mixed_ranks: bool = False
     folds: bool = False
     personal: frozenset[str] = frozenset()

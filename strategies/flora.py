@@ -48,7 +48,7 @@ class FLoRA:
         seed: What the new factors are drawn from.
     """
 
-    traits = Traits(factors=True, mixed_ranks=True, folds=True, multiplies=True)
+    traits = Traits(factors=True, restarts=True, mixed_ranks=True, folds=True, multiplies=True)
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed

@@ -16,7 +16,7 @@ from fedsplit.sampling import Chooser, Sampling
 from fedsplit.seeds import derive_seed
 
 CUTS = [(0, 1), (1, 2), (2, BLOCKS)]
-NEW = 8
+NEW = 6
 GREEDY = Sampling()
 
 
@@ -104,7 +104,7 @@ def test_a_ragged_batch_is_each_text_alone(any_model_path: Path) -> None:
     assert all(len(text) == NEW for text in together)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_fused_kernels_and_narrow_types_are_close(family: str, tiny_models: dict[str, Path]) -> None:
     """Fused to rounding; in bfloat16 the library's code is the unsplit model's to the bit."""
     path = tiny_models[family]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.sampling import Chooser, Sampling
@@ -39,6 +39,7 @@ def test_temperature_is_what_logits_are_divided_by() -> None:
     assert (found - expected).abs().max() < 5 * math.sqrt(0.25 / count)
 
 
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), number=st.integers(0, 99))
 def test_a_text_draws_the_same_whatever_is_beside_it(seed: int, number: int) -> None:
     how = Sampling(1.5, seed=seed)

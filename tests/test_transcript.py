@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.transcript import InTurn, Words
@@ -32,6 +32,7 @@ def test_a_space_after_the_prompt_stays() -> None:
     assert "".join(pieces("one", b" two")) == " two"
 
 
+@settings(max_examples=40)
 @given(prompt=st.text("ab é€", min_size=1, max_size=30).map(lambda text: "x" + text + "y"), text=st.text(max_size=20))
 def test_pieces_are_the_text(prompt: str, text: str) -> None:
     assert "".join(pieces(prompt, text.encode())).replace("\N{REPLACEMENT CHARACTER}", "") == text.replace(

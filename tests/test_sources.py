@@ -201,7 +201,7 @@ def test_the_command_on_a_model_of_the_hub(sharded: Path, tmp_path: Path) -> Non
 
         def command(module: str, *argv: str) -> subprocess.CompletedProcess[str]:
             call = [sys.executable, "-m", f"fedsplit.{module}", *argv]
-            return subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+            return subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=550)
 
         done = command("simulate", "--model", "org/tiny", *settings)
         assert done.returncode == 0, done.stderr

@@ -285,7 +285,7 @@ class TrunkServer:
                 self.steps.check_order(packet.key)
         room, count = self._room(list(inputs.values())) if keeps else ("none", len(packets))
         served = packets[:count]
-        answers: dict[StepKey, Tensor] = {}
+        answers = {}
         sums: Mapping[StepKey, RouterSums] = {}
         if served:
             flight = self._take_off(served, inputs, routers, keeps)

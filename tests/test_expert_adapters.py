@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BLOCKS
+from local_federation import federate
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from test_routers import EXPERTS, ask_for_balance, parts_of, through_split, unsplit
@@ -17,7 +19,7 @@ from test_simulate import TINY, adapter, command
 
 from fedsplit import checks, lora, planning, simulate
 from fedsplit.adapters import compare, summary
-from fedsplit.config import InputError, LoraSettings, SettingError, build
+from fedsplit.config import InputError, LoraSettings, SettingError, build, from_document
 from fedsplit.evaluate import held_out_loss
 from fedsplit.families import read_facts
 from fedsplit.fidelity import measure
@@ -209,17 +211,21 @@ def test_micro_batches_are_not_planned_where_they_would_change_the_loss(monkeypa
 
 
 @pytest.mark.slow
-def test_from_the_command_line_and_resumed(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_from_the_command_line_and_resumed(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model whose config.json asks for the loss is balanced; a run that goes on ends as one that did not stop."""
     model = ask_for_balance(tiny_models["mixtral"], tmp_path)
     argv = ["--model", str(model), "--cut", "1:2", "--lora.targets", ",".join(TARGETS), "--lora.dropout", "0"]
-    argv = [*TINY, *argv, "--clients", "2", "--trunk.schedule", "copies"]
-    for out, rounds in (("straight", "2"), ("stopped", "1")):
-        done = command(*argv, "--rounds", rounds, "--out", out, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert "router_aux_loss = 0.5" in (tmp_path / "stopped" / "config.toml").read_text()
+    argv += ["--clients", "2", "--trunk.schedule", "copies", "--threads", "1", "--trunk.threads", "1"]
+    done = command(*TINY, *argv, "--out", "stopped", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = tomllib.loads((tmp_path / "stopped" / "config.toml").read_text())
+    assert (document["router_aux_loss"], document["train"]["micro_batches"]) == (0.5, 1)
     done = command("--resume", "stopped", "--rounds", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    straight = from_document(document | {"rounds": 2, "router_aux_loss": -1.0})
+    federate(straight, tmp_path / "straight", load_strategy("fedavg", {}, {}), monkeypatch)
     one, two = (adapter(tmp_path / name) for name in ("straight", "stopped"))
     assert one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     assert any("experts" in name for name in one)

@@ -292,7 +292,7 @@ def save(
         config.init_lora_weights = True  # what was taken out of the base is in the factors, with what was folded
     config.base_model_name_or_path, config.revision = to_peft(base)
     config.inference_mode = True
-    if blocks is not None and config.target_parameters:
+    if blocks is not None and getattr(config, "target_parameters", None):
         adapted = [whole.weight_name(layer) for layer in whole.layers]
         there = [path for path in config.target_parameters if any(name.endswith(f".{path}") for name in adapted)]
         config.target_parameters = there or None

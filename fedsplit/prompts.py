@@ -235,6 +235,7 @@ def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> Non
     else:
         return
     part.add_module(_PLACE, nn.ModuleDict({_NAME: encoder}))
+    part.adapter = frozenset(name for name, _ in part.named_parameters() if name.startswith(f"{_PLACE}."))
 
 
 def _owner(name: str) -> str | None:

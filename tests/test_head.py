@@ -211,7 +211,7 @@ def test_peft_opens_what_is_saved_whole_and_by_part(
     assert read.layers == lora.read(*parts).layers
     for part in parts:
         own = head if part.kind == "top" else "frozen"
-        lora.save(tmp_path / part.kind, lora.read(part), SETTINGS, top.family, str(path), part.blocks, own)
+        lora.save(tmp_path / part.kind, lora.read(part), SETTINGS, top.family, str(path), part.blocks, head=own)
         alone = PeftModel.from_pretrained(load_whole(path), str(tmp_path / part.kind))
         found = {n for n, p in alone.named_parameters() if "lora_" in n or "modules_to_save" in n}
         assert len(found) == len(lora.parameters(part))

@@ -152,7 +152,7 @@ def _step(parts, link: Link, padding: str) -> torch.Tensor:
     bottom, _, top = parts
     ids, mask, _ = _batch(padding)
     settings = TrainSettings(micro_batches=1)
-    client = Client(0, None, bottom, top, link, settings, 0, RouterLoss(COEFFICIENT))  # type: ignore[arg-type]
+    client = Client(0, None, bottom, top, link, settings, 0, routers=RouterLoss(COEFFICIENT))  # type: ignore[arg-type]
     loss = client.step(ids, StepKey(1, 0, 0), mask)
     assert client.routers.mean(1) > 2
     return loss
@@ -237,7 +237,7 @@ def test_micro_batches_are_the_librarys_accumulation(mixtral: Path) -> None:
     bottom, _, top = parts
     link = Link(Direct(server), make_codec("raw"), SCHEDULES["accumulate"])
     settings = TrainSettings(micro_batches=2)
-    client = Client(0, None, bottom, top, link, settings, 0, RouterLoss(COEFFICIENT))  # type: ignore[arg-type]
+    client = Client(0, None, bottom, top, link, settings, 0, routers=RouterLoss(COEFFICIENT))  # type: ignore[arg-type]
     loss = client.step(ids, StepKey(1, 0, 0), mask)
     torch.testing.assert_close(loss, torch.stack(losses).sum(), rtol=1e-6, atol=0)
     found = {name: p.grad for part in (bottom, top) for name, p in lora.parameters(part).items()}

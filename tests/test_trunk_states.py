@@ -49,6 +49,7 @@ class Toy(nn.Module):
     """A trunk of one adapted layer."""
 
     config = SimpleNamespace(hidden_size=WIDTH)
+    adapter = frozenset({"lora_A.default.weight"})
 
     def __init__(self) -> None:
         super().__init__()

@@ -89,7 +89,7 @@ def fine_tune(
 
 
 def central(
-    path: Path, start: dict[str, torch.Tensor], blocks: torch.Tensor, settings: TrainSettings, rounds: int
+    path: Path, start: dict[str, torch.Tensor], blocks: Sequences, settings: TrainSettings, rounds: int
 ) -> dict[str, torch.Tensor]:
     """Plain fine-tuning of the unsplit model by PEFT, torch and transformers' schedulers, all features as they are."""
     base = load_whole(path)
@@ -105,7 +105,7 @@ def central(
     total = rounds * settings.steps
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=int(settings.warmup * total), num_training_steps=total)
     for step in range(total):
-        ids = batch(blocks, step, settings.batch_size * settings.accumulation, derive_seed(0, "client", 0))
+        ids = batch(blocks, step, settings.batch_size * settings.accumulation, derive_seed(0, "client", 0)).ids
         for part in ids.split(settings.batch_size):
             (whole(input_ids=part, labels=part).loss / settings.accumulation).backward()
         if settings.clip:
@@ -271,8 +271,8 @@ def test_a_rounds_loss_is_the_mean_over_what_was_predicted(model_path: Path) -> 
     client = replace(client, shard=Shard("ann", rows, rows))
     losses, counts, step = [], [], Client.step
 
-    def watched(self, ids, key, mask=None, labels=None):
-        losses.append(float(step(self, ids, key, mask, labels)))
+    def watched(self, ids, key, mask=None, labels=None, rate=1.0):
+        losses.append(float(step(self, ids, key, mask, labels, rate)))
         counts.append(int((labels[:, 1:] != IGNORED).sum()))
         return torch.tensor(losses[-1])
 
@@ -384,7 +384,7 @@ def test_clipping_is_by_the_norm_over_all_that_learns(model_path: Path, schedule
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     for name, tensor in start.items():
         names[name].data = tensor.clone()
-    ids = batch(client.shard.train, 0, 3, derive_seed(0, "client", 0))
+    ids = batch(client.shard.train, 0, 3, derive_seed(0, "client", 0)).ids
     whole(input_ids=ids, labels=ids).loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([names[name] for name in learning], 0.1)
     assert norm > 0.2
@@ -410,7 +410,7 @@ def test_a_rate_above_the_whole_is_refused(model_path: Path) -> None:
     client, _, _ = make_client(model_path, "shared")
     for step, rate in enumerate((1.5, -0.1, float("nan"))):
         with pytest.raises(SpoiledStep, match="of the learning rate, not a share from 0 to 1"):
-            client.step(client.shard.train[:3], StepKey(1, 0, step), rate=rate)
+            client.step(client.shard.train[:3].ids, StepKey(1, 0, step), rate=rate)
 
 
 def test_what_an_optimiser_remembers_is_kept_where_that_is_asked_for(model_path: Path) -> None:

@@ -28,6 +28,7 @@ from fedsplit.merging import combine, merge, unmerge
 from fedsplit.optim import make_optimizer
 from fedsplit.partition import batch
 from fedsplit.seeds import derive_seed
+from fedsplit.sequences import Sequences
 from fedsplit.split import load_parts, load_whole
 from fedsplit.whole import attach, detach, open_base
 
@@ -175,7 +176,8 @@ def test_one_client_follows_plain_peft(model_path: Path, head: str) -> None:
         without_dropout(part)
     ids = torch.randint(1, VOCABULARY, (10, 8), generator=torch.Generator().manual_seed(1))
     link = Link(trunk, make_codec("raw"), SCHEDULES["shared"], incarnation="first")
-    client = Client(0, Shard("ann", ids, torch.zeros(1, 8, dtype=torch.long)), bottom, top, link, config.train, 0)
+    shard = Shard("ann", Sequences.packed(ids), Sequences.packed(torch.zeros(1, 8, dtype=torch.long)))
+    client = Client(0, shard, bottom, top, link, config.train, 0)
     given = lora.read(bottom, top).tensors
     start = {**given, **trunk.server.learners.read().tensors}
     update = client.train(given, round=1)

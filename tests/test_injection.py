@@ -24,6 +24,7 @@ from fedsplit.optim import make_optimizer
 from fedsplit.partition import Shard, batch
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
+from fedsplit.sequences import Sequences
 from fedsplit.split import load_parts, load_whole
 from fedsplit.whole import merged
 from fedsplit.wire import make_codec
@@ -73,7 +74,7 @@ def client_of(config: Config) -> tuple[Client, LocalTrunk]:
     for part in (bottom, trunk.server._part, top):
         without_dropout(part)
     generator = torch.Generator().manual_seed(1)
-    blocks = torch.randint(1, VOCABULARY, (7, 9), generator=generator)
+    blocks = Sequences.packed(torch.randint(1, VOCABULARY, (7, 9), generator=generator))
     link = Link(trunk, make_codec("raw"), SCHEDULES["shared"], incarnation="first")
     return Client(0, Shard("ann", blocks, blocks[:1]), bottom, top, link, config.train, config.seed), trunk
 
@@ -115,7 +116,7 @@ def test_a_client_and_its_trunk_train_as_the_unsplit_model_does(
     optimizer = make_optimizer(parameters.values(), config.train)
     losses = []
     for step in range(STEPS):
-        ids = batch(client.shard.train, step, config.train.batch_size, derive_seed(config.seed, "client", 0))
+        ids = batch(client.shard.train, step, config.train.batch_size, derive_seed(config.seed, "client", 0)).ids
         loss = whole(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()

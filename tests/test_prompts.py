@@ -41,6 +41,7 @@ from fedsplit.packets import Packet, StepKey
 from fedsplit.partition import Shard, batch
 from fedsplit.schedules import SCHEDULES
 from fedsplit.seeds import derive_seed
+from fedsplit.sequences import Sequences
 from fedsplit.split import load_parts, load_tokenizer, load_whole
 from fedsplit.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.trunk import TrunkServer
@@ -268,7 +269,7 @@ def make_client(path: Path, name: str, schedule: str = "shared", **more: object)
     for part in (bottom, trunk.server._part, top):
         without_dropout(part)
     ids = torch.randint(1, VOCABULARY, (10, 8), generator=torch.Generator().manual_seed(1))
-    shard = Shard("ann", ids, torch.zeros(1, 8, dtype=torch.long))
+    shard = Shard("ann", Sequences.packed(ids), Sequences.packed(torch.zeros(1, 8, dtype=torch.long)))
     link = Link(trunk, make_codec("raw"), SCHEDULES[schedule], incarnation="first")
     return Client(0, shard, bottom, top, link, config.train, 0), trunk.server, config
 
@@ -288,7 +289,7 @@ def test_one_client_follows_plain_peft(model_path: Path, name: str) -> None:
     optimizer = make_optimizer(encoder.parameters(), config.train)
     losses = []
     for step in range(STEPS):
-        ids = batch(client.shard.train, step, 3, derive_seed(0, "client", 0))
+        ids = batch(client.shard.train, step, 3, derive_seed(0, "client", 0)).ids
         loss = whole(input_ids=ids, labels=ids).loss
         loss.backward()
         losses.append(loss.detach())
@@ -485,7 +486,7 @@ def test_strategies_that_need_factors_are_refused_by_name() -> None:
     for name in strategies.STRATEGIES:
         strategy = load_strategy(name, {}, {})
         if traits_of(strategy).factors:
-            with pytest.raises(SettingError, match=r"^strategy: .* is not possible; .*no factors A and B: .*fedavg"):
+            with pytest.raises(SettingError, match=r"^strategy: .* is not possible; .*fedavg, .*no pairs of factors A and B"):
                 check_strategy(strategy, replace(config, strategy=name))
         else:
             check_strategy(strategy, replace(config, strategy=name))

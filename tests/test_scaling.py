@@ -26,6 +26,7 @@ from fedsplit.packets import Packet, StepKey
 from fedsplit.partition import Shard
 from fedsplit.scaling import Overflow, backward, gradients, scale_to
 from fedsplit.schedules import SCHEDULES
+from fedsplit.sequences import Sequences
 from fedsplit.split import TYPES, load_parts
 from fedsplit.steps import SpoiledStep
 from fedsplit.strategy import load_strategy
@@ -105,7 +106,8 @@ def make_client(path: Path, dtype: str, kernels: str, **values: object) -> tuple
     for part in (*parts, trunk.server._part):
         without_dropout(part)
     generator = torch.Generator().manual_seed(1)
-    shard = Shard("ann", torch.randint(1, VOCABULARY, (9, 8), generator=generator), torch.zeros(1, 8, dtype=torch.long))
+    ids = torch.randint(1, VOCABULARY, (9, 8), generator=generator)
+    shard = Shard("ann", Sequences.packed(ids), Sequences.packed(torch.zeros(1, 8, dtype=torch.long)))
     link = Link(trunk, RAW, SCHEDULES[config.trunk.schedule], incarnation="first")
     client = Client(0, shard, *parts, link, config.train, 0)
     start = lora.read(trunk.server._part).tensors

@@ -72,14 +72,14 @@ def test_what_is_not_there_is_named(tmp_path: Path, spec: str, options: dict, me
     ("strategy", "options", "values", "message"),
     [
         ("ffa", {}, {"lora.rank": "4,8"}, "^lora.rank: 4,8 is not possible; allowed: one rank .* ffa; fedex, flexlora"),
-        ("ffa", {}, {"lora.method": "dora"}, "^strategy: ffa is not possible; allowed: fedadagrad, .* the method dora"),
+        ("ffa", {}, {"lora.method": "dora"}, "^strategy: ffa is not possible; allowed: fedadagrad, .* --peft dora"),
         (
             "flora",
             {},
             {"lora.method": "pissa"},
             "^strategy: flora is not possible; allowed: another one where training",
         ),
-        ("normclip", {"around": "flora"}, {"lora.method": "ia3"}, "^strategy: normclip .* no pair of factors A and B"),
+        ("normclip", {"around": "flora"}, {"lora.method": "ia3"}, "^strategy: normclip .* no pairs of factors A and B"),
         ("flora", {}, {"dtype": "bf16"}, "^dtype: bf16 is not possible; allowed: fp32 under the strategy flora"),
         ("krum", {"malicious": 1}, {"clients": 4}, "^clients: 4 is not possible; allowed: 5 and more in a round"),
         ("krum", {}, {"clients": 8, "fraction": 0.25}, "^clients: 2 in a round is not possible; allowed: 3 and more"),

@@ -130,7 +130,7 @@ def test_a_client_and_its_trunk_train_as_the_unsplit_model_does(
     assert moved > len(start.tensors) / 2
     assert bool(after.layers) == METHODS[method].factors
 
-    ids = client.shard.train[:2]
+    ids = client.shard.train[:2].ids
     with torch.no_grad():
         expected = whole(input_ids=ids).logits
         saved = tmp_path / "after"

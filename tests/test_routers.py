@@ -357,7 +357,7 @@ def test_training_follows_plain_fine_tuning(mixtral: Path, schedule: str) -> Non
         optimizers = [torch.optim.AdamW(ps, lr=5e-3, weight_decay=0.0, fused=True) for ps in (outer, middle.values())]
     losses, auxiliary = [], []
     for step in range(5):
-        ids = batch(client.shard.train, step, 3, derive_seed(0, "client", 0))
+        ids = batch(client.shard.train, step, 3, derive_seed(0, "client", 0)).ids
         outputs = whole(input_ids=ids, labels=ids)
         outputs.loss.backward()
         losses.append(outputs.loss.item())

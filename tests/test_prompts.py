@@ -486,7 +486,9 @@ def test_strategies_that_need_factors_are_refused_by_name() -> None:
     for name in strategies.STRATEGIES:
         strategy = load_strategy(name, {}, {})
         if traits_of(strategy).factors:
-            with pytest.raises(SettingError, match=r"^strategy: .* is not possible; .*fedavg, .*no pairs of factors A and B"):
+            with pytest.raises(
+                SettingError, match=r"^strategy: .* is not possible; .*fedavg, .*no pairs of factors A and B"
+            ):
                 check_strategy(strategy, replace(config, strategy=name))
         else:
             check_strategy(strategy, replace(config, strategy=name))

@@ -33,6 +33,7 @@ class Family:
         narrows: The MLP's projections back to the hidden size, by the ends of their names.
         layers_key: What the checkpoint's config.json calls the number of blocks.
         positions_key: What it calls the longest sequence.
+        width_key: What it calls the size of a hidden state.
         cap_key: What it calls the cap of the logits, if the family has one.
         stored: What checkpoints call parameters, or the pieces of them, where it is not the library's name; both by
             the ends of the names. For `*` the numbers of experts are put in, whose tensors are stacked; pieces are
@@ -61,6 +62,7 @@ class Family:
     narrows: tuple[str, ...] = ()
     layers_key: str = "num_hidden_layers"
     positions_key: str = "max_position_embeddings"
+    width_key: str = "hidden_size"
     cap_key: str | None = None
     stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     outgrows: str | None = None
@@ -115,6 +117,7 @@ FAMILIES = {
         narrows=("mlp.c_proj",),
         layers_key="n_layer",
         positions_key="n_positions",
+        width_key="n_embd",
         required={"add_cross_attention": False},  # there is no encoder, and adapters on it would get no gradient
     ),
     "llama": _LLAMA,
@@ -183,6 +186,7 @@ class Facts:
         blocks: Number of blocks.
         positions: Longest sequence in tokens.
         end: The id of the token that ends a text.
+        width: The size of a hidden state; 0 where config.json does not say.
         experts: Experts of each block that has any.
         routed: The blocks that have experts.
         router_aux_loss: The coefficient of the auxiliary loss of their routers, as the unsplit model has it.
@@ -192,6 +196,7 @@ class Facts:
     blocks: int
     positions: int
     end: int
+    width: int = 0
     experts: int = 0
     routed: tuple[int, ...] = ()
     router_aux_loss: float = 0.0
@@ -262,7 +267,9 @@ def read_facts(path: Path) -> Facts:
             raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
         numbers.append(value)
     blocks, positions, end = numbers
-    return Facts(family, blocks, positions, end, **_read_experts(family, document, blocks, path, allowed))
+    width = document.get(family.width_key)
+    width = width if isinstance(width, int) and not isinstance(width, bool) else 0
+    return Facts(family, blocks, positions, end, width, **_read_experts(family, document, blocks, path, allowed))
 
 
 _UNSAID = {"decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}

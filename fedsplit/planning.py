@@ -9,6 +9,10 @@ from fedsplit.config import Config, SettingError
 from fedsplit.schedules import SCHEDULES, is_deterministic
 
 
+LARGE = 2**25
+"""Tokens times the square of the width from which on computing half a batch takes far longer than its messages do."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Who gets how much of the machine.
@@ -26,12 +30,18 @@ class Plan:
     micro_batches: int
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config, width: int = 0) -> Plan:
     """Deals the cores out; threads that outnumber the cores make every process several times slower.
 
     Where there are fewer clients at a time than cores, half of the cores are the trunk's, and two micro-batches
-    keep both sides at work. Where the result must not depend on the number of processes, threads and
+    keep both sides at work. Where the model is large they also do so with as many clients as cores: at the shape of
+    GPT-2 small 1.88 of 2 cores were busy in place of 1.70. Of a small model a second message costs more than that
+    (6 to 19 % less speed with the bundled one). Where the result must not depend on the number of processes, threads and
     micro-batches do not either: they decide how sums are rounded, and which dropout is drawn.
+
+    Args:
+        config: The run's.
+        width: The size of the model's hidden states; 0 where it is not known.
 
     Raises:
         SettingError: More clients should train at once than there are processes.
@@ -46,7 +56,9 @@ def plan(config: Config) -> Plan:
     if config.deterministic and group > workers:
         raise SettingError("trunk.group", group, f"1 to {workers}, the number of client processes")
     one = SCHEDULES[config.trunk.schedule].gathers or config.router_aux_loss > 0  # what they would change
-    micro_batches = 1 if one or at_once >= cores else 2
+    tokens = config.train.batch_size * config.train.max_length / 2
+    large = config.train.batch_size > 1 and tokens * width**2 >= LARGE
+    micro_batches = 2 if not one and (at_once < cores or large) else 1
     return Plan(
         workers, config.threads or client, config.trunk.threads or trunk, config.train.micro_batches or micro_batches
     )

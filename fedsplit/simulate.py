@@ -140,7 +140,7 @@ def run(config: Config) -> dict[str, Any]:
 
     facts = read_facts(about(config))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
-    shares = plan(config)
+    shares = plan(config, facts.width)
     config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
     with make_watcher() as watcher:
         watcher.line(

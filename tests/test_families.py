@@ -17,7 +17,7 @@ from fedsplit.split import load_whole
 def test_facts_are_those_of_the_library(any_model_path: Path) -> None:
     facts, config = read_facts(any_model_path), load_whole(any_model_path).config
     assert (facts.blocks, facts.positions) == (config.num_hidden_layers, config.max_position_embeddings)
-    assert facts.end == config.eos_token_id
+    assert (facts.end, facts.width) == (config.eos_token_id, config.hidden_size)
 
 
 def test_every_record_names_what_is_there(tiny_models: dict[str, Path]) -> None:

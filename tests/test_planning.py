@@ -26,6 +26,16 @@ def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
     assert planning.plan(build({"clients": 1, "trunk.schedule": "batched"})).micro_batches == 1
 
 
+def test_a_large_model_is_worth_a_second_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)), raising=False)
+    eight = {"clients": 8, "train.batch_size": 4, "train.max_length": 64}
+    assert planning.plan(build(eight), width=768).micro_batches == 2  # 128 tokens * 768 ** 2 = 75 million
+    assert planning.plan(build(eight), width=128).micro_batches == 1
+    assert planning.plan(build(eight)).micro_batches == 1
+    assert planning.plan(build({**eight, "trunk.schedule": "batched"}), width=768).micro_batches == 1
+    assert planning.plan(build({**eight, "train.batch_size": 1}), width=4096).micro_batches == 1
+
+
 @pytest.mark.parametrize("values", [{"trunk.schedule": "copies"}, {"deterministic": True}])
 def test_threads_do_not_depend_on_workers_where_the_result_must_not(
     values: dict[str, object], monkeypatch: pytest.MonkeyPatch

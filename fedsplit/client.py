@@ -68,7 +68,7 @@ def _micro_batches(ids: Tensor, labels: Tensor, mask: Tensor | None, count: int,
 def _weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
     """The mean over all that was predicted; where steps predict equally much, their mean to the bit."""
     weights = torch.tensor(counts, dtype=torch.float64) * len(counts) / sum(counts)
-    return float((torch.stack(list(losses)) * weights.float()).mean())
+    return float((torch.stack(list(losses)).cpu() * weights.float()).mean())
 
 
 @dataclass(frozen=True)

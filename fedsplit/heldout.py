@@ -13,7 +13,6 @@ from fedsplit.client import Client
 from fedsplit.config import Config
 from fedsplit.devices import device_of
 from fedsplit.families import read_facts
-from fedsplit.kernels import IGNORED
 from fedsplit.packets import StepKey
 from fedsplit.partition import Deal, Shard, make_deal, spread
 from fedsplit.sequences import Sequences, behind
@@ -105,8 +104,8 @@ def through_split(client: Client, given: Mapping[str, Tensor], round: int, batch
     def loss_of(number: int, rows: Sequences) -> Tensor:
         key, virtual, rows = StepKey(round, client.number, number), client.bottom.virtual, rows.to(device)
         # The first token is not asked for, which only virtual tokens could predict: the same text counts for all.
-        first = torch.tensor(0, device=device)
-        labels, mask = behind(virtual, rows.labels.index_fill(1, first, IGNORED), rows.mask)
+        labels, _ = behind(virtual + 1, rows.labels[:, 1:], None)
+        _, mask = behind(virtual, rows.labels, rows.mask)
         hidden = client.link.evaluate(client.bottom(rows.ids, mask), key, mask)
         return client.top(hidden, labels, mask)
 

@@ -58,7 +58,8 @@ def _check_mergeable(adapter: Adapter, read: Adapters) -> None:
 def _untie(model: Any, changes: Adapters) -> bool:
     """Gives the head a weight of its own where an adapter changes it; whether it had shared the embedding's."""
     head, words = model.lm_head, model.get_input_embeddings()
-    if (HEAD not in changes.layers and WEIGHT not in changes.tensors) or head.weight is not words.weight:
+    changed = any(name.startswith(f"{HEAD}.") for name in changes.tensors)
+    if not changed or head.weight is not words.weight:
         return False
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False

@@ -200,6 +200,8 @@ def test_a_router_of_another_rank_than_the_rest_is_opened(
     model = PeftModel.from_pretrained(load_whole(run.config.model_path), str(run.adapter().folder))
     expected = run.summary["eval_loss"]["after"]
     assert held_out_loss(model, run.path) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(InputError, match="cannot be combined, nor on routers"):
+        combine([run.adapter()] * 2, [0.5, 0.5], "cat", tmp_path / "both")
     merge(run.adapter(), tmp_path / "merged")
     assert held_out_loss(load_whole(tmp_path / "merged"), run.path) == pytest.approx(expected, abs=1e-5)
 

@@ -215,6 +215,9 @@ def check_experts(config: Config, facts: Facts) -> None:
     if config.lora.dropout:
         words = f"0 with adapters on {','.join(asked)}, which PEFT adds to the weights themselves"
         raise SettingError("lora.dropout", config.lora.dropout, words)
+    if METHODS[config.lora.method].residual and (stacked := [name for name in asked if name in STACKED]):
+        words = f"targets that are one matrix each with the method {config.lora.method}, which decomposes them"
+        raise SettingError("lora.targets", ",".join(stacked), words)
     low, high = config.bounds
     own = {"bottom": range(low), "trunk": range(low, high), "top": range(high, facts.blocks)}
     without = [part for part, blocks in own.items() if blocks and not {*blocks} & {*facts.routed}]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.command import exit_code, quieten
-from fedsplit.config import KERNELS, Allowed, Config, InputError, SettingError, at_least, one_of
+from fedsplit.config import DEVICE, KERNELS, Allowed, Config, InputError, SettingError, at_least, one_of
 from fedsplit.finished import Adapter, Run, open_run
 from fedsplit.flags import Parser
 from fedsplit.simulate import check_memory, prepare_environment
@@ -131,6 +131,16 @@ def _adapter(run: Run, client: int | None) -> Adapter:
     return run.adapter(client)
 
 
+def _trunk_device(asked: argparse.Namespace, config: Config) -> str:
+    """What the trunk computes on: what is asked for, or as in the run; the client writes on the CPU.
+
+    Raises:
+        SettingError: No device is called so.
+    """
+    name: str = asked.trunk_device or config.device_of("trunk")
+    return str(_checked("trunk.device", name, DEVICE))
+
+
 def _end_tokens(model: Path) -> list[int]:
     """The tokens that end a text: those the model's folder names for generation, or else in its configuration."""
     for name in ("generation_config.json", "config.json"):
@@ -194,10 +204,17 @@ def check(asked: argparse.Namespace) -> Job:
     if config.prompt.kind != "off":
         kind = f"a run with --prompt.kind {config.prompt.kind}"
         raise InputError(f"{kind} cannot write through the split: no file has what its parties' encoders need to go on")
+    if config.data.format == "classification":
+        raise InputError(f"the run in {run.path} sorts texts into classes: its model has no head that writes")
 
+    from fedsplit.devices import check_devices
     from fedsplit.families import read_facts
+    from fedsplit.quantization import check_quantization
     from fedsplit.sources import about, weights
 
+    config = replace(config, device="cpu", trunk=replace(config.trunk, device=_trunk_device(asked, config)))
+    check_devices(config)
+    check_quantization(config)
     model = about(config)
     facts = read_facts(model)
 
@@ -217,19 +234,29 @@ def check(asked: argparse.Namespace) -> Job:
     return Job(config, adapter, client, tokenizer, heads, tokens, most, stops, how, asked.batch_size)
 
 
+def _load_ends(job: Job) -> list[Any]:
+    """The client's parts, held in as many bits as in the run, with its adapters."""
+    from fedsplit import adapting
+    from fedsplit.sources import weights
+    from fedsplit.split import TYPES, Kind, load_parts
+
+    config, ends = job.config, list[Kind](["bottom", "top"])
+    how = TYPES[config.dtype], config.kernels
+    parts = load_parts(weights(config, ends), config.bounds, ends, *how, bits=config.bits)
+    adapting.adopt(job.adapter.folder, config, *parts)
+    return parts
+
+
 @contextlib.contextmanager
 def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     """Starts the trunk, loads what the client has meanwhile, and stops the trunk at the end, however it ends."""
     import torch
 
-    from fedsplit import adapting
     from fedsplit.actor import start_cluster, start_trunk, stop_cluster
     from fedsplit.decoding import Ends
     from fedsplit.link import Link
     from fedsplit.planning import plan
     from fedsplit.schedules import SCHEDULES
-    from fedsplit.sources import weights
-    from fedsplit.split import TYPES, load_parts
     from fedsplit.wire import make_codec
 
     config, folder = job.config, job.adapter.folder.absolute()
@@ -239,10 +266,7 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     try:
         start_cluster(1)
         trunk = start_trunk(config, name, shares.trunk_threads, folder)
-        bottom, top = load_parts(
-            weights(config, ["bottom", "top"]), config.bounds, ["bottom", "top"], TYPES[config.dtype], config.kernels
-        )
-        adapting.adopt(folder, config, bottom, top)
+        bottom, top = _load_ends(job)
         check_memory(config, trunk)
         incarnation = trunk.status()["incarnation"]
         link = Link(trunk, make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule], name, incarnation)
@@ -350,6 +374,13 @@ def _parser() -> Parser:
     add("--seed", type=int, metavar="N", help="decides what is drawn (default: 0)")
     add("--batch-size", type=int, default=8, metavar="N", help="texts that are written at once (default: 8)")
     add("--kernels", default="", metavar="NAME", help=f"{' | '.join(KERNELS)} (default: the run's)")
+    add(
+        "--trunk.device",
+        dest="trunk_device",
+        default="",
+        metavar="NAME",
+        help=f"what the trunk computes on: {DEVICE.words} (default: as in the run); the client is on the CPU",
+    )
     add("--model", default="", metavar="DIR", help="where the base model lies now, if it was moved")
     return parser
 

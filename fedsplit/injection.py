@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
 from peft.utils.peft_types import PeftType
 
 from fedsplit.config import Config, LoraSettings, SettingError, suggest
@@ -148,6 +149,8 @@ def check_injection(config: Config, family: Family) -> None:
     Raises:
         SettingError: A layer of the model does not suit them, such as one whose size a block size does not divide.
     """
+    if method_of(config.lora).residual:
+        _check_rank(config, family)
     adapted = make_config(config.lora, family, seed=config.seed)
     try:
         with torch.device("meta"):
@@ -156,6 +159,22 @@ def check_injection(config: Config, family: Family) -> None:
         raise _refused(config.lora, error) from None
     except (NotImplementedError, RuntimeError):
         return  # it looks at the weights themselves; whether it can, shows when they are there
+
+
+def _check_rank(config: Config, family: Family) -> None:
+    """Makes sure that a factorisation of every weight has as many columns as the rank that is asked for.
+
+    Raises:
+        SettingError: One has fewer; PEFT would give that layer a smaller rank, and the parties would not fit.
+    """
+    rank = config.lora.top_rank
+    plain = make_config(dataclasses.replace(config.lora, method="lora", options=""), family, seed=config.seed)
+    with torch.device("meta"):
+        inject(whole := blank(about(config)), plain, config.seed)
+    for name, module in whole.named_modules():
+        if isinstance(module, LoraLayer) and (least := min(module.in_features, module.out_features)) < rank:
+            words = f"1 to {least} with the method {config.lora.method}, which decomposes the weights of {name}"
+            raise SettingError("lora.rank", rank, words)
 
 
 def trained_names(part: Part) -> frozenset[str]:

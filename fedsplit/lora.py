@@ -305,12 +305,19 @@ def save(
             change = change + whole.folded[layer].to(change.up.dtype)
         elif change.rank == settings.top_rank:
             continue
-        config.rank_pattern[layer] = change.rank
-        config.alpha_pattern[layer] = change.rank**0.5 if settings.rslora else change.rank  # a scaling of 1
+        key = pattern_name(layer, config)
+        config.rank_pattern[key] = change.rank
+        config.alpha_pattern[key] = change.rank**0.5 if settings.rslora else change.rank  # a scaling of 1
         tensors |= {f"{layer}.lora_A.weight": change.down.float(), f"{layer}.lora_B.weight": change.up.float()}
     config.save_pretrained(str(directory))
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def pattern_name(layer: str, config: PeftConfig) -> str:
+    """What PEFT calls a layer where it looks up a rank or an alpha of its own: a router, by its parameter."""
+    parameter = f"{layer}.weight"
+    return parameter if any(parameter.endswith(f".{path}") for path in config.target_parameters or ()) else layer
 
 
 def load(directory: Path) -> Adapters:
@@ -326,7 +333,8 @@ def load(directory: Path) -> Adapters:
     if config.peft_type != "LORA" or config.use_dora or config.lora_bias:
         return Adapters(tensors, layers)
     for layer in sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)}):
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+        key = get_pattern_key(config.alpha_pattern, pattern_name(layer, config))
+        alpha = config.alpha_pattern.get(key, config.lora_alpha)
         transposed = bool(config.fan_in_fan_out) and layer != HEAD  # a head is no Conv1D in any family
         layers[layer] = Layer(float(alpha), transposed, bool(config.use_rslora))
         if layer.removesuffix(".base_layer").endswith(".experts"):

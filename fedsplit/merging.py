@@ -58,7 +58,8 @@ def _check_mergeable(adapter: Adapter, read: Adapters) -> None:
 def _untie(model: Any, changes: Adapters) -> bool:
     """Gives the head a weight of its own where an adapter changes it; whether it had shared the embedding's."""
     head, words = model.lm_head, model.get_input_embeddings()
-    if (HEAD not in changes.layers and WEIGHT not in changes.tensors) or head.weight is not words.weight:
+    changed = any(name.startswith(f"{HEAD}.") for name in changes.tensors)
+    if not changed or head.weight is not words.weight:
         return False
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
@@ -246,8 +247,9 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
             raise InputError(f"the adapter in {adapter.folder} holds a whole head, which PEFT cannot combine")
     if how == "linear":
         _check_linear(read)
-    if any(one.stacked for one in read):
-        raise InputError("adapters on the experts' stacked weights cannot be combined: PEFT adds up no such factors")
+    if any(json.loads((one.folder / ADAPTER_FILES[0]).read_text()).get("target_parameters") for one in adapters):
+        words = "nor on routers: PEFT adds up no such factors"
+        raise InputError(f"adapters on the experts' stacked weights cannot be combined, {words}")
     names = [f"number{index}" for index in range(len(adapters))]
     model = PeftModel.from_pretrained(base, str(adapters[0].folder), adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):

@@ -206,10 +206,13 @@ def merged(base: Any, adapter: Adapter) -> Any:
     """
     model = attach(base, adapter)
     try:
-        return model.merge_and_unload(safe_merge=True)
+        whole = model.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the adapter in {adapter.folder} cannot be merged ({reason})") from None
+    for trained in getattr(getattr(whole, HEAD, None), "modules_to_save", {}).values():  # LN tuning leaves it there
+        whole.lm_head = trained
+    return whole
 
 
 def detach(model: Any) -> Any:

@@ -172,6 +172,11 @@ REFUSED = [
         "lora.targets: gate,down_proj is not .*: other targets, too, under the cut 1:2, which leaves the trunk no",
     ),
     ("mixtral", {"lora.targets": "down_proj", "lora.dropout": 0, "strategy": "flora"}, "under the strategy flora"),
+    (
+        "mixtral",
+        {"lora.targets": "down_proj,gate", "lora.dropout": 0, "lora.method": "pissa"},
+        "lora.targets: down_proj is not possible; allowed: targets that are one matrix each with the method pissa",
+    ),
 ]
 
 
@@ -183,6 +188,22 @@ def test_what_cannot_be_had_is_refused(
     with pytest.raises(SettingError, match=message):
         simulate.check(build(plain | values))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("strategy", "values"), [("fedex", {"lora__rslora": True}), ("flora", {"lora__rank": [1, 3]})])
+def test_a_router_of_another_rank_than_the_rest_is_opened(
+    strategy: str, values: dict[str, object], finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PEFT looks its rank up by the parameter's name, and that of a module's adapter by the module's."""
+    settings = {"lora__targets": ["q_proj", "gate"], "lora__dropout": 0.0, **values}
+    run = open_run(finished_run("mixtral", strategy, **settings))
+    model = PeftModel.from_pretrained(load_whole(run.config.model_path), str(run.adapter().folder))
+    expected = run.summary["eval_loss"]["after"]
+    assert held_out_loss(model, run.path) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(InputError, match="cannot be combined, nor on routers"):
+        combine([run.adapter()] * 2, [0.5, 0.5], "cat", tmp_path / "both")
+    merge(run.adapter(), tmp_path / "merged")
+    assert held_out_loss(load_whole(tmp_path / "merged"), run.path) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "ffa", "fedsa", "scaffold", "median", "multikrum", "krum", "flora"])

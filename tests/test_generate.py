@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -10,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import tomli_w
 import torch
 from peft import PeftModel
 from split_models import Here, server_of
 
-from fedsplit import generate, lora
+from fedsplit import generate, lora, split
 from fedsplit.decoding import Ends, Pace, decode
 from fedsplit.finished import Run, open_run
 from fedsplit.link import Link
@@ -103,6 +107,21 @@ def test_texts_are_those_of_the_exported_adapter(client: int | None, talking: Ta
     assert found == [_unsplit(run, folder, prompt, 12) for prompt in PROMPTS]
 
 
+def test_the_client_holds_its_parts_as_the_run_did(talking: Talking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In as many bits: otherwise it would write with another model than the one that was trained."""
+    run, asked = open_run(_folded(talking)), {}
+
+    def load(*_: object, **how: object) -> list[object]:
+        asked.update(how)
+        return load_parts(run.config.model_path, run.config.bounds, ["bottom", "top"])
+
+    monkeypatch.setattr(split, "load_parts", load)
+    config = replace(run.config, quantization="bottom:4,trunk:4,top:8")
+    job = generate.Job(config, run.adapter(), 0, None, [], [], 1, [], Sampling(), 1)
+    generate._load_ends(job)
+    assert asked["bits"] == {"bottom": 4, "trunk": 4, "top": 8}
+
+
 def test_prompts_become_tokens(talking: Talking) -> None:
     model = open_run(_folded(talking)).config.model_path
     tokenizer = load_tokenizer(model)
@@ -124,7 +143,7 @@ def test_what_went_by_is_told() -> None:
 
 
 def test_what_is_asked_for_wrongly_gets_one_line(
-    talking: Talking, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    talking: Talking, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, own = str(_folded(talking)), str(talking("gpt2", "fedsa"))
     shutil.copytree(run, tmp_path / "unfinished")
@@ -133,6 +152,16 @@ def test_what_is_asked_for_wrongly_gets_one_line(
     (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
     (tmp_path / "none.txt").write_text("\n \n")
     hello = ["--prompt", "Hello"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    def changed(**values: object) -> str:
+        """A run that had another setting."""
+        folder = tmp_path / "".join(values)
+        shutil.copytree(run, folder)
+        file = folder / "config.toml"
+        file.write_text(tomli_w.dumps(tomllib.loads(file.read_text()) | values))
+        return str(folder)
+
     for argv, words in (
         (hello, "the following arguments are required: --run; see --help"),
         (["--run", "nowhere", *hello], "nowhere is no folder of a run: there is no such folder"),
@@ -158,6 +187,10 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", own, *hello], "in this run every client has an adapter of its own: say --client, one of 0, 1, 2"),
         (["--run", own, "--client", "0", "--chat", *hello], "chat: the tokenizer of"),
         (["--run", run, "--model", "nowhere", *hello], "model: nowhere is not possible"),
+        (["--run", run, "--trunk.device", "gpu", *hello], "trunk.device: gpu is not possible; allowed: auto | cpu"),
+        (["--run", changed(device="cuda:77"), *hello], "trunk.device: cuda:77 is not possible; allowed: auto | cpu"),
+        (["--run", changed(quantization="top:4"), *hello], "quantization: top:4 is not possible; allowed: none with"),
+        (["--run", changed(data={"format": "classification"}), *hello], f"the run in {tmp_path}/data sorts texts"),
     ):
         assert generate.main(argv) == 2, argv
         said = capsys.readouterr()

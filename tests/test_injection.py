@@ -257,6 +257,15 @@ def test_what_does_not_suit_a_layer_is_found_before_anything_is_loaded(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_rank_that_a_decomposition_does_not_have_is_refused(method: str, tiny_models: dict[str, Path]) -> None:
+    """PEFT would give such a layer a smaller one than the parties reckon with, and the first round would end in it."""
+    values = {"model": str(tiny_models["llama"]), "lora.method": method}
+    with pytest.raises(SettingError, match=rf"^lora.rank: 17 .* 1 to 16 with the method {method}, .*k_proj$"):
+        check_injection(build(values | {"lora.rank": 17}), FAMILIES["llama"])
+    check_injection(build(values | {"lora.rank": 16}), FAMILIES["llama"])
+
+
 @pytest.mark.slow
 def test_what_suits_is_not_refused(tiny_models: dict[str, Path]) -> None:
     for method in METHODS:

@@ -168,6 +168,20 @@ def test_adapters_of_different_ranks_are_combined_exactly(finished_run: Callable
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "head"), [("gpt2", "dora", "lora"), ("gemma2", "dora", "lora"), ("llama", "ln_tuning", "full")]
+)
+def test_a_head_that_trained_beside_another_kind_of_adapter_is_merged(
+    family: str, method: str, head: str, finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """And the embedding that it was tied to is not: such an adapter has no factors by which it would be known."""
+    drops = {} if method == "dora" else {"lora__dropout": 0.1, "lora__rank": 8, "lora__alpha": 16.0}
+    adapter = find_adapter(finished_run(family, lora__method=method, lm_head=head, **drops))
+    expected = logits(PeftModel.from_pretrained(load_whole(adapter.model_path), str(adapter.folder)))
+    merge(adapter, tmp_path / "merged")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, atol=1e-5)
+
+
 def test_adapters_of_different_models_are_not_combined(finished_run: Callable[..., Path], tmp_path: Path) -> None:
     adapters = [find_adapter(finished_run(family)) for family in ("gpt2", "llama")]
     with pytest.raises(InputError, match="belong to different base models"):

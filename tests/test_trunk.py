@@ -12,6 +12,7 @@ from conftest import without_dropout
 
 from fedsplit import lora
 from fedsplit.config import LoraSettings, TrainSettings
+from fedsplit.learners import Start
 from fedsplit.memory import Budget
 from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
@@ -254,6 +255,18 @@ def test_a_copy_depends_on_its_own_client_alone_to_the_bit(model_path: Path) -> 
     among.learners.write(one)
     assert among.learners.copies() == {}
     assert all(torch.equal(tensor, among.learners.read().tensors[name]) for name, tensor in one.items())
+
+
+def test_a_copy_of_another_rank_may_be_what_is_computed_with_first(model_path: Path) -> None:
+    """As after `--resume`, where nothing is evaluated before the first step: its scaling is that of its own rank."""
+    fresh, used = (make_server(model_path, "copies") for _ in range(2))
+    used.forward(packet(0, 0, training=False, wants=False))
+    smaller = used.learners.read().with_rank(1).tensors
+    found = []
+    for server in (fresh, used):
+        server.learners.assign({1: Start(smaller)})
+        found.append(RAW.decode(server.forward(packet(1, 0)).tensors["hidden"]))
+    assert torch.equal(*found)
 
 
 def test_recomputing_changes_no_bit(model_path: Path) -> None:

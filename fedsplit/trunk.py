@@ -154,7 +154,7 @@ class TrunkServer:
         # Where a version is put before it computes. `torch.func.functional_call` does the same, but looks at
         # every parameter of the part each time, which takes 3 % of a step of the bundled model.
         self._slots = {lora.exported_name(part, n): _slot(part, n) for n in lora.local_parameters(part)}
-        self._placed: Version = {}
+        self._placed: Version = {**lora.parameters(part)}  # the first version may be of another rank
         self._budget = budget or Budget(None)
         self._promised: dict[StepKey, tuple[int, float]] = {}
         self._clock, self._lease = clock, lease

@@ -503,6 +503,20 @@ def test_the_best_round_is_what_a_run_leaves_that_stops_early(
     check_resumable(out, 9)
 
 
+def test_a_run_with_several_ranks_goes_on_to_the_bit(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trunk's first step in its second life is of a client with a smaller rank than the part was made with."""
+    lora_settings = replace(one_config.lora, rank=(2, 4))
+    config = replace(one_config, rounds=2, lora=lora_settings, trunk=replace(one_config.trunk, schedule="copies"))
+    rule = load_strategy("hetlora", {}, strategy_defaults(config))
+    federate(config, tmp_path / "straight", rule, monkeypatch)
+    federate(replace(config, rounds=1), tmp_path / "stopped", rule, monkeypatch)
+    federate(replace(config, resume=str(tmp_path / "stopped")), tmp_path / "stopped", rule, monkeypatch)
+    straight, stopped = final_adapter(tmp_path / "straight"), final_adapter(tmp_path / "stopped")
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+
+
 def test_a_run_killed_before_it_was_summed_up_is_summed_up(
     one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,9 +136,9 @@ class Federation:
         else:
             left, whole, own = course.last, self._whole(adapters), self._personal(adapters)
         self.summary = self._summarise(parameters, before, after, left)
-        self._folder.save_result(whole, self.summary)
-        for client, alone in own.items():
+        for client, alone in own.items():  # before the summary, by which a run is known to have come to its end
             self._folder.save_personal(client, alone)
+        self._folder.save_result(whole, self.summary)
 
     def _personal(self, adapters: Adapters) -> dict[int, Adapters]:
         """By client, the whole model's adapters as that client has them; of clients with any of their own."""

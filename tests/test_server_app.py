@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -515,6 +516,25 @@ def test_a_run_with_several_ranks_goes_on_to_the_bit(
     federate(replace(config, resume=str(tmp_path / "stopped")), tmp_path / "stopped", rule, monkeypatch)
     straight, stopped = final_adapter(tmp_path / "straight"), final_adapter(tmp_path / "stopped")
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+
+
+def test_a_run_killed_after_its_last_round_is_summed_up(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no round left to do, and leaves what it would have left; clients' own adapters, too."""
+    config, out = replace(one_config, rounds=1, share=("bottom", "trunk")), tmp_path / "run"
+    first, _ = federate(config, out, FedAvg(), monkeypatch)
+    left = {path: path.read_bytes() for path in out.glob("personal/*/*.safetensors")}
+    for name in ("adapter", "personal"):
+        shutil.rmtree(out / name)
+    (out / "summary.json").unlink()
+    check_resumable(out, 1)
+    again, _ = federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
+    assert first.summary is not None and again.summary is not None
+    assert again.summary["eval_loss"] == first.summary["eval_loss"] and (out / "adapter").is_dir()
+    assert left and all(path.read_bytes() == content for path, content in left.items())
+    with pytest.raises(SettingError, match=r"^rounds: 1 is not possible; allowed: more than 1"):
+        check_resumable(out, 1)
 
 
 def test_a_run_killed_before_it_was_summed_up_is_summed_up(

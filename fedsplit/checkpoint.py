@@ -190,6 +190,12 @@ class RunFolder:
         own = sorted((folder / _PERSONAL).glob("[0-9]*"))
         return adapting.load(folder), {int(one.name): adapting.load(one) for one in own}
 
+    def read_facts(self, round: int) -> dict[str, Any]:
+        """The plain values that `save_round` wrote."""
+        text = (self._rounds / f"round-{round:04d}" / _FACTS).read_text(encoding="utf-8")
+        facts: dict[str, Any] = json.loads(text)
+        return facts
+
     def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
         """Writes the final adapter, whole and by part, and the summary last."""
         write_whole(self.path / "adapter", lambda folder: self._save(folder, adapters))

@@ -133,6 +133,7 @@ class Federation:
         if self._config.keep_best and not course.is_best:
             left, after = course.best, course.lowest
             whole, own = self._folder.read_round(left)
+            self._accuracy = self._folder.read_facts(left).get("accuracy", {})
         else:
             left, whole, own = course.last, self._whole(adapters), self._personal(adapters)
         self.summary = self._summarise(parameters, before, after, left)

@@ -504,6 +504,21 @@ def test_the_best_round_is_what_a_run_leaves_that_stops_early(
     check_resumable(out, 9)
 
 
+def test_the_accuracy_of_the_best_round_is_reported(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the adapters that are left, and not of the last round."""
+    values = {"clients": 2, "rounds": 2, "model": str(tiny_models["gpt2"]), "cut": "1:2", "dataset": "synthetic"}
+    values |= {"data.format": "classification", "keep_best": True, "trunk.schedule": "copies"}
+    values |= {"lora.rank": 2, "train.max_length": 16, "train.steps": 3, "train.lr": 0.01}
+    federate(build(values), tmp_path / "run", Worse(FedAvg(), 2), monkeypatch)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [event["accuracy"] for event in events if event["event"] == "evaluate"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_round"] == 1 and accuracies[1] != accuracies[2]
+    assert summary["accuracy"] == {"before": accuracies[0], "after": accuracies[1]}
+
+
 def test_a_run_with_several_ranks_goes_on_to_the_bit(
     one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

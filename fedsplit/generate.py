@@ -194,6 +194,8 @@ def check(asked: argparse.Namespace) -> Job:
     if config.prompt.kind != "off":
         kind = f"a run with --prompt.kind {config.prompt.kind}"
         raise InputError(f"{kind} cannot write through the split: no file has what its parties' encoders need to go on")
+    if config.data.format == "classification":
+        raise InputError(f"the run in {run.path} learned to sort texts into classes, and not to write any")
 
     from fedsplit.families import read_facts
     from fedsplit.sources import about, weights

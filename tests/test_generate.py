@@ -124,7 +124,7 @@ def test_what_went_by_is_told() -> None:
 
 
 def test_what_is_asked_for_wrongly_gets_one_line(
-    talking: Talking, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    talking: Talking, finished_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, own = str(_folded(talking)), str(talking("gpt2", "fedsa"))
     shutil.copytree(run, tmp_path / "unfinished")
@@ -133,6 +133,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
     (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
     (tmp_path / "none.txt").write_text("\n \n")
     hello = ["--prompt", "Hello"]
+    sorts = str(finished_run("gpt2", dataset="synthetic", data__format="classification", train__max_length=32))
     for argv, words in (
         (hello, "the following arguments are required: --run; see --help"),
         (["--run", "nowhere", *hello], "nowhere is no folder of a run: there is no such folder"),
@@ -156,6 +157,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", run, "--client", "0", *hello], "client: 0 is not possible; allowed: none: in this run all"),
         (["--run", own, "--client", "3", *hello], "client: 3 is not possible; allowed: one of 0, 1, 2"),
         (["--run", own, *hello], "in this run every client has an adapter of its own: say --client, one of 0, 1, 2"),
+        (["--run", sorts, *hello], f"the run in {sorts} learned to sort texts into classes"),
         (["--run", own, "--client", "0", "--chat", *hello], "chat: the tokenizer of"),
         (["--run", run, "--model", "nowhere", *hello], "model: nowhere is not possible"),
     ):

@@ -46,8 +46,8 @@ def check_resumable(path: Path, rounds: int, patience: int = 0) -> None:
     """Makes sure that a run can go on.
 
     Raises:
-        SettingError: There is no round in its folder, the last one is damaged, no round is left to do, or the run has
-            stopped because its patience ran out, and is given no more.
+        SettingError: There is no round in its folder, the last one is damaged, no round is left to do and what came of
+            them is summed up, or the run has stopped because its patience ran out, and is given no more.
     """
     last = last_round(path)
     if last is None or not (path / "metrics.jsonl").exists():
@@ -60,7 +60,7 @@ def check_resumable(path: Path, rounds: int, patience: int = 0) -> None:
         reason = f"{last.name} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         words = f"a run whose last round is whole; remove {last} to go on from the round before"
         raise SettingError("resume", f"{path} ({reason})", words) from None
-    if done >= rounds:
+    if done > rounds or (done == rounds and _summed_up(path) == done):
         raise SettingError("rounds", rounds, f"more than {done}, the rounds that the run in {path} has done")
     if 0 < patience <= waited and _summed_up(path) == done:
         words = f"more than {waited}, the rounds in a row that did not better the held-out loss, or 0"
@@ -189,6 +189,12 @@ class RunFolder:
             return Adapters({**groups.get("adapters", {}), **groups.get("trunk", {})}, {}), {}
         own = sorted((folder / _PERSONAL).glob("[0-9]*"))
         return adapting.load(folder), {int(one.name): adapting.load(one) for one in own}
+
+    def read_facts(self, round: int) -> dict[str, Any]:
+        """The plain values that `save_round` wrote."""
+        text = (self._rounds / f"round-{round:04d}" / _FACTS).read_text(encoding="utf-8")
+        facts: dict[str, Any] = json.loads(text)
+        return facts
 
     def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
         """Writes the final adapter, whole and by part, and the summary last."""

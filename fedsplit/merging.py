@@ -30,7 +30,7 @@ from fedsplit.split import TYPES, load_whole
 from fedsplit.store import load_tensors, write_tensors
 from fedsplit.updates import Adapters
 from fedsplit.vocabulary import TOKENIZER_FILES
-from fedsplit.whole import merged, open_base, open_held, read_fitting
+from fedsplit.whole import merged, open_base, open_held, read_adapter, read_fitting
 
 RECORD = "merged.json"
 """What was merged, in a merged folder."""
@@ -133,9 +133,9 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
         InputError: The base model is missing, or the adapter does not fit it or is no change of weights.
     """
     base = open_held(adapter, dense=True).float()
+    _check_headless(adapter, read_adapter(adapter))  # before its layers are looked for, which would miss the head
     changes = read_fitting(adapter, base)
     _check_mergeable(adapter, changes)
-    _check_headless(adapter, changes)
     base_type, tied, head = _type_of(base), _untie(base, changes), None
     if changes.layers:
         _add(base, changes, 1.0)

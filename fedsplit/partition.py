@@ -277,7 +277,7 @@ def _dealt(
     least = dealer.least
     try:
         dealt = _indices(spec, [row.key for row in blocks], clients, seed, least)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         if spec.kind == "dirichlet":
             words = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
             raise SettingError("partition", name, words) from None
@@ -296,7 +296,8 @@ def _number(sequences: int) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names[:3]]  # a column may hold whole texts
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def make_deal(
@@ -340,6 +341,9 @@ def make_deal(
         if spec.kind == "natural":
             lacking = f", not {_listed(poor)}" if poor else ""
             words = f"1 to {len(natural)} (owners with text enough{lacking}), or --partition iid"
+            if not natural:
+                lacking = f"no {dealer.key} has text enough (not {_listed(poor)})"
+                words = f"none by nature, since {lacking}, but --partition iid"
             raise SettingError("clients", clients, words)
     if spec.kind == "auto":
         spec = PartitionSpec("iid")

@@ -133,12 +133,13 @@ class Federation:
         if self._config.keep_best and not course.is_best:
             left, after = course.best, course.lowest
             whole, own = self._folder.read_round(left)
+            self._accuracy = self._folder.read_facts(left).get("accuracy", {})
         else:
             left, whole, own = course.last, self._whole(adapters), self._personal(adapters)
         self.summary = self._summarise(parameters, before, after, left)
-        self._folder.save_result(whole, self.summary)
-        for client, alone in own.items():
+        for client, alone in own.items():  # before the summary, by which a run is known to have come to its end
             self._folder.save_personal(client, alone)
+        self._folder.save_result(whole, self.summary)
 
     def _personal(self, adapters: Adapters) -> dict[int, Adapters]:
         """By client, the whole model's adapters as that client has them; of clients with any of their own."""

@@ -220,11 +220,12 @@ def detach(model: Any) -> Any:
     base = model.get_base_model()
     if model.active_peft_config.is_prompt_learning:
         return base
-    outer = getattr(base, HEAD, None)  # a classifier has none
-    head = getattr(outer, "original_module", outer)
+    outer = {name: getattr(base, name) for name in (HEAD, SCORE) if hasattr(base, name)}  # a classifier has the second
+    heads = {name: getattr(head, "original_module", head) for name, head in outer.items()}
     base = model.unload()
-    if head is not None and not hasattr(head, "base_layer"):  # PEFT leaves a head that was trained whole where it is
-        base.lm_head = head
+    for name, head in heads.items():
+        if not hasattr(head, "base_layer"):  # PEFT leaves a head that was trained whole, or what it wrapped it in
+            setattr(base, name, head)
     return base
 
 

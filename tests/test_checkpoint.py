@@ -102,6 +102,10 @@ def test_what_cannot_go_on_is_refused(folder: RunFolder, tmp_path: Path) -> None
     folder.save_round(snapshot(1), folder.whole)
     folder.save_round(snapshot(2), folder.whole)
     check_resumable(folder.path, 3)
+    check_resumable(folder.path, 2)  # killed before it was summed up
+    with pytest.raises(SettingError, match=r"^rounds: 1 is not possible; allowed: more than 2"):
+        check_resumable(folder.path, 1)
+    (folder.path / "summary.json").write_text('{"last_round": 2}')
     with pytest.raises(SettingError, match=r"^rounds: 2 is not possible; allowed: more than 2"):
         check_resumable(folder.path, 2)
 

@@ -97,6 +97,14 @@ def test_classes_are_told_as_the_run_reported(strategy: str, finished_run: Calla
     assert header == ["texts", "loss", "accuracy"]
 
 
+def test_classes_are_told_with_any_kind_of_adapter(finished_run: Callable[..., Path]) -> None:
+    """Of some, PEFT leaves the head wrapped when it takes them off."""
+    settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
+    run = finished_run("gpt2", lora__method="ln_tuning", lora__rank=8, lora__alpha=16, lora__dropout=0.1, **settings)
+    results, (loss, _) = evaluate.evaluate(open_run(run)), reported(run)
+    assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
+
+
 def test_every_client_with_its_own_adapter(finished_run: Callable[..., Path]) -> None:
     run = finished_run("gpt2", "fedsa")
     results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)

@@ -143,7 +143,11 @@ def test_what_went_by_is_told() -> None:
 
 
 def test_what_is_asked_for_wrongly_gets_one_line(
-    talking: Talking, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    talking: Talking,
+    finished_run: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, own = str(_folded(talking)), str(talking("gpt2", "fedsa"))
     shutil.copytree(run, tmp_path / "unfinished")
@@ -152,6 +156,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
     (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
     (tmp_path / "none.txt").write_text("\n \n")
     hello = ["--prompt", "Hello"]
+    sorts = str(finished_run("gpt2", dataset="synthetic", data__format="classification", train__max_length=32))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
     def changed(**values: object) -> str:
@@ -185,6 +190,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", run, "--client", "0", *hello], "client: 0 is not possible; allowed: none: in this run all"),
         (["--run", own, "--client", "3", *hello], "client: 3 is not possible; allowed: one of 0, 1, 2"),
         (["--run", own, *hello], "in this run every client has an adapter of its own: say --client, one of 0, 1, 2"),
+        (["--run", sorts, *hello], f"the run in {sorts} sorts texts into classes"),
         (["--run", own, "--client", "0", "--chat", *hello], "chat: the tokenizer of"),
         (["--run", run, "--model", "nowhere", *hello], "model: nowhere is not possible"),
         (["--run", run, "--trunk.device", "gpu", *hello], "trunk.device: gpu is not possible; allowed: auto | cpu"),

@@ -191,8 +191,10 @@ def test_adapters_of_different_models_are_not_combined(finished_run: Callable[..
 def test_a_head_of_classes_is_not_merged(finished_run: Callable[..., Path], tmp_path: Path) -> None:
     settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
     adapter = find_adapter(finished_run("gpt2", **settings))
+    other = find_adapter(finished_run("gpt2", lora__method="dora", **settings))
     for wrong in (
         lambda: merge(adapter, tmp_path / "m"),
+        lambda: merge(other, tmp_path / "m"),
         lambda: combine([adapter] * 2, [1, 1], "cat", tmp_path / "m"),
     ):
         with pytest.raises(InputError, match="has a head of classes, which no causal LM has"):

@@ -197,6 +197,7 @@ def test_of_other_text_everything_counts(mixed: Path, tiny_models: dict[str, Pat
         ("linear", 10, r"partition: linear for 10 clients is not possible; allowed: two .*client 0 gets 1 of 60"),
         ("exponential", 8, r"partition: exponential is not possible; allowed: a way to deal 60 sequences"),
         ("pathological:4", 3, r"partition: pathological:4 is not possible; .*60 sequences of 3 kinds .owner. .*unique"),
+        ("shard:50", 3, r"partition: shard:50 is not possible; allowed: a way to deal 60 sequences of 3 kinds .owner"),
         ("inner-dirichlet:1:50,50", 2, r"partition: inner-dirichlet:1:50,50 is not possible"),
         ("dirichlet:0.00001", 20, r"partition: dirichlet:0.00001 is not possible; allowed: fewer clients than 20"),
     ],
@@ -212,8 +213,18 @@ def test_what_cannot_be_dealt_is_named(
 def test_one_owner_alone_is_no_federation_by_nature(tmp_path: Path) -> None:
     path = tmp_path / "alone.txt"
     path.write_text("A text of some length, which belongs to one. " * 40)
-    with pytest.raises(SettingError, match=r"clients: 2 is not possible; allowed: 1 to 0 .*not alone.*--partition iid"):
+    with pytest.raises(
+        SettingError,
+        match=r"clients: 2 is not possible; allowed: none .*no owner .*not alone.*--partition iid",
+    ):
         shards(str(path), "natural", 2, length=16)
+
+
+def test_whole_texts_for_owners_are_named_by_their_beginnings(tmp_path: Path) -> None:
+    path = write(tmp_path / "notes.jsonl", [{"text": f"{n} " + "many words " * 20, "owner": "a"} for n in range(3)])
+    with pytest.raises(SettingError, match=r"since no text has text enough \(not 0 many.{30,40}…, 1 many") as caught:
+        shards(str(path), "natural:text", 2, length=256)
+    assert len(str(caught.value)) < 300
 
 
 @given(n=st.integers(1, 12), size=st.integers(1, 5), seed=st.integers(0, 3))

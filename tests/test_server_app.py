@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -501,6 +502,54 @@ def test_the_best_round_is_what_a_run_leaves_that_stops_early(
         check_resumable(out, 9, 2)
     check_resumable(out, 9, 3)
     check_resumable(out, 9)
+
+
+def test_the_accuracy_of_the_best_round_is_reported(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the adapters that are left, and not of the last round."""
+    values = {"clients": 2, "rounds": 2, "model": str(tiny_models["gpt2"]), "cut": "1:2", "dataset": "synthetic"}
+    values |= {"data.format": "classification", "keep_best": True, "trunk.schedule": "copies"}
+    values |= {"lora.rank": 2, "train.max_length": 16, "train.steps": 3, "train.lr": 0.01}
+    federate(build(values), tmp_path / "run", Worse(FedAvg(), 2), monkeypatch)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [event["accuracy"] for event in events if event["event"] == "evaluate"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_round"] == 1 and accuracies[1] != accuracies[2]
+    assert summary["accuracy"] == {"before": accuracies[0], "after": accuracies[1]}
+
+
+def test_a_run_with_several_ranks_goes_on_to_the_bit(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trunk's first step in its second life is of a client with a smaller rank than the part was made with."""
+    lora_settings = replace(one_config.lora, rank=(2, 4))
+    config = replace(one_config, rounds=2, lora=lora_settings, trunk=replace(one_config.trunk, schedule="copies"))
+    rule = load_strategy("hetlora", {}, strategy_defaults(config))
+    federate(config, tmp_path / "straight", rule, monkeypatch)
+    federate(replace(config, rounds=1), tmp_path / "stopped", rule, monkeypatch)
+    federate(replace(config, resume=str(tmp_path / "stopped")), tmp_path / "stopped", rule, monkeypatch)
+    straight, stopped = final_adapter(tmp_path / "straight"), final_adapter(tmp_path / "stopped")
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+
+
+def test_a_run_killed_after_its_last_round_is_summed_up(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no round left to do, and leaves what it would have left; clients' own adapters, too."""
+    config, out = replace(one_config, rounds=1, share=("bottom", "trunk")), tmp_path / "run"
+    first, _ = federate(config, out, FedAvg(), monkeypatch)
+    left = {path: path.read_bytes() for path in out.glob("personal/*/*.safetensors")}
+    for name in ("adapter", "personal"):
+        shutil.rmtree(out / name)
+    (out / "summary.json").unlink()
+    check_resumable(out, 1)
+    again, _ = federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
+    assert first.summary is not None and again.summary is not None
+    assert again.summary["eval_loss"] == first.summary["eval_loss"] and (out / "adapter").is_dir()
+    assert left and all(path.read_bytes() == content for path, content in left.items())
+    with pytest.raises(SettingError, match=r"^rounds: 1 is not possible; allowed: more than 1"):
+        check_resumable(out, 1)
 
 
 def test_a_run_killed_before_it_was_summed_up_is_summed_up(

@@ -56,7 +56,7 @@ def bad_data(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         ([*at["words"], "--data.text", "body"], f"dataset: {files['words']}"),
         ([*at["words"], "--data.format", "text"], "data.text: text is not possible; allowed: a column of"),
         ([*at["notes"], "--data.owner", "who"], "data.owner: who is not possible; allowed: a column of"),
-        ([*at["notes"], "--partition", "natural"], "clients: 2 is not possible; allowed: none by nature, since no owner"),
+        ([*at["notes"], "--partition", "natural"], "clients: 2 is not possible; allowed: none by nature, since"),
         ([*at["notes"], "--partition", "dirichlet:1:when"], "partition: when is not possible; allowed: a column of"),
         ([*at["notes"], "--partition", "wild"], "partition: wild is not possible; allowed: auto | natural"),
         ([*at["notes"], "--data.format", "poem"], "data.format: poem is not possible; allowed: auto | text"),

@@ -219,7 +219,8 @@ _FACTS, _TENSORS, _PERSONAL = "state.json", "state.safetensors", "personal"
 
 def last_round(run: Path) -> Path | None:
     """The folder of the last round of a run that is whole; None where there is none."""
-    return max((run / "checkpoints").glob("round-*"), default=None)
+    rounds = (run / "checkpoints").glob("round-*")
+    return max(rounds, key=lambda folder: int(folder.name.removeprefix("round-")), default=None)
 
 
 def _replace(path: Path, text: str) -> None:

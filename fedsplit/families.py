@@ -257,6 +257,9 @@ def read_facts(path: Path) -> Facts:
     if isinstance(document.get("text_config"), dict):
         kind = f"a model of type {document.get('model_type')}, whose text model is nested in it"
         raise SettingError("model", kind, "a text model alone, such as what gemma3_text is of gemma3")
+    if document.get("quantization_config"):  # their scales would be passed over
+        words = "weights in fp32, bf16 or fp16; --quantization takes them down to fewer bits here"
+        raise SettingError("model", f"{path} (its weights are quantised already)", words)
     family = family_of(str(document.get("model_type")))
     _check_required(family, document, allowed)
     numbers = []

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_lora import adapted
 
 from fedsplit import lora
-from fedsplit.checkpoint import RunFolder, Snapshot, check_folder, check_resumable
+from fedsplit.checkpoint import RunFolder, Snapshot, check_folder, check_resumable, last_round
 from fedsplit.config import Config, LoraSettings, SettingError
 from fedsplit.flags import parse
 from fedsplit.lowrank import LowRank
@@ -168,3 +168,10 @@ def test_a_damaged_checkpoint_is_named(folder: RunFolder, file: str, content: by
         inside.unlink()
     path.parent.rmdir()
     check_resumable(folder.path, 5)
+
+
+def test_the_last_round_is_the_one_with_the_largest_number(tmp_path: Path) -> None:
+    for number in ("0001", "9999", "10000"):
+        (tmp_path / "checkpoints" / f"round-{number}").mkdir(parents=True)
+    last = last_round(tmp_path)
+    assert last is not None and last.name == "round-10000"

@@ -118,6 +118,13 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, document: str
         read_facts(tmp_path)
 
 
+def test_weights_that_are_quantised_already_are_refused(tmp_path: Path, model_path: Path) -> None:
+    document = json.loads((model_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**document, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(SettingError, match="its weights are quantised already.* allowed: weights in fp32"):
+        read_facts(tmp_path)
+
+
 def test_padding_is_what_the_model_says_or_else_the_end_token(tmp_path: Path) -> None:
     for said, pad in (({"pad_token_id": 5}, 5), ({}, 2), ({"pad_token_id": None}, 2), ({"pad_token_id": -1}, 2)):
         (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 9, **said}))

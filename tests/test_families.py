@@ -121,7 +121,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, document: str
 def test_weights_that_are_quantised_already_are_refused(tmp_path: Path, model_path: Path) -> None:
     document = json.loads((model_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**document, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(SettingError, match="its weights are quantised already.* allowed: weights in fp32"):
+    with pytest.raises(SettingError, match=r"its weights are quantised already.* allowed: weights in fp32"):
         read_facts(tmp_path)
 
 

@@ -9,7 +9,9 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -275,6 +277,30 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
         stop_cluster()
 
 
+@contextlib.contextmanager
+def _hears_interrupts() -> Iterator[Callable[[], None]]:
+    """Yields what raises an interrupt again that came before: one that comes within a library's callback gets lost."""
+    asked = False
+
+    def hear(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    def look() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only there are signals heard
+        yield look
+        return
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield look
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def generate(job: Job, show: Callable[[str], object]) -> list[str]:
     """Writes the texts.
 
@@ -292,19 +318,26 @@ def generate(job: Job, show: Callable[[str], object]) -> list[str]:
     from fedsplit.steps import RefusedStep
 
     pace = Pace()
-    with _split(job) as (ends, trunk):
+    with _split(job) as (ends, trunk), _hears_interrupts() as look:
         size = 1 if depends_on_neighbours(ends.bottom.config) else job.batch
         numbers = range(len(job.tokens))
         try:
             for start in range(0, len(job.tokens), size):
-                _write(job, ends, numbers[start : start + size], show, pace)
+                _write(job, ends, numbers[start : start + size], show, pace, look)
         except RefusedStep as error:
             raise GenerationFailed(str(getattr(error, "cause", error))) from None
         traffic = trunk.status()["traffic"]
     return lines(pace, traffic)
 
 
-def _write(job: Job, ends: Ends, numbers: Sequence[int], show: Callable[[str], object], pace: Pace) -> None:
+def _write(
+    job: Job,
+    ends: Ends,
+    numbers: Sequence[int],
+    show: Callable[[str], object],
+    pace: Pace,
+    look: Callable[[], None],
+) -> None:
     """Writes some of the texts as one batch, and shows them one after the other."""
     from fedsplit.decoding import decode
     from fedsplit.sampling import Chooser
@@ -316,6 +349,7 @@ def _write(job: Job, ends: Ends, numbers: Sequence[int], show: Callable[[str], o
     running = [True] * len(prompts)
     with contextlib.closing(decode(ends, prompts, job.most, job.stops, Chooser(job.how, numbers), pace)) as steps:
         for tokens in steps:
+            look()
             for row, token in enumerate(tokens):
                 if token is not None:
                     shown.add(row, words[row].add(token))

@@ -17,17 +17,15 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit import client_app
-from fedsplit.adapting import adapt
+from fedsplit.adapting import adapt, bare_parts
 from fedsplit.checkpoint import RunFolder
 from fedsplit.config import Config
-from fedsplit.devices import resolve
 from fedsplit.dispatch import Dispatcher
 from fedsplit.families import read_facts
 from fedsplit.memory import peak_memory, resident_memory
 from fedsplit.packets import Packet
 from fedsplit.server_app import Federation
-from fedsplit.sources import about, weights
-from fedsplit.split import TYPES, load_parts
+from fedsplit.sources import about
 from fedsplit.trunk import TrunkServer
 from fedsplit.wire import make_codec
 
@@ -36,9 +34,7 @@ class LocalTrunk:
     """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
 
     def __init__(self, config: Config, run: str = "") -> None:
-        how: dict[str, Any] = {"device": resolve(config.device_of("trunk")), "bits": config.bits}
-        kernels, dtype = config.kernels, TYPES[config.dtype]
-        (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], dtype, kernels, **how)
+        (part,) = bare_parts(config, ["trunk"])
         adapt(part, config)
         self.now = 0.0
         codec, schedule = make_codec(config.wire.codec), config.trunk.schedule

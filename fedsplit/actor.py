@@ -19,15 +19,12 @@ from torch import Tensor
 
 from fedsplit import adapting
 from fedsplit.config import Config
-from fedsplit.devices import resolve
 from fedsplit.dispatch import Answer, Dispatcher
 from fedsplit.learners import Copy, Start
 from fedsplit.lowrank import LowRank
 from fedsplit.memory import Budget, peak_memory, resident_memory
 from fedsplit.packets import Packet
 from fedsplit.sessions import Sessions
-from fedsplit.sources import weights
-from fedsplit.split import TYPES, load_parts
 from fedsplit.trunk import TrunkServer
 from fedsplit.updates import Adapters
 from fedsplit.wire import make_codec
@@ -59,9 +56,7 @@ class TrunkActor:
     def __init__(self, config: Config, run: str, threads: int, adapter: Path | None = None) -> None:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
-        how: dict[str, Any] = {"device": resolve(config.device_of("trunk")), "bits": config.bits}
-        kernels, dtype = config.kernels, TYPES[config.dtype]
-        (part,) = load_parts(weights(config, ["trunk"]), config.bounds, ["trunk"], dtype, kernels, **how)
+        (part,) = adapting.bare_parts(config, ["trunk"])
         if adapter is None:
             adapting.adapt(part, config)
         else:

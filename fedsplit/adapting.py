@@ -1,18 +1,44 @@
-"""Which adapter a part gets by a run's settings, and its files: LoRA, or virtual tokens and prefixes."""
+"""A run's parts by its settings: how they are held, which adapter they get, LoRA or virtual tokens, and its files."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedsplit import lora, prompts
 from fedsplit.config import Config
+from fedsplit.devices import resolve
 from fedsplit.families import Family
 from fedsplit.head import HEAD
 from fedsplit.methods import method_of
-from fedsplit.sources import about
-from fedsplit.split import SCORE, Kind, Part
+from fedsplit.sources import about, weights
+from fedsplit.split import SCORE, TYPES, Kind, Part, load_parts
 from fedsplit.updates import Adapters
+
+
+def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[Any]:
+    """Parts as a run holds them, without adapters.
+
+    Args:
+        config: The run's.
+        kinds: The parts of one party, which are on one device.
+        classes: As for `load_parts`.
+
+    Raises:
+        SettingError: There is no such model, or it cannot be had.
+    """
+    return load_parts(
+        weights(config, kinds),
+        config.bounds,
+        kinds,
+        TYPES[config.dtype],
+        config.kernels,
+        classes=classes,
+        device=resolve(config.device_of(kinds[0])),
+        bits=config.bits,
+    )
 
 
 def adapt(part: Part, config: Config) -> None:

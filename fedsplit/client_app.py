@@ -20,10 +20,9 @@ from torch import Tensor
 
 from fedsplit import lora, records
 from fedsplit.actor import TrunkHandle, find_trunk
-from fedsplit.adapting import adapt
+from fedsplit.adapting import adapt, bare_parts
 from fedsplit.client import Client
 from fedsplit.config import Config, from_document
-from fedsplit.devices import resolve
 from fedsplit.families import read_facts
 from fedsplit.heldout import deal_of, held_out_batches, pooled, sample, through_split
 from fedsplit.link import Link
@@ -31,8 +30,8 @@ from fedsplit.memory import peak_memory
 from fedsplit.partition import Shard
 from fedsplit.routers import RouterLoss
 from fedsplit.schedules import SCHEDULES
-from fedsplit.sources import about, weights
-from fedsplit.split import TYPES, Bottom, Kind, Top, load_parts
+from fedsplit.sources import about
+from fedsplit.split import Bottom, Top
 from fedsplit.store import ClientStore, FoldLog, Kept
 from fedsplit.updates import Adapters, ClientUpdate, factor_of, fresh_factor
 from fedsplit.wire import make_codec
@@ -91,10 +90,8 @@ def _site(run: str, trunk: str, threads: int) -> _Site:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     config = from_document(json.loads(run))
-    deal, device = deal_of(config), resolve(config.device)
-    ends: list[Kind] = ["bottom", "top"]
-    how = TYPES[config.dtype], config.kernels, len(deal.classes), device, config.bits
-    bottom, top = load_parts(weights(config, ends), config.bounds, ends, *how)
+    deal = deal_of(config)
+    bottom, top = bare_parts(config, ["bottom", "top"], len(deal.classes))
     for part in (bottom, top):
         adapt(part, config)
     coefficient = read_facts(about(config)).coefficient(config.router_aux_loss)

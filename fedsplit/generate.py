@@ -239,13 +239,9 @@ def check(asked: argparse.Namespace) -> Job:
 def _load_ends(job: Job) -> list[Any]:
     """The client's parts, held in as many bits as in the run, with its adapters."""
     from fedsplit import adapting
-    from fedsplit.sources import weights
-    from fedsplit.split import TYPES, Kind, load_parts
 
-    config, ends = job.config, list[Kind](["bottom", "top"])
-    how = TYPES[config.dtype], config.kernels
-    parts = load_parts(weights(config, ends), config.bounds, ends, *how, bits=config.bits)
-    adapting.adopt(job.adapter.folder, config, *parts)
+    parts = adapting.bare_parts(job.config, ["bottom", "top"])
+    adapting.adopt(job.adapter.folder, job.config, *parts)
     return parts
 
 

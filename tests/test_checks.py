@@ -141,7 +141,7 @@ def test_what_is_asked_for_wrongly_gets_one_line_and_loses_nothing(
     tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2, one line on stderr, no model loaded, no cluster started, nothing written."""
-    from fedsplit import actor, split
+    from fedsplit import actor, adapting, split
 
     def too_late(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded or started first")
@@ -150,6 +150,7 @@ def test_what_is_asked_for_wrongly_gets_one_line_and_loses_nothing(
     assert len(cases) >= 80
     monkeypatch.setattr(actor, "start_cluster", too_late)
     monkeypatch.setattr(split, "load_parts", too_late)
+    monkeypatch.setattr(adapting, "load_parts", too_late)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for argv, message in cases:

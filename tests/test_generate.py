@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel
 from split_models import Here, server_of
 
-from fedsplit import generate, lora, split
+from fedsplit import adapting, generate, lora
 from fedsplit.decoding import Ends, Pace, decode
 from fedsplit.finished import Run, open_run
 from fedsplit.link import Link
@@ -115,7 +115,7 @@ def test_the_client_holds_its_parts_as_the_run_did(talking: Talking, monkeypatch
         asked.update(how)
         return load_parts(run.config.model_path, run.config.bounds, ["bottom", "top"])
 
-    monkeypatch.setattr(split, "load_parts", load)
+    monkeypatch.setattr(adapting, "load_parts", load)
     config = replace(run.config, quantization="bottom:4,trunk:4,top:8")
     job = generate.Job(config, run.adapter(), 0, None, [], [], 1, [], Sampling(), 1)
     generate._load_ends(job)

@@ -9,12 +9,12 @@ from typing import Any
 
 from fedsplit import lora, prompts
 from fedsplit.config import Config
-from fedsplit.devices import resolve
+from fedsplit.devices import TYPES, resolve
 from fedsplit.families import Family
 from fedsplit.head import HEAD
 from fedsplit.methods import method_of
 from fedsplit.sources import about, weights
-from fedsplit.split import SCORE, TYPES, Kind, Part, load_parts
+from fedsplit.split import SCORE, Kind, Part, load_parts
 from fedsplit.updates import Adapters
 
 

@@ -16,6 +16,9 @@ from fedsplit.config import Config, SettingError
 
 CPU = torch.device("cpu")
 
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a part computes in, by the names in `fedsplit.config.DTYPES`."""
+
 
 def resolve(name: str) -> torch.device:
     """The device that a setting names.

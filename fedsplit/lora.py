@@ -69,10 +69,6 @@ def _fuse(part: Part) -> None:
             module.__class__ = _FusedLinear
 
 
-lora_config = make_config
-"""PEFT's configuration of our adapters, LoRA or another."""
-
-
 def fresh_score(shape: Sequence[int], spread: float, seed: int) -> Tensor:
     """A new head (C, D) of classes, as the library draws it, from the run's seed alone: all clients begin with it.
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from fedsplit.checkpoint import write_whole
 from fedsplit.config import InputError
+from fedsplit.devices import TYPES
 from fedsplit.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
 from fedsplit.head import HEAD, WEIGHT
 from fedsplit.lora import SCORE_WEIGHT
 from fedsplit.prompts import SAVED
 from fedsplit.sources import to_peft
-from fedsplit.split import TYPES, load_whole
+from fedsplit.split import load_whole
 from fedsplit.store import load_tensors, write_tensors
 from fedsplit.updates import Adapters
 from fedsplit.vocabulary import TOKENIZER_FILES

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.config import Config, SettingError
-from fedsplit.devices import CPU, resolve
+from fedsplit.devices import CPU, TYPES, resolve
 
 EXTRA = "fedsplit[quantized]"
 """What to install."""
@@ -28,8 +28,6 @@ OUTLIERS = 6.0
 
 _MARK = "stood_transposed"
 """Quantised projections have this: whether the one that they stand for stores (in, out)."""
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _library() -> Any:
@@ -66,7 +64,7 @@ def check_quantization(config: Config) -> None:
     for part, bits in config.bits.items():
         device = resolve(config.device_of(part))
         try:
-            _try(bits, _DTYPES[config.dtype], device)
+            _try(bits, TYPES[config.dtype], device)
         except Exception as error:  # noqa: BLE001  # whatever a library without a kernel raises
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             words = f"parts on a device for which bitsandbytes has kernels ({device}: {reason})"

@@ -42,9 +42,6 @@ Kind = Literal["bottom", "trunk", "top"]
 SCORE = "score"
 """The name of the head of all the library's classifiers of sequences."""
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names in `fedsplit.config.DTYPES`."""
-
 
 class _NoPositions(nn.Module):
     """Stands where a part has no learned positions to add: the hidden states carry them already."""

@@ -13,14 +13,14 @@ from peft import PeftModel
 
 from fedsplit import adapting, lora, prompts
 from fedsplit.config import Config, InputError, SettingError
-from fedsplit.devices import CPU, device_of
+from fedsplit.devices import CPU, TYPES, device_of
 from fedsplit.families import read_facts, read_pad
 from fedsplit.finished import Adapter
 from fedsplit.head import HEAD, WEIGHT
 from fedsplit.kernels import IGNORED
 from fedsplit.quantization import check_quantization, is_quantized, was_transposed
 from fedsplit.sequences import Sequences
-from fedsplit.split import SCORE, TYPES, check_checkpoint, load_whole, quantize_whole
+from fedsplit.split import SCORE, check_checkpoint, load_whole, quantize_whole
 from fedsplit.updates import Adapters
 
 

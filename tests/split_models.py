@@ -12,6 +12,7 @@ from peft import get_peft_model
 from fedsplit import lora
 from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.decoding import Ends
+from fedsplit.injection import make_config
 from fedsplit.link import Link
 from fedsplit.packets import Packet
 from fedsplit.schedules import SCHEDULES
@@ -42,7 +43,7 @@ def whole_of(path: Path, parts: list[Any], dtype: torch.dtype = torch.float32) -
     """The unsplit model under PEFT with the parts' adapters; nothing ends a text of it."""
     base = load_whole(path, dtype)
     base.generation_config.eos_token_id, base.generation_config.pad_token_id = None, 0
-    whole = get_peft_model(base, lora.lora_config(SETTINGS, parts[0].family)).eval()
+    whole = get_peft_model(base, make_config(SETTINGS, parts[0].family)).eval()
     given = lora.read(*parts).tensors
     for name, parameter in whole.named_parameters():
         if parameter.requires_grad:

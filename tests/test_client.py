@@ -17,6 +17,7 @@ from fedsplit import lora
 from fedsplit.client import Client
 from fedsplit.config import LoraSettings, TrainSettings, build
 from fedsplit.families import FAMILIES
+from fedsplit.injection import make_config
 from fedsplit.kernels import IGNORED
 from fedsplit.link import Link
 from fedsplit.optim import make_optimizer
@@ -73,7 +74,7 @@ def fine_tune(
     """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of a client with seed 0."""
     base = load_whole(path)
     settings_of = LoraSettings(rank=(2,), dropout=0.0)
-    whole = get_peft_model(base, lora.lora_config(settings_of, FAMILIES[base.config.model_type])).eval()
+    whole = get_peft_model(base, make_config(settings_of, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
     assert trained.keys() == start.keys()
@@ -94,7 +95,7 @@ def central(
     """Plain fine-tuning of the unsplit model by PEFT, torch and transformers' schedulers, all features as they are."""
     base = load_whole(path)
     settings_of = LoraSettings(rank=(2,), dropout=0.0)
-    whole = get_peft_model(base, lora.lora_config(settings_of, FAMILIES[base.config.model_type])).eval()
+    whole = get_peft_model(base, make_config(settings_of, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
     assert trained.keys() == start.keys()
@@ -380,7 +381,7 @@ def test_clipping_is_by_the_norm_over_all_that_learns(model_path: Path, schedule
     moved = {n: start[n] - t for n, t in {**update.adapters.tensors, **after.tensors}.items()}
     base = load_whole(model_path)
     settings_of = LoraSettings(rank=(2,), dropout=0.0)
-    whole = get_peft_model(base, lora.lora_config(settings_of, FAMILIES[base.config.model_type])).eval()
+    whole = get_peft_model(base, make_config(settings_of, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     for name, tensor in start.items():
         names[name].data = tensor.clone()

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from fedsplit import gguf_files
 from fedsplit.config import SettingError
 from fedsplit.corpus import Document, tokenise
+from fedsplit.devices import TYPES
 from fedsplit.families import read_facts
-from fedsplit.split import TYPES, check_checkpoint, load_parts, load_whole
+from fedsplit.split import check_checkpoint, load_parts, load_whole
 
 pytest.importorskip("gguf")
 from tiny_gguf import TOKENS, write_gguf

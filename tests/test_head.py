@@ -23,6 +23,7 @@ from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.families import FAMILIES
 from fedsplit.finished import Adapter, find_adapter, open_run
 from fedsplit.head import HEAD, WEIGHT
+from fedsplit.injection import make_config
 from fedsplit.lowrank import LowRank
 from fedsplit.merging import combine, merge, unmerge
 from fedsplit.optim import make_optimizer
@@ -55,7 +56,7 @@ def parts_of(path: Path, cut: tuple[int, int], head: str, kernels: str = "librar
 def whole_of(path: Path, head: str, given: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """The unsplit model under plain PEFT with the same adapters, and what trains of it by our names."""
     base = load_whole(path)
-    config = lora.lora_config(SETTINGS, FAMILIES[base.config.model_type], head=head)
+    config = make_config(SETTINGS, FAMILIES[base.config.model_type], head=head)
     whole = get_peft_model(base, config).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n.replace(".modules_to_save", ""): p for n, p in names.items() if p.requires_grad}

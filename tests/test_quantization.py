@@ -18,12 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from fedsplit import lora, quantization, simulate
 from fedsplit.config import LoraSettings, SettingError, build
+from fedsplit.devices import TYPES
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.finished import open_run
+from fedsplit.injection import make_config
 from fedsplit.lowrank import LowRank
 from fedsplit.merging import merge
 from fedsplit.quantization import check_quantization, dequantized, is_quantized, quantized
-from fedsplit.split import TYPES, load_parts, load_whole, quantize_whole
+from fedsplit.split import load_parts, load_whole, quantize_whole
 from fedsplit.strategy import check_strategy, load_strategy
 from fedsplit.whole import Score, open_held
 
@@ -156,7 +158,7 @@ def test_the_split_is_the_quantised_whole_to_the_bit(model_path: Path, dtype: st
     bits, ids = {"bottom": 8, "trunk": 4, "top": 4}, batch()
     parts = load(model_path, bits, dtype)
     whole = quantize_whole(load_whole(model_path, TYPES[dtype]), (1, 2), bits)
-    whole = get_peft_model(whole, lora.lora_config(SETTINGS, parts[0].family)).eval()
+    whole = get_peft_model(whole, make_config(SETTINGS, parts[0].family)).eval()
     given = lora.read(*parts).tensors
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {name: parameter for name, parameter in names.items() if parameter.requires_grad}
@@ -228,7 +230,8 @@ MEASURE = """
 import gc, json, sys
 import torch
 from fedsplit.memory import resident_memory, return_free_pages
-from fedsplit.split import TYPES, load_parts
+from fedsplit.devices import TYPES
+from fedsplit.split import load_parts
 from pathlib import Path
 import bitsandbytes
 found = {}

@@ -21,6 +21,7 @@ from fedsplit import lora
 from fedsplit.client import Client
 from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.families import FAMILIES
+from fedsplit.injection import make_config
 from fedsplit.link import Link
 from fedsplit.memory import Budget
 from fedsplit.packets import Packet, StepKey
@@ -107,7 +108,7 @@ def parts_of(
 def whole_of(path: Path, dtype: torch.dtype = torch.float32, settings: LoraSettings = SETTINGS):
     """The unsplit model under PEFT, and what trains in it by exported name."""
     base = load_whole(path, dtype)
-    whole = get_peft_model(base, lora.lora_config(settings, FAMILIES[base.config.model_type])).eval()
+    whole = get_peft_model(base, make_config(settings, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
     _fill(trained)
@@ -343,7 +344,7 @@ def test_training_follows_plain_fine_tuning(mixtral: Path, schedule: str) -> Non
 
     base = load_whole(mixtral)
     settings = LoraSettings(rank=(2,), dropout=0.0)
-    whole = get_peft_model(base, lora.lora_config(settings, FAMILIES[base.config.model_type])).eval()
+    whole = get_peft_model(base, make_config(settings, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     learning = {"forward-only": ("model.layers.2.",), "frozen": ("model.layers.0.", "model.layers.2.")}
     learns = learning.get(schedule, ("model.layers.",))

@@ -20,6 +20,7 @@ from experiments.in_process import LocalTrunk
 from fedsplit import lora, simulate
 from fedsplit.client import Client
 from fedsplit.config import LoraSettings, TrainSettings, build
+from fedsplit.devices import TYPES
 from fedsplit.flags import parse
 from fedsplit.link import Link
 from fedsplit.packets import Packet, StepKey
@@ -27,7 +28,7 @@ from fedsplit.partition import Shard
 from fedsplit.scaling import Overflow, backward, gradients, scale_to
 from fedsplit.schedules import SCHEDULES
 from fedsplit.sequences import Sequences
-from fedsplit.split import TYPES, load_parts
+from fedsplit.split import load_parts
 from fedsplit.steps import SpoiledStep
 from fedsplit.strategy import load_strategy
 from fedsplit.trunk import TrunkServer

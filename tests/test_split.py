@@ -16,6 +16,7 @@ from safetensors import safe_open
 from fedsplit import lora
 from fedsplit.config import LoraSettings, SettingError, TrainSettings
 from fedsplit.families import FAMILIES
+from fedsplit.injection import make_config
 from fedsplit.link import Link
 from fedsplit.packets import Packet, StepKey
 from fedsplit.schedules import SCHEDULES
@@ -68,7 +69,7 @@ def _parts(
 def _pair(path: Path, cut: tuple[int, int], dropout: float, dtype: torch.dtype = torch.float32, **how):
     """The parts, and the whole model under PEFT with the same adapters."""
     parts = _parts(path, cut, dropout, dtype, **how)
-    whole = get_peft_model(load_whole(path, dtype), lora.lora_config(_settings(dropout), parts[0].family))
+    whole = get_peft_model(load_whole(path, dtype), make_config(_settings(dropout), parts[0].family))
     given = lora.read(*parts).tensors
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
@@ -132,7 +133,7 @@ def test_a_split_classifier_is_the_unsplit_one_to_the_bit(
         for name, parameter in lora.parameters(part).items():
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    how = lora.lora_config(_settings(0.0), parts[0].family)
+    how = make_config(_settings(0.0), parts[0].family)
     how.task_type, how.modules_to_save = "SEQ_CLS", ["score"]
     whole = get_peft_model(load_whole(any_model_path, classes=3, pad=0), how).eval()
     names = {

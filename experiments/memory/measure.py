@@ -55,9 +55,11 @@ def hold(role: str, config: Any, vocabulary: int) -> dict[str, Any]:
     import torch
 
     from fedsplit import lora
+    from fedsplit.devices import TYPES
     from fedsplit.families import read_facts
+    from fedsplit.injection import make_config
     from fedsplit.sources import about, weights
-    from fedsplit.split import TYPES, load_parts
+    from fedsplit.split import load_parts
 
     torch.set_num_threads(1)
     dtype = TYPES[config.dtype]
@@ -67,7 +69,7 @@ def hold(role: str, config: Any, vocabulary: int) -> dict[str, Any]:
         from fedsplit.split import load_whole
 
         family = read_facts(about(config)).family
-        parts = [get_peft_model(load_whole(weights(config), dtype), lora.lora_config(config.lora, family))]
+        parts = [get_peft_model(load_whole(weights(config), dtype), make_config(config.lora, family))]
     else:
         # What a process of this role imports anyhow, needed here or not.
         __import__("fedsplit.client_app" if role == "client" else "fedsplit.actor")

@@ -62,12 +62,13 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
 
     from fedsplit import client, learner, link, lora, trunk
     from fedsplit.config import build
+    from fedsplit.devices import TYPES
     from fedsplit.link import Link
     from fedsplit.packets import StepKey
     from fedsplit.partition import Shard
     from fedsplit.schedules import SCHEDULES
     from fedsplit.sequences import Sequences
-    from fedsplit.split import TYPES, load_parts
+    from fedsplit.split import load_parts
     from fedsplit.wire import make_codec
 
     torch.set_num_threads(1)

@@ -48,7 +48,8 @@ def make_trunk(model: Mapping[str, Any], folder: str) -> Serve:
 
     from fedsplit import lora
     from fedsplit.config import build
-    from fedsplit.split import TYPES, load_parts
+    from fedsplit.devices import TYPES
+    from fedsplit.split import load_parts
     from fedsplit.trunk import TrunkServer
     from fedsplit.wire import make_codec
 

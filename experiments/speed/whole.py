@@ -23,7 +23,7 @@ from fedsplit.config import Config
 from fedsplit.families import read_facts
 from fedsplit.flags import parse
 from fedsplit.heldout import shards_of
-from fedsplit.lora import lora_config
+from fedsplit.injection import make_config
 from fedsplit.optim import make_optimizer
 from fedsplit.partition import batch
 from fedsplit.split import load_whole
@@ -41,7 +41,7 @@ class Trainer:
     def __init__(self, config: Config, dtype: str) -> None:
         torch.manual_seed(config.seed)
         base = load_whole(config.model_path, DTYPES[dtype])
-        self.model = peft.get_peft_model(base, lora_config(config.lora, read_facts(config.model_path).family)).train()
+        self.model = peft.get_peft_model(base, make_config(config.lora, read_facts(config.model_path).family)).train()
         self._mixed, self._settings = dtype == "bf16", config.train
         self.renew_optimizer()
 

@@ -16,18 +16,18 @@ from uuid import uuid4
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit import client_app
-from fedsplit.adapting import adapt, bare_parts
-from fedsplit.checkpoint import RunFolder
+from fedsplit.adaptation.adapting import adapt, bare_parts
 from fedsplit.config import Config
-from fedsplit.dispatch import Dispatcher
-from fedsplit.families import read_facts
-from fedsplit.memory import peak_memory, resident_memory
-from fedsplit.packets import Packet
-from fedsplit.server_app import Federation
-from fedsplit.sources import about
-from fedsplit.trunk import TrunkServer
-from fedsplit.wire import make_codec
+from fedsplit.federation import client_app
+from fedsplit.federation.checkpoint import RunFolder
+from fedsplit.federation.server_app import Federation
+from fedsplit.model.families import read_facts
+from fedsplit.model.sources import about
+from fedsplit.trunk.dispatch import Dispatcher
+from fedsplit.trunk.memory import peak_memory, resident_memory
+from fedsplit.trunk.server import TrunkServer
+from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.packets import Packet
 
 
 class LocalTrunk:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.command import exit_code, quieten
+from fedsplit.command import exit_code
 from fedsplit.config import DTYPES, InputError, SettingError
-from fedsplit.finished import (
+from fedsplit.environment import quieten
+from fedsplit.flags import Parser
+from fedsplit.results.finished import (
     ADAPTER_FILES,
     Adapter,
     Run,
@@ -22,10 +24,9 @@ from fedsplit.finished import (
     find_adapter,
     open_run,
 )
-from fedsplit.flags import Parser
 
 if TYPE_CHECKING:
-    from fedsplit.comparison import Distance
+    from fedsplit.adaptation.comparison import Distance
 
 METHODS = ("cat", "svd", "linear")
 """Ways to combine adapters, by the names that PEFT gives them."""
@@ -33,8 +34,8 @@ METHODS = ("cat", "svd", "linear")
 
 def summary(run: Run) -> list[str]:
     """What a run trained and what it left behind, part by part."""
+    from fedsplit.model.store import count_values
     from fedsplit.report import aligned, size
-    from fedsplit.store import count_values
 
     rows: list[tuple[str, ...]] = [("", "trainable", "frozen", "total", "in the file", "file")]
     totals = [0, 0, 0]
@@ -57,7 +58,7 @@ def summary(run: Run) -> list[str]:
 
 def _ranks(run: Run) -> str:
     """The ranks of the layers in the adapter, from the least to the largest."""
-    from fedsplit import adapting
+    from fedsplit.adaptation import adapting
 
     read = adapting.load(run.adapter().folder)
     ranks = sorted({read.rank(layer) for layer in (*read.complete, *read.stacked)})
@@ -66,7 +67,7 @@ def _ranks(run: Run) -> str:
 
 def compare(first: Run, second: Run) -> list[str]:
     """Two runs side by side."""
-    from fedsplit.comparison import differing
+    from fedsplit.adaptation.comparison import differing
     from fedsplit.report import aligned, size
 
     rows: list[tuple[str, ...]] = [("", first.name, second.name)]
@@ -89,8 +90,8 @@ def _shown(value: object) -> str:
 
 def _distances(first: Run, second: Run) -> list[str]:
     """How far apart the adapters are, layer by layer, as one table."""
-    from fedsplit import adapting
-    from fedsplit.comparison import distances
+    from fedsplit.adaptation import adapting
+    from fedsplit.adaptation.comparison import distances
     from fedsplit.report import aligned
 
     one, two = (adapting.load(run.adapter().folder) for run in (first, second))
@@ -124,7 +125,7 @@ def _merge(asked: argparse.Namespace) -> list[str]:
         _check_single(open_run(asked.run))
     adapter = _moved(adapter, asked.model)
     _check_out(asked.out)
-    from fedsplit.merging import merge
+    from fedsplit.results.merging import merge
 
     merge(adapter, asked.out, asked.dtype)
     decoded = f", decoded from {adapter.quantization} bits" if adapter.quantization else ""
@@ -151,7 +152,7 @@ def _unmerge(asked: argparse.Namespace) -> list[str]:
     if not asked.model.is_dir():
         raise InputError(f"{asked.model} is no merged model: there is no such folder")
     _check_out(asked.out)
-    from fedsplit.merging import unmerge
+    from fedsplit.results.merging import unmerge
 
     return [f"{asked.out}: the base without what was merged, in {unmerge(asked.model, asked.out)}"]
 
@@ -165,7 +166,7 @@ def _combine(asked: argparse.Namespace) -> list[str]:
     adapters = [_moved(find_adapter(run), asked.model) for run in asked.runs]
     check_same_base(adapters)
     _check_out(asked.out)
-    from fedsplit.merging import combine
+    from fedsplit.results.merging import combine
 
     rank = combine(adapters, weights, asked.how, asked.out, asked.rank)
     parts = " + ".join(f"{weight:g} * {adapter.name}" for weight, adapter in zip(weights, adapters, strict=True))
@@ -182,7 +183,7 @@ def _export(asked: argparse.Namespace) -> list[str]:
     check_same_base(adapters)
     tasks = as_tasks(adapters, asked.names.split(",") if asked.names else ())
     _check_out(asked.out)
-    from fedsplit.checkpoint import write_whole
+    from fedsplit.federation.checkpoint import write_whole
 
     def fill(draft: Path) -> None:
         for name, adapter in tasks.items():
@@ -207,7 +208,7 @@ def _weights(text: str, count: int) -> list[float]:
 
 
 def _check_out(out: Path) -> None:
-    from fedsplit.checkpoint import check_folder
+    from fedsplit.federation.checkpoint import check_folder
 
     check_folder(out)
 

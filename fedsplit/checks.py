@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedsplit.adaptation.methods import METHODS, check_method
 from fedsplit.config import PARTS, Config, SettingError, TrainSettings, set_by_user
-from fedsplit.families import STACKED, Facts
-from fedsplit.methods import METHODS, check_method
-from fedsplit.schedules import SCHEDULES
-from fedsplit.strategy import traits_of
+from fedsplit.federation.strategy import traits_of
+from fedsplit.model.families import STACKED, Facts
+from fedsplit.trunk.schedules import SCHEDULES
 
 
 def learning_parts(config: Config, blocks: int) -> list[str]:

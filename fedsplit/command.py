@@ -1,34 +1,12 @@
-"""What all commands have in common: exit codes, errors in one line, and libraries that are quiet."""
+"""What all commands have in common: exit codes, and errors in one line."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable
 
 from fedsplit.config import InputError
-
-QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "PYTHONWARNINGS": "ignore",
-}
-"""The environment in which libraries show nothing of their own."""
-
-
-def quieten(offline: bool = True) -> None:
-    """Sets what must be set before the libraries are imported, since they read it only then.
-
-    Args:
-        offline: Whether nothing may be asked of the Hub.
-    """
-    for name, value in {**QUIET, **({"HF_HUB_OFFLINE": "1"} if offline else {})}.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore")
 
 
 def exit_code(work: Callable[[], object]) -> int:

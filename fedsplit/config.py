@@ -490,7 +490,7 @@ class Config:
 
     @property
     def model_path(self) -> Path:
-        """The bundled model's folder, or the one that the name itself is; `fedsplit.sources` finds every model."""
+        """The bundled model's folder, or the one that the name is; `fedsplit.model.sources` finds every model."""
         return BUNDLED_MODEL if self.model == DEFAULT_MODEL else Path(self.model)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.command import exit_code, quieten
+from fedsplit.command import exit_code
 from fedsplit.config import Config, SettingError
+from fedsplit.environment import quieten
 from fedsplit.flags import Parser, parse
 
 
@@ -17,14 +18,14 @@ def look(config: Config) -> Any:
     """The data of a federation, dealt out; only what decides that is checked.
 
     Returns:
-        A `fedsplit.partition.Deal`.
+        A `fedsplit.corpora.partition.Deal`.
 
     Raises:
         SettingError: There is no such model or data set, or too little text.
     """
-    from fedsplit.families import read_facts
-    from fedsplit.sources import about
-    from fedsplit.tables import check_dataset, check_packing
+    from fedsplit.corpora.tables import check_dataset, check_packing
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.sources import about
 
     facts = read_facts(about(config))
     if config.train.max_length > facts.positions:
@@ -33,7 +34,7 @@ def look(config: Config) -> Any:
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 
-    from fedsplit.heldout import deal_of
+    from fedsplit.client.heldout import deal_of
 
     return deal_of(config)
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(rest)
         quieten(offline=False)
 
-        from fedsplit.census import as_document, plot, stated, table
+        from fedsplit.corpora.census import as_document, plot, stated, table
 
         deal = look(config)
         lines = [json.dumps(as_document(deal), indent=2)] if asked.json else [*stated(deal), *table(deal)]

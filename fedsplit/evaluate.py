@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.command import exit_code, quieten
+from fedsplit.command import exit_code
 from fedsplit.config import DEVICE, Config, DataSettings, InputError, SettingError, from_document
-from fedsplit.finished import Adapter, Run, open_run
+from fedsplit.environment import quieten
 from fedsplit.flags import Parser
+from fedsplit.results.finished import Adapter, Run, open_run
 
 if TYPE_CHECKING:
-    from fedsplit.sequences import Sequences
-    from fedsplit.whole import Score
+    from fedsplit.corpora.sequences import Sequences
+    from fedsplit.results.whole import Score
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
         The mean over all predicted tokens, or sequences, in nats; of the run's own model, `eval_loss.after` in its
         summary.
     """
-    from fedsplit.families import read_facts, read_pad
-    from fedsplit.sources import about
-    from fedsplit.whole import Score, score
+    from fedsplit.model.families import read_facts, read_pad
+    from fedsplit.model.sources import about
+    from fedsplit.results.whole import Score, score
 
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
@@ -66,7 +67,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
 
 def _held_out(config: Config, samples: int) -> list[tuple[str, list[Sequences]]]:
     """The name of every client, and its held-out text in the batches in which the run measured it."""
-    from fedsplit.heldout import held_out_batches, shards_of
+    from fedsplit.client.heldout import held_out_batches, shards_of
 
     size = config.train.batch_size
     return [(shard.name, [rows for _, rows in held_out_batches(shard, samples, size)]) for shard in shards_of(config)]
@@ -74,10 +75,10 @@ def _held_out(config: Config, samples: int) -> list[tuple[str, list[Sequences]]]
 
 def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) -> list[tuple[str, list[Sequences]]]:
     """Every owner in another data set, and all its text in batches."""
-    from fedsplit.families import read_facts
-    from fedsplit.partition import all_text, spread
-    from fedsplit.sources import about
-    from fedsplit.tables import check_dataset
+    from fedsplit.corpora.partition import all_text, spread
+    from fedsplit.corpora.tables import check_dataset
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.sources import about
 
     check_dataset(dataset, data)
     path, length = about(config), config.train.max_length
@@ -138,8 +139,8 @@ def evaluate(
     Raises:
         InputError: There is no such client, data set or device, or the run's model is not there.
     """
-    from fedsplit.devices import check_device, resolve
-    from fedsplit.whole import attach, detach, open_held, restore_head, score
+    from fedsplit.model.devices import check_device, resolve
+    from fedsplit.results.whole import attach, detach, open_held, restore_head, score
 
     results = []
     check_device("device", device)
@@ -160,7 +161,7 @@ def evaluate(
 
 def _classes(config: Config) -> tuple[str, ...]:
     """The names of the classes that a run learned to tell; none where it predicted tokens."""
-    from fedsplit.heldout import deal_of
+    from fedsplit.client.heldout import deal_of
 
     return deal_of(config).classes if config.data.format == "classification" else ()
 
@@ -173,7 +174,7 @@ def lines(results: Sequence[Result], sorts: bool = False) -> list[str]:
         sorts: Whether the classes of texts were predicted, and not tokens.
     """
     from fedsplit.report import aligned, perplexity
-    from fedsplit.whole import Score
+    from fedsplit.results.whole import Score
 
     base, tuned = (sum((getattr(r, which) for r in results), Score()) for which in ("base", "tuned"))
     rows = [("", "texts" if sorts else "tokens", "loss", *(() if sorts else ("perplexity",)), "accuracy")]

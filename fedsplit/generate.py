@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.command import exit_code, quieten
+from fedsplit.command import exit_code
 from fedsplit.config import DEVICE, KERNELS, Allowed, Config, InputError, SettingError, at_least, one_of
-from fedsplit.finished import Adapter, Run, open_run
+from fedsplit.environment import prepare, quieten
 from fedsplit.flags import Parser
-from fedsplit.simulate import check_memory, prepare_environment
+from fedsplit.results.finished import Adapter, Run, open_run
 
 if TYPE_CHECKING:
-    from fedsplit.actor import TrunkHandle
-    from fedsplit.decoding import Ends, Pace
-    from fedsplit.sampling import Sampling
+    from fedsplit.generation.decoding import Ends, Pace
+    from fedsplit.generation.sampling import Sampling
+    from fedsplit.trunk.actor import TrunkHandle
 
 NEW_TOKENS = 64
 """Of each text at most, where nothing else is said and the model has positions for them."""
@@ -209,10 +209,10 @@ def check(asked: argparse.Namespace) -> Job:
     if config.data.format == "classification":
         raise InputError(f"the run in {run.path} sorts texts into classes: its model has no head that writes")
 
-    from fedsplit.devices import check_devices
-    from fedsplit.families import read_facts
-    from fedsplit.quantization import check_quantization
-    from fedsplit.sources import about, weights
+    from fedsplit.model.devices import check_devices
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.quantization import check_quantization
+    from fedsplit.model.sources import about, weights
 
     config = replace(config, device="cpu", trunk=replace(config.trunk, device=_trunk_device(asked, config)))
     check_devices(config)
@@ -220,9 +220,9 @@ def check(asked: argparse.Namespace) -> Job:
     model = about(config)
     facts = read_facts(model)
 
-    from fedsplit.sampling import Sampling
-    from fedsplit.split import check_checkpoint, load_tokenizer
-    from fedsplit.whole import read_adapter
+    from fedsplit.generation.sampling import Sampling
+    from fedsplit.model.split import check_checkpoint, load_tokenizer
+    from fedsplit.results.whole import read_adapter
 
     tokenizer = load_tokenizer(model)
     tokens = _tokenise(tokenizer, prompts, asked.chat, config.model)
@@ -238,7 +238,7 @@ def check(asked: argparse.Namespace) -> Job:
 
 def _load_ends(job: Job) -> list[Any]:
     """The client's parts, held in as many bits as in the run, with its adapters."""
-    from fedsplit import adapting
+    from fedsplit.adaptation import adapting
 
     parts = adapting.bare_parts(job.config, ["bottom", "top"])
     adapting.adopt(job.adapter.folder, job.config, *parts)
@@ -250,12 +250,12 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     """Starts the trunk, loads what the client has meanwhile, and stops the trunk at the end, however it ends."""
     import torch
 
-    from fedsplit.actor import start_cluster, start_trunk, stop_cluster
-    from fedsplit.decoding import Ends
-    from fedsplit.link import Link
+    from fedsplit.client.link import Link
+    from fedsplit.generation.decoding import Ends
     from fedsplit.planning import plan
-    from fedsplit.schedules import SCHEDULES
-    from fedsplit.wire import make_codec
+    from fedsplit.trunk.actor import check_memory, start_cluster, start_trunk, stop_cluster
+    from fedsplit.trunk.schedules import SCHEDULES
+    from fedsplit.wire.codecs import make_codec
 
     config, folder = job.config, job.adapter.folder.absolute()
     shares = plan(replace(config, clients=1, deterministic=False))
@@ -310,8 +310,8 @@ def generate(job: Job, show: Callable[[str], object]) -> list[str]:
     Raises:
         GenerationFailed, TrunkLost: The trunk refused to go on, or is gone.
     """
-    from fedsplit.decoding import Pace, depends_on_neighbours
-    from fedsplit.steps import RefusedStep
+    from fedsplit.generation.decoding import Pace, depends_on_neighbours
+    from fedsplit.wire.steps import RefusedStep
 
     pace = Pace()
     with _split(job) as (ends, trunk), _hears_interrupts() as look:
@@ -335,9 +335,9 @@ def _write(
     look: Callable[[], None],
 ) -> None:
     """Writes some of the texts as one batch, and shows them one after the other."""
-    from fedsplit.decoding import decode
-    from fedsplit.sampling import Chooser
-    from fedsplit.transcript import InTurn, Words
+    from fedsplit.generation.decoding import decode
+    from fedsplit.generation.sampling import Chooser
+    from fedsplit.generation.transcript import InTurn, Words
 
     prompts = [job.tokens[number] for number in numbers]
     words = [Words(job.tokenizer, prompt) for prompt in prompts]
@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         asked = _parser().parse_args(argv)
-        prepare_environment()
+        prepare()
         quieten()
         job = check(asked)
         for line in generate(job, lambda piece: print(piece, end="", flush=True)):

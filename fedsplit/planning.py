@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from fedsplit.config import Config, SettingError
-from fedsplit.schedules import SCHEDULES, is_deterministic
+from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
 
 LARGE = 2**25
 """Tokens times the square of the width from which on computing half a batch takes far longer than its messages do."""

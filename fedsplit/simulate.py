@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sys
 import time
 import warnings
@@ -13,35 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedsplit.command import QUIET, exit_code
-from fedsplit.config import Config, SettingError
+from fedsplit.command import exit_code
+from fedsplit.config import Config
+from fedsplit.environment import prepare
 from fedsplit.flags import parse
-
-ENVIRONMENT = {
-    **QUIET,
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Threads that wait sleep. They would burn their core otherwise, which client and trunk need in turn: with another
-    # process on the machine, two threads each were six to ten times slower.
-    "OMP_WAIT_POLICY": "passive",
-    "RAY_worker_niceness": "0",  # Ray's workers would otherwise give way to anything else on the machine
-    # Tensors up to this many bytes travel within the call; the detour over the object store takes a
-    # quarter of a round's time with the default model.
-    "RAY_max_direct_call_object_size": str(8 * 2**20),
-    # Despite its name this decides on Linux, too: with 0 all of Ray's servers bind to the loopback interface.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-}
-"""The environment of this process and all that it starts: no telemetry, no chatter, no open port."""
-
-
-def prepare_environment() -> None:
-    """Sets what must be set before the libraries are imported, since they read it only then.
-
-    Without a token of its own, anyone on the machine could run code in Ray's processes.
-    """
-    for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
-        os.environ.setdefault(name, value)
 
 
 def check(config: Config) -> tuple[Path, Any, Any]:
@@ -54,10 +28,10 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         SettingError: Something was given wrongly.
     """
     from fedsplit import checks
-    from fedsplit.families import read_facts
+    from fedsplit.corpora.tables import check_dataset, check_packing
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.sources import about, weights
     from fedsplit.planning import plan
-    from fedsplit.sources import about, weights
-    from fedsplit.tables import check_dataset, check_packing
 
     checks.check_prompt(config)
     facts = read_facts(about(config))
@@ -71,18 +45,18 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 
-    from fedsplit.devices import check_devices
+    from fedsplit.model.devices import check_devices
 
     check_devices(config)
 
-    from fedsplit.aggregation import strategy_defaults
-    from fedsplit.checkpoint import check_folder, check_resumable
-    from fedsplit.heldout import deal_of
-    from fedsplit.injection import check_injection
-    from fedsplit.optim import check_optimizer
-    from fedsplit.quantization import check_quantization
-    from fedsplit.split import check_checkpoint
-    from fedsplit.strategy import check_strategy, load_strategy
+    from fedsplit.adaptation.injection import check_injection
+    from fedsplit.client.heldout import deal_of
+    from fedsplit.federation.aggregation import strategy_defaults
+    from fedsplit.federation.checkpoint import check_folder, check_resumable
+    from fedsplit.federation.strategy import check_strategy, load_strategy
+    from fedsplit.model.quantization import check_quantization
+    from fedsplit.model.split import check_checkpoint
+    from fedsplit.optimization.optim import check_optimizer
 
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     if config.resume:
@@ -103,18 +77,6 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     return folder, strategy, deal
 
 
-def check_memory(config: Config, trunk: Any) -> None:
-    """Makes sure that the memory given to the trunk suffices; only the trunk, once it is loaded, can tell.
-
-    Raises:
-        SettingError: It does not suffice for a single step.
-    """
-    limit = config.trunk.memory_bytes
-    if limit is not None and (least := trunk.status()["least_memory"]) > limit:
-        words = f"at least {-(-least // 10**6)}MB, for this trunk and one step at a time"
-        raise SettingError("trunk.memory", config.trunk.memory, words)
-
-
 def run(config: Config) -> dict[str, Any]:
     """Runs a federation.
 
@@ -128,15 +90,15 @@ def run(config: Config) -> dict[str, Any]:
     started = time.perf_counter()
     folder, strategy, deal = check(config)
 
-    from fedsplit.actor import start_cluster, start_trunk, stop_cluster
-    from fedsplit.aggregation import FederationFailed
-    from fedsplit.census import as_document, stated, table
-    from fedsplit.checkpoint import RunFolder
-    from fedsplit.families import read_facts
+    from fedsplit.corpora.census import as_document, stated, table
+    from fedsplit.federation.aggregation import FederationFailed
+    from fedsplit.federation.checkpoint import RunFolder
+    from fedsplit.federation.server_app import Federation
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.sources import about, pinned
     from fedsplit.planning import plan
     from fedsplit.report import make_watcher
-    from fedsplit.server_app import Federation
-    from fedsplit.sources import about, pinned
+    from fedsplit.trunk.actor import check_memory, start_cluster, start_trunk, stop_cluster
 
     facts = read_facts(about(config))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
@@ -177,7 +139,7 @@ def _simulate(federation: Any, clients: int) -> None:
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # not before the import, which sets it anew
 
-    from fedsplit.client_app import app
+    from fedsplit.federation.client_app import app
 
     # A worker that dies is started again; otherwise its slot fails every client it is given from then on.
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": 3}
@@ -192,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         config = parse(argv)
-        prepare_environment()
+        prepare()
         warnings.simplefilter("ignore")
         run(config)
 

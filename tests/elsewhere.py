@@ -124,9 +124,9 @@ def main(model: str, corpus: str, folder: str) -> None:
     """Prints the losses of every run on the CPU and elsewhere."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from experiments import in_process
-    from fedsplit import client_app
     from fedsplit.config import build
-    from fedsplit.strategy import load_strategy
+    from fedsplit.federation import client_app
+    from fedsplit.federation.strategy import load_strategy
 
     torch.set_num_threads(1)
     register()

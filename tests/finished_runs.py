@@ -9,7 +9,7 @@ from conftest import write_corpus
 from local_federation import federate
 
 from fedsplit.config import build
-from fedsplit.strategy import load_strategy
+from fedsplit.federation.strategy import load_strategy
 
 
 class Runs:

@@ -12,7 +12,7 @@ from flwr.app import Message
 from experiments import in_process
 from experiments.in_process import LocalGrid, Silent
 from fedsplit.config import Config
-from fedsplit.server_app import Federation
+from fedsplit.federation.server_app import Federation
 
 
 class Lines(Silent):

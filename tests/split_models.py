@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from fedsplit import lora
+from fedsplit.adaptation import lora
+from fedsplit.adaptation.injection import make_config
+from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
-from fedsplit.decoding import Ends
-from fedsplit.injection import make_config
-from fedsplit.link import Link
-from fedsplit.packets import Packet
-from fedsplit.schedules import SCHEDULES
-from fedsplit.sessions import Sessions
-from fedsplit.split import Trunk, load_parts, load_whole
-from fedsplit.trunk import TrunkServer
-from fedsplit.wire import make_codec
+from fedsplit.generation.decoding import Ends
+from fedsplit.model.split import Trunk, load_parts, load_whole
+from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.trunk.server import TrunkServer
+from fedsplit.trunk.sessions import Sessions
+from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.packets import Packet
 
 RAW = make_codec("raw")
 SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.1)

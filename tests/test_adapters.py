@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from fedsplit import adapters
 from fedsplit.evaluate import evaluate, held_out_loss
-from fedsplit.split import load_whole
-from fedsplit.whole import Score
+from fedsplit.model.split import load_whole
+from fedsplit.results.whole import Score
 
 Said = tuple[int, list[str], str]
 

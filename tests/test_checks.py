@@ -141,7 +141,9 @@ def test_what_is_asked_for_wrongly_gets_one_line_and_loses_nothing(
     tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2, one line on stderr, no model loaded, no cluster started, nothing written."""
-    from fedsplit import actor, adapting, split
+    from fedsplit.adaptation import adapting
+    from fedsplit.model import split
+    from fedsplit.trunk import actor
 
     def too_late(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded or started first")

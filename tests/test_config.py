@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedsplit.config import Config, SettingError, as_document, build, from_document
-from fedsplit.schedules import SCHEDULES
-from fedsplit.wire import make_codec
+from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.wire.codecs import make_codec
 
 
 def test_the_folder_of_a_run_is_not_part_of_its_document() -> None:

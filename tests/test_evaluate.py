@@ -15,10 +15,10 @@ from test_formats import PLAIN
 from transformers import AutoModelForSequenceClassification
 
 from fedsplit import evaluate
-from fedsplit.finished import open_run
-from fedsplit.split import load_whole
-from fedsplit.synthetic import TOPICS
-from fedsplit.whole import Score
+from fedsplit.corpora.synthetic import TOPICS
+from fedsplit.model.split import load_whole
+from fedsplit.results.finished import open_run
+from fedsplit.results.whole import Score
 
 
 def pooled(results: list[evaluate.Result]) -> Score:

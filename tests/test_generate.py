@@ -23,13 +23,14 @@ import torch
 from peft import PeftModel
 from split_models import Here, server_of
 
-from fedsplit import adapting, generate, lora
-from fedsplit.decoding import Ends, Pace, decode
-from fedsplit.finished import Run, open_run
-from fedsplit.link import Link
-from fedsplit.sampling import Chooser, Sampling
-from fedsplit.schedules import SCHEDULES
-from fedsplit.split import load_parts, load_tokenizer, load_whole
+from fedsplit import generate
+from fedsplit.adaptation import adapting, lora
+from fedsplit.client.link import Link
+from fedsplit.generation.decoding import Ends, Pace, decode
+from fedsplit.generation.sampling import Chooser, Sampling
+from fedsplit.model.split import load_parts, load_tokenizer, load_whole
+from fedsplit.results.finished import Run, open_run
+from fedsplit.trunk.schedules import SCHEDULES
 
 PROMPTS = ["ann wrote", "bob", "text number 3"]
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"

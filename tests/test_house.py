@@ -3,72 +3,79 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-LAYERS = [
-    {"config", "lowrank", "packets", "scaling", "seeds", "tally", "clipping", "stopping", "transcript"},
-    {"updates", "flags", "command", "rates", "vocabulary", "synthetic", "methods", "devices", "schedules"},
-    {
-        "families",
-        "kernels",
-        "quantization",
-        "corpus",
-        "wire",
-        "optim",
-        "steps",
-        "memory",
-        "strategy",
-        "routers",
-        "report",
-        "local",
-        "store",
-        "fidelity",
-        "comparison",
-        "sampling",
-    },
-    {"hub", "gguf_files", "tables"},
-    {"sources", "classes"},
-    {"split", "link", "learner", "finished", "sequences", "head"},
-    {"injection", "formats"},
-    {"lora", "learners", "caches", "prompts"},
-    {"partition", "adapting"},
-    {"trunk", "client", "checkpoint", "whole", "decoding", "census"},
-    {"dispatch", "sessions", "heldout", "holdings", "merging"},
-    {"planning", "checks"},
-    {"actor"},
-    {"records"},
-    {"aggregation", "client_app"},
-    {"exchange"},
-    {"server_app"},
-    {"simulate", "adapters", "evaluate", "data"},
-    {"generate"},
+GROUND = {"config", "environment", "flags", "command", "report", "seeds", "lowrank", "updates"}
+"""Modules at the top of `fedsplit` that every package may import."""
+
+PACKAGES = [
+    "model",
+    "wire",
+    "adaptation",
+    "corpora",
+    "optimization",
+    "trunk",
+    "client",
+    "generation",
+    "federation",
+    "results",
 ]
+"""Each imports from those before it, and from the ground."""
+
+COMMANDS = {"planning", "checks", "simulate", "evaluate", "generate", "adapters", "data"}
+"""Modules at the top that may import everything."""
 
 HOMES = {
-    "bitsandbytes": {"optim", "quantization"},
-    "datasets": {"tables", "partition"},
-    "flwr": {"records", "aggregation", "exchange", "client_app", "server_app", "simulate"},
-    "flwr_datasets": {"partition"},
-    "huggingface_hub": {"hub"},
-    "matplotlib": {"census"},
-    "numpy": {"packets", "records", "wire"},
-    "peft": {"injection", "lora", "prompts", "whole", "merging"},
-    "psutil": {"memory"},
-    "ray": {"actor"},
+    "bitsandbytes": {"optimization.optim", "model.quantization"},
+    "datasets": {"corpora.tables", "corpora.partition"},
+    "flwr": {
+        "federation.records",
+        "federation.aggregation",
+        "federation.exchange",
+        "federation.client_app",
+        "federation.server_app",
+        "simulate",
+    },
+    "flwr_datasets": {"corpora.partition"},
+    "huggingface_hub": {"model.hub"},
+    "matplotlib": {"corpora.census"},
+    "numpy": {"wire.packets", "federation.records", "wire.codecs"},
+    "peft": {"adaptation.injection", "adaptation.lora", "adaptation.prompts", "results.whole", "results.merging"},
+    "psutil": {"trunk.memory"},
+    "ray": {"trunk.actor"},
     "rich": {"report"},
-    "safetensors": {"split", "lora", "prompts", "store"},
-    "tokenizers": {"vocabulary"},
-    "tomli_w": {"checkpoint"},
-    "transformers": {"split", "prompts", "caches", "sampling", "gguf_files", "vocabulary"},
+    "safetensors": {"model.split", "adaptation.lora", "adaptation.prompts", "model.store"},
+    "tokenizers": {"model.vocabulary"},
+    "tomli_w": {"federation.checkpoint"},
+    "transformers": {
+        "model.split",
+        "adaptation.prompts",
+        "model.caches",
+        "generation.sampling",
+        "model.gguf_files",
+        "model.vocabulary",
+    },
 }
 """torch may be used anywhere."""
 
-MODULES = {path.stem: path for path in Path("fedsplit").glob("*.py") if path.stem != "__init__"}
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = {
+    ".".join(path.with_suffix("").parts[1:]): path
+    for path in sorted(Path("fedsplit").rglob("*.py"))
+    if path.stem != "__init__"
+}
+
+
+def level(module: str) -> int:
+    """How far above the ground a module's package is."""
+    package, _, inner = module.partition(".")
+    if inner:
+        return 1 + PACKAGES.index(package)
+    return 0 if package in GROUND else 1 + len(PACKAGES)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -82,18 +89,26 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_module_has_a_layer() -> None:
-    assert MODULES.keys() == LEVEL.keys()
+def ours(path: Path) -> set[str]:
+    """The modules of fedsplit that a file imports."""
+    return {name.removeprefix("fedsplit.") for name in imports(path)} & MODULES.keys()
+
+
+def test_every_module_has_its_place() -> None:
+    assert {name for name in MODULES if "." not in name} == GROUND | COMMANDS
+    assert {name.partition(".")[0] for name in MODULES if "." in name} == set(PACKAGES)
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_go_down_only(name: str) -> None:
     for imported in imports(MODULES[name]):
-        package, _, module = imported.partition(".")
-        assert package not in ("strategies", "experiments", "tests"), f"{name} imports {imported}"
-        below = module.partition(".")[0]
-        if package == "fedsplit" and below in LEVEL:
-            assert LEVEL[below] < LEVEL[name], f"{name} imports {below}, which is not below it"
+        assert imported.partition(".")[0] not in ("strategies", "experiments", "tests"), f"{name} imports {imported}"
+    for below in ours(MODULES[name]):
+        assert level(below) <= level(name), f"{name} imports {below}, whose package is above its own"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graphlib.TopologicalSorter({name: ours(path) for name, path in MODULES.items()}).prepare()
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -118,11 +133,14 @@ def test_strategies_need_torch_and_the_lowest_modules_only() -> None:
             assert allowed or ours, f"{path} imports {imported}"
 
 
-def test_the_package_imports_nothing_by_itself() -> None:
-    assert list(imports(Path("fedsplit/__init__.py"))) == []
+def test_packages_import_nothing_by_themselves() -> None:
+    for path in Path("fedsplit").rglob("__init__.py"):
+        assert list(imports(path)) == [], path
 
 
 def test_every_module_has_a_test_of_its_name() -> None:
-    assert {f"test_{name}.py" for name in MODULES} <= {path.name for path in Path("tests").glob("*.py")}
+    for name in MODULES:
+        package, _, module = name.rpartition(".")
+        assert Path("tests", package, f"test_{module}.py").is_file(), name
     names = {path.stem for path in Path("strategies").glob("*.py")} - {"__init__"}
     assert {f"test_{name}.py" for name in names} <= {path.name for path in Path("tests/strategies").glob("*.py")}

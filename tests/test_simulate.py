@@ -175,7 +175,7 @@ def test_a_flower_strategy_by_name(tmp_path: Path) -> None:
 def test_what_breaks_is_said_in_one_line_with_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedsplit.aggregation import FederationFailed
+    from fedsplit.federation.aggregation import FederationFailed
 
     def broken(config: Config) -> None:
         raise FederationFailed("no client answered: out of luck")

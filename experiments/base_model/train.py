@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from fedsplit.corpus import Document, pack, sotu
+from fedsplit.corpora.corpus import Document, pack, sotu
 
 HERE = Path(__file__).parent
 END = "<|endoftext|>"

@@ -54,25 +54,25 @@ def hold(role: str, config: Any, vocabulary: int) -> dict[str, Any]:
     """Loads what a role holds, and makes a step with it; peaks in bytes after each."""
     import torch
 
-    from fedsplit import lora
-    from fedsplit.devices import TYPES
-    from fedsplit.families import read_facts
-    from fedsplit.injection import make_config
-    from fedsplit.sources import about, weights
-    from fedsplit.split import load_parts
+    from fedsplit.adaptation import lora
+    from fedsplit.adaptation.injection import make_config
+    from fedsplit.model.devices import TYPES
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.sources import about, weights
+    from fedsplit.model.split import load_parts
 
     torch.set_num_threads(1)
     dtype = TYPES[config.dtype]
     if role == "whole":
         from peft import get_peft_model
 
-        from fedsplit.split import load_whole
+        from fedsplit.model.split import load_whole
 
         family = read_facts(about(config)).family
         parts = [get_peft_model(load_whole(weights(config), dtype), make_config(config.lora, family))]
     else:
         # What a process of this role imports anyhow, needed here or not.
-        __import__("fedsplit.client_app" if role == "client" else "fedsplit.actor")
+        __import__("fedsplit.federation.client_app" if role == "client" else "fedsplit.trunk.actor")
         kinds: Any = ROLES[role]
         parts = load_parts(weights(config, kinds), config.bounds, kinds, dtype, config.kernels)
         for part in parts:
@@ -125,7 +125,7 @@ def measure(role: str, model: Mapping[str, Any], name: str, tiny: bool) -> dict[
 def _held(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a measuring process answers."""
     from fedsplit.config import build
-    from fedsplit.sources import about
+    from fedsplit.model.sources import about
 
     config = build({key: asked[key] for key in ("model", "dtype", "cut")})
     document = json.loads((about(config) / "config.json").read_text())
@@ -207,7 +207,7 @@ def _named(model: Mapping[str, Any]) -> str:
     if "stored" not in model:
         return str(model["model"])
     from fedsplit.config import build
-    from fedsplit.sources import weights
+    from fedsplit.model.sources import weights
 
     return str(weights(build({"model": model["model"], "dtype": model["stored"]})))
 

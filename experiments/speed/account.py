@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments.speed.models import folder_of
 from experiments.speed.run import machine
-from fedsplit.simulate import prepare_environment
+from fedsplit.environment import prepare
 
 HERE = Path(__file__).parent
 
@@ -60,16 +60,19 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     """Milliseconds of each part of a step, the median over the steps."""
     import torch
 
-    from fedsplit import client, learner, link, lora, trunk
+    from fedsplit.adaptation import lora
+    from fedsplit.client import client, link
+    from fedsplit.client.link import Link
     from fedsplit.config import build
-    from fedsplit.devices import TYPES
-    from fedsplit.link import Link
-    from fedsplit.packets import StepKey
-    from fedsplit.partition import Shard
-    from fedsplit.schedules import SCHEDULES
-    from fedsplit.sequences import Sequences
-    from fedsplit.split import load_parts
-    from fedsplit.wire import make_codec
+    from fedsplit.corpora.partition import Shard
+    from fedsplit.corpora.sequences import Sequences
+    from fedsplit.model.devices import TYPES
+    from fedsplit.model.split import load_parts
+    from fedsplit.trunk import learner
+    from fedsplit.trunk import server as trunk
+    from fedsplit.trunk.schedules import SCHEDULES
+    from fedsplit.wire.codecs import make_codec
+    from fedsplit.wire.packets import StepKey
 
     torch.set_num_threads(1)
     shape = (model["batch_size"], model["max_length"])
@@ -135,7 +138,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
-    prepare_environment()
+    prepare()
     model = tomllib.loads(args.config.read_text())["models"][args.model]
     parts = measure(model, folder_of(model, args.cache), args.dtype, args.steps, warmup=5)
     kept = json.loads(args.out.read_text())["records"] if args.out.exists() else []

@@ -16,10 +16,10 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from experiments.speed.whole import Trainer
+from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
+from fedsplit.corpora.partition import Shard, batch
 from fedsplit.flags import parse
-from fedsplit.heldout import shards_of
-from fedsplit.partition import Shard, batch
 
 app = ClientApp()
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedsplit.simulate import prepare_environment
+from fedsplit.environment import prepare
 
 OBJECT_STORE = 512 * 2**20
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="client processes, of one core each")
     parser.add_argument("flags", nargs="*")
     args = parser.parse_args()
-    prepare_environment()  # before the libraries are imported, which read it then
+    prepare()  # before the libraries are imported, which read it then
 
     import peft
     import ray

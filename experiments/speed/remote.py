@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments.speed.models import folder_of
 from experiments.speed.run import machine
-from fedsplit.simulate import prepare_environment
+from fedsplit.environment import prepare
 
 HERE = Path(__file__).parent
 
@@ -31,7 +31,7 @@ Serve = Callable[[Any], Any]
 
 def pairs_a_second(serve: Serve, hidden: Any, seconds: float, attempt: int, run: str = "", life: str = "") -> float:
     """Asks for forward and backward in turn for so many seconds; each time as another attempt at the round."""
-    from fedsplit.packets import Packet, StepKey
+    from fedsplit.wire.packets import Packet, StepKey
 
     started, done = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < seconds or not done:
@@ -46,12 +46,12 @@ def make_trunk(model: Mapping[str, Any], folder: str) -> Serve:
     """A `TrunkServer` in this process, with one thread."""
     import torch
 
-    from fedsplit import lora
+    from fedsplit.adaptation import lora
     from fedsplit.config import build
-    from fedsplit.devices import TYPES
-    from fedsplit.split import load_parts
-    from fedsplit.trunk import TrunkServer
-    from fedsplit.wire import make_codec
+    from fedsplit.model.devices import TYPES
+    from fedsplit.model.split import load_parts
+    from fedsplit.trunk.server import TrunkServer
+    from fedsplit.wire.codecs import make_codec
 
     torch.set_num_threads(1)
     config = build({"model": folder, "cut": model["cut"]})
@@ -77,9 +77,9 @@ def measure(model: Mapping[str, Any], folder: str, seconds: float, repeats: int)
     import ray
     import torch
 
-    from fedsplit.actor import start_trunk
     from fedsplit.config import build
-    from fedsplit.wire import make_codec
+    from fedsplit.trunk.actor import start_trunk
+    from fedsplit.wire.codecs import make_codec
 
     local = make_trunk(model, folder)
     inside = ray.remote(num_cpus=0)(Inside).remote(model, folder)
@@ -109,9 +109,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=5, help="of every measurement")
     args = parser.parse_args()
-    prepare_environment()  # before Ray is imported, which reads it then
+    prepare()  # before Ray is imported, which reads it then
 
-    from fedsplit.actor import start_cluster, stop_cluster
+    from fedsplit.trunk.actor import start_cluster, stop_cluster
 
     models = tomllib.loads(args.config.read_text())["models"]
     records: list[dict[str, Any]] = []

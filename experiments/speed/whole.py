@@ -19,14 +19,14 @@ import peft
 import torch
 from torch import Tensor
 
+from fedsplit.adaptation.injection import make_config
+from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
-from fedsplit.families import read_facts
+from fedsplit.corpora.partition import batch
 from fedsplit.flags import parse
-from fedsplit.heldout import shards_of
-from fedsplit.injection import make_config
-from fedsplit.optim import make_optimizer
-from fedsplit.partition import batch
-from fedsplit.split import load_whole
+from fedsplit.model.families import read_facts
+from fedsplit.model.split import load_whole
+from fedsplit.optimization.optim import make_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

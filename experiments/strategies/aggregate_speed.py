@@ -21,7 +21,7 @@ import psutil
 
 from experiments.speed.run import disturbed, machine
 from experiments.strategies.run import read_plan, side_of, write
-from fedsplit.simulate import prepare_environment
+from fedsplit.environment import prepare
 from strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def updates_of(strategy: Any, state: Any, start: Adapters, clients: int, rank: i
     """
     import torch
 
-    from fedsplit.strategy import broadcast, traits_of
+    from fedsplit.federation.strategy import broadcast, traits_of
     from fedsplit.updates import ClientInfo, ClientUpdate, factor_of
 
     personal = traits_of(strategy).personal
@@ -94,9 +94,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One strategy, in this process."""
     import torch
 
-    from fedsplit.fidelity import measure as measure_error
-    from fedsplit.memory import peak_memory, resident_memory
-    from fedsplit.strategy import load_strategy
+    from fedsplit.federation.fidelity import measure as measure_error
+    from fedsplit.federation.strategy import load_strategy
+    from fedsplit.trunk.memory import peak_memory, resident_memory
 
     torch.set_num_threads(args.threads)
     strategy = load_strategy(*side_of(read_plan(), name), {"seed": 0, "clients": args.clients})
@@ -150,10 +150,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = _parser().parse_args()
-    prepare_environment()
+    prepare()
     import torch
 
-    from fedsplit import fidelity, strategy  # noqa: F401  # once, for all processes that are forked
+    from fedsplit.federation import fidelity, strategy  # noqa: F401  # once, for all processes that are forked
 
     torch.set_num_threads(args.threads)
     old = json.loads(args.out.read_text())["records"] if args.out.exists() else []

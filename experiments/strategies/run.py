@@ -28,7 +28,7 @@ from typing import Any
 
 from experiments.speed.run import CORES, machine
 from fedsplit.config import Config, build
-from fedsplit.simulate import prepare_environment
+from fedsplit.environment import prepare
 
 HERE = Path(__file__).parent
 
@@ -63,7 +63,7 @@ def side_of(plan: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
 
 def takes_mixed_ranks(plan: Mapping[str, Any], name: str) -> bool:
     """Whether a side's strategy lets clients have different ranks."""
-    from fedsplit.strategy import load_strategy, traits_of
+    from fedsplit.federation.strategy import load_strategy, traits_of
 
     return traits_of(load_strategy(*side_of(plan, name), {})).mixed_ranks
 
@@ -112,8 +112,8 @@ def measure(config: Config) -> dict[str, Any]:
         SettingError: Its strategy cannot do what the run asks of it.
     """
     from experiments.in_process import Silent, federate
-    from fedsplit.aggregation import strategy_defaults
-    from fedsplit.strategy import check_strategy, load_strategy
+    from fedsplit.federation.aggregation import strategy_defaults
+    from fedsplit.federation.strategy import check_strategy, load_strategy
 
     started = time.perf_counter()
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
@@ -149,7 +149,7 @@ def watch_norms(strategy: Any) -> list[float]:
 
 def outcome(config: Config, events: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a run."""
-    from fedsplit.strategy import load_strategy, traits_of
+    from fedsplit.federation.strategy import load_strategy, traits_of
 
     measured = [event for event in events if event["event"] == "evaluate"]
     merged = [event for event in events if event["event"] == "aggregate"]
@@ -174,12 +174,12 @@ def outcome(config: Config, events: Sequence[Mapping[str, Any]], summary: Mappin
 
 def _begin() -> None:
     """Prepares a process of the pool."""
-    prepare_environment()
+    prepare()
 
     import functools
     import warnings
 
-    from fedsplit import heldout
+    from fedsplit.client import heldout
 
     warnings.simplefilter("ignore")
     # Many runs in a row have the same text, which would take each of them three seconds to read and deal out.

@@ -29,8 +29,8 @@ from experiments.speed.models import folder_of
 from experiments.speed.run import machine
 from experiments.speed.watch import Tree
 from fedsplit.config import TrunkSettings
+from fedsplit.environment import prepare
 from fedsplit.planning import plan
-from fedsplit.simulate import prepare_environment
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "speed" / "config.toml"
@@ -63,7 +63,7 @@ class Crowd:
         """
         import torch
 
-        from fedsplit.wire import make_codec
+        from fedsplit.wire.codecs import make_codec
 
         self.trunk, self._run, self._patience, self._asks = trunk, run, patience, asks
         self._hidden = make_codec("raw").encode(torch.randn(*shape, generator=torch.Generator().manual_seed(0)))
@@ -71,7 +71,7 @@ class Crowd:
 
     def _send(self, client: int, step: int, what: str) -> Any:
         """Sends hidden states, a gradient, or, where `what` is "question", asks whether there is room for them."""
-        from fedsplit.packets import Packet, StepKey
+        from fedsplit.wire.packets import Packet, StepKey
 
         key = StepKey(1, client, step, run=self._run)
         if what == "question":
@@ -90,7 +90,7 @@ class Crowd:
             Seconds, waves, clients served, the most forwards that were pending, and resident memory then.
         """
         started = served_at = time.perf_counter()
-        from fedsplit.trunk import WAIT_SECONDS
+        from fedsplit.trunk.server import WAIT_SECONDS
 
         waiting, waves, vain, most, resident = list(clients), 0, 0, 0, 0
         while waiting:
@@ -122,8 +122,8 @@ class Crowd:
 
 def _use(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, steps: int, patience: float) -> dict[str, Any]:
     """Starts an actor on the cluster there is, and has the case's clients ask it."""
-    from fedsplit.actor import start_trunk
     from fedsplit.config import build
+    from fedsplit.trunk.actor import start_trunk
 
     sizes = {"train.batch_size": model["batch_size"], "train.max_length": model["max_length"]}
     schedule = "copies" if case["kind"] == "copies" else "shared"
@@ -161,7 +161,7 @@ def _use(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, steps: 
 
 def measure(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measures one case, on a cluster of its own."""
-    from fedsplit.actor import start_cluster, stop_cluster
+    from fedsplit.trunk.actor import start_cluster, stop_cluster
 
     start_cluster(1)
     try:
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=60, help="seconds after which nobody served is for ever")
     parser.add_argument("--cap", default="8GB", help="cases that would take more are not run")
     args = parser.parse_args()
-    prepare_environment()  # before Ray is imported, which reads it then
+    prepare()  # before Ray is imported, which reads it then
     cap = TrunkSettings(memory=args.cap).memory_bytes
     if cap is None:
         parser.error(f"--cap: {args.cap} is no size, such as 8GB")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsplit.strategy import broadcast, traits_of
+from fedsplit.federation.strategy import broadcast, traits_of
 from fedsplit.updates import FACTORS, Adapters, ClientInfo, ClientUpdate, Layer, factor_of, fresh_factor
 
 SHAPES = {"linear": (6, 5, False), "conv": (4, 7, True)}

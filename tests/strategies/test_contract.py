@@ -15,7 +15,7 @@ from rounds import Round, applied, error, start
 from safetensors.torch import load_file, save_file
 
 import strategies
-from fedsplit.strategy import load_strategy, traits_of
+from fedsplit.federation.strategy import load_strategy, traits_of
 from fedsplit.updates import ClientUpdate
 
 

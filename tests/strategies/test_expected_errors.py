@@ -19,7 +19,7 @@ import pytest
 import torch
 from rounds import error
 
-from fedsplit.strategy import broadcast, load_strategy, traits_of
+from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
 from fedsplit.updates import Adapters, ClientInfo, ClientUpdate, Layer, factor_of
 
 OUT, WIDTH, RANK, ALPHA = 96, 64, 8, 16.0

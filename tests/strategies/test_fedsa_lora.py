@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import Round, by_hand, start
 
-from fedsplit.strategy import traits_of
+from fedsplit.federation.strategy import traits_of
 from fedsplit.updates import ClientUpdate
 from strategies.fedsa_lora import FedSALoRA
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import SHAPES, Round, by_hand, error, start
 
-from fedsplit.strategy import broadcast
+from fedsplit.federation.strategy import broadcast
 from fedsplit.updates import ClientInfo
 from strategies.fedsvd import FedSVD
 

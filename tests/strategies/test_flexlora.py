@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import Round, applied, by_hand, error, ideal, start
 
-from fedsplit.strategy import broadcast
+from fedsplit.federation.strategy import broadcast
 from fedsplit.updates import Adapters, ClientInfo
 from strategies.flexlora import FlexLoRA
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import Round, by_hand, error, ideal, start
 
-from fedsplit.strategy import broadcast
+from fedsplit.federation.strategy import broadcast
 from fedsplit.updates import Adapters, Assignment, ClientInfo, fresh_factor
 from strategies.flora import FLoRA
 

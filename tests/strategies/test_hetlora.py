@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import SHAPES, Round, by_hand, start
 
-from fedsplit.strategy import broadcast
+from fedsplit.federation.strategy import broadcast
 from fedsplit.updates import Adapters, ClientInfo, ClientUpdate, Layer, Task
 from strategies.hetlora import HetLoRA, sure_rank, tail_norm
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rounds import Round, applied, start
 
-from fedsplit.strategy import load_strategy
+from fedsplit.federation.strategy import load_strategy
 from fedsplit.updates import Adapters, ClientUpdate, Layer
 from strategies.mixed_ranks import average_others, padded_average, rank_of
 

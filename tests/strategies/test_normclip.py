@@ -13,7 +13,7 @@ from rounds import Round, by_hand, start
 
 import strategies
 from fedsplit.config import SettingError
-from fedsplit.strategy import load_strategy, traits_of
+from fedsplit.federation.strategy import load_strategy, traits_of
 from fedsplit.updates import Assignment, ClientInfo, Task, Traits, average_adapters, counted
 from strategies.fedavg import FedAvg
 from strategies.krum import Krum

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import Round, applied, error, start
 
-from fedsplit.strategy import broadcast
+from fedsplit.federation.strategy import broadcast
 from fedsplit.updates import Adapters, ClientInfo, ClientUpdate, Layer
 from strategies.rolora import RoLoRA
 

@@ -1,0 +1,115 @@
+"""A run's parts by its settings: how they are held, which adapter they get, LoRA or virtual tokens, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedsplit.adaptation import lora, prompts
+from fedsplit.adaptation.methods import method_of
+from fedsplit.config import Config
+from fedsplit.model.devices import TYPES, resolve
+from fedsplit.model.families import Family
+from fedsplit.model.head import HEAD
+from fedsplit.model.sources import about, weights
+from fedsplit.model.split import SCORE, Kind, Part, load_parts
+from fedsplit.updates import Adapters
+
+
+def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[Any]:
+    """Parts as a run holds them, without adapters.
+
+    Args:
+        config: The run's.
+        kinds: The parts of one party, which are on one device.
+        classes: As for `load_parts`.
+
+    Raises:
+        SettingError: There is no such model, or it cannot be had.
+    """
+    return load_parts(
+        weights(config, kinds),
+        config.bounds,
+        kinds,
+        TYPES[config.dtype],
+        config.kernels,
+        classes=classes,
+        device=resolve(config.device_of(kinds[0])),
+        bits=config.bits,
+    )
+
+
+def adapt(part: Part, config: Config) -> None:
+    """Puts on a part what trains, in place; its base weights must be frozen already."""
+    if config.prompt.kind == "off":
+        lora.add(part, config.lora, config.seed, config.lm_head)
+    else:
+        prompts.add(part, config.prompt, config.seed, about(config))
+
+
+def of_part(whole: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
+    """What of the whole model's adapters belongs to a part.
+
+    Args:
+        whole: By exported name, with what was folded.
+        config: The run's.
+        family: The model's family.
+        kind: The part.
+        blocks: Its blocks.
+    """
+    if config.prompt.kind != "off":
+        return Adapters(prompts.of_part(whole.tensors, kind, blocks), {})
+    prefixes = tuple(f"{family.decoder}.{family.blocks}.{block}." for block in blocks)
+    if kind == "top":
+        prefixes += (HEAD, SCORE)
+    folded = {layer: change for layer, change in whole.folded.items() if layer.startswith(prefixes)}
+    layers = {layer: facts for layer, facts in whole.layers.items() if layer.startswith(prefixes)}
+    tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(prefixes)}
+    return Adapters(tensors, layers, folded)
+
+
+def save(
+    folder: Path,
+    adapters: Adapters,
+    config: Config,
+    family: Family,
+    kind: Kind | None = None,
+    blocks: range | None = None,
+) -> None:
+    """Writes an adapter of the unsplit model that PEFT opens.
+
+    Args:
+        folder: Where to; made if it is not there.
+        adapters: The whole model's, or a part's (`of_part`).
+        config: The run's.
+        family: The model's family.
+        kind: The part whose they are; all where None.
+        blocks: Its blocks.
+    """
+    if config.prompt.kind != "off":
+        prompts.save(folder, adapters.tensors, config.prompt, about(config), config.model, blocks)
+    else:
+        head = config.lm_head if kind in (None, "top") else "frozen"
+        lora.save(folder, adapters, config.lora, family, config.model, blocks, config.seed, head)
+
+
+def load(folder: Path) -> Adapters:
+    """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote."""
+    return lora.load(folder) if prompts.kind_of(folder) is None else prompts.load(folder)
+
+
+def adopt(folder: Path, config: Config, *parts: Part) -> None:
+    """Puts a finished run's adapter on parts, whose base weights are as they were loaded.
+
+    Args:
+        folder: The adapter's, of the unsplit model.
+        config: The run's; not one with virtual tokens or prefixes, of which no file has the encoders.
+        *parts: The parts; what belongs to others is passed over.
+    """
+    if method_of(config.lora).residual:  # the file has as factors, too, what was taken out of the base weights
+        config = replace(config, lora=replace(config.lora, method="lora", options=""))
+    for part in parts:
+        adapt(part, config)
+    lora.adopt(load(folder), *parts)

@@ -1,0 +1,346 @@
+"""Adapters on a part, by PEFT: add, read, write, count, save; and what was saved, read again.
+
+Those of LoRA are pairs of factors, with a scaling that goes with their rank. Of any other kind there are only tensors
+by name, which are read, written and saved alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsplit.adaptation.injection import ADAPTER, exported, inject, make_config, trained_names
+from fedsplit.adaptation.methods import draws_fresh, method_of
+from fedsplit.config import LoraSettings
+from fedsplit.lowrank import LowRank
+from fedsplit.model.devices import CPU
+from fedsplit.model.families import STACKED, Family
+from fedsplit.model.head import HEAD, WEIGHT, WholeHead
+from fedsplit.model.kernels import causal_loss, lora_linear
+from fedsplit.model.quantization import values_in, was_transposed
+from fedsplit.model.sources import to_peft
+from fedsplit.model.split import SCORE, Part
+from fedsplit.seeds import derive_seed
+from fedsplit.updates import Adapters, Layer, factor_of, fresh_factor
+
+SCORE_WEIGHT = f"{SCORE}.weight"
+"""The name of the weight of a head of classes, in a part and in an adapter's file."""
+
+
+class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
+    """PEFT's layer with another forward: the same function, in fewer passes over memory."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        base, down, up, dropout = (
+            self.base_layer,
+            self.lora_A[ADAPTER],
+            self.lora_B[ADAPTER],
+            self.lora_dropout[ADAPTER],
+        )
+        weight = base.weight if self.fan_in_fan_out else base.weight.t()
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        return lora_linear(x, weight, base.bias, down.weight, up.weight, self.scaling[ADAPTER], p)
+
+    def causal_loss(self, hidden: Tensor, labels: Tensor, cap: float | None) -> Tensor:
+        """As a head, the mean next-token loss; see `fedsplit.model.kernels.causal_loss`."""
+        weight = self.base_layer.weight
+        seen = self.lora_dropout[ADAPTER](hidden.to(weight.dtype))
+        low = functional.linear(seen, self.lora_A[ADAPTER].weight.to(weight.dtype)) * self.scaling[ADAPTER]
+        return causal_loss(hidden, weight, labels, cap, low, self.lora_B[ADAPTER].weight.to(weight.dtype))
+
+
+def _fuse(part: Part) -> None:
+    for module in part.modules():
+        # Anything else, such as an adapter of the embedding, stays the library's.
+        if type(module) is Linear and not module.lora_variant:
+            module.__class__ = _FusedLinear
+
+
+def fresh_score(shape: Sequence[int], spread: float, seed: int) -> Tensor:
+    """A new head (C, D) of classes, as the library draws it, from the run's seed alone: all clients begin with it.
+
+    Args:
+        shape: (C, D).
+        spread: The standard deviation, the model's `initializer_range`.
+        seed: The run's.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", SCORE))
+    return torch.empty(*shape).normal_(0.0, spread, generator=generator)
+
+
+def spread_of(config: Any) -> float:
+    """The standard deviation that a model's new heads are drawn with."""
+    return float(getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02)
+
+
+def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> None:
+    """Puts adapters on a part, in place; its other parameters stay frozen.
+
+    What training starts from depends on the seed, the layer's name and its weight alone, so that it is the same for
+    every client and every cut. LoRA's B starts at zero, unless the method takes its start out of the base weight.
+
+    Args:
+        part: The part; its base weights must be frozen already.
+        settings: The kind of adapter, rank, alpha, dropout and targets.
+        seed: The run's seed.
+        head: What of the top's head trains, one of `fedsplit.config.HEADS`. Where it is tied, the embedding stays as
+            it is: an adapter adds to what the shared weight makes, and a head that trains whole gets a copy.
+    """
+    head = head if part.kind == "top" else "frozen"
+    modules = len(settings.targets) > len(part.family.asked(settings.targets)) or not settings.targets
+    if (part.blocks and (modules or part.routers)) or head == "lora":
+        config = make_config(settings, part.family, seed=seed, head="lora" if head == "lora" else "frozen")
+        if not part.routers and "target_parameters" in vars(config):
+            config.target_parameters = None  # they are there only in blocks with experts; PEFT would miss them
+        inject(part, config, seed)
+        part.adapter = trained_names(part)
+    if hasattr(part, SCORE):
+        _add_score(part, seed)
+        part.score.requires_grad_(True)  # PEFT freezes all that is no adapter
+        part.adapter |= {SCORE_WEIGHT}
+    if head == "full":
+        part.lm_head = WholeHead(part.lm_head)
+        part.adapter |= {WEIGHT}
+    part.train(part.training)  # the modules that are new would otherwise drop, whatever the part does
+    if part.fused:
+        _fuse(part)
+    fresh = draws_fresh(settings)
+    for name, parameter in parameters(part).items():
+        # PEFT gives it the type of the base; and the fused optimiser pairs elements by their place in memory.
+        parameter.data = parameter.data.float().contiguous()
+        if fresh and "lora_A" in name:
+            parameter.data.copy_(fresh_factor(name, parameter.shape, seed))
+
+
+def _add_score(part: Part, seed: int) -> None:
+    """Gives the head of classes what it begins with; it is trained whole, in float32."""
+    weight = part.score.weight
+    part.score.weight = nn.Parameter(fresh_score(weight.shape, spread_of(part.config), seed))
+
+
+def local_parameters(part: Part) -> dict[str, nn.Parameter]:
+    """A part's adapter parameters, and those of a head that trains whole, by the names they have in the part."""
+    return {name: parameter for name, parameter in part.named_parameters() if name in part.adapter}
+
+
+def exported_name(part: Part, local: str) -> str:
+    """The name that PEFT gives a part's adapter parameter in a file for the unsplit model."""
+    return exported(part.whole_name(local))
+
+
+def parameters(part: Part) -> dict[str, nn.Parameter]:
+    """A part's adapter parameters by the names PEFT gives them in a file for the unsplit model."""
+    return {exported_name(part, name): parameter for name, parameter in local_parameters(part).items()}
+
+
+def _layer_of(module: LoraLayer) -> Layer:
+    transposed = bool(module.fan_in_fan_out) or was_transposed(module.base_layer)
+    layer = Layer(float(module.lora_alpha[ADAPTER]), transposed, bool(module.use_rslora[ADAPTER]))
+    if isinstance(module, ParamWrapper):
+        layer = replace(layer, experts=int(module.num_experts), parameter=str(module.parameter_name))
+    return layer
+
+
+def read(*parts: Part) -> Adapters:
+    """Copies the adapters of some parts, to the CPU."""
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Layer] = {}
+    for part in parts:
+        tensors |= {name: parameter.detach().to(CPU, copy=True) for name, parameter in parameters(part).items()}
+        for name, module in part.named_modules():
+            if isinstance(module, LoraLayer) and not module.lora_variant:  # a variant does more than to add s * B @ A
+                layers[part.whole_name(name)] = _layer_of(module)
+    return Adapters(tensors, layers)
+
+
+@torch.no_grad()
+def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
+    """Copies adapters into some parts, which take on their rank, and the scaling that goes with it.
+
+    Args:
+        tensors: By exported name, exactly those the parts have.
+        *parts: The parts.
+
+    Raises:
+        KeyError: A part's adapter is missing among the tensors.
+    """
+    for part in parts:
+        resized = False
+        for name, parameter in parameters(part).items():
+            if parameter.shape == tensors[name].shape:
+                parameter.copy_(tensors[name])
+            else:
+                parameter.data, resized = tensors[name].to(parameter.device, copy=True), True
+        if resized:
+            rescale(part)
+
+
+def rescale(part: Part) -> None:
+    """Gives every LoRA layer of a part the scaling that goes with the rank of its factors as they are."""
+    for module in part.modules():
+        if isinstance(module, LoraLayer):
+            layer = _layer_of(module)
+            module.scaling[ADAPTER] = layer.scaling(module.lora_A[ADAPTER].weight.shape[0] // layer.experts)
+
+
+def adopt(whole: Adapters, *parts: Part) -> None:
+    """Puts a finished adapter of the unsplit model, as `load` reads it, on parts that have one already.
+
+    Every layer takes on the rank and the alpha that it has in the file, and so computes what PEFT makes of the file.
+
+    Args:
+        whole: The adapter.
+        *parts: The parts; what belongs to others is passed over.
+
+    Raises:
+        KeyError: A part's adapter is missing.
+    """
+    write(whole.tensors, *parts)
+    for part in parts:
+        for name, module in part.named_modules():
+            if isinstance(module, LoraLayer) and (facts := whole.layers.get(part.whole_name(name))) is not None:
+                module.lora_alpha[ADAPTER] = facts.alpha
+        rescale(part)
+
+
+@torch.no_grad()
+def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
+    """Adds matrices to the frozen weights below a part's adapters, for good.
+
+    Args:
+        part: The part.
+        changes: Matrices (out, in) by layer of the unsplit model; layers of other parts are passed over.
+
+    Raises:
+        ValueError: The weights of a layer are quantised, and would have to be so again.
+    """
+    for name, module in part.named_modules():
+        if isinstance(module, LoraLayer) and (change := changes.get(part.whole_name(name))) is not None:
+            if name == HEAD:  # the embedding may share its weight, and must not change
+                module.base_layer.weight = nn.Parameter(module.base_layer.weight.clone(), requires_grad=False)
+            weight = module.base_layer.weight
+            if not weight.is_floating_point():
+                raise ValueError(f"nothing can be folded into {part.whole_name(name)}, whose weights are quantised")
+            narrow = LowRank(change.up.to(weight), change.down.to(weight))
+            if module.fan_in_fan_out:
+                weight.addmm_(narrow.down.T, narrow.up.T)
+            else:
+                weight.addmm_(narrow.up, narrow.down)
+
+
+def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
+    """Counts a part's parameters.
+
+    Args:
+        part: The part.
+        elsewhere: Parts of the same party; what the part shares with them (a tied head) is not counted again.
+
+    Returns:
+        {"total": base and adapters, "trainable": adapters}.
+    """
+    seen = {id(parameter) for other in elsewhere for parameter in other.parameters()}
+    own = [parameter for parameter in part.parameters() if id(parameter) not in seen]
+    return {
+        "total": sum(values_in(parameter) for parameter in own),
+        "trainable": sum(parameter.numel() for parameter in own if parameter.requires_grad),
+    }
+
+
+def save(
+    directory: Path,
+    whole: Adapters,
+    settings: LoraSettings,
+    family: Family,
+    base: str,
+    blocks: Sequence[int] | None = None,
+    seed: int = 0,
+    head: str = "frozen",
+) -> None:
+    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
+
+    What was folded into base weights goes into the factors, whose rank grows by its rank.
+
+    Args:
+        directory: Where to; made if it is not there.
+        whole: The adapters, by exported name, and what was folded.
+        settings: The kind of adapter, rank, alpha, dropout and targets.
+        family: The model's family.
+        base: The base model's name, for the record, as `--model` has it.
+        blocks: The adapted blocks of the unsplit model, where it is not all of them.
+        seed: The run's seed.
+        head: What of the head trained, where it is among them.
+    """
+    config = make_config(settings, family, blocks, seed, head)
+    if method_of(settings).residual:
+        config.init_lora_weights = True  # what was taken out of the base is in the factors, with what was folded
+    config.base_model_name_or_path, config.revision = to_peft(base)
+    config.inference_mode = True
+    if blocks is not None and getattr(config, "target_parameters", None):
+        adapted = [whole.weight_name(layer) for layer in whole.layers]
+        there = [path for path in config.target_parameters if any(name.endswith(f".{path}") for name in adapted)]
+        config.target_parameters = there or None
+    if SCORE_WEIGHT in whole.tensors:
+        config.task_type, config.modules_to_save = "SEQ_CLS", [SCORE]
+    tensors = dict(whole.tensors)
+    for layer in whole.complete:
+        change = whole.change(layer)
+        if layer in whole.folded:
+            change = change + whole.folded[layer].to(change.up.dtype)
+        elif change.rank == settings.top_rank:
+            continue
+        key = pattern_name(layer, config)
+        config.rank_pattern[key] = change.rank
+        config.alpha_pattern[key] = change.rank**0.5 if settings.rslora else change.rank  # a scaling of 1
+        tensors |= {f"{layer}.lora_A.weight": change.down.float(), f"{layer}.lora_B.weight": change.up.float()}
+    config.save_pretrained(str(directory))
+    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def pattern_name(layer: str, config: PeftConfig) -> str:
+    """What PEFT calls a layer where it looks up a rank or an alpha of its own: a router, by its parameter."""
+    parameter = f"{layer}.weight"
+    return parameter if any(parameter.endswith(f".{path}") for path in config.target_parameters or ()) else layer
+
+
+def load(directory: Path) -> Adapters:
+    """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote; the inverse of `save`.
+
+    What had been folded is in the factors; every layer has the alpha that goes with its own rank. Of an adapter that
+    does more, or something else, than to add s * B @ A, there are tensors only, and no layers.
+    """
+    config = PeftConfig.from_pretrained(str(directory))
+    named = load_file(directory / "adapter_model.safetensors")
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in named.items()}
+    layers: dict[str, Layer] = {}
+    if config.peft_type != "LORA" or config.use_dora or config.lora_bias:
+        return Adapters(tensors, layers)
+    for layer in sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)}):
+        key = get_pattern_key(config.alpha_pattern, pattern_name(layer, config))
+        alpha = config.alpha_pattern.get(key, config.lora_alpha)
+        transposed = bool(config.fan_in_fan_out) and layer != HEAD  # a head is no Conv1D in any family
+        layers[layer] = Layer(float(alpha), transposed, bool(config.use_rslora))
+        if layer.removesuffix(".base_layer").endswith(".experts"):
+            experts = tensors[f"{layer}.lora_A.weight"].shape[0] // config.r
+            layers[layer] = replace(layers[layer], experts=experts, parameter=_wrapped(layer, config))
+    return Adapters(tensors, layers)
+
+
+def _wrapped(layer: str, config: PeftConfig) -> str:
+    """Which parameter of an experts' module a file's layer stands for; PEFT wraps the first one innermost."""
+    asked = {path.rpartition(".")[2] for path in config.target_parameters or ()}
+    inwards = [name for name in reversed(STACKED) if name in asked]
+    return inwards[layer.count(".base_layer")]

@@ -1,0 +1,250 @@
+"""The kinds of adapter that PEFT can put into a part's layers: which there are, and how our settings are told to them.
+
+Knows PEFT's names only, so that it can be asked before any library is loaded. The rest is done by
+`fedsplit.adaptation.injection`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fedsplit.config import Config, LoraSettings, SettingError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A kind of adapter.
+
+    Attributes:
+        kind: Its type in PEFT.
+        rank: What its configuration calls `lora.rank`, where it has a rank.
+        alpha: What it calls `lora.alpha`.
+        dropout: What it calls `lora.dropout`.
+        seed: What it calls the seed of what it draws and does not train; it gets the run's, so that all parties
+            and whoever opens the adapter later draw the same.
+        preset: Fields that the name stands for.
+        transposed: Whether it works on `Conv1D`, which stores (in, out).
+        factors: Whether all that it does to a layer is to add s * B @ A.
+        norms: Whether it trains the norms in the blocks, not projections.
+        residual: Whether it starts from the principal part of the base weight, which is taken out of the base.
+    """
+
+    kind: str
+    rank: str | None = "r"
+    alpha: str | None = None
+    dropout: str | None = None
+    seed: str | None = None
+    preset: Mapping[str, object] = field(default_factory=dict)
+    transposed: bool = False
+    factors: bool = False
+    norms: bool = False
+    residual: bool = False
+
+
+def _lora(factors: bool = True, residual: bool = False, transposed: bool = True, **preset: object) -> Method:
+    return Method(
+        "LORA", "r", "lora_alpha", "lora_dropout", None, preset, transposed, factors=factors, residual=residual
+    )
+
+
+METHODS: Mapping[str, Method] = {
+    "lora": _lora(),
+    "rslora": _lora(use_rslora=True),
+    "dora": _lora(factors=False, use_dora=True),
+    "pissa": _lora(residual=True, init_lora_weights="pissa"),
+    "olora": _lora(residual=True, transposed=False, init_lora_weights="olora"),
+    "ia3": Method("IA3", rank=None, transposed=True),
+    "loha": Method("LOHA", alpha="alpha", dropout="rank_dropout"),
+    "lokr": Method("LOKR", alpha="alpha", dropout="rank_dropout"),
+    "oft": Method("OFT", rank=None),
+    "boft": Method("BOFT", rank=None, dropout="boft_dropout"),
+    "hra": Method("HRA"),
+    "road": Method("ROAD", rank=None),
+    "vera": Method(
+        "VERA",
+        dropout="vera_dropout",
+        seed="projection_prng_key",
+        preset={"save_projection": False},
+        transposed=True,
+    ),
+    "pvera": Method(
+        "PVERA",
+        dropout="pvera_dropout",
+        seed="projection_prng_key",
+        preset={"save_projection": False},
+        transposed=True,
+    ),
+    "randlora": Method(
+        "RANDLORA",
+        alpha="randlora_alpha",
+        dropout="randlora_dropout",
+        seed="projection_prng_key",
+        preset={"save_projection": False},
+        transposed=True,
+    ),
+    "fourierft": Method("FOURIERFT", rank=None, seed="random_loc_seed", transposed=True),
+    "waveft": Method("WAVEFT", rank=None, seed="random_loc_seed", transposed=True),
+    "c3a": Method("C3A", rank=None),
+    "shira": Method("SHIRA", seed="random_seed"),
+    "supertuning": Method("SUPERTUNING", rank=None, preset={"save_precomputed_indices": False}),
+    "miss": Method("MISS", dropout="miss_dropout"),
+    "bone": Method("MISS", dropout="miss_dropout", preset={"init_weights": "bat"}),
+    "gralora": Method("GRALORA", alpha="alpha", dropout="gralora_dropout", transposed=True),
+    "delora": Method("DELORA", dropout="module_dropout"),
+    "hira": Method("HIRA", dropout="hira_dropout", transposed=True),
+    "deft": Method("DEFT", alpha="alpha", dropout="deft_dropout", transposed=True),
+    "glora": Method("GLORA"),
+    "psoft": Method("PSOFT", alpha="psoft_alpha", dropout="psoft_dropout", seed="random_seed"),
+    "peanut": Method("PEANUT"),
+    "beft": Method("BEFT", rank=None),
+    "ln_tuning": Method("LN_TUNING", rank=None, transposed=True, norms=True),
+}
+"""By the name that `--peft` takes."""
+
+_SHARED = "which layers on both sides of the cut would have to train together, at every step"
+_DATA = "start from a pass of data through the whole model, which nobody has"
+_INPUT = "changes what the model reads, not its layers"
+
+REFUSED: Mapping[str, str] = {
+    "adalora": "it deals one budget of ranks out over all layers of the model, which no party has",
+    "adamss": "it clusters the singular vectors of the weights, which need not come out alike at two parties",
+    "frod": "it decomposes the weights of all blocks jointly, which no party has",
+    "lily": f"layers share experts, {_SHARED}",
+    "osf": "it projects gradients by hooks on its parameters, which a trunk whose versions never change has none of",
+    "poly": "it routes by task ids, which causal language modelling has none of",
+    "shadow": "a second network runs beside all blocks of the model, across the cut",
+    "tinylora": "its projections depend on the number of a layer among all adapted ones",
+    "unilora": f"all layers share one vector, {_SHARED}",
+    "vblora": f"all layers share one bank of vectors, {_SHARED}",
+    "xlora": "a router reads the hidden states of the whole model to mix adapters trained before",
+    "corda": f"its factors {_DATA}",
+    "eva": f"its factors {_DATA}",
+    "lora_ga": f"its factors {_DATA}",
+    "loftq": "its factors make up for quantised base weights",
+    "trainable_tokens": "it trains embeddings, which stay frozen",
+    "adaption_prompt": _INPUT,
+    "cartridge": _INPUT,
+    "cpt": _INPUT,
+    "multitask_prompt_tuning": _INPUT,
+    "p_tuning": _INPUT,
+    "prefix_tuning": _INPUT,
+    "prompt_tuning": _INPUT,
+}
+"""What else PEFT has, and why it is not offered."""
+
+_OURS = "what fedsplit says itself"
+_NUMBERED = "one for all layers"
+RESERVED: Mapping[str, str] = {
+    **dict.fromkeys(("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"), _OURS),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "fan_in_fan_out", "layers_to_transform"), _OURS),
+    **dict.fromkeys(("layers_pattern", "feedforward_modules", "save_projection", "progressbar"), _OURS),
+    **dict.fromkeys(("target_modules", "exclude_modules", "target_parameters"), "lora.targets says which layers"),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "lambda_pattern", "block_size_pattern"), _NUMBERED),
+    "n_frequency_pattern": _NUMBERED,
+    "proportional_parameters": _NUMBERED,
+    "use_rslora": "lora.rslora says so",
+    **dict.fromkeys(("use_dora", "use_bdlora", "velora_config", "kasa_config"), "another method, not this one's"),
+    **dict.fromkeys(("monteclora_config", "arrow_config", "alora_invocation_tokens"), "another method, not this one's"),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "bias", "lora_bias"), "only adapters train"),
+    **dict.fromkeys(("loftq_config", "use_qalora", "qalora_group_size"), "base weights are not quantised"),
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), f"such factors {_DATA}"),
+    "module_dropout": "no layer may be left out of a step",
+    "generator_seed": "what is drawn in a step follows from the run's seed and the step",
+    **dict.fromkeys(("megatron_config", "megatron_core", "runtime_config"), "for another runtime"),
+    **dict.fromkeys(("layer_replication", "ensure_weight_tying"), "the model's own blocks, each once"),
+}
+"""Fields of PEFT's configurations that `lora.options` may not hold, and what stands in their place."""
+
+_STARTS = ("gaussian", "orthogonal", True, False)
+"""The starts of LoRA's factors that leave the base as it is."""
+
+
+def method_of(settings: LoraSettings) -> Method:
+    """The kind of adapter that settings ask for.
+
+    Raises:
+        SettingError: There is none of that name, or it cannot work on a part.
+    """
+    if settings.method in METHODS:
+        return METHODS[settings.method]
+    if settings.method in REFUSED:
+        raise SettingError("lora.method", f"{settings.method} ({REFUSED[settings.method]})", " | ".join(METHODS))
+    raise SettingError("lora.method", settings.method, " | ".join(METHODS))
+
+
+def options_of(settings: LoraSettings) -> dict[str, Any]:
+    """The fields in `lora.options`."""
+    options: dict[str, Any] = json.loads(settings.options or "{}")
+    return options
+
+
+def fields_of(settings: LoraSettings, seed: int) -> dict[str, Any]:
+    """The fields of PEFT's configuration that settings decide, but for the layers it is for.
+
+    Args:
+        settings: The kind of adapter, rank, alpha, dropout, and further fields.
+        seed: The run's seed.
+    """
+    method = method_of(settings)
+    named = {method.rank: settings.top_rank, method.alpha: settings.alpha, method.dropout: settings.dropout}
+    found: dict[str, Any] = {name: value for name, value in named.items() if name is not None}
+    if method.kind == "LORA":
+        found["use_rslora"] = settings.rslora
+    if method.seed is not None:
+        found[method.seed] = seed
+    return {**found, **method.preset, **options_of(settings)}
+
+
+def check_method(config: Config, transposed: bool) -> None:
+    """Makes sure that a run's kind of adapter can do what its settings ask.
+
+    Args:
+        config: The run's.
+        transposed: Whether the model's projections are `Conv1D`.
+
+    Raises:
+        SettingError: It cannot, or has no such setting.
+    """
+    settings, method = config.lora, method_of(config.lora)
+    if transposed and not method.transposed:
+        able = " | ".join(name for name, other in METHODS.items() if other.transposed)
+        words = f"{able} for a model whose projections store (in, out), as GPT-2's do"
+        raise SettingError("lora.method", settings.method, words)
+    has = {"rank": method.rank, "alpha": method.alpha, "dropout": method.dropout}
+    has["rslora"] = "use_rslora" if method.kind == "LORA" else None
+    for leaf in fields(LoraSettings):
+        value = getattr(settings, leaf.name)
+        if leaf.name in has and has[leaf.name] is None and value != leaf.default:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            words = f"the default with the method {settings.method}, which has no such setting"
+            raise SettingError(f"lora.{leaf.name}", shown, words)
+    if len(set(settings.rank)) > 1 and (not method.factors or method.residual):
+        able = ", ".join(name for name, other in METHODS.items() if other.factors and not other.residual)
+        ranks = ",".join(map(str, settings.rank))
+        raise SettingError("lora.rank", ranks, f"one rank with the method {settings.method}; {able} take several")
+    if method.residual and config.dtype != "fp32":
+        words = f"fp32 with the method {settings.method}, whose change of base weights {config.dtype} would round"
+        raise SettingError("dtype", config.dtype, words)
+    _check_options(settings, method)
+
+
+def _check_options(settings: LoraSettings, method: Method) -> None:
+    said = {method.rank: "lora.rank", method.alpha: "lora.alpha", method.dropout: "lora.dropout", method.seed: "seed"}
+    for name, value in options_of(settings).items():
+        if name in said:
+            raise SettingError("lora.options", name, f"other fields; this one is the setting {said[name]}")
+        if name in RESERVED or name in method.preset:
+            why = RESERVED.get(name, f"what the method {settings.method} stands for")
+            raise SettingError("lora.options", name, f"other fields ({why})")
+        if name == "init_lora_weights" and value not in _STARTS:
+            words = "gaussian | orthogonal | true | false; or --peft pissa or olora"
+            raise SettingError("lora.options", f"{name} {value}", words)
+
+
+def draws_fresh(settings: LoraSettings) -> bool:
+    """Whether training starts from factors A as `fedsplit.updates.fresh_factor` draws them, and B zero."""
+    method = method_of(settings)
+    return method.kind == "LORA" and not method.residual and options_of(settings).get("init_lora_weights", True) is True

@@ -1,0 +1,135 @@
+"""Held-out text, and the loss on it through the split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsplit.adaptation import lora
+from fedsplit.client.client import Client
+from fedsplit.config import Config
+from fedsplit.corpora.partition import Deal, Shard, make_deal, spread
+from fedsplit.corpora.sequences import Sequences, behind
+from fedsplit.model.devices import device_of
+from fedsplit.model.families import read_facts
+from fedsplit.model.sources import about
+from fedsplit.wire.packets import StepKey
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A loss and what it was measured on.
+
+    Attributes:
+        nats: Sum of the losses of all predicted tokens.
+        tokens: How many were predicted; sequences, where their classes are.
+        right: How many of them rightly; counted of classes alone.
+    """
+
+    nats: float
+    tokens: int
+    right: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats a token; its exponential is the perplexity."""
+        return self.nats / self.tokens
+
+    @property
+    def accuracy(self) -> float:
+        """The share that was predicted rightly; counted of classes alone."""
+        return self.right / self.tokens
+
+    def __add__(self, other: HeldOut) -> HeldOut:
+        return HeldOut(self.nats + other.nats, self.tokens + other.tokens, self.right + other.right)
+
+
+def pooled(measured: Iterable[HeldOut]) -> HeldOut:
+    """Several measurements as one; of nothing, no tokens."""
+    return sum(measured, HeldOut(0.0, 0))
+
+
+Batches = Sequence[tuple[int, Sequences]]
+"""Numbers of batches, and what is in them."""
+
+
+def measure(loss_of: Callable[[int, Sequences], Tensor], batches: Batches) -> HeldOut:
+    """Measures a model on batches; every token that is predicted counts the same.
+
+    Args:
+        loss_of: The number of a batch and its sequences to the mean loss.
+        batches: Numbers and sequences.
+    """
+    total = HeldOut(0.0, 0)
+    for number, rows in batches:
+        total += HeldOut(float(loss_of(number, rows)) * rows.predicted, rows.predicted)
+    return total
+
+
+def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int, Sequences]]:
+    """A client's held-out text in numbered batches.
+
+    Args:
+        shard: The client's data.
+        most: Sequences at most, spread evenly over all it has.
+        batch_size: Sequences a batch.
+    """
+    return list(enumerate(spread(shard.held_out, most).split(batch_size)))
+
+
+def sample(batches: Batches, sequences: int, batch_size: int) -> list[tuple[int, Sequences]]:
+    """Some of the batches, spread evenly: as many as it takes for so many sequences."""
+    chosen = spread(torch.arange(len(batches)), -(-sequences // batch_size))
+    return [batches[number] for number in chosen.tolist()]
+
+
+@torch.no_grad()
+def through_split(client: Client, given: Mapping[str, Tensor], round: int, batches: Batches) -> list[HeldOut]:
+    """A client's loss on each of some batches, with the given adapters and the trunk as it is now.
+
+    Args:
+        client: Whose parts.
+        given: Adapters of bottom and top by exported name.
+        round: The round, for the step's key.
+        batches: Numbers and sequences.
+    """
+    lora.write(given, client.bottom, client.top)
+    client.bottom.eval()
+    client.top.eval()
+    device = device_of(client.bottom)
+
+    def loss_of(number: int, rows: Sequences) -> Tensor:
+        key, virtual, rows = StepKey(round, client.number, number), client.bottom.virtual, rows.to(device)
+        # The first token is not asked for, which only virtual tokens could predict: the same text counts for all.
+        labels, _ = behind(virtual + 1, rows.labels[:, 1:], None)
+        _, mask = behind(virtual, rows.labels, rows.mask)
+        hidden = client.link.evaluate(client.bottom(rows.ids, mask), key, mask)
+        return client.top(hidden, labels, mask)
+
+    if client.top.classifies:
+        return [_sorted(client, round, number, rows.to(device)) for number, rows in batches]
+    return [measure(loss_of, [batch]) for batch in batches]
+
+
+def _sorted(client: Client, round: int, number: int, rows: Sequences) -> HeldOut:
+    """How well a client tells the classes of a batch."""
+    key = StepKey(round, client.number, number)
+    hidden = client.link.evaluate(client.bottom(rows.ids, rows.mask), key, rows.mask)
+    logits = client.top.scores(hidden, rows.mask).float()
+    nats = torch.nn.functional.cross_entropy(logits, rows.labels) * len(rows)
+    return HeldOut(float(nats), len(rows), int((logits.argmax(-1) == rows.labels).sum()))
+
+
+def shards_of(config: Config) -> list[Shard]:
+    """The data of every client of a run."""
+    return deal_of(config).shards
+
+
+def deal_of(config: Config) -> Deal:
+    """The data of every client of a run, and what else is to be known of how they were dealt out."""
+    path = about(config)
+    length, end = config.train.max_length, read_facts(path).end
+    return make_deal(config.dataset, config.partition, config.clients, length, config.seed, path, end, config.data)

@@ -1,0 +1,1 @@
+"""Whose text it is: read, brought into a format, dealt to clients, cut into sequences."""

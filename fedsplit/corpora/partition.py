@@ -1,0 +1,399 @@
+"""Which client owns which text, and what of it is held out."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedsplit.config import DataSettings, PartitionSpec, SettingError, parse_partition
+from fedsplit.corpora.classes import classes_of
+from fedsplit.corpora.formats import Fitted, Reading, fit, format_of, joined, read_rows
+from fedsplit.corpora.sequences import Row, Sequences, stack
+from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
+from fedsplit.model.families import read_pad
+from fedsplit.seeds import derive_seed
+
+HELD_OUT_DOCUMENTS = 4
+"""Of an owner's texts, every fourth by date is held out; the last one where there are fewer."""
+
+HELD_OUT_BLOCKS = 8
+"""Of a client's blocks without owners, every eighth is held out, and at least one."""
+
+_SKEWED = ("dirichlet", "inner-dirichlet", "pathological", "shard")
+"""Ways to deal out that give clients other shares of what they deal by."""
+
+Rows = TypeVar("Rows", Tensor, Sequences)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's data.
+
+    Attributes:
+        name: Whose it is.
+        train: Its sequences.
+        held_out: Sequences that are never trained on.
+        shares: How many of both are of which owner, or of another column's value.
+    """
+
+    name: str
+    train: Sequences
+    held_out: Sequences
+    shares: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Deal:
+    """A data set, dealt out.
+
+    Attributes:
+        shards: A client's each.
+        format: What its rows are, one of `fedsplit.config.FORMATS`, but not "auto".
+        packed: Whether several texts are put into a sequence.
+        by: What the shards' shares are of: "owner", or a column.
+        classes: The names of the classes, under classification.
+        cut: Texts that lost their end, since they were longer than a sequence.
+        dropped: Texts that were left out, since nothing of them was to be predicted then.
+    """
+
+    shards: list[Shard]
+    format: str
+    packed: bool
+    by: str
+    cut: int
+    dropped: int
+    classes: tuple[str, ...] = ()
+
+
+def batch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
+    """The batch of a step: passes over the blocks, each shuffled anew, cut into batches without a gap.
+
+    A function of its arguments alone, so that a client that starts again in the middle continues in order.
+
+    Args:
+        blocks: Sequences, or token ids (n, T).
+        step: Steps made before this one, over all rounds.
+        size: Sequences a batch.
+        seed: Decides the order.
+
+    Returns:
+        As many sequences, or token ids (size, T).
+    """
+    positions = range(step * size, (step + 1) * size)
+    orders = {epoch: _shuffled(len(blocks), seed, epoch) for epoch in {p // len(blocks) for p in positions}}
+    return blocks[[orders[p // len(blocks)][p % len(blocks)] for p in positions]]
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order
+
+
+def spread(blocks: Rows, most: int) -> Rows:
+    """At most so many blocks (n, T), evenly spaced over all of them, so that no text is favoured."""
+    if len(blocks) <= most:
+        return blocks
+    return blocks[[index * len(blocks) // most for index in range(most)]]
+
+
+def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The texts by what they are dealt by, in their order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.key, []).append(row)
+    return groups
+
+
+@dataclass(frozen=True)
+class _Dealer:
+    """What all ways to deal out have in common.
+
+    Attributes:
+        table: The data set.
+        reading: How its rows are read.
+        length: Tokens of a sequence at most.
+        held_out: The table of what is held out; None where it is a part of each client's own.
+    """
+
+    table: Table
+    reading: Reading
+    length: int
+    held_out: Table | None
+
+    @property
+    def by(self) -> str:
+        """What shares are told of."""
+        return self.reading.data.label if self.reading.classes else self.key
+
+    @property
+    def key(self) -> str:
+        """What rows are dealt by."""
+        return self.reading.column or "owner"
+
+    @property
+    def least(self) -> int:
+        """Sequences that a client must have."""
+        return 1 if self.held_out else 2
+
+    @property
+    def lengths(self) -> str:
+        """The sequences' length, in words."""
+        return f"of {self.length} tokens" if self.reading.packs else f"of up to {self.length} tokens"
+
+    def rows(self) -> list[Row]:
+        return read_rows(self.table, self.reading)
+
+    def fit(self, rows: Sequence[Row]) -> Fitted:
+        """Texts to sequences, none of which is of two groups."""
+        return joined([fit(own, self.reading, self.length) for own in _grouped(rows).values()])
+
+    def shard(self, name: str, train: Sequence[Row], held_out: Sequence[Row]) -> Shard:
+        shares = Counter(row.share or row.key for row in (*train, *held_out))
+        return Shard(
+            name, stack(train, self.reading.pad), stack(held_out, self.reading.pad), dict(sorted(shares.items()))
+        )
+
+    def deal(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Deal:
+        cut, dropped = sum(one.cut for one in fitted), sum(one.dropped for one in fitted)
+        how = self.reading
+        return Deal(shards, how.format, how.packs, self.by, cut, dropped, how.classes)
+
+    def separate(self) -> Fitted | None:
+        """What is held out by the user, as sequences; None where it is a part of each client's own."""
+        return self.fit(read_rows(self.held_out, self.reading)) if self.held_out else None
+
+
+def _by_owner(dealer: _Dealer) -> tuple[list[Shard], list[str], list[Fitted]]:
+    """The shards of all owners who have enough text, the names of those who have not, and all that was fitted."""
+    owners, separate = _grouped(dealer.rows()), dealer.separate()
+    shards, poor, everything = [], [], [separate] if separate else []
+    for number, (owner, own) in enumerate(owners.items()):
+        if separate is None:
+            places = set(range(HELD_OUT_DOCUMENTS - 1, len(own), HELD_OUT_DOCUMENTS)) or {len(own) - 1}
+            train = dealer.fit([row for place, row in enumerate(own) if place not in places])
+            held_out = dealer.fit([own[place] for place in sorted(places)])
+            everything += [train, held_out]
+        else:
+            train, held_out = dealer.fit(own), Fitted(_part(dealer, separate.rows, owner, number, len(owners)))
+            everything.append(train)
+        if train.rows and held_out.rows:
+            shards.append(dealer.shard(owner, train.rows, held_out.rows))
+        else:
+            poor.append(owner)
+    return shards, poor, everything
+
+
+def _part(dealer: _Dealer, held_out: list[Row], owner: str, number: int, owners: int) -> list[Row]:
+    """What a table of held-out text has of an owner; an even part where it does not say whose it is."""
+    assert dealer.held_out is not None
+    if (dealer.reading.column or dealer.reading.data.owner) in dealer.held_out.columns:
+        return [row for row in held_out if row.key == owner]
+    return held_out[number::owners]
+
+
+def _partitioner(spec: PartitionSpec, clients: int, seed: int, least: int) -> Any:
+    """A partitioner of flwr-datasets."""
+    from flwr_datasets import partitioner as made
+
+    if spec.kind == "dirichlet":
+        return made.DirichletPartitioner(clients, "owner", spec.alpha, min_partition_size=least, seed=seed)
+    if spec.kind == "inner-dirichlet":
+        return made.InnerDirichletPartitioner(list(spec.sizes), "number", spec.alpha, seed=seed)
+    if spec.kind == "pathological":
+        return made.PathologicalPartitioner(clients, "owner", spec.number, "first-deterministic", seed=seed)
+    if spec.kind == "shard":
+        return made.ShardPartitioner(clients, "owner", num_shards_per_partition=spec.number, seed=seed)
+    if spec.kind == "size":
+        return made.SizePartitioner(list(spec.sizes))
+    even = {"linear": made.LinearPartitioner, "square": made.SquarePartitioner, "iid": made.IidPartitioner}
+    return {**even, "exponential": made.ExponentialPartitioner}[spec.kind](num_partitions=clients)
+
+
+def _indices(spec: PartitionSpec, owners: Sequence[str], clients: int, seed: int, least: int) -> list[list[int]]:
+    """Deals blocks out with a partitioner of flwr-datasets.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    import datasets  # with flwr_datasets, takes seconds to import; the default run needs neither
+
+    datasets.disable_progress_bars()
+    generator = torch.Generator().manual_seed(derive_seed(seed, "partition"))
+    order = torch.randperm(len(owners), generator=generator).tolist()
+    partitioner, numbers = _partitioner(spec, clients, seed, least), {o: n for n, o in enumerate(sorted(set(owners)))}
+    columns = {"block": order, "owner": [owners[i] for i in order], "number": [numbers[owners[i]] for i in order]}
+    partitioner.dataset = datasets.Dataset.from_dict(columns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each draw that leaves a client too little, before the error
+        return [list(partitioner.load_partition(client)["block"]) for client in range(clients)]
+
+
+def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, seed: int) -> Deal:
+    """Shards of single sequences, whoever wrote them."""
+    fitted, separate = dealer.fit(dealer.rows()), dealer.separate()
+    blocks = fitted.rows
+    _check_enough(dealer, len(blocks), clients)
+    dealt = _dealt(dealer, spec, name, blocks, clients, seed)
+    if separate is None:
+        parts = [_parted([blocks[index] for index in indices]) for indices in dealt]
+    else:
+        parts = [([blocks[index] for index in own], separate.rows[n::clients]) for n, own in enumerate(dealt)]
+        if poor := [f"client {n}" for n, (_, rows) in enumerate(parts) if not rows]:
+            words = f"a sequence {dealer.lengths} for each client at least (nothing for {_listed(poor)})"
+            raise SettingError("data.held_out", dealer.reading.data.held_out, words)
+    shards = [dealer.shard(f"client {client}", *part) for client, part in enumerate(parts)]
+    return dealer.deal(shards, [fitted, separate] if separate else [fitted])
+
+
+def _parted(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """What is trained on, and what is held out."""
+    train = [row for place, row in enumerate(rows) if place % HELD_OUT_BLOCKS]
+    return train, list(rows[::HELD_OUT_BLOCKS])
+
+
+def _check_enough(dealer: _Dealer, blocks: int, clients: int) -> None:
+    """Makes sure that there are sequences for all clients, however they are dealt out."""
+    least, table = dealer.least, dealer.table
+    if blocks < least:
+        found = f"a text of {blocks} sequences ({table.name}, {len(table)} in all)"
+        raise SettingError("dataset", found, f"{_number(least)} {dealer.lengths} or more")
+    if clients * least > blocks:
+        words = f"{_number(least)} {dealer.lengths} a client, of {blocks} there are"
+        raise SettingError("clients", clients, f"1 to {blocks // least} ({words})")
+
+
+def _dealt(
+    dealer: _Dealer, spec: PartitionSpec, name: str, blocks: Sequence[Row], clients: int, seed: int
+) -> list[list[int]]:
+    """The numbers of each client's sequences, of which it has enough."""
+    least = dealer.least
+    try:
+        dealt = _indices(spec, [row.key for row in blocks], clients, seed, least)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if spec.kind == "dirichlet":
+            words = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
+            raise SettingError("partition", name, words) from None
+        reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
+        words = f"a way to deal {len(blocks)} sequences of {len({row.key for row in blocks})} kinds ({dealer.key})"
+        words = f"{words} to {clients} clients, {_number(least)} each ({reason})"
+        raise SettingError("partition", name, words) from None
+    if poor := [client for client, indices in enumerate(dealt) if len(indices) < least]:
+        who = f"client {poor[0]} gets {len(dealt[poor[0]])} of {len(blocks)}"
+        raise SettingError("partition", f"{name} for {clients} clients", f"{_number(least)} or more each ({who})")
+    return dealt
+
+
+def _number(sequences: int) -> str:
+    return {1: "one sequence", 2: "two sequences"}[sequences]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names[:3]]  # a column may hold whole texts
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def make_deal(
+    dataset: str,
+    partition: str,
+    clients: int,
+    length: int,
+    seed: int,
+    model_path: Path,
+    end: int,
+    data: DataSettings | None = None,
+) -> Deal:
+    """Reads a data set and deals it out.
+
+    Args:
+        dataset: As `fedsplit.corpora.tables.read_table` takes it.
+        partition: "natural" (a client an owner), "iid", "dirichlet:ALPHA" (over the owners), or another that
+            `fedsplit.config.parse_partition` knows; "auto" is natural for what is made here as far as its owners go,
+            and iid otherwise.
+        clients: How many.
+        length: Tokens of a sequence at most.
+        seed: Decides what is dealt to whom, other than by nature.
+        model_path: The model's folder, for its tokenizer.
+        end: The id of the token that ends a text.
+        data: Columns and format.
+
+    Raises:
+        SettingError: There is too little text for so many clients, or something is wrong with it.
+    """
+    data, spec = data or DataSettings(), parse_partition(partition)
+    if spec.sizes and len(spec.sizes) != clients:
+        raise SettingError("partition", partition, f"as many sizes as there are clients, {clients}")
+    table = read_table(dataset, data, seed=seed, owners=clients)
+    held_out = read_held_out(dataset, data) if data.held_out else None
+    reading = _reading(table, data, model_path, end, spec)
+    dealer = _Dealer(table, reading, length, held_out)
+    if spec.kind == "natural" or (spec.kind == "auto" and dataset in MADE):
+        natural, poor, fitted = _by_owner(dealer)
+        if clients <= len(natural):
+            return dealer.deal(natural[:clients], fitted)
+        if spec.kind == "natural":
+            lacking = f", not {_listed(poor)}" if poor else ""
+            words = f"1 to {len(natural)} (owners with text enough{lacking}), or --partition iid"
+            if not natural:
+                lacking = f"no {dealer.key} has text enough (not {_listed(poor)})"
+                words = f"none by nature, since {lacking}, but --partition iid"
+            raise SettingError("clients", clients, words)
+    if spec.kind == "auto":
+        spec = PartitionSpec("iid")
+    return _by_block(dealer, spec, partition, clients, seed)
+
+
+def _reading(
+    table: Table, data: DataSettings, model_path: Path, end: int, spec: PartitionSpec, classes: tuple[str, ...] = ()
+) -> Reading:
+    """How a table's rows are read; texts with classes are dealt by these, where no column is named."""
+    format, column = format_of(table, data), spec.column
+    if format == "classification":
+        classes = classes or classes_of(table, data.label)
+        column = column or (data.label if spec.kind in _SKEWED else "")
+    return Reading(data, format, column, model_path, end, read_pad(model_path, end), classes)
+
+
+def all_text(
+    dataset: str,
+    length: int,
+    model_path: Path,
+    end: int,
+    data: DataSettings | None = None,
+    seed: int = 0,
+    classes: tuple[str, ...] = (),
+) -> dict[str, Sequences]:
+    """A data set that nobody trains on, as it is: nothing is held back, and nothing dealt out.
+
+    Args:
+        dataset: As `fedsplit.corpora.tables.read_table` takes it.
+        length: Tokens of a sequence at most.
+        model_path: The model's folder, for its tokenizer.
+        end: The id of the token that ends a text.
+        data: Columns and format.
+        seed: Decides a synthetic one.
+        classes: The classes that a model knows, under classification; those of the data set where not given.
+
+    Returns:
+        The sequences of each owner who has text for one at least.
+
+    Raises:
+        SettingError: Nobody has.
+    """
+    data = data or DataSettings()
+    table = read_table(dataset, data, seed=seed)
+    reading = _reading(table, data, model_path, end, PartitionSpec("natural"), classes)
+    dealer = _Dealer(table, reading, length, None)
+    fitted = {owner: dealer.fit(rows).rows for owner, rows in _grouped(dealer.rows()).items()}
+    found = {owner: stack(rows, reading.pad) for owner, rows in fitted.items() if rows}
+    if not found:
+        words = f"a text of {length} tokens or more" if reading.packs else "a text of which something is predicted"
+        raise SettingError("dataset", dataset, words)
+    return found

@@ -1,0 +1,109 @@
+"""Messages out and replies in: who has answered, who failed, and whether the run is to stop."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedsplit.federation import records
+from fedsplit.federation.aggregation import FederationFailed, Member
+from fedsplit.report import Watcher
+
+POLL_SECONDS = 0.01
+"""How long to sleep between two looks at what has come in."""
+
+Heard = Callable[[Message, int, int], None]
+"""Told of each reply that is no error, with how many have come and how many are expected."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop."""
+
+
+class Exchange:
+    """The server's way to its clients.
+
+    Attributes:
+        members: The clients by number, as soon as they are known.
+    """
+
+    def __init__(self, stop: threading.Event, watcher: Watcher, lost: Callable[[int], None]) -> None:
+        """Nobody is known yet.
+
+        Args:
+            stop: Ends the run at the next look at what has come in.
+            watcher: Who is told of failures.
+            lost: Told of a client that failed, as soon as it is known.
+        """
+        self._stop, self._watcher, self._lost = stop, watcher, lost
+        self.members: list[Member] = []
+
+    def meet(self, grid: Grid, clients: int) -> list[int]:
+        """Waits until so many nodes are there, and names them."""
+        while len(nodes := list(grid.get_node_ids())) < clients:
+            self._look()
+        return nodes
+
+    def _look(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted
+        time.sleep(POLL_SECONDS)
+
+    def send(self, grid: Grid, messages: Iterable[Message], heard: Heard) -> list[Message]:
+        """Sends messages, waits for all replies, and returns those that are no errors, as they came.
+
+        Raises:
+            FederationFailed: There is none.
+        """
+        waiting = set(grid.push_messages(messages))
+        expected = len(waiting)
+        replies: list[Message] = []
+        failures: list[Message] = []
+        while waiting:
+            for reply in grid.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                (failures if reply.has_error() else replies).append(reply)
+                if not reply.has_error():
+                    heard(reply, len(replies) + len(failures), expected)
+                elif (client := self.client_at(reply.metadata.src_node_id)) is not None:
+                    self._lost(client)
+            self._look()
+        for failure in failures:
+            client = self.client_at(failure.metadata.src_node_id)
+            name = "a client" if client is None else self.members[client].name
+            self._watcher.line(f"{name} failed and is left out: {_reason(failure.error.reason)}")
+        if not replies:
+            reason = _reason(failures[0].error.reason) if failures else "nobody was asked"
+            raise FederationFailed(f"no client answered: {reason}")
+        return replies
+
+    def ask_all(self, grid: Grid, messages: Sequence[Message], text: str) -> list[Message]:
+        """Sends messages, and shows how many have been answered; replies by client."""
+        replies = self.send(grid, messages, lambda _, done, of: self._watcher.phase(text, done, of))
+        return sorted(replies, key=number_of)
+
+    def client_at(self, node: int) -> int | None:
+        """The number of the client at a node."""
+        return next((client for client, member in enumerate(self.members) if member.node == node), None)
+
+    def name(self, client: int) -> str:
+        """A client's number and name."""
+        return f"client {client} ({self.members[client].name})"
+
+
+def number_of(reply: Message) -> int:
+    """The number of the client that a reply is from."""
+    return int(records.metrics_of(reply)["client"])
+
+
+def _reason(text: str | None) -> str:
+    """Why a client failed, in a line: Flower sends `<class 'module.Error'>:<'text'>`, or a traceback."""
+    if match := re.fullmatch(r"<class '(?:\w+\.)*([\w()]+)'>:<'?(.*?)'?>", text or "", re.DOTALL):
+        text = match[2] if "\n" in match[2] else f"{match[1]}: {match[2]}"
+    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    return lines[-1].rpartition("ClientAppException occurred. Message: ")[2] if lines else "no reason was given"

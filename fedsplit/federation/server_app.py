@@ -1,0 +1,440 @@
+"""Flower's server side: the loop over rounds, and how a strategy's decision becomes messages."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedsplit.client.heldout import HeldOut, pooled
+from fedsplit.config import Config, as_document
+from fedsplit.federation import records
+from fedsplit.federation.aggregation import FederationFailed, Member, make_aggregation
+from fedsplit.federation.checkpoint import RunFolder, Snapshot
+from fedsplit.federation.exchange import Exchange, number_of
+from fedsplit.federation.fidelity import measure
+from fedsplit.federation.holdings import Holdings
+from fedsplit.federation.tally import Tally
+from fedsplit.optimization.stopping import Course
+from fedsplit.report import Watcher, perplexity
+from fedsplit.seeds import derive_seed
+from fedsplit.trunk.actor import TrunkHandle
+from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
+from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate
+
+
+class Federation:
+    """The server's run, from meeting the clients to the summary.
+
+    Attributes:
+        stop: Set from another thread to end the run at the next look at what has come in.
+        summary: The result, once there is one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        trunk: TrunkHandle,
+        trunk_name: str,
+        threads: int,
+        strategy: Any,
+        folder: RunFolder,
+        watcher: Watcher,
+        started: float,
+    ) -> None:
+        """Nothing happens before `run`.
+
+        Args:
+            config: The run's configuration.
+            trunk: The trunk's handle.
+            trunk_name: What clients find it by; names the run, too.
+            threads: Threads of a client's process.
+            strategy: Ours or Flower's.
+            folder: Where results go, and, of a run that goes on, come from.
+            watcher: Who is told.
+            started: When the command began, by `time.perf_counter`.
+        """
+        self._config, self._trunk = config, trunk
+        self._schedule = SCHEDULES[config.trunk.schedule]
+        self._folder, self._watcher, self._tally = folder, watcher, Tally(started)
+        self.stop = threading.Event()
+        self._exchange = Exchange(self.stop, watcher, trunk.leave)
+        self._aggregation = make_aggregation(strategy, config, self._exchange.members)
+        self._facts: dict[str, str | int] = {
+            "run": json.dumps(as_document(config)),
+            "trunk": trunk_name,
+            "threads": threads,
+            "store": str(folder.clients),
+            "personal": "".join(sorted(self._aggregation.traits.personal)),
+        }
+        self._forgotten: dict[str, float] = {}
+        self._error: float | None = None
+        self._course = Course(config.patience, config.min_delta)
+        self._accuracy: dict[str, float] = {}  # of classes, before and after
+        self.summary: dict[str, Any] | None = None
+
+    def app(self) -> ServerApp:
+        """The ServerApp that runs this federation."""
+        app = ServerApp()
+
+        @app.main()
+        def main(grid: Grid, context: Context) -> None:
+            self.run(grid)
+
+        return app
+
+    def run(self, grid: Grid) -> None:
+        """All rounds, or those that are left.
+
+        Raises:
+            FederationFailed: No client answered, or no answer could be used.
+            RefusedUpdate: The strategy returned what cannot be used.
+            Interrupted: `stop` was set.
+        """
+        parts, parameters = self._meet(grid)
+        folder, traits = self._folder, self._aggregation.traits
+        self._holdings = Holdings(self._config, traits, parts, folder.clients, folder.folds)
+        adapters, snapshot = self._holdings.start, folder.snapshot()
+        if snapshot is None:
+            last, before = 0, self._evaluate(grid, 0, adapters, {})
+            after = before
+            self._announce(0, before)
+        else:
+            last, before, after = snapshot.round, snapshot.facts["before"], snapshot.facts["after"]
+            adapters = self._restore(snapshot, adapters)
+        for round in range(last + 1, self._config.rounds + 1):
+            if self._course.is_over:
+                break
+            # 1. Clients train from what the strategy gives them; the trunk learns as they do.
+            replies, updates, own = self._train(grid, round, adapters)
+            # 2. The strategy makes one set of adapters of theirs, which every party takes over.
+            adapters = self._aggregate(round, adapters, replies, updates)
+            # 3. Every client measures it.
+            after = self._evaluate(grid, round, adapters, own)
+            self._course.note(round, after)
+            # 4. What came of it is kept, and told.
+            self._save(round, adapters, before, after)
+            self._announce(round, after, updates)
+        self._leave_result(parameters, before, after, adapters)
+
+    def _leave_result(self, parameters: Mapping[str, Any], before: float, after: float, adapters: Adapters) -> None:
+        """Writes the adapters that the run leaves, of its last round or of its best, and the summary."""
+        course = self._course
+        if course.is_over or (self._config.keep_best and not course.is_best):
+            best = f"the best round was {course.best}, with a held-out loss of {course.lowest:.4f}"
+            self._watcher.line(f"ends after round {course.last}: {course.reason}; {best}")
+        if self._config.keep_best and not course.is_best:
+            left, after = course.best, course.lowest
+            whole, own = self._folder.read_round(left)
+            self._accuracy = self._folder.read_facts(left).get("accuracy", {})
+        else:
+            left, whole, own = course.last, self._whole(adapters), self._personal(adapters)
+        self.summary = self._summarise(parameters, before, after, left)
+        for client, alone in own.items():  # before the summary, by which a run is known to have come to its end
+            self._folder.save_personal(client, alone)
+        self._folder.save_result(whole, self.summary)
+
+    def _personal(self, adapters: Adapters) -> dict[int, Adapters]:
+        """By client, the whole model's adapters as that client has them; of clients with any of their own."""
+        own = self._holdings.personal_adapters()
+        return {c: self._whole(adapters.with_tensors({**adapters.tensors, **alone})) for c, alone in own.items()}
+
+    def _whole(self, adapters: Adapters) -> Adapters:
+        """The whole model's adapters, with all that was folded."""
+        return self._holdings.everything(adapters, self._trunk.read())
+
+    def _save(self, round: int, adapters: Adapters, before: float, after: float) -> None:
+        """Everything that a run needs to go on from here."""
+        facts, groups = self._holdings.snapshot()
+        facts |= {
+            "before": before,
+            "after": after,
+            "tally": self._tally.document(self._trunk.status()["traffic"]),
+            "forgotten": self._forgotten,
+            "error": self._error,
+            "course": self._course.document(),
+            "accuracy": self._accuracy,
+        }
+        groups |= {"adapters": dict(adapters.tensors), "strategy": dict(self._aggregation.state())}
+        groups |= {"trunk": dict(self._trunk.read().tensors), "moments": self._trunk.moments()}
+        candidate = self._config.keep_best and self._course.is_best
+        personal = self._personal(adapters) if candidate else {}
+        self._folder.save_round(Snapshot(round, facts, groups), self._whole(adapters), personal)
+
+    def _restore(self, snapshot: Snapshot, adapters: Adapters) -> Adapters:
+        """Brings everything back to where it was at the end of a round; the adapters of that round."""
+        facts, groups = snapshot.facts, snapshot.groups
+        self._aggregation.restore(groups.get("strategy", {}))
+        for changes in self._holdings.restore(snapshot.round, facts, groups):
+            if self._schedule.personal:
+                self._trunk.fold(changes)
+        adapters = adapters.with_tensors(groups.get("adapters", {}))
+        self._trunk.restore(groups.get("trunk", {}), groups.get("moments", {}))
+        if self._schedule.personal:
+            self._trunk.write(*self._holdings.trunk_end(adapters))
+        self._tally = self._tally.go_on(facts["tally"])
+        self._forgotten, self._error = facts["forgotten"], facts["error"]
+        self._course.go_on(facts["course"])
+        self._accuracy = facts.get("accuracy", {})
+        self._watcher.line(f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}")
+        return adapters
+
+    def _log(self, event: Mapping[str, Any]) -> None:
+        self._folder.log({**event, "elapsed": self._tally.seconds})
+
+    def _meet(self, grid: Grid) -> tuple[dict[str, Adapters], dict[str, Any]]:
+        """Finds out which node is which client, and what training starts from."""
+        nodes = self._exchange.meet(grid, self._config.clients)
+        self._watcher.phase("loading the parts", 0, len(nodes))
+        trunk = self._trunk.status()
+        self._facts["incarnation"] = trunk["incarnation"]
+        content = RecordDict({records.CONFIG: self._instructions(0, folded=0)})
+        messages = [records.message_to(node, MessageType.QUERY, content) for node in nodes]
+        replies = self._exchange.send(grid, messages, lambda _, n, of: self._watcher.phase("loading the parts", n, of))
+        if len(replies) < len(nodes):
+            raise FederationFailed(f"only {len(replies)} of {len(nodes)} clients could load their parts")
+        parts: dict[str, Adapters] = {"trunk": self._trunk.read()}
+        found, parameters = {}, {}
+        for reply in replies:
+            about, start = records.read_introduction(reply)
+            found[int(about["client"])] = Member(reply.metadata.src_node_id, str(about["name"]))
+            parameters, parts = about["parameters"], parts | start
+        if parts.keys() != {"bottom", "trunk", "top"}:
+            raise FederationFailed("the first client did not say what training starts from")
+        self._exchange.members[:] = [found[client] for client in sorted(found)]
+        return parts, {"bottom": parameters["bottom"], "trunk": trunk["parameters"], "top": parameters["top"]}
+
+    def _train(
+        self, grid: Grid, round: int, adapters: Adapters
+    ) -> tuple[list[Message], list[ClientUpdate], dict[int, HeldOut]]:
+        """A round of training: replies and updates, and what each client measured after its own steps."""
+        started, losses, tokens = time.perf_counter(), [], 0
+        assigned = self._aggregation.assign(round, adapters, grid)
+        if self._schedule.personal:
+            self._trunk.assign({client: self._holdings.trunk_start(client, one) for client, one in assigned.items()})
+        groups, expected = self._groups(round, list(assigned)), len(assigned)
+
+        def heard(reply: Message, done: int, of: int) -> None:
+            nonlocal tokens
+            metrics = records.metrics_of(reply)
+            losses.append(metrics["loss"])
+            tokens += int(metrics["tokens"])
+            speed = tokens / (time.perf_counter() - started)
+            status = f"{len(losses)}/{expected} clients trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
+            self._watcher.phase(f"{self._label(round)}  {status}", len(losses), expected)
+
+        self._watcher.phase(f"{self._label(round)}  training", 0, expected)
+        replies: list[Message] = []
+        for group in groups:
+            messages = [self._invitation(client, assigned[client], round) for client in group]
+            self._count("adapter_down", messages)
+            if len(groups) > 1 or self._takes_turns():
+                self._trunk.begin(group)
+            replies += self._exchange.send(grid, messages, heard)
+        self._count("adapter_up", replies)
+        replies, updates = self._accepted(replies, assigned)
+        counts = self._trunk.end_round([update.client for update in updates])
+        own = {update.client: records.sample_of(reply) for update, reply in zip(updates, replies, strict=True)}
+        if self._schedule.personal:
+            updates = self._holdings.with_copies(updates, self._trunk.copies(), assigned)
+        for update in updates:
+            self._holdings.accept(update.client, round, assigned[update.client])
+        seconds = time.perf_counter() - started
+        self._tally.tokens += tokens
+        self._tally.train_seconds += seconds
+        self._remember_memory(replies)
+        self._log(
+            {
+                "event": "train",
+                "round": round,
+                "loss": _mean([update.loss for update in updates]) if updates else None,
+                "clients": {self._exchange.members[u.client].name: u.loss for u in updates},
+                **_router_loss(updates),
+                "tokens": tokens,
+                "seconds": seconds,
+                "trunk": {**counts, "resident_memory": self._trunk.status()["resident_memory"]},
+            }
+        )
+        return replies, updates, own
+
+    def _invitation(self, client: int, assignment: Assignment, round: int) -> Message:
+        """What a client is sent to train: instructions, its task, and those adapters that it does not have."""
+        task, rank = assignment.task, assignment.adapters.largest_rank or self._config.lora.rank_of(client)
+        accepted = self._holdings.accepted.get(client, 0)
+        content: dict[str, Any] = {
+            records.ARRAYS: records.to_arrays(self._holdings.lacking(client, assignment)),
+            records.CONFIG: self._instructions(round, accepted=accepted),
+            records.TASK: records.to_task(task, assignment.drawn, rank),
+        }
+        if task.control is not None:
+            content[records.CONTROL] = records.to_arrays(self._holdings.crossing(task.control))
+        return records.message_to(self._exchange.members[client].node, MessageType.TRAIN, RecordDict(content))
+
+    def _accepted(
+        self, replies: Sequence[Message], assigned: Mapping[int, Assignment]
+    ) -> tuple[list[Message], list[ClientUpdate]]:
+        """Replies that can be used, in the order of the clients, as updates; others are named and left out."""
+        used, updates = [], []
+        for reply in sorted(replies, key=number_of):
+            client = number_of(reply)
+            given, trained = self._holdings.sent(assigned[client])
+            try:
+                update = records.to_update(reply, given, trained, self._exchange.name(client))
+            except RefusedUpdate as refused:
+                self._watcher.line(f"{refused}; it is left out")
+                continue
+            weight = {"examples": update.examples, "tokens": update.tokens, "equal": 1.0 if update.examples else 0.0}
+            updates.append(replace(update, weight=float(weight[self._config.weights])))
+            used.append(reply)
+        if replies and not updates:
+            raise FederationFailed("no client sent anything that can be used")
+        return used, updates
+
+    def _aggregate(
+        self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
+    ) -> Adapters:
+        """The strategy's aggregation; what it changes of the trunk and of base weights is put there."""
+        if not updates:  # all rest
+            self._holdings.fold(round, {})
+            return adapters
+        started = time.perf_counter()
+        result = self._aggregation.aggregate(round, adapters, replies, updates)
+        seconds = time.perf_counter() - started
+        self._holdings.fold(round, result.folded)
+        if self._schedule.personal:
+            self._trunk.write(*self._holdings.trunk_end(result))
+            self._trunk.fold(result.folded)
+        found = measure(updates, result)
+        self._error = found.overall
+        self._log(
+            {
+                "event": "aggregate",
+                "round": round,
+                "seconds": seconds,
+                "error": found.overall,
+                "layers": found.layers,
+                "residual_rank": found.residual_rank,
+            }
+        )
+        return result.with_tensors(result.tensors)
+
+    def _takes_turns(self) -> bool:
+        """Whether the order of steps must be fixed, since it decides the result."""
+        trunk = self._config.trunk
+        return self._config.deterministic and not is_deterministic(trunk.schedule, trunk.every)
+
+    def _groups(self, round: int, clients: Sequence[int]) -> list[list[int]]:
+        """Clients in the order in which they begin the round, in groups that train at once."""
+        ordered = sorted(clients)
+        if self._config.trunk.order == "random":
+            random.Random(derive_seed(self._config.seed, "order", round)).shuffle(ordered)
+        size = self._config.trunk.group if self._takes_turns() else max(1, len(ordered))
+        return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+
+    def _instructions(self, round: int, accepted: int = 0, folded: int | None = None) -> ConfigRecord:
+        folded = self._holdings.last_fold if folded is None else folded
+        return records.instructions({**self._facts, "accepted": accepted, "folded": folded}, round)
+
+    def _label(self, round: int) -> str:
+        return f"round {round}/{self._config.rounds}"
+
+    def _count(self, what: str, messages: Iterable[Message]) -> None:
+        self._tally.traffic[what] += sum(records.nbytes(message.content) for message in messages)
+
+    def _remember_memory(self, replies: Iterable[Message]) -> None:
+        peaks = [int(records.metrics_of(reply)["peak-memory"]) for reply in replies]
+        self._tally.client_memory = max([self._tally.client_memory, *peaks])
+
+    def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, HeldOut]) -> float:
+        """The clients' held-out loss, and what each lost since it was measured after its own steps."""
+        started, messages = time.perf_counter(), []
+        shared: dict[str, Any] = {records.ARRAYS: records.to_arrays(self._holdings.crossing(adapters.tensors))}
+        if self._holdings.news:  # owed to everyone, whether it trained or not
+            shared[records.FOLD] = records.to_fold(self._holdings.news)
+        for client, member in enumerate(self._exchange.members):
+            config = self._instructions(round, accepted=self._holdings.accepted.get(client, 0))
+            content = RecordDict({**shared, records.CONFIG: config})
+            messages.append(records.message_to(member.node, MessageType.EVALUATE, content))
+        replies = self._exchange.ask_all(grid, messages, f"{self._label(round)}  evaluating")
+        self._tally.traffic["adapter_down"] += records.array_bytes(shared.get(records.FOLD)) * len(messages)
+        self._tally.traffic["evaluation_adapter_down"] += records.array_bytes(shared[records.ARRAYS]) * len(messages)
+        self._remember_memory(replies)
+        by_client = {number_of(reply): reply for reply in replies}
+        measured = {client: records.to_held_out(reply) for client, reply in by_client.items()}
+        found = pooled(measured.values())
+        loss = found.loss
+        if self._config.data.format == "classification":
+            self._accuracy = {"before": found.accuracy, **self._accuracy, "after": found.accuracy}
+        self._forgotten = {
+            self._exchange.members[client].name: records.sample_of(by_client[client]).loss - then.loss
+            for client, then in own.items()
+            if then.tokens and client in by_client
+        }
+        self._log(
+            {
+                "event": "evaluate",
+                "round": round,
+                "loss": loss,
+                **({"accuracy": found.accuracy} if self._accuracy else {"perplexity": perplexity(loss)}),
+                "clients": {self._exchange.members[c].name: m.loss for c, m in measured.items()},
+                "forgotten": self._forgotten,
+                "adapter_bytes": self._tally.adapter_bytes(),
+                "tokens": sum(m.tokens for m in measured.values()),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        return loss
+
+    def _announce(self, round: int, loss: float, updates: Sequence[ClientUpdate] = ()) -> None:
+        trained, speed = "", ""
+        if updates:
+            trained = f"training loss {_mean([update.loss for update in updates]):.4f}  "
+            speed = f"  {self._tally.speed:,.0f} tokens/s"
+            if self._error is not None:
+                trained += f"aggregation error {self._error:.3g}  "
+            if self._forgotten:
+                speed = f"  forgotten {_mean(list(self._forgotten.values())):+.4f}{speed}"
+        quality = f"accuracy {self._accuracy['after']:.2%}" if self._accuracy else f"perplexity {perplexity(loss):.2f}"
+        self._watcher.line(
+            f"{self._label(round)}  {trained}held-out loss {loss:.4f}  {quality}{speed}  {self._tally.seconds:.1f} s"
+        )
+
+    def _summarise(self, parameters: Mapping[str, Any], before: float, after: float, left: int) -> dict[str, Any]:
+        config, trunk = self._config, self._trunk.status()
+        return {
+            "seed": config.seed,
+            "model": config.model,
+            "clients": config.clients,
+            "rounds": config.rounds,
+            "last_round": self._course.last,
+            "best_round": self._course.best,
+            "adapter_round": left,
+            "ended": self._course.reason,
+            "strategy": config.strategy,
+            "schedule": config.trunk.schedule,
+            "cut": config.cut,
+            "parameters": dict(parameters),
+            "eval_loss": {"before": before, "after": after},
+            **({"accuracy": self._accuracy} if self._accuracy else {}),
+            "forgotten": _mean(list(self._forgotten.values())) if self._forgotten else None,
+            "aggregation_error": self._error,
+            **self._tally.summary(trunk["traffic"]),
+            "peak_memory": {"client": self._tally.client_memory, "trunk": trunk["peak_memory"]},
+        }
+
+
+def _router_loss(updates: Sequence[ClientUpdate]) -> dict[str, float]:
+    """The clients' mean auxiliary loss, where there is one."""
+    found = [update.router_loss for update in updates if update.router_loss is not None]
+    return {"router_aux_loss": _mean(found)} if found else {}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

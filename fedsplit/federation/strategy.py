@@ -1,0 +1,211 @@
+"""What an aggregation strategy is, and how a name becomes one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from fedsplit.adaptation.methods import draws_fresh, method_of
+from fedsplit.config import Config, SettingError
+from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
+
+State = Mapping[str, Tensor]
+"""What a strategy remembers from round to round, such as moments: named tensors, so that it can be saved."""
+
+ALLOWED = "a name from the package strategies, path/to/mine.py:Mine, or module:Class"
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """State in, state out: a strategy keeps nothing on itself, so it can be saved, resumed and tested.
+
+    Two more members are optional: `broadcast`, of which `broadcast` below tells the signature and what holds without
+    it, and the attribute `traits`, a `fedsplit.updates.Traits`.
+    """
+
+    def init(self, adapters: Adapters) -> State:
+        """The state before the first round, given the adapters that training starts from."""
+        ...
+
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """One round's aggregation.
+
+        Args:
+            state: The state after the round before.
+            adapters: The adapters that the clients started this round from.
+            updates: What they returned, in the order of the clients; at least one, all finite and of the
+                adapters' names and shapes.
+
+        Returns:
+            The new state, and the adapters that the next round starts from; with what is to be folded into
+            base weights.
+        """
+        ...
+
+
+def traits_of(strategy: object) -> Traits:
+    """A strategy's traits; of one that names none, those of plain averaging by whatever rule."""
+    return getattr(strategy, "traits", Traits())
+
+
+def broadcast(strategy: Strategy, state: State, adapters: Adapters, client: ClientInfo) -> Assignment | None:
+    """What a client begins a round with.
+
+    Args:
+        strategy: Its `broadcast(state, adapters, client)` is asked, where it has one.
+        state: The state after the round before.
+        adapters: The adapters after the round before.
+        client: Who asks.
+
+    Returns:
+        By default the adapters, at the client's rank; None if the client is to rest in this round.
+    """
+    own = getattr(strategy, "broadcast", None)
+    return own(state, adapters, client) if own else Assignment(adapters.with_rank(client.rank))
+
+
+@runtime_checkable
+class FlowerLike(Protocol):
+    """What tells a Flower strategy apart, without importing Flower."""
+
+    def configure_train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `flwr.serverapp.strategy.Strategy`."""
+        ...
+
+    def aggregate_train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `flwr.serverapp.strategy.Strategy`."""
+        ...
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"fedsplit_user_{path.stem}", path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise SettingError("strategy", path, "a Python file that is there")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is the user's to see
+        raise SettingError(
+            "strategy", path, f"a Python file that can be imported ({type(error).__name__}: {error})"
+        ) from error
+    return module
+
+
+def _import_module(name: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # a name that is none, or whatever the module raises
+        raise SettingError("strategy", spec, f"{ALLOWED} ({type(error).__name__}: {error})") from error
+
+
+def _find(spec: str) -> Any:
+    """The class a specification names, not yet called."""
+    place, colon, name = spec.rpartition(":")
+    if colon and place.endswith(".py"):
+        module = _import_file(Path(place))
+    elif colon:
+        module = _import_module(place, spec)
+    else:
+        package = _import_module("strategies", spec)
+        names: Mapping[str, str] = getattr(package, "STRATEGIES", {})
+        if spec not in names:
+            where = getattr(package, "__file__", None) or str(next(iter(package.__path__)))
+            listed = " | ".join(sorted(names)) or "nothing"
+            raise SettingError("strategy", spec, f"{listed} (from {where}), path/to/mine.py:Mine, or module:Class")
+        place, _, name = names[spec].rpartition(":")
+        module = _import_module(place, spec)
+    if not callable(getattr(module, name, None)):
+        found = [n for n, v in vars(module).items() if inspect.isclass(v) and not n.startswith("_")]
+        raise SettingError("strategy", spec, f"a class of {place}: {', '.join(found) or 'it has none'}")
+    return getattr(module, name)
+
+
+def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    """Makes the strategy that a specification names.
+
+    Args:
+        spec: A name from the package `strategies`, `path/to/mine.py:Mine`, or `module:Class`.
+        options: Keyword arguments the user gave.
+        defaults: Keyword arguments to pass where the class takes them and the user did not give them; such
+            as how many nodes a Flower strategy waits for.
+
+    Returns:
+        A `Strategy`, or whatever else the class makes, such as a Flower strategy.
+
+    Raises:
+        SettingError: It is not there, or does not take the options.
+    """
+    cls = _find(spec)
+    try:
+        parameters = inspect.signature(cls).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if unknown := [name for name in options if name not in parameters and not takes_any]:
+            known = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            raise SettingError(f"strategy.{unknown[0]}", options[unknown[0]], ", ".join(known) or "no option at all")
+        made = cls(**{**{name: value for name, value in defaults.items() if name in parameters}, **options})
+    except SettingError:
+        raise
+    except Exception as error:  # whatever the user's class raises
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        name = next((name for name in options if what.startswith(f"{name} ")), None)
+        if name is not None:
+            raise SettingError(f"strategy.{name}", options[name], f"what {spec} takes ({what})") from error
+        raise SettingError("strategy", spec, f"options that it takes ({what})") from error
+    if not isinstance(made, Strategy | FlowerLike):
+        raise SettingError(
+            "strategy", spec, "a class with the methods init and aggregate, or one of Flower's strategies"
+        )
+    return made
+
+
+def _aggregated(config: Config) -> set[str]:
+    """The parts whose adapters a strategy sees."""
+    return {part for part in config.share if part != "trunk" or SCHEDULES[config.trunk.schedule].personal}
+
+
+def check_strategy(strategy: Any, config: Config) -> None:
+    """Makes sure that a strategy can do what a run asks of it.
+
+    Raises:
+        SettingError: It needs factors that the adapters do not have, cannot handle different ranks, cannot be applied
+            in this type, or cannot go on.
+    """
+    traits = traits_of(strategy)
+    package: Any = importlib.import_module("strategies")
+    if traits.factors and (config.prompt.kind != "off" or not method_of(config.lora).factors):
+        can = sorted(name for name in package.STRATEGIES if not traits_of(_find(name)).factors)
+        kind = f"--prompt.kind {config.prompt.kind}" if config.prompt.kind != "off" else f"--peft {config.lora.method}"
+        words = f"{', '.join(can)} with {kind}, which has no pairs of factors A and B"
+        raise SettingError("strategy", config.strategy, words)
+    if traits.restarts and not draws_fresh(config.lora):
+        words = "another one where training starts from other factors than LoRA's: this one starts every round afresh"
+        raise SettingError("strategy", config.strategy, words)
+    if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
+        can = sorted(name for name in package.STRATEGIES if traits_of(_find(name)).mixed_ranks)
+        ranks = ",".join(map(str, config.lora.rank))
+        raise SettingError(
+            "lora.rank", ranks, f"one rank under the strategy {config.strategy}; {', '.join(can)} take several"
+        )
+    asked = config.sampled
+    if asked < traits.fewest:
+        words = f"{traits.fewest} and more in a round under the strategy {config.strategy} with its options"
+        raise SettingError("clients", f"{asked} in a round" if asked < config.clients else asked, words)
+    if traits.folds and config.dtype != "fp32":
+        words = (
+            f"fp32 under the strategy {config.strategy}, whose changes of base weights {config.dtype} would round away"
+        )
+        raise SettingError("dtype", config.dtype, words)
+    if traits.folds and (quantized := [part for part in config.bits if part in _aggregated(config)]):
+        words = f"none of {', '.join(quantized)} under the strategy {config.strategy}, which changes its base weights"
+        raise SettingError("quantization", config.quantization, words)
+    if config.resume and isinstance(strategy, FlowerLike):
+        raise SettingError("resume", config.resume, "a strategy whose memory can be saved; Flower's cannot")

@@ -1,0 +1,1 @@
+"""Text from the split model: token by token through all its parts."""

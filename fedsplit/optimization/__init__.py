@@ -1,0 +1,1 @@
+"""How weights change: optimisers, rates, clipping, when to stop."""

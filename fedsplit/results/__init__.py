@@ -1,0 +1,1 @@
+"""Runs that are finished: opened whole, merged into ordinary models."""

@@ -1,0 +1,296 @@
+"""An adapter added to its base model's weights, and taken out again; adapters combined.
+
+A merged folder is an ordinary model. Beside it lie the adapter that was merged, and a record of it, so that the
+adapter can be subtracted again: the sum is made in float64 and rounded once to float32, so what comes back differs
+from the base by a rounding at most, and by nothing where the base had a narrower type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from fedsplit.adaptation.lora import SCORE_WEIGHT
+from fedsplit.adaptation.prompts import SAVED
+from fedsplit.config import InputError
+from fedsplit.federation.checkpoint import write_whole
+from fedsplit.model.devices import TYPES
+from fedsplit.model.head import HEAD, WEIGHT
+from fedsplit.model.sources import to_peft
+from fedsplit.model.split import load_whole
+from fedsplit.model.store import load_tensors, write_tensors
+from fedsplit.model.vocabulary import TOKENIZER_FILES
+from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
+from fedsplit.results.whole import merged, open_base, open_held, read_adapter, read_fitting
+from fedsplit.updates import Adapters
+
+RECORD = "merged.json"
+"""What was merged, in a merged folder."""
+
+MERGED = "merged_adapter"
+"""The adapter that was merged, in a merged folder."""
+
+BASE_HEAD = "base_head.safetensors"
+"""The head as it was, beside an adapter that replaced it whole, where it was not tied to the embedding."""
+
+_NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _check_mergeable(adapter: Adapter, read: Adapters) -> None:
+    """Makes sure that an adapter is a change of weights.
+
+    Raises:
+        InputError: It is not.
+    """
+    if SAVED in read.tensors:
+        words = "virtual tokens or prefixes, which change no weight: there is nothing to add to the model's"
+        raise InputError(f"the adapter in {adapter.folder} is made of {words}")
+
+
+def _untie(model: Any, changes: Adapters) -> bool:
+    """Gives the head a weight of its own where an adapter changes it; whether it had shared the embedding's."""
+    head, words = model.lm_head, model.get_input_embeddings()
+    changed = any(name.startswith(f"{HEAD}.") for name in changes.tensors)
+    if not changed or head.weight is not words.weight:
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return True
+
+
+def _replace_head(model: Any, weight: Tensor | None) -> Tensor | None:
+    """Puts another weight into the head, if there is one; returns the one that was there."""
+    before: Tensor = model.lm_head.weight.detach()
+    if weight is None:
+        return None
+    model.lm_head.weight = nn.Parameter(weight.to(before.dtype))
+    return before
+
+
+@torch.no_grad()
+def _add(model: Any, adapters: Adapters, sign: float) -> None:
+    """Adds an adapter to the weights below it, or subtracts it, with one rounding."""
+    for layer in adapters.complete:
+        weight, change = model.get_submodule(layer).weight, adapters.change(layer)
+        dense = change.up @ change.down
+        weight.copy_(weight.double() + sign * (dense.T if adapters.layers[layer].transposed else dense))
+    for layer in adapters.stacked:
+        weight = model.get_parameter(adapters.weight_name(layer))
+        weight.copy_(weight.double() + sign * torch.stack([own.up @ own.down for own in adapters.changes(layer)]))
+
+
+def _check_headless(adapter: Adapter, read: Adapters) -> None:
+    """What classifies has a head of its own, which is no change of the base model's weights.
+
+    Raises:
+        InputError: The adapter has one.
+    """
+    if SCORE_WEIGHT in read.tensors:
+        words = "merge it with PEFT, on AutoModelForSequenceClassification"
+        raise InputError(f"the adapter in {adapter.folder} has a head of classes, which no causal LM has: {words}")
+
+
+def _type_of(model: Any) -> str:
+    """The narrowest type that holds all weights without a rounding."""
+    for name, dtype in _NARROW.items():
+        if all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in model.parameters()):
+            return name
+    return "float32"
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
+def _save(model: Any, tokenizer: Path, folder: Path) -> None:
+    model.save_pretrained(folder)
+    for pattern in TOKENIZER_FILES:
+        for file in tokenizer.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+
+
+def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
+    """Writes the base model with an adapter added to its weights.
+
+    Args:
+        adapter: The adapter.
+        out: The folder to write.
+        dtype: The type of the weights; anything but fp32 rounds a part of the adapter away.
+
+    Raises:
+        InputError: The base model is missing, or the adapter does not fit it or is no change of weights.
+    """
+    base = open_held(adapter, dense=True).float()
+    _check_headless(adapter, read_adapter(adapter))  # before its layers are looked for, which would miss the head
+    changes = read_fitting(adapter, base)
+    _check_mergeable(adapter, changes)
+    base_type, tied, head = _type_of(base), _untie(base, changes), None
+    if changes.layers:
+        _add(base, changes, 1.0)
+        head = _replace_head(base, changes.tensors.get(WEIGHT))
+    else:
+        base = merged(base, adapter)
+    base.to(TYPES[dtype])
+
+    def fill(draft: Path) -> None:
+        _save(base, adapter.model_path, draft)
+        copy_adapter(adapter, draft / MERGED)
+        if head is not None and not tied:
+            write_tensors(draft / MERGED / BASE_HEAD, {WEIGHT: head})
+        record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": tied}
+        text = json.dumps({**record, "dtype": dtype, "weights": _digests(draft)}, indent=2)
+        (draft / RECORD).write_text(text + "\n", encoding="utf-8")
+
+    write_whole(out, fill)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What was merged into a folder.
+
+    Raises:
+        InputError: Nothing was, or its weights are no longer those that were written.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        weights, adapter = record["weights"], folder / MERGED
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder} is no merged model: there is no {RECORD} that can be read in it") from None
+    if not all((adapter / name).is_file() for name in ADAPTER_FILES):
+        raise InputError(f"{folder} cannot be unmerged: its {MERGED} is gone")
+    if weights != _digests(folder):
+        raise InputError(f"{folder} cannot be unmerged: its weights are not those that were merged")
+    return record
+
+
+def unmerge(folder: Path, out: Path) -> str:
+    """Takes out of a merged model what was merged.
+
+    Args:
+        folder: The merged model's.
+        out: The folder to write: the base model, to a rounding of its weights.
+
+    Returns:
+        The type of the weights written: the base's.
+
+    Raises:
+        InputError: Nothing was merged into it, or its weights have changed since.
+    """
+    record = read_record(folder)
+    model = load_whole(folder, torch.float32)
+    changes = read_fitting(Adapter(folder / MERGED, str(folder), "fp32", MERGED), model)
+    if not changes.layers:
+        words = f"its adapter does more than to add something to the weights; the base is {record['base']}"
+        raise InputError(f"{folder} cannot be unmerged: {words}")
+    _add(model, changes, -1.0)
+    if record.get("tied"):
+        model.lm_head.weight = model.get_input_embeddings().weight
+        model.config.tie_word_embeddings = True
+    elif WEIGHT in changes.tensors:
+        _replace_head(model, load_tensors(folder / MERGED / BASE_HEAD)[WEIGHT])
+    kind = str(record["base_type"]) if record["dtype"] == "fp32" else "float32"
+    model.to(_NARROW.get(kind, torch.float32))
+    write_whole(out, lambda draft: _save(model, folder, draft))
+    return kind
+
+
+def _check_linear(read: Sequence[Adapters]) -> None:
+    """Factors can only be added where their shapes agree.
+
+    Raises:
+        InputError: They do not.
+    """
+    shapes = [{name: tensor.shape for name, tensor in adapters.tensors.items()} for adapters in read]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            name = next(name for name in sorted({*shapes[0], *other}) if shapes[0].get(name) != other.get(name))
+            raise InputError(f"linear needs adapters of the same ranks and layers; {name} differs: use cat or svd")
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out: Path, rank: int | None = None) -> int:
+    """Writes the weighted sum of adapters as one, by PEFT's `add_weighted_adapter`.
+
+    Args:
+        adapters: Two or more, of one base model.
+        weights: What each counts.
+        how: "cat" stacks them, which is exact; "svd" is the best fit of a rank; "linear" adds factor to factor,
+            which is no sum of what they do.
+        out: The folder to write.
+        rank: Of "svd"; the largest of the adapters' where None.
+
+    Returns:
+        The largest rank of what was written.
+
+    Raises:
+        InputError: The adapters belong to different models, do not fit, or cannot be combined so.
+    """
+    check_same_base(adapters)
+    base = open_base(adapters[0].model_path, adapters[0].dtype).float()
+    read = [read_fitting(adapter, base) for adapter in adapters]
+    for adapter, one in zip(adapters, read, strict=True):
+        _check_mergeable(adapter, one)
+        _check_headless(adapter, one)
+        if not one.layers:
+            raise InputError(f"{adapter.folder} cannot be combined: it is no LoRA, whose factors add up")
+        if WEIGHT in one.tensors:
+            raise InputError(f"the adapter in {adapter.folder} holds a whole head, which PEFT cannot combine")
+    if how == "linear":
+        _check_linear(read)
+    if any(json.loads((one.folder / ADAPTER_FILES[0]).read_text()).get("target_parameters") for one in adapters):
+        words = "nor on routers: PEFT adds up no such factors"
+        raise InputError(f"adapters on the experts' stacked weights cannot be combined, {words}")
+    names = [f"number{index}" for index in range(len(adapters))]
+    model = PeftModel.from_pretrained(base, str(adapters[0].folder), adapter_name=names[0])
+    for name, adapter in zip(names[1:], adapters[1:], strict=True):
+        model.load_adapter(str(adapter.folder), adapter_name=name)
+    model.add_weighted_adapter(names, list(weights), "combined", combination_type=how, svd_rank=rank)
+    tensors, ranks = _trimmed(get_peft_model_state_dict(model, adapter_name="combined"))
+    largest = max(ranks.values())
+    name, revision = to_peft(adapters[0].model)
+    config = replace(
+        model.peft_config["combined"],
+        r=largest,
+        lora_alpha=largest,  # a scaling of 1; PEFT forgets that another rule may scale
+        use_rslora=False,
+        rank_pattern={layer: own for layer, own in ranks.items() if own != largest},
+        alpha_pattern={layer: own for layer, own in ranks.items() if own != largest},
+        base_model_name_or_path=name,
+        revision=revision,
+        inference_mode=True,
+        fan_in_fan_out=any(layer.transposed for layer in read[0].layers.values()),  # PEFT has that of the last layer
+    )
+
+    def fill(draft: Path) -> None:
+        config.save_pretrained(str(draft))
+        write_tensors(draft / ADAPTER_FILES[1], tensors)
+
+    write_whole(out, fill)
+    return largest
+
+
+def _trimmed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Factors without the zeros that PEFT fills up to the largest rank with, and their ranks by layer."""
+    cut: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name in tensors:
+        prefix, found, _ = name.partition(".lora_A.")
+        if not found:
+            continue
+        down, up = tensors[name], tensors[f"{prefix}.lora_B.weight"]
+        used = (down != 0).any(1) | (up != 0).any(0)
+        rank = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
+        cut |= {name: down[:rank], f"{prefix}.lora_B.weight": up[:, :rank]}
+        ranks[prefix.removeprefix("base_model.model.")] = rank
+    return cut, ranks

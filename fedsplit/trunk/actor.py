@@ -1,0 +1,331 @@
+"""The trunk in a process of its own: a Ray actor, the handle clients call, and the cluster around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from fedsplit.adaptation import adapting
+from fedsplit.config import Config, SettingError
+from fedsplit.lowrank import LowRank
+from fedsplit.trunk.dispatch import Answer, Dispatcher
+from fedsplit.trunk.learners import Copy, Start
+from fedsplit.trunk.memory import Budget, peak_memory, resident_memory
+from fedsplit.trunk.server import TrunkServer
+from fedsplit.trunk.sessions import Sessions
+from fedsplit.updates import Adapters
+from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.packets import Packet
+
+NAMESPACE = "fedsplit"
+"""Ray's namespace of all named actors."""
+
+_OBJECT_STORE = 512 * 2**20
+"""Bytes of shared memory for tensors under way; a step's are freed as it ends."""
+
+_AT_ONCE = 4096
+"""Calls that may wait in the actor at the same time."""
+
+_ATTEMPTS = 5
+"""How often a call is repeated when its answer was lost on the way."""
+
+
+class TrunkLost(Exception):
+    """The trunk's process is gone, or never came up."""
+
+
+class TrunkActor:
+    """A `Dispatcher` in front of a `TrunkServer`, and what only their process can tell.
+
+    Ray's event loop takes the calls; one thread of its own computes, so that a call may wait for others
+    without holding them up.
+    """
+
+    def __init__(self, config: Config, run: str, threads: int, adapter: Path | None = None) -> None:
+        """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
+        torch.set_num_threads(threads)
+        (part,) = adapting.bare_parts(config, ["trunk"])
+        if adapter is None:
+            adapting.adapt(part, config)
+        else:
+            adapting.adopt(adapter, config, part)
+        budget = Budget(config.trunk.memory_bytes)
+        self._incarnation = secrets.token_hex(8)
+        server = TrunkServer(
+            part,
+            make_codec(config.wire.codec),
+            config.trunk.schedule,
+            config.train,
+            config.seed,
+            run=run,
+            incarnation=self._incarnation,
+            lease=config.trunk.lease,
+            budget=budget,
+        )
+        self._least = 0
+        if budget.limit is not None:
+            self._least = server.calibrate(config.train.batch_size, config.train.max_length + config.prompt.virtual)
+        self._dispatcher = Dispatcher(server, config.trunk)
+        self._sessions = Sessions(server, make_codec(config.wire.codec), config.trunk.lease)
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._compute, args=(threads,), daemon=True).start()
+
+    def _compute(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # OpenMP keeps the number for each thread that asks
+        while True:
+            wakes = min(filter(None, (self._dispatcher.wakes_at(), self._sessions.next_expiry())), default=None)
+            with contextlib.suppress(queue.Empty):
+                self._calls.get(timeout=None if wakes is None else max(0.0, wakes - time.monotonic()))()
+            self._sessions.expire()
+            self._take_calls()
+            while self._dispatcher.advance():
+                self._take_calls()
+
+    def _take_calls(self) -> None:
+        while not self._calls.empty():
+            self._calls.get()()
+
+    async def _in_order(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Has a call made by the thread that computes, between two steps."""
+        loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def make() -> None:
+            try:
+                result = call(*args)
+            except Exception as error:  # noqa: BLE001  # it is the caller's to know
+                loop.call_soon_threadsafe(future.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(future.set_result, result)
+
+        self._calls.put(make)
+        return await future
+
+    async def serve(self, packet: Packet) -> Packet:
+        """Hidden states or a gradient up, and down what `TrunkServer` makes of them, when it is their turn.
+
+        What belongs to a session goes to `Sessions`, between two steps.
+        """
+        if packet.key.session:
+            said: Packet = await self._in_order(self._sessions.serve, packet)
+            return said
+        loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def done(answer: Answer) -> None:
+            settle: Callable[[Any], None] = future.set_result if isinstance(answer, Packet) else future.set_exception
+            loop.call_soon_threadsafe(settle, answer)
+
+        self._calls.put(lambda: self._dispatcher.submit(packet, done))
+        answer: Packet = await future
+        return answer
+
+    async def begin(self, group: Sequence[int]) -> None:
+        """As `Dispatcher.begin`."""
+        await self._in_order(self._dispatcher.begin, group)
+
+    async def leave(self, client: int) -> None:
+        """As `Dispatcher.leave`; the client's sessions end, too."""
+        await self._in_order(self._dispatcher.leave, client)
+        await self._in_order(self._sessions.leave, client)
+
+    async def end_round(self, finished: Sequence[int]) -> dict[str, int]:
+        """As `Dispatcher.end_round`."""
+        ended: dict[str, int] = await self._in_order(self._dispatcher.end_round, finished)
+        return ended
+
+    async def learners(self, method: str, *args: Any) -> Any:
+        """Calls a method of `Learners`, between two steps: see the handle for which there are."""
+        return await self._in_order(getattr(self._dispatcher.server.learners, method), *args)
+
+    async def fold(self, changes: Mapping[str, LowRank]) -> None:
+        """As `TrunkServer.fold`; all sessions end, since what they remember was computed with other weights."""
+        await self._in_order(self._dispatcher.server.fold, changes)
+        await self._in_order(self._sessions.leave)
+
+    async def status(self) -> dict[str, Any]:
+        """What the process can tell: see the keys below; bytes, and counts of parameters.
+
+        `least_memory` is the smallest `--trunk.memory` that suffices, 0 where none was given.
+        """
+
+        def look() -> dict[str, Any]:
+            server = self._dispatcher.server
+            return {
+                "incarnation": self._incarnation,
+                "least_memory": self._least,
+                "traffic": dict(server.traffic),
+                "resident_memory": resident_memory(),
+                "peak_memory": peak_memory(),
+                "pending": len(server.steps),
+                "sessions": len(self._sessions),
+                "parameters": server.count(),
+            }
+
+        found: dict[str, Any] = await self._in_order(look)
+        return found
+
+
+class TrunkHandle:
+    """A trunk elsewhere, called as if it were here.
+
+    A trunk that is gone raises `TrunkLost`; what the trunk itself raises is raised here. A call whose answer
+    was lost is repeated: the trunk counts every step once.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        """Wraps Ray's handle of the actor."""
+        self._actor = actor
+
+    def _begin(self, method: str, *args: Any) -> Callable[[], Any]:
+        try:
+            answer = getattr(self._actor, method).remote(*args)
+        except ray.exceptions.RayActorError as error:
+            raise _lost(error) from error
+        return lambda: self._wait(answer, method, *args)
+
+    def _wait(self, answer: Any, method: str, *args: Any) -> Any:
+        for attempt in range(_ATTEMPTS):
+            try:
+                return ray.get(answer)
+            except ray.exceptions.ActorUnavailableError as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise _lost(error) from error
+                time.sleep(2**attempt / 10)
+                answer = getattr(self._actor, method).remote(*args)
+            except ray.exceptions.RayActorError as error:
+                raise _lost(error) from error
+        return None
+
+    def send(self, packet: Packet) -> Callable[[], Packet]:
+        """As `TrunkActor.serve`; what is returned waits for the answer."""
+        return self._begin("serve", packet)
+
+    def begin(self, group: Sequence[int]) -> None:
+        """As `Dispatcher.begin`."""
+        self._begin("begin", list(group))()
+
+    def leave(self, client: int) -> None:
+        """As `Dispatcher.leave`."""
+        self._begin("leave", client)()
+
+    def end_round(self, finished: Sequence[int]) -> dict[str, int]:
+        """As `Dispatcher.end_round`."""
+        ended: dict[str, int] = self._begin("end_round", list(finished))()
+        return ended
+
+    def assign(self, starts: Mapping[int, Start]) -> None:
+        """As `Learners.assign`."""
+        self._begin("learners", "assign", dict(starts))()
+
+    def copies(self) -> dict[int, Copy]:
+        """As `Learners.copies`."""
+        copies: dict[int, Copy] = self._begin("learners", "copies")()
+        return copies
+
+    def read(self) -> Adapters:
+        """As `Learners.read`."""
+        adapter: Adapters = self._begin("learners", "read")()
+        return adapter
+
+    def write(self, tensors: Mapping[str, Tensor], own: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
+        """As `Learners.write`."""
+        self._begin("learners", "write", dict(tensors), dict(own or {}))()
+
+    def fold(self, changes: Mapping[str, LowRank]) -> None:
+        """As `TrunkServer.fold`."""
+        self._begin("fold", dict(changes))()
+
+    def moments(self) -> dict[str, Tensor]:
+        """As `Learners.moments`."""
+        moments: dict[str, Tensor] = self._begin("learners", "moments")()
+        return moments
+
+    def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """As `Learners.restore`."""
+        self._begin("learners", "restore", dict(tensors), dict(moments))()
+
+    def status(self) -> dict[str, Any]:
+        """As `TrunkActor.status`."""
+        found: dict[str, Any] = self._begin("status")()
+        return found
+
+
+def _lost(error: Exception) -> TrunkLost:
+    return TrunkLost(f"the trunk's process is gone ({str(error).strip().splitlines()[0]})")
+
+
+def start_cluster(workers: int) -> None:
+    """Starts a Ray of our own on this machine.
+
+    It binds to the loopback interface and asks for a token where the environment says so, as that of
+    `fedsplit.simulate` does; Ray reads it when it is imported.
+
+    Args:
+        workers: Client processes it has room for.
+    """
+    ray.init(
+        address="local",
+        num_cpus=workers,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+        namespace=NAMESPACE,
+        object_store_memory=_OBJECT_STORE,
+    )
+
+
+def start_trunk(config: Config, name: str, threads: int, adapter: Path | None = None) -> TrunkHandle:
+    """Starts the trunk's actor; it loads while the caller goes on.
+
+    It asks for no CPU: Flower counts all CPUs of a node as its own, and would wait for ever for one that
+    the trunk has.
+
+    Args:
+        config: The run's configuration.
+        name: What clients find it by; also the run's name, which their steps carry.
+        threads: Of its process.
+        adapter: The folder of a finished run's adapter, of which it takes its own layers.
+    """
+    remote = ray.remote(num_cpus=0)(TrunkActor)
+    return TrunkHandle(remote.options(name=name, max_concurrency=_AT_ONCE).remote(config, name, threads, adapter))
+
+
+def find_trunk(name: str) -> TrunkHandle:
+    """The trunk of that name, from any process of the cluster.
+
+    Raises:
+        TrunkLost: There is none.
+    """
+    try:
+        return TrunkHandle(ray.get_actor(name, namespace=NAMESPACE))
+    except ValueError as error:
+        raise TrunkLost(f"there is no trunk named {name}") from error
+
+
+def stop_cluster() -> None:
+    """Stops what `start_cluster` started, if it still runs."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def check_memory(config: Config, trunk: TrunkHandle) -> None:
+    """Makes sure that the memory given to the trunk suffices; only the trunk, once it is loaded, can tell.
+
+    Raises:
+        SettingError: It does not suffice for a single step.
+    """
+    limit = config.trunk.memory_bytes
+    if limit is not None and (least := trunk.status()["least_memory"]) > limit:
+        words = f"at least {-(-least // 10**6)}MB, for this trunk and one step at a time"
+        raise SettingError("trunk.memory", config.trunk.memory, words)

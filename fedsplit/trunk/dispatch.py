@@ -1,0 +1,238 @@
+"""What the trunk computes next: turns, gathering, barriers, and for how long the others wait for one who is late."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from fedsplit.config import TrunkSettings
+from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.trunk.server import TrunkServer
+from fedsplit.wire.packets import Packet
+from fedsplit.wire.steps import RefusedStep, StaleStep
+
+Answer = Packet | RefusedStep
+
+
+@dataclass(eq=False)
+class _Request:
+    """A packet that waits to be served."""
+
+    packet: Packet
+    arrived: float
+    done: Callable[[Answer], None]
+
+    @property
+    def client(self) -> int:
+        return self.packet.key.client
+
+    @property
+    def is_backward(self) -> bool:
+        """A gradient, or what it is to be scaled by."""
+        return "gradient" in self.packet.tensors or self.packet.clips
+
+    @property
+    def is_question(self) -> bool:
+        """Whether there is room for a step that is to come."""
+        return not self.packet.tensors
+
+    @property
+    def is_step(self) -> bool:
+        """Part of a training step, whose order matters."""
+        return (self.is_backward or self.packet.training) and not self.is_question
+
+
+class Dispatcher:
+    """Puts what clients ask for into the order in which the trunk computes it.
+
+    Repeats, evaluations and questions for room are served as they come, and gradients before new forwards,
+    since a gradient frees memory. Beyond that the schedule decides:
+
+    - `batched`: a forward waits until every active client has one, a gradient until all of its flight have come;
+    - `accumulate`: who has done `every` steps since the last barrier waits at it for the other active ones;
+    - `--deterministic`: clients train in groups. Under `shared` the members of a group take turns, request by
+      request, in a fixed order; under `batched` and `accumulate` all members are waited for, however late.
+
+    A client is active from its first forward of a round (of a group: from the round's start) until it leaves.
+    Who keeps the others waiting past the deadline is left behind: it is not waited for until it comes back.
+    Used by one thread; `done` is called in it.
+    """
+
+    def __init__(
+        self, server: TrunkServer, settings: TrunkSettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Puts itself in front of a trunk.
+
+        Args:
+            server: Who computes.
+            settings: Schedule, deadline in seconds, and steps between barriers.
+            clock: Seconds, always growing.
+        """
+        self.server = server
+        self._schedule = SCHEDULES[settings.schedule]
+        self._patience, self._every, self._clock = settings.deadline, settings.every, clock
+        self._waiting: list[_Request] = []
+        self._active: set[int] = set()
+        self._contributed: Counter[int] = Counter()
+        self._sent_away: Counter[int] = Counter()
+        self._turns: list[int] = []
+        self._grouped = False
+
+    def begin(self, group: Sequence[int]) -> None:
+        """Makes clients a group that trains together, in this order; until `end_round`, others wait.
+
+        Args:
+            group: The clients, in the order of their turns.
+        """
+        self._grouped = True
+        self._active = set(group)
+        self._turns = list(group) if not (self._schedule.gathers or self._schedule.sums) else []
+
+    def submit(self, packet: Packet, done: Callable[[Answer], None]) -> None:
+        """Takes a request; `done` is called with the answer, or with why there is none, from `advance`."""
+        request = _Request(packet, self._clock(), done)
+        self._waiting.append(request)
+        if packet.training and not request.is_backward and not self._grouped:
+            self._active.add(request.client)
+
+    def leave(self, client: int) -> None:
+        """A client has ended its round, or is dead; nobody waits for it any more."""
+        self._active.discard(client)
+        self._contributed.pop(client, None)
+        if client in self._turns:
+            self._turns.remove(client)
+        gone = [request for request in self._waiting if request.client == client]
+        self._waiting = [request for request in self._waiting if request.client != client]
+        for request in gone:
+            request.done(StaleStep(f"{request.packet.key}: the client has left"))
+        self.server.leave(client)
+
+    def end_round(self, finished: Sequence[int]) -> dict[str, int]:
+        """Ends the round of all clients; as `TrunkServer.end_round`."""
+        for client in {request.client for request in self._waiting} | self._active:
+            self.leave(client)
+        self._grouped, self._turns = False, []
+        return self.server.end_round(finished)
+
+    def advance(self) -> bool:
+        """Serves what is to be served next; returns whether there was anything."""
+        self.server.expire()
+        chosen = self._choose()
+        if not chosen:
+            return False
+        self._waiting = [request for request in self._waiting if request not in chosen]
+        self._serve(chosen)
+        return True
+
+    def wakes_at(self) -> float | None:
+        """When, by the clock, something may change without a new request: a deadline or a lease."""
+        times = [self._deadline(group) for group in self._held_up() if group]
+        expiry = self.server.steps.next_expiry()
+        return min([t for t in (*times, expiry) if t is not None and t < math.inf], default=None)
+
+    def _deadline(self, group: Iterable[_Request]) -> float:
+        return math.inf if self._grouped else min(request.arrived for request in group) + self._patience
+
+    def _choose(self) -> list[_Request]:
+        for request in self._waiting:
+            free = request.is_question or not (request.is_step or request.client in self._turns)
+            if free or self.server.is_repeat(request.packet):
+                return [request]
+        if self._turns:
+            return self._turn()
+        if self._schedule.gathers:
+            return self._gather()
+        steps = sorted((r for r in self._waiting if r.is_step), key=lambda r: not r.is_backward)
+        for request in steps:
+            if request.is_backward or not self._at_barrier(request):
+                return [request]
+        if steps and (self._everybody_contributed() or self._deadline(steps) <= self._clock()):
+            self._pass_barrier()
+            return [steps[0]]
+        return []
+
+    def _turn(self) -> list[_Request]:
+        """The next request of the client whose turn it is."""
+        own = [request for request in self._waiting if request.client == self._turns[0]]
+        if not own:
+            return []
+        self._turns.append(self._turns.pop(0))
+        return [min(own, key=lambda r: (r.packet.key.place, r.is_backward, r.packet.key.micro))]
+
+    def _held_up(self) -> list[list[_Request]]:
+        """Requests that wait for those of other clients, in groups that are served at once."""
+        steps = [request for request in self._waiting if request.is_step]
+        if self._schedule.gathers:
+            flights: dict[object, list[_Request]] = {}
+            for request in (r for r in steps if r.is_backward):
+                flights.setdefault(self._flight(request), []).append(request)
+            return [*flights.values(), [r for r in steps if not r.is_backward]]
+        return [steps] if self._schedule.sums else []
+
+    def _flight(self, request: _Request) -> object:
+        """What tells its flight from others; a request that will be refused stands alone."""
+        try:
+            return id(self.server.steps.held(request.packet.key))
+        except RefusedStep:
+            return request
+
+    def _gather(self) -> list[_Request]:
+        """All requests that are computed as one, once they are there or the others are late."""
+        *flights, forwards = self._held_up()
+        for group in flights:
+            members = self.server.companions(group[0].packet.key)
+            if {r.client for r in group} >= members & self._active or self._late(group, members):
+                return group
+        if forwards and ({r.client for r in forwards} >= self._active or self._late(forwards, self._active)):
+            # Who was sent away for want of room comes first, or it might be so for ever.
+            forwards.sort(key=lambda r: (-self._sent_away[r.client], r.client))
+            first = forwards[0].packet
+            return [r for r in forwards if r.packet.wants_gradient == first.wants_gradient]
+        return []
+
+    def _late(self, group: Sequence[_Request], members: set[int]) -> bool:
+        """Whether a group has waited long enough; the others are left behind."""
+        if self._deadline(group) > self._clock():
+            return False
+        self._active -= members - {request.client for request in group}
+        return True
+
+    def _at_barrier(self, request: _Request) -> bool:
+        return self._schedule.sums and self._every > 0 and self._contributed[request.client] >= self._every
+
+    def _everybody_contributed(self) -> bool:
+        return all(self._contributed[client] >= self._every for client in self._active)
+
+    def _pass_barrier(self) -> None:
+        self._active &= {client for client, count in self._contributed.items() if count >= self._every}
+        self._contributed.clear()
+        self.server.learners.close_window()
+
+    def _serve(self, chosen: Sequence[_Request]) -> None:
+        packets = [request.packet for request in chosen]
+        call = self.server.backward_together if chosen[0].is_backward else self.server.forward_together
+        try:
+            answers: Sequence[Answer] = [self.server.ask(packets[0])] if chosen[0].is_question else call(packets)
+        except RefusedStep as error:
+            if len(chosen) > 1:  # one spoils it for all: each on its own, so that only that one is refused
+                for request in chosen:
+                    self._serve([request])
+                return
+            answers = [error]
+        for request, answer in zip(chosen, answers, strict=True):
+            if isinstance(answer, Packet):
+                self._remember(request, answer)
+            request.done(answer)
+
+    def _remember(self, request: _Request, answer: Packet) -> None:
+        if answer.wait:
+            self._sent_away[request.client] += 1
+            self._active.discard(request.client)  # those who wait for it may have what it waits for
+        elif self._sent_away.pop(request.client, None) and request.packet.training:
+            self._active.add(request.client)
+        packet = request.packet
+        if packet.clips if self.server.learners.clips else request.is_backward and packet.ends:
+            self._contributed[request.client] += 1

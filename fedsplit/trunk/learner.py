@@ -1,0 +1,87 @@
+"""An adapter of the trunk and its optimiser: every step publishes a version that never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.config import TrainSettings
+from fedsplit.model.devices import CPU, put
+from fedsplit.optimization import optim
+from fedsplit.optimization.local import LocalRule
+from fedsplit.optimization.optim import make_optimizer
+from fedsplit.updates import Task
+
+Version = dict[str, Tensor]
+"""An adapter that never changes, by exported name."""
+
+
+class Learner:
+    """An adapter that learns; older versions of it stay as they are.
+
+    Attributes:
+        version: The newest version. What learns in it takes gradients.
+    """
+
+    def __init__(
+        self,
+        start: Mapping[str, Tensor],
+        settings: TrainSettings,
+        learns: bool,
+        task: Task | None = None,
+        own: Mapping[str, Tensor] | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        """Starts from an adapter.
+
+        Args:
+            start: By exported name.
+            settings: The optimiser's.
+            learns: Whether it learns at all.
+            task: What the strategy asks of it.
+            own: Its client's control variate.
+            device: What it is used on; versions are there, what comes and goes otherwise is on the CPU.
+        """
+        start = put(start, device)
+        self._rule = LocalRule(task or Task(), start, own or {}, device)
+        self._learns = {name for name in start if learns and self._rule.trains(name)}
+        self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
+        self._trained = {name: parameter for name, parameter in self._parameters.items() if name in self._learns}
+        self._optimizer = make_optimizer(self._trained.values(), settings)
+        self._publish()
+
+    def _publish(self) -> None:
+        self.version: Version = {
+            name: parameter.detach().clone().requires_grad_(name in self._learns)
+            for name, parameter in self._parameters.items()
+        }
+
+    def step(self, gradients: Mapping[str, Tensor], rate: float = 1.0) -> None:
+        """One step of the optimiser, with a share of the learning rate."""
+        assert self._optimizer is not None
+        for name, gradient in self._rule.correct(gradients, self._parameters).items():
+            # The fused optimiser pairs elements by their place in memory: a transposed gradient would be scrambled.
+            self._parameters[name].grad = gradient.contiguous()
+        optim.step(self._optimizer, rate)
+        self._publish()
+
+    @torch.no_grad()
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces the adapter; the moments stay."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors[name])
+        self._publish()
+
+    def control_change(self) -> dict[str, Tensor]:
+        """As `LocalRule.control_change`."""
+        return self._rule.control_change()
+
+    def moments(self) -> dict[str, Tensor]:
+        """What the optimiser remembers, by the parameter's name and what it is: "step", "exp_avg", …."""
+        return optim.moments(self._optimizer, self._trained)
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """The inverse of `moments`, as far as they fit: see `fedsplit.optimization.optim.restore`."""
+        optim.restore(self._optimizer, self._trained, moments)

@@ -1,0 +1,1 @@
+"""What crosses between client and trunk, and how many bytes that is."""

@@ -1,0 +1,50 @@
+"""Two runs side by side, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedsplit.adaptation.comparison import Distance, differing, distances
+from fedsplit.config import Config, LoraSettings
+from fedsplit.updates import Adapters, Layer
+
+
+def adapters(a: list[float], b: list[float], alpha: float = 1.0) -> Adapters:
+    """One layer of rank 1 with the change alpha * b a."""
+    tensors = {"l.lora_A.weight": torch.tensor([a]), "l.lora_B.weight": torch.tensor([b]).T}
+    return Adapters(tensors, {"l": Layer(alpha, False)})
+
+
+def test_distances_by_hand() -> None:
+    """[[3, 0], [4, 0]] and 2 * [[0, 0], [2, 0]] differ by [[3, 0], [0, 0]]."""
+    found = distances(adapters([1, 0], [3, 4]), adapters([1, 0], [0, 2], alpha=2.0))["l"]
+    assert found.first == pytest.approx(5) and found.second == pytest.approx(4)
+    assert found.relative == pytest.approx(3 / 5)
+    assert found.cosine == pytest.approx(16 / 20)
+
+
+def test_what_is_equal_zero_or_opposite() -> None:
+    one = adapters([1, 2], [3, 4])
+    same = distances(one, one)["l"]
+    assert same.relative == pytest.approx(0, abs=1e-12) and same.cosine == pytest.approx(1)
+    assert distances(one, adapters([1, 2], [-3, -4]))["l"].cosine == pytest.approx(-1)
+    nothing = distances(adapters([1, 2], [0, 0]), one)["l"]
+    assert nothing.relative is None and nothing.cosine is None
+
+
+def test_layers_are_summed_as_one_vector() -> None:
+    both = Distance(3.0, 1.0, 5.0, 2.0) + Distance(4.0, 1.0, 12.0, -1.0)
+    assert (both.first, both.apart, both.inner) == (5.0, 13.0, 1.0)
+    assert both.second == pytest.approx(2**0.5) and both.relative == pytest.approx(13 / 5)
+
+
+def test_layers_that_are_not_in_both_are_left_out() -> None:
+    assert distances(adapters([1, 2], [3, 4]), adapters([1, 2, 3], [3, 4])) == {}
+
+
+def test_only_settings_that_differ_are_named() -> None:
+    first = Config(strategy_options={"mu": 0.1})
+    second = Config(rounds=7, lora=LoraSettings(rank=(1, 4)))
+    assert differing(first, second) == {"rounds": (5, 7), "lora.rank": (8, [1, 4]), "strategy.mu": (0.1, None)}
+    assert differing(first, first) == {}

@@ -1,0 +1,64 @@
+"""Held-out loss: through the split it is the unsplit model's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from test_client import make_client, padded_rows
+
+from fedsplit.client.heldout import HeldOut, held_out_batches, measure, sample, through_split
+from fedsplit.corpora.partition import Shard
+from fedsplit.corpora.sequences import Sequences
+from fedsplit.model.split import load_whole
+
+
+def test_means_are_over_tokens_not_over_batches() -> None:
+    losses = {0: 1.0, 1: 4.0}
+    batches = [(0, Sequences.packed(torch.zeros(2, 5))), (1, Sequences.packed(torch.zeros(1, 5)))]
+    measured = measure(lambda number, rows: torch.tensor(losses[number]), batches)
+    assert (measured.nats, measured.tokens, measured.loss) == (2 * 4 * 1.0 + 4 * 4.0, 12, 2.0)
+    assert (measured + HeldOut(12.0, 12)).loss == pytest.approx(1.5)
+
+
+def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
+    """With B = 0 the adapters change nothing, so the base itself is the reference."""
+    client, server, given = make_client(model_path, "shared", dropout=0.5)
+    blocks = torch.randint(1, VOCABULARY, (7, 9), generator=torch.Generator().manual_seed(4))
+    shard = Shard("ann", Sequences.packed(blocks), Sequences.packed(blocks))
+    client = replace(client, shard=shard)
+    batches = held_out_batches(client.shard, 100, 3)
+    measured = sum(through_split(client, given, 0, batches), HeldOut(0.0, 0))
+    with torch.no_grad():
+        expected = float(load_whole(model_path)(input_ids=blocks, labels=blocks).loss)
+    assert measured.loss == pytest.approx(expected, rel=1e-6)
+    assert measured.tokens == 7 * 8
+    assert [part.tokens for part in through_split(client, given, 0, held_out_batches(client.shard, 2, 3))] == [2 * 8]
+    assert len(server.steps) == 0
+
+
+def test_padded_sequences_are_pooled_by_what_they_predict(model_path: Path) -> None:
+    """Batches of two that differ in length and in what is predicted: the unsplit model's sum over all of them."""
+    client, _, given = make_client(model_path, "frozen")
+    rows = padded_rows("completions")
+    client = replace(client, shard=Shard("ann", rows, rows))
+    measured = through_split(client, given, 0, held_out_batches(client.shard, 100, 2))
+    whole, nats = load_whole(model_path), 0.0
+    with torch.no_grad():
+        for one in rows.split(1):
+            nats += float(whole(input_ids=one.ids, labels=one.labels).loss) * one.predicted
+    assert sum(part.tokens for part in measured) == rows.predicted
+    assert sum(part.nats for part in measured) == pytest.approx(nats, rel=1e-5)
+
+
+def test_a_sample_is_spread_over_the_batches() -> None:
+    train, held_out = (Sequences.packed(ids) for ids in (torch.zeros(1, 2), torch.arange(40).reshape(20, 2)))
+    shard = Shard("ann", train, held_out)
+    batches = held_out_batches(shard, 12, 2)
+    assert [number for number, _ in batches] == [0, 1, 2, 3, 4, 5]
+    assert [number for number, _ in sample(batches, 5, 2)] == [0, 2, 4]
+    assert sample(batches, 0, 2) == []
+    assert len(sample(batches, 100, 2)) == 6

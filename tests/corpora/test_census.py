@@ -1,0 +1,84 @@
+"""Who holds what, as a table, a document and a picture."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsplit.config import InputError
+from fedsplit.corpora.census import as_document, plot, stated, table
+from fedsplit.corpora.partition import Deal, Shard
+from fedsplit.corpora.sequences import Row, Sequences, stack
+
+
+@pytest.fixture
+def deal() -> Deal:
+    ann = stack([Row([1, 2, 3], [-100, 2, 3], "x"), Row([1, 2], [1, 2], "y")], pad=0)
+    bob = Sequences.packed(torch.zeros(1000, 4, dtype=torch.long))
+    shards = [Shard("ann", ann, ann[:1], {"x": 2, "y": 1}), Shard("client 1", bob, bob[:2], {"y": 1002})]
+    return Deal(shards, "completion", False, "topic", cut=1234, dropped=2)
+
+
+def test_the_table(deal: Deal) -> None:
+    assert [line.split("  ") for line in table(deal)] and [line.split() for line in table(deal)] == [
+        ["sequences", "tokens", "held", "out", "tokens", "topic"],
+        ["0", "ann", "2", "5", "1", "3", "x", "67%,", "y", "33%"],
+        ["client", "1", "1,000", "4,000", "2", "8", "y", "100%"],
+        ["all", "1,002", "4,005", "3", "11"],
+    ]
+
+
+def test_many_shares_are_counted_and_not_listed(deal: Deal) -> None:
+    many = Shard("eve", deal.shards[0].train, deal.shards[0].train, {f"o{n}": 10 - n for n in range(6)})
+    (line,) = [line for line in table(Deal([many], "text", True, "owner", 0, 0)) if "eve" in line]
+    assert line.endswith("o0 22%, o1 20%, o2 18%, o3 16% and 2 more")
+
+
+def test_the_document(deal: Deal) -> None:
+    found = as_document(deal)
+    assert {key: found[key] for key in ("format", "packed", "by", "cut", "dropped")} == {
+        "format": "completion",
+        "packed": False,
+        "by": "topic",
+        "cut": 1234,
+        "dropped": 2,
+    }
+    assert found["clients"][0] == {
+        "client": 0,
+        "name": "ann",
+        "train": {"sequences": 2, "tokens": 5, "predicted": 3},
+        "held_out": {"sequences": 1, "tokens": 3, "predicted": 2},
+        "shares": {"x": 2, "y": 1},
+    }
+
+
+def test_what_is_lost_is_stated(deal: Deal) -> None:
+    (line,) = stated(deal)
+    assert "padded" in line and "1,234 texts cut" in line and "2 left out" in line
+    assert stated(Deal(deal.shards, "text", True, "owner", 0, 0)) == []
+
+
+def test_the_picture(deal: Deal, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot(deal, tmp_path / "who.svg")
+    drawn = (tmp_path / "who.svg").read_text()
+    assert "<svg" in drawn
+    with pytest.raises(InputError, match=r"plot: .*who\.nothing cannot be written"):
+        plot(deal, tmp_path / "who.nothing")
+
+
+def test_without_matplotlib_there_is_no_picture(deal: Deal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_ = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return import_(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match="plot: matplotlib is not installed"):
+        plot(deal, tmp_path / "who.svg")

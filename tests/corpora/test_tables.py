@@ -1,0 +1,148 @@
+"""Tables from everywhere: files, folders, what save_to_disk wrote, and a repository as the Hub has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedsplit.config import DataSettings, SettingError
+from fedsplit.corpora.tables import check_dataset, read_held_out, read_table
+
+ROWS = [{"text": "one, two", "owner": "ann"}, {"text": " three\n", "owner": "bob"}, {"text": "", "owner": "ann"}]
+
+
+def read(path: Path, **settings: str) -> dict[str, list[object]]:
+    return {name: list(values) for name, values in read_table(str(path), DataSettings(**settings)).columns.items()}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_files_of_all_types(tmp_path: Path, suffix: str) -> None:
+    import datasets
+
+    path, rows = tmp_path / f"notes.{suffix}", datasets.Dataset.from_list(ROWS)
+    if suffix == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    else:
+        {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](str(path))
+    found = read(path)
+    assert found["owner"] == ["ann", "bob", "ann"]
+    assert [str(text or "").strip() for text in found["text"]] == ["one, two", "three", ""]
+
+
+def test_texts_in_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "ann.txt").write_text("one\n")
+    assert read(tmp_path / "ann.txt") == {"text": ["one"], "owner": ["ann"]}
+    (tmp_path / "bob").mkdir()
+    for name in ("1", "2"):
+        (tmp_path / "bob" / f"{name}.txt").write_text(name)
+    assert read(tmp_path) == {"text": ["one", "1", "2"], "owner": ["ann", "bob", "bob"]}
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A data set of two configurations and two splits, laid out as on the Hub, without a script."""
+    folder = tmp_path / "wikitext"
+    lines = ["---", "configs:"]
+    for config in ("small", "large"):
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split in ("train", "test"):
+            path = folder / config / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(json.dumps({"text": f"{config} {split} {n}"}) for n in range(4)))
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*lines, "---"]))
+    return folder
+
+
+def test_a_repository_with_configurations_and_splits(repository: Path) -> None:
+    assert read(repository, config="small") == {"text": [f"small train {n}" for n in range(4)]}
+    assert read(repository, config="large", split="test[:50%]") == {"text": ["large test 0", "large test 1"]}
+    held_out = read_held_out(str(repository), DataSettings(config="small", held_out="test"))
+    assert list(held_out.columns["text"]) == [f"small test {n}" for n in range(4)]
+    for settings, words in (
+        ({}, "Config name is missing"),
+        ({"config": "huge"}, "huge"),
+        ({"config": "small", "split": "dev"}, "dev"),
+    ):
+        with pytest.raises(SettingError, match=f"dataset: .*{words}") as caught:
+            read(repository, **settings)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": rows, "dev": rows.select([1])}).save_to_disk(str(tmp_path / "several"))
+    assert read(tmp_path / "one")["owner"] == ["ann", "bob", "ann"]
+    assert read(tmp_path / "several", split="dev") == {"text": [" three\n"], "owner": ["bob"]}
+    with pytest.raises(SettingError, match="its splits are train, dev"):
+        read(tmp_path / "several", split="test")
+
+
+def test_classes_keep_their_names(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features).save_to_disk(str(tmp_path / "one"))
+    table = read_table(str(tmp_path / "one"), DataSettings())
+    assert (list(table.columns["label"]), table.classes) == ([1, 0], {"label": ["bad", "good"]})
+
+
+def test_held_out_texts_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("held out")
+    table = read_held_out("sotu", DataSettings(held_out=str(tmp_path / "held.txt")))
+    assert table.columns == {"text": ["held out"], "owner": ["held"]}
+    for dataset, held_out in (("sotu", "test"), (str(tmp_path / "held.txt"), "test")):
+        with pytest.raises(SettingError, match=r"data.held_out: test is not possible; allowed: a file or folder"):
+            read_held_out(dataset, DataSettings(held_out=held_out))
+
+
+@pytest.mark.parametrize("dataset", ["missing.jsonl", "notes.pdf", "./nowhere", "a/b/c", "user/file.csv"])
+def test_what_is_not_there_is_refused_without_reading(dataset: str) -> None:
+    with pytest.raises(SettingError, match=f"dataset: {dataset} is not possible; allowed: sotu, synthetic, a Hub id"):
+        check_dataset(dataset)
+
+
+def test_what_has_no_configurations_gets_none(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for dataset, data, words in (
+        ("sotu", DataSettings(config="x"), "data.config: x is not possible; allowed: none"),
+        ("synthetic", DataSettings(split="test"), "data.split: test is not possible; allowed: train"),
+        (str(tmp_path / "empty"), DataSettings(), "no data files in it"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            check_dataset(dataset, data)
+
+
+def test_a_hub_that_cannot_be_reached_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_dataset("someone/notes")
+    with pytest.raises(
+        SettingError, match=r"dataset: someone/notes is not possible; allowed: a data set of the Hub"
+    ) as e:
+        read_table("someone/notes", DataSettings())
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "it is empty"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": \n{"text": "b"}', "line 3 is not JSON"),
+        ("a.json", '[\n{"text": "a"},\n{"text": b}]', "line 3 column"),
+        ("a.csv", "text\n", "it is empty"),
+        ("a.parquet", "PAR", "a .parquet file that can be read"),
+        ("a.txt", b"\xff\xfe", "a text in UTF-8"),
+    ],
+)
+def test_wrong_files_get_one_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SettingError, match=f"^dataset: .*{message}") as caught:
+        read_table(str(path), DataSettings())
+    assert "\n" not in str(caught.value)

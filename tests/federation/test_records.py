@@ -1,0 +1,126 @@
+"""Between our types and Flower's: nothing is lost, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+
+from fedsplit.client.heldout import HeldOut
+from fedsplit.federation import records
+from fedsplit.lowrank import LowRank
+from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task
+
+ADAPTERS = Adapters(
+    {"l.lora_A.weight": torch.randn(2, 3), "l.lora_B.weight": torch.randn(4, 2)}, {"l": Layer(2.0, True)}
+)
+
+
+NAMES = set(ADAPTERS.tensors)
+
+
+def reply(content: RecordDict) -> Message:
+    return records.message_to(1, "train", content)
+
+
+def test_adapters_come_back_to_the_bit() -> None:
+    back = records.from_arrays(records.to_arrays(ADAPTERS.tensors))
+    assert list(back) == list(ADAPTERS.tensors)
+    assert all(torch.equal(back[name], tensor) for name, tensor in ADAPTERS.tensors.items())
+
+
+def test_float64_of_a_flower_strategy_becomes_float32() -> None:
+    record = ArrayRecord({"x": Array(torch.ones(2, dtype=torch.float64).numpy())})
+    assert records.from_arrays(record)["x"].dtype == torch.float32
+
+
+def test_updates_come_back() -> None:
+    update = ClientUpdate(3, ADAPTERS, examples=40, tokens=5120, loss=3.25)
+    sent = reply(records.from_update(update, NAMES, HeldOut(2.5, 3), peak_memory=7))
+    back = records.to_update(sent, ADAPTERS, NAMES, "ann")
+    assert (back.client, back.examples, back.tokens, back.loss) == (3, 40, 5120, 3.25)
+    assert back.adapters.layers == ADAPTERS.layers
+    assert back.given is ADAPTERS
+
+
+def test_only_what_is_shared_goes_up_and_the_rest_is_what_was_given() -> None:
+    """Half of the factors, half of the bytes; with a control variate it is twice that."""
+    trained = ADAPTERS.with_tensors({n: t + 1 for n, t in ADAPTERS.tensors.items()})
+    control = {name: 2 * tensor for name, tensor in ADAPTERS.tensors.items()}
+    update = ClientUpdate(0, trained, 1, control=control)
+    content = records.from_update(update, {"l.lora_B.weight"}, HeldOut(0.0, 0), 0)
+    assert [list(record) for record in content.array_records.values()] == [["l.lora_B.weight"]] * 2
+    back = records.to_update(reply(content), ADAPTERS, {"l.lora_B.weight"}, "ann")
+    assert torch.equal(back.adapters.tensors["l.lora_A.weight"], ADAPTERS.tensors["l.lora_A.weight"])
+    assert torch.equal(back.adapters.tensors["l.lora_B.weight"], trained.tensors["l.lora_B.weight"])
+    assert list(back.control) == ["l.lora_B.weight"]
+    with pytest.raises(RefusedUpdate, match="ann sent other layers"):
+        records.to_update(reply(content), ADAPTERS, NAMES, "ann")
+
+
+@pytest.mark.parametrize(
+    ("task", "drawn"),
+    [
+        (Task(), None),
+        (Task(frozenset("B"), 0.5, None, 0.9, 0.1), 2**62 + 1),
+        (Task(control={"l.lora_A.weight": torch.ones(2, 3)}), 0),
+    ],
+)
+def test_tasks_come_back(task: Task, drawn: int | None) -> None:
+    content = {records.TASK: records.to_task(task, drawn, 4)}
+    if task.control is not None:
+        content[records.CONTROL] = records.to_arrays(task.control)
+    back, *others = records.read_task(reply(RecordDict(content)))
+    assert others == [drawn, 4]
+    assert (back.trains, back.proximal, back.tail, back.decay) == (task.trains, task.proximal, task.tail, task.decay)
+    assert (back.control is None) == (task.control is None)
+    assert task.control is None or torch.equal(back.control["l.lora_A.weight"], torch.ones(2, 3))
+
+
+def test_what_is_folded_comes_back() -> None:
+    change = LowRank(torch.randn(4, 2), torch.randn(2, 3))
+    back = records.read_fold(reply(RecordDict({records.FOLD: records.to_fold({"l": change})})))
+    assert list(back) == ["l"]
+    assert torch.equal(back["l"].up, change.up) and torch.equal(back["l"].down, change.down)
+    assert records.read_fold(reply(RecordDict())) == {}
+
+
+def test_bytes_are_those_of_the_serialised_arrays() -> None:
+    content = records.from_update(ClientUpdate(0, ADAPTERS, 1), NAMES, HeldOut(0.0, 0), 0)
+    assert ADAPTERS.nbytes <= records.nbytes(content) <= ADAPTERS.nbytes + 2 * 256
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (
+            ClientUpdate(0, ADAPTERS.with_tensors({n: t * math.nan for n, t in ADAPTERS.tensors.items()}), 1),
+            "ann sent NaN",
+        ),
+        (ClientUpdate(0, ADAPTERS.with_tensors({}), 1), "ann sent other layers"),
+        (ClientUpdate(0, ADAPTERS, -5), "ann sent -5 as its number of examples"),
+    ],
+)
+def test_updates_that_do_not_fit_are_refused_by_name(update: ClientUpdate, message: str) -> None:
+    with pytest.raises(RefusedUpdate, match=message):
+        records.to_update(reply(records.from_update(update, NAMES, HeldOut(0.0, 0), 0)), ADAPTERS, NAMES, "ann")
+
+
+def test_measurements_come_back() -> None:
+    answer = reply(records.from_held_out(2, HeldOut(12.5, 5), HeldOut(4.5, 2), 0))
+    assert records.to_held_out(answer) == HeldOut(12.5, 5)
+    assert records.sample_of(answer) == HeldOut(4.5, 2)
+    after_own_steps = reply(records.from_update(ClientUpdate(0, ADAPTERS, 1), NAMES, HeldOut(2.5, 3), 0))
+    assert records.sample_of(after_own_steps) == HeldOut(2.5, 3)
+
+
+def test_introductions_come_back() -> None:
+    about, start = records.read_introduction(
+        reply(records.introduction(4, "Ann", {"top": ADAPTERS}, {"bottom": {"total": 1}}))
+    )
+    assert about == {"client": 4, "name": "Ann", "parameters": {"bottom": {"total": 1}}}
+    assert list(start) == ["top"]
+    assert start["top"].layers == ADAPTERS.layers
+    assert records.read_introduction(reply(records.introduction(4, "Ann", None, {})))[1] == {}

@@ -1,0 +1,569 @@
+"""The loop over rounds: learning, repeatability, failures, the summary and the adapter that comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Error, Message, MessageType
+from local_federation import federate
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_client import FEATURES, STEPS, central, fine_tune
+
+from fedsplit.adaptation import lora
+from fedsplit.client.heldout import shards_of
+from fedsplit.config import PARTS, Config, SettingError, as_document, build, from_document
+from fedsplit.evaluate import held_out_loss
+from fedsplit.federation import records
+from fedsplit.federation.aggregation import FederationFailed, strategy_defaults
+from fedsplit.federation.checkpoint import check_resumable
+from fedsplit.federation.exchange import Interrupted
+from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
+from fedsplit.model.split import load_parts, load_whole
+from strategies.fedavg import FedAvg
+from strategies.flora import FLoRA as Flora
+
+
+@pytest.fixture
+def config(model_path: Path, corpus_file: Path) -> Config:
+    return three_clients(model_path, corpus_file)
+
+
+@pytest.fixture
+def one_config(tiny_models: dict[str, Path], corpus_file: Path) -> Config:
+    """For what does not depend on the family, and takes long."""
+    return three_clients(tiny_models["gpt2"], corpus_file)
+
+
+def three_clients(model: Path, corpus: Path) -> Config:
+    values = {
+        "clients": 3,
+        "rounds": 2,
+        "model": str(model),
+        "cut": "1:2",
+        "dataset": str(corpus),
+        "partition": "natural",
+        "lora.rank": 2,
+        "train.steps": 4,
+        "train.batch_size": 2,
+        "train.max_length": 16,
+        "train.lr": 0.02,
+    }
+    return build(values)
+
+
+ROUNDS = ("round-0001", "round-0002")
+
+
+def final_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_the_federation_learns_and_its_adapter_gives_the_reported_loss(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    federation, lines = federate(config, out, FedAvg(), monkeypatch)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == federation.summary
+    assert summary["eval_loss"]["after"] < summary["eval_loss"]["before"] - 0.1
+    assert len(lines.lines) == 3
+    base = load_whole(config.model_path)
+    assert held_out_loss(base, out) == pytest.approx(summary["eval_loss"]["before"], abs=1e-5)
+    model = PeftModel.from_pretrained(base, str(out / "adapter"))
+    assert held_out_loss(model, out) == pytest.approx(summary["eval_loss"]["after"], abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_adapters_to_the_bit(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        federate(config, tmp_path / name, FedAvg(), monkeypatch)
+    one, two = final_adapter(tmp_path / "one"), final_adapter(tmp_path / "two")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_packing_is_padding_where_a_text_fills_a_sequence(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of fifteen characters and the end token, in sequences of sixteen: the same run to the bit."""
+    rows = [{"text": f"{owner} said {n:06}", "owner": owner} for owner in ("ann", "bob", "cid") for n in range(8)]
+    (tmp_path / "full.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    document = as_document(config) | {"dataset": str(tmp_path / "full.jsonl")}
+    for packing in ("true", "false"):
+        how = from_document(document | {"data": {"packing": packing}})
+        federate(how, tmp_path / packing, FedAvg(), monkeypatch)
+    packed, padded = final_adapter(tmp_path / "true"), final_adapter(tmp_path / "false")
+    assert all(torch.equal(tensor, padded[name]) for name, tensor in packed.items())
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("true", "false"))
+    assert one["eval_loss"] == two["eval_loss"] and one["tokens"] == two["tokens"] and one["bytes"] == two["bytes"]
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "flora"])
+def test_a_run_that_tells_classes_goes_on_to_the_bit(
+    strategy: str, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head comes back, and the accuracy before the first round; dealt out unevenly by label."""
+    values = {"clients": 2, "rounds": 2, "model": str(tiny_models["gpt2"]), "cut": "1:2", "dataset": "synthetic"}
+    values |= {"data.format": "classification", "partition": "dirichlet:5", "trunk.schedule": "copies"}
+    values |= {"lora.rank": 2, "train.max_length": 16, "train.steps": 3, "train.lr": 0.01}
+    config = build(values)
+    rule = load_strategy(strategy, {}, strategy_defaults(config))
+    federate(config, tmp_path / "straight", rule, monkeypatch)
+    federate(replace(config, rounds=1), tmp_path / "stopped", rule, monkeypatch)
+    federate(replace(config, resume=str(tmp_path / "stopped")), tmp_path / "stopped", rule, monkeypatch)
+    straight, stopped = final_adapter(tmp_path / "straight"), final_adapter(tmp_path / "stopped")
+    assert "base_model.model.score.weight" in straight
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "stopped"))
+    assert one["accuracy"] == two["accuracy"] and one["eval_loss"] == two["eval_loss"]
+
+
+def test_a_run_of_one_client_is_plain_peft_fine_tuning(
+    tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty steps of the whole loop, messages and strategy included, against the unsplit model's training."""
+    path = tiny_models["llama"]
+    values = {"clients": 1, "rounds": 1, "model": str(path), "cut": "1:2", "dataset": str(corpus_file)}
+    values |= {"partition": "natural", "lora.rank": 2, "lora.dropout": 0.0, "train.max_length": 16}
+    values |= {"kernels": "library"}  # AdamW makes any rounding of a small gradient a whole step
+    config = build(values | {"train.steps": STEPS, "train.batch_size": 3, "train.lr": 5e-3})
+    parts = load_parts(path, config.bounds, ["bottom", "trunk", "top"])
+    for part in parts:
+        lora.add(part, config.lora, config.seed)
+    start = lora.read(*parts).tensors
+    plain = fine_tune(path, start, shards_of(config)[0].train, config.train)
+    federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    federated = final_adapter(tmp_path / "run")
+    assert len(federated) == len(plain)
+    for name, tensor in plain.items():
+        assert (federated[f"base_model.model.{name}"] - tensor).abs().max() <= 1e-5, name
+        assert (start[name] - tensor).abs().max() > 1e-3, name
+
+
+def test_the_ledger_is_what_theory_says(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations and gradients: clients x rounds x steps x B x T x D x 4 bytes; adapters: factors and headers."""
+    federation, _ = federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    assert federation.summary is not None
+    sent = federation.summary["bytes"]
+    step = 3 * 2 * 4 * 2 * 16 * 32 * 4
+    assert all(sent[f"{what}_{way}"] == step for what in ("activation", "gradient") for way in ("up", "down"))
+    places = [tmp_path / "run" / f"{part}_lora" / "adapter_model.safetensors" for part in ("bottom", "top")]
+    ends = {**load_file(places[0]), **load_file(places[1])}
+    factors = 3 * 2 * sum(tensor.nbytes for tensor in ends.values())
+    assert sent["adapter_up"] == 2 * sent["adapter_down"]  # what the first round starts from follows from the seed
+    assert factors < sent["adapter_up"] <= factors + 3 * 2 * len(ends) * 256
+    assert federation.summary["tokens"] == 3 * 2 * 4 * 2 * 16
+
+
+@pytest.mark.parametrize("schedule", ["frozen", "forward-only"])
+def test_parts_that_do_not_learn_are_counted_and_kept_as_they_are(
+    config: Config, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_document(as_document(config) | {"trunk": {"schedule": schedule}})
+    federation, _ = federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    assert federation.summary is not None
+    trained = {part: counts["trainable"] > 0 for part, counts in federation.summary["parameters"].items()}
+    assert trained == {"bottom": schedule == "frozen", "trunk": False, "top": True}
+    first, last = (
+        load_file(tmp_path / "run" / place / "adapter_model.safetensors")
+        for place in ("checkpoints/round-0001", "trunk_lora")
+    )
+    assert all(torch.equal(tensor, first[name]) for name, tensor in last.items())
+
+
+@pytest.mark.parametrize("schedule", ["batched", "accumulate", "copies"])
+def test_every_schedule_learns_and_its_adapter_gives_the_reported_loss(
+    config: Config, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_document(as_document(config) | {"trunk": {"schedule": schedule}})
+    federation, _ = federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    assert federation.summary is not None
+    assert federation.summary["eval_loss"]["after"] < federation.summary["eval_loss"]["before"]
+    model = PeftModel.from_pretrained(load_whole(config.model_path), str(tmp_path / "run" / "adapter"))
+    assert held_out_loss(model, tmp_path / "run") == pytest.approx(federation.summary["eval_loss"]["after"], abs=1e-5)
+    rounds = (tmp_path / "run" / "checkpoints" / name / "adapter_model.safetensors" for name in ROUNDS)
+    one, two = (load_file(path) for path in rounds)
+    assert any(not torch.equal(tensor, two[name]) for name, tensor in one.items() if ".1." in name)  # the trunk's
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_the_bits_cross_with_half_the_precision(
+    config: Config, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes by half, a loss that is close, and an adapter in float32."""
+    wide, _ = federate(config, tmp_path / "wide", FedAvg(), monkeypatch)
+    narrow, _ = federate(from_document(as_document(config) | {"dtype": dtype}), tmp_path / "n", FedAvg(), monkeypatch)
+    assert wide.summary is not None
+    assert narrow.summary is not None
+    for what in ("activation_up", "activation_down", "gradient_up", "gradient_down"):
+        assert narrow.summary["bytes"][what] * 2 == wide.summary["bytes"][what]
+    assert {tensor.dtype for tensor in final_adapter(tmp_path / "n").values()} == {torch.float32}
+    assert narrow.summary["eval_loss"]["before"] == pytest.approx(wide.summary["eval_loss"]["before"], rel=0.01)
+    assert narrow.summary["eval_loss"]["after"] < narrow.summary["eval_loss"]["before"] - 0.1
+
+
+@pytest.mark.parametrize("strategy", ["ours", "flower's"])
+def test_copies_are_federated_averaging_of_the_whole_model(
+    tiny_models: dict[str, Path], corpus_file: Path, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SplitFed v1: three clients, one round, against three plain PEFT runs of the unsplit model and their mean."""
+    path = tiny_models["llama"]
+    values = {"clients": 3, "rounds": 1, "model": str(path), "cut": "1:2", "dataset": str(corpus_file)}
+    values |= {"partition": "natural", "lora.rank": 2, "lora.dropout": 0.0, "train.max_length": 16}
+    values |= {"train.steps": STEPS, "train.batch_size": 3, "train.lr": 5e-3, "trunk.schedule": "copies"}
+    values |= {"kernels": "library"}
+    config = build(values)
+    parts = load_parts(path, config.bounds, ["bottom", "trunk", "top"])
+    for part in parts:
+        lora.add(part, config.lora, config.seed)
+    start, shards = lora.read(*parts).tensors, shards_of(config)
+    plain = [fine_tune(path, start, shards[client].train, config.train, client) for client in range(3)]
+    flower = load_strategy("flwr.serverapp.strategy:FedAvg", {}, strategy_defaults(config))
+    monkeypatch.setattr(
+        "flwr.serverapp.strategy.fedavg.sample_nodes",
+        lambda grid, least, size: (grid.get_node_ids()[:size], grid.get_node_ids()),
+    )
+    federation, _ = federate(config, tmp_path / "run", FedAvg() if strategy == "ours" else flower, monkeypatch)
+    federated = final_adapter(tmp_path / "run")
+    for name in start:
+        mean = torch.stack([adapter[name] for adapter in plain]).mean(0)
+        assert (federated[f"base_model.model.{name}"] - mean).abs().max() <= 2e-5, name
+    assert federation.summary is not None
+    places = [tmp_path / "run" / f"{part}_lora" / "adapter_model.safetensors" for part in ("bottom", "top")]
+    ends = {**load_file(places[0]), **load_file(places[1])}
+    factors = 3 * sum(tensor.nbytes for tensor in ends.values())  # the trunk's copies never cross
+    assert factors < federation.summary["bytes"]["adapter_up"] <= factors + 3 * len(ends) * 256
+
+
+def test_what_the_round_made_a_client_lose_is_reported(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One client and no aggregation to speak of: nothing can come between its own steps and the round's end."""
+    alone = from_document(as_document(config) | {"clients": 1})
+    federate(alone, tmp_path / "alone", FedAvg(), monkeypatch)
+    federation, lines = federate(config, tmp_path / "three", FedAvg(), monkeypatch)
+    for run, clients in (("alone", 1), ("three", 3)):
+        events = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        lost = [event["forgotten"] for event in events if event["event"] == "evaluate"]
+        assert [len(one) for one in lost] == [0, clients, clients]
+        assert all(abs(value) < 1e-6 for value in lost[1].values()) == (run == "alone")
+    assert federation.summary is not None
+    assert federation.summary["forgotten"] == pytest.approx(sum(lost[2].values()) / 3)
+    assert f"forgotten {federation.summary['forgotten']:+.4f}" in lines.lines[-1]
+
+
+def test_clients_begin_in_an_order_that_the_seed_decides(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsplit.federation import client_app
+
+    begun: list[tuple[int, int]] = []
+    train = client_app.Client.train
+
+    def remember(self, given, round, *more):
+        begun.append((round, self.number))
+        return train(self, given, round, *more)
+
+    monkeypatch.setattr(client_app.Client, "train", remember)
+    orders = {}
+    for name, values in {"a": {}, "b": {}, "c": {"seed": 5}, "cyclic": {"trunk": {"order": "cyclic"}}}.items():
+        begun.clear()
+        document = as_document(config) | {"rounds": 4} | values
+        federate(from_document(document), tmp_path / name, FedAvg(), monkeypatch)
+        orders[name] = list(begun)
+    assert orders["a"] == orders["b"] != orders["c"]
+    assert orders["cyclic"] == [(round, client) for round in range(1, 5) for client in range(3)]
+    assert sorted(orders["a"]) == orders["cyclic"] != orders["a"]
+
+
+def test_deterministic_groups_are_announced_to_the_trunk(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsplit.trunk.dispatch import Dispatcher
+
+    groups: list[list[int]] = []
+    begin = Dispatcher.begin
+    monkeypatch.setattr(Dispatcher, "begin", lambda self, group: (groups.append(list(group)), begin(self, group)))
+    for name, trunk in {"shared": {"order": "cyclic"}, "copies": {"schedule": "copies"}}.items():
+        document = as_document(config) | {"deterministic": True, "trunk": trunk}
+        federate(from_document(document), tmp_path / name, FedAvg(), monkeypatch)
+    assert groups == [[0], [1], [2]] * 2  # copies need no groups
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian", "Krum"])
+def test_a_ready_made_flower_strategy_runs_unchanged(
+    config: Config, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"eta": 0.01} if name == "FedAdam" else {}
+    flower = load_strategy(f"flwr.serverapp.strategy:{name}", options, strategy_defaults(config))
+    monkeypatch.setattr(
+        "flwr.serverapp.strategy.fedavg.sample_nodes",
+        lambda grid, least, size: (grid.get_node_ids()[:size], grid.get_node_ids()),
+    )
+    federation, _ = federate(config, tmp_path / name, flower, monkeypatch)
+    assert federation.summary is not None
+    assert federation.summary["eval_loss"]["after"] < federation.summary["eval_loss"]["before"]
+    if name == "FedAvg":
+        # A trunk that does not learn: else the order in which nodes are served would matter, too.
+        frozen = from_document(as_document(config) | {"trunk": {"schedule": "frozen"}})
+        federate(frozen, tmp_path / "ours", FedAvg(), monkeypatch)
+        federate(frozen, tmp_path / "theirs", flower, monkeypatch)
+        ours, theirs = final_adapter(tmp_path / "ours"), final_adapter(tmp_path / "theirs")
+        assert all(torch.allclose(tensor, theirs[key], atol=1e-6) for key, tensor in ours.items())
+
+
+def test_a_client_that_fails_is_named_and_left_out(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(message: Message, reply: Message) -> Message:
+        trains = message.metadata.message_type == MessageType.TRAIN
+        if trains and records.metrics_of(reply)["client"] == 1:
+            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
+        return reply
+
+    federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
+    assert lines.lines.count("bob failed and is left out: RuntimeError: out of luck") == 2
+    assert federation.summary is not None
+    assert federation.summary["tokens"] == 2 * 2 * 4 * 2 * 16
+
+
+def test_a_run_without_any_answer_ends_with_the_reason(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN:
+            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
+        return reply
+
+    with pytest.raises(FederationFailed, match="no client answered: RuntimeError: out of luck"):
+        federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
+
+
+def test_an_update_that_is_not_finite_is_refused_by_name(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 2:
+            tensors = {name: tensor * math.nan for name, tensor in records.tensors_of(reply).items()}
+            reply.content[records.ARRAYS] = ArrayRecord({n: Array(t.numpy()) for n, t in tensors.items()})
+        return reply
+
+    federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
+    refused = [line for line in lines.lines if "client 2 (cid) sent NaN or infinite values in " in line]
+    assert len(refused) == 2 and all(line.endswith("; it is left out") for line in refused)
+    assert federation.summary is not None
+    assert federation.summary["eval_loss"]["after"] < federation.summary["eval_loss"]["before"]
+
+
+def test_stopping_ends_the_run_at_the_next_look(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsplit.federation import server_app
+
+    class Stopped(server_app.Federation):
+        def _meet(self, grid):
+            self.stop.set()
+            return super()._meet(grid)
+
+    monkeypatch.setattr("experiments.in_process.Federation", Stopped)
+    with pytest.raises(Interrupted):
+        federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+
+
+def test_events_are_logged_by_round_and_client(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    each = ("train", "aggregate", "evaluate")
+    expected = [("evaluate", 0), *((event, round) for round in (1, 2) for event in each)]
+    assert [(event["event"], event["round"]) for event in events] == expected
+    assert all(list(e["clients"]) == ["ann", "bob", "cid"] for e in events if e["event"] != "aggregate")
+    assert events[-1]["perplexity"] == pytest.approx(math.exp(events[-1]["loss"]))
+
+
+class Killed(Exception):
+    """The end of a process."""
+
+
+def killed_in(round: int):
+    """What kills a federation as its first client of a round answers."""
+
+    def spoil(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and records.config_of(message)[records.ROUND] == round:
+            raise Killed
+        return reply
+
+    return spoil
+
+
+@pytest.mark.parametrize("trunk", [{}, {"schedule": "copies"}, {"schedule": "accumulate", "every": 1}])
+def test_a_run_of_one_client_with_all_features_is_plain_fine_tuning(
+    tiny_models: dict[str, Path], corpus_file: Path, trunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedule, warm-up, accumulation, clipping and a kept state over three rounds of the whole loop."""
+    path = tiny_models["llama"]
+    values = {"clients": 1, "rounds": 3, "model": str(path), "cut": "1:2", "dataset": str(corpus_file)}
+    values |= {"partition": "natural", "lora.rank": 2, "lora.dropout": 0.0, "train.max_length": 16}
+    values |= {"kernels": "library", "train.steps": 4, "train.batch_size": 3, "train.lr": 5e-3}
+    values |= {f"train.{name}": value for name, value in FEATURES.items()}
+    config = build(values | {f"trunk.{name}": value for name, value in trunk.items()})
+    parts = load_parts(path, config.bounds, ["bottom", "trunk", "top"])
+    for part in parts:
+        lora.add(part, config.lora, config.seed)
+    start = lora.read(*parts).tensors
+    plain = central(path, start, shards_of(config)[0].train, config.train, 3)
+    federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    federated = final_adapter(tmp_path / "run")
+    for name, tensor in plain.items():
+        assert (federated[f"base_model.model.{name}"] - tensor).abs().max() <= 1e-5, name
+        assert (start[name] - tensor).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("schedule", ["shared", "copies"])
+def test_a_run_that_was_stopped_goes_on_to_the_bit_with_what_optimisers_remember(
+    one_config: Config, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = as_document(one_config) | {"rounds": 3, "trunk": {"schedule": schedule}, "fraction": 0.67}
+    config = from_document(document | {"train": document["train"] | FEATURES})
+    out = tmp_path / "stopped"
+    federate(config, tmp_path / "straight", FedAvg(), monkeypatch)
+    with pytest.raises(Killed):
+        federate(config, out, FedAvg(), monkeypatch, killed_in(3))
+    federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
+    straight, stopped = final_adapter(tmp_path / "straight"), final_adapter(out)
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+    forgetful = replace(config, train=replace(config.train, optimizer_state="reset"))
+    federate(forgetful, tmp_path / "reset", FedAvg(), monkeypatch)
+    reset = final_adapter(tmp_path / "reset")
+    assert any(not torch.equal(tensor, reset[name]) for name, tensor in straight.items())
+
+
+class Worse:
+    """A strategy that spoils what another one makes from a round on."""
+
+    def __init__(self, around, since: int, done: int = 0) -> None:
+        self.around, self.since, self.done = around, since, done
+        self.init, self.broadcast, self.traits = around.init, partial(broadcast, around), traits_of(around)
+
+    def aggregate(self, state, adapters, updates):
+        self.done += 1
+        state, made = self.around.aggregate(state, adapters, updates)
+        if self.done < self.since:
+            return state, made
+        spoilt = {name: tensor * 30 for name, tensor in made.tensors.items()}
+        return state, replace(made, tensors=spoilt, folded={n: c.times(30.0) for n, c in made.folded.items()})
+
+
+@pytest.mark.parametrize("case", ["personal", "folded"])
+def test_the_best_round_is_what_a_run_leaves_that_stops_early(
+    one_config: Config, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spoilt from round 3 on, and killed in round 4: what is left is round 2, and its loss is the one reported."""
+    values = as_document(one_config) | {"rounds": 9, "patience": 2, "keep_best": True, "trunk": {"schedule": "copies"}}
+    config, around = from_document(values), Flora
+    if case == "personal":
+        config, around = replace(config, share=("bottom", "trunk")), FedAvg
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        federate(config, out, Worse(around(), 3), monkeypatch, killed_in(4))
+    going = replace(config, resume=str(out))
+    federation, lines = federate(going, out, Worse(around(), 3, done=3), monkeypatch)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == federation.summary
+    assert {name: summary[f"{name}_round"] for name in ("last", "best", "adapter")} == {
+        "last": 4,
+        "best": 2,
+        "adapter": 2,
+    }
+    assert summary["ended"] == "2 rounds in a row have not bettered the held-out loss"
+    assert lines.lines[-1].startswith(f"ends after round 4: {summary['ended']}; the best round was 2")
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = {event["round"]: event for event in events if event["event"] == "evaluate"}
+    assert summary["eval_loss"]["after"] == losses[2]["loss"] < min(losses[3]["loss"], losses[4]["loss"])
+    best = load_file(out / "checkpoints" / "round-0002" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in final_adapter(out).items())
+    parts = [load_file(out / f"{part}_lora" / "adapter_model.safetensors") for part in PARTS]
+    assert {name: best[name] for part in parts for name in part}.keys() == best.keys()
+    assert all(torch.equal(tensor, best[name]) for part in parts for name, tensor in part.items())
+    names = sorted(losses[2]["clients"])
+    if case == "folded":
+        model = PeftModel.from_pretrained(load_whole(config.model_path), str(out / "adapter"))
+        assert held_out_loss(model, out) == pytest.approx(losses[2]["loss"], abs=1e-5)
+    for client, name in enumerate(names if case == "personal" else []):
+        model = PeftModel.from_pretrained(load_whole(config.model_path), str(out / "personal" / f"{client:04d}"))
+        assert held_out_loss(model, out, [client]) == pytest.approx(losses[2]["clients"][name], abs=1e-5)
+    with pytest.raises(SettingError, match=r"^patience: 2 is not possible; allowed: more than 2, the rounds in a row"):
+        check_resumable(out, 9, 2)
+    check_resumable(out, 9, 3)
+    check_resumable(out, 9)
+
+
+def test_the_accuracy_of_the_best_round_is_reported(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the adapters that are left, and not of the last round."""
+    values = {"clients": 2, "rounds": 2, "model": str(tiny_models["gpt2"]), "cut": "1:2", "dataset": "synthetic"}
+    values |= {"data.format": "classification", "keep_best": True, "trunk.schedule": "copies"}
+    values |= {"lora.rank": 2, "train.max_length": 16, "train.steps": 3, "train.lr": 0.01}
+    federate(build(values), tmp_path / "run", Worse(FedAvg(), 2), monkeypatch)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [event["accuracy"] for event in events if event["event"] == "evaluate"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_round"] == 1 and accuracies[1] != accuracies[2]
+    assert summary["accuracy"] == {"before": accuracies[0], "after": accuracies[1]}
+
+
+def test_a_run_with_several_ranks_goes_on_to_the_bit(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trunk's first step in its second life is of a client with a smaller rank than the part was made with."""
+    lora_settings = replace(one_config.lora, rank=(2, 4))
+    config = replace(one_config, rounds=2, lora=lora_settings, trunk=replace(one_config.trunk, schedule="copies"))
+    rule = load_strategy("hetlora", {}, strategy_defaults(config))
+    federate(config, tmp_path / "straight", rule, monkeypatch)
+    federate(replace(config, rounds=1), tmp_path / "stopped", rule, monkeypatch)
+    federate(replace(config, resume=str(tmp_path / "stopped")), tmp_path / "stopped", rule, monkeypatch)
+    straight, stopped = final_adapter(tmp_path / "straight"), final_adapter(tmp_path / "stopped")
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+
+
+def test_a_run_killed_after_its_last_round_is_summed_up(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no round left to do, and leaves what it would have left; clients' own adapters, too."""
+    config, out = replace(one_config, rounds=1, share=("bottom", "trunk")), tmp_path / "run"
+    first, _ = federate(config, out, FedAvg(), monkeypatch)
+    left = {path: path.read_bytes() for path in out.glob("personal/*/*.safetensors")}
+    for name in ("adapter", "personal"):
+        shutil.rmtree(out / name)
+    (out / "summary.json").unlink()
+    check_resumable(out, 1)
+    again, _ = federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
+    assert first.summary is not None and again.summary is not None
+    assert again.summary["eval_loss"] == first.summary["eval_loss"] and (out / "adapter").is_dir()
+    assert left and all(path.read_bytes() == content for path, content in left.items())
+    with pytest.raises(SettingError, match=r"^rounds: 1 is not possible; allowed: more than 1"):
+        check_resumable(out, 1)
+
+
+def test_a_run_killed_before_it_was_summed_up_is_summed_up(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its patience has run out: it trains no more, and says so."""
+    config, out = replace(one_config, rounds=9, patience=1, min_delta=100.0), tmp_path / "run"
+    first, _ = federate(config, out, FedAvg(), monkeypatch)
+    assert first.summary is not None and first.summary["last_round"] == 2
+    (out / "summary.json").unlink()
+    check_resumable(out, 9, 1)
+    again, lines = federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
+    assert again.summary is not None
+    for name in ("eval_loss", "last_round", "best_round", "ended", "tokens"):
+        assert again.summary[name] == first.summary[name], name
+    assert len(lines.lines) == 2

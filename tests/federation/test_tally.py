@@ -1,0 +1,40 @@
+"""Sums go on where they were, and none is lost between the trunk and the server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+
+from fedsplit.federation.tally import Tally
+
+
+def test_bytes_of_a_round_are_those_since_the_last() -> None:
+    tally = Tally(0.0)
+    tally.traffic["adapter_up"] += 5
+    assert tally.adapter_bytes() == {"up": 5, "down": 0}
+    tally.traffic += Counter(adapter_up=2, adapter_down=7)
+    assert tally.adapter_bytes() == {"up": 2, "down": 7}
+    assert tally.adapter_bytes() == {"up": 0, "down": 0}
+
+
+def test_the_summary_adds_up_what_both_have_counted() -> None:
+    tally = Tally(time.perf_counter(), tokens=30, train_seconds=2.0)
+    tally.traffic += Counter(adapter_up=4, evaluation_adapter_down=100)
+    trunk = {"activation_up": 10, "evaluation_activation_up": 3, "evaluation_activation_down": 6, "repeated_up": 1}
+    found = tally.summary(trunk)
+    assert (found["tokens"], found["tokens_per_second"]) == (30, 15.0)
+    expected = {"activation_up": 10, "adapter_up": 4, "repeated_up": 1, "evaluation_up": 3, "evaluation_down": 106}
+    assert {name: size for name, size in found["bytes"].items() if size} == expected
+
+
+def test_a_run_that_goes_on_adds_to_what_was_there() -> None:
+    first = Tally(time.perf_counter() - 10, tokens=30, train_seconds=2.0, client_memory=9)
+    first.traffic += Counter(adapter_up=4)
+    document = json.loads(json.dumps(first.document({"activation_up": 8})))
+    again = Tally(time.perf_counter()).go_on(document)
+    assert 10 <= again.seconds < 60 and (again.tokens, again.client_memory) == (30, 9)
+    assert again.adapter_bytes() == {"up": 0, "down": 0}
+    again.traffic["adapter_up"] += 1
+    assert again.summary({"activation_up": 1})["bytes"]["activation_up"] == 9
+    assert again.summary({})["bytes"]["adapter_up"] == 5

@@ -1,0 +1,87 @@
+"""Devices: what a name stands for, who is refused, and that nothing is left on the CPU that belongs elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_corpus
+
+from fedsplit import evaluate, simulate
+from fedsplit.config import SettingError, build
+from fedsplit.model import devices
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    assert [devices.resolve(name) for name in ("auto", "cpu")] == [devices.CPU] * 2
+    with_gpus(monkeypatch, 2)
+    found = [str(devices.resolve(name)) for name in ("auto", "cuda", "cuda:1", "cpu")]
+    assert found == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
+
+
+def test_the_trunk_may_be_elsewhere() -> None:
+    config = build({"device": "cuda:1", "trunk.device": "cpu"})
+    assert [config.device_of(part) for part in ("bottom", "trunk", "top")] == ["cuda:1", "cpu", "cuda:1"]
+    assert build({"device": "auto"}).device_of("trunk") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "values", "message"),
+    [
+        (0, {"device": "cuda"}, "device: cuda is not possible; allowed: auto | cpu ("),
+        (0, {"trunk.device": "cuda:0"}, "trunk.device: cuda:0 is not possible; allowed: auto | cpu ("),
+        (
+            2,
+            {"device": "cuda:2"},
+            "device: cuda:2 is not possible; allowed: auto | cpu | cuda | cuda:0 | cuda:1, w",
+        ),
+        (1, {"device": "auto", "trunk.memory": "2GB"}, "trunk.memory: 2GB is not possible; allowed: none where"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    gpus: int, values: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(monkeypatch, gpus)
+    with pytest.raises(SettingError) as caught:
+        devices.check_devices(build(values))
+    assert str(caught.value).startswith(message)
+    devices.check_devices(build({"device": "auto", "trunk.device": "cpu", "trunk.memory": "2GB"}))
+
+
+def test_commands_refuse_it_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with_gpus(monkeypatch, 0)
+    monkeypatch.chdir(tmp_path)
+    for device, words in (("cuda:3", "auto | cpu ("), ("gpu", "auto | cpu | cuda | cuda:N\n")):
+        assert simulate.main(["--device", device]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"fedsplit: device: {device} is not possible; allowed: {words}")
+        assert said.count("\n") == 1
+        if device == "gpu":
+            assert evaluate.main(["--run", "nowhere", "--device", device]) == 2
+            assert capsys.readouterr().err.startswith(f"fedsplit: device: {device} is not possible; allowed: {words}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_whole_federation_elsewhere(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """On a device that exists in this test alone, and refuses to compute with anything that was left on the CPU."""
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    script = Path(__file__).with_name("elsewhere.py")
+    arguments = [str(tiny_models["gpt2"]), str(corpus), str(tmp_path / "runs")]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, (here, there) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert there == pytest.approx(here, abs=1e-5), name
+        assert here[1] < here[0], name

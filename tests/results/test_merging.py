@@ -1,0 +1,203 @@
+"""Merged, unmerged and combined adapters, against adapters on their base and against dense arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedsplit.adaptation import lora
+from fedsplit.config import InputError
+from fedsplit.model.split import load_whole
+from fedsplit.results import merging
+from fedsplit.results.finished import Adapter, find_adapter
+from fedsplit.results.merging import combine, merge, unmerge
+
+IDS = torch.arange(40).reshape(2, 20)
+
+
+@pytest.fixture(scope="session")
+def narrow_model(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that is stored in bf16."""
+    folder = tmp_path_factory.mktemp("narrow")
+    AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text((tiny_models["llama"] / "tokenizer.json").read_text())
+    return folder
+
+
+@pytest.fixture(params=["gpt2", "llama", "fedex", "mixed", "bf16", "stored in bf16"])
+def adapter(request: pytest.FixtureRequest, finished_run: Callable[..., Path], narrow_model: Path) -> Adapter:
+    """Those of several runs: GPT-2's layers are transposed, FedEx folds, FLoRA may have different ranks."""
+    run = {
+        "fedex": lambda: finished_run("gpt2", "fedex"),
+        "mixed": lambda: finished_run("llama", "flora", lora__rank=[1, 4]),
+        "bf16": lambda: finished_run("gpt2", dtype="bf16"),
+        "stored in bf16": lambda: finished_run(str(narrow_model), lora__rslora=True),
+    }.get(request.param, lambda: finished_run(request.param))()
+    pattern = json.loads((run / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
+    assert bool(pattern) == (request.param in ("fedex", "mixed"))
+    return find_adapter(run)
+
+
+def base_of(adapter: Adapter) -> torch.nn.Module:
+    base = load_whole(adapter.model_path)
+    return base.bfloat16().float() if adapter.dtype == "bf16" else base
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def changes(folder: Path) -> dict[str, Tensor]:
+    """What an adapter adds, multiplied out: (out, in) by layer."""
+    read = lora.load(folder)
+    return {layer: (change := read.change(layer)).up @ change.down for layer in read.complete}
+
+
+def test_a_merged_model_is_the_adapter_on_its_base_and_comes_apart_again(adapter: Adapter, tmp_path: Path) -> None:
+    base = base_of(adapter)
+    before = {name: weight.clone() for name, weight in base.named_parameters()}
+    plain, expected = logits(base), logits(PeftModel.from_pretrained(base, str(adapter.folder)))
+    merge(adapter, tmp_path / "merged")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, plain, atol=1e-2)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("ab")["input_ids"] == AutoTokenizer.from_pretrained(adapter.model_path)("ab")["input_ids"]
+
+    kind = unmerge(tmp_path / "merged", tmp_path / "unmerged")
+    narrow = adapter.dtype == "bf16" or "narrow" in adapter.model
+    assert kind == ("bfloat16" if narrow else "float32")
+    back = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "unmerged").named_parameters())
+    merged = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").named_parameters())
+    assert back.keys() == before.keys()
+    for name, weight in before.items():
+        if narrow:
+            assert torch.equal(back[name].float(), weight)
+        else:
+            largest = torch.maximum(weight.abs(), merged[name].abs())
+            assert bool(((back[name] - weight).abs() <= largest * 2**-23).all()), name
+
+
+def test_a_merged_model_in_bf16_is_close(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = find_adapter(finished_run("gpt2"))
+    merge(adapter, tmp_path / "merged", "bf16")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert unmerge(tmp_path / "merged", tmp_path / "unmerged") == "float32"
+    base = load_whole(adapter.model_path)
+    back = load_whole(tmp_path / "unmerged")
+    for (name, weight), other in zip(base.named_parameters(), back.parameters(), strict=True):
+        assert torch.allclose(weight, other, rtol=2**-7, atol=2e-2), name
+
+
+def test_what_cannot_be_unmerged_is_refused(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = find_adapter(finished_run("gpt2"))
+    with pytest.raises(InputError, match="is no merged model"):
+        unmerge(adapter.model_path, tmp_path / "out")
+    merge(adapter, tmp_path / "merged")
+    weights = tmp_path / "merged" / "model.safetensors"
+    torn = bytearray(weights.read_bytes())
+    torn[-1] ^= 1
+    weights.write_bytes(torn)
+    with pytest.raises(InputError, match="its weights are not those that were merged"):
+        unmerge(tmp_path / "merged", tmp_path / "out")
+    (tmp_path / "merged" / merging.MERGED / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match="its merged_adapter is gone"):
+        unmerge(tmp_path / "merged", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_crash_leaves_nothing(
+    finished_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(merging, "copy_adapter", crash)
+    with pytest.raises(OSError, match="no space left"):
+        merge(find_adapter(finished_run("gpt2")), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("how", ["cat", "svd", "linear"])
+def test_combined_adapters_are_the_dense_sum(
+    how: str, rslora: bool, finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """cat: the sum; svd: its best fit; linear: factor by factor, each scaled by the root of weight and scaling."""
+    adapters = [find_adapter(finished_run("gpt2", seed=seed, lora__rslora=rslora)) for seed in (1, 2)]
+    combine(adapters, [0.7, 0.3], how, tmp_path / "out")
+    one, two = (changes(adapter.folder) for adapter in adapters)
+    read = [lora.load(adapter.folder) for adapter in adapters]
+    for layer, found in changes(tmp_path / "out").items():
+        expected = 0.7 * one[layer] + 0.3 * two[layer]
+        if how == "svd":
+            u, s, v = torch.linalg.svd(expected, full_matrices=False)
+            expected = u[:, :2] * s[:2] @ v[:2]
+        if how == "linear":
+            roots = [(weight * own.scaling(layer)) ** 0.5 for weight, own in zip((0.7, 0.3), read, strict=True)]
+            a, b = (sum(root * own.factors(layer)[f] for root, own in zip(roots, read, strict=True)) for f in (0, 1))
+            expected = (b @ a).double()
+        assert torch.allclose(found, expected, atol=1e-5), layer
+    merge(find_adapter(tmp_path / "out"), tmp_path / "merged")
+    opened = PeftModel.from_pretrained(base_of(adapters[0]), str(tmp_path / "out"))
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(opened), atol=1e-5)
+
+
+def test_adapters_of_different_ranks_are_combined_exactly(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    """One with folded changes, of its own rank in every layer; a weight may be negative."""
+    adapters = [find_adapter(finished_run("gpt2", strategy)) for strategy in ("fedex", "fedavg")]
+    with pytest.raises(InputError, match=r"linear needs adapters of the same ranks.*: use cat or svd"):
+        combine(adapters, [1.0, 1.0], "linear", tmp_path / "out")
+    combine(adapters, [2.0, -1.0], "cat", tmp_path / "out")
+    one, two = (changes(adapter.folder) for adapter in adapters)
+    for layer, found in changes(tmp_path / "out").items():
+        assert torch.allclose(found, 2.0 * one[layer] - two[layer], atol=1e-5), layer
+    opened = PeftModel.from_pretrained(base_of(adapters[0]), str(tmp_path / "out"))
+    both = lora.load(tmp_path / "out")
+    assert sum(p.numel() for n, p in opened.named_parameters() if "lora_" in n) == sum(
+        tensor.numel() for tensor in both.tensors.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "head"), [("gpt2", "dora", "lora"), ("gemma2", "dora", "lora"), ("llama", "ln_tuning", "full")]
+)
+def test_a_head_that_trained_beside_another_kind_of_adapter_is_merged(
+    family: str, method: str, head: str, finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """And the embedding that it was tied to is not: such an adapter has no factors by which it would be known."""
+    drops = {} if method == "dora" else {"lora__dropout": 0.1, "lora__rank": 8, "lora__alpha": 16.0}
+    adapter = find_adapter(finished_run(family, lora__method=method, lm_head=head, **drops))
+    expected = logits(PeftModel.from_pretrained(load_whole(adapter.model_path), str(adapter.folder)))
+    merge(adapter, tmp_path / "merged")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, atol=1e-5)
+
+
+def test_adapters_of_different_models_are_not_combined(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    adapters = [find_adapter(finished_run(family)) for family in ("gpt2", "llama")]
+    with pytest.raises(InputError, match="belong to different base models"):
+        combine(adapters, [0.5, 0.5], "cat", tmp_path / "out")
+
+
+def test_a_head_of_classes_is_not_merged(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
+    adapter = find_adapter(finished_run("gpt2", **settings))
+    other = find_adapter(finished_run("gpt2", lora__method="dora", **settings))
+    for wrong in (
+        lambda: merge(adapter, tmp_path / "m"),
+        lambda: merge(other, tmp_path / "m"),
+        lambda: combine([adapter] * 2, [1, 1], "cat", tmp_path / "m"),
+    ):
+        with pytest.raises(InputError, match="has a head of classes, which no causal LM has"):
+            wrong()
+    assert not (tmp_path / "m").exists()

@@ -1,0 +1,81 @@
+"""The unsplit model with an adapter: scores by hand, and adapters that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from test_client import padded_rows
+
+from fedsplit.config import InputError
+from fedsplit.corpora.sequences import Sequences
+from fedsplit.results.finished import find_adapter
+from fedsplit.results.whole import Score, attach, open_base, read_fitting, score
+
+
+class Certain(torch.nn.Module):
+    """Gives the token after the one it sees (0, 1, 2, 0 ...) three times the weight of each of the two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(math.log(3.0)))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.nn.functional.one_hot((input_ids + 1) % 3, 3) * self.weight)
+
+
+def test_scores_by_hand() -> None:
+    """Of four predictions three are right: -ln 3/5 each, and -ln 1/5 for the other."""
+    found = score(Certain(), [Sequences.packed(torch.tensor([[0, 1, 2], [1, 2, 2]]))])
+    assert (found.right, found.tokens, found.accuracy) == (3, 4, 0.75)
+    assert found.loss == pytest.approx((3 * math.log(5 / 3) + math.log(5)) / 4)
+    assert found + Score(1.0, 1, 4) == Score(found.nats + 1.0, 4, 8)
+
+
+def test_the_loss_is_the_librarys(model_path: Path) -> None:
+    model = open_base(model_path, "fp32")
+    ids = torch.randint(1, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(1))
+    assert score(model, Sequences.packed(ids).split(3)).loss == pytest.approx(
+        float(model(input_ids=ids, labels=ids).loss.detach()), rel=1e-6
+    )
+
+
+def test_padding_and_prompts_do_not_count(model_path: Path) -> None:
+    rows, model = padded_rows("completions"), open_base(model_path, "fp32")
+    found = score(model, rows.split(4))
+    one_by_one = sum((score(model, [one]) for one in rows.split(1)), Score())
+    assert (found.tokens, found.right) == (rows.predicted, one_by_one.right)
+    assert found.nats == pytest.approx(one_by_one.nats, rel=1e-5)
+    alone = rows[[3]]
+    with torch.no_grad():
+        expected = float(model(input_ids=alone.ids, labels=alone.labels).loss)
+    assert score(model, [alone]).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_adapter_comes_and_goes(finished_run: Callable[..., Path]) -> None:
+    adapter = find_adapter(finished_run("gpt2"))
+    base, ids = open_base(adapter.model_path, "fp32"), torch.arange(12)[None]
+    before = base(ids).logits
+    model = attach(base, adapter)
+    assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+    assert torch.equal(model.unload()(ids).logits, before)
+
+
+def test_what_does_not_fit_is_named(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    gpt2, llama = (find_adapter(finished_run(family)) for family in ("gpt2", "llama"))
+    base = open_base(gpt2.model_path, "fp32")
+    with pytest.raises(InputError, match=r"does not fit the model: it changes model\.layers\.0.*the model has not"):
+        read_fitting(llama, base)
+    base.transformer.h[1].attn.c_attn.weight.data = torch.zeros(32, 95)
+    with pytest.raises(InputError, match=r"h\.1\.attn\.c_attn, which is \(32, 95\) in the model, not \(32, 96\)"):
+        read_fitting(gpt2, base)
+    (tmp_path / "adapter_config.json").write_text((gpt2.folder / "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_fitting(dataclasses.replace(gpt2, folder=tmp_path), base)

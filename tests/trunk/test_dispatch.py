@@ -1,0 +1,318 @@
+"""Who is served when: gathering, deadlines, barriers, turns; and that nobody waits for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsplit.config import TrunkSettings
+from fedsplit.trunk.dispatch import Dispatcher
+from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.packets import Packet, StepKey
+from fedsplit.wire.steps import RefusedStep, SpoiledStep, StaleStep
+
+RAW = make_codec("raw")
+
+
+class Recorder:
+    """Stands for a trunk: remembers what it was asked to compute, and in which company."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[int]]] = []
+        self.flights: dict[StepKey, frozenset[StepKey]] = {}
+        self.done: dict[StepKey, Packet] = {}
+        self.room = True
+        self.spoiled: set[int] = set()
+        self.clips = False
+        self.steps = self.learners = self
+
+    def held(self, key: StepKey) -> object:
+        if key not in self.flights:
+            raise StaleStep(str(key))
+        return self.flights[key]
+
+    def next_expiry(self) -> float | None:
+        return None
+
+    def expire(self) -> None:
+        pass
+
+    def companions(self, key: StepKey) -> set[int]:
+        return {other.client for other in self.flights.get(key, ()) if other in self.flights}
+
+    def is_repeat(self, packet: Packet) -> bool:
+        return packet.key in (self.done if "gradient" in packet.tensors else self.flights)
+
+    def ask(self, packet: Packet) -> Packet:
+        return Packet(packet.key, wait=0.0 if self.room else 0.1)
+
+    def forward_together(self, packets: Sequence[Packet]) -> list[Packet]:
+        if not packets[0].training:
+            self.calls.append(("evaluate", [packet.key.client for packet in packets]))
+            return [Packet(packet.key) for packet in packets]
+        self.calls.append(("forward", [packet.key.client for packet in packets]))
+        if not self.room:
+            return [Packet(packet.key, wait=0.1) for packet in packets]
+        flight = frozenset(packet.key for packet in packets)
+        self.flights |= dict.fromkeys(flight, flight)
+        return [Packet(packet.key) for packet in packets]
+
+    def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
+        if any(packet.key.client in self.spoiled for packet in packets):
+            raise SpoiledStep("spoiled")
+        what = "scale" if packets[0].clips else "backward"
+        self.calls.append((what, [packet.key.client for packet in packets]))
+        for packet in packets:
+            self.flights.pop(packet.key, None)
+            self.done[packet.key] = Packet(packet.key)
+        return [self.done[packet.key] for packet in packets]
+
+    def close_window(self) -> None:
+        self.calls.append(("close", []))
+
+    def leave(self, client: int) -> None:
+        self.flights = {key: flight for key, flight in self.flights.items() if key.client != client}
+
+    def end_round(self, finished: Sequence[int]) -> dict[str, int]:
+        return {}
+
+
+class Stage:
+    """A dispatcher, its recorder, and a clock."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.trunk, self.now = Recorder(), 0.0
+        self.dispatcher = Dispatcher(self.trunk, TrunkSettings(**settings), lambda: self.now)  # type: ignore[arg-type]
+        self.answers: dict[tuple[str, int, int], Packet | RefusedStep] = {}
+
+    def ask(self, kind: str, client: int, step: int = 0) -> None:
+        name = {"backward": "gradient", "scale": "coefficient"}.get(kind, "hidden")
+        tensors = {} if kind == "ask" else {name: RAW.encode(torch.zeros(1))}
+        packet = Packet(StepKey(1, client, step), tensors, training=kind != "evaluate")
+        self.dispatcher.submit(packet, lambda answer: self.answers.__setitem__((kind, client, step), answer))
+
+    def serve(self) -> list[tuple[str, list[int]]]:
+        """Serves all that can be served, and returns what was computed."""
+        begin = len(self.trunk.calls)
+        while self.dispatcher.advance():
+            pass
+        return self.trunk.calls[begin:]
+
+
+def test_shared_serves_who_is_there_and_gradients_first() -> None:
+    stage = Stage(schedule="shared")
+    stage.ask("forward", 1)
+    assert stage.serve() == [("forward", [1])]
+    stage.ask("forward", 2)
+    stage.ask("evaluate", 3)
+    stage.ask("backward", 1)
+    assert stage.serve() == [("evaluate", [3]), ("backward", [1]), ("forward", [2])]
+    assert stage.dispatcher.wakes_at() is None
+
+
+def test_batched_waits_for_all_that_are_active() -> None:
+    stage = Stage(schedule="batched", deadline=5.0)
+    stage.ask("forward", 1)
+    assert stage.serve() == [("forward", [1])]
+    stage.ask("forward", 0)
+    assert stage.serve() == []
+    stage.ask("backward", 1)
+    assert stage.serve() == [("backward", [1])]
+    stage.ask("forward", 1, step=1)
+    assert stage.serve() == [("forward", [0, 1])]
+    stage.ask("backward", 0)
+    assert stage.serve() == []
+    stage.ask("backward", 1, step=1)
+    assert stage.serve() == [("backward", [0, 1])]
+
+
+def test_who_is_late_is_left_behind_and_may_come_back() -> None:
+    stage = Stage(schedule="batched", deadline=5.0)
+    for client in (0, 1):
+        stage.ask("forward", client)
+    assert stage.serve() == [("forward", [0, 1])]
+    stage.ask("backward", 0)
+    assert stage.serve() == []
+    assert stage.dispatcher.wakes_at() == 5.0
+    stage.now = 5.0
+    assert stage.serve() == [("backward", [0])]
+    stage.ask("forward", 0, step=1)
+    assert stage.serve() == [("forward", [0])]  # nobody waits for client 1 any more
+    stage.ask("backward", 1)
+    assert stage.serve() == [("backward", [1])]
+    stage.ask("forward", 1, step=1)
+    assert stage.serve() == []
+    stage.ask("backward", 0, step=1)
+    stage.ask("forward", 0, step=2)
+    assert stage.serve() == [("backward", [0]), ("forward", [0, 1])]
+
+
+def test_nobody_waits_for_a_client_that_has_left_or_died() -> None:
+    stage = Stage(schedule="batched")
+    for client in (0, 1):
+        stage.ask("forward", client)
+    stage.serve()
+    stage.ask("backward", 0)
+    assert stage.serve() == []
+    stage.dispatcher.leave(1)
+    assert stage.serve() == [("backward", [0])]
+
+
+def test_what_a_client_asked_before_it_left_is_refused() -> None:
+    stage = Stage(schedule="batched")
+    stage.ask("forward", 0)
+    stage.serve()
+    stage.ask("forward", 1)
+    stage.dispatcher.leave(1)
+    assert isinstance(stage.answers["forward", 1, 0], StaleStep)
+
+
+def test_one_spoiled_gradient_is_refused_alone() -> None:
+    stage = Stage(schedule="batched")
+    for client in (0, 1):
+        stage.ask("forward", client)
+    stage.serve()
+    stage.trunk.spoiled = {1}
+    for client in (0, 1):
+        stage.ask("backward", client)
+    assert stage.serve() == [("backward", [0])]
+    assert isinstance(stage.answers["backward", 0, 0], Packet)
+    assert isinstance(stage.answers["backward", 1, 0], SpoiledStep)
+
+
+def test_who_was_sent_away_comes_first_next_time() -> None:
+    stage = Stage(schedule="batched")
+    stage.trunk.room = False
+    stage.ask("forward", 1)
+    assert stage.serve() == [("forward", [1])]
+    stage.trunk.room = True
+    stage.ask("forward", 1)
+    stage.ask("forward", 0)
+    assert stage.serve() == [("forward", [1, 0])]
+
+
+def test_who_waits_for_room_is_not_waited_for() -> None:
+    """It might wait for what those who wait for it have."""
+    stage = Stage(schedule="batched")
+    stage.trunk.room = False
+    stage.ask("ask", 0)
+    stage.serve()
+    stage.trunk.room = True
+    stage.ask("forward", 1)
+    assert stage.serve() == [("forward", [1])]
+    stage.ask("ask", 0)
+    stage.ask("backward", 1)
+    stage.ask("forward", 1, step=1)
+    assert stage.serve() == [("backward", [1])]
+    stage.ask("forward", 0)
+    assert stage.serve() == [("forward", [0, 1])]
+
+
+def test_accumulate_holds_at_the_barrier_until_all_have_come() -> None:
+    stage = Stage(schedule="accumulate", every=1, deadline=5.0)
+    for client in (0, 1):
+        stage.ask("forward", client)
+    assert stage.serve() == [("forward", [0]), ("forward", [1])]
+    stage.ask("backward", 0)
+    stage.ask("forward", 0, step=1)
+    assert stage.serve() == [("backward", [0])]
+    stage.ask("backward", 1)
+    assert stage.serve() == [("backward", [1]), ("close", []), ("forward", [0])]
+    stage.ask("backward", 0, step=1)
+    stage.ask("forward", 0, step=2)
+    assert stage.serve() == [("backward", [0])]
+    stage.now = 4.9
+    assert stage.serve() == []
+    stage.now = 5.0
+    assert stage.serve() == [("close", []), ("forward", [0])]
+
+
+def test_a_gradient_that_is_clipped_contributes_with_its_coefficient() -> None:
+    stage = Stage(schedule="accumulate", every=1)
+    stage.trunk.clips = True
+    for client in (0, 1):
+        stage.ask("forward", client)
+        stage.ask("backward", client)
+    stage.serve()
+    stage.ask("scale", 0)
+    stage.ask("forward", 0, step=1)
+    assert stage.serve() == [("scale", [0])]
+    stage.ask("scale", 1)
+    assert stage.serve() == [("scale", [1]), ("close", []), ("forward", [0])]
+
+
+def test_accumulate_over_the_round_holds_nobody() -> None:
+    stage = Stage(schedule="accumulate", every=0)
+    for step in range(3):
+        for kind in ("forward", "backward"):
+            stage.ask(kind, 0, step)
+            assert stage.serve() == [(kind, [0])]
+
+
+@pytest.mark.parametrize("order", list(permutations([("forward", 0), ("forward", 1), ("forward", 2)])))
+def test_turns_are_the_same_whoever_comes_first(order: Sequence[tuple[str, int]]) -> None:
+    stage = Stage(schedule="shared")
+    stage.dispatcher.begin([2, 0, 1])
+    for kind, client in order:
+        stage.ask(kind, client)
+        stage.serve()
+    for _, client in reversed(order):
+        stage.ask("backward", client)
+        stage.serve()
+    stage.dispatcher.leave(2)
+    for client in (1, 0):
+        stage.ask("forward", client, step=1)
+        stage.serve()
+    expected = [("forward", 2), ("forward", 0), ("forward", 1), ("backward", 2), ("backward", 0), ("backward", 1)]
+    assert [(kind, clients[0]) for kind, clients in stage.trunk.calls] == [*expected, ("forward", 0), ("forward", 1)]
+
+
+def test_a_group_is_waited_for_however_late() -> None:
+    stage = Stage(schedule="batched", deadline=5.0)
+    stage.dispatcher.begin([0, 1])
+    stage.ask("forward", 1)
+    stage.now = 100.0
+    assert stage.serve() == []
+    assert stage.dispatcher.wakes_at() is None
+    stage.ask("forward", 0)
+    assert stage.serve() == [("forward", [0, 1])]
+
+
+@given(data=st.data(), schedule=st.sampled_from(["shared", "batched", "accumulate", "copies"]), every=st.integers(0, 2))
+def test_everybody_is_served_in_the_end(data: st.DataObject, schedule: str, every: int) -> None:
+    """Clients with different numbers of steps, in any interleaving: all get all their answers."""
+    stage = Stage(schedule=schedule, every=every)
+    plans = {}
+    for client in range(3):
+        steps = data.draw(st.integers(1, 3))
+        plans[client] = [(kind, step) for step in range(steps) for kind in ("forward", "backward")]
+    at = dict.fromkeys(plans, 0)
+    asked: set[int] = set()
+    for _ in range(200):
+        if not at:
+            break
+        client = data.draw(st.sampled_from(sorted(at)))
+        kind, step = plans[client][at[client]]
+        if client not in asked:
+            stage.ask(kind, client, step)
+            asked.add(client)
+        stage.serve()
+        for other in list(asked):
+            kind, step = plans[other][at[other]]
+            if (kind, other, step) in stage.answers:
+                asked.discard(other)
+                at[other] += 1
+                if at[other] == len(plans[other]):
+                    del at[other]
+                    stage.dispatcher.leave(other)
+        if asked == set(at):
+            stage.now += 100.0  # all wait: only time can help
+            stage.serve()
+    assert not at
+    assert all(isinstance(answer, Packet) for answer in stage.answers.values())

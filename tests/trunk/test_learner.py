@@ -1,0 +1,60 @@
+"""Versions never change, and what an optimiser remembers can be taken along."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedsplit.config import TrainSettings
+from fedsplit.trunk.learner import Learner
+from fedsplit.updates import Task
+
+A, B = "l.lora_A.weight", "l.lora_B.weight"
+START = {A: torch.ones(2, 3), B: torch.zeros(4, 2)}
+
+
+def gradients(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in START.items()}
+
+
+def test_a_step_publishes_a_version_and_leaves_the_older_ones() -> None:
+    learner = Learner(START, TrainSettings(lr=0.1), learns=True)
+    first = learner.version
+    learner.step(gradients(0))
+    assert all(torch.equal(first[name], START[name]) for name in START)
+    assert not any(torch.equal(learner.version[name], START[name]) for name in START)
+
+
+def test_a_transposed_gradient_is_not_scrambled() -> None:
+    plain, transposed = (Learner(START, TrainSettings(lr=0.1), learns=True) for _ in range(2))
+    for seed in range(3):
+        plain.step(gradients(seed))
+        transposed.step({name: tensor.t().contiguous().t() for name, tensor in gradients(seed).items()})
+    assert all(torch.equal(plain.version[name], transposed.version[name]) for name in START)
+
+
+def test_a_factor_that_does_not_train_stays_and_takes_no_gradient() -> None:
+    learner = Learner(START, TrainSettings(lr=0.1), True, Task(trains=frozenset("B")))
+    assert {name for name, tensor in learner.version.items() if tensor.requires_grad} == {B}
+    learner.step({B: gradients(0)[B]})
+    assert torch.equal(learner.version[A], START[A]) and not torch.equal(learner.version[B], START[B])
+    idle = Learner(START, TrainSettings(), learns=False)
+    assert not any(tensor.requires_grad for tensor in idle.version.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_another_life_goes_on_to_the_bit(optimizer: str) -> None:
+    settings = TrainSettings(lr=0.1, optimizer=optimizer)
+    straight, stopped = (Learner(START, settings, learns=True) for _ in range(2))
+    for seed in range(3):
+        straight.step(gradients(seed))
+        stopped.step(gradients(seed))
+    again = Learner(START, settings, learns=True)
+    again.write(stopped.version)
+    again.restore(stopped.moments())
+    assert bool(stopped.moments()) == (optimizer == "adamw")
+    for seed in range(3, 6):
+        straight.step(gradients(seed))
+        again.step(gradients(seed))
+    assert all(torch.equal(straight.version[name], again.version[name]) for name in START)

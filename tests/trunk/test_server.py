@@ -1,0 +1,406 @@
+"""The server half of a step: exact gradients, versions, schedules, counted bytes."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import without_dropout
+
+from fedsplit.adaptation import lora
+from fedsplit.config import LoraSettings, TrainSettings
+from fedsplit.model.split import load_parts
+from fedsplit.trunk.learners import Start
+from fedsplit.trunk.memory import Budget
+from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.trunk.server import TrunkServer
+from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.packets import Packet, StepKey
+from fedsplit.wire.steps import SpoiledStep, StaleStep, UnknownStep
+
+RAW = make_codec("raw")
+
+
+def make_server(
+    path: Path, schedule: str, dropout: float = 0.0, budget: Budget | None = None, kernels: str = "library"
+) -> TrunkServer:
+    (part,) = load_parts(path, (1, 2), ["trunk"], kernels=kernels)
+    lora.add(part, LoraSettings(rank=(2,), dropout=dropout), seed=0)
+    without_dropout(part)
+    for number, parameter in enumerate(lora.parameters(part).values()):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2
+    return TrunkServer(part, RAW, schedule, TrainSettings(lr=0.01), seed=5, budget=budget)
+
+
+def packet(
+    client: int, step: int, what: str = "hidden", training: bool = True, wants: bool = True, length: int = 5
+) -> Packet:
+    generator = torch.Generator().manual_seed(100 * client + step + (what == "hidden"))
+    tensor = torch.randn(2, length, 32, generator=generator)
+    return Packet(StepKey(1, client, step), {what: RAW.encode(tensor)}, training, wants)
+
+
+def test_the_gradient_is_the_parts_own_not_the_one_sent(model_path: Path) -> None:
+    """The classic mistake is to return the incoming gradient unchanged: its cosine to the true one is near 1."""
+    server = make_server(model_path, "shared")
+    (part,) = load_parts(model_path, (1, 2), ["trunk"])
+    lora.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
+    without_dropout(part)
+    lora.write(server.learners.read().tensors, part)
+    hidden = RAW.decode(packet(0, 0).tensors["hidden"]).requires_grad_()
+    expected = part(hidden)
+    sent = RAW.decode(packet(0, 0, "gradient").tensors["gradient"])
+    expected.backward(sent)
+    answer = server.forward(packet(0, 0))
+    assert torch.equal(RAW.decode(answer.tensors["hidden"]), expected)
+    returned = RAW.decode(server.backward(packet(0, 0, "gradient")).tensors["gradient"])
+    assert torch.equal(returned, hidden.grad)
+    assert not torch.allclose(returned, sent)
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_which_schedules_change_the_adapter(model_path: Path, schedule: str) -> None:
+    server = make_server(model_path, schedule)
+    before = server.learners.read().tensors
+    server.forward(packet(0, 0))
+    if SCHEDULES[schedule].returns_gradient:
+        assert server.backward(packet(0, 0, "gradient")).tensors
+    else:
+        with pytest.raises(UnknownStep):
+            server.backward(packet(0, 0, "gradient"))
+    at_once = schedule in ("shared", "batched")
+    after = server.learners.read().tensors
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (not at_once), name
+    counts = server.end_round([0])
+    at_the_end = (
+        server.learners.copies()[0].adapters.tensors if schedule == "copies" else server.learners.read().tensors
+    )
+    for name in before:
+        assert torch.equal(before[name], at_the_end[name]) == (not SCHEDULES[schedule].learns), name
+    assert counts.get("steps", 0) == SCHEDULES[schedule].learns
+
+
+def test_a_step_of_another_client_does_not_touch_a_pending_gradient(model_path: Path) -> None:
+    """Client 0's gradient is for the weights its activations came from, whatever client 1 did meanwhile."""
+    alone, shared = (make_server(model_path, "shared", dropout=0.2) for _ in range(2))
+    alone.forward(packet(0, 0))
+    expected = RAW.decode(alone.backward(packet(0, 0, "gradient")).tensors["gradient"])
+    shared.forward(packet(0, 0))
+    shared.forward(packet(1, 0))
+    shared.backward(packet(1, 0, "gradient"))
+    actual = RAW.decode(shared.backward(packet(0, 0, "gradient")).tensors["gradient"])
+    assert torch.equal(actual, expected)
+
+
+def test_dropout_depends_on_the_key_alone(model_path: Path) -> None:
+    server = make_server(model_path, "frozen", dropout=0.5)
+    torch.manual_seed(1)
+    first = RAW.decode(server.forward(packet(0, 0)).tensors["hidden"])
+    state = torch.get_rng_state()
+    server.forward(packet(1, 0))
+    again = RAW.decode(server.forward(packet(0, 0)).tensors["hidden"])
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = Packet(StepKey(1, 0, 1), packet(0, 0).tensors)
+    assert not torch.equal(RAW.decode(server.forward(other).tensors["hidden"]), first)
+
+
+def test_evaluation_has_no_dropout_and_keeps_nothing(model_path: Path) -> None:
+    server = make_server(model_path, "shared", dropout=0.5)
+    outputs = [RAW.decode(server.forward(packet(0, 0, training=False)).tensors["hidden"]) for _ in range(2)]
+    assert torch.equal(*outputs)
+    assert len(server.steps) == 0
+
+
+def test_forwards_without_backward_are_counted_and_freed(model_path: Path) -> None:
+    server = make_server(model_path, "shared")
+    for client in range(3):
+        server.forward(packet(client, 0))
+    graph = weakref.ref(server.steps.pending()[1])
+    assert server.end_round([])["abandoned"] == 3
+    gc.collect()
+    assert graph() is None
+    with pytest.raises(StaleStep, match=r"client 1, step 0"):
+        server.backward(packet(1, 0, "gradient"))
+
+
+def plain_gradients(path: Path, server: TrunkServer, clients: dict[int, int]) -> dict[str, torch.Tensor]:
+    """By plain autograd on a part of its own: the sum of the adapter's gradients, and each input's."""
+    (part,) = load_parts(path, (1, 2), ["trunk"])
+    lora.add(part, LoraSettings(rank=(2,), dropout=0.0), seed=0)
+    without_dropout(part)
+    lora.write(server.learners.read().tensors, part)
+    found = {}
+    for client, length in clients.items():
+        hidden = RAW.decode(packet(client, 0, length=length).tensors["hidden"]).requires_grad_()
+        part(hidden).backward(RAW.decode(packet(client, 0, "gradient", length=length).tensors["gradient"]))
+        found[f"input {client}"] = hidden.grad
+    return found | {name: parameter.grad for name, parameter in lora.parameters(part).items()}
+
+
+@pytest.mark.parametrize("lengths", [{0: 5, 1: 5, 2: 5}, {0: 3, 1: 7, 2: 5}])
+def test_batched_steps_are_those_of_each_client_and_their_mean(
+    model_path: Path, lengths: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the lengths: each gets its own gradient, and the adapter one step with the mean."""
+    monkeypatch.setattr("fedsplit.trunk.learner.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
+    server = make_server(model_path, "batched")
+    before = server.learners.read().tensors
+    expected = plain_gradients(model_path, server, lengths)
+    alone = {c: make_server(model_path, "batched").forward(packet(c, 0, length=n)) for c, n in lengths.items()}
+    together = server.forward_together([packet(c, 0, length=n) for c, n in lengths.items()])
+    for client, answer in zip(lengths, together, strict=True):
+        mine, theirs = (RAW.decode(a.tensors["hidden"]) for a in (answer, alone[client]))
+        assert mine.shape == theirs.shape
+        assert torch.allclose(mine, theirs, atol=1e-5)
+    answers = server.backward_together([packet(c, 0, "gradient", length=n) for c, n in lengths.items()])
+    for client, answer in zip(lengths, answers, strict=True):
+        assert torch.allclose(RAW.decode(answer.tensors["gradient"]), expected[f"input {client}"], atol=1e-4), client
+    for name, tensor in server.learners.read().tensors.items():
+        assert torch.allclose(tensor, before[name] - 0.1 * expected[name] / 3, atol=1e-4), name
+    assert server.end_round([])["steps"] == 1
+    assert server.traffic["activation_up"] == sum(2 * length * 32 * 4 for length in lengths.values())
+
+
+@pytest.mark.parametrize("schedule", ["shared", "batched", "accumulate", "copies"])
+def test_fused_kernels_train_the_trunk_as_the_library_does(model_path: Path, schedule: str) -> None:
+    """AdamW and all, over several steps: a gradient that is right, but laid out otherwise, would show here."""
+    trained = []
+    for kernels in ("library", "fused"):
+        server = make_server(model_path, schedule, kernels=kernels)
+        for step in range(4):
+            server.forward(packet(0, step))
+            server.backward(packet(0, step, "gradient"))
+            server.learners.close_window()
+        server.end_round([0])
+        trained.append(
+            (server.learners.copies()[0].adapters if schedule == "copies" else server.learners.read()).tensors
+        )
+    start = make_server(model_path, schedule).learners.read().tensors
+    for name, tensor in trained[0].items():
+        assert (tensor - start[name]).abs().max() > 0.01, name
+        assert torch.allclose(tensor, trained[1][name], atol=1e-3), name
+
+
+def test_who_comes_late_to_a_batch_gets_its_gradient_but_does_not_count(model_path: Path) -> None:
+    server = make_server(model_path, "batched", dropout=0.3)
+    whole = make_server(model_path, "batched", dropout=0.3)
+    for trunk in (server, whole):
+        trunk.forward_together([packet(0, 0), packet(1, 0)])
+    expected = whole.backward_together([packet(0, 0, "gradient"), packet(1, 0, "gradient")])[1]
+    server.backward(packet(0, 0, "gradient"))
+    after = server.learners.read().tensors
+    late = server.backward(packet(1, 0, "gradient"))
+    assert torch.allclose(RAW.decode(late.tensors["gradient"]), RAW.decode(expected.tensors["gradient"]), atol=1e-6)
+    assert all(torch.equal(after[name], tensor) for name, tensor in server.learners.read().tensors.items())
+    counts = server.end_round([])
+    assert (counts["steps"], counts["late"], counts["recomputed"]) == (1, 1, 1)
+
+
+def test_accumulated_gradients_are_one_step_with_their_sum(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsplit.trunk.learner.make_optimizer", lambda p, _: torch.optim.SGD(list(p), lr=0.1))
+    server = make_server(model_path, "accumulate")
+    before, expected = server.learners.read().tensors, plain_gradients(model_path, server, {0: 5, 1: 5})
+    for client in (1, 0):
+        server.forward(packet(client, 0))
+        server.backward(packet(client, 0, "gradient"))
+    assert server.learners.close_window()
+    for name, tensor in server.learners.read().tensors.items():
+        assert torch.allclose(tensor, before[name] - 0.1 * expected[name], atol=1e-4), name
+    assert not server.learners.close_window()
+
+
+def test_a_gradient_of_the_version_before_the_barrier_does_not_count(model_path: Path) -> None:
+    server = make_server(model_path, "accumulate")
+    server.forward(packet(0, 0))
+    server.forward(packet(1, 0))
+    server.backward(packet(0, 0, "gradient"))
+    server.learners.close_window()
+    assert server.backward(packet(1, 0, "gradient")).tensors
+    assert not server.learners.close_window()
+    assert server.end_round([0, 1])["late"] == 1
+
+
+def test_only_clients_that_finished_are_summed_at_the_rounds_end(model_path: Path) -> None:
+    one, both = make_server(model_path, "accumulate"), make_server(model_path, "accumulate")
+    for server, clients in ((one, [0]), (both, [0, 1])):
+        for client in clients:
+            server.forward(packet(client, 0))
+            server.backward(packet(client, 0, "gradient"))
+        server.end_round([0])
+    assert all(
+        torch.equal(tensor, both.learners.read().tensors[name]) for name, tensor in one.learners.read().tensors.items()
+    )
+
+
+def test_a_copy_depends_on_its_own_client_alone_to_the_bit(model_path: Path) -> None:
+    alone, among = (make_server(model_path, "copies", dropout=0.3) for _ in range(2))
+    for server, clients in ((alone, [1]), (among, [2, 1, 0])):
+        for step in range(3):
+            for client in clients:
+                server.forward(packet(client, step))
+            for client in reversed(clients):
+                server.backward(packet(client, step, "gradient"))
+        server.end_round(clients)
+    one, other = alone.learners.copies()[1].adapters.tensors, among.learners.copies()[1].adapters.tensors
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert sorted(among.learners.copies()) == [0, 1, 2]
+    assert any(
+        not torch.equal(tensor, among.learners.copies()[0].adapters.tensors[name]) for name, tensor in one.items()
+    )
+    among.learners.write(one)
+    assert among.learners.copies() == {}
+    assert all(torch.equal(tensor, among.learners.read().tensors[name]) for name, tensor in one.items())
+
+
+def test_a_copy_of_another_rank_may_be_what_is_computed_with_first(model_path: Path) -> None:
+    """As after `--resume`, where nothing is evaluated before the first step: its scaling is that of its own rank."""
+    fresh, used = (make_server(model_path, "copies") for _ in range(2))
+    used.forward(packet(0, 0, training=False, wants=False))
+    smaller = used.learners.read().with_rank(1).tensors
+    found = []
+    for server in (fresh, used):
+        server.learners.assign({1: Start(smaller)})
+        found.append(RAW.decode(server.forward(packet(1, 0)).tensors["hidden"]))
+    assert torch.equal(*found)
+
+
+def test_recomputing_changes_no_bit(model_path: Path) -> None:
+    """Same input, same version, same dropout, though others have stepped since."""
+    tight = Budget(10**6, resident=lambda: 0, release=lambda: None)
+    tight.learn(tokens=1, graph=80_000, working=0)
+    kept, again = make_server(model_path, "shared", dropout=0.3), make_server(model_path, "shared", 0.3, budget=tight)
+    for server in (kept, again):
+        for client in (0, 1):
+            server.forward(packet(client, 0))
+    for client in (0, 1):
+        one, two = (server.backward(packet(client, 0, "gradient")) for server in (kept, again))
+        assert torch.equal(RAW.decode(one.tensors["gradient"]), RAW.decode(two.tensors["gradient"]))
+    assert all(torch.equal(t, again.learners.read().tensors[n]) for n, t in kept.learners.read().tensors.items())
+    assert "recomputed" not in kept.end_round([])
+    assert again.end_round([])["recomputed"] == 2
+
+
+def test_who_finds_no_room_is_told_to_wait_and_loses_nothing(model_path: Path) -> None:
+    resident = 0
+    tight = Budget(10**6, resident=lambda: resident, release=lambda: None)
+    tight.learn(tokens=1, graph=50_000, working=0)
+    server = make_server(model_path, "shared", budget=tight)
+    server.forward(packet(0, 0))
+    resident = 600_000
+    assert server.forward(packet(1, 0)).wait > 0
+    assert len(server.steps) == 1
+    assert server.backward(packet(0, 0, "gradient")).tensors
+    resident = 0
+    assert server.forward(packet(1, 0)).tensors
+    assert server.end_round([])["waits"] == 1
+
+
+def question(client: int) -> Packet:
+    return Packet(StepKey(1, client, 0), shape=(2, 5, 32))
+
+
+def test_room_that_was_asked_for_is_kept_free(model_path: Path) -> None:
+    """Each packet counts three times while it is on its way, and there are two: hidden states and gradient."""
+    tight = Budget(100_000, resident=lambda: 0, release=lambda: None)
+    tight.learn(tokens=1, graph=8_000, working=0)  # a step of 10 tokens: 80,000; its packet: 1,280
+    server = make_server(model_path, "shared", budget=tight)
+    assert [server.ask(question(client)).wait > 0 for client in (0, 1, 2)] == [False, False, True]
+    assert server.ask(question(0)).wait == 0  # asked again: it has its room
+    assert server.forward(packet(0, 0)).tensors
+    assert server.ask(question(2)).wait == 0
+    server.leave(1)
+    assert server.ask(question(3)).wait == 0
+    assert server.traffic["activation_up"] == packet(0, 0).nbytes
+
+
+def test_graphs_go_before_anybody_is_sent_away(model_path: Path) -> None:
+    resident = 0
+    tight = Budget(10**6, resident=lambda: resident, release=lambda: None)
+    tight.learn(tokens=1, graph=20_000, working=0)
+    server = make_server(model_path, "shared", budget=tight)
+    server.forward(packet(0, 0))
+    assert server.steps.pending()[0].output is not None
+    resident = 900_000
+    server.ask(question(1))
+    assert server.steps.pending()[0].output is None
+    assert server.backward(packet(0, 0, "gradient")).tensors
+    assert server.end_round([])["recomputed"] == 1
+
+
+def test_kept_answers_do_not_starve_those_who_wait(model_path: Path) -> None:
+    """All have their answers and none goes on: the answers are given up, and who asks for one again is refused."""
+    resident = 0
+    tight = Budget(10**6, resident=lambda: resident, release=lambda: None)
+    tight.learn(tokens=1, graph=20_000, working=0)
+    server = make_server(model_path, "shared", budget=tight)
+    server.forward(packet(0, 0))
+    server.backward(packet(0, 0, "gradient"))
+    resident = 900_000
+    assert server.ask(question(1)).wait > 0
+    with pytest.raises(StaleStep):
+        server.backward(packet(0, 0, "gradient"))
+    resident = 0
+    assert server.ask(question(1)).wait == 0
+
+
+def test_a_batch_that_finds_room_for_some_serves_those(model_path: Path) -> None:
+    tight = Budget(10**6, resident=lambda: 0, release=lambda: None)
+    tight.learn(tokens=1, graph=60_000, working=0)
+    server = make_server(model_path, "batched", budget=tight)
+    answers = server.forward_together([packet(client, 0) for client in range(3)])
+    assert [answer.wait > 0 for answer in answers] == [False, True, True]
+
+
+def test_calibration_sees_what_a_step_holds(model_path: Path) -> None:
+    budget = Budget(2**40)
+    server = make_server(model_path, "shared", budget=budget)
+    before = server.learners.read().tensors
+    least = server.calibrate(2, 8)
+    assert 10**8 < least < 2**40
+    assert 5 * 32 * 4 < budget._graph < 200 * 32 * 4
+    assert all(torch.equal(before[name], tensor) for name, tensor in server.learners.read().tensors.items())
+    assert len(server.steps) == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 31), (5, 32), (0, 5, 32)])
+def test_hidden_states_of_a_wrong_shape_are_refused(model_path: Path, shape: tuple[int, ...]) -> None:
+    server = make_server(model_path, "shared")
+    with pytest.raises(SpoiledStep, match="sent hidden states of shape"):
+        server.forward(Packet(StepKey(1, 0, 0), {"hidden": RAW.encode(torch.zeros(shape))}))
+    assert len(server.steps) == 0
+
+
+def test_bytes_are_those_of_the_tensors(model_path: Path) -> None:
+    server = make_server(model_path, "shared")
+    server.forward(packet(0, 0))
+    server.backward(packet(0, 0, "gradient"))
+    server.forward(packet(0, 1, training=False))
+    size = 2 * 5 * 32 * 4
+    assert server.traffic == {
+        "activation_up": size,
+        "activation_down": size,
+        "gradient_up": size,
+        "gradient_down": size,
+        "evaluation_activation_up": size,
+        "evaluation_activation_down": size,
+    }
+
+
+def test_no_gradient_is_sent_to_a_bottom_that_cannot_use_it(model_path: Path) -> None:
+    server = make_server(model_path, "shared")
+    before = server.learners.read().tensors
+    server.forward(packet(0, 0, wants=False))
+    assert server.backward(packet(0, 0, "gradient")).nbytes == 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in server.learners.read().tensors.items())
+
+
+def test_parameters_are_counted_as_trained_only_where_they_are(model_path: Path) -> None:
+    shared, frozen = make_server(model_path, "shared").count(), make_server(model_path, "frozen").count()
+    assert shared["total"] == frozen["total"]
+    assert shared["trainable"] > 0
+    assert frozen["trainable"] == 0

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsplit.allowed import DTYPES, InputError, SettingError
 from fedsplit.command import exit_code
-from fedsplit.config import DTYPES, InputError, SettingError
 from fedsplit.environment import quieten
 from fedsplit.flags import Parser
 from fedsplit.results.finished import (

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from fedsplit.adaptation.methods import METHODS, check_method
-from fedsplit.config import PARTS, Config, SettingError, TrainSettings, set_by_user
+from fedsplit.allowed import PARTS, SettingError
+from fedsplit.config import Config, TrainSettings
+from fedsplit.documents import set_by_user
 from fedsplit.federation.strategy import traits_of
 from fedsplit.model.families import STACKED, Facts
 from fedsplit.trunk.schedules import SCHEDULES

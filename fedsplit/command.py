@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from fedsplit.config import InputError
+from fedsplit.allowed import InputError
 
 
 def exit_code(work: Callable[[], object]) -> int:

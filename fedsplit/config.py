@@ -1,4 +1,4 @@
-"""Every setting of a run: a checked, frozen configuration, and its way to plain values and back.
+"""Every setting of a run: a frozen configuration.
 
 The dataclasses below are the only list of settings there is: flags, TOML keys, help texts
 and checks are all read off their fields. Precedence: default < `--config file.toml` < flag.
@@ -7,211 +7,60 @@ and checks are all read off their fields. Precedence: default < `--config file.t
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fedsplit.allowed import (
+    ANYTHING,
+    CODECS,
+    COEFFICIENT,
+    CUT,
+    DEVICE,
+    DTYPES,
+    ENCODERS,
+    FIELDS,
+    FORMATS,
+    HEADS,
+    KERNELS,
+    MEMORY,
+    NAMES,
+    OPTIMIZER_STATES,
+    OPTIMIZERS,
+    ORDERS,
+    OWN_DEVICE,
+    PACKING,
+    PARTITION,
+    PARTS,
+    PROMPTS,
+    QUANTIZATION,
+    RANKS,
+    RATES,
+    SCHEDULES,
+    SHARES,
+    STARTS,
+    TEXT,
+    WARMUP,
+    WEIGHTS,
+    YES_OR_NO,
+    Allowed,
+    SettingError,
+    above,
+    at_least,
+    below,
+    one_of,
+    parse_cut,
+    parse_memory,
+    parse_quantization,
+)
+
 DEFAULT_MODEL = "sotu-gpt2"
 """The name of the base model that ships with the package."""
 
+
 BUNDLED_MODEL = Path(__file__).parent / "base"
 """The folder of the base model that ships with the package."""
-
-SCHEDULES = ("shared", "batched", "accumulate", "copies", "frozen", "forward-only")
-ORDERS = ("random", "cyclic")
-CODECS = ("raw", "bf16")
-KERNELS = ("fused", "library")
-DTYPES = ("fp32", "bf16", "fp16")
-OPTIMIZERS = ("adamw", "sgd", "adamw8bit")
-RATES = ("constant", "linear", "cosine")
-OPTIMIZER_STATES = ("reset", "keep")
-WEIGHTS = ("examples", "tokens", "equal")
-PARTS = ("bottom", "trunk", "top")
-FORMATS = ("auto", "text", "completion", "chat", "classification")
-PACKING = ("auto", "true", "false")
-PROMPTS = ("off", "prompt", "ptuning", "prefix")
-STARTS = ("random", "vocab", "text", "zero")
-ENCODERS = ("mlp", "lstm")
-HEADS = ("frozen", "lora", "full")
-
-
-class InputError(Exception):
-    """Something that the user asked for wrongly; the message is the one line to show."""
-
-
-class SettingError(InputError):
-    """A setting with a value that is not possible.
-
-    Attributes:
-        setting: The setting's dotted name, as in TOML and flags.
-        value: What was given.
-        allowed: What could have been given instead.
-    """
-
-    def __init__(self, setting: str, value: object, allowed: str) -> None:
-        super().__init__(f"{setting}: {value} is not possible; allowed: {allowed}")
-        self.setting, self.value, self.allowed = setting, value, allowed
-
-    def __reduce__(self) -> tuple[type[SettingError], tuple[str, object, str]]:
-        return SettingError, (self.setting, self.value, self.allowed)
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What values a setting may take, in words and as a test."""
-
-    words: str
-    test: Callable[[Any], bool]
-
-
-def at_least(low: float, high: float = math.inf) -> Allowed:
-    """A finite number in [low, high]."""
-    words = f"a number from {low:g} to {high:.10g}" if high < math.inf else f"a number of at least {low:g}"
-    return Allowed(words, lambda v: math.isfinite(v) and low <= v <= high)
-
-
-def above(low: float) -> Allowed:
-    """A finite number larger than `low`."""
-    return Allowed(f"a finite number above {low:g}", lambda v: math.isfinite(v) and v > low)
-
-
-def below(low: float, high: float) -> Allowed:
-    """A number in [low, high)."""
-    return Allowed(f"a number from {low:g} to below {high:g}", lambda v: low <= v < high)
-
-
-def _is_warmup(value: float) -> bool:
-    return 0 <= value < 1 or (math.isfinite(value) and value >= 1 and value == int(value))
-
-
-def one_of(names: Sequence[str]) -> Allowed:
-    """One of a few names."""
-    return Allowed(" | ".join(names), lambda v: v in names)
-
-
-YES_OR_NO = Allowed("true | false", lambda v: isinstance(v, bool))
-ANYTHING = Allowed("any text", lambda v: True)
-TEXT = Allowed("a text that is not empty", lambda v: bool(v.strip()))
-RANKS = Allowed(
-    "whole numbers from 1 to 1024, separated by commas, or a file of them",
-    lambda v: v != () and all(1 <= rank <= 1024 for rank in v),
-)
-COEFFICIENT = Allowed(
-    "a number of at least 0, or -1 for what config.json says", lambda v: v == -1 or (math.isfinite(v) and v >= 0)
-)
-SHARES = Allowed("parts among bottom,trunk,top", lambda v: v != () and len({*v}) == len(v) and {*v} <= {*PARTS})
-FIELDS = Allowed("a JSON object of fields, or a .json file that holds one", lambda v: True)
-NAMES = Allowed("names separated by commas", lambda v: all(name.strip() for name in v))
-WARMUP = Allowed("a whole number of steps, or a share of them from 0 to below 1", _is_warmup)
-CUT = Allowed("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: _parse_cut(v) is not None)
-MEMORY = Allowed("bytes with a unit, such as 800MB, 1.5GB or 2GiB", lambda v: v == "" or _parse_memory(v) is not None)
-DEVICE = Allowed("auto | cpu | cuda | cuda:N", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", v) is not None)
-OWN_DEVICE = Allowed(DEVICE.words, lambda v: v == "" or DEVICE.test(v))
-QUANTIZATION = Allowed(
-    "PART:BITS, separated by commas, with parts among bottom,trunk,top and 4 or 8 bits, such as trunk:4,top:8",
-    lambda v: _parse_quantization(v) is not None,
-)
-PARTITION = Allowed(
-    "auto | natural[:COLUMN] | iid | dirichlet:ALPHA[:COLUMN] | inner-dirichlet:ALPHA:SIZE,SIZE,…[:COLUMN] "
-    "| pathological:N[:COLUMN] | shard:N[:COLUMN] | linear | square | exponential | size:SIZE,SIZE,…",
-    lambda v: _parse_partition(v) is not None,
-)
-
-
-def _parse_memory(value: str) -> int | None:
-    """Bytes; units are powers of 1000, those with an i of 1024."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT])(i?)B\s*", value)
-    if found is None or len(value) > 20:
-        return None
-    power = "kMGT".index(found[2]) + 1
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-    return size or None
-
-
-@dataclass(frozen=True)
-class PartitionSpec:
-    """A way to deal data out, read from `--partition`.
-
-    Attributes:
-        kind: "auto", "natural", "iid", "dirichlet", "inner-dirichlet", "pathological", "shard", "linear", "square",
-            "exponential" or "size".
-        alpha: The concentration of the Dirichlet kinds.
-        number: The classes of a pathological client, or the shards of each client.
-        sizes: Sequences a client, of "size" and "inner-dirichlet".
-        column: The column whose values are dealt by; empty for the usual one.
-    """
-
-    kind: str
-    alpha: float = 0.0
-    number: int = 0
-    sizes: tuple[int, ...] = ()
-    column: str = ""
-
-
-_PARTITIONS: Mapping[str, tuple[str, ...]] = {
-    "auto": (),
-    "natural": ("column",),
-    "iid": (),
-    "dirichlet": ("alpha", "column"),
-    "inner-dirichlet": ("alpha", "sizes", "column"),
-    "pathological": ("number", "column"),
-    "shard": ("number", "column"),
-    "linear": (),
-    "square": (),
-    "exponential": (),
-    "size": ("sizes",),
-}
-"""What follows the name of each, between colons; the column may be left out."""
-
-
-def _parse_partition(value: str) -> PartitionSpec | None:
-    kind, *given = value.split(":")
-    wanted = _PARTITIONS.get(kind)
-    if wanted is None or not len(wanted) - ("column" in wanted) <= len(given) <= len(wanted) or "" in given:
-        return None
-    found: dict[str, Any] = dict(zip(wanted, given, strict=False))
-    try:
-        if "alpha" in found:
-            found["alpha"] = float(found["alpha"])
-        if "number" in found:
-            found["number"] = int(found["number"])
-        if "sizes" in found:
-            found["sizes"] = tuple(int(size) for size in found["sizes"].split(","))
-    except ValueError:
-        return None
-    possible = math.isfinite(found.get("alpha", 1.0)) and found.get("alpha", 1.0) > 0 and found.get("number", 1) > 0
-    return PartitionSpec(kind, **found) if possible and min(found.get("sizes", (1,))) > 0 else None
-
-
-def parse_partition(value: str) -> PartitionSpec:
-    """Reads a way to deal data out.
-
-    Raises:
-        SettingError: There is no such way.
-    """
-    spec = _parse_partition(value)
-    if spec is None:
-        raise SettingError("partition", value, PARTITION.words)
-    return spec
-
-
-def _parse_cut(value: str) -> tuple[int, int] | None:
-    low, colon, high = value.partition(":")
-    if not (colon and low.isdecimal() and high.isdecimal()) or len(value) > 20 or int(low) >= int(high):
-        return None
-    return int(low), int(high)
-
-
-def _parse_quantization(value: str) -> dict[str, int] | None:
-    """Bits by part, in the order of the parts."""
-    found = [re.fullmatch(rf"({'|'.join(PARTS)}):([48])", item) for item in value.split(",")] if value else []
-    bits = {match[1]: int(match[2]) for match in found if match}
-    return {part: bits[part] for part in PARTS if part in bits} if len(bits) == len(found) else None
 
 
 def setting(default: Any, allowed: Allowed, help: str, alias: str = "") -> Any:
@@ -379,7 +228,7 @@ class TrunkSettings:
     @property
     def memory_bytes(self) -> int | None:
         """The budget in bytes; None where there is none."""
-        return _parse_memory(self.memory) if self.memory else None
+        return parse_memory(self.memory) if self.memory else None
 
 
 @dataclass(frozen=True)
@@ -474,7 +323,7 @@ class Config:
     @property
     def bounds(self) -> tuple[int, int]:
         """The cut as (LO, HI)."""
-        bounds = _parse_cut(self.cut)
+        bounds = parse_cut(self.cut)
         if bounds is None:
             raise SettingError("cut", self.cut, CUT.words)
         return bounds
@@ -482,7 +331,7 @@ class Config:
     @property
     def bits(self) -> dict[str, int]:
         """By part, the bits of its base weights; parts that are not quantised are left out."""
-        return _parse_quantization(self.quantization) or {}
+        return parse_quantization(self.quantization) or {}
 
     def device_of(self, part: str) -> str:
         """What a part computes on, as the settings name it."""
@@ -495,6 +344,8 @@ class Config:
 
 
 OPTIONS = "strategy_options"
+
+
 SECTIONS = {
     f.name: get_type_hints(Config)[f.name] for f in dataclasses.fields(Config) if not f.metadata and f.name != OPTIONS
 }
@@ -510,143 +361,3 @@ def _leaves() -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
 
 
 LEAVES = {name: (leaf, kind) for name, leaf, kind in _leaves()}
-
-
-def _convert(name: str, value: object, kind: Any) -> Any:
-    """Turns a flag's text or a TOML value into the setting's type, and checks it."""
-    allowed: Allowed = LEAVES[name][0].metadata["allowed"]
-    try:
-        if kind == tuple[str, ...]:
-            converted: Any = tuple(value.split(",")) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
-            suits = all(isinstance(item, str) for item in converted)
-        elif kind == tuple[int, ...]:
-            converted = _whole_numbers(value)
-            suits = True
-        elif allowed is FIELDS:
-            converted, suits = _object(value), True
-        elif kind is bool:
-            converted = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
-            suits = isinstance(converted, bool)
-        elif isinstance(value, bool) and kind is str and name == "data.packing":  # a switch that may also be planned
-            converted, suits = str(value).lower(), True
-        else:
-            suits = not isinstance(value, bool) and (isinstance(value, str) or kind is not str)
-            converted = kind(value)
-            suits = suits and (kind is not int or isinstance(value, str) or value == converted)
-        suits = suits and allowed.test(converted)
-    except (TypeError, ValueError, OverflowError):
-        suits = False
-    if not suits:
-        words = allowed.words.replace("a number", "a whole number") if kind is int else allowed.words
-        raise SettingError(name, _short(value), words)
-    return converted
-
-
-def _whole_numbers(value: object) -> tuple[int, ...]:
-    """Numbers from a list, from a text with commas, or from the file it names.
-
-    Raises:
-        ValueError, TypeError: It is none of these.
-    """
-    if isinstance(value, str) and not re.fullmatch(r"[\d,\s+-]*", value):
-        try:
-            value = ",".join(Path(value).read_text(encoding="utf-8").replace(",", " ").split())
-        except OSError as error:
-            raise ValueError from error
-    items: Sequence[Any] = value.split(",") if isinstance(value, str) else [value]
-    if isinstance(value, list | tuple):
-        items = value
-    if any(isinstance(item, bool) or not isinstance(item, int | str) for item in items):
-        raise TypeError
-    return tuple(int(item) for item in items)
-
-
-def _object(value: object) -> str:
-    """A JSON object as one line, from its text, from the file that the text names, or from a table; "" for none.
-
-    Raises:
-        ValueError, TypeError: It is none of these.
-    """
-    if isinstance(value, str):
-        text = value.strip()
-        if text and not text.startswith("{"):
-            try:
-                text = Path(text).read_text(encoding="utf-8")
-            except OSError as error:
-                raise ValueError from error
-        value = json.loads(text or "{}")
-    if not isinstance(value, Mapping):
-        raise TypeError
-    return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
-
-
-def _short(value: object) -> str:
-    """A value as a message shows it."""
-    text = str(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of many digits"
-    return "nothing" if text == "" else text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None) -> Config:
-    """Makes a configuration from dotted names.
-
-    Args:
-        values: Settings by dotted name; those not named keep their defaults.
-        options: Keyword arguments for the strategy.
-
-    Raises:
-        InputError: A name is unknown or a value is not allowed.
-    """
-    top: dict[str, Any] = {}
-    parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    for name, value in values.items():
-        if name not in LEAVES:
-            raise InputError(f"there is no setting {name}; {suggest(name, LEAVES)}")
-        section, _, leaf = name.rpartition(".")
-        (parts[section] if section else top)[leaf] = _convert(name, value, LEAVES[name][1])
-    for name, value in (options or {}).items():
-        if not isinstance(value, str | int | float):
-            raise SettingError(f"strategy.{name}", value, "a text, a number, true or false")
-    sections = {name: cls(**parts[name]) for name, cls in SECTIONS.items()}
-    return Config(**top, **sections, strategy_options=dict(options or {}))
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """What somebody may have meant by a name that is not known."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return "did you mean " + " or ".join(close) + "?" if close else "see --help for the list"
-
-
-def dotted(document: Mapping[str, Any]) -> dict[str, object]:
-    """Nested values, as a file has them, by dotted name."""
-    values: dict[str, object] = {}
-    for key, value in document.items():
-        if key in SECTIONS and isinstance(value, dict):
-            values |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
-        else:
-            values[key] = value
-    return values
-
-
-def set_by_user(section: Any) -> dict[str, Any]:
-    """The settings of a section, by the names of its fields, that do not have their defaults."""
-    values = {leaf.name: (getattr(section, leaf.name), leaf.default) for leaf in dataclasses.fields(section)}
-    return {name: value for name, (value, default) in values.items() if value != default}
-
-
-def as_document(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain values, ready to be written as TOML.
-
-    The run's folder is left out: who runs the file again gets a folder of its own.
-    """
-    document = dataclasses.asdict(config)
-    del document["out"], document["resume"]
-    document["share"] = list(config.share)
-    document["lora"]["targets"] = list(config.lora.targets)
-    document["lora"]["rank"] = list(config.lora.rank) if len(config.lora.rank) > 1 else config.lora.rank[0]
-    return document
-
-
-def from_document(document: Mapping[str, Any]) -> Config:
-    """The inverse of `as_document`."""
-    settings = {key: value for key, value in document.items() if key != OPTIONS}
-    return build(dotted(settings), document.get(OPTIONS))

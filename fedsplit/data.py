@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedsplit.allowed import SettingError
 from fedsplit.command import exit_code
-from fedsplit.config import Config, SettingError
+from fedsplit.config import Config
 from fedsplit.environment import quieten
 from fedsplit.flags import Parser, parse
 

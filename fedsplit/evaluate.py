@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsplit.allowed import DEVICE, InputError, SettingError
 from fedsplit.command import exit_code
-from fedsplit.config import DEVICE, Config, DataSettings, InputError, SettingError, from_document
+from fedsplit.config import Config, DataSettings
+from fedsplit.documents import from_document
 from fedsplit.environment import quieten
 from fedsplit.flags import Parser
 from fedsplit.results.finished import Adapter, Run, open_run

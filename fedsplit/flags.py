@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config, InputError, SettingError, build, dotted, suggest
+from fedsplit.allowed import InputError, SettingError
+from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
+from fedsplit.documents import build, dotted, suggest
 
 MAY_DIFFER = ("resume", "rounds", "patience", "workers", "threads", "device", "trunk.threads", "trunk.device")
 """What may be set of a run that goes on."""

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsplit.allowed import DEVICE, KERNELS, Allowed, InputError, SettingError, at_least, one_of
 from fedsplit.command import exit_code
-from fedsplit.config import DEVICE, KERNELS, Allowed, Config, InputError, SettingError, at_least, one_of
+from fedsplit.config import Config
 from fedsplit.environment import prepare, quieten
 from fedsplit.flags import Parser
 from fedsplit.results.finished import Adapter, Run, open_run
@@ -221,7 +222,8 @@ def check(asked: argparse.Namespace) -> Job:
     facts = read_facts(model)
 
     from fedsplit.generation.sampling import Sampling
-    from fedsplit.model.split import check_checkpoint, load_tokenizer
+    from fedsplit.model.stored import check_checkpoint
+    from fedsplit.model.vocabulary import load_tokenizer
     from fedsplit.results.whole import read_adapter
 
     tokenizer = load_tokenizer(model)

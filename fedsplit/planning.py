@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from fedsplit.config import Config, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
 from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
 
 LARGE = 2**25

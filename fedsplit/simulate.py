@@ -55,7 +55,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     from fedsplit.federation.checkpoint import check_folder, check_resumable
     from fedsplit.federation.strategy import check_strategy, load_strategy
     from fedsplit.model.quantization import check_quantization
-    from fedsplit.model.split import check_checkpoint
+    from fedsplit.model.stored import check_checkpoint
     from fedsplit.optimization.optim import check_optimizer
 
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")

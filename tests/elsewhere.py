@@ -124,7 +124,7 @@ def main(model: str, corpus: str, folder: str) -> None:
     """Prints the losses of every run on the CPU and elsewhere."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from experiments import in_process
-    from fedsplit.config import build
+    from fedsplit.documents import build
     from fedsplit.federation import client_app
     from fedsplit.federation.strategy import load_strategy
 

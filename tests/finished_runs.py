@@ -8,7 +8,7 @@ import pytest
 from conftest import write_corpus
 from local_federation import federate
 
-from fedsplit.config import build
+from fedsplit.documents import build
 from fedsplit.federation.strategy import load_strategy
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import VOCABULARY
 from peft import get_peft_model
 
 from fedsplit.adaptation import lora
@@ -14,7 +15,9 @@ from fedsplit.adaptation.injection import make_config
 from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.generation.decoding import Ends
-from fedsplit.model.split import Trunk, load_parts, load_whole
+from fedsplit.model.parts import Trunk
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions
@@ -23,6 +26,27 @@ from fedsplit.wire.packets import Packet
 
 RAW = make_codec("raw")
 SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.1)
+
+
+def batch_of(padding: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Tokens, mask and labels of three sequences."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, VOCABULARY, (3, 13), generator=generator)
+    if padding == "none":
+        return ids, None, ids
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((4, 1, 0)):
+        if length and padding == "left":
+            mask[row, :length] = 0
+        elif length:
+            mask[row, -length:] = 0
+    return ids, mask, ids.masked_fill(mask == 0, -100)
+
+
+def logits_of(parts: list[Any], ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What bottom, trunk and top make of tokens."""
+    bottom, trunk, top = parts
+    return top.logits(trunk(bottom(ids, mask), mask), mask)
 
 
 def parts_of(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fedsplit import adapters
 from fedsplit.evaluate import evaluate, held_out_loss
-from fedsplit.model.split import load_whole
+from fedsplit.model.unsplit import load_whole
 from fedsplit.results.whole import Score
 
 Said = tuple[int, list[str], str]

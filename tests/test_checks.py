@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedsplit import checks, simulate
-from fedsplit.config import build
+from fedsplit.documents import build
 
 
 def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:

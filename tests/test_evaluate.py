@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fedsplit import evaluate
 from fedsplit.corpora.synthetic import TOPICS
-from fedsplit.model.split import load_whole
+from fedsplit.model.unsplit import load_whole
 from fedsplit.results.finished import open_run
 from fedsplit.results.whole import Score
 

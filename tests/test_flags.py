@@ -10,7 +10,9 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.config import LEAVES, InputError, as_document, build, from_document
+from fedsplit.allowed import InputError
+from fedsplit.config import LEAVES
+from fedsplit.documents import as_document, build, from_document
 from fedsplit.flags import parse
 
 

@@ -28,7 +28,9 @@ from fedsplit.adaptation import adapting, lora
 from fedsplit.client.link import Link
 from fedsplit.generation.decoding import Ends, Pace, decode
 from fedsplit.generation.sampling import Chooser, Sampling
-from fedsplit.model.split import load_parts, load_tokenizer, load_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
+from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import Run, open_run
 from fedsplit.trunk.schedules import SCHEDULES
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-GROUND = {"config", "environment", "flags", "command", "report", "seeds", "lowrank", "updates"}
+GROUND = {"allowed", "config", "documents", "environment", "flags", "command", "report", "seeds", "lowrank", "updates"}
 """Modules at the top of `fedsplit` that every package may import."""
 
 PACKAGES = [
@@ -49,11 +49,15 @@ HOMES = {
     "psutil": {"trunk.memory"},
     "ray": {"trunk.actor"},
     "rich": {"report"},
-    "safetensors": {"model.split", "adaptation.lora", "adaptation.prompts", "model.store"},
+    "safetensors": {"model.stored", "adaptation.lora", "adaptation.prompts", "model.store"},
     "tokenizers": {"model.vocabulary"},
     "tomli_w": {"federation.checkpoint"},
     "transformers": {
+        "model.attention",
+        "model.parts",
         "model.split",
+        "model.stored",
+        "model.unsplit",
         "adaptation.prompts",
         "model.caches",
         "generation.sampling",

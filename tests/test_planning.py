@@ -7,7 +7,7 @@ import os
 import pytest
 
 from fedsplit import planning
-from fedsplit.config import build
+from fedsplit.documents import build
 
 
 def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from conftest import BLOCKS, VOCABULARY
 
-from fedsplit.model.split import load_whole
+from fedsplit.model.unsplit import load_whole
 
 END = "<|endoftext|>"
 TOKENS = [END, *map(chr, range(33, 126)), "Ġ", "Ċ", "th"]

@@ -66,7 +66,7 @@ def hold(role: str, config: Any, vocabulary: int) -> dict[str, Any]:
     if role == "whole":
         from peft import get_peft_model
 
-        from fedsplit.model.split import load_whole
+        from fedsplit.model.unsplit import load_whole
 
         family = read_facts(about(config)).family
         parts = [get_peft_model(load_whole(weights(config), dtype), make_config(config.lora, family))]
@@ -124,7 +124,7 @@ def measure(role: str, model: Mapping[str, Any], name: str, tiny: bool) -> dict[
 
 def _held(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a measuring process answers."""
-    from fedsplit.config import build
+    from fedsplit.documents import build
     from fedsplit.model.sources import about
 
     config = build({key: asked[key] for key in ("model", "dtype", "cut")})
@@ -206,7 +206,7 @@ def _named(model: Mapping[str, Any]) -> str:
     """A model's name; the folder it is unpacked into in one type, where it is to be loaded in another."""
     if "stored" not in model:
         return str(model["model"])
-    from fedsplit.config import build
+    from fedsplit.documents import build
     from fedsplit.model.sources import weights
 
     return str(weights(build({"model": model["model"], "dtype": model["stored"]})))

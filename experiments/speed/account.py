@@ -63,9 +63,9 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     from fedsplit.adaptation import lora
     from fedsplit.client import client, link
     from fedsplit.client.link import Link
-    from fedsplit.config import build
     from fedsplit.corpora.partition import Shard
     from fedsplit.corpora.sequences import Sequences
+    from fedsplit.documents import build
     from fedsplit.model.devices import TYPES
     from fedsplit.model.split import load_parts
     from fedsplit.trunk import learner

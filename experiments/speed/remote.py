@@ -47,7 +47,7 @@ def make_trunk(model: Mapping[str, Any], folder: str) -> Serve:
     import torch
 
     from fedsplit.adaptation import lora
-    from fedsplit.config import build
+    from fedsplit.documents import build
     from fedsplit.model.devices import TYPES
     from fedsplit.model.split import load_parts
     from fedsplit.trunk.server import TrunkServer
@@ -77,7 +77,7 @@ def measure(model: Mapping[str, Any], folder: str, seconds: float, repeats: int)
     import ray
     import torch
 
-    from fedsplit.config import build
+    from fedsplit.documents import build
     from fedsplit.trunk.actor import start_trunk
     from fedsplit.wire.codecs import make_codec
 

@@ -25,7 +25,7 @@ from fedsplit.config import Config
 from fedsplit.corpora.partition import batch
 from fedsplit.flags import parse
 from fedsplit.model.families import read_facts
-from fedsplit.model.split import load_whole
+from fedsplit.model.unsplit import load_whole
 from fedsplit.optimization.optim import make_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

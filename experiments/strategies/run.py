@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.speed.run import CORES, machine
-from fedsplit.config import Config, build
+from fedsplit.config import Config
+from fedsplit.documents import build
 from fedsplit.environment import prepare
 
 HERE = Path(__file__).parent

@@ -122,7 +122,7 @@ class Crowd:
 
 def _use(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, steps: int, patience: float) -> dict[str, Any]:
     """Starts an actor on the cluster there is, and has the case's clients ask it."""
-    from fedsplit.config import build
+    from fedsplit.documents import build
     from fedsplit.trunk.actor import start_trunk
 
     sizes = {"train.batch_size": model["batch_size"], "train.max_length": model["max_length"]}

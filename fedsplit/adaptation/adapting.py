@@ -13,8 +13,9 @@ from fedsplit.config import Config
 from fedsplit.model.devices import TYPES, resolve
 from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD
+from fedsplit.model.parts import SCORE, Kind, Part
 from fedsplit.model.sources import about, weights
-from fedsplit.model.split import SCORE, Kind, Part, load_parts
+from fedsplit.model.split import load_parts
 from fedsplit.updates import Adapters
 
 

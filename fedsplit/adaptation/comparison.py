@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit.config import Config, as_document, dotted
+from fedsplit.config import Config
+from fedsplit.documents import as_document, dotted
 from fedsplit.lowrank import LowRank
 from fedsplit.updates import Adapters
 

@@ -15,11 +15,14 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.peft_types import PeftType
 
 from fedsplit.adaptation.methods import fields_of, method_of, options_of
-from fedsplit.config import Config, LoraSettings, SettingError, suggest
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config, LoraSettings
+from fedsplit.documents import suggest
 from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD
+from fedsplit.model.parts import Part
 from fedsplit.model.sources import about
-from fedsplit.model.split import Part, blank
+from fedsplit.model.unsplit import blank
 from fedsplit.seeds import derive_seed
 
 ADAPTER = "default"
@@ -40,7 +43,7 @@ def make_config(
         family: The model's family.
         blocks: The blocks of the unsplit model that are adapted; all where None.
         seed: The run's seed, from which follows what is drawn and not trained.
-        head: What trains of the head, one of `fedsplit.config.HEADS`; "frozen" for a part without it.
+        head: What trains of the head, one of `fedsplit.allowed.HEADS`; "frozen" for a part without it.
 
     Raises:
         SettingError: Among the further fields is one that this kind does not have, or with an impossible value.

@@ -28,9 +28,9 @@ from fedsplit.model.devices import CPU
 from fedsplit.model.families import STACKED, Family
 from fedsplit.model.head import HEAD, WEIGHT, WholeHead
 from fedsplit.model.kernels import causal_loss, lora_linear
+from fedsplit.model.parts import SCORE, Part
 from fedsplit.model.quantization import values_in, was_transposed
 from fedsplit.model.sources import to_peft
-from fedsplit.model.split import SCORE, Part
 from fedsplit.seeds import derive_seed
 from fedsplit.updates import Adapters, Layer, factor_of, fresh_factor
 
@@ -96,7 +96,7 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
         part: The part; its base weights must be frozen already.
         settings: The kind of adapter, rank, alpha, dropout and targets.
         seed: The run's seed.
-        head: What of the top's head trains, one of `fedsplit.config.HEADS`. Where it is tied, the embedding stays as
+        head: What of the top's head trains, one of `fedsplit.allowed.HEADS`. Where it is tied, the embedding stays as
             it is: an adapter adds to what the shared weight makes, and a head that trains whole gets a copy.
     """
     head = head if part.kind == "top" else "frozen"

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fedsplit.config import Config, LoraSettings, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config, LoraSettings
 
 
 @dataclass(frozen=True)

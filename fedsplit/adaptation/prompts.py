@@ -29,9 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
 
-from fedsplit.config import PARTS, PromptSettings
+from fedsplit.allowed import PARTS
+from fedsplit.config import PromptSettings
+from fedsplit.model.parts import Bottom, Kind, Part, Top, Trunk
 from fedsplit.model.sources import to_peft
-from fedsplit.model.split import Bottom, Kind, Part, Top, Trunk
 from fedsplit.seeds import derive_seed
 from fedsplit.updates import Adapters
 

@@ -16,8 +16,8 @@ from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Sequences, behind, predicted
 from fedsplit.model.devices import device_of
 from fedsplit.model.kernels import IGNORED
+from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
-from fedsplit.model.split import Bottom, Top
 from fedsplit.optimization import optim
 from fedsplit.optimization.clipping import coefficient, squared_norm
 from fedsplit.optimization.local import LocalRule

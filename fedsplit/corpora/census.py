@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsplit.config import InputError
+from fedsplit.allowed import InputError
 from fedsplit.corpora.partition import Deal, Shard
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.report import aligned

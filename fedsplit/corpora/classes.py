@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsplit.config import SettingError
+from fedsplit.allowed import SettingError
 from fedsplit.corpora.tables import Table
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedsplit.config import DataSettings, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import DataSettings
 from fedsplit.corpora.classes import numbers_of
 from fedsplit.corpora.corpus import chop, encode
 from fedsplit.corpora.sequences import Row
 from fedsplit.corpora.tables import Table
 from fedsplit.model.kernels import IGNORED
-from fedsplit.model.split import load_tokenizer
+from fedsplit.model.vocabulary import load_tokenizer
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What marks the assistant's turns in a chat template that says where they are."""
@@ -26,7 +27,7 @@ class Reading:
 
     Attributes:
         data: The settings.
-        format: One of `fedsplit.config.FORMATS`, but not "auto".
+        format: One of `fedsplit.allowed.FORMATS`, but not "auto".
         column: The column whose values rows are dealt by; empty where whose they are decides.
         model_path: The model's folder, for its tokenizer.
         end: The id of the token that ends a text.

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fedsplit.config import DataSettings, PartitionSpec, SettingError, parse_partition
+from fedsplit.allowed import PartitionSpec, SettingError, parse_partition
+from fedsplit.config import DataSettings
 from fedsplit.corpora.classes import classes_of
 from fedsplit.corpora.formats import Fitted, Reading, fit, format_of, joined, read_rows
 from fedsplit.corpora.sequences import Row, Sequences, stack
@@ -55,7 +56,7 @@ class Deal:
 
     Attributes:
         shards: A client's each.
-        format: What its rows are, one of `fedsplit.config.FORMATS`, but not "auto".
+        format: What its rows are, one of `fedsplit.allowed.FORMATS`, but not "auto".
         packed: Whether several texts are put into a sequence.
         by: What the shards' shares are of: "owner", or a column.
         classes: The names of the classes, under classification.
@@ -315,7 +316,7 @@ def make_deal(
     Args:
         dataset: As `fedsplit.corpora.tables.read_table` takes it.
         partition: "natural" (a client an owner), "iid", "dirichlet:ALPHA" (over the owners), or another that
-            `fedsplit.config.parse_partition` knows; "auto" is natural for what is made here as far as its owners go,
+            `fedsplit.allowed.parse_partition` knows; "auto" is natural for what is made here as far as its owners go,
             and iid otherwise.
         clients: How many.
         length: Tokens of a sequence at most.

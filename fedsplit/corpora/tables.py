@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsplit.config import DataSettings, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import DataSettings
 from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, sotu
 from fedsplit.corpora.synthetic import make_rows
 

@@ -15,9 +15,11 @@ import tomli_w
 from torch import Tensor
 
 from fedsplit.adaptation import adapting
-from fedsplit.config import Config, SettingError, as_document
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
+from fedsplit.documents import as_document
 from fedsplit.model.families import Family
-from fedsplit.model.split import Kind, ranges
+from fedsplit.model.parts import Kind, ranges
 from fedsplit.model.store import load_tensors, pack, sync, unpack, write_tensors
 from fedsplit.updates import Adapters
 

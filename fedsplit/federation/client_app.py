@@ -23,13 +23,14 @@ from fedsplit.adaptation.adapting import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.heldout import deal_of, held_out_batches, pooled, sample, through_split
 from fedsplit.client.link import Link
-from fedsplit.config import Config, from_document
+from fedsplit.config import Config
 from fedsplit.corpora.partition import Shard
+from fedsplit.documents import from_document
 from fedsplit.federation import records
 from fedsplit.model.families import read_facts
+from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
 from fedsplit.model.sources import about
-from fedsplit.model.split import Bottom, Top
 from fedsplit.model.store import ClientStore, FoldLog, Kept
 from fedsplit.trunk.actor import TrunkHandle, find_trunk
 from fedsplit.trunk.memory import peak_memory

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedsplit.adaptation.methods import method_of
-from fedsplit.config import PARTS, Config
+from fedsplit.allowed import PARTS
+from fedsplit.config import Config
 from fedsplit.lowrank import LowRank
 from fedsplit.model.store import ClientStore, FoldLog
 from fedsplit.trunk.learners import Copy, Start

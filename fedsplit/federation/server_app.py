@@ -14,7 +14,8 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.client.heldout import HeldOut, pooled
-from fedsplit.config import Config, as_document
+from fedsplit.config import Config
+from fedsplit.documents import as_document
 from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, Member, make_aggregation
 from fedsplit.federation.checkpoint import RunFolder, Snapshot

@@ -14,7 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from fedsplit.adaptation.methods import draws_fresh, method_of
-from fedsplit.config import Config, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 

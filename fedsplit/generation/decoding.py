@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedsplit.client.link import Link
 from fedsplit.generation.sampling import Chooser
 from fedsplit.model.caches import Past
-from fedsplit.model.split import Bottom, Top
+from fedsplit.model.parts import Bottom, Top
 from fedsplit.wire.packets import StepKey
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fedsplit.model.split import Part
+from fedsplit.model.parts import Part
 
 
 class PartCache(DynamicCache):  # type: ignore[misc]  # the library has no types

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsplit.config import Config, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
 
 CPU = torch.device("cpu")
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What a part computes in, by the names in `fedsplit.config.DTYPES`."""
+"""What a part computes in, by the names in `fedsplit.allowed.DTYPES`."""
 
 
 def resolve(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedsplit.config import SettingError
+from fedsplit.allowed import SettingError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fedsplit.config import SettingError
+from fedsplit.allowed import SettingError
 from fedsplit.model.families import family_of
 from fedsplit.model.store import sync
 
@@ -120,7 +120,7 @@ def unpack(file: Path, dtype: str, tell: Callable[[str], object] = lambda line: 
 
     Args:
         file: The file.
-        dtype: The type that a run holds base weights in, one of `fedsplit.config.DTYPES`; weights are kept in it.
+        dtype: The type that a run holds base weights in, one of `fedsplit.allowed.DTYPES`; weights are kept in it.
         tell: Is told before the file is unpacked, which may take long.
 
     Raises:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from fedsplit.config import SettingError
+from fedsplit.allowed import SettingError
 from fedsplit.model.vocabulary import TOKENIZER_FILES, has_vocabulary
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w./-]+))?", re.ASCII)

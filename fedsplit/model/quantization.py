@@ -12,12 +12,14 @@ import functools
 import importlib.util
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedsplit.config import Config, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
 from fedsplit.model.devices import CPU, TYPES, resolve
 
 EXTRA = "fedsplit[quantized]"
@@ -131,3 +133,10 @@ def values_in(parameter: Tensor) -> int:
     """How many weights a parameter stands for; two of 4 bits are kept in a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def announced(model: Any, bits: Iterable[int]) -> Any:
+    """A model that says what is quantised in it, as PEFT asks."""
+    for number in bits:
+        setattr(model, f"is_loaded_in_{number}bit", True)
+    return model

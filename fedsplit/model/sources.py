@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedsplit.config import PARTS, Config, SettingError
+from fedsplit.allowed import PARTS, SettingError
+from fedsplit.config import Config
 from fedsplit.model import gguf_files, hub
 from fedsplit.model.families import read_facts
 from fedsplit.model.hub import HubName

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from fedsplit.config import SettingError
+from fedsplit.allowed import SettingError
 
 TOKENIZER_FILES = (
     "token*",
@@ -54,3 +55,10 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         words = "a folder with a tokenizer.json that can be read, or another tokenizer that transformers opens"
         raise SettingError("model", f"{folder} ({reason})", words) from None
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The library's tokenizer that lies beside a model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedsplit.config import OPTIMIZERS, SettingError, TrainSettings
+from fedsplit.allowed import OPTIMIZERS, SettingError
+from fedsplit.config import TrainSettings
 
 _STATES_OF_8_BIT = 4096
 """From how many values on bitsandbytes keeps a tensor's moments in 8 bits; those of smaller ones stay in 32."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsplit.config import PARTS, Config, InputError, SettingError, build
+from fedsplit.allowed import PARTS, InputError, SettingError
+from fedsplit.config import Config
+from fedsplit.documents import build
 from fedsplit.flags import read_toml
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -25,7 +27,7 @@ class Adapter:
     Attributes:
         folder: Where.
         model: The base model it is for, as `--model` names it.
-        dtype: The type in which its run held that model, one of `fedsplit.config.DTYPES`.
+        dtype: The type in which its run held that model, one of `fedsplit.allowed.DTYPES`.
         name: What to call it.
         cut: The run's cut.
         quantization: What of that model its run held in 4 or 8 bits, as in the settings.

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from fedsplit.adaptation.lora import SCORE_WEIGHT
 from fedsplit.adaptation.prompts import SAVED
-from fedsplit.config import InputError
+from fedsplit.allowed import InputError
 from fedsplit.federation.checkpoint import write_whole
 from fedsplit.model.devices import TYPES
 from fedsplit.model.head import HEAD, WEIGHT
 from fedsplit.model.sources import to_peft
-from fedsplit.model.split import load_whole
 from fedsplit.model.store import load_tensors, write_tensors
+from fedsplit.model.unsplit import load_whole
 from fedsplit.model.vocabulary import TOKENIZER_FILES
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
 from fedsplit.results.whole import merged, open_base, open_held, read_adapter, read_fitting

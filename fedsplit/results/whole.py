@@ -12,14 +12,17 @@ import torch
 from peft import PeftModel
 
 from fedsplit.adaptation import adapting, lora, prompts
-from fedsplit.config import Config, InputError, SettingError
+from fedsplit.allowed import InputError, SettingError
+from fedsplit.config import Config
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.model.devices import CPU, TYPES, device_of
 from fedsplit.model.families import read_facts, read_pad
 from fedsplit.model.head import HEAD, WEIGHT
 from fedsplit.model.kernels import IGNORED
+from fedsplit.model.parts import SCORE
 from fedsplit.model.quantization import check_quantization, is_quantized, was_transposed
-from fedsplit.model.split import SCORE, check_checkpoint, load_whole, quantize_whole
+from fedsplit.model.stored import check_checkpoint
+from fedsplit.model.unsplit import load_whole, quantize_whole
 from fedsplit.results.finished import Adapter
 from fedsplit.updates import Adapters
 
@@ -57,7 +60,7 @@ def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes:
 
     Args:
         model_path: Its folder.
-        dtype: One of `fedsplit.config.DTYPES`.
+        dtype: One of `fedsplit.allowed.DTYPES`.
         device: Where to.
         classes: Where above 0, a classifier of sequences with the head that the run began with.
         seed: The run's, of which that head follows.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fedsplit.adaptation import adapting
-from fedsplit.config import Config, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
 from fedsplit.lowrank import LowRank
 from fedsplit.trunk.dispatch import Answer, Dispatcher
 from fedsplit.trunk.learners import Copy, Start

@@ -20,8 +20,8 @@ from fedsplit.adaptation import lora
 from fedsplit.config import TrainSettings
 from fedsplit.lowrank import LowRank
 from fedsplit.model.devices import CPU, device_of
+from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import SUMS, RouterSums, listening
-from fedsplit.model.split import Trunk
 from fedsplit.seeds import derive_seed
 from fedsplit.trunk.learner import Learner, Version
 from fedsplit.trunk.learners import Learners, Withheld

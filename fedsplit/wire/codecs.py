@@ -79,5 +79,5 @@ _CODECS: dict[str, Callable[[], Codec]] = {
 
 
 def make_codec(name: str) -> Codec:
-    """The codec of that name; one of `fedsplit.config.CODECS`."""
+    """The codec of that name; one of `fedsplit.allowed.CODECS`."""
     return _CODECS[name]()

@@ -10,9 +10,11 @@ from conftest import BLOCKS
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.adapting import adapt, load, of_part, save
 from fedsplit.adaptation.prompts import SAVED
-from fedsplit.config import Config, build
+from fedsplit.config import Config
+from fedsplit.documents import build
 from fedsplit.lowrank import LowRank
-from fedsplit.model.split import load_parts, ranges
+from fedsplit.model.parts import ranges
+from fedsplit.model.split import load_parts
 
 KINDS = ("bottom", "trunk", "top")
 

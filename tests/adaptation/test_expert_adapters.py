@@ -20,12 +20,15 @@ from test_simulate import TINY, adapter, command
 from fedsplit import checks, planning, simulate
 from fedsplit.adaptation import lora
 from fedsplit.adapters import compare, summary
-from fedsplit.config import InputError, LoraSettings, SettingError, build, from_document
+from fedsplit.allowed import InputError, SettingError
+from fedsplit.config import LoraSettings
+from fedsplit.documents import build, from_document
 from fedsplit.evaluate import held_out_loss
 from fedsplit.federation.fidelity import measure
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.model.families import read_facts
-from fedsplit.model.split import load_whole, ranges
+from fedsplit.model.parts import ranges
+from fedsplit.model.unsplit import load_whole
 from fedsplit.results.finished import find_adapter, open_run
 from fedsplit.results.merging import combine, merge, unmerge
 from fedsplit.updates import Adapters, ClientUpdate, Layer

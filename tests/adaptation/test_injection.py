@@ -15,13 +15,16 @@ from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import check_injection, exported, make_config
 from fedsplit.adaptation.methods import METHODS
+from fedsplit.allowed import InputError, SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import Config, InputError, SettingError, build
+from fedsplit.config import Config
 from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.documents import build
 from fedsplit.model.families import FAMILIES, read_facts
-from fedsplit.model.split import load_parts, load_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.finished import Adapter
 from fedsplit.results.whole import merged

@@ -13,7 +13,9 @@ from peft import PeftModel
 
 from fedsplit.adaptation import lora
 from fedsplit.config import LoraSettings
-from fedsplit.model.split import load_parts, load_whole, ranges
+from fedsplit.model.parts import ranges
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
 from fedsplit.updates import Adapters
 
 KINDS = ("bottom", "trunk", "top")

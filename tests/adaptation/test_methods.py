@@ -9,7 +9,9 @@ import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from fedsplit.adaptation.methods import METHODS, REFUSED, check_method, draws_fresh, fields_of, method_of
-from fedsplit.config import LoraSettings, SettingError, as_document, build, from_document
+from fedsplit.allowed import SettingError
+from fedsplit.config import LoraSettings
+from fedsplit.documents import as_document, build, from_document
 
 
 def test_every_kind_that_peft_has_is_offered_or_refused_with_a_reason() -> None:

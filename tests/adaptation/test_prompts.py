@@ -31,14 +31,18 @@ from experiments.in_process import LocalTrunk
 from fedsplit import adapters, simulate
 from fedsplit.adaptation import lora, prompts
 from fedsplit.adaptation.adapting import adapt
+from fedsplit.allowed import InputError, SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import Config, InputError, PromptSettings, SettingError, build
+from fedsplit.config import Config, PromptSettings
 from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.documents import build
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
-from fedsplit.model.split import load_parts, load_tokenizer, load_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
+from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.finished import find_adapter, open_run
 from fedsplit.results.merging import combine, merge

@@ -17,12 +17,14 @@ from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import LoraSettings, TrainSettings, build
+from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Row, Sequences, stack
+from fedsplit.documents import build
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.kernels import IGNORED
-from fedsplit.model.split import load_parts, load_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
 from fedsplit.trunk.schedules import SCHEDULES

@@ -13,7 +13,7 @@ from test_client import make_client, padded_rows
 from fedsplit.client.heldout import HeldOut, held_out_batches, measure, sample, through_split
 from fedsplit.corpora.partition import Shard
 from fedsplit.corpora.sequences import Sequences
-from fedsplit.model.split import load_whole
+from fedsplit.model.unsplit import load_whole
 
 
 def test_means_are_over_tokens_not_over_batches() -> None:

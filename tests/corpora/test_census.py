@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.config import InputError
+from fedsplit.allowed import InputError
 from fedsplit.corpora.census import as_document, plot, stated, table
 from fedsplit.corpora.partition import Deal, Shard
 from fedsplit.corpora.sequences import Row, Sequences, stack

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedsplit.config import SettingError
+from fedsplit.allowed import SettingError
 from fedsplit.corpora.classes import classes_of, numbers_of
 from fedsplit.corpora.tables import Table
 

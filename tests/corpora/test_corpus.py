@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.config import BUNDLED_MODEL, DataSettings, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import BUNDLED_MODEL, DataSettings
 from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, chop, pack, sotu, tokenise
 from fedsplit.corpora.tables import read_table
 

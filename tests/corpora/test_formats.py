@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.config import DataSettings, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import DataSettings
 from fedsplit.corpora.formats import Reading, fit, format_of, read_rows
 from fedsplit.corpora.sequences import Row
 from fedsplit.corpora.tables import Table

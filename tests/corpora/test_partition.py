@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.config import BUNDLED_MODEL, DataSettings, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import BUNDLED_MODEL, DataSettings
 from fedsplit.corpora.partition import Deal, Shard, all_text, batch, make_deal, spread
 
 

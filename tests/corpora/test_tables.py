@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.config import DataSettings, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import DataSettings
 from fedsplit.corpora.tables import check_dataset, read_held_out, read_table
 
 ROWS = [{"text": "one, two", "owner": "ann"}, {"text": " three\n", "owner": "bob"}, {"text": "", "owner": "ann"}]

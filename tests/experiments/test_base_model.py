@@ -14,7 +14,8 @@ import torch
 
 from fedsplit.config import BUNDLED_MODEL
 from fedsplit.corpora.corpus import pack, sotu, tokenise
-from fedsplit.model.split import load_tokenizer, load_whole
+from fedsplit.model.unsplit import load_whole
+from fedsplit.model.vocabulary import load_tokenizer
 
 EXPERIMENT = Path("experiments/base_model")
 

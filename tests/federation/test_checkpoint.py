@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from test_lora import adapted
 
 from fedsplit.adaptation import lora
-from fedsplit.config import Config, LoraSettings, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config, LoraSettings
 from fedsplit.federation.checkpoint import RunFolder, Snapshot, check_folder, check_resumable, last_round
 from fedsplit.flags import parse
 from fedsplit.lowrank import LowRank

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, MessageType, RecordDict
 
-from fedsplit.config import as_document, build
+from fedsplit.documents import as_document, build
 from fedsplit.federation import client_app, records
 
 

@@ -18,15 +18,18 @@ from safetensors.torch import load_file
 from test_client import FEATURES, STEPS, central, fine_tune
 
 from fedsplit.adaptation import lora
+from fedsplit.allowed import PARTS, SettingError
 from fedsplit.client.heldout import shards_of
-from fedsplit.config import PARTS, Config, SettingError, as_document, build, from_document
+from fedsplit.config import Config
+from fedsplit.documents import as_document, build, from_document
 from fedsplit.evaluate import held_out_loss
 from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, strategy_defaults
 from fedsplit.federation.checkpoint import check_resumable
 from fedsplit.federation.exchange import Interrupted
 from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
-from fedsplit.model.split import load_parts, load_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
 from strategies.fedavg import FedAvg
 from strategies.flora import FLoRA as Flora
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import strategies
-from fedsplit.config import Config, SettingError, build
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
+from fedsplit.documents import build
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.strategy import Strategy, check_strategy, load_strategy
 

@@ -12,7 +12,8 @@ import torch
 from conftest import write_corpus
 
 from fedsplit import evaluate, simulate
-from fedsplit.config import SettingError, build
+from fedsplit.allowed import SettingError
+from fedsplit.documents import build
 from fedsplit.model import devices
 
 

@@ -9,9 +9,10 @@ import pytest
 from conftest import BLOCKS, CONFIGS
 from transformers import MixtralConfig, Qwen3MoeConfig
 
-from fedsplit.config import BUNDLED_MODEL, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import BUNDLED_MODEL
 from fedsplit.model.families import FAMILIES, family_of, read_facts, read_pad
-from fedsplit.model.split import load_whole
+from fedsplit.model.unsplit import load_whole
 
 
 def test_facts_are_those_of_the_library(any_model_path: Path) -> None:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from fedsplit.config import SettingError
+from fedsplit.allowed import SettingError
 from fedsplit.corpora.corpus import Document, tokenise
 from fedsplit.model import gguf_files
 from fedsplit.model.devices import TYPES
 from fedsplit.model.families import read_facts
-from fedsplit.model.split import check_checkpoint, load_parts, load_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.stored import check_checkpoint
+from fedsplit.model.unsplit import load_whole
 
 pytest.importorskip("gguf")
 from tiny_gguf import TOKENS, write_gguf

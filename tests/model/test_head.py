@@ -19,14 +19,17 @@ from transformers import AutoModelForCausalLM
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.adapting import adapt
 from fedsplit.adaptation.injection import make_config
-from fedsplit.config import InputError, LoraSettings, build
+from fedsplit.allowed import InputError
+from fedsplit.config import LoraSettings
 from fedsplit.corpora.partition import batch
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.documents import build
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.lowrank import LowRank
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.head import HEAD, WEIGHT
-from fedsplit.model.split import load_parts, load_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.finished import Adapter, find_adapter, open_run
 from fedsplit.results.merging import combine, merge, unmerge

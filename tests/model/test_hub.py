@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from local_hub import COMMIT, LATER, LocalHub, point_at
 
-from fedsplit.config import SettingError
+from fedsplit.allowed import SettingError
 from fedsplit.model import hub
 from fedsplit.model.hub import HubName
-from fedsplit.model.split import load_whole
+from fedsplit.model.unsplit import load_whole
 
 
 @pytest.fixture

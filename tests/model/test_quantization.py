@@ -19,14 +19,17 @@ from transformers import AutoModelForCausalLM
 from fedsplit import simulate
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
-from fedsplit.config import LoraSettings, SettingError, build
+from fedsplit.allowed import SettingError
+from fedsplit.config import LoraSettings
+from fedsplit.documents import build
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.federation.strategy import check_strategy, load_strategy
 from fedsplit.lowrank import LowRank
 from fedsplit.model import quantization
 from fedsplit.model.devices import TYPES
 from fedsplit.model.quantization import check_quantization, dequantized, is_quantized, quantized
-from fedsplit.model.split import load_parts, load_whole, quantize_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole, quantize_whole
 from fedsplit.results.finished import open_run
 from fedsplit.results.merging import merge
 from fedsplit.results.whole import Score, open_held

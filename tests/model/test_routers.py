@@ -25,7 +25,8 @@ from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.corpora.partition import batch
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.routers import RouterLoss, RouterSums, listening
-from fedsplit.model.split import load_parts, load_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
 from fedsplit.seeds import derive_seed
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.schedules import SCHEDULES

@@ -18,13 +18,15 @@ from local_federation import federate
 from local_hub import COMMIT, LocalHub, point_at
 from peft import PeftConfig, PeftModel
 
-from fedsplit.config import BUNDLED_MODEL, Config, SettingError, build
+from fedsplit.allowed import SettingError
+from fedsplit.config import BUNDLED_MODEL, Config
+from fedsplit.documents import build
 from fedsplit.evaluate import held_out_loss
 from fedsplit.model import sources
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.hub import INDEX
 from fedsplit.model.sources import about, from_peft, pinned, to_peft, weights
-from fedsplit.model.split import load_whole
+from fedsplit.model.unsplit import load_whole
 from fedsplit.results.finished import find_adapter, open_run
 from strategies.fedavg import FedAvg
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BLOCKS, VOCABULARY, without_dropout
+from conftest import BLOCKS, without_dropout
 from peft import get_peft_model
-from safetensors import safe_open
+from split_models import batch_of, logits_of
 
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.link import Link
-from fedsplit.config import LoraSettings, SettingError, TrainSettings
-from fedsplit.model.families import FAMILIES
-from fedsplit.model.split import check_checkpoint, load_parts, load_whole, ranges
+from fedsplit.config import LoraSettings, TrainSettings
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.codecs import make_codec
@@ -27,21 +26,6 @@ from fedsplit.wire.packets import Packet, StepKey
 CUTS = [cut for cut in itertools.product(range(BLOCKS + 1), repeat=2) if cut[0] < cut[1]]
 KINDS = ("bottom", "trunk", "top")
 PADDINGS = ("none", "left", "right")
-
-
-def _batch(padding: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Tokens, mask and labels of three sequences."""
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1, VOCABULARY, (3, 13), generator=generator)
-    if padding == "none":
-        return ids, None, ids
-    mask = torch.ones_like(ids)
-    for row, length in enumerate((4, 1, 0)):
-        if length and padding == "left":
-            mask[row, :length] = 0
-        elif length:
-            mask[row, -length:] = 0
-    return ids, mask, ids.masked_fill(mask == 0, -100)
 
 
 def _settings(dropout: float) -> LoraSettings:
@@ -79,11 +63,6 @@ def _pair(path: Path, cut: tuple[int, int], dropout: float, dtype: torch.dtype =
     return parts, whole, trained
 
 
-def _chain(parts, ids, mask):
-    bottom, trunk, top = parts
-    return top.logits(trunk(bottom(ids, mask), mask), mask)
-
-
 def _gradients(parts) -> dict[str, torch.Tensor]:
     found = {name: parameter.grad for part in parts for name, parameter in lora.parameters(part).items()}
     assert all(gradient.abs().max() > 0 for gradient in found.values())
@@ -96,7 +75,7 @@ Values = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 def _compare(pair, padding: str, dtype: torch.dtype = torch.float32) -> Values:
     """Logits, loss and the gradient of every adapter parameter: the parts', and the whole model's."""
-    ids, mask, labels = _batch(padding)
+    ids, mask, labels = batch_of(padding)
     parts, whole, trained = pair
     for module in (*parts, whole.eval()):
         module.zero_grad()
@@ -108,7 +87,7 @@ def _compare(pair, padding: str, dtype: torch.dtype = torch.float32) -> Values:
     loss.backward()
     gradients = _gradients(parts)
     values = {name: (gradients[name], parameter.grad) for name, parameter in trained.items()}
-    return values | {"loss": (loss, reference.loss), "logits": (_chain(parts, ids, mask), reference.logits)}
+    return values | {"loss": (loss, reference.loss), "logits": (logits_of(parts, ids, mask), reference.logits)}
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -145,7 +124,7 @@ def test_a_split_classifier_is_the_unsplit_one_to_the_bit(
     assert names.keys() == given.keys() and "score.weight" in given
     for name, parameter in names.items():
         parameter.data = given[name].clone()
-    ids, mask, _ = _batch(padding)
+    ids, mask, _ = batch_of(padding)
     classes = torch.tensor([2, 0, 1])
     if mask is not None:  # the library finds the end of a sequence by the padding token
         ids = ids.masked_fill(mask == 0, 0)
@@ -175,7 +154,7 @@ def test_fused_kernels_are_the_unsplit_model_to_rounding(any_model_path: Path, c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_kernels_do_not_depend_on_the_cut(any_model_path: Path, dtype: torch.dtype) -> None:
     """Dropout included, which is drawn in the order of the blocks."""
-    ids, mask, labels = _batch("left")
+    ids, mask, labels = batch_of("left")
     outcomes = []
     for cut in CUTS:
         bottom, trunk, top = parts = _parts(any_model_path, cut, 0.3, dtype, "fused")
@@ -195,7 +174,7 @@ def test_bfloat16_is_close_to_float32(any_model_path: Path, kernels: str) -> Non
 
     Adapters are as small as training leaves them: with large ones the tiny model doubles any rounding many times.
     """
-    ids, mask, labels = _batch("right")
+    ids, mask, labels = batch_of("right")
     losses, gradients = [], []
     for dtype in (torch.float32, torch.bfloat16):
         bottom, trunk, top = parts = _parts(any_model_path, (1, 2), 0.0, dtype, kernels, size=0.03)
@@ -228,7 +207,7 @@ class Direct:
 @pytest.mark.parametrize("kernels", ["library", "fused"])
 def test_hidden_states_and_gradients_cross_in_the_type_of_computation(any_model_path: Path, kernels: str) -> None:
     """With a trunk behind a wire that loses nothing, the gradients are those of the chain, to the bit."""
-    ids, mask, labels = _batch("left")
+    ids, mask, labels = batch_of("left")
     found = []
     for wired in (False, True):
         bottom, trunk, top = parts = _parts(any_model_path, (1, 2), 0.0, torch.bfloat16, kernels)
@@ -251,7 +230,7 @@ def test_hidden_states_and_gradients_cross_in_the_type_of_computation(any_model_
 
 
 def test_an_adapter_on_the_head_gives_the_same_with_fused_kernels(tiny_models: dict[str, Path]) -> None:
-    _, _, labels = _batch("none")
+    _, _, labels = batch_of("none")
     settings, losses, gradients = LoraSettings(dropout=0.0, targets=("o_proj", "lm_head")), [], []
     for kernels in ("library", "fused"):
         (top,) = load_parts(tiny_models["llama"], (1, 2), ["top"], kernels=kernels)
@@ -267,7 +246,7 @@ def test_an_adapter_on_the_head_gives_the_same_with_fused_kernels(tiny_models: d
 @pytest.mark.parametrize("cut", [(0, BLOCKS), (1, 2), (2, 3)])
 def test_with_dropout_equal_under_the_same_random_state(any_model_path: Path, cut: tuple[int, int]) -> None:
     """The reference runs without a cache of keys: a cache changes the layout, and with it the last bit."""
-    ids, _, labels = _batch("none")
+    ids, _, labels = batch_of("none")
     parts, whole, trained = _pair(any_model_path, cut, dropout=0.3)
     for module in (*parts, whole):
         module.train()
@@ -284,130 +263,6 @@ def test_with_dropout_equal_under_the_same_random_state(any_model_path: Path, cu
             assert torch.equal(parameter.grad, trained[name].grad), name
     torch.manual_seed(12)
     assert not torch.equal(top(trunk(bottom(ids)), labels), reference)
-
-
-@pytest.mark.parametrize("cut", CUTS)
-def test_a_part_holds_its_own_weights_and_no_others(any_model_path: Path, cut: tuple[int, int]) -> None:
-    stored = dict(load_whole(any_model_path).named_parameters())
-    seen: dict[str, str] = {}
-    for part in load_parts(any_model_path, cut, KINDS):
-        for name, parameter in part.named_parameters():
-            whole = part.whole_name(name)
-            assert not parameter.requires_grad
-            assert parameter.dtype == torch.float32
-            assert whole not in seen, f"{whole} is in {seen[whole]} and in {part.kind}"
-            seen[whole] = part.kind
-            if whole in stored:
-                assert torch.equal(parameter, stored[whole])
-        assert not any(tensor.is_meta for name, tensor in part.named_buffers() if "attn.bias" not in name)
-    assert stored.keys() <= seen.keys()
-    blocks = {kind: len(numbers) for kind, numbers in ranges(BLOCKS, cut).items()}
-    assert sum(blocks.values()) == BLOCKS
-
-
-def test_a_tied_head_is_the_embedding_itself(any_model_path: Path) -> None:
-    bottom, top = load_parts(any_model_path, (1, 2), ("bottom", "top"))
-    tied = top.lm_head.weight is getattr(bottom.decoder, bottom.family.embedding).weight
-    assert tied == load_whole(any_model_path).config.tie_word_embeddings
-
-
-def test_tensors_are_read_under_the_librarys_names_and_under_the_checkpoints(
-    tmp_path: Path, tiny_models: dict[str, Path]
-) -> None:
-    """Experts one by one and stacked; a head that the checkpoint calls otherwise."""
-    ids, mask, _ = _batch("left")
-    for family in ("gpt_neox", "mixtral", "qwen3_moe"):
-        source, ends = tiny_models[family], FAMILIES[family].stored
-        with safe_open(source / "model.safetensors", framework="pt") as file:
-            assert not any(name.endswith(tuple(ends)) for name in file.keys())  # noqa: SIM118
-        check_checkpoint(source)
-        whole = load_whole(source)
-        folder = tmp_path / family
-        whole.save_pretrained(folder, save_original_format=False)
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            assert all(any(name.endswith(end) for name in file.keys()) for end in ends)  # noqa: SIM118
-        check_checkpoint(folder)
-        expected = whole(input_ids=ids, attention_mask=mask).logits
-        for path in (source, folder):
-            assert torch.equal(_chain(load_parts(path, (1, 2), KINDS), ids, mask), expected)
-
-
-def test_an_expert_that_is_missing_is_found_out(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    source = tiny_models["mixtral"]
-    (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    tensors = load_file(source / "model.safetensors")
-    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(SettingError, match=r"experts\.gate_up_proj has pieces of 4 and 2 experts"):
-        check_checkpoint(tmp_path)
-
-
-def test_opt_without_a_final_norm(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
-    """Old checkpoints have none; even older ones lack the decoder's outermost name."""
-    from safetensors.torch import load_file, save_file
-
-    source = tiny_models["opt"]
-    document = json.loads((source / "config.json").read_text()) | {"_remove_final_layer_norm": True}
-    (tmp_path / "config.json").write_text(json.dumps(document))
-    tensors = {
-        name: t
-        for name, t in load_file(source / "model.safetensors").items()
-        if "final_layer_norm" not in name or "layers" in name
-    }
-    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, tmp_path / "model.safetensors")
-    ids, mask, _ = _batch("left")
-    expected = load_whole(tmp_path)(input_ids=ids, attention_mask=mask).logits
-    assert torch.equal(_chain(load_parts(tmp_path, (1, 2), KINDS), ids, mask), expected)
-
-
-def test_loaded_in_float32_whatever_the_file_has(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
-    whole = load_whole(tiny_models["gpt2"])
-    whole.half().save_pretrained(tmp_path)
-    (trunk,) = load_parts(tmp_path, (1, 2), ["trunk"])
-    assert {parameter.dtype for parameter in trunk.parameters()} == {torch.float32}
-    assert {parameter.dtype for parameter in load_whole(tmp_path).parameters()} == {torch.float32}
-
-
-def test_shards_and_names_without_prefix_are_read(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
-    """Old checkpoints of GPT-2 lack the decoder's name; large ones come in several files."""
-    from safetensors.torch import load_file, save_file
-
-    source = tiny_models["gpt2"]
-    load_whole(source).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "config.json").write_text((source / "config.json").read_text())
-    tensors = load_file(source / "model.safetensors")
-    save_file(
-        {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, bare / "model.safetensors"
-    )
-    ids, mask, _ = _batch("none")
-    expected = _chain(load_parts(source, (1, 2), KINDS), ids, mask)
-    for folder in (tmp_path / "shards", bare):
-        assert torch.equal(_chain(load_parts(folder, (1, 2), KINDS), ids, mask), expected)
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("vocab_size", 10, r"has the shape \[97, 32\], config.json says \[10, 32\]"),
-        ("num_hidden_layers", 9, "the checkpoint has no tensor model.layers.3"),
-        ("hidden_act", "none", "belong together"),
-    ],
-)
-def test_a_configuration_that_is_not_the_checkpoints_is_refused(
-    tmp_path: Path, tiny_models: dict[str, Path], setting: str, value: object, message: str
-) -> None:
-    source = tiny_models["llama"]
-    check_checkpoint(source)
-    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    document = json.loads((source / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(document | {setting: value}))
-    with pytest.raises(SettingError, match=message):
-        check_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [(0, 0), (2, 1), (1, BLOCKS + 1)])

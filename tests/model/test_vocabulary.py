@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.config import BUNDLED_MODEL, SettingError
+from fedsplit.allowed import SettingError
+from fedsplit.config import BUNDLED_MODEL
 from fedsplit.corpora.corpus import Document, tokenise
 from fedsplit.model.vocabulary import has_vocabulary, open_tokenizer
 

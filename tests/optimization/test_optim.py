@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from fedsplit.config import SettingError, TrainSettings
+from fedsplit.allowed import SettingError
+from fedsplit.config import TrainSettings
 from fedsplit.optimization.optim import check_optimizer, make_optimizer, moments, restore, step
 
 

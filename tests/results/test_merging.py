@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsplit.adaptation import lora
-from fedsplit.config import InputError
-from fedsplit.model.split import load_whole
+from fedsplit.allowed import InputError
+from fedsplit.model.unsplit import load_whole
 from fedsplit.results import merging
 from fedsplit.results.finished import Adapter, find_adapter
 from fedsplit.results.merging import combine, merge, unmerge

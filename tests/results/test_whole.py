@@ -13,7 +13,7 @@ import torch
 from conftest import VOCABULARY
 from test_client import padded_rows
 
-from fedsplit.config import InputError
+from fedsplit.allowed import InputError
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.results.finished import find_adapter
 from fedsplit.results.whole import Score, attach, open_base, read_fitting, score

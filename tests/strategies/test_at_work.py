@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 from test_contract import CASES
 
 from fedsplit.adaptation import lora
-from fedsplit.config import Config, SettingError, as_document, build, from_document
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
+from fedsplit.documents import as_document, build, from_document
 from fedsplit.evaluate import held_out_loss
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
-from fedsplit.model.split import load_parts, load_whole
+from fedsplit.model.split import load_parts
+from fedsplit.model.unsplit import load_whole
 from fedsplit.updates import counted
 from strategies.fedavg import FedAvg
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from split_models import RAW, parts_of, server_of
 from torch import Tensor
 
-from fedsplit.model.split import Trunk
+from fedsplit.model.parts import Trunk
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.sessions import EarlyStep, FullTrunk, Sessions
 from fedsplit.wire.packets import Packet, StepKey

@@ -21,9 +21,10 @@ from fedsplit import simulate
 from fedsplit.adaptation import lora
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import LoraSettings, TrainSettings, build
+from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.corpora.partition import Shard
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.documents import build
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.flags import parse
 from fedsplit.model.devices import TYPES

@@ -1,0 +1,154 @@
+"""A configuration from plain values, as TOML and flags give them, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsplit.allowed import FIELDS, Allowed, InputError, SettingError
+from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
+
+
+def _convert(name: str, value: object, kind: Any) -> Any:
+    """Turns a flag's text or a TOML value into the setting's type, and checks it."""
+    allowed: Allowed = LEAVES[name][0].metadata["allowed"]
+    try:
+        if kind == tuple[str, ...]:
+            converted: Any = tuple(value.split(",")) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
+            suits = all(isinstance(item, str) for item in converted)
+        elif kind == tuple[int, ...]:
+            converted = _whole_numbers(value)
+            suits = True
+        elif allowed is FIELDS:
+            converted, suits = _object(value), True
+        elif kind is bool:
+            converted = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+            suits = isinstance(converted, bool)
+        elif isinstance(value, bool) and kind is str and name == "data.packing":  # a switch that may also be planned
+            converted, suits = str(value).lower(), True
+        else:
+            suits = not isinstance(value, bool) and (isinstance(value, str) or kind is not str)
+            converted = kind(value)
+            suits = suits and (kind is not int or isinstance(value, str) or value == converted)
+        suits = suits and allowed.test(converted)
+    except (TypeError, ValueError, OverflowError):
+        suits = False
+    if not suits:
+        words = allowed.words.replace("a number", "a whole number") if kind is int else allowed.words
+        raise SettingError(name, _short(value), words)
+    return converted
+
+
+def _whole_numbers(value: object) -> tuple[int, ...]:
+    """Numbers from a list, from a text with commas, or from the file it names.
+
+    Raises:
+        ValueError, TypeError: It is none of these.
+    """
+    if isinstance(value, str) and not re.fullmatch(r"[\d,\s+-]*", value):
+        try:
+            value = ",".join(Path(value).read_text(encoding="utf-8").replace(",", " ").split())
+        except OSError as error:
+            raise ValueError from error
+    items: Sequence[Any] = value.split(",") if isinstance(value, str) else [value]
+    if isinstance(value, list | tuple):
+        items = value
+    if any(isinstance(item, bool) or not isinstance(item, int | str) for item in items):
+        raise TypeError
+    return tuple(int(item) for item in items)
+
+
+def _object(value: object) -> str:
+    """A JSON object as one line, from its text, from the file that the text names, or from a table; "" for none.
+
+    Raises:
+        ValueError, TypeError: It is none of these.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if text and not text.startswith("{"):
+            try:
+                text = Path(text).read_text(encoding="utf-8")
+            except OSError as error:
+                raise ValueError from error
+        value = json.loads(text or "{}")
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
+
+
+def _short(value: object) -> str:
+    """A value as a message shows it."""
+    text = str(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of many digits"
+    return "nothing" if text == "" else text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None) -> Config:
+    """Makes a configuration from dotted names.
+
+    Args:
+        values: Settings by dotted name; those not named keep their defaults.
+        options: Keyword arguments for the strategy.
+
+    Raises:
+        InputError: A name is unknown or a value is not allowed.
+    """
+    top: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in values.items():
+        if name not in LEAVES:
+            raise InputError(f"there is no setting {name}; {suggest(name, LEAVES)}")
+        section, _, leaf = name.rpartition(".")
+        (parts[section] if section else top)[leaf] = _convert(name, value, LEAVES[name][1])
+    for name, value in (options or {}).items():
+        if not isinstance(value, str | int | float):
+            raise SettingError(f"strategy.{name}", value, "a text, a number, true or false")
+    sections = {name: cls(**parts[name]) for name, cls in SECTIONS.items()}
+    return Config(**top, **sections, strategy_options=dict(options or {}))
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What somebody may have meant by a name that is not known."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return "did you mean " + " or ".join(close) + "?" if close else "see --help for the list"
+
+
+def dotted(document: Mapping[str, Any]) -> dict[str, object]:
+    """Nested values, as a file has them, by dotted name."""
+    values: dict[str, object] = {}
+    for key, value in document.items():
+        if key in SECTIONS and isinstance(value, dict):
+            values |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
+        else:
+            values[key] = value
+    return values
+
+
+def set_by_user(section: Any) -> dict[str, Any]:
+    """The settings of a section, by the names of its fields, that do not have their defaults."""
+    values = {leaf.name: (getattr(section, leaf.name), leaf.default) for leaf in dataclasses.fields(section)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def as_document(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, ready to be written as TOML.
+
+    The run's folder is left out: who runs the file again gets a folder of its own.
+    """
+    document = dataclasses.asdict(config)
+    del document["out"], document["resume"]
+    document["share"] = list(config.share)
+    document["lora"]["targets"] = list(config.lora.targets)
+    document["lora"]["rank"] = list(config.lora.rank) if len(config.lora.rank) > 1 else config.lora.rank[0]
+    return document
+
+
+def from_document(document: Mapping[str, Any]) -> Config:
+    """The inverse of `as_document`."""
+    settings = {key: value for key, value in document.items() if key != OPTIONS}
+    return build(dotted(settings), document.get(OPTIONS))

@@ -91,6 +91,7 @@ def run(config: Config) -> dict[str, Any]:
     folder, strategy, deal = check(config)
 
     from fedsplit.corpora.census import as_document, stated, table
+    from fedsplit.corpora.shards import on_disks
     from fedsplit.federation.aggregation import FederationFailed
     from fedsplit.federation.checkpoint import RunFolder
     from fedsplit.federation.server_app import Federation
@@ -123,7 +124,8 @@ def run(config: Config) -> dict[str, Any]:
             results = RunFolder(folder, config, facts.family, facts.blocks)
             results.save_data(as_document(deal))
             federation = Federation(config, trunk, name, shares.client_threads, strategy, results, watcher, started)
-            _simulate(federation, config.clients)
+            with on_disks(results.clients, deal.shards):
+                _simulate(federation, config.clients)
         finally:
             stop_cluster()
     if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on

@@ -90,7 +90,7 @@ def run(config: Config) -> dict[str, Any]:
     started = time.perf_counter()
     folder, strategy, deal = check(config)
 
-    from fedsplit.corpora.census import as_document, stated, table
+    from fedsplit.corpora.census import as_document
     from fedsplit.corpora.shards import on_disks
     from fedsplit.federation.aggregation import FederationFailed
     from fedsplit.federation.checkpoint import RunFolder
@@ -106,15 +106,7 @@ def run(config: Config) -> dict[str, Any]:
     shares = plan(config, facts.width)
     config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
     with make_watcher() as watcher:
-        watcher.line(
-            f"{config.clients} clients in {shares.workers} processes; "
-            f"threads: {shares.client_threads} each, trunk {shares.trunk_threads}; "
-            f"micro-batches: {shares.micro_batches}"
-        )
-        trunk_line = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}"
-        kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
-        watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}{kind}")
-        for line in [*stated(deal), *(table(deal) if config.data.show else [])]:
+        for line in _opening(config, facts, shares, deal):
             watcher.line(line)
         name = f"trunk-{os.getpid()}-{time.time_ns()}"
         try:
@@ -132,6 +124,29 @@ def run(config: Config) -> dict[str, Any]:
         raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     watcher.finish(federation.summary, str(folder))
     return federation.summary
+
+
+def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
+    """What is said before a run begins: who has how much of the machine, the model, and the data where there is need.
+
+    Args:
+        config: The run's.
+        facts: The model's `fedsplit.model.families.Facts`.
+        shares: A `fedsplit.planning.Plan`.
+        deal: A `fedsplit.corpora.partition.Deal`.
+    """
+    from fedsplit.corpora.census import stated, table
+
+    kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
+    return [
+        f"{config.clients} clients in {shares.workers} processes; "
+        f"threads: {shares.client_threads} each, trunk {shares.trunk_threads}; "
+        f"micro-batches: {shares.micro_batches}",
+        f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
+        f"strategy: {config.strategy}{kind}",
+        *stated(deal),
+        *(table(deal) if config.data.show else []),
+    ]
 
 
 def _simulate(federation: Any, clients: int) -> None:

@@ -17,7 +17,9 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.adaptation.adapting import adapt, bare_parts
+from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
+from fedsplit.corpora.shards import on_disks
 from fedsplit.federation import client_app
 from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.server_app import Federation
@@ -143,5 +145,6 @@ def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federati
     with trunk_of(config, run) as trunk:
         folder = RunFolder(out, config, facts.family, facts.blocks)
         federation = Federation(config, trunk, run, 1, strategy, folder, watcher, time.perf_counter())  # type: ignore[arg-type]
-        federation.run(LocalGrid(config.clients))  # type: ignore[arg-type]
+        with on_disks(folder.clients, shards_of(config)):
+            federation.run(LocalGrid(config.clients))  # type: ignore[arg-type]
     return federation

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import SettingError
 from fedsplit.command import exit_code
 from fedsplit.config import Config
 from fedsplit.environment import quieten
@@ -24,14 +23,12 @@ def look(config: Config) -> Any:
     Raises:
         SettingError: There is no such model or data set, or too little text.
     """
+    from fedsplit.checks import check_lengths
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import about
 
-    facts = read_facts(about(config))
-    if config.train.max_length > facts.positions:
-        words = f"8 to {facts.positions}, the model's positions"
-        raise SettingError("train.max_length", config.train.max_length, words)
+    check_lengths(config, read_facts(about(config)))
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 

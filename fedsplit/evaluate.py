@@ -77,7 +77,8 @@ def _held_out(config: Config, samples: int) -> list[tuple[str, list[Sequences]]]
 
 def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) -> list[tuple[str, list[Sequences]]]:
     """Every owner in another data set, and all its text in batches."""
-    from fedsplit.corpora.partition import all_text, spread
+    from fedsplit.corpora.partition import all_text
+    from fedsplit.corpora.shards import spread
     from fedsplit.corpora.tables import check_dataset
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import about

@@ -106,10 +106,6 @@ class LowRank:
             u, v = u * signs, v * signs[:, None]
         return u, s, v
 
-    def truncated(self, rank: int) -> LowRank:
-        """The nearest matrix of at most that rank (Eckart and Young, 1936), its singular values shared evenly."""
-        return balanced(*self.svd(), rank)
-
     def compressed(self, relative: float = 1e-12) -> LowRank:
         """The same matrix with as small an inner dimension as it has rank.
 
@@ -122,7 +118,10 @@ class LowRank:
 
 
 def balanced(u: Tensor, s: Tensor, v: Tensor, rank: int) -> LowRank:
-    """The first terms of a singular value decomposition (see `LowRank.svd`), each value shared by both factors."""
+    """The first terms of a singular value decomposition (see `LowRank.svd`), each value shared by both factors.
+
+    It is the nearest matrix of at most that rank (Eckart and Young, 1936).
+    """
     root = s[:rank].sqrt()
     return LowRank(u[:, :rank] * root, root[:, None] * v[:rank])
 

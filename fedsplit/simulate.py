@@ -90,7 +90,8 @@ def run(config: Config) -> dict[str, Any]:
     started = time.perf_counter()
     folder, strategy, deal = check(config)
 
-    from fedsplit.corpora.census import as_document, stated, table
+    from fedsplit.corpora.census import as_document
+    from fedsplit.corpora.shards import on_disks
     from fedsplit.federation.aggregation import FederationFailed
     from fedsplit.federation.checkpoint import RunFolder
     from fedsplit.federation.server_app import Federation
@@ -105,15 +106,7 @@ def run(config: Config) -> dict[str, Any]:
     shares = plan(config, facts.width)
     config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
     with make_watcher() as watcher:
-        watcher.line(
-            f"{config.clients} clients in {shares.workers} processes; "
-            f"threads: {shares.client_threads} each, trunk {shares.trunk_threads}; "
-            f"micro-batches: {shares.micro_batches}"
-        )
-        trunk_line = f"blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}"
-        kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
-        watcher.line(f"model {config.model}; trunk: {trunk_line}; strategy: {config.strategy}{kind}")
-        for line in [*stated(deal), *(table(deal) if config.data.show else [])]:
+        for line in _opening(config, facts, shares, deal):
             watcher.line(line)
         name = f"trunk-{os.getpid()}-{time.time_ns()}"
         try:
@@ -123,13 +116,37 @@ def run(config: Config) -> dict[str, Any]:
             results = RunFolder(folder, config, facts.family, facts.blocks)
             results.save_data(as_document(deal))
             federation = Federation(config, trunk, name, shares.client_threads, strategy, results, watcher, started)
-            _simulate(federation, config.clients)
+            with on_disks(results.clients, deal.shards):
+                _simulate(federation, config.clients)
         finally:
             stop_cluster()
     if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
         raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     watcher.finish(federation.summary, str(folder))
     return federation.summary
+
+
+def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
+    """What is said before a run begins: who has how much of the machine, the model, and the data where there is need.
+
+    Args:
+        config: The run's.
+        facts: The model's `fedsplit.model.families.Facts`.
+        shares: A `fedsplit.planning.Plan`.
+        deal: A `fedsplit.corpora.partition.Deal`.
+    """
+    from fedsplit.corpora.census import stated, table
+
+    kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
+    return [
+        f"{config.clients} clients in {shares.workers} processes; "
+        f"threads: {shares.client_threads} each, trunk {shares.trunk_threads}; "
+        f"micro-batches: {shares.micro_batches}",
+        f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
+        f"strategy: {config.strategy}{kind}",
+        *stated(deal),
+        *(table(deal) if config.data.show else []),
+    ]
 
 
 def _simulate(federation: Any, clients: int) -> None:

@@ -1,6 +1,6 @@
 """Aggregation strategies: how the clients' adapters become one set again.
 
-One file a strategy. Each needs torch and `fedsplit.updates` only.
+One file a strategy. Each needs torch and the lowest modules of fedsplit only: `updates`, `lowrank` and `seeds`.
 """
 
 from __future__ import annotations

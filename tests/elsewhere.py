@@ -124,6 +124,7 @@ def main(model: str, corpus: str, folder: str) -> None:
     """Prints the losses of every run on the CPU and elsewhere."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from experiments import in_process
+    from fedsplit.adaptation import adapting
     from fedsplit.documents import build
     from fedsplit.federation import client_app
     from fedsplit.federation.strategy import load_strategy
@@ -149,8 +150,7 @@ def main(model: str, corpus: str, folder: str) -> None:
     values |= {"train.lr": 0.01, "lora.dropout": 0.1, "deterministic": True}
     losses: dict[str, list[list[float]]] = {}
     for device in (torch.device("cpu"), PLACE):
-        for module in (in_process, client_app):
-            module.resolve = lambda name, device=device: device  # type: ignore[attr-defined]
+        adapting.resolve = lambda name, device=device: device
         for name, (strategy, more) in RUNS.items():
             client_app._site.cache_clear()
             config = build(values | more)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,3 +149,47 @@ def test_every_module_has_a_test_of_its_name() -> None:
         assert Path("tests", package, f"test_{module}.py").is_file(), name
     names = {path.stem for path in Path("strategies").glob("*.py")} - {"__init__"}
     assert {f"test_{name}.py" for name in names} <= {path.name for path in Path("tests/strategies").glob("*.py")}
+
+
+def test_the_house_has_a_place_for_every_module() -> None:
+    """Top modules at two spaces, packages by their slash, and a package's modules at four."""
+    page = Path("docs/house.md").read_text().partition("```\n")[2].partition("\n```")[0]
+    found, package = [], ""
+    for line in page.splitlines()[1:]:
+        if match := re.fullmatch(r"  (\w+)/", line):
+            package = f"{match[1]}."
+        elif line.startswith("  ") and not line.startswith("  base/"):
+            package = package if line.startswith("    ") else ""
+            found += [package + name for name in re.findall(r"(?:^|  )(\w+)(?=  )", line) if package + name in MODULES]
+    assert sorted(found) == sorted(MODULES)
+
+
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+
+
+def heading_anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), f"{page}: {target}"
+        assert not anchor or anchor in heading_anchors(there), f"{page}: {target}"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    assert {f"docs/{path.name}" for path in PAGES[2:]} <= {*re.findall(r"\]\((docs/\w+\.md)", PAGES[0].read_text())}
+
+
+def test_every_path_that_a_page_names_is_there() -> None:
+    """Files of ours, as they are called from the root."""
+    for page in PAGES:
+        for path in re.findall(r"`((?:fedsplit|strategies|tests|experiments)/[\w./]*)`", page.read_text()):
+            assert Path(path).exists(), f"{page}: {path}"

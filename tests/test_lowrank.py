@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.lowrank import LowRank, total
+from fedsplit.lowrank import LowRank, balanced, total
 
 
 def thin(seed: int, out: int, inner: int, width: int) -> LowRank:
@@ -65,7 +65,7 @@ def test_singular_values_are_those_of_the_matrix(sizes) -> None:
 def test_the_nearest_of_a_rank_misses_what_eckart_and_young_say(sizes, rank: int) -> None:
     seed, out, inner, width = sizes
     one = thin(seed, out, inner, width)
-    near = one.truncated(rank)
+    near = balanced(*one.svd(), rank)
     missing = torch.linalg.svdvals(dense(one))[rank:].norm()
     assert near.rank <= rank
     assert float((dense(one) - dense(near)).norm()) == pytest.approx(float(missing), abs=1e-9)

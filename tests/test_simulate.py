@@ -134,8 +134,8 @@ def test_a_run_that_was_killed_goes_on_with_what_its_optimisers_remember(tmp_pat
 @pytest.mark.slow
 def test_the_readmes_three_lines_give_the_reported_loss(tmp_path: Path) -> None:
     """Runs from another folder, on two processes, with a strategy of the user's, from a file of settings."""
-    readme = Path("README.md").read_text()
-    (tmp_path / "mine.py").write_text(re.findall(r"```python\n(# mine.py.*?)```", readme, re.S)[0])
+    readme, strategies = Path("README.md").read_text(), Path("docs/strategies.md").read_text()
+    (tmp_path / "mine.py").write_text(re.findall(r"```python\n(# mine.py.*?)```", strategies, re.S)[0])
     (tmp_path / "run.toml").write_text('clients = 3\nstrategy = "mine.py:Mine"\n')
     done = command("--config", "run.toml", "--out", "runs/demo", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

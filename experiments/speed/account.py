@@ -63,8 +63,8 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     from fedsplit.adaptation import lora
     from fedsplit.client import client, link
     from fedsplit.client.link import Link
-    from fedsplit.corpora.partition import Shard
     from fedsplit.corpora.sequences import Sequences
+    from fedsplit.corpora.shards import Shard
     from fedsplit.documents import build
     from fedsplit.model.devices import TYPES
     from fedsplit.model.split import load_parts

@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from experiments.speed.whole import Trainer
 from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
-from fedsplit.corpora.partition import Shard, batch
+from fedsplit.corpora.shards import Shard, batch
 from fedsplit.flags import parse
 
 app = ClientApp()

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
-from fedsplit.corpora.partition import batch
+from fedsplit.corpora.shards import batch
 from fedsplit.flags import parse
 from fedsplit.model.families import read_facts
 from fedsplit.model.unsplit import load_whole

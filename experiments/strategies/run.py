@@ -183,7 +183,7 @@ def _begin() -> None:
     from fedsplit.client import heldout
 
     warnings.simplefilter("ignore")
-    # Many runs in a row have the same text, which would take each of them three seconds to read and deal out.
+    # Many runs in a row have the same text, which would take each of them seconds to read and deal out.
     heldout.make_deal = functools.lru_cache(maxsize=2)(heldout.make_deal)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from fedsplit.adaptation import lora
 from fedsplit.client.link import Crossing, Link
 from fedsplit.config import TrainSettings
-from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Sequences, behind, predicted
+from fedsplit.corpora.shards import Shard, batch
 from fedsplit.model.devices import device_of
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.parts import Bottom, Top

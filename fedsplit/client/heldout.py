@@ -11,8 +11,9 @@ from torch import Tensor
 from fedsplit.adaptation import lora
 from fedsplit.client.client import Client
 from fedsplit.config import Config
-from fedsplit.corpora.partition import Deal, Shard, make_deal, spread
+from fedsplit.corpora.partition import Deal, make_deal
 from fedsplit.corpora.sequences import Sequences, behind
+from fedsplit.corpora.shards import Shard, spread
 from fedsplit.model.devices import device_of
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import about

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.allowed import InputError
-from fedsplit.corpora.partition import Deal, Shard
+from fedsplit.corpora.partition import Deal
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.corpora.shards import Shard
 from fedsplit.report import aligned
 
 SHOWN = 4

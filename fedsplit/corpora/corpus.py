@@ -80,11 +80,6 @@ def chop(token_lists: Sequence[Sequence[int]], length: int) -> list[list[int]]:
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
-def tokenise(documents: Sequence[Document], model_path: Path) -> list[list[int]]:
-    """Token ids of each document's text, without special tokens; as `encode`."""
-    return encode([document.text for document in documents], model_path)
-
-
 def encode(texts: Sequence[str], model_path: Path) -> list[list[int]]:
     """Token ids of each text, without special tokens.
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedsplit.allowed import PartitionSpec, SettingError, parse_partition
 from fedsplit.config import DataSettings
 from fedsplit.corpora.classes import classes_of
 from fedsplit.corpora.formats import Fitted, Reading, fit, format_of, joined, read_rows
 from fedsplit.corpora.sequences import Row, Sequences, stack
+from fedsplit.corpora.shards import Shard
 from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
 from fedsplit.model.families import read_pad
 from fedsplit.seeds import derive_seed
@@ -29,25 +29,6 @@ HELD_OUT_BLOCKS = 8
 
 _SKEWED = ("dirichlet", "inner-dirichlet", "pathological", "shard")
 """Ways to deal out that give clients other shares of what they deal by."""
-
-Rows = TypeVar("Rows", Tensor, Sequences)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One client's data.
-
-    Attributes:
-        name: Whose it is.
-        train: Its sequences.
-        held_out: Sequences that are never trained on.
-        shares: How many of both are of which owner, or of another column's value.
-    """
-
-    name: str
-    train: Sequences
-    held_out: Sequences
-    shares: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,38 +52,6 @@ class Deal:
     cut: int
     dropped: int
     classes: tuple[str, ...] = ()
-
-
-def batch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
-    """The batch of a step: passes over the blocks, each shuffled anew, cut into batches without a gap.
-
-    A function of its arguments alone, so that a client that starts again in the middle continues in order.
-
-    Args:
-        blocks: Sequences, or token ids (n, T).
-        step: Steps made before this one, over all rounds.
-        size: Sequences a batch.
-        seed: Decides the order.
-
-    Returns:
-        As many sequences, or token ids (size, T).
-    """
-    positions = range(step * size, (step + 1) * size)
-    orders = {epoch: _shuffled(len(blocks), seed, epoch) for epoch in {p // len(blocks) for p in positions}}
-    return blocks[[orders[p // len(blocks)][p % len(blocks)] for p in positions]]
-
-
-def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
-    return order
-
-
-def spread(blocks: Rows, most: int) -> Rows:
-    """At most so many blocks (n, T), evenly spaced over all of them, so that no text is favoured."""
-    if len(blocks) <= most:
-        return blocks
-    return blocks[[index * len(blocks) // most for index in range(most)]]
 
 
 def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -158,9 +107,8 @@ class _Dealer:
 
     def shard(self, name: str, train: Sequence[Row], held_out: Sequence[Row]) -> Shard:
         shares = Counter(row.share or row.key for row in (*train, *held_out))
-        return Shard(
-            name, stack(train, self.reading.pad), stack(held_out, self.reading.pad), dict(sorted(shares.items()))
-        )
+        pad, classes = self.reading.pad, len(self.reading.classes)
+        return Shard(name, stack(train, pad), stack(held_out, pad), dict(sorted(shares.items())), classes)
 
     def deal(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Deal:
         cut, dropped = sum(one.cut for one in fitted), sum(one.dropped for one in fitted)

@@ -21,10 +21,10 @@ from torch import Tensor
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.adapting import adapt, bare_parts
 from fedsplit.client.client import Client
-from fedsplit.client.heldout import deal_of, held_out_batches, pooled, sample, through_split
+from fedsplit.client.heldout import held_out_batches, pooled, sample, through_split
 from fedsplit.client.link import Link
 from fedsplit.config import Config
-from fedsplit.corpora.partition import Shard
+from fedsplit.corpora.shards import Shard, read_shard
 from fedsplit.documents import from_document
 from fedsplit.federation import records
 from fedsplit.model.families import read_facts
@@ -55,17 +55,16 @@ class _Site:
     bottom: Bottom
     top: Top
     trunk: TrunkHandle
-    shards: list[Shard]
     start: Adapters
     folded: int = 0
     router_aux_loss: float = 0.0
 
-    def client(self, number: int, run: str, incarnation: str) -> Client:
-        """The client of that partition, with its way to the trunk."""
+    def client(self, number: int, shard: Shard, run: str, incarnation: str) -> Client:
+        """The client of that partition, with its data and its way to the trunk."""
         config = self.config
         codec, schedule = make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule]
         link = Link(self.trunk, codec, schedule, run, incarnation, asks=bool(config.trunk.memory))
-        shard, rounds, routers = self.shards[number], config.rounds, RouterLoss(self.router_aux_loss)
+        rounds, routers = config.rounds, RouterLoss(self.router_aux_loss)
         return Client(number, shard, self.bottom, self.top, link, config.train, config.seed, rounds, routers)
 
     def personal(self, factors: str) -> set[str]:
@@ -86,28 +85,28 @@ class _Site:
 
 
 @functools.lru_cache(maxsize=1)
-def _site(run: str, trunk: str, threads: int) -> _Site:
+def _site(run: str, trunk: str, threads: int, classes: int) -> _Site:
     """Loads bottom and top, and nothing of the trunk; once a process and run."""
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     config = from_document(json.loads(run))
-    deal = deal_of(config)
-    bottom, top = bare_parts(config, ["bottom", "top"], len(deal.classes))
+    bottom, top = bare_parts(config, ["bottom", "top"], classes)
     for part in (bottom, top):
         adapt(part, config)
     coefficient = read_facts(about(config)).coefficient(config.router_aux_loss)
     start = lora.read(bottom, top)
-    return _Site(config, bottom, top, find_trunk(trunk), deal.shards, start, router_aux_loss=coefficient)
+    return _Site(config, bottom, top, find_trunk(trunk), start, router_aux_loss=coefficient)
 
 
 def _meet(message: Message, context: Context) -> tuple[_Site, Client, ClientStore, set[str]]:
     """Who is asked: the site, the client, its disk, and the names of what never leaves it."""
-    facts = records.config_of(message)
-    site, root = _site(facts["run"], facts["trunk"], facts["threads"]), Path(facts["store"])
-    number = int(context.node_config["partition-id"])
+    facts, number = records.config_of(message), int(context.node_config["partition-id"])
+    root = Path(facts["store"])
+    shard = read_shard(root, number)
+    site = _site(facts["run"], facts["trunk"], facts["threads"], shard.classes)
     site.catch_up(root, message)
-    client = site.client(number, facts["trunk"], facts["incarnation"])
+    client = site.client(number, shard, facts["trunk"], facts["incarnation"])
     return site, client, ClientStore(root, number), site.personal(facts["personal"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,11 +22,11 @@ from fedsplit.federation.exchange import Exchange, number_of
 from fedsplit.federation.fidelity import measure
 from fedsplit.federation.holdings import Holdings
 from fedsplit.federation.tally import Tally
+from fedsplit.federation.turns import groups_of, takes_turns
 from fedsplit.optimization.stopping import Course
 from fedsplit.report import Watcher, perplexity
-from fedsplit.seeds import derive_seed
 from fedsplit.trunk.actor import TrunkHandle
-from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
+from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate
 
 
@@ -216,31 +215,13 @@ class Federation:
         self, grid: Grid, round: int, adapters: Adapters
     ) -> tuple[list[Message], list[ClientUpdate], dict[int, HeldOut]]:
         """A round of training: replies and updates, and what each client measured after its own steps."""
-        started, losses, tokens = time.perf_counter(), [], 0
+        started = time.perf_counter()
         assigned = self._aggregation.assign(round, adapters, grid)
         if self._schedule.personal:
             self._trunk.assign({client: self._holdings.trunk_start(client, one) for client, one in assigned.items()})
-        groups, expected = self._groups(round, list(assigned)), len(assigned)
-
-        def heard(reply: Message, done: int, of: int) -> None:
-            nonlocal tokens
-            metrics = records.metrics_of(reply)
-            losses.append(metrics["loss"])
-            tokens += int(metrics["tokens"])
-            speed = tokens / (time.perf_counter() - started)
-            status = f"{len(losses)}/{expected} clients trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
-            self._watcher.phase(f"{self._label(round)}  {status}", len(losses), expected)
-
-        self._watcher.phase(f"{self._label(round)}  training", 0, expected)
-        replies: list[Message] = []
-        for group in groups:
-            messages = [self._invitation(client, assigned[client], round) for client in group]
-            self._count("adapter_down", messages)
-            if len(groups) > 1 or self._takes_turns():
-                self._trunk.begin(group)
-            replies += self._exchange.send(grid, messages, heard)
-        self._count("adapter_up", replies)
-        replies, updates = self._accepted(replies, assigned)
+        everything = self._ask_to_train(grid, round, assigned, started)
+        tokens = sum(int(records.metrics_of(reply)["tokens"]) for reply in everything)
+        replies, updates = self._accepted(everything, assigned)
         counts = self._trunk.end_round([update.client for update in updates])
         own = {update.client: records.sample_of(reply) for update, reply in zip(updates, replies, strict=True)}
         if self._schedule.personal:
@@ -264,6 +245,34 @@ class Federation:
             }
         )
         return replies, updates, own
+
+    def _ask_to_train(
+        self, grid: Grid, round: int, assigned: Mapping[int, Assignment], started: float
+    ) -> list[Message]:
+        """Has the clients of a round train, group by group, and shows how far they are; their replies, as they came."""
+        label, groups, expected = self._label(round), groups_of(self._config, round, assigned), len(assigned)
+        losses: list[float] = []
+        tokens = 0
+
+        def heard(reply: Message, done: int, of: int) -> None:
+            nonlocal tokens
+            metrics = records.metrics_of(reply)
+            losses.append(metrics["loss"])
+            tokens += int(metrics["tokens"])
+            speed = tokens / (time.perf_counter() - started)
+            status = f"{len(losses)}/{expected} clients trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
+            self._watcher.phase(f"{label}  {status}", len(losses), expected)
+
+        self._watcher.phase(f"{label}  training", 0, expected)
+        replies: list[Message] = []
+        for group in groups:
+            messages = [self._invitation(client, assigned[client], round) for client in group]
+            self._count("adapter_down", messages)
+            if len(groups) > 1 or takes_turns(self._config):
+                self._trunk.begin(group)
+            replies += self._exchange.send(grid, messages, heard)
+        self._count("adapter_up", replies)
+        return replies
 
     def _invitation(self, client: int, assignment: Assignment, round: int) -> Message:
         """What a client is sent to train: instructions, its task, and those adapters that it does not have."""
@@ -325,19 +334,6 @@ class Federation:
             }
         )
         return result.with_tensors(result.tensors)
-
-    def _takes_turns(self) -> bool:
-        """Whether the order of steps must be fixed, since it decides the result."""
-        trunk = self._config.trunk
-        return self._config.deterministic and not is_deterministic(trunk.schedule, trunk.every)
-
-    def _groups(self, round: int, clients: Sequence[int]) -> list[list[int]]:
-        """Clients in the order in which they begin the round, in groups that train at once."""
-        ordered = sorted(clients)
-        if self._config.trunk.order == "random":
-            random.Random(derive_seed(self._config.seed, "order", round)).shuffle(ordered)
-        size = self._config.trunk.group if self._takes_turns() else max(1, len(ordered))
-        return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
 
     def _instructions(self, round: int, accepted: int = 0, folded: int | None = None) -> ConfigRecord:
         folded = self._holdings.last_fold if folded is None else folded

@@ -14,19 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsplit.lowrank import LowRank
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a file of tensors whole or not at all, and to the disk before it returns."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
+    """Writes a file of tensors, and of facts in words, whole or not at all, and to the disk before it returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     # Copies, since the format knows no two tensors that share memory, and a strategy may return such.
     apart = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    save_file(apart, draft)
+    save_file(apart, draft, metadata=None if facts is None else dict(facts))
     sync(draft)
     draft.rename(path)
 
@@ -44,6 +45,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a file of tensors."""
     tensors: dict[str, Tensor] = load_file(path)
     return tensors
+
+
+def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file as they lie there, which processes share and load as they use them; and its facts."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # no mapping
 
 
 def count_values(path: Path) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,14 +87,22 @@ class TrunkActor:
 
     def _compute(self, threads: int) -> None:
         torch.set_num_threads(threads)  # OpenMP keeps the number for each thread that asks
-        while True:
-            wakes = min(filter(None, (self._dispatcher.wakes_at(), self._sessions.next_expiry())), default=None)
-            with contextlib.suppress(queue.Empty):
-                self._calls.get(timeout=None if wakes is None else max(0.0, wakes - time.monotonic()))()
-            self._sessions.expire()
+        try:
+            while True:
+                self._go_on()
+        finally:  # a defect: better a trunk that is seen to be gone than one that never answers again
+            traceback.print_exc()
+            os._exit(1)
+
+    def _go_on(self) -> None:
+        """Waits for a call, a deadline or a lease, and computes all that can be computed then."""
+        wakes = min(filter(None, (self._dispatcher.wakes_at(), self._sessions.next_expiry())), default=None)
+        with contextlib.suppress(queue.Empty):
+            self._calls.get(timeout=None if wakes is None else max(0.0, wakes - time.monotonic()))()
+        self._sessions.expire()
+        self._take_calls()
+        while self._dispatcher.advance():
             self._take_calls()
-            while self._dispatcher.advance():
-                self._take_calls()
 
     def _take_calls(self) -> None:
         while not self._calls.empty():

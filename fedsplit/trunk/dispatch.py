@@ -14,7 +14,8 @@ from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.steps import RefusedStep, StaleStep
 
-Answer = Packet | RefusedStep
+Answer = Packet | Exception
+"""What a request comes to: an answer, or why there is none."""
 
 
 @dataclass(eq=False)
@@ -222,6 +223,8 @@ class Dispatcher:
                     self._serve([request])
                 return
             answers = [error]
+        except Exception as error:  # noqa: BLE001  # theirs to know: it must not end the thread that serves everybody
+            answers = [error] * len(chosen)
         for request, answer in zip(chosen, answers, strict=True):
             if isinstance(answer, Packet):
                 self._remember(request, answer)

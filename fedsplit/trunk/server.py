@@ -6,101 +6,34 @@ decides what is computed next, `fedsplit.trunk.actor` puts both into a process o
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.config import TrainSettings
 from fedsplit.lowrank import LowRank
-from fedsplit.model.devices import CPU, device_of
 from fedsplit.model.parts import Trunk
-from fedsplit.model.routers import SUMS, RouterSums, listening
-from fedsplit.seeds import derive_seed
-from fedsplit.trunk.learner import Learner, Version
+from fedsplit.model.routers import SUMS, RouterSums
+from fedsplit.trunk.admission import TRANSIT, Admission
+from fedsplit.trunk.blocks import Blocks
+from fedsplit.trunk.flights import Flight, dropout_seed
+from fedsplit.trunk.learner import Version
 from fedsplit.trunk.learners import Learners, Withheld
-from fedsplit.trunk.memory import Budget, peak_memory, resident_memory
+from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import EXACT, Codec
 from fedsplit.wire.packets import Packet, StepKey
-from fedsplit.wire.scaling import Overflow, gradients
+from fedsplit.wire.scaling import Overflow
 from fedsplit.wire.steps import RefusedStep, SpoiledStep, StaleStep, Steps, UnknownStep
 
 WAIT_SECONDS = 0.05
 """After how long a client that found no room may ask again."""
-
-_TRANSIT = 3
-"""Times a packet's bytes that it takes while it arrives: in the transport's buffers, and as what is kept."""
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What a forward makes, with its graph.
-
-    Attributes:
-        hidden: All rows, the longest, D.
-        sums: Of the routers, by step, where a step has them.
-    """
-
-    hidden: Tensor
-    sums: Mapping[StepKey, RouterSums]
-
-
-@dataclass(eq=False)
-class _Flight:
-    """A forward of one client, or of several at once, of which some backward has not come.
-
-    Attributes:
-        inputs: Hidden states as they came, leaves of the graph, by step.
-        masks: Masks of those that are padded.
-        learner: Whose adapter it is computed with.
-        version: Which version of it.
-        seed: Of its dropout.
-        sums: Of the bottom's routers, of those that have an auxiliary loss, which is each client's own.
-        output: The result with its graph; None where it must be computed again.
-        spent: A backward has been made; those that come later are late.
-    """
-
-    inputs: dict[StepKey, Tensor]
-    masks: dict[StepKey, Tensor]
-    learner: Learner
-    version: Version
-    seed: int
-    sums: dict[StepKey, RouterSums] = field(default_factory=dict)
-    output: _Output | None = None
-    spent: bool = False
-
-    def join(self) -> tuple[Tensor, Tensor | None]:
-        """All inputs as one batch, shorter sequences padded at the end, which no earlier token can see."""
-        length = max(hidden.shape[1] for hidden in self.inputs.values())
-        rows = [nn.functional.pad(h, (0, 0, 0, length - h.shape[1])) for h in self.inputs.values()]
-        if not self.masks:
-            return rows[0] if len(rows) == 1 else torch.cat(rows), None
-        whole = {
-            key: torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            for key, hidden in self.inputs.items()
-        }
-        masks = [nn.functional.pad(m, (0, length - m.shape[1])) for m in {**whole, **self.masks}.values()]
-        return torch.cat(rows), torch.cat(masks)
-
-    def cut(self, joined: Tensor) -> dict[StepKey, Tensor]:
-        """A joined tensor (all rows, longest, D) to each step's own."""
-        rows = joined.split([hidden.shape[0] for hidden in self.inputs.values()])
-        return {key: row[:, : hidden.shape[1]] for row, (key, hidden) in zip(rows, self.inputs.items(), strict=True)}
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draws dropout from a seed of its own and leaves the global state as it was."""
-    with torch.random.fork_rng(devices=[] if device == CPU else [device], device_type=device.type):
-        torch.manual_seed(seed)
-        yield
 
 
 class TrunkServer:
@@ -149,48 +82,15 @@ class TrunkServer:
             clock: Seconds, for leases.
         """
         self._part, self._codec, self._seed = part, codec, seed
-        self._device = device_of(part)
         self._schedule = SCHEDULES[schedule]
-        # Where a version is put before it computes. `torch.func.functional_call` does the same, but looks at
-        # every parameter of the part each time, which takes 3 % of a step of the bundled model.
-        self._slots = {lora.exported_name(part, n): _slot(part, n) for n in lora.local_parameters(part)}
-        self._placed: Version = dict(lora.parameters(part))  # what is there has a rank, too
+        self._blocks = Blocks(part)
+        self._device = self._blocks.device
         self._budget = budget or Budget(None)
-        self._promised: dict[StepKey, tuple[int, float]] = {}
-        self._clock, self._lease = clock, lease
-        self.steps: Steps[_Flight | Withheld] = Steps(run, incarnation, lease, clock)
+        self.steps: Steps[Flight | Withheld] = Steps(run, incarnation, lease, clock)
+        self._admission = Admission(self._budget, self.steps, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self._device)
-
-    def _place(self, version: Version) -> None:
-        """Puts a version where the part's layers look for it."""
-        for name, (module, leaf) in self._slots.items():
-            module._parameters[leaf] = version[name]  # type: ignore[assignment]  # a leaf that is no nn.Parameter
-        if any(tensor.shape != version[name].shape for name, tensor in self._placed.items()):
-            lora.rescale(self._part)
-        self._placed = version
-
-    def _run(self, flight: _Flight, keeps_graph: bool, training: bool = True) -> _Output:
-        if self._part.training != training:
-            self._part.train(training)
-        hidden, mask = flight.join()
-        self._place(flight.version)
-        with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed, self._device):
-            if not flight.sums:
-                return _Output(self._part(hidden, mask), {})
-            with listening(self._part) as heard:
-                output = self._part(hidden, mask)
-            return _Output(output, self._sums_behind(flight, heard, hidden.shape[:2]))
-
-    def _sums_behind(self, flight: _Flight, heard: Sequence[Tensor], shape: Sequence[int]) -> dict[StepKey, RouterSums]:
-        """Each step's sums with its own rows of what the routers said of the joined batch, (rows, longest) tokens."""
-        own = [flight.cut(probabilities.unflatten(0, tuple(shape))) for probabilities in heard]
-        chosen = self._part.config.num_experts_per_tok
-        return {
-            key: sums.after([layer[key].flatten(0, 1) for layer in own], chosen, flight.masks.get(key))
-            for key, sums in flight.sums.items()
-        }
 
     def forward(self, packet: Packet) -> Packet:
         """Hidden states (B, T, D) in, hidden states (B, T, D) out; as `forward_together` of one."""
@@ -227,36 +127,15 @@ class TrunkServer:
             RefusedStep: The packet must not be served.
         """
         self.steps.check(packet)
-        if self.steps.repeated(packet.key) is not None or packet.key in self._promised:
+        if self.steps.repeated(packet.key) is not None or self._admission.has_promised(packet.key):
             return Packet(packet.key)
         self.steps.check_order(packet.key)
         self.steps.moves_on(packet.key)
         tokens, nbytes = math.prod(packet.shape[:-1]), math.prod(packet.shape) * self._part.dtype.itemsize
-        if not self._make_room(tokens, self._bytes_to_come() + 2 * _TRANSIT * nbytes):
+        if not self._admission.promise(packet.key, tokens, nbytes):
             self.counts["waits"] += 1
             return Packet(packet.key, wait=WAIT_SECONDS)
-        self._promised[packet.key] = _TRANSIT * nbytes, self._clock() + self._lease
         return Packet(packet.key)
-
-    def _bytes_to_come(self) -> int:
-        """What is on its way, or may be at any time: hidden states that were promised room, and gradients."""
-        hidden = sum(size for size, _ in self._promised.values())
-        flights = {id(flight): flight for flight in self._flights()}.values()
-        pending = ((key, tensor) for flight in flights for key, tensor in flight.inputs.items())
-        return 2 * hidden + _TRANSIT * sum(tensor.nbytes for key, tensor in pending if self.steps.is_pending(key))
-
-    def _make_room(self, tokens: int, kept: float, own: _Flight | None = None) -> bool:
-        """Whether a step can be computed and so many bytes be kept; for that, others' graphs may have to go."""
-        if self._budget.fits(tokens, kept):
-            return True
-        graphs = [flight for flight in self._flights() if flight.output is not None and flight is not own]
-        for flight in graphs:
-            flight.output = None
-            self._budget.freed()
-        if not graphs and not len(self.steps) and not self.steps.drop_answers():
-            return False
-        self._budget.freed()
-        return self._budget.fits(tokens, kept)
 
     def forward_together(self, packets: Sequence[Packet]) -> list[Packet]:
         """One forward of the steps of one or more clients; nobody's padding crosses the wire.
@@ -279,37 +158,37 @@ class TrunkServer:
         first = packets[0]
         keeps = first.training and self._schedule.expects_backward(first.wants_gradient)
         if keeps and (again := self.steps.repeated(first.key)) is not None:
-            if isinstance(again, Withheld):
-                raise StaleStep(f"{first.key}: its gradient has come already")
-            output = again.output or self._run(again, keeps_graph=False)
-            answers = {first.key: again.cut(output.hidden.detach())[first.key]}
-            return self._answer("repeated", "hidden", packets, answers, output.sums)
-        for packet in packets:
-            self._promised.pop(packet.key, None)
+            return [self._forward_again(first, again)]
+        self._admission.redeem(packet.key for packet in packets)
         inputs = {packet.key: self._hidden(packet) for packet in packets}
+        masks = {packet.key: self._mask(packet, inputs[packet.key]) for packet in packets if "mask" in packet.tensors}
         routers = {packet.key: self._sums(packet) for packet in packets if SUMS in packet.tensors}
         if keeps:
             for packet in packets:
                 self.steps.check_order(packet.key)
-        room, count = self._room(list(inputs.values())) if keeps else ("none", len(packets))
-        served = packets[:count]
-        answers = {}
-        sums: Mapping[StepKey, RouterSums] = {}
+        room, count = self._admission.room(list(inputs.values())) if keeps else ("none", len(packets))
+        served, sent_away = packets[:count], packets[count:]
+        self.counts["waits"] += len(sent_away)
+        answers: list[Packet] = []
         if served:
-            flight = self._take_off(served, inputs, routers, keeps)
-            output = self._run(flight, keeps_graph=room == "graph", training=first.training)
+            flight = self._take_off(served, inputs, masks, routers, keeps)
+            output = self._blocks.run(flight, keeps_graph=room == "graph", training=first.training)
             flight.output = output if room == "graph" else None
             if keeps:
                 for key in flight.inputs:
                     self.steps.begin(key, flight)
-            answers, sums = flight.cut(output.hidden.detach()), output.sums
             self.counts["forwards"] += 1
-        self.counts["waits"] += len(packets) - count
-        what = "activation" if first.training else "evaluation_activation"
-        return [
-            *self._answer(what, "hidden", served, answers, sums),
-            *(Packet(packet.key, wait=WAIT_SECONDS) for packet in packets[count:]),
-        ]
+            what = "activation" if first.training else "evaluation_activation"
+            answers = self._answer(what, "hidden", served, flight.cut(output.hidden.detach()), output.sums)
+        return [*answers, *(Packet(packet.key, wait=WAIT_SECONDS) for packet in sent_away)]
+
+    def _forward_again(self, packet: Packet, pending: Flight | Withheld) -> Packet:
+        """The answer to a step that comes again while it is pending: the one that it got before."""
+        if isinstance(pending, Withheld):
+            raise StaleStep(f"{packet.key}: its gradient has come already")
+        output = pending.output or self._blocks.run(pending, keeps_graph=False)
+        hidden = {packet.key: pending.cut(output.hidden.detach())[packet.key]}
+        return self._answer("repeated", "hidden", [packet], hidden, output.sums)[0]
 
     def _hidden(self, packet: Packet) -> Tensor:
         hidden = self._codec.decode(packet.tensors["hidden"]).to(self._device)
@@ -324,34 +203,31 @@ class TrunkServer:
             raise SpoiledStep(f"{packet.key} sent {tuple(sums.shape)} as sums of routers, not {size} finite numbers")
         return RouterSums.unpacked(sums)
 
-    def _room(self, inputs: Sequence[Tensor]) -> tuple[str, int]:
-        """What may be kept of a flight, and for how many of its steps there is room."""
-        if self._budget.limit is None:
-            return "graph", len(inputs)
-        count, to_come = len(inputs), self._bytes_to_come()
-        while count:
-            rows, length = sum(h.shape[0] for h in inputs[:count]), max(h.shape[1] for h in inputs[:count])
-            kept = to_come + (1 + _TRANSIT) * sum(hidden.nbytes for hidden in inputs[:count])
-            room = self._budget.room(rows * length, kept)
-            if room != "none" or (count == 1 and self._make_room(rows * length, kept)):
-                return room, count
-            count //= 2
-        return "none", 0
+    def _mask(self, packet: Packet, hidden: Tensor) -> Tensor:
+        mask = self._codec.decode(packet.tensors["mask"]).to(self._device)
+        if mask.shape != hidden.shape[:2]:
+            expected = tuple(hidden.shape[:2])
+            raise SpoiledStep(f"{packet.key} sent a mask of shape {tuple(mask.shape)}, not {expected}")
+        return mask
 
     def _take_off(
         self,
         packets: Sequence[Packet],
         inputs: Mapping[StepKey, Tensor],
+        masks: Mapping[StepKey, Tensor],
         routers: Mapping[StepKey, RouterSums],
         keeps: bool,
-    ) -> _Flight:
-        padded = [packet for packet in packets if "mask" in packet.tensors]
-        masks = {packet.key: self._codec.decode(packet.tensors["mask"]).to(self._device) for packet in padded}
-        learner = self.learners.of(packets[0].key.client, begins=keeps)
-        path = [(p.key.round, p.key.client, p.key.step, p.key.batch * p.micros + p.key.micro) for p in packets]
-        flown = {packet.key: inputs[packet.key] for packet in packets}
-        sums = {key: routers[key] for key in flown if key in routers}
-        return _Flight(flown, masks, learner, learner.version, derive_seed(self._seed, "trunk", *path), sums)
+    ) -> Flight:
+        """A flight of those steps that are served; with its first that is kept, a client's copy begins."""
+        learner, keys = self.learners.of(packets[0].key.client, begins=keeps), [packet.key for packet in packets]
+        return Flight(
+            {key: inputs[key] for key in keys},
+            {key: masks[key] for key in keys if key in masks},
+            learner,
+            learner.version,
+            dropout_seed(self._seed, packets),
+            {key: routers[key] for key in keys if key in routers},
+        )
 
     def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
         """One backward of steps whose forward was one.
@@ -407,7 +283,7 @@ class TrunkServer:
         self.steps.answer(packet.key, answer)
         return answer
 
-    def _flight(self, key: StepKey) -> _Flight:
+    def _flight(self, key: StepKey) -> Flight:
         """The pending forward of a step.
 
         Raises:
@@ -418,10 +294,7 @@ class TrunkServer:
             raise UnknownStep(f"no forward is pending for {key}")
         return held
 
-    def _flights(self) -> list[_Flight]:
-        return [held for held in self.steps.pending() if isinstance(held, _Flight)]
-
-    def _gradient(self, packet: Packet, flight: _Flight) -> Tensor:
+    def _gradient(self, packet: Packet, flight: Flight) -> Tensor:
         gradient = self._codec.decode(packet.tensors["gradient"]).to(self._device)
         if gradient.shape != (expected := flight.inputs[packet.key].shape):
             raise SpoiledStep(f"{packet.key} sent a gradient of shape {tuple(gradient.shape)}, not {tuple(expected)}")
@@ -429,7 +302,7 @@ class TrunkServer:
             raise SpoiledStep(f"{packet.key} sent NaN or infinite values as its gradient")
         return gradient
 
-    def _gradient_by_sums(self, packet: Packet, flight: _Flight) -> Tensor:
+    def _gradient_by_sums(self, packet: Packet, flight: Flight) -> Tensor:
         gradient, size = EXACT.decode(packet.tensors[SUMS]), self._part.experts
         if packet.key not in flight.sums or gradient.shape != (size,) or not torch.isfinite(gradient).all():
             raise SpoiledStep(f"{packet.key} sent a gradient by sums of routers that is not {size} finite numbers")
@@ -437,41 +310,34 @@ class TrunkServer:
 
     def _differentiate(
         self,
-        flight: _Flight,
+        flight: Flight,
         packets: Sequence[Packet],
         sent: Mapping[StepKey, Tensor],
         by_sums: Mapping[StepKey, Tensor],
     ) -> tuple[dict[StepKey, Tensor], Withheld | None]:
         """The gradients of a flight's inputs; those of its adapter go on to the learner, or are withheld."""
-        tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in flight.inputs.values())
-        self._make_room(tokens, 0 if flight.output is None else -self._budget.graph(tokens), flight)
+        tokens = flight.tokens
+        self._admission.make_room(tokens, 0 if flight.output is None else -self._budget.graph(tokens), flight)
         if flight.output is None:
-            flight.output = self._run(flight, keeps_graph=True)
+            flight.output = self._blocks.run(flight, keeps_graph=True)
             self.counts["recomputed"] += 1
-        learned = {name: tensor for name, tensor in flight.version.items() if tensor.requires_grad}
-        wanted = {key: flight.inputs[key] for key in sent if flight.inputs[key].requires_grad}
         output, flight.output = flight.output, None
-        sums = {key: output.sums[key].probabilities for key in by_sums}
-        routed = [key for key, probabilities in sums.items() if probabilities.requires_grad]
-        found = _gradients(
-            [output.hidden, *(sums[key] for key in routed)],
-            [*learned.values(), *wanted.values()],
-            [_spread(flight, output.hidden, sent), *(by_sums[key] for key in routed)],
-            packets,
-        )
+        try:
+            of_adapter, of_inputs = self._blocks.differentiate(flight, output, sent, by_sums)
+        except Overflow as error:
+            raise SpoiledStep(f"{packets[0].key}: {error}") from None
         self.counts["backwards"] += 1
         self._budget.freed()
         withheld = None
-        if learned:
-            of_adapter = dict(zip(learned, found, strict=False))
+        if of_adapter:
             withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, of_adapter)
         flight.spent = True
-        return dict(zip(wanted, found[len(learned) :], strict=True)), withheld
+        return of_inputs, withheld
 
     def leave(self, client: int) -> None:
         """A client has ended its round, or is dead: what is pending of it is freed."""
         self.counts["abandoned"] += self.steps.leave(client)
-        self._promised = {key: promise for key, promise in self._promised.items() if key.client != client}
+        self._admission.leave(client)
         self._budget.freed()
         self.learners.leave(client)
 
@@ -480,8 +346,7 @@ class TrunkServer:
         if count := self.steps.expire():
             self.counts["expired"] += count
             self._budget.freed()
-        now = self._clock()
-        self._promised = {key: promise for key, promise in self._promised.items() if promise[1] > now}
+        self._admission.expire()
 
     def end_round(self, finished: Sequence[int]) -> dict[str, int]:
         """Ends the round of all clients, and keeps of those that have not finished it nothing that could wait.
@@ -510,14 +375,11 @@ class TrunkServer:
             The part, and the version.
         """
         version = self.learners.of(client, begins=False).version if version is None else version
-        if self._part.training:
-            self._part.eval()
-        self._place(version)
-        return self._part, version
+        return self._blocks.inference(version), version
 
     def has_room(self, tokens: int) -> bool:
         """Whether so many tokens can be computed under the budget; others' graphs may have to go for it."""
-        return self._make_room(tokens, 0.0)
+        return self._admission.make_room(tokens, 0.0)
 
     def fold(self, changes: Mapping[str, LowRank]) -> None:
         """Adds matrices to the base weights for good.
@@ -542,27 +404,9 @@ class TrunkServer:
         Returns:
             The smallest budget under which such a step can be served, in bytes.
         """
-        size = batch, length, self._part.config.hidden_size
-        hidden = torch.zeros(size, dtype=self._part.dtype, device=self._device, requires_grad=True)
-        flight = _Flight({StepKey(0, 0, 0): hidden}, {}, self.learners.shared, self.learners.shared.version, 0)
-        storages: dict[int, int] = {}
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*self._part.parameters(), *flight.version.values())}
-
-        def saved(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        before = resident_memory()
-        with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-            output = self._run(flight, keeps_graph=True).hidden
-        inputs = [hidden, *(tensor for tensor in flight.version.values() if tensor.requires_grad)]
-        _gradients([output], inputs, [torch.zeros_like(output)], [Packet(StepKey(0, 0, 0))])
-        graph = sum(storages.values())
-        self._budget.learn(batch * length, graph, max(peak_memory() - before, graph))
-        del output
-        return self._budget.least(batch * length, (1 + 2 * _TRANSIT) * hidden.nbytes)
+        self._budget.learn(batch * length, *self._blocks.weigh(batch, length, self.learners.shared))
+        nbytes = batch * length * self._part.config.hidden_size * self._part.dtype.itemsize
+        return self._budget.least(batch * length, (1 + 2 * TRANSIT) * nbytes)
 
     def _answer(
         self,
@@ -598,33 +442,3 @@ def _check_rate(packet: Packet) -> None:
     """
     if not 0 <= packet.rate <= 1:
         raise SpoiledStep(f"{packet.key} asks for {packet.rate} of the learning rate, not a share from 0 to 1")
-
-
-def _gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequence[Tensor], packets: Sequence[Packet]
-) -> Sequence[Tensor]:
-    """The gradients of leaves, given those of the outputs; in float32 where there is one output in float16."""
-    if outputs[0].dtype != torch.float16:
-        return torch.autograd.grad(outputs, inputs, starts)
-    try:
-        found = gradients(outputs[0], inputs, starts[0])
-    except Overflow as error:
-        raise SpoiledStep(f"{packets[0].key}: {error}") from None
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(inputs, found, strict=True)]
-
-
-def _slot(part: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has a parameter, and what the parameter is called there."""
-    path, _, leaf = name.rpartition(".")
-    return part.get_submodule(path), leaf
-
-
-def _spread(flight: _Flight, output: Tensor, sent: Mapping[StepKey, Tensor]) -> Tensor:
-    """The gradients of some steps of a flight as one of its output; zero where none came."""
-    if len(flight.inputs) == 1:
-        return next(iter(sent.values()))
-    whole = torch.zeros_like(output, dtype=next(iter(sent.values())).dtype)
-    for key, place in flight.cut(whole).items():
-        if key in sent:
-            place.copy_(sent[key])
-    return whole

@@ -19,8 +19,8 @@ from fedsplit.allowed import InputError, SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.config import Config
-from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.corpora.shards import Shard, batch
 from fedsplit.documents import build
 from fedsplit.model.families import FAMILIES, read_facts
 from fedsplit.model.split import load_parts

@@ -35,8 +35,8 @@ from fedsplit.allowed import InputError, SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.config import Config, PromptSettings
-from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.corpora.shards import Shard, batch
 from fedsplit.documents import build
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of

@@ -18,8 +18,8 @@ from fedsplit.adaptation.injection import make_config
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
-from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Row, Sequences, stack
+from fedsplit.corpora.shards import Shard, batch
 from fedsplit.documents import build
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.kernels import IGNORED

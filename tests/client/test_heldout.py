@@ -11,8 +11,8 @@ from conftest import VOCABULARY
 from test_client import make_client, padded_rows
 
 from fedsplit.client.heldout import HeldOut, held_out_batches, measure, sample, through_split
-from fedsplit.corpora.partition import Shard
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.corpora.shards import Shard
 from fedsplit.model.unsplit import load_whole
 
 

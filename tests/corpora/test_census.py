@@ -11,8 +11,9 @@ import torch
 
 from fedsplit.allowed import InputError
 from fedsplit.corpora.census import as_document, plot, stated, table
-from fedsplit.corpora.partition import Deal, Shard
+from fedsplit.corpora.partition import Deal
 from fedsplit.corpora.sequences import Row, Sequences, stack
+from fedsplit.corpora.shards import Shard
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL, DataSettings
-from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, chop, pack, sotu, tokenise
+from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, chop, encode, pack, sotu
 from fedsplit.corpora.tables import read_table
 
 
@@ -50,10 +50,10 @@ def test_tokens_decode_to_the_text() -> None:
     from tokenizers import Tokenizer
 
     (document,) = sotu(1790, 1790)[:1]
-    (ids,) = tokenise([document], BUNDLED_MODEL)
+    (ids,) = encode([document.text], BUNDLED_MODEL)
     assert Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json")).decode(ids) == document.text
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"a folder with a tokenizer.json"):
-        tokenise([], tmp_path)
+        encode([], tmp_path)

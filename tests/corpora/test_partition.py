@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL, DataSettings
-from fedsplit.corpora.partition import Deal, Shard, all_text, batch, make_deal, spread
+from fedsplit.corpora.partition import Deal, all_text, make_deal
+from fedsplit.corpora.shards import Shard
 
 
 def shards(dataset: str, spec: str, clients: int, length: int = 64, seed: int = 0) -> list[Shard]:
@@ -226,26 +225,3 @@ def test_whole_texts_for_owners_are_named_by_their_beginnings(tmp_path: Path) ->
     with pytest.raises(SettingError, match=r"since no text has text enough \(not 0 many.{30,40}…, 1 many") as caught:
         shards(str(path), "natural:text", 2, length=256)
     assert len(str(caught.value)) < 300
-
-
-@given(n=st.integers(1, 12), size=st.integers(1, 5), seed=st.integers(0, 3))
-def test_batches_pass_over_the_data_without_a_gap(n: int, size: int, seed: int) -> None:
-    blocks = torch.arange(n)[:, None]
-    drawn = torch.cat([batch(blocks, step, size, seed) for step in range(2 * n)]).flatten().tolist()
-    for epoch in range(2 * size):
-        assert sorted(drawn[epoch * n : (epoch + 1) * n]) == list(range(n))
-
-
-def test_epochs_are_shuffled_differently() -> None:
-    blocks = torch.arange(50)[:, None]
-    first, second = (batch(blocks, step, 50, seed=0).flatten().tolist() for step in (0, 1))
-    assert first != second
-    assert first != sorted(first)
-
-
-@given(n=st.integers(1, 40), most=st.integers(1, 40))
-def test_spread_covers_evenly(n: int, most: int) -> None:
-    chosen = spread(torch.arange(n)[:, None], most).flatten().tolist()
-    assert len(chosen) == min(n, most) == len(set(chosen))
-    gaps = [after - before for before, after in zip(chosen, [*chosen[1:], n], strict=True)]
-    assert max(gaps) - min(gaps) <= 1

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, MessageType, RecordDict
 
+from fedsplit.client.heldout import shards_of
+from fedsplit.corpora.shards import write_shard
 from fedsplit.documents import as_document, build
 from fedsplit.federation import client_app, records
 
@@ -16,10 +18,14 @@ def test_virtual_clients_share_the_base_and_hold_no_trunk(
     model_path: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {"model": str(model_path), "dataset": str(corpus_file), "partition": "natural", "clients": 3}
-    run = json.dumps(as_document(build(values | {"cut": "1:2", "train.max_length": 16})))
+    config = build(values | {"cut": "1:2", "train.max_length": 16})
+    run = json.dumps(as_document(config))
     monkeypatch.setattr(client_app, "find_trunk", lambda name: None)
     facts = {"run": run, "trunk": "t", "incarnation": "first", "threads": 1, "store": str(tmp_path), "personal": ""}
     content = RecordDict({records.CONFIG: records.instructions({**facts, "accepted": 0, "folded": 0}, 0)})
+    write_shard(tmp_path, 0, shards_of(config)[0])
+    write_shard(tmp_path, 2, shards_of(config)[2])
+    corpus_file.unlink()  # and of the other client there is nothing: each needs its own data alone
     clients = []
     for partition in (2, 0):
         message = records.message_to(7, MessageType.QUERY, content)

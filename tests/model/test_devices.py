@@ -79,7 +79,7 @@ def test_commands_refuse_it_in_one_line(
 def test_a_whole_federation_elsewhere(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """On a device that exists in this test alone, and refuses to compute with anything that was left on the CPU."""
     corpus = write_corpus(tmp_path / "corpus.jsonl")
-    script = Path(__file__).with_name("elsewhere.py")
+    script = Path(__file__).parents[1] / "elsewhere.py"
     arguments = [str(tiny_models["gpt2"]), str(corpus), str(tmp_path / "runs")]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from fedsplit.allowed import SettingError
-from fedsplit.corpora.corpus import Document, tokenise
+from fedsplit.corpora.corpus import encode
 from fedsplit.model import gguf_files
 from fedsplit.model.devices import TYPES
 from fedsplit.model.families import read_facts
@@ -67,7 +67,7 @@ def test_weights_are_those_that_transformers_reads(
 
 def test_the_tokenizer_comes_along(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     folder = gguf_files.about(write_gguf(tmp_path / "tiny.gguf", tiny_models["llama"]))
-    (ids,) = tokenise([Document("a", "b", "To the\nend<|endoftext|>")], folder)
+    (ids,) = encode(["To the\nend<|endoftext|>"], folder)
     assert [TOKENS[number] for number in ids] == [*"ToĠ", "th", *"eĊend", "<|endoftext|>"]
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
 

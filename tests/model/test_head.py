@@ -21,8 +21,8 @@ from fedsplit.adaptation.adapting import adapt
 from fedsplit.adaptation.injection import make_config
 from fedsplit.allowed import InputError
 from fedsplit.config import LoraSettings
-from fedsplit.corpora.partition import batch
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.corpora.shards import batch
 from fedsplit.documents import build
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.lowrank import LowRank
@@ -165,7 +165,7 @@ def test_one_client_follows_plain_peft(model_path: Path, head: str) -> None:
     from experiments.in_process import LocalTrunk
     from fedsplit.client.client import Client
     from fedsplit.client.link import Link
-    from fedsplit.corpora.partition import Shard
+    from fedsplit.corpora.shards import Shard
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
 

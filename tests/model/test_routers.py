@@ -22,7 +22,7 @@ from fedsplit.adaptation.injection import make_config
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
-from fedsplit.corpora.partition import batch
+from fedsplit.corpora.shards import batch
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.routers import RouterLoss, RouterSums, listening
 from fedsplit.model.split import load_parts

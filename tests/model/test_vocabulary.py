@@ -10,10 +10,10 @@ import pytest
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL
-from fedsplit.corpora.corpus import Document, tokenise
+from fedsplit.corpora.corpus import encode
 from fedsplit.model.vocabulary import has_vocabulary, open_tokenizer
 
-TEXT = Document("a", "b", "Fellow citizens: naïve café, 你好 \n\t 🦅 <|endoftext|> 1946")
+TEXT = "Fellow citizens: naïve café, 你好 \n\t 🦅 <|endoftext|> 1946"
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def older(tmp_path: Path) -> Path:
 
 def test_older_files_give_the_same_tokens(older: Path) -> None:
     assert not (older / "tokenizer.json").exists()
-    assert tokenise([TEXT], older) == tokenise([TEXT], BUNDLED_MODEL)
+    assert encode([TEXT], older) == encode([TEXT], BUNDLED_MODEL)
 
 
 def test_the_ready_file_goes_first(older: Path) -> None:

@@ -19,7 +19,7 @@ import ray, torch
 from pathlib import Path
 from fedsplit.adaptation import lora
 from fedsplit.trunk.actor import TrunkLost, find_trunk, start_cluster, start_trunk, stop_cluster
-from fedsplit.config import build
+from fedsplit.documents import build
 from fedsplit.model.split import load_parts
 from fedsplit.wire.steps import ForeignStep, UnknownStep
 from fedsplit.trunk.server import TrunkServer

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsplit.config import TrunkSettings
-from fedsplit.trunk.dispatch import Dispatcher
+from fedsplit.trunk.dispatch import Answer, Dispatcher
 from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.packets import Packet, StepKey
-from fedsplit.wire.steps import RefusedStep, SpoiledStep, StaleStep
+from fedsplit.wire.steps import SpoiledStep, StaleStep
 
 RAW = make_codec("raw")
 
@@ -29,6 +29,7 @@ class Recorder:
         self.done: dict[StepKey, Packet] = {}
         self.room = True
         self.spoiled: set[int] = set()
+        self.broken: set[int] = set()
         self.clips = False
         self.steps = self.learners = self
 
@@ -57,6 +58,8 @@ class Recorder:
             self.calls.append(("evaluate", [packet.key.client for packet in packets]))
             return [Packet(packet.key) for packet in packets]
         self.calls.append(("forward", [packet.key.client for packet in packets]))
+        if self.broken & {packet.key.client for packet in packets}:
+            raise MemoryError("no memory is left")
         if not self.room:
             return [Packet(packet.key, wait=0.1) for packet in packets]
         flight = frozenset(packet.key for packet in packets)
@@ -89,7 +92,7 @@ class Stage:
     def __init__(self, **settings: Any) -> None:
         self.trunk, self.now = Recorder(), 0.0
         self.dispatcher = Dispatcher(self.trunk, TrunkSettings(**settings), lambda: self.now)  # type: ignore[arg-type]
-        self.answers: dict[tuple[str, int, int], Packet | RefusedStep] = {}
+        self.answers: dict[tuple[str, int, int], Answer] = {}
 
     def ask(self, kind: str, client: int, step: int = 0) -> None:
         name = {"backward": "gradient", "scale": "coefficient"}.get(kind, "hidden")
@@ -114,6 +117,20 @@ def test_shared_serves_who_is_there_and_gradients_first() -> None:
     stage.ask("backward", 1)
     assert stage.serve() == [("evaluate", [3]), ("backward", [1]), ("forward", [2])]
     assert stage.dispatcher.wakes_at() is None
+
+
+@pytest.mark.parametrize("schedule", ["shared", "batched"])
+def test_whoever_asks_for_what_breaks_is_told_and_the_others_are_served(schedule: str) -> None:
+    """What is no refusal, such as memory that ran out, must not leave anybody without an answer."""
+    stage = Stage(schedule=schedule)
+    stage.trunk.broken = {1}
+    stage.ask("forward", 1)
+    stage.serve()
+    assert isinstance(stage.answers["forward", 1, 0], MemoryError)
+    stage.dispatcher.leave(1)
+    stage.ask("forward", 2)
+    assert stage.serve() == [("forward", [2])]
+    assert isinstance(stage.answers["forward", 2, 0], Packet)
 
 
 def test_batched_waits_for_all_that_are_active() -> None:

@@ -375,6 +375,15 @@ def test_hidden_states_of_a_wrong_shape_are_refused(model_path: Path, shape: tup
     assert len(server.steps) == 0
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_of_another_shape_is_refused(model_path: Path, training: bool) -> None:
+    server = make_server(model_path, "shared")
+    tensors = {**packet(0, 0).tensors, "mask": RAW.encode(torch.ones(2, 4, dtype=torch.bool))}
+    with pytest.raises(SpoiledStep, match=r"sent a mask of shape \(2, 4\), not \(2, 5\)"):
+        server.forward(Packet(StepKey(1, 0, 0), tensors, training))
+    assert len(server.steps) == 0
+
+
 def test_bytes_are_those_of_the_tensors(model_path: Path) -> None:
     server = make_server(model_path, "shared")
     server.forward(packet(0, 0))

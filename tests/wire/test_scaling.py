@@ -22,8 +22,8 @@ from fedsplit.adaptation import lora
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
-from fedsplit.corpora.partition import Shard
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.corpora.shards import Shard
 from fedsplit.documents import build
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.flags import parse

@@ -1,0 +1,63 @@
+"""Steps of several clients as one batch, and back to each its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsplit.trunk.flights import Flight, dropout_seed
+from fedsplit.wire.packets import Packet, StepKey
+
+WIDTH = 3
+
+
+def flight_of(shapes: list[tuple[int, int]], padded: set[int]) -> Flight:
+    """Steps of so many sequences and tokens; those of some clients have a mask."""
+    inputs = {StepKey(1, n, 0): torch.rand(*shape, WIDTH) + 1 for n, shape in enumerate(shapes)}
+    masks = {key: torch.rand(hidden.shape[:2]) < 0.5 for key, hidden in inputs.items() if key.client in padded}
+    learner: Any = None  # nothing here computes
+    return Flight(inputs, masks, learner, {}, 0)
+
+
+SHAPES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5)), min_size=1, max_size=4)
+
+
+@given(SHAPES, st.sets(st.integers(0, 3)))
+def test_what_is_joined_is_cut_again_to_the_bit(shapes: list[tuple[int, int]], padded: set[int]) -> None:
+    flight = flight_of(shapes, padded)
+    hidden, mask = flight.join()
+    longest = max(length for _, length in shapes)
+    assert hidden.shape == (sum(rows for rows, _ in shapes), longest, WIDTH)
+    assert all(torch.equal(own, flight.inputs[key]) for key, own in flight.cut(hidden).items())
+    assert int((hidden != 0).sum()) == WIDTH * flight.tokens  # padding is zero, and nothing else is
+    assert (mask is None) == (not padded & {*range(len(shapes))})
+    if mask is not None:
+        seen = flight.cut(mask[:, :, None])
+        for key, own in flight.inputs.items():
+            expected = flight.masks.get(key, torch.ones(own.shape[:2], dtype=torch.bool))
+            assert torch.equal(seen[key][:, :, 0], expected)
+        assert int(mask.sum()) == sum(int(one.sum()) for one in seen.values())  # False where there is padding
+
+
+@given(SHAPES, st.data())
+def test_gradients_of_some_steps_are_zero_for_the_others(shapes: list[tuple[int, int]], data: st.DataObject) -> None:
+    flight = flight_of(shapes, set())
+    sent_by = data.draw(st.sets(st.integers(0, len(shapes) - 1), min_size=1))
+    sent = {key: torch.rand(hidden.shape) for key, hidden in flight.inputs.items() if key.client in sent_by}
+    whole = flight.spread(sent, flight.join()[0])
+    for key, own in flight.cut(whole).items():
+        assert torch.equal(own, sent.get(key, torch.zeros(own.shape)))
+
+
+def test_dropout_is_drawn_from_seed_and_keys_and_nothing_else() -> None:
+    def drawn(seed: int = 0, **key: int) -> int:
+        micros = key.pop("micros", 1)
+        return dropout_seed(seed, [Packet(StepKey(**{"round": 1, "client": 0, "step": 0, **key}), micros=micros)])
+
+    seeds = [drawn(), drawn(1), drawn(round=2), drawn(client=1), drawn(step=1), drawn(micro=1, micros=2)]
+    assert len({*seeds}) == len(seeds)
+    assert drawn(attempt=1) == drawn()  # a round that is begun anew repeats itself
+    assert drawn(batch=1, micro=1, micros=2) == drawn(micro=3, micros=4)  # parts of a step are counted through

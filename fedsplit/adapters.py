@@ -127,9 +127,15 @@ def _merge(asked: argparse.Namespace) -> list[str]:
     _check_out(asked.out)
     from fedsplit.results.merging import merge
 
-    merge(adapter, asked.out, asked.dtype)
+    classes = merge(adapter, asked.out, asked.dtype)
     decoded = f", decoded from {adapter.quantization} bits" if adapter.quantization else ""
-    return [f"{asked.out}: {adapter.model} with {adapter.folder} added to its weights{decoded}, in {asked.dtype}"]
+    how = f"{decoded}, in {asked.dtype}{_classifier(classes)}"
+    return [f"{asked.out}: {adapter.model} with {adapter.folder} added to its weights{how}"]
+
+
+def _classifier(classes: int) -> str:
+    """What opens a model with a head of classes; nothing to be said of a causal LM."""
+    return f"; AutoModelForSequenceClassification opens it, with {classes} classes" if classes else ""
 
 
 def _moved(adapter: Adapter, model: str) -> Adapter:
@@ -184,6 +190,9 @@ def _export(asked: argparse.Namespace) -> list[str]:
     tasks = as_tasks(adapters, asked.names.split(",") if asked.names else ())
     _check_out(asked.out)
     from fedsplit.federation.checkpoint import write_whole
+    from fedsplit.results.whole import check_same_head
+
+    classes = check_same_head(adapters)
 
     def fill(draft: Path) -> None:
         for name, adapter in tasks.items():
@@ -193,7 +202,8 @@ def _export(asked: argparse.Namespace) -> list[str]:
     first, *others = tasks
     code = [f'model = PeftModel.from_pretrained(base, "{asked.out}/{first}", adapter_name="{first}")']
     code += [f'model.load_adapter("{asked.out}/{name}", adapter_name="{name}")' for name in others]
-    return [f"{asked.out}: {', '.join(tasks)}, of {adapters[0].model}", *code, f'model.set_adapter("{[*tasks][-1]}")']
+    about = f"{asked.out}: {', '.join(tasks)}, of {adapters[0].model}{_classifier(classes)}"
+    return [about, *code, f'model.set_adapter("{[*tasks][-1]}")']
 
 
 def _weights(text: str, count: int) -> list[float]:

@@ -82,6 +82,29 @@ def test_tasks_are_switched_by_peft(
         assert torch.equal(model.eval()(ids).logits, alone(ids).logits)
 
 
+def test_classifiers_are_merged_and_exported(
+    finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    """Each task has a head of its own; an adapter that predicts tokens does not lie on the same base."""
+    settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
+    runs = [finished_run("gpt2", **settings), finished_run("gpt2", lora__method="dora", **settings)]
+    code, lines, _ = say("merge", runs[0], "--out", tmp_path / "merged")
+    assert code == 0 and lines[0].endswith("in fp32; AutoModelForSequenceClassification opens it, with 4 classes")
+    code, lines, _ = say("export", *runs, "--names", "one,two", "--out", tmp_path / "tasks")
+    assert code == 0 and lines[0].endswith("; AutoModelForSequenceClassification opens it, with 4 classes")
+    path = adapters.open_run(runs[0]).config.model_path
+    space = {"PeftModel": PeftModel, "base": load_whole(path, classes=4, pad=0)}
+    exec("\n".join(lines[1:]), space)
+    model, ids = space["model"], torch.arange(12)[None]
+    for task, run in zip(("one", "two"), runs, strict=True):
+        model.set_adapter(task)
+        alone = PeftModel.from_pretrained(load_whole(path, classes=4, pad=0), str(run / "adapter")).eval()
+        assert torch.equal(model.eval()(ids).logits, alone(ids).logits)
+    code, _, error = say("export", runs[0], finished_run("gpt2"), "--out", tmp_path / "mixed")
+    assert code == 2 and "on models with different heads" in error and "tells 4 classes" in error
+    assert not (tmp_path / "mixed").exists()
+
+
 def test_combine_weighs_and_says_what_it_wrote(
     finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
 ) -> None:

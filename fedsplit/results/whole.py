@@ -95,6 +95,33 @@ def read_adapter(adapter: Adapter) -> Adapters:
         raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason})") from None
 
 
+def classes_in(read: Adapters) -> int:
+    """The classes that an adapter tells, of which it has a head (C, D); 0 where it predicts tokens."""
+    return len(read.tensors[lora.SCORE_WEIGHT]) if lora.SCORE_WEIGHT in read.tensors else 0
+
+
+def check_same_head(adapters: Iterable[Adapter]) -> int:
+    """Makes sure that one base model, opened with one head, takes all of some adapters.
+
+    Returns:
+        The number of classes that all tell; 0 where all predict tokens.
+
+    Raises:
+        InputError: They differ in it, or one cannot be read.
+    """
+    found = {adapter.folder: classes_in(read_adapter(adapter)) for adapter in adapters}
+    (first, classes), *others = found.items()
+    for folder, number in others:
+        if number != classes:
+            both = f"{first} {_tells(classes)}, {folder} {_tells(number)}"
+            raise InputError(f"the adapters belong on models with different heads: {both}")
+    return classes
+
+
+def _tells(classes: int) -> str:
+    return f"tells {classes} classes" if classes else "predicts tokens"
+
+
 def open_held(
     adapter: Adapter, device: torch.device = CPU, dense: bool = False, classes: int = 0, seed: int = 0
 ) -> Any:
@@ -168,6 +195,9 @@ def _check_others(adapter: Adapter, read: Adapters, base: Any) -> None:
     pairs: list[tuple[str, object, object]] = []
     if WEIGHT in read.tensors:
         pairs.append((WEIGHT, tuple(read.tensors[WEIGHT].shape), tuple(base.lm_head.weight.shape)))
+    if classes_in(read) and hasattr(base, SCORE):
+        found = read.tensors[lora.SCORE_WEIGHT]
+        pairs.append((lora.SCORE_WEIGHT, tuple(found.shape), tuple(base.score.weight.shape)))
     if (kind := prompts.kind_of(adapter.folder)) is not None:
         width = prompts.saved_width(kind, base.config)
         pairs.append((f"the width of its {prompts.SAVED}", read.tensors[prompts.SAVED].shape[1], width))
@@ -213,8 +243,9 @@ def merged(base: Any, adapter: Adapter) -> Any:
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the adapter in {adapter.folder} cannot be merged ({reason})") from None
-    for trained in getattr(getattr(whole, HEAD, None), "modules_to_save", {}).values():  # LN tuning leaves it there
-        whole.lm_head = trained
+    for name in (HEAD, SCORE):  # LN tuning leaves there what PEFT wrapped it in
+        for trained in getattr(getattr(whole, name, None), "modules_to_save", {}).values():
+            setattr(whole, name, trained)
     return whole
 
 

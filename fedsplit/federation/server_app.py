@@ -134,7 +134,8 @@ class Federation:
         if self._config.keep_best and not course.is_best:
             left, after = course.best, course.lowest
             whole, own = self._folder.read_round(left)
-            self._accuracy = self._folder.read_facts(left).get("accuracy", {})
+            facts = self._folder.read_facts(left)  # all that the summary tells of a single round is of this one
+            self._forgotten, self._error, self._accuracy = facts["forgotten"], facts["error"], facts["accuracy"]
         else:
             left, whole, own = course.last, self._whole(adapters), self._personal(adapters)
         self.summary = self._summarise(parameters, before, after, left)
@@ -304,6 +305,7 @@ class Federation:
         """The strategy's aggregation; what it changes of the trunk and of base weights is put there."""
         if not updates:  # all rest
             self._holdings.fold(round, {})
+            self._error = None
             return adapters
         started = time.perf_counter()
         result = self._aggregation.aggregate(round, adapters, replies, updates)

@@ -20,10 +20,10 @@ from fedsplit.documents import build, from_document
 from fedsplit.environment import quieten
 from fedsplit.flags import Parser, add_setting, flag_of
 from fedsplit.results.finished import Adapter, Run, open_run
+from fedsplit.scores import Score, pooled
 
 if TYPE_CHECKING:
     from fedsplit.corpora.sequences import Sequences
-    from fedsplit.results.whole import Score
 
 
 OF_ITS_OWN = ("data.config", "data.split")
@@ -63,7 +63,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
     """
     from fedsplit.model.families import read_facts, read_pad
     from fedsplit.model.sources import about
-    from fedsplit.results.whole import Score, score
+    from fedsplit.results.whole import score
 
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
@@ -72,7 +72,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
         model.config.pad_token_id = read_pad(path, read_facts(path).end)
     texts = _held_out(config, config.eval.samples)
     counted = [batches for client, (_, batches) in enumerate(texts) if clients is None or client in clients]
-    return sum((score(model, batches) for batches in counted), Score()).loss
+    return pooled(score(model, batches) for batches in counted).loss
 
 
 def _held_out(config: Config, samples: int) -> list[tuple[str, list[Sequences]]]:
@@ -214,9 +214,8 @@ def lines(results: Sequence[Result], sorts: bool = False) -> list[str]:
         sorts: Whether the classes of texts were predicted, and not tokens.
     """
     from fedsplit.report import aligned, perplexity
-    from fedsplit.results.whole import Score
 
-    base, tuned = (sum((getattr(r, which) for r in results), Score()) for which in ("base", "tuned"))
+    base, tuned = pooled(r.base for r in results), pooled(r.tuned for r in results)
     rows = [("", "texts" if sorts else "tokens", "loss", *(() if sorts else ("perplexity",)), "accuracy")]
     for name, before, after in [*((r.name, r.base, r.tuned) for r in results), ("all", base, tuned)]:
         loss = f"{before.loss:.4f} -> {after.loss:.4f}"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fedsplit import adapters
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.model.unsplit import load_whole
-from fedsplit.results.whole import Score
+from fedsplit.scores import pooled
 
 Said = tuple[int, list[str], str]
 
@@ -132,7 +132,7 @@ def test_adapters_that_are_no_pairs_of_factors(
     assert held_out_loss(load_whole(tmp_path / "merged"), run) == pytest.approx(loss["after"], abs=1e-4)
     assert abs(loss["after"] - loss["before"]) > 1e-3
     assert evaluate(opened)[0].tuned.tokens > 0
-    everyone = sum((result.tuned for result in evaluate(opened)), Score())
+    everyone = pooled(result.tuned for result in evaluate(opened))
     assert everyone.loss == pytest.approx(loss["after"], abs=1e-5)
     code, _, error = say("unmerge", tmp_path / "merged", "--out", tmp_path / "back")
     assert code == 2 and "does more than to add something to the weights; the base is" in error

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from test_formats import PLAIN
 from transformers import AutoModelForSequenceClassification
 
-from fedsplit import evaluate
+from fedsplit import evaluate, scores
 from fedsplit.config import DataSettings
 from fedsplit.corpora.synthetic import TOPICS
 from fedsplit.flags import flag_of
 from fedsplit.model.unsplit import load_whole
 from fedsplit.results.finished import open_run
-from fedsplit.results.whole import Score
+from fedsplit.scores import Score
 
 
 def pooled(results: list[evaluate.Result]) -> Score:
-    return sum((result.tuned for result in results), Score())
+    return scores.pooled(result.tuned for result in results)
 
 
 def reported(run: Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -40,7 +40,7 @@ def test_losses_are_those_that_the_run_reported(model: str, strategy: str, finis
     run = finished_run(model, strategy)
     results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)
     assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
-    assert sum((r.base for r in results), Score()).loss == pytest.approx(loss["before"], abs=1e-5)
+    assert scores.pooled(r.base for r in results).loss == pytest.approx(loss["before"], abs=1e-5)
     assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
     opened = PeftModel.from_pretrained(load_whole(open_run(run).config.model_path), str(run / "adapter"))
     assert evaluate.held_out_loss(opened, run) == pytest.approx(loss["after"], abs=1e-5)
@@ -79,7 +79,7 @@ def test_classes_are_told_as_the_run_reported(strategy: str, finished_run: Calla
     run = finished_run("gpt2", strategy, **settings)
     results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)
     assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
-    assert sum((r.base for r in results), Score()).loss == pytest.approx(loss["before"], abs=1e-5)
+    assert scores.pooled(r.base for r in results).loss == pytest.approx(loss["before"], abs=1e-5)
     assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
     accuracy = json.loads((run / "summary.json").read_text())["accuracy"]
     assert pooled(results).accuracy == pytest.approx(accuracy["after"])

@@ -13,7 +13,6 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedsplit.client.heldout import HeldOut, pooled
 from fedsplit.config import Config
 from fedsplit.documents import as_document
 from fedsplit.federation import records
@@ -25,6 +24,7 @@ from fedsplit.federation.holdings import Holdings
 from fedsplit.federation.tally import Tally
 from fedsplit.optimization.stopping import Course
 from fedsplit.report import Watcher, perplexity
+from fedsplit.scores import Score, pooled
 from fedsplit.seeds import derive_seed
 from fedsplit.trunk.actor import TrunkHandle
 from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
@@ -215,7 +215,7 @@ class Federation:
 
     def _train(
         self, grid: Grid, round: int, adapters: Adapters
-    ) -> tuple[list[Message], list[ClientUpdate], dict[int, HeldOut]]:
+    ) -> tuple[list[Message], list[ClientUpdate], dict[int, Score]]:
         """A round of training: replies and updates, and what each client measured after its own steps."""
         started, losses, tokens = time.perf_counter(), [], 0
         assigned = self._aggregation.assign(round, adapters, grid)
@@ -355,7 +355,7 @@ class Federation:
         peaks = [int(records.metrics_of(reply)["peak-memory"]) for reply in replies]
         self._tally.client_memory = max([self._tally.client_memory, *peaks])
 
-    def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, HeldOut]) -> float:
+    def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, Score]) -> float:
         """The clients' held-out loss, and what each lost since it was measured after its own steps."""
         started, messages = time.perf_counter(), []
         shared: dict[str, Any] = {records.ARRAYS: records.to_arrays(self._holdings.crossing(adapters.tensors))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,8 @@ from fedsplit.model.quantization import check_quantization, is_quantized, was_tr
 from fedsplit.model.stored import check_checkpoint
 from fedsplit.model.unsplit import load_whole, quantize_whole
 from fedsplit.results.finished import Adapter
+from fedsplit.scores import Score
 from fedsplit.updates import Adapters
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a model predicts a text.
-
-    Attributes:
-        nats: Sum of the losses of all predicted tokens.
-        right: How many were the likeliest in the model's eyes.
-        tokens: How many were predicted.
-    """
-
-    nats: float = 0.0
-    right: int = 0
-    tokens: int = 0
-
-    @property
-    def loss(self) -> float:
-        """Mean loss in nats a token; its exponential is the perplexity."""
-        return self.nats / self.tokens
-
-    @property
-    def accuracy(self) -> float:
-        """The share of tokens that were predicted rightly."""
-        return self.right / self.tokens
-
-    def __add__(self, other: Score) -> Score:
-        return Score(self.nats + other.nats, self.right + other.right, self.tokens + other.tokens)
 
 
 def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0) -> Any:
@@ -285,5 +257,5 @@ def score(model: Any, batches: Iterable[Sequences]) -> Score:
         if not bool(wanted.all()):
             logits, labels = logits[wanted], labels[wanted]
         nats = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
-        total += Score(float(nats), int((logits.argmax(-1) == labels).sum()), labels.numel())
+        total += Score(float(nats), labels.numel(), int((logits.argmax(-1) == labels).sum()))
     return total

@@ -142,7 +142,11 @@ def test_adapters_that_are_no_pairs_of_factors(
     model = PeftModel.from_pretrained(load_whole(opened.config.model_path), str(tmp_path / "tasks" / "speech"))
     assert held_out_loss(model, run) == pytest.approx(loss["after"], abs=1e-5)
     code, lines, _ = say("compare", run, run)
-    assert code == 0 and lines[-1] == "the adapters have nothing to compare"
+    assert code == 0 and lines[-1].split()[-2:] == ["0.0000", "1.0000"]
+    assert f"{method} adds no product of factors: what is compared are its tensors as they are" in lines
+    code, lines, _ = say("compare", run, finished_run(family))
+    assert code == 0
+    assert lines[-1] == f"the adapters are of different kinds, {method} and lora, which have no common measure"
     assert not list((tmp_path / "back").parent.glob("b*"))
 
 
@@ -185,6 +189,26 @@ def test_compare_shows_settings_losses_bytes_and_layers(
     assert lines[-1].split()[-2:] == ["0.0000", "1.0000"]
     _, lines, _ = say("compare", one, finished_run("llama"))
     assert lines[-1] == "the adapters have nothing to compare"
+
+
+def test_compare_shows_tensors_where_there_is_no_product(
+    finished_run: Callable[..., Path], say: Callable[..., Said]
+) -> None:
+    """All of DoRA's; of a LoRA with a head of classes, the head beside the layers."""
+    settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
+    for name, more in (
+        ("transformer.h.1.attn.c_attn.lora_magnitude_vector", {"lora__method": "dora"}),
+        ("score.weight", {}),
+    ):
+        one, two = (finished_run("gpt2", seed=seed, **more, **settings) for seed in (0, 1))
+        code, lines, _ = say("compare", one, two)
+        rows = {line.split()[0]: line.split()[-2:] for line in lines if line}
+        w, v = (
+            load_file(run / "adapter" / "adapter_model.safetensors")[f"base_model.model.{name}"] for run in (one, two)
+        )
+        expected = [f"{float((w - v).norm() / w.norm()):.4f}", f"{float((w * v).sum() / w.norm() / v.norm()):.4f}"]
+        assert code == 0 and rows[name] == expected
+        assert ("layer" in rows) == (not more) and "tensor" in rows
 
 
 def test_what_is_asked_for_wrongly_gets_one_line_and_writes_nothing(

@@ -203,9 +203,8 @@ def test_compare_shows_tensors_where_there_is_no_product(
         one, two = (finished_run("gpt2", seed=seed, **more, **settings) for seed in (0, 1))
         code, lines, _ = say("compare", one, two)
         rows = {line.split()[0]: line.split()[-2:] for line in lines if line}
-        w, v = (
-            load_file(run / "adapter" / "adapter_model.safetensors")[f"base_model.model.{name}"] for run in (one, two)
-        )
+        files = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two)]
+        w, v = (file[f"base_model.model.{name}"].double() for file in files)
         expected = [f"{float((w - v).norm() / w.norm()):.4f}", f"{float((w * v).sum() / w.norm() / v.norm()):.4f}"]
         assert code == 0 and rows[name] == expected
         assert ("layer" in rows) == (not more) and "tensor" in rows

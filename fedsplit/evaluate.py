@@ -107,11 +107,9 @@ def _check_format(config: Config, data: DataSettings) -> None:
     """
     sorts = config.data.format == "classification"
     if sorts != (data.format == "classification"):
-        words = "classification, since the run's model tells classes" if sorts else _TOKENS
+        tokens = "auto | text | completion | chat, since the run's model predicts tokens"
+        words = "classification, since the run's model tells classes" if sorts else tokens
         raise SettingError("data.format", data.format, words)
-
-
-_TOKENS = "auto | text | completion | chat, since the run's model predicts tokens"
 
 
 def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) -> list[tuple[str, list[Sequences]]]:

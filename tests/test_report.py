@@ -58,9 +58,8 @@ def test_the_table_says_which_round_the_adapter_is_of_where_it_is_not_the_last()
     console = Console(file=io.StringIO(), width=100)
     for left in (3, 2):
         console.print(final_table({**SUMMARY, "last_round": 3, "adapter_round": left}, "runs/x"))
-    assert [line.split(maxsplit=1) for line in console.file.getvalue().splitlines() if "round" in line] == [
-        ["adapter", "of round 2, the best of 3"]
-    ]
+    (said,) = [line for line in console.file.getvalue().splitlines() if "round" in line]
+    assert said.split() == ["adapter", "of", "round", "2,", "the", "best", "of", "3"]
 
 
 def test_numbers_for_people() -> None:

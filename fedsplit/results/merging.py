@@ -247,12 +247,12 @@ def unmerge(folder: Path, out: Path) -> str:
     Raises:
         InputError: Nothing was merged into it, or its weights have changed since.
     """
-    record = read_record(folder)
-    model = load_whole(folder, torch.float32)  # a causal LM, as the base was
-    changes = read_fitting(Adapter(folder / MERGED, str(folder), "fp32", MERGED), model)
-    if not changes.layers:
+    record, adapter = read_record(folder), Adapter(folder / MERGED, str(folder), "fp32", MERGED)
+    if not read_adapter(adapter).layers:
         words = f"its adapter does more than to add something to the weights; the base is {record['base']}"
         raise InputError(f"{folder} cannot be unmerged: {words}")
+    model = load_whole(folder, torch.float32)  # a causal LM, as the base was
+    changes = read_fitting(adapter, model)
     _add(model, changes, -1.0)
     if record.get("tied"):
         model.lm_head.weight = model.get_input_embeddings().weight

@@ -210,13 +210,14 @@ def test_a_classifier_is_merged_and_comes_apart_again(
     before = base_of(adapter).state_dict()
     padded, seen = torch.arange(40).reshape(2, 20), torch.ones(2, 20, dtype=torch.long)
     padded[1, 13:], seen[1, 13:] = pad, 0
-    expected = PeftModel.from_pretrained(base, str(adapter.folder)).eval()(padded, seen).logits
+    expected = PeftModel.from_pretrained(base, str(adapter.folder)).eval()(padded, attention_mask=seen).logits
 
     assert merge(find_adapter(run), tmp_path / "merged") == 4
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    assert torch.allclose(opened(padded, seen).logits, expected, atol=1e-5)
+    assert torch.allclose(opened(padded, attention_mask=seen).logits, expected, atol=1e-5)
     assert [*opened.config.id2label.values()] == ["ants", "bees", "cows", "dogs"]
-    assert held_out_loss(opened, run) == pytest.approx(open_run(run).summary["eval_loss"]["after"], abs=1e-4)
+    reported = open_run(run).summary["eval_loss"]["after"]  # of a run in 16 bits, with what these round away
+    assert held_out_loss(opened, run) == pytest.approx(reported, abs=1e-5 if dtype == "fp32" else 0.01)
 
     unmerge(tmp_path / "merged", tmp_path / "unmerged")
     plain, back = (AutoModelForCausalLM.from_pretrained(p) for p in (adapter.model_path, tmp_path / "unmerged"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,21 +89,41 @@ def _shown(value: object) -> str:
 
 
 def _distances(first: Run, second: Run) -> list[str]:
-    """How far apart the adapters are, layer by layer, as one table."""
+    """How far apart the adapters are: layer by layer where they add s B A, and tensor by tensor where they do not."""
     from fedsplit.adaptation import adapting
-    from fedsplit.adaptation.comparison import distances
+    from fedsplit.adaptation.comparison import distances, kind_of, loose, tensor_distances
+
+    kinds = [kind_of(run.config) for run in (first, second)]
+    if kinds[0] != kinds[1]:
+        return [f"the adapters are of different kinds, {kinds[0]} and {kinds[1]}, which have no common measure"]
+    one, two = (adapting.load(run.adapter().folder) for run in (first, second))
+    layers, tensors = distances(one, two), tensor_distances(loose(one), loose(two))
+    missed = {
+        "layers": {*one.complete, *two.complete, *one.stacked, *two.stacked} - layers.keys(),
+        "tensors": {*loose(one), *loose(two)} - tensors.keys(),
+    }
+    end = [
+        f"{len(names)} {what} are in one of the adapters only, or differ in shape"
+        for what, names in missed.items()
+        if names
+    ]
+    if not layers and not tensors:
+        return [*end, "the adapters have nothing to compare"]
+    tables = [_table(what, found) for what, found in (("layer", layers), ("tensor", tensors)) if found]
+    shown = [line for table in tables for line in ("", *table)][1:]
+    if tensors and not layers:
+        shown = [f"{kinds[0]} adds no product of factors: what is compared are its tensors as they are", *shown]
+    return [*shown, *end]
+
+
+def _table(what: str, found: Mapping[str, Distance]) -> list[str]:
+    """Distances by name, and all of them as one."""
     from fedsplit.report import aligned
 
-    one, two = (adapting.load(run.adapter().folder) for run in (first, second))
-    found = distances(one, two)
-    others = len({*one.complete, *two.complete, *one.stacked, *two.stacked} - found.keys())
-    end = [f"{others} layers are in one of the adapters only, or differ in shape"] if others else []
-    if not found:
-        return [*end, "the adapters have nothing to compare"]
-    rows = [("layer", "‖first‖", "‖second‖", "‖difference‖ / ‖first‖", "cosine")]
-    rows += [(layer, *_numbers(one)) for layer, one in found.items()]
+    rows = [(what, "‖first‖", "‖second‖", "‖difference‖ / ‖first‖", "cosine")]
+    rows += [(name, *_numbers(one)) for name, one in found.items()]
     whole, *rest = found.values()
-    return [*aligned([*rows, ("all", *_numbers(sum(rest, whole)))]), *end]
+    return aligned([*rows, ("all", *_numbers(sum(rest, whole)))])
 
 
 def _numbers(found: Distance) -> tuple[str, str, str, str]:
@@ -127,9 +147,15 @@ def _merge(asked: argparse.Namespace) -> list[str]:
     _check_out(asked.out)
     from fedsplit.results.merging import merge
 
-    merge(adapter, asked.out, asked.dtype)
+    classes = merge(adapter, asked.out, asked.dtype)
     decoded = f", decoded from {adapter.quantization} bits" if adapter.quantization else ""
-    return [f"{asked.out}: {adapter.model} with {adapter.folder} added to its weights{decoded}, in {asked.dtype}"]
+    how = f"{decoded}, in {asked.dtype}{_classifier(classes)}"
+    return [f"{asked.out}: {adapter.model} with {adapter.folder} added to its weights{how}"]
+
+
+def _classifier(classes: int) -> str:
+    """What opens a model with a head of classes; nothing to be said of a causal LM."""
+    return f"; AutoModelForSequenceClassification opens it, with {classes} classes" if classes else ""
 
 
 def _moved(adapter: Adapter, model: str) -> Adapter:
@@ -184,6 +210,9 @@ def _export(asked: argparse.Namespace) -> list[str]:
     tasks = as_tasks(adapters, asked.names.split(",") if asked.names else ())
     _check_out(asked.out)
     from fedsplit.federation.checkpoint import write_whole
+    from fedsplit.results.whole import check_same_head
+
+    classes = check_same_head(adapters)
 
     def fill(draft: Path) -> None:
         for name, adapter in tasks.items():
@@ -193,7 +222,8 @@ def _export(asked: argparse.Namespace) -> list[str]:
     first, *others = tasks
     code = [f'model = PeftModel.from_pretrained(base, "{asked.out}/{first}", adapter_name="{first}")']
     code += [f'model.load_adapter("{asked.out}/{name}", adapter_name="{name}")' for name in others]
-    return [f"{asked.out}: {', '.join(tasks)}, of {adapters[0].model}", *code, f'model.set_adapter("{[*tasks][-1]}")']
+    about = f"{asked.out}: {', '.join(tasks)}, of {adapters[0].model}{_classifier(classes)}"
+    return [about, *code, f'model.set_adapter("{[*tasks][-1]}")']
 
 
 def _weights(text: str, count: int) -> list[float]:

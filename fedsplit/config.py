@@ -136,7 +136,7 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A client's local training."""
+    """A client's local training; when the run ends, --rounds, --patience, --min-delta and --keep-best say above."""
 
     steps: int = setting(10, at_least(1), "local steps a round; not used where epochs is set")
     epochs: int = setting(0, at_least(0), "local passes over the client's data a round; 0: count steps", "--epochs")

@@ -5,24 +5,32 @@ Everything is measured on the unsplit model, which whoever evaluates a finished 
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.allowed import DEVICE, InputError, SettingError
 from fedsplit.command import exit_code
-from fedsplit.config import Config, DataSettings
-from fedsplit.documents import from_document
+from fedsplit.config import LEAVES, Config, DataSettings
+from fedsplit.documents import build, from_document
 from fedsplit.environment import quieten
-from fedsplit.flags import Parser
+from fedsplit.flags import Parser, add_setting, flag_of
 from fedsplit.results.finished import Adapter, Run, open_run
+from fedsplit.scores import Score, pooled
 
 if TYPE_CHECKING:
     from fedsplit.corpora.sequences import Sequences
-    from fedsplit.results.whole import Score
+
+
+OF_ITS_OWN = ("data.config", "data.split")
+"""Settings of a data set that do not follow the run's where they are not given: another one has others."""
+
+READING = tuple(name for name in LEAVES if name.startswith("data.") and name not in ("data.held_out", "data.show"))
+"""Settings of how another data set is read."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
     """
     from fedsplit.model.families import read_facts, read_pad
     from fedsplit.model.sources import about
-    from fedsplit.results.whole import Score, score
+    from fedsplit.results.whole import score
 
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
@@ -64,7 +72,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
         model.config.pad_token_id = read_pad(path, read_facts(path).end)
     texts = _held_out(config, config.eval.samples)
     counted = [batches for client, (_, batches) in enumerate(texts) if clients is None or client in clients]
-    return sum((score(model, batches) for batches in counted), Score()).loss
+    return pooled(score(model, batches) for batches in counted).loss
 
 
 def _held_out(config: Config, samples: int) -> list[tuple[str, list[Sequences]]]:
@@ -75,14 +83,45 @@ def _held_out(config: Config, samples: int) -> list[tuple[str, list[Sequences]]]
     return [(shard.name, [rows for _, rows in held_out_batches(shard, samples, size)]) for shard in shards_of(config)]
 
 
+def other_data(config: Config, given: Mapping[str, object]) -> DataSettings:
+    """How another data set is read: as is said, and where nothing is, as that of the run.
+
+    Args:
+        config: The run's.
+        given: What is said, by the settings' dotted names; of `READING` only.
+
+    Raises:
+        SettingError: A value is not allowed.
+    """
+    said, plain = build(given).data, DataSettings()
+    data = replace(config.data, held_out=plain.held_out, show=plain.show)
+    leaves = {name.removeprefix("data.") for name in (*OF_ITS_OWN, *given)}
+    return replace(data, **{leaf: getattr(said, leaf) for leaf in leaves})
+
+
+def _check_format(config: Config, data: DataSettings) -> None:
+    """Makes sure that another data set is read as what the run's model predicts.
+
+    Raises:
+        SettingError: It predicts tokens and the data set has classes, or the other way round.
+    """
+    sorts = config.data.format == "classification"
+    if sorts != (data.format == "classification"):
+        tokens = "auto | text | completion | chat, since the run's model predicts tokens"
+        words = "classification, since the run's model tells classes" if sorts else tokens
+        raise SettingError("data.format", data.format, words)
+
+
 def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) -> list[tuple[str, list[Sequences]]]:
     """Every owner in another data set, and all its text in batches."""
     from fedsplit.corpora.partition import all_text
     from fedsplit.corpora.shards import spread
-    from fedsplit.corpora.tables import check_dataset
+    from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import about
 
+    _check_format(config, data)
+    check_packing(data)
     check_dataset(dataset, data)
     path, length = about(config), config.train.max_length
     texts = all_text(dataset, length, path, read_facts(path).end, data, config.seed, _classes(config))
@@ -120,8 +159,7 @@ def evaluate(
     dataset: str = "",
     client: int | None = None,
     samples: int = 0,
-    configuration: str = "",
-    split: str = "train",
+    data: DataSettings | None = None,
     device: str = "cpu",
 ) -> list[Result]:
     """Measures a finished run's model.
@@ -132,8 +170,7 @@ def evaluate(
             text of the run's clients where empty.
         client: The one client whose text, or whose own adapter, counts; all where None.
         samples: Sequences a client or owner at most; where 0, those of the run, or all of another data set.
-        configuration: Of another data set that has several.
-        split: Of another data set; its columns are called as those of the run's.
+        data: How another data set is read; as the run's where None (see `other_data`).
         device: What to compute on, as the setting of that name.
 
     Returns:
@@ -147,8 +184,7 @@ def evaluate(
 
     results = []
     check_device("device", device)
-    data = replace(run.config.data, config=configuration, split=split, held_out="")
-    work = _work(run, dataset, client, samples, data)
+    work = _work(run, dataset, client, samples, data or other_data(run.config, {}))
     classes = _classes(run.config)
     base = open_held(work[0][0], resolve(device), classes=len(classes), seed=run.config.seed)
     for adapter, texts in work:
@@ -177,9 +213,8 @@ def lines(results: Sequence[Result], sorts: bool = False) -> list[str]:
         sorts: Whether the classes of texts were predicted, and not tokens.
     """
     from fedsplit.report import aligned, perplexity
-    from fedsplit.results.whole import Score
 
-    base, tuned = (sum((getattr(r, which) for r in results), Score()) for which in ("base", "tuned"))
+    base, tuned = pooled(r.base for r in results), pooled(r.tuned for r in results)
     rows = [("", "texts" if sorts else "tokens", "loss", *(() if sorts else ("perplexity",)), "accuracy")]
     for name, before, after in [*((r.name, r.base, r.tuned) for r in results), ("all", base, tuned)]:
         loss = f"{before.loss:.4f} -> {after.loss:.4f}"
@@ -203,10 +238,6 @@ def _parser() -> Parser:
         help="another data set, all of it, owner by owner, as fedsplit.simulate takes it "
         "(default: what the run's clients held out)",
     )
-    parser.add_argument("--data.config", dest="configuration", default="", metavar="NAME", help="its configuration")
-    parser.add_argument(
-        "--data.split", dest="split", default="train", metavar="NAME", help="its split (default: train)"
-    )
     parser.add_argument(
         "--client", type=int, metavar="N", help="this client alone, with its own adapter where it has one"
     )
@@ -217,7 +248,23 @@ def _parser() -> Parser:
         "--device", default="cpu", metavar="NAME", help=f"what to compute on: {DEVICE.words} (default: cpu)"
     )
     parser.add_argument("--model", default="", metavar="DIR", help="the base model, if it lies elsewhere now")
+    data = parser.add_argument_group("data", "How the other data set is read.")
+    for name in READING:
+        add_setting(data, name, None if name in OF_ITS_OWN else "the run's")
     return parser
+
+
+def _given(asked: argparse.Namespace) -> dict[str, object]:
+    """What is said of another data set.
+
+    Raises:
+        SettingError: It is said of none.
+    """
+    given = {name: value for name, value in vars(asked).items() if name in READING}
+    for name, value in given.items() if not asked.dataset else ():
+        words = f"no {flag_of(name)} without --dataset: what the clients held out is read as the run read it"
+        raise SettingError(name, str(value), words)
+    return given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,8 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = open_run(Path(asked.run))
         if asked.model:
             run = replace(run, config=replace(run.config, model=asked.model))
+        data = other_data(run.config, _given(asked))
         quieten(offline=not asked.dataset)
-        how = asked.dataset, asked.client, asked.samples, asked.configuration, asked.split, asked.device
+        how = asked.dataset, asked.client, asked.samples, data, asked.device
         print(*lines(evaluate(run, *how), run.config.data.format == "classification"), sep="\n")
 
     return exit_code(work)

@@ -45,6 +45,34 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting, by its dotted name."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_setting(group: Any, name: str, default: str | None = None) -> None:
+    """Adds the flag of a setting, whose text goes under the setting's dotted name; where it is not given, nothing does.
+
+    Args:
+        group: A parser, or a group of one.
+        name: The setting's dotted name.
+        default: What its help says is the default; the field's own where None.
+    """
+    leaf, kind = LEAVES[name]
+    flags = [flag_of(name)]
+    if leaf.metadata["alias"]:
+        flags.append(leaf.metadata["alias"])
+    if default is None:
+        default = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else leaf.default
+    end = "" if default == "" or default is False else f" (default: {default})"
+    metavar = {int: "N", float: "X"}.get(kind, "NAME")
+    words = leaf.metadata["allowed"].words
+    choices = f": {words}" if " | " in words else ""
+    text = (leaf.metadata["help"] + choices + end).replace("%", "%%")
+    values: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+    group.add_argument(*flags, dest=name, metavar=metavar, help=text, default=argparse.SUPPRESS, **values)
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m fedsplit.simulate",
@@ -54,21 +82,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("--config", metavar="FILE", help="a TOML file of settings; flags win over it")
     groups: dict[str, Any] = {"": parser}
-    for name, (leaf, kind) in LEAVES.items():
+    for name in LEAVES:
         section = name.rpartition(".")[0]
         if section not in groups:
             groups[section] = parser.add_argument_group(section, SECTIONS[section].__doc__)
-        flags = [f"--{name.replace('_', '-')}"]
-        if leaf.metadata["alias"]:
-            flags.append(leaf.metadata["alias"])
-        shown = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else leaf.default
-        default = "" if shown == "" or shown is False else f" (default: {shown})"
-        metavar = {int: "N", float: "X"}.get(kind, "NAME")
-        words = leaf.metadata["allowed"].words
-        choices = f": {words}" if " | " in words else ""
-        text = (leaf.metadata["help"] + choices + default).replace("%", "%%")
-        values: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
-        groups[section].add_argument(*flags, dest=name, metavar=metavar, help=text, **values)
+        add_setting(groups[section], name)
     groups["lora"].description = (groups["lora"].description or "") + " A list is separated by commas."
     parser.epilog = "--strategy.KEY VALUE sets a keyword argument of the strategy."
     return parser
@@ -81,7 +99,7 @@ def _strategy_options(rest: list[str]) -> dict[str, Any]:
     while words:
         flag = words.pop(0)
         if not flag.startswith("--strategy."):
-            known = [f"--{name.replace('_', '-')}" for name in LEAVES]
+            known = [flag_of(name) for name in LEAVES]
             raise InputError(f"there is no flag {flag}; {suggest(flag, known)}")
         if not words:
             raise InputError(f"{flag}: expected a value after it")

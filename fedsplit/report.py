@@ -101,6 +101,8 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
         table.add_row("accuracy", f"{accuracy['before']:.2%} -> {accuracy['after']:.2%}")
     else:
         table.add_row("perplexity", f"{perplexity(before):.2f} -> {perplexity(after):.2f}")
+    if (left := summary.get("adapter_round")) != (last := summary.get("last_round")):
+        table.add_row("adapter", f"of round {left}, the best of {last}")
     for part, counts in summary["parameters"].items():
         table.add_row(f"{part} parameters", f"{counts['total']:,}, of which trained {counts['trainable']:,}")
     sent = summary["bytes"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fedsplit import adapters
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.model.unsplit import load_whole
-from fedsplit.results.whole import Score
+from fedsplit.scores import pooled
 
 Said = tuple[int, list[str], str]
 
@@ -82,6 +82,29 @@ def test_tasks_are_switched_by_peft(
         assert torch.equal(model.eval()(ids).logits, alone(ids).logits)
 
 
+def test_classifiers_are_merged_and_exported(
+    finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    """Each task has a head of its own; an adapter that predicts tokens does not lie on the same base."""
+    settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
+    runs = [finished_run("gpt2", **settings), finished_run("gpt2", lora__method="dora", **settings)]
+    code, lines, _ = say("merge", runs[0], "--out", tmp_path / "merged")
+    assert code == 0 and lines[0].endswith("in fp32; AutoModelForSequenceClassification opens it, with 4 classes")
+    code, lines, _ = say("export", *runs, "--names", "one,two", "--out", tmp_path / "tasks")
+    assert code == 0 and lines[0].endswith("; AutoModelForSequenceClassification opens it, with 4 classes")
+    path = adapters.open_run(runs[0]).config.model_path
+    space = {"PeftModel": PeftModel, "base": load_whole(path, classes=4, pad=0)}
+    exec("\n".join(lines[1:]), space)
+    model, ids = space["model"], torch.arange(12)[None]
+    for task, run in zip(("one", "two"), runs, strict=True):
+        model.set_adapter(task)
+        alone = PeftModel.from_pretrained(load_whole(path, classes=4, pad=0), str(run / "adapter")).eval()
+        assert torch.equal(model.eval()(ids).logits, alone(ids).logits)
+    code, _, error = say("export", runs[0], finished_run("gpt2"), "--out", tmp_path / "mixed")
+    assert code == 2 and "on models with different heads" in error and "tells 4 classes" in error
+    assert not (tmp_path / "mixed").exists()
+
+
 def test_combine_weighs_and_says_what_it_wrote(
     finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
 ) -> None:
@@ -109,7 +132,7 @@ def test_adapters_that_are_no_pairs_of_factors(
     assert held_out_loss(load_whole(tmp_path / "merged"), run) == pytest.approx(loss["after"], abs=1e-4)
     assert abs(loss["after"] - loss["before"]) > 1e-3
     assert evaluate(opened)[0].tuned.tokens > 0
-    everyone = sum((result.tuned for result in evaluate(opened)), Score())
+    everyone = pooled(result.tuned for result in evaluate(opened))
     assert everyone.loss == pytest.approx(loss["after"], abs=1e-5)
     code, _, error = say("unmerge", tmp_path / "merged", "--out", tmp_path / "back")
     assert code == 2 and "does more than to add something to the weights; the base is" in error
@@ -119,7 +142,11 @@ def test_adapters_that_are_no_pairs_of_factors(
     model = PeftModel.from_pretrained(load_whole(opened.config.model_path), str(tmp_path / "tasks" / "speech"))
     assert held_out_loss(model, run) == pytest.approx(loss["after"], abs=1e-5)
     code, lines, _ = say("compare", run, run)
-    assert code == 0 and lines[-1] == "the adapters have nothing to compare"
+    assert code == 0 and lines[-1].split()[-2:] == ["0.0000", "1.0000"]
+    assert f"{method} adds no product of factors: what is compared are its tensors as they are" in lines
+    code, lines, _ = say("compare", run, finished_run(family))
+    assert code == 0
+    assert lines[-1] == f"the adapters are of different kinds, {method} and lora, which have no common measure"
     assert not list((tmp_path / "back").parent.glob("b*"))
 
 
@@ -162,6 +189,25 @@ def test_compare_shows_settings_losses_bytes_and_layers(
     assert lines[-1].split()[-2:] == ["0.0000", "1.0000"]
     _, lines, _ = say("compare", one, finished_run("llama"))
     assert lines[-1] == "the adapters have nothing to compare"
+
+
+def test_compare_shows_tensors_where_there_is_no_product(
+    finished_run: Callable[..., Path], say: Callable[..., Said]
+) -> None:
+    """All of DoRA's; of a LoRA with a head of classes, the head beside the layers."""
+    settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
+    for name, more in (
+        ("transformer.h.1.attn.c_attn.lora_magnitude_vector", {"lora__method": "dora"}),
+        ("score.weight", settings),
+    ):
+        one, two = finished_run("gpt2", **more), finished_run("gpt2", **more, seed=1)
+        code, lines, _ = say("compare", one, two)
+        rows = {line.split()[0]: line.split()[-2:] for line in lines if line}
+        files = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two)]
+        w, v = (file[f"base_model.model.{name}"].double() for file in files)
+        expected = [f"{float((w - v).norm() / w.norm()):.4f}", f"{float((w * v).sum() / w.norm() / v.norm()):.4f}"]
+        assert code == 0 and rows[name] == expected
+        assert ("layer" in rows) == (name == "score.weight") and "tensor" in rows
 
 
 def test_what_is_asked_for_wrongly_gets_one_line_and_writes_nothing(

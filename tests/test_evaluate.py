@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,17 @@ from safetensors.torch import load_file
 from test_formats import PLAIN
 from transformers import AutoModelForSequenceClassification
 
-from fedsplit import evaluate
+from fedsplit import evaluate, scores
+from fedsplit.config import DataSettings
 from fedsplit.corpora.synthetic import TOPICS
+from fedsplit.flags import flag_of
 from fedsplit.model.unsplit import load_whole
 from fedsplit.results.finished import open_run
-from fedsplit.results.whole import Score
+from fedsplit.scores import Score
 
 
 def pooled(results: list[evaluate.Result]) -> Score:
-    return sum((result.tuned for result in results), Score())
+    return scores.pooled(result.tuned for result in results)
 
 
 def reported(run: Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -36,7 +40,7 @@ def test_losses_are_those_that_the_run_reported(model: str, strategy: str, finis
     run = finished_run(model, strategy)
     results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)
     assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
-    assert sum((r.base for r in results), Score()).loss == pytest.approx(loss["before"], abs=1e-5)
+    assert scores.pooled(r.base for r in results).loss == pytest.approx(loss["before"], abs=1e-5)
     assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
     opened = PeftModel.from_pretrained(load_whole(open_run(run).config.model_path), str(run / "adapter"))
     assert evaluate.held_out_loss(opened, run) == pytest.approx(loss["after"], abs=1e-5)
@@ -75,7 +79,7 @@ def test_classes_are_told_as_the_run_reported(strategy: str, finished_run: Calla
     run = finished_run("gpt2", strategy, **settings)
     results, (loss, clients) = evaluate.evaluate(open_run(run)), reported(run)
     assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
-    assert sum((r.base for r in results), Score()).loss == pytest.approx(loss["before"], abs=1e-5)
+    assert scores.pooled(r.base for r in results).loss == pytest.approx(loss["before"], abs=1e-5)
     assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
     accuracy = json.loads((run / "summary.json").read_text())["accuracy"]
     assert pooled(results).accuracy == pytest.approx(accuracy["after"])
@@ -138,6 +142,34 @@ def test_other_text_is_measured_whole_and_by_owner(finished_run: Callable[..., P
     assert [r.tuned.tokens for r in evaluate.evaluate(run, str(tmp_path / "other.jsonl"), samples=2)] == [30, 30]
 
 
+def test_another_data_set_has_columns_and_a_format_of_its_own(
+    finished_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's were text and owner; what is not said is as it was there, but for configuration and split."""
+    run = open_run(finished_run("gpt2"))
+    given = {"data.text": "body", "data.split": "test"}
+    told = replace(run, config=replace(run.config, data=DataSettings(text="words", owner="who", config="raw")))
+    assert evaluate.other_data(told.config, given) == DataSettings(text="body", owner="who", split="test")
+    rows = [{"body": "abcdefgh" * 4, "who": "dan"}, {"body": "hello " * 8, "who": "eve"}]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = [{"asked": "1+1=", "said": "2!"}, {"asked": "3+4=", "said": "7"}]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    other, sums = (["--run", str(run.path), "--dataset", str(tmp_path / f"{n}.jsonl")] for n in ("other", "sums"))
+    assert evaluate.main([*other, "--data.text", "body", "--data.owner", "who"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:3]] == [["dan", "30"], ["eve", "45"]]
+    columns = ["--data.prompt", "asked", "--data.completion", "said"]
+    assert evaluate.main([*sums, "--data.format", "completion", *columns]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["all", "5"]  # with the end tokens
+
+
+def test_the_flags_are_those_of_simulate(capsys: pytest.CaptureFixture[str]) -> None:
+    """All that a data set's settings are but two: nothing is held out of it, and nothing dealt out."""
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    shown = set(re.findall(r"--data\.[a-z-]+", capsys.readouterr().out))
+    assert shown == {flag_of(f"data.{leaf.name}") for leaf in fields(DataSettings)} - {"--data.held-out", "--data.show"}
+
+
 def test_the_table(finished_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     run = finished_run("gpt2")
     assert evaluate.main(["--run", str(run)]) == 0
@@ -161,6 +193,16 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", run, "--dataset", short], f"dataset: {short} is not possible; allowed: a text of 16 tokens"),
         (["--run", own, "--dataset", short], "in this run every client has an adapter of its own"),
         (["--run", run, "--model", "nowhere"], "model: nowhere is not possible"),
+        (["--run", run, "--data.text", "body"], "data.text: body is not possible; allowed: no --data.text without"),
+        (
+            ["--run", run, "--dataset", short, "--data.format", "text", "--data.text", "body"],
+            "data.text: body is not possible; allowed: a column of",
+        ),
+        (["--run", run, "--dataset", short, "--data.format", "prose"], "data.format: prose is not possible"),
+        (
+            ["--run", run, "--dataset", short, "--data.format", "classification"],
+            "data.format: classification is not possible; allowed: auto | text | completion | chat, since the run's",
+        ),
     ):
         assert evaluate.main(argv) == 2, argv
         said = capsys.readouterr()

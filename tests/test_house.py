@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
-GROUND = {"allowed", "config", "documents", "environment", "flags", "command", "report", "seeds", "lowrank", "updates"}
+GROUND = {
+    "allowed",
+    "config",
+    "documents",
+    "environment",
+    "flags",
+    "command",
+    "report",
+    "seeds",
+    "lowrank",
+    "updates",
+    "scores",
+}
 """Modules at the top of `fedsplit` that every package may import."""
 
 PACKAGES = [

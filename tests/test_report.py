@@ -54,6 +54,14 @@ def test_the_table_says_all_that_was_asked_for() -> None:
         assert words in text
 
 
+def test_the_table_says_which_round_the_adapter_is_of_where_it_is_not_the_last() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    for left in (3, 2):
+        console.print(final_table({**SUMMARY, "last_round": 3, "adapter_round": left}, "runs/x"))
+    (said,) = [line for line in console.file.getvalue().splitlines() if "round" in line]
+    assert said.split() == ["adapter", "of", "round", "2,", "the", "best", "of", "3"]
+
+
 def test_numbers_for_people() -> None:
     assert [size(n) for n in (0, 999, 1000, 2_500_000, 7e13)] == ["0 B", "999 B", "1.0 kB", "2.5 MB", "70.0 TB"]
     assert perplexity(1e6) == math.inf

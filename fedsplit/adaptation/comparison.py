@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from fedsplit.adaptation.methods import METHODS
 from fedsplit.config import Config
 from fedsplit.documents import as_document, dotted
 from fedsplit.lowrank import LowRank
-from fedsplit.updates import Adapters
+from fedsplit.updates import Adapters, factor_of
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two changes of the same weights, s * B @ A, are from each other.
+    """How far two changes of the same weights, s * B @ A, or two tensors, are from each other.
 
     Attributes:
         first: The Frobenius norm of the first.
@@ -62,6 +65,37 @@ def distances(first: Adapters, second: Adapters) -> dict[str, Distance]:
             each = zip(first.changes(layer), second.changes(layer), strict=True)
             apart, *others = (distance(one, two) for one, two in each)
             found[layer] = sum(others, apart)
+    return found
+
+
+def kind_of(config: Config) -> str:
+    """The kind of a run's adapter, in PEFT's words; "lora" for all that are left as pairs of factors."""
+    if config.prompt.kind != "off":
+        return config.prompt.kind
+    method = METHODS[config.lora.method]
+    return "lora" if method.factors or method.residual else config.lora.method
+
+
+def loose(adapters: Adapters) -> dict[str, Tensor]:
+    """The tensors of adapters of which no product is to be made: whole heads, and all of a kind without factors."""
+    return {
+        name: tensor
+        for name, tensor in adapters.tensors.items()
+        if factor_of(name) is None or name.rpartition(".lora_")[0] not in adapters.layers
+    }
+
+
+def tensor_distances(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Distance]:
+    """The tensors that are on both sides and have the same shape, one by one.
+
+    Equal tensors mean equal adapters; what they do to the weights may be equal, too, where tensors are not.
+    """
+    found = {}
+    for name, one in first.items():
+        if (other := second.get(name)) is not None and other.shape == one.shape:
+            a, b = one.double(), other.double()
+            norms = [float(tensor.norm()) for tensor in (a, b, a - b)]
+            found[name] = Distance(norms[0], norms[1], norms[2], float((a * b).sum()))
     return found
 
 

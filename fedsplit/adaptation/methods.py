@@ -218,7 +218,8 @@ def check_method(config: Config, transposed: bool) -> None:
     has["rslora"] = "use_rslora" if method.kind == "LORA" else None
     for leaf in fields(LoraSettings):
         value = getattr(settings, leaf.name)
-        if leaf.name in has and has[leaf.name] is None and value != leaf.default:
+        means_nothing = leaf.name in has and has[leaf.name] is None
+        if means_nothing and value != leaf.default and (leaf.name, value) != ("dropout", 0):  # none is what it does
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
             words = f"the default with the method {settings.method}, which has no such setting"
             raise SettingError(f"lora.{leaf.name}", shown, words)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,56 +16,23 @@ from fedsplit.corpora.shards import Shard, spread
 from fedsplit.model.devices import device_of
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import about
+from fedsplit.scores import Score
 from fedsplit.wire.packets import StepKey
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A loss and what it was measured on.
-
-    Attributes:
-        nats: Sum of the losses of all predicted tokens.
-        tokens: How many were predicted; sequences, where their classes are.
-        right: How many of them rightly; counted of classes alone.
-    """
-
-    nats: float
-    tokens: int
-    right: int = 0
-
-    @property
-    def loss(self) -> float:
-        """Mean loss in nats a token; its exponential is the perplexity."""
-        return self.nats / self.tokens
-
-    @property
-    def accuracy(self) -> float:
-        """The share that was predicted rightly; counted of classes alone."""
-        return self.right / self.tokens
-
-    def __add__(self, other: HeldOut) -> HeldOut:
-        return HeldOut(self.nats + other.nats, self.tokens + other.tokens, self.right + other.right)
-
-
-def pooled(measured: Iterable[HeldOut]) -> HeldOut:
-    """Several measurements as one; of nothing, no tokens."""
-    return sum(measured, HeldOut(0.0, 0))
-
 
 Batches = Sequence[tuple[int, Sequences]]
 """Numbers of batches, and what is in them."""
 
 
-def measure(loss_of: Callable[[int, Sequences], Tensor], batches: Batches) -> HeldOut:
+def measure(loss_of: Callable[[int, Sequences], Tensor], batches: Batches) -> Score:
     """Measures a model on batches; every token that is predicted counts the same.
 
     Args:
         loss_of: The number of a batch and its sequences to the mean loss.
         batches: Numbers and sequences.
     """
-    total = HeldOut(0.0, 0)
+    total = Score()
     for number, rows in batches:
-        total += HeldOut(float(loss_of(number, rows)) * rows.predicted, rows.predicted)
+        total += Score(float(loss_of(number, rows)) * rows.predicted, rows.predicted)
     return total
 
 
@@ -88,7 +54,7 @@ def sample(batches: Batches, sequences: int, batch_size: int) -> list[tuple[int,
 
 
 @torch.no_grad()
-def through_split(client: Client, given: Mapping[str, Tensor], round: int, batches: Batches) -> list[HeldOut]:
+def through_split(client: Client, given: Mapping[str, Tensor], round: int, batches: Batches) -> list[Score]:
     """A client's loss on each of some batches, with the given adapters and the trunk as it is now.
 
     Args:
@@ -115,13 +81,13 @@ def through_split(client: Client, given: Mapping[str, Tensor], round: int, batch
     return [measure(loss_of, [batch]) for batch in batches]
 
 
-def _sorted(client: Client, round: int, number: int, rows: Sequences) -> HeldOut:
+def _sorted(client: Client, round: int, number: int, rows: Sequences) -> Score:
     """How well a client tells the classes of a batch."""
     key = StepKey(round, client.number, number)
     hidden = client.link.evaluate(client.bottom(rows.ids, rows.mask), key, rows.mask)
     logits = client.top.scores(hidden, rows.mask).float()
     nats = torch.nn.functional.cross_entropy(logits, rows.labels) * len(rows)
-    return HeldOut(float(nats), len(rows), int((logits.argmax(-1) == rows.labels).sum()))
+    return Score(float(nats), len(rows), int((logits.argmax(-1) == rows.labels).sum()))
 
 
 def shards_of(config: Config) -> list[Shard]:

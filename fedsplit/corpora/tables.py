@@ -27,6 +27,13 @@ ALLOWED = (
 )
 
 
+_ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+"""Files that lie beside data and are none; `datasets` passes them over."""
+
+_LAYOUT = re.compile(r"---\n(?:(?!---).*\n)*?configs:")
+"""The beginning of a README.md that says, as on the Hub, which files are data."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of a data set, column by column.
@@ -71,7 +78,8 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
 
     Raises:
         SettingError: It is none that is made here, no file of a known type or folder that is there, and no name that
-            the Hub might have; or one of these with a configuration or a split that it cannot have.
+            the Hub might have; or one of these with a configuration or a split that it cannot have; or a folder of
+            files of several kinds, of which all but one would be passed over.
     """
     data, path = data or DataSettings(), Path(dataset)
     if dataset in MADE or path.is_file():
@@ -84,6 +92,7 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
     elif path.is_dir():
         if not (_is_saved(path) or _data_files(path)):
             raise SettingError("dataset", f"{dataset} (no data files in it)", ALLOWED)
+        _check_kind(dataset, path)
     elif not _may_be_on_hub(dataset):
         raise SettingError("dataset", dataset, ALLOWED)
 
@@ -111,6 +120,25 @@ def _is_saved(path: Path) -> bool:
 
 def _data_files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.suffix in FILE_TYPES and file.is_file())
+
+
+def _check_kind(dataset: str, path: Path) -> None:
+    """Makes sure that no data file of a folder is passed over: `datasets` reads the kind that most of them are of.
+
+    Raises:
+        SettingError: There are several kinds, and nothing says which is meant.
+    """
+    readme = path / "README.md"
+    if _is_saved(path) or (readme.is_file() and _LAYOUT.match(readme.read_text(encoding="utf-8", errors="replace"))):
+        return
+    kinds: dict[str, Path] = {}
+    for file in (found.relative_to(path) for found in _data_files(path)):
+        if file.name not in _ABOUT and not any(step.startswith((".", "__")) for step in file.parts):
+            kinds.setdefault(FILE_TYPES[file.suffix], file)
+    if len(kinds) > 1:
+        one, two, *_ = kinds.values()
+        words = f"a folder whose data files are of one kind ({one} and {two} are of two)"
+        raise SettingError("dataset", dataset, words)
 
 
 def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int = 8) -> Table:

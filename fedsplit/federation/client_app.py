@@ -21,7 +21,7 @@ from torch import Tensor
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.adapting import adapt, bare_parts
 from fedsplit.client.client import Client
-from fedsplit.client.heldout import held_out_batches, pooled, sample, through_split
+from fedsplit.client.heldout import held_out_batches, sample, through_split
 from fedsplit.client.link import Link
 from fedsplit.config import Config
 from fedsplit.corpora.shards import Shard, read_shard
@@ -32,6 +32,7 @@ from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
 from fedsplit.model.sources import about
 from fedsplit.model.store import ClientStore, FoldLog, Kept
+from fedsplit.scores import pooled
 from fedsplit.trunk.actor import TrunkHandle, find_trunk
 from fedsplit.trunk.memory import peak_memory
 from fedsplit.trunk.schedules import SCHEDULES

@@ -12,9 +12,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedsplit.client.heldout import HeldOut
 from fedsplit.lowrank import LowRank
 from fedsplit.model.store import pack_changes, unpack_changes
+from fedsplit.scores import Score
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -119,7 +119,7 @@ def read_fold(message: Message) -> dict[str, LowRank]:
     return unpack_changes(from_arrays(message.content.array_records[FOLD]))
 
 
-def from_update(update: ClientUpdate, shared: Collection[str], own: HeldOut, peak_memory: int) -> RecordDict:
+def from_update(update: ClientUpdate, shared: Collection[str], own: Score, peak_memory: int) -> RecordDict:
     """What a client sends back after training.
 
     Args:
@@ -185,7 +185,7 @@ def metrics_of(reply: Message) -> dict[str, Any]:
     return dict(reply.content.metric_records[METRICS])
 
 
-def from_held_out(client: int, measured: HeldOut, part: HeldOut, peak_memory: int) -> RecordDict:
+def from_held_out(client: int, measured: Score, part: Score, peak_memory: int) -> RecordDict:
     """What a client sends back after evaluation; `part` is of the text that it measures after its own steps, too."""
     metrics: dict[str, int | float | list[int] | list[float]] = {
         "client": client,
@@ -200,16 +200,16 @@ def from_held_out(client: int, measured: HeldOut, part: HeldOut, peak_memory: in
     return RecordDict({METRICS: MetricRecord(metrics)})
 
 
-def to_held_out(reply: Message) -> HeldOut:
+def to_held_out(reply: Message) -> Score:
     """What a client measured."""
     metrics = metrics_of(reply)
-    return HeldOut(float(metrics["nats"]), int(metrics[WEIGHT]), int(metrics["right"]))
+    return Score(float(metrics["nats"]), int(metrics[WEIGHT]), int(metrics["right"]))
 
 
-def sample_of(reply: Message) -> HeldOut:
+def sample_of(reply: Message) -> Score:
     """What a client measured on its sample: after its own steps, or at the end of the round."""
     metrics = metrics_of(reply)
-    return HeldOut(float(metrics["sample-nats"]), int(metrics["sample-tokens"]))
+    return Score(float(metrics["sample-nats"]), int(metrics["sample-tokens"]))
 
 
 def introduction(

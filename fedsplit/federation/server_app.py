@@ -12,7 +12,6 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedsplit.client.heldout import HeldOut, pooled
 from fedsplit.config import Config
 from fedsplit.documents import as_document
 from fedsplit.federation import records
@@ -25,6 +24,7 @@ from fedsplit.federation.tally import Tally
 from fedsplit.federation.turns import groups_of, takes_turns
 from fedsplit.optimization.stopping import Course
 from fedsplit.report import Watcher, perplexity
+from fedsplit.scores import Score, pooled
 from fedsplit.trunk.actor import TrunkHandle
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate
@@ -133,7 +133,8 @@ class Federation:
         if self._config.keep_best and not course.is_best:
             left, after = course.best, course.lowest
             whole, own = self._folder.read_round(left)
-            self._accuracy = self._folder.read_facts(left).get("accuracy", {})
+            facts = self._folder.read_facts(left)  # all that the summary tells of a single round is of this one
+            self._forgotten, self._error, self._accuracy = facts["forgotten"], facts["error"], facts["accuracy"]
         else:
             left, whole, own = course.last, self._whole(adapters), self._personal(adapters)
         self.summary = self._summarise(parameters, before, after, left)
@@ -213,7 +214,7 @@ class Federation:
 
     def _train(
         self, grid: Grid, round: int, adapters: Adapters
-    ) -> tuple[list[Message], list[ClientUpdate], dict[int, HeldOut]]:
+    ) -> tuple[list[Message], list[ClientUpdate], dict[int, Score]]:
         """A round of training: replies and updates, and what each client measured after its own steps."""
         started = time.perf_counter()
         assigned = self._aggregation.assign(round, adapters, grid)
@@ -313,6 +314,7 @@ class Federation:
         """The strategy's aggregation; what it changes of the trunk and of base weights is put there."""
         if not updates:  # all rest
             self._holdings.fold(round, {})
+            self._error = None
             return adapters
         started = time.perf_counter()
         result = self._aggregation.aggregate(round, adapters, replies, updates)
@@ -349,7 +351,7 @@ class Federation:
         peaks = [int(records.metrics_of(reply)["peak-memory"]) for reply in replies]
         self._tally.client_memory = max([self._tally.client_memory, *peaks])
 
-    def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, HeldOut]) -> float:
+    def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, Score]) -> float:
         """The clients' held-out loss, and what each lost since it was measured after its own steps."""
         started, messages = time.perf_counter(), []
         shared: dict[str, Any] = {records.ARRAYS: records.to_arrays(self._holdings.crossing(adapters.tensors))}

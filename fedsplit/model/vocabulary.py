@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ TOKENIZER_FILES = (
 
 _READY = "tokenizer.json"
 
-_VOCABULARIES = ("tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*", "tekken.json", "tiktoken.model")
+_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece*")
+"""What SentencePiece writes, by the names that transformers gives it; its own library reads it."""
+
+_VOCABULARIES = (*_PIECES, "vocab.*", "tekken.json", "tiktoken.model")
 """Any of these is enough for transformers to make a tokenizer of; without any, it may make an empty one."""
 
 
@@ -44,21 +48,38 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         SettingError: There is none, or it cannot be read.
     """
     try:
-        if not has_vocabulary(folder):
-            raise FileNotFoundError("no tokenizer in it")
         if (folder / _READY).is_file():
             return Tokenizer.from_file(str(folder / _READY))
-        from transformers import AutoTokenizer  # takes a second to import, and most models do not need it
-
-        return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        return _library_tokenizer(folder).backend_tokenizer
     except Exception as error:  # noqa: BLE001  # the libraries raise nothing narrower
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        words = "a folder with a tokenizer.json that can be read, or another tokenizer that transformers opens"
-        raise SettingError("model", f"{folder} ({reason})", words) from None
+        raise _refused(folder, error) from None
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The library's tokenizer that lies beside a model."""
-    from transformers import AutoTokenizer
+    """The library's tokenizer that lies beside a model.
 
-    return AutoTokenizer.from_pretrained(path)
+    Raises:
+        SettingError: There is none, or it cannot be read.
+    """
+    try:
+        return _library_tokenizer(path)
+    except Exception as error:  # noqa: BLE001  # the libraries raise nothing narrower
+        raise _refused(path, error) from None
+
+
+def _library_tokenizer(folder: Path) -> Any:
+    if not has_vocabulary(folder):
+        raise FileNotFoundError("no tokenizer in it")
+    from transformers import AutoTokenizer  # takes a second to import, and most models do not need it
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _refused(folder: Path, error: Exception) -> SettingError:
+    """What was wrong, in one line; transformers tells of another library where it lacks SentencePiece's."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    pieces = [file.name for pattern in _PIECES for file in sorted(folder.glob(pattern))]
+    if pieces and not (folder / _READY).is_file() and find_spec("sentencepiece") is None:
+        reason = f"its {pieces[0]} needs pip install 'fedsplit[sentencepiece]'"
+    words = "a folder with a tokenizer.json that can be read, or another tokenizer that transformers opens"
+    return SettingError("model", f"{folder} ({reason})", words)

@@ -31,6 +31,7 @@ class Adapter:
         name: What to call it.
         cut: The run's cut.
         quantization: What of that model its run held in 4 or 8 bits, as in the settings.
+        classes: The names of the classes that it tells, where its run learned to and says so.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class Adapter:
     name: str
     cut: str = Config.cut
     quantization: str = ""
+    classes: tuple[str, ...] = ()
 
     @property
     def model_path(self) -> Path:
@@ -99,7 +101,17 @@ class Run:
 
     def _adapter(self, folder: Path, name: str) -> Adapter:
         config = self.config
-        return Adapter(_whole(folder), config.model, config.dtype, name, config.cut, config.quantization)
+        bits, classes = config.quantization, self._classes()
+        return Adapter(_whole(folder), config.model, config.dtype, name, config.cut, bits, classes)
+
+    def _classes(self) -> tuple[str, ...]:
+        """The names of the classes, by what the run wrote of its data; none where it wrote none."""
+        if self.config.data.format != "classification":
+            return ()
+        try:
+            return tuple(json.loads((self.path / "data.json").read_text(encoding="utf-8"))["classes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ()
 
 
 def _listed(numbers: Sequence[int]) -> str:

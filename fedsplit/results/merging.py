@@ -3,6 +3,9 @@
 A merged folder is an ordinary model. Beside it lie the adapter that was merged, and a record of it, so that the
 adapter can be subtracted again: the sum is made in float64 and rounded once to float32, so what comes back differs
 from the base by a rounding at most, and by nothing where the base had a narrower type.
+
+An adapter with a head of classes makes a classifier of sequences. That has no head for tokens: where the base has
+one of its own, it is kept beside the adapter.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,15 @@ from fedsplit.adaptation.prompts import SAVED
 from fedsplit.allowed import InputError
 from fedsplit.federation.checkpoint import write_whole
 from fedsplit.model.devices import TYPES
+from fedsplit.model.families import family_of
 from fedsplit.model.head import HEAD, WEIGHT
 from fedsplit.model.sources import to_peft
 from fedsplit.model.store import load_tensors, write_tensors
+from fedsplit.model.stored import Stored, tied
 from fedsplit.model.unsplit import load_whole
 from fedsplit.model.vocabulary import TOKENIZER_FILES
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
-from fedsplit.results.whole import merged, open_base, open_held, read_adapter, read_fitting
+from fedsplit.results.whole import classes_in, merged, open_base, open_held, read_adapter, read_fitting
 from fedsplit.updates import Adapters
 
 RECORD = "merged.json"
@@ -40,7 +45,10 @@ MERGED = "merged_adapter"
 """The adapter that was merged, in a merged folder."""
 
 BASE_HEAD = "base_head.safetensors"
-"""The head as it was, beside an adapter that replaced it whole, where it was not tied to the embedding."""
+"""The head as it was, beside an adapter that put another in its place, where it was not tied to the embedding."""
+
+_NAMED = ("pad_token_id", "id2label", "label2id")
+"""What a classifier's config.json says that its base's does not, or says otherwise."""
 
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,22 +97,48 @@ def _add(model: Any, adapters: Adapters, sign: float) -> None:
 
 
 def _check_headless(adapter: Adapter, read: Adapters) -> None:
-    """What classifies has a head of its own, which is no change of the base model's weights.
+    """What classifies has a head of its own, which is no pair of factors.
 
     Raises:
         InputError: The adapter has one.
     """
     if SCORE_WEIGHT in read.tensors:
-        words = "merge it with PEFT, on AutoModelForSequenceClassification"
-        raise InputError(f"the adapter in {adapter.folder} has a head of classes, which no causal LM has: {words}")
+        words = "which PEFT cannot combine: merge it alone"
+        raise InputError(f"the adapter in {adapter.folder} has a head of classes, {words}")
 
 
-def _type_of(model: Any) -> str:
+def _own_head(adapter: Adapter, classifier: Any) -> Tensor | None:
+    """The base's head for tokens (V, D), as its run held it, which no classifier loads; None where it is tied."""
+    if classifier.config.tie_word_embeddings:
+        return None
+    family = family_of(classifier.config.model_type)
+    stored = Stored(adapter.model_path, family, TYPES[adapter.dtype])
+    return stored.parameter(WEIGHT, tied(WEIGHT, family)).detach().float()
+
+
+@torch.no_grad()
+def _sort(model: Any, weight: Tensor, names: Sequence[str]) -> None:
+    """Gives a classifier the head (C, D) that an adapter trained, and its classes their names, where known."""
+    model.score.weight = nn.Parameter(weight.to(model.score.weight.dtype))
+    if len(names) == len(weight):
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def _type_of(weights: Iterable[Tensor]) -> str:
     """The narrowest type that holds all weights without a rounding."""
+    found = list(weights)
     for name, dtype in _NARROW.items():
-        if all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in model.parameters()):
+        if all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in found):
             return name
     return "float32"
+
+
+def _base_weights(model: Any, head: Tensor | None) -> Iterable[Tensor]:
+    """The base's weights: those of the model as it was opened, but for a head of classes; and the head it lacks."""
+    yield from (weight for name, weight in model.named_parameters() if name != SCORE_WEIGHT)
+    if head is not None:
+        yield head
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -122,39 +156,64 @@ def _save(model: Any, tokenizer: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> None:
+def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     """Writes the base model with an adapter added to its weights.
 
     Args:
-        adapter: The adapter.
+        adapter: The adapter. One with a head of classes makes a classifier, `AutoModelForSequenceClassification`'s.
         out: The folder to write.
         dtype: The type of the weights; anything but fp32 rounds a part of the adapter away.
+
+    Returns:
+        The number of classes; 0 where the model is a causal LM.
 
     Raises:
         InputError: The base model is missing, or the adapter does not fit it or is no change of weights.
     """
-    base = open_held(adapter, dense=True).float()
-    _check_headless(adapter, read_adapter(adapter))  # before its layers are looked for, which would miss the head
+    classes = classes_in(read_adapter(adapter))  # before its layers are looked for in a model of the other kind
+    base = open_held(adapter, dense=True, classes=classes).float()
     changes = read_fitting(adapter, base)
     _check_mergeable(adapter, changes)
-    base_type, tied, head = _type_of(base), _untie(base, changes), None
+    head = _own_head(adapter, base) if classes else None
+    base_type = _type_of(_base_weights(base, head))
+    shared = not classes and _untie(base, changes)
     if changes.layers:
         _add(base, changes, 1.0)
-        head = _replace_head(base, changes.tensors.get(WEIGHT))
+        head = head if classes else _replace_head(base, changes.tensors.get(WEIGHT))
     else:
         base = merged(base, adapter)
+    if classes:
+        _sort(base, changes.tensors[SCORE_WEIGHT], adapter.classes)
     base.to(TYPES[dtype])
 
     def fill(draft: Path) -> None:
         _save(base, adapter.model_path, draft)
         copy_adapter(adapter, draft / MERGED)
-        if head is not None and not tied:
+        if head is not None and not shared:
             write_tensors(draft / MERGED / BASE_HEAD, {WEIGHT: head})
-        record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": tied}
+        record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": shared}
+        if classes:
+            record |= {"classes": classes, "named": _named(adapter.model_path)}
         text = json.dumps({**record, "dtype": dtype, "weights": _digests(draft)}, indent=2)
         (draft / RECORD).write_text(text + "\n", encoding="utf-8")
 
     write_whole(out, fill)
+    return classes
+
+
+def _named(folder: Path) -> dict[str, Any]:
+    """What a base's config.json says where a classifier's says something else."""
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {name: document[name] for name in _NAMED if name in document}
+
+
+def _without_classes(config: Any, named: Mapping[str, Any]) -> None:
+    """Gives a configuration back what `merge` wrote over."""
+    config.pad_token_id = None
+    config.num_labels = 0  # so that the next line makes the names anew
+    config.num_labels = 2  # the library's default, which it does not write
+    for name, value in named.items():
+        setattr(config, name, value)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -188,18 +247,20 @@ def unmerge(folder: Path, out: Path) -> str:
     Raises:
         InputError: Nothing was merged into it, or its weights have changed since.
     """
-    record = read_record(folder)
-    model = load_whole(folder, torch.float32)
-    changes = read_fitting(Adapter(folder / MERGED, str(folder), "fp32", MERGED), model)
-    if not changes.layers:
+    record, adapter = read_record(folder), Adapter(folder / MERGED, str(folder), "fp32", MERGED)
+    if not read_adapter(adapter).layers:
         words = f"its adapter does more than to add something to the weights; the base is {record['base']}"
         raise InputError(f"{folder} cannot be unmerged: {words}")
+    model = load_whole(folder, torch.float32)  # a causal LM, as the base was
+    changes = read_fitting(adapter, model)
     _add(model, changes, -1.0)
     if record.get("tied"):
         model.lm_head.weight = model.get_input_embeddings().weight
         model.config.tie_word_embeddings = True
-    elif WEIGHT in changes.tensors:
+    elif (folder / MERGED / BASE_HEAD).is_file():
         _replace_head(model, load_tensors(folder / MERGED / BASE_HEAD)[WEIGHT])
+    if record.get("classes"):
+        _without_classes(model.config, record["named"])
     kind = str(record["base_type"]) if record["dtype"] == "fp32" else "float32"
     model.to(_NARROW.get(kind, torch.float32))
     write_whole(out, lambda draft: _save(model, folder, draft))
@@ -237,11 +298,12 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         InputError: The adapters belong to different models, do not fit, or cannot be combined so.
     """
     check_same_base(adapters)
+    for adapter in adapters:
+        _check_headless(adapter, read_adapter(adapter))  # before its layers are looked for, which would miss the head
     base = open_base(adapters[0].model_path, adapters[0].dtype).float()
     read = [read_fitting(adapter, base) for adapter in adapters]
     for adapter, one in zip(adapters, read, strict=True):
         _check_mergeable(adapter, one)
-        _check_headless(adapter, one)
         if not one.layers:
             raise InputError(f"{adapter.folder} cannot be combined: it is no LoRA, whose factors add up")
         if WEIGHT in one.tensors:

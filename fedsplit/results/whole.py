@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,8 @@ from fedsplit.model.quantization import check_quantization, is_quantized, was_tr
 from fedsplit.model.stored import check_checkpoint
 from fedsplit.model.unsplit import load_whole, quantize_whole
 from fedsplit.results.finished import Adapter
+from fedsplit.scores import Score
 from fedsplit.updates import Adapters
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a model predicts a text.
-
-    Attributes:
-        nats: Sum of the losses of all predicted tokens.
-        right: How many were the likeliest in the model's eyes.
-        tokens: How many were predicted.
-    """
-
-    nats: float = 0.0
-    right: int = 0
-    tokens: int = 0
-
-    @property
-    def loss(self) -> float:
-        """Mean loss in nats a token; its exponential is the perplexity."""
-        return self.nats / self.tokens
-
-    @property
-    def accuracy(self) -> float:
-        """The share of tokens that were predicted rightly."""
-        return self.right / self.tokens
-
-    def __add__(self, other: Score) -> Score:
-        return Score(self.nats + other.nats, self.right + other.right, self.tokens + other.tokens)
 
 
 def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0) -> Any:
@@ -93,6 +65,33 @@ def read_adapter(adapter: Adapter) -> Adapters:
     except Exception as error:  # noqa: BLE001  # whatever the libraries make of a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason})") from None
+
+
+def classes_in(read: Adapters) -> int:
+    """The classes that an adapter tells, of which it has a head (C, D); 0 where it predicts tokens."""
+    return len(read.tensors[lora.SCORE_WEIGHT]) if lora.SCORE_WEIGHT in read.tensors else 0
+
+
+def check_same_head(adapters: Iterable[Adapter]) -> int:
+    """Makes sure that one base model, opened with one head, takes all of some adapters.
+
+    Returns:
+        The number of classes that all tell; 0 where all predict tokens.
+
+    Raises:
+        InputError: They differ in it, or one cannot be read.
+    """
+    found = {adapter.folder: classes_in(read_adapter(adapter)) for adapter in adapters}
+    (first, classes), *others = found.items()
+    for folder, number in others:
+        if number != classes:
+            both = f"{first} {_tells(classes)}, {folder} {_tells(number)}"
+            raise InputError(f"the adapters belong on models with different heads: {both}")
+    return classes
+
+
+def _tells(classes: int) -> str:
+    return f"tells {classes} classes" if classes else "predicts tokens"
 
 
 def open_held(
@@ -168,6 +167,9 @@ def _check_others(adapter: Adapter, read: Adapters, base: Any) -> None:
     pairs: list[tuple[str, object, object]] = []
     if WEIGHT in read.tensors:
         pairs.append((WEIGHT, tuple(read.tensors[WEIGHT].shape), tuple(base.lm_head.weight.shape)))
+    if classes_in(read) and hasattr(base, SCORE):
+        found = read.tensors[lora.SCORE_WEIGHT]
+        pairs.append((lora.SCORE_WEIGHT, tuple(found.shape), tuple(base.score.weight.shape)))
     if (kind := prompts.kind_of(adapter.folder)) is not None:
         width = prompts.saved_width(kind, base.config)
         pairs.append((f"the width of its {prompts.SAVED}", read.tensors[prompts.SAVED].shape[1], width))
@@ -213,8 +215,9 @@ def merged(base: Any, adapter: Adapter) -> Any:
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the adapter in {adapter.folder} cannot be merged ({reason})") from None
-    for trained in getattr(getattr(whole, HEAD, None), "modules_to_save", {}).values():  # LN tuning leaves it there
-        whole.lm_head = trained
+    for name in (HEAD, SCORE):  # LN tuning leaves there what PEFT wrapped it in
+        for trained in getattr(getattr(whole, name, None), "modules_to_save", {}).values():
+            setattr(whole, name, trained)
     return whole
 
 
@@ -254,5 +257,5 @@ def score(model: Any, batches: Iterable[Sequences]) -> Score:
         if not bool(wanted.all()):
             logits, labels = logits[wanted], labels[wanted]
         nats = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
-        total += Score(float(nats), int((logits.argmax(-1) == labels).sum()), labels.numel())
+        total += Score(float(nats), labels.numel(), int((logits.argmax(-1) == labels).sum()))
     return total

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedsplit.adaptation.comparison import Distance, differing, distances
-from fedsplit.config import Config, LoraSettings
+from fedsplit.adaptation.comparison import Distance, differing, distances, kind_of, loose, tensor_distances
+from fedsplit.config import Config, LoraSettings, PromptSettings
 from fedsplit.updates import Adapters, Layer
 
 
@@ -41,6 +41,29 @@ def test_layers_are_summed_as_one_vector() -> None:
 
 def test_layers_that_are_not_in_both_are_left_out() -> None:
     assert distances(adapters([1, 2], [3, 4]), adapters([1, 2, 3], [3, 4])) == {}
+
+
+def test_tensors_by_hand() -> None:
+    """[3, 4] and [3, 0] are 4 apart; what has another shape, or is on one side only, is left out."""
+    first = {"w": torch.tensor([3.0, 4.0]), "v": torch.zeros(2), "alone": torch.ones(1)}
+    second = {"w": torch.tensor([3.0, 0.0]), "v": torch.zeros(3)}
+    found = tensor_distances(first, second)
+    assert found == {"w": Distance(5.0, 3.0, 4.0, 9.0)}
+    assert found["w"].relative == pytest.approx(0.8) and found["w"].cosine == pytest.approx(0.6)
+
+
+def test_factors_of_a_layer_are_not_taken_as_tensors() -> None:
+    """Those of a kind that does more than to add their product are: it has no layers."""
+    one = adapters([1, 2], [3, 4])
+    head = Adapters({**one.tensors, "lm_head.weight": torch.ones(2, 2)}, one.layers)
+    assert loose(head).keys() == {"lm_head.weight"}
+    assert loose(Adapters(head.tensors, {})).keys() == head.tensors.keys()
+
+
+def test_what_is_left_as_factors_is_one_kind() -> None:
+    kinds = [kind_of(Config(lora=LoraSettings(method=name))) for name in ("lora", "rslora", "pissa", "dora", "ia3")]
+    assert kinds == ["lora", "lora", "lora", "dora", "ia3"]
+    assert kind_of(Config(prompt=PromptSettings(kind="prefix"))) == "prefix"
 
 
 def test_only_settings_that_differ_are_named() -> None:

@@ -50,7 +50,7 @@ def test_settings_become_fields_by_their_meaning() -> None:
         ({"lora.method": "loha"}, True, "^lora.method: loha is not possible; allowed: lora .* store .in, out."),
         ({"lora.method": "ia3", "lora.rank": 4}, False, "^lora.rank: 4 is not possible; allowed: the default with"),
         ({"lora.method": "hra", "lora.alpha": 4}, False, "^lora.alpha: 4.0 is not possible; .* no such setting"),
-        ({"lora.method": "oft", "lora.dropout": 0}, False, "^lora.dropout: 0.0 is not possible"),
+        ({"lora.method": "oft", "lora.dropout": 0.2}, False, "^lora.dropout: 0.2 is not possible"),
         ({"lora.method": "loha", "lora.rslora": True}, False, "^lora.rslora: True is not possible"),
         ({"lora.method": "dora", "lora.rank": "2,4"}, False, "^lora.rank: 2,4 .* one rank with the method dora; lora"),
         ({"lora.method": "pissa", "lora.rank": "2,4"}, False, "^lora.rank: 2,4 is not possible"),
@@ -82,8 +82,10 @@ def test_what_cannot_be_is_said_in_one_line(values: dict[str, object], transpose
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_suit_every_kind(method: str) -> None:
+    """And no dropout, which is what those do that know none."""
     config = build({"lora.method": method})
     check_method(config, METHODS[method].transposed)
+    check_method(build({"lora.method": method, "lora.dropout": 0}), METHODS[method].transposed)
     assert from_document(as_document(config)) == config
     assert method_of(config.lora) is METHODS[method]
 

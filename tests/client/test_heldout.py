@@ -10,10 +10,11 @@ import torch
 from conftest import VOCABULARY
 from test_client import make_client, padded_rows
 
-from fedsplit.client.heldout import HeldOut, held_out_batches, measure, sample, through_split
+from fedsplit.client.heldout import held_out_batches, measure, sample, through_split
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard
 from fedsplit.model.unsplit import load_whole
+from fedsplit.scores import Score, pooled
 
 
 def test_means_are_over_tokens_not_over_batches() -> None:
@@ -21,7 +22,7 @@ def test_means_are_over_tokens_not_over_batches() -> None:
     batches = [(0, Sequences.packed(torch.zeros(2, 5))), (1, Sequences.packed(torch.zeros(1, 5)))]
     measured = measure(lambda number, rows: torch.tensor(losses[number]), batches)
     assert (measured.nats, measured.tokens, measured.loss) == (2 * 4 * 1.0 + 4 * 4.0, 12, 2.0)
-    assert (measured + HeldOut(12.0, 12)).loss == pytest.approx(1.5)
+    assert (measured + Score(12.0, 12)).loss == pytest.approx(1.5)
 
 
 def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
@@ -31,7 +32,7 @@ def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
     shard = Shard("ann", Sequences.packed(blocks), Sequences.packed(blocks))
     client = replace(client, shard=shard)
     batches = held_out_batches(client.shard, 100, 3)
-    measured = sum(through_split(client, given, 0, batches), HeldOut(0.0, 0))
+    measured = pooled(through_split(client, given, 0, batches))
     with torch.no_grad():
         expected = float(load_whole(model_path)(input_ids=blocks, labels=blocks).loss)
     assert measured.loss == pytest.approx(expected, rel=1e-6)

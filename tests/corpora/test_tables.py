@@ -41,6 +41,36 @@ def test_texts_in_files_and_folders(tmp_path: Path) -> None:
     assert read(tmp_path) == {"text": ["one", "1", "2"], "owner": ["ann", "bob", "bob"]}
 
 
+def test_a_folder_of_two_kinds_of_files_is_refused_with_one_of_each(tmp_path: Path) -> None:
+    """The rarer kind would be passed over without a word."""
+    (tmp_path / "notes").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "notes" / name).write_text(json.dumps(ROWS[0]))
+    (tmp_path / "notes" / "old").mkdir()
+    (tmp_path / "notes" / "old" / "c.txt").write_text("lost")
+    words = r"a folder whose data files are of one kind \(a.jsonl and old/c.txt are of two\)"
+    for check in (check_dataset, lambda folder: read_table(folder, DataSettings())):
+        with pytest.raises(SettingError, match=rf"^dataset: .*notes is not possible; allowed: {words}$"):
+            check(str(tmp_path / "notes"))
+    with pytest.raises(SettingError, match=rf"^data.held_out: .*notes is not possible; allowed: {words}$"):
+        read_held_out("sotu", DataSettings(held_out=str(tmp_path / "notes")))
+
+
+def test_what_is_no_data_does_not_count_as_a_kind(tmp_path: Path) -> None:
+    """Both spellings of JSON are one kind; what lies beside data and what is hidden are none."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "b.json").write_text(json.dumps(ROWS[1]) + "\n")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "c.txt").write_text("hidden")
+    assert read(tmp_path)["owner"] == ["ann", "bob"]
+    (tmp_path / "b.json").unlink()
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("text,owner\none,ann\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    check_dataset(str(tmp_path))
+    assert read(tmp_path)["owner"] == ["ann"]
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A data set of two configurations and two splits, laid out as on the Hub, without a script."""
@@ -59,6 +89,7 @@ def repository(tmp_path: Path) -> Path:
 
 def test_a_repository_with_configurations_and_splits(repository: Path) -> None:
     assert read(repository, config="small") == {"text": [f"small train {n}" for n in range(4)]}
+    (repository / "LICENSE.txt").write_text("Of another kind, and no data: the README.md says what is.")
     assert read(repository, config="large", split="test[:50%]") == {"text": ["large test 0", "large test 1"]}
     held_out = read_held_out(str(repository), DataSettings(config="small", held_out="test"))
     assert list(held_out.columns["text"]) == [f"small test {n}" for n in range(4)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from fedsplit.client.heldout import HeldOut
 from fedsplit.federation import records
 from fedsplit.lowrank import LowRank
+from fedsplit.scores import Score
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task
 
 ADAPTERS = Adapters(
@@ -38,7 +38,7 @@ def test_float64_of_a_flower_strategy_becomes_float32() -> None:
 
 def test_updates_come_back() -> None:
     update = ClientUpdate(3, ADAPTERS, examples=40, tokens=5120, loss=3.25)
-    sent = reply(records.from_update(update, NAMES, HeldOut(2.5, 3), peak_memory=7))
+    sent = reply(records.from_update(update, NAMES, Score(2.5, 3), peak_memory=7))
     back = records.to_update(sent, ADAPTERS, NAMES, "ann")
     assert (back.client, back.examples, back.tokens, back.loss) == (3, 40, 5120, 3.25)
     assert back.adapters.layers == ADAPTERS.layers
@@ -50,7 +50,7 @@ def test_only_what_is_shared_goes_up_and_the_rest_is_what_was_given() -> None:
     trained = ADAPTERS.with_tensors({n: t + 1 for n, t in ADAPTERS.tensors.items()})
     control = {name: 2 * tensor for name, tensor in ADAPTERS.tensors.items()}
     update = ClientUpdate(0, trained, 1, control=control)
-    content = records.from_update(update, {"l.lora_B.weight"}, HeldOut(0.0, 0), 0)
+    content = records.from_update(update, {"l.lora_B.weight"}, Score(0.0, 0), 0)
     assert [list(record) for record in content.array_records.values()] == [["l.lora_B.weight"]] * 2
     back = records.to_update(reply(content), ADAPTERS, {"l.lora_B.weight"}, "ann")
     assert torch.equal(back.adapters.tensors["l.lora_A.weight"], ADAPTERS.tensors["l.lora_A.weight"])
@@ -88,7 +88,7 @@ def test_what_is_folded_comes_back() -> None:
 
 
 def test_bytes_are_those_of_the_serialised_arrays() -> None:
-    content = records.from_update(ClientUpdate(0, ADAPTERS, 1), NAMES, HeldOut(0.0, 0), 0)
+    content = records.from_update(ClientUpdate(0, ADAPTERS, 1), NAMES, Score(0.0, 0), 0)
     assert ADAPTERS.nbytes <= records.nbytes(content) <= ADAPTERS.nbytes + 2 * 256
 
 
@@ -105,15 +105,15 @@ def test_bytes_are_those_of_the_serialised_arrays() -> None:
 )
 def test_updates_that_do_not_fit_are_refused_by_name(update: ClientUpdate, message: str) -> None:
     with pytest.raises(RefusedUpdate, match=message):
-        records.to_update(reply(records.from_update(update, NAMES, HeldOut(0.0, 0), 0)), ADAPTERS, NAMES, "ann")
+        records.to_update(reply(records.from_update(update, NAMES, Score(0.0, 0), 0)), ADAPTERS, NAMES, "ann")
 
 
 def test_measurements_come_back() -> None:
-    answer = reply(records.from_held_out(2, HeldOut(12.5, 5), HeldOut(4.5, 2), 0))
-    assert records.to_held_out(answer) == HeldOut(12.5, 5)
-    assert records.sample_of(answer) == HeldOut(4.5, 2)
-    after_own_steps = reply(records.from_update(ClientUpdate(0, ADAPTERS, 1), NAMES, HeldOut(2.5, 3), 0))
-    assert records.sample_of(after_own_steps) == HeldOut(2.5, 3)
+    answer = reply(records.from_held_out(2, Score(12.5, 5), Score(4.5, 2), 0))
+    assert records.to_held_out(answer) == Score(12.5, 5)
+    assert records.sample_of(answer) == Score(4.5, 2)
+    after_own_steps = reply(records.from_update(ClientUpdate(0, ADAPTERS, 1), NAMES, Score(2.5, 3), 0))
+    assert records.sample_of(after_own_steps) == Score(2.5, 3)
 
 
 def test_introductions_come_back() -> None:

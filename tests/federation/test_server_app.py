@@ -490,6 +490,10 @@ def test_the_best_round_is_what_a_run_leaves_that_stops_early(
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = {event["round"]: event for event in events if event["event"] == "evaluate"}
     assert summary["eval_loss"]["after"] == losses[2]["loss"] < min(losses[3]["loss"], losses[4]["loss"])
+    lost = [sum(losses[round]["forgotten"].values()) / 3 for round in (2, 4)]
+    assert summary["forgotten"] == pytest.approx(lost[0], rel=1e-12) and abs(lost[0] - lost[1]) > 1e-6
+    errors = {event["round"]: event["error"] for event in events if event["event"] == "aggregate"}
+    assert summary["aggregation_error"] == errors[2] != errors[4]
     best = load_file(out / "checkpoints" / "round-0002" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, best[name]) for name, tensor in final_adapter(out).items())
     parts = [load_file(out / f"{part}_lora" / "adapter_model.safetensors") for part in PARTS]

@@ -32,7 +32,8 @@ from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_whole, quantize_whole
 from fedsplit.results.finished import open_run
 from fedsplit.results.merging import merge
-from fedsplit.results.whole import Score, open_held
+from fedsplit.results.whole import open_held
+from fedsplit.scores import pooled
 
 KINDS = ("bottom", "trunk", "top")
 SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.0)
@@ -211,7 +212,7 @@ def test_a_quantised_run_is_measured_and_merged(model: str, finished_run: Callab
     run = open_run(path)
     losses = run.summary["eval_loss"]
     assert losses["after"] < losses["before"] - 0.1
-    found = sum((result.tuned for result in evaluate(run)), Score())
+    found = pooled(result.tuned for result in evaluate(run))
     assert found.loss == pytest.approx(losses["after"], abs=1e-4)
     ordinary = PeftModel.from_pretrained(load_whole(run.config.model_path), str(path / "adapter"))
     assert held_out_loss(ordinary, path) == pytest.approx(losses["after"], rel=0.1)

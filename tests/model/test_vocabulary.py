@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL
 from fedsplit.corpora.corpus import encode
-from fedsplit.model.vocabulary import has_vocabulary, open_tokenizer
+from fedsplit.model import vocabulary
+from fedsplit.model.vocabulary import has_vocabulary, load_tokenizer, open_tokenizer
 
 TEXT = "Fellow citizens: naïve café, 你好 \n\t 🦅 <|endoftext|> 1946"
 
@@ -48,4 +50,42 @@ def test_a_folder_without_any_is_refused_and_never_given_an_empty_one(tmp_path: 
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(SettingError, match=r"^model: ") as caught:
         open_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_tokenizer_model_alone_gives_the_tokens_of_sentencepiece(
+    family: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    pieces = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text(
+        "\n".join([TEXT.text, "the people of the states, and the peace of the world"] * 9)
+    )
+    facts = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "character_coverage": 1.0}
+    if family == "gemma2":  # these leave texts as they are
+        facts |= {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "pad_id": 0, "eos_id": 1}
+        facts |= {"bos_id": 2, "unk_id": 3, "normalization_rule_name": "identity"}
+    trainer = pieces.SentencePieceTrainer
+    trainer.train(input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), minloglevel=9, **facts)
+    shutil.copy(tiny_models[family] / "config.json", tmp_path)
+    text = "the peace of the states: naïve 🦅 1946"
+    expected = pieces.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
+    assert len(expected) > 10
+    assert encode([text], tmp_path) == [expected]
+    assert load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("read", [open_tokenizer, load_tokenizer])
+def test_a_tokenizer_model_without_its_library_says_what_to_install(
+    read: Callable[[Path], object], tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library that transformers would name is another one."""
+    shutil.copy(tiny_models["llama"] / "config.json", tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"torn")
+    monkeypatch.setattr(vocabulary, "find_spec", lambda name: None)
+    words = (
+        r"^model: .* \(its tokenizer.model needs pip install 'fedsplit\[sentencepiece\]'\) is not possible; allowed: "
+    )
+    with pytest.raises(SettingError, match=words) as caught:
+        read(tmp_path)
     assert "\n" not in str(caught.value)

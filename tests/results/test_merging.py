@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsplit.adaptation import lora
 from fedsplit.allowed import InputError
+from fedsplit.evaluate import held_out_loss
+from fedsplit.model.devices import TYPES
+from fedsplit.model.families import read_pad
 from fedsplit.model.unsplit import load_whole
 from fedsplit.results import merging
-from fedsplit.results.finished import Adapter, find_adapter
+from fedsplit.results.finished import Adapter, find_adapter, open_run
 from fedsplit.results.merging import combine, merge, unmerge
+from fedsplit.results.whole import read_fitting
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -189,15 +194,67 @@ def test_adapters_of_different_models_are_not_combined(finished_run: Callable[..
         combine(adapters, [0.5, 0.5], "cat", tmp_path / "out")
 
 
-def test_a_head_of_classes_is_not_merged(finished_run: Callable[..., Path], tmp_path: Path) -> None:
-    settings = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
-    adapter = find_adapter(finished_run("gpt2", **settings))
-    other = find_adapter(finished_run("gpt2", lora__method="dora", **settings))
-    for wrong in (
-        lambda: merge(adapter, tmp_path / "m"),
-        lambda: merge(other, tmp_path / "m"),
-        lambda: combine([adapter] * 2, [1, 1], "cat", tmp_path / "m"),
-    ):
-        with pytest.raises(InputError, match="has a head of classes, which no causal LM has"):
-            wrong()
+CLASSES = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", "fp32"), ("llama", "bf16")])
+def test_a_classifier_is_merged_and_comes_apart_again(
+    family: str, dtype: str, finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Llama's head for tokens is its own: the classifier has none, and yet it comes back."""
+    run = Path(shutil.copytree(finished_run(family, dtype=dtype, **CLASSES), tmp_path / "run"))
+    adapter = find_adapter(run)
+    (run / "data.json").write_text(json.dumps({"classes": ["ants", "bees", "cows", "dogs"]}))
+    pad = read_pad(adapter.model_path, 0)
+    base = load_whole(adapter.model_path, TYPES[dtype], 4, pad).float()
+    before = base_of(adapter).state_dict()
+    padded, seen = torch.arange(40).reshape(2, 20), torch.ones(2, 20, dtype=torch.long)
+    padded[1, 13:], seen[1, 13:] = pad, 0
+    expected = PeftModel.from_pretrained(base, str(adapter.folder)).eval()(padded, attention_mask=seen).logits
+
+    assert merge(find_adapter(run), tmp_path / "merged") == 4
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(opened(padded, attention_mask=seen).logits, expected, atol=1e-5)
+    assert [*opened.config.id2label.values()] == ["ants", "bees", "cows", "dogs"]
+    reported = open_run(run).summary["eval_loss"]["after"]  # of a run in 16 bits, with what these round away
+    assert held_out_loss(opened, run) == pytest.approx(reported, abs=1e-5 if dtype == "fp32" else 0.01)
+
+    unmerge(tmp_path / "merged", tmp_path / "unmerged")
+    plain, back = (AutoModelForCausalLM.from_pretrained(p) for p in (adapter.model_path, tmp_path / "unmerged"))
+    assert back.state_dict().keys() == before.keys()
+    for name, weight in before.items():
+        assert torch.allclose(back.state_dict()[name].float(), weight, atol=1e-6), name
+    assert torch.equal(back.lm_head.weight.float(), before["lm_head.weight"])
+    ours, theirs = (model.config.to_diff_dict() for model in (back, plain))
+    assert {**ours, "dtype": None} == {**theirs, "dtype": None}
+
+
+@pytest.mark.parametrize("method", ["dora", "ln_tuning"])
+def test_a_classifier_of_any_kind_of_adapter_is_merged(
+    method: str, finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PEFT leaves the head of one of them wrapped."""
+    plain = {"lora__dropout": 0.1, "lora__rank": 8, "lora__alpha": 16.0} if method == "ln_tuning" else {}
+    run = finished_run("gpt2", lora__method=method, **plain, **CLASSES)
+    adapter = find_adapter(run)
+    base = load_whole(adapter.model_path, classes=4, pad=0)
+    expected = logits(PeftModel.from_pretrained(base, str(adapter.folder)))
+    merge(adapter, tmp_path / "merged")
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(opened), expected, atol=1e-5)
+    with pytest.raises(InputError, match="does more than to add something to the weights"):
+        unmerge(tmp_path / "merged", tmp_path / "unmerged")
+
+
+def test_heads_of_classes_are_not_combined(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = find_adapter(finished_run("gpt2", **CLASSES))
+    with pytest.raises(InputError, match="has a head of classes, which PEFT cannot combine: merge it alone"):
+        combine([adapter] * 2, [1, 1], "cat", tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_head_of_other_classes_does_not_fit(finished_run: Callable[..., Path]) -> None:
+    adapter = find_adapter(finished_run("gpt2", **CLASSES))
+    base = load_whole(adapter.model_path, classes=3, pad=0)
+    with pytest.raises(InputError, match=r"score\.weight is \(4, 32\), the model's \(3, 32\)"):
+        read_fitting(adapter, base)

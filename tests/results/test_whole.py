@@ -16,7 +16,8 @@ from test_client import padded_rows
 from fedsplit.allowed import InputError
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.results.finished import find_adapter
-from fedsplit.results.whole import Score, attach, open_base, read_fitting, score
+from fedsplit.results.whole import attach, open_base, read_fitting, score
+from fedsplit.scores import Score, pooled
 
 
 class Certain(torch.nn.Module):
@@ -35,7 +36,7 @@ def test_scores_by_hand() -> None:
     found = score(Certain(), [Sequences.packed(torch.tensor([[0, 1, 2], [1, 2, 2]]))])
     assert (found.right, found.tokens, found.accuracy) == (3, 4, 0.75)
     assert found.loss == pytest.approx((3 * math.log(5 / 3) + math.log(5)) / 4)
-    assert found + Score(1.0, 1, 4) == Score(found.nats + 1.0, 4, 8)
+    assert found + Score(1.0, 4, 1) == Score(found.nats + 1.0, 8, 4)
 
 
 def test_the_loss_is_the_librarys(model_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_the_loss_is_the_librarys(model_path: Path) -> None:
 def test_padding_and_prompts_do_not_count(model_path: Path) -> None:
     rows, model = padded_rows("completions"), open_base(model_path, "fp32")
     found = score(model, rows.split(4))
-    one_by_one = sum((score(model, [one]) for one in rows.split(1)), Score())
+    one_by_one = pooled(score(model, [one]) for one in rows.split(1))
     assert (found.tokens, found.right) == (rows.predicted, one_by_one.right)
     assert found.nats == pytest.approx(one_by_one.nats, rel=1e-5)
     alone = rows[[3]]

@@ -81,7 +81,13 @@ class LoraSettings:
     targets: tuple[str, ...] = setting(
         (), NAMES, "projections that get an adapter (default: all of the family's)", "--lora-target-modules"
     )
-    method: str = setting("lora", TEXT, "the kind of adapter, by PEFT's name for it; the README lists them", "--peft")
+    method: str = setting(
+        "lora",
+        TEXT,
+        "the kind of adapter, by PEFT's name for it, which the README lists; prompt, ptuning and prefix stand for "
+        "--prompt.kind",
+        "--peft",
+    )
     options: str = setting("", FIELDS, "more fields of that kind's PEFT configuration, by name", "--peft-config")
 
     @property

@@ -46,12 +46,11 @@ def test_names_known_from_elsewhere(alias: str, value: str, name: str) -> None:
 def test_a_kind_of_prompt_by_peft_wins_over_a_file_that_knows_of_none(tmp_path: Path) -> None:
     """Such as the config.toml of any run, which names every setting."""
     file = tmp_path / "config.toml"
-    for given, kind in (({}, "ptuning"), ({"lora.method": "prompt"}, "prompt")):
-        file.write_text(tomli_w.dumps(as_document(build(given))))
-        assert (
-            parse(["--config", str(file), "--peft", kind]) == parse(["--peft", kind]) == parse(["--prompt.kind", kind])
-        )
-    with pytest.raises(InputError, match="^prompt.kind: prompt is not possible; allowed: prefix with --peft prefix$"):
+    for before, kind in (({}, "ptuning"), ({"lora.method": "prompt"}, "prompt")):
+        file.write_text(tomli_w.dumps(as_document(build(before))))
+        expected = parse(["--prompt.kind", kind])
+        assert parse(["--config", str(file), "--peft", kind]) == parse(["--peft", kind]) == expected
+    with pytest.raises(InputError, match=r"^prompt.kind: prompt is not possible; allowed: prefix with --peft prefix$"):
         parse(["--config", str(file), "--peft", "prefix"])
 
 

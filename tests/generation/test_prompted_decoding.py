@@ -26,6 +26,7 @@ from fedsplit.config import PromptSettings
 from fedsplit.documents import build
 from fedsplit.evaluate import evaluate
 from fedsplit.generation.decoding import Ends, Walk, depends_on_neighbours, padded
+from fedsplit.generation.transcript import Words
 from fedsplit.model.caches import Past
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_whole
@@ -234,6 +235,20 @@ def _asked(path: Path, **more: object) -> Namespace:
     return Namespace(**{**asked, "trunk_device": "", "model": "", **more})
 
 
+def told(whole: Any, tokenizer: Any, texts: list[str], count: int, stops: list[int]) -> str:
+    """What the command shows of texts that PEFT goes on with, one at a time."""
+    found = []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        words, pieces = Words(tokenizer, ids), [text]
+        for token in generated(whole, [ids], count)[1][0].tolist():
+            pieces.append(words.add(token))
+            if token in stops:
+                break
+        found.append("".join([*pieces, words.end()]))
+    return "\n\n".join(found) + "\n"
+
+
 @pytest.mark.parametrize("name", ["prompt", "ptuning", "prefix"])
 def test_a_finished_run_writes_and_is_measured_as_its_exported_adapter(
     name: str, finished_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -254,12 +269,7 @@ def test_a_finished_run_writes_and_is_measured_as_its_exported_adapter(
     lines = generate.generate(job, said.append)
     tokenizer = load_tokenizer(run.config.model_path)
     whole = opened(Path(run.config.model), run.adapter().folder)
-    texts = []
-    for words, ids in zip(WORDS, job.tokens, strict=True):
-        _, new = generated(whole, [ids], 5)
-        until = next((place for place, token in enumerate(new[0].tolist()) if token in job.stops), 5)
-        texts.append(words + "".join(tokenizer.decode([token]) for token in new[0, :until].tolist()))
-    assert "".join(said) == "\n\n".join(texts) + "\n"
+    assert "".join(said) == told(whole, tokenizer, WORDS, 5, job.stops)
     assert lines[1].split()[1] == str(sum(map(len, WORDS)))
     measured = evaluate(run)
     loss = sum(r.tuned.nats for r in measured) / sum(r.tuned.tokens for r in measured)
@@ -317,9 +327,7 @@ def test_the_command_line_trains_a_prefix_and_writes_with_it(tmp_path: Path) -> 
     written = command("generate", *write)
     tokenizer = load_tokenizer(run.config.model_path)
     whole = opened(run.config.model_path, run.adapter().folder)
-    news = [generated(whole, [tokenizer(text)["input_ids"]], 8)[1][0].tolist() for text in texts]
-    expected = [text + tokenizer.decode(new) for text, new in zip(texts, news, strict=True)]
-    assert written == "\n\n".join(expected) + "\n"
+    assert written == told(whole, tokenizer, texts, 8, generate._end_tokens(run.config.model_path))
     results = evaluate(run)
     loss = sum(r.tuned.nats for r in results) / sum(r.tuned.tokens for r in results)
     assert loss == pytest.approx(

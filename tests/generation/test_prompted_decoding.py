@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BLOCKS, VOCABULARY, WINDOW
+from conftest import BLOCKS, CONFIGS, VOCABULARY, WINDOW
 from peft import PeftModel
 from split_models import RAW, Here, ends_of
 from torch import Tensor
@@ -103,8 +103,17 @@ def walked(ends: Ends, texts: list[list[int]], count: int = NEW) -> Tensor:
     return torch.stack(found, 1)
 
 
-@pytest.mark.parametrize("name", ["prompt", "ptuning", "prefix"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "gemma2", "opt", "phi3", "mixtral"])
+NEAR = ("gpt2", "llama", "mistral")
+CASES = [(family, name) for family in NEAR for name in ("prompt", "ptuning", "prefix")]
+CASES += [
+    pytest.param(family, name, marks=pytest.mark.slow)
+    for family in CONFIGS
+    if family not in NEAR
+    for name in ("prompt", "prefix")
+]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
 def test_every_logit_is_plain_pefts_to_the_bit(
     family: str, name: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -249,7 +258,7 @@ def told(whole: Any, tokenizer: Any, texts: list[str], count: int, stops: list[i
     return "\n\n".join(found) + "\n"
 
 
-@pytest.mark.parametrize("name", ["prompt", "ptuning", "prefix"])
+@pytest.mark.parametrize("name", [pytest.param("prompt", marks=pytest.mark.slow), "ptuning", "prefix"])
 def test_a_finished_run_writes_and_is_measured_as_its_exported_adapter(
     name: str, finished_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

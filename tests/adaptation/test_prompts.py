@@ -258,6 +258,13 @@ def test_only_a_partys_own_share_is_on_a_part(tiny_models: dict[str, Path]) -> N
     assert sum(lora.count(part)["trainable"] for part in mine) == whole.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_encoders_are_where_their_part_is(tiny_models: dict[str, Path], name: str) -> None:
+    for part in load_parts(tiny_models["llama"], (1, 2), KINDS):
+        prompts.add(part.to("meta"), SETTINGS[name], 0, tiny_models["llama"])
+        assert {parameter.device.type for parameter in part.parameters()} == {"meta"}
+
+
 STEPS = 6
 
 

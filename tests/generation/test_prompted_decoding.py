@@ -54,6 +54,9 @@ def _prompts(*lengths: int) -> list[list[int]]:
 RAGGED = _prompts(13, 6, 9)
 """Longer than a window of 5."""
 
+SHORT = _prompts(4)
+"""Outgrows Phi-3's 8 positions while it is written, with what was trained and without."""
+
 
 def exported(path: Path, name: str, folder: Path, size: float = 0.3) -> list[Any]:
     """Trains nothing, but exports an adapter that is far from its start; the parts that it was on."""
@@ -120,7 +123,7 @@ def test_every_logit_is_plain_pefts_to_the_bit(
     """A ragged batch, and one text; cuts that leave a part no blocks among them."""
     path = tiny_models[family]
     exported(path, name, tmp_path)
-    whole, cases = opened(path, tmp_path), [RAGGED, RAGGED[1:2]]
+    whole, cases = opened(path, tmp_path), [RAGGED, SHORT]
     references = [generated(whole, texts) for texts in cases]
     for cut in ((0, 2), (1, BLOCKS)):
         ends, here = ends_of(adopted(path, name, tmp_path, cut))
@@ -129,7 +132,7 @@ def test_every_logit_is_plain_pefts_to_the_bit(
             assert torch.equal(found, logits), f"cut {cut}, {len(texts)} prompts"
             assert torch.equal(found.argmax(-1), tokens)
         assert len(here.sessions) == 0
-    alone = load_whole(path).eval()(input_ids=torch.tensor(RAGGED[1:2])).logits[:, -1]
+    alone = load_whole(path).eval()(input_ids=torch.tensor(SHORT)).logits[:, -1]
     assert not torch.allclose(alone, references[1][0][:, 0], atol=0.01), "it makes no difference"
 
 

@@ -44,7 +44,8 @@ FORMATS = ("auto", "text", "completion", "chat", "classification")
 PACKING = ("auto", "true", "false")
 
 
-PROMPTS = ("off", "prompt", "ptuning", "prefix")
+PROMPTED = ("prompt", "ptuning", "prefix")
+PROMPTS = ("off", *PROMPTED)
 
 
 STARTS = ("random", "vocab", "text", "zero")

@@ -82,7 +82,11 @@ class LoraSettings:
         (), NAMES, "projections that get an adapter (default: all of the family's)", "--lora-target-modules"
     )
     method: str = setting(
-        "lora", TEXT, "the kind of adapter, by PEFT's name for it; docs/adapters.md lists them", "--peft"
+        "lora",
+        TEXT,
+        "the kind of adapter, by PEFT's name for it; docs/adapters.md lists them; prompt, ptuning and prefix stand for "
+        "--prompt.kind",
+        "--peft",
     )
     options: str = setting("", FIELDS, "more fields of that kind's PEFT configuration, by name", "--peft-config")
 

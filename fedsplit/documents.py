@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import FIELDS, Allowed, InputError, SettingError
-from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
+from fedsplit.allowed import FIELDS, PROMPTED, Allowed, InputError, SettingError
+from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config, LoraSettings
 
 
 def _convert(name: str, value: object, kind: Any) -> Any:
@@ -91,12 +91,14 @@ def _short(value: object) -> str:
 def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None) -> Config:
     """Makes a configuration from dotted names.
 
+    Virtual tokens and prefixes may be asked for as a kind of adapter, too, which is what they are to PEFT.
+
     Args:
         values: Settings by dotted name; those not named keep their defaults.
         options: Keyword arguments for the strategy.
 
     Raises:
-        InputError: A name is unknown or a value is not allowed.
+        InputError: A name is unknown, a value is not allowed, or two kinds of prompts are asked for.
     """
     top: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
@@ -108,8 +110,23 @@ def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None
     for name, value in (options or {}).items():
         if not isinstance(value, str | int | float):
             raise SettingError(f"strategy.{name}", value, "a text, a number, true or false")
+    _settle_peft(parts["lora"], parts["prompt"])
     sections = {name: cls(**parts[name]) for name, cls in SECTIONS.items()}
     return Config(**top, **sections, strategy_options=dict(options or {}))
+
+
+def _settle_peft(lora: dict[str, Any], prompt: dict[str, Any]) -> None:
+    """Where the kind of adapter is one of prompts, has `prompt.kind` say so, alone: that is what files keep.
+
+    Raises:
+        SettingError: `prompt.kind` says another one.
+    """
+    method, kind = lora.get("method"), prompt.get("kind", "off")
+    if method not in PROMPTED:
+        return
+    if kind not in ("off", method):
+        raise SettingError("prompt.kind", kind, f"{method} with --peft {method}")
+    lora["method"], prompt["kind"] = LoraSettings.method, method
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -175,20 +175,28 @@ def _tokenise(tokenizer: Any, prompts: Sequence[str], chat: bool, model: str) ->
     return tokens
 
 
-def _new_tokens(tokens: Sequence[Sequence[int]], asked: int | None, positions: int) -> int:
+def _new_tokens(tokens: Sequence[Sequence[int]], asked: int | None, positions: int, taken: int = 0) -> int:
     """How many tokens each text may get.
+
+    Args:
+        tokens: The prompts.
+        asked: What is asked for, if anything.
+        positions: The model's.
+        taken: Those that virtual tokens or a prefix take.
 
     Raises:
         SettingError: A prompt leaves no room, or there is none for so many.
     """
     number, longest = max(enumerate(map(len, tokens), 1), key=lambda found: found[1])
-    if longest >= positions:
-        words = f"up to {positions - 1} tokens, since the model has {positions} positions"
+    room = positions - taken
+    there = f"{positions} positions" + (f", of which {taken} are taken by what was trained" if taken else "")
+    if longest >= room:
+        words = f"up to {room - 1} tokens, since the model has {there}"
         raise SettingError("prompt", f"number {number} ({longest} tokens)", words)
     if asked is None:
-        return min(NEW_TOKENS, positions - longest)
-    if longest + asked > positions:
-        words = f"1 to {positions - longest}, with a prompt of {longest} tokens and {positions} positions"
+        return min(NEW_TOKENS, room - longest)
+    if longest + asked > room:
+        words = f"1 to {room - longest}, with a prompt of {longest} tokens and {there}"
         raise SettingError("max_new_tokens", asked, words)
     return asked
 
@@ -204,9 +212,6 @@ def check(asked: argparse.Namespace) -> Job:
     run = open_run(Path(asked.run))
     config = replace(run.config, model=asked.model or run.config.model, kernels=asked.kernels or run.config.kernels)
     adapter = _adapter(run, asked.client)
-    if config.prompt.kind != "off":
-        kind = f"a run with --prompt.kind {config.prompt.kind}"
-        raise InputError(f"{kind} cannot write through the split: no file has what its parties' encoders need to go on")
     if config.data.format == "classification":
         raise InputError(f"the run in {run.path} sorts texts into classes: its model has no head that writes")
 
@@ -228,7 +233,7 @@ def check(asked: argparse.Namespace) -> Job:
 
     tokenizer = load_tokenizer(model)
     tokens = _tokenise(tokenizer, prompts, asked.chat, config.model)
-    most = _new_tokens(tokens, asked.max_new_tokens, facts.positions)
+    most = _new_tokens(tokens, asked.max_new_tokens, facts.positions, config.prompt.positions)
     check_checkpoint(weights(config))
     read_adapter(adapter)
     how = Sampling(asked.temperature, asked.top_k or 0, asked.top_p or 1.0, asked.seed or 0)
@@ -317,7 +322,7 @@ def generate(job: Job, show: Callable[[str], object]) -> list[str]:
 
     pace = Pace()
     with _split(job) as (ends, trunk), _hears_interrupts() as look:
-        size = 1 if depends_on_neighbours(ends.bottom.config) else job.batch
+        size = 1 if depends_on_neighbours(ends.bottom) else job.batch
         numbers = range(len(job.tokens))
         try:
             for start in range(0, len(job.tokens), size):

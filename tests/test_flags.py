@@ -43,6 +43,17 @@ def test_names_known_from_elsewhere(alias: str, value: str, name: str) -> None:
     assert parse([alias, value]) == parse([flag, value]) != parse([])
 
 
+def test_a_kind_of_prompt_by_peft_wins_over_a_file_that_knows_of_none(tmp_path: Path) -> None:
+    """Such as the config.toml of any run, which names every setting."""
+    file = tmp_path / "config.toml"
+    for before, kind in (({}, "ptuning"), ({"lora.method": "prompt"}, "prompt")):
+        file.write_text(tomli_w.dumps(as_document(build(before))))
+        expected = parse(["--prompt.kind", kind])
+        assert parse(["--config", str(file), "--peft", kind]) == parse(["--peft", kind]) == expected
+    with pytest.raises(InputError, match=r"^prompt.kind: prompt is not possible; allowed: prefix with --peft prefix$"):
+        parse(["--config", str(file), "--peft", "prefix"])
+
+
 def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() -> None:
     for name, (leaf, _) in LEAVES.items():
         assert leaf.metadata["allowed"].test(leaf.default), name
@@ -55,6 +66,10 @@ def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() ->
         (["--clientz", "8"], "there is no flag --clientz; did you mean --clients"),
         (["--strategi.eta=1"], "there is no flag --strategi.eta"),
         (["clients"], "there is no flag clients"),
+        (
+            ["--peft", "prompt", "--prompt.kind", "prefix"],
+            "prompt.kind: prefix is not possible; allowed: prompt with --p",
+        ),
         (["--clients"], "argument --clients: expected one argument"),
         (["--clients", "0"], "clients: 0 is not possible; allowed: a whole number of at least 1"),
         (["--clients", "2.5"], "clients: 2.5 is not possible"),

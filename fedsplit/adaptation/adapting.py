@@ -106,11 +106,15 @@ def adopt(folder: Path, config: Config, *parts: Part) -> None:
 
     Args:
         folder: The adapter's, of the unsplit model.
-        config: The run's; not one with virtual tokens or prefixes, of which no file has the encoders.
+        config: The run's. Of virtual tokens and prefixes the file has what encoders made, which is put in their place.
         *parts: The parts; what belongs to others is passed over.
     """
+    whole = load(folder)
+    if config.prompt.kind != "off":
+        settings, named = prompts.embeddings(whole.tensors[prompts.SAVED], config.prompt, parts[0].config)
+        config, whole = replace(config, prompt=settings), Adapters(named, {})
     if method_of(config.lora).residual:  # the file has as factors, too, what was taken out of the base weights
         config = replace(config, lora=replace(config.lora, method="lora", options=""))
     for part in parts:
         adapt(part, config)
-    lora.adopt(load(folder), *parts)
+    lora.adopt(whole, *parts)

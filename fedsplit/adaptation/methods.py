@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import PROMPTED, SettingError
 from fedsplit.config import Config, LoraSettings
 
 
@@ -130,11 +130,12 @@ REFUSED: Mapping[str, str] = {
     "cartridge": _INPUT,
     "cpt": _INPUT,
     "multitask_prompt_tuning": _INPUT,
-    "p_tuning": _INPUT,
-    "prefix_tuning": _INPUT,
-    "prompt_tuning": _INPUT,
+    "p_tuning": "it is called ptuning here",
+    "prefix_tuning": "it is called prefix here",
+    "prompt_tuning": "it is called prompt here",
+    **dict.fromkeys(PROMPTED, "it is not in the layers: prompt.kind says so"),
 }
-"""What else PEFT has, and why it is not offered."""
+"""What else PEFT has, and why it is not offered, or not under this name or in this place."""
 
 _OURS = "what fedsplit says itself"
 _NUMBERED = "one for all layers"
@@ -171,9 +172,8 @@ def method_of(settings: LoraSettings) -> Method:
     """
     if settings.method in METHODS:
         return METHODS[settings.method]
-    if settings.method in REFUSED:
-        raise SettingError("lora.method", f"{settings.method} ({REFUSED[settings.method]})", " | ".join(METHODS))
-    raise SettingError("lora.method", settings.method, " | ".join(METHODS))
+    why = f" ({REFUSED[settings.method]})" if settings.method in REFUSED else ""
+    raise SettingError("lora.method", f"{settings.method}{why}", " | ".join((*METHODS, *PROMPTED)))
 
 
 def options_of(settings: LoraSettings) -> dict[str, Any]:

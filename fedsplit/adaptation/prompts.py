@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig
 
 from fedsplit.allowed import PARTS
 from fedsplit.config import PromptSettings
+from fedsplit.model.caches import PartCache
+from fedsplit.model.devices import device_of
 from fedsplit.model.parts import Bottom, Kind, Part, Top, Trunk
 from fedsplit.model.sources import to_peft
 from fedsplit.seeds import derive_seed
@@ -48,42 +50,24 @@ _PLACE, _NAME = "prompt_encoder", "default"
 _STARTS = {"random": "RANDOM", "vocab": "SAMPLE_VOCAB", "text": "TEXT"}
 """What prompt tuning starts from, by PEFT's names."""
 
-_WINDOWED = ("gemma2", "gemma3_text")
-"""The types of models for which PEFT makes a past that knows of sliding windows."""
-
 
 class _Prompted(Bottom):
     """A bottom with virtual tokens before the text."""
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, T) to hidden states (B, P + T, D); `mask` (B, P + T) is 0 on padding."""
+        return self._decode(mask, inputs_embeds=self._embedded(ids))
+
+    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
+        """As of any part; the first tokens (B, T), on which nothing follows yet, make hidden states (B, P + T, D)."""
+        return super().extend(start if cache.length else self._embedded(start), mask, positions, cache)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Virtual tokens and embedded text, (B, P + T, D)."""
         embedded = getattr(self.decoder, self.family.embedding)(ids)
         tokens = self.get_submodule(f"{_PLACE}.{_NAME}")(torch.arange(self.virtual, device=ids.device)[None])
         tokens = tokens.repeat(ids.shape[0], 1, 1).to(embedded.dtype)
-        return self._decode(mask, inputs_embeds=torch.cat([tokens, embedded], 1))
-
-
-class _Past(DynamicCache):  # type: ignore[misc]  # transformers has no types
-    """The past of a part's blocks, which ask for it by their numbers in the unsplit model."""
-
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], first: int, config: Any) -> None:
-        """Fills a cache.
-
-        Args:
-            pairs: Keys and values (B, H, P, W) of each block.
-            first: The number of the first block.
-            config: The part's configuration, where the past must know of sliding windows.
-        """
-        super().__init__(config=config)
-        self._first = 0
-        for number, (keys, values) in enumerate(pairs):
-            self.update(keys, values, number)
-        self._first = first
-
-    def update(self, keys: Tensor, values: Tensor, block: int, *args: Any, **how: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values that a block attends to, past and present."""
-        both: tuple[Tensor, Tensor] = super().update(keys, values, block - self._first, *args, **how)
-        return both
+        return torch.cat([tokens, embedded], 1)
 
 
 class _Prefixes(nn.ModuleDict):
@@ -114,20 +98,19 @@ class _Prefixes(nn.ModuleDict):
 class _Prefixed(Part):
     """A part whose blocks attend to a past that was trained."""
 
-    def _decode(self, mask: Tensor | None, **start: Tensor) -> Tensor:
-        first = next(iter(start.values()))
-        batch, device = first.shape[0], first.device
+    def past(self, rows: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (rows, H, P, W) of each block."""
         prefixes: Any = self.get_submodule(f"{_PLACE}.{_NAME}")
+        pairs: list[tuple[Tensor, Tensor]] = prefixes.pairs(rows, self.dtype, device_of(self))
+        return pairs
+
+    def _decode(self, mask: Tensor | None, **start: Any) -> Tensor:
+        if "past_key_values" in start:  # a text that goes on, whose mask and past have the prefix already
+            return super()._decode(mask, **start)
+        rows = len(next(iter(start.values())))
         if mask is not None:
-            mask = torch.cat([mask.new_ones(batch, prefixes.tokens), mask], 1)
-        pairs = prefixes.pairs(batch, self.dtype, device)
-        if not pairs:  # without blocks, only the text's positions depend on it
-            nothing = torch.zeros(batch, 1, prefixes.tokens, 1, device=device)
-            pairs = [(nothing, nothing)]
-        config = self.config if self.config.model_type in _WINDOWED and self.blocks else None
-        past = _Past(pairs, self.blocks.start, config)
-        with self._computing(device):
-            return self.decoder(attention_mask=mask, use_cache=False, past_key_values=past, **start).last_hidden_state
+            mask = torch.cat([mask.new_ones(rows, self.ahead), mask], 1)
+        return super()._decode(mask, **start, past_key_values=PartCache(self, rows))
 
 
 class _PrefixedBottom(_Prefixed, Bottom):
@@ -216,6 +199,8 @@ def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> Non
         seed: The run's seed.
         tokenizer: The folder of the tokenizer, for a text to start from.
     """
+    device = device_of(part)
+    part.virtual, part.ahead = settings.virtual, settings.positions - settings.virtual
     if settings.kind == "prefix":
         heads, width = _sizes(part.config)
         layers = {part.kind: len(part.blocks)} if settings.projection else {str(block): 1 for block in part.blocks}
@@ -232,10 +217,9 @@ def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> Non
             words = getattr(part.decoder, part.family.embedding)
             encoder = PromptEncoder(config) if settings.kind == "ptuning" else PromptEmbedding(config, words)
         part.__class__ = _Prompted
-        part.virtual = settings.tokens
     else:
         return
-    part.add_module(_PLACE, nn.ModuleDict({_NAME: encoder}))
+    part.add_module(_PLACE, nn.ModuleDict({_NAME: encoder.to(device)}))
     part.adapter = frozenset(name for name, _ in part.named_parameters() if name.startswith(f"{_PLACE}."))
 
 
@@ -273,6 +257,25 @@ def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: An
     order = sorted(groups, key=lambda owner: PARTS.index(owner) if owner in PARTS else int(owner))
     made = [_make(groups[owner], settings, model) for owner in order]
     return torch.cat(made, 1).contiguous()
+
+
+def embeddings(made: Tensor, settings: PromptSettings, model: Any) -> tuple[PromptSettings, dict[str, Tensor]]:
+    """What encoders made, as embeddings that stand in for them: all that computing takes, nothing to train on from.
+
+    Args:
+        made: As `flattened` gives it, and PEFT saves it, of the unsplit model.
+        settings: What it was made by.
+        model: The configuration of the unsplit model, or of a part.
+
+    Returns:
+        The settings under which `add` gives parts room for them, and they themselves by exported name.
+    """
+    if settings.kind != "prefix":
+        return PromptSettings(kind="prompt", tokens=len(made)), {f"{_PLACE}.embedding.weight": made}
+    heads, width = _sizes(model)
+    blocks = made.split(2 * heads * width, 1)
+    named = {f"{_PLACE}.{block}.embedding.weight": pairs for block, pairs in enumerate(blocks)}
+    return PromptSettings(kind="prefix", tokens=len(made)), named
 
 
 def _make(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Any) -> Tensor:

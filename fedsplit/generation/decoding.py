@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,10 @@ class Walk:
 
     def _begin(self, mask: Tensor | None) -> None:
         self._mask, self._ids = mask, torch.empty(0)
-        self._bottom, self._top = Past(self._ends.bottom, mask), Past(self._ends.top, mask)
+        # Virtual tokens come before the padding, not behind it, as PEFT has it.
+        virtual = self._ends.bottom.virtual
+        self._seen = None if mask is None else nn.functional.pad(mask, (virtual, 0), value=True)
+        self._bottom, self._top = Past(self._ends.bottom, self._seen), Past(self._ends.top, self._seen)
         self._session, self._steps = secrets.token_hex(8), 0
 
     def _end(self) -> None:
@@ -103,15 +105,19 @@ class Walk:
         # 1. Up: what the bottom makes of the tokens.
         hidden = self._bottom.extend(ids)
         # 2. Down, and through the top to what comes next.
-        hidden = self._ends.link.evaluate(hidden, self._key(), None if self._steps else self._mask)
+        hidden = self._ends.link.evaluate(hidden, self._key(), None if self._steps else self._seen)
         self._steps += 1
         return self._ends.top.predict(self._top.extend(hidden)[:, -1:])[:, -1]
 
     def _is_outgrown(self, ids: Tensor) -> bool:
-        """Whether from here on positions are turned otherwise, so that what is remembered is of no use."""
+        """Whether from here on positions are turned otherwise, so that what is remembered is of no use.
+
+        The library compares the text's own length with what is remembered; with virtual tokens or a prefix ahead of the
+        text there is always more of that, so that under PEFT nothing is ever computed anew.
+        """
         key, length = self._ends.bottom.family.outgrows, self._bottom.length
-        limit = getattr(self._ends.bottom.config, key, None) if key else None
-        return limit is not None and 0 < length <= limit < length + ids.shape[1]
+        limit = getattr(self._ends.bottom.config, key, None) if key and self._steps else None
+        return limit is not None and length <= limit < self._ids.shape[1] + ids.shape[1]
 
     def _go_over(self, ids: Tensor) -> Tensor:
         """Computes everything so far anew, as the library does."""
@@ -131,9 +137,15 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     return ids, None if mask.all() else mask.bool()
 
 
-def depends_on_neighbours(config: Any) -> bool:
-    """Whether a batch's longest sequence decides how the positions of all are turned, as LongRoPE does (2402.13753)."""
-    found = getattr(config, "rope_parameters", None) or {}
+def depends_on_neighbours(bottom: Bottom) -> bool:
+    """Whether what a text becomes depends on the longest of its batch.
+
+    That one decides how the positions of all are turned, as LongRoPE does (2402.13753), or how much padding there is
+    between virtual tokens and the text.
+    """
+    if bottom.virtual:
+        return True
+    found = getattr(bottom.config, "rope_parameters", None) or {}
     ropes = [rope for rope in (found, *found.values()) if isinstance(rope, Mapping)]
     return any(rope.get("rope_type") == "longrope" for rope in ropes)
 

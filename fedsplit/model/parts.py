@@ -45,11 +45,14 @@ class Part(nn.Module):
         fused: Whether it computes with `fedsplit.model.kernels` where it can; else with the library's code alone.
         dtype: The type of its base weights and of its computation; adapters are float32 always.
         adapter: The parameters that are its adapter's, by their names here.
-        virtual: Of a bottom, the virtual tokens before the text, as `fedsplit.adaptation.prompts` makes them.
+        virtual: Virtual tokens before the text, P positions that the bottom puts there and that cross; see
+            `fedsplit.adaptation.prompts`, as for the next.
+        ahead: Positions of past keys and values that were trained, which stand before whatever the part is given.
     """
 
     adapter: frozenset[str] = frozenset()
     virtual: int = 0
+    ahead: int = 0
 
     def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any, fused: bool, dtype: torch.dtype) -> None:
         """Cuts a part out of a model.
@@ -120,19 +123,23 @@ class Part(nn.Module):
         with self._computing(next(iter(start.values())).device):
             return self.decoder(attention_mask=mask, **{"use_cache": False, **start}).last_hidden_state
 
-    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+    def past(self, rows: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (rows, H, `ahead`, W) that were trained to stand before any text, block by block, if any."""
+        return []
+
+    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
         """What follows on positions whose keys and values are known; see `fedsplit.model.caches`.
 
         Args:
             start: New tokens (B, T) of a bottom, new hidden states (B, T, D) of another part.
             mask: (B, all positions so far and the new ones), 0 on padding; None where there is none.
-            positions: Of the new tokens in their sequences, (B, T) or (1, T).
+            positions: Of the new tokens in their sequences, (B, T) or (1, T); None: as the library counts them.
             cache: The library's, of this part's blocks; grows.
 
         Returns:
             Hidden states (B, T, D); of a top, those that its head reads.
         """
-        name = "input_ids" if self.kind == "bottom" else "inputs_embeds"
+        name = "input_ids" if start.ndim == 2 else "inputs_embeds"
         how = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
         return self._decode(mask, **{name: start}, **how)
 

@@ -90,8 +90,9 @@ class Sessions:
         """Answers a step of a session.
 
         Args:
-            packet: Hidden states (B, T, D) of the prompts as step 0, with a mask where they are padded on the left;
-                then (B, 1, D) a step. Without tensors, the session is over.
+            packet: Hidden states (B, T, D) of the prompts as step 0, with a mask where they are padded on the left,
+                between virtual tokens and text where there are any; then (B, 1, D) a step. Without tensors, the session
+                is over.
 
         Returns:
             Hidden states of the same shape.
@@ -131,7 +132,7 @@ class Sessions:
         part, version = self._server.inference(key.client)
         mask = self._codec.decode(packet.tensors["mask"]) if "mask" in packet.tensors else None
         hidden = self._hidden(packet)
-        if mask is not None and not (mask.shape == hidden.shape[:2] and _is_left_padded(mask)):
+        if mask is not None and not (mask.shape == hidden.shape[:2] and _is_left_padded(mask, part.virtual)):
             raise SpoiledStep(f"{key} sent a mask that is not of its hidden states, or not padded on the left")
         return _Session(key.client, Past(part, mask), version, len(hidden))
 
@@ -199,6 +200,7 @@ class Sessions:
         return len(self._open)
 
 
-def _is_left_padded(mask: Tensor) -> bool:
-    seen = mask.bool()
-    return bool(seen[:, -1].all() and (seen[:, 1:] >= seen[:, :-1]).all())
+def _is_left_padded(mask: Tensor, virtual: int) -> bool:
+    """Whether texts behind so many virtual tokens are there, and padded at their beginnings alone."""
+    before, seen = mask.bool().tensor_split([virtual], 1)
+    return bool(before.all() and seen.numel() and seen[:, -1].all() and (seen[:, 1:] >= seen[:, :-1]).all())

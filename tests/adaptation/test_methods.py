@@ -9,7 +9,7 @@ import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from fedsplit.adaptation.methods import METHODS, REFUSED, check_method, draws_fresh, fields_of, method_of
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import PROMPTED, SettingError
 from fedsplit.config import LoraSettings
 from fedsplit.documents import as_document, build, from_document
 
@@ -46,7 +46,9 @@ def test_settings_become_fields_by_their_meaning() -> None:
         ({"lora.method": "lorra"}, False, "^lora.method: lorra is not possible; allowed: lora | rslora"),
         ({"lora.method": "vblora"}, False, "^lora.method: vblora .all layers share one bank of vectors, which layers"),
         ({"lora.method": "adalora"}, False, "^lora.method: adalora .it deals one budget of ranks"),
-        ({"lora.method": "prefix_tuning"}, False, "^lora.method: prefix_tuning .changes what the model reads"),
+        ({"lora.method": "lorra"}, True, r" \| beft \| ln_tuning \| prompt \| ptuning \| prefix$"),
+        ({"lora.method": "prefix_tuning"}, False, "^lora.method: prefix_tuning .it is called prefix here"),
+        ({"lora.method": "cpt"}, False, "^lora.method: cpt .changes what the model reads"),
         ({"lora.method": "loha"}, True, "^lora.method: loha is not possible; allowed: lora .* store .in, out."),
         ({"lora.method": "ia3", "lora.rank": 4}, False, "^lora.rank: 4 is not possible; allowed: the default with"),
         ({"lora.method": "hra", "lora.alpha": 4}, False, "^lora.alpha: 4.0 is not possible; .* no such setting"),
@@ -78,6 +80,13 @@ def test_what_cannot_be_is_said_in_one_line(values: dict[str, object], transpose
     with pytest.raises(SettingError, match=message) as caught:
         check_method(build(values), transposed)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", PROMPTED)
+def test_a_kind_of_prompt_is_none_in_the_layers(kind: str) -> None:
+    """Whoever reads settings from flags or a file never gets here; one made by hand is told where it belongs."""
+    with pytest.raises(SettingError, match=f"^lora.method: {kind} .it is not in the layers: prompt.kind says so"):
+        method_of(LoraSettings(method=kind))
 
 
 @pytest.mark.parametrize("method", METHODS)

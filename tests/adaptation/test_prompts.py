@@ -258,6 +258,13 @@ def test_only_a_partys_own_share_is_on_a_part(tiny_models: dict[str, Path]) -> N
     assert sum(lora.count(part)["trainable"] for part in mine) == whole.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_encoders_are_where_their_part_is(tiny_models: dict[str, Path], name: str) -> None:
+    for part in load_parts(tiny_models["llama"], (1, 2), KINDS):
+        prompts.add(part.to("meta"), SETTINGS[name], 0, tiny_models["llama"])
+        assert {parameter.device.type for parameter in part.parameters()} == {"meta"}
+
+
 STEPS = 6
 
 
@@ -513,6 +520,9 @@ def test_strategies_that_need_factors_are_refused_by_name() -> None:
         ({"kind": "prefix", "hidden": 9}, "prompt.hidden: 9 .*--prompt.projection"),
         ({"kind": "prefix", "tokens": 250}, "prompt.tokens: 250 .*at most the model's 256 positions together"),
         ({"kind": "prompt", "lora.rank": 4}, "lora.rank: .*there are no LoRA adapters"),
+        ({"lora.method": "prompt", "lora.rank": 4}, "lora.rank: .*there are no LoRA adapters"),
+        ({"kind": "prompt", "lora.method": "dora"}, "lora.method: dora .*there are no LoRA adapters"),
+        ({"lora.method": "prefix", "strategy": "flora"}, "strategy: flora is not possible"),
         ({"kind": "prompt", "lm_head": "full"}, "lm_head: full is not possible; allowed: frozen"),
         ({"kind": "prompt", "trunk.schedule": "forward-only"}, "trunk.schedule: forward-only .*returns gradients"),
         ({"kind": "prefix", "trunk.schedule": "forward-only", "cut": "0:6"}, "cut: 0:6 "),

@@ -96,7 +96,7 @@ def test_a_ragged_batch_is_each_text_alone(any_model_path: Path) -> None:
     ends, _ = ends_of(parts_of(any_model_path, (1, 2)))
     together = _decode(ends, RAGGED)
     alone = [_decode(ends, [prompt])[0] for prompt in RAGGED]
-    if depends_on_neighbours(ends.bottom.config):
+    if depends_on_neighbours(ends.bottom):
         assert ends.bottom.config.model_type == "phi3"  # which is therefore written one after the other
         assert together[0] == alone[0]
     else:

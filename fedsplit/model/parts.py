@@ -46,10 +46,12 @@ class Part(nn.Module):
         dtype: The type of its base weights and of its computation; adapters are float32 always.
         adapter: The parameters that are its adapter's, by their names here.
         virtual: Of a bottom, the virtual tokens before the text, as `fedsplit.adaptation.prompts` makes them.
+        budget: Where ranks are dealt out, this part's `fedsplit.adaptation.rank_budget.RankBudget`; else None.
     """
 
     adapter: frozenset[str] = frozenset()
     virtual: int = 0
+    budget: Any = None
 
     def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any, fused: bool, dtype: torch.dtype) -> None:
         """Cuts a part out of a model.

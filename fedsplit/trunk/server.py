@@ -161,7 +161,7 @@ class TrunkServer:
         self.steps: Steps[_Flight | Withheld] = Steps(run, incarnation, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self._device)
+        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self._device, part.budget)
 
     def _place(self, version: Version) -> None:
         """Puts a version where the part's layers look for it."""

@@ -104,7 +104,10 @@ class Learner:
         return self._rule.control_change()
 
     def moments(self) -> dict[str, Tensor]:
-        """What is remembered, by the parameter's name and what it is: ":step", ":exp_avg", …; "#importance", … of ranks."""
+        """What the optimiser remembers, by the parameter's name and what it is: "step", "exp_avg", ….
+
+        Where ranks are dealt out, also what `RankAllocation.moments` tells.
+        """
         dealt = {} if self._allocation is None else self._allocation.moments()
         return {**optim.moments(self._optimizer, self._trained), **dealt}
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, without_dropout
+from flwr.app import Message, MessageType
 from local_federation import federate
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_server_app import Killed, killed_in
 from torch import Tensor
 
 from experiments.in_process import LocalTrunk
@@ -31,6 +31,7 @@ from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.documents import build
 from fedsplit.evaluate import held_out_loss
+from fedsplit.federation import records
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.parts import ranges
 from fedsplit.model.split import load_parts
@@ -395,6 +396,17 @@ def test_every_schedule_deals_ranks_out_and_its_adapter_opens(
     assert 2 * layers["top"] <= left["top"] <= 4 * layers["top"]
 
 
+class Killed(Exception):
+    """The end of a process."""
+
+
+def kill_in_round_three(message: Message, reply: Message) -> Message:
+    trains = message.metadata.message_type == MessageType.TRAIN
+    if trains and records.config_of(message)[records.ROUND] == 3:
+        raise Killed
+    return reply
+
+
 @pytest.mark.parametrize("schedule", ["shared", "copies"])
 @pytest.mark.parametrize("state", ["keep", "reset"])
 def test_a_run_that_was_stopped_goes_on_to_the_bit(
@@ -407,7 +419,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
     out = tmp_path / "stopped"
     federate(config, tmp_path / "straight", FedAvg(), monkeypatch)
     with pytest.raises(Killed):
-        federate(config, out, FedAvg(), monkeypatch, killed_in(3))
+        federate(config, out, FedAvg(), monkeypatch, kill_in_round_three)
     federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
     assert same(result(out), result(tmp_path / "straight"))
 

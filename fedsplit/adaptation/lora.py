@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft import PeftConfig
@@ -150,7 +150,7 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
     return {exported_name(part, name): parameter for name, parameter in local_parameters(part).items()}
 
 
-def _has_factors(module: nn.Module) -> bool:
+def _has_factors(module: nn.Module) -> TypeGuard[LoraLayer]:
     """Whether a module is a layer of LoRA's, with a pair of factors; AdaLoRA's has three, though it is called one."""
     return isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer)
 

@@ -74,7 +74,8 @@ def regularise(part: Part) -> None:
         return
     reached = {name: parameter for name, parameter in parameters(part).items() if parameter.grad is not None}
     for name, gradient in regularisation(reached, part.budget).items():
-        reached[name].grad = reached[name].grad + gradient
+        found = reached[name].grad
+        reached[name].grad = gradient if found is None else found + gradient
 
 
 class _Named:

@@ -91,7 +91,7 @@ def test_defaults_suit_every_kind(method: str) -> None:
 
 def test_nothing_is_imported_to_refuse() -> None:
     code = (
-        "import sys\nfrom fedsplit.config import build\nfrom fedsplit.adaptation.methods import check_method\n"
+        "import sys\nfrom fedsplit.documents import build\nfrom fedsplit.adaptation.methods import check_method\n"
         "check_method(build({}), True)\n"
         "assert not {'torch', 'peft', 'transformers'} & {*sys.modules}"
     )

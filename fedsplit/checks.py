@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedsplit.adaptation.methods import METHODS, check_method
+from fedsplit.adaptation.rank_budget import check_budget
 from fedsplit.allowed import PARTS, SettingError
 from fedsplit.config import Config, TrainSettings
 from fedsplit.documents import set_by_user
@@ -167,6 +168,7 @@ def check_adapters(config: Config, facts: Facts) -> None:
         SettingError: They cannot.
     """
     check_method(config, facts.family.transposed)
+    check_budget(config)
     method = METHODS[config.lora.method]
     if config.bits and not (method.factors and not method.residual):
         words = f"none with adapters of the kind {config.lora.method}, which read the weights or change them"

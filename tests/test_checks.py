@@ -41,6 +41,16 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         (["--peft", "loraa"], "lora.method: loraa is not possible; allowed: lora | rslora"),
         (["--peft", "xlora"], "lora.method: xlora (a router reads the hidden states of the whole model"),
         (["--peft", "oft"], "lora.method: oft is not possible; allowed: lora | rslora | dora"),
+        (
+            ["--peft", "adalora", "--peft-config", '{"tinit": 50}'],
+            "lora.options: tinit 50 and tfinal 0 is not possible",
+        ),
+        (
+            ["--peft", "adalora", "--peft-config", '{"init_r": 8}'],
+            "lora.options: target_r 8 is not possible; allowed: 1",
+        ),
+        (["--peft", "adalora", "--epochs", "1"], "train.epochs: 1 is not possible; allowed: 0 with adalora"),
+        (["--peft", "adalora", "--strategy", "ffa"], "strategy: ffa is not possible; allowed: fedadagrad"),
         (["--peft", "ia3", "--lora-rank", "4"], "lora.rank: 4 is not possible; allowed: the default with the method"),
         (["--peft", "dora", "--strategy", "flora"], "strategy: flora is not possible; allowed: fedadagrad"),
         (["--peft-config", "nowhere.json"], "lora.options: nowhere.json is not possible; allowed: a JSON object"),

@@ -9,6 +9,8 @@ from typing import Any
 
 from fedsplit.adaptation import lora, prompts
 from fedsplit.adaptation.methods import method_of
+from fedsplit.adaptation.rank_allocation import adapted_layers
+from fedsplit.adaptation.rank_budget import budget_of, for_file
 from fedsplit.config import Config
 from fedsplit.model.devices import TYPES, resolve
 from fedsplit.model.families import Family
@@ -46,6 +48,8 @@ def adapt(part: Part, config: Config) -> None:
     """Puts on a part what trains, in place; its base weights must be frozen already."""
     if config.prompt.kind == "off":
         lora.add(part, config.lora, config.seed, config.lm_head)
+        if method_of(config.lora).allocates:
+            part.budget = budget_of(config, part.kind, adapted_layers(config, part.family))
     else:
         prompts.add(part, config.prompt, config.seed, about(config))
 
@@ -93,7 +97,7 @@ def save(
         prompts.save(folder, adapters.tensors, config.prompt, about(config), config.model, blocks)
     else:
         head = config.lm_head if kind in (None, "top") else "frozen"
-        lora.save(folder, adapters, config.lora, family, config.model, blocks, config.seed, head)
+        lora.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
 
 
 def load(folder: Path) -> Adapters:

@@ -50,6 +50,8 @@ def make_config(
     """
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method_of(settings).kind)]
     known = {entry.name for entry in dataclasses.fields(cls) if entry.init}
+    if method_of(settings).allocates:
+        known.discard("target_parameters")  # LoRA's, of which PEFT's AdaLoRA can make nothing
     for name in options_of(settings):
         if name not in known:
             raise SettingError("lora.options", name, f"a field of PEFT's {cls.__name__}; {suggest(name, known)}")

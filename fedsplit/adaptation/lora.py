@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft import PeftConfig
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
@@ -118,6 +119,9 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
     if part.fused:
         _fuse(part)
     fresh = draws_fresh(settings)
+    for module in part.modules():
+        if isinstance(module, AdaLoraLayer):  # what it divides by; float32 as in an adapter that PEFT opens
+            module.ranknum[ADAPTER].data = module.ranknum[ADAPTER].data.float()
     for name, parameter in parameters(part).items():
         # PEFT gives it the type of the base; and the fused optimiser pairs elements by their place in memory.
         parameter.data = parameter.data.float().contiguous()
@@ -146,6 +150,11 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
     return {exported_name(part, name): parameter for name, parameter in local_parameters(part).items()}
 
 
+def _has_factors(module: nn.Module) -> TypeGuard[LoraLayer]:
+    """Whether a module is a layer of LoRA's, with a pair of factors; AdaLoRA's has three, though it is called one."""
+    return isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer)
+
+
 def _layer_of(module: LoraLayer) -> Layer:
     transposed = bool(module.fan_in_fan_out) or was_transposed(module.base_layer)
     layer = Layer(float(module.lora_alpha[ADAPTER]), transposed, bool(module.use_rslora[ADAPTER]))
@@ -161,7 +170,7 @@ def read(*parts: Part) -> Adapters:
     for part in parts:
         tensors |= {name: parameter.detach().to(CPU, copy=True) for name, parameter in parameters(part).items()}
         for name, module in part.named_modules():
-            if isinstance(module, LoraLayer) and not module.lora_variant:  # a variant does more than to add s * B @ A
+            if _has_factors(module) and not module.lora_variant:  # a variant does more than to add s * B @ A
                 layers[part.whole_name(name)] = _layer_of(module)
     return Adapters(tensors, layers)
 
@@ -191,7 +200,7 @@ def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
 def rescale(part: Part) -> None:
     """Gives every LoRA layer of a part the scaling that goes with the rank of its factors as they are."""
     for module in part.modules():
-        if isinstance(module, LoraLayer):
+        if _has_factors(module):
             layer = _layer_of(module)
             module.scaling[ADAPTER] = layer.scaling(module.lora_A[ADAPTER].weight.shape[0] // layer.experts)
 

@@ -31,6 +31,7 @@ class Method:
         factors: Whether all that it does to a layer is to add s * B @ A.
         norms: Whether it trains the norms in the blocks, not projections.
         residual: Whether it starts from the principal part of the base weight, which is taken out of the base.
+        allocates: Whether it deals a budget of ranks out, as `fedsplit.adaptation.rank_budget` has it.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Method:
     factors: bool = False
     norms: bool = False
     residual: bool = False
+    allocates: bool = False
 
 
 def _lora(factors: bool = True, residual: bool = False, transposed: bool = True, **preset: object) -> Method:
@@ -57,6 +59,9 @@ METHODS: Mapping[str, Method] = {
     "dora": _lora(factors=False, use_dora=True),
     "pissa": _lora(residual=True, init_lora_weights="pissa"),
     "olora": _lora(residual=True, transposed=False, init_lora_weights="olora"),
+    "adalora": Method(
+        "ADALORA", rank=None, alpha="lora_alpha", dropout="lora_dropout", transposed=True, allocates=True
+    ),
     "ia3": Method("IA3", rank=None, transposed=True),
     "loha": Method("LOHA", alpha="alpha", dropout="rank_dropout"),
     "lokr": Method("LOKR", alpha="alpha", dropout="rank_dropout"),
@@ -110,7 +115,6 @@ _DATA = "start from a pass of data through the whole model, which nobody has"
 _INPUT = "changes what the model reads, not its layers"
 
 REFUSED: Mapping[str, str] = {
-    "adalora": "it deals one budget of ranks out over all layers of the model, which no party has",
     "adamss": "it clusters the singular vectors of the weights, which need not come out alike at two parties",
     "frod": "it decomposes the weights of all blocks jointly, which no party has",
     "lily": f"layers share experts, {_SHARED}",
@@ -147,6 +151,7 @@ RESERVED: Mapping[str, str] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "lambda_pattern", "block_size_pattern"), _NUMBERED),
     "n_frequency_pattern": _NUMBERED,
     "proportional_parameters": _NUMBERED,
+    "total_step": "it follows from rounds and train.steps",
     "use_rslora": "lora.rslora says so",
     **dict.fromkeys(("use_dora", "use_bdlora", "velora_config", "kasa_config"), "another method, not this one's"),
     **dict.fromkeys(("monteclora_config", "arrow_config", "alora_invocation_tokens"), "another method, not this one's"),
@@ -196,7 +201,10 @@ def fields_of(settings: LoraSettings, seed: int) -> dict[str, Any]:
         found["use_rslora"] = settings.rslora
     if method.seed is not None:
         found[method.seed] = seed
-    return {**found, **method.preset, **options_of(settings)}
+    options = options_of(settings)
+    if method.allocates:  # PEFT wants to know; what a part makes of its steps is its budget's to say
+        found["total_step"] = options.get("tinit", 0) + options.get("tfinal", 0) + 1
+    return {**found, **method.preset, **options}
 
 
 def check_method(config: Config, transposed: bool) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import lora, rank_allocation
+from fedsplit.adaptation.rank_allocation import RankAllocation
 from fedsplit.client.link import Crossing, Link
 from fedsplit.config import TrainSettings
 from fedsplit.corpora.sequences import Sequences, behind, predicted
@@ -146,6 +147,8 @@ class Client:
         for number, parts in enumerate(batches):
             loss, crossings = self._cross(parts, replace(key, batch=number), len(batches), rate)
             losses.append(loss)
+        for part in (self.bottom, self.top):
+            rank_allocation.regularise(part)
         if self.settings.clip:
             self._clip(crossings)
         return torch.stack(losses).sum()
@@ -220,6 +223,7 @@ class Client:
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         optimizer = make_optimizer(trained.values(), self.settings)
         optim.restore(optimizer, trained, moments or {})
+        allocations = self._allocations(moments or {})
         order = derive_seed(self.seed, "client", self.number)
         self.bottom.train()
         self.top.train()
@@ -232,10 +236,13 @@ class Client:
             losses.append(self.step(rows.ids, StepKey(round, self.number, step), rows.mask, rows.labels, rate))
             counts.append(rows.predicted)
             if optimizer is not None:
-                gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
-                for name, gradient in rule.correct(gradients, parameters).items():
+                found = {name: p.grad for name, p in trained.items() if p.grad is not None}
+                gradients = rule.correct(found, parameters)
+                for name, gradient in gradients.items():
                     trained[name].grad = gradient
                 optim.step(optimizer, rate)
+                for allocation in allocations:
+                    allocation.allocate(gradients, allocation.position(round, step + 1))
             tokens += rows.tokens
         return ClientUpdate(
             client=self.number,
@@ -244,9 +251,15 @@ class Client:
             tokens=tokens,
             loss=_weighted_mean(losses, counts),
             control=rule.control_change(),
-            moments=self._remembered(optimizer, parameters, trained, moments or {}),
+            moments=self._remembered(optimizer, parameters, trained, moments or {}, allocations),
             router_loss=self.routers.mean(self.steps),
         )
+
+    def _allocations(self, moments: Mapping[str, Tensor]) -> list[RankAllocation]:
+        """Of each part, who deals its ranks out, where they are."""
+        parts = (self.bottom, self.top)
+        found = (rank_allocation.begin(lora.parameters(part), part.budget, moments) for part in parts)
+        return [allocation for allocation in found if allocation is not None]
 
     def _remembered(
         self,
@@ -254,8 +267,10 @@ class Client:
         parameters: Mapping[str, Tensor],
         trained: Mapping[str, Tensor],
         before: Mapping[str, Tensor],
+        allocations: Sequence[RankAllocation],
     ) -> dict[str, Tensor]:
         """The moments to go on with; of what did not train in this round, those from before."""
         if self.settings.optimizer_state == "reset":
             return {}
-        return {**optim.fitting(before, parameters), **optim.moments(optimizer, trained)}
+        dealt = {name: value for allocation in allocations for name, value in allocation.moments().items()}
+        return {**optim.fitting(before, parameters), **optim.moments(optimizer, trained), **dealt}

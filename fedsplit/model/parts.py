@@ -48,11 +48,13 @@ class Part(nn.Module):
         virtual: Virtual tokens before the text, P positions that the bottom puts there and that cross; see
             `fedsplit.adaptation.prompts`, as for the next.
         ahead: Positions of past keys and values that were trained, which stand before whatever the part is given.
+        budget: Where ranks are dealt out, this part's `fedsplit.adaptation.rank_budget.RankBudget`; else None.
     """
 
     adapter: frozenset[str] = frozenset()
     virtual: int = 0
     ahead: int = 0
+    budget: Any = None
 
     def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any, fused: bool, dtype: torch.dtype) -> None:
         """Cuts a part out of a model.

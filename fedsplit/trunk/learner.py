@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fedsplit.adaptation import rank_allocation
+from fedsplit.adaptation.rank_budget import RankBudget
 from fedsplit.config import TrainSettings
 from fedsplit.model.devices import CPU, put
 from fedsplit.optimization import optim
@@ -33,6 +35,7 @@ class Learner:
         task: Task | None = None,
         own: Mapping[str, Tensor] | None = None,
         device: torch.device = CPU,
+        budget: RankBudget | None = None,
     ) -> None:
         """Starts from an adapter.
 
@@ -43,6 +46,7 @@ class Learner:
             task: What the strategy asks of it.
             own: Its client's control variate.
             device: What it is used on; versions are there, what comes and goes otherwise is on the CPU.
+            budget: Of the ranks that are dealt out after each step; none where not given.
         """
         start = put(start, device)
         self._rule = LocalRule(task or Task(), start, own or {}, device)
@@ -50,6 +54,9 @@ class Learner:
         self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
         self._trained = {name: parameter for name, parameter in self._parameters.items() if name in self._learns}
         self._optimizer = make_optimizer(self._trained.values(), settings)
+        self._budget = budget if learns else None
+        self._allocation = rank_allocation.begin(self._parameters, self._budget)
+        self._made = (0, 0)  # the round, and steps in it
         self._publish()
 
     def _publish(self) -> None:
@@ -58,14 +65,32 @@ class Learner:
             for name, parameter in self._parameters.items()
         }
 
-    def step(self, gradients: Mapping[str, Tensor], rate: float = 1.0) -> None:
-        """One step of the optimiser, with a share of the learning rate."""
+    def step(self, gradients: Mapping[str, Tensor], rate: float = 1.0, round: int = 1) -> None:
+        """One step of the optimiser, with a share of the learning rate; in which round counts where ranks are dealt."""
         assert self._optimizer is not None
-        for name, gradient in self._rule.correct(gradients, self._parameters).items():
+        corrected = self._rule.correct(gradients, self._parameters)
+        for name, gradient in corrected.items():
             # The fused optimiser pairs elements by their place in memory: a transposed gradient would be scrambled.
             self._parameters[name].grad = gradient.contiguous()
         optim.step(self._optimizer, rate)
+        if self._allocation is not None:
+            self._made = round, self._made[1] + 1 if self._made[0] == round else 1
+            self._allocation.allocate(corrected, self._allocation.position(*self._made))
         self._publish()
+
+    def regularised(self, version: Version, gradients: Mapping[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:
+        """The gradient of a part of a step by some version, with what a budget of ranks adds to it.
+
+        Args:
+            version: What it is by.
+            gradients: By exported name.
+            share: The share of the step that it is of.
+        """
+        whole = dict(gradients)
+        if self._allocation is not None and self._budget is not None:
+            for name, gradient in rank_allocation.regularisation(version, self._budget, share).items():
+                whole[name] = whole[name] + gradient
+        return whole
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -79,9 +104,14 @@ class Learner:
         return self._rule.control_change()
 
     def moments(self) -> dict[str, Tensor]:
-        """What the optimiser remembers, by the parameter's name and what it is: "step", "exp_avg", …."""
-        return optim.moments(self._optimizer, self._trained)
+        """What the optimiser remembers, by the parameter's name and what it is: "step", "exp_avg", ….
+
+        Where ranks are dealt out, also what `RankAllocation.moments` tells.
+        """
+        dealt = {} if self._allocation is None else self._allocation.moments()
+        return {**optim.moments(self._optimizer, self._trained), **dealt}
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
         """The inverse of `moments`, as far as they fit: see `fedsplit.optimization.optim.restore`."""
         optim.restore(self._optimizer, self._trained, moments)
+        self._allocation = rank_allocation.begin(self._parameters, self._budget, moments)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedsplit.adaptation.rank_budget import RankBudget
 from fedsplit.config import TrainSettings
 from fedsplit.model.devices import CPU, put
 from fedsplit.optimization.clipping import squared_norm
@@ -104,6 +105,7 @@ class Learners:
         settings: TrainSettings,
         counts: Counter[str],
         device: torch.device = CPU,
+        budget: RankBudget | None = None,
     ) -> None:
         """Nobody has a copy yet.
 
@@ -113,10 +115,11 @@ class Learners:
             settings: The optimiser's.
             counts: Where "steps" and "late" are counted.
             device: What the trunk computes on.
+            budget: Of the trunk's ranks, where they are dealt out.
         """
-        self._device = device
+        self._device, self._budget = device, budget
         self._layers, self._schedule, self._settings, self._counts = start.layers, schedule, settings, counts
-        self.shared = Learner(start.tensors, settings, schedule.learns, device=device)
+        self.shared = Learner(start.tensors, settings, schedule.learns, device=device, budget=budget)
         self._copies: dict[int, Learner] = {}
         self._sums: dict[int, _GradientSum] = {}
         self._unclipped: dict[int, _GradientSum] = {}
@@ -131,7 +134,7 @@ class Learners:
         """Whose adapter a client's step is computed with; with its first training step its copy begins."""
         if begins and self._schedule.personal and client not in self._copies:
             self._copies[client] = Learner(
-                self.shared.version, self._settings, self._schedule.learns, device=self._device
+                self.shared.version, self._settings, self._schedule.learns, device=self._device, budget=self._budget
             )
         return self._copies.get(client, self.shared)
 
@@ -163,18 +166,20 @@ class Learners:
                 self._counts["late"] += 1
                 return None
             mean = {name: gradient / len(packets) for name, gradient in gradients.items()}
-            self._step(learner, mean, _mean([packet.rate for packet in packets]))
+            whole_step = learner.regularised(version, mean)
+            self._step(learner, whole_step, _mean([packet.rate for packet in packets]), packets[0].key.round)
             return None
         packet = packets[0]
+        gradients = learner.regularised(version, gradients, 1 / packet.parts)
         if self.clips:
             whole = self._joined(self._unclipped, packet, version, gradients)
             return None if whole is None else Withheld(learner, whole, packet.key, packet.rate)
         if self._schedule.sums:
             self._add_to_window(learner, packet.key, packet.rate, version, gradients)
         elif packet.parts == 1:
-            self._step(learner, gradients, packet.rate)
+            self._step(learner, gradients, packet.rate, packet.key.round)
         elif (whole := self._joined(self._sums, packet, version, gradients)) is not None:
-            self._step(learner, whole.gradients, packet.rate)
+            self._step(learner, whole.gradients, packet.rate, packet.key.round)
         return None
 
     def _joined(
@@ -207,15 +212,15 @@ class Learners:
         """
         scaled = {name: gradient * coefficient for name, gradient in withheld.whole.gradients.items()}
         if not self._schedule.sums:
-            self._step(withheld.learner, scaled, withheld.rate)
+            self._step(withheld.learner, scaled, withheld.rate, withheld.key.round)
         elif len(withheld.whole.versions) > 1:  # a barrier was passed between its parts
             self._counts["late"] += 1
         else:
             version = withheld.whole.versions[0]
             self._add_to_window(withheld.learner, withheld.key, withheld.rate, version, scaled)
 
-    def _step(self, learner: Learner, gradients: Mapping[str, Tensor], rate: float) -> None:
-        learner.step(gradients, rate)
+    def _step(self, learner: Learner, gradients: Mapping[str, Tensor], rate: float, round: int) -> None:
+        learner.step(gradients, rate, round)
         self._counts["steps"] += 1
 
     def close_window(self, clients: Sequence[int] | None = None) -> bool:
@@ -233,7 +238,8 @@ class Learners:
         if not sums:
             return False
         gradients = {name: torch.stack([s.gradients[name] for s in sums]).sum(0) for name in sums[0].gradients}
-        self._step(self.shared, gradients, _mean([rate for s in sums for rate in s.rates.values()]))
+        round = max(turn[0] for s in sums for turn in s.steps)
+        self._step(self.shared, gradients, _mean([rate for s in sums for rate in s.rates.values()]), round)
         return True
 
     def leave(self, client: int) -> None:
@@ -261,7 +267,15 @@ class Learners:
             starts: By client.
         """
         self._copies = {
-            client: Learner(start.tensors, self._settings, self._schedule.learns, start.task, start.own, self._device)
+            client: Learner(
+                start.tensors,
+                self._settings,
+                self._schedule.learns,
+                start.task,
+                start.own,
+                self._device,
+                self._budget,
+            )
             for client, start in starts.items()
         }
         for client, copy in self._copies.items():

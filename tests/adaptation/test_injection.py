@@ -41,6 +41,8 @@ SMALL = {
     "fourierft": '{"n_frequency": 40}',
     "waveft": '{"n_frequency": 40}',
     "supertuning": '{"sparsity": 0.9}',
+    # Of the run's steps those are tried before ranks are taken away; test_rank_allocation.py has the rest.
+    "adalora": '{"init_r": 4, "target_r": 2, "tinit": 8, "orth_reg_weight": 0}',
 }
 """What suits layers of 16 to 64 numbers; the defaults are for larger ones."""
 

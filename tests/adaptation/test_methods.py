@@ -45,7 +45,8 @@ def test_settings_become_fields_by_their_meaning() -> None:
     [
         ({"lora.method": "lorra"}, False, "^lora.method: lorra is not possible; allowed: lora | rslora"),
         ({"lora.method": "vblora"}, False, "^lora.method: vblora .all layers share one bank of vectors, which layers"),
-        ({"lora.method": "adalora"}, False, "^lora.method: adalora .it deals one budget of ranks"),
+        ({"lora.method": "adalora", "lora.rank": 4}, False, "^lora.rank: 4 is not possible; allowed: the default with"),
+        ({"lora.method": "adalora", "lora.options": '{"total_step": 9}'}, False, "^lora.options: total_step .*follows"),
         ({"lora.method": "lorra"}, True, r" \| beft \| ln_tuning \| prompt \| ptuning \| prefix$"),
         ({"lora.method": "prefix_tuning"}, False, "^lora.method: prefix_tuning .it is called prefix here"),
         ({"lora.method": "cpt"}, False, "^lora.method: cpt .changes what the model reads"),

@@ -50,6 +50,7 @@ class Toy(nn.Module):
 
     config = SimpleNamespace(hidden_size=WIDTH)
     adapter = frozenset({"lora_A.default.weight"})
+    budget = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -62,9 +62,9 @@ def add_setting(group: Any, name: str, default: str | None = None) -> None:
     flags = [flag_of(name)]
     if leaf.metadata["alias"]:
         flags.append(leaf.metadata["alias"])
-    if default is None:
-        default = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else leaf.default
-    end = "" if default == "" or default is False else f" (default: {default})"
+    own = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else leaf.default
+    shown = own if default is None else default
+    end = "" if shown == "" or shown is False else f" (default: {shown})"
     metavar = {int: "N", float: "X"}.get(kind, "NAME")
     words = leaf.metadata["allowed"].words
     choices = f": {words}" if " | " in words else ""

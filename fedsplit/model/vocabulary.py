@@ -79,7 +79,8 @@ def _refused(folder: Path, error: Exception) -> SettingError:
     """What was wrong, in one line; transformers tells of another library where it lacks SentencePiece's."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     pieces = [file.name for pattern in _PIECES for file in sorted(folder.glob(pattern))]
-    if pieces and not (folder / _READY).is_file() and find_spec("sentencepiece") is None:
-        reason = f"its {pieces[0]} needs pip install 'fedsplit[sentencepiece]'"
+    missing = find_spec("sentencepiece") is None or "tiktoken" in reason
+    if pieces and missing and not (folder / _READY).is_file():
+        reason = f"its {pieces[0]} cannot be read; SentencePiece's needs pip install 'fedsplit[sentencepiece]'"
     words = "a folder with a tokenizer.json that can be read, or another tokenizer that transformers opens"
     return SettingError("model", f"{folder} ({reason})", words)

@@ -168,8 +168,8 @@ def _check_others(adapter: Adapter, read: Adapters, base: Any) -> None:
     if WEIGHT in read.tensors:
         pairs.append((WEIGHT, tuple(read.tensors[WEIGHT].shape), tuple(base.lm_head.weight.shape)))
     if classes_in(read) and hasattr(base, SCORE):
-        found = read.tensors[lora.SCORE_WEIGHT]
-        pairs.append((lora.SCORE_WEIGHT, tuple(found.shape), tuple(base.score.weight.shape)))
+        head = read.tensors[lora.SCORE_WEIGHT]
+        pairs.append((lora.SCORE_WEIGHT, tuple(head.shape), tuple(base.score.weight.shape)))
     if (kind := prompts.kind_of(adapter.folder)) is not None:
         width = prompts.saved_width(kind, base.config)
         pairs.append((f"the width of its {prompts.SAVED}", read.tensors[prompts.SAVED].shape[1], width))

@@ -108,6 +108,14 @@ def register() -> None:
     from torch.utils import backend_registration
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+    make = torch.tensor
+
+    def tensor(data: Any, *, device: torch.device | None = None, **how: Any) -> torch.Tensor:
+        """Copied there: what torch itself does within `torch.tensor` passes the mode by."""
+        made = make(data, **how)
+        return made if device is None else made.to(device)
+
+    torch.tensor = tensor
 
 
 RUNS: dict[str, tuple[str, dict[str, object]]] = {
@@ -120,8 +128,25 @@ RUNS: dict[str, tuple[str, dict[str, object]]] = {
 """What must put tensors where they belong: strategies and settings."""
 
 
+def text(model: Path, device: torch.device) -> list[list[int | None]]:
+    """What a client on the CPU writes with a trunk on a device, of prompts that are padded."""
+    from split_models import SETTINGS, ends_of, parts_of
+
+    from fedsplit.adaptation import lora
+    from fedsplit.generation.decoding import Pace, decode
+    from fedsplit.generation.sampling import Chooser, Sampling
+    from fedsplit.model.split import load_parts
+
+    bottom, trunk, top = parts_of(model, (1, 2))
+    (there,) = load_parts(model, (1, 2), ["trunk"], device=device)
+    lora.add(there, SETTINGS, seed=0)
+    lora.write(lora.read(trunk).tensors, there)
+    ends, _ = ends_of([bottom, there.eval(), top])
+    return list(decode(ends, [[5, 9, 3], [7]], 6, [], Chooser(Sampling(), range(2)), Pace()))
+
+
 def main(model: str, corpus: str, folder: str) -> None:
-    """Prints the losses of every run on the CPU and elsewhere."""
+    """Prints the losses of every run on the CPU and elsewhere, and a text of either."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from experiments import in_process
     from fedsplit.adaptation import adapting
@@ -159,7 +184,9 @@ def main(model: str, corpus: str, folder: str) -> None:
                 done = in_process.federate(config, Path(folder) / f"{name}-{device.type}", rule, in_process.Silent())
             assert done.summary is not None
             losses.setdefault(name, []).append([*done.summary["eval_loss"].values()])
-    print(json.dumps(losses))
+    with Pretence():
+        there = text(Path(model), PLACE)
+    print(json.dumps({"losses": losses, "texts": [text(Path(model), torch.device("cpu")), there]}))
 
 
 if __name__ == "__main__":

@@ -84,13 +84,13 @@ class TrunkServer:
         self._part, self._codec, self._seed = part, codec, seed
         self._schedule = SCHEDULES[schedule]
         self._blocks = Blocks(part)
-        self._device = self._blocks.device
+        self.device = self._blocks.device
         self._budget = budget or Budget(None)
         self.steps: Steps[Flight | Withheld] = Steps(run, incarnation, lease, clock)
         self._admission = Admission(self._budget, self.steps, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self._device, part.budget)
+        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self.device, part.budget)
 
     def forward(self, packet: Packet) -> Packet:
         """Hidden states (B, T, D) in, hidden states (B, T, D) out; as `forward_together` of one."""
@@ -191,7 +191,7 @@ class TrunkServer:
         return self._answer("repeated", "hidden", [packet], hidden, output.sums)[0]
 
     def _hidden(self, packet: Packet) -> Tensor:
-        hidden = self._codec.decode(packet.tensors["hidden"]).to(self._device)
+        hidden = self._codec.decode(packet.tensors["hidden"]).to(self.device)
         width = self._part.config.hidden_size
         if hidden.ndim != 3 or hidden.shape[2] != width or not hidden.numel():
             raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
@@ -204,7 +204,7 @@ class TrunkServer:
         return RouterSums.unpacked(sums)
 
     def _mask(self, packet: Packet, hidden: Tensor) -> Tensor:
-        mask = self._codec.decode(packet.tensors["mask"]).to(self._device)
+        mask = self._codec.decode(packet.tensors["mask"]).to(self.device)
         if mask.shape != hidden.shape[:2]:
             expected = tuple(hidden.shape[:2])
             raise SpoiledStep(f"{packet.key} sent a mask of shape {tuple(mask.shape)}, not {expected}")
@@ -295,7 +295,7 @@ class TrunkServer:
         return held
 
     def _gradient(self, packet: Packet, flight: Flight) -> Tensor:
-        gradient = self._codec.decode(packet.tensors["gradient"]).to(self._device)
+        gradient = self._codec.decode(packet.tensors["gradient"]).to(self.device)
         if gradient.shape != (expected := flight.inputs[packet.key].shape):
             raise SpoiledStep(f"{packet.key} sent a gradient of shape {tuple(gradient.shape)}, not {tuple(expected)}")
         if not torch.isfinite(gradient).all():

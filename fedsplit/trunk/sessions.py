@@ -130,8 +130,8 @@ class Sessions:
         if len(self._open) >= self._most:
             raise FullTrunk(f"{key}: there are {self._most} sessions already, as many as there may be")
         part, version = self._server.inference(key.client)
-        mask = self._codec.decode(packet.tensors["mask"]) if "mask" in packet.tensors else None
         hidden = self._hidden(packet)
+        mask = self._codec.decode(packet.tensors["mask"]).to(hidden.device) if "mask" in packet.tensors else None
         if mask is not None and not (mask.shape == hidden.shape[:2] and _is_left_padded(mask, part.virtual)):
             raise SpoiledStep(f"{key} sent a mask that is not of its hidden states, or not padded on the left")
         return _Session(key.client, Past(part, mask), version, len(hidden))
@@ -161,7 +161,7 @@ class Sessions:
     def _hidden(self, packet: Packet) -> Tensor:
         if "hidden" not in packet.tensors or packet.tensors["hidden"].data.ndim != 3:
             raise SpoiledStep(f"{packet.key} sent no hidden states (B, T, D)")
-        return self._codec.decode(packet.tensors["hidden"])
+        return self._codec.decode(packet.tensors["hidden"]).to(self._server.device)
 
     def _count(self, what: str, up: Packet, down: Packet) -> Packet:
         self._server.traffic[f"{what}_up"] += up.nbytes

@@ -83,6 +83,9 @@ def test_a_whole_federation_elsewhere(tiny_models: dict[str, Path], tmp_path: Pa
     arguments = [str(tiny_models["gpt2"]), str(corpus), str(tmp_path / "runs")]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name, (here, there) in json.loads(done.stdout.splitlines()[-1]).items():
+    found = json.loads(done.stdout.splitlines()[-1])
+    here, there = found["texts"]
+    assert here == there
+    for name, (here, there) in found["losses"].items():
         assert there == pytest.approx(here, abs=1e-5), name
         assert here[1] < here[0], name

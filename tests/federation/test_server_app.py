@@ -30,6 +30,7 @@ from fedsplit.federation.exchange import Interrupted
 from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_whole
+from fedsplit.updates import Assignment
 from strategies.fedavg import FedAvg
 from strategies.flora import FLoRA as Flora
 
@@ -510,6 +511,27 @@ def test_the_best_round_is_what_a_run_leaves_that_stops_early(
         check_resumable(out, 9, 2)
     check_resumable(out, 9, 3)
     check_resumable(out, 9)
+
+
+def test_a_round_in_which_all_rest_has_no_aggregation_error(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the round before is not its own."""
+
+    class Tired(FedAvg):
+        done = False
+
+        def broadcast(self, state, adapters, client):
+            return None if self.done else Assignment(adapters.with_rank(client.rank))
+
+        def aggregate(self, state, adapters, updates):
+            self.done = True
+            return super().aggregate(state, adapters, updates)
+
+    federation, _ = federate(one_config, tmp_path / "run", Tired(), monkeypatch)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [event["error"] > 0 for event in events if event["event"] == "aggregate"] == [True]
+    assert federation.summary is not None and federation.summary["aggregation_error"] is None
 
 
 def test_the_accuracy_of_the_best_round_is_reported(

@@ -431,19 +431,27 @@ def kill_in_round_three(message: Message, reply: Message) -> Message:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "state"),
+    ("schedule", "state", "tinit", "tfinal"),
     [
-        ("copies", "keep"),
-        pytest.param("copies", "reset", marks=pytest.mark.slow),
-        pytest.param("shared", "keep", marks=pytest.mark.slow),
+        ("shared", "keep", 6, 0),
+        pytest.param("copies", "keep", 6, 0, marks=pytest.mark.slow),
+        pytest.param("copies", "keep", 1, 5, marks=pytest.mark.slow),
+        pytest.param("copies", "reset", 1, 5, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_bit(
-    schedule: str, state: str, tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path, monkeypatch: Any
+    schedule: str,
+    state: str,
+    tinit: int,
+    tfinal: int,
+    tiny_models: dict[str, Path],
+    corpus_file: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
-    """Two of three clients a round, so that one misses the last allocation; killed in the round after it."""
+    """Two of three clients a round; killed in the third, in which ranks are first dealt out, or no more."""
     how = {"trunk__schedule": schedule, "train__optimizer_state": state, "fraction": 0.67, "train__clip": 0.1}
-    how["lora__options"] = {**COURSE, "tinit": 1, "tfinal": 5, "deltaT": 1}
+    how["lora__options"] = {**COURSE, "tinit": tinit, "tfinal": tfinal, "deltaT": 1}
     config = federated(tiny_models["gpt2"], corpus_file, **how)
     out = tmp_path / "stopped"
     federate(config, tmp_path / "straight", FedAvg(), monkeypatch)

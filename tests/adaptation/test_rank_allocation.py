@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt, adopt
+from fedsplit.adaptation.adapting import adapt, adopt, bare_parts
 from fedsplit.adaptation.injection import exported
 from fedsplit.adaptation.rank_allocation import RankAllocation, adapted_layers, begin, regularisation, regularise
 from fedsplit.adaptation.rank_budget import RankBudget
@@ -478,6 +478,17 @@ def test_a_mean_of_masked_values_has_what_any_client_left(
     layers = len(result(tmp_path / "run")) // 3
     assert seen == [2 * layers] * 3
     assert 2 * layers < ranks(result(tmp_path / "run")) < 4 * layers
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_layers_divide_by_does_not_train(dtype: str, tiny_models: dict[str, Path]) -> None:
+    """On a base in 16 bits PEFT would train it, and not save it."""
+    config = config_of(tiny_models["llama"], dtype=dtype)
+    (trunk,) = bare_parts(config, ["trunk"])
+    adapt(trunk, config)
+    assert {name.rpartition(".")[2] for name in lora.parameters(trunk)} == {"lora_A", "lora_B", "lora_E"}
+    counts = [p for name, p in trunk.named_parameters() if "ranknum" in name]
+    assert len(counts) == 7 and all(p.dtype == torch.float32 and p.tolist() == [4.0] for p in counts)
 
 
 def test_each_parts_budget_goes_by_its_layers(tiny_models: dict[str, Path]) -> None:

@@ -70,6 +70,18 @@ def _fuse(part: Part) -> None:
             module.__class__ = _FusedLinear
 
 
+def _settle_ranks(part: Part) -> None:
+    """Makes a constant, in float32, of what AdaLoRA's layers divide by.
+
+    On a base in 16 bits or on a GPU, PEFT gives it that type or device, and by doing so makes a parameter of it that
+    trains; it saves none, and an adapter that it opens has the rank there again.
+    """
+    for module in part.modules():
+        if isinstance(module, AdaLoraLayer):
+            module.ranknum[ADAPTER].requires_grad_(False)
+            module.ranknum[ADAPTER].data = module.ranknum[ADAPTER].data.float()
+
+
 def fresh_score(shape: Sequence[int], spread: float, seed: int) -> Tensor:
     """A new head (C, D) of classes, as the library draws it, from the run's seed alone: all clients begin with it.
 
@@ -107,6 +119,7 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
         if not part.routers and "target_parameters" in vars(config):
             config.target_parameters = None  # they are there only in blocks with experts; PEFT would miss them
         inject(part, config, seed)
+        _settle_ranks(part)
         part.adapter = trained_names(part)
     if hasattr(part, SCORE):
         _add_score(part, seed)
@@ -119,9 +132,6 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
     if part.fused:
         _fuse(part)
     fresh = draws_fresh(settings)
-    for module in part.modules():
-        if isinstance(module, AdaLoraLayer):  # what it divides by; float32 as in an adapter that PEFT opens
-            module.ranknum[ADAPTER].data = module.ranknum[ADAPTER].data.float()
     for name, parameter in parameters(part).items():
         # PEFT gives it the type of the base; and the fused optimiser pairs elements by their place in memory.
         parameter.data = parameter.data.float().contiguous()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt, adopt
+from fedsplit.adaptation.adapting import adapt, adopt, bare_parts
 from fedsplit.adaptation.injection import exported
 from fedsplit.adaptation.rank_allocation import RankAllocation, adapted_layers, begin, regularisation, regularise
 from fedsplit.adaptation.rank_budget import RankBudget
@@ -431,19 +431,27 @@ def kill_in_round_three(message: Message, reply: Message) -> Message:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "state"),
+    ("schedule", "state", "tinit", "tfinal"),
     [
-        ("copies", "keep"),
-        pytest.param("copies", "reset", marks=pytest.mark.slow),
-        pytest.param("shared", "keep", marks=pytest.mark.slow),
+        ("shared", "keep", 6, 0),
+        pytest.param("copies", "keep", 6, 0, marks=pytest.mark.slow),
+        pytest.param("copies", "keep", 1, 5, marks=pytest.mark.slow),
+        pytest.param("copies", "reset", 1, 5, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_bit(
-    schedule: str, state: str, tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path, monkeypatch: Any
+    schedule: str,
+    state: str,
+    tinit: int,
+    tfinal: int,
+    tiny_models: dict[str, Path],
+    corpus_file: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
-    """Two of three clients a round, so that one misses the last allocation; killed in the round after it."""
+    """Two of three clients a round; killed in the third, in which ranks are first dealt out, or no more."""
     how = {"trunk__schedule": schedule, "train__optimizer_state": state, "fraction": 0.67, "train__clip": 0.1}
-    how["lora__options"] = {**COURSE, "tinit": 1, "tfinal": 5, "deltaT": 1}
+    how["lora__options"] = {**COURSE, "tinit": tinit, "tfinal": tfinal, "deltaT": 1}
     config = federated(tiny_models["gpt2"], corpus_file, **how)
     out = tmp_path / "stopped"
     federate(config, tmp_path / "straight", FedAvg(), monkeypatch)
@@ -470,6 +478,17 @@ def test_a_mean_of_masked_values_has_what_any_client_left(
     layers = len(result(tmp_path / "run")) // 3
     assert seen == [2 * layers] * 3
     assert 2 * layers < ranks(result(tmp_path / "run")) < 4 * layers
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_layers_divide_by_does_not_train(dtype: str, tiny_models: dict[str, Path]) -> None:
+    """On a base in 16 bits PEFT would train it, and not save it."""
+    config = config_of(tiny_models["llama"], dtype=dtype)
+    (trunk,) = bare_parts(config, ["trunk"])
+    adapt(trunk, config)
+    assert {name.rpartition(".")[2] for name in lora.parameters(trunk)} == {"lora_A", "lora_B", "lora_E"}
+    counts = [p for name, p in trunk.named_parameters() if "ranknum" in name]
+    assert len(counts) == 7 and all(p.dtype == torch.float32 and p.tolist() == [4.0] for p in counts)
 
 
 def test_each_parts_budget_goes_by_its_layers(tiny_models: dict[str, Path]) -> None:

@@ -128,7 +128,8 @@ def check_prompt(config: Config) -> None:
     if kind == "off":
         return
     for name, value in set_by_user(config.lora).items():
-        raise SettingError(f"lora.{name}", value, f"its default: with --prompt.kind {kind} there are no LoRA adapters")
+        given = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        raise SettingError(f"lora.{name}", given, f"its default: with --prompt.kind {kind} there are no LoRA adapters")
     if config.keep_best and {*config.share} != {*PARTS}:
         words = f"all parts with --prompt.kind {kind} and --keep-best, for which no client keeps its own of every round"
         raise SettingError("share", ",".join(config.share), words)

@@ -446,7 +446,7 @@ def test_what_is_done_after_a_run(
     assert sum(r.tuned.nats for r in results) / total == pytest.approx(run.summary["eval_loss"]["after"], abs=1e-5)
     assert total == sum(r.base.tokens for r in results)
     assert "ranks none" in adapters.summary(run)[0]
-    assert adapters.compare(run, open_run(finished(finished_run, "prefix")))[-1].endswith("nothing to compare")
+    assert adapters.compare(run, open_run(finished(finished_run, "prefix")))[-1].endswith("no common measure")
     for work in (
         lambda: merge(run.adapter(), tmp_path / "m"),
         lambda: combine([run.adapter()] * 2, [1, 1], "cat", tmp_path),

@@ -21,12 +21,13 @@ from torch import Tensor
 from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.adapting import adapt, adopt, bare_parts
-from fedsplit.adaptation.injection import exported
+from fedsplit.adaptation.injection import exported, make_config
 from fedsplit.adaptation.rank_allocation import RankAllocation, adapted_layers, begin, regularisation, regularise
 from fedsplit.adaptation.rank_budget import RankBudget
+from fedsplit.allowed import SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import Config
+from fedsplit.config import Config, LoraSettings
 from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.documents import build
@@ -489,6 +490,16 @@ def test_what_layers_divide_by_does_not_train(dtype: str, tiny_models: dict[str,
     assert {name.rpartition(".")[2] for name in lora.parameters(trunk)} == {"lora_A", "lora_B", "lora_E"}
     counts = [p for name, p in trunk.named_parameters() if "ranknum" in name]
     assert len(counts) == 7 and all(p.dtype == torch.float32 and p.tolist() == [4.0] for p in counts)
+
+
+def test_experts_and_routers_get_none() -> None:
+    """PEFT's configuration has a field for them, which is LoRA's."""
+    settings = LoraSettings(method="adalora", targets=("q_proj", "gate"))
+    with pytest.raises(
+        SettingError, match=r"^lora.targets: gate is not possible; .* of the kind adalora, which sit on"
+    ):
+        make_config(settings, FAMILIES["mixtral"])
+    assert make_config(replace(settings, targets=("q_proj",)), FAMILIES["mixtral"]).target_modules == {"q_proj"}
 
 
 def test_each_parts_budget_goes_by_its_layers(tiny_models: dict[str, Path]) -> None:

@@ -28,8 +28,8 @@ from fedsplit.allowed import SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.config import Config, LoraSettings
-from fedsplit.corpora.partition import Shard, batch
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.corpora.shards import Shard, batch
 from fedsplit.documents import build
 from fedsplit.evaluate import held_out_loss
 from fedsplit.federation import records

@@ -62,7 +62,7 @@ def test_a_tokenizer_model_alone_gives_the_tokens_of_sentencepiece(
 ) -> None:
     pieces = pytest.importorskip("sentencepiece")
     (tmp_path / "text.txt").write_text(
-        "\n".join([TEXT.text, "the people of the states, and the peace of the world"] * 9)
+        "\n".join([TEXT, "the people of the states, and the peace of the world"] * 9)
     )
     facts = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "character_coverage": 1.0}
     if family == "gemma2":  # these leave texts as they are

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -201,3 +202,22 @@ def without_dropout(part: torch.nn.Module) -> None:
             module.p = 0.0
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command as it is, but for the processes: messages and packets are handed over in this one."""
+    from experiments.in_process import LocalGrid, LocalTrunk
+    from fedsplit import simulate
+    from fedsplit.federation import client_app
+    from fedsplit.trunk import actor
+
+    def start_trunk(config: Any, name: str, threads: int) -> Any:
+        trunk = LocalTrunk(config, name)
+        monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
+        return trunk
+
+    monkeypatch.setattr(actor, "start_cluster", lambda workers: None)
+    monkeypatch.setattr(actor, "start_trunk", start_trunk)
+    monkeypatch.setattr(actor, "stop_cluster", lambda: None)
+    monkeypatch.setattr(simulate, "_simulate", lambda federation, clients: federation.run(LocalGrid(clients)))

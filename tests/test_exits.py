@@ -19,10 +19,7 @@ from peft import PeftConfig, PeftModel
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from experiments.in_process import LocalGrid, LocalTrunk
 from fedsplit import simulate
-from fedsplit.federation import client_app
-from fedsplit.trunk import actor
 
 LENGTH, CLIENTS = 16, 2
 
@@ -71,21 +68,6 @@ def check(model: Path, corpus: Path, out: Path) -> None:
         reported["after"], abs=1e-5
     )
     assert abs(reported["after"] - reported["before"]) > 1e-3
-
-
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command as it is, but for the processes: messages and packets are handed over in this one."""
-
-    def start_trunk(config: Any, name: str, threads: int) -> LocalTrunk:
-        trunk = LocalTrunk(config, name)
-        monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
-        return trunk
-
-    monkeypatch.setattr(actor, "start_cluster", lambda workers: None)
-    monkeypatch.setattr(actor, "start_trunk", start_trunk)
-    monkeypatch.setattr(actor, "stop_cluster", lambda: None)
-    monkeypatch.setattr(simulate, "_simulate", lambda federation, clients: federation.run(LocalGrid(clients)))
 
 
 @pytest.mark.slow

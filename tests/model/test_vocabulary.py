@@ -61,9 +61,7 @@ def test_a_tokenizer_model_alone_gives_the_tokens_of_sentencepiece(
     family: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     pieces = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text(
-        "\n".join([TEXT, "the people of the states, and the peace of the world"] * 9)
-    )
+    (tmp_path / "text.txt").write_text("\n".join([TEXT, "the people of the states, and the peace of the world"] * 9))
     facts = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "character_coverage": 1.0}
     if family == "gemma2":  # these leave texts as they are
         facts |= {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "pad_id": 0, "eos_id": 1}

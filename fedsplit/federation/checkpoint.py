@@ -30,18 +30,17 @@ def check_folder(path: Path) -> None:
     Raises:
         SettingError: The folder is there and not empty, or cannot be written.
     """
-    allowed = "a folder that is not there yet or is empty, where files can be written"
     nearest = path
     try:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise SettingError("out", f"{path} (there already)", allowed)
+            raise SettingError("out", f"{path} (there already)", _FREE)
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:
-        raise SettingError("out", f"{path} ({error.strerror})", allowed) from None
+        raise SettingError("out", f"{path} ({error.strerror})", _FREE) from None
     try:  # only trying tells: permissions do not bind root, and a disk may be full or read-only
         os.rmdir(tempfile.mkdtemp(dir=nearest))
     except OSError as error:
-        raise SettingError("out", f"{path} ({error.strerror} in {nearest})", allowed) from None
+        raise SettingError("out", f"{path} ({error.strerror} in {nearest})", _FREE) from None
 
 
 def check_resumable(path: Path, rounds: int, patience: int = 0) -> None:
@@ -133,12 +132,18 @@ class RunFolder:
             config: The run's.
             family: The model's family.
             blocks: Number of blocks of the model.
+
+        Raises:
+            SettingError: Another run has made the folder since it was checked.
         """
         self.path, self._config, self._family = path, config, family
         self._ranges = ranges(blocks, config.bounds)
         self._rounds = path / "checkpoints"
         self.clients, self.folds = path.absolute() / "clients", path / "checkpoints" / "folds"
-        self._rounds.mkdir(parents=True, exist_ok=bool(config.resume))
+        try:
+            self._rounds.mkdir(parents=True, exist_ok=bool(config.resume))
+        except FileExistsError:  # it was not there when it was checked: a run that began meanwhile has it
+            raise SettingError("out", f"{path} (there already)", _FREE) from None
         _replace(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def log(self, event: Mapping[str, Any]) -> None:
@@ -217,6 +222,8 @@ class RunFolder:
 
 
 _FACTS, _TENSORS, _PERSONAL = "state.json", "state.safetensors", "personal"
+
+_FREE = "a folder that is not there yet or is empty, where files can be written"
 
 
 def last_round(run: Path) -> Path | None:

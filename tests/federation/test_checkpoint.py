@@ -38,6 +38,13 @@ def test_the_configuration_written_is_the_one_that_ran(folder: RunFolder) -> Non
     assert parse(["--config", str(folder.path / "config.toml")]) == folder._config
 
 
+def test_a_folder_that_another_run_made_meanwhile_is_refused_and_left_as_it_is(folder: RunFolder) -> None:
+    before = (folder.path / "config.toml").read_text()
+    with pytest.raises(SettingError, match="there already"):
+        RunFolder(folder.path, dataclasses.replace(folder._config, rounds=9), folder._family, BLOCKS)
+    assert (folder.path / "config.toml").read_text() == before
+
+
 def test_events_are_a_line_each(folder: RunFolder) -> None:
     folder.log({"round": 1})
     folder.log({"round": 2})

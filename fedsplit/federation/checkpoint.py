@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -9,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tomli_w
 from torch import Tensor
@@ -76,6 +78,23 @@ def _summed_up(path: Path) -> int | None:
         return None
 
 
+def _lock(path: Path) -> IO[bytes]:
+    """Keeps other processes out of a run's folder until this one ends, however it ends: the system frees it.
+
+    Raises:
+        SettingError: Another one is at work in it.
+    """
+    file = open(path / "checkpoints" / ".lock", "wb")  # noqa: SIM115  # open for as long as the run lasts
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise SettingError("resume", str(path), "the folder of a run that is not at work any more") from None
+        raise
+    return file
+
+
 def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     """Fills a folder beside its final place, makes it durable, and moves it there in one step."""
     draft = target.with_name(f".{target.name}.draft")
@@ -134,7 +153,7 @@ class RunFolder:
             blocks: Number of blocks of the model.
 
         Raises:
-            SettingError: Another run has made the folder since it was checked.
+            SettingError: Another run has made the folder since it was checked, or is still at work in it.
         """
         self.path, self._config, self._family = path, config, family
         self._ranges = ranges(blocks, config.bounds)
@@ -144,6 +163,7 @@ class RunFolder:
             self._rounds.mkdir(parents=True, exist_ok=bool(config.resume))
         except FileExistsError:  # it was not there when it was checked: a run that began meanwhile has it
             raise SettingError("out", f"{path} (there already)", _FREE) from None
+        self._lock = _lock(path)
         _replace(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def log(self, event: Mapping[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,7 +61,9 @@ def test_a_finished_run_has_every_file_and_each_part_its_own_blocks(folder: RunF
     pair = ("adapter_config.json", "adapter_model.safetensors")
     places = ("adapter", "bottom_lora", "trunk_lora", "top_lora", "checkpoints/round-0001")
     state = {f"checkpoints/round-0001/state.{kind}" for kind in ("json", "safetensors")}
-    assert found == {"config.toml", "summary.json", *state} | {f"{place}/{name}" for place in places for name in pair}
+    assert found == {"config.toml", "summary.json", "checkpoints/.lock", *state} | {
+        f"{place}/{name}" for place in places for name in pair
+    }
     whole = load_file(folder.path / "adapter" / "adapter_model.safetensors")
     parts = [
         load_file(folder.path / f"{kind}_lora" / "adapter_model.safetensors") for kind in ("bottom", "trunk", "top")
@@ -183,3 +187,17 @@ def test_the_last_round_is_the_one_with_the_largest_number(tmp_path: Path) -> No
         (tmp_path / "checkpoints" / f"round-{number}").mkdir(parents=True)
     last = last_round(tmp_path)
     assert last is not None and last.name == "round-10000"
+
+
+def test_a_folder_that_a_run_is_at_work_in_is_refused_until_that_run_is_gone(folder: RunFolder) -> None:
+    """However it ends: nothing of it has to be removed."""
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    config = dataclasses.replace(folder._config, resume=str(folder.path))
+    folder._lock.close()
+    call = [sys.executable, "-c", hold, str(folder.path / "checkpoints" / ".lock")]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(SettingError, match=r"^resume: .* is not possible; allowed: .* not at work any more$"):
+            RunFolder(folder.path, config, folder._family, BLOCKS)
+        other.kill()
+    RunFolder(folder.path, config, folder._family, BLOCKS)

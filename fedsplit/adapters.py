@@ -57,11 +57,12 @@ def summary(run: Run) -> list[str]:
 
 
 def _ranks(run: Run) -> str:
-    """The ranks of the layers in the adapter, from the least to the largest."""
+    """The ranks of the layers in the adapter, from the least to the largest; of AdaLoRA those that are left."""
     from fedsplit.adaptation import adapting
 
     read = adapting.load(run.adapter().folder)
-    ranks = sorted({read.rank(layer) for layer in (*read.complete, *read.stacked)})
+    dealt = {int(t.count_nonzero()) for name, t in read.tensors.items() if name.endswith(".lora_E")}
+    ranks = sorted({read.rank(layer) for layer in (*read.complete, *read.stacked)} | dealt)
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
 
 

@@ -24,6 +24,7 @@ from fedsplit.adaptation.adapting import adapt, adopt, bare_parts
 from fedsplit.adaptation.injection import exported, make_config
 from fedsplit.adaptation.rank_allocation import RankAllocation, adapted_layers, begin, regularisation, regularise
 from fedsplit.adaptation.rank_budget import RankBudget
+from fedsplit.adapters import open_run, summary
 from fedsplit.allowed import SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
@@ -403,6 +404,8 @@ def test_every_schedule_deals_ranks_out_and_its_adapter_opens(
     opened = PeftModel.from_pretrained(load_whole(config.model_path), str(folder)).eval()
     assert held_out_loss(opened, tmp_path / "run") == pytest.approx(federation.summary["eval_loss"]["after"], abs=1e-5)
     assert json.loads((folder / "adapter_config.json").read_text())["total_step"] == 6
+    kept = [int(t.count_nonzero()) for n, t in result(tmp_path / "run").items() if n.endswith(".lora_E")]
+    assert summary(open_run(tmp_path / "run"))[0].endswith(f"adalora, ranks {min(kept)} to {max(kept)}")
 
     bottom, middle, top = load_parts(config.model_path, config.bounds, KINDS, kernels="library")
     adopt(folder, config, bottom, middle, top)

@@ -14,7 +14,7 @@ from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
-from fedsplit.generation.decoding import Ends
+from fedsplit.generation.decoding import Ends, Walk, padded
 from fedsplit.model.parts import Trunk
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_whole
@@ -23,6 +23,9 @@ from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions
 from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.packets import Packet
+
+NEW = 6
+"""Tokens that are written of each text, where nothing else is said."""
 
 RAW = make_codec("raw")
 SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.1)
@@ -100,3 +103,14 @@ def ends_of(parts: list[Any]) -> tuple[Ends, Here]:
     """A client with its bottom and top, and the trunk that it talks to."""
     here = Here(parts[1])
     return Ends(0, parts[0], parts[2], Link(here, RAW, SCHEDULES["shared"], "run", "first")), here
+
+
+def walked(ends: Ends, prompts: list[list[int]], count: int = NEW) -> torch.Tensor:
+    """Logits (B, count, V) along the likeliest tokens."""
+    ids, mask = padded(prompts)
+    found = []
+    with Walk(ends, mask) as walk:
+        for _ in range(count):
+            found.append(walk.go(ids))
+            ids = found[-1].argmax(-1)[:, None]
+    return torch.stack(found, 1)

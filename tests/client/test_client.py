@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,10 +71,8 @@ def make_client(
     return client, trunk.server, lora.read(bottom, top).tensors
 
 
-def fine_tune(
-    path: Path, start: dict[str, torch.Tensor], blocks: Sequences, settings: TrainSettings, client: int = 0
-) -> dict[str, torch.Tensor]:
-    """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of a client with seed 0."""
+def unsplit(path: Path, start: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    """The unsplit model under PEFT, without any dropout, and its adapter by exported name, with these values."""
     base = load_whole(path)
     settings_of = LoraSettings(rank=(2,), dropout=0.0)
     whole = get_peft_model(base, make_config(settings_of, FAMILIES[base.config.model_type])).eval()
@@ -82,6 +81,14 @@ def fine_tune(
     assert trained.keys() == start.keys()
     for name, parameter in trained.items():
         parameter.data = start[name].clone()
+    return whole, trained
+
+
+def fine_tune(
+    path: Path, start: dict[str, torch.Tensor], blocks: Sequences, settings: TrainSettings, client: int = 0
+) -> dict[str, torch.Tensor]:
+    """Plain PEFT fine-tuning of the unsplit model, without any dropout, in the order of a client with seed 0."""
+    whole, trained = unsplit(path, start)
     optimizer = make_optimizer(trained.values(), settings)
     for step in range(STEPS):
         rows = batch(blocks, step, settings.batch_size, derive_seed(0, "client", client))
@@ -95,14 +102,7 @@ def central(
     path: Path, start: dict[str, torch.Tensor], blocks: Sequences, settings: TrainSettings, rounds: int
 ) -> dict[str, torch.Tensor]:
     """Plain fine-tuning of the unsplit model by PEFT, torch and transformers' schedulers, all features as they are."""
-    base = load_whole(path)
-    settings_of = LoraSettings(rank=(2,), dropout=0.0)
-    whole = get_peft_model(base, make_config(settings_of, FAMILIES[base.config.model_type])).eval()
-    names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
-    trained = {n: p for n, p in names.items() if p.requires_grad}
-    assert trained.keys() == start.keys()
-    for name, parameter in trained.items():
-        parameter.data = start[name].clone()
+    whole, trained = unsplit(path, start)
     optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     total = rounds * settings.steps

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BLOCKS, VOCABULARY
-from split_models import Here, ends_of, parts_of, whole_of
+from split_models import NEW, Here, ends_of, parts_of, walked, whole_of
 from torch import Tensor
 
 from fedsplit.generation.decoding import Ends, Pace, Walk, decode, depends_on_neighbours, padded
@@ -16,7 +16,6 @@ from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.seeds import derive_seed
 
 CUTS = [(0, 1), (1, 2), (2, BLOCKS)]
-NEW = 6
 GREEDY = Sampling()
 
 
@@ -27,17 +26,6 @@ def _prompts(*lengths: int) -> list[list[int]]:
 
 RAGGED = _prompts(13, 6, 9)
 """Longer than a window of 5; the second outgrows Phi-3's 8 positions while it is written."""
-
-
-def _walk(ends: Ends, prompts: list[list[int]], count: int = NEW) -> Tensor:
-    """Logits (B, count, V) along the likeliest tokens."""
-    ids, mask = padded(prompts)
-    found = []
-    with Walk(ends, mask) as walk:
-        for _ in range(count):
-            found.append(walk.go(ids))
-            ids = found[-1].argmax(-1)[:, None]
-    return torch.stack(found, 1)
 
 
 def _library(whole: Any, prompts: list[list[int]], count: int = NEW, **how: Any) -> tuple[Tensor, Tensor]:
@@ -71,7 +59,7 @@ def test_every_step_is_the_unsplit_models_to_the_bit(any_model_path: Path) -> No
     for cut in CUTS:
         ends, here = ends_of(parts_of(any_model_path, cut))
         for prompts, (logits, tokens) in zip(cases, references, strict=True):
-            found = _walk(ends, prompts)
+            found = walked(ends, prompts)
             assert torch.equal(found, logits), f"cut {cut}, {len(prompts)} prompts"
             assert torch.equal(found.argmax(-1), tokens)
         assert len(here.sessions) == 0
@@ -82,7 +70,7 @@ def test_what_is_remembered_changes_nothing(any_model_path: Path) -> None:
     bottom, trunk, top = parts = parts_of(any_model_path, (1, 2), size=0.05)
     ends, _ = ends_of(parts)
     (text,) = prompts = RAGGED[:1]
-    found = _walk(ends, prompts)
+    found = walked(ends, prompts)
     for step in range(NEW):
         ids = torch.tensor([text])
         with torch.no_grad():
@@ -109,13 +97,13 @@ def test_fused_kernels_and_narrow_types_are_close(family: str, tiny_models: dict
     """Fused to rounding; in bfloat16 the library's code is the unsplit model's to the bit."""
     path = tiny_models[family]
     exact, fused = (
-        _walk(ends_of(parts_of(path, (1, 2), kernels=k, size=0.05))[0], RAGGED) for k in ("library", "fused")
+        walked(ends_of(parts_of(path, (1, 2), kernels=k, size=0.05))[0], RAGGED) for k in ("library", "fused")
     )
     torch.testing.assert_close(fused[:, 0], exact[:, 0], rtol=1e-3, atol=1e-4)
     narrow = parts_of(path, (1, 2), torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         logits, _ = _library(whole_of(path, narrow, torch.bfloat16), RAGGED)
-    assert torch.equal(_walk(ends_of(narrow)[0], RAGGED).float(), logits.float())
+    assert torch.equal(walked(ends_of(narrow)[0], RAGGED).float(), logits.float())
 
 
 def test_one_position_crosses_a_token_and_nothing_else(tiny_models: dict[str, Path]) -> None:

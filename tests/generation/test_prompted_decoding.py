@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import BLOCKS, CONFIGS, VOCABULARY, WINDOW
 from peft import PeftModel
-from split_models import RAW, Here, ends_of
+from split_models import NEW, RAW, Here, ends_of, walked
 from torch import Tensor
 
 from fedsplit import generate
@@ -25,7 +25,7 @@ from fedsplit.adaptation import adapting, lora, prompts
 from fedsplit.config import PromptSettings
 from fedsplit.documents import build
 from fedsplit.evaluate import evaluate
-from fedsplit.generation.decoding import Ends, Walk, depends_on_neighbours, padded
+from fedsplit.generation.decoding import Ends, depends_on_neighbours, padded
 from fedsplit.generation.transcript import Words
 from fedsplit.model.caches import Past
 from fedsplit.model.split import load_parts
@@ -37,7 +37,7 @@ from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import SpoiledStep
 
 KINDS = ("bottom", "trunk", "top")
-TOKENS, NEW = 3, 6
+TOKENS = 3
 SETTINGS = {
     "prompt": PromptSettings(kind="prompt", tokens=TOKENS),
     "ptuning": PromptSettings(kind="ptuning", tokens=TOKENS, hidden=20),
@@ -93,17 +93,6 @@ def generated(whole: Any, texts: list[list[int]], count: int = NEW) -> tuple[Ten
     how = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     made = whole.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, **how)
     return torch.stack(made.logits, 1), made.sequences[:, ids.shape[1] :]
-
-
-def walked(ends: Ends, texts: list[list[int]], count: int = NEW) -> Tensor:
-    """Logits (B, count, V) along the likeliest tokens."""
-    ids, mask = padded(texts)
-    found = []
-    with Walk(ends, mask) as walk:
-        for _ in range(count):
-            found.append(walk.go(ids))
-            ids = found[-1].argmax(-1)[:, None]
-    return torch.stack(found, 1)
 
 
 NEAR = ("gpt2", "llama", "mistral")

@@ -98,12 +98,14 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
         setattr(codec_type, name, account.timed("wire: encode and decode", getattr(codec_type, name)))
     learner.Learner.step = account.timed("trunk: optimiser, new version", learner.Learner.step)  # type: ignore[method-assign]
     link.Crossing.finish = account.timed("bottom: backward", link.Crossing.finish)  # type: ignore[method-assign]
+    for part, name in ((bottom, "bottom: forward"), (top, "top: forward and loss, with its gradient")):
+        part.forward = account.timed(name, part.forward)  # type: ignore[method-assign]
     ids = torch.randint(0, 1000, shape)
     party = client.Client(
         0,
         Shard("nobody", Sequences.packed(ids), Sequences.packed(ids)),
-        account.timed("bottom: forward", bottom),  # type: ignore[arg-type]
-        account.timed("top: forward and loss, with its gradient", top),  # type: ignore[arg-type]
+        bottom,
+        top,
         Link(Direct(), make_codec("raw"), SCHEDULES["shared"]),
         config.train,
         config.seed,

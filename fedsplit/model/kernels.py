@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fedsplit.model.products import product
+
 IGNORED = -100
 """The label where no loss is wanted, as everywhere in torch."""
 
@@ -105,9 +107,9 @@ class _Products:
         return any(gradient is not None for gradient in self.gradients)
 
     def logits(self, chosen: slice | Tensor, out: Tensor | None = None) -> Tensor:
-        """Of the rows chosen (n, V)."""
+        """Of the rows chosen (n, V), in `out` or not."""
         left, right = self._pairs[0]
-        logits = torch.mm(left[chosen].to(self._type), right.t(), out=out)
+        logits = product(left[chosen].to(self._type), right.t(), out=out)
         for left, right in self._pairs[1:]:
             logits.addmm_(left[chosen].to(self._type), right.to(self._type).t())
         return logits
@@ -117,7 +119,7 @@ class _Products:
         for place, (left, right) in enumerate(self._pairs):
             by_row, by_weight = self.gradients[2 * place], self.gradients[2 * place + 1]
             if by_row is not None:
-                torch.mm(slopes, right.to(self._type), out=by_row[chosen])
+                by_row[chosen] = product(slopes, right.to(self._type), out=by_row[chosen])
             if by_weight is not None:
                 seen = left[chosen].to(self._type)
                 if by_weight.dtype == slopes.dtype:
@@ -147,13 +149,11 @@ class _Loss(torch.autograd.Function):
         step = -(-count // max(1, -(-count * size // LOGITS))) if count else 1
         # The same memory for every run of rows: fresh pages would cost as much as a pass over them.
         buffer = torch.empty(min(step, count), size, dtype=head.dtype, device=rows.device)
-        wide = buffer if head.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
+        wide = None if head.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
         for start in range(0, count, step):
             run, label = slice(start, start + step), labels[start : start + step]
-            logits, scores = buffer[: len(label)], wide[: len(label)]
-            products.logits(run, logits)
-            if scores is not logits:
-                scores.copy_(logits)
+            logits = products.logits(run, buffer[: len(label)])
+            scores = logits if wide is None else wide[: len(label)].copy_(logits)
             slope = _bend(scores, cap)
             if not products.any:
                 nats += functional.cross_entropy(scores, label, reduction="sum")
@@ -279,7 +279,7 @@ class _LoraLinear(torch.autograd.Function):
         if dropout:
             mask, keep = keep_mask(rows.shape, dropout, rows.device)
             scaling /= keep
-        output = torch.mm(rows, wide) if bias is None else torch.addmm(bias.to(wide.dtype), rows, wide)
+        output = product(rows, wide, None if bias is None else bias.to(wide.dtype))
         low = torch.mm(down, (rows if mask is None else mask.to(rows.dtype).mul_(rows)).t())
         output.addmm_(low.t(), up.t(), alpha=scaling)
         ctx.scaling = scaling
@@ -304,7 +304,8 @@ class _LoraLinear(torch.autograd.Function):
             for_x = torch.mm(back.t(), down)
             if kept is not None:
                 for_x *= kept
-            for_x = for_x.addmm_(rows, weight.t()).view(*gradient.shape[:-1], -1).to(input_type)
+            for_x += product(rows, weight.t())
+            for_x = for_x.view(*gradient.shape[:-1], -1).to(input_type)
         if to_down:
             seen = x.flatten(0, -2).to(low.dtype)
             for_down = torch.mm(back, seen if kept is None else kept.mul_(seen)).to(adapter_type)

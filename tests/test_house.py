@@ -57,7 +57,7 @@ HOMES = {
     "flwr_datasets": {"corpora.partition"},
     "huggingface_hub": {"model.hub"},
     "matplotlib": {"corpora.census"},
-    "numpy": {"wire.packets", "federation.records", "wire.codecs"},
+    "numpy": {"wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "peft": {
         "adaptation.injection",
         "adaptation.lora",

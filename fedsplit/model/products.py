@@ -1,8 +1,8 @@
 """Products of rows with a weight, by the faster of the libraries that torch has for them.
 
-torch gives products in float32 to MKL. On processors that MKL was not written for, oneDNN, which torch has too and gives
-those in bfloat16 to, is 1.1 to 1.3 times as fast at the shapes of GPT-2 small, and 1.6 times at its head, whose 50,257
-rows are no multiple of anything.
+torch gives products in float32 to MKL. On processors that MKL was not written for, oneDNN, which torch has too and
+gives those in bfloat16 to, is 1.1 to 1.3 times as fast at the shapes of GPT-2 small, and 1.6 times at its head, whose
+50,257 rows are no multiple of anything.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tenso
         and rows.device.type == "cpu"
         and terms <= LONGEST
         and count * weight.numel() >= LEAST
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]  # a flag that is made at import
+        and torch.backends.mkldnn.enabled
     ):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight.t(), bias, "none", [], "")
         return result

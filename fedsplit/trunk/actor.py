@@ -29,6 +29,7 @@ from fedsplit.trunk.memory import Budget, peak_memory, resident_memory
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions
 from fedsplit.updates import Adapters
+from fedsplit.wire import sockets
 from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.packets import Packet
 
@@ -53,7 +54,7 @@ class TrunkActor:
     """A `Dispatcher` in front of a `TrunkServer`, and what only their process can tell.
 
     Ray's event loop takes the calls; one thread of its own computes, so that a call may wait for others
-    without holding them up.
+    without holding them up. Packets of clients on this machine come over a socket.
     """
 
     def __init__(self, config: Config, run: str, threads: int, adapter: Path | None = None) -> None:
@@ -83,6 +84,7 @@ class TrunkActor:
         self._dispatcher = Dispatcher(server, config.trunk)
         self._sessions = Sessions(server, make_codec(config.wire.codec), config.trunk.lease)
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._socket = sockets.PacketServer(self._take) if sockets.is_possible() else None
         threading.Thread(target=self._compute, args=(threads,), daemon=True).start()
 
     def _compute(self, threads: int) -> None:
@@ -123,21 +125,37 @@ class TrunkActor:
         self._calls.put(make)
         return await future
 
-    async def serve(self, packet: Packet) -> Packet:
-        """Hidden states or a gradient up, and down what `TrunkServer` makes of them, when it is their turn.
+    def _take(self, packet: Packet, done: Callable[[Answer], None]) -> None:
+        """Takes a packet, for the thread that computes.
 
         What belongs to a session goes to `Sessions`, between two steps.
         """
-        if packet.key.session:
-            said: Packet = await self._in_order(self._sessions.serve, packet)
-            return said
+
+        def serve() -> None:
+            if not packet.key.session:
+                self._dispatcher.submit(packet, done)
+                return
+            try:
+                answer: Answer = self._sessions.serve(packet)
+            except Exception as error:  # noqa: BLE001  # it is the caller's to know
+                answer = error
+            done(answer)
+
+        self._calls.put(serve)
+
+    async def address(self) -> sockets.Address | None:
+        """Where packets may be sent to without Ray, by processes of this machine."""
+        return self._socket.address if self._socket else None
+
+    async def serve(self, packet: Packet) -> Packet:
+        """Hidden states or a gradient up, and down what `TrunkServer` makes of them, when it is their turn."""
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def done(answer: Answer) -> None:
             settle: Callable[[Any], None] = future.set_result if isinstance(answer, Packet) else future.set_exception
             loop.call_soon_threadsafe(settle, answer)
 
-        self._calls.put(lambda: self._dispatcher.submit(packet, done))
+        self._take(packet, done)
         answer: Packet = await future
         return answer
 
@@ -180,6 +198,7 @@ class TrunkActor:
                 "peak_memory": peak_memory(),
                 "pending": len(server.steps),
                 "sessions": len(self._sessions),
+                "over_socket": self._socket.taken if self._socket else 0,
                 "parameters": server.count(),
             }
 
@@ -192,11 +211,16 @@ class TrunkHandle:
 
     A trunk that is gone raises `TrunkLost`; what the trunk itself raises is raised here. A call whose answer
     was lost is repeated: the trunk counts every step once.
+
+    Packets go over a socket where the trunk is on this machine, and else through Ray. A packet that gets no answer
+    over the socket is repeated through Ray, which tells what is wrong.
     """
 
     def __init__(self, actor: Any) -> None:
         """Wraps Ray's handle of the actor."""
         self._actor = actor
+        self._asked = False
+        self._socket: sockets.PacketClient | None = None
 
     def _begin(self, method: str, *args: Any) -> Callable[[], Any]:
         try:
@@ -218,9 +242,32 @@ class TrunkHandle:
                 raise _lost(error) from error
         return None
 
+    def _connect(self) -> sockets.PacketClient | None:
+        """The socket to the trunk, where there is one."""
+        if not self._asked:
+            self._asked = True
+            with contextlib.suppress(OSError):  # the trunk is on another machine
+                address = self._begin("address")()
+                self._socket = sockets.PacketClient(address) if address and sockets.is_possible() else None
+        return self._socket if self._socket and self._socket.is_open else None
+
     def send(self, packet: Packet) -> Callable[[], Packet]:
         """As `TrunkActor.serve`; what is returned waits for the answer."""
-        return self._begin("serve", packet)
+        if (connection := self._connect()) is None:
+            return self._begin("serve", packet)
+        try:
+            answer = connection.send(packet)
+        except sockets.Unanswered:
+            return self._begin("serve", packet)
+
+        def wait() -> Packet:
+            try:
+                return answer()
+            except sockets.Unanswered:
+                again: Packet = self._begin("serve", packet)()
+                return again
+
+        return wait
 
     def begin(self, group: Sequence[int]) -> None:
         """As `Dispatcher.begin`."""
@@ -228,6 +275,8 @@ class TrunkHandle:
 
     def leave(self, client: int) -> None:
         """As `Dispatcher.leave`."""
+        if self._socket:
+            self._socket.forget()
         self._begin("leave", client)()
 
     def end_round(self, finished: Sequence[int]) -> dict[str, int]:

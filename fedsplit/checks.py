@@ -97,6 +97,9 @@ def check_trunk(config: Config) -> None:
     if config.deterministic and trunk.memory and trunk.group > 1:
         words = "none with --deterministic and groups: who finds no room would decide the result"
         raise SettingError("trunk.memory", trunk.memory, words)
+    if trunk.lanes > 1 and (config.deterministic or trunk.memory):
+        words = "0 or 1 with --deterministic and with --trunk.memory, under which one thing is computed at a time"
+        raise SettingError("trunk.lanes", trunk.lanes, words)
     if "trunk" not in config.share and not schedule.personal:
         words = "trunk among them, unless each client has one of its own (--trunk.schedule copies)"
         raise SettingError("share", ",".join(config.share), words)

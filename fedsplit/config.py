@@ -228,7 +228,10 @@ class TrunkSettings:
     group: int = setting(1, at_least(1), "with --deterministic: clients that train at once")
     memory: str = setting("", MEMORY, "the most resident memory of the trunk's process, such as 800MB")
     lease: float = setting(600.0, above(0), "seconds that a forward may wait for its gradient")
-    threads: int = setting(0, at_least(0), "threads of the trunk's process; 0: planned")
+    threads: int = setting(0, at_least(0), "threads of each of the trunk's lanes; 0: planned")
+    lanes: int = setting(
+        0, at_least(0, 2), "2: the trunk computes a forward and a backward at the same time; 1: never; 0: planned"
+    )
     device: str = setting("", OWN_DEVICE, "what the trunk computes on, where it is not what the clients do (--device)")
 
     @property

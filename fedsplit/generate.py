@@ -270,7 +270,7 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     name = f"trunk-{os.getpid()}-{time.time_ns()}"
     try:
         start_cluster(1)
-        trunk = start_trunk(config, name, shares.trunk_threads, folder)
+        trunk = start_trunk(config, name, shares.trunk_threads, adapter=folder)
         bottom, top = _load_ends(job)
         check_memory(config, trunk)
         incarnation = trunk.status()["incarnation"]

@@ -111,7 +111,7 @@ def run(config: Config) -> dict[str, Any]:
         name = f"trunk-{os.getpid()}-{time.time_ns()}"
         try:
             start_cluster(shares.workers)
-            trunk = start_trunk(config, name, shares.trunk_threads)
+            trunk = start_trunk(config, name, shares.trunk_threads, shares.trunk_lanes)
             check_memory(config, trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks)
             results.save_data(as_document(deal))
@@ -140,7 +140,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
     return [
         f"{config.clients} clients in {shares.workers} processes; "
-        f"threads: {shares.client_threads} each, trunk {shares.trunk_threads}; "
+        f"threads: {shares.client_threads} each, trunk {shares.trunk_lanes} x {shares.trunk_threads}; "
         f"micro-batches: {shares.micro_batches}",
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
         f"strategy: {config.strategy}{kind}",

@@ -24,6 +24,7 @@ from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.lowrank import LowRank
 from fedsplit.trunk.dispatch import Answer, Dispatcher
+from fedsplit.trunk.lanes import BACKWARD, FORWARD, Lanes
 from fedsplit.trunk.learners import Copy, Start
 from fedsplit.trunk.memory import Budget, peak_memory, resident_memory
 from fedsplit.trunk.server import TrunkServer
@@ -53,11 +54,12 @@ class TrunkLost(Exception):
 class TrunkActor:
     """A `Dispatcher` in front of a `TrunkServer`, and what only their process can tell.
 
-    Ray's event loop takes the calls; one thread of its own computes, so that a call may wait for others
-    without holding them up. Packets of clients on this machine come over a socket.
+    Ray's event loop takes the calls; one thread of its own decides what comes next, so that a call may wait for others
+    without holding them up, and computes; with two lanes, a thread computes forwards and another one backwards.
+    Packets of clients on this machine come over a socket.
     """
 
-    def __init__(self, config: Config, run: str, threads: int, adapter: Path | None = None) -> None:
+    def __init__(self, config: Config, run: str, threads: int, lanes: int = 1, adapter: Path | None = None) -> None:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
         (part,) = adapting.bare_parts(config, ["trunk"])
@@ -81,9 +83,11 @@ class TrunkActor:
         self._least = 0
         if budget.limit is not None:
             self._least = server.calibrate(config.train.batch_size, config.train.max_length + config.prompt.virtual)
-        self._dispatcher = Dispatcher(server, config.trunk)
+        self._calls: queue.SimpleQueue[tuple[Callable[[], None], bool]] = queue.SimpleQueue()
+        self._held: list[Callable[[], None]] = []
+        beside = Lanes([FORWARD, BACKWARD], threads, self._post) if lanes > 1 else None
+        self._dispatcher = Dispatcher(server, config.trunk, lanes=beside)
         self._sessions = Sessions(server, make_codec(config.wire.codec), config.trunk.lease)
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._socket = sockets.PacketServer(self._take) if sockets.is_possible() else None
         threading.Thread(target=self._compute, args=(threads,), daemon=True).start()
 
@@ -96,22 +100,41 @@ class TrunkActor:
             traceback.print_exc()
             os._exit(1)
 
+    def _post(self, call: Callable[[], None], alone: bool = False) -> None:
+        """Has a call made by the thread that decides; `alone` where nothing may be under way in a lane meanwhile."""
+        self._calls.put((call, alone))
+
     def _go_on(self) -> None:
-        """Waits for a call, a deadline or a lease, and computes all that can be computed then."""
+        """Waits for a call, a deadline or a lease, and does all that can be done then."""
         wakes = min(filter(None, (self._dispatcher.wakes_at(), self._sessions.next_expiry())), default=None)
         with contextlib.suppress(queue.Empty):
-            self._calls.get(timeout=None if wakes is None else max(0.0, wakes - time.monotonic()))()
-        self._sessions.expire()
+            self._call(*self._calls.get(timeout=None if wakes is None else max(0.0, wakes - time.monotonic())))
         self._take_calls()
-        while self._dispatcher.advance():
+        while self._advance():
             self._take_calls()
+
+    def _advance(self) -> bool:
+        """One thing more that can be done now; returns whether there was any."""
+        if not self._dispatcher.is_computing:
+            self._sessions.expire()
+            held, self._held = self._held, []
+            for call in held:
+                call()
+        # Calls that must be alone are waited for: nothing new is begun before them.
+        return not self._held and self._dispatcher.advance()
 
     def _take_calls(self) -> None:
         while not self._calls.empty():
-            self._calls.get()()
+            self._call(*self._calls.get())
+
+    def _call(self, call: Callable[[], None], alone: bool) -> None:
+        if alone and (self._held or self._dispatcher.is_computing):
+            self._held.append(call)
+        else:
+            call()
 
     async def _in_order(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Has a call made by the thread that computes, between two steps."""
+        """Has a call made by the thread that decides, between two steps."""
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def make() -> None:
@@ -122,11 +145,11 @@ class TrunkActor:
             else:
                 loop.call_soon_threadsafe(future.set_result, result)
 
-        self._calls.put(make)
+        self._post(make, alone=True)
         return await future
 
     def _take(self, packet: Packet, done: Callable[[Answer], None]) -> None:
-        """Takes a packet, for the thread that computes.
+        """Takes a packet, for the thread that decides.
 
         What belongs to a session goes to `Sessions`, between two steps.
         """
@@ -141,7 +164,7 @@ class TrunkActor:
                 answer = error
             done(answer)
 
-        self._calls.put(serve)
+        self._post(serve, alone=bool(packet.key.session))
 
     async def address(self) -> sockets.Address | None:
         """Where packets may be sent to without Ray, by processes of this machine."""
@@ -345,7 +368,7 @@ def start_cluster(workers: int) -> None:
     )
 
 
-def start_trunk(config: Config, name: str, threads: int, adapter: Path | None = None) -> TrunkHandle:
+def start_trunk(config: Config, name: str, threads: int, lanes: int = 1, adapter: Path | None = None) -> TrunkHandle:
     """Starts the trunk's actor; it loads while the caller goes on.
 
     It asks for no CPU: Flower counts all CPUs of a node as its own, and would wait for ever for one that
@@ -354,11 +377,12 @@ def start_trunk(config: Config, name: str, threads: int, adapter: Path | None = 
     Args:
         config: The run's configuration.
         name: What clients find it by; also the run's name, which their steps carry.
-        threads: Of its process.
+        threads: Of each of its lanes.
+        lanes: 2 where a forward and a backward are computed at the same time.
         adapter: The folder of a finished run's adapter, of which it takes its own layers.
     """
-    remote = ray.remote(num_cpus=0)(TrunkActor)
-    return TrunkHandle(remote.options(name=name, max_concurrency=_AT_ONCE).remote(config, name, threads, adapter))
+    remote = ray.remote(num_cpus=0)(TrunkActor).options(name=name, max_concurrency=_AT_ONCE)
+    return TrunkHandle(remote.remote(config, name, threads, lanes, adapter))
 
 
 def find_trunk(name: str) -> TrunkHandle:

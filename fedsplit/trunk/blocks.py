@@ -6,6 +6,7 @@ Shapes: B sequences of T tokens a step, D the width of hidden states; joined, al
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -21,9 +22,14 @@ from fedsplit.trunk.memory import peak_memory, resident_memory
 from fedsplit.wire.packets import StepKey
 from fedsplit.wire.scaling import gradients
 
+Gradients = tuple[dict[str, Tensor], dict[StepKey, Tensor]]
+"""Of an adapter by exported name, and of the inputs (B, T, D) by step."""
+
 
 class Blocks:
     """A part whose adapter is exchanged for another version of it before every use.
+
+    `run` may be called by several threads, of which one computes at a time; `differentiate` beside it.
 
     Attributes:
         part: The trunk's blocks, with adapters.
@@ -37,6 +43,7 @@ class Blocks:
         # every parameter of the part each time, which takes 3 % of a step of the bundled model.
         self._slots = {lora.exported_name(part, n): _slot(part, n) for n in lora.local_parameters(part)}
         self._placed: Version = dict(lora.parameters(part))  # what is there has a rank, too
+        self._running = threading.Lock()
 
     def _place(self, version: Version) -> None:
         """Puts a version where the part's layers look for it."""
@@ -48,11 +55,11 @@ class Blocks:
 
     def run(self, flight: Flight, keeps_graph: bool, training: bool = True) -> Output:
         """A flight's forward, with its own version and dropout: computed again, it gives the same to the bit."""
-        if self.part.training != training:
-            self.part.train(training)
         hidden, mask = flight.join()
-        self._place(flight.version)
-        with torch.set_grad_enabled(keeps_graph), _seeded(flight.seed, self.device):
+        with self._running, torch.set_grad_enabled(keeps_graph), _seeded(flight.seed, self.device):
+            if self.part.training != training:
+                self.part.train(training)
+            self._place(flight.version)
             if not flight.sums:
                 return Output(self.part(hidden, mask), {})
             with listening(self.part) as heard:
@@ -70,7 +77,7 @@ class Blocks:
 
     def differentiate(
         self, flight: Flight, output: Output, sent: Mapping[StepKey, Tensor], by_sums: Mapping[StepKey, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[StepKey, Tensor]]:
+    ) -> Gradients:
         """A flight's backward.
 
         Args:

@@ -7,10 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedsplit.config import TrunkSettings
+from fedsplit.trunk.lanes import BACKWARD, FORWARD, LanesLike, outcome
 from fedsplit.trunk.schedules import SCHEDULES
-from fedsplit.trunk.server import TrunkServer
+from fedsplit.trunk.server import TrunkServer, Work
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.steps import RefusedStep, StaleStep
 
@@ -41,6 +43,11 @@ class _Request:
         return not self.packet.tensors
 
     @property
+    def lane(self) -> str:
+        """Where it is computed."""
+        return BACKWARD if self.is_backward else FORWARD
+
+    @property
     def is_step(self) -> bool:
         """Part of a training step, whose order matters."""
         return (self.is_backward or self.packet.training) and not self.is_question
@@ -60,10 +67,18 @@ class Dispatcher:
     A client is active from its first forward of a round (of a group: from the round's start) until it leaves.
     Who keeps the others waiting past the deadline is left behind: it is not waited for until it comes back.
     Used by one thread; `done` is called in it.
+
+    With lanes, one forward and one backward are computed at the same time, each in its lane, and `advance` returns
+    before they are through. A forward then sees the newest version of the adapter there was as it began. Whatever else
+    is asked of dispatcher and trunk must wait until nothing is under way.
     """
 
     def __init__(
-        self, server: TrunkServer, settings: TrunkSettings, clock: Callable[[], float] = time.monotonic
+        self,
+        server: TrunkServer,
+        settings: TrunkSettings,
+        clock: Callable[[], float] = time.monotonic,
+        lanes: LanesLike | None = None,
     ) -> None:
         """Puts itself in front of a trunk.
 
@@ -71,8 +86,10 @@ class Dispatcher:
             server: Who computes.
             settings: Schedule, deadline in seconds, and steps between barriers.
             clock: Seconds, always growing.
+            lanes: Where forwards and backwards are computed; here, one after the other, where not given.
         """
-        self.server = server
+        self.server, self._lanes = server, lanes
+        self._under_way: Counter[str] = Counter()
         self._schedule = SCHEDULES[settings.schedule]
         self._patience, self._every, self._clock = settings.deadline, settings.every, clock
         self._waiting: list[_Request] = []
@@ -81,6 +98,11 @@ class Dispatcher:
         self._sent_away: Counter[int] = Counter()
         self._turns: list[int] = []
         self._grouped = False
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether anything is under way in a lane."""
+        return bool(self._under_way)
 
     def begin(self, group: Sequence[int]) -> None:
         """Makes clients a group that trains together, in this order; until `end_round`, others wait.
@@ -120,7 +142,8 @@ class Dispatcher:
 
     def advance(self) -> bool:
         """Serves what is to be served next; returns whether there was anything."""
-        self.server.expire()
+        if not self._under_way[BACKWARD]:  # what is being differentiated is still pending
+            self.server.expire()
         chosen = self._choose()
         if not chosen:
             return False
@@ -131,14 +154,19 @@ class Dispatcher:
     def wakes_at(self) -> float | None:
         """When, by the clock, something may change without a new request: a deadline or a lease."""
         times = [self._deadline(group) for group in self._held_up() if group]
-        expiry = self.server.steps.next_expiry()
+        expiry = None if self._under_way[BACKWARD] else self.server.steps.next_expiry()
         return min([t for t in (*times, expiry) if t is not None and t < math.inf], default=None)
 
     def _deadline(self, group: Iterable[_Request]) -> float:
         return math.inf if self._grouped else min(request.arrived for request in group) + self._patience
 
+    @property
+    def _ready(self) -> list[_Request]:
+        """Requests whose lane is free."""
+        return [request for request in self._waiting if not self._under_way[request.lane]]
+
     def _choose(self) -> list[_Request]:
-        for request in self._waiting:
+        for request in self._ready:
             free = request.is_question or not (request.is_step or request.client in self._turns)
             if free or self.server.is_repeat(request.packet):
                 return [request]
@@ -146,10 +174,12 @@ class Dispatcher:
             return self._turn()
         if self._schedule.gathers:
             return self._gather()
-        steps = sorted((r for r in self._waiting if r.is_step), key=lambda r: not r.is_backward)
+        steps = sorted((r for r in self._ready if r.is_step), key=lambda r: not r.is_backward)
         for request in steps:
             if request.is_backward or not self._at_barrier(request):
                 return [request]
+        if self.is_computing:  # what may count before the barrier
+            return []
         if steps and (self._everybody_contributed() or self._deadline(steps) <= self._clock()):
             self._pass_barrier()
             return [steps[0]]
@@ -157,7 +187,7 @@ class Dispatcher:
 
     def _turn(self) -> list[_Request]:
         """The next request of the client whose turn it is."""
-        own = [request for request in self._waiting if request.client == self._turns[0]]
+        own = [request for request in self._ready if request.client == self._turns[0]]
         if not own:
             return []
         self._turns.append(self._turns.pop(0))
@@ -165,7 +195,7 @@ class Dispatcher:
 
     def _held_up(self) -> list[list[_Request]]:
         """Requests that wait for those of other clients, in groups that are served at once."""
-        steps = [request for request in self._waiting if request.is_step]
+        steps = [request for request in self._ready if request.is_step]
         if self._schedule.gathers:
             flights: dict[object, list[_Request]] = {}
             for request in (r for r in steps if r.is_backward):
@@ -213,18 +243,34 @@ class Dispatcher:
         self.server.learners.close_window()
 
     def _serve(self, chosen: Sequence[_Request]) -> None:
-        packets = [request.packet for request in chosen]
-        call = self.server.backward_together if chosen[0].is_backward else self.server.forward_together
-        try:
-            answers: Sequence[Answer] = [self.server.ask(packets[0])] if chosen[0].is_question else call(packets)
-        except RefusedStep as error:
-            if len(chosen) > 1:  # one spoils it for all: each on its own, so that only that one is refused
-                for request in chosen:
-                    self._serve([request])
-                return
-            answers = [error]
-        except Exception as error:  # noqa: BLE001  # theirs to know: it must not end the thread that serves everybody
-            answers = [error] * len(chosen)
+        """Begins what was chosen; without lanes, to its end."""
+        packets, lane = [request.packet for request in chosen], chosen[0].lane
+        if chosen[0].is_question:
+            self._land(chosen, outcome(lambda: [self.server.ask(packets[0])]))
+            return
+        begin = self.server.begin_backward if chosen[0].is_backward else self.server.begin_forward
+        work = outcome(lambda: begin(packets))
+        if isinstance(work, Exception):
+            self._land(chosen, work)
+        elif self._lanes is None:
+            self._land(chosen, outcome(work.done))
+        else:
+            self._under_way[lane] += 1
+            self._lanes.start(lane, work.compute, lambda made: self._come_back(lane, chosen, work, made))
+
+    def _come_back(self, lane: str, chosen: Sequence[_Request], work: Work, made: Any) -> None:
+        """A lane has computed something."""
+        self._under_way -= Counter([lane])
+        self._land(chosen, made if isinstance(made, Exception) else outcome(lambda: work.finish(made)))
+
+    def _land(self, chosen: Sequence[_Request], answers: Sequence[Answer] | Exception) -> None:
+        """Gives everyone their answer, or says why there is none."""
+        if isinstance(answers, RefusedStep) and len(chosen) > 1:
+            for request in chosen:  # one spoils it for all: each on its own, so that only that one is refused
+                self._serve([request])
+            return
+        if isinstance(answers, Exception):  # theirs to know: it must not end the thread that serves everybody
+            answers = [answers] * len(chosen)
         for request, answer in zip(chosen, answers, strict=True):
             if isinstance(answer, Packet):
                 self._remember(request, answer)

@@ -10,7 +10,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.trunk.admission import TRANSIT, Admission
-from fedsplit.trunk.blocks import Blocks
-from fedsplit.trunk.flights import Flight, dropout_seed
+from fedsplit.trunk.blocks import Blocks, Gradients
+from fedsplit.trunk.flights import Flight, Output, dropout_seed
 from fedsplit.trunk.learner import Version
 from fedsplit.trunk.learners import Learners, Withheld
 from fedsplit.trunk.memory import Budget
@@ -34,6 +35,24 @@ from fedsplit.wire.steps import RefusedStep, SpoiledStep, StaleStep, Steps, Unkn
 
 WAIT_SECONDS = 0.05
 """After how long a client that found no room may ask again."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step of the trunk, begun.
+
+    Attributes:
+        compute: Does what takes long, and changes nothing that another thread sees: one of forwards and one of
+            backwards may run at the same time.
+        finish: Takes what that made, and answers; as everything else, for the thread that began it.
+    """
+
+    compute: Callable[[], Any]
+    finish: Callable[[Any], list[Packet]]
+
+    def done(self) -> list[Packet]:
+        """Does all of it here and now."""
+        return self.finish(self.compute())
 
 
 class TrunkServer:
@@ -138,6 +157,10 @@ class TrunkServer:
         return Packet(packet.key)
 
     def forward_together(self, packets: Sequence[Packet]) -> list[Packet]:
+        """As `begin_forward`, to its end."""
+        return self.begin_forward(packets).done()
+
+    def begin_forward(self, packets: Sequence[Packet]) -> Work:
         """One forward of the steps of one or more clients; nobody's padding crosses the wire.
 
         In training, the graph, or where the budget has no room for it the input alone, is kept until the
@@ -158,7 +181,7 @@ class TrunkServer:
         first = packets[0]
         keeps = first.training and self._schedule.expects_backward(first.wants_gradient)
         if keeps and (again := self.steps.repeated(first.key)) is not None:
-            return [self._forward_again(first, again)]
+            return self._forward_again(first, again)
         self._admission.redeem(packet.key for packet in packets)
         inputs = {packet.key: self._hidden(packet) for packet in packets}
         masks = {packet.key: self._mask(packet, inputs[packet.key]) for packet in packets if "mask" in packet.tensors}
@@ -169,26 +192,33 @@ class TrunkServer:
         room, count = self._admission.room(list(inputs.values())) if keeps else ("none", len(packets))
         served, sent_away = packets[:count], packets[count:]
         self.counts["waits"] += len(sent_away)
-        answers: list[Packet] = []
-        if served:
-            flight = self._take_off(served, inputs, masks, routers, keeps)
-            output = self._blocks.run(flight, keeps_graph=room == "graph", training=first.training)
+        waits = [Packet(packet.key, wait=WAIT_SECONDS) for packet in sent_away]
+        if not served:
+            return Work(lambda: None, lambda _: waits)
+        flight = self._take_off(served, inputs, masks, routers, keeps)
+
+        def finish(output: Output) -> list[Packet]:
             flight.output = output if room == "graph" else None
             if keeps:
                 for key in flight.inputs:
                     self.steps.begin(key, flight)
             self.counts["forwards"] += 1
             what = "activation" if first.training else "evaluation_activation"
-            answers = self._answer(what, "hidden", served, flight.cut(output.hidden.detach()), output.sums)
-        return [*answers, *(Packet(packet.key, wait=WAIT_SECONDS) for packet in sent_away)]
+            return [*self._answer(what, "hidden", served, flight.cut(output.hidden.detach()), output.sums), *waits]
 
-    def _forward_again(self, packet: Packet, pending: Flight | Withheld) -> Packet:
+        return Work(lambda: self._blocks.run(flight, keeps_graph=room == "graph", training=first.training), finish)
+
+    def _forward_again(self, packet: Packet, pending: Flight | Withheld) -> Work:
         """The answer to a step that comes again while it is pending: the one that it got before."""
         if isinstance(pending, Withheld):
             raise StaleStep(f"{packet.key}: its gradient has come already")
-        output = pending.output or self._blocks.run(pending, keeps_graph=False)
-        hidden = {packet.key: pending.cut(output.hidden.detach())[packet.key]}
-        return self._answer("repeated", "hidden", [packet], hidden, output.sums)[0]
+
+        def finish(output: Output) -> list[Packet]:
+            hidden = {packet.key: pending.cut(output.hidden.detach())[packet.key]}
+            return self._answer("repeated", "hidden", [packet], hidden, output.sums)
+
+        output = pending.output
+        return Work(lambda: output or self._blocks.run(pending, keeps_graph=False), finish)
 
     def _hidden(self, packet: Packet) -> Tensor:
         hidden = self._codec.decode(packet.tensors["hidden"]).to(self.device)
@@ -230,6 +260,10 @@ class TrunkServer:
         )
 
     def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
+        """As `begin_backward`, to its end."""
+        return self.begin_backward(packets).done()
+
+    def begin_backward(self, packets: Sequence[Packet]) -> Work:
         """One backward of steps whose forward was one.
 
         Where the schedule learns, the gradient of the adapter goes to the optimiser: at once under `shared` and
@@ -249,17 +283,48 @@ class TrunkServer:
             self.steps.check(packet)
         if (known := self.steps.answered(packets[0].key)) is not None:
             self._count("repeated", packets[0], known)
-            return [known]
+            return Work(lambda: None, lambda _: [known])
         if packets[0].clips:
-            return [self._scale(packets[0])]
+            scaled = self._scale(packets[0])
+            return Work(lambda: None, lambda _: [scaled])
         flight = self._flight(packets[0].key)
         for packet in packets:
             _check_rate(packet)
         sent = {packet.key: self._gradient(packet, flight) for packet in packets}
         by_sums = {packet.key: self._gradient_by_sums(packet, flight) for packet in packets if SUMS in packet.tensors}
-        returned, withheld = self._differentiate(flight, packets, sent, by_sums)
+        tokens = flight.tokens
+        self._admission.make_room(tokens, 0 if flight.output is None else -self._budget.graph(tokens), flight)
+        kept, flight.output = flight.output, None
+
+        def compute() -> Gradients:
+            output = kept or self._blocks.run(flight, keeps_graph=True)
+            try:
+                return self._blocks.differentiate(flight, output, sent, by_sums)
+            except Overflow as error:
+                raise SpoiledStep(f"{packets[0].key}: {error}") from None
+
+        def finish(found: Gradients) -> list[Packet]:
+            self.counts["recomputed"] += kept is None
+            return self._return(flight, packets, *found)
+
+        return Work(compute, finish)
+
+    def _return(
+        self,
+        flight: Flight,
+        packets: Sequence[Packet],
+        of_adapter: Mapping[str, Tensor],
+        of_inputs: Mapping[StepKey, Tensor],
+    ) -> list[Packet]:
+        """Answers with the gradients of a flight's inputs; those of its adapter go to the learner, or are withheld."""
+        self.counts["backwards"] += 1
+        self._budget.freed()
+        withheld = None
+        if of_adapter:
+            withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, of_adapter)
+        flight.spent = True
         narrow = flight.inputs[packets[0].key].dtype
-        answers = self._answer("gradient", "gradient", packets, returned, narrow=narrow)
+        answers = self._answer("gradient", "gradient", packets, of_inputs, narrow=narrow)
         if withheld is not None:
             norm = EXACT.encode(torch.tensor(withheld.squared, dtype=torch.float64))
             self.traffic["gradient_down"] += norm.nbytes
@@ -307,32 +372,6 @@ class TrunkServer:
         if packet.key not in flight.sums or gradient.shape != (size,) or not torch.isfinite(gradient).all():
             raise SpoiledStep(f"{packet.key} sent a gradient by sums of routers that is not {size} finite numbers")
         return gradient
-
-    def _differentiate(
-        self,
-        flight: Flight,
-        packets: Sequence[Packet],
-        sent: Mapping[StepKey, Tensor],
-        by_sums: Mapping[StepKey, Tensor],
-    ) -> tuple[dict[StepKey, Tensor], Withheld | None]:
-        """The gradients of a flight's inputs; those of its adapter go on to the learner, or are withheld."""
-        tokens = flight.tokens
-        self._admission.make_room(tokens, 0 if flight.output is None else -self._budget.graph(tokens), flight)
-        if flight.output is None:
-            flight.output = self._blocks.run(flight, keeps_graph=True)
-            self.counts["recomputed"] += 1
-        output, flight.output = flight.output, None
-        try:
-            of_adapter, of_inputs = self._blocks.differentiate(flight, output, sent, by_sums)
-        except Overflow as error:
-            raise SpoiledStep(f"{packets[0].key}: {error}") from None
-        self.counts["backwards"] += 1
-        self._budget.freed()
-        withheld = None
-        if of_adapter:
-            withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, of_adapter)
-        flight.spent = True
-        return of_inputs, withheld
 
     def leave(self, client: int) -> None:
         """A client has ended its round, or is dead: what is pending of it is freed."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.config import TrunkSettings
+from fedsplit.adaptation import lora
+from fedsplit.config import LoraSettings, TrainSettings, TrunkSettings
+from fedsplit.model.split import load_parts
 from fedsplit.trunk.dispatch import Answer, Dispatcher
+from fedsplit.trunk.lanes import BACKWARD, FORWARD, outcome
+from fedsplit.trunk.server import TrunkServer, Work
 from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import SpoiledStep, StaleStep
@@ -53,7 +58,15 @@ class Recorder:
     def ask(self, packet: Packet) -> Packet:
         return Packet(packet.key, wait=0.0 if self.room else 0.1)
 
-    def forward_together(self, packets: Sequence[Packet]) -> list[Packet]:
+    def begin_forward(self, packets: Sequence[Packet]) -> Work:
+        return Work(lambda: None, lambda _: self._forward(packets))
+
+    def begin_backward(self, packets: Sequence[Packet]) -> Work:
+        if any(packet.key.client in self.spoiled for packet in packets):
+            raise SpoiledStep("spoiled")
+        return Work(lambda: None, lambda _: self._backward(packets))
+
+    def _forward(self, packets: Sequence[Packet]) -> list[Packet]:
         if not packets[0].training:
             self.calls.append(("evaluate", [packet.key.client for packet in packets]))
             return [Packet(packet.key) for packet in packets]
@@ -66,9 +79,7 @@ class Recorder:
         self.flights |= dict.fromkeys(flight, flight)
         return [Packet(packet.key) for packet in packets]
 
-    def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
-        if any(packet.key.client in self.spoiled for packet in packets):
-            raise SpoiledStep("spoiled")
+    def _backward(self, packets: Sequence[Packet]) -> list[Packet]:
         what = "scale" if packets[0].clips else "backward"
         self.calls.append((what, [packet.key.client for packet in packets]))
         for packet in packets:
@@ -333,3 +344,179 @@ def test_everybody_is_served_in_the_end(data: st.DataObject, schedule: str, ever
             stage.serve()
     assert not at
     assert all(isinstance(answer, Packet) for answer in stage.answers.values())
+
+
+class ByHand:
+    """Lanes in which something is through when a test says so."""
+
+    def __init__(self) -> None:
+        self.under_way: dict[str, list[tuple[Callable[[], Any], Callable[[Any], None]]]] = {FORWARD: [], BACKWARD: []}
+
+    def start(self, lane: str, compute: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        self.under_way[lane].append((compute, done))
+
+    def end(self, lane: str) -> None:
+        compute, done = self.under_way[lane].pop(0)
+        done(outcome(compute))
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return len(self.under_way[FORWARD]), len(self.under_way[BACKWARD])
+
+
+class Beside(Stage):
+    """A stage with lanes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.lanes = ByHand()
+        chosen = TrunkSettings(**settings)
+        self.dispatcher = Dispatcher(self.trunk, chosen, lambda: self.now, self.lanes)  # type: ignore[arg-type]
+
+
+def test_in_lanes_one_forward_and_one_backward_are_under_way_at_once() -> None:
+    stage = Beside(schedule="shared")
+    for client in (1, 2, 3):
+        stage.ask("forward", client)
+    assert stage.serve() == [] and stage.lanes.counts == (1, 0)
+    assert stage.dispatcher.is_computing
+    stage.lanes.end(FORWARD)
+    assert set(stage.answers) == {("forward", 1, 0)}
+    stage.ask("backward", 1)
+    stage.serve()
+    assert stage.lanes.counts == (1, 1)
+    stage.lanes.end(BACKWARD)
+    assert ("backward", 1, 0) in stage.answers and stage.lanes.counts == (1, 0)
+    stage.lanes.end(FORWARD)
+    assert stage.serve() == [] and stage.lanes.counts == (1, 0)
+    stage.lanes.end(FORWARD)
+    assert not stage.dispatcher.is_computing
+    assert stage.trunk.calls == [("forward", [1]), ("backward", [1]), ("forward", [2]), ("forward", [3])]
+
+
+def test_nothing_expires_while_it_is_being_differentiated() -> None:
+    stage, expired = Beside(schedule="shared"), []
+    stage.trunk.expire = lambda: expired.append(stage.now)  # type: ignore[method-assign]
+    stage.trunk.next_expiry = lambda: 5.0  # type: ignore[method-assign]
+    stage.ask("forward", 1)
+    stage.serve()
+    stage.lanes.end(FORWARD)
+    stage.ask("backward", 1)
+    stage.serve()
+    assert stage.dispatcher.wakes_at() is None
+    seen = len(expired)
+    stage.serve()
+    assert len(expired) == seen
+    stage.lanes.end(BACKWARD)
+    stage.serve()
+    assert len(expired) == seen + 1
+    assert stage.dispatcher.wakes_at() == 5.0
+
+
+def test_a_barrier_is_passed_when_all_that_counts_before_it_has_come_back() -> None:
+    stage = Beside(schedule="accumulate", every=1)
+    for client in (1, 2):
+        stage.ask("forward", client)
+        stage.serve()
+        stage.lanes.end(FORWARD)
+    stage.ask("backward", 1)
+    stage.serve()
+    stage.lanes.end(BACKWARD)
+    stage.ask("forward", 1, 1)
+    stage.ask("backward", 2)
+    stage.serve()
+    assert stage.lanes.counts == (0, 1)
+    stage.now = 1e6  # a deadline that passes meanwhile changes nothing either
+    assert stage.serve() == [] and stage.lanes.counts == (0, 1)
+    stage.lanes.end(BACKWARD)
+    assert stage.serve() == [("close", [])]
+    assert stage.lanes.counts == (1, 0)
+
+
+def test_in_lanes_who_spoils_it_for_all_is_told_alone() -> None:
+    stage = Beside(schedule="batched")
+    for client in (1, 2):
+        stage.ask("forward", client)
+    for name, kind in ((FORWARD, "forward"), (BACKWARD, "backward")):
+        if kind == "backward":
+            stage.trunk.spoiled = {2}
+            for client in (1, 2):
+                stage.ask("backward", client)
+        stage.serve()
+        while stage.lanes.under_way[name]:
+            stage.lanes.end(name)
+    assert isinstance(stage.answers["backward", 2, 0], SpoiledStep)
+    assert isinstance(stage.answers["backward", 1, 0], Packet)
+    assert not stage.dispatcher.is_computing
+
+
+WIDTH = 32
+
+
+def tiny_trunk(path: Path, schedule: str) -> TrunkServer:
+    (part,) = load_parts(path, (1, 2), ["trunk"])
+    lora.add(part, LoraSettings(rank=(2,), dropout=0.3), seed=0)
+    for number, parameter in enumerate(lora.parameters(part).values()):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2
+    return TrunkServer(part, RAW, schedule, TrainSettings(lr=0.01), seed=5)
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_in_lanes_the_trunk_does_what_it_does_without(tiny_models: dict[str, Path], data: st.DataObject) -> None:
+    """Whatever comes back when: as if each forward were made as it begins, and each backward as it comes back.
+
+    Answers and adapter are the same to the bit.
+    """
+    schedule = data.draw(st.sampled_from(["shared", "copies", "accumulate", "frozen"]))
+    lanes = ByHand()
+    beside, alone = (tiny_trunk(tiny_models["gpt2"], schedule) for _ in range(2))
+    dispatcher = Dispatcher(beside, TrunkSettings(schedule=schedule), lanes=lanes)
+    clients = data.draw(st.integers(2, 4))
+    tensors = torch.randn(3, clients, 2, 2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
+    answers: dict[tuple[str, StepKey], Answer] = {}
+    events: list[tuple[str, Packet]] = []
+    next_of = dict.fromkeys(range(clients), 0)
+
+    def send(client: int) -> None:
+        step, kind = divmod(next_of[client], 2)
+        if step == 3:
+            return
+        name = ("hidden", "gradient")[kind]
+        packet = Packet(StepKey(1, client, step), {name: RAW.encode(tensors[step, client, kind])})
+
+        def done(answer: Answer) -> None:
+            answers[name, packet.key] = answer
+            if name == "gradient":
+                events.append((name, packet))
+            next_of[client] += 1
+            send(client)
+
+        dispatcher.submit(packet, done)
+
+    begin_forward = beside.begin_forward
+
+    def begin(packets: Sequence[Packet]) -> Work:
+        events.append(("hidden", packets[0]))
+        return begin_forward(packets)
+
+    beside.begin_forward = begin  # type: ignore[method-assign]
+    for client in range(clients):
+        send(client)
+    while dispatcher.advance() or dispatcher.is_computing:
+        busy = [lane for lane, found in lanes.under_way.items() if found]
+        if busy and (len(busy) == 2 or not dispatcher.advance()):
+            lanes.end(data.draw(st.sampled_from(busy)))
+    assert len(answers) == 6 * clients
+    for name, packet in events:
+        (expected,) = (alone.forward_together if name == "hidden" else alone.backward_together)([packet])
+        got = answers[name, packet.key]
+        assert isinstance(got, Packet)
+        assert {n: e.data.tobytes() for n, e in got.tensors.items()} == {
+            n: e.data.tobytes() for n, e in expected.tensors.items()
+        }
+    for trunk in (beside, alone):
+        trunk.end_round(range(clients))
+    theirs, ours = beside.learners.read().tensors, alone.learners.read().tensors
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    assert beside.traffic == alone.traffic

@@ -1,0 +1,190 @@
+"""Packets over a socket: to the bit, to those who know the token alone, and never a wrong answer."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fedsplit.wire import sockets
+from fedsplit.wire.packets import Encoded, Packet, StepKey
+from fedsplit.wire.sockets import Address, PacketClient, PacketServer, Unanswered
+
+pytestmark = pytest.mark.skipif(not sockets.is_possible(), reason="only Linux has such sockets")
+
+KEY = StepKey(1, 2, 3, run="run")
+DTYPES = st.sampled_from([np.float32, np.float16, np.float64, np.int16, np.uint8, np.bool_])
+SHAPES = arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
+ENCODED = st.builds(
+    Encoded, arrays.arrays(DTYPES, SHAPES), st.sampled_from(["float32", "bfloat16"]), st.sampled_from([1.0, 2.0**-7])
+)
+KEYS = st.builds(StepKey, *[st.integers(0, 2**40)] * 5, run=st.text(), batch=st.integers(0, 9), session=st.text())
+PACKETS = st.builds(
+    Packet,
+    KEYS,
+    st.dictionaries(st.sampled_from(["hidden", "gradient", "mask", "norm"]), ENCODED),
+    training=st.booleans(),
+    wants_gradient=st.booleans(),
+    micros=st.integers(1, 9),
+    incarnation=st.text(),
+    shape=st.tuples(*[st.integers(0, 99)] * 3),
+    wait=st.floats(0, 9),
+    batches=st.integers(1, 9),
+    rate=st.floats(0, 1),
+)
+
+
+def same(one: Packet, other: Packet) -> bool:
+    assert replace(one, tensors={}) == replace(other, tensors={})
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, encoded in one.tensors.items():
+        came = other.tensors[name]
+        assert (encoded.dtype, encoded.scale, encoded.data.dtype, encoded.data.shape) == (
+            (came.dtype, came.scale, came.data.dtype, came.data.shape)
+        )
+        assert encoded.data.tobytes() == came.data.tobytes()
+    return True
+
+
+@given(PACKETS)
+def test_a_packet_crosses_to_the_bit(packet: Packet) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        sockets._send(here, 7, packet)
+        number, came = sockets._receive(there)
+        assert number == 7
+        assert came is not None and same(packet, came)
+        sockets._send(here, 8, None)
+        assert sockets._receive(there) == (8, None)
+
+
+def test_what_is_larger_than_the_sockets_memory_crosses_both_ways_at_once() -> None:
+    """Neither side may wait for the other to read before it reads itself."""
+    large = Packet(KEY, {"hidden": Encoded(np.random.default_rng(0).random(2**21), "float64")})
+    server = PacketServer(lambda packet, done: done(packet))
+    client = PacketClient(server.address)
+    answers = [client.send(replace(large, key=replace(KEY, step=step))) for step in range(3)]
+    for step in (2, 0, 1):  # answers are found whatever the order in which they are asked for
+        assert same(replace(large, key=replace(KEY, step=step)), answers[step]())
+    assert server.taken == 3
+    client.close()
+
+
+def test_an_answer_may_come_late_and_out_of_order() -> None:
+    waiting: queue.Queue[tuple[Packet, Callable[[Packet | Exception], None]]] = queue.Queue()
+    client = PacketClient(PacketServer(lambda packet, done: waiting.put((packet, done))).address)
+    first, second = client.send(Packet(KEY)), client.send(Packet(replace(KEY, step=9)))
+    (one, answer_one), (two, answer_two) = waiting.get(timeout=10), waiting.get(timeout=10)
+    answer_two(replace(two, wait=0.5))
+    answer_one(one)
+    assert first() == Packet(KEY)
+    assert second().wait == 0.5
+    client.close()
+
+
+def test_where_the_server_has_no_answer_the_client_is_told_and_goes_on() -> None:
+    def serve(packet: Packet, done: Callable[[Packet | Exception], None]) -> None:
+        done(ValueError("a secret") if packet.key.step else packet)
+
+    client = PacketClient(PacketServer(serve).address)
+    with pytest.raises(Unanswered) as refused:
+        client.send(Packet(replace(KEY, step=1)))()
+    assert "secret" not in str(refused.value)
+    assert client.is_open
+    assert client.send(Packet(replace(KEY, step=0)))() == Packet(replace(KEY, step=0))
+    client.close()
+
+
+def test_answers_that_nobody_wants_any_more_are_dropped() -> None:
+    client = PacketClient(PacketServer(lambda packet, done: done(packet)).address)
+    for _ in range(3):
+        client.send(Packet(KEY))
+    client.forget()
+    assert client.send(Packet(replace(KEY, step=9)))().key.step == 9
+    assert not client._came
+    client.close()
+
+
+def test_without_the_token_nothing_is_taken() -> None:
+    server = PacketServer(lambda packet, done: done(packet))
+    stranger = PacketClient(Address(server.address.name, b"x" * 32))
+    with pytest.raises(Unanswered):
+        stranger.send(Packet(KEY))()
+    assert not stranger.is_open
+    with pytest.raises(Unanswered, match="closed"):
+        stranger.send(Packet(KEY))
+    assert server.taken == 0
+
+
+def test_nobody_listens_elsewhere() -> None:
+    with pytest.raises(OSError, match="refused"):
+        PacketClient(Address("fedsplit-nobody", b""))
+
+
+PREFIX = struct.Struct("<QI")
+OBJECTS = (
+    b'{"key": {"round": 1, "client": 0, "step": 0}, "shape": [], "tensors": {"hidden": ["|O", [1], "float32", 1.0]}}'
+)
+HUGE = OBJECTS.replace(b"|O", b"<f8").replace(b"[1]", b"[9999999999]")
+UNKNOWN = b'{"key": {"rounds": 1}, "shape": [], "tensors": {}}'
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        PREFIX.pack(0, 2**20),
+        PREFIX.pack(0, 3) + b"{no",
+        *(PREFIX.pack(0, len(header)) + header for header in (OBJECTS, HUGE, UNKNOWN, b"[]", b"{}", b"\xff")),
+        PREFIX.pack(0, 9)[:5],
+    ],
+    ids=["long", "no json", "objects", "huge", "unknown", "a list", "empty", "no text", "torn"],
+)
+def test_who_sends_no_frame_is_hung_up_on_and_the_others_are_served(frame: bytes) -> None:
+    server = PacketServer(lambda packet, done: done(packet))
+    good = PacketClient(server.address)
+    with socket.socket(socket.AF_UNIX) as bad:
+        bad.settimeout(10)
+        bad.connect("\0" + server.address.name)
+        bad.sendall(server.address.token + frame)
+        bad.shutdown(socket.SHUT_WR)
+        assert bad.recv(1) == b""
+    assert good.send(Packet(KEY))() == Packet(KEY)
+    assert server.taken == 1
+    good.close()
+
+
+def test_a_client_that_is_gone_leaves_no_thread_behind() -> None:
+    before = threading.active_count()
+    server = PacketServer(lambda packet, done: done(packet))
+    for _ in range(5):
+        client = PacketClient(server.address)
+        client.send(Packet(KEY))()
+        client.close()
+    until = time.monotonic() + 10
+    while threading.active_count() > before + 1 and time.monotonic() < until:  # the one that listens stays
+        time.sleep(0.01)
+    assert threading.active_count() <= before + 1
+
+
+def test_whoever_is_interrupted_in_the_middle_of_an_answer_hangs_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the answer would be taken for the next one."""
+    client = PacketClient(PacketServer(lambda packet, done: done(packet)).address)
+    answer = client.send(Packet(KEY))
+
+    def interrupted(connection: socket.socket) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sockets, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer()
+    assert not client.is_open

@@ -212,7 +212,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedsplit.federation import client_app
     from fedsplit.trunk import actor
 
-    def start_trunk(config: Any, name: str, threads: int) -> Any:
+    def start_trunk(config: Any, name: str, threads: int, lanes: int) -> Any:
         trunk = LocalTrunk(config, name)
         monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
         return trunk

@@ -85,6 +85,9 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
             ["--deterministic", "--trunk.group", "2", "--workers", "2", "--trunk.memory", "2GB"],
             "trunk.memory: 2GB is not possible; allowed: none with --deterministic and groups",
         ),
+        (["--deterministic", "--trunk.lanes", "2"], "trunk.lanes: 2 is not possible; allowed: 0 or 1 with --determin"),
+        (["--trunk.memory", "2GB", "--trunk.lanes", "2"], "trunk.lanes: 2 is not possible; allowed: 0 or 1 with --d"),
+        (["--trunk.lanes", "3"], "trunk.lanes: 3 is not possible; allowed: "),
         (["--deterministic", "perhaps"], "deterministic: perhaps is not possible; allowed: true | false"),
         (["--trunk.schedule", "batched", "--micro-batches", "2"], "train.micro_batches: 2 is not possible; allowed: 1"),
         (

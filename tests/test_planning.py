@@ -17,13 +17,23 @@ def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
         for clients in (1, 3, 20)
         for workers in (0, 2)
     }
-    assert plans[1, 0] == planning.Plan(1, 4, 4, 2)
-    assert plans[3, 0] == planning.Plan(3, 1, 4, 2)
-    assert plans[20, 0] == planning.Plan(8, 1, 1, 1)
-    assert plans[20, 2] == planning.Plan(2, 2, 4, 2)
+    assert plans[1, 0] == planning.Plan(1, 4, 4, 2, 1)
+    assert plans[3, 0] == planning.Plan(3, 1, 4, 2, 1)
+    assert plans[20, 0] == planning.Plan(8, 1, 1, 1, 2)
+    assert plans[20, 2] == planning.Plan(2, 2, 4, 2, 1)
     asked = build({"clients": 20, "threads": 3, "trunk.threads": 5, "train.micro_batches": 4})
-    assert planning.plan(asked) == planning.Plan(8, 3, 5, 4)
+    assert planning.plan(asked) == planning.Plan(8, 3, 5, 4, 2)
     assert planning.plan(build({"clients": 1, "trunk.schedule": "batched"})).micro_batches == 1
+
+
+@pytest.mark.parametrize("values", [{"deterministic": True}, {"trunk.memory": "2GB"}, {"trunk.lanes": 1}])
+def test_there_is_one_lane_where_one_thing_is_computed_at_a_time(
+    values: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)), raising=False)
+    assert planning.plan(build({"clients": 4})).trunk_lanes == 2
+    assert planning.plan(build({"clients": 4, **values})).trunk_lanes == 1
+    assert planning.plan(build({"clients": 1, "trunk.lanes": 2})).trunk_lanes == 2
 
 
 def test_a_large_model_is_worth_a_second_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +44,7 @@ def test_a_large_model_is_worth_a_second_message(monkeypatch: pytest.MonkeyPatch
     assert planning.plan(build(eight)).micro_batches == 1
     assert planning.plan(build({**eight, "trunk.schedule": "batched"}), width=768).micro_batches == 1
     assert planning.plan(build({**eight, "train.batch_size": 1}), width=4096).micro_batches == 1
+    assert planning.plan(build({**eight, "dtype": "bf16"}), width=768).micro_batches == 1
 
 
 @pytest.mark.parametrize("values", [{"trunk.schedule": "copies"}, {"deterministic": True}])

@@ -172,6 +172,7 @@ class _Loss(torch.autograd.Function):
             if scores is not logits:
                 logits.copy_(scores)
             products.back(run, logits)
+            del logits, scores  # or they would be there beside the next ones
         ctx.count = count
         ctx.types = [None if tensor is None else tensor.dtype for tensor in (rows, head, low, up)]
         ctx.save_for_backward(*products.gradients)

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import sys, time
+import socket, sys, time
 from dataclasses import replace
 from fedsplit.environment import prepare
 prepare()
 import ray, torch
 from pathlib import Path
 from fedsplit.adaptation import lora
-from fedsplit.trunk.actor import TrunkLost, find_trunk, start_cluster, start_trunk, stop_cluster
+from fedsplit.trunk.actor import TrunkHandle, TrunkLost, find_trunk, start_cluster, start_trunk, stop_cluster
 from fedsplit.documents import build
 from fedsplit.model.split import load_parts
+from fedsplit.wire import sockets
 from fedsplit.wire.steps import ForeignStep, UnknownStep
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.packets import Packet, StepKey
@@ -33,22 +34,36 @@ torch.set_num_threads(1)
 lora.add(part, config.lora, config.seed)
 codec = make_codec("raw")
 start_cluster(workers=1)
-handle = start_trunk(config, "t", threads=1)
+handle = start_trunk(config, "t", threads=1, lanes=2)
 try:
     life = handle.status()["incarnation"]
     assert 10**8 < handle.status()["least_memory"] < 8 * 10**9
     local = TrunkServer(part, codec, "shared", config.train, config.seed, run="t", incarnation=life)
+    handles = {name: find_trunk("t") for name in ("hidden", "gradient")}  # as two processes have them
     for step in range(5):
         key = StepKey(1, 0, step, run="t")
         hidden, gradient = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
         for tensor, name, call in ((hidden, "hidden", "forward"), (gradient, "gradient", "backward")):
             packet = Packet(key, {name: codec.encode(tensor)}, incarnation=life)
-            here, there = getattr(local, call)(packet), find_trunk("t").send(packet)()
+            here, there = getattr(local, call)(packet), handles[name].send(packet)()
             assert torch.equal(codec.decode(here.tensors[name]), codec.decode(there.tensors[name])), (step, call)
-    there = handle.read().tensors
-    assert all(torch.equal(tensor, there[name]) for name, tensor in local.learners.read().tensors.items())
+    weights = handle.read().tensors
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in local.learners.read().tensors.items())
     status = handle.status()
     assert status["traffic"] == dict(local.traffic)
+    assert status["over_socket"] == (10 if sockets.is_possible() else 0), status
+    through_ray = TrunkHandle(handle._actor)
+    through_ray._asked = True  # as a client on another machine, which finds no socket
+    cut_off = find_trunk("t")
+    for other in (through_ray, cut_off):
+        if other is cut_off:
+            assert other._connect().is_open
+            other._socket._connection.shutdown(socket.SHUT_RDWR)
+        again = other.send(packet)()
+        assert torch.equal(codec.decode(again.tensors["gradient"]), codec.decode(there.tensors["gradient"]))
+    assert cut_off._connect() is None
+    known = local.learners.read().tensors
+    assert all(torch.equal(tensor, known[name]) for name, tensor in handle.read().tensors.items()), "counted twice"
     assert status["peak_memory"] + 10**6 >= status["resident_memory"] > 10**8
     for wrong, refusal in (
         (replace(packet, key=replace(key, step=9)), UnknownStep),
@@ -66,7 +81,7 @@ try:
     handle.leave(0)
     assert handle.end_round([0])["abandoned"] == 3
     assert handle.status()["pending"] == 0
-    handle.write({name: tensor * 0 for name, tensor in there.items()})
+    handle.write({name: tensor * 0 for name, tensor in weights.items()})
     assert all(not tensor.any() for tensor in handle.read().tensors.values())
     import psutil
     processes = psutil.Process().children(recursive=True)

@@ -36,9 +36,9 @@ def plan(config: Config, width: int = 0) -> Plan:
     """Deals the cores out; threads that outnumber the cores make every process several times slower.
 
     Where there are fewer clients at a time than cores, half of the cores are the trunk's, and two micro-batches
-    keep both sides at work. Where the model is large they also do so with as many clients as cores, and take less memory
-    there: at the shape of GPT-2 small 1.91 of 2 cores were busy in place of 1.84. Of a small model a second message
-    costs more than that (6 to 19 % less speed with the bundled one); in 16 bits products of half a batch do.
+    keep both sides at work. Where the model is large they also do so with as many clients as cores, and take less
+    memory there: at the shape of GPT-2 small 1.91 of 2 cores were busy in place of 1.84. Of a small model a second
+    message costs more than that (6 to 19 % less speed with the bundled one); in 16 bits products of half a batch do.
 
     With as many clients as cores the trunk has two lanes: it has half of a model's work and more, so with one thread it
     is what all wait for, and 1.65 of 2 cores were busy with the bundled model.

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST = 2**23
-"""Multiplications from which on a product is worth oneDNN's call, which takes 10 microseconds more."""
+LEAST = 2**26
+"""Multiplications from which on oneDNN is worth it: for every new number of rows it first compiles the product, which
+takes 0.6 MB and up to a millisecond. How many it keeps is limited in `fedsplit.environment`.
+"""
 
 LONGEST = 2**15
 """Terms of a sum up to which oneDNN is the faster one."""

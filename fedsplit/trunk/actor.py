@@ -88,7 +88,9 @@ class TrunkActor:
         beside = Lanes([FORWARD, BACKWARD], threads, self._post) if lanes > 1 else None
         self._dispatcher = Dispatcher(server, config.trunk, lanes=beside)
         self._sessions = Sessions(server, make_codec(config.wire.codec), config.trunk.lease)
-        self._socket = sockets.PacketServer(self._take) if sockets.is_possible() else None
+        self._socket: sockets.PacketServer | None = None
+        with contextlib.suppress(OSError):  # where such sockets are forbidden, packets come by Ray
+            self._socket = sockets.PacketServer(self._take) if sockets.is_possible() else None
         threading.Thread(target=self._compute, args=(threads,), daemon=True).start()
 
     def _compute(self, threads: int) -> None:
@@ -107,6 +109,8 @@ class TrunkActor:
     def _go_on(self) -> None:
         """Waits for a call, a deadline or a lease, and does all that can be done then."""
         wakes = min(filter(None, (self._dispatcher.wakes_at(), self._sessions.next_expiry())), default=None)
+        if self._dispatcher.is_computing:  # whatever is due waits for a lane, which will call
+            wakes = None
         with contextlib.suppress(queue.Empty):
             self._call(*self._calls.get(timeout=None if wakes is None else max(0.0, wakes - time.monotonic())))
         self._take_calls()
@@ -235,8 +239,8 @@ class TrunkHandle:
     A trunk that is gone raises `TrunkLost`; what the trunk itself raises is raised here. A call whose answer
     was lost is repeated: the trunk counts every step once.
 
-    Packets go over a socket where the trunk is on this machine, and else through Ray. A packet that gets no answer
-    over the socket is repeated through Ray, which tells what is wrong.
+    Packets go over a socket where the trunk is on this machine, and else through Ray. Where the connection breaks,
+    those without an answer are repeated through Ray, which tells what is wrong.
     """
 
     def __init__(self, actor: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -47,8 +49,12 @@ class Lanes:
 
     def _work(self, name: str) -> None:
         torch.set_num_threads(self._threads)  # OpenMP keeps the number for each thread that asks
-        while True:
-            self._next(*self._queues[name].get())
+        try:
+            while True:
+                self._next(*self._queues[name].get())
+        finally:  # a defect: better a trunk that is seen to be gone than one whose answers never come
+            traceback.print_exc()
+            os._exit(1)
 
     def _next(self, compute: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """One computation; nothing of it is kept while the lane waits for another."""

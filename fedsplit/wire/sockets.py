@@ -5,8 +5,8 @@ while, since it passes through some ten threads; over a socket it takes 0.2 to 0
 and followed by the bytes of its arrays: nothing is unpickled.
 
 A frame: its number (8 bytes) and the length of its header (4), little-endian; the header; the arrays in the order in
-which the header names them. A server is asked with the number of a call, and answers with the same; a header without a
-key says that there is no answer.
+which the header names them. A server is asked with the number of a call, and answers with the same: a packet, or what
+is wrong with the one that came.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import contextlib
 import hmac
 import json
 import math
+import os
 import queue
 import secrets
 import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,17 +30,29 @@ from typing import Any
 import numpy as np
 
 from fedsplit.wire.packets import Encoded, Packet, StepKey
+from fedsplit.wire.steps import RefusedStep
 
 _PREFIX = struct.Struct("<QI")
 _LONGEST_HEADER = 2**16
 _LARGEST_ARRAY = 2**34
 _GREETING_SECONDS = 10.0
+_PAUSE_SECONDS = 0.1
 _KINDS = "biuf"
 """Kinds of arrays that may cross: truth values, integers, floating point."""
 
 
 class Unanswered(Exception):
-    """No answer came, and none will: the other side could not give one, or is gone."""
+    """No answer came, and none will: the connection is broken."""
+
+
+class TrunkFailed(Exception):
+    """The trunk could not serve a packet, for another reason than that it must not; with what it said."""
+
+
+def _kind_of_error(name: str) -> type[Exception]:
+    """The refusal of that name; of anything else that was raised only the words are taken."""
+    known = {refusal.__name__: refusal for refusal in RefusedStep.__subclasses__()}
+    return known.get(name, TrunkFailed)
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,13 @@ def is_possible() -> bool:
     return sys.platform == "linux"
 
 
+def _user_of(connection: socket.socket) -> int:
+    """Whose process is at the other end."""
+    credentials = struct.Struct("3i")  # process, user, group
+    found: int = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))[1]
+    return found
+
+
 def _place(address: Address) -> str:
     return "\0" + address.name
 
@@ -74,10 +95,14 @@ def _header(packet: Packet) -> dict[str, Any]:
     return {**plain, "key": vars(packet.key), "tensors": arrays}
 
 
-def _send(connection: socket.socket, number: int, packet: Packet | None) -> None:
-    header = json.dumps(None if packet is None else _header(packet)).encode()
-    arrays = [] if packet is None else [np.ascontiguousarray(encoded.data) for encoded in packet.tensors.values()]
-    left = [memoryview(_PREFIX.pack(number, len(header)) + header), *(_bytes_of(array) for array in arrays)]
+def _send(connection: socket.socket, number: int, message: Packet | Exception) -> None:
+    if isinstance(message, Exception):
+        header, arrays = {"error": type(message).__name__, "words": str(message)}, []
+    else:
+        header = _header(message)
+        arrays = [np.ascontiguousarray(encoded.data) for encoded in message.tensors.values()]
+    text = json.dumps(header).encode()
+    left = [memoryview(_PREFIX.pack(number, len(text)) + text), *(_bytes_of(array) for array in arrays)]
     while left:
         sent = connection.sendmsg(left)
         while left and sent >= len(left[0]):
@@ -99,19 +124,19 @@ def _read(connection: socket.socket, count: int) -> bytes:
     return bytes(memory)
 
 
-def _receive(connection: socket.socket) -> tuple[int, Packet | None]:
-    """A frame: its number, and the packet, or None where there is none.
+def _receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
+    """A frame: its number, and the packet or the exception.
 
     Raises:
         EOFError: The other side has hung up.
-        ValueError: What came is no frame.
+        ValueError, TypeError, KeyError: What came is no frame.
     """
     number, length = _PREFIX.unpack(_read(connection, _PREFIX.size))
     if length > _LONGEST_HEADER:
         raise ValueError("a header is too long")
     header = json.loads(_read(connection, length))
-    if header is None:
-        return number, None
+    if "error" in header:
+        return number, _kind_of_error(header["error"])(header["words"])
     tensors = {}
     for name, (kind, shape, dtype, scale) in header["tensors"].items():
         form = np.dtype(kind)
@@ -122,6 +147,9 @@ def _receive(connection: socket.socket) -> tuple[int, Packet | None]:
         tensors[name] = Encoded(array, dtype, scale)
     plain = {**header, "key": StepKey(**header["key"]), "tensors": tensors, "shape": tuple(header["shape"])}
     return number, Packet(**plain)
+
+
+_Outbox = queue.SimpleQueue[tuple[int, Packet | Exception] | None]
 
 
 class PacketServer:
@@ -136,8 +164,10 @@ class PacketServer:
         """Listens from now on, until the process ends.
 
         Args:
-            serve: Takes a packet, and where its answer goes; called by many threads, must not wait. For an exception
-                the client is told that there is no answer.
+            serve: Takes a packet, and where its answer goes; called by many threads, must not wait.
+
+        Raises:
+            OSError: This process may not have such a socket.
         """
         self.address = Address(f"fedsplit-{secrets.token_hex(8)}", secrets.token_bytes(32))
         self.taken = 0
@@ -149,11 +179,17 @@ class PacketServer:
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
-            connection, _ = listener.accept()
-            threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
+            try:
+                connection, _ = listener.accept()
+                if _user_of(connection) != os.geteuid():
+                    connection.close()
+                    continue
+                threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
+            except (OSError, RuntimeError):  # no more descriptors or threads: there may be some later
+                time.sleep(_PAUSE_SECONDS)
 
     def _attend(self, connection: socket.socket) -> None:
-        outbox: queue.SimpleQueue[tuple[int, Packet | Exception] | None] = queue.SimpleQueue()
+        outbox: _Outbox = queue.SimpleQueue()
         # Whoever breaks the rules, or is gone, is hung up on; the others do not notice.
         with connection, contextlib.suppress(OSError, EOFError, ValueError, TypeError, KeyError):
             connection.settimeout(_GREETING_SECONDS)
@@ -162,21 +198,36 @@ class PacketServer:
             connection.settimeout(None)
             threading.Thread(target=self._answer, args=(connection, outbox), daemon=True).start()
             try:
-                while True:
-                    number, packet = _receive(connection)
-                    if packet is None:
-                        return
-                    self.taken += 1
-                    self._serve(packet, lambda answer, number=number: outbox.put((number, answer)))  # type: ignore[misc]
+                while self._take_one(connection, outbox):
+                    pass
             finally:
                 outbox.put(None)
 
+    def _take_one(self, connection: socket.socket, outbox: _Outbox) -> bool:
+        """One packet; nothing of it is kept while the next one is waited for."""
+        number, packet = _receive(connection)
+        if isinstance(packet, Exception):
+            return False
+        self.taken += 1
+        self._serve(packet, lambda answer: outbox.put((number, answer)))
+        return True
+
+    def _answer(self, connection: socket.socket, outbox: _Outbox) -> None:
+        try:
+            while self._answer_one(connection, outbox):
+                pass
+        except OSError:
+            pass  # the client is gone
+        finally:  # whatever ended it: a client whose answer is lost must see that
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     @staticmethod
-    def _answer(connection: socket.socket, outbox: queue.SimpleQueue[tuple[int, Packet | Exception] | None]) -> None:
-        with contextlib.suppress(OSError):  # the client is gone
-            while (item := outbox.get()) is not None:
-                number, answer = item
-                _send(connection, number, answer if isinstance(answer, Packet) else None)
+    def _answer_one(connection: socket.socket, outbox: _Outbox) -> bool:
+        """One answer; nothing of it is kept while the next one is waited for."""
+        if (item := outbox.get()) is not None:
+            _send(connection, *item)
+        return item is not None
 
 
 class PacketClient:
@@ -201,28 +252,38 @@ class PacketClient:
             raise
         self.is_open = True
         self._next = self._oldest = 0
-        self._came: dict[int, Packet | None] = {}
+        self._came: dict[int, Packet | Exception] = {}
 
     def send(self, packet: Packet) -> Callable[[], Packet]:
-        """Sends a packet, and returns what waits for the answer.
+        """Sends a packet, and returns what waits for the answer, and may be called again.
 
         Raises:
             Unanswered: Here, or where the answer is waited for.
+            RefusedStep, TrunkFailed: There alone: what the trunk raised.
         """
         number, self._next = self._next, self._next + 1
         with self._guarded():
             _send(self._connection, number, packet)
-        return lambda: self._wait(number)
+        known: list[Packet] = []
+
+        def wait() -> Packet:
+            if not known:
+                known.append(self._wait(number))
+            return known[0]
+
+        return wait
 
     def _wait(self, number: int) -> Packet:
+        if number < self._oldest:
+            raise Unanswered("the answer was wanted no more")
         while number not in self._came:
             with self._guarded():
                 came, answer = _receive(self._connection)
             if came >= self._oldest:
                 self._came[came] = answer
         answer = self._came.pop(number)
-        if answer is None:
-            raise Unanswered("there is no answer")
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
     @contextlib.contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from fedsplit.trunk.sessions import FullTrunk
 from fedsplit.wire import sockets
 from fedsplit.wire.packets import Encoded, Packet, StepKey
-from fedsplit.wire.sockets import Address, PacketClient, PacketServer, Unanswered
+from fedsplit.wire.sockets import Address, PacketClient, PacketServer, TrunkFailed, Unanswered
+from fedsplit.wire.steps import RefusedStep, StaleStep
 
 pytestmark = pytest.mark.skipif(not sockets.is_possible(), reason="only Linux has such sockets")
 
@@ -64,8 +68,17 @@ def test_a_packet_crosses_to_the_bit(packet: Packet) -> None:
         number, came = sockets._receive(there)
         assert number == 7
         assert came is not None and same(packet, came)
-        sockets._send(here, 8, None)
-        assert sockets._receive(there) == (8, None)
+
+
+@pytest.mark.parametrize("error", [StaleStep("it lies behind"), FullTrunk("no"), MemoryError("none is left")], ids=repr)
+def test_what_is_wrong_crosses_with_its_name_and_words(error: Exception) -> None:
+    """A refusal is raised as what it is; of anything else only the words come, so that nothing else can be made."""
+    here, there = socket.socketpair()
+    with here, there:
+        sockets._send(here, 8, error)
+        number, came = sockets._receive(there)
+        assert (number, str(came)) == (8, str(error))
+        assert type(came) is (type(error) if isinstance(error, RefusedStep) else TrunkFailed)
 
 
 def test_what_is_larger_than_the_sockets_memory_crosses_both_ways_at_once() -> None:
@@ -92,24 +105,59 @@ def test_an_answer_may_come_late_and_out_of_order() -> None:
     client.close()
 
 
-def test_where_the_server_has_no_answer_the_client_is_told_and_goes_on() -> None:
+def test_what_the_server_raises_is_raised_at_the_client_which_goes_on() -> None:
     def serve(packet: Packet, done: Callable[[Packet | Exception], None]) -> None:
-        done(ValueError("a secret") if packet.key.step else packet)
+        done(StaleStep("it lies behind") if packet.key.step else packet)
 
     client = PacketClient(PacketServer(serve).address)
-    with pytest.raises(Unanswered) as refused:
+    with pytest.raises(StaleStep, match="it lies behind"):
         client.send(Packet(replace(KEY, step=1)))()
-    assert "secret" not in str(refused.value)
-    assert client.is_open
-    assert client.send(Packet(replace(KEY, step=0)))() == Packet(replace(KEY, step=0))
+    answer = client.send(Packet(replace(KEY, step=0)))
+    assert answer() == Packet(replace(KEY, step=0))
+    assert answer() is answer()  # as often as it is asked for
     client.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_answer_that_cannot_be_sent_is_seen_to_be_lost() -> None:
+    server = PacketServer(lambda packet, done: done(replace(packet, wait=object())))  # type: ignore[arg-type]
+    client = PacketClient(server.address)
+    answer = client.send(Packet(KEY))
+    with pytest.raises(Unanswered):
+        answer()
+
+
+def test_nothing_of_a_packet_is_kept_while_the_next_one_is_waited_for() -> None:
+    kept: list[weakref.ref[np.ndarray]] = []
+
+    def serve(packet: Packet, done: Callable[[Packet | Exception], None]) -> None:
+        answer = Packet(packet.key, {"hidden": Encoded(np.ones(9), "float64")})
+        kept.extend(weakref.ref(p.tensors["hidden"].data) for p in (packet, answer))
+        done(answer)
+
+    client = PacketClient(PacketServer(serve).address)
+    client.send(Packet(KEY, {"hidden": Encoded(np.zeros(9), "float64")}))()
+    until = time.monotonic() + 10
+    while any(reference() is not None for reference in kept) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [reference() for reference in kept] == [None, None]
+    client.close()
+
+
+def test_other_users_are_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = PacketServer(lambda packet, done: done(packet))
+    monkeypatch.setattr(sockets, "_user_of", lambda connection: os.geteuid() + 1)
+    with pytest.raises((Unanswered, OSError)):
+        PacketClient(server.address).send(Packet(KEY))()
+    assert server.taken == 0
 
 
 def test_answers_that_nobody_wants_any_more_are_dropped() -> None:
     client = PacketClient(PacketServer(lambda packet, done: done(packet)).address)
-    for _ in range(3):
-        client.send(Packet(KEY))
+    unwanted = [client.send(Packet(KEY)) for _ in range(3)]
     client.forget()
+    with pytest.raises(Unanswered):
+        unwanted[0]()
     assert client.send(Packet(replace(KEY, step=9)))().key.step == 9
     assert not client._came
     client.close()

@@ -34,6 +34,7 @@ from fedsplit.wire.steps import RefusedStep
 
 _PREFIX = struct.Struct("<QI")
 _LONGEST_HEADER = 2**16
+_LONGEST_WORDS = 2**12
 _LARGEST_ARRAY = 2**34
 _GREETING_SECONDS = 10.0
 _PAUSE_SECONDS = 0.1
@@ -97,7 +98,7 @@ def _header(packet: Packet) -> dict[str, Any]:
 
 def _send(connection: socket.socket, number: int, message: Packet | Exception) -> None:
     if isinstance(message, Exception):
-        header, arrays = {"error": type(message).__name__, "words": str(message)}, []
+        header, arrays = {"error": type(message).__name__, "words": str(message)[:_LONGEST_WORDS]}, []
     else:
         header = _header(message)
         arrays = [np.ascontiguousarray(encoded.data) for encoded in message.tensors.values()]
@@ -264,16 +265,18 @@ class PacketClient:
         number, self._next = self._next, self._next + 1
         with self._guarded():
             _send(self._connection, number, packet)
-        known: list[Packet] = []
+        known: list[Packet | Exception] = []
 
         def wait() -> Packet:
             if not known:
                 known.append(self._wait(number))
+            if isinstance(known[0], Exception):
+                raise known[0]
             return known[0]
 
         return wait
 
-    def _wait(self, number: int) -> Packet:
+    def _wait(self, number: int) -> Packet | Exception:
         if number < self._oldest:
             raise Unanswered("the answer was wanted no more")
         while number not in self._came:
@@ -281,10 +284,7 @@ class PacketClient:
                 came, answer = _receive(self._connection)
             if came >= self._oldest:
                 self._came[came] = answer
-        answer = self._came.pop(number)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        return self._came.pop(number)
 
     @contextlib.contextmanager
     def _guarded(self) -> Any:

@@ -102,7 +102,8 @@ def sides_text(result: Mapping[str, Any]) -> str:
         records, model = list(group), result["models"][name]
         repeats = len({record["repeat"] for record in records})
         shape = f"batch {model['batch_size']} x {model['max_length']}, cut {model['cut']}"
-        lines += [f"**{name}, {dtype}**: {shape}, {model['steps']} steps a round, repeats: {repeats}", ""]
+        steps = records[0].get("steps", model["steps"])
+        lines += [f"**{name}, {dtype}**: {shape}, {steps} steps a round, repeats: {repeats}", ""]
         sides = list(dict.fromkeys(record["side"] for record in records))
         lines += [*table(head, [_row(records, side) for side in sides]), ""]
         if sent := {record["side"]: record["bytes"]["ratio"] for record in records if "bytes" in record}:

@@ -271,7 +271,7 @@ def main() -> int:
         folder = folder_of(model, args.cache)
         turns = itertools.product(args.dtypes, range(args.repeats or config["repeats"]), args.sides)
         for dtype, repeat, side in turns:
-            label = {"model": name, "dtype": dtype, "side": side, "repeat": repeat}
+            label = {"model": name, "dtype": dtype, "side": side, "repeat": repeat, "steps": model["steps"]}
             words = [*shlex.split(side), *(args.extra if side.startswith("fedsplit") else [])]
             try:
                 for _ in range(args.redo + 1):
@@ -282,7 +282,7 @@ def main() -> int:
                         break
             except RuntimeError as error:
                 failures += 1
-                print(*label.values(), "failed:", error, file=sys.stderr, flush=True)
+                print(name, dtype, side, repeat, "failed:", error, file=sys.stderr, flush=True)
                 continue
             records.append(record)
             args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -119,7 +119,7 @@ class _Products:
         for place, (left, right) in enumerate(self._pairs):
             by_row, by_weight = self.gradients[2 * place], self.gradients[2 * place + 1]
             if by_row is not None:
-                by_row[chosen] = product(slopes, right.to(self._type), out=by_row[chosen])
+                by_row[chosen] = product(slopes, right.to(self._type))
             if by_weight is not None:
                 seen = left[chosen].to(self._type)
                 if by_weight.dtype == slopes.dtype:

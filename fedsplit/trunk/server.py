@@ -50,6 +50,11 @@ class Work:
     compute: Callable[[], Any]
     finish: Callable[[Any], list[Packet]]
 
+    @classmethod
+    def answered(cls, answers: list[Packet]) -> Work:
+        """Nothing is to be computed."""
+        return cls(lambda: None, lambda _: answers)
+
     def done(self) -> list[Packet]:
         """Does all of it here and now."""
         return self.finish(self.compute())
@@ -194,7 +199,7 @@ class TrunkServer:
         self.counts["waits"] += len(sent_away)
         waits = [Packet(packet.key, wait=WAIT_SECONDS) for packet in sent_away]
         if not served:
-            return Work(lambda: None, lambda _: waits)
+            return Work.answered(waits)
         flight = self._take_off(served, inputs, masks, routers, keeps)
 
         def finish(output: Output) -> list[Packet]:
@@ -283,10 +288,9 @@ class TrunkServer:
             self.steps.check(packet)
         if (known := self.steps.answered(packets[0].key)) is not None:
             self._count("repeated", packets[0], known)
-            return Work(lambda: None, lambda _: [known])
+            return Work.answered([known])
         if packets[0].clips:
-            scaled = self._scale(packets[0])
-            return Work(lambda: None, lambda _: [scaled])
+            return Work.answered([self._scale(packets[0])])
         flight = self._flight(packets[0].key)
         for packet in packets:
             _check_rate(packet)

@@ -11,13 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_server import make_server
 
-from fedsplit.adaptation import lora
-from fedsplit.config import LoraSettings, TrainSettings, TrunkSettings
-from fedsplit.model.split import load_parts
+from fedsplit.config import TrunkSettings
 from fedsplit.trunk.dispatch import Answer, Dispatcher
 from fedsplit.trunk.lanes import BACKWARD, FORWARD, outcome
-from fedsplit.trunk.server import TrunkServer, Work
+from fedsplit.trunk.server import Work
 from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import SpoiledStep, StaleStep
@@ -451,14 +450,7 @@ def test_in_lanes_who_spoils_it_for_all_is_told_alone() -> None:
 
 
 WIDTH = 32
-
-
-def tiny_trunk(path: Path, schedule: str) -> TrunkServer:
-    (part,) = load_parts(path, (1, 2), ["trunk"])
-    lora.add(part, LoraSettings(rank=(2,), dropout=0.3), seed=0)
-    for number, parameter in enumerate(lora.parameters(part).values()):
-        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2
-    return TrunkServer(part, RAW, schedule, TrainSettings(lr=0.01), seed=5)
+"""Of the hidden states of `tiny_models`."""
 
 
 @given(data=st.data())
@@ -470,7 +462,7 @@ def test_in_lanes_the_trunk_does_what_it_does_without(tiny_models: dict[str, Pat
     """
     schedule = data.draw(st.sampled_from(["shared", "copies", "accumulate", "frozen"]))
     lanes = ByHand()
-    beside, alone = (tiny_trunk(tiny_models["gpt2"], schedule) for _ in range(2))
+    beside, alone = (make_server(tiny_models["gpt2"], schedule, dropout=0.3) for _ in range(2))
     dispatcher = Dispatcher(beside, TrunkSettings(schedule=schedule), lanes=lanes)
     clients = data.draw(st.integers(2, 4))
     tensors = torch.randn(3, clients, 2, 2, 3, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -67,7 +67,7 @@ def test_a_packet_crosses_to_the_bit(packet: Packet) -> None:
         sockets._send(here, 7, packet)
         number, came = sockets._receive(there)
         assert number == 7
-        assert came is not None and same(packet, came)
+        assert isinstance(came, Packet) and same(packet, came)
 
 
 @pytest.mark.parametrize("error", [StaleStep("it lies behind"), FullTrunk("no"), MemoryError("none is left")], ids=repr)

@@ -72,7 +72,8 @@ class Exchange:
                     heard(reply, len(replies) + len(failures), expected)
                 elif (client := self.client_at(reply.metadata.src_node_id)) is not None:
                     self._lost(client)
-            self._look()
+            if waiting:
+                self._look()
         for failure in failures:
             client = self.client_at(failure.metadata.src_node_id)
             name = "a client" if client is None else self.members[client].name

@@ -47,6 +47,14 @@ _ATTEMPTS = 5
 """How often a call is repeated when its answer was lost on the way."""
 
 
+_Waits = Callable[[], bool]
+"""Whether a call has to wait, as things are, for what is under way in a lane."""
+
+
+def _never() -> bool:
+    return False
+
+
 class TrunkLost(Exception):
     """The trunk's process is gone, or never came up."""
 
@@ -83,7 +91,7 @@ class TrunkActor:
         self._least = 0
         if budget.limit is not None:
             self._least = server.calibrate(config.train.batch_size, config.train.max_length + config.prompt.virtual)
-        self._calls: queue.SimpleQueue[tuple[Callable[[], None], bool]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[], None], _Waits]] = queue.SimpleQueue()
         self._held: list[Callable[[], None]] = []
         beside = Lanes([FORWARD, BACKWARD], threads, self._post) if lanes > 1 else None
         self._dispatcher = Dispatcher(server, config.trunk, lanes=beside)
@@ -102,9 +110,12 @@ class TrunkActor:
             traceback.print_exc()
             os._exit(1)
 
-    def _post(self, call: Callable[[], None], alone: bool = False) -> None:
-        """Has a call made by the thread that decides; `alone` where nothing may be under way in a lane meanwhile."""
-        self._calls.put((call, alone))
+    def _post(self, call: Callable[[], None], waits: _Waits = _never) -> None:
+        """Has a call made by the thread that decides.
+
+        One that has to wait is made when nothing is under way in any lane, and nothing new is begun before it.
+        """
+        self._calls.put((call, waits))
 
     def _go_on(self) -> None:
         """Waits for a call, a deadline or a lease, and does all that can be done then."""
@@ -124,21 +135,28 @@ class TrunkActor:
             held, self._held = self._held, []
             for call in held:
                 call()
-        # Calls that must be alone are waited for: nothing new is begun before them.
         return not self._held and self._dispatcher.advance()
 
     def _take_calls(self) -> None:
         while not self._calls.empty():
             self._call(*self._calls.get())
 
-    def _call(self, call: Callable[[], None], alone: bool) -> None:
-        if alone and (self._held or self._dispatcher.is_computing):
+    def _call(self, call: Callable[[], None], waits: _Waits) -> None:
+        if waits():
             self._held.append(call)
         else:
             call()
 
-    async def _in_order(self, call: Callable[..., Any], *args: Any) -> Any:
+    def _computes(self) -> bool:
+        """Whether a call that must be alone has to wait: for the lanes, or behind another one."""
+        return bool(self._held) or self._dispatcher.is_computing
+
+    async def _alone(self, call: Callable[..., Any], *args: Any) -> Any:
         """Has a call made by the thread that decides, between two steps."""
+        return await self._decided(self._computes, call, *args)
+
+    async def _decided(self, waits: _Waits, call: Callable[..., Any], *args: Any) -> Any:
+        """Has a call made as by `_post`, and returns what it does."""
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def make() -> None:
@@ -149,7 +167,7 @@ class TrunkActor:
             else:
                 loop.call_soon_threadsafe(future.set_result, result)
 
-        self._post(make, alone=True)
+        self._post(make, waits)
         return await future
 
     def _take(self, packet: Packet, done: Callable[[Answer], None]) -> None:
@@ -168,7 +186,7 @@ class TrunkActor:
                 answer = error
             done(answer)
 
-        self._post(serve, alone=bool(packet.key.session))
+        self._post(serve, self._computes if packet.key.session else _never)
 
     async def address(self) -> sockets.Address | None:
         """Where packets may be sent to without Ray, by processes of this machine."""
@@ -188,26 +206,30 @@ class TrunkActor:
 
     async def begin(self, group: Sequence[int]) -> None:
         """As `Dispatcher.begin`."""
-        await self._in_order(self._dispatcher.begin, group)
+        await self._alone(self._dispatcher.begin, group)
 
     async def leave(self, client: int) -> None:
-        """As `Dispatcher.leave`; the client's sessions end, too."""
-        await self._in_order(self._dispatcher.leave, client)
-        await self._in_order(self._sessions.leave, client)
+        """As `Dispatcher.leave`; the client's sessions end, too. What is computed for others goes on."""
+
+        def leave() -> None:
+            self._dispatcher.leave(client)
+            self._sessions.leave(client)
+
+        await self._decided(lambda: self._dispatcher.computes_for(client), leave)
 
     async def end_round(self, finished: Sequence[int]) -> dict[str, int]:
         """As `Dispatcher.end_round`."""
-        ended: dict[str, int] = await self._in_order(self._dispatcher.end_round, finished)
+        ended: dict[str, int] = await self._alone(self._dispatcher.end_round, finished)
         return ended
 
     async def learners(self, method: str, *args: Any) -> Any:
         """Calls a method of `Learners`, between two steps: see the handle for which there are."""
-        return await self._in_order(getattr(self._dispatcher.server.learners, method), *args)
+        return await self._alone(getattr(self._dispatcher.server.learners, method), *args)
 
     async def fold(self, changes: Mapping[str, LowRank]) -> None:
         """As `TrunkServer.fold`; all sessions end, since what they remember was computed with other weights."""
-        await self._in_order(self._dispatcher.server.fold, changes)
-        await self._in_order(self._sessions.leave)
+        await self._alone(self._dispatcher.server.fold, changes)
+        await self._alone(self._sessions.leave)
 
     async def status(self) -> dict[str, Any]:
         """What the process can tell: see the keys below; bytes, and counts of parameters.
@@ -229,7 +251,7 @@ class TrunkActor:
                 "parameters": server.count(),
             }
 
-        found: dict[str, Any] = await self._in_order(look)
+        found: dict[str, Any] = await self._alone(look)
         return found
 
 

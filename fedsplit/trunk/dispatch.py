@@ -70,7 +70,8 @@ class Dispatcher:
 
     With lanes, one forward and one backward are computed at the same time, each in its lane, and `advance` returns
     before they are through. A forward then sees the newest version of the adapter there was as it began. Whatever else
-    is asked of dispatcher and trunk must wait until nothing is under way.
+    is asked of dispatcher and trunk must wait until nothing is under way; a client may leave as soon as nothing of its
+    own is.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Dispatcher:
             lanes: Where forwards and backwards are computed; here, one after the other, where not given.
         """
         self.server, self._lanes = server, lanes
-        self._under_way: Counter[str] = Counter()
+        self._under_way: list[Sequence[_Request]] = []
         self._schedule = SCHEDULES[settings.schedule]
         self._patience, self._every, self._clock = settings.deadline, settings.every, clock
         self._waiting: list[_Request] = []
@@ -103,6 +104,13 @@ class Dispatcher:
     def is_computing(self) -> bool:
         """Whether anything is under way in a lane."""
         return bool(self._under_way)
+
+    def computes_for(self, client: int) -> bool:
+        """Whether anything of a client is under way in a lane, so that it cannot leave yet."""
+        return any(request.client == client for requests in self._under_way for request in requests)
+
+    def _is_busy(self, lane: str) -> bool:
+        return any(requests[0].lane == lane for requests in self._under_way)
 
     def begin(self, group: Sequence[int]) -> None:
         """Makes clients a group that trains together, in this order; until `end_round`, others wait.
@@ -142,7 +150,7 @@ class Dispatcher:
 
     def advance(self) -> bool:
         """Serves what is to be served next; returns whether there was anything."""
-        if not self._under_way[BACKWARD]:  # what is being differentiated is still pending
+        if not self._is_busy(BACKWARD):  # what is being differentiated is still pending
             self.server.expire()
         chosen = self._choose()
         if not chosen:
@@ -154,7 +162,7 @@ class Dispatcher:
     def wakes_at(self) -> float | None:
         """When, by the clock, something may change without a new request: a deadline or a lease."""
         times = [self._deadline(group) for group in self._held_up() if group]
-        expiry = None if self._under_way[BACKWARD] else self.server.steps.next_expiry()
+        expiry = None if self._is_busy(BACKWARD) else self.server.steps.next_expiry()
         return min([t for t in (*times, expiry) if t is not None and t < math.inf], default=None)
 
     def _deadline(self, group: Iterable[_Request]) -> float:
@@ -163,7 +171,7 @@ class Dispatcher:
     @property
     def _ready(self) -> list[_Request]:
         """Requests whose lane is free."""
-        return [request for request in self._waiting if not self._under_way[request.lane]]
+        return [request for request in self._waiting if not self._is_busy(request.lane)]
 
     def _choose(self) -> list[_Request]:
         for request in self._ready:
@@ -244,7 +252,7 @@ class Dispatcher:
 
     def _serve(self, chosen: Sequence[_Request]) -> None:
         """Begins what was chosen; without lanes, to its end."""
-        packets, lane = [request.packet for request in chosen], chosen[0].lane
+        packets = [request.packet for request in chosen]
         if chosen[0].is_question:
             self._land(chosen, outcome(lambda: [self.server.ask(packets[0])]))
             return
@@ -255,12 +263,12 @@ class Dispatcher:
         elif self._lanes is None:
             self._land(chosen, outcome(work.done))
         else:
-            self._under_way[lane] += 1
-            self._lanes.start(lane, work.compute, lambda made: self._come_back(lane, chosen, work, made))
+            self._under_way.append(chosen)
+            self._lanes.start(chosen[0].lane, work.compute, lambda made: self._come_back(chosen, work, made))
 
-    def _come_back(self, lane: str, chosen: Sequence[_Request], work: Work, made: Any) -> None:
+    def _come_back(self, chosen: Sequence[_Request], work: Work, made: Any) -> None:
         """A lane has computed something."""
-        self._under_way -= Counter([lane])
+        self._under_way.remove(chosen)
         self._land(chosen, made if isinstance(made, Exception) else outcome(lambda: work.finish(made)))
 
     def _land(self, chosen: Sequence[_Request], answers: Sequence[Answer] | Exception) -> None:

@@ -149,7 +149,7 @@ class Holdings:
             self.folded[layer] = whole.compressed().to(torch.float32) if whole.rank > min(whole.shape) else whole
 
     def everything(self, adapters: Adapters, trunk: Adapters) -> Adapters:
-        """The whole model's adapters: what is shared, and of what is not where training starts from."""
+        """The whole model's adapters, with all that was folded; of what is not shared, where training starts from."""
         return replace(trunk | self._clients | adapters, folded=self.folded)
 
     def personal_adapters(self) -> dict[int, dict[str, Tensor]]:

@@ -136,20 +136,20 @@ class Federation:
             facts = self._folder.read_facts(left)  # all that the summary tells of a single round is of this one
             self._forgotten, self._error, self._accuracy = facts["forgotten"], facts["error"], facts["accuracy"]
         else:
-            left, whole, own = course.last, self._whole(adapters), self._personal(adapters)
+            trunk = self._trunk.read()
+            left, whole, own = course.last, self._holdings.everything(adapters, trunk), self._personal(adapters, trunk)
         self.summary = self._summarise(parameters, before, after, left)
         for client, alone in own.items():  # before the summary, by which a run is known to have come to its end
             self._folder.save_personal(client, alone)
         self._folder.save_result(whole, self.summary)
 
-    def _personal(self, adapters: Adapters) -> dict[int, Adapters]:
+    def _personal(self, adapters: Adapters, trunk: Adapters) -> dict[int, Adapters]:
         """By client, the whole model's adapters as that client has them; of clients with any of their own."""
-        own = self._holdings.personal_adapters()
-        return {c: self._whole(adapters.with_tensors({**adapters.tensors, **alone})) for c, alone in own.items()}
-
-    def _whole(self, adapters: Adapters) -> Adapters:
-        """The whole model's adapters, with all that was folded."""
-        return self._holdings.everything(adapters, self._trunk.read())
+        mixed = {
+            client: adapters.with_tensors({**adapters.tensors, **alone})
+            for client, alone in self._holdings.personal_adapters().items()
+        }
+        return {client: self._holdings.everything(own, trunk) for client, own in mixed.items()}
 
     def _save(self, round: int, adapters: Adapters, before: float, after: float) -> None:
         """Everything that a run needs to go on from here."""
@@ -164,10 +164,12 @@ class Federation:
             "accuracy": self._accuracy,
         }
         groups |= {"adapters": dict(adapters.tensors), "strategy": dict(self._aggregation.state())}
-        groups |= {"trunk": dict(self._trunk.read().tensors), "moments": self._trunk.moments()}
+        trunk = self._trunk.read()
+        groups |= {"trunk": dict(trunk.tensors), "moments": self._trunk.moments()}
         candidate = self._config.keep_best and self._course.is_best
-        personal = self._personal(adapters) if candidate else {}
-        self._folder.save_round(Snapshot(round, facts, groups), self._whole(adapters), personal)
+        personal = self._personal(adapters, trunk) if candidate else {}
+        whole = self._holdings.everything(adapters, trunk)
+        self._folder.save_round(Snapshot(round, facts, groups), whole, personal)
 
     def _restore(self, snapshot: Snapshot, adapters: Adapters) -> Adapters:
         """Brings everything back to where it was at the end of a round; the adapters of that round."""

@@ -31,8 +31,8 @@ from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions
 from fedsplit.updates import Adapters
 from fedsplit.wire import sockets
-from fedsplit.wire.codecs import make_codec
-from fedsplit.wire.packets import Packet
+from fedsplit.wire.codecs import EXACT, make_codec
+from fedsplit.wire.packets import Encoded, Packet
 
 NAMESPACE = "fedsplit"
 """Ray's namespace of all named actors."""
@@ -70,6 +70,7 @@ class TrunkActor:
     def __init__(self, config: Config, run: str, threads: int, lanes: int = 1, adapter: Path | None = None) -> None:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
+        _send_tensors_as_arrays()
         (part,) = adapting.bare_parts(config, ["trunk"])
         if adapter is None:
             adapting.adapt(part, config)
@@ -392,6 +393,17 @@ def start_cluster(workers: int) -> None:
         namespace=NAMESPACE,
         object_store_memory=_OBJECT_STORE,
     )
+    _send_tensors_as_arrays()
+
+
+def _send_tensors_as_arrays() -> None:
+    """Has this process send tensors, wherever they are in what crosses by Ray, in place of torch's pickles of them."""
+    ray.util.register_serializer(Tensor, serializer=EXACT.encode, deserializer=_own)
+
+
+def _own(encoded: Encoded) -> Tensor:
+    """A tensor that may be changed, unlike the memory it came in."""
+    return EXACT.decode(encoded).clone()
 
 
 def start_trunk(config: Config, name: str, threads: int, lanes: int = 1, adapter: Path | None = None) -> TrunkHandle:

@@ -46,13 +46,13 @@ class Exchange:
     def meet(self, grid: Grid, clients: int) -> list[int]:
         """Waits until so many nodes are there, and names them."""
         while len(nodes := list(grid.get_node_ids())) < clients:
-            self._look()
+            self._go_on()
+            time.sleep(POLL_SECONDS)
         return nodes
 
-    def _look(self) -> None:
+    def _go_on(self) -> None:
         if self._stop.is_set():
             raise Interrupted
-        time.sleep(POLL_SECONDS)
 
     def send(self, grid: Grid, messages: Iterable[Message], heard: Heard) -> list[Message]:
         """Sends messages, waits for all replies, and returns those that are no errors, as they came.
@@ -65,6 +65,7 @@ class Exchange:
         replies: list[Message] = []
         failures: list[Message] = []
         while waiting:
+            self._go_on()
             for reply in grid.pull_messages(waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 (failures if reply.has_error() else replies).append(reply)
@@ -73,7 +74,7 @@ class Exchange:
                 elif (client := self.client_at(reply.metadata.src_node_id)) is not None:
                     self._lost(client)
             if waiting:
-                self._look()
+                time.sleep(POLL_SECONDS)
         for failure in failures:
             client = self.client_at(failure.metadata.src_node_id)
             name = "a client" if client is None else self.members[client].name

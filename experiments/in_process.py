@@ -119,6 +119,11 @@ class Silent:
         pass
 
 
+def name_run() -> None:
+    """Sets what Flower's engine does: messages name the run that they belong to."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+
+
 @contextlib.contextmanager
 def trunk_of(config: Config, run: str) -> Iterator[LocalTrunk]:
     """A trunk in this process, which clients find as long as the context lasts."""
@@ -140,11 +145,10 @@ def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federati
         watcher: Who is told.
     """
     run, facts = str(uuid4()), read_facts(about(config))
-    # Flower's messages name the run they belong to; its engine sets this.
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    name_run()
     with trunk_of(config, run) as trunk:
         folder = RunFolder(out, config, facts.family, facts.blocks)
-        federation = Federation(config, trunk, run, 1, strategy, folder, watcher, time.perf_counter())  # type: ignore[arg-type]
+        federation = Federation(config, trunk, run, 1, 1, strategy, folder, watcher, time.perf_counter())  # type: ignore[arg-type]
         with on_disks(folder.clients, shards_of(config)):
             federation.run(LocalGrid(config.clients))  # type: ignore[arg-type]
     return federation

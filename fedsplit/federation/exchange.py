@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -16,6 +17,13 @@ from fedsplit.report import Watcher
 
 POLL_SECONDS = 0.01
 """How long to sleep between two looks at what has come in."""
+
+LEAST_UNDER_WAY, UNDER_WAY_EACH = 64, 8
+"""Messages that may be without a reply: at least, and for each process that plays clients.
+
+Enough that nobody waits for work while Flower, which looks every tenth of a second, takes up the next ones. All at once
+would lie in memory at once, and every look would go through all of them.
+"""
 
 Heard = Callable[[Message, int, int], None]
 """Told of each reply that is no error, with how many have come and how many are expected."""
@@ -32,15 +40,17 @@ class Exchange:
         members: The clients by number, as soon as they are known.
     """
 
-    def __init__(self, stop: threading.Event, watcher: Watcher, lost: Callable[[int], None]) -> None:
+    def __init__(self, stop: threading.Event, watcher: Watcher, lost: Callable[[int], None], workers: int) -> None:
         """Nobody is known yet.
 
         Args:
             stop: Ends the run at the next look at what has come in.
             watcher: Who is told of failures.
             lost: Told of a client that failed, as soon as it is known.
+            workers: Processes that play the clients.
         """
         self._stop, self._watcher, self._lost = stop, watcher, lost
+        self._most = max(LEAST_UNDER_WAY, UNDER_WAY_EACH * workers)
         self.members: list[Member] = []
 
     def meet(self, grid: Grid, clients: int) -> list[int]:
@@ -54,18 +64,28 @@ class Exchange:
         if self._stop.is_set():
             raise Interrupted
 
-    def send(self, grid: Grid, messages: Iterable[Message], heard: Heard) -> list[Message]:
+    def send(self, grid: Grid, messages: Iterable[Message], expected: int, heard: Heard) -> list[Message]:
         """Sends messages, waits for all replies, and returns those that are no errors, as they came.
 
+        Args:
+            grid: Flower's way to the nodes.
+            messages: One to each client that is asked; made when they are sent, some at a time.
+            expected: How many there are.
+            heard: Told of each reply.
+
         Raises:
-            FederationFailed: There is none.
+            FederationFailed: There is no reply.
+            Interrupted: The run was asked to stop.
         """
-        waiting = set(grid.push_messages(messages))
-        expected = len(waiting)
+        left, waiting = iter(messages), set[str]()
         replies: list[Message] = []
         failures: list[Message] = []
-        while waiting:
+        while True:
             self._go_on()
+            if more := list(itertools.islice(left, self._most - len(waiting))):
+                waiting.update(grid.push_messages(more))
+            if not waiting:
+                break
             for reply in grid.pull_messages(waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 (failures if reply.has_error() else replies).append(reply)
@@ -84,9 +104,10 @@ class Exchange:
             raise FederationFailed(f"no client answered: {reason}")
         return replies
 
-    def ask_all(self, grid: Grid, messages: Sequence[Message], text: str) -> list[Message]:
-        """Sends messages, and shows how many have been answered; replies by client."""
-        replies = self.send(grid, messages, lambda _, done, of: self._watcher.phase(text, done, of))
+    def ask_all(self, grid: Grid, messages: Iterable[Message], text: str) -> list[Message]:
+        """Sends a message to each client, and shows how many have been answered; replies by client."""
+        expected = len(self.members)
+        replies = self.send(grid, messages, expected, lambda _, done, of: self._watcher.phase(text, done, of))
         return sorted(replies, key=number_of)
 
     def client_at(self, node: int) -> int | None:

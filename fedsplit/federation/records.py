@@ -180,6 +180,11 @@ def to_update(reply: Message, given: Adapters, trained: Collection[str], sender:
     )
 
 
+def drop_arrays(message: Message) -> None:
+    """Takes the arrays out of a message, and leaves the rest."""
+    message.content = RecordDict({**message.content.metric_records, **message.content.config_records})
+
+
 def metrics_of(reply: Message) -> dict[str, Any]:
     """The metrics of a reply as plain numbers."""
     return dict(reply.content.metric_records[METRICS])

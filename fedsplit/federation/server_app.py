@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -43,6 +44,7 @@ class Federation:
         config: Config,
         trunk: TrunkHandle,
         trunk_name: str,
+        workers: int,
         threads: int,
         strategy: Any,
         folder: RunFolder,
@@ -55,7 +57,8 @@ class Federation:
             config: The run's configuration.
             trunk: The trunk's handle.
             trunk_name: What clients find it by; names the run, too.
-            threads: Threads of a client's process.
+            workers: Processes that play the clients.
+            threads: Threads of each of them.
             strategy: Ours or Flower's.
             folder: Where results go, and, of a run that goes on, come from.
             watcher: Who is told.
@@ -65,7 +68,7 @@ class Federation:
         self._schedule = SCHEDULES[config.trunk.schedule]
         self._folder, self._watcher, self._tally = folder, watcher, Tally(started)
         self.stop = threading.Event()
-        self._exchange = Exchange(self.stop, watcher, trunk.leave)
+        self._exchange = Exchange(self.stop, watcher, trunk.leave, workers)
         self._aggregation = make_aggregation(strategy, config, self._exchange.members)
         self._facts: dict[str, str | int] = {
             "run": json.dumps(as_document(config)),
@@ -199,8 +202,12 @@ class Federation:
         trunk = self._trunk.status()
         self._facts["incarnation"] = trunk["incarnation"]
         content = RecordDict({records.CONFIG: self._instructions(0, folded=0)})
-        messages = [records.message_to(node, MessageType.QUERY, content) for node in nodes]
-        replies = self._exchange.send(grid, messages, lambda _, n, of: self._watcher.phase("loading the parts", n, of))
+        messages = (records.message_to(node, MessageType.QUERY, content) for node in nodes)
+
+        def heard(_: Message, done: int, of: int) -> None:
+            self._watcher.phase("loading the parts", done, of)
+
+        replies = self._exchange.send(grid, messages, len(nodes), heard)
         if len(replies) < len(nodes):
             raise FederationFailed(f"only {len(replies)} of {len(nodes)} clients could load their parts")
         parts: dict[str, Adapters] = {"trunk": self._trunk.read()}
@@ -222,9 +229,8 @@ class Federation:
         assigned = self._aggregation.assign(round, adapters, grid)
         if self._schedule.personal:
             self._trunk.assign({client: self._holdings.trunk_start(client, one) for client, one in assigned.items()})
-        everything = self._ask_to_train(grid, round, assigned, started)
-        tokens = sum(int(records.metrics_of(reply)["tokens"]) for reply in everything)
-        replies, updates = self._accepted(everything, assigned)
+        tokens, used = self._ask_to_train(grid, round, assigned, started)
+        replies, updates = [reply for reply, _ in used], [update for _, update in used]
         counts = self._trunk.end_round([update.client for update in updates])
         own = {update.client: records.sample_of(reply) for update, reply in zip(updates, replies, strict=True)}
         if self._schedule.personal:
@@ -251,31 +257,40 @@ class Federation:
 
     def _ask_to_train(
         self, grid: Grid, round: int, assigned: Mapping[int, Assignment], started: float
-    ) -> list[Message]:
-        """Has the clients of a round train, group by group, and shows how far they are; their replies, as they came."""
+    ) -> tuple[int, list[tuple[Message, ClientUpdate]]]:
+        """Has the clients of a round train, group by group, and shows how far they are.
+
+        Returns:
+            The tokens that they trained on; and in the order of the clients those replies that can be used, without
+            their arrays, and the updates that these came to.
+        """
         label, groups, expected = self._label(round), groups_of(self._config, round, assigned), len(assigned)
         losses: list[float] = []
         tokens = 0
+        used: dict[int, tuple[Message, ClientUpdate]] = {}
 
         def heard(reply: Message, done: int, of: int) -> None:
             nonlocal tokens
             metrics = records.metrics_of(reply)
             losses.append(metrics["loss"])
             tokens += int(metrics["tokens"])
+            self._count("adapter_up", [reply])
+            if (update := self._accepted(reply, assigned[number_of(reply)])) is not None:
+                used[update.client] = reply, update
+            records.drop_arrays(reply)  # all clients' would be there at the end of the round, and once more as tensors
             speed = tokens / (time.perf_counter() - started)
             status = f"{len(losses)}/{expected} clients trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
             self._watcher.phase(f"{label}  {status}", len(losses), expected)
 
         self._watcher.phase(f"{label}  training", 0, expected)
-        replies: list[Message] = []
         for group in groups:
-            messages = [self._invitation(client, assigned[client], round) for client in group]
-            self._count("adapter_down", messages)
             if len(groups) > 1 or takes_turns(self._config):
                 self._trunk.begin(group)
-            replies += self._exchange.send(grid, messages, heard)
-        self._count("adapter_up", replies)
-        return replies
+            invitations = (self._invitation(client, assigned[client], round) for client in group)
+            self._exchange.send(grid, invitations, len(group), heard)
+        if groups and not used:
+            raise FederationFailed("no client sent anything that can be used")
+        return tokens, [used[client] for client in sorted(used)]
 
     def _invitation(self, client: int, assignment: Assignment, round: int) -> Message:
         """What a client is sent to train: instructions, its task, and those adapters that it does not have."""
@@ -288,27 +303,20 @@ class Federation:
         }
         if task.control is not None:
             content[records.CONTROL] = records.to_arrays(self._holdings.crossing(task.control))
-        return records.message_to(self._exchange.members[client].node, MessageType.TRAIN, RecordDict(content))
+        message = records.message_to(self._exchange.members[client].node, MessageType.TRAIN, RecordDict(content))
+        self._count("adapter_down", [message])
+        return message
 
-    def _accepted(
-        self, replies: Sequence[Message], assigned: Mapping[int, Assignment]
-    ) -> tuple[list[Message], list[ClientUpdate]]:
-        """Replies that can be used, in the order of the clients, as updates; others are named and left out."""
-        used, updates = [], []
-        for reply in sorted(replies, key=number_of):
-            client = number_of(reply)
-            given, trained = self._holdings.sent(assigned[client])
-            try:
-                update = records.to_update(reply, given, trained, self._exchange.name(client))
-            except RefusedUpdate as refused:
-                self._watcher.line(f"{refused}; it is left out")
-                continue
-            weight = {"examples": update.examples, "tokens": update.tokens, "equal": 1.0 if update.examples else 0.0}
-            updates.append(replace(update, weight=float(weight[self._config.weights])))
-            used.append(reply)
-        if replies and not updates:
-            raise FederationFailed("no client sent anything that can be used")
-        return used, updates
+    def _accepted(self, reply: Message, assignment: Assignment) -> ClientUpdate | None:
+        """A reply as an update with its weight; one that cannot be used is named and left out."""
+        given, trained = self._holdings.sent(assignment)
+        try:
+            update = records.to_update(reply, given, trained, self._exchange.name(number_of(reply)))
+        except RefusedUpdate as refused:
+            self._watcher.line(f"{refused}; it is left out")
+            return None
+        weight = {"examples": update.examples, "tokens": update.tokens, "equal": 1.0 if update.examples else 0.0}
+        return replace(update, weight=float(weight[self._config.weights]))
 
     def _aggregate(
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
@@ -355,17 +363,20 @@ class Federation:
 
     def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, Score]) -> float:
         """The clients' held-out loss, and what each lost since it was measured after its own steps."""
-        started, messages = time.perf_counter(), []
+        started = time.perf_counter()
         shared: dict[str, Any] = {records.ARRAYS: records.to_arrays(self._holdings.crossing(adapters.tensors))}
         if self._holdings.news:  # owed to everyone, whether it trained or not
             shared[records.FOLD] = records.to_fold(self._holdings.news)
-        for client, member in enumerate(self._exchange.members):
+
+        def question(client: int, member: Member) -> Message:
             config = self._instructions(round, accepted=self._holdings.accepted.get(client, 0))
-            content = RecordDict({**shared, records.CONFIG: config})
-            messages.append(records.message_to(member.node, MessageType.EVALUATE, content))
+            return records.message_to(member.node, MessageType.EVALUATE, RecordDict({**shared, records.CONFIG: config}))
+
+        members = self._exchange.members
+        messages = itertools.starmap(question, enumerate(members))
         replies = self._exchange.ask_all(grid, messages, f"{self._label(round)}  evaluating")
-        self._tally.traffic["adapter_down"] += records.array_bytes(shared.get(records.FOLD)) * len(messages)
-        self._tally.traffic["evaluation_adapter_down"] += records.array_bytes(shared[records.ARRAYS]) * len(messages)
+        self._tally.traffic["adapter_down"] += records.array_bytes(shared.get(records.FOLD)) * len(members)
+        self._tally.traffic["evaluation_adapter_down"] += records.array_bytes(shared[records.ARRAYS]) * len(members)
         self._remember_memory(replies)
         by_client = {number_of(reply): reply for reply in replies}
         measured = {client: records.to_held_out(reply) for client, reply in by_client.items()}

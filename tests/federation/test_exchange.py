@@ -2,9 +2,91 @@
 
 from __future__ import annotations
 
-import pytest
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from uuid import uuid4
 
-from fedsplit.federation.exchange import _reason
+import pytest
+from flwr.app import Error, Message, RecordDict
+
+from experiments.in_process import Silent, name_run
+from fedsplit.federation.aggregation import FederationFailed, Member
+from fedsplit.federation.exchange import LEAST_UNDER_WAY, UNDER_WAY_EACH, Exchange, Interrupted, _reason
+
+
+class Slow:
+    """A grid whose nodes answer one at a look, the last that was asked first; node 3 always fails."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Message] = []
+        self.most = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        new = list(messages)
+        for message in new:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+        self.waiting += new
+        self.most = max(self.most, len(self.waiting))
+        return [message.metadata.message_id for message in new]
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        assert {message.metadata.message_id for message in self.waiting} == set(ids)
+        asked = self.waiting.pop()
+        if asked.metadata.dst_node_id == 3:
+            return [Message(Error(1, "<class 'x.Broken'>:<'no luck'>"), reply_to=asked)]
+        return [Message(RecordDict(), reply_to=asked)]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsplit.federation.exchange.POLL_SECONDS", 0)
+    name_run()
+
+
+def _exchange(workers: int = 2, lost: Callable[[int], None] = lambda client: None) -> Exchange:
+    exchange = Exchange(threading.Event(), Silent(), lost, workers)
+    exchange.members[:] = [Member(node, f"client of {node}") for node in range(200)]
+    return exchange
+
+
+def _message(node: int) -> Message:
+    return Message(RecordDict(), dst_node_id=node, message_type="train")
+
+
+@pytest.mark.parametrize(("workers", "most"), [(2, LEAST_UNDER_WAY), (20, 20 * UNDER_WAY_EACH)])
+def test_no_more_than_some_messages_are_made_before_others_are_answered(workers: int, most: int) -> None:
+    grid, heard, made, lost = Slow(), [], 0, []
+
+    def messages() -> Iterator[Message]:
+        nonlocal made
+        for node in range(200):
+            made += 1
+            yield _message(node)
+
+    def hear(reply: Message, done: int, of: int) -> None:
+        heard.append((done, of))
+        assert made <= done + most
+
+    replies = _exchange(workers, lost.append).send(grid, messages(), 200, hear)  # type: ignore[arg-type]
+    assert grid.most == most
+    assert sorted(reply.metadata.src_node_id for reply in replies) == [node for node in range(200) if node != 3]
+    assert len(heard) == 199 and max(heard) == (200, 200)
+    assert lost == [3]
+
+
+def test_where_nobody_answers_the_reason_is_told() -> None:
+    with pytest.raises(FederationFailed, match="no client answered: Broken: no luck"):
+        _exchange().send(Slow(), [_message(3)], 1, lambda *_: None)  # type: ignore[arg-type]
+
+
+def test_a_stop_is_seen_before_the_next_look() -> None:
+    exchange = _exchange()
+
+    def stop(reply: Message, done: int, of: int) -> None:
+        exchange._stop.set()
+
+    with pytest.raises(Interrupted):
+        exchange.send(Slow(), map(_message, range(5)), 5, stop)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

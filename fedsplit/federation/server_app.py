@@ -119,12 +119,14 @@ class Federation:
             replies, updates, own = self._train(grid, round, adapters)
             # 2. The strategy makes one set of adapters of theirs, which every party takes over.
             adapters = self._aggregate(round, adapters, replies, updates)
+            loss = _mean([update.loss for update in updates]) if updates else None
+            del replies, updates  # or those of two rounds are there at the end of the next
             # 3. Every client measures it.
             after = self._evaluate(grid, round, adapters, own)
             self._course.note(round, after)
             # 4. What came of it is kept, and told.
             self._save(round, adapters, before, after)
-            self._announce(round, after, updates)
+            self._announce(round, after, loss)
         self._leave_result(parameters, before, after, adapters)
 
     def _leave_result(self, parameters: Mapping[str, Any], before: float, after: float, adapters: Adapters) -> None:
@@ -404,10 +406,10 @@ class Federation:
         )
         return loss
 
-    def _announce(self, round: int, loss: float, updates: Sequence[ClientUpdate] = ()) -> None:
+    def _announce(self, round: int, loss: float, training_loss: float | None = None) -> None:
         trained, speed = "", ""
-        if updates:
-            trained = f"training loss {_mean([update.loss for update in updates]):.4f}  "
+        if training_loss is not None:
+            trained = f"training loss {training_loss:.4f}  "
             speed = f"  {self._tally.speed:,.0f} tokens/s"
             if self._error is not None:
                 trained += f"aggregation error {self._error:.3g}  "

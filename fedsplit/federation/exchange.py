@@ -18,11 +18,11 @@ from fedsplit.report import Watcher
 POLL_SECONDS = 0.01
 """How long to sleep between two looks at what has come in."""
 
-LEAST_UNDER_WAY, UNDER_WAY_EACH = 64, 8
+LEAST_UNDER_WAY, UNDER_WAY_EACH = 16, 8
 """Messages that may be without a reply: at least, and for each process that plays clients.
 
 Enough that nobody waits for work while Flower, which looks every tenth of a second, takes up the next ones. All at once
-would lie in memory at once, and every look would go through all of them.
+would lie in memory at once; and for each node Flower looks through all of them.
 """
 
 Heard = Callable[[Message, int, int], None]

@@ -9,6 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fedsplit.trunk.actor import _own
+from fedsplit.wire.codecs import EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_tensor_that_has_crossed_may_be_changed(dtype: torch.dtype) -> None:
+    """Ray puts arrays into memory that must not be written to."""
+    sent = torch.arange(6).reshape(2, 3).to(dtype)
+    crossing = EXACT.encode(sent)
+    crossing.data.flags.writeable = False
+    came = _own(crossing)
+    assert came.dtype == dtype and torch.equal(came, sent)
+    came += 1
+    assert torch.equal(EXACT.decode(crossing), torch.arange(6).reshape(2, 3).to(dtype))
+
 
 SCRIPT = """
 import socket, sys, time

@@ -115,8 +115,8 @@ def run(config: Config) -> dict[str, Any]:
             check_memory(config, trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks)
             results.save_data(as_document(deal))
-            processes = (shares.workers, shares.client_threads)
-            federation = Federation(config, trunk, name, *processes, strategy, results, watcher, started)
+            workers, threads = shares.workers, shares.client_threads
+            federation = Federation(config, trunk, name, workers, threads, strategy, results, watcher, started)
             with on_disks(results.clients, deal.shards):
                 _simulate(federation, config.clients)
         finally:

@@ -234,7 +234,7 @@ class Federation:
         tokens, used = self._ask_to_train(grid, round, assigned, started)
         replies, updates = [reply for reply, _ in used], [update for _, update in used]
         counts = self._trunk.end_round([update.client for update in updates])
-        own = {update.client: records.sample_of(reply) for update, reply in zip(updates, replies, strict=True)}
+        own = {update.client: records.sample_of(reply) for reply, update in used}
         if self._schedule.personal:
             updates = self._holdings.with_copies(updates, self._trunk.copies(), assigned)
         for update in updates:

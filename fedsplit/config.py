@@ -306,6 +306,11 @@ class Config:
     )
     workers: int = setting(0, at_least(0), "processes that play the clients; 0: as many as cores")
     threads: int = setting(0, at_least(0), "threads of each client process; 0: planned, so that cores suffice")
+    timeout: float = setting(
+        600.0,
+        above(0),
+        "seconds without an answer or any other sign of life after which a process counts as dead",
+    )
     deterministic: bool = setting(
         False, YES_OR_NO, "same seed, same result, under any schedule; the price: clients train trunk.group at a time"
     )

@@ -12,7 +12,17 @@ from fedsplit.allowed import InputError, SettingError
 from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
 from fedsplit.documents import build, dotted, suggest
 
-MAY_DIFFER = ("resume", "rounds", "patience", "workers", "threads", "device", "trunk.threads", "trunk.device")
+MAY_DIFFER = (
+    "resume",
+    "rounds",
+    "patience",
+    "workers",
+    "threads",
+    "timeout",
+    "device",
+    "trunk.threads",
+    "trunk.device",
+)
 """What may be set of a run that goes on."""
 
 

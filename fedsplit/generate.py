@@ -9,9 +9,7 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -260,7 +258,8 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     from fedsplit.client.link import Link
     from fedsplit.generation.decoding import Ends
     from fedsplit.planning import plan
-    from fedsplit.trunk.actor import check_memory, start_cluster, start_trunk, stop_cluster
+    from fedsplit.trunk import cluster
+    from fedsplit.trunk.actor import check_memory, start_trunk
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
 
@@ -268,40 +267,13 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     shares = plan(replace(config, clients=1, deterministic=False))
     torch.set_num_threads(shares.client_threads)
     name = f"trunk-{os.getpid()}-{time.time_ns()}"
-    try:
-        start_cluster(1)
+    with cluster.running(workers=1):
         trunk = start_trunk(config, name, shares.trunk_threads, adapter=folder)
         bottom, top = _load_ends(job)
         check_memory(config, trunk)
         incarnation = trunk.status()["incarnation"]
         link = Link(trunk, make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule], name, incarnation)
         yield Ends(job.client, bottom, top, link), trunk
-    finally:
-        stop_cluster()
-
-
-@contextlib.contextmanager
-def _hears_interrupts() -> Iterator[Callable[[], None]]:
-    """Yields what raises an interrupt again that came before: one that comes within a library's callback gets lost."""
-    asked = False
-
-    def hear(*_: object) -> None:
-        nonlocal asked
-        asked = True
-        raise KeyboardInterrupt
-
-    def look() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only there are signals heard
-        yield look
-        return
-    before = signal.signal(signal.SIGINT, hear)
-    try:
-        yield look
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def generate(job: Job, show: Callable[[str], object]) -> list[str]:
@@ -321,12 +293,12 @@ def generate(job: Job, show: Callable[[str], object]) -> list[str]:
     from fedsplit.wire.steps import RefusedStep
 
     pace = Pace()
-    with _split(job) as (ends, trunk), _hears_interrupts() as look:
+    with _split(job) as (ends, trunk):
         size = 1 if depends_on_neighbours(ends.bottom) else job.batch
         numbers = range(len(job.tokens))
         try:
             for start in range(0, len(job.tokens), size):
-                _write(job, ends, numbers[start : start + size], show, pace, look)
+                _write(job, ends, numbers[start : start + size], show, pace)
         except RefusedStep as error:
             raise GenerationFailed(str(getattr(error, "cause", error))) from None
         traffic = trunk.status()["traffic"]
@@ -339,7 +311,6 @@ def _write(
     numbers: Sequence[int],
     show: Callable[[str], object],
     pace: Pace,
-    look: Callable[[], None],
 ) -> None:
     """Writes some of the texts as one batch, and shows them one after the other."""
     from fedsplit.generation.decoding import decode
@@ -352,7 +323,6 @@ def _write(
     running = [True] * len(prompts)
     with contextlib.closing(decode(ends, prompts, job.most, job.stops, Chooser(job.how, numbers), pace)) as steps:
         for tokens in steps:
-            look()
             for row, token in enumerate(tokens):
                 if token is not None:
                     shown.add(row, words[row].add(token))

@@ -111,6 +111,9 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
     table.add_row("for evaluation", f"{size(sent['evaluation_up'])} up, {size(sent['evaluation_down'])} down")
     memory = summary["peak_memory"]
     table.add_row("peak memory", f"client process {size(memory['client'])}, trunk {size(memory['trunk'])}")
+    counts = summary.get("client_rounds", {})
+    if failed := counts.get("failed"):
+        table.add_row("failures", f"{failed} of {counts['asked']} client-rounds failed")
     speed = f"{summary['tokens']:,} tokens trained, {summary['tokens_per_second']:,.0f} a second"
     table.add_row("time", f"{summary['wall_seconds']:.1f} s; {speed}")
     table.add_row("files", folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -92,6 +91,7 @@ def run(config: Config) -> dict[str, Any]:
 
     from fedsplit.corpora.census import as_document
     from fedsplit.corpora.shards import on_disks
+    from fedsplit.federation import engine
     from fedsplit.federation.aggregation import FederationFailed
     from fedsplit.federation.checkpoint import RunFolder
     from fedsplit.federation.server_app import Federation
@@ -99,7 +99,8 @@ def run(config: Config) -> dict[str, Any]:
     from fedsplit.model.sources import about, pinned
     from fedsplit.planning import plan
     from fedsplit.report import make_watcher
-    from fedsplit.trunk.actor import check_memory, start_cluster, start_trunk, stop_cluster
+    from fedsplit.trunk import cluster
+    from fedsplit.trunk.actor import check_memory, start_trunk
 
     facts = read_facts(about(config))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
@@ -109,8 +110,7 @@ def run(config: Config) -> dict[str, Any]:
         for line in _opening(config, facts, shares, deal):
             watcher.line(line)
         name = f"trunk-{os.getpid()}-{time.time_ns()}"
-        try:
-            start_cluster(shares.workers)
+        with cluster.running(shares.workers):
             trunk = start_trunk(config, name, shares.trunk_threads, shares.trunk_lanes)
             check_memory(config, trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks)
@@ -118,9 +118,7 @@ def run(config: Config) -> dict[str, Any]:
             workers, threads = shares.workers, shares.client_threads
             federation = Federation(config, trunk, name, workers, threads, strategy, results, watcher, started)
             with on_disks(results.clients, deal.shards):
-                _simulate(federation, config.clients)
-        finally:
-            stop_cluster()
+                engine.simulate(federation, config.clients)
     if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
         raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     watcher.finish(federation.summary, str(folder))
@@ -150,25 +148,8 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
     ]
 
 
-def _simulate(federation: Any, clients: int) -> None:
-    """Runs the apps in Flower's simulation engine, on the Ray that is running already."""
-    # Deprecated with no public replacement: `flwr run` ends in the same engine.
-    from flwr.simulation import run_simulation
-
-    logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # not before the import, which sets it anew
-
-    from fedsplit.federation.client_app import app
-
-    # A worker that dies is started again; otherwise its slot fails every client it is given from then on.
-    resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": 3}
-    try:
-        run_simulation(federation.app(), app, clients, backend_config={"client_resources": resources})
-    finally:
-        federation.stop.set()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 where the run ended well, 1 where it broke, 2 where it was asked for wrongly, 130 on Ctrl-C."""
+    """Runs the command; see `fedsplit.command.exit_code` for what it returns."""
 
     def work() -> None:
         config = parse(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -208,16 +209,14 @@ def without_dropout(part: torch.nn.Module) -> None:
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command as it is, but for the processes: messages and packets are handed over in this one."""
     from experiments.in_process import LocalGrid, LocalTrunk
-    from fedsplit import simulate
-    from fedsplit.federation import client_app
-    from fedsplit.trunk import actor
+    from fedsplit.federation import client_app, engine
+    from fedsplit.trunk import actor, cluster
 
     def start_trunk(config: Any, name: str, threads: int, lanes: int) -> Any:
         trunk = LocalTrunk(config, name)
         monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
         return trunk
 
-    monkeypatch.setattr(actor, "start_cluster", lambda workers: None)
+    monkeypatch.setattr(cluster, "running", lambda workers: contextlib.nullcontext())
     monkeypatch.setattr(actor, "start_trunk", start_trunk)
-    monkeypatch.setattr(actor, "stop_cluster", lambda: None)
-    monkeypatch.setattr(simulate, "_simulate", lambda federation, clients: federation.run(LocalGrid(clients)))
+    monkeypatch.setattr(engine, "simulate", lambda federation, clients: federation.run(LocalGrid(clients)))

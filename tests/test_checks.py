@@ -156,14 +156,14 @@ def test_what_is_asked_for_wrongly_gets_one_line_and_loses_nothing(
     """Exit code 2, one line on stderr, no model loaded, no cluster started, nothing written."""
     from fedsplit.adaptation import adapting
     from fedsplit.model import split
-    from fedsplit.trunk import actor
+    from fedsplit.trunk import cluster
 
     def too_late(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded or started first")
 
     cases = bad_inputs(tmp_path, tiny_models["gpt2"])
     assert len(cases) >= 80
-    monkeypatch.setattr(actor, "start_cluster", too_late)
+    monkeypatch.setattr(cluster, "running", too_late)
     monkeypatch.setattr(split, "load_parts", too_late)
     monkeypatch.setattr(adapting, "load_parts", too_late)
     monkeypatch.chdir(tmp_path)

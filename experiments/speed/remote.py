@@ -111,17 +111,14 @@ def main() -> None:
     args = parser.parse_args()
     prepare()  # before Ray is imported, which reads it then
 
-    from fedsplit.trunk.actor import start_cluster, stop_cluster
+    from fedsplit.trunk import cluster
 
     models = tomllib.loads(args.config.read_text())["models"]
     records: list[dict[str, Any]] = []
     for name in args.models or models:
         folder = folder_of(models[name], args.cache)
-        start_cluster(1)
-        try:
+        with cluster.running(workers=1):
             measured = measure(models[name], folder, args.seconds, args.repeats)
-        finally:
-            stop_cluster()
         records += [{"model": name, "repeat": repeat, **result} for repeat, result in enumerate(measured)]
         args.out.write_text(json.dumps({"machine": machine(), "records": records}, indent=1) + "\n")
         print(name, *measured, sep="\n", flush=True)

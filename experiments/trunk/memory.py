@@ -161,13 +161,10 @@ def _use(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, steps: 
 
 def measure(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measures one case, on a cluster of its own."""
-    from fedsplit.trunk.actor import start_cluster, stop_cluster
+    from fedsplit.trunk import cluster
 
-    start_cluster(1)
-    try:
+    with cluster.running(workers=1):
         return {**case, **_use(case, model, folder, args.steps, args.patience)}
-    finally:
-        stop_cluster()
 
 
 def predict(records: Sequence[Mapping[str, Any]], case: Mapping[str, Any]) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.model.store import LostState, map_tensors, pack, unpack, write_tensors
 from fedsplit.seeds import derive_seed
+from fedsplit.stopping import cleaned_up
 
 Rows = TypeVar("Rows", Tensor, Sequences)
 
@@ -96,14 +97,16 @@ def on_disks(root: Path, shards: Sequence[Shard]) -> Iterator[None]:
         root: The folder of the clients' disks.
         shards: By client.
     """
-    try:
-        for client, shard in enumerate(shards):
-            write_shard(root, client, shard)
-        yield
-    finally:
+
+    def remove() -> None:
         shutil.rmtree(root / "data", ignore_errors=True)
         with contextlib.suppress(OSError):  # others keep something there
             root.rmdir()
+
+    with cleaned_up(remove):
+        for client, shard in enumerate(shards):
+            write_shard(root, client, shard)
+        yield
 
 
 def batch(blocks: Rows, step: int, size: int, seed: int) -> Rows:

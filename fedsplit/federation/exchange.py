@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, Member
+from fedsplit.federation.stalls import StallWatch
 from fedsplit.report import Watcher
 
 POLL_SECONDS = 0.01
@@ -40,7 +41,14 @@ class Exchange:
         members: The clients by number, as soon as they are known.
     """
 
-    def __init__(self, stop: threading.Event, watcher: Watcher, lost: Callable[[int], None], workers: int) -> None:
+    def __init__(
+        self,
+        stop: threading.Event,
+        watcher: Watcher,
+        lost: Callable[[int], None],
+        workers: int,
+        stalls: StallWatch,
+    ) -> None:
         """Nobody is known yet.
 
         Args:
@@ -48,13 +56,15 @@ class Exchange:
             watcher: Who is told of failures.
             lost: Told of a client that failed, as soon as it is known.
             workers: Processes that play the clients.
+            stalls: Ends a wait in which nothing goes on.
         """
-        self._stop, self._watcher, self._lost = stop, watcher, lost
+        self._stop, self._watcher, self._lost, self._stalls = stop, watcher, lost, stalls
         self._most = max(LEAST_UNDER_WAY, UNDER_WAY_EACH * workers)
         self.members: list[Member] = []
 
     def meet(self, grid: Grid, clients: int) -> list[int]:
         """Waits until so many nodes are there, and names them."""
+        self._stalls.heard()
         while len(nodes := list(grid.get_node_ids())) < clients:
             self._go_on()
             time.sleep(POLL_SECONDS)
@@ -63,6 +73,7 @@ class Exchange:
     def _go_on(self) -> None:
         if self._stop.is_set():
             raise Interrupted
+        self._stalls.look()
 
     def send(self, grid: Grid, messages: Iterable[Message], expected: int, heard: Heard) -> list[Message]:
         """Sends messages, waits for all replies, and returns those that are no errors, as they came.
@@ -80,6 +91,7 @@ class Exchange:
         left, waiting = iter(messages), set[str]()
         replies: list[Message] = []
         failures: list[Message] = []
+        self._stalls.heard()
         while True:
             self._go_on()
             if more := list(itertools.islice(left, self._most - len(waiting))):
@@ -87,6 +99,7 @@ class Exchange:
             if not waiting:
                 break
             for reply in grid.pull_messages(waiting):
+                self._stalls.heard()
                 waiting.discard(reply.metadata.reply_to_message_id)
                 (failures if reply.has_error() else replies).append(reply)
                 if not reply.has_error():

@@ -18,9 +18,11 @@ from fedsplit.documents import as_document
 from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, Member, make_aggregation
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
+from fedsplit.federation.engine import kill_busy_workers
 from fedsplit.federation.exchange import Exchange, number_of
 from fedsplit.federation.fidelity import measure
 from fedsplit.federation.holdings import Holdings
+from fedsplit.federation.stalls import StallWatch
 from fedsplit.federation.tally import Tally
 from fedsplit.federation.turns import groups_of, takes_turns
 from fedsplit.optimization.stopping import Course
@@ -68,7 +70,8 @@ class Federation:
         self._schedule = SCHEDULES[config.trunk.schedule]
         self._folder, self._watcher, self._tally = folder, watcher, Tally(started)
         self.stop = threading.Event()
-        self._exchange = Exchange(self.stop, watcher, trunk.leave, workers)
+        stalls = StallWatch(config.timeout, lambda: trunk.status()["traffic"], kill_busy_workers)
+        self._exchange = Exchange(self.stop, watcher, trunk.leave, workers, stalls)
         self._aggregation = make_aggregation(strategy, config, self._exchange.members)
         self._facts: dict[str, str | int] = {
             "run": json.dumps(as_document(config)),
@@ -89,7 +92,11 @@ class Federation:
 
         @app.main()
         def main(grid: Grid, context: Context) -> None:
-            self.run(grid)
+            try:
+                self.run(grid)
+            except BaseException:
+                kill_busy_workers()  # Flower waits for their answers, which may never come
+                raise
 
         return app
 
@@ -241,6 +248,8 @@ class Federation:
             self._holdings.accept(update.client, round, assigned[update.client])
         seconds = time.perf_counter() - started
         self._tally.tokens += tokens
+        self._tally.asked += len(assigned)
+        self._tally.failed += len(assigned) - len(updates)
         self._tally.train_seconds += seconds
         self._remember_memory(replies)
         self._log(

@@ -22,6 +22,8 @@ class Tally:
         tokens: Trained on.
         train_seconds: From the first message of a round of training to its last answer, over all rounds.
         earlier_seconds: Of the commands that this one goes on from.
+        asked: Client-rounds: how often a client was asked to train, over all rounds.
+        failed: Client-rounds whose update could not be used: the client failed, or sent what cannot be used.
         client_memory: The most resident memory of a client's process, in bytes.
         traffic: Bytes by direction: "adapter_up", "evaluation_adapter_down", …; the trunk counts its own.
     """
@@ -30,6 +32,8 @@ class Tally:
     tokens: int = 0
     train_seconds: float = 0.0
     earlier_seconds: float = 0.0
+    asked: int = 0
+    failed: int = 0
     client_memory: int = 0
     traffic: Counter[str] = field(default_factory=Counter)
     _told: Counter[str] = field(default_factory=Counter)
@@ -85,5 +89,6 @@ class Tally:
             "tokens": self.tokens,
             "tokens_per_second": self.speed,
             "wall_seconds": self.seconds,
+            "client_rounds": {"asked": self.asked, "failed": self.failed},
             "bytes": sent,
         }

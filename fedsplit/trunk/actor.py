@@ -1,10 +1,9 @@
-"""The trunk in a process of its own: a Ray actor, the handle clients call, and the cluster around them."""
+"""The trunk in a process of its own: a Ray actor, and the handle that clients call."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import queue
 import secrets
@@ -23,6 +22,7 @@ from fedsplit.adaptation import adapting
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.lowrank import LowRank
+from fedsplit.trunk.cluster import NAMESPACE, send_tensors_as_arrays
 from fedsplit.trunk.dispatch import Answer, Dispatcher
 from fedsplit.trunk.lanes import BACKWARD, FORWARD, Lanes
 from fedsplit.trunk.learners import Copy, Start
@@ -31,14 +31,8 @@ from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions
 from fedsplit.updates import Adapters
 from fedsplit.wire import sockets
-from fedsplit.wire.codecs import EXACT, make_codec
-from fedsplit.wire.packets import Encoded, Packet
-
-NAMESPACE = "fedsplit"
-"""Ray's namespace of all named actors."""
-
-_OBJECT_STORE = 512 * 2**20
-"""Bytes of shared memory for tensors under way; a step's are freed as it ends."""
+from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.packets import Packet
 
 _AT_ONCE = 4096
 """Calls that may wait in the actor at the same time."""
@@ -70,7 +64,7 @@ class TrunkActor:
     def __init__(self, config: Config, run: str, threads: int, lanes: int = 1, adapter: Path | None = None) -> None:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
-        _send_tensors_as_arrays()
+        send_tensors_as_arrays()
         (part,) = adapting.bare_parts(config, ["trunk"])
         if adapter is None:
             adapting.adapt(part, config)
@@ -266,9 +260,15 @@ class TrunkHandle:
     those without an answer are repeated through Ray, which tells what is wrong.
     """
 
-    def __init__(self, actor: Any) -> None:
-        """Wraps Ray's handle of the actor."""
-        self._actor = actor
+    def __init__(self, actor: Any, timeout: float | None = None) -> None:
+        """Wraps Ray's handle of the actor.
+
+        Args:
+            actor: The handle.
+            timeout: Seconds after which a trunk that does not answer counts as dead; None waits for ever, as a client
+                does, whose packet may have to wait for those of others.
+        """
+        self._actor, self._timeout = actor, timeout
         self._asked = False
         self._socket: sockets.PacketClient | None = None
 
@@ -282,7 +282,9 @@ class TrunkHandle:
     def _wait(self, answer: Any, method: str, *args: Any) -> Any:
         for attempt in range(_ATTEMPTS):
             try:
-                return ray.get(answer)
+                return ray.get(answer, timeout=self._timeout)
+            except ray.exceptions.GetTimeoutError as error:
+                raise TrunkLost(f"the trunk's process has not answered for {self._timeout:g} seconds") from error
             except ray.exceptions.ActorUnavailableError as error:
                 if attempt == _ATTEMPTS - 1:
                     raise _lost(error) from error
@@ -375,37 +377,6 @@ def _lost(error: Exception) -> TrunkLost:
     return TrunkLost(f"the trunk's process is gone ({str(error).strip().splitlines()[0]})")
 
 
-def start_cluster(workers: int) -> None:
-    """Starts a Ray of our own on this machine.
-
-    It binds to the loopback interface and asks for a token where the environment says so, as that of
-    `fedsplit.simulate` does; Ray reads it when it is imported.
-
-    Args:
-        workers: Client processes it has room for.
-    """
-    ray.init(
-        address="local",
-        num_cpus=workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.CRITICAL,
-        namespace=NAMESPACE,
-        object_store_memory=_OBJECT_STORE,
-    )
-    _send_tensors_as_arrays()
-
-
-def _send_tensors_as_arrays() -> None:
-    """Has this process send tensors, wherever they are in what crosses by Ray, in place of torch's pickles of them."""
-    ray.util.register_serializer(Tensor, serializer=EXACT.encode, deserializer=_own)
-
-
-def _own(encoded: Encoded) -> Tensor:
-    """A tensor that may be changed, unlike the memory it came in."""
-    return EXACT.decode(encoded).clone()
-
-
 def start_trunk(config: Config, name: str, threads: int, lanes: int = 1, adapter: Path | None = None) -> TrunkHandle:
     """Starts the trunk's actor; it loads while the caller goes on.
 
@@ -420,7 +391,7 @@ def start_trunk(config: Config, name: str, threads: int, lanes: int = 1, adapter
         adapter: The folder of a finished run's adapter, of which it takes its own layers.
     """
     remote = ray.remote(num_cpus=0)(TrunkActor).options(name=name, max_concurrency=_AT_ONCE)
-    return TrunkHandle(remote.remote(config, name, threads, lanes, adapter))
+    return TrunkHandle(remote.remote(config, name, threads, lanes, adapter), config.timeout)
 
 
 def find_trunk(name: str) -> TrunkHandle:
@@ -433,12 +404,6 @@ def find_trunk(name: str) -> TrunkHandle:
         return TrunkHandle(ray.get_actor(name, namespace=NAMESPACE))
     except ValueError as error:
         raise TrunkLost(f"there is no trunk named {name}") from error
-
-
-def stop_cluster() -> None:
-    """Stops what `start_cluster` started, if it still runs."""
-    if ray.is_initialized():
-        ray.shutdown()
 
 
 def check_memory(config: Config, trunk: TrunkHandle) -> None:

@@ -12,6 +12,7 @@ from flwr.app import Error, Message, RecordDict
 from experiments.in_process import Silent, name_run
 from fedsplit.federation.aggregation import FederationFailed, Member
 from fedsplit.federation.exchange import LEAST_UNDER_WAY, UNDER_WAY_EACH, Exchange, Interrupted, _reason
+from fedsplit.federation.stalls import StallWatch
 
 
 class Slow:
@@ -44,7 +45,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _exchange(workers: int = 2, lost: Callable[[int], None] = lambda client: None) -> Exchange:
-    exchange = Exchange(threading.Event(), Silent(), lost, workers)
+    stalls = StallWatch(60, lambda: None, lambda: None)
+    exchange = Exchange(threading.Event(), Silent(), lost, workers, stalls)
     exchange.members[:] = [Member(node, f"client of {node}") for node in range(200)]
     return exchange
 

@@ -1,0 +1,92 @@
+"""A Ray of our own: where its session lies, who may look into it, and what stays behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsplit.trunk import cluster
+from fedsplit.wire.codecs import EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_tensor_that_has_crossed_may_be_changed(dtype: torch.dtype) -> None:
+    """Ray puts arrays into memory that must not be written to."""
+    sent = torch.arange(6).reshape(2, 3).to(dtype)
+    crossing = EXACT.encode(sent)
+    crossing.data.flags.writeable = False
+    came = cluster.writable(crossing)
+    assert came.dtype == dtype and torch.equal(came, sent)
+    came += 1
+    assert torch.equal(EXACT.decode(crossing), torch.arange(6).reshape(2, 3).to(dtype))
+
+
+@pytest.fixture
+def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the environment decide anew where temporary files lie."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+@pytest.mark.usefixtures("candidates")
+def test_the_session_lies_where_the_user_says_if_sockets_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
+        monkeypatch.setenv("TMPDIR", short)
+        with cluster._session_folder() as folder:
+            assert folder.parent == Path(short)
+            assert folder.stat().st_mode & 0o077 == 0
+        assert not folder.exists()
+
+
+@pytest.mark.usefixtures("candidates")
+def test_a_long_path_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    with cluster._session_folder() as folder:
+        assert len(str(folder.parent)) <= cluster._LONGEST_PLACE
+        assert folder.parent != long
+
+
+def test_no_place_at_all_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(cluster.ClusterFailed, match="needs a writable folder"), cluster._session_folder():
+        pass
+
+
+SCRIPT = """
+import os, sys, tempfile
+from pathlib import Path
+from fedsplit.environment import prepare
+prepare()
+from fedsplit.trunk import cluster
+import ray
+
+@ray.remote
+def where():
+    return ray._private.worker._global_node.get_session_dir_path()
+
+for _ in range(2):  # a second cluster in the same process
+    with cluster.running(workers=1):
+        session = Path(ray.get(where.remote()))
+        outer = session.parent.parent
+        assert outer.parent == Path("/tmp"), outer
+        assert outer.stat().st_mode & 0o777 == 0o700, oct(outer.stat().st_mode)
+    assert not outer.exists()
+print("gone")
+"""
+
+
+@pytest.mark.slow
+def test_nothing_of_a_session_stays_and_nobody_else_may_enter_it(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    environment = {**os.environ, "TMPDIR": str(long)}
+    call = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
+    assert (done.returncode, done.stdout) == (0, "gone\n"), done.stderr

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from fedsplit.allowed import InputError
+from fedsplit.environment import prefer_installed
 from fedsplit.stopping import Stopped, end_now, stoppable
 
 
@@ -20,6 +21,7 @@ def exit_code(work: Callable[[], object]) -> int:
         0 if the work ended well, 1 if it broke, 2 if the input was wrong, 130 on Ctrl-C.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what else it could use
+    prefer_installed()
     _write_what_the_terminal_can()
     try:
         with stoppable():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import warnings
+from pathlib import Path
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -47,6 +49,17 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """The environment of a command that starts processes, and of those: no telemetry, no chatter, no open port."""
+
+
+def prefer_installed() -> None:
+    """Has Python look for modules in the working folder last.
+
+    `python -m` puts that folder first, so that a user's folder `datasets`, or a file `torch.py`, would be taken
+    for the library of that name. The folder that fedsplit itself was loaded from keeps its place.
+    """
+    here, ours = Path.cwd().resolve(), Path(__file__).resolve().parent.parent
+    last = [entry for entry in sys.path if Path(entry).resolve() == here != ours]
+    sys.path[:] = [entry for entry in sys.path if entry not in last] + last[:1]
 
 
 def prepare() -> None:

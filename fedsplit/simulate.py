@@ -52,7 +52,8 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     from fedsplit.client.heldout import deal_of
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.checkpoint import check_folder, check_resumable
-    from fedsplit.federation.strategy import check_strategy, load_strategy
+    from fedsplit.federation.rehearsal import rehearse
+    from fedsplit.federation.strategy import check_strategy, is_builtin, load_strategy
     from fedsplit.model.quantization import check_quantization
     from fedsplit.model.stored import check_checkpoint
     from fedsplit.optimization.optim import check_optimizer
@@ -67,6 +68,8 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     check_strategy(strategy, config)
     checks.check_stacked(strategy, config, facts)
     check_quantization(config)
+    if not is_builtin(strategy):
+        rehearse(strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
     deal = deal_of(config)

@@ -10,8 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-import psutil
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that stop a command: Ctrl-C, a request to end, and a terminal that was closed."""
 
@@ -102,6 +100,8 @@ def kill_descendants(name: str = "") -> None:
     Args:
         name: Beginning of the command lines of those to kill; all are killed where empty.
     """
+    import psutil  # not before the working folder has lost its place on the path
+
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):

@@ -187,6 +187,8 @@ class Adapters:
                 f"{sender} sent other layers than it was given: {strange[0]} and {len(strange) - 1} more"
             )
         for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise RefusedUpdate(f"{sender} sent {name} as {type(tensor).__name__}, not as a tensor")
             if tensor.shape != self.tensors[name].shape:
                 expected, got = tuple(self.tensors[name].shape), tuple(tensor.shape)
                 raise RefusedUpdate(f"{sender} sent {name} with shape {got} in place of {expected}")
@@ -302,6 +304,7 @@ class Traits:
         linear: It needs weighted sums of what clients send, and nothing of a single one; only such a strategy can
             work under secure aggregation.
         fewest: The clients that must answer in a round at least.
+        idles: It is asked to aggregate in rounds, too, in which nobody trained, since its clock goes on then.
         multiplies: It computes with B @ A, or with factors as halves of it, so that it needs layers of one matrix.
     """
 
@@ -312,6 +315,7 @@ class Traits:
     personal: frozenset[str] = frozenset()
     linear: bool = False
     fewest: int = 1
+    idles: bool = False
     multiplies: bool = False
 
 

@@ -7,7 +7,8 @@ different rounds compare.
 Asynchrony is simulated in rounds, and is as deterministic as any other run: a client of delay d trains on what it was
 given in the round in which it was asked, and its change counts as arriving d - 1 rounds later. Until then it rests.
 It is asked again then, even if its change waits in the buffer still. All changes in the buffer at the end of a
-round make one step. Rounds in which all clients would rest do not count: the clock goes on to the next arrival.
+round make one step. Where all clients would rest in the next round, the clock goes on to the next arrival; where only
+those rest that a round samples, the round counts, and what has arrived by its end makes a step.
 Needs: equal ranks; every client's own change. Costs: FedAvg's traffic for those that do not rest; the server keeps
 every change under way or waiting, in float64.
 """
@@ -55,7 +56,7 @@ class Pending:
 class FedBuff:
     """Steps on a buffer of changes, stale ones weighing less."""
 
-    traits = Traits()
+    traits = Traits(idles=True)
 
     def __init__(self, delays: str | int = "1", buffer: int = 0, eta: float = 1.0, clients: int = 0) -> None:
         """Sets who is how slow.
@@ -100,7 +101,7 @@ class FedBuff:
         """
         now, version = int(state["round"]), int(state["version"])
         pending = _pending(state)
-        if not pending or any(_weight(update) > 0 for update in updates):
+        if any(_weight(update) > 0 for update in updates) or (updates and not pending):
             pending += [self._sent(update, adapters, now, version) for update in counted(updates)[0]]
         pending.sort(key=lambda change: (change.client, change.asked))
         now = max(now, self._next_arrival(pending, now))

@@ -54,6 +54,7 @@ HOMES = {
         "federation.client_app",
         "federation.server_app",
         "federation.engine",
+        "federation.rehearsal",
     },
     "flwr_datasets": {"corpora.partition"},
     "huggingface_hub": {"model.hub"},

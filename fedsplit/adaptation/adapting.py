@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedsplit.adaptation import lora, prompts
 from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.rank_allocation import adapted_layers
@@ -17,8 +20,8 @@ from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import SCORE, Kind, Part
 from fedsplit.model.sources import about, weights
-from fedsplit.model.split import load_parts
-from fedsplit.updates import Adapters
+from fedsplit.model.split import empty_part, load_parts
+from fedsplit.updates import Adapters, Layer
 
 
 def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[Any]:
@@ -42,6 +45,28 @@ def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[
         device=resolve(config.device_of(kinds[0])),
         bits=config.bits,
     )
+
+
+def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
+    """The adapters that parts will have, without values: no weight of the model is read.
+
+    Args:
+        config: The run's; it asks for neither virtual tokens nor adapters that are computed from the base weights.
+        kinds: The parts.
+
+    Returns:
+        Tensors on the meta device.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Layer] = {}
+    for kind in kinds:
+        part = empty_part(about(config), config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
+        part.requires_grad_(False)
+        with torch.device("meta"):
+            adapt(part, config)
+        tensors |= {name: parameter.detach() for name, parameter in lora.parameters(part).items()}
+        layers |= lora.layers_of(part)
+    return Adapters(tensors, layers)
 
 
 def adapt(part: Part, config: Config) -> None:

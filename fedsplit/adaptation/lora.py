@@ -179,10 +179,20 @@ def read(*parts: Part) -> Adapters:
     layers: dict[str, Layer] = {}
     for part in parts:
         tensors |= {name: parameter.detach().to(CPU, copy=True) for name, parameter in parameters(part).items()}
-        for name, module in part.named_modules():
-            if _has_factors(module) and not module.lora_variant:  # a variant does more than to add s * B @ A
-                layers[part.whole_name(name)] = _layer_of(module)
+        layers |= layers_of(part)
     return Adapters(tensors, layers)
+
+
+def layers_of(part: Part) -> dict[str, Layer]:
+    """The layers of a part that have factors A and B, by their names in the unsplit model.
+
+    A variant of LoRA is left out: it does more than to add s * B @ A.
+    """
+    return {
+        part.whole_name(name): _layer_of(module)
+        for name, module in part.named_modules()
+        if _has_factors(module) and not module.lora_variant
+    }
 
 
 @torch.no_grad()

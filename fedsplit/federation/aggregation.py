@@ -80,10 +80,12 @@ class Aggregation(Protocol):
 
 @contextlib.contextmanager
 def _named(strategy: object, round: int) -> Iterator[None]:
-    """Says whose code it was, and where, if a strategy raises something."""
+    """Says whose code it was, and where, if a strategy raises something, or would end the program."""
     try:
         yield
-    except Exception as error:
+    except FederationFailed:
+        raise
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
         raise FederationFailed(f"the strategy {type(strategy).__name__} failed in round {round}: {what}") from error
@@ -184,13 +186,21 @@ def sampled(config: Config, round: int) -> list[int]:
     return sorted(generator.sample(range(config.clients), config.sampled))
 
 
+MOST_LOOKS = 3
+"""How often a strategy may ask in one round which nodes there are; there will not be more than at the first time."""
+
+
 class _OrderedGrid:
     """Flower's grid, with nodes in the order of the clients: their ids are random, and Flower draws from a list."""
 
     def __init__(self, grid: Grid, members: Sequence[Member]) -> None:
         self._grid, self._members = grid, members
+        self._looks = 0
 
     def get_node_ids(self) -> list[int]:
+        self._looks += 1
+        if self._looks > MOST_LOOKS:
+            raise FederationFailed(f"the strategy waits for more nodes than the {len(self._members)} that there are")
         there = set(self._grid.get_node_ids())
         return [member.node for member in self._members if member.node in there]
 
@@ -234,10 +244,31 @@ class FlowerAggregation:
         for message in messages:
             if message.metadata.dst_node_id not in clients:
                 raise FederationFailed(f"the strategy sent a message to a node that is no client: {message.metadata}")
-            proximal = float(dict(message.content.config_records[records.CONFIG]).get(records.PROXIMAL, 0.0))  # type: ignore[arg-type]
+            asked = self._asked(message)
             given = adapters.with_tensors(records.tensors_of(message))
-            found[clients[message.metadata.dst_node_id]] = Assignment(given, Task(proximal=proximal))
+            task = Task(proximal=float(asked.get(records.PROXIMAL, 0.0)))
+            found[clients[message.metadata.dst_node_id]] = Assignment(given, task)
         return found
+
+    def _asked(self, message: Message) -> dict[str, Any]:
+        """What a message asks of a client beside training.
+
+        Raises:
+            FederationFailed: It asks for what our clients do not do, such as clipping for differential privacy: the
+                run would go on without it.
+        """
+        name, content = type(self._strategy).__name__, message.content
+        if content.keys() != {records.ARRAYS, records.CONFIG}:
+            words = f"the records {records.ARRAYS} and {records.CONFIG}"
+            raise FederationFailed(f"{name} sends clients {', '.join(sorted(content))}; they read {words}")
+        asked = dict(content.config_records[records.CONFIG])
+        if unknown := sorted(asked.keys() - {records.ROUND, records.PROXIMAL}):
+            known = f"{records.ROUND} and {records.PROXIMAL}"
+            raise FederationFailed(
+                f"{name} sends clients the setting {unknown[0]}, of which they know nothing: the half of it that works "
+                f"at the client is missing, and the run would go on without it; clients know {known}"
+            )
+        return asked
 
     def aggregate(
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]

@@ -333,7 +333,7 @@ class Federation:
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
     ) -> Adapters:
         """The strategy's aggregation; what it changes of the trunk and of base weights is put there."""
-        if not updates:  # all rest
+        if not updates and not self._aggregation.traits.idles:  # all rest
             self._holdings.fold(round, {})
             self._error = None
             return adapters
@@ -344,6 +344,9 @@ class Federation:
         if self._schedule.personal:
             self._trunk.write(*self._holdings.trunk_end(result))
             self._trunk.fold(result.folded)
+        if not updates:
+            self._error = None
+            return result.with_tensors(result.tensors)
         found = measure(updates, result)
         self._error = found.overall
         self._log(

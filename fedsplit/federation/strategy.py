@@ -6,21 +6,29 @@ import importlib
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
+import fedsplit
 from fedsplit.adaptation.methods import draws_fresh, method_of
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import PARTS, SettingError
 from fedsplit.config import Config
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 
+if TYPE_CHECKING:
+    from fedsplit.model.parts import Kind
+
 State = Mapping[str, Tensor]
 """What a strategy remembers from round to round, such as moments: named tensors, so that it can be saved."""
+
+BUILTIN = "strategies"
+"""The package of fedsplit's own strategies."""
 
 ALLOWED = "a name from the package strategies, path/to/mine.py:Mine, or module:Class"
 
@@ -43,8 +51,8 @@ class Strategy(Protocol):
         Args:
             state: The state after the round before.
             adapters: The adapters that the clients started this round from.
-            updates: What they returned, in the order of the clients; at least one, all finite and of the
-                adapters' names and shapes.
+            updates: What they returned, in the order of the clients; all finite and of the adapters' names and
+                shapes. At least one, unless the strategy's traits say that it idles.
 
         Returns:
             The new state, and the adapters that the next round starts from; with what is to be folded into
@@ -108,6 +116,33 @@ def _import_module(name: str, spec: str) -> ModuleType:
         raise SettingError("strategy", spec, f"{ALLOWED} ({type(error).__name__}: {error})") from error
 
 
+def builtin_package() -> ModuleType:
+    """The package `strategies` that was installed beside fedsplit.
+
+    A folder or a file of that name in the working folder does not hide it.
+
+    Raises:
+        SettingError: The program has imported a module of its own under that name.
+    """
+    file = Path(fedsplit.__file__).parent.parent / BUILTIN / "__init__.py"
+    known = sys.modules.get(BUILTIN)
+    place = getattr(known, "__file__", None)
+    if known is not None and place is not None:
+        if not os.path.samefile(place, file):
+            raise SettingError("strategy", place, "no other module named strategies, which would hide fedsplit's own")
+        return known
+    spec = importlib.util.spec_from_file_location(BUILTIN, file, submodule_search_locations=[str(file.parent)])
+    assert spec is not None and spec.loader is not None
+    sys.modules[BUILTIN] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
+
+def is_builtin(strategy: object) -> bool:
+    """Whether a strategy is one of the package `strategies`."""
+    return type(strategy).__module__.partition(".")[0] == BUILTIN
+
+
 def _find(spec: str) -> Any:
     """The class a specification names, not yet called."""
     place, colon, name = spec.rpartition(":")
@@ -116,12 +151,9 @@ def _find(spec: str) -> Any:
     elif colon:
         module = _import_module(place, spec)
     else:
-        package = _import_module("strategies", spec)
-        names: Mapping[str, str] = getattr(package, "STRATEGIES", {})
+        names: Mapping[str, str] = builtin_package().STRATEGIES
         if spec not in names:
-            where = getattr(package, "__file__", None) or str(next(iter(package.__path__)))
-            listed = " | ".join(sorted(names)) or "nothing"
-            raise SettingError("strategy", spec, f"{listed} (from {where}), path/to/mine.py:Mine, or module:Class")
+            raise SettingError("strategy", spec, f"{' | '.join(sorted(names))}, path/to/mine.py:Mine, or module:Class")
         place, _, name = names[spec].rpartition(":")
         module = _import_module(place, spec)
     if not callable(getattr(module, name, None)):
@@ -168,9 +200,11 @@ def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, 
     return made
 
 
-def _aggregated(config: Config) -> set[str]:
+def aggregated_parts(config: Config) -> list[Kind]:
     """The parts whose adapters a strategy sees."""
-    return {part for part in config.share if part != "trunk" or SCHEDULES[config.trunk.schedule].personal}
+    personal = SCHEDULES[config.trunk.schedule].personal
+    found = [part for part in PARTS if part in config.share and (part != "trunk" or personal)]
+    return cast("list[Kind]", found)
 
 
 def check_strategy(strategy: Any, config: Config) -> None:
@@ -181,7 +215,7 @@ def check_strategy(strategy: Any, config: Config) -> None:
             in this type, or cannot go on.
     """
     traits = traits_of(strategy)
-    package: Any = importlib.import_module("strategies")
+    package: Any = builtin_package()
     if traits.factors and (config.prompt.kind != "off" or not method_of(config.lora).factors):
         can = sorted(name for name in package.STRATEGIES if not traits_of(_find(name)).factors)
         kind = f"--prompt.kind {config.prompt.kind}" if config.prompt.kind != "off" else f"--peft {config.lora.method}"
@@ -205,7 +239,7 @@ def check_strategy(strategy: Any, config: Config) -> None:
             f"fp32 under the strategy {config.strategy}, whose changes of base weights {config.dtype} would round away"
         )
         raise SettingError("dtype", config.dtype, words)
-    if traits.folds and (quantized := [part for part in config.bits if part in _aggregated(config)]):
+    if traits.folds and (quantized := [part for part in config.bits if part in aggregated_parts(config)]):
         words = f"none of {', '.join(quantized)} under the strategy {config.strategy}, which changes its base weights"
         raise SettingError("quantization", config.quantization, words)
     if config.resume and isinstance(strategy, FlowerLike):

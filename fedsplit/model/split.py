@@ -69,7 +69,7 @@ def load_parts(
     checkpoint = Stored(path, family, dtype, device)
     parts = []
     for kind in kinds:
-        part = _empty(path, bounds, kind, dtype, fused, classes if kind == "top" else 0)
+        part = empty_part(path, bounds, kind, dtype, fused, classes if kind == "top" else 0)
         if kind == "bottom":
             _restore_scale(part.decoder, getattr(part.decoder, family.embedding), device)
         _fill(part, checkpoint, dtype, device, (bits or {}).get(kind, 0))
@@ -80,8 +80,8 @@ def load_parts(
     return parts
 
 
-def _empty(path: Path, bounds: tuple[int, int], kind: Kind, dtype: torch.dtype, fused: bool, classes: int) -> Part:
-    """A part without values, on the meta device."""
+def empty_part(path: Path, bounds: tuple[int, int], kind: Kind, dtype: torch.dtype, fused: bool, classes: int) -> Part:
+    """A part without values, on the meta device; see `load_parts` for the arguments."""
     config = AutoConfig.from_pretrained(path)
     if fused:
         quicken(config)

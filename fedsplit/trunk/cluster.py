@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray.job_config import JobConfig
 from torch import Tensor
 
+import fedsplit
 from fedsplit.stopping import cleaned_up
 from fedsplit.wire.codecs import EXACT
 from fedsplit.wire.packets import Encoded
@@ -56,6 +58,16 @@ def _session_folder() -> Iterator[Path]:
         yield folder
 
 
+def _job() -> JobConfig:
+    """Keeps the working folder off the path of Ray's processes, where a user's `datasets.py` would hide the library.
+
+    Only where fedsplit itself was loaded from the working folder must they look there.
+    """
+    here, ours = Path.cwd().resolve(), Path(fedsplit.__file__).resolve().parent.parent
+    # Ray adds the working folder unless a job is said to come from its remote client; nothing else depends on that.
+    return JobConfig(_client_job=True, _py_driver_sys_path=[str(here)] if here == ours else [])
+
+
 @contextlib.contextmanager
 def running(workers: int) -> Iterator[None]:
     """Runs a Ray on this machine for as long as the context lasts.
@@ -81,6 +93,7 @@ def running(workers: int) -> Iterator[None]:
                 namespace=NAMESPACE,
                 object_store_memory=_OBJECT_STORE,
                 _temp_dir=str(folder / "ray"),
+                job_config=_job(),
             )
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_terminate)  # Ray puts one of its own there, which aborts the process

@@ -19,6 +19,7 @@ from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.documents import as_document, build, from_document
 from fedsplit.evaluate import held_out_loss
+from fedsplit.federation.aggregation import sampled
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_whole
@@ -312,6 +313,17 @@ def test_a_round_in_which_all_rest_is_skipped(config: Config, tmp_path: Path, mo
     assert federation.summary is not None
     assert federation.summary["eval_loss"]["after"] == federation.summary["eval_loss"]["before"]
     assert federation.summary["tokens"] == 0
+
+
+def test_a_late_change_arrives_in_a_round_whose_clients_all_rest(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of three clients trains in a round, delay 2: one that is sampled twice in a row rests the second time."""
+    seed = next(n for n in range(99) if sampled(c := changed(config, fraction=0.3, seed=n), 1) == sampled(c, 2))
+    config, run = changed(config, fraction=0.3, seed=seed), tmp_path / "run"
+    federate(config, run, load_strategy("fedbuff", {"delays": "2"}, {"clients": 3}), monkeypatch)
+    start, first, second = (measured["loss"] for measured in events(run, "evaluate"))
+    assert start == first != second
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,17 @@ def test_the_clock_does_not_skip_rounds_in_which_somebody_else_could_be_asked() 
     assert clients.asked() == []
 
 
+def test_the_clock_goes_on_in_rounds_whose_clients_all_rest() -> None:
+    """Delay 3 of 9 clients: the one that is sampled thrice is asked once, and arrives at the end of the third round."""
+    clients = Clients(FedBuff("3", clients=9), [8.0])
+    assert clients.asked() == [0]
+    assert clients.round() == 0.0
+    for arrives in (0.0, 8.0):
+        assert clients.asked() == []
+        assert clients.round() == arrives
+    assert clients.asked() == [0]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     delays=st.lists(st.integers(1, 4), min_size=1, max_size=4),

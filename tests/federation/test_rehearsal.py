@@ -1,0 +1,120 @@
+"""A trial round: every strategy of ours passes, and what would break in round 1 is refused before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping as ClientSideDP
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as ServerSideDP
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from flwr.serverapp.strategy import FedProx as FlowerFedProx
+
+from fedsplit.adaptation import lora
+from fedsplit.adaptation.adapting import adapt, bare_parts, outline
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
+from fedsplit.documents import build
+from fedsplit.federation.aggregation import strategy_defaults
+from fedsplit.federation.rehearsal import rehearse
+from fedsplit.federation.strategy import load_strategy
+from strategies import STRATEGIES
+from strategies.fedavg import FedAvg
+
+
+@pytest.fixture
+def config(tiny_models: dict[str, Path]) -> Config:
+    return build({"model": str(tiny_models["gpt2"]), "cut": "1:2", "clients": 5, "strategy": "mine.py:Mine"})
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_every_strategy_of_ours_plays_the_round(name: str, config: Config) -> None:
+    strategy = load_strategy(name, {}, strategy_defaults(config))
+    before = torch.get_rng_state()
+    rehearse(strategy, config)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_round_is_played_on_a_copy(config: Config) -> None:
+    class Remembers(FedAvg):
+        rounds = 0
+
+        def aggregate(self, state: Any, adapters: Any, updates: Any) -> Any:
+            self.rounds += 1
+            assert [update.client for update in updates] == [0, 1, 2, 3, 4]
+            return super().aggregate(state, adapters, updates)
+
+    rehearse(strategy := Remembers(), config)
+    assert strategy.rounds == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+def test_the_outline_is_what_the_parts_will_have(family: str, tiny_models: dict[str, Path]) -> None:
+    config = build({"model": str(tiny_models[family]), "cut": "1:2", "lora.rank": "2,3", "lm_head": "lora"})
+    parts = bare_parts(config, ["bottom", "top"])
+    for part in parts:
+        adapt(part, config)
+    real, outlined = lora.read(*parts), outline(config, ["bottom", "top"])
+    assert outlined.layers == real.layers
+    assert {n: t.shape for n, t in outlined.tensors.items()} == {n: t.shape for n, t in real.tensors.items()}
+
+
+class Typo(FedAvg):
+    def aggregate(self, state: Any, adapters: Any, updates: Any) -> Any:
+        return state, adaptors  # type: ignore[name-defined]  # noqa: F821
+
+
+class Exits(FedAvg):
+    def init(self, adapters: Any) -> Any:
+        raise SystemExit(3)
+
+
+class Arrays(FedAvg):
+    def aggregate(self, state: Any, adapters: Any, updates: Any) -> Any:
+        return state, adapters.with_tensors({n: t.numpy() for n, t in adapters.tensors.items()})
+
+
+class Forever(FlowerFedAvg):
+    def configure_train(self, server_round: Any, arrays: Any, config: Any, grid: Any) -> Any:
+        while len(list(grid.get_node_ids())) < 99:
+            pass
+
+
+class Rate(FlowerFedAvg):
+    def configure_train(self, server_round: Any, arrays: Any, config: Any, grid: Any) -> Any:
+        config["lr"] = 0.5
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+NODES = {"min_available_nodes": 5, "min_train_nodes": 1, "fraction_evaluate": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        (Typo(), "NameError: name 'adaptors' is not defined .test_rehearsal.py"),
+        (Exits(), "Exits failed in round 1: SystemExit: 3"),
+        (Arrays(), "sent .* as ndarray, not as a tensor"),
+        (Forever(**NODES), "waits for more nodes than the 5 that there are"),
+        (Rate(**NODES), "Rate sends clients the setting lr, .* the half of it that works at the client is missing"),
+        (FlowerFedAvg(**NODES, arrayrecord_key="weights"), "sends clients config, weights; they read the records"),
+        (ClientSideDP(FlowerFedAvg(**NODES), 1.0, 1.0, 5), "DifferentialPrivacyClientSideFixedClipping sends clients"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_play_a_round_is_refused(strategy: Any, words: str, config: Config) -> None:
+    with pytest.raises(SettingError, match=words) as caught:
+        rehearse(strategy, config)
+    assert caught.value.setting == "strategy"
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [FlowerFedAvg(**NODES), FlowerFedProx(**NODES, proximal_mu=0.1), ServerSideDP(FlowerFedAvg(**NODES), 1.0, 1.0, 5)],
+    ids=lambda value: type(value).__name__,
+)
+def test_flowers_strategies_without_a_half_at_the_client_are_taken(strategy: Any, config: Config) -> None:
+    rehearse(strategy, config)

@@ -86,6 +86,13 @@ class Allowed:
     test: Callable[[Any], bool]
 
 
+MOST = 2**31 - 1
+"""The largest whole number of any setting but the seed: what counts more than this is a mistake."""
+
+MOST_AT_ONCE = 2**16
+"""The largest number of what is held or started at the same time, such as sequences of a batch, or threads."""
+
+
 def at_least(low: float, high: float = math.inf) -> Allowed:
     """A finite number in [low, high]."""
     words = f"a number from {low:g} to {high:.10g}" if high < math.inf else f"a number of at least {low:g}"

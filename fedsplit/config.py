@@ -25,6 +25,8 @@ from fedsplit.allowed import (
     HEADS,
     KERNELS,
     MEMORY,
+    MOST,
+    MOST_AT_ONCE,
     NAMES,
     OPTIMIZER_STATES,
     OPTIMIZERS,
@@ -119,7 +121,9 @@ class PromptSettings:
     text: str = setting("", Allowed("a text", lambda v: True), "prompt with init text: repeated or cut to the tokens")
     encoder: str = setting("mlp", one_of(ENCODERS), "ptuning: what makes the virtual tokens")
     hidden: int = setting(
-        0, at_least(0), "ptuning, and prefix with projection: width of the encoder; 0: as wide as the virtual tokens"
+        0,
+        at_least(0, MOST_AT_ONCE),
+        "ptuning, and prefix with projection: width of the encoder; 0: as wide as the virtual tokens",
     )
     layers: int = setting(2, at_least(1, 64), "ptuning with encoder lstm: its layers")
     dropout: float = setting(0.0, below(0, 1), "ptuning with encoder lstm: dropout between its layers")
@@ -142,19 +146,21 @@ class PromptSettings:
 class TrainSettings:
     """A client's local training; when the run ends, --rounds, --patience, --min-delta and --keep-best say above."""
 
-    steps: int = setting(10, at_least(1), "local steps a round; not used where epochs is set")
-    epochs: int = setting(0, at_least(0), "local passes over the client's data a round; 0: count steps", "--epochs")
-    batch_size: int = setting(4, at_least(1), "sequences a step", "--batch-size")
+    steps: int = setting(10, at_least(1, MOST), "local steps a round; not used where epochs is set")
+    epochs: int = setting(
+        0, at_least(0, MOST), "local passes over the client's data a round; 0: count steps", "--epochs"
+    )
+    batch_size: int = setting(4, at_least(1, MOST_AT_ONCE), "sequences a step", "--batch-size")
     max_length: int = setting(128, at_least(8), "tokens a sequence", "--max-length")
-    samples: int = setting(0, at_least(0), "training sequences a client at most; 0: all it has", "--samples")
+    samples: int = setting(0, at_least(0, MOST), "training sequences a client at most; 0: all it has", "--samples")
     micro_batches: int = setting(
         0,
-        at_least(0),
+        at_least(0, MOST_AT_ONCE),
         "parts of a batch that are under way at once, so that client and trunk work at the same time; 0: planned",
         "--micro-batches",
     )
     accumulation: int = setting(
-        1, at_least(1), "batches a step, whose gradients are summed as those of one large batch"
+        1, at_least(1, MOST_AT_ONCE), "batches a step, whose gradients are summed as those of one large batch"
     )
     clip: float = setting(
         0.0, at_least(0), "largest norm of a step's gradient, over the adapters of all parts; 0: it is not clipped"
@@ -209,10 +215,10 @@ class DataSettings:
 class EvalSettings:
     """Evaluation on held-out text."""
 
-    samples: int = setting(32, at_least(1), "held-out sequences a client at most")
+    samples: int = setting(32, at_least(1, MOST), "held-out sequences a client at most")
     after: int = setting(
         8,
-        at_least(0),
+        at_least(0, MOST),
         "of these, sequences measured right after a client's own steps, too, to tell what it loses later",
     )
 
@@ -223,12 +229,12 @@ class TrunkSettings:
 
     schedule: str = setting("shared", one_of(SCHEDULES), "who updates the trunk's adapter, and when")
     order: str = setting("random", one_of(ORDERS), "order in which clients begin a round; cyclic: the same in each")
-    every: int = setting(0, at_least(0), "accumulate: a client's steps between two barriers; 0: the whole round")
+    every: int = setting(0, at_least(0, MOST), "accumulate: a client's steps between two barriers; 0: the whole round")
     deadline: float = setting(30.0, above(0), "batched, accumulate: seconds the others wait for a client that is late")
-    group: int = setting(1, at_least(1), "with --deterministic: clients that train at once")
+    group: int = setting(1, at_least(1, MOST_AT_ONCE), "with --deterministic: clients that train at once")
     memory: str = setting("", MEMORY, "the most resident memory of the trunk's process, such as 800MB")
     lease: float = setting(600.0, above(0), "seconds that a forward may wait for its gradient")
-    threads: int = setting(0, at_least(0), "threads of each of the trunk's lanes; 0: planned")
+    threads: int = setting(0, at_least(0, MOST_AT_ONCE), "threads of each of the trunk's lanes; 0: planned")
     lanes: int = setting(
         0, at_least(0, 2), "2: the trunk computes a forward and a backward at the same time; 1: never; 0: planned"
     )
@@ -251,8 +257,8 @@ class WireSettings:
 class Config:
     """A whole run."""
 
-    clients: int = setting(8, at_least(1), "clients in the federation")
-    rounds: int = setting(5, at_least(1), "rounds of training and aggregation")
+    clients: int = setting(8, at_least(1, MOST), "clients in the federation")
+    rounds: int = setting(5, at_least(1, MOST), "rounds of training and aggregation")
     seed: int = setting(0, at_least(0, 2**32 - 1), "decides data order, dropout and adapters at the start")
     model: str = setting(
         DEFAULT_MODEL,
@@ -271,7 +277,7 @@ class Config:
     )
     strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
     patience: int = setting(
-        0, at_least(0), "rounds in a row without a better held-out loss after which the run stops; 0: it does not"
+        0, at_least(0, MOST), "rounds in a row without a better held-out loss after which the run stops; 0: it does not"
     )
     min_delta: float = setting(
         0.0, at_least(0), "patience: by how much, in nats a token, a held-out loss must be lower to be better"
@@ -304,8 +310,10 @@ class Config:
     quantization: str = setting(
         "", QUANTIZATION, "parts whose base weights are kept in 4 or 8 bits by bitsandbytes, such as trunk:4,top:8"
     )
-    workers: int = setting(0, at_least(0), "processes that play the clients; 0: as many as cores")
-    threads: int = setting(0, at_least(0), "threads of each client process; 0: planned, so that cores suffice")
+    workers: int = setting(0, at_least(0, MOST_AT_ONCE), "processes that play the clients; 0: as many as cores")
+    threads: int = setting(
+        0, at_least(0, MOST_AT_ONCE), "threads of each client process; 0: planned, so that cores suffice"
+    )
     timeout: float = setting(
         600.0,
         above(0),
@@ -328,6 +336,18 @@ class Config:
     trunk: TrunkSettings = field(default_factory=TrunkSettings)
     wire: WireSettings = field(default_factory=WireSettings)
     strategy_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks every setting, whoever makes the configuration.
+
+        Raises:
+            SettingError: A setting has a value of another type, or one that is not possible.
+        """
+        for name, (leaf, kind) in LEAVES.items():
+            section, _, field = name.rpartition(".")
+            value = getattr(getattr(self, section) if section else self, field)
+            if not suits(leaf, kind, value):
+                raise SettingError(name, value, words_of(leaf, kind))
 
     @property
     def sampled(self) -> int:
@@ -375,3 +395,28 @@ def _leaves() -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
 
 
 LEAVES = {name: (leaf, kind) for name, leaf, kind in _leaves()}
+
+
+_TYPES: Mapping[Any, tuple[type, ...]] = {float: (float, int), tuple[int, ...]: (tuple,), tuple[str, ...]: (tuple,)}
+
+
+def suits(leaf: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
+    """Whether a setting may have a value.
+
+    Args:
+        leaf: The setting's field.
+        kind: Its type.
+        value: The value, of that type or not.
+    """
+    if not isinstance(value, _TYPES.get(kind, (kind,))) or (isinstance(value, bool) and kind is not bool):
+        return False
+    try:
+        return bool(leaf.metadata["allowed"].test(value))
+    except (TypeError, ValueError, AttributeError, OverflowError):  # what is in a tuple is of another type
+        return False
+
+
+def words_of(leaf: dataclasses.Field[Any], kind: Any) -> str:
+    """What a setting may be, in words."""
+    words: str = leaf.metadata["allowed"].words
+    return words.replace("a number", "a whole number") if kind is int else words

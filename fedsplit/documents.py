@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.allowed import FIELDS, PROMPTED, Allowed, InputError, SettingError
-from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config, LoraSettings
+from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config, LoraSettings, words_of
 
 
 def _convert(name: str, value: object, kind: Any) -> Any:
@@ -39,8 +39,7 @@ def _convert(name: str, value: object, kind: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         suits = False
     if not suits:
-        words = allowed.words.replace("a number", "a whole number") if kind is int else allowed.words
-        raise SettingError(name, _short(value), words)
+        raise SettingError(name, _short(value), words_of(LEAVES[name][0], kind))
     return converted
 
 

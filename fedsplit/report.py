@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
+
+WIDTH = 80
+"""Columns that a line of a round takes at most: those of a terminal as it opens."""
+
+BAR = 10
+"""Columns of the bar that shows how far a phase is."""
 
 
 class Watcher(Protocol):
@@ -48,18 +57,31 @@ class PlainWatcher:
         pass
 
 
+class _Clock(ProgressColumn):
+    """Time since the command began."""
+
+    def __init__(self, began: float) -> None:
+        super().__init__()
+        self._began = began
+
+    def render(self, task: Task) -> Text:
+        return Text(str(timedelta(seconds=int(time.monotonic() - self._began))), style="progress.elapsed")
+
+
 class LiveWatcher(PlainWatcher):
     """For a terminal: a bar that moves below the lines."""
 
     def __init__(self, console: Console) -> None:
         """Writes to a console."""
         super().__init__(console)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(BAR), _Clock(time.monotonic()))
         self._progress = Progress(*columns, console=console, transient=True)
         self._task: TaskID = self._progress.add_task("starting", total=None)
 
     def phase(self, text: str, done: int, of: int) -> None:
         """Moves the bar."""
+        if self._progress.tasks[0].finished:  # rich stops the spinner of a task that was full once
+            self._progress.reset(self._task)
         self._progress.update(self._task, description=text, completed=done, total=of or None)
 
     def __enter__(self) -> LiveWatcher:
@@ -90,6 +112,52 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
+def fitted(fields: Sequence[str], width: int = WIDTH) -> str:
+    """Joins the fields of a line, and leaves out from the end what does not fit.
+
+    Args:
+        fields: Words, the most important ones first.
+        width: Columns of the line at most.
+
+    Example:
+        >>> fitted(["round 1/5", "training loss 3.10", "7,367 tokens/s"], width=30)
+        'round 1/5  training loss 3.10'
+    """
+    line = fields[0]
+    for field in fields[1:]:
+        if len(line) + len("  ") + len(field) > width:
+            break
+        line += f"  {field}"
+    return line
+
+
+def round_line(
+    label: str, training: float | None, held_out: float, accuracy: float | None, seconds: float, speed: float
+) -> str:
+    """The line of a round; what does not fit is in the table at the end of the run.
+
+    Args:
+        label: The round.
+        training: Mean training loss in nats; None before the first round.
+        held_out: Held-out loss in nats.
+        accuracy: Share of held-out texts whose class was found; None where tokens are predicted.
+        seconds: Time since the command began.
+        speed: Tokens a second of training.
+    """
+    fields = [label]
+    if training is not None:
+        fields.append(f"training loss {training:.4f}")
+    fields.append(f"held-out loss {held_out:.4f}")
+    if accuracy is not None:
+        fields.append(f"accuracy {accuracy:.2%}")
+    elif training is None:
+        fields.append(f"perplexity {perplexity(held_out):.2f}")
+    fields.append(f"{seconds:.1f} s")
+    if training is not None:
+        fields.append(f"{speed:,.0f} tokens/s")
+    return fitted(fields)
+
+
 def final_table(summary: Mapping[str, Any], folder: str) -> Table:
     """The end of a run: losses, parameters, bytes, time, and where the files are."""
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -101,6 +169,11 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
         table.add_row("accuracy", f"{accuracy['before']:.2%} -> {accuracy['after']:.2%}")
     else:
         table.add_row("perplexity", f"{perplexity(before):.2f} -> {perplexity(after):.2f}")
+    if (error := summary.get("aggregation_error")) is not None:
+        table.add_row("aggregation error", f"{error:.3g} in the last round: 0 where averaged factors lose nothing")
+    if (forgotten := summary.get("forgotten")) is not None:
+        words = "after aggregation, in nats a token, than after its own steps"
+        table.add_row("forgotten", f"{forgotten:+.4f}: how much worse a client is {words}")
     if (left := summary.get("adapter_round")) != (last := summary.get("last_round")):
         table.add_row("adapter", f"of round {left}, the best of {last}")
     for part, counts in summary["parameters"].items():

@@ -90,6 +90,7 @@ def run(config: Config) -> dict[str, Any]:
         FederationFailed, RefusedUpdate, TrunkLost: The run broke.
     """
     started = time.perf_counter()
+    prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
     folder, strategy, deal = check(config)
 
     from fedsplit.corpora.census import as_document

@@ -71,7 +71,7 @@ def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() ->
             "prompt.kind: prefix is not possible; allowed: prompt with --p",
         ),
         (["--clients"], "argument --clients: expected one argument"),
-        (["--clients", "0"], "clients: 0 is not possible; allowed: a whole number of at least 1"),
+        (["--clients", "0"], "clients: 0 is not possible; allowed: a whole number from 1 to 2147483647"),
         (["--clients", "2.5"], "clients: 2.5 is not possible"),
         (["--clients", "eight"], "clients: eight is not possible"),
         (["--rounds", "-1"], "rounds: -1 is not possible"),

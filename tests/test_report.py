@@ -7,7 +7,7 @@ import math
 
 from rich.console import Console
 
-from fedsplit.report import LiveWatcher, PlainWatcher, aligned, final_table, make_watcher, perplexity, size
+from fedsplit.report import LiveWatcher, PlainWatcher, aligned, final_table, make_watcher, perplexity, round_line, size
 
 SUMMARY = {
     "eval_loss": {"before": math.log(20), "after": math.log(10)},
@@ -60,6 +60,40 @@ def test_the_table_says_which_round_the_adapter_is_of_where_it_is_not_the_last()
         console.print(final_table({**SUMMARY, "last_round": 3, "adapter_round": left}, "runs/x"))
     (said,) = [line for line in console.file.getvalue().splitlines() if "round" in line]
     assert said.split() == ["adapter", "of", "round", "2,", "the", "best", "of", "3"]
+
+
+def test_the_spinner_and_the_clock_go_on_after_a_phase_is_full() -> None:
+    """A terminal of 80 columns shows what is under way in one line."""
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    watcher = LiveWatcher(console)
+    watcher.phase("round 1/5  8/8 trained", 8, 8)
+    assert watcher._progress.tasks[0].finished
+    watcher.phase("round 1/5  evaluating", 3, 8)
+    (task,) = watcher._progress.tasks
+    assert not task.finished and task.finished_time is None
+    frames = set()
+    for _ in range(4):
+        watcher._progress.columns[-1]._began -= 61
+        with console.capture() as shown:
+            console.print(watcher._progress.columns[0].render(task), watcher._progress.columns[-1].render(task))
+        frames.add(shown.get().split()[-1])
+        assert frames
+    assert len(frames) == 4
+    watcher.phase("round 10/10  512/512 trained  loss 2.9914  121,666 tokens/s", 512, 513)
+    with console.capture() as shown:
+        console.print(watcher._progress)
+    assert len(shown.get().splitlines()) == 1 and "0:0" in shown.get()
+
+
+def test_the_line_of_a_round_fits_a_terminal_and_names_what_matters_most() -> None:
+    line = round_line("round 0/5", None, 3.0, None, 20.7, 0.0)
+    assert line == "round 0/5  held-out loss 3.0000  perplexity 20.09  20.7 s"
+    line = round_line("round 1/5", 3.1, 3.0, None, 27.9, 7617.0)
+    assert line == "round 1/5  training loss 3.1000  held-out loss 3.0000  27.9 s  7,617 tokens/s"
+    for accuracy in (None, 0.875):
+        long = round_line("round 1000/1000", 13.1, 13.0, accuracy, 123456.7, 7617123.0)
+        assert len(long) <= 80 and "held-out loss 13.0000" in long
+    assert "accuracy 87.50%" in long
 
 
 def test_numbers_for_people() -> None:

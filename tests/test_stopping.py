@@ -136,7 +136,7 @@ RUN = ["--clients", "3", "--rounds", "50", "--train.steps", "4", "--batch-size",
 
 @pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
-@pytest.mark.parametrize("words", ["round 0/50  evaluating", "clients trained", "round 1/50  evaluating"])
+@pytest.mark.parametrize("words", ["round 0/50  evaluating", "trained  loss", "round 1/50  evaluating"])
 def test_ctrl_c_in_a_terminal_ends_a_run_and_leaves_nothing(words: str, presses: int, tmp_path: Path) -> None:
     terminal = Terminal("-m", "fedsplit.simulate", *RUN, "--eval.samples", "4", "--out", "run", cwd=tmp_path)
     terminal.read_until(words, seconds=240)

@@ -23,10 +23,11 @@ from fedsplit.federation.exchange import Exchange, number_of
 from fedsplit.federation.fidelity import measure
 from fedsplit.federation.holdings import Holdings
 from fedsplit.federation.stalls import StallWatch
+from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.tally import Tally
 from fedsplit.federation.turns import groups_of, takes_turns
 from fedsplit.optimization.stopping import Course
-from fedsplit.report import Watcher, perplexity
+from fedsplit.report import Watcher, perplexity, round_line
 from fedsplit.scores import Score, pooled
 from fedsplit.trunk.actor import TrunkHandle
 from fedsplit.trunk.schedules import SCHEDULES
@@ -111,6 +112,8 @@ class Federation:
         parts, parameters = self._meet(grid)
         folder, traits = self._folder, self._aggregation.traits
         self._holdings = Holdings(self._config, traits, parts, folder.clients, folder.folds)
+        trained = {part: counts["trainable"] for part, counts in parameters.items()}
+        self._watcher.line(coverage(self._config, trained))
         adapters, snapshot = self._holdings.start, folder.snapshot()
         if snapshot is None:
             last, before = 0, self._evaluate(grid, 0, adapters, {})
@@ -290,7 +293,7 @@ class Federation:
                 used[update.client] = reply, update
             records.drop_arrays(reply)  # all clients' would be there at the end of the round, and once more as tensors
             speed = tokens / (time.perf_counter() - started)
-            status = f"{len(losses)}/{expected} clients trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
+            status = f"{len(losses)}/{expected} trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
             self._watcher.phase(f"{label}  {status}", len(losses), expected)
 
         self._watcher.phase(f"{label}  training", 0, expected)
@@ -419,18 +422,9 @@ class Federation:
         return loss
 
     def _announce(self, round: int, loss: float, training_loss: float | None = None) -> None:
-        trained, speed = "", ""
-        if training_loss is not None:
-            trained = f"training loss {training_loss:.4f}  "
-            speed = f"  {self._tally.speed:,.0f} tokens/s"
-            if self._error is not None:
-                trained += f"aggregation error {self._error:.3g}  "
-            if self._forgotten:
-                speed = f"  forgotten {_mean(list(self._forgotten.values())):+.4f}{speed}"
-        quality = f"accuracy {self._accuracy['after']:.2%}" if self._accuracy else f"perplexity {perplexity(loss):.2f}"
-        self._watcher.line(
-            f"{self._label(round)}  {trained}held-out loss {loss:.4f}  {quality}{speed}  {self._tally.seconds:.1f} s"
-        )
+        """Shows the line of a round."""
+        tally, accuracy = self._tally, self._accuracy.get("after")
+        self._watcher.line(round_line(self._label(round), training_loss, loss, accuracy, tally.seconds, tally.speed))
 
     def _summarise(self, parameters: Mapping[str, Any], before: float, after: float, left: int) -> dict[str, Any]:
         config, trunk = self._config, self._trunk.status()
@@ -444,6 +438,7 @@ class Federation:
             "adapter_round": left,
             "ended": self._course.reason,
             "strategy": config.strategy,
+            "aggregated_parts": aggregated_parts(config),
             "schedule": config.trunk.schedule,
             "cut": config.cut,
             "parameters": dict(parameters),

@@ -207,6 +207,25 @@ def aggregated_parts(config: Config) -> list[Kind]:
     return cast("list[Kind]", found)
 
 
+def coverage(config: Config, trained: Mapping[str, int]) -> str:
+    """Says what share of the trained parameters the strategy aggregates, and what becomes of the others.
+
+    Args:
+        config: The run's.
+        trained: Trained parameters by part.
+
+    Example:
+        >>> coverage(Config(), {"bottom": 10, "trunk": 60, "top": 30})
+        'fedavg aggregates 40% of the trained parameters; the trunk learns from the steps of all clients (shared)'
+    """
+    seen = [part for part in aggregated_parts(config) if trained[part]]
+    share = sum(trained[part] for part in seen) / (sum(trained.values()) or 1)
+    line = f"{config.strategy} aggregates {share:.0%} of the trained parameters"
+    if trained["trunk"] and "trunk" not in seen:
+        line += f"; the trunk learns from the steps of all clients ({config.trunk.schedule})"
+    return line
+
+
 def check_strategy(strategy: Any, config: Config) -> None:
     """Makes sure that a strategy can do what a run asks of it.
 

@@ -78,7 +78,10 @@ def test_the_federation_learns_and_its_adapter_gives_the_reported_loss(
     summary = json.loads((out / "summary.json").read_text())
     assert summary == federation.summary
     assert summary["eval_loss"]["after"] < summary["eval_loss"]["before"] - 0.1
-    assert len(lines.lines) == 3
+    assert len(lines.lines) == 4
+    assert lines.lines[0].startswith("fedavg aggregates ")
+    assert "the trunk learns from the steps of all" in lines.lines[0]
+    assert all(len(line) <= 80 for line in lines.lines[1:])
     base = load_whole(config.model_path)
     assert held_out_loss(base, out) == pytest.approx(summary["eval_loss"]["before"], abs=1e-5)
     model = PeftModel.from_pretrained(base, str(out / "adapter"))
@@ -253,7 +256,7 @@ def test_what_the_round_made_a_client_lose_is_reported(
     """One client and no aggregation to speak of: nothing can come between its own steps and the round's end."""
     alone = from_document(as_document(config) | {"clients": 1})
     federate(alone, tmp_path / "alone", FedAvg(), monkeypatch)
-    federation, lines = federate(config, tmp_path / "three", FedAvg(), monkeypatch)
+    federation, _ = federate(config, tmp_path / "three", FedAvg(), monkeypatch)
     for run, clients in (("alone", 1), ("three", 3)):
         events = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         lost = [event["forgotten"] for event in events if event["event"] == "evaluate"]
@@ -261,7 +264,6 @@ def test_what_the_round_made_a_client_lose_is_reported(
         assert all(abs(value) < 1e-6 for value in lost[1].values()) == (run == "alone")
     assert federation.summary is not None
     assert federation.summary["forgotten"] == pytest.approx(sum(lost[2].values()) / 3)
-    assert f"forgotten {federation.summary['forgotten']:+.4f}" in lines.lines[-1]
 
 
 def test_clients_begin_in_an_order_that_the_seed_decides(
@@ -595,4 +597,4 @@ def test_a_run_killed_before_it_was_summed_up_is_summed_up(
     assert again.summary is not None
     for name in ("eval_loss", "last_round", "best_round", "ended", "tokens"):
         assert again.summary[name] == first.summary[name], name
-    assert len(lines.lines) == 2
+    assert len(lines.lines) == 3

@@ -151,7 +151,7 @@ class TrainSettings:
         0, at_least(0, MOST), "local passes over the client's data a round; 0: count steps", "--epochs"
     )
     batch_size: int = setting(4, at_least(1, MOST_AT_ONCE), "sequences a step", "--batch-size")
-    max_length: int = setting(128, at_least(8), "tokens a sequence", "--max-length")
+    max_length: int = setting(128, at_least(8, MOST), "tokens a sequence", "--max-length")
     samples: int = setting(0, at_least(0, MOST), "training sequences a client at most; 0: all it has", "--samples")
     micro_batches: int = setting(
         0,

@@ -411,8 +411,10 @@ def suits(leaf: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
     if not isinstance(value, _TYPES.get(kind, (kind,))) or (isinstance(value, bool) and kind is not bool):
         return False
     try:
+        for text in (value,) if kind is str else value if kind == tuple[str, ...] else ():
+            text.encode()
         return bool(leaf.metadata["allowed"].test(value))
-    except (TypeError, ValueError, AttributeError, OverflowError):  # what is in a tuple is of another type
+    except (TypeError, ValueError, AttributeError, OverflowError):  # of another type in a tuple, or half a character
         return False
 
 

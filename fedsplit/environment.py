@@ -8,6 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from fedsplit.allowed import InputError
+
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -66,6 +68,11 @@ def prepare() -> None:
     """Sets what must be set before the libraries are imported, since they read it only then.
 
     Without a token of its own, anyone on the machine could run code in Ray's processes.
+
+    Raises:
+        InputError: Ray was imported already, without a token: it would not take one any more.
     """
+    if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise InputError("ray was imported before fedsplit could close it: call fedsplit.environment.prepare() first")
     for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
         os.environ.setdefault(name, value)

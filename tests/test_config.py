@@ -40,6 +40,8 @@ def test_no_budget_is_none_and_another_is_bytes() -> None:
         ("lora.rank", ("8",)),
         ("trunk.schedule", "sharde"),
         ("deterministic", 1),
+        ("model", "half a character \udc80"),
+        ("lora.targets", ("c_attn", "\ud800")),
     ],
 )
 def test_whoever_makes_a_configuration_its_values_are_checked(name: str, value: object) -> None:

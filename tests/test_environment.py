@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 import warnings
+from pathlib import Path
 
 import pytest
 
-from fedsplit.environment import ENVIRONMENT, QUIET, prepare, quieten
+from fedsplit import environment
+from fedsplit.allowed import InputError
+from fedsplit.environment import ENVIRONMENT, QUIET, prefer_installed, prepare, quieten
 
 
 @pytest.fixture(autouse=True)
 def empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment of the test's own."""
+    """An environment of the test's own, in which Ray was not imported yet."""
     monkeypatch.setattr(os, "environ", {})
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
 
 
 def test_a_token_of_its_own_closes_every_runs_processes() -> None:
@@ -24,6 +30,31 @@ def test_a_token_of_its_own_closes_every_runs_processes() -> None:
     os.environ.clear()
     prepare()
     assert os.environ["RAY_AUTH_TOKEN"] != first
+
+
+def test_ray_that_was_imported_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    with pytest.raises(InputError, match="prepare"):
+        prepare()
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="mine")
+    prepare()
+
+
+@pytest.mark.parametrize("first", ["here", "", "."])
+def test_the_working_folder_is_looked_in_last(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry = str(tmp_path) if first == "here" else first
+    monkeypatch.setattr(sys, "path", [entry, "/lib/one", "/lib/two"])
+    prefer_installed()
+    assert sys.path == ["/lib/one", "/lib/two", entry]
+
+
+def test_the_folder_that_fedsplit_comes_from_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(Path(environment.__file__).parent.parent)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "path", [root, "/lib/one"])
+    prefer_installed()
+    assert sys.path == [root, "/lib/one"]
 
 
 def test_no_telemetry_and_no_open_port() -> None:

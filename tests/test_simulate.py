@@ -222,6 +222,51 @@ def test_help_and_refusals_load_no_library(tmp_path: Path) -> None:
     assert "--trunk.schedule" in shown.stdout
 
 
+FROM_PYTHON = """
+import os, sys, threading
+import psutil
+from fedsplit.documents import build
+from fedsplit.simulate import run
+
+seen, done = set(), threading.Event()
+
+def look():
+    while not done.wait(0.3):
+        for process in psutil.Process().children(recursive=True):
+            try:
+                seen.update(c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN")
+            except psutil.Error:
+                pass
+
+threading.Thread(target=look, daemon=True).start()
+summary = run(build({"clients": 2, "rounds": 1, "train.steps": 1, "eval.samples": 4, "out": "run"}))
+done.set()
+assert summary["client_rounds"] == {"asked": 2, "failed": 0}, summary
+assert seen == {"127.0.0.1"}, seen
+assert os.environ["RAY_AUTH_MODE"] == "token"
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_called_from_python_is_closed_to_others(tmp_path: Path) -> None:
+    call = [sys.executable, "-c", FROM_PYTHON]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_nothing_in_the_working_folder_hides_a_library(tmp_path: Path) -> None:
+    """Folders with the names of libraries, a home that is not there, an output that can only say ASCII."""
+    for name in ("strategies", "datasets", "tokenizers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the user\'s own')")
+    (tmp_path / "psutil.py").write_text("raise RuntimeError('the user\'s own')")
+    environment = {**os.environ, "HOME": "/nonexistent", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    call = [sys.executable, "-m", "fedsplit.simulate", "--clients", "2", "--out", "run", *TINY]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_run_without_a_traceback(tmp_path: Path) -> None:
     run = f"{sys.executable} -m fedsplit.simulate --clients 1 --out run {' '.join(TINY)}"

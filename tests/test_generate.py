@@ -29,6 +29,7 @@ from fedsplit.client.link import Link
 from fedsplit.generation.decoding import Ends, Pace, decode
 from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.model.split import load_parts
+from fedsplit.model.token_ids import end_tokens
 from fedsplit.model.unsplit import load_whole
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import Run, open_run
@@ -79,7 +80,7 @@ def _unsplit(run: Run, adapter: Path, text: str, count: int) -> list[int]:
 
 def _through_parts(run: Run, adapter: Path, tokens: list[list[int]], count: int) -> list[list[int]]:
     """As the command, without its processes."""
-    config, stops = run.config, generate._end_tokens(run.config.model_path)
+    config, stops = run.config, end_tokens(run.config.model_path)
     parts = load_parts(config.model_path, config.bounds, ["bottom", "trunk", "top"])
     for part in parts:
         lora.add(part, config.lora, config.seed)
@@ -131,7 +132,7 @@ def test_prompts_become_tokens(talking: Talking) -> None:
     plain, said = (generate._tokenise(tokenizer, ["ab", "c"], chat, "m") for chat in (False, True))
     assert [tokenizer.decode(ids) for ids in plain] == ["ab", "c"]
     assert ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in said] == ["<ab>:", "<c>:"]
-    assert generate._end_tokens(model) == [96, 95]
+    assert end_tokens(model) == [96, 95]
 
 
 def test_what_went_by_is_told() -> None:

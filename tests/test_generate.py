@@ -20,6 +20,7 @@ import psutil
 import pytest
 import tomli_w
 import torch
+from conftest import with_added_token
 from peft import PeftModel
 from split_models import Here, server_of
 
@@ -160,6 +161,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
     (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
     (tmp_path / "none.txt").write_text("\n \n")
     hello = ["--prompt", "Hello"]
+    added = str(with_added_token(open_run(Path(run)).config.model_path, tmp_path / "added", "Hello"))
     sorts = str(finished_run("gpt2", dataset="synthetic", data__format="classification", train__max_length=32))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
@@ -197,6 +199,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", sorts, *hello], f"the run in {sorts} sorts texts into classes"),
         (["--run", own, "--client", "0", "--chat", *hello], "chat: the tokenizer of"),
         (["--run", run, "--model", "nowhere", *hello], "model: nowhere is not possible"),
+        (["--run", run, "--model", added, *hello], f"model: {added} (its texts have token 97 (Hello), its embedding"),
         (["--run", run, "--trunk.device", "gpu", *hello], "trunk.device: gpu is not possible; allowed: auto | cpu"),
         (["--run", changed(device="cuda:77"), *hello], "trunk.device: cuda:77 is not possible; allowed: auto | cpu"),
         (["--run", changed(quantization="top:4"), *hello], "quantization: top:4 is not possible; allowed: none with"),

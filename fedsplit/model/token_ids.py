@@ -69,13 +69,11 @@ def check_largest(folder: Path, model: str, largest: int) -> None:
     rows = _embedding_rows(folder)
     if largest < rows:
         return
-    token = f"token {largest}"
-    if has_vocabulary(folder) and (name := _token_name(folder, largest)) is not None:
-        token += f", {name},"
-    if largest in end_tokens(folder):
-        token += f" ({_END})"
+    name = _token_name(folder, largest) if has_vocabulary(folder) else None
+    notes = [note for note in (name, _END if largest in end_tokens(folder) else None) if note]
+    token = f"token {largest}" + (f" ({', '.join(notes)})" if notes else "")
     words = f"a model whose embedding has a row for each token: ids 0 to {rows - 1}, or more rows"
-    raise SettingError("model", f"{model} (its texts have {token} but its embedding has {rows} rows)", words)
+    raise SettingError("model", f"{model} (its texts have {token}, its embedding has {rows} rows)", words)
 
 
 def _embedding_rows(folder: Path) -> int:

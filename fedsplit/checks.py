@@ -182,10 +182,10 @@ def check_tokens(config: Config, deal: Deal) -> None:
         SettingError: It has not.
     """
     folder = about(config)
-    largest = max(int(rows.ids.max()) for shard in deal.shards for rows in (shard.train, shard.held_out))
+    found = [int(rows.ids.max()) for shard in deal.shards for rows in (shard.train, shard.held_out)]
     if config.prompt.text:
-        largest = max(largest, *load_tokenizer(folder)(config.prompt.text)["input_ids"])
-    check_largest(folder, config.model, largest)
+        found += load_tokenizer(folder)(config.prompt.text)["input_ids"]
+    check_largest(folder, config.model, max(found))
 
 
 def check_adapters(config: Config, facts: Facts) -> None:

@@ -87,6 +87,7 @@ class Stored:
         raise ValueError(f"the checkpoint has no tensor {name}{why}")
 
     def _experts(self, pattern: str) -> list[str]:
+        """Returns the names in the files of all experts' tensors, by the number of the expert."""
         numbered = (pattern.replace("*", str(number)) for number in itertools.count())
         return list(itertools.takewhile(self._files.__contains__, numbered))
 
@@ -176,7 +177,8 @@ class Stored:
         """Looks at the extremes: a NaN is both, and a cast keeps the order."""
         if not values.numel():
             return
-        extremes = torch.stack(torch.aminmax(values))
+        wide = values.float() if values.element_size() == 1 else values  # torch finds no extremes of float8
+        extremes = torch.stack(torch.aminmax(wide))
         where = f"{stored} in {self._files[stored].name}"
         if not bool(extremes.isfinite().all()):
             raise ValueError(f"{where} holds values that are not finite")

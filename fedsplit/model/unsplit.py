@@ -27,13 +27,22 @@ def blank(path: Path, classes: int = 0) -> Any:
     Args:
         path: A folder with config.json.
         classes: Number of classes of a classifier of sequences; 0 for a model of tokens.
+
+    Raises:
+        ValueError: The model's embedding has no row for its padding.
     """
     config = AutoConfig.from_pretrained(path)
     if classes:
         config.num_labels = classes
     made_by = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-    with torch.device("meta"):
-        return made_by.from_config(config)
+    try:
+        with torch.device("meta"):
+            return made_by.from_config(config)
+    except AssertionError:  # torch's; not every family gives its embedding a row for padding
+        if config.pad_token_id is None or config.pad_token_id < config.vocab_size:
+            raise
+        words = f"pad_token_id is {config.pad_token_id}, its embedding has {config.vocab_size} rows"
+        raise ValueError(words) from None
 
 
 def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:

@@ -93,6 +93,7 @@ def test_an_expert_that_is_missing_is_found_out(tmp_path: Path, tiny_models: dic
 def test_loaded_in_float32_whatever_the_file_has(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     whole = load_whole(tiny_models["gpt2"])
     whole.half().save_pretrained(tmp_path)
+    check_checkpoint(tmp_path)
     (trunk,) = load_parts(tmp_path, (1, 2), ["trunk"])
     assert {parameter.dtype for parameter in trunk.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in load_whole(tmp_path).parameters()} == {torch.float32}
@@ -122,6 +123,7 @@ def test_shards_and_names_without_prefix_are_read(tmp_path: Path, tiny_models: d
         ("vocab_size", 10, r"has the shape \[97, 32\], config.json says \[10, 32\]"),
         ("num_hidden_layers", 9, "the checkpoint has no tensor model.layers.3"),
         ("hidden_act", "none", "belong together"),
+        ("pad_token_id", 97, "pad_token_id is 97, its embedding has 97 rows"),
     ],
 )
 def test_a_configuration_that_is_not_the_checkpoints_is_refused(
@@ -247,14 +249,15 @@ def test_a_classifier_needs_no_head_of_the_checkpoint(tmp_path: Path, tiny_model
         ("llama", "lm_head.weight", torch.float16),
         ("mixtral", "model.layers.2.block_sparse_moe.experts.3.w2.weight", torch.float32),
         ("llama", "model.norm.weight", torch.float32),
+        ("llama", "model.layers.0.self_attn.q_proj.weight", torch.float8_e5m2),
     ],
 )
 def test_a_value_that_is_not_finite_is_refused_by_name(
     value: float, family: str, name: str, dtype: torch.dtype, tmp_path: Path, tiny_models: dict[str, Path]
 ) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name] = tensors[name].to(dtype)
         tensors[name].view(-1)[-1] = value
+        tensors[name] = tensors[name].to(dtype)
 
     folder = edited(tiny_models[family], tmp_path / "spoiled", spoil)
     words = rf"^model: .*\({name} in model\.safetensors holds values that are not finite\)"

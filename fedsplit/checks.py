@@ -5,7 +5,7 @@ What a module knows alone it checks itself: see `check_` functions elsewhere.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsplit.adaptation.methods import METHODS, check_method
 from fedsplit.adaptation.rank_budget import check_budget
@@ -14,7 +14,13 @@ from fedsplit.config import Config, TrainSettings
 from fedsplit.documents import set_by_user
 from fedsplit.federation.strategy import traits_of
 from fedsplit.model.families import STACKED, Facts
+from fedsplit.model.sources import about
+from fedsplit.model.token_ids import check_largest
+from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.trunk.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    from fedsplit.corpora.partition import Deal
 
 
 def learning_parts(config: Config, blocks: int) -> list[str]:
@@ -163,6 +169,23 @@ def check_lengths(config: Config, facts: Facts) -> None:
     if positions and length + positions > facts.positions:
         words = f"at most the model's {facts.positions} positions together with train.max_length {length}"
         raise SettingError("prompt.tokens", positions, words)
+
+
+def check_tokens(config: Config, deal: Deal) -> None:
+    """Makes sure that the model's embedding has a row for every token of the clients' texts, and of the prompt's.
+
+    Args:
+        config: The run's.
+        deal: The data, dealt out.
+
+    Raises:
+        SettingError: It has not.
+    """
+    folder = about(config)
+    found = [int(rows.ids.max()) for shard in deal.shards for rows in (shard.train, shard.held_out)]
+    if config.prompt.text:
+        found += load_tokenizer(folder)(config.prompt.text)["input_ids"]
+    check_largest(folder, config.model, max(found))
 
 
 def check_adapters(config: Config, facts: Facts) -> None:

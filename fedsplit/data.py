@@ -21,9 +21,9 @@ def look(config: Config) -> Any:
         A `fedsplit.corpora.partition.Deal`.
 
     Raises:
-        SettingError: There is no such model or data set, or too little text.
+        SettingError: There is no such model or data set, too little text, or a token that the model does not know.
     """
-    from fedsplit.checks import check_lengths
+    from fedsplit.checks import check_lengths, check_tokens
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import about
@@ -34,7 +34,9 @@ def look(config: Config) -> Any:
 
     from fedsplit.client.heldout import deal_of
 
-    return deal_of(config)
+    deal = deal_of(config)
+    check_tokens(config, deal)
+    return deal
 
 
 def _parser() -> Parser:

@@ -154,6 +154,19 @@ def _work(
     return [(run.adapter(), [text for _, text in numbered])]
 
 
+def _check_tokens(run: Run, work: list[tuple[Adapter, list[tuple[str, list[Sequences]]]]]) -> None:
+    """Makes sure that the model's embedding has a row for every token of what it is measured on.
+
+    Raises:
+        SettingError: It has not.
+    """
+    from fedsplit.model.sources import about
+    from fedsplit.model.token_ids import check_largest
+
+    largest = max(int(rows.ids.max()) for _, texts in work for _, batches in texts for rows in batches)
+    check_largest(about(run.config), run.config.model, largest)
+
+
 def evaluate(
     run: Run,
     dataset: str = "",
@@ -185,6 +198,7 @@ def evaluate(
     results = []
     check_device("device", device)
     work = _work(run, dataset, client, samples, data or other_data(run.config, {}))
+    _check_tokens(run, work)
     classes = _classes(run.config)
     base = open_held(work[0][0], resolve(device), classes=len(classes), seed=run.config.seed)
     for adapter, texts in work:

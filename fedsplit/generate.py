@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -142,16 +141,6 @@ def _trunk_device(asked: argparse.Namespace, config: Config) -> str:
     return str(_checked("trunk.device", name, DEVICE))
 
 
-def _end_tokens(model: Path) -> list[int]:
-    """The tokens that end a text: those the model's folder names for generation, or else in its configuration."""
-    for name in ("generation_config.json", "config.json"):
-        file = model / name
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-        if found is not None:
-            return list(found) if isinstance(found, list) else [found]
-    return []
-
-
 def _tokenise(tokenizer: Any, prompts: Sequence[str], chat: bool, model: str) -> list[list[int]]:
     """Prompts as the model reads them, special tokens included.
 
@@ -226,16 +215,18 @@ def check(asked: argparse.Namespace) -> Job:
 
     from fedsplit.generation.sampling import Sampling
     from fedsplit.model.stored import check_checkpoint
+    from fedsplit.model.token_ids import check_largest, end_tokens
     from fedsplit.model.vocabulary import load_tokenizer
     from fedsplit.results.whole import read_adapter
 
     tokenizer = load_tokenizer(model)
     tokens = _tokenise(tokenizer, prompts, asked.chat, config.model)
     most = _new_tokens(tokens, asked.max_new_tokens, facts.positions, config.prompt.positions)
-    check_checkpoint(weights(config))
+    check_largest(model, config.model, max(max(ids) for ids in tokens))
+    check_checkpoint(weights(config), config.dtype)
     read_adapter(adapter)
     how = Sampling(asked.temperature, asked.top_k or 0, asked.top_p or 1.0, asked.seed or 0)
-    stops = _end_tokens(model)
+    stops = end_tokens(model)
     client = asked.client or 0
     heads = [f"{prompt}\n" if asked.chat else prompt for prompt in prompts]
     return Job(config, adapter, client, tokenizer, heads, tokens, most, stops, how, asked.batch_size)

@@ -75,7 +75,9 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     deal = deal_of(config)
     if deal.classes:
         checks.check_classifier(config)
-    check_checkpoint(weights(config, tell=print))  # last: they may have to be fetched first
+    checks.check_tokens(config, deal)
+    folder_of_weights = weights(config, tell=print)  # last: they may have to be fetched first
+    check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))
     return folder, strategy, deal
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,16 @@ def write_model(folder: Path, family: str) -> Path:
     tokenizer = Tokenizer(models.WordLevel(characters, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def with_added_token(model: Path, folder: Path, content: str) -> Path:
+    """Copies a model whose tokenizer knows one token more than its embedding has rows."""
+    shutil.copytree(model, folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    document["added_tokens"] = [{"id": VOCABULARY, "content": content, **flags}]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
     return folder
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
+from conftest import with_added_token, write_corpus
+from safetensors.torch import load_file, save_file
 
 from fedsplit import checks, simulate
 from fedsplit.documents import build
@@ -26,7 +31,42 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / "torn" / name).write_text((model / name).read_text())
     (tmp_path / "torn" / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
+    copies = {name: shutil.copytree(model, tmp_path / name) for name in ("nan", "stray", "ends", "endless")}
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.weight"][0, 0] = math.nan
+    save_file(weights, copies["nan"] / "model.safetensors", metadata={"format": "pt"})
+    (copies["stray"] / "model.safetensors").rename(copies["stray"] / "model_before.safetensors")
+    copies["added"] = with_added_token(model, tmp_path / "added", "wrote")
+    copies["prompted"] = with_added_token(model, tmp_path / "prompted", "dear")
+    config = json.loads((model / "config.json").read_text())
+    for name, end in (("ends", 97), ("endless", None)):
+        (copies[name] / "generation_config.json").unlink()
+        (copies[name] / "config.json").write_text(json.dumps({**config, "eos_token_id": end}))
+    (copies["endless"] / "tokenizer.json").unlink()
+    tiny = ["--cut", "1:2", "--max-length", "16", "--dataset", str(write_corpus(tmp_path / "corpus.jsonl"))]
+    prompted = ["--prompt.kind", "prompt", "--prompt.init", "text", "--prompt.text", "dear you"]
     return [
+        (
+            ["--model", str(copies["nan"]), *tiny],
+            f"model: {copies['nan']} (transformer.h.1.mlp.c_fc.weight in model.safetensors holds values that are not",
+        ),
+        (
+            ["--model", str(copies["stray"]), *tiny],
+            f"model: {copies['stray']} (neither model.safetensors nor model.safetensors.index.json in it, only model_",
+        ),
+        (
+            ["--model", str(copies["added"]), *tiny],
+            f"model: {copies['added']} (its texts have token 97 (wrote), its embedding has 97 rows)",
+        ),
+        (
+            ["--model", str(copies["prompted"]), *tiny, *prompted],
+            f"model: {copies['prompted']} (its texts have token 97 (dear), its embedding has 97 rows)",
+        ),
+        (
+            ["--model", str(copies["ends"]), *tiny],
+            f"model: {copies['ends']} (its texts have token 97 (<|endoftext|>, eos_token_id), its embedding has 97 r",
+        ),
+        (["--model", str(copies["endless"]), *tiny], f"model: {copies['endless']} (no eos_token_id in generation_"),
         (["--clientz", "8"], "there is no flag --clientz; did you mean --clients"),
         (["--clients", "0"], "clients: 0 is not possible"),
         (["--clients", "10000"], "clients: 10000 is not possible; allowed: 1 to "),

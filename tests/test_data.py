@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import with_added_token
 
 from fedsplit import data, simulate
 
@@ -51,6 +52,7 @@ def bad_data(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
     at = {name: ["--dataset", str(file)] for name, file in files.items()}
     sorting = ["--data.format", "classification"]
     sorted_ = [*at["classes"], *sorting]
+    added = str(with_added_token(model, tmp_path / "added", "text"))
     return [
         (at["words"], f"dataset: {files['words']} is not possible; allowed: a data set with a column 'text'"),
         ([*at["words"], "--data.text", "body"], f"dataset: {files['words']}"),
@@ -80,6 +82,10 @@ def bad_data(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         (
             [*sorted_, "--data.held-out", str(files["below"])],
             f"dataset: {files['below']} is not possible; allowed: rows",
+        ),
+        (
+            [*at["classes"], "--clients", "1", "--data.packing", "false", "--model", added],
+            f"model: {added} (its texts have token 97 (text), its embedding has 97 rows) is not possible",
         ),
         (["--max-length", "64"], "train.max_length: 64 is not possible; allowed: 8 to 32, the model's positions"),
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import with_added_token
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_formats import PLAIN
@@ -184,6 +185,8 @@ def test_what_is_asked_for_wrongly_gets_one_line(
     run, own = str(finished_run("gpt2")), str(finished_run("gpt2", "fedsa"))
     (tmp_path / "short.txt").write_text("Short.")
     short = str(tmp_path / "short.txt")
+    added = str(with_added_token(open_run(Path(run)).config.model_path, tmp_path / "added", "text"))
+    (tmp_path / "text.txt").write_text("Some text of its own. " * 4)
     for argv, words in (
         ([], "the following arguments are required: --run; see --help"),
         (["--run", "nowhere"], "nowhere is no folder of a run: there is no such folder"),
@@ -193,6 +196,11 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", run, "--dataset", short], f"dataset: {short} is not possible; allowed: a text of 16 tokens"),
         (["--run", own, "--dataset", short], "in this run every client has an adapter of its own"),
         (["--run", run, "--model", "nowhere"], "model: nowhere is not possible"),
+        (["--run", run, "--model", added], f"model: {added} (its texts have token 97 (text), its embedding has 97"),
+        (
+            ["--run", run, "--model", added, "--dataset", str(tmp_path / "text.txt")],
+            f"model: {added} (its texts have token 97 (text), its embedding has 97 rows)",
+        ),
         (["--run", run, "--data.text", "body"], "data.text: body is not possible; allowed: no --data.text without"),
         (
             ["--run", run, "--dataset", short, "--data.format", "text", "--data.text", "body"],

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import tomli_w
 import torch
+from conftest import with_added_token
 from peft import PeftModel
 from split_models import Here, server_of
 
@@ -29,6 +30,7 @@ from fedsplit.client.link import Link
 from fedsplit.generation.decoding import Ends, Pace, decode
 from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.model.split import load_parts
+from fedsplit.model.token_ids import end_tokens
 from fedsplit.model.unsplit import load_whole
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import Run, open_run
@@ -79,7 +81,7 @@ def _unsplit(run: Run, adapter: Path, text: str, count: int) -> list[int]:
 
 def _through_parts(run: Run, adapter: Path, tokens: list[list[int]], count: int) -> list[list[int]]:
     """As the command, without its processes."""
-    config, stops = run.config, generate._end_tokens(run.config.model_path)
+    config, stops = run.config, end_tokens(run.config.model_path)
     parts = load_parts(config.model_path, config.bounds, ["bottom", "trunk", "top"])
     for part in parts:
         lora.add(part, config.lora, config.seed)
@@ -131,7 +133,7 @@ def test_prompts_become_tokens(talking: Talking) -> None:
     plain, said = (generate._tokenise(tokenizer, ["ab", "c"], chat, "m") for chat in (False, True))
     assert [tokenizer.decode(ids) for ids in plain] == ["ab", "c"]
     assert ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in said] == ["<ab>:", "<c>:"]
-    assert generate._end_tokens(model) == [96, 95]
+    assert end_tokens(model) == [96, 95]
 
 
 def test_what_went_by_is_told() -> None:
@@ -159,6 +161,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
     (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
     (tmp_path / "none.txt").write_text("\n \n")
     hello = ["--prompt", "Hello"]
+    added = str(with_added_token(open_run(Path(run)).config.model_path, tmp_path / "added", "Hello"))
     sorts = str(finished_run("gpt2", dataset="synthetic", data__format="classification", train__max_length=32))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
@@ -196,6 +199,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", sorts, *hello], f"the run in {sorts} sorts texts into classes"),
         (["--run", own, "--client", "0", "--chat", *hello], "chat: the tokenizer of"),
         (["--run", run, "--model", "nowhere", *hello], "model: nowhere is not possible"),
+        (["--run", run, "--model", added, *hello], f"model: {added} (its texts have token 97 (Hello), its embedding"),
         (["--run", run, "--trunk.device", "gpu", *hello], "trunk.device: gpu is not possible; allowed: auto | cpu"),
         (["--run", changed(device="cuda:77"), *hello], "trunk.device: cuda:77 is not possible; allowed: auto | cpu"),
         (["--run", changed(quantization="top:4"), *hello], "quantization: top:4 is not possible; allowed: none with"),

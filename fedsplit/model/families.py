@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.allowed import SettingError
+from fedsplit.model.token_ids import end_token
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,13 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint's config.json says before anything is loaded.
+    """What the files beside a checkpoint say before anything is loaded.
 
     Attributes:
         family: The family's record.
         blocks: Number of blocks.
         positions: Longest sequence in tokens.
-        end: The id of the token that ends a text.
+        end: Id of the token that ends a text (`fedsplit.model.token_ids.end_token`).
         width: The size of a hidden state; 0 where config.json does not say.
         experts: Experts of each block that has any.
         routed: The blocks that have experts.
@@ -241,11 +242,11 @@ def _check_required(family: Family, document: Mapping[str, Any], allowed: str) -
 
 
 def read_facts(path: Path) -> Facts:
-    """Reads a checkpoint's config.json, without transformers.
+    """Reads a checkpoint's config.json, and the files that may name its end token.
 
     Raises:
-        SettingError: There is no such folder, it holds no model, its family is unknown, or it has something
-            that cannot be split.
+        SettingError: There is no such folder, it holds no model, its family is unknown, it has something that cannot
+            be split, or nothing says which token ends a text.
     """
     allowed = "a model with a config.json that says what its family needs"
     try:
@@ -260,16 +261,19 @@ def read_facts(path: Path) -> Facts:
     if document.get("quantization_config"):  # their scales would be passed over
         words = "weights in fp32, bf16 or fp16; --quantization takes them down to fewer bits here"
         raise SettingError("model", f"{path} (its weights are quantised already)", words)
+    if (named := document.get("transformers_weights")) is not None:  # transformers would load this file alone
+        words = "a model without it, whose weights have the usual names"
+        raise SettingError("model", f"{path} (its config.json has the transformers_weights {json.dumps(named)})", words)
     family = family_of(str(document.get("model_type")))
     _check_required(family, document, allowed)
     numbers = []
-    for key in (family.layers_key, family.positions_key, "eos_token_id"):
+    for key in (family.layers_key, family.positions_key):
         value = document.get(key)
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "eos_token_id" else 1):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
         numbers.append(value)
-    blocks, positions, end = numbers
+    blocks, positions = numbers
+    end = end_token(path)
     width = document.get(family.width_key)
     width = width if isinstance(width, int) and not isinstance(width, bool) else 0
     return Facts(family, blocks, positions, end, width, **_read_experts(family, document, blocks, path, allowed))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -24,16 +24,11 @@ from huggingface_hub.errors import (
 
 from fedsplit.allowed import SettingError
 from fedsplit.model.vocabulary import TOKENIZER_FILES, has_vocabulary
+from fedsplit.model.weight_files import ADAPTER, INDEX, WEIGHTS
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
-WEIGHTS = "model.safetensors"
-"""The file of a model that is not sharded."""
-
-INDEX = "model.safetensors.index.json"
-"""What says in which shard a tensor lies."""
-
-_SMALL = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+_SMALL = ("config.json", "generation_config.json", INDEX, ADAPTER, *TOKENIZER_FILES)
 
 ALLOWED = "a folder that is there, or a model of the Hub that you may read, as org/name or org/name@revision"
 """In words, for errors."""
@@ -87,6 +82,18 @@ def _download(name: HubName, revision: str | None, files: Collection[str]) -> Pa
         raise SettingError("model", f"{name} ({_reason(error, name)})", ALLOWED) from None
 
 
+def _has(name: HubName, revision: str, file: str) -> bool:
+    """Returns whether the repository has a file at a commit.
+
+    Raises:
+        SettingError: The Hub does not say.
+    """
+    try:
+        return HfApi().file_exists(name.repository, file, revision=revision)
+    except Exception as error:  # noqa: BLE001  # the library lets the errors of its transport through
+        raise SettingError("model", f"{name} ({_reason(error, name)})", ALLOWED) from None
+
+
 def about(name: HubName) -> Path:
     """The folder of a commit, with config.json and tokenizer; its name is the commit.
 
@@ -104,6 +111,8 @@ def about(name: HubName) -> Path:
         folder = _download(name, name.revision, _SMALL)
     if not (folder / "config.json").is_file():
         raise SettingError("model", f"{name} (no config.json in it)", ALLOWED)
+    if (folder / ADAPTER).is_file():
+        raise SettingError("model", f"{name} ({ADAPTER} in it: transformers would add that adapter)", ALLOWED)
     return folder
 
 
@@ -111,6 +120,9 @@ def fetch_weights(
     name: HubName, folder: Path, wanted: Callable[[str], bool], tell: Callable[[str], object] = lambda line: None
 ) -> None:
     """Makes sure that weights lie in the folder of a commit.
+
+    Where the repository has both, transformers loads the single file and not the shards. What the cache has is taken
+    without asking.
 
     Args:
         name: The model.
@@ -125,14 +137,18 @@ def fetch_weights(
         return
     if not (folder / INDEX).exists():
         tell(f"fetching the weights of {name}")
-        _download(name, folder.name, (INDEX, WEIGHTS))  # it has one of them
+        _download(name, folder.name, (INDEX, WEIGHTS))  # it has one of them at least
         if (folder / WEIGHTS).exists():
             return
     files = _shards(name, folder / INDEX, wanted) if (folder / INDEX).exists() else [WEIGHTS]
-    if missing := [file for file in files if not (folder / file).exists()]:
-        tell(f"fetching the weights of {name}: {', '.join(missing)}")
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing and missing != [WEIGHTS] and _has(name, folder.name, WEIGHTS):
+        missing = [WEIGHTS]
+    if missing:
+        which = "" if missing == [WEIGHTS] else f": {', '.join(missing)}"
+        tell(f"fetching the weights of {name}{which}")
         _download(name, folder.name, missing)
-    if missing := [file for file in files if not (folder / file).exists()]:
+    if missing := [file for file in missing if not (folder / file).exists()]:
         raise SettingError("model", f"{name} (no {missing[0]} in it)", "a model whose weights are in safetensors")
 
 

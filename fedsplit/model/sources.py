@@ -16,10 +16,11 @@ from fedsplit.config import Config
 from fedsplit.model import gguf_files, hub
 from fedsplit.model.families import read_facts
 from fedsplit.model.hub import HubName
+from fedsplit.model.weight_files import check_weight_files
 
 ALLOWED = (
-    "the name of the bundled model, or a folder with config.json, tokenizer.json and *.safetensors, a .gguf file,"
-    " smollm2, or a model of the Hub as org/name[@revision]"
+    "the name of the bundled model, or a folder with config.json, tokenizer.json and model.safetensors or its shards, a"
+    " .gguf file, smollm2, or a model of the Hub as org/name[@revision]"
 )
 """What `--model` may be, in words."""
 
@@ -58,17 +59,14 @@ def _find(model: str) -> Path | HubName:
 
 
 def _check_folder(folder: Path) -> Path:
-    """Refuses a folder without weights that can be read.
+    """Refuses a folder without a model, or whose weights transformers would take from elsewhere.
 
     Raises:
-        SettingError: There are none.
+        SettingError: It is such a folder.
     """
     if not (folder / "config.json").is_file():
         raise SettingError("model", folder, ALLOWED)
-    if not any(folder.glob("*.safetensors")):
-        other = next((file.name for pattern in ("*.bin", "*.pt", "*.gguf") for file in folder.glob(pattern)), None)
-        has = f", only {other}" if other else ""
-        raise SettingError("model", f"{folder} (no *.safetensors in it{has})", ALLOWED)
+    check_weight_files(folder, ALLOWED)
     return folder
 
 

@@ -20,7 +20,8 @@ from fedsplit.model.devices import CPU
 from fedsplit.model.families import family_of
 from fedsplit.model.parts import PARTS, SCORE, Kind, Part, ranges
 from fedsplit.model.quantization import announced, quantized
-from fedsplit.model.stored import Stored, tied
+from fedsplit.model.stored import Stored
+from fedsplit.model.unsplit import blank
 
 
 def _restore_scale(decoder: Any, embedding: nn.Module, device: torch.device) -> None:
@@ -66,7 +67,7 @@ def load_parts(
     family = family_of(config.model_type)
     if not 0 <= bounds[0] < bounds[1] <= config.num_hidden_layers:
         raise ValueError(f"cut {bounds} lies outside a model of {config.num_hidden_layers} blocks")
-    checkpoint = Stored(path, family, dtype, device)
+    checkpoint = Stored(path, blank(path, classes), dtype, device)
     parts = []
     for kind in kinds:
         part = empty_part(path, bounds, kind, dtype, fused, classes if kind == "top" else 0)
@@ -103,8 +104,7 @@ def _fill(part: Part, checkpoint: Stored, dtype: torch.dtype, device: torch.devi
             if module_name == SCORE:
                 setattr(module, name, nn.Parameter(torch.empty(old.shape, device=device)))
             else:
-                full = part.whole_name(f"{module_name}.{name}")
-                setattr(module, name, checkpoint.parameter(full, tied(full, part.family)))
+                setattr(module, name, checkpoint.parameter(part.whole_name(f"{module_name}.{name}")))
         if bits and _is_projection(part, module_name, module):
             part.set_submodule(module_name, quantized(module, bits, dtype, device))
             checkpoint.forget(module.parameters())

@@ -21,10 +21,28 @@ from fedsplit.model.parts import ranges
 from fedsplit.model.quantization import announced, dequantized, quantized
 
 
-def blank(path: Path) -> Any:
-    """The unsplit model without its weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+def blank(path: Path, classes: int = 0) -> Any:
+    """Returns the unsplit model without its weights, on the meta device.
+
+    Args:
+        path: A folder with config.json.
+        classes: Number of classes of a classifier of sequences; 0 for a model of tokens.
+
+    Raises:
+        ValueError: The model's embedding has no row for its padding.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if classes:
+        config.num_labels = classes
+    made_by = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return made_by.from_config(config)
+    except AssertionError:  # torch's; not every family gives its embedding a row for padding
+        if config.pad_token_id is None or config.pad_token_id < config.vocab_size:
+            raise
+        words = f"pad_token_id is {config.pad_token_id}, its embedding has {config.vocab_size} rows"
+        raise ValueError(words) from None
 
 
 def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:
@@ -37,8 +55,9 @@ def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0,
         pad: Of a classifier, the token that fills up shorter sequences.
     """
     if classes:
-        made_by = AutoModelForSequenceClassification
-        return made_by.from_pretrained(path, dtype=dtype, num_labels=classes, pad_token_id=pad)
+        # A classifier's checkpoint may have a head of other classes, which is not read either.
+        how = {"num_labels": classes, "pad_token_id": pad, "ignore_mismatched_sizes": True}
+        return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, **how)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 

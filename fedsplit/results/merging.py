@@ -27,12 +27,11 @@ from fedsplit.adaptation.prompts import SAVED
 from fedsplit.allowed import InputError
 from fedsplit.federation.checkpoint import write_whole
 from fedsplit.model.devices import TYPES
-from fedsplit.model.families import family_of
 from fedsplit.model.head import HEAD, WEIGHT
 from fedsplit.model.sources import to_peft
 from fedsplit.model.store import load_tensors, write_tensors
-from fedsplit.model.stored import Stored, tied
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.stored import Stored
+from fedsplit.model.unsplit import blank, load_whole
 from fedsplit.model.vocabulary import TOKENIZER_FILES
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
 from fedsplit.results.whole import classes_in, merged, open_base, open_held, read_adapter, read_fitting
@@ -108,12 +107,14 @@ def _check_headless(adapter: Adapter, read: Adapters) -> None:
 
 
 def _own_head(adapter: Adapter, classifier: Any) -> Tensor | None:
-    """The base's head for tokens (V, D), as its run held it, which no classifier loads; None where it is tied."""
+    """Returns the base's head for tokens (V, D), as its run held it, which no classifier loads.
+
+    None if it is tied to the embedding, or if the base has none, as a classifier's checkpoint.
+    """
     if classifier.config.tie_word_embeddings:
         return None
-    family = family_of(classifier.config.model_type)
-    stored = Stored(adapter.model_path, family, TYPES[adapter.dtype])
-    return stored.parameter(WEIGHT, tied(WEIGHT, family)).detach().float()
+    stored = Stored(adapter.model_path, blank(adapter.model_path), TYPES[adapter.dtype])
+    return stored.parameter(WEIGHT).detach().float() if stored.has(WEIGHT) else None
 
 
 @torch.no_grad()

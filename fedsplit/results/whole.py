@@ -41,7 +41,7 @@ def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes:
         SettingError: The folder holds no model, or a broken one.
     """
     facts = read_facts(model_path)
-    check_checkpoint(model_path)
+    check_checkpoint(model_path, dtype, classes)
     base = load_whole(model_path, TYPES[dtype], classes, read_pad(model_path, facts.end)).eval()
     if classes:
         restore_head(base, seed)

@@ -29,6 +29,7 @@ from fedsplit.generation.decoding import Ends, depends_on_neighbours, padded
 from fedsplit.generation.transcript import Words
 from fedsplit.model.caches import Past
 from fedsplit.model.split import load_parts
+from fedsplit.model.token_ids import end_tokens
 from fedsplit.model.unsplit import load_whole
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import open_run
@@ -328,7 +329,7 @@ def test_the_command_line_trains_a_prefix_and_writes_with_it(tmp_path: Path) -> 
     written = command("generate", *write)
     tokenizer = load_tokenizer(run.config.model_path)
     whole = opened(run.config.model_path, run.adapter().folder)
-    assert written == told(whole, tokenizer, texts, 8, generate._end_tokens(run.config.model_path))
+    assert written == told(whole, tokenizer, texts, 8, end_tokens(run.config.model_path))
     results = evaluate(run)
     loss = sum(r.tuned.nats for r in results) / sum(r.tuned.tokens for r in results)
     assert loss == pytest.approx(

@@ -54,6 +54,11 @@ def test_an_unknown_family_is_refused_with_the_list() -> None:
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention true .* is not .*: false"),
         ("llama", {"is_causal": False}, "is_causal false in config.json is not possible; allowed: true"),
         ("gemma3_text", {"model_type": "gemma3", "text_config": {}}, "type gemma3, whose text model is nested in it"),
+        (
+            "llama",
+            {"transformers_weights": "other.safetensors"},
+            r'has the transformers_weights "other\.safetensors"\)',
+        ),
         ("mixtral", {"router_aux_loss_coef": -1}, "no possible router_aux_loss_coef"),
         ("mixtral", {"num_local_experts": None}, "no possible num_local_experts"),
     ],

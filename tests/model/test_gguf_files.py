@@ -48,6 +48,21 @@ def test_a_file_in_float32_is_the_model_it_was_made_from(tmp_path: Path, tiny_mo
     assert facts == original
 
 
+def test_a_file_without_a_head_is_a_model_whose_head_is_the_embedding(
+    tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    """As transformers reads it, and llama.cpp writes it."""
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_models["llama"], without=["output.weight"])
+    folder = gguf_files.unpack(file, "fp32")
+    check_checkpoint(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="tiny.gguf", quantization_config=GgufConfig(dequantize=True)
+    )
+    assert torch.equal(theirs.lm_head.weight, theirs.get_input_embeddings().weight)
+    bottom, trunk, top = load_parts(folder, (1, 2), ["bottom", "trunk", "top"])
+    assert torch.equal(top.logits(trunk(bottom(IDS))), theirs(input_ids=IDS).logits)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_weights_are_those_that_transformers_reads(

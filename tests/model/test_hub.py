@@ -78,6 +78,31 @@ def test_only_shards_that_are_wanted_are_fetched(local_hub: LocalHub) -> None:
     assert {file.name for file in folder.glob("*.safetensors")} == {*weight_map.values()}
 
 
+def test_the_single_file_goes_before_shards_where_a_repository_has_both(
+    local_hub: LocalHub, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """As for transformers, although the index comes along with the small files."""
+    both = shutil.copytree(local_hub.repositories["org/shards"], tmp_path / "both")
+    shutil.copy(tiny_models["llama"] / hub.WEIGHTS, both)
+    local_hub.repositories["org/both"] = both
+    name, told = HubName("org/both"), []
+    folder = hub.about(name)
+    assert (folder / hub.INDEX).is_file()
+    hub.fetch_weights(name, folder, lambda tensor: ".layers.1." in tensor, told.append)
+    assert [file.name for file in folder.glob("*.safetensors")] == [hub.WEIGHTS]
+    assert told == ["fetching the weights of org/both"]
+
+
+def test_a_repository_with_an_adapter_beside_the_model_is_refused(
+    local_hub: LocalHub, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    adapted = shutil.copytree(tiny_models["llama"], tmp_path / "adapted")
+    (adapted / "adapter_config.json").write_text("{}")
+    local_hub.repositories["org/adapted"] = adapted
+    with pytest.raises(SettingError, match=r"org/adapted \(adapter_config\.json in it: transformers would add"):
+        hub.about(HubName("org/adapted"))
+
+
 def test_a_fetch_that_was_broken_off_goes_on(local_hub: LocalHub) -> None:
     """The tokenizer is missing from the cache, as after a crash, or where another program needed the rest alone."""
     folder = hub.about(HubName("org/whole"))

@@ -168,8 +168,8 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, monkeypatch: py
         ("file", "file is not possible"),
         ("x" * 5000, "is not possible"),
         ("empty", "empty is not possible"),
-        ("bare", r"bare \(no \*\.safetensors in it\)"),
-        ("old", r"old \(no \*\.safetensors in it, only pytorch_model\.bin\)"),
+        ("bare", r"bare \(neither model\.safetensors nor model\.safetensors\.index\.json in it\)"),
+        ("old", r"old \(neither model\.safetensors nor .* in it, only pytorch_model\.bin\)"),
         ("org/nowhere", r"org/nowhere \(no such folder; not all of it is in the Hub's cache, and the Hub cannot be"),
     ):
         for ask in (about, weights, pinned) if model not in ("empty", "bare", "old") else (about, weights):

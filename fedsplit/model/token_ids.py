@@ -1,0 +1,112 @@
+"""Ids of a model's tokens: those that end a text, and those that its embedding has a row for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedsplit.allowed import SettingError
+from fedsplit.model.vocabulary import has_vocabulary, load_tokenizer
+
+_END = "eos_token_id"
+
+_FILES = ("generation_config.json", "config.json")
+"""Files that may name the end tokens. The first that names any counts, as when transformers generates."""
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """Returns the ids of the tokens that end a text, for training, evaluation and generation alike.
+
+    They are those of generation_config.json, else those of config.json, else the end token of the tokenizer. Training
+    puts the first one behind each text; generation stops at any of them.
+
+    Args:
+        folder: The model's folder.
+
+    Returns:
+        The ids; empty if nothing names any.
+
+    Raises:
+        SettingError: A file cannot be read, or what it names is no token id.
+    """
+    for name in _FILES:
+        found = _read(folder / name).get(_END)
+        if found in (None, []):
+            continue
+        ids: list[Any] = found if isinstance(found, list) else [found]
+        if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ids):
+            words = f"a model whose {_END} is the id of a token, a list of ids, or null"
+            raise SettingError("model", f"{folder} (its {name} has the {_END} {json.dumps(found)})", words)
+        return ids
+    end = load_tokenizer(folder).eos_token_id if has_vocabulary(folder) else None
+    return [] if end is None else [int(end)]
+
+
+def end_token(folder: Path) -> int:
+    """Returns the id of the token that training puts behind each text: the first of `end_tokens`.
+
+    Raises:
+        SettingError: There is none.
+    """
+    if found := end_tokens(folder):
+        return found[0]
+    where = f"no {_END} in {' or '.join(_FILES)}, and no end token in its tokenizer"
+    raise SettingError("model", f"{folder} ({where})", "a model that says which token ends a text")
+
+
+def check_largest(folder: Path, model: str, largest: int) -> None:
+    """Makes sure that a model's embedding has a row for every token of some text.
+
+    Args:
+        folder: The model's folder.
+        model: The model's name, for the error.
+        largest: The largest id among the text's tokens, end tokens and padding included.
+
+    Raises:
+        SettingError: The embedding has fewer rows.
+    """
+    rows = _embedding_rows(folder)
+    if largest < rows:
+        return
+    name = _token_name(folder, largest) if has_vocabulary(folder) else None
+    notes = [note for note in (name, _END if largest in end_tokens(folder) else None) if note]
+    token = f"token {largest}" + (f" ({', '.join(notes)})" if notes else "")
+    words = f"a model whose embedding has a row for each token: ids 0 to {rows - 1}, or more rows"
+    raise SettingError("model", f"{model} (its texts have {token}, its embedding has {rows} rows)", words)
+
+
+def _embedding_rows(folder: Path) -> int:
+    """Returns the number of tokens that a model has an embedding of."""
+    size = _read(folder / "config.json").get("vocab_size")
+    if isinstance(size, int):
+        return size
+    from transformers import AutoConfig  # takes a second to import, and hardly any config.json leaves the size out
+
+    return int(AutoConfig.from_pretrained(folder).vocab_size)
+
+
+def _token_name(folder: Path, token: int) -> str | None:
+    """Returns what the tokenizer calls a token; None if it knows no such token."""
+    tokenizer = load_tokenizer(folder)
+    if token >= len(tokenizer):
+        return None
+    name: str | None = tokenizer.convert_ids_to_tokens(token)
+    return name
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Reads a JSON object; an empty one if there is no such file.
+
+    Raises:
+        SettingError: The file holds no JSON object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        document = None
+    if not isinstance(document, dict):
+        raise SettingError("model", f"{file.parent} (its {file.name} cannot be read)", "a JSON object in that file")
+    return document

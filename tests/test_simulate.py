@@ -259,8 +259,8 @@ def test_nothing_in_the_working_folder_hides_a_library(tmp_path: Path) -> None:
     """Folders with the names of libraries, a home that is not there, an output that can only say ASCII."""
     for name in ("strategies", "datasets", "tokenizers"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the user\'s own')")
-    (tmp_path / "psutil.py").write_text("raise RuntimeError('the user\'s own')")
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the user's own')")
+    (tmp_path / "psutil.py").write_text("raise RuntimeError('the user's own')")
     environment = {**os.environ, "HOME": "/nonexistent", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     call = [sys.executable, "-m", "fedsplit.simulate", "--clients", "2", "--out", "run", *TINY]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=environment)

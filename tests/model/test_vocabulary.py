@@ -11,7 +11,6 @@ import pytest
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL
-from fedsplit.corpora.corpus import encode
 from fedsplit.model import vocabulary
 from fedsplit.model.vocabulary import has_vocabulary, load_tokenizer, open_tokenizer
 
@@ -31,14 +30,14 @@ def older(tmp_path: Path) -> Path:
 
 def test_older_files_give_the_same_tokens(older: Path) -> None:
     assert not (older / "tokenizer.json").exists()
-    assert encode([TEXT], older) == encode([TEXT], BUNDLED_MODEL)
+    assert open_tokenizer(older).whole([TEXT]) == open_tokenizer(BUNDLED_MODEL).whole([TEXT])
 
 
 def test_the_ready_file_goes_first(older: Path) -> None:
     tokenizer = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text())
     (older / "vocab.json").write_text("{}")
     (older / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert open_tokenizer(older).get_vocab_size() == 1024
+    assert len(open_tokenizer(older).library) == 1024
 
 
 def test_a_folder_without_any_is_refused_and_never_given_an_empty_one(tmp_path: Path) -> None:
@@ -73,7 +72,7 @@ def test_a_tokenizer_model_alone_gives_the_tokens_of_sentencepiece(
     text = "the peace of the states: naïve 🦅 1946"
     expected = pieces.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
     assert len(expected) > 10
-    assert encode([text], tmp_path) == [expected]
+    assert open_tokenizer(tmp_path).written([text]) == [expected]
     assert load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"] == expected
 
 

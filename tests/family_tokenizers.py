@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SENTENCES = [
     "the people of the states and the peace of the world",
@@ -20,23 +20,17 @@ def _byte_level(special: list[str], pattern: str = "") -> Tokenizer:
     """Byte pairs as GPT-2 has them, or with another pattern."""
     tokenizer = Tokenizer(models.BPE())
     if pattern:
-        steps = [pre_tokenizers.Split(_regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        SENTENCES * 9,
-        trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(SENTENCES * 9, trainer)
     return tokenizer
-
-
-def _regex(pattern: str) -> Any:
-    from tokenizers import Regex
-
-    return Regex(pattern)
 
 
 def _pieces(special: list[str], before: bool) -> Tokenizer:
@@ -46,20 +40,18 @@ def _pieces(special: list[str], before: bool) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if before else [])])
-    tokenizer.train_from_iterator(
-        SENTENCES * 9,
-        trainers.BpeTrainer(
-            vocab_size=400, special_tokens=["<unk>", *special, *(f"<0x{n:02X}>" for n in range(256))], show_progress=False
-        ),
-    )
+    tokens = ["<unk>", *special, *(f"<0x{number:02X}>" for number in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=tokens, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 9, trainer)
     return tokenizer
 
 
 def _begun(tokenizer: Tokenizer, bos: str, eos: str = "") -> Tokenizer:
-    """Lets a tokenizer add BOS before every text, and EOS behind it."""
-    tokens = [(name, tokenizer.token_to_id(name)) for name in (bos, eos) if name]
-    single = " ".join([bos, "$A", *([eos] if eos else [])])
-    template = processors.TemplateProcessing(single=single, special_tokens=list(dict(tokens).items()))
+    """Lets a tokenizer add BOS before every text, and EOS behind it if there is one."""
+    names = [bos, eos] if eos else [bos]
+    single = " ".join([bos, "$A", *names[1:]])
+    tokens = [(name, tokenizer.token_to_id(name)) for name in names]
+    template = processors.TemplateProcessing(single=single, special_tokens=tokens)
     if isinstance(tokenizer.post_processor, processors.ByteLevel):
         tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
     else:

@@ -70,7 +70,6 @@ HOMES = {
     "ray": {"trunk.actor"},
     "rich": {"report"},
     "safetensors": {"model.stored", "adaptation.lora", "adaptation.prompts", "model.store"},
-    "tokenizers": {"model.vocabulary"},
     "tomli_w": {"federation.checkpoint"},
     "transformers": {
         "model.attention",

@@ -6,7 +6,6 @@ is predicted if it belongs to a piece that the assistant says. No token lies in 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,12 +147,19 @@ def _head(tokenizer: TextTokenizer, chat: Chat) -> str:
     last = chat[-1]
     words = [key for key, value in last.items() if key != "role" and isinstance(value, str)]
     others = [[*chat[:-1], last | dict.fromkeys(words, other)] for other in ("A", "B")]
-    return os.path.commonprefix([render(tokenizer.library, other) for other in others])
+    one, another = (render(tokenizer.library, other) for other in others)
+    return one[: _alike(one, another)]
+
+
+def _alike(one: str, another: str) -> int:
+    """Counts the characters with which two texts begin alike."""
+    pairs = enumerate(zip(one, another, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(another)))
 
 
 def _shown(text: str, other: str) -> str:
     """A few characters of a text from where it differs from another one."""
-    same = len(os.path.commonprefix([text, other]))
+    same = _alike(text, other)
     return repr(text[max(0, same - 20) : same + 20])
 
 
@@ -210,7 +216,7 @@ def _pieces(tokenizer: TextTokenizer, text: str, bounds: Sequence[int]) -> list[
     texts = [text[start:end] for start, end in pairwise(bounds)]
     whole, first = tokenizer.written([text, texts[0]])
     alone = [first, *tokenizer.following(texts[1:])]
-    if sum(alone, []) == whole:
+    if [token for piece in alone for token in piece] == whole:
         return alone
     up_to = tokenizer.written([text[:end] for end in bounds[1:]])
     if all(whole[: len(ids)] == ids for ids in up_to):

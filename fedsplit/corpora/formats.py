@@ -9,8 +9,8 @@ from typing import Any
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import DataSettings
-from fedsplit.corpora.classes import numbers_of
 from fedsplit.corpora.chats import check_chat, read_chat
+from fedsplit.corpora.classes import numbers_of
 from fedsplit.corpora.corpus import chop
 from fedsplit.corpora.sequences import Row
 from fedsplit.corpora.tables import Table

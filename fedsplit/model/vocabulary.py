@@ -157,7 +157,7 @@ class TextTokenizer:
         return all(behind[0] != alone for character in _CHARACTERS if (behind := self._behind(character, {0: "a"})))
 
     def _behind(self, character: str, texts: Mapping[int, str]) -> dict[int, list[int]]:
-        """Tokens of texts behind a character, by number; a text is missing if its first token swallows the character."""
+        """Tokens of texts behind a character, by number; none of a text whose first token takes the character in."""
         (before,) = self.written([character])
         encoded = self.written([character + text for text in texts.values()])
         pairs = zip(texts, encoded, strict=True)
@@ -167,7 +167,9 @@ class TextTokenizer:
         found: list[list[int]] = []
         for start in range(0, len(texts), _AT_ONCE):
             some = list(texts[start : start + _AT_ONCE])
-            found += self.library(some, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+            found += self.library(some, add_special_tokens=special, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
         return found
 
 

@@ -45,7 +45,7 @@ def opened(tmp_path: Path) -> Any:
     return make
 
 
-def parts(tokenizer: TextTokenizer, ids: list[int], labels: list[int]) -> list[tuple[bool, list[int]]]:
+def parts(ids: list[int], labels: list[int]) -> list[tuple[bool, list[int]]]:
     """What is predicted and what is not, piece by piece; a label is the token itself."""
     pairs = list(zip(ids, labels, strict=True))
     assert all(label in (token, IGNORED) for token, label in pairs)
@@ -56,8 +56,7 @@ def predicted(tokenizer: TextTokenizer, chat: Chat) -> list[list[str]]:
     """What is predicted of each sequence of a chat, decoded."""
     decode = tokenizer.library.decode
     return [
-        [decode(tokens) for said, tokens in parts(tokenizer, ids, labels) if said]
-        for ids, labels in read_chat(tokenizer, chat)
+        [decode(tokens) for said, tokens in parts(ids, labels) if said] for ids, labels in read_chat(tokenizer, chat)
     ]
 
 
@@ -81,7 +80,7 @@ def test_words_and_end_tokens_are_predicted(kind: str, template: str, end: str, 
     assert [words.removeprefix(" ") for words in found] == [f"yes or no{end}", f"the peace{end}"]
     assert ids == tokenizer.library.apply_chat_template(PLAIN)["input_ids"]
     (prompt,) = generate._tokenise(tokenizer.library, [PLAIN[0]["content"]], True, "")
-    (unasked, before), *_ = parts(tokenizer, ids, labels)
+    (unasked, before), *_ = parts(ids, labels)
     assert not unasked and before == prompt
     if tokenizer.beginning and kind != "phi3":
         assert ids[: len(tokenizer.beginning)] == tokenizer.beginning != ids[1:2]
@@ -120,10 +119,11 @@ def test_a_template_that_writes_earlier_turns_anew_is_trained_turn_by_turn(
     tokenizer, chat = opened("qwen", template), THOUGHT if thought else PLAIN
     found = read_chat(tokenizer, chat)
     thoughts = ["its answer", "the world"] if thought else ["", ""]
-    words = [f"<think>\n{thoughts[n]}\n</think>\n\n{said}<|im_end|>" for n, said in enumerate(["yes or no", "the peace"])]
+    said = zip(thoughts, ["yes or no", "the peace"], strict=True)
+    words = [f"<think>\n{thought}\n</think>\n\n{answer}<|im_end|>" for thought, answer in said]
     assert predicted(tokenizer, chat) == [[words[0]], [words[1]]]
     for (ids, labels), turn in zip(found, (1, 3), strict=True):
-        (_, before), *_ = parts(tokenizer, ids, labels)
+        (_, before), *_ = parts(ids, labels)
         read = tokenizer.library.apply_chat_template(chat[:turn], add_generation_prompt=True)["input_ids"]
         assert before == read
     assert "its answer" not in tokenizer.library.decode(found[1][0])
@@ -138,7 +138,7 @@ DROPPED = (
 """Ends what the assistant says with a space."""
 
 
-@pytest.mark.parametrize("chat", [PLAIN, BEGUN], ids=["plain", "begun"])
+@pytest.mark.parametrize("chat", [PLAIN, BEGUN], ids=["user first", "assistant first"])
 def test_marks_whose_last_character_is_dropped_end_where_they_end(tmp_path: Path, chat: Chat) -> None:
     """White space is no token here; the library's own mask then runs to the end of the chat."""
     words = {word: number for number, word in enumerate(["?", "<user>", "<assistant>", *said_in(PLAIN), "a"])}
@@ -148,9 +148,8 @@ def test_marks_whose_last_character_is_dropped_end_where_they_end(tmp_path: Path
     facts = {"tokenizer_class": "TokenizersBackend", "chat_template": DROPPED}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(facts))
     library = AutoTokenizer.from_pretrained(tmp_path)
-    mask = library.apply_chat_template(chat[:-1], return_dict=True, return_assistant_tokens_mask=True)
-    theirs = [token for token, said in zip(mask["input_ids"], mask["assistant_masks"], strict=True) if said]
-    assert library.decode(theirs) != " ".join(said_in(chat[:-1], "assistant")) or chat is BEGUN
+    theirs = library.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"]
+    assert sum(theirs) > len(said_in(chat, "assistant"))
     (found,) = predicted(TextTokenizer(library), chat)
     assert " ".join(found).split() == said_in(chat, "assistant")
 
@@ -161,15 +160,15 @@ def said_in(chat: Chat, role: str = "") -> list[str]:
 
 
 def test_no_token_is_in_two_turns(opened: Any) -> None:
-    """Words that would grow together with the header before them are encoded as a model writes them behind it."""
-    tokenizer = opened("llama3", "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}.{% endif %}")
-    chat = messages("the pe", "ople of")
-    assert tokenizer.written(["the people of"]) != [[*tokenizer.written(["the pe"])[0], *tokenizer.written(["ople of"])[0]]]
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '' }}{% endif %}"
-    tokenizer = opened("llama3", template)
+    """Words that would grow together with what stands before them are encoded as a model writes them behind it."""
+    tokenizer, chat = (
+        opened("llama3", "{% for m in messages %}{{ m.content }}{% endfor %}"),
+        messages("the pe", "ople of"),
+    )
     ((ids, labels),) = read_chat(tokenizer, chat)
-    (_, before), (said, after) = parts(tokenizer, ids, labels)
-    assert said and (tokenizer.library.decode(before), tokenizer.library.decode(after)) == ("the pe", "ople of")
+    assert ids != tokenizer.written(["the people of"])[0]
+    (_, before), (said, after) = parts(ids, labels)
+    assert said and tokenizer.library.decode(after) == "ople of"
     assert before == generate._tokenise(tokenizer.library, ["the pe"], True, "")[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,12 @@ def test_the_columns_say_what_a_row_is(columns: tuple[str, ...], settings: dict[
         ({"text": ["x", "y"], "owner": ["ann", None]}, "text", {}, "dataset: notes.jsonl .*row 2 has no owner"),
         ({"prompt": ["x"], "completion": [None]}, "completion", {}, "dataset: .*row 1 has no text"),
         ({"text": [" ", None]}, "text", {}, "dataset: notes.jsonl is not possible; allowed: .* at least one text"),
+        ({"text": ["x", 7]}, "text", {}, "dataset: notes.jsonl .*rows whose text is a text .row 2 has 7"),
+        ({"text": ["x", date(2021, 3, 4)]}, "text", {}, "dataset: .*row 2 has 2021-03-04"),
+        ({"text": [["x"] * 99]}, "text", {}, r"dataset: .*row 1 has \['x', .{30,40}…"),
+        ({"text": ["x\ud83d"]}, "text", {}, "dataset: .*row 1 has half a character"),
+        ({"prompt": ["x"], "completion": [7]}, "completion", {}, "rows whose completion is a text .row 1 has 7"),
+        ({"text": ["x"], "label": [0]}, "classification", {"text": "label"}, "rows whose label is a text .row 1 has 0"),
     ],
 )
 def test_what_is_missing_is_named(

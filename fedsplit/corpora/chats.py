@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from fedsplit.model.kernels import IGNORED
-from fedsplit.model.vocabulary import TextTokenizer, render, render_marked
+from fedsplit.model.vocabulary import TextTokenizer, is_text, render, render_marked
 
 Chat = list[dict[str, Any]]
 """Messages, each with a role and a content."""
@@ -199,7 +199,13 @@ def _marked(tokenizer: TextTokenizer, chat: Chat, turns: Sequence[_Turn], since:
 
 
 def _labelled(tokenizer: TextTokenizer, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-    """Tokens of a text, and labels on the spans."""
+    """Tokens of a text, and labels on the spans.
+
+    Raises:
+        _UnclearError: No tokenizer takes the text.
+    """
+    if not is_text(text):
+        raise _UnclearError("a chat in whole characters (it has half of one, which UTF-8 cannot write)")
     bounds = sorted({0, len(text), *(place for span in spans for place in span)})
     ids, labels = [], []
     for tokens, (start, _) in zip(_pieces(tokenizer, text, bounds), pairwise(bounds), strict=True):

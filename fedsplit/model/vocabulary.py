@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -109,7 +110,7 @@ class TextTokenizer:
         if not self._puts_a_space_before:
             return self.written(texts)
         found: dict[int, list[int]] = {}
-        for character in _CHARACTERS:
+        for character in self._known:
             left = [number for number in range(len(texts)) if number not in found]
             found |= self._behind(character, {number: texts[number] for number in left})
         last = [number for number in range(len(texts)) if number not in found]
@@ -134,12 +135,22 @@ class TextTokenizer:
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         """Special tokens that the tokenizer adds before and behind a text."""
-        for character in _CHARACTERS:
+        for character in self._known:
             (bare,), (full,) = self.written([character]), self.whole([character])
             places = [at for at in range(len(full)) if bare and full[at : at + len(bare)] == bare]
             if len(places) == 1:
                 return full[: places[0]], full[places[0] + len(bare) :]
         return [], []
+
+    @cached_property
+    def _known(self) -> list[str]:
+        """Characters to try that the tokenizer takes."""
+        known = []
+        for character in _CHARACTERS:
+            with contextlib.suppress(SettingError):  # a tokenizer without an unknown token takes some characters only
+                self.written([character])
+                known.append(character)
+        return known
 
     @property
     def beginning(self) -> list[int]:
@@ -154,7 +165,7 @@ class TextTokenizer:
     @cached_property
     def _puts_a_space_before(self) -> bool:
         (alone,) = self.written(["a"])
-        return all(behind[0] != alone for character in _CHARACTERS if (behind := self._behind(character, {0: "a"})))
+        return all(behind[0] != alone for character in self._known if (behind := self._behind(character, {0: "a"})))
 
     def _behind(self, character: str, texts: Mapping[int, str]) -> dict[int, list[int]]:
         """Tokens of texts behind a character, by number; none of a text whose first token takes the character in."""
@@ -167,9 +178,12 @@ class TextTokenizer:
         found: list[list[int]] = []
         for start in range(0, len(texts), _AT_ONCE):
             some = list(texts[start : start + _AT_ONCE])
-            found += self.library(some, add_special_tokens=special, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
+            try:
+                encoded = self.library(some, add_special_tokens=special, return_attention_mask=False, verbose=False)
+            except Exception as error:  # noqa: BLE001  # the libraries raise nothing narrower
+                words = "a model whose tokenizer takes every text"
+                raise SettingError("model", f"{self.library.name_or_path} ({_first_line(error)})", words) from None
+            found += encoded["input_ids"]
         return found
 
 
@@ -209,9 +223,13 @@ def render_marked(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> tuple[st
     return texts[0], marks[0]
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _refused(folder: Path, error: Exception) -> SettingError:
     """What was wrong, in one line; transformers tells of another library where it lacks SentencePiece's."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = _first_line(error)
     pieces = [file.name for pattern in _PIECES for file in sorted(folder.glob(pattern))]
     missing = find_spec("sentencepiece") is None or "tiktoken" in reason
     if pieces and missing and not (folder / _READY).is_file():

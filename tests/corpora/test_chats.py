@@ -176,6 +176,7 @@ def test_no_token_is_in_two_turns(opened: Any) -> None:
     ("template", "chat", "words"),
     [
         ("FORCED", PLAIN, "begins a turn of the assistant's as it asks for the turn .it writes .*where it asks with"),
+        ("CHATML", messages("hello", "\ud83d"), "in whole characters"),
         ("GEMMA", BEGUN, "that the template takes .roles must alternate"),
         (  # a mark around everything
             "{% generation %}{% for m in messages %}{{ m.content }}. {% endfor %}{% endgeneration %}",

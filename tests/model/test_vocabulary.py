@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from family_tokenizers import KINDS, write_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from fedsplit import generate
@@ -153,3 +154,16 @@ def test_classes_are_told_by_a_text_as_the_tokenizer_ends_it(tmp_path: Path) -> 
     found = all_text(str(tmp_path / "texts.csv"), 99, tmp_path, 0, DataSettings(format="classification"))["texts"]
     assert rows_of(found) == AutoTokenizer.from_pretrained(tmp_path)(["yes", "no"])["input_ids"]
     assert found.ids[0, -1] == end and found.labels.tolist() == [1, 0]
+
+
+def test_a_text_that_the_tokenizer_refuses_gets_one_line(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    texts = open_tokenizer(tmp_path)
+    assert texts.opening(["ab"]) == texts.following(["ab"]) == [[0, 1]]
+    with pytest.raises(
+        SettingError, match=r"^model: .*\(WordLevel error.*a model whose tokenizer takes every"
+    ):
+        texts.whole(["abc"])

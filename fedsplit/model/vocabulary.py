@@ -112,7 +112,8 @@ class TextTokenizer:
         found: dict[int, list[int]] = {}
         for character in self._known:
             left = [number for number in range(len(texts)) if number not in found]
-            found |= self._behind(character, {number: texts[number] for number in left})
+            if left:
+                found |= self._behind(character, {number: texts[number] for number in left})
         last = [number for number in range(len(texts)) if number not in found]
         found |= dict(zip(last, self.written([texts[number] for number in last]), strict=True))
         return [found[number] for number in range(len(texts))]

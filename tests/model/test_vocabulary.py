@@ -163,7 +163,5 @@ def test_a_text_that_the_tokenizer_refuses_gets_one_line(tmp_path: Path) -> None
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     texts = open_tokenizer(tmp_path)
     assert texts.opening(["ab"]) == texts.following(["ab"]) == [[0, 1]]
-    with pytest.raises(
-        SettingError, match=r"^model: .*\(WordLevel error.*a model whose tokenizer takes every"
-    ):
+    with pytest.raises(SettingError, match=r"^model: .*\(WordLevel error.*a model whose tokenizer takes every"):
         texts.whole(["abc"])

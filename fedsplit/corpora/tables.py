@@ -171,7 +171,7 @@ def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int =
     except Exception as error:  # noqa: BLE001  # the library raises a dozen kinds, the Hub's and the network's among them
         raise SettingError("dataset", dataset, f"{_kind(path)} ({_reason(error, path)})") from None
     if not len(table):
-        raise SettingError("dataset", f"{dataset} (it is empty)", "a data set with at least one row")
+        raise SettingError("dataset", dataset, "a data set with at least one row (it is empty)")
     return table
 
 

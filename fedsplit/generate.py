@@ -108,7 +108,7 @@ def _read_prompts(asked: argparse.Namespace) -> list[str]:
         raise SettingError("prompt", "nothing", "a text that is not empty")
     if asked.prompts:
         try:
-            lines = Path(asked.prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(asked.prompts).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise SettingError("prompts", asked.prompts, f"a text file, a prompt a line ({error})") from None
         prompts += [line for line in lines if line.strip()]
@@ -142,23 +142,32 @@ def _trunk_device(asked: argparse.Namespace, config: Config) -> str:
 
 
 def _tokenise(tokenizer: Any, prompts: Sequence[str], chat: bool, model: str) -> list[list[int]]:
-    """Prompts as the model reads them, special tokens included.
+    """Prompts as the model reads them, with the special tokens that begin a text and without those that end one.
+
+    Args:
+        tokenizer: The library's.
+        prompts: The prompts.
+        chat: Whether they are put into the template for conversations.
+        model: The model's name, for messages.
 
     Raises:
-        InputError: There is no template for a conversation, or nothing is left of a prompt.
+        InputError: There is no template for a conversation, or a prompt cannot be encoded.
     """
+    from fedsplit.model.vocabulary import TextTokenizer, is_text, render
+
     if chat and not tokenizer.chat_template:
         raise InputError(f"chat: the tokenizer of {model} has no template for a conversation")
-    tokens = []
     for number, prompt in enumerate(prompts, 1):
-        if chat:
-            said = [{"role": "user", "content": prompt}]
-            found = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
-        else:
-            found = tokenizer(prompt)["input_ids"]
+        if not is_text(prompt):
+            raise SettingError("prompt", f"number {number} (it has bytes that are no UTF-8)", "a text in UTF-8")
+    texts = TextTokenizer(tokenizer)
+    if chat:
+        tokens = texts.written([render(tokenizer, [{"role": "user", "content": p}], prompt=True) for p in prompts])
+    else:
+        tokens = texts.opening(prompts)
+    for number, found in enumerate(tokens, 1):
         if not found:
             raise SettingError("prompt", f"number {number} (no tokens)", "a text that the tokenizer knows something of")
-        tokens.append(list(found))
     return tokens
 
 

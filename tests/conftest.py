@@ -145,6 +145,7 @@ def write_model(folder: Path, family: str) -> Path:
     tokenizer = Tokenizer(models.WordLevel(characters, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
     return folder
 
 

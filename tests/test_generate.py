@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -21,11 +22,13 @@ import pytest
 import tomli_w
 import torch
 from conftest import with_added_token
+from family_tokenizers import write_tokenizer
 from peft import PeftModel
 from split_models import Here, server_of
 
 from fedsplit import generate
 from fedsplit.adaptation import adapting, lora
+from fedsplit.allowed import SettingError
 from fedsplit.client.link import Link
 from fedsplit.generation.decoding import Ends, Pace, decode
 from fedsplit.generation.sampling import Chooser, Sampling
@@ -269,3 +272,19 @@ def test_ctrl_c_ends_the_trunk_too(talking: Talking) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("something of it still runs")
+
+
+def test_a_file_of_prompts_has_one_a_line(tmp_path: Path) -> None:
+    """A byte order mark is none of the first prompt, and only a line break ends one."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028still one\r\n\r\ntwo\x0c\n".encode())
+    asked = argparse.Namespace(prompt=[], prompts=str(tmp_path / "prompts.txt"))
+    assert generate._read_prompts(asked) == ["one\u2028still one", "two\x0c"]
+
+
+def test_a_prompt_goes_on_and_has_whole_characters(tmp_path: Path) -> None:
+    """A tokenizer may end every text, and a prompt is not over."""
+    end = write_tokenizer(tmp_path, "mixtral")
+    library = load_tokenizer(tmp_path)
+    assert [*generate._tokenise(library, ["hello"], False, "")[0], end] == library("hello")["input_ids"]
+    with pytest.raises(SettingError, match=r"^prompt: number 2 .* is not possible; allowed: a text in UTF-8$"):
+        generate._tokenise(library, ["hello", "\udcff"], False, "")

@@ -72,7 +72,6 @@ HOMES = {
     "ray": {"trunk.actor", "trunk.cluster"},
     "rich": {"report"},
     "safetensors": {"model.stored", "model.weight_files", "adaptation.lora", "adaptation.prompts", "model.store"},
-    "tokenizers": {"model.vocabulary"},
     "tomli_w": {"federation.checkpoint"},
     "transformers": {
         "model.attention",

@@ -17,15 +17,16 @@ SHOWN = 4
 
 
 def stated(deal: Deal) -> list[str]:
-    """What is to be said of the data in a run's lines; nothing of packed text, of which nothing is lost but a rest."""
+    """Returns the run's line on the data; none for packed text of which nothing is lost but a rest."""
+    empty = f"; {deal.empty:,} {'row' if deal.empty == 1 else 'rows'} left out, without text" if deal.empty else ""
     if deal.packed and deal.format == "text":
-        return []
+        return [f"data: text; packed into sequences{empty}"] if empty else []
     how = (
         "whole texts packed into sequences" if deal.packed else "a text a sequence, padded to the longest of its batch"
     )
     lost = f"; {deal.cut:,} texts cut at the end" if deal.cut else ""
     lost += f"; {deal.dropped:,} left out, since nothing was left to predict" if deal.dropped else ""
-    return [f"data: {deal.format}; {how}{lost}"]
+    return [f"data: {deal.format}; {how}{lost}{empty}"]
 
 
 def _counts(rows: Sequences) -> dict[str, int]:
@@ -49,6 +50,7 @@ def as_document(deal: Deal) -> dict[str, Any]:
         "packed": deal.packed,
         "cut": deal.cut,
         "dropped": deal.dropped,
+        "empty": deal.empty,
         "by": deal.by,
     }
     if deal.classes:

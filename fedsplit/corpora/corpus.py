@@ -1,4 +1,4 @@
-"""Texts to token blocks: the bundled corpus, tokens, and packing."""
+"""The bundled corpus, and tokens packed into blocks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from fedsplit.model.vocabulary import open_tokenizer
-
-_AT_ONCE = 16
-"""Texts that are encoded together: what the library makes of a text takes some fifty times its memory."""
 
 FIRST_CLIENT_YEAR = 1946
 """Addresses from this year on belong to clients; the bundled base model has read only older ones."""
@@ -81,22 +76,3 @@ def chop(token_lists: Sequence[Sequence[int]], length: int) -> list[list[int]]:
     """Joins texts as they are and cuts the stream into full blocks of one length; the rest is dropped."""
     stream = [token for tokens in token_lists for token in tokens]
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
-
-
-def encode(texts: Sequence[str], model_path: Path) -> list[list[int]]:
-    """Token ids of each text, without special tokens.
-
-    Args:
-        texts: The texts.
-        model_path: The model's folder, for its tokenizer.
-
-    Raises:
-        SettingError: The folder has no tokenizer that can be read.
-    """
-    tokenizer = open_tokenizer(model_path)
-    tokenizer.no_truncation()
-    found: list[list[int]] = []
-    for start in range(0, len(texts), _AT_ONCE):
-        some = tokenizer.encode_batch_fast(list(texts[start : start + _AT_ONCE]), add_special_tokens=False)
-        found += [encoding.ids for encoding in some]
-    return found

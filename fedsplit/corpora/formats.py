@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import DataSettings
+from fedsplit.corpora.chats import check_chat, read_chat
 from fedsplit.corpora.classes import numbers_of
-from fedsplit.corpora.corpus import chop, encode
+from fedsplit.corpora.corpus import chop
 from fedsplit.corpora.sequences import Row
 from fedsplit.corpora.tables import Table
 from fedsplit.model.kernels import IGNORED
-from fedsplit.model.vocabulary import load_tokenizer
+from fedsplit.model.vocabulary import TextTokenizer, is_text, open_tokenizer
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What marks the assistant's turns in a chat template that says where they are."""
+Encode = Callable[[Sequence[str]], list[list[int]]]
+"""Texts to their tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,35 @@ def format_of(table: Table, data: DataSettings) -> str:
     raise SettingError("dataset", table.dataset, f"{words} (its columns are {table.listed})")
 
 
-def read_rows(table: Table, reading: Reading) -> list[Row]:
-    """Every row of a table as tokens; texts that are empty are left out.
+@dataclass(frozen=True)
+class Texts:
+    """What is read of a table.
+
+    Attributes:
+        rows: A sequence for each text; a chat may have several.
+        empty: Rows that are left out, since there is no text in them.
+    """
+
+    rows: list[Row]
+    empty: int = 0
+
+
+def read_rows(table: Table, reading: Reading) -> Texts:
+    """Every row of a table as tokens; rows without text are left out.
 
     Raises:
         SettingError: A column is missing, or a row has not what it must have.
     """
     keys = _keys(table, reading)
     read = {"text": _text, "completion": _completion, "chat": _chat, "classification": _alone}[reading.format]
-    found = read(table, reading)
+    found = read(table, reading, open_tokenizer(reading.model_path))
     if not found:
         raise SettingError("dataset", table.dataset, "a data set with at least one text that is not empty")
+    rows = [Row(ids, labels, keys[number], source=number) for number, ids, labels in found]
     if reading.format == "classification":
         targets = numbers_of(table, reading.data.label, reading.classes)
-        return [Row(ids, ids, keys[n], targets[n], reading.classes[targets[n]]) for n, (ids, _) in found.items()]
-    return [Row(ids, labels, keys[number]) for number, (ids, labels) in found.items()]
+        rows = [replace(row, target=targets[row.source], share=reading.classes[targets[row.source]]) for row in rows]
+    return Texts(rows, len(table) - len({row.source for row in rows}))
 
 
 def _keys(table: Table, reading: Reading) -> Sequence[str]:
@@ -98,112 +112,87 @@ def _keys(table: Table, reading: Reading) -> Sequence[str]:
     return [names[value] if names else str(value) for value in values]
 
 
-Tokens = Mapping[int, tuple[Sequence[int], Sequence[int]]]
-"""Tokens and labels by the number of the row, from 0."""
+Tokens = list[tuple[int, Sequence[int], Sequence[int]]]
+"""The number of a row, from 0, with tokens and labels; once for each of its sequences."""
 
 
-def _encoded(table: Table, reading: Reading) -> dict[int, list[int]]:
-    column = table.column("data.text", reading.data.text)
-    texts = {n: text.strip() for n, text in enumerate(column) if isinstance(text, str) and text.strip()}
-    return dict(zip(texts, encode(list(texts.values()), reading.model_path), strict=True))
+def _texts(table: Table, setting: str, name: str) -> dict[int, str]:
+    """The texts of a column by the numbers of their rows; of rows that have none, nothing.
 
-
-def _text(table: Table, reading: Reading) -> Tokens:
-    """Texts with the end token, all of them predicted."""
-    ended = {n: [*ids, reading.end] for n, ids in _encoded(table, reading).items()}
-    return {n: (ids, ids) for n, ids in ended.items()}
-
-
-def _alone(table: Table, reading: Reading) -> Tokens:
-    """Texts without an end token, whose last token decides their class."""
-    return {n: (ids, ids) for n, ids in _encoded(table, reading).items()}
-
-
-def _completion(table: Table, reading: Reading) -> Tokens:
-    """The prompt, of which nothing is predicted, and the completion with the end token; no space is put between."""
-    data, halves = reading.data, []
-    for setting, name in (("data.prompt", data.prompt), ("data.completion", data.completion)):
-        column = table.column(setting, name)
-        for number, value in enumerate(column, 1):
-            if not isinstance(value, str):
-                raise SettingError("dataset", table.dataset, f"rows that all have a {name} (row {number} has no text)")
-        halves.append(encode(list(column), reading.model_path))
-    return {
-        n: ([*prompt, *completion, reading.end], [*[IGNORED] * len(prompt), *completion, reading.end])
-        for n, (prompt, completion) in enumerate(zip(*halves, strict=True))
-    }
-
-
-def _chat(table: Table, reading: Reading) -> Tokens:
-    """Chats by the tokenizer's template; what the assistant says is predicted, and what ends its turns."""
-    chats = table.column("data.messages", reading.data.messages)
-    tokenizer = load_tokenizer(reading.model_path)
-    if not getattr(tokenizer, "chat_template", None):
-        words = "a model whose tokenizer has a chat template, which --data.format chat needs"
-        raise SettingError("model", reading.model_path, words)
+    Raises:
+        SettingError: There is no such column, or something in it is no text.
+    """
     found = {}
-    for number, chat in enumerate(chats):
-        try:
-            found[number] = _turns(tokenizer, _checked(chat))
-        except ValueError as error:
-            raise SettingError("dataset", f"{table.dataset} (row {number + 1})", str(error)) from None
+    for number, value in enumerate(table.column(setting, name)):
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            words = f"rows whose {name} is a text (row {number + 1} has {_shown(value)})"
+            raise SettingError("dataset", table.dataset, words)
+        if not is_text(value):
+            words = f"rows whose {name} is a text (row {number + 1} has half a character, which UTF-8 cannot write)"
+            raise SettingError("dataset", table.dataset, words)
+        found[number] = value
     return found
 
 
-def _checked(chat: Any) -> list[dict[str, Any]]:
-    """A chat, if it is one.
-
-    Raises:
-        ValueError: It is none, or the assistant says nothing in it.
-    """
-    turns = chat if isinstance(chat, list) else []
-    if not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("a list of messages with role and content")
-    if not all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content")):
-        raise ValueError("a list of messages whose role and content are texts")
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise ValueError("a chat in which the assistant says something")
-    return turns
+def _shown(value: Any) -> str:
+    words = str(value)
+    return f"{words[:40]}…" if len(words) > 40 else words
 
 
-def _turns(tokenizer: Any, chat: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """Tokens of a chat and labels on what the assistant says.
-
-    Raises:
-        ValueError: The template refuses the chat, or does not tell where the assistant's turns are.
-    """
-    try:
-        if _GENERATION.search(str(tokenizer.get_chat_template())):
-            made = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-            ids, said = list(made["input_ids"]), [bool(mark) for mark in made["assistant_masks"]]
-        else:
-            text, spans = _spans(tokenizer, chat)
-            made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids = list(made["input_ids"])
-            said = [any(low <= start < high for low, high in spans) for start, _ in made["offset_mapping"]]
-    except Exception as error:  # noqa: BLE001  # a template may raise what it likes: jinja2's errors, and its own
-        raise ValueError(f"a chat that the template takes ({' '.join(str(error).split())[:200]})") from None
-    return ids, [token if wanted else IGNORED for token, wanted in zip(ids, said, strict=True)]
+def _encoded(table: Table, reading: Reading, encode: Encode) -> dict[int, list[int]]:
+    """Tokens of the texts without the white space around them, by the numbers of their rows."""
+    texts = {n: text.strip() for n, text in _texts(table, "data.text", reading.data.text).items() if text.strip()}
+    encoded = zip(texts, encode(list(texts.values())), strict=True)
+    return {number: ids for number, ids in encoded if ids}
 
 
-def _spans(tokenizer: Any, chat: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """A chat as text, and from where to where the assistant speaks: what its turns add to what came before.
+def _text(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
+    """Texts with the end token, all of them predicted."""
+    encoded = _encoded(table, reading, tokenizer.opening)
+    ended = {n: tokenizer.ended(ids, reading.end) for n, ids in encoded.items() if len(ids) > len(tokenizer.beginning)}
+    return [(n, ids, ids) for n, ids in ended.items()]
 
-    Raises:
-        ValueError: The text of the first turns is no beginning of the whole one.
-    """
 
-    def render(turns: list[dict[str, Any]], prompt: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+def _alone(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
+    """Texts as the tokenizer begins and ends them, whose last token decides their class."""
+    return [(n, ids, ids) for n, ids in _encoded(table, reading, tokenizer.whole).items()]
 
-    whole, spans = render(chat), []
-    for number, turn in enumerate(chat):
-        if turn["role"] == "assistant":
-            before, after = render(chat[:number], True) if number else "", render(chat[: number + 1])
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise ValueError("its template writes earlier turns anew, so that they cannot be told apart")
-            spans.append((len(before), len(after)))
-    return whole, spans
+
+def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
+    """The prompt, of which nothing is predicted, and the completion with the end token; no space is put between."""
+    data, halves = reading.data, []
+    for setting, name in (("data.prompt", data.prompt), ("data.completion", data.completion)):
+        texts = _texts(table, setting, name)
+        missing = next((number for number in range(len(table)) if number not in texts), None)
+        if missing is not None:
+            words = f"rows that all have a {name} (row {missing + 1} has no text)"
+            raise SettingError("dataset", table.dataset, words)
+        halves.append([texts[number] for number in range(len(table))])
+    prompts, completions = tokenizer.opening(halves[0]), tokenizer.following(halves[1])
+    found: Tokens = []
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if not halves[0][number]:  # then the completion is the beginning of the text
+            (completion,) = tokenizer.written([halves[1][number]])
+        ended = tokenizer.ended(completion, reading.end)
+        found.append((number, [*prompt, *ended], [*[IGNORED] * len(prompt), *ended]))
+    return found
+
+
+def _chat(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
+    """Chats by the tokenizer's template; what the assistant says is predicted, and what ends its turns."""
+    chats = table.column("data.messages", reading.data.messages)
+    if not getattr(tokenizer.library, "chat_template", None):
+        words = "a model whose tokenizer has a chat template, which --data.format chat needs"
+        raise SettingError("model", reading.model_path, words)
+    found: Tokens = []
+    for number, chat in enumerate(chats):
+        try:
+            found += [(number, ids, labels) for ids, labels in read_chat(tokenizer, check_chat(chat))]
+        except ValueError as error:
+            raise SettingError("dataset", f"{table.dataset} (row {number + 1})", str(error)) from None
+    return found
 
 
 @dataclass(frozen=True)

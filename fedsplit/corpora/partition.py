@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from fedsplit.allowed import PartitionSpec, SettingError, parse_partition
 from fedsplit.config import DataSettings
 from fedsplit.corpora.classes import classes_of
-from fedsplit.corpora.formats import Fitted, Reading, fit, format_of, joined, read_rows
+from fedsplit.corpora.formats import Fitted, Reading, Texts, fit, format_of, joined, read_rows
 from fedsplit.corpora.sequences import Row, Sequences, stack
 from fedsplit.corpora.shards import Shard
 from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
@@ -40,9 +41,10 @@ class Deal:
         format: What its rows are, one of `fedsplit.allowed.FORMATS`, but not "auto".
         packed: Whether several texts are put into a sequence.
         by: What the shards' shares are of: "owner", or a column.
-        classes: The names of the classes, under classification.
         cut: Texts that lost their end, since they were longer than a sequence.
         dropped: Texts that were left out, since nothing of them was to be predicted then.
+        classes: The names of the classes, under classification.
+        empty: Rows that were left out, since there was no text in them.
     """
 
     shards: list[Shard]
@@ -52,6 +54,7 @@ class Deal:
     cut: int
     dropped: int
     classes: tuple[str, ...] = ()
+    empty: int = 0
 
 
 def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -60,6 +63,21 @@ def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         groups.setdefault(row.key, []).append(row)
     return groups
+
+
+def _by_source(rows: Sequence[Row]) -> list[list[Row]]:
+    """Sequences in their order, those of one chat together: no client is tested on a part of what another trains on."""
+    found: list[list[Row]] = []
+    for row in rows:
+        if found and row.source >= 0 and row.source == found[-1][0].source:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
+
+
+def _flat(groups: Iterable[Sequence[Row]]) -> list[Row]:
+    return [row for group in groups for row in group]
 
 
 @dataclass(frozen=True)
@@ -98,8 +116,15 @@ class _Dealer:
         """The sequences' length, in words."""
         return f"of {self.length} tokens" if self.reading.packs else f"of up to {self.length} tokens"
 
-    def rows(self) -> list[Row]:
+    @cached_property
+    def texts(self) -> Texts:
+        """Texts that are dealt out."""
         return read_rows(self.table, self.reading)
+
+    @cached_property
+    def held_out_texts(self) -> Texts:
+        """Texts of the table of what is held out, if there is one."""
+        return read_rows(self.held_out, self.reading) if self.held_out else Texts([])
 
     def fit(self, rows: Sequence[Row]) -> Fitted:
         """Texts to sequences, none of which is of two groups."""
@@ -112,23 +137,24 @@ class _Dealer:
 
     def deal(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Deal:
         cut, dropped = sum(one.cut for one in fitted), sum(one.dropped for one in fitted)
-        how = self.reading
-        return Deal(shards, how.format, how.packs, self.by, cut, dropped, how.classes)
+        how, empty = self.reading, self.texts.empty + self.held_out_texts.empty
+        return Deal(shards, how.format, how.packs, self.by, cut, dropped, how.classes, empty)
 
     def separate(self) -> Fitted | None:
         """What is held out by the user, as sequences; None where it is a part of each client's own."""
-        return self.fit(read_rows(self.held_out, self.reading)) if self.held_out else None
+        return self.fit(self.held_out_texts.rows) if self.held_out else None
 
 
 def _by_owner(dealer: _Dealer) -> tuple[list[Shard], list[str], list[Fitted]]:
     """The shards of all owners who have enough text, the names of those who have not, and all that was fitted."""
-    owners, separate = _grouped(dealer.rows()), dealer.separate()
+    owners, separate = _grouped(dealer.texts.rows), dealer.separate()
     shards, poor, everything = [], [], [separate] if separate else []
     for number, (owner, own) in enumerate(owners.items()):
         if separate is None:
-            places = set(range(HELD_OUT_DOCUMENTS - 1, len(own), HELD_OUT_DOCUMENTS)) or {len(own) - 1}
-            train = dealer.fit([row for place, row in enumerate(own) if place not in places])
-            held_out = dealer.fit([own[place] for place in sorted(places)])
+            texts = _by_source(own)
+            places = set(range(HELD_OUT_DOCUMENTS - 1, len(texts), HELD_OUT_DOCUMENTS)) or {len(texts) - 1}
+            train = dealer.fit(_flat(text for place, text in enumerate(texts) if place not in places))
+            held_out = dealer.fit(_flat(texts[place] for place in sorted(places)))
             everything += [train, held_out]
         else:
             train, held_out = dealer.fit(own), Fitted(_part(dealer, separate.rows, owner, number, len(owners)))
@@ -145,7 +171,7 @@ def _part(dealer: _Dealer, held_out: list[Row], owner: str, number: int, owners:
     assert dealer.held_out is not None
     if (dealer.reading.column or dealer.reading.data.owner) in dealer.held_out.columns:
         return [row for row in held_out if row.key == owner]
-    return held_out[number::owners]
+    return _flat(_by_source(held_out)[number::owners])
 
 
 def _partitioner(spec: PartitionSpec, clients: int, seed: int, least: int) -> Any:
@@ -187,14 +213,15 @@ def _indices(spec: PartitionSpec, owners: Sequence[str], clients: int, seed: int
 
 def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, seed: int) -> Deal:
     """Shards of single sequences, whoever wrote them."""
-    fitted, separate = dealer.fit(dealer.rows()), dealer.separate()
-    blocks = fitted.rows
+    fitted, separate = dealer.fit(dealer.texts.rows), dealer.separate()
+    blocks = _by_source(fitted.rows)
     _check_enough(dealer, len(blocks), clients)
-    dealt = _dealt(dealer, spec, name, blocks, clients, seed)
+    dealt = _dealt(dealer, spec, name, [block[0].key for block in blocks], clients, seed)
     if separate is None:
         parts = [_parted([blocks[index] for index in indices]) for indices in dealt]
     else:
-        parts = [([blocks[index] for index in own], separate.rows[n::clients]) for n, own in enumerate(dealt)]
+        rests = [_flat(_by_source(separate.rows)[n::clients]) for n in range(clients)]
+        parts = [(_flat(blocks[index] for index in own), rest) for own, rest in zip(dealt, rests, strict=True)]
         if poor := [f"client {n}" for n, (_, rows) in enumerate(parts) if not rows]:
             words = f"a sequence {dealer.lengths} for each client at least (nothing for {_listed(poor)})"
             raise SettingError("data.held_out", dealer.reading.data.held_out, words)
@@ -202,10 +229,10 @@ def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, see
     return dealer.deal(shards, [fitted, separate] if separate else [fitted])
 
 
-def _parted(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """What is trained on, and what is held out."""
-    train = [row for place, row in enumerate(rows) if place % HELD_OUT_BLOCKS]
-    return train, list(rows[::HELD_OUT_BLOCKS])
+def _parted(blocks: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
+    """Sequences that are trained on, and those that are held out."""
+    train = _flat(block for place, block in enumerate(blocks) if place % HELD_OUT_BLOCKS)
+    return train, _flat(blocks[::HELD_OUT_BLOCKS])
 
 
 def _check_enough(dealer: _Dealer, blocks: int, clients: int) -> None:
@@ -220,22 +247,22 @@ def _check_enough(dealer: _Dealer, blocks: int, clients: int) -> None:
 
 
 def _dealt(
-    dealer: _Dealer, spec: PartitionSpec, name: str, blocks: Sequence[Row], clients: int, seed: int
+    dealer: _Dealer, spec: PartitionSpec, name: str, keys: Sequence[str], clients: int, seed: int
 ) -> list[list[int]]:
     """The numbers of each client's sequences, of which it has enough."""
     least = dealer.least
     try:
-        dealt = _indices(spec, [row.key for row in blocks], clients, seed, least)
+        dealt = _indices(spec, keys, clients, seed, least)
     except (ValueError, TypeError, ArithmeticError) as error:
         if spec.kind == "dirichlet":
             words = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
             raise SettingError("partition", name, words) from None
         reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
-        words = f"a way to deal {len(blocks)} sequences of {len({row.key for row in blocks})} kinds ({dealer.key})"
+        words = f"a way to deal {len(keys)} sequences of {len(set(keys))} kinds ({dealer.key})"
         words = f"{words} to {clients} clients, {_number(least)} each ({reason})"
         raise SettingError("partition", name, words) from None
     if poor := [client for client, indices in enumerate(dealt) if len(indices) < least]:
-        who = f"client {poor[0]} gets {len(dealt[poor[0]])} of {len(blocks)}"
+        who = f"client {poor[0]} gets {len(dealt[poor[0]])} of {len(keys)}"
         raise SettingError("partition", f"{name} for {clients} clients", f"{_number(least)} or more each ({who})")
     return dealt
 
@@ -340,7 +367,7 @@ def all_text(
     table = read_table(dataset, data, seed=seed)
     reading = _reading(table, data, model_path, end, PartitionSpec("natural"), classes)
     dealer = _Dealer(table, reading, length, None)
-    fitted = {owner: dealer.fit(rows).rows for owner, rows in _grouped(dealer.rows()).items()}
+    fitted = {owner: dealer.fit(rows).rows for owner, rows in _grouped(dealer.texts.rows).items()}
     found = {owner: stack(rows, reading.pad) for owner, rows in fitted.items() if rows}
     if not found:
         words = f"a text of {length} tokens or more" if reading.packs else "a text of which something is predicted"

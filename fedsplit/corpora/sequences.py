@@ -27,6 +27,7 @@ class Row:
         key: What it is dealt by: its owner, or another column's value.
         target: Its class, where that alone is predicted.
         share: What it counts as where shares are told; its key where nothing is said.
+        source: Number of the table's row that it is of, from 0; below 0 where it is of several.
     """
 
     ids: Sequence[int]
@@ -34,6 +35,7 @@ class Row:
     key: str
     target: int | None = None
     share: str = ""
+    source: int = -1
 
     @property
     def predicted(self) -> int:

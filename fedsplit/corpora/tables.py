@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from fedsplit.allowed import SettingError
 from fedsplit.config import DataSettings
 from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, sotu
+from fedsplit.corpora.files import READ_HERE, Columns, read_rows, read_text
 from fedsplit.corpora.synthetic import make_rows
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -162,13 +164,14 @@ def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int =
     if dataset == "synthetic":
         rows = make_rows(seed, owners)
         return Table(dataset, dataset, {name: [row[name] for row in rows] for name in rows[0]})
-    texts = [path] if path.is_file() else _data_files(path) if path.is_dir() and not _is_saved(path) else []
-    if texts and all(file.suffix == ".txt" for file in texts) and not (data.config or (path / "README.md").exists()):
-        table = _read_texts(dataset, path, texts)
-    else:
-        table = _read_rows(dataset, path, data)
+    try:
+        table = _read_local(dataset, path, data) if path.exists() else _read_hub(dataset, data)
+    except SettingError:
+        raise
+    except Exception as error:  # noqa: BLE001  # the library raises a dozen kinds, the Hub's and the network's among them
+        raise SettingError("dataset", dataset, f"{_kind(path)} ({_reason(error, path)})") from None
     if not len(table):
-        raise SettingError("dataset", f"{dataset} (it is empty)", "a data set with at least one row")
+        raise SettingError("dataset", dataset, "a data set with at least one row (it is empty)")
     return table
 
 
@@ -189,32 +192,132 @@ def read_held_out(dataset: str, data: DataSettings) -> Table:
     return read_table(dataset, dataclasses.replace(data, split=data.held_out))
 
 
-def _read_texts(dataset: str, root: Path, files: Sequence[Path]) -> Table:
-    """Every file is a text; whose it is says the folder that it lies in, or else its own name."""
+def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
+    """Reads a file or a folder. `datasets` tells which files of a folder are of which split."""
+    texts = path.is_file() and path.suffix == ".txt"
+    if texts or _is_folder_of_texts(path, data):
+        files = {"train": [path] if texts else _data_files(path)}
+        return Table(dataset, path.stem, _of_split(files, data.split, lambda some: _texts(path, some)))
+    if path.is_file() and path.suffix in READ_HERE:
+        return Table(dataset, path.stem, _of_split({"train": [path]}, data.split, lambda some: _rows(some, data)))
+
+    datasets = _quiet_datasets()
+    with _without_patterns(path) as (plain, cache):
+        if plain.is_dir() and not _is_saved(plain):
+            builder = datasets.load_dataset_builder(str(plain), data.config or None)
+            if files := _files_read_here(builder):
+                return Table(dataset, path.stem, _of_split(files, data.split, lambda some: _rows(some, data)))
+        return _as_table(dataset, path.stem, _load(str(plain), plain, data, cache))
+
+
+def _is_folder_of_texts(path: Path, data: DataSettings) -> bool:
+    """Tells whether all files of a folder are texts, and nothing says that `datasets` should read them by lines."""
+    if not path.is_dir() or _is_saved(path) or data.config or (path / "README.md").exists():
+        return False
+    return all(file.suffix == ".txt" for file in _data_files(path))
+
+
+def _texts(root: Path, files: Sequence[Path]) -> Columns:
+    """Every file is a text; its owner is the folder that it lies in, or else its own name."""
     texts, owners = [], []
     for file in files:
         try:
-            texts.append(file.read_text(encoding="utf-8").strip())
-        except (OSError, ValueError) as error:
+            texts.append(read_text(file))
+        except ValueError as error:
             raise SettingError("dataset", file, f"a text in UTF-8 ({error})") from None
         owners.append(file.stem if file.parent == root or file == root else file.parent.name)
-    return Table(dataset, root.stem, {"text": texts, "owner": owners})
+    return {"text": texts, "owner": owners}
 
 
-def _read_rows(dataset: str, path: Path, data: DataSettings) -> Table:
-    import datasets  # takes seconds to import, and the bundled corpus does not need it
+def _rows(files: Sequence[Path], data: DataSettings) -> Columns:
+    return read_rows(files, numbers=[data.label])
+
+
+def _files_read_here(builder: Any) -> dict[str, list[Path]]:
+    """Files by split, if they are rows of CSV or JSON, and a README.md asks for no other way to read them."""
+    config = builder.config
+    splits = config.data_files or {}
+    files = {str(split): [Path(str(file)) for file in some] for split, some in splits.items()}
+    usual = type(config)(
+        name=config.name,
+        version=config.version,
+        data_dir=config.data_dir,
+        data_files=config.data_files,
+        description=config.description,
+    )
+    ours = all(file.suffix in READ_HERE and file.is_file() for some in files.values() for file in some)
+    return files if ours and config == usual and builder.info.features is None else {}
+
+
+def _of_split(
+    files: Mapping[str, Sequence[Path]], split: str, read: Callable[[Sequence[Path]], Columns]
+) -> dict[str, Sequence[Any]]:
+    """Columns of a split, or of a part of one such as train[:10%].
+
+    Raises:
+        ValueError: There is no such split.
+    """
+    if split in files:
+        return dict(read(files[split]))
+    datasets = _quiet_datasets()
+    columns = {name: read(some) for name, some in files.items()}
+    lengths = {name: len(next(iter(some.values()), ())) for name, some in columns.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    found: dict[str, list[Any]] = {name: [] for part in parts for name in columns[part.splitname]}
+    for part in parts:
+        empty = [None] * lengths[part.splitname]
+        for name, values in found.items():
+            values += columns[part.splitname].get(name, empty)[part.from_ : part.to]
+    return dict(found)
+
+
+_PATTERN = re.compile(r"[*?\[\]]|::")
+"""What `datasets` takes for a pattern, or for an address within another one."""
+
+
+@contextlib.contextmanager
+def _without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
+    """Yields a path to the same files by which `datasets` finds them, and where it is to keep what it makes of them.
+
+    Both are temporary where a name is like a pattern; else they are the path itself and None, the usual place.
+    """
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    if not any(_PATTERN.search(str(file.absolute())) for file in files):
+        yield path, None
+        return
+    with tempfile.TemporaryDirectory(prefix="fedsplit-") as folder:
+        root = Path(folder) / "data"
+        for number, file in enumerate(files):
+            inner = file.relative_to(path).parts if path.is_dir() else (file.name,)
+            link = root.joinpath(*(_PATTERN.sub("_", name) for name in inner))
+            if link.exists():  # two names that differ in a pattern only
+                link = link.with_name(f"{link.stem}_{number}{link.suffix}")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.absolute())
+        yield root if path.is_dir() else link, str(Path(folder) / "cache")
+
+
+def _read_hub(dataset: str, data: DataSettings) -> Table:
+    path = Path(dataset)
+    return _as_table(dataset, path.stem, _load(dataset, path, data))
+
+
+def _quiet_datasets() -> Any:
+    """Imports `datasets`, which takes seconds and which the bundled corpus does not need, and keeps it from talking."""
+    import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        rows = _load(datasets, dataset, path, data)
-    except Exception as error:  # noqa: BLE001  # the library raises a dozen kinds, the Hub's and the network's among them
-        raise SettingError("dataset", dataset, f"{_kind(path)} ({_reason(error, path)})") from None
-    classes = {name: list(made.names) for name, made in rows.features.items() if hasattr(made, "names")}
-    return Table(dataset, path.stem, {name: rows[name][:] for name in rows.column_names}, classes)
+    return datasets
 
 
-def _load(datasets: Any, dataset: str, path: Path, data: DataSettings) -> Any:
+def _as_table(dataset: str, name: str, rows: Any) -> Table:
+    classes = {column: list(made.names) for column, made in rows.features.items() if hasattr(made, "names")}
+    return Table(dataset, name, {column: rows[column][:] for column in rows.column_names}, classes)
+
+
+def _load(dataset: str, path: Path, data: DataSettings, cache: str | None = None) -> Any:
+    datasets = _quiet_datasets()
     if path.is_dir() and _is_saved(path):
         found = datasets.load_from_disk(str(path))
         if not isinstance(found, datasets.DatasetDict):
@@ -225,8 +328,9 @@ def _load(datasets: Any, dataset: str, path: Path, data: DataSettings) -> Any:
             raise ValueError(f"its splits are {', '.join(found)}, and it has no configurations")
         return found[data.split]
     if path.is_file():
-        return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split=data.split)
-    return datasets.load_dataset(str(path) if path.is_dir() else dataset, data.config or None, split=data.split)
+        kind = FILE_TYPES[path.suffix]
+        return datasets.load_dataset(kind, data_files=str(path), split=data.split, cache_dir=cache)
+    return datasets.load_dataset(dataset, data.config or None, split=data.split, cache_dir=cache)
 
 
 def _kind(path: Path) -> str:
@@ -236,9 +340,7 @@ def _kind(path: Path) -> str:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """What was wrong, in one line; of JSON with the number of its line."""
-    if path.is_file() and path.suffix in (".json", ".jsonl") and (fault := _json_fault(path)):
-        return fault
+    """Says in one line what was wrong."""
     if isinstance(error, StopIteration) or (path.is_file() and not path.stat().st_size):
         return "it is empty"
     cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
@@ -246,24 +348,3 @@ def _reason(error: Exception, path: Path) -> str:
     if words.endswith("corresponds to no data!"):
         return "it is empty"
     return words if len(words) <= 300 else f"{words[:300]}…"
-
-
-def _json_fault(path: Path) -> str | None:
-    """The first line that is no JSON; None where each is, or the file is one document."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        return str(error)
-    try:
-        json.loads(text)
-        return None
-    except ValueError as error:
-        if text.lstrip().startswith("["):
-            return f"it is not JSON: {error}"
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                json.loads(line)
-            except ValueError as error:
-                return f"line {number} is not JSON: {error}"
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ def test_what_is_lost_is_stated(deal: Deal) -> None:
     (line,) = stated(deal)
     assert "padded" in line and "1,234 texts cut" in line and "2 left out" in line
     assert stated(Deal(deal.shards, "text", True, "owner", 0, 0)) == []
+    for empty, words in ((1, "1 row left out, without text"), (1200, "1,200 rows left out, without text")):
+        without = [replace(deal, empty=empty), Deal(deal.shards, "text", True, "owner", 0, 0, empty=empty)]
+        assert all(words in line for one in without for line in stated(one))
+        assert [as_document(one)["empty"] for one in without] == [empty, empty]
 
 
 def test_the_picture(deal: Deal, tmp_path: Path) -> None:

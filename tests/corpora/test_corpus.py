@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL, DataSettings
-from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, chop, encode, pack, sotu
+from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, chop, pack, sotu
 from fedsplit.corpora.tables import read_table
+from fedsplit.model.vocabulary import open_tokenizer
 
 
 @given(st.lists(st.lists(st.integers(1, 50)), max_size=8), st.integers(1, 9))
@@ -50,10 +49,5 @@ def test_tokens_decode_to_the_text() -> None:
     from tokenizers import Tokenizer
 
     (document,) = sotu(1790, 1790)[:1]
-    (ids,) = encode([document.text], BUNDLED_MODEL)
+    (ids,) = open_tokenizer(BUNDLED_MODEL).whole([document.text])
     assert Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json")).decode(ids) == document.text
-
-
-def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"a folder with a tokenizer.json"):
-        encode([], tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +65,27 @@ def give_template(folder: Path, template: str) -> None:
 
 
 def test_text_is_predicted_whole_and_empty_text_left_out(tiny_models: dict[str, Path]) -> None:
-    rows = read_rows(
-        table(text=["ab", " ", None, "c"], owner=["x", "y", "y", "z"]), reading(tiny_models["gpt2"], "text")
-    )
-    assert [(said(row.ids), said(row.labels), row.key) for row in rows] == [("ab|", "ab|", "x"), ("c|", "c|", "z")]
+    texts = table(text=["ab", " ", None, "c"], owner=["x", "y", "y", "z"])
+    found = read_rows(texts, reading(tiny_models["gpt2"], "text"))
+    assert [(said(row.ids), said(row.labels), row.key, row.source) for row in found.rows] == [
+        ("ab|", "ab|", "x", 0),
+        ("c|", "c|", "z", 3),
+    ]
+    assert found.empty == 2
 
 
 def test_a_text_with_a_class_has_no_end_token_and_ends_in_no_padding(tiny_models: dict[str, Path]) -> None:
     """Token 0, a space in tests' tokenizer, is the padding: the library would not take it for the last one."""
     found = table(text=["ab", "abc  d", " "], label=["bad", "good", "bad"])
     how = replace(reading(tiny_models["gpt2"], "classification"), classes=("bad", "good"))
-    rows = fit(read_rows(found, how), how, length=5).rows
+    rows = fit(read_rows(found, how).rows, how, length=5).rows
     assert [(list(row.ids), row.target, row.share) for row in rows] == [([65, 66], 0, "bad"), ([65, 66, 67], 1, "good")]
     assert [row.predicted for row in rows] == [1, 1]
 
 
 def test_only_completions_are_predicted(tiny_models: dict[str, Path]) -> None:
     found = table(q=["1+1=", "a"], a=["2", "bc"])
-    rows = read_rows(found, reading(tiny_models["gpt2"], "completion", prompt="q", completion="a"))
+    rows = read_rows(found, reading(tiny_models["gpt2"], "completion", prompt="q", completion="a")).rows
     assert [(said(row.ids), said(row.labels)) for row in rows] == [("1+1=2|", "____2|"), ("abc|", "_bc|")]
     assert {row.key for row in rows} == {"notes"}
 
@@ -90,7 +94,7 @@ def test_only_completions_are_predicted(tiny_models: dict[str, Path]) -> None:
 def test_only_the_assistant_is_predicted(talkative: Path, template: str) -> None:
     """By the template's own marks, and by what a turn adds to the turns before: the same tokens."""
     give_template(talkative, template)
-    (row,) = read_rows(table(messages=[CHAT]), reading(talkative, "chat"))
+    (row,) = read_rows(table(messages=[CHAT]), reading(talkative, "chat")).rows
     assert said(row.ids) == "<system>be-brief\n<user>hi\n<assistant>yes\n<user>why?\n<assistant>no\n"
     assert (
         said(row.labels)
@@ -113,7 +117,7 @@ def test_only_the_assistant_is_predicted(talkative: Path, template: str) -> None
             CHAT,
             r"that the template takes .no system here",
         ),
-        ("{{ messages | length }}{{ messages[-1].content }}", CHAT, "writes earlier turns anew"),
+        ("{{ messages | length }}{{ messages[-1].content }}", CHAT, "begins a turn of the assistant's as it"),
     ],
 )
 def test_chats_that_cannot_be_told_apart_are_named(talkative: Path, template: str, chat: Any, words: str) -> None:
@@ -152,6 +156,12 @@ def test_the_columns_say_what_a_row_is(columns: tuple[str, ...], settings: dict[
         ({"text": ["x", "y"], "owner": ["ann", None]}, "text", {}, "dataset: notes.jsonl .*row 2 has no owner"),
         ({"prompt": ["x"], "completion": [None]}, "completion", {}, "dataset: .*row 1 has no text"),
         ({"text": [" ", None]}, "text", {}, "dataset: notes.jsonl is not possible; allowed: .* at least one text"),
+        ({"text": ["x", 7]}, "text", {}, "dataset: notes.jsonl .*rows whose text is a text .row 2 has 7"),
+        ({"text": ["x", date(2021, 3, 4)]}, "text", {}, "dataset: .*row 2 has 2021-03-04"),
+        ({"text": [["x"] * 99]}, "text", {}, r"dataset: .*row 1 has \['x', .{30,40}…"),
+        ({"text": ["x\ud83d"]}, "text", {}, "dataset: .*row 1 has half a character"),
+        ({"prompt": ["x"], "completion": [7]}, "completion", {}, "rows whose completion is a text .row 1 has 7"),
+        ({"text": ["x"], "label": [0]}, "classification", {"text": "label"}, "rows whose label is a text .row 1 has 0"),
     ],
 )
 def test_what_is_missing_is_named(
@@ -170,7 +180,7 @@ def test_a_table_of_nothing_known_is_refused() -> None:
 def test_texts_are_cut_and_what_predicts_nothing_is_left_out(tiny_models: dict[str, Path]) -> None:
     found = table(prompt=["1234", "1234567890", "1"], completion=["56789", "1", "2"])
     how = reading(tiny_models["gpt2"], "completion")
-    fitted = fit(read_rows(found, how), how, length=8)
+    fitted = fit(read_rows(found, how).rows, how, length=8)
     assert [(said(row.ids), said(row.labels)) for row in fitted.rows] == [("12345678", "____5678"), ("12|", "_2|")]
     assert (fitted.cut, fitted.dropped) == (2, 1)
 
@@ -191,6 +201,6 @@ def test_whole_texts_packed_predict_what_they_predict_alone(texts: list[list[tup
 def test_packed_text_is_one_stream_and_padded_text_is_not(tiny_models: dict[str, Path]) -> None:
     found = table(text=["abc", "defgh", "i"])
     packed, padded = (reading(tiny_models["gpt2"], "text", packing) for packing in ("auto", "false"))
-    assert [said(row.ids) for row in fit(read_rows(found, packed), packed, 4).rows] == ["abc|", "defg", "h|i|"]
-    fitted = fit(read_rows(found, padded), padded, 4)
+    assert [said(row.ids) for row in fit(read_rows(found, packed).rows, packed, 4).rows] == ["abc|", "defg", "h|i|"]
+    fitted = fit(read_rows(found, padded).rows, padded, 4)
     assert [said(row.ids) for row in fitted.rows] == ["abc|", "defg", "i|"] and fitted.cut == 1

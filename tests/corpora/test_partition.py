@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from chat_templates import QWEN3
+from family_tokenizers import write_tokenizer
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL, DataSettings
 from fedsplit.corpora.partition import Deal, all_text, make_deal
 from fedsplit.corpora.shards import Shard
+from fedsplit.model.vocabulary import open_tokenizer
 
 
 def shards(dataset: str, spec: str, clients: int, length: int = 64, seed: int = 0) -> list[Shard]:
@@ -155,6 +159,37 @@ def test_padded_texts_are_held_out_whole(mixed: Path, tiny_models: dict[str, Pat
         assert (len(shard.train), len(shard.held_out)) == (15, 5)
         assert shard.train.ids.shape[1] == len("text 00 text 00") + 1
     assert deal(mixed, "natural", 3, tiny_models["gpt2"], packing="false", length=8).cut == 60
+
+
+@pytest.mark.parametrize("spec", ["natural", "iid", "dirichlet:1"])
+def test_the_turns_of_a_chat_stay_together(spec: str, tmp_path: Path) -> None:
+    """Under a template that writes earlier turns anew they are sequences; none is held out of what is trained on."""
+    end = write_tokenizer(tmp_path / "model", "qwen", QWEN3)
+    chats = [
+        {"owner": "ab"[n % 2], "messages": [{"role": role, "content": f"{n}"} for role in ("user", "assistant") * 3]}
+        for n in range(10, 42)
+    ]
+    path = write(tmp_path / "chats.jsonl", chats)
+    found = make_deal(str(path), spec, 2, 500, 0, tmp_path / "model", end)
+    of_chats = []
+    for shard in found.shards:
+        for part in (shard.train, shard.held_out):
+            words = open_tokenizer(tmp_path / "model").library.batch_decode(part.ids)
+            of_chats.append([text.partition("user\n")[2][:2] for text in words])
+    counts = [Counter(part) for part in of_chats]
+    assert all(set(count.values()) == {3} for count in counts)
+    assert sorted(name for count in counts for name in count) == [str(n) for n in range(10, 42)]
+
+
+def test_rows_without_text_are_counted(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """Of the data and of what is held out; a text that looks like none counts as one."""
+    rows = [{"text": text, "owner": "a"} for text in ("one", None, "", " ", "NA", "null")]
+    path, held = write(tmp_path / "a.jsonl", rows), write(tmp_path / "held.jsonl", rows[:2])
+    assert deal(path, "natural", 1, tiny_models["gpt2"], packing="false").empty == 3
+    (tmp_path / "a.csv").write_text("text,owner\none,a\n,a\n  ,a\nNA,a\nnull,a\n7,a\n")
+    for file, empty, texts in ((path, 4, 3), (tmp_path / "a.csv", 3, 4)):
+        found = deal(file, "natural", 1, tiny_models["gpt2"], packing="false", held_out=str(held))
+        assert (found.empty, len(found.shards[0].train)) == (empty, texts)
 
 
 @pytest.mark.parametrize("named", [True, False])

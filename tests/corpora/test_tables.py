@@ -178,3 +178,59 @@ def test_wrong_files_get_one_line(tmp_path: Path, name: str, content: str | byte
     with pytest.raises(SettingError, match=f"^dataset: .*{message}") as caught:
         read_table(str(path), DataSettings())
     assert "\n" not in str(caught.value)
+
+
+STRANGE = {"a[1]": "a1", "b::c": "c", "d[x]::*?e": "dx::ffe"}
+"""Names, and others that they would match as patterns or addresses."""
+
+
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "txt"])
+def test_no_path_is_taken_for_a_pattern(tmp_path: Path, name: str, suffix: str) -> None:
+    """Neither a file's nor a folder's; what a pattern would have matched, too, is not read."""
+    import datasets
+
+    folder = tmp_path / name
+    (folder / "train").mkdir(parents=True)
+    path, rows = folder / "train" / f"{name}.{suffix}", datasets.Dataset.from_list([{"text": "one", "owner": "ann"}])
+    write = {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}
+    write.get(suffix, lambda plain: Path(plain).write_text("one"))(str(tmp_path / "plain"))
+    (tmp_path / "plain").rename(path)
+    for place in (path, folder):
+        assert read(place)["text"] == ["one"]
+    assert read_table(str(path), DataSettings()).name == path.stem
+    path.with_name(f"{STRANGE[name]}.{suffix}").write_text("other")
+    assert read(path)["text"] == ["one"]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_nor_is_that_of_what_save_to_disk_wrote(tmp_path: Path, name: str) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "plain"))
+    (tmp_path / "plain").rename(tmp_path / name)
+    assert read(tmp_path / name)["owner"] == ["ann", "bob", "ann"]
+
+
+def test_a_part_of_a_split(tmp_path: Path) -> None:
+    """Of every kind of file, and of files that are splits by their names."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": str(n)}) for n in range(4)))
+    (tmp_path / "a.txt").write_text("one")
+    assert read(tmp_path / "a.jsonl", split="train[:50%]+train[3:]") == {"text": ["0", "1", "3"]}
+    assert read(tmp_path / "a.txt", split="train[:100%]") == {"text": ["one"], "owner": ["a"]}
+    for name in ("a.jsonl", "a.txt"):
+        with pytest.raises(SettingError, match=r"dataset: .* can be read \(Unknown split"):
+            read(tmp_path / name, split="test")
+    (tmp_path / "folder").mkdir()
+    for split, text in (("train", "NA"), ("test", "2021-03-04")):
+        (tmp_path / "folder" / f"{split}.csv").write_text(f"text,label\n{text},1\n")
+    assert read(tmp_path / "folder") == {"text": ["NA"], "label": [1]}
+    assert read(tmp_path / "folder", split="test") == {"text": ["2021-03-04"], "label": [1]}
+    assert read(tmp_path / "folder", split="train+test")["text"] == ["NA", "2021-03-04"]
+
+
+def test_a_readme_that_says_how_to_read_is_heard(tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("text;owner\na,b;ann\n")
+    configs = '---\nconfigs:\n- config_name: default\n  data_files: notes.csv\n  sep: ";"\n---\n'
+    (tmp_path / "README.md").write_text(configs)
+    assert read(tmp_path) == {"text": ["a,b"], "owner": ["ann"]}

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fedsplit.config import BUNDLED_MODEL
-from fedsplit.corpora.corpus import encode, pack, sotu
+from fedsplit.corpora.corpus import pack, sotu
 from fedsplit.model.unsplit import load_whole
-from fedsplit.model.vocabulary import load_tokenizer
+from fedsplit.model.vocabulary import load_tokenizer, open_tokenizer
 
 EXPERIMENT = Path("experiments/base_model")
 
@@ -30,7 +30,8 @@ def test_it_has_the_loss_that_its_record_says(record: dict) -> None:
     names = record["validated_on"]
     documents = [document for document in sotu(last_year=1945) if document.name in names]
     assert [document.name for document in documents] == names
-    blocks = torch.tensor(pack(encode([document.text for document in documents], BUNDLED_MODEL), 256, 0))[::16]
+    ids = open_tokenizer(BUNDLED_MODEL).whole([document.text for document in documents])
+    blocks = torch.tensor(pack(ids, 256, 0))[::16]
     with torch.no_grad():
         loss = float(load_whole(BUNDLED_MODEL)(input_ids=blocks, labels=blocks).loss)
     assert loss == pytest.approx(record["validation_loss"], abs=0.1)

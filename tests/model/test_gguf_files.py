@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from fedsplit.allowed import SettingError
-from fedsplit.corpora.corpus import encode
 from fedsplit.model import gguf_files
 from fedsplit.model.devices import TYPES
 from fedsplit.model.families import read_facts
 from fedsplit.model.split import load_parts
 from fedsplit.model.stored import check_checkpoint
 from fedsplit.model.unsplit import load_whole
+from fedsplit.model.vocabulary import open_tokenizer
 
 pytest.importorskip("gguf")
 from tiny_gguf import TOKENS, write_gguf
@@ -82,7 +82,7 @@ def test_weights_are_those_that_transformers_reads(
 
 def test_the_tokenizer_comes_along(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     folder = gguf_files.about(write_gguf(tmp_path / "tiny.gguf", tiny_models["llama"]))
-    (ids,) = encode(["To the\nend<|endoftext|>"], folder)
+    (ids,) = open_tokenizer(folder).whole(["To the\nend<|endoftext|>"])
     assert [TOKENS[number] for number in ids] == [*"ToĠ", "th", *"eĊend", "<|endoftext|>"]
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
 

@@ -45,7 +45,12 @@ def test_small_files_come_first_and_weights_when_they_are_asked_for(local_hub: L
     name, told = HubName("org/whole"), []
     folder = hub.about(name)
     assert folder.name == COMMIT
-    assert {file.name for file in folder.iterdir()} == {"config.json", "generation_config.json", "tokenizer.json"}
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     hub.fetch_weights(name, folder, everything, told.append)
     source = local_hub.repositories["org/whole"]
     assert (folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

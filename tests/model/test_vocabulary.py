@@ -8,10 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from family_tokenizers import KINDS, write_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer
 
+from fedsplit import generate
 from fedsplit.allowed import SettingError
-from fedsplit.config import BUNDLED_MODEL
-from fedsplit.corpora.corpus import encode
+from fedsplit.config import BUNDLED_MODEL, DataSettings
+from fedsplit.corpora.partition import all_text, make_deal
+from fedsplit.corpora.sequences import Sequences
 from fedsplit.model import vocabulary
 from fedsplit.model.vocabulary import has_vocabulary, load_tokenizer, open_tokenizer
 
@@ -31,14 +36,14 @@ def older(tmp_path: Path) -> Path:
 
 def test_older_files_give_the_same_tokens(older: Path) -> None:
     assert not (older / "tokenizer.json").exists()
-    assert encode([TEXT], older) == encode([TEXT], BUNDLED_MODEL)
+    assert open_tokenizer(older).whole([TEXT]) == open_tokenizer(BUNDLED_MODEL).whole([TEXT])
 
 
 def test_the_ready_file_goes_first(older: Path) -> None:
     tokenizer = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text())
     (older / "vocab.json").write_text("{}")
     (older / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert open_tokenizer(older).get_vocab_size() == 1024
+    assert len(open_tokenizer(older).library) == 1024
 
 
 def test_a_folder_without_any_is_refused_and_never_given_an_empty_one(tmp_path: Path) -> None:
@@ -73,7 +78,7 @@ def test_a_tokenizer_model_alone_gives_the_tokens_of_sentencepiece(
     text = "the peace of the states: naïve 🦅 1946"
     expected = pieces.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
     assert len(expected) > 10
-    assert encode([text], tmp_path) == [expected]
+    assert open_tokenizer(tmp_path).written([text]) == [expected]
     assert load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"] == expected
 
 
@@ -89,3 +94,74 @@ def test_a_tokenizer_model_without_its_library_says_what_to_install(
     with pytest.raises(SettingError, match=words) as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+PROSE = "a question, its answer: yes or no? <|turn|> the peace\n\nof  the world 1 + 1 = 2"
+
+
+def rows_of(sequences: Sequences) -> list[list[int]]:
+    """The tokens of each sequence, without padding."""
+    lengths = sequences.lengths if sequences.lengths is not None else [sequences.ids.shape[1]] * len(sequences)
+    return [ids[:length] for ids, length in zip(sequences.ids.tolist(), map(int, lengths), strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_evaluation_and_generation_see_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    """Those of transformers' own tokenizer, of every family: with what it begins a text, and one end token."""
+    end = write_tokenizer(tmp_path, kind)
+    texts = [PROSE, "hello to the others", "yes"]
+    file, data = tmp_path / "texts.jsonl", DataSettings(packing="false")
+    file.write_text("\n".join(json.dumps({"text": text, "owner": "ann"}) for text in texts))
+    library = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = [library(text)["input_ids"] for text in texts]
+    expected = [ids if ids[-1] == end else [*ids, end] for ids in theirs]
+    (shard,) = make_deal(str(file), "natural", 1, 500, 0, tmp_path, end, data).shards
+    assert sorted(rows_of(shard.train) + rows_of(shard.held_out)) == sorted(expected)
+    assert rows_of(all_text(str(file), 500, tmp_path, end, data)["ann"]) == expected
+    read = generate._tokenise(load_tokenizer(tmp_path), texts, False, "")
+    assert [[*ids, end] for ids in read] == expected
+    stream = [token for ids in expected for token in ids]
+    assert rows_of(all_text(str(file), len(stream), tmp_path, end)["ann"]) == [stream]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_completion_goes_on_where_generation_would(kind: str, tmp_path: Path) -> None:
+    """Its prompt is what generate reads, and decoded both halves are the text, with nothing put between."""
+    end = write_tokenizer(tmp_path, kind)
+    pairs = [
+        ("a question, its answer:", "yes or no"),
+        ("1 + 1 = ", "2"),
+        ("hello", " to the others"),
+        ("", "the peace"),
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": prompt, "completion": said}) for prompt, said in pairs))
+    found = all_text(str(file), 500, tmp_path, end)["pairs"]
+    library = load_tokenizer(tmp_path)
+    prompts = open_tokenizer(tmp_path).opening([prompt for prompt, _ in pairs])
+    assert prompts[:3] == generate._tokenise(library, [prompt for prompt, _ in pairs[:3]], False, "")
+    for (prompt, said), before, ids, labels in zip(pairs, prompts, rows_of(found), found.labels.tolist(), strict=True):
+        assert ids[: len(before)] == before and ids[-1] == end
+        assert labels[: len(ids)] == [-100] * len(before) + ids[len(before) :]
+        whole = library.decode(ids[:-1], skip_special_tokens=True)
+        assert whole.removeprefix(" ") == prompt + said
+        assert ids.count(end) == 1 + before.count(end)
+
+
+def test_classes_are_told_by_a_text_as_the_tokenizer_ends_it(tmp_path: Path) -> None:
+    end = write_tokenizer(tmp_path, "mixtral")
+    (tmp_path / "texts.csv").write_text("text,label\nyes,good\nno,bad\n")
+    found = all_text(str(tmp_path / "texts.csv"), 99, tmp_path, 0, DataSettings(format="classification"))["texts"]
+    assert rows_of(found) == AutoTokenizer.from_pretrained(tmp_path)(["yes", "no"])["input_ids"]
+    assert found.ids[0, -1] == end and found.labels.tolist() == [1, 0]
+
+
+def test_a_text_that_the_tokenizer_refuses_gets_one_line(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    texts = open_tokenizer(tmp_path)
+    assert texts.opening(["ab"]) == texts.following(["ab"]) == [[0, 1]]
+    with pytest.raises(SettingError, match=r"^model: .*\(WordLevel error.*a model whose tokenizer takes every"):
+        texts.whole(["abc"])

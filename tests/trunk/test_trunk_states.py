@@ -48,7 +48,8 @@ def sgd(parameters: Iterable[Tensor], settings: object = None) -> torch.optim.Op
 class Toy(nn.Module):
     """A trunk of one adapted layer."""
 
-    config = SimpleNamespace(hidden_size=WIDTH)
+    config = SimpleNamespace(hidden_size=WIDTH, max_position_embeddings=16)
+    dtype = torch.float32
     adapter = frozenset({"lora_A.default.weight"})
     budget = None
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, Member
 from fedsplit.report import Watcher
 
@@ -108,20 +107,25 @@ class Exchange:
         """Sends a message to each client, and shows how many have been answered; replies by client."""
         expected = len(self.members)
         replies = self.send(grid, messages, expected, lambda _, done, of: self._watcher.phase(text, done, of))
-        return sorted(replies, key=number_of)
+        return sorted(replies, key=self.number_of)
 
     def client_at(self, node: int) -> int | None:
         """The number of the client at a node."""
         return next((client for client, member in enumerate(self.members) if member.node == node), None)
 
+    def number_of(self, reply: Message) -> int:
+        """The number of the client that a reply is from: that of its node, whatever it says of itself.
+
+        Raises:
+            FederationFailed: No client is at that node.
+        """
+        if (client := self.client_at(reply.metadata.src_node_id)) is None:
+            raise FederationFailed(f"a reply came from node {reply.metadata.src_node_id}, at which no client is")
+        return client
+
     def name(self, client: int) -> str:
         """A client's number and name."""
         return f"client {client} ({self.members[client].name})"
-
-
-def number_of(reply: Message) -> int:
-    """The number of the client that a reply is from."""
-    return int(records.metrics_of(reply)["client"])
 
 
 def _reason(text: str | None) -> str:

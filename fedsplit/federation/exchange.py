@@ -32,6 +32,10 @@ class Interrupted(Exception):
     """The run was asked to stop."""
 
 
+class NobodyAnswered(FederationFailed):
+    """All that were asked failed."""
+
+
 class Exchange:
     """The server's way to its clients.
 
@@ -73,7 +77,7 @@ class Exchange:
             heard: Told of each reply.
 
         Raises:
-            FederationFailed: There is no reply.
+            NobodyAnswered: There is no reply.
             Interrupted: The run was asked to stop.
         """
         left, waiting = iter(messages), set[str]()
@@ -100,7 +104,7 @@ class Exchange:
             self._watcher.line(f"{name} failed and is left out: {_reason(failure.error.reason)}")
         if not replies:
             reason = _reason(failures[0].error.reason) if failures else "nobody was asked"
-            raise FederationFailed(f"no client answered: {reason}")
+            raise NobodyAnswered(f"no client answered: {reason}")
         return replies
 
     def ask_all(self, grid: Grid, messages: Iterable[Message], text: str) -> list[Message]:

@@ -20,7 +20,7 @@ from fedsplit.documents import as_document
 from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, Member, make_aggregation
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
-from fedsplit.federation.exchange import Exchange
+from fedsplit.federation.exchange import Exchange, NobodyAnswered
 from fedsplit.federation.fidelity import measure
 from fedsplit.federation.holdings import Holdings
 from fedsplit.federation.tally import Tally
@@ -282,6 +282,7 @@ class Federation:
         losses: list[float] = []
         tokens = 0
         used: dict[int, tuple[Message, ClientUpdate]] = {}
+        reason = "no client sent anything that can be used"
         alternates = len(groups) > 1 or takes_turns(self._config)
 
         def heard(reply: Message, done: int, of: int) -> None:
@@ -306,9 +307,12 @@ class Federation:
             if alternates:
                 self._trunk.begin(group)
             invitations = (self._invitation(client, assigned[client], round) for client in group)
-            self._exchange.send(grid, invitations, len(group), heard)
+            try:
+                self._exchange.send(grid, invitations, len(group), heard)
+            except NobodyAnswered as failed:  # those of other groups may
+                reason = str(failed)
         if groups and not used:
-            raise FederationFailed("no client sent anything that can be used")
+            raise FederationFailed(reason)
         return tokens, [used[client] for client in sorted(used)]
 
     def _invitation(self, client: int, assignment: Assignment, round: int) -> Message:

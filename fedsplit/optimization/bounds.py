@@ -38,6 +38,8 @@ def norm(tensors: Iterable[Tensor]) -> float:
     if not flat:
         return 0.0
     joined = flat[0] if len(flat) == 1 else torch.cat(flat)
+    if joined.dtype == torch.float64:
+        joined = joined.float()  # the norm would refuse to narrow it
     return float(torch.linalg.vector_norm(joined, dtype=torch.float32))
 
 

@@ -420,15 +420,15 @@ class Recomputing(Trunk):
 class Clipping(Trunk):
     """A step counts with its coefficient, and not before."""
 
-    clip = 1.0
+    clip = 1e6  # so large that any coefficient may be right
 
 
 class ClippingCopies(Copies):
-    clip = 1.0
+    clip = 1e6  # so large that any coefficient may be right
 
 
 class ClippingAccumulate(Accumulate):
-    clip = 1.0
+    clip = 1e6  # so large that any coefficient may be right
 
 
 MACHINES = [Trunk, Copies, Accumulate, Recomputing, Clipping, ClippingCopies, ClippingAccumulate]

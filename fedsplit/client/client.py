@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,12 +15,13 @@ from fedsplit.adaptation.rank_allocation import RankAllocation
 from fedsplit.client.link import Crossing, Link
 from fedsplit.config import TrainSettings
 from fedsplit.corpora.sequences import Sequences, behind, predicted
-from fedsplit.corpora.shards import Shard, batch
+from fedsplit.corpora.shards import Shard, batch, batch_of_epoch, steps_of_epoch
 from fedsplit.model.devices import device_of
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
 from fedsplit.optimization import optim
+from fedsplit.optimization.bounds import is_bounded
 from fedsplit.optimization.clipping import coefficient, squared_norm
 from fedsplit.optimization.local import LocalRule
 from fedsplit.optimization.optim import make_optimizer
@@ -28,6 +30,11 @@ from fedsplit.seeds import derive_seed
 from fedsplit.updates import ClientUpdate, Task
 from fedsplit.wire.packets import StepKey
 from fedsplit.wire.scaling import backward
+from fedsplit.wire.steps import SpoiledStep
+
+
+class Diverged(ArithmeticError):
+    """A client's training has come to values that are not finite; says what is likely to help."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,12 @@ class Client:
     def steps(self) -> int:
         """Local steps a round."""
         if self.settings.epochs:
-            return -(-len(self._train) * self.settings.epochs // self._sequences)
+            return self.settings.epochs * steps_of_epoch(len(self._train), self._sequences)
         return self.settings.steps
 
     @property
     def _sequences(self) -> int:
-        """Sequences a step."""
+        """Sequences a step; the last one of an epoch may have fewer."""
         return self.settings.batch_size * self.settings.accumulation
 
     @property
@@ -227,14 +234,19 @@ class Client:
         order = derive_seed(self.seed, "client", self.number)
         self.bottom.train()
         self.top.train()
-        losses, counts, tokens = [], [], 0
+        of_step = batch_of_epoch if self.settings.epochs else batch
+        losses, counts, tokens, examples = [], [], 0, 0
         for step in range(self.steps):
             done = (round - 1) * self.steps + step
             rate = share_of_rate(self.settings, done, self.rounds * self.steps)
-            rows = batch(self._train, done, self._sequences, order).to(device_of(self.bottom))
+            rows = of_step(self._train, done, self._sequences, order).to(device_of(self.bottom))
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
-            losses.append(self.step(rows.ids, StepKey(round, self.number, step), rows.mask, rows.labels, rate))
+            try:
+                losses.append(self.step(rows.ids, StepKey(round, self.number, step), rows.mask, rows.labels, rate))
+            except SpoiledStep as error:
+                raise self._diverged(str(error)) from error
             counts.append(rows.predicted)
+            examples += len(rows)
             if optimizer is not None:
                 found = {name: p.grad for name, p in trained.items() if p.grad is not None}
                 gradients = rule.correct(found, parameters)
@@ -244,16 +256,25 @@ class Client:
                 for allocation in allocations:
                     allocation.allocate(gradients, allocation.position(round, step + 1))
             tokens += rows.tokens
+        adapters, loss = lora.read(self.bottom, self.top), _weighted_mean(losses, counts)
+        if not (math.isfinite(loss) and is_bounded(*adapters.tensors.values())):
+            raise self._diverged(f"round {round}, client {self.number}: its loss is {loss:g}, or its adapters are lost")
         return ClientUpdate(
             client=self.number,
-            adapters=lora.read(self.bottom, self.top),
-            examples=self.steps * self._sequences,
+            adapters=adapters,
+            examples=examples,
             tokens=tokens,
-            loss=_weighted_mean(losses, counts),
+            loss=loss,
             control=rule.control_change(),
             moments=self._remembered(optimizer, parameters, trained, moments or {}, allocations),
             router_loss=self.routers.mean(self.steps),
         )
+
+    def _diverged(self, reason: str) -> Diverged:
+        """Returns what to raise where a value is not finite, with the settings that are the likely cause."""
+        rate, clip = f"--train.lr ({self.settings.lr:g})", f"--train.clip ({self.settings.clip:g})"
+        advice = "lower it" if self.settings.clip else f"lower it, or bound a step's gradient by {clip}, such as 1"
+        return Diverged(f"{reason}; most likely training has diverged, as {rate} is too large: {advice}")
 
     def _allocations(self, moments: Mapping[str, Tensor]) -> list[RankAllocation]:
         """Of each part, who deals its ranks out, where they are."""

@@ -128,6 +128,30 @@ def batch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
     return blocks[[orders[p // len(blocks)][p % len(blocks)] for p in positions]]
 
 
+def steps_of_epoch(count: int, size: int) -> int:
+    """Returns how many steps a pass over so many sequences takes; the last may have fewer than `size` of them."""
+    return -(-count // size)
+
+
+def batch_of_epoch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
+    """The batch of a step where whole passes are counted: each pass trains each sequence once.
+
+    As `batch`, but a pass ends with what is left of it, and the next one begins with a batch of its own.
+
+    Args:
+        blocks: Sequences, or token ids (n, T).
+        step: Steps made before this one, over all rounds.
+        size: Sequences a batch.
+        seed: Decides the order.
+
+    Returns:
+        `size` sequences; fewer at the end of a pass that they do not divide.
+    """
+    epoch, place = divmod(step, steps_of_epoch(len(blocks), size))
+    order = _shuffled(len(blocks), seed, epoch)
+    return blocks[order[place * size : (place + 1) * size]]
+
+
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     order: list[int] = torch.randperm(count, generator=generator).tolist()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, Member
 from fedsplit.federation.stalls import StallWatch
 from fedsplit.report import Watcher
@@ -32,6 +31,10 @@ Heard = Callable[[Message, int, int], None]
 
 class Interrupted(Exception):
     """The run was asked to stop."""
+
+
+class NobodyAnswered(FederationFailed):
+    """All that were asked failed."""
 
 
 class Exchange:
@@ -85,7 +88,7 @@ class Exchange:
             heard: Told of each reply.
 
         Raises:
-            FederationFailed: There is no reply.
+            NobodyAnswered: There is no reply.
             Interrupted: The run was asked to stop.
         """
         left, waiting = iter(messages), set[str]()
@@ -114,27 +117,32 @@ class Exchange:
             self._watcher.line(f"{name} failed and is left out: {_reason(failure.error.reason)}")
         if not replies:
             reason = _reason(failures[0].error.reason) if failures else "nobody was asked"
-            raise FederationFailed(f"no client answered: {reason}")
+            raise NobodyAnswered(f"no client answered: {reason}")
         return replies
 
     def ask_all(self, grid: Grid, messages: Iterable[Message], text: str) -> list[Message]:
         """Sends a message to each client, and shows how many have been answered; replies by client."""
         expected = len(self.members)
         replies = self.send(grid, messages, expected, lambda _, done, of: self._watcher.phase(text, done, of))
-        return sorted(replies, key=number_of)
+        return sorted(replies, key=self.number_of)
 
     def client_at(self, node: int) -> int | None:
         """The number of the client at a node."""
         return next((client for client, member in enumerate(self.members) if member.node == node), None)
 
+    def number_of(self, reply: Message) -> int:
+        """The number of the client that a reply is from: that of its node, whatever it says of itself.
+
+        Raises:
+            FederationFailed: No client is at that node.
+        """
+        if (client := self.client_at(reply.metadata.src_node_id)) is None:
+            raise FederationFailed(f"a reply came from node {reply.metadata.src_node_id}, at which no client is")
+        return client
+
     def name(self, client: int) -> str:
         """A client's number and name."""
         return f"client {client} ({self.members[client].name})"
-
-
-def number_of(reply: Message) -> int:
-    """The number of the client that a reply is from."""
-    return int(records.metrics_of(reply)["client"])
 
 
 def _reason(text: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -39,8 +40,23 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
-    """Arrays to float32 tensors; some of Flower's strategies return float64."""
-    return {name: torch.from_numpy(np.array(array.numpy(), np.float32)) for name, array in record.items()}
+    """Arrays to float32 tensors; some of Flower's strategies return float64.
+
+    Raises:
+        RefusedUpdate: An array cannot be read, or is not of floating-point numbers: such a one is not cast.
+    """
+    return {name: torch.from_numpy(_floats(name, array)) for name, array in record.items()}
+
+
+def _floats(name: str, array: Array) -> np.ndarray:
+    try:
+        values = array.numpy()
+    except Exception as error:  # numpy raises many kinds for bytes that are no array
+        raise RefusedUpdate(f"{name} is no array ({type(error).__name__})") from error
+    if values.dtype.kind != "f":
+        raise RefusedUpdate(f"{name} is of type {values.dtype}, not of numbers with a fraction")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused by name
+        return np.array(values, np.float32)
 
 
 def nbytes(content: RecordDict) -> int:
@@ -146,43 +162,122 @@ def from_update(update: ClientUpdate, shared: Collection[str], own: Score, peak_
     return RecordDict(found)
 
 
-def to_update(reply: Message, given: Adapters, trained: Collection[str], sender: str) -> ClientUpdate:
-    """What a client sent, checked against what it was given.
+def to_update(
+    reply: Message, given: Adapters, trained: Collection[str], client: int, sender: str, examples: int | None = None
+) -> ClientUpdate:
+    """What a client sent, checked against what it was given and what the server knows of it.
 
     Args:
         reply: Its answer.
         given: What it started from, without what is personal.
         trained: The names that it had to send.
+        client: Its number, by the node that the answer is from.
         sender: Who it is, for the message.
+        examples: The sequences that it had to train on; None where the server does not know.
 
     Raises:
         RefusedUpdate: Names, shapes or values are not what they must be.
     """
-    tensors, metrics = tensors_of(reply), metrics_of(reply)
     expected = given.with_tensors({name: tensor for name, tensor in given.tensors.items() if name in trained})
+    tensors = _sent_tensors(reply, ARRAYS, sender)
     expected.check_fits(tensors, sender)
     control: dict[str, Tensor] = {}
     if CONTROL in reply.content.array_records:
-        control = from_arrays(reply.content.array_records[CONTROL])
+        control = _sent_tensors(reply, CONTROL, sender)
         expected.check_fits(control, f"{sender}, as its control variate,")
-    examples = metrics[WEIGHT]
-    if not examples >= 0:
-        raise RefusedUpdate(f"{sender} sent {examples} as its number of examples")
+    said = _Said(reply, sender)
+    said.check_client(client)
+    count = said.count(WEIGHT, "its number of examples")
+    if examples is not None and count != examples:
+        raise RefusedUpdate(f"{sender} sent {count} as its number of examples, not {examples}")
+    sample_of(reply, sender)
+    said.count("peak-memory")
     return ClientUpdate(
-        client=int(metrics["client"]),
+        client=client,
         adapters=given.with_tensors({**given.tensors, **tensors}),
-        examples=int(examples),
-        tokens=int(metrics["tokens"]),
-        loss=float(metrics["loss"]),
+        examples=count,
+        tokens=said.count("tokens"),
+        loss=said.amount("loss"),
         given=given,
         control=control,
-        router_loss=metrics.get("router-loss"),
+        router_loss=said.amount("router-loss") if "router-loss" in said.metrics else None,
     )
 
 
-def drop_arrays(message: Message) -> None:
-    """Takes the arrays out of a message, and leaves the rest."""
-    message.content = RecordDict({**message.content.metric_records, **message.content.config_records})
+def _sent_tensors(reply: Message, record: str, sender: str) -> dict[str, Tensor]:
+    """The tensors of one record of a reply.
+
+    Raises:
+        RefusedUpdate: It is not there, or holds something else.
+    """
+    if record not in reply.content.array_records:
+        raise RefusedUpdate(f"{sender} sent no {record}")
+    try:
+        return from_arrays(reply.content.array_records[record])
+    except RefusedUpdate as refused:
+        raise RefusedUpdate(f"{sender} sent what cannot be used: {refused}") from refused
+
+
+class _Said:
+    """The numbers that a client says of itself, none of which is believed before it is looked at."""
+
+    def __init__(self, reply: Message, sender: str) -> None:
+        """Takes the metrics of a reply; none where it has no such record."""
+        self._sender = sender
+        self.metrics: dict[str, Any] = dict(reply.content.metric_records.get(METRICS, {}))
+
+    def check_client(self, client: int) -> None:
+        """Makes sure that a client does not say that it is another one.
+
+        Raises:
+            RefusedUpdate: It does.
+        """
+        if (claimed := self.metrics.get("client")) != client:
+            raise RefusedUpdate(f"{self._sender} says that it is client {_shown(claimed)}")
+
+    def count(self, name: str, what: str = "") -> int:
+        """Returns a whole number from 0.
+
+        Args:
+            name: Of the metric.
+            what: The same for a message, where the name does not say it.
+
+        Raises:
+            RefusedUpdate: It is none, or is not there.
+        """
+        value = self.metrics.get(name)
+        if type(value) is not int or value < 0:
+            words = f"{_shown(value)} as {what or f'its {name}'}, not a whole number from 0"
+            raise RefusedUpdate(f"{self._sender} sent {words}")
+        return value
+
+    def amount(self, name: str) -> float:
+        """Returns a finite number from 0, such as a loss.
+
+        Raises:
+            RefusedUpdate: It is none, or is not there.
+        """
+        value: Any = self.metrics.get(name)
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise RefusedUpdate(f"{self._sender} sent {_shown(value)} as its {name}, not a finite number from 0")
+        return float(value)
+
+
+def _shown(value: object) -> str:
+    """Returns a value for a message: a single number as it is, nothing of a list."""
+    if value is None:
+        return "nothing"
+    return f"{value}" if isinstance(value, int | float) else f"a {type(value).__name__}"
+
+
+_KEPT = ("client", WEIGHT, "tokens", "loss", "sample-nats", "sample-tokens", "peak-memory")
+"""The metrics of a client's training that are kept until the round's end, the same of every client."""
+
+
+def keep_metrics(message: Message) -> None:
+    """Takes all out of a client's reply but the metrics that every reply has, so that no strategy sees others."""
+    metrics: Mapping[str, Any] = message.content.metric_records.get(METRICS, {})
+    message.content = RecordDict({METRICS: MetricRecord({name: metrics[name] for name in _KEPT if name in metrics})})
 
 
 def metrics_of(reply: Message) -> dict[str, Any]:
@@ -205,16 +300,40 @@ def from_held_out(client: int, measured: Score, part: Score, peak_memory: int) -
     return RecordDict({METRICS: MetricRecord(metrics)})
 
 
-def to_held_out(reply: Message) -> Score:
-    """What a client measured."""
-    metrics = metrics_of(reply)
-    return Score(float(metrics["nats"]), int(metrics[WEIGHT]), int(metrics["right"]))
+def to_held_out(reply: Message, client: int, sender: str) -> Score:
+    """What a client measured.
+
+    Args:
+        reply: Its answer.
+        client: Its number, by the node that the answer is from.
+        sender: Who it is, for the message.
+
+    Raises:
+        RefusedUpdate: It cannot be: there are no tokens, or a loss that is not finite.
+    """
+    said = _Said(reply, sender)
+    said.check_client(client)
+    tokens, right = said.count(WEIGHT, "its number of tokens"), said.count("right")
+    if not tokens or right > tokens:
+        raise RefusedUpdate(f"{sender} measured {tokens} tokens, {right} of them predicted rightly")
+    sample_of(reply, sender)
+    said.count("peak-memory")
+    return Score(said.amount("nats"), tokens, right)
 
 
-def sample_of(reply: Message) -> Score:
-    """What a client measured on its sample: after its own steps, or at the end of the round."""
-    metrics = metrics_of(reply)
-    return Score(float(metrics["sample-nats"]), int(metrics["sample-tokens"]))
+def sample_of(reply: Message, sender: str) -> Score:
+    """What a client measured on its sample: after its own steps, or at the end of the round.
+
+    Raises:
+        RefusedUpdate: It cannot be.
+    """
+    said = _Said(reply, sender)
+    return Score(said.amount("sample-nats"), said.count("sample-tokens"))
+
+
+def memory_of(reply: Message) -> int:
+    """The most memory that a client's process has had, in bytes, of a reply that has been checked."""
+    return int(metrics_of(reply)["peak-memory"])
 
 
 def introduction(
@@ -237,10 +356,19 @@ def introduction(
 
 
 def read_introduction(reply: Message) -> tuple[dict[str, Any], dict[str, Adapters]]:
-    """The inverse of `introduction`: client, name and parameters; and the adapters by part, where sent."""
-    about: dict[str, Any] = json.loads(config_of(reply)["about"])
-    start = {}
-    for part, record in reply.content.array_records.items():
-        layers = {name: Layer(**facts) for name, facts in about.pop(part).items()}
-        start[part] = Adapters(from_arrays(record), layers)
+    """The inverse of `introduction`: client, name and parameters; and the adapters by part, where sent.
+
+    Raises:
+        RefusedUpdate: It is no introduction.
+    """
+    try:
+        about: dict[str, Any] = json.loads(config_of(reply)["about"])
+        start = {}
+        for part, record in reply.content.array_records.items():
+            layers = {name: Layer(**facts) for name, facts in about.pop(part).items()}
+            start[part] = Adapters(from_arrays(record), layers)
+        if type(about["client"]) is not int or not isinstance(about["parameters"], dict):
+            raise TypeError("its client is no number, or its parameters are not counted")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RefusedUpdate(f"a client introduced itself in a wrong form: {type(error).__name__}: {error}") from error
     return about, start

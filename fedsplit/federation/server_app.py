@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
 from fedsplit.config import Config
 from fedsplit.documents import as_document
@@ -19,7 +21,7 @@ from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, Member, make_aggregation
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
 from fedsplit.federation.engine import kill_busy_workers
-from fedsplit.federation.exchange import Exchange, number_of
+from fedsplit.federation.exchange import Exchange, NobodyAnswered
 from fedsplit.federation.fidelity import measure
 from fedsplit.federation.holdings import Holdings
 from fedsplit.federation.stalls import StallWatch
@@ -181,6 +183,7 @@ class Federation:
         groups |= {"adapters": dict(adapters.tensors), "strategy": dict(self._aggregation.state())}
         trunk = self._trunk.read()
         groups |= {"trunk": dict(trunk.tensors), "moments": self._trunk.moments()}
+        _check_finite(round, {name: groups[name] for name in ("adapters", "trunk", "moments")})
         candidate = self._config.keep_best and self._course.is_best
         personal = self._personal(adapters, trunk) if candidate else {}
         whole = self._holdings.everything(adapters, trunk)
@@ -223,11 +226,17 @@ class Federation:
         if len(replies) < len(nodes):
             raise FederationFailed(f"only {len(replies)} of {len(nodes)} clients could load their parts")
         parts: dict[str, Adapters] = {"trunk": self._trunk.read()}
-        found, parameters = {}, {}
+        found: dict[int, Member] = {}
+        parameters: dict[str, Any] = {}
         for reply in replies:
             about, start = records.read_introduction(reply)
-            found[int(about["client"])] = Member(reply.metadata.src_node_id, str(about["name"]))
-            parameters, parts = about["parameters"], parts | start
+            client = about["client"]
+            if client not in range(len(nodes)) or client in found:
+                raise FederationFailed(f"two nodes say that they are client {client}, or there is none of that number")
+            found[client] = Member(reply.metadata.src_node_id, str(about["name"]))
+            if not client:  # it alone tells what training starts from
+                parameters = about["parameters"]
+                parts |= {part: start[part] for part in ("bottom", "top") if part in start}
         if parts.keys() != {"bottom", "trunk", "top"}:
             raise FederationFailed("the first client did not say what training starts from")
         self._exchange.members[:] = [found[client] for client in sorted(found)]
@@ -244,7 +253,10 @@ class Federation:
         tokens, used = self._ask_to_train(grid, round, assigned, started)
         replies, updates = [reply for reply, _ in used], [update for _, update in used]
         counts = self._trunk.end_round([update.client for update in updates])
-        own = {update.client: records.sample_of(reply) for reply, update in used}
+        if counts.get("unusable"):
+            words = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
+            self._watcher.line(f"{self._label(round)}  {words} ({self._config.train.lr:g})")
+        own = {u.client: records.sample_of(reply, self._exchange.name(u.client)) for reply, u in used}
         if self._schedule.personal:
             updates = self._holdings.with_copies(updates, self._trunk.copies(), assigned)
         for update in updates:
@@ -282,28 +294,37 @@ class Federation:
         losses: list[float] = []
         tokens = 0
         used: dict[int, tuple[Message, ClientUpdate]] = {}
+        reason = "no client sent anything that can be used"
+        alternates = len(groups) > 1 or takes_turns(self._config)
 
         def heard(reply: Message, done: int, of: int) -> None:
             nonlocal tokens
-            metrics = records.metrics_of(reply)
-            losses.append(metrics["loss"])
-            tokens += int(metrics["tokens"])
+            client = self._exchange.number_of(reply)
             self._count("adapter_up", [reply])
-            if (update := self._accepted(reply, assigned[number_of(reply)])) is not None:
-                used[update.client] = reply, update
-            records.drop_arrays(reply)  # all clients' would be there at the end of the round, and once more as tensors
+            update = self._accepted(reply, client, assigned[client])
+            records.keep_metrics(reply)  # arrays would be there at the end of the round, and once more as tensors
+            if update is None or alternates:  # whoever has answered is not waited for, even if it did not say goodbye
+                self._trunk.leave(client)
+            if update is None:
+                return
+            used[client] = reply, update
+            losses.append(update.loss)
+            tokens += update.tokens
             speed = tokens / (time.perf_counter() - started)
             status = f"{len(losses)}/{expected} trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
             self._watcher.phase(f"{label}  {status}", len(losses), expected)
 
         self._watcher.phase(f"{label}  training", 0, expected)
         for group in groups:
-            if len(groups) > 1 or takes_turns(self._config):
+            if alternates:
                 self._trunk.begin(group)
             invitations = (self._invitation(client, assigned[client], round) for client in group)
-            self._exchange.send(grid, invitations, len(group), heard)
+            try:
+                self._exchange.send(grid, invitations, len(group), heard)
+            except NobodyAnswered as failed:  # those of other groups may
+                reason = str(failed)
         if groups and not used:
-            raise FederationFailed("no client sent anything that can be used")
+            raise FederationFailed(reason)
         return tokens, [used[client] for client in sorted(used)]
 
     def _invitation(self, client: int, assignment: Assignment, round: int) -> Message:
@@ -321,11 +342,13 @@ class Federation:
         self._count("adapter_down", [message])
         return message
 
-    def _accepted(self, reply: Message, assignment: Assignment) -> ClientUpdate | None:
+    def _accepted(self, reply: Message, client: int, assignment: Assignment) -> ClientUpdate | None:
         """A reply as an update with its weight; one that cannot be used is named and left out."""
         given, trained = self._holdings.sent(assignment)
+        settings = self._config.train
+        examples = None if settings.epochs else settings.steps * settings.batch_size * settings.accumulation
         try:
-            update = records.to_update(reply, given, trained, self._exchange.name(number_of(reply)))
+            update = records.to_update(reply, given, trained, client, self._exchange.name(client), examples)
         except RefusedUpdate as refused:
             self._watcher.line(f"{refused}; it is left out")
             return None
@@ -375,7 +398,7 @@ class Federation:
         self._tally.traffic[what] += sum(records.nbytes(message.content) for message in messages)
 
     def _remember_memory(self, replies: Iterable[Message]) -> None:
-        peaks = [int(records.metrics_of(reply)["peak-memory"]) for reply in replies]
+        peaks = [records.memory_of(reply) for reply in replies]
         self._tally.client_memory = max([self._tally.client_memory, *peaks])
 
     def _evaluate(self, grid: Grid, round: int, adapters: Adapters, own: Mapping[int, Score]) -> float:
@@ -394,17 +417,18 @@ class Federation:
         replies = self._exchange.ask_all(grid, messages, f"{self._label(round)}  evaluating")
         self._tally.traffic["adapter_down"] += records.array_bytes(shared.get(records.FOLD)) * len(members)
         self._tally.traffic["evaluation_adapter_down"] += records.array_bytes(shared[records.ARRAYS]) * len(members)
-        self._remember_memory(replies)
-        by_client = {number_of(reply): reply for reply in replies}
-        measured = {client: records.to_held_out(reply) for client, reply in by_client.items()}
+        by_client, measured = self._measured(replies)
+        self._remember_memory(by_client.values())
         found = pooled(measured.values())
         loss = found.loss
         if self._config.data.format == "classification":
             self._accuracy = {"before": found.accuracy, **self._accuracy, "after": found.accuracy}
         self._forgotten = {
-            self._exchange.members[client].name: records.sample_of(by_client[client]).loss - then.loss
+            self._exchange.members[client].name: now.loss - then.loss
             for client, then in own.items()
-            if then.tokens and client in by_client
+            if client in by_client
+            and then.tokens
+            and (now := records.sample_of(by_client[client], self._exchange.name(client))).tokens
         }
         self._log(
             {
@@ -420,6 +444,28 @@ class Federation:
             }
         )
         return loss
+
+    def _measured(self, replies: Iterable[Message]) -> tuple[dict[int, Message], dict[int, Score]]:
+        """Those replies to an evaluation that can be used, by client, and what they say; others are named and left out.
+
+        Raises:
+            FederationFailed: None can be used.
+        """
+        usable: dict[int, Message] = {}
+        measured: dict[int, Score] = {}
+        reason = ""
+        for reply in replies:
+            client = self._exchange.number_of(reply)
+            try:
+                measured[client] = records.to_held_out(reply, client, self._exchange.name(client))
+            except RefusedUpdate as refused:
+                reason = str(refused)
+                self._watcher.line(f"{refused}; it is left out")
+            else:
+                usable[client] = reply
+        if not measured:
+            raise FederationFailed(f"no client measured anything that can be used: {reason}")
+        return usable, measured
 
     def _announce(self, round: int, loss: float, training_loss: float | None = None) -> None:
         """Shows the line of a round."""
@@ -449,6 +495,19 @@ class Federation:
             **self._tally.summary(trunk["traffic"]),
             "peak_memory": {"client": self._tally.client_memory, "trunk": trunk["peak_memory"]},
         }
+
+
+def _check_finite(round: int, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Makes sure that a checkpoint holds nothing from which no run can go on.
+
+    Raises:
+        FederationFailed: A value is NaN or infinite.
+    """
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                words = f"round {round} left NaN or infinite values in {name} ({group})"
+                raise FederationFailed(f"{words}: it is not saved, and a run can go on from the round before it")
 
 
 def _router_loss(updates: Sequence[ClientUpdate]) -> dict[str, float]:

@@ -32,7 +32,8 @@ from fedsplit.trunk.sessions import Sessions
 from fedsplit.updates import Adapters
 from fedsplit.wire import sockets
 from fedsplit.wire.codecs import make_codec
-from fedsplit.wire.packets import Packet
+from fedsplit.wire.packets import MalformedPacket, Packet, check_form
+from fedsplit.wire.steps import SpoiledStep
 
 _AT_ONCE = 4096
 """Calls that may wait in the actor at the same time."""
@@ -168,8 +169,14 @@ class TrunkActor:
     def _take(self, packet: Packet, done: Callable[[Answer], None]) -> None:
         """Takes a packet, for the thread that decides.
 
-        What belongs to a session goes to `Sessions`, between two steps.
+        What belongs to a session goes to `Sessions`, between two steps. What is no packet in form is refused here:
+        an error in the thread that decides would end the process.
         """
+        try:
+            check_form(packet)
+        except MalformedPacket as error:
+            done(SpoiledStep(str(error)))
+            return
 
         def serve() -> None:
             if not packet.key.session:

@@ -13,8 +13,8 @@ from fedsplit.config import TrunkSettings
 from fedsplit.trunk.lanes import BACKWARD, FORWARD, LanesLike, outcome
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer, Work
-from fedsplit.wire.packets import Packet
-from fedsplit.wire.steps import RefusedStep, StaleStep
+from fedsplit.wire.packets import MalformedPacket, Packet, check_form
+from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether, StaleStep
 
 Answer = Packet | Exception
 """What a request comes to: an answer, or why there is none."""
@@ -99,6 +99,7 @@ class Dispatcher:
         self._sent_away: Counter[int] = Counter()
         self._turns: list[int] = []
         self._grouped = False
+        self._group: set[int] = set()
 
     @property
     def is_computing(self) -> bool:
@@ -113,25 +114,46 @@ class Dispatcher:
         return any(requests[0].lane == lane for requests in self._under_way)
 
     def begin(self, group: Sequence[int]) -> None:
-        """Makes clients a group that trains together, in this order; until `end_round`, others wait.
+        """Makes clients a group that trains together, in this order; until `end_round`, others are refused.
 
         Args:
             group: The clients, in the order of their turns.
         """
         self._grouped = True
+        self._group = set(group)
         self._active = set(group)
         self._turns = list(group) if not (self._schedule.gathers or self._schedule.sums) else []
 
     def submit(self, packet: Packet, done: Callable[[Answer], None]) -> None:
-        """Takes a request; `done` is called with the answer, or with why there is none, from `advance`."""
+        """Takes a request; `done` is called with the answer, or with why there is none, from `advance`.
+
+        What cannot be served at all, now or later, is refused at once.
+        """
+        try:
+            check_form(packet)
+            self._check_group(packet)
+        except (MalformedPacket, RefusedStep) as error:
+            done(error if isinstance(error, RefusedStep) else SpoiledStep(str(error)))
+            return
         request = _Request(packet, self._clock(), done)
         self._waiting.append(request)
         if packet.training and not request.is_backward and not self._grouped:
             self._active.add(request.client)
 
+    def _check_group(self, packet: Packet) -> None:
+        """Makes sure that while a group trains nobody else does: its turn would never come.
+
+        Raises:
+            StaleStep: The packet is of the training of a client that is not in the group, or has left it.
+        """
+        request = _Request(packet, 0.0, lambda answer: None)
+        if self._grouped and request.is_step and request.client not in self._group:
+            raise StaleStep(f"{packet.key}: its client does not train now")
+
     def leave(self, client: int) -> None:
         """A client has ended its round, or is dead; nobody waits for it any more."""
         self._active.discard(client)
+        self._group.discard(client)
         self._contributed.pop(client, None)
         if client in self._turns:
             self._turns.remove(client)
@@ -145,7 +167,7 @@ class Dispatcher:
         """Ends the round of all clients; as `TrunkServer.end_round`."""
         for client in {request.client for request in self._waiting} | self._active:
             self.leave(client)
-        self._grouped, self._turns = False, []
+        self._grouped, self._group, self._turns = False, set(), []
         return self.server.end_round(finished)
 
     def advance(self) -> bool:
@@ -273,6 +295,13 @@ class Dispatcher:
 
     def _land(self, chosen: Sequence[_Request], answers: Sequence[Answer] | Exception) -> None:
         """Gives everyone their answer, or says why there is none."""
+        if isinstance(answers, SpoiledTogether):
+            for request in chosen:
+                if (refusal := answers.refused.get(request.packet.key)) is not None:
+                    request.done(refusal)
+            if rest := [request for request in chosen if request.packet.key not in answers.refused]:
+                self._serve(rest)
+            return
         if isinstance(answers, RefusedStep) and len(chosen) > 1:
             for request in chosen:  # one spoils it for all: each on its own, so that only that one is refused
                 self._serve([request])

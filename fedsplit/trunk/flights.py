@@ -43,6 +43,7 @@ class Flight:
         sums: Of the bottom's routers, of those that have an auxiliary loss, which is each client's own.
         output: The result with its graph; None where it must be computed again.
         spent: A backward has been made; those that come later are late.
+        spoilt: Steps that are left out, since they would spoil the gradient of the others.
     """
 
     inputs: dict[StepKey, Tensor]
@@ -53,6 +54,13 @@ class Flight:
     sums: dict[StepKey, RouterSums] = field(default_factory=dict)
     output: Output | None = None
     spent: bool = False
+    spoilt: set[StepKey] = field(default_factory=set)
+
+    def only(self, key: StepKey) -> Flight:
+        """Returns one of its steps as a flight of its own, with the same version of the adapter."""
+        masks = {key: self.masks[key]} if key in self.masks else {}
+        sums = {key: self.sums[key]} if key in self.sums else {}
+        return Flight({key: self.inputs[key]}, masks, self.learner, self.version, self.seed, sums)
 
     @property
     def tokens(self) -> int:

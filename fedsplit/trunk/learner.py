@@ -12,12 +12,17 @@ from fedsplit.adaptation.rank_budget import RankBudget
 from fedsplit.config import TrainSettings
 from fedsplit.model.devices import CPU, put
 from fedsplit.optimization import optim
+from fedsplit.optimization.bounds import is_bounded
 from fedsplit.optimization.local import LocalRule
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.updates import Task
 
 Version = dict[str, Tensor]
 """An adapter that never changes, by exported name."""
+
+
+class Unusable(ArithmeticError):
+    """A step of the optimiser that was not made, since it would leave values that are not finite."""
 
 
 class Learner:
@@ -66,13 +71,28 @@ class Learner:
         }
 
     def step(self, gradients: Mapping[str, Tensor], rate: float = 1.0, round: int = 1) -> None:
-        """One step of the optimiser, with a share of the learning rate; in which round counts where ranks are dealt."""
+        """Makes one step of the optimiser, after which all it knows is finite.
+
+        Args:
+            gradients: By exported name.
+            rate: The share of the learning rate.
+            round: The round, which counts where ranks are dealt out.
+
+        Raises:
+            Unusable: The step was not made: the gradient is not finite or its square overflows, or the adapter would
+                not be finite after it. With the gradient bounded, the moments stay finite in any case.
+        """
         assert self._optimizer is not None
         corrected = self._rule.correct(gradients, self._parameters)
+        if not is_bounded(*corrected.values()):
+            raise Unusable("the gradient of the trunk's adapter is NaN, infinite or too large to be squared")
         for name, gradient in corrected.items():
             # The fused optimiser pairs elements by their place in memory: a transposed gradient would be scrambled.
             self._parameters[name].grad = gradient.contiguous()
         optim.step(self._optimizer, rate)
+        if not is_bounded(*self._parameters.values()):
+            self._return_to_version()
+            raise Unusable("the trunk's adapter would not be finite after the step: --train.lr is too large")
         if self._allocation is not None:
             self._made = round, self._made[1] + 1 if self._made[0] == round else 1
             self._allocation.allocate(corrected, self._allocation.position(*self._made))
@@ -91,6 +111,12 @@ class Learner:
             for name, gradient in rank_allocation.regularisation(version, self._budget, share).items():
                 whole[name] = whole[name] + gradient
         return whole
+
+    @torch.no_grad()
+    def _return_to_version(self) -> None:
+        """Undoes what a step has made of the adapter."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.version[name])
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +14,10 @@ from torch import Tensor
 from fedsplit.adaptation.rank_budget import RankBudget
 from fedsplit.config import TrainSettings
 from fedsplit.model.devices import CPU, put
-from fedsplit.optimization.clipping import squared_norm
+from fedsplit.optimization.bounds import LARGEST_SHARE, norm
+from fedsplit.optimization.clipping import coefficient, squared_norm
 from fedsplit.optimization.optim import fitting
-from fedsplit.trunk.learner import Learner, Version
+from fedsplit.trunk.learner import Learner, Unusable, Version
 from fedsplit.trunk.schedules import Schedule
 from fedsplit.updates import Adapters, Task
 from fedsplit.wire.packets import Packet, StepKey
@@ -65,8 +68,13 @@ class _GradientSum:
         self.rates[key.turn] = rate
         if not any(version is known for known in self.versions):
             self.versions.append(version)
-        for name, gradient in gradients.items():
-            self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
+        self.gradients = self.sum_with(gradients)
+
+    def sum_with(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns what the sum would be with other gradients added, by exported name."""
+        known = self.gradients
+        added = {name: known[name] + gradient if name in known else gradient for name, gradient in gradients.items()}
+        return {**known, **added}
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,9 @@ class Withheld:
     key: StepKey
     rate: float
 
-    @property
+    @functools.cached_property
     def squared(self) -> float:
-        """The squared norm over the trunk's adapter."""
+        """The squared norm over the trunk's adapter, in float64."""
         return squared_norm(self.whole.gradients.values())
 
 
@@ -130,6 +138,23 @@ class Learners:
         """Whether a step's gradient waits for what it is to be scaled by."""
         return self._settings.clip > 0
 
+    def largest_coefficient(self, withheld: Withheld) -> float:
+        """Returns the most that a withheld gradient may be scaled by.
+
+        The norm over all parts is at least that over the trunk's, so that scaled by a client that tells the truth the
+        trunk's is within the limit, too.
+        """
+        return coefficient(withheld.squared, self._settings.clip)
+
+    def takes(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Returns whether the gradient of a client's step, or of a part of it, can be taken.
+
+        One that is still to be clipped must be finite; any other must leave room for those of many others in a sum.
+        """
+        if self.clips:
+            return math.isfinite(squared_norm(gradients.values()))
+        return norm(gradients.values()) <= LARGEST_SHARE
+
     def of(self, client: int, begins: bool) -> Learner:
         """Whose adapter a client's step is computed with; with its first training step its copy begins."""
         if begins and self._schedule.personal and client not in self._copies:
@@ -160,6 +185,9 @@ class Learners:
 
         Returns:
             With clipping, the gradient of a step that has come to its end, for `release`.
+
+        Raises:
+            Unusable: The step was not made, or the gradient not added to the others.
         """
         if self._schedule.gathers:
             if spent:
@@ -198,10 +226,19 @@ class Learners:
     def _add_to_window(
         self, learner: Learner, key: StepKey, rate: float, version: Version, gradients: Mapping[str, Tensor]
     ) -> None:
+        """Adds a gradient to its client's sum, if that stays small enough to be added to those of others.
+
+        Raises:
+            Unusable: It does not; the sum is as it was.
+        """
         if version is not learner.version:
             self._counts["late"] += 1
             return
-        self._sums.setdefault(key.client, _GradientSum()).add(key, rate, version, gradients)
+        whole = self._sums.get(key.client, _GradientSum())
+        if not norm(whole.sum_with(gradients).values()) <= LARGEST_SHARE:
+            raise Unusable("its gradients since the last barrier are too large to be summed with those of others")
+        whole.add(key, rate, version, gradients)
+        self._sums[key.client] = whole
 
     def release(self, withheld: Withheld, coefficient: float) -> None:
         """Goes on with a gradient that was withheld.
@@ -209,6 +246,9 @@ class Learners:
         Args:
             withheld: What `learn` returned.
             coefficient: What it is scaled by, in [0, 1].
+
+        Raises:
+            Unusable: The step was not made, or the gradient not added to the others.
         """
         scaled = {name: gradient * coefficient for name, gradient in withheld.whole.gradients.items()}
         if not self._schedule.sums:
@@ -230,7 +270,8 @@ class Learners:
             clients: Whose gradients count; everybody's where not given.
 
         Returns:
-            Whether there was anything to sum.
+            Whether a step was made. None is where nothing was summed, or where the adapter would not be finite after
+            it, which is counted as "unusable".
         """
         chosen = sorted(self._sums if clients is None else self._sums.keys() & set(clients))
         sums = [self._sums[client] for client in chosen]
@@ -239,7 +280,12 @@ class Learners:
             return False
         gradients = {name: torch.stack([s.gradients[name] for s in sums]).sum(0) for name in sums[0].gradients}
         round = max(turn[0] for s in sums for turn in s.steps)
-        self._step(self.shared, gradients, _mean([rate for s in sums for rate in s.rates.values()]), round)
+        rate = _mean([rate for s in sums for rate in s.rates.values()])
+        try:
+            self._step(self.shared, gradients, rate, round)
+        except Unusable:
+            self._counts["unusable"] += 1
+            return False
         return True
 
     def leave(self, client: int) -> None:

@@ -21,20 +21,39 @@ from fedsplit.config import TrainSettings
 from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import SUMS, RouterSums
+from fedsplit.optimization.bounds import is_bounded
 from fedsplit.trunk.admission import TRANSIT, Admission
 from fedsplit.trunk.blocks import Blocks, Gradients
 from fedsplit.trunk.flights import Flight, Output, dropout_seed
-from fedsplit.trunk.learner import Version
+from fedsplit.trunk.intake import Intake, check_rate, each, refusal
+from fedsplit.trunk.learner import Unusable, Version
 from fedsplit.trunk.learners import Learners, Withheld
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import EXACT, Codec
 from fedsplit.wire.packets import Packet, StepKey
-from fedsplit.wire.scaling import Overflow
+from fedsplit.wire.scaling import TOO_LARGE, Overflow
 from fedsplit.wire.steps import RefusedStep, SpoiledStep, StaleStep, Steps, UnknownStep
 
 WAIT_SECONDS = 0.05
 """After how long a client that found no room may ask again."""
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """What came for a forward: hidden states (B, T, D), a mask (B, T) of padded ones, and the routers' sums."""
+
+    hidden: Tensor
+    mask: Tensor | None
+    sums: RouterSums | None
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """What came for a backward: the gradient by the output (B, T, D), and by the routers' sums (E,)."""
+
+    by_output: Tensor
+    by_sums: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,7 @@ class TrunkServer:
         self._blocks = Blocks(part)
         self.device = self._blocks.device
         self._budget = budget or Budget(None)
+        self._intake = Intake(part, codec, self.device)
         self.steps: Steps[Flight | Withheld] = Steps(run, incarnation, lease, clock)
         self._admission = Admission(self._budget, self.steps, lease, clock)
         self.traffic: Counter[str] = Counter()
@@ -151,6 +171,9 @@ class TrunkServer:
             RefusedStep: The packet must not be served.
         """
         self.steps.check(packet)
+        width = self._part.config.hidden_size
+        if len(packet.shape) != 3 or packet.shape[2] != width or not math.prod(packet.shape):
+            raise SpoiledStep(f"{packet.key} asks for room for the shape {packet.shape}, not (B, T, {width})")
         if self.steps.repeated(packet.key) is not None or self._admission.has_promised(packet.key):
             return Packet(packet.key)
         self.steps.check_order(packet.key)
@@ -181,26 +204,26 @@ class TrunkServer:
         Raises:
             RefusedStep: A packet must not be served; nothing was done.
         """
-        for packet in packets:
-            self.steps.check(packet)
+        each(packets, self.steps.check)
         first = packets[0]
         keeps = first.training and self._schedule.expects_backward(first.wants_gradient)
         if keeps and (again := self.steps.repeated(first.key)) is not None:
             return self._forward_again(first, again)
         self._admission.redeem(packet.key for packet in packets)
-        inputs = {packet.key: self._hidden(packet) for packet in packets}
-        masks = {packet.key: self._mask(packet, inputs[packet.key]) for packet in packets if "mask" in packet.tensors}
-        routers = {packet.key: self._sums(packet) for packet in packets if SUMS in packet.tensors}
-        if keeps:
-            for packet in packets:
-                self.steps.check_order(packet.key)
-        room, count = self._admission.room(list(inputs.values())) if keeps else ("none", len(packets))
+        arrived = each(packets, lambda packet: self._arrive(packet, keeps))
+        inputs = [arrival.hidden for arrival in arrived.values()]
+        room, count = self._admission.room(inputs) if keeps else ("none", len(packets))
         served, sent_away = packets[:count], packets[count:]
         self.counts["waits"] += len(sent_away)
         waits = [Packet(packet.key, wait=WAIT_SECONDS) for packet in sent_away]
         if not served:
             return Work.answered(waits)
-        flight = self._take_off(served, inputs, masks, routers, keeps)
+        flight = self._take_off(served, arrived, keeps)
+
+        def compute() -> Output:
+            output = self._blocks.run(flight, keeps_graph=room == "graph", training=first.training)
+            self._refuse_unbounded(flight, output)
+            return output
 
         def finish(output: Output) -> list[Packet]:
             flight.output = output if room == "graph" else None
@@ -211,7 +234,20 @@ class TrunkServer:
             what = "activation" if first.training else "evaluation_activation"
             return [*self._answer(what, "hidden", served, flight.cut(output.hidden.detach()), output.sums), *waits]
 
-        return Work(lambda: self._blocks.run(flight, keeps_graph=room == "graph", training=first.training), finish)
+        return Work(compute, finish)
+
+    def _refuse_unbounded(self, flight: Flight, output: Output) -> None:
+        """Refuses those steps of a forward whose hidden states became something that is not finite.
+
+        Raises:
+            SpoiledStep, SpoiledTogether: There are such steps.
+        """
+        if is_bounded(output.hidden):
+            return
+        words = f"the trunk makes values of its hidden states that are not finite{_beyond(output.hidden.dtype)}"
+        rows = flight.cut(output.hidden.detach())
+        spoilt = {key: SpoiledStep(f"{key}: {words}") for key, own in rows.items() if not is_bounded(own)}
+        raise refusal(spoilt or {key: SpoiledStep(f"{key}: {words}") for key in rows}, len(rows))
 
     def _forward_again(self, packet: Packet, pending: Flight | Withheld) -> Work:
         """The answer to a step that comes again while it is pending: the one that it got before."""
@@ -225,43 +261,31 @@ class TrunkServer:
         output = pending.output
         return Work(lambda: output or self._blocks.run(pending, keeps_graph=False), finish)
 
-    def _hidden(self, packet: Packet) -> Tensor:
-        hidden = self._codec.decode(packet.tensors["hidden"]).to(self.device)
-        width = self._part.config.hidden_size
-        if hidden.ndim != 3 or hidden.shape[2] != width or not hidden.numel():
-            raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
-        return hidden.requires_grad_(packet.training and packet.wants_gradient and self._schedule.returns_gradient)
+    def _arrive(self, packet: Packet, keeps: bool) -> _Arrival:
+        """Takes in what a client sent for a forward.
 
-    def _sums(self, packet: Packet) -> RouterSums:
-        sums, size = EXACT.decode(packet.tensors[SUMS]), 2 * self._part.experts + 1
-        if sums.shape != (size,) or not torch.isfinite(sums).all():
-            raise SpoiledStep(f"{packet.key} sent {tuple(sums.shape)} as sums of routers, not {size} finite numbers")
-        return RouterSums.unpacked(sums)
+        Raises:
+            RefusedStep: The packet must not be served.
+        """
+        hidden = self._intake.hidden(packet)
+        mask = self._intake.mask(packet, hidden) if "mask" in packet.tensors else None
+        sums = self._intake.sums(packet) if SUMS in packet.tensors else None
+        if keeps:
+            self.steps.check_order(packet.key)
+        learns = packet.training and packet.wants_gradient and self._schedule.returns_gradient
+        return _Arrival(hidden.requires_grad_(learns), mask, sums)
 
-    def _mask(self, packet: Packet, hidden: Tensor) -> Tensor:
-        mask = self._codec.decode(packet.tensors["mask"]).to(self.device)
-        if mask.shape != hidden.shape[:2]:
-            expected = tuple(hidden.shape[:2])
-            raise SpoiledStep(f"{packet.key} sent a mask of shape {tuple(mask.shape)}, not {expected}")
-        return mask
-
-    def _take_off(
-        self,
-        packets: Sequence[Packet],
-        inputs: Mapping[StepKey, Tensor],
-        masks: Mapping[StepKey, Tensor],
-        routers: Mapping[StepKey, RouterSums],
-        keeps: bool,
-    ) -> Flight:
+    def _take_off(self, packets: Sequence[Packet], arrived: Mapping[StepKey, _Arrival], keeps: bool) -> Flight:
         """A flight of those steps that are served; with its first that is kept, a client's copy begins."""
-        learner, keys = self.learners.of(packets[0].key.client, begins=keeps), [packet.key for packet in packets]
+        learner = self.learners.of(packets[0].key.client, begins=keeps)
+        served = {packet.key: arrived[packet.key] for packet in packets}
         return Flight(
-            {key: inputs[key] for key in keys},
-            {key: masks[key] for key in keys if key in masks},
+            {key: arrival.hidden for key, arrival in served.items()},
+            {key: arrival.mask for key, arrival in served.items() if arrival.mask is not None},
             learner,
             learner.version,
             dropout_seed(self._seed, packets),
-            {key: routers[key] for key in keys if key in routers},
+            {key: arrival.sums for key, arrival in served.items() if arrival.sums is not None},
         )
 
     def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
@@ -284,34 +308,99 @@ class TrunkServer:
         Raises:
             RefusedStep: A packet must not be served; nothing was done.
         """
-        for packet in packets:
-            self.steps.check(packet)
+        each(packets, self.steps.check)
         if (known := self.steps.answered(packets[0].key)) is not None:
             self._count("repeated", packets[0], known)
             return Work.answered([known])
         if packets[0].clips:
             return Work.answered([self._scale(packets[0])])
         flight = self._flight(packets[0].key)
-        for packet in packets:
-            _check_rate(packet)
-        sent = {packet.key: self._gradient(packet, flight) for packet in packets}
-        by_sums = {packet.key: self._gradient_by_sums(packet, flight) for packet in packets if SUMS in packet.tensors}
+        sent = each(packets, lambda packet: self._arrive_back(packet, flight))
         tokens = flight.tokens
         self._admission.make_room(tokens, 0 if flight.output is None else -self._budget.graph(tokens), flight)
         kept, flight.output = flight.output, None
 
         def compute() -> Gradients:
-            output = kept or self._blocks.run(flight, keeps_graph=True)
-            try:
-                return self._blocks.differentiate(flight, output, sent, by_sums)
-            except Overflow as error:
-                raise SpoiledStep(f"{packets[0].key}: {error}") from None
+            found = self._differentiate(flight, kept, sent)
+            if found is not None and self._takes(found):
+                return found
+            self._leave_out_spoilers(flight, sent)
+            found = self._differentiate(flight, None, sent)
+            if found is not None and _is_finite(found):
+                return found
+            raise refusal({key: self._spoilt(key) for key in sent}, len(sent))  # together they are too much
 
         def finish(found: Gradients) -> list[Packet]:
             self.counts["recomputed"] += kept is None
             return self._return(flight, packets, *found)
 
         return Work(compute, finish)
+
+    def _arrive_back(self, packet: Packet, flight: Flight) -> _Gradient:
+        """Takes in what a client sent for a backward.
+
+        Raises:
+            RefusedStep: The packet must not be served.
+        """
+        if packet.key in flight.spoilt:
+            raise SpoiledStep(f"{packet.key} was left out, since its hidden states spoilt the gradient of the others")
+        check_rate(packet)
+        gradient = self._intake.gradient(packet, flight.inputs[packet.key].shape)
+        by_sums = self._intake.gradient_by_sums(packet, packet.key in flight.sums) if SUMS in packet.tensors else None
+        return _Gradient(gradient, by_sums)
+
+    def _differentiate(
+        self, flight: Flight, output: Output | None, sent: Mapping[StepKey, _Gradient]
+    ) -> Gradients | None:
+        """The gradients of a flight's adapter and inputs; None where float16 cannot hold them.
+
+        Args:
+            flight: The flight.
+            output: Of its forward; where there is none, it is computed again.
+            sent: Gradients by step.
+        """
+        output = output or self._blocks.run(flight, keeps_graph=True)
+        by_output = {key: gradient.by_output for key, gradient in sent.items()}
+        by_sums = {key: gradient.by_sums for key, gradient in sent.items() if gradient.by_sums is not None}
+        try:
+            return self._blocks.differentiate(flight, output, by_output, by_sums)
+        except Overflow:
+            return None
+
+    def _takes(self, found: Gradients) -> bool:
+        """Returns whether the gradients of a step can be learned from, and be sent back."""
+        of_adapter, of_inputs = found
+        return self.learners.takes(of_adapter) and is_bounded(*of_inputs.values())
+
+    def _leave_out_spoilers(self, flight: Flight, sent: Mapping[StepKey, _Gradient]) -> None:
+        """Finds the steps of a flight whose gradients, each computed alone, cannot be taken, and leaves them out.
+
+        In the sum over a flight a single one of them spoils those of all, even one that sent finite hidden states and
+        no gradient. Of what is left out zeros stay in the flight, so that the others' rows are computed as before.
+
+        Args:
+            flight: The flight.
+            sent: The gradients that have come, by step.
+
+        Raises:
+            SpoiledStep, SpoiledTogether: There are such steps among those that sent a gradient.
+        """
+        for key, hidden in flight.inputs.items():
+            if len(flight.inputs) > 1:
+                zeros = torch.zeros_like(hidden, dtype=next(iter(sent.values())).by_output.dtype)
+                found = self._differentiate(flight.only(key), None, {key: sent.get(key, _Gradient(zeros))})
+                if found is not None and self._takes(found):
+                    continue
+            flight.spoilt.add(key)
+        for key in flight.spoilt:
+            flight.inputs[key] = torch.zeros_like(flight.inputs[key], requires_grad=flight.inputs[key].requires_grad)
+        if spoilt := {key: self._spoilt(key) for key in sent if key in flight.spoilt}:
+            raise refusal(spoilt, len(sent))
+
+    def _spoilt(self, key: StepKey) -> SpoiledStep:
+        beyond = _beyond(self._part.dtype)
+        words = f"the gradients that follow from its hidden states and its gradient are not finite or too large{beyond}"
+        return SpoiledStep(f"{key}: {words}")
 
     def _return(
         self,
@@ -324,8 +413,12 @@ class TrunkServer:
         self.counts["backwards"] += 1
         self._budget.freed()
         withheld = None
-        if of_adapter:
-            withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, of_adapter)
+        try:
+            if of_adapter:
+                withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, of_adapter)
+        except Unusable as error:
+            unmade = {packet.key: SpoiledStep(f"{packet.key}: {error}") for packet in packets}
+            raise refusal(unmade, len(packets)) from None
         flight.spent = True
         narrow = flight.inputs[packets[0].key].dtype
         answers = self._answer("gradient", "gradient", packets, of_inputs, narrow=narrow)
@@ -343,10 +436,11 @@ class TrunkServer:
         withheld = self.steps.held(packet.key)
         if not isinstance(withheld, Withheld):
             raise UnknownStep(f"{packet.key} waits for a gradient, not for what it is scaled by")
-        value = EXACT.decode(packet.tensors["coefficient"])
-        if value.ndim or not 0 <= float(value) <= 1:
-            raise SpoiledStep(f"{packet.key} sent {value.tolist()} to scale its gradient by, not a number from 0 to 1")
-        self.learners.release(withheld, float(value))
+        value = self._intake.coefficient(packet, self.learners.largest_coefficient(withheld))
+        try:
+            self.learners.release(withheld, value)
+        except Unusable as error:
+            raise SpoiledStep(f"{packet.key}: {error}") from None
         answer = Packet(packet.key)
         self._count("gradient", packet, answer)
         self.steps.answer(packet.key, answer)
@@ -362,20 +456,6 @@ class TrunkServer:
         if isinstance(held, Withheld):
             raise UnknownStep(f"no forward is pending for {key}")
         return held
-
-    def _gradient(self, packet: Packet, flight: Flight) -> Tensor:
-        gradient = self._codec.decode(packet.tensors["gradient"]).to(self.device)
-        if gradient.shape != (expected := flight.inputs[packet.key].shape):
-            raise SpoiledStep(f"{packet.key} sent a gradient of shape {tuple(gradient.shape)}, not {tuple(expected)}")
-        if not torch.isfinite(gradient).all():
-            raise SpoiledStep(f"{packet.key} sent NaN or infinite values as its gradient")
-        return gradient
-
-    def _gradient_by_sums(self, packet: Packet, flight: Flight) -> Tensor:
-        gradient, size = EXACT.decode(packet.tensors[SUMS]), self._part.experts
-        if packet.key not in flight.sums or gradient.shape != (size,) or not torch.isfinite(gradient).all():
-            raise SpoiledStep(f"{packet.key} sent a gradient by sums of routers that is not {size} finite numbers")
-        return gradient
 
     def leave(self, client: int) -> None:
         """A client has ended its round, or is dead: what is pending of it is freed."""
@@ -477,11 +557,12 @@ class TrunkServer:
         self.traffic[f"{what}_down"] += down.nbytes
 
 
-def _check_rate(packet: Packet) -> None:
-    """Makes sure that a client asks for no more than the whole learning rate.
+def _is_finite(found: Gradients) -> bool:
+    """Returns whether gradients of an adapter and of inputs are finite, and their squares."""
+    of_adapter, of_inputs = found
+    return is_bounded(*of_adapter.values()) and is_bounded(*of_inputs.values())
 
-    Raises:
-        SpoiledStep: It does.
-    """
-    if not 0 <= packet.rate <= 1:
-        raise SpoiledStep(f"{packet.key} asks for {packet.rate} of the learning rate, not a share from 0 to 1")
+
+def _beyond(kind: torch.dtype) -> str:
+    """Returns what to say of values that are not finite, by the type that they were computed in."""
+    return f": {TOO_LARGE}" if kind == torch.float16 else ""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.wire.packets import Encoded
+from fedsplit.wire.packets import Encoded, MalformedPacket
 from fedsplit.wire.scaling import scale_to
 
 with warnings.catch_warnings():
@@ -20,6 +20,14 @@ with warnings.catch_warnings():
 
 _FULL = 2.0**15
 """What the largest element of a gradient is scaled to at most, half of what float16 can hold."""
+
+_NARROWED: Mapping[torch.dtype, tuple[torch.dtype, ...]] = {
+    torch.bfloat16: (torch.int16,),
+    torch.float16: (torch.int16,),
+    torch.float32: (torch.int16, torch.float16),
+    torch.float64: (torch.int16, torch.float16),
+}
+"""By type: the other types of arrays that an encoder makes of it. The bits of bfloat16 are sent as int16."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,14 @@ class Codec:
         """What was sent to a tensor of the sender's shape and type; a view of it where that is possible.
 
         What came from elsewhere may lie in memory that must not be written to: use the tensor, do not change it.
+
+        Raises:
+            MalformedPacket: Values of that type are not sent as such an array: nothing is cast that was not cast by
+                an encoder.
         """
-        tensor, dtype = torch.from_numpy(encoded.data), getattr(torch, encoded.dtype)
+        tensor, dtype = torch.from_numpy(encoded.data), getattr(torch, encoded.dtype, None)
+        if not isinstance(dtype, torch.dtype) or tensor.dtype not in {dtype, *_NARROWED.get(dtype, ())}:
+            raise MalformedPacket(f"an array of {tensor.dtype} cannot stand for values of type {encoded.dtype[:40]}")
         if tensor.dtype == torch.int16 and dtype.is_floating_point:
             tensor = tensor.view(torch.bfloat16)
         tensor = tensor.to(dtype)

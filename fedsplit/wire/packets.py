@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
+
+_LARGEST_NUMBER = 2**63 - 1
+_MOST_DIMENSIONS = 3
+
+_TENSORS = frozenset({"hidden", "gradient", "mask", "routers", "coefficient", "norm"})
+"""Names under which tensors cross."""
+
+_ARRAYS = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
+"""Types of the arrays that cross."""
+
+
+class MalformedPacket(ValueError):
+    """A packet with a field of the wrong type, or a value that the field cannot have."""
 
 
 @dataclass(frozen=True)
@@ -127,3 +142,75 @@ class Packet:
     def nbytes(self) -> int:
         """Bytes of all tensors, read off the encoded data."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def check_form(packet: Packet) -> None:
+    """Makes sure that every field of a packet has its type, so that nothing behind this has to expect another one.
+
+    Whether the values make sense at this moment is for the trunk to say.
+
+    Raises:
+        MalformedPacket: A field does not have its type; the message names it.
+    """
+    if type(packet) is not Packet or type(packet.key) is not StepKey:
+        raise MalformedPacket("what came is no packet with the key of a step")
+    for record, checks in ((packet.key, _KEY_CHECKS), (packet, _PACKET_CHECKS)):
+        for name, kind, fits in checks:
+            if not fits(value := getattr(record, name)):
+                raise MalformedPacket(f"{name} of a packet is {_shown(value)}, not {kind}")
+    for name, encoded in packet.tensors.items():
+        _check_encoded(name, encoded)
+
+
+def _check_encoded(name: object, encoded: object) -> None:
+    """As `check_form`, of one tensor."""
+    if not isinstance(name, str) or name not in _TENSORS:
+        raise MalformedPacket(f"{_shown(name)} is no tensor that crosses")
+    if not isinstance(encoded, Encoded) or not isinstance(encoded.data, np.ndarray):
+        raise MalformedPacket(f"{name} of a packet is {_shown(encoded)}, not an array")
+    form = encoded.data.dtype
+    if not may_cross(form) or encoded.data.ndim > _MOST_DIMENSIONS:
+        raise MalformedPacket(f"{name} of a packet is an array of {encoded.data.ndim} dimensions of {form}")
+    if not isinstance(encoded.dtype, str):
+        raise MalformedPacket(f"the type of {name} is {_shown(encoded.dtype)}, not the name of one")
+    if not _is_number(encoded.scale) or not 0 < encoded.scale < math.inf:
+        raise MalformedPacket(f"the scale of {name} is {_shown(encoded.scale)}, not a number above 0")
+
+
+def may_cross(form: np.dtype) -> bool:
+    """Returns whether arrays of that type cross; those of another machine's byte order do not."""
+    return form.name in _ARRAYS and form.isnative
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_NUMBER
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or _is_count(value)
+
+
+_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number from 0", _is_count),
+    "float": ("a number", _is_number),
+    "bool": ("true or false", lambda value: type(value) is bool),
+    "str": ("a text", lambda value: type(value) is str),
+    "tuple[int, ...]": ("a shape", lambda value: type(value) is tuple and all(map(_is_count, value))),
+    "Mapping[str, Encoded]": ("tensors by name", lambda value: isinstance(value, Mapping)),
+    "parts": ("a whole number from 1", lambda value: _is_count(value) and value > 0),
+}
+"""By the type of a field: a value that it takes in words, and whether a value is one."""
+
+_KEY_CHECKS = [(field.name, *_CHECKS[str(field.type)]) for field in fields(StepKey)]
+
+_PACKET_CHECKS = [
+    (field.name, *_CHECKS["parts" if field.name in ("micros", "batches") else str(field.type)])
+    for field in fields(Packet)
+    if field.name != "key"
+]
+
+
+def _shown(value: object) -> str:
+    """Returns a value as a message shows it; of what may be long, or raise an error as text, the type alone."""
+    simple = type(value) in (bool, float) or value is None or _is_count(value)
+    return repr(value) if simple or (type(value) is str and len(value) < 40) else f"a {type(value).__name__}"

@@ -25,6 +25,9 @@ _LOSS = 2.0**15
 _BEGIN = 2.0**8
 """What the largest element of a gradient that came over the wire is scaled to at first, at most."""
 
+TOO_LARGE = "values exceed 65504, the most that float16 can hold; --dtype bf16 and fp32 can hold more"
+"""What is said of values that float16 cannot hold."""
+
 _LESS = 2.0**-4
 _ATTEMPTS = 8
 
@@ -73,7 +76,7 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = N
         if all(bool(torch.isfinite(gradient).all()) for gradient in unscaled if gradient is not None):
             return unscaled
         scale *= _LESS
-    raise Overflow("values exceed 65504, the most that float16 can hold; --dtype bf16 and fp32 can hold more")
+    raise Overflow(TOO_LARGE)
 
 
 def backward(

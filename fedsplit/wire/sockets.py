@@ -18,6 +18,7 @@ import math
 import os
 import queue
 import secrets
+import select
 import socket
 import struct
 import sys
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsplit.wire.packets import Encoded, Packet, StepKey
+from fedsplit.wire.packets import Encoded, Packet, StepKey, check_form, may_cross
 from fedsplit.wire.steps import RefusedStep
 
 _PREFIX = struct.Struct("<QI")
@@ -38,8 +39,14 @@ _LONGEST_WORDS = 2**12
 _LARGEST_ARRAY = 2**34
 _GREETING_SECONDS = 10.0
 _PAUSE_SECONDS = 0.1
-_KINDS = "biuf"
-"""Kinds of arrays that may cross: truth values, integers, floating point."""
+MOST_UNREAD = 64
+"""Packets of one connection that may be without an answer that has been read: as many as a step has parts, and more."""
+
+MOST_UNREAD_BYTES = 64 * 2**20
+"""Bytes of these packets and answers; a single packet may be larger."""
+
+_BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError)
+"""Errors that reading a frame ends with where the other side has hung up, or what came is no frame."""
 
 
 class Unanswered(Exception):
@@ -96,7 +103,18 @@ def _header(packet: Packet) -> dict[str, Any]:
     return {**plain, "key": vars(packet.key), "tensors": arrays}
 
 
-def _send(connection: socket.socket, number: int, message: Packet | Exception) -> None:
+def _send(
+    connection: socket.socket, number: int, message: Packet | Exception, meanwhile: Callable[[], None] | None = None
+) -> None:
+    """Sends a frame.
+
+    Args:
+        connection: To whom.
+        number: Of the call.
+        message: A packet, or what is wrong with the one that came.
+        meanwhile: Called where the connection takes no more at the moment, to return once it does; without it, this
+            waits.
+    """
     if isinstance(message, Exception):
         header, arrays = {"error": type(message).__name__, "words": str(message)[:_LONGEST_WORDS]}, []
     else:
@@ -105,7 +123,12 @@ def _send(connection: socket.socket, number: int, message: Packet | Exception) -
     text = json.dumps(header).encode()
     left = [memoryview(_PREFIX.pack(number, len(text)) + text), *(_bytes_of(array) for array in arrays)]
     while left:
-        sent = connection.sendmsg(left)
+        try:
+            sent = connection.sendmsg(left, [], socket.MSG_DONTWAIT if meanwhile else 0)
+        except BlockingIOError:
+            assert meanwhile is not None
+            meanwhile()
+            continue
         while left and sent >= len(left[0]):
             sent -= len(left.pop(0))
         if left:
@@ -130,27 +153,90 @@ def _receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
 
     Raises:
         EOFError: The other side has hung up.
-        ValueError, TypeError, KeyError: What came is no frame.
+        Others of `_BROKEN`: What came is no frame.
     """
     number, length = _PREFIX.unpack(_read(connection, _PREFIX.size))
     if length > _LONGEST_HEADER:
         raise ValueError("a header is too long")
     header = json.loads(_read(connection, length))
     if "error" in header:
-        return number, _kind_of_error(header["error"])(header["words"])
-    tensors = {}
-    for name, (kind, shape, dtype, scale) in header["tensors"].items():
-        form = np.dtype(kind)
-        if form.kind not in _KINDS or math.prod(shape) * form.itemsize > _LARGEST_ARRAY:
-            raise ValueError("an array is of a type or size that does not cross")
-        array = np.empty(shape, form)
-        _fill(connection, _bytes_of(array))
-        tensors[name] = Encoded(array, dtype, scale)
-    plain = {**header, "key": StepKey(**header["key"]), "tensors": tensors, "shape": tuple(header["shape"])}
-    return number, Packet(**plain)
+        return number, _kind_of_error(header["error"])(str(header["words"]))
+    empty = {name: _empty(*form) for name, form in header["tensors"].items()}
+    plain = {**header, "key": StepKey(**header["key"]), "tensors": empty, "shape": tuple(header["shape"])}
+    packet = Packet(**plain)
+    check_form(packet)  # before anything is taken in that nobody can use
+    for encoded in packet.tensors.values():
+        _fill(connection, _bytes_of(encoded.data))
+    return number, packet
 
 
-_Outbox = queue.SimpleQueue[tuple[int, Packet | Exception] | None]
+def _empty(kind: str, shape: list[int], dtype: str, scale: float) -> Encoded:
+    """Makes room for an array that a header announces.
+
+    Raises:
+        ValueError, TypeError: It is of a type or size that does not cross.
+    """
+    form = np.dtype(str(kind))
+    if not may_cross(form) or math.prod(shape) * form.itemsize > _LARGEST_ARRAY:
+        raise ValueError("an array is of a type or size that does not cross")
+    return Encoded(np.empty(shape, form), dtype, scale)
+
+
+class _Outbox:
+    """Answers of one connection on their way out, and how much of it is unread.
+
+    A client that asks and does not read would have answers pile up without end. So no more is read from it while
+    too much of what it has asked is unanswered or unread; it is then held up where it sends.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is under way."""
+        self._answers: queue.SimpleQueue[tuple[int, int, Packet | Exception] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._unread: dict[int, int] = {}
+        self._taken = 0
+        self._is_open = True
+
+    def wait_for_room(self) -> bool:
+        """Waits until another packet may be read; returns whether the connection is still open."""
+        with self._changed:
+            self._changed.wait_for(self._has_room)
+            return self._is_open
+
+    def _has_room(self) -> bool:
+        unread = self._unread.values()
+        return not self._is_open or not unread or (len(unread) < MOST_UNREAD and sum(unread) < MOST_UNREAD_BYTES)
+
+    def take(self, nbytes: int) -> int:
+        """Notes that a packet of so many bytes has come; returns what its answer is put with."""
+        with self._changed:
+            self._taken += 1
+            self._unread[self._taken] = nbytes
+            return self._taken
+
+    def put(self, ticket: int, number: int, answer: Packet | Exception) -> None:
+        """Puts the answer to a packet; it stands for the packet from now on, which is gone."""
+        with self._changed:
+            if self._is_open:
+                self._unread[ticket] = answer.nbytes if isinstance(answer, Packet) else 0
+                self._answers.put((ticket, number, answer))
+
+    def get(self) -> tuple[int, int, Packet | Exception] | None:
+        """Waits for an answer that is to be sent; None where the connection is closed."""
+        return self._answers.get()
+
+    def sent(self, ticket: int) -> None:
+        """Notes that an answer has been read, or lies in the memory of the socket."""
+        with self._changed:
+            del self._unread[ticket]
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Ends what waits."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify()
+        self._answers.put(None)
 
 
 class PacketServer:
@@ -190,19 +276,19 @@ class PacketServer:
                 time.sleep(_PAUSE_SECONDS)
 
     def _attend(self, connection: socket.socket) -> None:
-        outbox: _Outbox = queue.SimpleQueue()
+        outbox = _Outbox()
         # Whoever breaks the rules, or is gone, is hung up on; the others do not notice.
-        with connection, contextlib.suppress(OSError, EOFError, ValueError, TypeError, KeyError):
+        with connection, contextlib.suppress(*_BROKEN):
             connection.settimeout(_GREETING_SECONDS)
             if not hmac.compare_digest(_read(connection, len(self.address.token)), self.address.token):
                 return
             connection.settimeout(None)
             threading.Thread(target=self._answer, args=(connection, outbox), daemon=True).start()
             try:
-                while self._take_one(connection, outbox):
+                while outbox.wait_for_room() and self._take_one(connection, outbox):
                     pass
             finally:
-                outbox.put(None)
+                outbox.close()
 
     def _take_one(self, connection: socket.socket, outbox: _Outbox) -> bool:
         """One packet; nothing of it is kept while the next one is waited for."""
@@ -210,7 +296,8 @@ class PacketServer:
         if isinstance(packet, Exception):
             return False
         self.taken += 1
-        self._serve(packet, lambda answer: outbox.put((number, answer)))
+        ticket = outbox.take(packet.nbytes)
+        self._serve(packet, lambda answer: outbox.put(ticket, number, answer))
         return True
 
     def _answer(self, connection: socket.socket, outbox: _Outbox) -> None:
@@ -220,15 +307,19 @@ class PacketServer:
         except OSError:
             pass  # the client is gone
         finally:  # whatever ended it: a client whose answer is lost must see that
+            outbox.close()
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     @staticmethod
     def _answer_one(connection: socket.socket, outbox: _Outbox) -> bool:
         """One answer; nothing of it is kept while the next one is waited for."""
-        if (item := outbox.get()) is not None:
-            _send(connection, *item)
-        return item is not None
+        if (item := outbox.get()) is None:
+            return False
+        ticket, number, answer = item
+        _send(connection, number, answer)
+        outbox.sent(ticket)
+        return True
 
 
 class PacketClient:
@@ -264,7 +355,7 @@ class PacketClient:
         """
         number, self._next = self._next, self._next + 1
         with self._guarded():
-            _send(self._connection, number, packet)
+            _send(self._connection, number, packet, self._make_way)
         known: list[Packet | Exception] = []
 
         def wait() -> Packet:
@@ -281,10 +372,21 @@ class PacketClient:
             raise Unanswered("the answer was wanted no more")
         while number not in self._came:
             with self._guarded():
-                came, answer = _receive(self._connection)
-            if came >= self._oldest:
-                self._came[came] = answer
+                self._take_answer()
         return self._came.pop(number)
+
+    def _take_answer(self) -> None:
+        """Waits for the next answer that comes, whichever it is."""
+        came, answer = _receive(self._connection)
+        if came >= self._oldest:
+            self._came[came] = answer
+
+    def _make_way(self) -> None:
+        """Takes in answers until the connection takes more: a server with too many unread ones reads no further."""
+        either = select.poll()
+        either.register(self._connection, select.POLLIN | select.POLLOUT)
+        while not (ready := either.poll()[0][1]) & select.POLLOUT or ready & select.POLLIN:
+            self._take_answer()
 
     @contextlib.contextmanager
     def _guarded(self) -> Any:
@@ -295,7 +397,7 @@ class PacketClient:
             yield
         except BaseException as error:
             self.close()
-            if isinstance(error, OSError | EOFError | ValueError | TypeError | KeyError):
+            if isinstance(error, _BROKEN):
                 raise Unanswered(str(error)) from error
             raise
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -33,7 +33,20 @@ class ForeignStep(RefusedStep):
 
 
 class SpoiledStep(RefusedStep):
-    """A request whose tensors have the wrong shape, or values that are not finite."""
+    """A request whose tensors have the wrong shape, or values that nothing finite can be computed from."""
+
+
+class SpoiledTogether(Exception):
+    """Some of several requests that are served as one must be refused; the others can be served without them.
+
+    Attributes:
+        refused: By step, why it is refused.
+    """
+
+    def __init__(self, refused: Mapping[StepKey, RefusedStep]) -> None:
+        """Keeps the refusals."""
+        super().__init__("; ".join(map(str, refused.values())))
+        self.refused = refused
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers import get_scheduler
 from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
-from fedsplit.client.client import Client
+from fedsplit.client.client import Client, Diverged
 from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.corpora.sequences import Row, Sequences, stack
@@ -286,13 +286,43 @@ def test_a_rounds_loss_is_the_mean_over_what_was_predicted(model_path: Path) -> 
     assert update.loss == pytest.approx(sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts), rel=1e-6)
 
 
-def test_epochs_and_samples_count_passes_over_what_is_used(model_path: Path) -> None:
-    client, _, given = make_client(model_path, "frozen")
-    settings = TrainSettings(epochs=2, samples=4, batch_size=3)
-    few = Client(0, client.shard, client.bottom, client.top, client.link, settings, 0)
-    update = few.train(given, round=1)
-    assert few.steps == 3
-    assert (update.examples, update.tokens) == (9, 72)
+@pytest.mark.parametrize(
+    ("samples", "epochs", "accumulation", "sizes"),
+    [(7, 1, 1, [3, 3, 1]), (4, 2, 1, [3, 1, 3, 1]), (6, 1, 1, [3, 3]), (8, 1, 2, [6, 2]), (2, 2, 1, [2, 2])],
+)
+def test_an_epoch_trains_each_sequence_once(
+    tiny_models: dict[str, Path], samples: int, epochs: int, accumulation: int, sizes: list[int]
+) -> None:
+    """The last batch of a pass is what is left; round by round, in an order drawn anew for each pass."""
+    client, _, given = make_client(tiny_models["gpt2"], "frozen")
+    settings = TrainSettings(epochs=epochs, samples=samples, batch_size=3, accumulation=accumulation)
+    client = replace(client, settings=settings, rounds=2)
+    used = [tuple(row) for row in client.shard.train.ids[:samples].tolist()]
+    seen: list[list[tuple[int, ...]]] = []
+    step = Client.step
+
+    def watched(self, ids, *args):
+        seen.append([tuple(row) for row in ids.tolist()])
+        return step(self, ids, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Client, "step", watched)
+        updates = [client.train(given, round) for round in (1, 2)]
+    assert client.steps == len(sizes) and [len(rows) for rows in seen] == sizes * 2
+    assert [(update.examples, update.tokens) for update in updates] == [(samples * epochs, samples * epochs * 8)] * 2
+    rows = [row for batch in seen for row in batch]
+    passes = [rows[start : start + samples] for start in range(0, len(rows), samples)]
+    assert len(passes) == 2 * epochs and all(sorted(one) == sorted(used) for one in passes)
+    assert samples < 6 or passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_who_diverges_is_told_the_likely_settings(tiny_models: dict[str, Path], clip: float) -> None:
+    client, server, given = make_client(tiny_models["gpt2"], "shared", train={"lr": 1e20, "clip": clip})
+    with pytest.raises(Diverged, match=r"--train.lr \(1e\+20\) is too large: lower it") as caught:
+        client.train(given, round=1)
+    assert ("--train.clip" in str(caught.value)) == (not clip)
+    assert all(torch.isfinite(tensor).all() for tensor in server.learners.read().tensors.values())
 
 
 def test_bf16_on_the_wire_halves_the_bytes_and_stays_close(model_path: Path) -> None:

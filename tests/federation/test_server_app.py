@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Error, Message, MessageType
+from flwr.app import Array, ArrayRecord, Error, Message, MessageType, MetricRecord
 from local_federation import federate
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_client import FEATURES, STEPS, central, fine_tune
 
+from experiments import in_process
 from fedsplit.adaptation import lora
 from fedsplit.allowed import PARTS, SettingError
 from fedsplit.client.heldout import shards_of
+from fedsplit.client.link import Crossing, Link
 from fedsplit.config import Config
 from fedsplit.documents import as_document, build, from_document
 from fedsplit.evaluate import held_out_loss
@@ -31,6 +33,7 @@ from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_whole
 from fedsplit.updates import Assignment
+from fedsplit.wire.packets import StepKey
 from strategies.fedavg import FedAvg
 from strategies.flora import FLoRA as Flora
 
@@ -367,6 +370,116 @@ def test_an_update_that_is_not_finite_is_refused_by_name(
     assert len(refused) == 2 and all(line.endswith("; it is left out") for line in refused)
     assert federation.summary is not None
     assert federation.summary["eval_loss"]["after"] < federation.summary["eval_loss"]["before"]
+
+
+LIES: list[dict[str, object]] = [
+    {"num-examples": math.inf},
+    {"num-examples": 10**6},
+    {"client": 99},
+    {"client": 0},
+    {"loss": None},
+    {"loss": [1.0, 2.0]},
+    {"loss": -5.0},
+    {"tokens": math.nan},
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=str)
+def test_who_says_what_cannot_be_is_left_out_as_if_it_had_failed(
+    lie: dict[str, object], one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a schedule that is deterministic, to the bit: the liar of node 1's own number, whatever it says."""
+    config = replace(one_config, rounds=1, trunk=replace(one_config.trunk, schedule="copies"))
+
+    def lies(message: Message, reply: Message) -> Message:
+        if (
+            message.metadata.message_type == MessageType.TRAIN
+            and reply.content.metric_records["metrics"]["client"] == 1
+        ):
+            metrics = {**reply.content.metric_records["metrics"], **lie}
+            known = {name: value for name, value in metrics.items() if value is not None}
+            reply.content["metrics"] = MetricRecord(known)
+        return reply
+
+    def fails(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 1:
+            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
+        return reply
+
+    _, lines = federate(config, tmp_path / "lies", FedAvg(), monkeypatch, lies)
+    assert sum(line.startswith("client 1 (bob) s") and "left out" in line for line in lines.lines) == 1
+    federate(config, tmp_path / "fails", FedAvg(), monkeypatch, fails)
+    one, two = final_adapter(tmp_path / "lies"), final_adapter(tmp_path / "fails")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_who_measured_what_cannot_be_is_left_out(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lies(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.EVALUATE and records.metrics_of(reply)["client"] == 1:
+            reply.content["metrics"] = MetricRecord({**records.metrics_of(reply), "num-examples": 0})
+        return reply
+
+    config = replace(one_config, rounds=1)
+    federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, lies)
+    refused = [line for line in lines.lines if line.startswith("client 1 (bob) measured 0 tokens")]
+    assert len(refused) == 2 and federation.summary is not None  # before the first round, and after it
+    events = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [list(e["clients"]) for e in events if e["event"] == "evaluate"] == [["ann", "cid"]] * 2
+
+
+def spoils_a_step(value: float | None):
+    """How bob sends: at the last step of the first round, a value in place of his hidden states; or he fails there."""
+    plain = Link.send
+
+    def send(self: Link, hidden: torch.Tensor, key: StepKey, *args, **how) -> Crossing:
+        if (key.client, key.step, key.round) == (1, 3, 1) and how.get("training", True):
+            if value is None:
+                raise RuntimeError("out of luck")
+            hidden = torch.full_like(hidden, value)
+        return plain(self, hidden, key, *args, **how)
+
+    return send
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("trunk", [{"schedule": "accumulate"}, {"schedule": "copies"}, {"schedule": "shared"}], ids=str)
+def test_hidden_states_that_are_not_finite_are_a_failure_of_their_client_alone(
+    trunk: dict[str, str], value: float, one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run with such a client is, to the bit, the one in which it failed at that step; what is saved is finite."""
+    config = from_document(as_document(one_config) | {"trunk": trunk, "deterministic": True})
+    said = "client 1, step 3.0, attempt 0 sent hidden states that are NaN, infinite or too large"
+    for name, sent, words in (("spoils", value, said), ("fails", None, "out of luck")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Link, "send", spoils_a_step(sent))
+            _, lines = federate(config, tmp_path / name, FedAvg(), monkeypatch)
+        failed = [line for line in lines.lines if line.startswith("bob failed and is left out")]
+        assert len(failed) == 1 and words in failed[0]
+        assert sent is None or "--train.lr (0.02) is too large" in failed[0]
+    for file in ("checkpoints/round-0001/state.safetensors", "checkpoints/round-0002/state.safetensors"):
+        one, two = load_file(tmp_path / "spoils" / file), load_file(tmp_path / "fails" / file)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(tensor, two[name]) and torch.isfinite(tensor).all() for name, tensor in one.items())
+
+
+def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it came from: the round before it is still there to go on from."""
+
+    class BrokenTrunk(in_process.LocalTrunk):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            self.saved, self.kept, self.moments = 0, self.moments, self.broken_moments
+
+        def broken_moments(self) -> dict[str, torch.Tensor]:
+            self.saved += 1
+            return {name: moment * (math.inf if self.saved == 2 else 1) for name, moment in self.kept().items()}
+
+    monkeypatch.setattr(in_process, "LocalTrunk", BrokenTrunk)
+    with pytest.raises(FederationFailed, match="round 2 left NaN or infinite values in"):
+        federate(one_config, tmp_path / "run", FedAvg(), monkeypatch)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("round-*")] == ["round-0001"]
 
 
 def test_stopping_ends_the_run_at_the_next_look(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from fedsplit.trunk.dispatch import Answer, Dispatcher
 from fedsplit.trunk.lanes import BACKWARD, FORWARD, outcome
 from fedsplit.trunk.server import Work
 from fedsplit.wire.codecs import make_codec
-from fedsplit.wire.packets import Packet, StepKey
+from fedsplit.wire.packets import Encoded, MalformedPacket, Packet, StepKey, check_form
 from fedsplit.wire.steps import SpoiledStep, StaleStep
 
 RAW = make_codec("raw")
@@ -309,6 +311,61 @@ def test_a_group_is_waited_for_however_late() -> None:
     assert stage.dispatcher.wakes_at() is None
     stage.ask("forward", 0)
     assert stage.serve() == [("forward", [0, 1])]
+
+
+def has_form(packet: Any) -> bool:
+    """Whether a value that is odd elsewhere has its place here, as a text has as the name of a run."""
+    try:
+        check_form(packet)
+    except MalformedPacket:
+        return False
+    return True
+
+
+ODD: list[Any] = [[], {}, "0", None, True, 0.5, -1, 2**80, math.nan, b"x", ("a",)]
+
+
+@pytest.mark.parametrize("schedule", ["shared", "batched", "accumulate"])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_fields_of_odd_types_are_refused_at_once(schedule: str, grouped: bool) -> None:
+    """Under turns they would never be served, and elsewhere end the thread that decides."""
+    stage = Stage(schedule=schedule)
+    if grouped:
+        stage.dispatcher.begin([0, 1])
+    plain = Packet(StepKey(1, 0, 0), {"hidden": RAW.encode(torch.zeros(1))})
+    odd: list[Any] = [replace(plain, key=replace(plain.key, **{f.name: v})) for f in fields(StepKey) for v in ODD]
+    odd += [replace(plain, **{f.name: v}) for f in fields(Packet) for v in ODD]
+    odd += [replace(plain, tensors={"hidden": v}) for v in ODD]
+    hidden = plain.tensors["hidden"]
+    odd += [replace(plain, tensors={"hidden": replace(hidden, **{f.name: v})}) for f in fields(Encoded) for v in ODD]
+    odd = [packet for packet in [*odd, *ODD] if not has_form(packet)]
+    assert len(odd) > 200
+    answers: list[Answer] = []
+    for packet in odd:
+        stage.dispatcher.submit(packet, answers.append)
+    assert len(answers) == len(odd) and all(isinstance(answer, SpoiledStep) for answer in answers)
+    for client in (0, 1):
+        stage.ask("forward", client)
+    stage.serve()
+    assert stage.answers["forward", 0, 0] and stage.answers["forward", 1, 0]
+
+
+@pytest.mark.parametrize("schedule", ["shared", "batched"])
+def test_who_is_in_no_group_is_refused_at_once_and_holds_up_nobody(schedule: str) -> None:
+    stage = Stage(schedule=schedule)
+    stage.dispatcher.begin([0, 1])
+    for kind in ("forward", "backward"):
+        stage.ask(kind, 99)
+        assert isinstance(stage.answers.pop((kind, 99, 0)), StaleStep)
+    stage.ask("forward", 0)
+    stage.ask("forward", 1)
+    assert {client for _, clients in stage.serve() for client in clients} == {0, 1}
+    stage.dispatcher.leave(1)
+    stage.ask("backward", 1)
+    assert isinstance(stage.answers["backward", 1, 0], StaleStep)
+    stage.dispatcher.end_round([0])
+    stage.ask("forward", 99, step=1)
+    assert stage.serve()[-1] == ("forward", [99])
 
 
 @given(data=st.data(), schedule=st.sampled_from(["shared", "batched", "accumulate", "copies"]), every=st.integers(0, 2))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from fedsplit.config import TrainSettings
-from fedsplit.trunk.learner import Learner
+from fedsplit.trunk.learner import Learner, Unusable
 from fedsplit.updates import Task
 
 A, B = "l.lora_A.weight", "l.lora_B.weight"
@@ -58,3 +60,23 @@ def test_another_life_goes_on_to_the_bit(optimizer: str) -> None:
         straight.step(gradients(seed))
         again.step(gradients(seed))
     assert all(torch.equal(straight.version[name], again.version[name]) for name in START)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
+def test_a_step_that_would_leave_what_is_not_finite_is_not_made(value: float) -> None:
+    learner = Learner({"x": torch.ones(3)}, TrainSettings(lr=0.1), learns=True)
+    learner.step({"x": torch.ones(3)})
+    version, moments = learner.version, learner.moments()
+    with pytest.raises(Unusable, match="the gradient of the trunk's adapter"):
+        learner.step({"x": torch.tensor([1.0, value, 1.0])})
+    assert learner.version is version
+    assert all(torch.equal(moments[name], moment) for name, moment in learner.moments().items())
+
+
+def test_a_rate_that_would_make_the_adapter_infinite_is_named_and_the_adapter_stays() -> None:
+    learner = Learner({"x": torch.ones(3)}, TrainSettings(lr=1e30), learns=True)
+    with pytest.raises(Unusable, match=r"--train.lr is too large"):
+        learner.step({"x": torch.ones(3)})
+    learner._publish()
+    assert torch.equal(learner.version["x"].detach(), torch.ones(3))
+    assert all(torch.isfinite(moment).all() for moment in learner.moments().values())

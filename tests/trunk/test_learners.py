@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fedsplit.config import TrainSettings
+from fedsplit.optimization.bounds import LARGEST_SHARE
+from fedsplit.trunk.learner import Unusable
 from fedsplit.trunk.learners import Learners, Start, Withheld
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Layer, Task
@@ -198,3 +200,19 @@ def test_copies_go_on_from_the_last_round_that_counted() -> None:
     those.restore(START.tensors, saved)
     assert round_of(0.0) == -1.5
     assert learners("copies", momentum=0.5).moments() == {}
+
+
+def test_a_sum_stays_small_enough_to_be_added_to_those_of_others() -> None:
+    """One client's share of a barrier is bounded as a whole; the others' step is made without what is too much."""
+    those = learners("accumulate")
+    learn(those, [0], 1.0)
+    learn(those, [1], LARGEST_SHARE / 2)
+    with pytest.raises(Unusable, match="too large to be summed"):
+        learn(those, [1], LARGEST_SHARE / 2, step=1)
+    assert those.close_window([0]) and value(those.read()) == -1.0
+
+
+def test_a_barrier_after_which_nothing_would_be_finite_makes_no_step() -> None:
+    those = Learners(START, SCHEDULES["accumulate"], TrainSettings(optimizer="sgd", lr=1e30), Counter())
+    learn(those, [0], 1.0)
+    assert not those.close_window() and value(those.read()) == 0.0 and those._counts == {"unusable": 1}

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import without_dropout
 
 from fedsplit.adaptation import lora
-from fedsplit.config import LoraSettings, TrainSettings
+from fedsplit.config import LoraSettings, TrainSettings, TrunkSettings
 from fedsplit.model.split import load_parts
+from fedsplit.optimization.clipping import coefficient
+from fedsplit.trunk.dispatch import Dispatcher
 from fedsplit.trunk.learners import Start
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
-from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.codecs import EXACT, make_codec
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import SpoiledStep, StaleStep, UnknownStep
 
@@ -25,14 +31,19 @@ RAW = make_codec("raw")
 
 
 def make_server(
-    path: Path, schedule: str, dropout: float = 0.0, budget: Budget | None = None, kernels: str = "library"
+    path: Path,
+    schedule: str,
+    dropout: float = 0.0,
+    budget: Budget | None = None,
+    kernels: str = "library",
+    clip: float = 0.0,
 ) -> TrunkServer:
     (part,) = load_parts(path, (1, 2), ["trunk"], kernels=kernels)
     lora.add(part, LoraSettings(rank=(2,), dropout=dropout), seed=0)
     without_dropout(part)
     for number, parameter in enumerate(lora.parameters(part).values()):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2
-    return TrunkServer(part, RAW, schedule, TrainSettings(lr=0.01), seed=5, budget=budget)
+    return TrunkServer(part, RAW, schedule, TrainSettings(lr=0.01, clip=clip), seed=5, budget=budget)
 
 
 def packet(
@@ -413,3 +424,157 @@ def test_parameters_are_counted_as_trained_only_where_they_are(model_path: Path)
     assert shared["total"] == frozen["total"]
     assert shared["trainable"] > 0
     assert frozen["trainable"] == 0
+
+
+def with_values(sent: Packet, value: float) -> Packet:
+    """A packet of honest shape whose values are all the same."""
+    ((name, encoded),) = sent.tensors.items()
+    return replace(sent, tensors={name: RAW.encode(torch.full(encoded.data.shape, value))})
+
+
+def unchanged(server: TrunkServer, before: dict[str, torch.Tensor]) -> bool:
+    """Whether the shared adapter and all that its optimiser remembers are finite, and the adapter as it was."""
+    assert all(torch.isfinite(moment).all() for moment in server.learners.moments().values())
+    return all(torch.equal(before[name], tensor) for name, tensor in server.learners.read().tensors.items())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("training", [True, False])
+def test_hidden_states_that_cannot_be_computed_with_are_refused(model_path: Path, value: float, training: bool) -> None:
+    server = make_server(model_path, "shared")
+    before = server.learners.read().tensors
+    with pytest.raises(SpoiledStep, match=r"client 0, step 0.* sent hidden states that are NaN, infinite or too large"):
+        server.forward(with_values(packet(0, 0, training=training), value))
+    assert unchanged(server, before) and len(server.steps) == 0
+
+
+@pytest.mark.parametrize("value", [1e20, 1e16])
+@pytest.mark.parametrize("schedule", ["shared", "batched", "accumulate", "copies"])
+def test_a_gradient_that_would_spoil_the_optimiser_is_refused(
+    tiny_models: dict[str, Path], schedule: str, value: float
+) -> None:
+    """Squared it overflows, alone or in the sum over many clients; its own client is told, and nothing has changed."""
+    server = make_server(tiny_models["gpt2"], schedule)
+    before = server.learners.read().tensors
+    server.forward(packet(0, 0))
+    with pytest.raises(SpoiledStep, match="client 0, step 0"):
+        server.backward(with_values(packet(0, 0, "gradient"), value))
+    server.end_round([0])
+    assert unchanged(server, before) and "steps" not in server.counts
+
+
+def test_a_clipped_gradient_may_be_large_and_its_coefficient_may_not(tiny_models: dict[str, Path]) -> None:
+    """A client names its own coefficient; the norm of the trunk's part alone bounds what can be true."""
+    server = make_server(tiny_models["gpt2"], "shared", clip=1.0)
+    before = server.learners.read().tensors
+    server.forward(packet(0, 0))
+    sent = with_values(packet(0, 0, "gradient"), 1e16)
+    norm = math.sqrt(float(EXACT.decode(server.backward(sent).tensors["norm"])))
+    assert norm > 1e15
+    honest = coefficient(norm**2, 1.0)
+
+    def scale(value: float, dtype: torch.dtype = torch.float64) -> Packet:
+        return Packet(sent.clipping_key, {"coefficient": EXACT.encode(torch.tensor(value, dtype=dtype))})
+
+    for lie in (1.0, honest * 1.01, -honest, math.nan):
+        with pytest.raises(SpoiledStep, match="to scale its gradient by, not a number from 0 to"):
+            server.backward(scale(lie))
+    with pytest.raises(SpoiledStep, match="to scale its gradient by"):
+        server.backward(scale(0, torch.int64))
+    assert unchanged(server, before)
+    server.backward(scale(honest))
+    assert not unchanged(server, before)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [("hidden", math.nan), ("hidden", 1e30), ("gradient", math.nan), ("gradient", 1e30), ("gradient", 1e16)],
+)
+def test_in_a_flight_the_others_are_computed_as_if_one_had_left(
+    tiny_models: dict[str, Path], what: str, value: float
+) -> None:
+    """To the bit: outputs, gradients, adapter and moments are those of a trunk that the client left at that point."""
+
+    def rounds(spoils: bool) -> list[torch.Tensor]:
+        server = make_server(tiny_models["gpt2"], "batched", dropout=0.3)
+        trunk = Dispatcher(server, TrunkSettings(schedule="batched"))
+        trunk.begin([0, 1, 2])
+        found: dict[tuple[int, str], Any] = {}
+        for kind in ("hidden", "gradient"):
+            for client in (2, 1, 0):
+                sent = packet(client, 0, kind, length=4 + client)
+                if client == 1 and kind == what:
+                    if not spoils:
+                        trunk.leave(1)
+                        continue
+                    sent = with_values(sent, value)
+                trunk.submit(sent, partial(found.__setitem__, (client, kind)))
+            while trunk.advance():
+                pass
+            if isinstance(found.get((1, kind)), Exception):
+                trunk.leave(1)
+                while trunk.advance():
+                    pass
+        if spoils:
+            assert isinstance(refused := found[1, what], SpoiledStep) and "client 1, step 0" in str(refused)
+        counts = trunk.end_round([0, 2])
+        assert counts["steps"] == 1 and "late" not in counts
+        answers = [
+            RAW.decode(found[client, kind].tensors[kind]) for client in (0, 2) for kind in ("hidden", "gradient")
+        ]
+        return [*answers, *server.learners.read().tensors.values(), *server.learners.moments().values()]
+
+    for one, other in zip(rounds(True), rounds(False), strict=True):
+        assert torch.equal(one, other) and torch.isfinite(one).all()
+
+
+def test_who_sends_no_gradient_does_not_spoil_those_of_others(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times zero, what is infinite within the trunk is NaN: such a step is found, and its rows are zeros."""
+    found = []
+    for spoils in (True, False):
+        server = make_server(tiny_models["gpt2"], "batched")
+        with monkeypatch.context() as patch:
+            patch.setattr("fedsplit.trunk.intake.is_bounded", lambda *tensors: True)
+            patch.setattr(TrunkServer, "_refuse_unbounded", lambda *args: None)
+            hidden = [packet(0, 0), with_values(packet(1, 0), 1e30) if spoils else packet(1, 0), packet(2, 0)]
+            server.forward_together(hidden)
+        answers = server.backward_together([packet(0, 0, "gradient"), packet(2, 0, "gradient")])
+        if spoils:
+            with pytest.raises(SpoiledStep, match="was left out, since its hidden states spoilt"):
+                server.backward(packet(1, 0, "gradient"))
+        assert server.counts["steps"] == 1
+        found.append(
+            [*(RAW.decode(answer.tensors["gradient"]) for answer in answers), *server.learners.read().tensors.values()]
+        )
+    assert all(torch.equal(one, other) and torch.isfinite(one).all() for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("hidden", torch.zeros(2, 5, 32, dtype=torch.int64), "an array of torch.int64"),
+        ("hidden", torch.zeros(2, 5, 32, dtype=torch.float64), "of type torch.float64, not torch.float32"),
+        ("hidden", torch.zeros(1, 999, 32), "sent 999 positions, beyond the model's"),
+        ("mask", torch.full((2, 5), math.nan), "a mask of type torch.float32"),
+    ],
+    ids=["integers", "float64", "too long", "mask"],
+)
+def test_tensors_of_other_types_are_not_cast(
+    tiny_models: dict[str, Path], name: str, tensor: torch.Tensor, words: str
+) -> None:
+    server = make_server(tiny_models["gpt2"], "shared")
+    encoded = RAW.encode(tensor)
+    if tensor.dtype == torch.int64:
+        encoded = replace(encoded, dtype="float32")
+    with pytest.raises(SpoiledStep, match=words):
+        server.forward(replace(packet(0, 0), tensors={**packet(0, 0).tensors, name: encoded}))
+
+
+def test_room_is_promised_for_shapes_alone(tiny_models: dict[str, Path]) -> None:
+    """Of a negative size there would be room for everything."""
+    server = make_server(tiny_models["gpt2"], "shared", budget=Budget(10**12))
+    for shape in ((), (2, 5), (2, 5, 31), (0, 5, 32)):
+        with pytest.raises(SpoiledStep, match="asks for room for the shape"):
+            server.ask(Packet(StepKey(1, 0, 0), shape=shape))

@@ -48,7 +48,8 @@ def sgd(parameters: Iterable[Tensor], settings: object = None) -> torch.optim.Op
 class Toy(nn.Module):
     """A trunk of one adapted layer."""
 
-    config = SimpleNamespace(hidden_size=WIDTH)
+    config = SimpleNamespace(hidden_size=WIDTH, max_position_embeddings=16)
+    dtype = torch.float32
     adapter = frozenset({"lora_A.default.weight"})
     budget = None
 
@@ -419,15 +420,15 @@ class Recomputing(Trunk):
 class Clipping(Trunk):
     """A step counts with its coefficient, and not before."""
 
-    clip = 1.0
+    clip = 1e6  # so large that any coefficient may be right
 
 
 class ClippingCopies(Copies):
-    clip = 1.0
+    clip = 1e6  # so large that any coefficient may be right
 
 
 class ClippingAccumulate(Accumulate):
-    clip = 1.0
+    clip = 1e6  # so large that any coefficient may be right
 
 
 MACHINES = [Trunk, Copies, Accumulate, Recomputing, Clipping, ClippingCopies, ClippingAccumulate]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsplit.wire.codecs import make_codec
-from fedsplit.wire.packets import Encoded
+from fedsplit.wire.packets import Encoded, MalformedPacket
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
 
@@ -78,3 +78,20 @@ def test_gradients_of_other_types_cross_as_they_are() -> None:
         encoded = make_codec("raw").encode_gradient(gradient, dtype)
         assert encoded.scale == 1
         assert torch.equal(make_codec("raw").decode(encoded), gradient)
+
+
+@pytest.mark.parametrize(
+    ("array", "dtype"),
+    [
+        (np.zeros(2, np.int64), "float32"),
+        (np.zeros(2, np.float64), "float32"),
+        (np.zeros(2, np.float32), "int64"),
+        (np.zeros(2, np.float32), "bool"),
+        (np.zeros(2, np.float32), "nn"),
+        (np.zeros(2, np.float32), "no type at all"),
+    ],
+    ids=str,
+)
+def test_what_no_encoder_makes_is_not_cast(array: np.ndarray, dtype: str) -> None:
+    with pytest.raises(MalformedPacket, match="cannot stand for values of type"):
+        make_codec("raw").decode(Encoded(array, dtype))

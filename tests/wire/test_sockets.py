@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import socket
@@ -10,7 +11,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from hypothesis.extra import numpy as arrays
 
 from fedsplit.trunk.sessions import FullTrunk
 from fedsplit.wire import sockets
-from fedsplit.wire.packets import Encoded, Packet, StepKey
+from fedsplit.wire.packets import Encoded, Packet, StepKey, check_form
 from fedsplit.wire.sockets import Address, PacketClient, PacketServer, TrunkFailed, Unanswered
 from fedsplit.wire.steps import RefusedStep, StaleStep
 
@@ -211,6 +213,118 @@ def test_who_sends_no_frame_is_hung_up_on_and_the_others_are_served(frame: bytes
     assert good.send(Packet(KEY))() == Packet(KEY)
     assert server.taken == 1
     good.close()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+ARRAY = st.tuples(
+    st.sampled_from(["<f4", "|b1", ">f4", "<f16", "<c8", "O", "<M8[s]"]) | JSON,
+    st.lists(st.integers(-2, 4), max_size=4) | JSON,
+    st.sampled_from(["float32", "nn"]) | JSON,
+    st.just(1.0) | JSON,
+).map(list)
+GOOD = {**sockets._header(Packet(KEY)), "tensors": {"hidden": ["<f4", [2], "float32", 1.0]}}
+WRONG = st.sampled_from(["key", "tensors", *(field.name for field in fields(Packet)), "error", "words", "more"])
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> bytes:
+    """A header of which something is odd: a field of the packet, of its key, of an array, or all of it."""
+    header: dict[str, Any] = {**GOOD, "key": dict(GOOD["key"]), "tensors": dict(GOOD["tensors"])}
+    where = draw(st.sampled_from(["packet", "key", "tensors", "array", "all"]))
+    if where == "packet":
+        header[draw(WRONG)] = draw(JSON)
+    elif where == "key":
+        header["key"][draw(st.sampled_from([field.name for field in fields(StepKey)]))] = draw(JSON)
+    elif where == "tensors":
+        header["tensors"][draw(st.text(max_size=5))] = draw(ARRAY | JSON)
+    elif where == "array":
+        header["tensors"]["hidden"] = draw(ARRAY)
+    return json.dumps(draw(JSON) if where == "all" else header).encode()
+
+
+@given(headers(), st.binary(max_size=40))
+def test_whatever_a_frame_says_only_packets_come_out_of_it(header: bytes, rest: bytes) -> None:
+    """Each of its fields has its type; anything else is an error that the connection's thread expects."""
+    here, there = socket.socketpair()
+    with here, there:
+        here.sendall(PREFIX.pack(7, len(header)) + header + rest)
+        here.shutdown(socket.SHUT_WR)
+        try:
+            number, came = sockets._receive(there)
+        except sockets._BROKEN:
+            return
+    assert number == 7
+    if isinstance(came, Packet):
+        check_form(came)
+        assert hash(came.key) is not None and came.nbytes >= 0
+
+
+def test_a_frame_nested_too_deep_is_no_frame() -> None:
+    deep = b"[" * 60000
+    here, there = socket.socketpair()
+    with here, there, pytest.raises(sockets._BROKEN):
+        here.sendall(PREFIX.pack(0, len(deep)) + deep)
+        sockets._receive(there)
+
+
+def test_no_more_is_read_from_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has asked for stays bounded; others are served meanwhile, and it may go on as soon as it reads."""
+    monkeypatch.setattr(sockets, "MOST_UNREAD", 5)
+    answer = Encoded(np.zeros(2**17), "float64")  # more than a socket's memory
+    served = queue.SimpleQueue[int]()
+
+    def serve(packet: Packet, done: Callable[[Packet | Exception], None]) -> None:
+        served.put(packet.key.step)
+        done(Packet(packet.key, {"hidden": answer}))
+
+    server = PacketServer(serve)
+    with socket.socket(socket.AF_UNIX) as rude:
+        rude.connect("\0" + server.address.name)
+        rude.sendall(server.address.token)
+        for step in range(30):
+            sockets._send(rude, step, Packet(replace(KEY, step=step)))
+        assert [served.get(timeout=10) for _ in range(5)] == [0, 1, 2, 3, 4]
+        other = PacketClient(server.address)
+        for step in range(100, 108):
+            assert other.send(Packet(replace(KEY, step=step)))().key.step == step
+            assert served.get(timeout=10) == step  # and not the sixth of the rude one
+        assert served.empty()
+        for step in range(30):
+            assert sockets._receive(rude)[0] == step
+        assert [served.get(timeout=10) for _ in range(25)] == list(range(5, 30))
+    other.close()
+
+
+def test_bytes_that_are_unread_are_bounded_and_one_packet_always_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "MOST_UNREAD_BYTES", 100)
+    outbox = sockets._Outbox()
+    first = outbox.take(1000)
+    assert not outbox._has_room()
+    outbox.put(first, 0, StaleStep("no"))
+    assert outbox._has_room()
+    second = outbox.take(0)
+    outbox.put(second, 1, Packet(KEY, {"hidden": Encoded(np.zeros(100), "float64")}))
+    assert not outbox._has_room()
+    outbox.sent(second)
+    assert outbox._has_room() and outbox.wait_for_room()
+    outbox.take(1000)
+    outbox.close()
+    assert not outbox.wait_for_room()
+
+
+def test_a_client_that_sends_much_before_it_reads_is_not_held_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server reads no further before answers are read; the client reads them where it cannot send."""
+    monkeypatch.setattr(sockets, "MOST_UNREAD", 1)
+    large = Packet(KEY, {"hidden": Encoded(np.random.default_rng(0).random(2**17), "float64")})
+    client = PacketClient(PacketServer(lambda packet, done: done(packet)).address)
+    answers = [client.send(replace(large, key=replace(KEY, step=step))) for step in range(8)]
+    for step, answer in enumerate(answers):
+        assert same(replace(large, key=replace(KEY, step=step)), answer())
+    client.close()
 
 
 def test_a_client_that_is_gone_leaves_no_thread_behind() -> None:

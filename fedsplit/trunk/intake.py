@@ -1,0 +1,179 @@
+"""What clients send to the trunk, as tensors that can be computed with; anything else is refused by the step's name.
+
+Shapes: B sequences of T tokens a step, D the width of hidden states, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedsplit.model.parts import Trunk
+from fedsplit.model.routers import SUMS, RouterSums
+from fedsplit.optimization.bounds import is_bounded
+from fedsplit.wire.codecs import EXACT, Codec
+from fedsplit.wire.packets import MalformedPacket, Packet, StepKey
+from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether
+
+T = TypeVar("T")
+
+
+class Intake:
+    """Decodes the tensors of packets and checks type, shape and values."""
+
+    def __init__(self, part: Trunk, codec: Codec, device: torch.device) -> None:
+        """Takes nothing in yet.
+
+        Args:
+            part: The trunk's blocks, which decide width, type and experts.
+            codec: How tensors are encoded.
+            device: Where they are computed with.
+        """
+        self._part, self._codec, self._device = part, codec, device
+
+    def hidden(self, packet: Packet) -> Tensor:
+        """Returns the hidden states (B, T, D) of a packet.
+
+        Raises:
+            SpoiledStep: They are not there, or nothing can be computed with them.
+        """
+        hidden = self._decoded(packet, "hidden", self._codec)
+        width, kind = self._part.config.hidden_size, self._part.dtype
+        if hidden.ndim != 3 or hidden.shape[2] != width or not hidden.numel():
+            raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
+        if hidden.shape[1] > (longest := self._part.config.max_position_embeddings):
+            raise SpoiledStep(f"{packet.key} sent {hidden.shape[1]} positions, beyond the model's {longest}")
+        if hidden.dtype != kind:
+            raise SpoiledStep(f"{packet.key} sent hidden states of type {hidden.dtype}, not {kind}")
+        if not is_bounded(hidden):
+            raise SpoiledStep(f"{packet.key} sent hidden states that are NaN, infinite or too large to compute with")
+        return hidden
+
+    def mask(self, packet: Packet, hidden: Tensor) -> Tensor:
+        """Returns the mask (B, T) of a packet that has one.
+
+        Raises:
+            SpoiledStep: It is not that of the hidden states.
+        """
+        mask = self._decoded(packet, "mask", self._codec)
+        if mask.shape != hidden.shape[:2]:
+            expected = tuple(hidden.shape[:2])
+            raise SpoiledStep(f"{packet.key} sent a mask of shape {tuple(mask.shape)}, not {expected}")
+        if mask.dtype != torch.bool:
+            raise SpoiledStep(f"{packet.key} sent a mask of type {mask.dtype}, not true and false")
+        return mask
+
+    def sums(self, packet: Packet) -> RouterSums:
+        """Returns the routers' sums (2E + 1,) of a packet that has them.
+
+        Raises:
+            SpoiledStep: They are not finite numbers, or not as many as there are experts.
+        """
+        sums, size = self._decoded(packet, SUMS, EXACT), 2 * self._part.experts + 1
+        if sums.shape != (size,) or not sums.is_floating_point() or not is_bounded(sums):
+            raise SpoiledStep(f"{packet.key} sent {tuple(sums.shape)} as sums of routers, not {size} finite numbers")
+        return RouterSums.unpacked(sums)
+
+    def gradient(self, packet: Packet, expected: torch.Size) -> Tensor:
+        """Returns the gradient (B, T, D) of a packet.
+
+        Raises:
+            SpoiledStep: It has another shape than the hidden states, or values that nothing can be computed with.
+        """
+        gradient = self._decoded(packet, "gradient", self._codec)
+        if gradient.shape != expected:
+            raise SpoiledStep(f"{packet.key} sent a gradient of shape {tuple(gradient.shape)}, not {tuple(expected)}")
+        kind = torch.float32 if self._part.dtype == torch.float16 else self._part.dtype
+        if gradient.dtype != kind:
+            raise SpoiledStep(f"{packet.key} sent a gradient of type {gradient.dtype}, not {kind}")
+        if not is_bounded(gradient):
+            raise SpoiledStep(f"{packet.key} sent NaN, infinite or too large values as its gradient")
+        return gradient
+
+    def gradient_by_sums(self, packet: Packet, has_sums: bool) -> Tensor:
+        """Returns the gradient (E,) by the routers' sums of a packet that has one.
+
+        Raises:
+            SpoiledStep: It is not finite, or the step has no such sums.
+        """
+        gradient, size = self._decoded(packet, SUMS, EXACT), self._part.experts
+        fits = gradient.shape == (size,) and gradient.is_floating_point() and is_bounded(gradient)
+        if not has_sums or not fits:
+            raise SpoiledStep(f"{packet.key} sent a gradient by sums of routers that is not {size} finite numbers")
+        return gradient
+
+    def coefficient(self, packet: Packet, most: float) -> float:
+        """Returns the number that a packet has a step's gradient scaled by.
+
+        Args:
+            packet: It has one.
+            most: The largest number that can be right, by what the trunk knows of the gradient's norm.
+
+        Raises:
+            SpoiledStep: It is no number from 0 to `most`.
+        """
+        value = self._decoded(packet, "coefficient", EXACT)
+        if value.ndim or not value.is_floating_point() or not 0 <= float(value) <= most:
+            words = f"a number from 0 to {most:.6g}, which the trunk's own gradient allows"
+            raise SpoiledStep(f"{packet.key} sent {value.flatten()[:3].tolist()} to scale its gradient by, not {words}")
+        return float(value)
+
+    def _decoded(self, packet: Packet, name: str, codec: Codec) -> Tensor:
+        if name not in packet.tensors:
+            raise SpoiledStep(f"{packet.key} sent no {name}")
+        try:
+            return codec.decode(packet.tensors[name]).to(self._device)
+        except MalformedPacket as error:
+            raise SpoiledStep(f"{packet.key} sent its {name} in a wrong form: {error}") from None
+
+
+def check_rate(packet: Packet) -> None:
+    """Makes sure that a client asks for no more than the whole learning rate.
+
+    Raises:
+        SpoiledStep: It does.
+    """
+    if not 0 <= packet.rate <= 1:
+        raise SpoiledStep(f"{packet.key} asks for {packet.rate} of the learning rate, not a share from 0 to 1")
+
+
+def each(packets: Sequence[Packet], read: Callable[[Packet], T]) -> dict[StepKey, T]:
+    """Reads something of every packet, and looks at all of them before it refuses any.
+
+    Args:
+        packets: Of one step, or of several that are computed as one.
+        read: Reads a packet, or raises why it must not be served.
+
+    Returns:
+        By step, what was read.
+
+    Raises:
+        RefusedStep: The only packet must not be served.
+        SpoiledTogether: Some of several packets must not be served.
+    """
+    found: dict[StepKey, T] = {}
+    refused: dict[StepKey, RefusedStep] = {}
+    for packet in packets:
+        try:
+            found[packet.key] = read(packet)
+        except RefusedStep as reason:
+            refused[packet.key] = reason
+    if refused:
+        raise refusal(refused, len(packets))
+    return found
+
+
+def refusal(refused: Mapping[StepKey, RefusedStep], together: int) -> Exception:
+    """Returns what is to be raised where some steps are refused.
+
+    Args:
+        refused: By step, why.
+        together: How many steps are served as one, these among them.
+
+    Returns:
+        The refusal of the only step, or a `SpoiledTogether` where there are several.
+    """
+    return next(iter(refused.values())) if together == 1 else SpoiledTogether(refused)

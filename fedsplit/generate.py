@@ -229,13 +229,13 @@ def check(asked: argparse.Namespace) -> Job:
     from fedsplit.generation.sampling import Sampling
     from fedsplit.model.stored import check_checkpoint
     from fedsplit.model.vocabulary import load_tokenizer
-    from fedsplit.results.whole import read_adapter
+    from fedsplit.results.fitting import read_fitting
 
     tokenizer = load_tokenizer(model)
     tokens = _tokenise(tokenizer, prompts, asked.chat, config.model)
     most = _new_tokens(tokens, asked.max_new_tokens, facts.positions, config.prompt.positions)
     check_checkpoint(weights(config))
-    read_adapter(adapter)
+    read_fitting(adapter)
     how = Sampling(asked.temperature, asked.top_k or 0, asked.top_p or 1.0, asked.seed or 0)
     stops = _end_tokens(model)
     client = asked.client or 0

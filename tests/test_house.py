@@ -63,6 +63,7 @@ HOMES = {
         "adaptation.lora",
         "adaptation.prompts",
         "adaptation.rank_allocation",
+        "results.fitting",
         "results.whole",
         "results.merging",
     },

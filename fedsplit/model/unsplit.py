@@ -21,10 +21,23 @@ from fedsplit.model.parts import ranges
 from fedsplit.model.quantization import announced, dequantized, quantized
 
 
-def blank(path: Path) -> Any:
-    """The unsplit model without its weights, on the meta device."""
+def blank(path: Path, classes: int = 0) -> Any:
+    """The unsplit model without its weights, on the meta device.
+
+    Args:
+        path: A folder with config.json.
+        classes: Where above 0, a classifier of sequences.
+    """
+    config, made_by = AutoConfig.from_pretrained(path), AutoModelForCausalLM
+    if classes:
+        config.num_labels, made_by = classes, AutoModelForSequenceClassification
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        return made_by.from_config(config)
+
+
+def transposed_layers(whole: Any) -> frozenset[str]:
+    """The names of the layers that store their weights as (in, out), as GPT-2's do."""
+    return frozenset(name for name, module in whole.named_modules() if isinstance(module, Conv1D))
 
 
 def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:

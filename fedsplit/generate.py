@@ -226,6 +226,7 @@ def check(asked: argparse.Namespace) -> Job:
     model = about(config)
     facts = read_facts(model)
 
+    from fedsplit.adaptation.adapting import check_made_by
     from fedsplit.generation.sampling import Sampling
     from fedsplit.model.stored import check_checkpoint
     from fedsplit.model.vocabulary import load_tokenizer
@@ -236,6 +237,7 @@ def check(asked: argparse.Namespace) -> Job:
     most = _new_tokens(tokens, asked.max_new_tokens, facts.positions, config.prompt.positions)
     check_checkpoint(weights(config))
     read_fitting(adapter)
+    check_made_by(adapter.folder, config, facts.family)
     how = Sampling(asked.temperature, asked.top_k or 0, asked.top_p or 1.0, asked.seed or 0)
     stops = _end_tokens(model)
     client = asked.client or 0

@@ -59,6 +59,7 @@ HOMES = {
     "matplotlib": {"corpora.census"},
     "numpy": {"wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "peft": {
+        "adaptation.adapting",
         "adaptation.injection",
         "adaptation.lora",
         "adaptation.prompts",

@@ -346,7 +346,7 @@ _UNDERSTOOD = frozenset(
 )
 """Fields of PEFT's LoraConfig that say no more than which layers get s * B @ A, and how large s is."""
 
-_NEUTRAL_STARTS = (True, False, "gaussian", "orthogonal")
+NEUTRAL_STARTS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights as they are."""
 
 
@@ -367,7 +367,7 @@ def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
         value = getattr(config, entry.name)
         if entry.name not in _UNDERSTOOD and value != getattr(plain, entry.name):
             return f"{entry.name} is {value}"
-    if config.init_lora_weights not in _NEUTRAL_STARTS:
+    if config.init_lora_weights not in NEUTRAL_STARTS:
         return f"init_lora_weights is {config.init_lora_weights}"
     known, saved = {*names}, {*(config.modules_to_save or ())}
     heads = {f"{head}.weight" for head in (HEAD, SCORE) if head in saved}

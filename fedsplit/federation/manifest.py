@@ -96,7 +96,7 @@ def _digest_of_shards(shards: Iterable[Shard]) -> str:
                 value = getattr(rows, entry.name)
                 if isinstance(value, Tensor):
                     found.update(f"{entry.name} {value.dtype} {tuple(value.shape)}".encode())
-                    found.update(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+                    found.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -162,10 +162,39 @@ def open_run(path: Path) -> Run:
         rounds = int(summary["rounds"])
     except (OSError, ValueError, KeyError, TypeError):
         rounds = 0
+    if rounds >= config.rounds:
+        _check_summary(path, summary)
     if rounds < config.rounds:
         done = f"{rounds} of its {config.rounds} rounds are" if rounds else "there is no summary.json of it"
         raise InputError(f"the run in {path} did not end ({done}{' summed up' if rounds else ''}); --resume goes on")
     return Run(path, config, summary)
+
+
+def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Makes sure that a summary has what commands after a run show of it.
+
+    Raises:
+        InputError: It has not.
+    """
+    try:
+        for part in PARTS:
+            int(summary["parameters"][part]["total"]), int(summary["parameters"][part]["trainable"])
+        for when in ("before", "after"):
+            float(summary["eval_loss"][when])
+        for count in dict(summary["bytes"]).values():
+            int(count)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the run in {path} has a damaged summary.json ({type(error).__name__}: {error})") from None
+
+
+def whole_files(adapter: Adapter) -> Adapter:
+    """An adapter whose folder has the files of one.
+
+    Raises:
+        InputError: It has not.
+    """
+    _whole(adapter.folder)
+    return adapter
 
 
 def find_adapter(path: Path, client: int | None = None) -> Adapter:

@@ -20,7 +20,9 @@ from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
 from fedsplit.adaptation import adapting, lora, prompts
-from fedsplit.allowed import InputError
+from fedsplit.allowed import InputError, SettingError
+from fedsplit.model.head import HEAD, WEIGHT
+from fedsplit.model.parts import SCORE
 from fedsplit.model.store import load_tensors
 from fedsplit.model.unsplit import blank, transposed_layers
 from fedsplit.results.finished import ADAPTER_FILES, Adapter
@@ -87,6 +89,35 @@ def read_fitting(adapter: Adapter) -> Adapters:
         for name, layer in read.layers.items()
     }
     return replace(read, layers=layers)
+
+
+def read_known(adapter: Adapter) -> tuple[Adapters, bool]:
+    """Reads an adapter, and makes sure that it fits its base model where that is here.
+
+    Returns:
+        The adapter, and whether its model is here; without it only the file itself can be checked.
+
+    Raises:
+        InputError: As `read_fitting` does.
+    """
+    try:
+        adapter.about_path  # noqa: B018  # looks for the model
+    except SettingError:
+        return read_adapter(adapter), False
+    return read_fitting(adapter), True
+
+
+def leaves_base(adapter: Adapter) -> bool:
+    """Whether the base model is as it was when PEFT has taken an adapter off again.
+
+    It is not where the file holds weights of the base, such as biases, which PEFT writes into it.
+    """
+    config = PeftConfig.from_pretrained(str(adapter.folder))
+    if config.peft_type != "LORA":
+        return not getattr(config, "modules_to_save", None) or {*config.modules_to_save} <= {HEAD, SCORE}
+    plain = [name for name in read_adapter(adapter).tensors if ".lora_" not in name or ".base_layer.weight" in name]
+    neutral = config.init_lora_weights in lora.NEUTRAL_STARTS and not config.layer_replication
+    return neutral and {*plain} <= {WEIGHT, lora.SCORE_WEIGHT}
 
 
 def more_than_factors(adapter: Adapter) -> str:

@@ -147,7 +147,7 @@ def check_made_by(folder: Path, config: Config, family: Family) -> None:
 
 
 def _word(value: object) -> object:
-    """A value of PEFT's, alike whether it comes from a file or not: JSON knows no sets, no tuples and no enumerations."""
+    """A value of PEFT's, alike whether it comes from a file or not: JSON has no sets, tuples and enumerations."""
     if isinstance(value, set | list | tuple):
         return ",".join(sorted(map(str, value))) or None
     return getattr(value, "value", value)

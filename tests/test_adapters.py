@@ -371,7 +371,7 @@ def test_a_folder_that_is_no_single_adapter_in_safetensors_is_refused(
     ("edit", "words"),
     [
         (("rank = 2", "rank = 4"), "its r is 2, by the run's settings 4"),
-        (("alpha = 3.0", "alpha = 5.0"), "its lora_alpha is 3, by the run's settings 5"),
+        (("alpha = 3.0", "alpha = 5.0"), "its lora_alpha is 3.0, by the run's settings 5.0"),
         (("rslora = false", "rslora = true"), "its use_rslora is False, by the run's settings True"),
         (('method = "lora"', 'method = "dora"'), "its use_dora is False, by the run's settings True"),
         (('lm_head = "frozen"', 'lm_head = "full"'), "its modules_to_save is None, by the run's settings lm_head"),

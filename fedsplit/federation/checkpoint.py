@@ -62,6 +62,7 @@ def check_resumable(path: Path, config: Config) -> None:
     if last is None or not (path / "metrics.jsonl").is_file():
         raise SettingError("resume", path, "the folder of a run that ended one round at least")
     written = _written(path, last)
+    _check_elsewhere(path, written)
     facts = _facts_of(path, last)
     _check_metrics(path)
     manifest.check_settings(written, config, path)
@@ -88,7 +89,7 @@ def check_content(path: Path, config: Config, content: manifest.Content) -> None
 
 
 def _written(path: Path, folder: Path) -> manifest.Manifest:
-    """The manifest of a round's folder, all of whose files are as it says, and those that go with them.
+    """The manifest of a round's folder, all of whose files are as it says.
 
     Raises:
         SettingError: They are not.
@@ -100,12 +101,20 @@ def _written(path: Path, folder: Path) -> manifest.Manifest:
     except manifest.Damaged as damaged:
         words = f"a run whose last round is whole; remove {folder} to go on from the round before"
         raise SettingError("resume", f"{path} ({folder.name} is damaged: {damaged})", words) from None
-    try:
-        manifest.check_elsewhere(path, found)
-    except manifest.Damaged as damaged:
-        words = f"a run whose files are as they were at the end of round {number}"
-        raise SettingError("resume", f"{path} ({damaged})", words) from None
     return found
+
+
+def _check_elsewhere(path: Path, written: manifest.Manifest) -> None:
+    """Makes sure that the files outside the last round's folder, from which a run goes on, are as its manifest says.
+
+    Raises:
+        SettingError: They are not.
+    """
+    try:
+        manifest.check_elsewhere(path, written)
+    except manifest.Damaged as damaged:
+        words = f"a run whose files are as they were at the end of round {written.round}"
+        raise SettingError("resume", f"{path} ({damaged})", words) from None
 
 
 def _facts_of(path: Path, last: Path) -> dict[str, Any]:

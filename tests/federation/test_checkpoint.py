@@ -296,8 +296,10 @@ def test_a_damaged_best_round_is_not_left_as_the_result(folder: RunFolder) -> No
     folder.log({"round": 1})
     folder._config = dataclasses.replace(folder._config, keep_best=True)
     for round in (1, 2):
-        facts = {"after": float(round), "course": {"best": 1, "waited": 1}}
+        ClientStore(folder.clients, 0).save(round, Kept(personal={"y": torch.ones(2)}), round)
+        facts = {"after": float(round), "course": {"best": 1, "waited": 1}, "accepted": {"0": round}}
         folder.save_round(Snapshot(round, facts, {}), folder.whole)
+    check_resumable(folder.path, going(folder, 5))  # what clients kept of the best round is gone, as it should be
     path = folder.path / "checkpoints" / "round-0001" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(Damaged, match=r"round-0001, the best round, is damaged: adapter_model\.safetensors is not"):

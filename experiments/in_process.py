@@ -22,9 +22,10 @@ from fedsplit.config import Config
 from fedsplit.corpora.shards import on_disks
 from fedsplit.federation import client_app
 from fedsplit.federation.checkpoint import RunFolder
+from fedsplit.federation.manifest import content_of
 from fedsplit.federation.server_app import Federation
 from fedsplit.model.families import read_facts
-from fedsplit.model.sources import about
+from fedsplit.model.sources import about, weights
 from fedsplit.trunk.dispatch import Dispatcher
 from fedsplit.trunk.memory import peak_memory, resident_memory
 from fedsplit.trunk.server import TrunkServer
@@ -147,8 +148,10 @@ def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federati
     run, facts = str(uuid4()), read_facts(about(config))
     name_run()
     with trunk_of(config, run) as trunk:
-        folder = RunFolder(out, config, facts.family, facts.blocks)
+        shards = shards_of(config)
+        content = content_of(shards, about(config), weights(config))
+        folder = RunFolder(out, config, facts.family, facts.blocks, content)
         federation = Federation(config, trunk, run, 1, 1, strategy, folder, watcher, time.perf_counter())  # type: ignore[arg-type]
-        with on_disks(folder.clients, shards_of(config)):
+        with on_disks(folder.clients, shards):
             federation.run(LocalGrid(config.clients))  # type: ignore[arg-type]
     return federation

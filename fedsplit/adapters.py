@@ -23,10 +23,12 @@ from fedsplit.results.finished import (
     copy_adapter,
     find_adapter,
     open_run,
+    whole_files,
 )
 
 if TYPE_CHECKING:
     from fedsplit.adaptation.comparison import Distance
+    from fedsplit.updates import Adapters
 
 METHODS = ("cat", "svd", "linear")
 """Ways to combine adapters, by the names that PEFT gives them."""
@@ -34,33 +36,39 @@ METHODS = ("cat", "svd", "linear")
 
 def summary(run: Run) -> list[str]:
     """What a run trained and what it left behind, part by part."""
-    from fedsplit.model.store import count_values
-    from fedsplit.report import aligned, size
+    from fedsplit.report import aligned
+    from fedsplit.results.fitting import read_known
 
+    whole, is_here = read_known(run.adapter())
     rows: list[tuple[str, ...]] = [("", "trainable", "frozen", "total", "in the file", "file")]
     totals = [0, 0, 0]
     for part, folder in run.parts.items():
         counts = run.summary["parameters"][part]
         own = counts["trainable"], counts["total"] - counts["trainable"], counts["total"]
         totals = [before + more for before, more in zip(totals, own, strict=True)]
-        file = folder / ADAPTER_FILES[1]
-        rows.append((part, *(f"{n:,}" for n in own), f"{count_values(file):,}", size(file.stat().st_size)))
-    file = run.adapter().folder / ADAPTER_FILES[1]
-    rows.append(("whole", *(f"{n:,}" for n in totals), f"{count_values(file):,}", size(file.stat().st_size)))
+        rows.append((part, *(f"{n:,}" for n in own), *_filed(replace(run.adapter(), folder=folder))))
+    rows.append(("whole", *(f"{n:,}" for n in totals), *_filed(run.adapter())))
     for client in run.personal:
-        file = run.adapter(client).folder / ADAPTER_FILES[1]
-        rows.append((f"client {client}", "", "", "", f"{count_values(file):,}", size(file.stat().st_size)))
+        read_known(run.adapter(client))
+        rows.append((f"client {client}", "", "", "", *_filed(run.adapter(client))))
     config = run.config
-    kind = f"ranks {_ranks(run)}" if config.lora.method == "lora" else f"{config.lora.method}, ranks {_ranks(run)}"
+    kind = f"ranks {_ranks(whole)}" if config.lora.method == "lora" else f"{config.lora.method}, ranks {_ranks(whole)}"
     about = f"model {config.model}; cut {config.cut}; strategy {config.strategy}; {kind}"
-    return [about, *aligned(rows)]
+    away = ["the model is not here: nobody can tell whether the adapter fits it"] if not is_here else []
+    return [about, *aligned(rows), *away]
 
 
-def _ranks(run: Run) -> str:
+def _filed(adapter: Adapter) -> tuple[str, str]:
+    """How many numbers are in an adapter's file, and how large it is."""
+    from fedsplit.report import size
+    from fedsplit.results.fitting import read_adapter
+
+    tensors = read_adapter(whole_files(adapter)).tensors
+    return f"{sum(t.numel() for t in tensors.values()):,}", size((adapter.folder / ADAPTER_FILES[1]).stat().st_size)
+
+
+def _ranks(read: Adapters) -> str:
     """The ranks of the layers in the adapter, from the least to the largest; of AdaLoRA those that are left."""
-    from fedsplit.adaptation import adapting
-
-    read = adapting.load(run.adapter().folder)
     dealt = {int(t.count_nonzero()) for name, t in read.tensors.items() if name.endswith(".lora_E")}
     ranks = sorted({read.rank(layer) for layer in (*read.complete, *read.stacked)} | dealt)
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
@@ -91,13 +99,13 @@ def _shown(value: object) -> str:
 
 def _distances(first: Run, second: Run) -> list[str]:
     """How far apart the adapters are: layer by layer where they add s B A, and tensor by tensor where they do not."""
-    from fedsplit.adaptation import adapting
     from fedsplit.adaptation.comparison import distances, kind_of, loose, tensor_distances
+    from fedsplit.results.fitting import read_known
 
     kinds = [kind_of(run.config) for run in (first, second)]
     if kinds[0] != kinds[1]:
         return [f"the adapters are of different kinds, {kinds[0]} and {kinds[1]}, which have no common measure"]
-    one, two = (adapting.load(run.adapter().folder) for run in (first, second))
+    one, two = (read_known(run.adapter())[0] for run in (first, second))
     layers, tensors = distances(one, two), tensor_distances(loose(one), loose(two))
     missed = {
         "layers": {*one.complete, *two.complete, *one.stacked, *two.stacked} - layers.keys(),

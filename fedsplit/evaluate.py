@@ -193,6 +193,7 @@ def evaluate(
         InputError: There is no such client, data set or device, or the run's model is not there.
     """
     from fedsplit.model.devices import check_device, resolve
+    from fedsplit.results.fitting import leaves_base
     from fedsplit.results.whole import attach, detach, open_held, restore_head, score
 
     results = []
@@ -200,13 +201,16 @@ def evaluate(
     work = _work(run, dataset, client, samples, data or other_data(run.config, {}))
     _check_tokens(run, work)
     classes = _classes(run.config)
-    base = open_held(work[0][0], resolve(device), classes=len(classes), seed=run.config.seed)
-    for adapter, texts in work:
+    place, seed = resolve(device), run.config.seed
+    base = open_held(work[0][0], place, classes=len(classes), seed=seed)
+    for number, (adapter, texts) in enumerate(work, 1):
         alone = [score(base, batches) for _, batches in texts]
         model = attach(base, adapter)
         for (name, batches), before in zip(texts, alone, strict=True):
             results.append(Result(name, before, score(model, batches)))
-        base = detach(model)
+        if number == len(work):
+            break
+        base = detach(model) if leaves_base(adapter) else open_held(adapter, place, classes=len(classes), seed=seed)
         if classes:  # PEFT leaves the adapter's head where it was
             restore_head(base, run.config.seed)
     return results

@@ -222,18 +222,20 @@ def check(asked: argparse.Namespace) -> Job:
     model = about(config)
     facts = read_facts(model)
 
+    from fedsplit.adaptation.adapting import check_made_by
     from fedsplit.generation.sampling import Sampling
     from fedsplit.model.stored import check_checkpoint
     from fedsplit.model.token_ids import check_largest, end_tokens
     from fedsplit.model.vocabulary import load_tokenizer
-    from fedsplit.results.whole import read_adapter
+    from fedsplit.results.fitting import read_fitting
 
     tokenizer = load_tokenizer(model)
     tokens = _tokenise(tokenizer, prompts, asked.chat, config.model)
     most = _new_tokens(tokens, asked.max_new_tokens, facts.positions, config.prompt.positions)
     check_largest(model, config.model, max(max(ids) for ids in tokens))
     check_checkpoint(weights(config), config.dtype)
-    read_adapter(adapter)
+    read_fitting(adapter)
+    check_made_by(adapter.folder, config, facts.family)
     how = Sampling(asked.temperature, asked.top_k or 0, asked.top_p or 1.0, asked.seed or 0)
     stops = end_tokens(model)
     client = asked.client or 0

@@ -60,7 +60,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
 
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     if config.resume:
-        check_resumable(folder, config.rounds, config.patience)
+        check_resumable(folder, config)
     else:
         check_folder(folder)
     check_optimizer(config.train)
@@ -99,15 +99,19 @@ def run(config: Config) -> dict[str, Any]:
     from fedsplit.corpora.shards import on_disks
     from fedsplit.federation import engine
     from fedsplit.federation.aggregation import FederationFailed
-    from fedsplit.federation.checkpoint import RunFolder
+    from fedsplit.federation.checkpoint import RunFolder, check_content
+    from fedsplit.federation.manifest import content_of
     from fedsplit.federation.server_app import Federation
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about, pinned
+    from fedsplit.model.sources import about, pinned, weights
     from fedsplit.planning import plan
     from fedsplit.report import make_watcher
     from fedsplit.trunk import cluster
     from fedsplit.trunk.actor import check_memory, start_trunk
 
+    content = content_of(deal.shards, about(config), weights(config))
+    if config.resume:
+        check_content(folder, config, content)
     facts = read_facts(about(config))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config, facts.width)
@@ -119,7 +123,7 @@ def run(config: Config) -> dict[str, Any]:
         with cluster.running(shares.workers):
             trunk = start_trunk(config, name, shares.trunk_threads, shares.trunk_lanes)
             check_memory(config, trunk)
-            results = RunFolder(folder, config, facts.family, facts.blocks)
+            results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(deal))
             workers, threads = shares.workers, shares.client_threads
             federation = Federation(config, trunk, name, workers, threads, strategy, results, watcher, started)

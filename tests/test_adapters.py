@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import peft_adapters
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fedsplit import adapters
 from fedsplit.evaluate import evaluate, held_out_loss
+from fedsplit.evaluate import main as evaluate_command
+from fedsplit.generate import main as generate_command
 from fedsplit.model.unsplit import load_whole
 from fedsplit.scores import pooled
 
@@ -135,7 +140,7 @@ def test_adapters_that_are_no_pairs_of_factors(
     everyone = pooled(result.tuned for result in evaluate(opened))
     assert everyone.loss == pytest.approx(loss["after"], abs=1e-5)
     code, _, error = say("unmerge", tmp_path / "merged", "--out", tmp_path / "back")
-    assert code == 2 and "does more than to add something to the weights; the base is" in error
+    assert code == 2 and "does more than to add something to the weights (" in error and "; the base is" in error
     code, _, error = say("combine", run, run, "--out", tmp_path / "both")
     assert code == 2 and "cannot be combined: it is no LoRA" in error
     assert say("export", run, "--names", "speech", "--out", tmp_path / "tasks")[0] == 0
@@ -240,6 +245,185 @@ def test_what_is_asked_for_wrongly_gets_one_line_and_writes_nothing(
         assert (code, lines) == (2, []), argv
         assert error.startswith(f"fedsplit: {words}") and error.count("\n") == 1, error
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+FILE = "adapter_model.safetensors"
+
+
+def _nan(path: Path) -> None:
+    tensors = load_file(path)
+    next(iter(tensors.values())).fill_(torch.nan)
+    save_file(tensors, path)
+
+
+def _without_one(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[min(tensors)]
+    save_file(tensors, path)
+
+
+def _with_one_more(path: Path) -> None:
+    save_file({**load_file(path), "base_model.model.more.weight": torch.zeros(2)}, path)
+
+
+def _misshapen(path: Path) -> None:
+    tensors = load_file(path)
+    tensors[min(tensors)] = torch.zeros(3)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_nan, "holds NaN or infinite values in "),
+        (_without_one, "is not whole: it lacks "),
+        (_with_one_more, "it has more.weight, for which there is no place"),
+        (_misshapen, "is (3,), its place "),
+        (lambda path: path.write_bytes(path.read_bytes()[:-50]), "cannot be read ("),
+        (lambda path: path.write_bytes(b""), "cannot be read ("),
+    ],
+)
+def test_every_command_names_what_is_wrong_with_an_adapter(
+    damage: Callable[[Path], object],
+    words: str,
+    finished_run: Callable[..., Path],
+    tmp_path: Path,
+    say: Callable[..., Said],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And writes nothing: evaluation and generation, too."""
+    whole = finished_run("gpt2")
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    damage(run / "adapter" / FILE)
+    out = ("--out", tmp_path / "out")
+    for argv in (
+        ["summary", run],
+        ["merge", run, *out],
+        ["merge", run / "adapter", *out],
+        ["combine", run, whole, *out],
+        ["combine", whole, run, *out],
+        ["export", run, *out],
+        ["compare", run, whole],
+        ["compare", whole, run],
+    ):
+        code, lines, error = say(*argv)
+        assert (code, lines) == (2, []) and error.count("\n") == 1, (argv, error)
+        assert f"the adapter in {run}/adapter" in error and words in error, (argv, error)
+    for command, more in ((evaluate_command, []), (generate_command, ["--prompt", "a"])):
+        assert command(["--run", str(run), *more]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and words in said.err and said.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_summary_looks_at_every_file(
+    finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    run = Path(shutil.copytree(finished_run("gpt2", "fedsa"), tmp_path / "run"))
+    for place in ("trunk_lora", "personal/0001"):
+        kept = (run / place / FILE).read_bytes()
+        (run / place / FILE).write_bytes(kept[:20])
+        code, lines, error = say("summary", run)
+        assert (code, lines) == (2, []) and error.startswith(f"fedsplit: the adapter in {run}/{place} cannot be read")
+        (run / place / FILE).write_bytes(kept)
+    (run / "personal" / "notes").mkdir()
+    (run / "personal" / "0001-old").mkdir()
+    assert say("summary", run)[0] == 0
+
+
+def test_a_summary_and_a_comparison_need_no_model(
+    finished_run: Callable[..., Path], tiny_models: dict[str, Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    """But say that nobody looked whether the adapter fits it."""
+    shutil.copytree(tiny_models["gpt2"], tmp_path / "model")
+    run = finished_run(str(tmp_path / "model"))
+    shutil.rmtree(tmp_path / "model")
+    code, lines, _ = say("summary", run)
+    assert code == 0 and lines[-1] == "the model is not here: nobody can tell whether the adapter fits it"
+    assert say("compare", run, run)[0] == 0
+
+
+@pytest.mark.parametrize("content", ['{"rounds": 2}', '{"rounds": 2, "parameters": []}', '{"rou', "[]"])
+def test_a_damaged_summary_is_one_line(
+    content: str, finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    run = Path(shutil.copytree(finished_run("gpt2"), tmp_path / "run"))
+    (run / "summary.json").write_text(content)
+    for argv in (["summary", run], ["compare", run, run]):
+        code, lines, error = say(*argv)
+        assert (code, lines) == (2, []) and "summary.json" in error and error.count("\n") == 1
+
+
+def test_a_folder_that_is_no_single_adapter_in_safetensors_is_refused(
+    tiny_models: dict[str, Path], tmp_path: Path, say: Callable[..., Said]
+) -> None:
+    """PEFT puts several adapters of one model into folders below; and once wrote files that may hold code."""
+    for kind in ("plain", "dora"):
+        peft_adapters.make("llama", kind, tiny_models["llama"], tmp_path / "both" / kind)
+    _, _, error = say("merge", tmp_path / "both", "--out", tmp_path / "out")
+    assert error.endswith("holds several adapters, dora, plain: name the folder of one of them\n")
+    (tmp_path / "both" / "dora" / FILE).rename(tmp_path / "both" / "dora" / "adapter_model.bin")
+    code, _, error = say("merge", tmp_path / "both" / "dora", "--out", tmp_path / "out")
+    assert code == 2 and "(adapter_model.bin is not read, since it may hold code)" in error
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (("rank = 2", "rank = 4"), "its r is 2, by the run's settings 4"),
+        (("alpha = 3.0", "alpha = 5.0"), "its lora_alpha is 3.0, by the run's settings 5.0"),
+        (("rslora = false", "rslora = true"), "its use_rslora is False, by the run's settings True"),
+        (('method = "lora"', 'method = "dora"'), "its use_dora is False, by the run's settings True"),
+        (('lm_head = "frozen"', 'lm_head = "full"'), "its modules_to_save is None, by the run's settings lm_head"),
+    ],
+)
+def test_text_is_not_written_with_an_adapter_of_other_settings(
+    edit: tuple[str, str],
+    words: str,
+    finished_run: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Path(shutil.copytree(finished_run("gpt2"), tmp_path / "run"))
+    text = (run / "config.toml").read_text()
+    assert edit[0] in text
+    (run / "config.toml").write_text(text.replace(*edit))
+    assert generate_command(["--run", str(run), "--prompt", "a"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"fedsplit: the adapter in {run}/adapter is not what its run made: {words}\n"
+
+
+def test_what_peft_put_into_a_run_is_measured_and_leaves_nothing_behind(
+    finished_run: Callable[..., Path], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """PEFT writes biases into the base: the next client's base must be opened anew."""
+    run = Path(shutil.copytree(finished_run("gpt2", "fedsa"), tmp_path / "run"))
+    before = evaluate(adapters.open_run(run))
+    for kind, client in (("all biases", 0), ("whole norm", 1)):
+        shutil.rmtree(run / "personal" / f"{client:04d}")
+        peft_adapters.make("gpt2", kind, tiny_models["gpt2"], run / "personal" / f"{client:04d}")
+    after = evaluate(adapters.open_run(run))
+    assert [result.base for result in after] == [result.base for result in before]
+    assert after[2] == before[2] and after[0].tuned != before[0].tuned
+    for client in (0, 1):
+        model = peft_adapters.opened(tiny_models["gpt2"], run / "personal" / f"{client:04d}")
+        assert after[client].tuned.loss == pytest.approx(held_out_loss(model, run, [client]), abs=1e-6)
+
+
+def test_a_full_disk_is_one_line(
+    finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1, and nothing half-written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = finished_run("gpt2")
+    for argv in (["merge", run], ["combine", run, run], ["export", run, "--names", "one"]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        try:
+            code, lines, error = say(*argv, "--out", tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (code, lines) == (1, []) and error.count("\n") == 1 and "could not be written" in error, error
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_help_and_refusals_load_no_library(tmp_path: Path) -> None:

@@ -61,10 +61,12 @@ HOMES = {
     "matplotlib": {"corpora.census"},
     "numpy": {"wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "peft": {
+        "adaptation.adapting",
         "adaptation.injection",
         "adaptation.lora",
         "adaptation.prompts",
         "adaptation.rank_allocation",
+        "results.fitting",
         "results.whole",
         "results.merging",
     },

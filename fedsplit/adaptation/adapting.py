@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from fedsplit.adaptation import lora, prompts
+from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.rank_allocation import adapted_layers
 from fedsplit.adaptation.rank_budget import budget_of, for_file
+from fedsplit.allowed import InputError
 from fedsplit.config import Config
 from fedsplit.model.devices import TYPES, resolve
 from fedsplit.model.families import Family
@@ -22,6 +25,14 @@ from fedsplit.model.parts import SCORE, Kind, Part
 from fedsplit.model.sources import about, weights
 from fedsplit.model.split import empty_part, load_parts
 from fedsplit.updates import Adapters, Layer
+
+_OF_THE_FILE = frozenset(
+    {
+        *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),
+        *("rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters", "runtime_config"),
+    }
+)
+"""Fields of PEFT's configurations that follow from what trained, not from settings."""
 
 
 def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[Any]:
@@ -128,6 +139,42 @@ def save(
 def load(folder: Path) -> Adapters:
     """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote."""
     return lora.load(folder) if prompts.kind_of(folder) is None else prompts.load(folder)
+
+
+def check_made_by(folder: Path, config: Config, family: Family) -> None:
+    """Makes sure that a finished run's adapter is of the kind that the run's settings make, which parts can take over.
+
+    Args:
+        folder: The adapter's.
+        config: The run's.
+        family: The model's family.
+
+    Raises:
+        InputError: It is another one.
+    """
+    filed = PeftConfig.from_pretrained(str(folder))
+    if config.prompt.kind != "off":
+        wanted: dict[str, Any] = {"peft_type": prompts.PEFT_TYPES[config.prompt.kind]}
+        wanted["num_virtual_tokens"] = config.prompt.tokens
+    else:
+        made = make_config(for_file(config), family, None, config.seed, config.lm_head)
+        if method_of(config.lora).residual:
+            made.init_lora_weights = True  # as `lora.save` has it
+        wanted = {entry.name: getattr(made, entry.name) for entry in fields(made) if entry.name not in _OF_THE_FILE}
+    for name, value in wanted.items():
+        found = getattr(filed, name, None)
+        if name == "modules_to_save":
+            found, value = ({*(some or ())} - {SCORE} for some in (found, value))
+        if _word(found) != _word(value):
+            words = f"its {name} is {_word(found)}, by the run's settings {_word(value)}"
+            raise InputError(f"the adapter in {folder} is not what its run made: {words}")
+
+
+def _word(value: object) -> object:
+    """A value of PEFT's, alike whether it comes from a file or not: JSON has no sets, tuples and enumerations."""
+    if isinstance(value, set | list | tuple):
+        return ",".join(sorted(map(str, value))) or None
+    return getattr(value, "value", value)
 
 
 def adopt(folder: Path, config: Config, *parts: Part) -> None:

@@ -6,13 +6,14 @@ by name, which are read, written and saved alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -345,6 +346,48 @@ def pattern_name(layer: str, config: PeftConfig) -> str:
     return parameter if any(parameter.endswith(f".{path}") for path in config.target_parameters or ()) else layer
 
 
+_UNDERSTOOD = frozenset(
+    {
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
+        *("modules_to_save", "init_lora_weights", "fan_in_fan_out"),
+    }
+)
+"""Fields of PEFT's LoraConfig that say no more than which layers get s * B @ A, and how large s is."""
+
+NEUTRAL_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that leave the base weights as they are."""
+
+
+def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
+    """Names something that an adapter does beside adding s * B @ A to layers, and beside bringing a head of its own.
+
+    Args:
+        config: Its configuration.
+        names: Its tensors' names.
+
+    Returns:
+        The first such thing; "" where there is none.
+    """
+    if config.peft_type != "LORA":
+        return f"its kind is {getattr(config.peft_type, 'value', config.peft_type)}"
+    plain = LoraConfig()
+    for entry in dataclasses.fields(plain):
+        value = getattr(config, entry.name)
+        if entry.name not in _UNDERSTOOD and value != getattr(plain, entry.name):
+            return f"{entry.name} is {value}"
+    if config.init_lora_weights not in NEUTRAL_STARTS:
+        return f"init_lora_weights is {config.init_lora_weights}"
+    known, saved = {*names}, {*(config.modules_to_save or ())}
+    heads = {f"{head}.weight" for head in (HEAD, SCORE) if head in saved}
+    for name in sorted(known - heads):
+        layer, factor = name.rpartition(".lora_")[0], factor_of(name)
+        if factor is None or not {f"{layer}.lora_{other}.weight" for other in "AB"} <= known:
+            return f"it has {name}"
+    return ""
+
+
 def load(directory: Path) -> Adapters:
     """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote; the inverse of `save`.
 
@@ -354,18 +397,22 @@ def load(directory: Path) -> Adapters:
     config = PeftConfig.from_pretrained(str(directory))
     named = load_file(directory / "adapter_model.safetensors")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in named.items()}
-    layers: dict[str, Layer] = {}
-    if config.peft_type != "LORA" or config.use_dora or config.lora_bias:
-        return Adapters(tensors, layers)
-    for layer in sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)}):
-        key = get_pattern_key(config.alpha_pattern, pattern_name(layer, config))
-        alpha = config.alpha_pattern.get(key, config.lora_alpha)
-        transposed = bool(config.fan_in_fan_out) and layer != HEAD  # a head is no Conv1D in any family
-        layers[layer] = Layer(float(alpha), transposed, bool(config.use_rslora))
-        if layer.removesuffix(".base_layer").endswith(".experts"):
-            experts = tensors[f"{layer}.lora_A.weight"].shape[0] // config.r
-            layers[layer] = replace(layers[layer], experts=experts, parameter=_wrapped(layer, config))
-    return Adapters(tensors, layers)
+    if beyond_factors(config, tensors):
+        return Adapters(tensors, {})
+    factored = sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)})
+    return Adapters(tensors, {layer: _filed_layer(layer, tensors, config) for layer in factored})
+
+
+def _filed_layer(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> Layer:
+    """A layer of an adapter's file."""
+    stacked = name.removesuffix(".base_layer").endswith(".experts")
+    parameter = _wrapped(name, config) if stacked else "weight"
+    place = f"{name.partition('.base_layer')[0]}.{parameter}" if stacked else pattern_name(name, config)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, place), config.lora_alpha)
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, place), config.r)
+    experts = tensors[f"{name}.lora_A.weight"].shape[0] // rank if stacked else 1
+    transposed = bool(config.fan_in_fan_out) and name != HEAD  # a head is no Conv1D in any family
+    return Layer(float(alpha), transposed, bool(config.use_rslora), experts, parameter)
 
 
 def _wrapped(layer: str, config: PeftConfig) -> str:

@@ -20,9 +20,10 @@ from fedsplit.adaptation import adapting
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.documents import as_document
+from fedsplit.federation import manifest
 from fedsplit.model.families import Family
 from fedsplit.model.parts import Kind, ranges
-from fedsplit.model.store import load_tensors, pack, sync, unpack, write_tensors
+from fedsplit.model.store import load_tensors, pack, round_of, sync, unpack, write_tensors, writing
 from fedsplit.updates import Adapters
 
 
@@ -45,29 +46,107 @@ def check_folder(path: Path) -> None:
         raise SettingError("out", f"{path} ({error.strerror} in {nearest})", _FREE) from None
 
 
-def check_resumable(path: Path, rounds: int, patience: int = 0) -> None:
-    """Makes sure that a run can go on.
+def check_resumable(path: Path, config: Config) -> None:
+    """Makes sure that a run can go on, from what it wrote itself and with the settings that it began with.
+
+    Args:
+        path: Its folder.
+        config: The settings that it is to go on with.
 
     Raises:
-        SettingError: There is no round in its folder, the last one is damaged, no round is left to do and what came of
-            them is summed up, or the run has stopped because its patience ran out, and is given no more.
+        SettingError: There is no round in its folder, a file that it goes on from is not as it was written, a setting
+            that decides the result has changed, no round is left to do and what came of them is summed up, or the run
+            has stopped because its patience ran out, and is given no more.
     """
     last = last_round(path)
-    if last is None or not (path / "metrics.jsonl").exists():
+    if last is None or not (path / "metrics.jsonl").is_file():
         raise SettingError("resume", path, "the folder of a run that ended one round at least")
+    written = _written(path, last)
+    _check_elsewhere(path, written)
+    facts = _facts_of(path, last)
+    _check_metrics(path)
+    manifest.check_settings(written, config, path)
+    done, course = int(facts["round"]), facts.get("course", {})
+    if config.keep_best and course.get("best", done) != done:  # what the run may leave in the end
+        _written(path, _round_folder(path, int(course["best"])))
+    if done > config.rounds or (done == config.rounds and _summed_up(path) == done):
+        raise SettingError("rounds", config.rounds, f"more than {done}, the rounds that the run in {path} has done")
+    waited = int(course.get("waited", 0))
+    if 0 < config.patience <= waited and _summed_up(path) == done:
+        words = f"more than {waited}, the rounds in a row that did not better the held-out loss, or 0"
+        raise SettingError("patience", config.patience, words)
+
+
+def check_content(path: Path, config: Config, content: manifest.Content) -> None:
+    """Makes sure that a run that can go on has the data and the model that it began with.
+
+    Raises:
+        SettingError: It has not.
+    """
+    last = last_round(path)
+    if last is not None:
+        manifest.check_content(manifest.read(last), content, config, path)
+
+
+def _written(path: Path, folder: Path) -> manifest.Manifest:
+    """The manifest of a round's folder, all of whose files are as it says.
+
+    Raises:
+        SettingError: They are not.
+    """
+    number = round_of(folder)
+    assert number is not None
     try:
-        facts = json.loads((last / _FACTS).read_text(encoding="utf-8"))
-        done, waited = int(facts["round"]), int(facts.get("course", {}).get("waited", 0))
-        load_tensors(last / _TENSORS)
-    except Exception as error:  # noqa: BLE001  # safetensors raises an error of its own for a file cut short
-        reason = f"{last.name} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        found = manifest.check_whole(folder, number)
+    except manifest.Damaged as damaged:
+        words = f"a run whose last round is whole; remove {folder} to go on from the round before"
+        raise SettingError("resume", f"{path} ({folder.name} is damaged: {damaged})", words) from None
+    return found
+
+
+def _check_elsewhere(path: Path, written: manifest.Manifest) -> None:
+    """Makes sure that the files outside the last round's folder, from which a run goes on, are as its manifest says.
+
+    Raises:
+        SettingError: They are not.
+    """
+    try:
+        manifest.check_elsewhere(path, written)
+    except manifest.Damaged as damaged:
+        words = f"a run whose files are as they were at the end of round {written.round}"
+        raise SettingError("resume", f"{path} ({damaged})", words) from None
+
+
+def _facts_of(path: Path, last: Path) -> dict[str, Any]:
+    """The plain values of the last round.
+
+    Raises:
+        SettingError: They cannot be read.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((last / _FACTS).read_text(encoding="utf-8"))
+        int(facts["round"]), int(facts.get("course", {}).get("waited", 0))
+        return facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{last.name} is damaged: {_FACTS}: {error}"
         words = f"a run whose last round is whole; remove {last} to go on from the round before"
         raise SettingError("resume", f"{path} ({reason})", words) from None
-    if done > rounds or (done == rounds and _summed_up(path) == done):
-        raise SettingError("rounds", rounds, f"more than {done}, the rounds that the run in {path} has done")
-    if 0 < patience <= waited and _summed_up(path) == done:
-        words = f"more than {waited}, the rounds in a row that did not better the held-out loss, or 0"
-        raise SettingError("patience", patience, words)
+
+
+def _check_metrics(path: Path) -> None:
+    """Makes sure that the events of a run can be read, but for a last line that was cut off as it was written.
+
+    Raises:
+        SettingError: A line is no event.
+    """
+    try:
+        lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise SettingError("resume", f"{path} (metrics.jsonl: {error.strerror})", "a folder that can be read") from None
+    for number, line in enumerate(lines, 1):
+        if not _is_event(line) and (number < len(lines) or line.endswith(b"\n")):
+            words = "a run whose events are JSON objects with a round, a line each"
+            raise SettingError("resume", f"{path} (metrics.jsonl, line {number}, is damaged)", words)
 
 
 def _summed_up(path: Path) -> int | None:
@@ -96,21 +175,36 @@ def _lock(path: Path) -> IO[bytes]:
 
 
 def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a folder beside its final place, makes it durable, and moves it there in one step."""
-    draft = target.with_name(f".{target.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        fill(draft)
-    except BaseException:
+    """Fills a folder beside its final place, makes it durable, and moves it there in one step.
+
+    Raises:
+        NotWritten: It could not be written; what was there before is as it was.
+    """
+    draft, before = (target.with_name(f".{target.name}.{end}") for end in ("draft", "before"))
+    with writing(target):
+        _recover(target, before)
         shutil.rmtree(draft, ignore_errors=True)
-        raise
-    for file in draft.rglob("*"):
-        sync(file)
-    sync(draft)
-    shutil.rmtree(target, ignore_errors=True)  # of a run that went on, and ended before
-    draft.rename(target)
-    sync(target.parent)
+        try:
+            draft.mkdir(parents=True)
+            fill(draft)
+            for file in draft.rglob("*"):
+                sync(file)
+            sync(draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        if target.exists():  # of a run that went on, and ended before
+            target.rename(before)
+        draft.rename(target)
+        sync(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _recover(target: Path, before: Path) -> None:
+    """Brings back what was there before, where a process ended between the two renames."""
+    if before.exists() and not target.exists():
+        before.rename(target)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -143,7 +237,7 @@ class RunFolder:
         folds: Where the server remembers what was folded into base weights.
     """
 
-    def __init__(self, path: Path, config: Config, family: Family, blocks: int) -> None:
+    def __init__(self, path: Path, config: Config, family: Family, blocks: int, content: manifest.Content) -> None:
         """Makes the folder, or opens that of a run that goes on, and writes the configuration.
 
         Args:
@@ -151,24 +245,29 @@ class RunFolder:
             config: The run's.
             family: The model's family.
             blocks: Number of blocks of the model.
+            content: The run's data and model, for the manifests.
 
         Raises:
             SettingError: Another run has made the folder since it was checked, or is still at work in it.
+            NotWritten: It cannot be written.
         """
-        self.path, self._config, self._family = path, config, family
+        self.path, self._config, self._family, self._content = path, config, family, content
+        self._digests: dict[tuple[Path, int, int], str] = {}
         self._ranges = ranges(blocks, config.bounds)
         self._rounds = path / "checkpoints"
         self.clients, self.folds = path.absolute() / "clients", path / "checkpoints" / "folds"
-        try:
-            self._rounds.mkdir(parents=True, exist_ok=bool(config.resume))
-        except FileExistsError:  # it was not there when it was checked: a run that began meanwhile has it
-            raise SettingError("out", f"{path} (there already)", _FREE) from None
-        self._lock = _lock(path)
+        with writing(path):
+            try:
+                self._rounds.mkdir(parents=True, exist_ok=bool(config.resume))
+            except FileExistsError:  # it was not there when it was checked: a run that began meanwhile has it
+                raise SettingError("out", f"{path} (there already)", _FREE) from None
+            self._lock = _lock(path)
         _replace(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Appends an event to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
     def save_data(self, document: Mapping[str, Any]) -> None:
@@ -182,8 +281,9 @@ class RunFolder:
             return None
         facts = json.loads((last / _FACTS).read_text(encoding="utf-8"))
         metrics = self.path / "metrics.jsonl"
-        events = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if _is_whole(line)]
-        _replace(metrics, "".join(line for line in events if json.loads(line)["round"] <= facts["round"]))
+        events = [line for line in metrics.read_bytes().splitlines(keepends=True) if _is_event(line)]
+        kept = [line.decode() for line in events if json.loads(line)["round"] <= facts["round"]]
+        _replace(metrics, "".join(kept))
         return Snapshot(facts["round"], facts, unpack(load_tensors(last / _TENSORS)))
 
     def save_round(
@@ -204,22 +304,52 @@ class RunFolder:
             write_tensors(folder / _TENSORS, pack(snapshot.groups))
             facts = {**snapshot.facts, "round": snapshot.round}
             (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            manifest.write(folder, snapshot.round, self._config, self._content, self._elsewhere(snapshot))
 
-        write_whole(self._rounds / f"round-{snapshot.round:04d}", fill)
-        (self.path / "summary.json").unlink(missing_ok=True)  # of a run that ended, and goes on
+        write_whole(_round_folder(self.path, snapshot.round), fill)
+        with writing(self.path):
+            (self.path / "summary.json").unlink(missing_ok=True)  # of a run that ended, and goes on
+
+    def _elsewhere(self, snapshot: Snapshot) -> dict[str, str]:
+        """Digests of the files outside a round's folder from which a run goes on, by their path in the run's folder.
+
+        They are what was folded into base weights, and what clients keep, as far as their disks lie here.
+        """
+        folds = [*self.folds.glob("round-*"), *(self.clients / "folds").glob("round-*")]
+        files = [file for file in folds if (round_of(file) or snapshot.round + 1) <= snapshot.round]
+        for client, accepted in snapshot.facts.get("accepted", {}).items():
+            files.append(self.clients / f"{int(client):04d}" / f"round-{accepted:04d}.safetensors")
+        root = self.path.absolute()
+        return {str(file.absolute().relative_to(root)): self._digest(file) for file in sorted(files) if file.exists()}
+
+    def _digest(self, file: Path) -> str:
+        """The digest of a file, which is read again only where it has changed: folds of all rounds are asked for."""
+        state = file.stat()
+        key = file, state.st_mtime_ns, state.st_size
+        if key not in self._digests:
+            self._digests[key] = manifest.digest(file)
+        return self._digests[key]
 
     def read_round(self, round: int) -> tuple[Adapters, dict[int, Adapters]]:
-        """The adapters that `save_round` wrote: the whole model's, and clients' own."""
-        folder = self._rounds / f"round-{round:04d}"
+        """The adapters that `save_round` wrote: the whole model's, and clients' own.
+
+        Raises:
+            Damaged: They are not as they were written.
+        """
+        folder = _round_folder(self.path, round)
+        try:
+            manifest.check_whole(folder, round)
+        except manifest.Damaged as damaged:
+            raise manifest.Damaged(f"{folder}, the best round, is damaged: {damaged}") from None
         if self._config.prompt.kind != "off":  # adapter files have what the encoders make, and not the encoders
             groups = unpack(load_tensors(folder / _TENSORS))
             return Adapters({**groups.get("adapters", {}), **groups.get("trunk", {})}, {}), {}
-        own = sorted((folder / _PERSONAL).glob("[0-9]*"))
+        own = sorted(one for one in (folder / _PERSONAL).glob("*") if one.name.isdecimal())
         return adapting.load(folder), {int(one.name): adapting.load(one) for one in own}
 
     def read_facts(self, round: int) -> dict[str, Any]:
         """The plain values that `save_round` wrote."""
-        text = (self._rounds / f"round-{round:04d}" / _FACTS).read_text(encoding="utf-8")
+        text = (_round_folder(self.path, round) / _FACTS).read_text(encoding="utf-8")
         facts: dict[str, Any] = json.loads(text)
         return facts
 
@@ -248,21 +378,35 @@ _FREE = "a folder that is not there yet or is empty, where files can be written"
 
 def last_round(run: Path) -> Path | None:
     """The folder of the last round of a run that is whole; None where there is none."""
-    rounds = (run / "checkpoints").glob("round-*")
-    return max(rounds, key=lambda folder: int(folder.name.removeprefix("round-")), default=None)
+    rounds = {number: folder for folder in (run / "checkpoints").glob("round-*") if (number := round_of(folder))}
+    return rounds[max(rounds)] if rounds else None
+
+
+def _round_folder(run: Path, round: int) -> Path:
+    return run / "checkpoints" / f"round-{round:04d}"
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
+    """Writes a text file whole or not at all.
+
+    Raises:
+        NotWritten: It could not be written; what was there before is as it was.
+    """
     draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    draft.rename(path)
+    with writing(path):
+        try:
+            draft.write_text(text, encoding="utf-8")
+            sync(draft)
+            draft.rename(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
 
 
-def _is_whole(line: str) -> bool:
-    """Whether a line of metrics.jsonl was written to its end."""
+def _is_event(line: bytes) -> bool:
+    """Whether a line of metrics.jsonl is an event that was written to its end."""
     try:
-        return line.endswith("\n") and isinstance(json.loads(line), dict)
-    except ValueError:
+        event = json.loads(line)
+        return line.endswith(b"\n") and isinstance(event, dict) and isinstance(event["round"], int)
+    except (ValueError, KeyError):
         return False

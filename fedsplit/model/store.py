@@ -5,31 +5,59 @@ In a simulation all of them lie in the run's folder; none reads what is another'
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsplit.lowrank import LowRank
 
 
+class NotWritten(OSError):
+    """Something could not be written, such as on a full disk; says what, and why."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while something is written into one error that names it.
+
+    Args:
+        path: What is written.
+
+    Raises:
+        NotWritten: The system, or the library that writes tensors, could not.
+    """
+    try:
+        yield
+    except NotWritten:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise NotWritten(f"{path} could not be written ({reason}); what was there before is whole") from error
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
     """Writes a file of tensors, and of facts in words, whole or not at all, and to the disk before it returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     # Copies, since the format knows no two tensors that share memory, and a strategy may return such.
     apart = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    save_file(apart, draft, metadata=None if facts is None else dict(facts))
-    sync(draft)
-    draft.rename(path)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(apart, draft, metadata=None if facts is None else dict(facts))
+            sync(draft)
+            draft.rename(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
 
 
 def sync(path: Path) -> None:
@@ -39,6 +67,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def round_of(path: Path) -> int | None:
+    """The round that a file or folder named round-NNNN is of; None where its name says no number."""
+    found = re.fullmatch(r"round-(\d+)(\.safetensors)?", path.name, re.ASCII)
+    return int(found[1]) if found else None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -51,13 +85,6 @@ def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file as they lie there, which processes share and load as they use them; and its facts."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # no mapping
-
-
-def count_values(path: Path) -> int:
-    """How many numbers there are in a file of tensors, by its header alone."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(facts["shape"]) for name, facts in header.items() if name != "__metadata__")
 
 
 def pack(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -162,7 +189,7 @@ class FoldLog:
     def forget(self, after: int) -> None:
         """Drops the rounds after one, which will be made again."""
         for path in self._folder.glob("round-*.safetensors"):
-            if path > self._path(after):
+            if (number := round_of(path)) is not None and number > after:
                 path.unlink()
 
     def read(self, round: int) -> dict[str, LowRank]:

@@ -45,6 +45,11 @@ def blank(path: Path, classes: int = 0) -> Any:
         raise ValueError(words) from None
 
 
+def transposed_layers(whole: Any) -> frozenset[str]:
+    """The names of the layers that store their weights as (in, out), as GPT-2's do."""
+    return frozenset(name for name, module in whole.named_modules() if isinstance(module, Conv1D))
+
+
 def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:
     """The unsplit model, for whoever may hold it: the reference in tests, the user after a run.
 

@@ -19,6 +19,9 @@ from fedsplit.flags import read_toml
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What PEFT calls the two files of an adapter."""
 
+PICKLED = "adapter_model.bin"
+"""What PEFT called the second one before, which may hold code."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -53,6 +56,17 @@ class Adapter:
 
         return weights(Config(model=self.model, dtype=self.dtype))
 
+    @property
+    def about_path(self) -> Path:
+        """A folder that has all of its base model but the weights.
+
+        Raises:
+            SettingError: There is no such model, or it cannot be had.
+        """
+        from fedsplit.model.sources import about  # as above
+
+        return about(Config(model=self.model, dtype=self.dtype))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -76,7 +90,8 @@ class Run:
     @property
     def personal(self) -> list[int]:
         """The clients that have an adapter of their own."""
-        return sorted(int(found.name) for found in (self.path / "personal").glob("[0-9]*"))
+        found = (self.path / "personal").glob("*")
+        return sorted(int(folder.name) for folder in found if re.fullmatch(r"\d{4,}", folder.name, re.ASCII))
 
     @property
     def parts(self) -> dict[str, Path]:
@@ -126,7 +141,8 @@ def _whole(folder: Path) -> Path:
     """
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is no adapter: there is no {name} in it")
+            pickled = f" ({PICKLED} is not read, since it may hold code)" if (folder / PICKLED).is_file() else ""
+            raise InputError(f"{folder} is no adapter: there is no {name} in it{pickled}")
     return folder
 
 
@@ -146,10 +162,39 @@ def open_run(path: Path) -> Run:
         rounds = int(summary["rounds"])
     except (OSError, ValueError, KeyError, TypeError):
         rounds = 0
+    if rounds >= config.rounds:
+        _check_summary(path, summary)
     if rounds < config.rounds:
         done = f"{rounds} of its {config.rounds} rounds are" if rounds else "there is no summary.json of it"
         raise InputError(f"the run in {path} did not end ({done}{' summed up' if rounds else ''}); --resume goes on")
     return Run(path, config, summary)
+
+
+def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Makes sure that a summary has what commands after a run show of it.
+
+    Raises:
+        InputError: It has not.
+    """
+    try:
+        for part in PARTS:
+            int(summary["parameters"][part]["total"]), int(summary["parameters"][part]["trainable"])
+        for when in ("before", "after"):
+            float(summary["eval_loss"][when])
+        for count in dict(summary["bytes"]).values():
+            int(count)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the run in {path} has a damaged summary.json ({type(error).__name__}: {error})") from None
+
+
+def whole_files(adapter: Adapter) -> Adapter:
+    """An adapter whose folder has the files of one.
+
+    Raises:
+        InputError: It has not.
+    """
+    _whole(adapter.folder)
+    return adapter
 
 
 def find_adapter(path: Path, client: int | None = None) -> Adapter:
@@ -163,6 +208,7 @@ def find_adapter(path: Path, client: int | None = None) -> Adapter:
         InputError: There is no such folder, it is neither, or the client has no adapter of its own.
     """
     if not (path / ADAPTER_FILES[0]).is_file():
+        _check_single(path)
         return open_run(path).adapter(client)
     if client is not None:
         raise InputError(f"{path} is an adapter, not a run: it has no clients")
@@ -174,6 +220,17 @@ def find_adapter(path: Path, client: int | None = None) -> Adapter:
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no adapter: its {ADAPTER_FILES[0]} names no base model") from None
     return Adapter(_whole(path), model, "fp32", path.resolve().name)
+
+
+def _check_single(path: Path) -> None:
+    """Makes sure that a folder is not one of several adapters, as PEFT writes those of one model.
+
+    Raises:
+        InputError: It is.
+    """
+    inside = sorted(found.parent.name for found in path.glob(f"*/{ADAPTER_FILES[0]}"))
+    if inside and not (path / "config.toml").exists():
+        raise InputError(f"{path} holds several adapters, {', '.join(inside)}: name the folder of one of them")
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from fedsplit.model.stored import Stored
 from fedsplit.model.unsplit import blank, load_whole
 from fedsplit.model.vocabulary import TOKENIZER_FILES
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
-from fedsplit.results.whole import classes_in, merged, open_base, open_held, read_adapter, read_fitting
+from fedsplit.results.fitting import classes_in, more_than_factors, read_fitting, reason_of
+from fedsplit.results.whole import merged, open_base, open_held
 from fedsplit.updates import Adapters
 
 RECORD = "merged.json"
@@ -171,13 +172,13 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     Raises:
         InputError: The base model is missing, or the adapter does not fit it or is no change of weights.
     """
-    classes = classes_in(read_adapter(adapter))  # before its layers are looked for in a model of the other kind
-    base = open_held(adapter, dense=True, classes=classes).float()
-    changes = read_fitting(adapter, base)
+    changes = read_fitting(adapter)
     _check_mergeable(adapter, changes)
+    classes = classes_in(changes)
+    base = open_held(adapter, dense=True, classes=classes).float()
     head = _own_head(adapter, base) if classes else None
     base_type = _type_of(_base_weights(base, head))
-    shared = not classes and _untie(base, changes)
+    shared = bool(changes.layers) and not classes and _untie(base, changes)
     if changes.layers:
         _add(base, changes, 1.0)
         head = head if classes else _replace_head(base, changes.tensors.get(WEIGHT))
@@ -186,6 +187,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     if classes:
         _sort(base, changes.tensors[SCORE_WEIGHT], adapter.classes)
     base.to(TYPES[dtype])
+    _check_finite(base, dtype)
 
     def fill(draft: Path) -> None:
         _save(base, adapter.model_path, draft)
@@ -200,6 +202,17 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
 
     write_whole(out, fill)
     return classes
+
+
+def _check_finite(model: Any, dtype: str) -> None:
+    """Makes sure that merged weights are still numbers, which a narrow type may not hold.
+
+    Raises:
+        InputError: One is not.
+    """
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"with the adapter added, {name} has values that are no finite numbers in {dtype}")
 
 
 def _named(folder: Path) -> dict[str, Any]:
@@ -249,11 +262,12 @@ def unmerge(folder: Path, out: Path) -> str:
         InputError: Nothing was merged into it, or its weights have changed since.
     """
     record, adapter = read_record(folder), Adapter(folder / MERGED, str(folder), "fp32", MERGED)
-    if not read_adapter(adapter).layers:
-        words = f"its adapter does more than to add something to the weights; the base is {record['base']}"
+    changes = read_fitting(adapter)
+    if not changes.layers:
+        more = f"its adapter does more than to add something to the weights ({more_than_factors(adapter)})"
+        words = f"{more}; the base is {record['base']}"
         raise InputError(f"{folder} cannot be unmerged: {words}")
     model = load_whole(folder, torch.float32)  # a causal LM, as the base was
-    changes = read_fitting(adapter, model)
     _add(model, changes, -1.0)
     if record.get("tied"):
         model.lm_head.weight = model.get_input_embeddings().weight
@@ -299,14 +313,13 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         InputError: The adapters belong to different models, do not fit, or cannot be combined so.
     """
     check_same_base(adapters)
-    for adapter in adapters:
-        _check_headless(adapter, read_adapter(adapter))  # before its layers are looked for, which would miss the head
-    base = open_base(adapters[0].model_path, adapters[0].dtype).float()
-    read = [read_fitting(adapter, base) for adapter in adapters]
+    read = [read_fitting(adapter) for adapter in adapters]
     for adapter, one in zip(adapters, read, strict=True):
+        _check_headless(adapter, one)
         _check_mergeable(adapter, one)
         if not one.layers:
-            raise InputError(f"{adapter.folder} cannot be combined: it is no LoRA, whose factors add up")
+            words = f"it is no LoRA, whose factors add up, or more than that ({more_than_factors(adapter)})"
+            raise InputError(f"{adapter.folder} cannot be combined: {words}")
         if WEIGHT in one.tensors:
             raise InputError(f"the adapter in {adapter.folder} holds a whole head, which PEFT cannot combine")
     if how == "linear":
@@ -314,12 +327,20 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     if any(json.loads((one.folder / ADAPTER_FILES[0]).read_text()).get("target_parameters") for one in adapters):
         words = "nor on routers: PEFT adds up no such factors"
         raise InputError(f"adapters on the experts' stacked weights cannot be combined, {words}")
+    base = open_base(adapters[0].model_path, adapters[0].dtype).float()
     names = [f"number{index}" for index in range(len(adapters))]
     model = PeftModel.from_pretrained(base, str(adapters[0].folder), adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(str(adapter.folder), adapter_name=name)
-    model.add_weighted_adapter(names, list(weights), "combined", combination_type=how, svd_rank=rank)
+    layers = {layer for one in read for layer in one.complete}
+    _target_alike(list(model.peft_config.values()), layers)
+    try:
+        model.add_weighted_adapter(names, list(weights), "combined", combination_type=how, svd_rank=rank)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"the adapters cannot be combined ({reason_of(error)})") from None
     tensors, ranks = _trimmed(get_peft_model_state_dict(model, adapter_name="combined"))
+    if lost := sorted(layers ^ ranks.keys()):
+        raise InputError(f"the adapters cannot be combined: PEFT leaves out {lost[0]}")
     largest = max(ranks.values())
     name, revision = to_peft(adapters[0].model)
     config = replace(
@@ -341,6 +362,20 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
 
     write_whole(out, fill)
     return largest
+
+
+def _target_alike(configs: Sequence[Any], layers: Collection[str]) -> None:
+    """Has adapters' configurations name the layers of all, where they do not choose theirs alike.
+
+    PEFT lays out a sum by the first one's choice, and would leave out layers that only others have.
+    """
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    choices = [[getattr(config, name) for name in fields] for config in configs]
+    if all(choice == choices[0] for choice in choices):
+        return
+    for config in configs:
+        config.target_modules = set(layers)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
 def _trimmed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
-from fedsplit.adaptation import adapting, lora, prompts
+from fedsplit.adaptation import lora
 from fedsplit.allowed import InputError, SettingError
 from fedsplit.config import Config
 from fedsplit.corpora.sequences import Sequences
@@ -19,12 +20,12 @@ from fedsplit.model.families import read_facts, read_pad
 from fedsplit.model.head import HEAD, WEIGHT
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.parts import SCORE
-from fedsplit.model.quantization import check_quantization, is_quantized, was_transposed
+from fedsplit.model.quantization import check_quantization
 from fedsplit.model.stored import check_checkpoint
 from fedsplit.model.unsplit import load_whole, quantize_whole
 from fedsplit.results.finished import Adapter
+from fedsplit.results.fitting import classes_in, read_fitting, reason_of
 from fedsplit.scores import Score
-from fedsplit.updates import Adapters
 
 
 def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0) -> Any:
@@ -54,24 +55,6 @@ def restore_head(base: Any, seed: int) -> None:
     head.weight = torch.nn.Parameter(lora.fresh_score(head.weight.shape, lora.spread_of(base.config), seed))
 
 
-def read_adapter(adapter: Adapter) -> Adapters:
-    """Reads an adapter.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    try:
-        return adapting.load(adapter.folder)
-    except Exception as error:  # noqa: BLE001  # whatever the libraries make of a broken file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason})") from None
-
-
-def classes_in(read: Adapters) -> int:
-    """The classes that an adapter tells, of which it has a head (C, D); 0 where it predicts tokens."""
-    return len(read.tensors[lora.SCORE_WEIGHT]) if lora.SCORE_WEIGHT in read.tensors else 0
-
-
 def check_same_head(adapters: Iterable[Adapter]) -> int:
     """Makes sure that one base model, opened with one head, takes all of some adapters.
 
@@ -81,7 +64,7 @@ def check_same_head(adapters: Iterable[Adapter]) -> int:
     Raises:
         InputError: They differ in it, or one cannot be read.
     """
-    found = {adapter.folder: classes_in(read_adapter(adapter)) for adapter in adapters}
+    found = {adapter.folder: classes_in(read_fitting(adapter)) for adapter in adapters}
     (first, classes), *others = found.items()
     for folder, number in others:
         if number != classes:
@@ -119,106 +102,94 @@ def open_held(
     return quantize_whole(base, held.bounds, held.bits, device, dense) if held.bits else base
 
 
-def read_fitting(adapter: Adapter, base: Any) -> Adapters:
-    """Reads an adapter, and makes sure that it fits a model.
-
-    Raises:
-        InputError: It has a layer that the model has not, or one of another shape, or cannot be read.
-    """
-    read = read_adapter(adapter)
-    modules = dict(base.named_modules())
-    for layer in read.complete:
-        change, facts = read.change(layer), read.layers[layer]
-        wanted = change.shape[::-1] if facts.transposed else change.shape
-        found = _shape(modules[layer]) if layer in modules else None
-        if found != wanted:
-            words = "which the model has not" if found is None else f"which is {found} in the model, not {wanted}"
-            raise InputError(f"the adapter in {adapter.folder} does not fit the model: it changes {layer}, {words}")
-    parameters = dict(base.named_parameters())
-    for layer in read.stacked:
-        name, changes = read.weight_name(layer), read.changes(layer)
-        shape = len(changes), *changes[0].shape
-        if name not in parameters or parameters[name].shape != shape:
-            words = f"which is no {' x '.join(map(str, shape))} in the model"
-            raise InputError(f"the adapter in {adapter.folder} does not fit the model: it changes {name}, {words}")
-    for name in read.tensors.keys() - {prompts.SAVED, WEIGHT} if not read.layers else ():
-        if _layer_of(name, modules) is None:
-            words = f"it has {name}, of a layer which the model has not"
-            raise InputError(f"the adapter in {adapter.folder} does not fit the model: {words}")
-    _check_others(adapter, read, base)
-    return read
-
-
-def _layer_of(name: str, modules: Mapping[str, Any]) -> str | None:
-    """The layer that an adapter's tensor belongs to: the longest beginning of its name that is one with a weight."""
-    while name:
-        name = name.rpartition(".")[0]
-        if name in modules:
-            return name if hasattr(modules[name], "weight") else None
-    return None
-
-
-def _check_others(adapter: Adapter, read: Adapters, base: Any) -> None:
-    """Makes sure that what an adapter has beside LoRA fits a model.
-
-    Raises:
-        InputError: It does not.
-    """
-    pairs: list[tuple[str, object, object]] = []
-    if WEIGHT in read.tensors:
-        pairs.append((WEIGHT, tuple(read.tensors[WEIGHT].shape), tuple(base.lm_head.weight.shape)))
-    if classes_in(read) and hasattr(base, SCORE):
-        head = read.tensors[lora.SCORE_WEIGHT]
-        pairs.append((lora.SCORE_WEIGHT, tuple(head.shape), tuple(base.score.weight.shape)))
-    if (kind := prompts.kind_of(adapter.folder)) is not None:
-        width = prompts.saved_width(kind, base.config)
-        pairs.append((f"the width of its {prompts.SAVED}", read.tensors[prompts.SAVED].shape[1], width))
-    for name, found, wanted in pairs:
-        if found != wanted:
-            words = f"{name} is {found}, the model's {wanted}"
-            raise InputError(f"the adapter in {adapter.folder} does not fit the model: {words}")
-
-
-def _shape(module: Any) -> tuple[int, ...]:
-    """The shape of a projection's weight in the unsplit model; a quantised one tells nothing by its own."""
-    if is_quantized(module):
-        shape = module.out_features, module.in_features
-        return shape[::-1] if was_transposed(module) else shape
-    return tuple(module.weight.shape)
-
-
 def attach(base: Any, adapter: Adapter) -> Any:
     """A base model with an adapter on it, by PEFT.
 
     Raises:
         InputError: The adapter does not fit.
     """
-    read_fitting(adapter, base)
+    read_fitting(adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is drawn from a seed is not in the file, and need not be
         try:
             return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"the adapter in {adapter.folder} does not fit the model ({reason})") from None
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, LookupError) as error:
+            raise InputError(f"the adapter in {adapter.folder} does not fit the model ({reason_of(error)})") from None
 
 
 def merged(base: Any, adapter: Adapter) -> Any:
     """A base model with an adapter of any kind in its weights, by PEFT; the base is changed.
 
+    The sum is tried out: what PEFT cannot merge, it does not always refuse.
+
     Raises:
         InputError: The adapter does not fit, or cannot be merged.
     """
+    names = {name for name, _ in base.named_parameters()}
     model = attach(base, adapter)
+    begin = f"the adapter in {adapter.folder} cannot be merged"
+    expected = _probe(model)
+    tied = _untie(model.get_base_model())
     try:
-        whole = model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that are no longer tied
+            whole = model.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"the adapter in {adapter.folder} cannot be merged ({reason})") from None
-    for name in (HEAD, SCORE):  # LN tuning leaves there what PEFT wrapped it in
-        for trained in getattr(getattr(whole, name, None), "modules_to_save", {}).values():
-            setattr(whole, name, trained)
+        raise InputError(f"{begin} ({' '.join(str(error).split())})") from None
+    for name, module in list(whole.named_modules()):  # LN tuning leaves modules in what PEFT wrapped them in
+        for trained in getattr(module, "modules_to_save", {}).values():
+            whole.set_submodule(name, trained)
+    if tied:
+        _tie_where_equal(whole)
+    if strange := sorted({name for name, _ in whole.named_parameters()} - names - {WEIGHT}):
+        raise InputError(f"{begin}: PEFT leaves {strange[0]}, which is no weight of the model")
+    if not _agree(_probe(whole), expected):
+        raise InputError(f"{begin}: the model with it merged by PEFT does not compute what it does with it beside")
     return whole
+
+
+@torch.no_grad()
+def _probe(model: Any) -> Tensor:
+    """What a model makes of a few tokens, among them those that come first in a vocabulary and last."""
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = torch.cat([torch.arange(min(8, size)), torch.arange(max(0, size - 8), size)])[None]
+    logits: Tensor = model(input_ids=ids.to(device_of(model))).logits
+    return logits.float()
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two computations of the same differ by roundings only."""
+    largest = float(expected.abs().max())
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=1e-3 * max(1.0, largest))
+
+
+def _below(module: Any) -> Any:
+    """The base model's own module, below whatever PEFT wrapped it in."""
+    for name in ("base_layer", "original_module"):
+        if hasattr(module, name):
+            return _below(getattr(module, name))
+    return module
+
+
+def _untie(base: Any) -> bool:
+    """Gives the head a copy of the embedding's weight where they share one, so that each is merged for itself.
+
+    Returns:
+        Whether they shared it.
+    """
+    words, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or _below(head).weight is not _below(words).weight:
+        return False
+    _below(head).weight = torch.nn.Parameter(_below(head).weight.detach().clone())
+    return True
+
+
+def _tie_where_equal(whole: Any) -> None:
+    """Ties the head to the embedding again where an adapter left them equal; else config.json says they are not."""
+    words, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    whole.config.tie_word_embeddings = torch.equal(words.weight, head.weight)
+    if whole.config.tie_word_embeddings:
+        head.weight = words.weight
 
 
 def detach(model: Any) -> Any:

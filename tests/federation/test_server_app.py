@@ -623,9 +623,9 @@ def test_the_best_round_is_what_a_run_leaves_that_stops_early(
         model = PeftModel.from_pretrained(load_whole(config.model_path), str(out / "personal" / f"{client:04d}"))
         assert held_out_loss(model, out, [client]) == pytest.approx(losses[2]["clients"][name], abs=1e-5)
     with pytest.raises(SettingError, match=r"^patience: 2 is not possible; allowed: more than 2, the rounds in a row"):
-        check_resumable(out, 9, 2)
-    check_resumable(out, 9, 3)
-    check_resumable(out, 9)
+        check_resumable(out, replace(config, rounds=9, patience=2))
+    check_resumable(out, replace(config, rounds=9, patience=3))
+    check_resumable(out, replace(config, rounds=9, patience=0))
 
 
 def test_a_round_in_which_all_rest_has_no_aggregation_error(
@@ -688,13 +688,13 @@ def test_a_run_killed_after_its_last_round_is_summed_up(
     for name in ("adapter", "personal"):
         shutil.rmtree(out / name)
     (out / "summary.json").unlink()
-    check_resumable(out, 1)
+    check_resumable(out, config)
     again, _ = federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
     assert first.summary is not None and again.summary is not None
     assert again.summary["eval_loss"] == first.summary["eval_loss"] and (out / "adapter").is_dir()
     assert left and all(path.read_bytes() == content for path, content in left.items())
     with pytest.raises(SettingError, match=r"^rounds: 1 is not possible; allowed: more than 1"):
-        check_resumable(out, 1)
+        check_resumable(out, config)
 
 
 def test_a_run_killed_before_it_was_summed_up_is_summed_up(
@@ -705,7 +705,7 @@ def test_a_run_killed_before_it_was_summed_up_is_summed_up(
     first, _ = federate(config, out, FedAvg(), monkeypatch)
     assert first.summary is not None and first.summary["last_round"] == 2
     (out / "summary.json").unlink()
-    check_resumable(out, 9, 1)
+    check_resumable(out, config)
     again, lines = federate(replace(config, resume=str(out)), out, FedAvg(), monkeypatch)
     assert again.summary is not None
     for name in ("eval_loss", "last_round", "best_round", "ended", "tokens"):

@@ -315,5 +315,5 @@ def test_an_adapter_of_the_head_comes_and_goes(finished_run: Callable[..., Path]
     assert loss == pytest.approx(run.summary["eval_loss"]["after"], abs=1e-5)
     small = replace(run.adapter(0), folder=run.adapter(0).folder)
     base.lm_head.weight = torch.nn.Parameter(torch.zeros(5, 32))
-    with pytest.raises(InputError, match=r"does not fit the model: (it changes lm_head|lm_head\.weight is)"):
+    with pytest.raises(InputError, match=r"does not fit the model \(size mismatch for [\w.]*lm_head"):
         attach(base, small)

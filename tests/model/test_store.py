@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from fedsplit.model.store import (
     FoldLog,
     Kept,
     LostState,
-    count_values,
+    NotWritten,
     load_tensors,
     pack,
+    round_of,
     unpack,
     write_tensors,
 )
@@ -93,6 +95,28 @@ def test_what_was_folded_is_remembered_by_round_and_the_last_attempt_counts(tmp_
     FoldLog(tmp_path / "nowhere").forget(0)
 
 
-def test_numbers_are_counted_without_reading_them(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2, 3), "b": torch.ones(5), "c": torch.tensor(1.0)})
-    assert count_values(tmp_path / "x.safetensors") == 2 * 3 + 5 + 1
+def test_rounds_are_told_by_their_numbers(tmp_path: Path) -> None:
+    """Beyond the four digits of their names, too; what is named otherwise is nobody's round, and stays."""
+    log = FoldLog(tmp_path)
+    for round in (9999, 10000):
+        log.append(round, {})
+    (tmp_path / "round-x.safetensors").write_text("mine")
+    log.forget(9999)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-9999.safetensors", "round-x.safetensors"]
+    names = {"round-0003": 3, "round-12345.safetensors": 12345, "round-x": None, "round-3-old": None, "round-": None}
+    assert {name: round_of(Path(name)) for name in names} == names
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, ONE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(NotWritten, match=r"x\.safetensors could not be written \(.*too large"):
+            write_tensors(path, {"big": torch.ones(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert same(load_tensors(path), ONE) and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(NotWritten, match=r"below/x\.safetensors could not be written \(Not a directory"):
+        write_tensors(path / "below" / "x.safetensors", ONE)

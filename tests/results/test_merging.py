@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import peft_adapters
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,10 +21,10 @@ from fedsplit.evaluate import held_out_loss
 from fedsplit.model.devices import TYPES
 from fedsplit.model.families import read_pad
 from fedsplit.model.unsplit import load_whole
-from fedsplit.results import merging
+from fedsplit.results import merging, whole
 from fedsplit.results.finished import Adapter, find_adapter, open_run
 from fedsplit.results.merging import combine, merge, unmerge
-from fedsplit.results.whole import read_fitting
+from fedsplit.results.whole import attach
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -194,6 +195,112 @@ def test_adapters_of_different_models_are_not_combined(finished_run: Callable[..
         combine(adapters, [0.5, 0.5], "cat", tmp_path / "out")
 
 
+KINDS = {
+    "gpt2": (
+        *("plain", "bias of its layers", "all biases", "whole embedding", "whole norm", "whole ends"),
+        *("on the embedding", "dora on the embedding", "on the head", "on the head alone", "on both ends", "tokens"),
+        *("tokens alone", "bias of the factors", "pissa", "on all linear layers", "norms"),
+    ),
+    "llama": (
+        *("whole embedding", "whole norm", "on the embedding", "on the head", "tokens", "ranks by layer", "dora"),
+        *("rslora", "without a module", "some blocks", "olora", "of no task", "by a pattern", "whole head"),
+    ),
+    "qwen2": (
+        *("all biases", "whole embedding", "whole embedding, tied", "whole ends", "on the embedding", "tokens alone"),
+        *("on the embedding, tied", "on the head", "on both ends", "tokens"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "kind"), [(family, kind) for family, kinds in KINDS.items() for kind in kinds])
+def test_what_peft_alone_made_is_merged_whole(
+    family: str, kind: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """The merged model computes what the adapter does beside its base, ties of the head and all."""
+    model = tiny_models[family]
+    folder = peft_adapters.make(family, kind, model, tmp_path / "adapter")
+    expected = logits(peft_adapters.opened(model, folder))
+    plain = logits(load_whole(model))
+    assert merge(find_adapter(folder), tmp_path / "merged") == 0
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, plain, atol=0.1)
+    assert load_whole(tmp_path / "merged").state_dict().keys() == load_whole(model).state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["on the head", "on both ends", "on the embedding"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_without_base_weights_in_the_file_too(
+    family: str, kind: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Then an adapted head is one more layer with factors, among others that are stored the other way round."""
+    model = tiny_models[family]
+    folder = peft_adapters.make(family, kind, model, tmp_path / "adapter", ends=False)
+    expected = logits(peft_adapters.opened(model, folder))
+    merge(find_adapter(folder), tmp_path / "merged")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("invoked", "aLoRA does not support"),
+        ("replicated", r"PEFT leaves model\.layers\.3\.\S+, which is no weight of the model"),
+        ("bias of the factors", "base layer has no bias"),
+    ],
+)
+def test_what_peft_cannot_merge_is_refused(kind: str, words: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    folder = peft_adapters.make("llama", kind, tiny_models["llama"], tmp_path / "adapter")
+    with pytest.raises(InputError, match=rf"cannot be merged.*{words}"):
+        merge(find_adapter(folder), tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_sum_that_peft_gets_wrong_is_refused(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left tied, the head would be changed with the embedding."""
+    monkeypatch.setattr(whole, "_untie", lambda base: False)
+    folder = peft_adapters.make("qwen2", "on the embedding", tiny_models["qwen2"], tmp_path / "adapter")
+    with pytest.raises(InputError, match="does not compute what it does with it beside"):
+        merge(find_adapter(folder), tmp_path / "merged")
+
+
+def test_what_a_narrow_type_cannot_hold_is_refused(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    folder = peft_adapters.make("llama", "plain", tiny_models["llama"], tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for tensor in tensors.values():
+        tensor.mul_(1000)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="has values that are no finite numbers in fp16"):
+        merge(find_adapter(folder), tmp_path / "merged", "fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_adapters_of_different_layers_are_combined_whole(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT lays out a sum by what the first one chooses: blocks, modules without some, a pattern."""
+    model, folders = tiny_models["llama"], []
+    for seed, kind in enumerate(("some blocks", "without a module", "by a pattern")):
+        folders.append(peft_adapters.make("llama", kind, model, tmp_path / kind, seed))
+    adapters = [find_adapter(folder) for folder in folders]
+    combine(adapters, [0.5, 2.0, -1.0], "cat", tmp_path / "sum")
+    each, found = [changes(folder) for folder in folders], changes(tmp_path / "sum")
+    assert found.keys() == {layer for one in each for layer in one}
+    for layer, total in found.items():
+        parts = [one[layer] * weight for one, weight in zip(each, (0.5, 2.0, -1.0), strict=True) if layer in one]
+        assert torch.allclose(total, sum(parts), atol=1e-5), layer
+    with_it = logits(peft_adapters.opened(model, tmp_path / "sum"))
+    merge(find_adapter(tmp_path / "sum"), tmp_path / "merged")
+    assert torch.allclose(logits(load_whole(tmp_path / "merged")), with_it, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["all biases", "whole norm", "on the embedding", "tokens", "pissa", "invoked"])
+def test_what_holds_more_than_factors_is_not_combined(kind: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    folder = peft_adapters.make("qwen2", kind, tiny_models["qwen2"], tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"cannot be combined: it is no LoRA, whose factors add up, or more than that"):
+        combine([find_adapter(folder)] * 2, [1, 1], "cat", tmp_path / "sum")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 CLASSES = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
 
 
@@ -256,5 +363,5 @@ def test_heads_of_classes_are_not_combined(finished_run: Callable[..., Path], tm
 def test_a_head_of_other_classes_does_not_fit(finished_run: Callable[..., Path]) -> None:
     adapter = find_adapter(finished_run("gpt2", **CLASSES))
     base = load_whole(adapter.model_path, classes=3, pad=0)
-    with pytest.raises(InputError, match=r"score\.weight is \(4, 32\), the model's \(3, 32\)"):
-        read_fitting(adapter, base)
+    with pytest.raises(InputError, match=r"does not fit the model \(size mismatch for [\w.]*score"):
+        attach(base, adapter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,9 @@ import torch
 from conftest import VOCABULARY
 from test_client import padded_rows
 
-from fedsplit.allowed import InputError
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.results.finished import find_adapter
-from fedsplit.results.whole import attach, open_base, read_fitting, score
+from fedsplit.results.whole import attach, open_base, score
 from fedsplit.scores import Score, pooled
 
 
@@ -66,17 +64,3 @@ def test_an_adapter_comes_and_goes(finished_run: Callable[..., Path]) -> None:
     model = attach(base, adapter)
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     assert torch.equal(model.unload()(ids).logits, before)
-
-
-def test_what_does_not_fit_is_named(finished_run: Callable[..., Path], tmp_path: Path) -> None:
-    gpt2, llama = (find_adapter(finished_run(family)) for family in ("gpt2", "llama"))
-    base = open_base(gpt2.model_path, "fp32")
-    with pytest.raises(InputError, match=r"does not fit the model: it changes model\.layers\.0.*the model has not"):
-        read_fitting(llama, base)
-    base.transformer.h[1].attn.c_attn.weight.data = torch.zeros(32, 95)
-    with pytest.raises(InputError, match=r"h\.1\.attn\.c_attn, which is \(32, 95\) in the model, not \(32, 96\)"):
-        read_fitting(gpt2, base)
-    (tmp_path / "adapter_config.json").write_text((gpt2.folder / "adapter_config.json").read_text())
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_fitting(dataclasses.replace(gpt2, folder=tmp_path), base)

@@ -1,0 +1,221 @@
+"""A checkpoint's manifest: of which run and which round it is, and a digest of every file that the run goes on from.
+
+A run may go on only from what it wrote itself. Damaged files, files of another round, and a run whose settings, data or
+model have become others are told apart by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsplit.allowed import SettingError
+from fedsplit.config import Config
+from fedsplit.corpora.shards import Shard
+from fedsplit.documents import as_document, dotted
+from fedsplit.flags import MAY_DIFFER
+
+NAME = "manifest.json"
+"""The manifest's file in a round's folder."""
+
+MAY_CHANGE = frozenset({*MAY_DIFFER, "data.show", "trunk.lanes", "trunk.memory", "trunk.lease"})
+"""Settings that may be others when a run goes on: how long it lasts, and what of the machine it uses."""
+
+BY_CONTENT = frozenset({"model", "dataset", "data.held_out"})
+"""Settings that name files: what counts is what is in these, wherever they lie."""
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written; says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a run computes with beside its settings.
+
+    Attributes:
+        data: A digest of all clients' data, as they were dealt out.
+        model: Digests of the base model's files, by name.
+    """
+
+    data: str
+    model: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        round: The round that it is of.
+        settings: The run's settings that decide its result, by dotted name.
+        content: What the run computes with.
+        files: Digests of the files in the round's folder, by their path in it.
+        elsewhere: Digests of the other files that the run goes on from, by their path in the run's folder.
+    """
+
+    round: int
+    settings: Mapping[str, Any]
+    content: Content
+    files: Mapping[str, str]
+    elsewhere: Mapping[str, str]
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_of(shards: Sequence[Shard], about: Path, weights: Path) -> Content:
+    """Digests of a run's data and model.
+
+    Args:
+        shards: By client.
+        about: The folder of the model's config.json.
+        weights: The folder of its weights, all of which are read.
+    """
+    files = {about / "config.json", *weights.glob("*.safetensors"), *weights.glob("*.safetensors.index.json")}
+    return Content(_digest_of_shards(shards), {file.name: digest(file) for file in sorted(files)})
+
+
+def _digest_of_shards(shards: Iterable[Shard]) -> str:
+    """One digest of all clients' data, so that none of a single client's text lies at the server."""
+    found = hashlib.sha256()
+    for shard in shards:
+        found.update(json.dumps([shard.name, shard.classes]).encode())
+        for rows in (shard.train, shard.held_out):
+            for entry in fields(rows):
+                value = getattr(rows, entry.name)
+                if isinstance(value, Tensor):
+                    found.update(f"{entry.name} {value.dtype} {tuple(value.shape)}".encode())
+                    found.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings that decide a run's result, by dotted name."""
+    document = as_document(config)
+    options = {f"strategy.{name}": value for name, value in document.pop("strategy_options").items()}
+    plain = {**dotted(document), **options}
+    decide = {name: value for name, value in plain.items() if name not in MAY_CHANGE | BY_CONTENT}
+    settings: dict[str, Any] = json.loads(json.dumps(decide))  # as they will be read again
+    return settings
+
+
+def write(folder: Path, round: int, config: Config, content: Content, elsewhere: Mapping[str, str]) -> None:
+    """Writes the manifest of a round's folder, which has all its other files already."""
+    files = {str(file.relative_to(folder)): digest(file) for file in _files_in(folder)}
+    document = {
+        "round": round,
+        "settings": settings_of(config),
+        "content": {"data": content.data, "model": dict(content.model)},
+        "files": files,
+        "elsewhere": dict(elsewhere),
+    }
+    (folder / NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a round, but for the manifest and what is hidden, which nobody reads."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def read(folder: Path) -> Manifest:
+    """Reads the manifest of a round's folder.
+
+    Raises:
+        Damaged: There is none, or it cannot be read.
+    """
+    try:
+        document = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        content = Content(str(document["content"]["data"]), dict(document["content"]["model"]))
+        files, elsewhere = dict(document["files"]), dict(document["elsewhere"])
+        return Manifest(int(document["round"]), dict(document["settings"]), content, files, elsewhere)
+    except FileNotFoundError:
+        raise Damaged(f"it has no {NAME}, without which nobody knows whether it is whole") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Damaged(f"its {NAME} cannot be read ({reason})") from None
+
+
+def check_whole(folder: Path, round: int) -> Manifest:
+    """Makes sure that a round's folder holds what was written there, and nothing else.
+
+    Args:
+        folder: The round's folder.
+        round: The round that its name says.
+
+    Raises:
+        Damaged: It is another round's, or a file is missing, too many or not as it was written.
+    """
+    manifest = read(folder)
+    if manifest.round != round:
+        raise Damaged(f"it is that of round {manifest.round}")
+    found = {str(file.relative_to(folder)) for file in _files_in(folder)}
+    if missing := sorted(manifest.files.keys() - found):
+        raise Damaged(f"{missing[0]} is not there")
+    if extra := sorted(found - manifest.files.keys()):
+        raise Damaged(f"{extra[0]} was not written with it")
+    _check_files(folder, manifest.files)
+    return manifest
+
+
+def check_elsewhere(run: Path, manifest: Manifest) -> None:
+    """Makes sure that the files of a run outside a round's folder are as they were.
+
+    Raises:
+        Damaged: One is missing, or another.
+    """
+    _check_files(run, manifest.elsewhere)
+
+
+def _check_files(root: Path, digests: Mapping[str, str]) -> None:
+    for name, expected in digests.items():
+        try:
+            found = digest(root / name)
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+        if found != expected:
+            raise Damaged(f"{name} is not as it was written")
+
+
+def check_settings(manifest: Manifest, config: Config, run: Path) -> None:
+    """Makes sure that a run goes on with the settings that it began with.
+
+    Raises:
+        SettingError: One that decides the result has changed.
+    """
+    now = settings_of(config)
+    for name in sorted({*now, *manifest.settings}):
+        if now.get(name) != manifest.settings.get(name):
+            words = f"{_shown(manifest.settings.get(name))}, with which the run in {run} came to round {manifest.round}"
+            raise SettingError(name, _shown(now.get(name)), words)
+
+
+def check_content(manifest: Manifest, content: Content, config: Config, run: Path) -> None:
+    """Makes sure that a run goes on with the data and the model that it began with.
+
+    Raises:
+        SettingError: They have changed.
+    """
+    then = f"with which the run in {run} came to round {manifest.round}"
+    if content.data != manifest.content.data:
+        raise SettingError("dataset", f"{config.dataset} (other texts, or other tokens)", f"the data {then}")
+    for name in sorted({*content.model, *manifest.content.model}):
+        if content.model.get(name) != manifest.content.model.get(name):
+            raise SettingError("model", f"{config.model} (another {name})", f"the model {then}")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "nothing"
+    return "nothing" if value in (None, "") else str(value)

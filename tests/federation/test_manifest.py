@@ -1,0 +1,99 @@
+"""What a checkpoint says of itself: data and model by what is in them, settings by what they decide."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsplit.client.heldout import deal_of
+from fedsplit.config import LEAVES, Config
+from fedsplit.corpora.shards import Shard
+from fedsplit.documents import build
+from fedsplit.federation import manifest
+from fedsplit.federation.manifest import Damaged, content_of
+
+
+@pytest.fixture
+def config(tiny_models: dict[str, Path], corpus_file: Path) -> Config:
+    values: dict[str, object] = {"clients": 3, "cut": "1:2", "partition": "natural", "train.max_length": 16}
+    return build({**values, "dataset": str(corpus_file), "model": str(tiny_models["gpt2"])})
+
+
+def content(config: Config) -> manifest.Content:
+    model = Path(config.model)
+    return content_of(deal_of(config).shards, model, model)
+
+
+def test_the_same_data_and_model_elsewhere_are_the_same(config: Config, tmp_path: Path) -> None:
+    shutil.copytree(config.model, tmp_path / "model")
+    shutil.copy(config.dataset, tmp_path / "other.jsonl")
+    moved = dataclasses.replace(config, model=str(tmp_path / "model"), dataset=str(tmp_path / "other.jsonl"))
+    assert content(moved) == content(config)
+    assert manifest.settings_of(moved) == manifest.settings_of(config)
+
+
+def test_one_letter_or_one_bit_makes_them_others(config: Config, tmp_path: Path) -> None:
+    before = content(config)
+    text = Path(config.dataset).read_text()
+    (tmp_path / "other.jsonl").write_text(text.replace("bob wrote text number 2", "bob wrote text number 7", 1))
+    after = content(dataclasses.replace(config, dataset=str(tmp_path / "other.jsonl")))
+    assert after.data != before.data and after.model == before.model
+    model = Path(shutil.copytree(config.model, tmp_path / "model"))
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    after = content(dataclasses.replace(config, model=str(model)))
+    assert after.data == before.data
+    assert {name for name, found in after.model.items() if found != before.model[name]} == {"model.safetensors"}
+
+
+def test_every_part_of_the_data_counts(config: Config) -> None:
+    """Whose they are, which are held out, in which order, and what is to be predicted."""
+    model = Path(config.model)
+    shards = deal_of(config).shards
+    first = shards[0]
+    labels = first.train.labels.clone()
+    labels[0, 3] = -100
+    others: list[list[Shard]] = [
+        shards[::-1],
+        [dataclasses.replace(first, name="dan"), *shards[1:]],
+        [dataclasses.replace(first, held_out=first.train), *shards[1:]],
+        [dataclasses.replace(first, train=dataclasses.replace(first.train, labels=labels)), *shards[1:]],
+        [dataclasses.replace(first, train=first.train[torch.arange(len(first.train)).flip(0)]), *shards[1:]],
+    ]
+    found = {content_of(some, model, model).data for some in [shards, *others]}
+    assert len(found) == 1 + len(others)
+
+
+def test_every_setting_decides_unless_it_is_named(config: Config) -> None:
+    free = manifest.MAY_CHANGE | manifest.BY_CONTENT | {"out", "resume"}
+    assert manifest.settings_of(config).keys() == LEAVES.keys() - free
+    assert free <= LEAVES.keys()
+    options = dataclasses.replace(config, strategy_options={"mu": 0.5})
+    assert manifest.settings_of(options)["strategy.mu"] == 0.5
+
+
+def test_a_manifest_is_read_as_it_was_written(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "round-0003"
+    (folder / "personal" / "0001").mkdir(parents=True)
+    (folder / "personal" / "0001" / "file").write_text("one")
+    (folder / ".hidden").write_text("what a file manager leaves")
+    manifest.write(folder, 3, config, manifest.Content("data", {"config.json": "x"}), {"clients/file": "y"})
+    found = manifest.check_whole(folder, 3)
+    assert found.settings == manifest.settings_of(config) and found.content.model == {"config.json": "x"}
+    assert found.files.keys() == {"personal/0001/file"} and found.elsewhere == {"clients/file": "y"}
+    manifest.check_settings(found, config, tmp_path)
+    with pytest.raises(Damaged, match=r"^it is that of round 3$"):
+        manifest.check_whole(folder, 4)
+    document = json.loads((folder / manifest.NAME).read_text())
+    (folder / manifest.NAME).write_text(json.dumps({**document, "files": 3}))
+    with pytest.raises(Damaged, match=r"^its manifest\.json cannot be read"):
+        manifest.read(folder)
+    (folder / manifest.NAME).unlink()
+    with pytest.raises(Damaged, match=r"^it has no manifest\.json"):
+        manifest.read(folder)

@@ -6,9 +6,10 @@ Everything is measured on the unsplit model, which whoever evaluates a finished 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,7 @@ def evaluate(
     samples: int = 0,
     data: DataSettings | None = None,
     device: str = "cpu",
+    tell: Callable[[str, int, int], object] = lambda text, done, of: None,
 ) -> list[Result]:
     """Measures a finished run's model.
 
@@ -185,6 +187,7 @@ def evaluate(
         samples: Sequences a client or owner at most; where 0, those of the run, or all of another data set.
         data: How another data set is read; as the run's where None (see `other_data`).
         device: What to compute on, as the setting of that name.
+        tell: Is told what is measured next, how many measurements are done, and how many there are.
 
     Returns:
         A result for every client, or every owner in another data set.
@@ -202,12 +205,18 @@ def evaluate(
     _check_tokens(run, work)
     classes = _classes(run.config)
     place, seed = resolve(device), run.config.seed
+    done, total = itertools.count(), 2 * sum(len(texts) for _, texts in work)
+
+    def measured(model: Any, what: str, name: str, batches: Sequence[Sequences]) -> Score:
+        tell(f"{what}, text of {name}", next(done), total)
+        return score(model, batches)
+
     base = open_held(work[0][0], place, classes=len(classes), seed=seed)
     for number, (adapter, texts) in enumerate(work, 1):
-        alone = [score(base, batches) for _, batches in texts]
+        alone = [measured(base, "base model", name, batches) for name, batches in texts]
         model = attach(base, adapter)
         for (name, batches), before in zip(texts, alone, strict=True):
-            results.append(Result(name, before, score(model, batches)))
+            results.append(Result(name, before, measured(model, "with the adapter", name, batches)))
         if number == len(work):
             break
         base = detach(model) if leaves_base(adapter) else open_held(adapter, place, classes=len(classes), seed=seed)
@@ -300,7 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = other_data(run.config, _given(asked))
         quieten(offline=not asked.dataset)
         how = asked.dataset, asked.client, asked.samples, data, asked.device
-        print(*lines(evaluate(run, *how), run.config.data.format == "classification"), sep="\n")
+
+        from fedsplit.report import make_watcher
+
+        with make_watcher(errors=True) as watcher:
+            results = evaluate(run, *how, watcher.phase)
+        print(*lines(results, run.config.data.format == "classification"), sep="\n")
 
     return exit_code(work)
 

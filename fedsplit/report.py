@@ -92,9 +92,14 @@ class LiveWatcher(PlainWatcher):
         self._progress.stop()
 
 
-def make_watcher(console: Console | None = None) -> PlainWatcher:
-    """The watcher that suits where the output goes: standard output, where no console is given."""
-    console = console or Console()
+def make_watcher(console: Console | None = None, errors: bool = False) -> PlainWatcher:
+    """The watcher that suits where the output goes.
+
+    Args:
+        console: Where; standard output if None.
+        errors: Standard error in its place, for a command whose standard output is its result alone.
+    """
+    console = console or Console(stderr=errors)
     return LiveWatcher(console) if console.is_terminal else PlainWatcher(console)
 
 

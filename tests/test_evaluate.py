@@ -216,3 +216,11 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         said = capsys.readouterr()
         assert said.err.startswith(f"fedsplit: {words}") and said.err.count("\n") == 1, said.err
         assert said.out == ""
+
+
+def test_what_is_measured_is_told(finished_run: Callable[..., Path]) -> None:
+    """Three clients' text, with the base model and with the adapter."""
+    told: list[tuple[str, int, int]] = []
+    evaluate.evaluate(open_run(finished_run("gpt2", "fedavg")), tell=lambda *now: told.append(now))
+    assert [(done, of) for _, done, of in told] == [(number, 6) for number in range(6)]
+    assert told[0][0].startswith("base model, text of ") and told[-1][0].startswith("with the adapter, text of ")

@@ -21,6 +21,7 @@ from fedsplit.config import Config
 from fedsplit.corpora.shards import Shard
 from fedsplit.documents import as_document, dotted
 from fedsplit.flags import MAY_DIFFER
+from fedsplit.model.weight_files import find_tensors
 
 NAME = "manifest.json"
 """The manifest's file in a round's folder."""
@@ -82,7 +83,7 @@ def content_of(shards: Sequence[Shard], about: Path, weights: Path) -> Content:
         about: The folder of the model's config.json.
         weights: The folder of its weights, all of which are read.
     """
-    files = {about / "config.json", *weights.glob("*.safetensors"), *weights.glob("*.safetensors.index.json")}
+    files = {about / "config.json", *find_tensors(weights).values()}
     return Content(_digest_of_shards(shards), {file.name: digest(file) for file in sorted(files)})
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from fedsplit.allowed import InputError
 from fedsplit.environment import prefer_installed
-from fedsplit.stopping import Stopped, end_now, stoppable
+from fedsplit.shutdown import Stopped, end_now, stoppable
 
 
 def exit_code(work: Callable[[], object]) -> int:

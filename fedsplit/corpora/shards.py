@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.model.store import LostState, map_tensors, pack, unpack, write_tensors
 from fedsplit.seeds import derive_seed
-from fedsplit.stopping import cleaned_up
+from fedsplit.shutdown import cleaned_up
 
 Rows = TypeVar("Rows", Tensor, Sequences)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from flwr.serverapp import ServerApp
 
-from fedsplit.stopping import kill_descendants
+from fedsplit.shutdown import kill_descendants
 
 _BUSY_WORKER = "ray::ClientAppActor.run"
 """Beginning of the command line of a process that plays a client now, as Ray names it."""

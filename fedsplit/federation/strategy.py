@@ -216,13 +216,13 @@ def coverage(config: Config, trained: Mapping[str, int]) -> str:
 
     Example:
         >>> coverage(Config(), {"bottom": 10, "trunk": 60, "top": 30})
-        'fedavg aggregates 40% of the trained parameters; the trunk learns from the steps of all clients (shared)'
+        'fedavg aggregates 40% of the trained parameters; all clients train the trunk'
     """
     seen = [part for part in aggregated_parts(config) if trained[part]]
     share = sum(trained[part] for part in seen) / (sum(trained.values()) or 1)
     line = f"{config.strategy} aggregates {share:.0%} of the trained parameters"
     if trained["trunk"] and "trunk" not in seen:
-        line += f"; the trunk learns from the steps of all clients ({config.trunk.schedule})"
+        line += "; all clients train the trunk"
     return line
 
 

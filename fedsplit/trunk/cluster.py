@@ -17,7 +17,7 @@ from ray.job_config import JobConfig
 from torch import Tensor
 
 import fedsplit
-from fedsplit.stopping import cleaned_up
+from fedsplit.shutdown import cleaned_up
 from fedsplit.wire.codecs import EXACT
 from fedsplit.wire.packets import Encoded
 

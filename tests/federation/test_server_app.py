@@ -83,7 +83,7 @@ def test_the_federation_learns_and_its_adapter_gives_the_reported_loss(
     assert summary["eval_loss"]["after"] < summary["eval_loss"]["before"] - 0.1
     assert len(lines.lines) == 4
     assert lines.lines[0].startswith("fedavg aggregates ")
-    assert "the trunk learns from the steps of all" in lines.lines[0]
+    assert "all clients train the trunk" in lines.lines[0]
     assert all(len(line) <= 80 for line in lines.lines[1:])
     base = load_whole(config.model_path)
     assert held_out_loss(base, out) == pytest.approx(summary["eval_loss"]["before"], abs=1e-5)

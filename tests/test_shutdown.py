@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsplit.stopping import Stopped, cleaned_up, kill_descendants, stoppable
+from fedsplit.shutdown import Stopped, cleaned_up, kill_descendants, stoppable
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -51,17 +51,17 @@ def test_descendants_are_killed_by_the_beginning_of_their_command() -> None:
 COMMAND = """
 import subprocess, sys, threading, time
 from pathlib import Path
-from fedsplit import stopping
+from fedsplit import shutdown
 from fedsplit.command import exit_code
 
 def work():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    with stopping.cleaned_up(lambda: Path(sys.argv[1]).unlink(missing_ok=True)):
+    with shutdown.cleaned_up(lambda: Path(sys.argv[1]).unlink(missing_ok=True)):
         Path(sys.argv[1]).write_text("private")
         print(child.pid, flush=True)
         {wait}
 
-stopping.GRACE_SECONDS = 1.0
+shutdown.GRACE_SECONDS = 1.0
 sys.exit(exit_code(work))
 """
 

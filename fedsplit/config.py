@@ -7,6 +7,8 @@ and checks are all read off their fields. Precedence: default < `--config file.t
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -316,7 +318,7 @@ class Config:
     )
     timeout: float = setting(
         600.0,
-        above(0),
+        at_least(1, MOST),
         "seconds without an answer or any other sign of life after which a process counts as dead",
     )
     deterministic: bool = setting(
@@ -340,14 +342,23 @@ class Config:
     def __post_init__(self) -> None:
         """Checks every setting, whoever makes the configuration.
 
+        Numbers of other libraries, paths and lists become Python's own numbers, texts and tuples.
+
         Raises:
             SettingError: A setting has a value of another type, or one that is not possible.
         """
+        for name, cls in SECTIONS.items():
+            if not isinstance(getattr(self, name), cls):
+                raise SettingError(name, getattr(self, name), f"a {cls.__name__}")
         for name, (leaf, kind) in LEAVES.items():
             section, _, field = name.rpartition(".")
-            value = getattr(getattr(self, section) if section else self, field)
-            if not suits(leaf, kind, value):
-                raise SettingError(name, value, words_of(leaf, kind))
+            owner = getattr(self, section) if section else self
+            given = getattr(owner, field)
+            value = _plain(kind, given)
+            if not _suits(leaf, kind, value):
+                raise SettingError(name, f"{given} ({type(given).__name__})", words_of(leaf, kind))
+            if value is not given:
+                object.__setattr__(owner, field, value)
 
     @property
     def sampled(self) -> int:
@@ -399,8 +410,23 @@ LEAVES = {name: (leaf, kind) for name, leaf, kind in _leaves()}
 
 _TYPES: Mapping[Any, tuple[type, ...]] = {float: (float, int), tuple[int, ...]: (tuple,), tuple[str, ...]: (tuple,)}
 
+_ITEMS: Mapping[Any, type] = {tuple[int, ...]: int, tuple[str, ...]: str}
 
-def suits(leaf: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
+
+def _plain(kind: Any, value: Any) -> Any:
+    """A value in Python's own type of a setting, where it is of one that stands for it; else as it is."""
+    if kind in _ITEMS and isinstance(value, list | tuple):
+        return tuple(_plain(_ITEMS[kind], item) for item in value)
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool | int | float):
+        return value
+    if kind in (int, float) and isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if kind is float and isinstance(value, numbers.Real) else value
+
+
+def _suits(leaf: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
     """Whether a setting may have a value.
 
     Args:
@@ -410,11 +436,13 @@ def suits(leaf: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
     """
     if not isinstance(value, _TYPES.get(kind, (kind,))) or (isinstance(value, bool) and kind is not bool):
         return False
+    if kind in _ITEMS and not all(type(item) is _ITEMS[kind] for item in value):
+        return False
     try:
         for text in (value,) if kind is str else value if kind == tuple[str, ...] else ():
             text.encode()
         return bool(leaf.metadata["allowed"].test(value))
-    except (TypeError, ValueError, AttributeError, OverflowError):  # of another type in a tuple, or half a character
+    except (ValueError, OverflowError):  # half a character, or a number that is none
         return False
 
 

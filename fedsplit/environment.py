@@ -64,15 +64,25 @@ def prefer_installed() -> None:
     sys.path[:] = [entry for entry in sys.path if entry not in last] + last[:1]
 
 
+_ray_is_open = False
+
+
+def check_closed() -> None:
+    """Makes sure that a Ray that is started now asks for a token.
+
+    Raises:
+        InputError: Ray was imported before `prepare` had set one, and would not take it any more.
+    """
+    if _ray_is_open:
+        raise InputError("ray was imported before fedsplit could close it: call fedsplit.environment.prepare() first")
+
+
 def prepare() -> None:
     """Sets what must be set before the libraries are imported, since they read it only then.
 
     Without a token of its own, anyone on the machine could run code in Ray's processes.
-
-    Raises:
-        InputError: Ray was imported already, without a token: it would not take one any more.
     """
-    if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
-        raise InputError("ray was imported before fedsplit could close it: call fedsplit.environment.prepare() first")
+    global _ray_is_open
+    _ray_is_open |= "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token"
     for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
         os.environ.setdefault(name, value)

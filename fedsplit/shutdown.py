@@ -116,10 +116,10 @@ def end_now(exit_code: int) -> None:
 
     Descendants are killed; threads that a library has left are not waited for.
     """
+    kill_descendants()  # first, or they would write into what is removed next
     while _cleanups:
         with contextlib.suppress(Exception):  # there is nobody left to tell
             _cleanups.pop()()
-    kill_descendants()
     with contextlib.suppress(OSError, ValueError):  # whoever read the output may be gone
         sys.stdout.flush()
         print("fedsplit: stopped", file=sys.stderr, flush=True)

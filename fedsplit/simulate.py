@@ -64,12 +64,16 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     else:
         check_folder(folder)
     check_optimizer(config.train)
-    strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
+
+    def make_strategy() -> Any:
+        return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
+
+    strategy = make_strategy()
     check_strategy(strategy, config)
     checks.check_stacked(strategy, config, facts)
     check_quantization(config)
     if not is_builtin(strategy):
-        rehearse(strategy, config)
+        rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
     deal = deal_of(config)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from fedsplit.allowed import SettingError
-from fedsplit.config import LEAVES, SECTIONS, Config, words_of
-from fedsplit.documents import build
+from fedsplit.config import LEAVES, SECTIONS, Config, LoraSettings, TrainSettings, words_of
+from fedsplit.documents import as_document, build, from_document
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
 
@@ -38,6 +42,9 @@ def test_no_budget_is_none_and_another_is_bytes() -> None:
         ("train.lr", -1.0),
         ("lora.rank", (0,)),
         ("lora.rank", ("8",)),
+        ("lora.rank", (True,)),
+        ("lora.rank", 8),
+        ("timeout", 1e300),
         ("trunk.schedule", "sharde"),
         ("deterministic", 1),
         ("model", "half a character \udc80"),
@@ -57,3 +64,22 @@ def test_no_whole_number_is_without_a_limit(name: str) -> None:
     """Thirty digits would be tried for ever, or break a library."""
     with pytest.raises(SettingError, match=f"{name}: 9+ is not possible"):
         build({name: "9" * 30})
+
+
+def test_numbers_of_other_libraries_paths_and_lists_become_pythons_own() -> None:
+    settings = {"rounds": np.int64(3), "fraction": np.float32(0.5), "model": Path("a/b"), "share": ["bottom", "trunk"]}
+    config = Config(**settings, lora=LoraSettings(rank=[np.int64(2), 4]), train=TrainSettings(lr=np.float64(0.1)))
+    assert config == Config(
+        rounds=3,
+        fraction=0.5,
+        model="a/b",
+        share=("bottom", "trunk"),
+        lora=LoraSettings(rank=(2, 4)),
+        train=TrainSettings(lr=0.1),
+    )
+    assert from_document(json.loads(json.dumps(as_document(config)))) == config
+
+
+def test_a_section_of_another_kind_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"lora: .* is not possible; allowed: a LoraSettings"):
+        Config(lora={"rank": (8,)})

@@ -12,12 +12,13 @@ import pytest
 
 from fedsplit import environment
 from fedsplit.allowed import InputError
-from fedsplit.environment import ENVIRONMENT, QUIET, prefer_installed, prepare, quieten
+from fedsplit.environment import ENVIRONMENT, QUIET, check_closed, prefer_installed, prepare, quieten
 
 
 @pytest.fixture(autouse=True)
 def empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment of the test's own, in which Ray was not imported yet."""
+    monkeypatch.setattr(environment, "_ray_is_open", False)
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.delitem(sys.modules, "ray", raising=False)
 
@@ -34,10 +35,13 @@ def test_a_token_of_its_own_closes_every_runs_processes() -> None:
 
 def test_ray_that_was_imported_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
-    with pytest.raises(InputError, match="prepare"):
-        prepare()
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="mine")
     prepare()
+    check_closed()
+    os.environ.clear()
+    prepare()
+    with pytest.raises(InputError, match="prepare"):
+        check_closed()
 
 
 @pytest.mark.parametrize("first", ["here", "", "."])

@@ -59,7 +59,7 @@ HOMES = {
     "flwr_datasets": {"corpora.partition"},
     "huggingface_hub": {"model.hub"},
     "matplotlib": {"corpora.census"},
-    "numpy": {"wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
+    "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "peft": {
         "adaptation.adapting",
         "adaptation.injection",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -186,8 +187,14 @@ def sampled(config: Config, round: int) -> list[int]:
     return sorted(generator.sample(range(config.clients), config.sampled))
 
 
-MOST_LOOKS = 3
-"""How often a strategy may ask in one round which nodes there are; there will not be more than at the first time."""
+WAITING_LOOKS = 3
+"""How often a strategy may pause and look again which nodes there are; there never are more than at the first time."""
+
+MOST_LOOKS = 1000
+"""How often it may look at all in one round: a strategy that waits without a pause comes to this soon."""
+
+_PAUSE_SECONDS = 0.5
+"""Time between two looks from which on a strategy waits; Flower's own sleep a second."""
 
 
 class _OrderedGrid:
@@ -195,11 +202,14 @@ class _OrderedGrid:
 
     def __init__(self, grid: Grid, members: Sequence[Member]) -> None:
         self._grid, self._members = grid, members
-        self._looks = 0
+        self._looks = self._waits = 0
+        self._looked = time.monotonic()
 
     def get_node_ids(self) -> list[int]:
+        before, self._looked = self._looked, time.monotonic()
         self._looks += 1
-        if self._looks > MOST_LOOKS:
+        self._waits += self._looks > 1 and self._looked - before > _PAUSE_SECONDS
+        if self._waits >= WAITING_LOOKS or self._looks > MOST_LOOKS:
             raise FederationFailed(f"the strategy waits for more nodes than the {len(self._members)} that there are")
         there = set(self._grid.get_node_ids())
         return [member.node for member in self._members if member.node in there]

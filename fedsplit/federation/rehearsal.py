@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -26,9 +27,6 @@ from fedsplit.scores import Score
 from fedsplit.seeds import derive_seed
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate, factor_of
 
-MOST_CLIENTS = 8
-"""Clients that answer in the rehearsal, unless the strategy needs more."""
-
 _EXAMPLES, _TOKENS = 4, 64
 """What each client is said to have trained on."""
 
@@ -43,14 +41,14 @@ class _Nodes:
         return range(1, self._count + 1)
 
 
-def rehearse(strategy: Any, config: Config) -> None:
-    """Plays one round of a strategy, on a copy of it: clients answer with what they were given and some noise.
+def rehearse(make: Callable[[], Any], config: Config) -> None:
+    """Plays one round of a strategy: every client answers with what it was given and some noise.
 
     The names, shapes and layers are those of the run. Virtual tokens, and adapters that begin with a decomposition of
     the base weights, are passed over: their shapes are known only when the weights are loaded.
 
     Args:
-        strategy: A strategy of ours or of Flower's.
+        make: Makes a strategy of ours or of Flower's. The run needs another one, since a strategy may remember.
         config: The run's.
 
     Raises:
@@ -62,7 +60,7 @@ def rehearse(strategy: Any, config: Config) -> None:
     with _undisturbed(config.seed):
         start = _invented(outline(config, aggregated_parts(config)))
         try:
-            _play(copy.deepcopy(strategy), config, start)
+            _play(make(), config, start)
         except (FederationFailed, RefusedUpdate) as error:
             words = f"a strategy that can play a round ({error}, on a trial before the first one)"
             raise SettingError("strategy", config.strategy, words) from error
@@ -70,9 +68,11 @@ def rehearse(strategy: Any, config: Config) -> None:
 
 @contextmanager
 def _undisturbed(seed: int) -> Iterator[None]:
-    """Leaves torch's random numbers, Flower's log and the run that messages name as they were."""
+    """Leaves all random numbers, Flower's log and the run that messages name as they were."""
     log = logging.getLogger("flwr")
-    level, run = log.level, (TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id)
+    level, drawn, of_numpy = log.level, random.getstate(), np.random.get_state()
+    # Flower's engine names the run later; until then its properties can be set and not read.
+    names = {name: getattr(TaskIdentity, name, None) for name in ("_run_id", "_node_id", "_task_id")}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "rehearsal"))
@@ -81,7 +81,10 @@ def _undisturbed(seed: int) -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run
+        random.setstate(drawn)
+        np.random.set_state(of_numpy)
+        for name, value in names.items():
+            setattr(TaskIdentity, name, value)
 
 
 def _invented(shapes: Adapters) -> Adapters:
@@ -100,12 +103,10 @@ def _play(strategy: Any, config: Config, start: Adapters) -> None:
     members = [Member(node, f"client {node - 1}") for node in range(1, config.clients + 1)]
     aggregation = make_aggregation(strategy, config, members)
     assigned = aggregation.assign(1, start, cast(Grid, _Nodes(config.clients)))
-    most = max(MOST_CLIENTS, aggregation.traits.fewest)
-    answering = sorted(assigned)[:most]
-    if not answering:
+    if not assigned:
         return
     personal = aggregation.traits.personal
-    updates = [_update(client, assigned[client], personal) for client in answering]
+    updates = [_update(client, assigned[client], personal) for client in sorted(assigned)]
     replies = [_reply(update, members[update.client]) for update in updates] if isinstance(strategy, FlowerLike) else []
     aggregation.aggregate(1, start, replies, updates)
 

@@ -51,6 +51,7 @@ class StallWatch:
         self._since = self._clock()
         before, self._seen = self._seen, self._progress()
         if self._seen != before:
+            self._killed = False
             return
         if self._killed:
             raise FederationFailed(f"no client has answered, and no packet has come, for {self._seconds:g} seconds")

@@ -17,6 +17,7 @@ from ray.job_config import JobConfig
 from torch import Tensor
 
 import fedsplit
+from fedsplit.environment import check_closed
 from fedsplit.shutdown import cleaned_up
 from fedsplit.wire.codecs import EXACT
 from fedsplit.wire.packets import Encoded
@@ -27,8 +28,14 @@ NAMESPACE = "fedsplit"
 _OBJECT_STORE = 512 * 2**20
 """Bytes of shared memory for tensors under way; those of a step are freed as it ends."""
 
-_LONGEST_PLACE = 31
-"""Letters of a path below which Ray's sockets still fit into the 107 bytes that Linux allows for their paths."""
+_LONGEST_PATH = 107
+"""Bytes that Linux allows for the path of a socket."""
+
+_LONGEST_INNER = "/fs-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""Path of Ray's longest socket below the folder for temporary files, with the largest number that a process has."""
+
+_LONGEST_PLACE = _LONGEST_PATH - len(_LONGEST_INNER)
+"""Bytes of the path of that folder at most."""
 
 
 class ClusterFailed(Exception):
@@ -37,8 +44,8 @@ class ClusterFailed(Exception):
 
 def _places() -> Iterator[Path]:
     """Folders in which Ray's session may lie: the user's choice first, where its path is short enough."""
-    for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
-        if len(os.fsencode(place)) <= _LONGEST_PLACE and os.access(place, os.W_OK | os.X_OK):
+    for place in (os.environ.get("TMPDIR", "/tmp"), "/tmp", "/var/tmp", "/dev/shm"):
+        if place and len(os.fsencode(place)) <= _LONGEST_PLACE and os.access(place, os.W_OK | os.X_OK):
             yield Path(place)
 
 
@@ -51,7 +58,7 @@ def _session_folder() -> Iterator[Path]:
     """
     place = next(_places(), None)
     if place is None:
-        words = f"TMPDIR is {tempfile.gettempdir()}, and neither it nor /tmp can be used"
+        words = f"TMPDIR is {os.environ.get('TMPDIR', 'not set')}, and neither it nor /tmp can be used"
         raise ClusterFailed(f"Ray needs a writable folder with a path of at most {_LONGEST_PLACE} letters: {words}")
     folder = Path(tempfile.mkdtemp(prefix="fs-", dir=place))
     with cleaned_up(lambda: shutil.rmtree(folder, ignore_errors=True)):
@@ -79,29 +86,46 @@ def running(workers: int) -> Iterator[None]:
         workers: Client processes to have room for.
 
     Raises:
-        ClusterFailed: Ray cannot be started here.
+        ClusterFailed: Ray cannot be started here, or this process is using another one.
+        InputError: Ray was imported before it could be closed to others.
     """
+    check_closed()
+    if ray.is_initialized():
+        raise ClusterFailed("this process is connected to a Ray already; call ray.shutdown() before a run")
     with _session_folder() as folder:
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(
-                address="local",
-                num_cpus=workers,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                namespace=NAMESPACE,
-                object_store_memory=_OBJECT_STORE,
-                _temp_dir=str(folder / "ray"),
-                job_config=_job(),
-            )
-            if threading.current_thread() is threading.main_thread():
+            _start(workers, folder)
+            if threading.current_thread() is threading.main_thread() and on_terminate is not None:
                 signal.signal(signal.SIGTERM, on_terminate)  # Ray puts one of its own there, which aborts the process
             send_tensors_as_arrays()
             yield
         finally:
             if ray.is_initialized():
                 ray.shutdown()
+
+
+def _start(workers: int, folder: Path) -> None:
+    """Starts Ray.
+
+    Raises:
+        ClusterFailed: It does not start.
+    """
+    try:
+        ray.init(
+            address="local",
+            num_cpus=workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            namespace=NAMESPACE,
+            object_store_memory=_OBJECT_STORE,
+            _temp_dir=str(folder / "ray"),
+            job_config=_job(),
+        )
+    except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ClusterFailed(f"Ray does not start: {reason}") from error
 
 
 def send_tensors_as_arrays() -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from flwr.serverapp.strategy import Bulyan
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping as ClientSideDP
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as ServerSideDP
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import FedProx as FlowerFedProx
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.adapting import adapt, bare_parts, outline
@@ -24,6 +30,13 @@ from strategies import STRATEGIES
 from strategies.fedavg import FedAvg
 
 
+@pytest.fixture(autouse=True)
+def nameless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a command that has just begun: no run has a name yet, and Flower's engine has set nothing."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, None)
+
+
 @pytest.fixture
 def config(tiny_models: dict[str, Path]) -> Config:
     return build({"model": str(tiny_models["gpt2"]), "cut": "1:2", "clients": 5, "strategy": "mine.py:Mine"})
@@ -31,23 +44,25 @@ def config(tiny_models: dict[str, Path]) -> Config:
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_every_strategy_of_ours_plays_the_round(name: str, config: Config) -> None:
-    strategy = load_strategy(name, {}, strategy_defaults(config))
     before = torch.get_rng_state()
-    rehearse(strategy, config)
+    rehearse(lambda: load_strategy(name, {}, strategy_defaults(config)), config)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_round_is_played_on_a_copy(config: Config) -> None:
-    class Remembers(FedAvg):
-        rounds = 0
+def test_all_clients_answer_and_random_numbers_stay(config: Config) -> None:
+    class Draws(FedAvg):
+        def __init__(self) -> None:
+            self.lock = threading.Lock()  # cannot be copied
 
         def aggregate(self, state: Any, adapters: Any, updates: Any) -> Any:
-            self.rounds += 1
             assert [update.client for update in updates] == [0, 1, 2, 3, 4]
+            random.random(), np.random.rand()
             return super().aggregate(state, adapters, updates)
 
-    rehearse(strategy := Remembers(), config)
-    assert strategy.rounds == 0
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    rehearse(Draws, config)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert TaskIdentity._run_id is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
@@ -82,6 +97,18 @@ class Forever(FlowerFedAvg):
             pass
 
 
+class Sleeps(Forever):
+    def configure_train(self, server_round: Any, arrays: Any, config: Any, grid: Any) -> Any:
+        while len(list(grid.get_node_ids())) < 99:
+            time.sleep(0.6)
+
+
+class Looks(FlowerFedAvg):
+    def configure_train(self, server_round: Any, arrays: Any, config: Any, grid: Any) -> Any:
+        assert len({len(list(grid.get_node_ids())) for _ in range(20)}) == 1
+        return super().configure_train(server_round, arrays, config, grid)
+
+
 class Rate(FlowerFedAvg):
     def configure_train(self, server_round: Any, arrays: Any, config: Any, grid: Any) -> Any:
         config["lr"] = 0.5
@@ -98,6 +125,7 @@ NODES = {"min_available_nodes": 5, "min_train_nodes": 1, "fraction_evaluate": 0.
         (Exits(), "Exits failed in round 1: SystemExit: 3"),
         (Arrays(), "sent .* as ndarray, not as a tensor"),
         (Forever(**NODES), "waits for more nodes than the 5 that there are"),
+        (Sleeps(**NODES), "waits for more nodes than the 5 that there are"),
         (Rate(**NODES), "Rate sends clients the setting lr, .* the half of it that works at the client is missing"),
         (FlowerFedAvg(**NODES, arrayrecord_key="weights"), "sends clients config, weights; they read the records"),
         (ClientSideDP(FlowerFedAvg(**NODES), 1.0, 1.0, 5), "DifferentialPrivacyClientSideFixedClipping sends clients"),
@@ -106,15 +134,21 @@ NODES = {"min_available_nodes": 5, "min_train_nodes": 1, "fraction_evaluate": 0.
 )
 def test_what_cannot_play_a_round_is_refused(strategy: Any, words: str, config: Config) -> None:
     with pytest.raises(SettingError, match=words) as caught:
-        rehearse(strategy, config)
+        rehearse(lambda: strategy, config)
     assert caught.value.setting == "strategy"
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "strategy",
-    [FlowerFedAvg(**NODES), FlowerFedProx(**NODES, proximal_mu=0.1), ServerSideDP(FlowerFedAvg(**NODES), 1.0, 1.0, 5)],
+    [
+        FlowerFedAvg(**NODES),
+        FlowerFedProx(**NODES, proximal_mu=0.1),
+        ServerSideDP(FlowerFedAvg(**NODES), 1.0, 1.0, 5),
+        Bulyan(**NODES, num_malicious_nodes=0),
+        Looks(**NODES),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_flowers_strategies_without_a_half_at_the_client_are_taken(strategy: Any, config: Config) -> None:
-    rehearse(strategy, config)
+    rehearse(lambda: strategy, config)

@@ -64,7 +64,7 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         ),
         (
             ["--model", str(copies["ends"]), *tiny],
-            f"model: {copies['ends']} (its texts have token 97 (<|endoftext|>, eos_token_id), its embedding has 97 r",
+            f"model: {copies['ends']} (its texts have token 97 (eos_token_id), its embedding has 97 rows)",
         ),
         (["--model", str(copies["endless"]), *tiny], f"model: {copies['endless']} (no eos_token_id in generation_"),
         (["--clientz", "8"], "there is no flag --clientz; did you mean --clients"),

@@ -31,7 +31,7 @@ def norm(tensors: Iterable[Tensor]) -> float:
     Example:
         >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
         5.0
-        >>> norm([torch.tensor([1e20])])
+        >>> norm([torch.tensor([1e20, 1e20])])
         inf
     """
     flat = [tensor.detach().reshape(-1) for tensor in tensors]

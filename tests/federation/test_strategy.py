@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.documents import build
 from fedsplit.federation.aggregation import strategy_defaults
-from fedsplit.federation.strategy import Strategy, check_strategy, load_strategy
+from fedsplit.federation.strategy import Strategy, check_strategy, is_builtin, load_strategy
 
 MINE = """
 class Mine:
@@ -45,7 +47,7 @@ def test_a_flower_strategy_is_told_how_many_clients_there_are() -> None:
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("fedavgg", {}, r"strategy: fedavgg is not possible; allowed: .*fedavg.* \(from .*strategies"),
+        ("fedavgg", {}, "strategy: fedavgg is not possible; allowed: fedadagrad .*fedavg .*, path/to/mine.py:Mine"),
         ("nowhere.py:Mine", {}, "strategy: nowhere.py is not possible; allowed: a Python file that is there"),
         ("{file}:Other", {}, "strategy: .*mine.py:Other is not possible; allowed: a class of .*: Mine"),
         ("{file}:Mine", {"speed": 1}, "strategy.speed: 1 is not possible; allowed: rate"),
@@ -102,10 +104,31 @@ def test_what_a_strategy_cannot_do_is_said_at_the_start(
     check_strategy(load_strategy("fedex", {}, {}), build({"lora.rank": "4,8"}))
 
 
-def test_a_folder_that_shadows_ours_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "strategies").mkdir()
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has Python look for the package of strategies anew."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "strategies"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(SettingError, match=f"nothing \\(from {tmp_path}/strategies\\)"):
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("files", [[], ["__init__.py"]])
+def test_a_folder_of_the_same_name_does_not_hide_ours(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "strategies").mkdir()
+    for file in files:
+        (tmp_path / "strategies" / file).write_text("raise RuntimeError")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    made = load_strategy("fedavg", {}, {})
+    assert Path(inspect.getfile(type(made))) == Path("strategies/fedavg.py").resolve()
+    assert is_builtin(made) and not is_builtin(Strategy)
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_a_module_of_the_users_that_is_loaded_already_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strategies.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("strategies")
+    with pytest.raises(SettingError, match="no other module named strategies, which would hide fedsplit's own"):
         load_strategy("fedavg", {}, {})

@@ -64,7 +64,7 @@ def run_and_freeze(name: str, cwd: Path, *argv: str) -> tuple[int, str, str]:
             shown += line
             if line.startswith("round 0/2"):
                 _freeze(psutil.Process(run.pid), name)
-        return run.wait(timeout=200), shown, run.stderr.read()
+        return run.wait(timeout=300), shown, run.stderr.read()
 
 
 def _freeze(parent: psutil.Process, name: str) -> None:
@@ -77,7 +77,7 @@ def _freeze(parent: psutil.Process, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_client_process_that_stops_answering_costs_its_client_the_round(tmp_path: Path) -> None:
-    code, shown, error = run_and_freeze("ray::ClientAppActor.run", tmp_path, "--timeout", "30", "--train.steps", "60")
+    code, shown, error = run_and_freeze("ray::ClientAppActor.run", tmp_path, "--timeout", "60", "--train.steps", "60")
     assert (code, error) == (0, ""), shown
     assert "failed and is left out" in shown
     failed = json.loads((tmp_path / "run" / "summary.json").read_text())["client_rounds"]
@@ -87,5 +87,5 @@ def test_a_client_process_that_stops_answering_costs_its_client_the_round(tmp_pa
 
 @pytest.mark.slow
 def test_a_trunk_that_stops_answering_ends_the_run_with_one_line(tmp_path: Path) -> None:
-    code, _, error = run_and_freeze("ray::TrunkActor", tmp_path, "--timeout", "30")
-    assert (code, error) == (1, "fedsplit: the trunk's process has not answered for 30 seconds\n")
+    code, _, error = run_and_freeze("ray::TrunkActor", tmp_path, "--timeout", "60")
+    assert (code, error) == (1, "fedsplit: the trunk's process has not answered for 60 seconds\n")

@@ -28,6 +28,7 @@ from fedsplit.federation.stalls import StallWatch
 from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.tally import Tally
 from fedsplit.federation.turns import groups_of, takes_turns
+from fedsplit.federation.workload import Workload
 from fedsplit.optimization.stopping import Course
 from fedsplit.report import Watcher, perplexity, round_line
 from fedsplit.scores import Score, pooled
@@ -51,6 +52,7 @@ class Federation:
         trunk_name: str,
         workers: int,
         threads: int,
+        workloads: Sequence[Workload],
         strategy: Any,
         folder: RunFolder,
         watcher: Watcher,
@@ -64,12 +66,13 @@ class Federation:
             trunk_name: What clients find it by; names the run, too.
             workers: Processes that play the clients.
             threads: Threads of each of them.
+            workloads: Bounds, by client, of the counts that clients may report.
             strategy: Ours or Flower's.
             folder: Where results go, and, of a run that goes on, come from.
             watcher: Who is told.
             started: When the command began, by `time.perf_counter`.
         """
-        self._config, self._trunk = config, trunk
+        self._config, self._trunk, self._workloads = config, trunk, workloads
         self._schedule = SCHEDULES[config.trunk.schedule]
         self._folder, self._watcher, self._tally = folder, watcher, Tally(started)
         self.stop = threading.Event()
@@ -256,7 +259,7 @@ class Federation:
         if counts.get("unusable"):
             words = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
             self._watcher.line(f"{self._label(round)}  {words} ({self._config.train.lr:g})")
-        own = {u.client: records.sample_of(reply, self._exchange.name(u.client)) for reply, u in used}
+        own = {update.client: records.sample_of(reply) for reply, update in used}
         if self._schedule.personal:
             updates = self._holdings.with_copies(updates, self._trunk.copies(), assigned)
         for update in updates:
@@ -345,10 +348,9 @@ class Federation:
     def _accepted(self, reply: Message, client: int, assignment: Assignment) -> ClientUpdate | None:
         """A reply as an update with its weight; one that cannot be used is named and left out."""
         given, trained = self._holdings.sent(assignment)
-        settings = self._config.train
-        examples = None if settings.epochs else settings.steps * settings.batch_size * settings.accumulation
+        sender, workload = self._exchange.name(client), self._workloads[client]
         try:
-            update = records.to_update(reply, given, trained, client, self._exchange.name(client), examples)
+            update = records.to_update(reply, given, trained, client, sender, workload)
         except RefusedUpdate as refused:
             self._watcher.line(f"{refused}; it is left out")
             return None
@@ -426,9 +428,7 @@ class Federation:
         self._forgotten = {
             self._exchange.members[client].name: now.loss - then.loss
             for client, then in own.items()
-            if client in by_client
-            and then.tokens
-            and (now := records.sample_of(by_client[client], self._exchange.name(client))).tokens
+            if client in by_client and then.tokens and (now := records.sample_of(by_client[client])).tokens
         }
         self._log(
             {
@@ -456,8 +456,9 @@ class Federation:
         reason = ""
         for reply in replies:
             client = self._exchange.number_of(reply)
+            sender, workload = self._exchange.name(client), self._workloads[client]
             try:
-                measured[client] = records.to_held_out(reply, client, self._exchange.name(client))
+                measured[client] = records.to_held_out(reply, client, sender, workload)
             except RefusedUpdate as refused:
                 reason = str(refused)
                 self._watcher.line(f"{refused}; it is left out")

@@ -242,7 +242,7 @@ class Federation:
                 parts |= {part: start[part] for part in ("bottom", "top") if part in start}
         if parts.keys() != {"bottom", "trunk", "top"}:
             raise FederationFailed("the first client did not say what training starts from")
-        self._exchange.members[:] = [found[client] for client in sorted(found)]
+        self._exchange.know([found[client] for client in sorted(found)])
         return parts, {"bottom": parameters["bottom"], "trunk": trunk["parameters"], "top": parameters["top"]}
 
     def _train(

@@ -131,14 +131,16 @@ class Federation:
             if self._course.is_over:
                 break
             # 1. Clients train from what the strategy gives them; the trunk learns as they do.
-            replies, updates, own = self._train(grid, round, adapters)
+            given = adapters
+            replies, updates, own = self._train(grid, round, given)
             # 2. The strategy makes one set of adapters of theirs, which every party takes over.
-            adapters = self._aggregate(round, adapters, replies, updates)
+            adapters = self._aggregate(round, given, replies, updates)
             loss = _mean([update.loss for update in updates]) if updates else None
-            del replies, updates  # or those of two rounds are there at the end of the next
+            changed = self._has_changed(round, given, adapters, bool(updates))
+            del replies, updates, given  # or those of two rounds are there at the end of the next
             # 3. Every client measures it.
             after = self._evaluate(grid, round, adapters, own)
-            self._course.note(round, after)
+            self._course.note(round, after, changed)
             # 4. What came of it is kept, and told.
             self._save(round, adapters, before, after)
             self._announce(round, after, loss)
@@ -388,6 +390,24 @@ class Federation:
             }
         )
         return result.with_tensors(result.tensors)
+
+    def _has_changed(self, round: int, before: Adapters, after: Adapters, trained: bool) -> bool:
+        """Returns whether a round changed anything of the model.
+
+        It may not: a strategy that simulates delays lets clients rest, or keeps their changes for a later round.
+
+        Args:
+            round: The round.
+            before: Shared adapters at its start.
+            after: Shared adapters at its end.
+            trained: Any client trained.
+        """
+        trunk_learns = self._schedule.learns and not self._schedule.personal  # beside the strategy, at every step
+        if trained and (trunk_learns or self._holdings.has_personal):
+            return True
+        if self._holdings.last_fold == round:
+            return True
+        return any(not torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
 
     def _instructions(self, round: int, accepted: int = 0, folded: int | None = None) -> ConfigRecord:
         folded = self._holdings.last_fold if folded is None else folded

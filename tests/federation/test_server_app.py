@@ -725,6 +725,54 @@ def test_a_round_in_which_all_rest_has_no_aggregation_error(
     assert federation.summary is not None and federation.summary["aggregation_error"] is None
 
 
+class Late(FedAvg):
+    """A strategy under which clients train or rest as told, and only the last of these rounds changes the adapters."""
+
+    traits = replace(FedAvg.traits, idles=True)
+
+    def __init__(self, trains: list[bool]) -> None:
+        self.trains, self.round = trains, 0
+
+    def broadcast(self, state, adapters, client):
+        return Assignment(adapters.with_rank(client.rank)) if self.trains[self.round] else None
+
+    def aggregate(self, state, adapters, updates):
+        self.round += 1
+        if self.round < len(self.trains):
+            return state, adapters.with_tensors(adapters.tensors)
+        spoilt = {name: tensor + 3 for name, tensor in adapters.tensors.items()}
+        return state, adapters.with_tensors(spoilt)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "trains", "last"),
+    [
+        ("copies", [True, False, False, False, True], 5),
+        ("copies", [True, True, True, True, True], 5),  # their changes are under way
+        ("frozen", [True, True, False, False, True], 5),
+        ("shared", [True, False, False, False, True], 5),
+    ],
+)
+def test_patience_does_not_run_out_before_anything_has_changed(
+    schedule: str, trains: list[bool], last: int, one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = replace(one_config.trunk, schedule=schedule)
+    train = replace(one_config.train, steps=1)
+    config = replace(one_config, rounds=last, patience=2, trunk=trunk, train=train)
+    federation, _ = federate(config, tmp_path / "run", Late(trains), monkeypatch)
+    assert federation.summary is not None and federation.summary["last_round"] == last
+    assert federation._course.waited <= 1
+
+
+def test_patience_runs_out_where_every_round_changes_the_trunk(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the strategy keeps all that clients send."""
+    config = replace(one_config, rounds=9, patience=2, min_delta=100.0)
+    federation, _ = federate(config, tmp_path / "run", Late([True] * 9), monkeypatch)
+    assert federation.summary is not None and federation.summary["last_round"] == 3
+
+
 def test_the_accuracy_of_the_best_round_is_reported(
     tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""What honest clients count is exactly what the server expects, in every format and way to go through the data."""
+"""What honest clients count is exactly what the server expects, in several formats and ways to go through the data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ from fedsplit.documents import build
 from fedsplit.federation.workload import Workload, workloads
 from strategies.fedavg import FedAvg
 
-TALK = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "this is it"}]
-
 ROWS: dict[str, dict[str, Any]] = {
     "text": {"text": "some words that are long enough for more than one sequence"},
     "completion": {"prompt": "question", "completion": "answer"},
-    "chat": {"messages": TALK},
     "classification": {"text": "some words", "label": "good"},
 }
 

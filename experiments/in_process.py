@@ -24,6 +24,7 @@ from fedsplit.federation import client_app
 from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.manifest import content_of
 from fedsplit.federation.server_app import Federation
+from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import about, weights
 from fedsplit.trunk.dispatch import Dispatcher
@@ -151,7 +152,8 @@ def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federati
         shards = shards_of(config)
         content = content_of(shards, about(config), weights(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
-        federation = Federation(config, trunk, run, 1, 1, strategy, folder, watcher, time.perf_counter())  # type: ignore[arg-type]
+        work, started = workloads(config, shards), time.perf_counter()
+        federation = Federation(config, trunk, run, 1, 1, work, strategy, folder, watcher, started)  # type: ignore[arg-type]
         with on_disks(folder.clients, shards):
             federation.run(LocalGrid(config.clients))  # type: ignore[arg-type]
     return federation

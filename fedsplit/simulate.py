@@ -106,6 +106,7 @@ def run(config: Config) -> dict[str, Any]:
     from fedsplit.federation.checkpoint import RunFolder, check_content
     from fedsplit.federation.manifest import content_of
     from fedsplit.federation.server_app import Federation
+    from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import about, pinned, weights
     from fedsplit.planning import plan
@@ -129,8 +130,9 @@ def run(config: Config) -> dict[str, Any]:
             check_memory(config, trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(deal))
-            workers, threads = shares.workers, shares.client_threads
-            federation = Federation(config, trunk, name, workers, threads, strategy, results, watcher, started)
+            machine = shares.workers, shares.client_threads
+            work = workloads(config, deal.shards)
+            federation = Federation(config, trunk, name, *machine, work, strategy, results, watcher, started)
             with on_disks(results.clients, deal.shards):
                 engine.simulate(federation, config.clients)
     if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on

@@ -338,14 +338,14 @@ class RunFolder:
         """
         folder = _round_folder(self.path, round)
         try:
-            manifest.check_whole(folder, round)
+            written = manifest.check_whole(folder, round)
         except manifest.Damaged as damaged:
             raise manifest.Damaged(f"{folder}, the best round, is damaged: {damaged}") from None
         if self._config.prompt.kind != "off":  # adapter files have what the encoders make, and not the encoders
             groups = unpack(load_tensors(folder / _TENSORS))
             return Adapters({**groups.get("adapters", {}), **groups.get("trunk", {})}, {}), {}
-        own = sorted(one for one in (folder / _PERSONAL).glob("*") if one.name.isdecimal())
-        return adapting.load(folder), {int(one.name): adapting.load(one) for one in own}
+        clients = _personal_in(written)
+        return adapting.load(folder), {int(name): adapting.load(folder / _PERSONAL / name) for name in clients}
 
     def read_facts(self, round: int) -> dict[str, Any]:
         """The plain values that `save_round` wrote."""
@@ -380,6 +380,12 @@ def last_round(run: Path) -> Path | None:
     """The folder of the last round of a run that is whole; None where there is none."""
     rounds = {number: folder for folder in (run / "checkpoints").glob("round-*") if (number := round_of(folder))}
     return rounds[max(rounds)] if rounds else None
+
+
+def _personal_in(written: manifest.Manifest) -> list[str]:
+    """Returns the names of the folders with clients' own adapters, by the manifest: others were put there later."""
+    places = (Path(name).parts for name in written.files)
+    return sorted({parts[1] for parts in places if parts[0] == _PERSONAL})
 
 
 def _round_folder(run: Path, round: int) -> Path:

@@ -6,7 +6,7 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -41,7 +41,7 @@ class Exchange:
     """The server's way to its clients.
 
     Attributes:
-        members: The clients by number, as soon as they are known.
+        members: The clients by number, once `know` has named them.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Exchange:
         self._stop, self._watcher, self._lost, self._stalls = stop, watcher, lost, stalls
         self._most = max(LEAST_UNDER_WAY, UNDER_WAY_EACH * workers)
         self.members: list[Member] = []
+        self._clients: dict[int, int] = {}  # by node
 
     def meet(self, grid: Grid, clients: int) -> list[int]:
         """Waits until so many nodes are there, and names them."""
@@ -72,6 +73,11 @@ class Exchange:
             self._go_on()
             time.sleep(POLL_SECONDS)
         return nodes
+
+    def know(self, members: Sequence[Member]) -> None:
+        """Sets the clients, by number; whoever holds `members` sees them, too."""
+        self.members[:] = members
+        self._clients = {member.node: client for client, member in enumerate(members)}
 
     def _go_on(self) -> None:
         if self._stop.is_set():
@@ -127,8 +133,8 @@ class Exchange:
         return sorted(replies, key=self.number_of)
 
     def client_at(self, node: int) -> int | None:
-        """The number of the client at a node."""
-        return next((client for client, member in enumerate(self.members) if member.node == node), None)
+        """Returns the number of the client at a node; None where there is no client."""
+        return self._clients.get(node)
 
     def number_of(self, reply: Message) -> int:
         """The number of the client that a reply is from: that of its node, whatever it says of itself.

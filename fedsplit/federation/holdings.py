@@ -62,6 +62,11 @@ class Holdings:
         self._own: dict[int, dict[str, Tensor]] = {}
         self._control: dict[int, dict[str, Tensor]] = {}
 
+    @property
+    def has_personal(self) -> bool:
+        """Whether clients have adapters of their own, which change whenever they train."""
+        return bool(self._personal)
+
     def crossing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of some tensors, by exported name, that a message to a client may hold."""
         return {n: t for n, t in tensors.items() if n in self._at_clients and n not in self._personal}

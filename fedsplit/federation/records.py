@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedsplit.federation.workload import Workload
 from fedsplit.lowrank import LowRank
 from fedsplit.model.store import pack_changes, unpack_changes
 from fedsplit.scores import Score
@@ -32,6 +33,24 @@ ROUND = "server-round"
 
 WEIGHT = "num-examples"
 """The metric Flower's own strategies weight by."""
+
+LARGEST_CHANGE = 1e4
+"""Norm of the change in one round, over all adapters of a client, above which an update is refused.
+
+Changes in honest runs are below 1e3. With what is admitted, every client must still be able to compute a loss: between
+two normalisations a text passes through up to three products B A (two that are multiplied with each other, and one
+after them), and the next normalisation squares the result, where float32 ends at 3e38. An update of norm 1e6 is finite,
+and ends there. Within the bound an update may still spoil the model, as a wrong one may at any size; against that
+there are robust strategies, such as `normclip` and `median`.
+"""
+
+LARGEST_LOSS = 1e9
+"""Mean loss in nats above which a client's report is refused.
+
+A guess at random costs ln(vocabulary), about 12 nats; a wrong and certain one as much as its logits are apart, which
+an update within `LARGEST_CHANGE` may drive far up for honest clients, too. A mean in float64 over losses up to this
+bound still tells differences of 1e-6.
+"""
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -163,45 +182,65 @@ def from_update(update: ClientUpdate, shared: Collection[str], own: Score, peak_
 
 
 def to_update(
-    reply: Message, given: Adapters, trained: Collection[str], client: int, sender: str, examples: int | None = None
+    reply: Message, given: Adapters, trained: Collection[str], client: int, sender: str, workload: Workload
 ) -> ClientUpdate:
-    """What a client sent, checked against what it was given and what the server knows of it.
+    """Turns a client's answer into an update, after checks against what it was given and what the server knows of it.
 
     Args:
-        reply: Its answer.
-        given: What it started from, without what is personal.
-        trained: The names that it had to send.
+        reply: The client's answer.
+        given: Adapters that the client started from, without the personal ones.
+        trained: Names of the tensors that it had to send.
         client: Its number, by the node that the answer is from.
-        sender: Who it is, for the message.
-        examples: The sequences that it had to train on; None where the server does not know.
+        sender: Its number and name, for messages.
+        workload: Bounds of the counts that it may report.
 
     Raises:
-        RefusedUpdate: Names, shapes or values are not what they must be.
+        RefusedUpdate: Names, shapes, values or counts are not possible.
     """
     expected = given.with_tensors({name: tensor for name, tensor in given.tensors.items() if name in trained})
     tensors = _sent_tensors(reply, ARRAYS, sender)
     expected.check_fits(tensors, sender)
+    _check_size([tensor - given.tensors[name] for name, tensor in tensors.items()], "adapters that changed", sender)
+
     control: dict[str, Tensor] = {}
     if CONTROL in reply.content.array_records:
         control = _sent_tensors(reply, CONTROL, sender)
         expected.check_fits(control, f"{sender}, as its control variate,")
+        _check_size(control.values(), "a control variate that changed", sender)
+
     said = _Said(reply, sender)
     said.check_client(client)
-    count = said.count(WEIGHT, "its number of examples")
-    if examples is not None and count != examples:
-        raise RefusedUpdate(f"{sender} sent {count} as its number of examples, not {examples}")
-    sample_of(reply, sender)
+    examples = said.count(WEIGHT, "its number of examples")
+    if examples != workload.examples:
+        raise RefusedUpdate(f"{sender} sent {examples} as its number of examples, not {workload.examples}")
+    said.check_sample(workload)
     said.count("peak-memory")
     return ClientUpdate(
         client=client,
         adapters=given.with_tensors({**given.tensors, **tensors}),
-        examples=count,
-        tokens=said.count("tokens"),
+        examples=examples,
+        tokens=said.count("tokens", least=1, most=workload.tokens),
         loss=said.amount("loss"),
         given=given,
         control=control,
         router_loss=said.amount("router-loss") if "router-loss" in said.metrics else None,
     )
+
+
+def _check_size(changes: Iterable[Tensor], what: str, sender: str) -> None:
+    """Makes sure that a client's change is small enough for others to compute with.
+
+    Args:
+        changes: Tensors that the norm is taken over.
+        what: Noun and verb for the message.
+        sender: The client's number and name, for the message.
+
+    Raises:
+        RefusedUpdate: The norm is above `LARGEST_CHANGE`.
+    """
+    norm = math.hypot(*(float(torch.linalg.vector_norm(change)) for change in changes))
+    if norm > LARGEST_CHANGE:
+        raise RefusedUpdate(f"{sender} sent {what} by a norm of {norm:.3g}, not by up to {LARGEST_CHANGE:.0e}")
 
 
 def _sent_tensors(reply: Message, record: str, sender: str) -> dict[str, Tensor]:
@@ -235,31 +274,43 @@ class _Said:
         if (claimed := self.metrics.get("client")) != client:
             raise RefusedUpdate(f"{self._sender} says that it is client {_shown(claimed)}")
 
-    def count(self, name: str, what: str = "") -> int:
-        """Returns a whole number from 0.
-
-        Args:
-            name: Of the metric.
-            what: The same for a message, where the name does not say it.
+    def check_sample(self, workload: Workload) -> None:
+        """Makes sure that a measurement on the client's sample is possible.
 
         Raises:
-            RefusedUpdate: It is none, or is not there.
+            RefusedUpdate: A number is missing or out of range.
+        """
+        tokens = self.count("sample-tokens", most=workload.sample)
+        self.amount("sample-nats", most=LARGEST_LOSS * tokens)
+
+    def count(self, name: str, what: str = "", least: int = 0, most: int | None = None) -> int:
+        """Returns a whole number.
+
+        Args:
+            name: Name of the metric.
+            what: The same for a message, where the name does not say it.
+            least: The smallest number that is possible.
+            most: The largest number that is possible; None: there is no bound.
+
+        Raises:
+            RefusedUpdate: It is missing, no whole number or out of range.
         """
         value = self.metrics.get(name)
-        if type(value) is not int or value < 0:
-            words = f"{_shown(value)} as {what or f'its {name}'}, not a whole number from 0"
+        if type(value) is not int or value < least or (most is not None and value > most):
+            bounds = f"from {least}" if most is None else f"from {least} to {most}"
+            words = f"{_shown(value)} as {what or f'its {name}'}, not a whole number {bounds}"
             raise RefusedUpdate(f"{self._sender} sent {words}")
         return value
 
-    def amount(self, name: str) -> float:
-        """Returns a finite number from 0, such as a loss.
+    def amount(self, name: str, most: float = LARGEST_LOSS) -> float:
+        """Returns a number from 0 to `most`, such as a loss.
 
         Raises:
-            RefusedUpdate: It is none, or is not there.
+            RefusedUpdate: It is missing, no number or out of range.
         """
         value: Any = self.metrics.get(name)
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise RefusedUpdate(f"{self._sender} sent {_shown(value)} as its {name}, not a finite number from 0")
+        if type(value) not in (int, float) or not 0 <= value <= most:
+            raise RefusedUpdate(f"{self._sender} sent {_shown(value)} as its {name}, not a number from 0 to {most:g}")
         return float(value)
 
 
@@ -300,35 +351,36 @@ def from_held_out(client: int, measured: Score, part: Score, peak_memory: int) -
     return RecordDict({METRICS: MetricRecord(metrics)})
 
 
-def to_held_out(reply: Message, client: int, sender: str) -> Score:
-    """What a client measured.
+def to_held_out(reply: Message, client: int, sender: str, workload: Workload) -> Score:
+    """Returns a client's measurement on its held-out text, after checks against what the server knows of it.
 
     Args:
-        reply: Its answer.
+        reply: The client's answer.
         client: Its number, by the node that the answer is from.
-        sender: Who it is, for the message.
+        sender: Its number and name, for messages.
+        workload: Bounds of the counts that it may report.
 
     Raises:
-        RefusedUpdate: It cannot be: there are no tokens, or a loss that is not finite.
+        RefusedUpdate: The measurement is not possible: no tokens, more than the client has, or too large a loss.
     """
     said = _Said(reply, sender)
     said.check_client(client)
-    tokens, right = said.count(WEIGHT, "its number of tokens"), said.count("right")
+    tokens = said.count(WEIGHT, "its number of tokens", most=workload.held_out)
+    right = said.count("right")
     if not tokens or right > tokens:
         raise RefusedUpdate(f"{sender} measured {tokens} tokens, {right} of them predicted rightly")
-    sample_of(reply, sender)
+    said.check_sample(workload)
     said.count("peak-memory")
-    return Score(said.amount("nats"), tokens, right)
+    return Score(said.amount("nats", most=LARGEST_LOSS * tokens), tokens, right)
 
 
-def sample_of(reply: Message, sender: str) -> Score:
-    """What a client measured on its sample: after its own steps, or at the end of the round.
+def sample_of(reply: Message) -> Score:
+    """Returns a client's measurement on its sample, from a reply that has been checked.
 
-    Raises:
-        RefusedUpdate: It cannot be.
+    A client measures it after its own steps, and again at the end of the round.
     """
-    said = _Said(reply, sender)
-    return Score(said.amount("sample-nats"), said.count("sample-tokens"))
+    metrics = metrics_of(reply)
+    return Score(float(metrics["sample-nats"]), int(metrics["sample-tokens"]))
 
 
 def memory_of(reply: Message) -> int:

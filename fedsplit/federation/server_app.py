@@ -28,6 +28,7 @@ from fedsplit.federation.stalls import StallWatch
 from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.tally import Tally
 from fedsplit.federation.turns import groups_of, takes_turns
+from fedsplit.federation.workload import Workload
 from fedsplit.optimization.stopping import Course
 from fedsplit.report import Watcher, perplexity, round_line
 from fedsplit.scores import Score, pooled
@@ -51,6 +52,7 @@ class Federation:
         trunk_name: str,
         workers: int,
         threads: int,
+        workloads: Sequence[Workload],
         strategy: Any,
         folder: RunFolder,
         watcher: Watcher,
@@ -64,12 +66,13 @@ class Federation:
             trunk_name: What clients find it by; names the run, too.
             workers: Processes that play the clients.
             threads: Threads of each of them.
+            workloads: Bounds, by client, of the counts that clients may report.
             strategy: Ours or Flower's.
             folder: Where results go, and, of a run that goes on, come from.
             watcher: Who is told.
             started: When the command began, by `time.perf_counter`.
         """
-        self._config, self._trunk = config, trunk
+        self._config, self._trunk, self._workloads = config, trunk, workloads
         self._schedule = SCHEDULES[config.trunk.schedule]
         self._folder, self._watcher, self._tally = folder, watcher, Tally(started)
         self.stop = threading.Event()
@@ -128,14 +131,16 @@ class Federation:
             if self._course.is_over:
                 break
             # 1. Clients train from what the strategy gives them; the trunk learns as they do.
-            replies, updates, own = self._train(grid, round, adapters)
+            given = adapters
+            replies, updates, own = self._train(grid, round, given)
             # 2. The strategy makes one set of adapters of theirs, which every party takes over.
-            adapters = self._aggregate(round, adapters, replies, updates)
+            adapters = self._aggregate(round, given, replies, updates)
             loss = _mean([update.loss for update in updates]) if updates else None
-            del replies, updates  # or those of two rounds are there at the end of the next
+            changed = self._has_changed(round, given, adapters, bool(updates))
+            del replies, updates, given  # or those of two rounds are there at the end of the next
             # 3. Every client measures it.
             after = self._evaluate(grid, round, adapters, own)
-            self._course.note(round, after)
+            self._course.note(round, after, changed)
             # 4. What came of it is kept, and told.
             self._save(round, adapters, before, after)
             self._announce(round, after, loss)
@@ -239,7 +244,7 @@ class Federation:
                 parts |= {part: start[part] for part in ("bottom", "top") if part in start}
         if parts.keys() != {"bottom", "trunk", "top"}:
             raise FederationFailed("the first client did not say what training starts from")
-        self._exchange.members[:] = [found[client] for client in sorted(found)]
+        self._exchange.know([found[client] for client in sorted(found)])
         return parts, {"bottom": parameters["bottom"], "trunk": trunk["parameters"], "top": parameters["top"]}
 
     def _train(
@@ -256,7 +261,7 @@ class Federation:
         if counts.get("unusable"):
             words = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
             self._watcher.line(f"{self._label(round)}  {words} ({self._config.train.lr:g})")
-        own = {u.client: records.sample_of(reply, self._exchange.name(u.client)) for reply, u in used}
+        own = {update.client: records.sample_of(reply) for reply, update in used}
         if self._schedule.personal:
             updates = self._holdings.with_copies(updates, self._trunk.copies(), assigned)
         for update in updates:
@@ -345,10 +350,9 @@ class Federation:
     def _accepted(self, reply: Message, client: int, assignment: Assignment) -> ClientUpdate | None:
         """A reply as an update with its weight; one that cannot be used is named and left out."""
         given, trained = self._holdings.sent(assignment)
-        settings = self._config.train
-        examples = None if settings.epochs else settings.steps * settings.batch_size * settings.accumulation
+        sender, workload = self._exchange.name(client), self._workloads[client]
         try:
-            update = records.to_update(reply, given, trained, client, self._exchange.name(client), examples)
+            update = records.to_update(reply, given, trained, client, sender, workload)
         except RefusedUpdate as refused:
             self._watcher.line(f"{refused}; it is left out")
             return None
@@ -386,6 +390,24 @@ class Federation:
             }
         )
         return result.with_tensors(result.tensors)
+
+    def _has_changed(self, round: int, before: Adapters, after: Adapters, trained: bool) -> bool:
+        """Returns whether a round changed anything of the model.
+
+        It may not: a strategy that simulates delays lets clients rest, or keeps their changes for a later round.
+
+        Args:
+            round: The round.
+            before: Shared adapters at its start.
+            after: Shared adapters at its end.
+            trained: Any client trained.
+        """
+        trunk_learns = self._schedule.learns and not self._schedule.personal  # beside the strategy, at every step
+        if trained and (trunk_learns or self._holdings.has_personal):
+            return True
+        if self._holdings.last_fold == round:
+            return True
+        return any(not torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
 
     def _instructions(self, round: int, accepted: int = 0, folded: int | None = None) -> ConfigRecord:
         folded = self._holdings.last_fold if folded is None else folded
@@ -426,9 +448,7 @@ class Federation:
         self._forgotten = {
             self._exchange.members[client].name: now.loss - then.loss
             for client, then in own.items()
-            if client in by_client
-            and then.tokens
-            and (now := records.sample_of(by_client[client], self._exchange.name(client))).tokens
+            if client in by_client and then.tokens and (now := records.sample_of(by_client[client])).tokens
         }
         self._log(
             {
@@ -456,8 +476,9 @@ class Federation:
         reason = ""
         for reply in replies:
             client = self._exchange.number_of(reply)
+            sender, workload = self._exchange.name(client), self._workloads[client]
             try:
-                measured[client] = records.to_held_out(reply, client, self._exchange.name(client))
+                measured[client] = records.to_held_out(reply, client, sender, workload)
             except RefusedUpdate as refused:
                 reason = str(refused)
                 self._watcher.line(f"{refused}; it is left out")

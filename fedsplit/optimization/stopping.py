@@ -20,7 +20,7 @@ class Course:
         last: The last round.
         best: The round with the lowest loss, the first of several; 0 before there is one.
         lowest: Its loss.
-        waited: Rounds in a row without a better loss.
+        waited: Rounds in a row without a better loss, of those that changed the model.
         mark: The loss that is to be bettered: that of the last round that did.
     """
 
@@ -32,11 +32,20 @@ class Course:
     waited: int = 0
     mark: float = math.inf
 
-    def note(self, round: int, loss: float) -> None:
-        """Takes a round's held-out loss; one that is no number betters nothing."""
+    def note(self, round: int, loss: float, changed: bool = True) -> None:
+        """Takes a round's held-out loss.
+
+        Args:
+            round: The round.
+            loss: Its held-out loss; NaN or infinity is no improvement.
+            changed: The model differs from that of the round before. Otherwise the loss says nothing about training,
+                and the round does not count for patience.
+        """
         self.last = round
         if loss < self.lowest or not self.best:
             self.best, self.lowest = round, loss if math.isfinite(loss) else math.inf
+        if not changed:
+            return
         if loss < self.mark - self.min_delta:
             self.mark, self.waited = loss, 0
         else:

@@ -153,6 +153,7 @@ def test_a_round_is_read_as_it_was_written(folder: RunFolder) -> None:
     folded = LowRank(torch.randn(b.shape[0], 2), torch.randn(2, a.shape[1]))
     own = whole.with_tensors({name: tensor + 1 for name, tensor in whole.tensors.items()})
     folder.save_round(snapshot(1), dataclasses.replace(whole, folded={layer: folded}), {4: own})
+    _leave_more_in(folder.path / "checkpoints" / "round-0001")
     back, personal = folder.read_round(1)
     assert list(personal) == [4]
     assert all(torch.equal(tensor, own.tensors[name]) for name, tensor in personal[4].tensors.items())
@@ -166,6 +167,29 @@ def test_a_round_is_read_as_it_was_written(folder: RunFolder) -> None:
     assert left.keys() == written.keys() and all(torch.equal(tensor, written[name]) for name, tensor in left.items())
     texts = [(place / "adapter_config.json").read_text() for place in (round, folder.path / "adapter")]
     assert [json.loads(text)["alpha_pattern"] for text in texts] == [{layer: 5}] * 2
+
+
+def _leave_more_in(round: Path) -> None:
+    """What somebody may put into a round's folder later: a note, and an adapter that no client has written."""
+    (round / "notes.txt").write_text("the good one")
+    (round / "personal").mkdir(exist_ok=True)
+    adapter = {name: (round / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    (round / "personal" / "0009").mkdir()
+    for name, content in adapter.items():
+        (round / "personal" / "0009" / name).write_bytes(content)
+
+
+def test_files_that_nobody_reads_stop_nobody(folder: RunFolder) -> None:
+    """Neither a run that goes on nor one that comes to its end; the adapters are those that were written."""
+    folder.log({"round": 1})
+    folder.save_round(snapshot(1), folder.whole)
+    _leave_more_in(folder.path / "checkpoints" / "round-0001")
+    check_resumable(folder.path, going(folder, 5))
+    back, personal = folder.read_round(1)
+    assert back.tensors.keys() == folder.whole.tensors.keys() and personal == {}
+    (folder.path / "checkpoints" / "round-0001" / "adapter_config.json").unlink()
+    with pytest.raises(SettingError, match=r"round-0001 is damaged: adapter_config\.json is not there"):
+        check_resumable(folder.path, going(folder, 5))
 
 
 def test_folders_that_cannot_be_used_are_refused_and_left_alone(tmp_path: Path) -> None:
@@ -374,7 +398,6 @@ def test_a_folder_comes_back_where_a_process_ended_between_two_renames(tmp_path:
         ("manifest.json", None),
         ("manifest.json", b"[]"),
         ("manifest.json", b'{"round": 2}'),
-        ("left.safetensors", b"x"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(folder: RunFolder, file: str, content: bytes | None) -> None:

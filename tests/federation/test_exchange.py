@@ -47,7 +47,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def _exchange(workers: int = 2, lost: Callable[[int], None] = lambda client: None) -> Exchange:
     stalls = StallWatch(60, lambda: None, lambda: None)
     exchange = Exchange(threading.Event(), Silent(), lost, workers, stalls)
-    exchange.members[:] = [Member(node, f"client of {node}") for node in range(200)]
+    exchange.know([Member(node, f"client of {node}") for node in range(200)])
     return exchange
 
 
@@ -89,6 +89,27 @@ def test_a_stop_is_seen_before_the_next_look() -> None:
 
     with pytest.raises(Interrupted):
         exchange.send(Slow(), map(_message, range(5)), 5, stop)  # type: ignore[arg-type]
+
+
+def test_a_reply_is_known_by_its_node_without_a_look_at_every_client() -> None:
+    """Or a round of n clients would take n² looks."""
+
+    class Counted(Member):
+        looks = 0
+
+        def __getattribute__(self, name: str) -> object:
+            if name == "node":
+                Counted.looks += 1
+            return super().__getattribute__(name)
+
+    exchange = _exchange()
+    held = exchange.members
+    exchange.know([Counted(1000 - client, f"client {client}") for client in range(50)])
+    looks = Counted.looks
+    assert [exchange.client_at(1000 - client) for client in range(50)] == list(range(50))
+    assert exchange.client_at(3) is None
+    assert Counted.looks == looks
+    assert held is exchange.members and held[7].name == "client 7"
 
 
 @pytest.mark.parametrize(

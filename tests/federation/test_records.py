@@ -11,6 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedsplit.federation import records
+from fedsplit.federation.workload import Workload
 from fedsplit.lowrank import LowRank
 from fedsplit.scores import Score
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task
@@ -21,6 +22,10 @@ ADAPTERS = Adapters(
 
 
 NAMES = set(ADAPTERS.tensors)
+
+
+def work(examples: int = 1) -> Workload:
+    return Workload(examples, tokens=128 * examples, held_out=20, sample=4)
 
 
 def reply(content: RecordDict) -> Message:
@@ -41,7 +46,7 @@ def test_float64_of_a_flower_strategy_becomes_float32() -> None:
 def test_updates_come_back() -> None:
     update = ClientUpdate(3, ADAPTERS, examples=40, tokens=5120, loss=3.25)
     sent = reply(records.from_update(update, NAMES, Score(2.5, 3), peak_memory=7))
-    back = records.to_update(sent, ADAPTERS, NAMES, 3, "ann")
+    back = records.to_update(sent, ADAPTERS, NAMES, 3, "ann", work(40))
     assert (back.client, back.examples, back.tokens, back.loss) == (3, 40, 5120, 3.25)
     assert back.adapters.layers == ADAPTERS.layers
     assert back.given is ADAPTERS
@@ -51,15 +56,15 @@ def test_only_what_is_shared_goes_up_and_the_rest_is_what_was_given() -> None:
     """Half of the factors, half of the bytes; with a control variate it is twice that."""
     trained = ADAPTERS.with_tensors({n: t + 1 for n, t in ADAPTERS.tensors.items()})
     control = {name: 2 * tensor for name, tensor in ADAPTERS.tensors.items()}
-    update = ClientUpdate(0, trained, 1, control=control)
+    update = ClientUpdate(0, trained, 1, 16, control=control)
     content = records.from_update(update, {"l.lora_B.weight"}, Score(0.0, 0), 0)
     assert [list(record) for record in content.array_records.values()] == [["l.lora_B.weight"]] * 2
-    back = records.to_update(reply(content), ADAPTERS, {"l.lora_B.weight"}, 0, "ann")
+    back = records.to_update(reply(content), ADAPTERS, {"l.lora_B.weight"}, 0, "ann", work())
     assert torch.equal(back.adapters.tensors["l.lora_A.weight"], ADAPTERS.tensors["l.lora_A.weight"])
     assert torch.equal(back.adapters.tensors["l.lora_B.weight"], trained.tensors["l.lora_B.weight"])
     assert list(back.control) == ["l.lora_B.weight"]
     with pytest.raises(RefusedUpdate, match="ann sent other layers"):
-        records.to_update(reply(content), ADAPTERS, NAMES, 0, "ann")
+        records.to_update(reply(content), ADAPTERS, NAMES, 0, "ann", work())
 
 
 @pytest.mark.parametrize(
@@ -106,16 +111,43 @@ def test_bytes_are_those_of_the_serialised_arrays() -> None:
     ],
 )
 def test_updates_that_do_not_fit_are_refused_by_name(update: ClientUpdate, message: str) -> None:
+    sent = reply(records.from_update(update, NAMES, Score(0.0, 0), 0))
     with pytest.raises(RefusedUpdate, match=message):
-        records.to_update(reply(records.from_update(update, NAMES, Score(0.0, 0), 0)), ADAPTERS, NAMES, 0, "ann")
+        records.to_update(sent, ADAPTERS, NAMES, 0, "ann", work())
+
+
+def changed_by(norm: float) -> dict[str, torch.Tensor]:
+    """Both factors, changed by one value each, so that the norm over both is as said."""
+    moved = {name: tensor.clone() for name, tensor in ADAPTERS.tensors.items()}
+    for tensor in moved.values():
+        tensor[0, 0] += norm / math.sqrt(2)
+    return moved
+
+
+@pytest.mark.parametrize("norm", [1.01 * records.LARGEST_CHANGE, 1e30])
+def test_what_others_cannot_compute_with_is_refused_by_name(norm: float) -> None:
+    """By the change from what was given, over all tensors; of adapters, and of a control variate."""
+    large = ADAPTERS.with_tensors({name: tensor + 1e7 for name, tensor in ADAPTERS.tensors.items()})
+    update = ClientUpdate(0, ADAPTERS.with_tensors(changed_by(0.99 * records.LARGEST_CHANGE)), 1, 16)
+    fits = reply(records.from_update(update, NAMES, Score(), 0))
+    assert records.to_update(fits, ADAPTERS, NAMES, 0, "ann", work()).examples == 1
+    with pytest.raises(RefusedUpdate, match=r"^ann sent adapters that changed by a norm of .*, not by up to 1e\+04$"):
+        records.to_update(fits, large, NAMES, 0, "ann", work())
+    for kind in ("adapters", "a control variate"):
+        adapters = changed_by(norm) if kind == "adapters" else ADAPTERS.tensors
+        control = {} if kind == "adapters" else changed_by(norm)
+        spoilt = ClientUpdate(0, ADAPTERS.with_tensors(adapters), 1, 16, control=control)
+        sent = reply(records.from_update(spoilt, NAMES, Score(), 0))
+        with pytest.raises(RefusedUpdate, match=rf"^ann sent {kind} that changed by a norm of "):
+            records.to_update(sent, ADAPTERS, NAMES, 0, "ann", work())
 
 
 def test_measurements_come_back() -> None:
     answer = reply(records.from_held_out(2, Score(12.5, 5), Score(4.5, 2), 0))
-    assert records.to_held_out(answer, 2, "ann") == Score(12.5, 5)
-    assert records.sample_of(answer, "ann") == Score(4.5, 2)
+    assert records.to_held_out(answer, 2, "ann", work()) == Score(12.5, 5)
+    assert records.sample_of(answer) == Score(4.5, 2)
     after_own_steps = reply(records.from_update(ClientUpdate(0, ADAPTERS, 1), NAMES, Score(2.5, 3), 0))
-    assert records.sample_of(after_own_steps, "ann") == Score(2.5, 3)
+    assert records.sample_of(after_own_steps) == Score(2.5, 3)
 
 
 def test_introductions_come_back() -> None:
@@ -150,8 +182,15 @@ def told(**metrics: object) -> Message:
         ({"loss": [1.0]}, "sent a list as its loss"),
         ({"loss": -1.0}, "sent -1.0 as its loss"),
         ({"loss": math.nan}, "sent nan as its loss"),
+        ({"loss": 1e308}, r"sent 1e\+308 as its loss, not a number from 0 to 1e\+09"),
         ({"tokens": -1}, "sent -1 as its tokens"),
+        ({"tokens": 0}, "sent 0 as its tokens, not a whole number from 1 to 1024"),
+        ({"tokens": 1025}, "sent 1025 as its tokens, not a whole number from 1 to 1024"),
+        ({"num-examples": 10**15}, "sent 1000000000000000 as its number of examples, not 8"),
         ({"sample-nats": math.inf}, "sent inf as its sample-nats"),
+        ({"sample-nats": 1e100}, r"sent 1e\+100 as its sample-nats, not a number from 0 to 3e\+09"),
+        ({"sample-tokens": 5}, "sent 5 as its sample-tokens, not a whole number from 0 to 4"),
+        ({"router-loss": 1e300}, r"sent 1e\+300 as its router-loss"),
         ({"sample-tokens": None}, "sent nothing as its sample-tokens"),
         ({"peak-memory": math.inf}, "sent inf as its peak-memory"),
         ({"router-loss": [0.0]}, "sent a list as its router-loss"),
@@ -159,9 +198,9 @@ def told(**metrics: object) -> Message:
     ids=str,
 )
 def test_what_a_client_says_of_itself_is_not_believed(metrics: dict[str, object], words: str) -> None:
-    assert records.to_update(told(), ADAPTERS, NAMES, 3, "ann", 8).examples == 8
+    assert records.to_update(told(tokens=1024), ADAPTERS, NAMES, 3, "ann", work(8)).tokens == 1024
     with pytest.raises(RefusedUpdate, match=f"ann {words}"):
-        records.to_update(told(**metrics), ADAPTERS, NAMES, 3, "ann", 8)
+        records.to_update(told(**metrics), ADAPTERS, NAMES, 3, "ann", work(8))
 
 
 @pytest.mark.parametrize(
@@ -177,16 +216,20 @@ def test_arrays_are_looked_at_before_they_are_cast(array: Array, words: str) -> 
     sent = told()
     sent.content.array_records[records.ARRAYS]["l.lora_A.weight"] = array
     with pytest.raises(RefusedUpdate, match=words):
-        records.to_update(sent, ADAPTERS, NAMES, 3, "ann")
+        records.to_update(sent, ADAPTERS, NAMES, 3, "ann", work(8))
     sent.content = RecordDict()
     with pytest.raises(RefusedUpdate, match="ann sent no arrays"):
-        records.to_update(sent, ADAPTERS, NAMES, 3, "ann")
+        records.to_update(sent, ADAPTERS, NAMES, 3, "ann", work(8))
 
 
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [
         ({"num-examples": 0}, "measured 0 tokens"),
+        ({"num-examples": 21}, "sent 21 as its number of tokens, not a whole number from 0 to 20"),
+        ({"num-examples": 10**15, "nats": 0.0}, "sent 1000000000000000 as its number of tokens"),
+        ({"nats": 1e300}, r"sent 1e\+300 as its nats, not a number from 0 to 5e\+09"),
+        ({"sample-tokens": 5}, "sent 5 as its sample-tokens"),
         ({"num-examples": 1, "right": 2}, "measured 1 tokens, 2 of them predicted rightly"),
         ({"nats": math.nan}, "sent nan as its nats"),
         ({"nats": -1.0}, "sent -1.0 as its nats"),
@@ -200,7 +243,7 @@ def test_a_measurement_that_cannot_be_is_refused(metrics: dict[str, object], wor
     known = dict(answer.content.metric_records[records.METRICS])
     answer.content[records.METRICS] = MetricRecord({**known, **metrics})
     with pytest.raises(RefusedUpdate, match=f"ann {words}"):
-        records.to_held_out(answer, 2, "ann")
+        records.to_held_out(answer, 2, "ann", work())
 
 
 def test_no_strategy_sees_metrics_that_others_do_not_send() -> None:

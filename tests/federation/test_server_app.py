@@ -381,6 +381,8 @@ LIES: list[dict[str, object]] = [
     {"loss": [1.0, 2.0]},
     {"loss": -5.0},
     {"tokens": math.nan},
+    {"tokens": 10**15},
+    {"loss": 1e308},
 ]
 
 
@@ -413,17 +415,91 @@ def test_who_says_what_cannot_be_is_left_out_as_if_it_had_failed(
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
-def test_who_measured_what_cannot_be_is_left_out(
+def test_under_epochs_too_no_client_counts_more_than_it_has(
     one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor in a second round, whose passes begin anew."""
+
+    def lies(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 1:
+            reply.content["metrics"] = MetricRecord({**records.metrics_of(reply), "num-examples": 10**15})
+        return reply
+
+    config = replace(one_config, train=replace(one_config.train, epochs=1, batch_size=3))
+    federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, lies)
+    left_out = [line for line in lines.lines if "left out" in line]
+    assert len(left_out) == 2 and all(line.startswith("client 1 (bob) sent 10000") for line in left_out)
+    assert federation.summary is not None
+
+
+@pytest.mark.parametrize("size", [1e30, 1e7])
+def test_an_update_that_is_too_large_is_a_failure_of_its_client_alone(
+    size: float, one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round with it is, to the bit, the one in which that client failed."""
+    config = replace(one_config, rounds=1, trunk=replace(one_config.trunk, schedule="copies"))
+
+    def spoils(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 1:
+            tensors = {name: torch.full_like(tensor, size) for name, tensor in records.tensors_of(reply).items()}
+            reply.content[records.ARRAYS] = records.to_arrays(tensors)
+        return reply
+
+    def fails(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 1:
+            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
+        return reply
+
+    _, lines = federate(config, tmp_path / "spoils", FedAvg(), monkeypatch, spoils)
+    (left_out,) = [line for line in lines.lines if "left out" in line]
+    assert left_out.startswith("client 1 (bob) sent adapters that changed by a norm of ")
+    federate(config, tmp_path / "fails", FedAvg(), monkeypatch, fails)
+    one, two = final_adapter(tmp_path / "spoils"), final_adapter(tmp_path / "fails")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_with_the_largest_update_that_is_used_every_client_can_still_measure(
+    family: str, tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody honest is blamed for what it made of the model."""
+    torch.manual_seed(0)
+
+    def spoils(message: Message, reply: Message) -> Message:
+        trains = message.metadata.message_type == MessageType.TRAIN and not reply.has_error()
+        if trains and records.metrics_of(reply)["client"] == 1:
+            tensors = records.tensors_of(reply)
+            values = sum(tensor.numel() for tensor in tensors.values())
+            each = 0.9 * records.LARGEST_CHANGE / math.sqrt(values)
+            large = {name: tensor + each * torch.randn_like(tensor).sign() for name, tensor in tensors.items()}
+            reply.content[records.ARRAYS] = records.to_arrays(large)
+        return reply
+
+    config = replace(three_clients(tiny_models[family], corpus_file), rounds=1)
+    federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoils)
+    assert not [line for line in lines.lines if "left out" in line]
+    assert federation.summary is not None and math.isfinite(federation.summary["eval_loss"]["after"])
+
+
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        ({"num-examples": 0}, "measured 0 tokens"),
+        ({"num-examples": 10**15, "nats": 0.0}, "sent 1000000000000000 as its number of tokens"),
+    ],
+    ids=str,
+)
+def test_who_measured_what_cannot_be_is_left_out(
+    lie: dict[str, float], words: str, one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lies(message: Message, reply: Message) -> Message:
         if message.metadata.message_type == MessageType.EVALUATE and records.metrics_of(reply)["client"] == 1:
-            reply.content["metrics"] = MetricRecord({**records.metrics_of(reply), "num-examples": 0})
+            reply.content["metrics"] = MetricRecord({**records.metrics_of(reply), **lie})
         return reply
 
     config = replace(one_config, rounds=1)
     federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, lies)
-    refused = [line for line in lines.lines if line.startswith("client 1 (bob) measured 0 tokens")]
+    refused = [line for line in lines.lines if line.startswith(f"client 1 (bob) {words}")]
     assert len(refused) == 2 and federation.summary is not None  # before the first round, and after it
     events = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [list(e["clients"]) for e in events if e["event"] == "evaluate"] == [["ann", "cid"]] * 2
@@ -647,6 +723,54 @@ def test_a_round_in_which_all_rest_has_no_aggregation_error(
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [event["error"] > 0 for event in events if event["event"] == "aggregate"] == [True]
     assert federation.summary is not None and federation.summary["aggregation_error"] is None
+
+
+class Late(FedAvg):
+    """A strategy under which clients train or rest as told, and only the last of these rounds changes the adapters."""
+
+    traits = replace(FedAvg.traits, idles=True)
+
+    def __init__(self, trains: list[bool]) -> None:
+        self.trains, self.round = trains, 0
+
+    def broadcast(self, state, adapters, client):
+        return Assignment(adapters.with_rank(client.rank)) if self.trains[self.round] else None
+
+    def aggregate(self, state, adapters, updates):
+        self.round += 1
+        if self.round < len(self.trains):
+            return state, adapters.with_tensors(adapters.tensors)
+        spoilt = {name: tensor + 3 for name, tensor in adapters.tensors.items()}
+        return state, adapters.with_tensors(spoilt)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "trains", "last"),
+    [
+        ("copies", [True, False, False, False, True], 5),
+        ("copies", [True, True, True, True, True], 5),  # their changes are under way
+        ("frozen", [True, True, False, False, True], 5),
+        ("shared", [True, False, False, False, True], 5),
+    ],
+)
+def test_patience_does_not_run_out_before_anything_has_changed(
+    schedule: str, trains: list[bool], last: int, one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = replace(one_config.trunk, schedule=schedule)
+    train = replace(one_config.train, steps=1)
+    config = replace(one_config, rounds=last, patience=2, trunk=trunk, train=train)
+    federation, _ = federate(config, tmp_path / "run", Late(trains), monkeypatch)
+    assert federation.summary is not None and federation.summary["last_round"] == last
+    assert federation._course.waited <= 1
+
+
+def test_patience_runs_out_where_every_round_changes_the_trunk(
+    one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the strategy keeps all that clients send."""
+    config = replace(one_config, rounds=9, patience=2, min_delta=100.0)
+    federation, _ = federate(config, tmp_path / "run", Late([True] * 9), monkeypatch)
+    assert federation.summary is not None and federation.summary["last_round"] == 3
 
 
 def test_the_accuracy_of_the_best_round_is_reported(

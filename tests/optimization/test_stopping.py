@@ -44,6 +44,21 @@ def test_a_loss_that_is_no_number_betters_nothing() -> None:
     assert (course.best, course.lowest, course.waited) == (3, 5.0, 0)
 
 
+def test_a_round_that_changed_nothing_is_no_evidence() -> None:
+    """Neither for patience nor as the mark that later losses have to better; it is a round all the same."""
+    course = Course(patience=2)
+    for round in (1, 2, 3):
+        course.note(round, 3.0, changed=False)
+    assert (course.is_over, course.waited, course.last, course.best) == (False, 0, 3, 1)
+    course.note(4, 3.0)
+    assert (course.waited, course.mark) == (0, 3.0)
+    course.note(5, 3.5)
+    course.note(6, 3.5, changed=False)
+    assert (course.is_over, course.waited) == (False, 1)
+    course.note(7, 3.5)
+    assert course.is_over
+
+
 @given(
     losses=st.lists(st.floats(0, 9) | st.just(math.nan), max_size=12),
     stop=st.integers(0, 12),

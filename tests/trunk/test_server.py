@@ -528,6 +528,35 @@ def test_in_a_flight_the_others_are_computed_as_if_one_had_left(
         assert torch.equal(one, other) and torch.isfinite(one).all()
 
 
+@pytest.mark.parametrize("odd", ["hidden", "gradient", "coefficient"])
+def test_a_frame_too_many_changes_nothing_for_a_flight(tiny_models: dict[str, Path], odd: str) -> None:
+    """What comes twice, or scales a gradient that nobody asked about, is of its own client alone: to the bit."""
+
+    def rounds(kind_of_odd: str) -> list[torch.Tensor]:
+        server = make_server(tiny_models["gpt2"], "batched", dropout=0.3)
+        trunk = Dispatcher(server, TrunkSettings(schedule="batched"))
+        trunk.begin([0, 1, 2])
+        found: dict[str, list[Any]] = {"hidden": [], "gradient": [], "coefficient": []}
+        for kind in ("hidden", "gradient"):
+            for client in (1, 1, 0, 2) if kind == kind_of_odd else (1, 0, 2):
+                if (client, kind, kind_of_odd) == (1, "gradient", "coefficient"):
+                    one = {"coefficient": EXACT.encode(torch.tensor(1.0, dtype=torch.float64))}
+                    trunk.submit(replace(packet(1, 0), tensors=one), found["coefficient"].append)
+                trunk.submit(packet(client, 0, kind), found[kind].append)
+            while trunk.advance():
+                pass
+        assert [type(answer) for answer in found["coefficient"]] == [UnknownStep] * (kind_of_odd == "coefficient")
+        assert len(server.steps) == 0
+        counts = trunk.end_round([0, 1, 2])
+        assert (counts["forwards"], counts["backwards"], counts["steps"]) == (1, 1, 1)
+        answers = {
+            (a.key.client, kind): RAW.decode(a.tensors[kind]) for kind in ("hidden", "gradient") for a in found[kind]
+        }
+        return [*(answers[key] for key in sorted(answers)), *server.learners.read().tensors.values()]
+
+    assert all(torch.equal(one, other) for one, other in zip(rounds(odd), rounds("nothing"), strict=True))
+
+
 def test_who_sends_no_gradient_does_not_spoil_those_of_others(
     tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -271,8 +271,7 @@ class Dispatcher:
         if forwards and ({r.client for r in forwards} >= self._active or self._late(forwards, self._active)):
             # Who was sent away for want of room comes first, or it might be so for ever.
             forwards.sort(key=lambda r: (-self._sent_away[r.client], r.client))
-            first = forwards[0].packet
-            return [r for r in forwards if r.packet.wants_gradient == first.wants_gradient]
+            return [r for r in forwards if _like(r.packet) == _like(forwards[0].packet)]
         return []
 
     def _late(self, group: Sequence[_Request], members: set[int]) -> bool:
@@ -345,3 +344,12 @@ class Dispatcher:
             return
         if packet.clips if self.server.learners.clips else request.is_backward and packet.ends:
             self._contributed[request.client] += 1
+
+
+def _like(packet: Packet) -> tuple[bool, str]:
+    """Returns what forwards that are computed as one have in common: what comes back, and the hidden states' type.
+
+    Joined with wider ones of somebody else, hidden states would be computed with in another type.
+    """
+    hidden = packet.tensors.get("hidden")
+    return packet.wants_gradient, hidden.dtype if hidden else ""

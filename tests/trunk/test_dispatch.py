@@ -185,6 +185,18 @@ def test_of_a_client_a_flight_has_the_earliest_step() -> None:
     assert set(stage.answers) == {("forward", 0, 0), ("forward", 1, 0)}
 
 
+def test_hidden_states_of_two_types_are_of_two_flights() -> None:
+    stage = Stage(schedule="batched")
+    stage.dispatcher.begin([0, 1, 2])
+    for client, kind in enumerate((torch.bfloat16, torch.float32, torch.bfloat16)):
+        sent = Packet(StepKey(1, client, 0), {"hidden": RAW.encode(torch.zeros(1, dtype=kind))})
+        stage.dispatcher.submit(sent, lambda answer: None)
+    assert stage.serve() == [("forward", [0, 2])]
+    stage.dispatcher.leave(0)
+    stage.dispatcher.leave(2)
+    assert stage.serve() == [("forward", [1])]
+
+
 def test_a_coefficient_is_of_no_flight_and_waits_for_nobody() -> None:
     stage = Stage(schedule="batched")
     stage.dispatcher.begin([0, 1])

@@ -30,7 +30,7 @@ from fedsplit.seeds import derive_seed
 from fedsplit.updates import ClientUpdate, Task
 from fedsplit.wire.packets import StepKey
 from fedsplit.wire.scaling import backward
-from fedsplit.wire.steps import SpoiledStep
+from fedsplit.wire.steps import UnboundedStep
 
 
 class Diverged(ArithmeticError):
@@ -243,7 +243,7 @@ class Client:
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
             try:
                 losses.append(self.step(rows.ids, StepKey(round, self.number, step), rows.mask, rows.labels, rate))
-            except SpoiledStep as error:
+            except UnboundedStep as error:
                 raise self._diverged(str(error)) from error
             counts.append(rows.predicted)
             examples += len(rows)

@@ -15,8 +15,12 @@ from torch import Tensor
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 """Norm up to which the sum of the squares of some values is finite in float32: 1.8e19."""
 
-LARGEST_SHARE = LARGEST_NORM / 2**16
-"""Norm up to which a client's gradient is taken: 2.8e14. The sum over 65536 such gradients is still finite, squared."""
+LARGEST_SHARE = 1e6
+"""Norm up to which a client's gradient is taken where it is not clipped; those of mean losses stay below 1e4.
+
+Finite is not enough: AdamW remembers squares. After one gradient of 1e14 a coordinate hardly moves again, as the mean
+squared gradient takes tens of thousands of steps to forget it.
+"""
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

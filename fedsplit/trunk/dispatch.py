@@ -13,7 +13,7 @@ from fedsplit.config import TrunkSettings
 from fedsplit.trunk.lanes import BACKWARD, FORWARD, LanesLike, outcome
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer, Work
-from fedsplit.wire.packets import MalformedPacket, Packet, check_form
+from fedsplit.wire.packets import MalformedPacket, Packet, StepKey, check_form
 from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether, StaleStep
 
 Answer = Packet | Exception
@@ -22,11 +22,19 @@ Answer = Packet | Exception
 
 @dataclass(eq=False)
 class _Request:
-    """A packet that waits to be served."""
+    """A packet that waits to be served.
+
+    Attributes:
+        packet: The packet.
+        arrived: When it came, by the clock.
+        done: Takes the answer.
+        repeats: It was served before, and gets the same answer.
+    """
 
     packet: Packet
     arrived: float
     done: Callable[[Answer], None]
+    repeats: bool = False
 
     @property
     def client(self) -> int:
@@ -197,8 +205,9 @@ class Dispatcher:
 
     def _choose(self) -> list[_Request]:
         for request in self._ready:
+            request.repeats = self.server.is_repeat(request.packet)
             free = request.is_question or not (request.is_step or request.client in self._turns)
-            if free or self.server.is_repeat(request.packet):
+            if free or request.repeats:
                 return [request]
         if self._turns:
             return self._turn()
@@ -224,13 +233,20 @@ class Dispatcher:
         return [min(own, key=lambda r: (r.packet.key.place, r.is_backward, r.packet.key.micro))]
 
     def _held_up(self) -> list[list[_Request]]:
-        """Requests that wait for those of other clients, in groups that are served at once."""
+        """Requests that wait for those of other clients, in groups that are served at once.
+
+        Of those gathered, a group has each step once, and one forward of a client: what comes again waits, and is a
+        repeat as soon as the first is answered.
+        """
         steps = [request for request in self._ready if request.is_step]
         if self._schedule.gathers:
-            flights: dict[object, list[_Request]] = {}
-            for request in (r for r in steps if r.is_backward):
-                flights.setdefault(self._flight(request), []).append(request)
-            return [*flights.values(), [r for r in steps if not r.is_backward]]
+            flights: dict[object, dict[StepKey, _Request]] = {}
+            for request in (r for r in steps if r.is_backward and not r.packet.clips):
+                flights.setdefault(self._flight(request), {}).setdefault(request.packet.key, request)
+            forwards: dict[int, _Request] = {}
+            for request in sorted((r for r in steps if not r.is_backward), key=lambda r: r.packet.key.place):
+                forwards.setdefault(request.client, request)
+            return [*(list(group.values()) for group in flights.values()), list(forwards.values())]
         return [steps] if self._schedule.sums else []
 
     def _flight(self, request: _Request) -> object:
@@ -241,7 +257,12 @@ class Dispatcher:
             return request
 
     def _gather(self) -> list[_Request]:
-        """All requests that are computed as one, once they are there or the others are late."""
+        """All requests that are computed as one, once they are there or the others are late.
+
+        What a gradient is to be scaled by is of no flight: it stands alone, and waits for nobody.
+        """
+        if scales := [request for request in self._ready if request.packet.clips]:
+            return scales[:1]
         *flights, forwards = self._held_up()
         for group in flights:
             members = self.server.companions(group[0].packet.key)
@@ -250,8 +271,7 @@ class Dispatcher:
         if forwards and ({r.client for r in forwards} >= self._active or self._late(forwards, self._active)):
             # Who was sent away for want of room comes first, or it might be so for ever.
             forwards.sort(key=lambda r: (-self._sent_away[r.client], r.client))
-            first = forwards[0].packet
-            return [r for r in forwards if r.packet.wants_gradient == first.wants_gradient]
+            return [r for r in forwards if _like(r.packet) == _like(forwards[0].packet)]
         return []
 
     def _late(self, group: Sequence[_Request], members: set[int]) -> bool:
@@ -320,5 +340,16 @@ class Dispatcher:
         elif self._sent_away.pop(request.client, None) and request.packet.training:
             self._active.add(request.client)
         packet = request.packet
+        if request.repeats:
+            return
         if packet.clips if self.server.learners.clips else request.is_backward and packet.ends:
             self._contributed[request.client] += 1
+
+
+def _like(packet: Packet) -> tuple[bool, str]:
+    """Returns what forwards that are computed as one have in common: what comes back, and the hidden states' type.
+
+    Joined with wider ones of somebody else, hidden states would be computed with in another type.
+    """
+    hidden = packet.tensors.get("hidden")
+    return packet.wants_gradient, hidden.dtype if hidden else ""

@@ -5,6 +5,7 @@ Shapes: B sequences of T tokens a step, D the width of hidden states; joined, al
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -98,7 +99,9 @@ class Flight:
         """
         if len(self.inputs) == 1:
             return next(iter(sent.values()))
-        whole = torch.zeros_like(output, dtype=next(iter(sent.values())).dtype)
+        # The widest of their types: nobody's is rounded to that of another.
+        widest = functools.reduce(torch.promote_types, (gradient.dtype for gradient in sent.values()))
+        whole = torch.zeros_like(output, dtype=widest)
         for key, place in self.cut(whole).items():
             if key in sent:
                 place.copy_(sent[key])

@@ -11,12 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fedsplit.config import TrainSettings
 from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.optimization.bounds import is_bounded
 from fedsplit.wire.codecs import EXACT, Codec
 from fedsplit.wire.packets import MalformedPacket, Packet, StepKey
-from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether
+from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether, UnboundedStep
 
 T = TypeVar("T")
 
@@ -35,10 +36,14 @@ class Intake:
         self._part, self._codec, self._device = part, codec, device
 
     def hidden(self, packet: Packet) -> Tensor:
-        """Returns the hidden states (B, T, D) of a packet.
+        """Returns the hidden states (B, T, D) of a packet, in the part's type or in float32.
+
+        In float32 they come where adapters are float32 in the path of the hidden states themselves, as the norms of a
+        mixture of experts: there the unsplit model carries float32 from block to block, too.
 
         Raises:
             SpoiledStep: They are not there, or nothing can be computed with them.
+            UnboundedStep: Their values are not finite or too large.
         """
         hidden = self._decoded(packet, "hidden", self._codec)
         width, kind = self._part.config.hidden_size, self._part.dtype
@@ -46,10 +51,10 @@ class Intake:
             raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
         if hidden.shape[1] > (longest := self._part.config.max_position_embeddings):
             raise SpoiledStep(f"{packet.key} sent {hidden.shape[1]} positions, beyond the model's {longest}")
-        if hidden.dtype != kind:
+        if hidden.dtype not in (kind, torch.float32):
             raise SpoiledStep(f"{packet.key} sent hidden states of type {hidden.dtype}, not {kind}")
         if not is_bounded(hidden):
-            raise SpoiledStep(f"{packet.key} sent hidden states that are NaN, infinite or too large to compute with")
+            raise UnboundedStep(f"{packet.key} sent hidden states that are NaN, infinite or too large to compute with")
         return hidden
 
     def mask(self, packet: Packet, hidden: Tensor) -> Tensor:
@@ -74,23 +79,25 @@ class Intake:
         """
         sums, size = self._decoded(packet, SUMS, EXACT), 2 * self._part.experts + 1
         if sums.shape != (size,) or not sums.is_floating_point() or not is_bounded(sums):
-            raise SpoiledStep(f"{packet.key} sent {tuple(sums.shape)} as sums of routers, not {size} finite numbers")
+            kind = UnboundedStep if sums.shape == (size,) and sums.is_floating_point() else SpoiledStep
+            raise kind(f"{packet.key} sent {tuple(sums.shape)} as sums of routers, not {size} finite numbers")
         return RouterSums.unpacked(sums)
 
     def gradient(self, packet: Packet, expected: torch.Size) -> Tensor:
-        """Returns the gradient (B, T, D) of a packet.
+        """Returns the gradient (B, T, D) of a packet, in the part's type or in float32, as hidden states come.
 
         Raises:
-            SpoiledStep: It has another shape than the hidden states, or values that nothing can be computed with.
+            SpoiledStep: It has another shape than the hidden states, or another type.
+            UnboundedStep: Its values are not finite or too large.
         """
         gradient = self._decoded(packet, "gradient", self._codec)
         if gradient.shape != expected:
             raise SpoiledStep(f"{packet.key} sent a gradient of shape {tuple(gradient.shape)}, not {tuple(expected)}")
         kind = torch.float32 if self._part.dtype == torch.float16 else self._part.dtype
-        if gradient.dtype != kind:
+        if gradient.dtype not in (kind, torch.float32):
             raise SpoiledStep(f"{packet.key} sent a gradient of type {gradient.dtype}, not {kind}")
         if not is_bounded(gradient):
-            raise SpoiledStep(f"{packet.key} sent NaN, infinite or too large values as its gradient")
+            raise UnboundedStep(f"{packet.key} sent NaN, infinite or too large values as its gradient")
         return gradient
 
     def gradient_by_sums(self, packet: Packet, has_sums: bool) -> Tensor:
@@ -100,9 +107,10 @@ class Intake:
             SpoiledStep: It is not finite, or the step has no such sums.
         """
         gradient, size = self._decoded(packet, SUMS, EXACT), self._part.experts
-        fits = gradient.shape == (size,) and gradient.is_floating_point() and is_bounded(gradient)
-        if not has_sums or not fits:
-            raise SpoiledStep(f"{packet.key} sent a gradient by sums of routers that is not {size} finite numbers")
+        fits = has_sums and gradient.shape == (size,) and gradient.is_floating_point()
+        if not fits or not is_bounded(gradient):
+            kind = UnboundedStep if fits else SpoiledStep
+            raise kind(f"{packet.key} sent a gradient by sums of routers that is not {size} finite numbers")
         return gradient
 
     def coefficient(self, packet: Packet, most: float) -> float:
@@ -114,11 +122,13 @@ class Intake:
 
         Raises:
             SpoiledStep: It is no number from 0 to `most`.
+            UnboundedStep: It is not finite.
         """
         value = self._decoded(packet, "coefficient", EXACT)
         if value.ndim or not value.is_floating_point() or not 0 <= float(value) <= most:
             words = f"a number from 0 to {most:.6g}, which the trunk's own gradient allows"
-            raise SpoiledStep(f"{packet.key} sent {value.flatten()[:3].tolist()} to scale its gradient by, not {words}")
+            kind = SpoiledStep if value.ndim or torch.isfinite(value) else UnboundedStep
+            raise kind(f"{packet.key} sent {value.flatten()[:3].tolist()} to scale its gradient by, not {words}")
         return float(value)
 
     def _decoded(self, packet: Packet, name: str, codec: Codec) -> Tensor:
@@ -138,6 +148,20 @@ def check_rate(packet: Packet) -> None:
     """
     if not 0 <= packet.rate <= 1:
         raise SpoiledStep(f"{packet.key} asks for {packet.rate} of the learning rate, not a share from 0 to 1")
+
+
+def check_parts(packet: Packet, settings: TrainSettings) -> None:
+    """Makes sure that a packet is of one of the parts that a step may have by the settings.
+
+    Raises:
+        SpoiledStep: It is not; keys that no client has would be pending without end.
+    """
+    key = packet.key
+    most = settings.micro_batches or settings.batch_size  # 0: planned, a batch has as many sequences at most
+    if not (key.micro < packet.micros <= most and key.batch < packet.batches <= settings.accumulation):
+        sent = f"micro-batch {key.micro} of {packet.micros} in batch {key.batch} of {packet.batches}"
+        limits = f"--micro-batches allows {most} at most, --train.accumulation {settings.accumulation}"
+        raise SpoiledStep(f"{key} says that it is {sent}, counted from 0; {limits}")
 
 
 def each(packets: Sequence[Packet], read: Callable[[Packet], T]) -> dict[StepKey, T]:

@@ -149,7 +149,7 @@ class Learners:
     def takes(self, gradients: Mapping[str, Tensor]) -> bool:
         """Returns whether the gradient of a client's step, or of a part of it, can be taken.
 
-        One that is still to be clipped must be finite; any other must leave room for those of many others in a sum.
+        One that is still to be clipped must be finite; of any other the norm must be `LARGEST_SHARE` at most.
         """
         if self.clips:
             return math.isfinite(squared_norm(gradients.values()))
@@ -236,7 +236,8 @@ class Learners:
             return
         whole = self._sums.get(key.client, _GradientSum())
         if not norm(whole.sum_with(gradients).values()) <= LARGEST_SHARE:
-            raise Unusable("its gradients since the last barrier are too large to be summed with those of others")
+            words = f"its gradients since the last barrier have a norm above {LARGEST_SHARE:g}"
+            raise Unusable(f"{words}, too large to be summed with those of others")
         whole.add(key, rate, version, gradients)
         self._sums[key.client] = whole
 

@@ -21,11 +21,11 @@ from fedsplit.config import TrainSettings
 from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import SUMS, RouterSums
-from fedsplit.optimization.bounds import is_bounded
+from fedsplit.optimization.bounds import LARGEST_SHARE, is_bounded
 from fedsplit.trunk.admission import TRANSIT, Admission
 from fedsplit.trunk.blocks import Blocks, Gradients
 from fedsplit.trunk.flights import Flight, Output, dropout_seed
-from fedsplit.trunk.intake import Intake, check_rate, each, refusal
+from fedsplit.trunk.intake import Intake, check_parts, check_rate, each, refusal
 from fedsplit.trunk.learner import Unusable, Version
 from fedsplit.trunk.learners import Learners, Withheld
 from fedsplit.trunk.memory import Budget
@@ -33,7 +33,7 @@ from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import EXACT, Codec
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.scaling import TOO_LARGE, Overflow
-from fedsplit.wire.steps import RefusedStep, SpoiledStep, StaleStep, Steps, UnknownStep
+from fedsplit.wire.steps import RefusedStep, SpoiledStep, StaleStep, Steps, UnboundedStep, UnknownStep
 
 WAIT_SECONDS = 0.05
 """After how long a client that found no room may ask again."""
@@ -88,6 +88,7 @@ class TrunkServer:
 
     Attributes:
         learners: The adapters that learn.
+        intake: Takes in what clients send.
         steps: Which steps are pending: for want of a gradient, or of what theirs is to be scaled by.
         traffic: Bytes by direction ("activation_up", …), of training, under "evaluation_…" of evaluation, and
             under "repeated_…" of what crossed more than once.
@@ -124,12 +125,12 @@ class TrunkServer:
             budget: For resident memory; none where not given.
             clock: Seconds, for leases.
         """
-        self._part, self._codec, self._seed = part, codec, seed
+        self._part, self._codec, self._settings, self._seed = part, codec, settings, seed
         self._schedule = SCHEDULES[schedule]
         self._blocks = Blocks(part)
         self.device = self._blocks.device
         self._budget = budget or Budget(None)
-        self._intake = Intake(part, codec, self.device)
+        self.intake = Intake(part, codec, self.device)
         self.steps: Steps[Flight | Withheld] = Steps(run, incarnation, lease, clock)
         self._admission = Admission(self._budget, self.steps, lease, clock)
         self.traffic: Counter[str] = Counter()
@@ -171,6 +172,7 @@ class TrunkServer:
             RefusedStep: The packet must not be served.
         """
         self.steps.check(packet)
+        check_parts(packet, self._settings)
         width = self._part.config.hidden_size
         if len(packet.shape) != 3 or packet.shape[2] != width or not math.prod(packet.shape):
             raise SpoiledStep(f"{packet.key} asks for room for the shape {packet.shape}, not (B, T, {width})")
@@ -222,7 +224,7 @@ class TrunkServer:
 
         def compute() -> Output:
             output = self._blocks.run(flight, keeps_graph=room == "graph", training=first.training)
-            self._refuse_unbounded(flight, output)
+            self._refuse_unbounded(flight, output, len(packets))
             return output
 
         def finish(output: Output) -> list[Packet]:
@@ -236,18 +238,23 @@ class TrunkServer:
 
         return Work(compute, finish)
 
-    def _refuse_unbounded(self, flight: Flight, output: Output) -> None:
+    def _refuse_unbounded(self, flight: Flight, output: Output, together: int) -> None:
         """Refuses those steps of a forward whose hidden states became something that is not finite.
 
+        Args:
+            flight: The flight.
+            output: What it made.
+            together: How many steps were to be served as one; those for which there was no room are in no flight.
+
         Raises:
-            SpoiledStep, SpoiledTogether: There are such steps.
+            UnboundedStep, SpoiledTogether: There are such steps.
         """
         if is_bounded(output.hidden):
             return
         words = f"the trunk makes values of its hidden states that are not finite{_beyond(output.hidden.dtype)}"
         rows = flight.cut(output.hidden.detach())
-        spoilt = {key: SpoiledStep(f"{key}: {words}") for key, own in rows.items() if not is_bounded(own)}
-        raise refusal(spoilt or {key: SpoiledStep(f"{key}: {words}") for key in rows}, len(rows))
+        spoilt = {key: UnboundedStep(f"{key}: {words}") for key, own in rows.items() if not is_bounded(own)}
+        raise refusal(spoilt or {key: UnboundedStep(f"{key}: {words}") for key in rows}, together)
 
     def _forward_again(self, packet: Packet, pending: Flight | Withheld) -> Work:
         """The answer to a step that comes again while it is pending: the one that it got before."""
@@ -267,9 +274,10 @@ class TrunkServer:
         Raises:
             RefusedStep: The packet must not be served.
         """
-        hidden = self._intake.hidden(packet)
-        mask = self._intake.mask(packet, hidden) if "mask" in packet.tensors else None
-        sums = self._intake.sums(packet) if SUMS in packet.tensors else None
+        check_parts(packet, self._settings)
+        hidden = self.intake.hidden(packet)
+        mask = self.intake.mask(packet, hidden) if "mask" in packet.tensors else None
+        sums = self.intake.sums(packet) if SUMS in packet.tensors else None
         if keeps:
             self.steps.check_order(packet.key)
         learns = packet.training and packet.wants_gradient and self._schedule.returns_gradient
@@ -343,10 +351,11 @@ class TrunkServer:
             RefusedStep: The packet must not be served.
         """
         if packet.key in flight.spoilt:
-            raise SpoiledStep(f"{packet.key} was left out, since its hidden states spoilt the gradient of the others")
+            raise UnboundedStep(f"{packet.key} was left out, since its hidden states spoilt the gradient of the others")
         check_rate(packet)
-        gradient = self._intake.gradient(packet, flight.inputs[packet.key].shape)
-        by_sums = self._intake.gradient_by_sums(packet, packet.key in flight.sums) if SUMS in packet.tensors else None
+        check_parts(packet, self._settings)
+        gradient = self.intake.gradient(packet, flight.inputs[packet.key].shape)
+        by_sums = self.intake.gradient_by_sums(packet, packet.key in flight.sums) if SUMS in packet.tensors else None
         return _Gradient(gradient, by_sums)
 
     def _differentiate(
@@ -383,7 +392,7 @@ class TrunkServer:
             sent: The gradients that have come, by step.
 
         Raises:
-            SpoiledStep, SpoiledTogether: There are such steps among those that sent a gradient.
+            UnboundedStep, SpoiledTogether: There are such steps among those that sent a gradient.
         """
         for key, hidden in flight.inputs.items():
             if len(flight.inputs) > 1:
@@ -397,10 +406,11 @@ class TrunkServer:
         if spoilt := {key: self._spoilt(key) for key in sent if key in flight.spoilt}:
             raise refusal(spoilt, len(sent))
 
-    def _spoilt(self, key: StepKey) -> SpoiledStep:
-        beyond = _beyond(self._part.dtype)
-        words = f"the gradients that follow from its hidden states and its gradient are not finite or too large{beyond}"
-        return SpoiledStep(f"{key}: {words}")
+    def _spoilt(self, key: StepKey) -> UnboundedStep:
+        words = "the gradients that follow from its hidden states and its gradient are not finite"
+        if not self.learners.clips:
+            words += f", or that of the adapter has a norm above {LARGEST_SHARE:g}, the most without --train.clip"
+        return UnboundedStep(f"{key}: {words}{_beyond(self._part.dtype)}")
 
     def _return(
         self,
@@ -417,7 +427,7 @@ class TrunkServer:
             if of_adapter:
                 withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, of_adapter)
         except Unusable as error:
-            unmade = {packet.key: SpoiledStep(f"{packet.key}: {error}") for packet in packets}
+            unmade = {packet.key: UnboundedStep(f"{packet.key}: {error}") for packet in packets}
             raise refusal(unmade, len(packets)) from None
         flight.spent = True
         narrow = flight.inputs[packets[0].key].dtype
@@ -436,11 +446,11 @@ class TrunkServer:
         withheld = self.steps.held(packet.key)
         if not isinstance(withheld, Withheld):
             raise UnknownStep(f"{packet.key} waits for a gradient, not for what it is scaled by")
-        value = self._intake.coefficient(packet, self.learners.largest_coefficient(withheld))
+        value = self.intake.coefficient(packet, self.learners.largest_coefficient(withheld))
         try:
             self.learners.release(withheld, value)
         except Unusable as error:
-            raise SpoiledStep(f"{packet.key}: {error}") from None
+            raise UnboundedStep(f"{packet.key}: {error}") from None
         answer = Packet(packet.key)
         self._count("gradient", packet, answer)
         self.steps.answer(packet.key, answer)

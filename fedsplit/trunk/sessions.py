@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedsplit.model.caches import Past
@@ -130,20 +129,21 @@ class Sessions:
         if len(self._open) >= self._most:
             raise FullTrunk(f"{key}: there are {self._most} sessions already, as many as there may be")
         part, version = self._server.inference(key.client)
-        hidden = self._hidden(packet)
-        mask = self._codec.decode(packet.tensors["mask"]).to(hidden.device) if "mask" in packet.tensors else None
-        if mask is not None and not (mask.shape == hidden.shape[:2] and _is_left_padded(mask, part.virtual)):
-            raise SpoiledStep(f"{key} sent a mask that is not of its hidden states, or not padded on the left")
+        intake = self._server.intake
+        hidden = intake.hidden(packet)
+        mask = intake.mask(packet, hidden) if "mask" in packet.tensors else None
+        if mask is not None and not _is_left_padded(mask, part.virtual):
+            raise SpoiledStep(f"{key} sent a mask of texts that are not padded on the left")
         return _Session(key.client, Past(part, mask), version, len(hidden))
 
     def _go_on(self, session: _Session, packet: Packet) -> Packet:
         key = packet.key
         part, _ = self._server.inference(key.client, session.version)
-        hidden = self._hidden(packet)
+        hidden = self._server.intake.hidden(packet)
         count = 1 if key.step else hidden.shape[1]
         expected = (session.rows, count, part.config.hidden_size)
-        if hidden.shape != expected or not hidden.numel() or not torch.isfinite(hidden).all():
-            raise SpoiledStep(f"{key} sent hidden states that are not finite, or not of shape {expected}")
+        if hidden.shape != expected:
+            raise SpoiledStep(f"{key} sent hidden states of shape {tuple(hidden.shape)}, not {expected}")
         if session.past.length + count > (longest := part.config.max_position_embeddings):
             raise SpoiledStep(f"{key} goes beyond the model's {longest} positions")
         if not self._server.has_room(session.rows * count):
@@ -157,11 +157,6 @@ class Sessions:
         session.step, session.answer, session.until = key.step, answer, self._clock() + self._lease
         self._open[key.session] = session
         return self._count("token" if key.step else "prompt", packet, answer)
-
-    def _hidden(self, packet: Packet) -> Tensor:
-        if "hidden" not in packet.tensors or packet.tensors["hidden"].data.ndim != 3:
-            raise SpoiledStep(f"{packet.key} sent no hidden states (B, T, D)")
-        return self._codec.decode(packet.tensors["hidden"]).to(self._server.device)
 
     def _count(self, what: str, up: Packet, down: Packet) -> Packet:
         self._server.traffic[f"{what}_up"] += up.nbytes

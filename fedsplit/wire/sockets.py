@@ -43,7 +43,10 @@ MOST_UNREAD = 64
 """Packets of one connection that may be without an answer that has been read: as many as a step has parts, and more."""
 
 MOST_UNREAD_BYTES = 64 * 2**20
-"""Bytes of these packets and answers; a single packet may be larger."""
+"""Bytes of these packets and answers; `_ALWAYS` packets may be larger."""
+
+_ALWAYS = 2
+"""Packets that may be under way whatever their size, so that client and trunk work at the same time."""
 
 _BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError)
 """Errors that reading a frame ends with where the other side has hung up, or what came is no frame."""
@@ -59,8 +62,10 @@ class TrunkFailed(Exception):
 
 def _kind_of_error(name: str) -> type[Exception]:
     """The refusal of that name; of anything else that was raised only the words are taken."""
-    known = {refusal.__name__: refusal for refusal in RefusedStep.__subclasses__()}
-    return known.get(name, TrunkFailed)
+    known = list(RefusedStep.__subclasses__())
+    for refusal in known:  # grows: a subclass has subclasses
+        known += refusal.__subclasses__()
+    return {refusal.__name__: refusal for refusal in known}.get(name, TrunkFailed)
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,8 @@ class _Outbox:
 
     def _has_room(self) -> bool:
         unread = self._unread.values()
-        return not self._is_open or not unread or (len(unread) < MOST_UNREAD and sum(unread) < MOST_UNREAD_BYTES)
+        is_small = len(unread) < MOST_UNREAD and sum(unread) < MOST_UNREAD_BYTES
+        return not self._is_open or len(unread) < min(_ALWAYS, MOST_UNREAD) or is_small
 
     def take(self, nbytes: int) -> int:
         """Notes that a packet of so many bytes has come; returns what its answer is put with."""

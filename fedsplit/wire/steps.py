@@ -36,6 +36,10 @@ class SpoiledStep(RefusedStep):
     """A request whose tensors have the wrong shape, or values that nothing finite can be computed from."""
 
 
+class UnboundedStep(SpoiledStep):
+    """A request with values that are not finite or too large, or that lead to such, as when training diverges."""
+
+
 class SpoiledTogether(Exception):
     """Some of several requests that are served as one must be refused; the others can be served without them.
 

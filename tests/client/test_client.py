@@ -32,7 +32,7 @@ from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Task
 from fedsplit.wire.codecs import Codec, make_codec
 from fedsplit.wire.packets import Encoded, StepKey
-from fedsplit.wire.steps import SpoiledStep, StaleStep
+from fedsplit.wire.steps import SpoiledStep, StaleStep, UnboundedStep
 
 STEPS = 20
 
@@ -323,6 +323,21 @@ def test_who_diverges_is_told_the_likely_settings(tiny_models: dict[str, Path], 
         client.train(given, round=1)
     assert ("--train.clip" in str(caught.value)) == (not clip)
     assert all(torch.isfinite(tensor).all() for tensor in server.learners.read().tensors.values())
+
+
+@pytest.mark.parametrize(("refusal", "error"), [(SpoiledStep, SpoiledStep), (UnboundedStep, Diverged)])
+def test_only_values_make_a_client_speak_of_divergence(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, refusal: type[SpoiledStep], error: type[Exception]
+) -> None:
+    """A wrong type or shape has nothing to do with the learning rate."""
+
+    def refuse(*args: object) -> None:
+        raise refusal("no")
+
+    client, _, given = make_client(tiny_models["gpt2"], "shared", steps=1)
+    monkeypatch.setattr(Client, "step", refuse)
+    with pytest.raises(error):
+        client.train(given, 1)
 
 
 def test_bf16_on_the_wire_halves_the_bytes_and_stays_close(model_path: Path) -> None:

@@ -213,6 +213,19 @@ def test_in_bfloat16_and_with_fused_kernels(balanced: Path, cut) -> None:
         assert (fused[name] - tensor).norm() <= 2e-5 * tensor.norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_whose_norms_learn_carry_float32_as_the_unsplit_model_does(mixtral: Path, dtype: torch.dtype) -> None:
+    """No honest client is refused for it, and what comes of it is the unsplit model's but for rounding."""
+    settings = LoraSettings(method="ln_tuning")
+    bottom, _, _ = parts_of(mixtral, (1, 2), dtype, settings=settings)
+    assert bottom(_batch("none")[0]).dtype == torch.float32
+    found, _ = through_split(mixtral, (1, 2), "none", dtype, settings=settings)
+    expected = unsplit(mixtral, "none", dtype, settings)
+    assert abs(found["loss"] - expected["loss"]) < 0.01 and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-4, name
+
+
 def test_sums_cross_unrounded_whatever_the_codec(mixtral: Path) -> None:
     """Under bf16 on the wire the sums have float32's digits, and what they cost is in the ledger."""
     experts, tokens = 4, 3 * 9

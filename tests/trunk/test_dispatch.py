@@ -54,7 +54,7 @@ class Recorder:
         return {other.client for other in self.flights.get(key, ()) if other in self.flights}
 
     def is_repeat(self, packet: Packet) -> bool:
-        return packet.key in (self.done if "gradient" in packet.tensors else self.flights)
+        return not packet.clips and packet.key in (self.done if "gradient" in packet.tensors else self.flights)
 
     def ask(self, packet: Packet) -> Packet:
         return Packet(packet.key, wait=0.0 if self.room else 0.1)
@@ -76,6 +76,8 @@ class Recorder:
             raise MemoryError("no memory is left")
         if not self.room:
             return [Packet(packet.key, wait=0.1) for packet in packets]
+        if self.is_repeat(packets[0]):
+            return [Packet(packets[0].key)]
         flight = frozenset(packet.key for packet in packets)
         self.flights |= dict.fromkeys(flight, flight)
         return [Packet(packet.key) for packet in packets]
@@ -159,6 +161,71 @@ def test_batched_waits_for_all_that_are_active() -> None:
     assert stage.serve() == []
     stage.ask("backward", 1, step=1)
     assert stage.serve() == [("backward", [0, 1])]
+
+
+@pytest.mark.parametrize("client", [0, 1])
+def test_of_what_comes_twice_a_flight_has_one_and_the_other_is_a_repeat(client: int) -> None:
+    stage = Stage(schedule="batched")
+    stage.dispatcher.begin([0, 1])
+    for kind in ("forward", "backward"):
+        for number in (client, client, 1 - client):
+            stage.ask(kind, number)
+        first, *rest = stage.serve()
+        assert (first[0], sorted(first[1])) == (kind, [0, 1]) and rest == [(kind, [client])]
+        assert all(isinstance(stage.answers[kind, number, 0], Packet) for number in (0, 1))
+
+
+def test_of_a_client_a_flight_has_the_earliest_step() -> None:
+    """A later step would end the earlier one while their flight begins."""
+    stage = Stage(schedule="batched")
+    stage.dispatcher.begin([0, 1])
+    for client, step in ((1, 1), (1, 0), (0, 0)):
+        stage.ask("forward", client, step)
+    assert stage.serve() == [("forward", [0, 1])]
+    assert set(stage.answers) == {("forward", 0, 0), ("forward", 1, 0)}
+
+
+def test_hidden_states_of_two_types_are_of_two_flights() -> None:
+    stage = Stage(schedule="batched")
+    stage.dispatcher.begin([0, 1, 2])
+    for client, kind in enumerate((torch.bfloat16, torch.float32, torch.bfloat16)):
+        sent = Packet(StepKey(1, client, 0), {"hidden": RAW.encode(torch.zeros(1, dtype=kind))})
+        stage.dispatcher.submit(sent, lambda answer: None)
+    assert stage.serve() == [("forward", [0, 2])]
+    stage.dispatcher.leave(0)
+    stage.dispatcher.leave(2)
+    assert stage.serve() == [("forward", [1])]
+
+
+def test_a_coefficient_is_of_no_flight_and_waits_for_nobody() -> None:
+    stage = Stage(schedule="batched")
+    stage.dispatcher.begin([0, 1])
+    for client in (0, 1):
+        stage.ask("forward", client)
+    stage.serve()
+    stage.ask("scale", 0, step=9)
+    assert stage.serve() == [("scale", [0])]
+    stage.ask("scale", 0, step=8)
+    for client in (0, 1):
+        stage.ask("backward", client)
+    assert stage.serve() == [("scale", [0]), ("backward", [0, 1])]
+
+
+def test_what_comes_again_does_not_contribute_again() -> None:
+    stage = Stage(schedule="accumulate", every=2)
+    for client in (0, 1):
+        for step in range(2 - client):
+            for kind in ("forward", "backward"):
+                stage.ask(kind, client, step)
+                stage.serve()
+    stage.ask("backward", 1)
+    assert stage.serve() == [("backward", [1])]
+    stage.ask("forward", 0, step=2)
+    assert stage.serve() == []  # client 1 has done one step of two
+    for kind in ("forward", "backward"):
+        stage.ask(kind, 1, step=1)
+        stage.serve()
+    assert ("close", []) in stage.trunk.calls
 
 
 def test_who_is_late_is_left_behind_and_may_come_back() -> None:

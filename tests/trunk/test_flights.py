@@ -22,6 +22,16 @@ def flight_of(shapes: list[tuple[int, int]], padded: set[int]) -> Flight:
     return Flight(inputs, masks, learner, {}, 0)
 
 
+def test_nobodys_gradient_is_rounded_to_the_type_of_another() -> None:
+    flight = flight_of([(1, 2), (1, 2)], set())
+    narrow, wide = flight.inputs
+    sent = {narrow: torch.ones(1, 2, WIDTH, dtype=torch.bfloat16), wide: torch.full((1, 2, WIDTH), 1.0009765625)}
+    whole = flight.spread(sent, torch.zeros(2, 2, WIDTH, dtype=torch.bfloat16))
+    assert torch.equal(flight.cut(whole)[wide], sent[wide]) and torch.equal(
+        flight.cut(whole)[narrow], torch.ones(1, 2, WIDTH)
+    )
+
+
 SHAPES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5)), min_size=1, max_size=4)
 
 

@@ -11,7 +11,7 @@ import torch
 from fedsplit.trunk.intake import Intake, check_rate, each, refusal
 from fedsplit.wire.codecs import EXACT
 from fedsplit.wire.packets import Packet, StepKey
-from fedsplit.wire.steps import SpoiledStep, SpoiledTogether
+from fedsplit.wire.steps import SpoiledStep, SpoiledTogether, UnboundedStep
 
 PART: Any = SimpleNamespace(
     config=SimpleNamespace(hidden_size=4, max_position_embeddings=8), dtype=torch.float32, experts=2
@@ -43,6 +43,25 @@ def test_gradients_by_sums_that_do_not_fit_are_refused(gradient: torch.Tensor) -
         INTAKE.gradient_by_sums(
             packet(routers=gradient), has_sums=bool(gradient.dtype != torch.float32 or gradient[1] != 1)
         )
+
+
+def test_float32_is_taken_in_beside_the_narrow_type_of_the_part_and_nothing_wider() -> None:
+    """Norms that learn are float32, and in a mixture of experts so are the hidden states behind them."""
+    narrow: Any = SimpleNamespace(**{**vars(PART), "dtype": torch.bfloat16})
+    intake = Intake(narrow, EXACT, torch.device("cpu"))
+    for kind in (torch.bfloat16, torch.float32):
+        tensor = torch.ones(2, 3, 4, dtype=kind)
+        assert (
+            intake.hidden(packet(hidden=tensor)).dtype == intake.gradient(packet(gradient=tensor), tensor.shape).dtype
+        )
+        assert intake.hidden(packet(hidden=tensor)).dtype == kind
+    for kind in (torch.float16, torch.float64):
+        tensor = torch.ones(2, 3, 4, dtype=kind)
+        with pytest.raises(SpoiledStep, match="hidden states of type") as caught:
+            intake.hidden(packet(hidden=tensor))
+        assert not isinstance(caught.value, UnboundedStep)
+        with pytest.raises(SpoiledStep, match="gradient of type"):
+            intake.gradient(packet(gradient=tensor), tensor.shape)
 
 
 def test_what_is_missing_is_named() -> None:

@@ -25,7 +25,7 @@ from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.codecs import EXACT, make_codec
 from fedsplit.wire.packets import Packet, StepKey
-from fedsplit.wire.steps import SpoiledStep, StaleStep, UnknownStep
+from fedsplit.wire.steps import SpoiledStep, StaleStep, UnboundedStep, UnknownStep
 
 RAW = make_codec("raw")
 
@@ -367,6 +367,52 @@ def test_a_batch_that_finds_room_for_some_serves_those(model_path: Path) -> None
     assert [answer.wait > 0 for answer in answers] == [False, True, True]
 
 
+def test_who_finds_no_room_is_not_refused_for_what_another_one_spoilt(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only one that was served spoils it: the others, sent away, are still served as one."""
+    server = make_server(tiny_models["gpt2"], "batched")
+    room = server._admission.room
+    rooms = [lambda inputs: ("graph", 1), room]
+    monkeypatch.setattr(server._admission, "room", lambda inputs: rooms.pop(0)(inputs))
+    monkeypatch.setattr("fedsplit.trunk.intake.is_bounded", lambda *tensors: True)
+    trunk = Dispatcher(server, TrunkSettings(schedule="batched"))
+    trunk.begin([0, 1, 2])
+    found: dict[int, Any] = {}
+    for client in range(3):
+        sent = packet(client, 0) if client else with_values(packet(0, 0), 1e30)
+        trunk.submit(sent, partial(found.__setitem__, client))
+    while trunk.advance():
+        pass
+    assert isinstance(found[0], UnboundedStep) and all(found[client].tensors for client in (1, 2))
+    assert server.counts["forwards"] == 1 and not rooms
+
+
+@pytest.mark.parametrize(
+    ("micro", "micros", "batch", "batches"), [(2, 2, 0, 1), (0, 3, 0, 1), (0, 1, 1, 1), (0, 1, 0, 4)]
+)
+def test_parts_that_a_step_cannot_have_are_refused(
+    tiny_models: dict[str, Path], micro: int, micros: int, batch: int, batches: int
+) -> None:
+    """By the settings a client has so many keys pending at most, whatever it says."""
+    (part,) = load_parts(tiny_models["gpt2"], (1, 2), ["trunk"])
+    lora.add(part, LoraSettings(rank=(2,)), seed=0)
+    server = TrunkServer(part, RAW, "shared", TrainSettings(micro_batches=2, accumulation=3), seed=0)
+
+    def part_of(what: str, micro: int, micros: int, batch: int, batches: int) -> Packet:
+        sent = packet(0, 0, what)
+        return replace(sent, key=replace(sent.key, micro=micro, batch=batch), micros=micros, batches=batches)
+
+    forged = part_of("hidden", micro, micros, batch, batches)
+    for sent in (forged, replace(forged, tensors={}, shape=(2, 5, 32))):
+        with pytest.raises(SpoiledStep, match=r"--micro-batches allows 2 at most, --train\.accumulation 3"):
+            (server.forward if sent.tensors else server.ask)(sent)
+    server.forward(part_of("hidden", 1, 2, 2, 3))
+    with pytest.raises(SpoiledStep, match="micro-batch 1 of 4 in batch 2 of 3"):
+        server.backward(part_of("gradient", 1, 4, 2, 3))
+    assert server.backward(part_of("gradient", 1, 2, 2, 3)).tensors and len(server.steps) == 0
+
+
 def test_calibration_sees_what_a_step_holds(model_path: Path) -> None:
     budget = Budget(2**40)
     server = make_server(model_path, "shared", budget=budget)
@@ -448,16 +494,17 @@ def test_hidden_states_that_cannot_be_computed_with_are_refused(model_path: Path
     assert unchanged(server, before) and len(server.steps) == 0
 
 
-@pytest.mark.parametrize("value", [1e20, 1e16])
+@pytest.mark.parametrize("value", [1e20, 1e14, 1e9])
 @pytest.mark.parametrize("schedule", ["shared", "batched", "accumulate", "copies"])
 def test_a_gradient_that_would_spoil_the_optimiser_is_refused(
     tiny_models: dict[str, Path], schedule: str, value: float
 ) -> None:
-    """Squared it overflows, alone or in the sum over many clients; its own client is told, and nothing has changed."""
+    """Squared it overflows, or AdamW would not forget it; its own client is told, and nothing has changed."""
     server = make_server(tiny_models["gpt2"], schedule)
     before = server.learners.read().tensors
     server.forward(packet(0, 0))
-    with pytest.raises(SpoiledStep, match="client 0, step 0"):
+    words = "NaN, infinite or too large" if value > 1e19 else r"has a norm above 1e\+06, the most without --train.clip"
+    with pytest.raises(UnboundedStep, match=f"client 0, step 0.* {words}"):
         server.backward(with_values(packet(0, 0, "gradient"), value))
     server.end_round([0])
     assert unchanged(server, before) and "steps" not in server.counts
@@ -526,6 +573,35 @@ def test_in_a_flight_the_others_are_computed_as_if_one_had_left(
 
     for one, other in zip(rounds(True), rounds(False), strict=True):
         assert torch.equal(one, other) and torch.isfinite(one).all()
+
+
+@pytest.mark.parametrize("odd", ["hidden", "gradient", "coefficient"])
+def test_a_frame_too_many_changes_nothing_for_a_flight(tiny_models: dict[str, Path], odd: str) -> None:
+    """What comes twice, or scales a gradient that nobody asked about, is of its own client alone: to the bit."""
+
+    def rounds(kind_of_odd: str) -> list[torch.Tensor]:
+        server = make_server(tiny_models["gpt2"], "batched", dropout=0.3)
+        trunk = Dispatcher(server, TrunkSettings(schedule="batched"))
+        trunk.begin([0, 1, 2])
+        found: dict[str, list[Any]] = {"hidden": [], "gradient": [], "coefficient": []}
+        for kind in ("hidden", "gradient"):
+            for client in (1, 1, 0, 2) if kind == kind_of_odd else (1, 0, 2):
+                if (client, kind, kind_of_odd) == (1, "gradient", "coefficient"):
+                    one = {"coefficient": EXACT.encode(torch.tensor(1.0, dtype=torch.float64))}
+                    trunk.submit(replace(packet(1, 0), tensors=one), found["coefficient"].append)
+                trunk.submit(packet(client, 0, kind), found[kind].append)
+            while trunk.advance():
+                pass
+        assert [type(answer) for answer in found["coefficient"]] == [UnknownStep] * (kind_of_odd == "coefficient")
+        assert len(server.steps) == 0
+        counts = trunk.end_round([0, 1, 2])
+        assert (counts["forwards"], counts["backwards"], counts["steps"]) == (1, 1, 1)
+        answers = {
+            (a.key.client, kind): RAW.decode(a.tensors[kind]) for kind in ("hidden", "gradient") for a in found[kind]
+        }
+        return [*(answers[key] for key in sorted(answers)), *server.learners.read().tensors.values()]
+
+    assert all(torch.equal(one, other) for one, other in zip(rounds(odd), rounds("nothing"), strict=True))
 
 
 def test_who_sends_no_gradient_does_not_spoil_those_of_others(

@@ -22,8 +22,12 @@ from fedsplit.wire.steps import ExpiredStep, ForeignStep, RefusedStep, SpoiledSt
 WIDTH, LEASE = 32, 10.0
 
 
-def packet(session: str, step: int, hidden: Tensor | None, client: int = 0, mask: Tensor | None = None) -> Packet:
+def packet(
+    session: str, step: int, hidden: Tensor | None, client: int = 0, mask: Tensor | None = None, as_type: str = ""
+) -> Packet:
     tensors = {} if hidden is None else {"hidden": RAW.encode(hidden)}
+    if as_type:
+        tensors["hidden"] = replace(tensors["hidden"], dtype=as_type)
     if mask is not None:
         tensors["mask"] = RAW.encode(mask)
     key = StepKey(0, client, step, run="run", session=session)
@@ -247,13 +251,20 @@ def test_training_and_texts_do_not_disturb_each_other(tiny_models: dict[str, Pat
 def test_what_cannot_be_served_is_refused_by_name(trunk: Trunk) -> None:
     sessions = Sessions(server_of(trunk), RAW, LEASE)
     for wrong, words in (
-        (packet("s", 0, torch.randn(2, WIDTH)), "no hidden states"),
-        (packet("s", 0, torch.randn(2, 3, WIDTH + 1)), r"not of shape \(2, 3, 32\)"),
-        (packet("s", 0, torch.randn(1, 33, WIDTH)), "beyond the model's 32 positions"),
-        (packet("s", 0, torch.randn(0, 3, WIDTH)), "not of shape"),
+        (packet("s", 0, torch.randn(2, WIDTH)), "sent no hidden|not \\(B, T, 32\\)"),
+        (packet("s", 0, torch.randn(2, 3, WIDTH + 1)), r"shape \(2, 3, 33\), not \(B, T, 32\)"),
+        (packet("s", 0, torch.randn(1, 33, WIDTH)), "33 positions, beyond the model's 32"),
+        (packet("s", 0, torch.randn(0, 3, WIDTH)), r"shape \(0, 3, 32\)"),
         (packet("s", 0, torch.randn(1, 3, WIDTH), mask=torch.tensor([[True, False, True]])), "padded on the left"),
-        (packet("s", 0, torch.randn(1, 3, WIDTH), mask=torch.tensor([[True, True]])), "not of its hidden states"),
-        (replace(packet("s", 0, None), tensors={"mask": RAW.encode(torch.ones(1, 1))}), "no hidden states"),
+        (packet("s", 0, torch.randn(1, 3, WIDTH), mask=torch.tensor([[True, True]])), r"shape \(1, 2\), not \(1, 3\)"),
+        (packet("s", 0, torch.randn(1, 3, WIDTH), mask=torch.ones(1, 3)), "mask of type torch.float32"),
+        (packet("s", 0, torch.randn(1, 3, WIDTH).double()), "of type torch.float64, not torch.float32"),
+        (packet("s", 0, torch.full((1, 3, WIDTH), 1e30)), "too large to compute with"),
+        (packet("s", 0, torch.ones(1, 3, WIDTH).long(), as_type="float32"), "in a wrong form: an array of torch.int64"),
+        (
+            replace(packet("s", 0, None), tensors={"mask": RAW.encode(torch.ones(1, 1))}),
+            "sent no hidden|not \\(B, T, 32\\)",
+        ),
     ):
         with pytest.raises(SpoiledStep, match=words):
             sessions.serve(wrong)

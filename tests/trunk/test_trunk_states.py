@@ -117,7 +117,7 @@ class Trunk(RuleBasedStateMachine):
             Toy(),  # type: ignore[arg-type]
             RAW,
             self.schedule,
-            TrainSettings(clip=self.clip),
+            TrainSettings(clip=self.clip, micro_batches=2, accumulation=2),
             seed=0,
             run="run",
             incarnation=str(self.life),
@@ -287,17 +287,20 @@ class Trunk(RuleBasedStateMachine):
     @rule(choice=st.integers(0, 9))
     def forward_of_what_is_done(self, choice: int) -> None:
         key = self.pick(choice, self.answered)
+        sent, _ = self.answered[key]
         with pytest.raises(StaleStep):
-            self.server.forward(self.packet(key, 1))
+            self.server.forward(self.packet(key, sent.micros, batches=sent.batches))
 
     @precondition(lambda self: self.pending)
     @rule(choice=st.integers(0, 9))
     def spoiled(self, choice: int) -> None:
         key = self.pick(choice, self.pending)
-        micros = self.pending[key].packet.micros
+        known = self.pending[key].packet
         for tensor in (torch.full((1, 2, WIDTH), torch.nan), torch.zeros(1, 1, WIDTH)):
             with pytest.raises(SpoiledStep):
-                self.server.backward(replace(self.packet(key, micros), tensors={"gradient": RAW.encode(tensor)}))
+                self.server.backward(replace(known, tensors={"gradient": RAW.encode(tensor)}))
+        with pytest.raises(SpoiledStep):
+            self.server.backward(self.packet(key, known.micros + 2, "gradient", known.batches))
 
     @rule(client=st.integers(0, 2))
     def unknown(self, client: int) -> None:

@@ -299,16 +299,21 @@ def test_no_more_is_read_from_a_client_that_does_not_read(monkeypatch: pytest.Mo
     other.close()
 
 
-def test_bytes_that_are_unread_are_bounded_and_one_packet_always_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_are_unread_are_bounded_and_two_packets_always_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-batches are under way at once, however large."""
     monkeypatch.setattr(sockets, "MOST_UNREAD_BYTES", 100)
     outbox = sockets._Outbox()
     first = outbox.take(1000)
+    assert outbox._has_room()
+    second = outbox.take(1000)
     assert not outbox._has_room()
     outbox.put(first, 0, StaleStep("no"))
-    assert outbox._has_room()
-    second = outbox.take(0)
-    outbox.put(second, 1, Packet(KEY, {"hidden": Encoded(np.zeros(100), "float64")}))
     assert not outbox._has_room()
+    outbox.put(second, 1, Packet(KEY, {"hidden": Encoded(np.zeros(9), "float64")}))
+    assert outbox._has_room()
+    outbox.put(outbox.take(0), 2, Packet(KEY, {"hidden": Encoded(np.zeros(100), "float64")}))
+    assert not outbox._has_room()
+    outbox.sent(first)
     outbox.sent(second)
     assert outbox._has_room() and outbox.wait_for_room()
     outbox.take(1000)

@@ -204,8 +204,7 @@ class TextTokenizer:
         """Whether transformers adds nothing to what the tokenizers library makes of a text.
 
         That library alone, which need not find the place of each token in its text, takes a half to three quarters of
-        the time. A few
-        classes of transformers change texts or tokens themselves, such as CodeLlama's.
+        the time. A few classes of transformers change texts or tokens themselves, such as CodeLlama's.
         """
         from transformers import PreTrainedTokenizerFast
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 METHODS = ("cat", "svd", "linear")
 """Ways to combine adapters, by the names that PEFT gives them."""
 
+_AWAY = "the model is not here: nobody can tell whether the adapter fits it"
+
 
 def summary(run: Run) -> list[str]:
     """What a run trained and what it left behind, part by part."""
@@ -54,8 +56,7 @@ def summary(run: Run) -> list[str]:
     config = run.config
     kind = f"ranks {_ranks(whole)}" if config.lora.method == "lora" else f"{config.lora.method}, ranks {_ranks(whole)}"
     about = f"model {config.model}; cut {config.cut}; strategy {config.strategy}; {kind}"
-    away = ["the model is not here: nobody can tell whether the adapter fits it"] if not is_here else []
-    return [about, *aligned(rows), *away]
+    return [about, *aligned(rows), *([_AWAY] if not is_here else [])]
 
 
 def _filed(adapter: Adapter) -> tuple[str, str]:
@@ -219,9 +220,12 @@ def _export(asked: argparse.Namespace) -> list[str]:
     tasks = as_tasks(adapters, asked.names.split(",") if asked.names else ())
     _check_out(asked.out)
     from fedsplit.federation.checkpoint import write_whole
+    from fedsplit.results.fitting import read_known
     from fedsplit.results.whole import check_same_head
 
-    classes = check_same_head(adapters)
+    read = {adapter.folder: read_known(adapter) for adapter in adapters}
+    classes = check_same_head({folder: tensors for folder, (tensors, _) in read.items()})
+    is_here = all(fits for _, fits in read.values())
 
     def fill(draft: Path) -> None:
         for name, adapter in tasks.items():
@@ -232,7 +236,8 @@ def _export(asked: argparse.Namespace) -> list[str]:
     code = [f'model = PeftModel.from_pretrained(base, "{asked.out}/{first}", adapter_name="{first}")']
     code += [f'model.load_adapter("{asked.out}/{name}", adapter_name="{name}")' for name in others]
     about = f"{asked.out}: {', '.join(tasks)}, of {adapters[0].model}{_classifier(classes)}"
-    return [about, *code, f'model.set_adapter("{[*tasks][-1]}")']
+    code.append(f'model.set_adapter("{[*tasks][-1]}")')
+    return [about, *code, *([f"# {_AWAY}"] if not is_here else [])]
 
 
 def _weights(text: str, count: int) -> list[float]:

@@ -207,7 +207,7 @@ def check(asked: argparse.Namespace) -> Job:
     prompts = _read_prompts(asked)
     run = open_run(Path(asked.run))
     config = replace(run.config, model=asked.model or run.config.model, kernels=asked.kernels or run.config.kernels)
-    adapter = _adapter(run, asked.client)
+    adapter = replace(_adapter(run, asked.client), model=config.model)
     if config.data.format == "classification":
         raise InputError(f"the run in {run.path} sorts texts into classes: its model has no head that writes")
 

@@ -77,7 +77,7 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
         out: The run's folder.
 
     Returns:
-        The digest of each file of tensors that the run left, and the losses of each round.
+        The digest and the norm of each file of tensors that the run left, and the losses of each round.
     """
     from experiments.in_process import Silent, federate
     from fedsplit.documents import build
@@ -96,7 +96,7 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
             federate(config, out, load_strategy(config.strategy, options, strategy_defaults(config)), Silent())
     finally:
         torch.set_num_threads(threads)
-    return {"files": _digests(out), "losses": _losses(out)}
+    return {"files": _digests(out), "norms": norms(out), "losses": _losses(out)}
 
 
 def _digests(out: Path) -> dict[str, str]:
@@ -108,6 +108,15 @@ def _digests(out: Path) -> dict[str, str]:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         found[str(file.relative_to(out))] = digest.hexdigest()
+    return found
+
+
+def norms(out: Path) -> dict[str, float]:
+    """The norm of all numbers in each file of tensors, summed in float64."""
+    found = {}
+    for file in sorted(out.rglob("*.safetensors")):
+        squares = [tensor.double().square().sum() for tensor in load_file(file).values()]
+        found[str(file.relative_to(out))] = float(sum(squares)) ** 0.5
     return found
 
 

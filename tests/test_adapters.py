@@ -331,7 +331,7 @@ def test_a_summary_looks_at_every_file(
     assert say("summary", run)[0] == 0
 
 
-def test_a_summary_and_a_comparison_need_no_model(
+def test_a_summary_a_comparison_and_an_export_need_no_model(
     finished_run: Callable[..., Path], tiny_models: dict[str, Path], tmp_path: Path, say: Callable[..., Said]
 ) -> None:
     """But say that nobody looked whether the adapter fits it."""
@@ -341,6 +341,9 @@ def test_a_summary_and_a_comparison_need_no_model(
     code, lines, _ = say("summary", run)
     assert code == 0 and lines[-1] == "the model is not here: nobody can tell whether the adapter fits it"
     assert say("compare", run, run)[0] == 0
+    code, lines, _ = say("export", run, run, "--names", "one,two", "--out", tmp_path / "tasks")
+    assert code == 0 and lines[-1] == "# the model is not here: nobody can tell whether the adapter fits it"
+    assert sorted(path.name for path in (tmp_path / "tasks").iterdir()) == ["one", "two"]
 
 
 @pytest.mark.parametrize("content", ['{"rounds": 2}', '{"rounds": 2, "parameters": []}', '{"rou', "[]"])

@@ -214,6 +214,17 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         assert said.out == ""
 
 
+def test_a_model_that_was_moved_is_read_where_it_lies_now(
+    finished_run: Callable[..., Path], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_models["gpt2"], tmp_path / "before")
+    run = finished_run(str(tmp_path / "before"))
+    (tmp_path / "before").rename(tmp_path / "now")
+    flags = ["--run", str(run), "--model", str(tmp_path / "now"), "--prompt", "ab"]
+    job = generate.check(generate._parser().parse_args(flags))
+    assert job.config.model == job.adapter.model == str(tmp_path / "now")
+
+
 def _command(run: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "fedsplit.generate", "--run", str(run), *flags]
 

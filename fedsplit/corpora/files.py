@@ -20,7 +20,6 @@ _ENCODING = "utf-8-sig"
 """UTF-8, of which a byte order mark at the beginning is no part of the text."""
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
-_DECIMAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 
 
 def read_text(path: Path) -> str:
@@ -40,10 +39,11 @@ def read_rows(paths: Sequence[Path], numbers: Collection[str] = ()) -> Columns:
 
     Args:
         paths: Files that end in one of `READ_HERE`.
-        numbers: Columns of CSV files whose values are numbers where all of them look like numbers.
+        numbers: Columns of CSV files whose values are whole numbers where all of them look like whole numbers.
 
     Returns:
-        All columns of all files; None where a row has no such value.
+        All columns of all files; None where a row has no such value. Of columns of one name, see `doubled_columns`, it
+        has only one.
 
     Raises:
         ValueError: A file cannot be read; in one line, with the number of the file's line.
@@ -60,6 +60,18 @@ def read_rows(paths: Sequence[Path], numbers: Collection[str] = ()) -> Columns:
     if paths[0].suffix == ".csv":
         columns |= {name: _numbers(columns[name]) for name in numbers if name in columns}
     return columns
+
+
+def doubled_columns(paths: Sequence[Path]) -> frozenset[str]:
+    """Names that two columns of one CSV file share."""
+    found: set[str] = set()
+    for path in paths:
+        if path.suffix != ".csv":
+            continue
+        with path.open(encoding=_ENCODING, newline="") as file:
+            names = next((values for values in csv.reader(file, strict=True) if values), [])
+        found |= {name for name in names if name and names.count(name) > 1}
+    return frozenset(found)
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
@@ -88,19 +100,14 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
 
 def _header(values: Sequence[str]) -> list[str]:
     """Names of the columns; the place stands for a name that is empty, as that of an index that pandas wrote."""
-    names = [value or f"column {place}" for place, value in enumerate(values, 1)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"two columns are called {twice}")
-    return names
+    return [value or f"column {place}" for place, value in enumerate(values, 1)]
 
 
 def _numbers(values: Sequence[Any]) -> list[Any]:
-    """The values of a column of CSV as numbers, if all that are there look like numbers."""
+    """The values of a column of CSV as whole numbers, if all that are there look like whole numbers."""
     there = [value for value in values if value is not None]
     if there and all(_WHOLE.fullmatch(value) for value in there):
         return [None if value is None else int(value) for value in values]
-    if there and all(_DECIMAL.fullmatch(value) for value in there):
-        return [None if value is None else float(value) for value in values]
     return list(values)
 
 

@@ -251,13 +251,36 @@ def _shortened(row: Row, length: int, pad: int) -> Row:
     return replace(row, ids=ids, labels=ids if row.labels is row.ids else row.labels[:end])
 
 
-def _together(rows: Sequence[Row], length: int) -> list[Row]:
-    """Whole texts put one after the other, in their order, into as few sequences as that takes."""
-    full: list[Row] = []
+def by_source(rows: Sequence[Row]) -> list[list[Row]]:
+    """Sequences in their order, those of one row of the table together, such as the turns of a chat."""
+    found: list[list[Row]] = []
     for row in rows:
-        if full and len(full[-1].ids) + len(row.ids) <= length:
-            last = full[-1]  # what comes first in a text is predicted neither here nor where it stands alone
-            full[-1] = replace(last, ids=[*last.ids, *row.ids], labels=[*last.labels, IGNORED, *row.labels[1:]])
+        if found and row.source >= 0 and row.source == found[-1][0].source:
+            found[-1].append(row)
         else:
-            full.append(row)
+            found.append([row])
+    return found
+
+
+def _together(rows: Sequence[Row], length: int) -> list[Row]:
+    """Puts whole texts one after the other, in their order, into full sequences.
+
+    A chat of several sequences goes behind earlier texts only if all of it fits there. Otherwise it begins a sequence.
+    So two packed sequences share a chat only if both begin with it, and they have its number as their source.
+    """
+    full: list[Row] = []
+    for text in by_source(rows):
+        fits = bool(full) and len(full[-1].ids) + sum(len(row.ids) for row in text) <= length
+        packed = [full.pop()] if fits else []
+        for row in text:
+            if packed and len(packed[-1].ids) + len(row.ids) <= length:
+                packed[-1] = _behind(packed[-1], row)
+            else:
+                packed.append(row)
+        full += packed
     return full
+
+
+def _behind(before: Row, row: Row) -> Row:
+    """Joins two texts. The second one's first token is predicted neither here nor where that text stands alone."""
+    return replace(before, ids=[*before.ids, *row.ids], labels=[*before.labels, IGNORED, *row.labels[1:]])

@@ -15,7 +15,7 @@ import torch
 from fedsplit.allowed import PartitionSpec, SettingError, parse_partition
 from fedsplit.config import DataSettings
 from fedsplit.corpora.classes import classes_of
-from fedsplit.corpora.formats import Fitted, Reading, Texts, fit, format_of, joined, read_rows
+from fedsplit.corpora.formats import Fitted, Reading, Texts, by_source, fit, format_of, joined, read_rows
 from fedsplit.corpora.sequences import Row, Sequences, stack
 from fedsplit.corpora.shards import Shard
 from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
@@ -63,17 +63,6 @@ def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         groups.setdefault(row.key, []).append(row)
     return groups
-
-
-def _by_source(rows: Sequence[Row]) -> list[list[Row]]:
-    """Sequences in their order, those of one chat together: no client is tested on a part of what another trains on."""
-    found: list[list[Row]] = []
-    for row in rows:
-        if found and row.source >= 0 and row.source == found[-1][0].source:
-            found[-1].append(row)
-        else:
-            found.append([row])
-    return found
 
 
 def _flat(groups: Iterable[Sequence[Row]]) -> list[Row]:
@@ -151,7 +140,7 @@ def _by_owner(dealer: _Dealer) -> tuple[list[Shard], list[str], list[Fitted]]:
     shards, poor, everything = [], [], [separate] if separate else []
     for number, (owner, own) in enumerate(owners.items()):
         if separate is None:
-            texts = _by_source(own)
+            texts = by_source(own)
             places = set(range(HELD_OUT_DOCUMENTS - 1, len(texts), HELD_OUT_DOCUMENTS)) or {len(texts) - 1}
             train = dealer.fit(_flat(text for place, text in enumerate(texts) if place not in places))
             held_out = dealer.fit(_flat(texts[place] for place in sorted(places)))
@@ -171,7 +160,7 @@ def _part(dealer: _Dealer, held_out: list[Row], owner: str, number: int, owners:
     assert dealer.held_out is not None
     if (dealer.reading.column or dealer.reading.data.owner) in dealer.held_out.columns:
         return [row for row in held_out if row.key == owner]
-    return _flat(_by_source(held_out)[number::owners])
+    return _flat(by_source(held_out)[number::owners])
 
 
 def _partitioner(spec: PartitionSpec, clients: int, seed: int, least: int) -> Any:
@@ -214,13 +203,13 @@ def _indices(spec: PartitionSpec, owners: Sequence[str], clients: int, seed: int
 def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, seed: int) -> Deal:
     """Shards of single sequences, whoever wrote them."""
     fitted, separate = dealer.fit(dealer.texts.rows), dealer.separate()
-    blocks = _by_source(fitted.rows)
+    blocks = by_source(fitted.rows)
     _check_enough(dealer, len(blocks), clients)
     dealt = _dealt(dealer, spec, name, [block[0].key for block in blocks], clients, seed)
     if separate is None:
         parts = [_parted([blocks[index] for index in indices]) for indices in dealt]
     else:
-        rests = [_flat(_by_source(separate.rows)[n::clients]) for n in range(clients)]
+        rests = [_flat(by_source(separate.rows)[n::clients]) for n in range(clients)]
         parts = [(_flat(blocks[index] for index in own), rest) for own, rest in zip(dealt, rests, strict=True)]
         if poor := [f"client {n}" for n, (_, rows) in enumerate(parts) if not rows]:
             words = f"a sequence {dealer.lengths} for each client at least (nothing for {_listed(poor)})"

@@ -27,7 +27,8 @@ class Row:
         key: What it is dealt by: its owner, or another column's value.
         target: Its class, where that alone is predicted.
         share: What it counts as where shares are told; its key where nothing is said.
-        source: Number of the table's row that it is of, from 0; below 0 where it is of several.
+        source: Number of the table's row that it is of, from 0. Of packed texts, that of the first one; below 0 in a
+            packed stream. Neighbours of one source stay together.
     """
 
     ids: Sequence[int]

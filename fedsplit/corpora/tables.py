@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from fedsplit.allowed import SettingError
 from fedsplit.config import DataSettings
 from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, sotu
-from fedsplit.corpora.files import READ_HERE, Columns, read_rows, read_text
+from fedsplit.corpora.files import READ_HERE, Columns, doubled_columns, read_rows, read_text
 from fedsplit.corpora.synthetic import make_rows
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -45,12 +45,14 @@ class Table:
         name: What its owner is called where no column says it.
         columns: Values by the columns' names.
         classes: The names of the classes, of columns that hold their numbers.
+        doubled: Names that two columns share. Nobody knows which of the two a setting means.
     """
 
     dataset: str
     name: str
     columns: Mapping[str, Sequence[Any]]
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    doubled: Collection[str] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -68,10 +70,12 @@ class Table:
             name: Its name.
 
         Raises:
-            SettingError: There is none of that name.
+            SettingError: There is none of that name, or more than one.
         """
         if name not in self.columns:
             raise SettingError(setting, name, f"a column of {self.dataset}: {self.listed}")
+        if name in self.doubled:
+            raise SettingError(setting, name, f"a column whose name no other column of {self.dataset} has")
         return self.columns[name]
 
 
@@ -199,14 +203,14 @@ def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
         files = {"train": [path] if texts else _data_files(path)}
         return Table(dataset, path.stem, _of_split(files, data.split, lambda some: _texts(path, some)))
     if path.is_file() and path.suffix in READ_HERE:
-        return Table(dataset, path.stem, _of_split({"train": [path]}, data.split, lambda some: _rows(some, data)))
+        return _table_of_rows(dataset, path.stem, {"train": [path]}, data)
 
     datasets = _quiet_datasets()
     with _without_patterns(path) as (plain, cache):
         if plain.is_dir() and not _is_saved(plain):
             builder = datasets.load_dataset_builder(str(plain), data.config or None)
             if files := _files_read_here(builder):
-                return Table(dataset, path.stem, _of_split(files, data.split, lambda some: _rows(some, data)))
+                return _table_of_rows(dataset, path.stem, files, data, builder.info.features or {})
         return _as_table(dataset, path.stem, _load(str(plain), plain, data, cache))
 
 
@@ -229,12 +233,44 @@ def _texts(root: Path, files: Sequence[Path]) -> Columns:
     return {"text": texts, "owner": owners}
 
 
-def _rows(files: Sequence[Path], data: DataSettings) -> Columns:
-    return read_rows(files, numbers=[data.label])
+def _table_of_rows(
+    dataset: str, name: str, files: Mapping[str, Sequence[Path]], data: DataSettings, features: Mapping[str, Any] = {}
+) -> Table:
+    """Reads files of CSV or JSON.
+
+    Args:
+        dataset: What the user calls them.
+        name: What their owner is called.
+        files: By split.
+        data: The settings.
+        features: What a README.md says of the columns, in the library's types. Only names of classes are used.
+
+    Raises:
+        ValueError: A file cannot be read, or has a class without a name.
+    """
+    classes = _classes(features)
+    numbers = {data.label} - classes.keys()
+
+    def read(some: Sequence[Path]) -> Columns:
+        columns = read_rows(some, numbers)
+        numbered = {column: _class_numbers(columns[column], features[column]) for column in classes.keys() & columns}
+        return {**columns, **numbered}
+
+    columns = _of_split(files, data.split, read)
+    doubled = doubled_columns([path for some in files.values() for path in some])
+    return Table(dataset, name, columns, {column: classes[column] for column in classes.keys() & columns}, doubled)
+
+
+def _class_numbers(values: Sequence[Any], label: Any) -> list[int | None]:
+    """Numbers of classes, which are written as names or as numbers; None where there is no value."""
+    return [None if value is None else label.encode_example(value) for value in values]
 
 
 def _files_read_here(builder: Any) -> dict[str, list[Path]]:
-    """Files by split, if they are rows of CSV or JSON, and a README.md asks for no other way to read them."""
+    """Files by split, if they are rows of CSV or JSON, and a README.md asks for no other way to read them.
+
+    Types of columns are no such way: values are read as they are written.
+    """
     config = builder.config
     splits = config.data_files or {}
     files = {str(split): [Path(str(file)) for file in some] for split, some in splits.items()}
@@ -246,19 +282,21 @@ def _files_read_here(builder: Any) -> dict[str, list[Path]]:
         description=config.description,
     )
     ours = all(file.suffix in READ_HERE and file.is_file() for some in files.values() for file in some)
-    return files if ours and config == usual and builder.info.features is None else {}
+    return files if ours and config == usual else {}
 
 
 def _of_split(
     files: Mapping[str, Sequence[Path]], split: str, read: Callable[[Sequence[Path]], Columns]
 ) -> dict[str, Sequence[Any]]:
-    """Columns of a split, or of a part of one such as train[:10%].
+    """Columns of a split, of a part of one such as train[:10%], or of all splits under the name all.
 
     Raises:
         ValueError: There is no such split.
     """
     if split in files:
         return dict(read(files[split]))
+    if split == "all":
+        split = "+".join(files)
     datasets = _quiet_datasets()
     columns = {name: read(some) for name, some in files.items()}
     lengths = {name: len(next(iter(some.values()), ())) for name, some in columns.items()}
@@ -312,8 +350,12 @@ def _quiet_datasets() -> Any:
 
 
 def _as_table(dataset: str, name: str, rows: Any) -> Table:
-    classes = {column: list(made.names) for column, made in rows.features.items() if hasattr(made, "names")}
-    return Table(dataset, name, {column: rows[column][:] for column in rows.column_names}, classes)
+    return Table(dataset, name, {column: rows[column][:] for column in rows.column_names}, _classes(rows.features))
+
+
+def _classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of the classes, of columns whose feature has them."""
+    return {column: list(feature.names) for column, feature in features.items() if hasattr(feature, "names")}
 
 
 def _load(dataset: str, path: Path, data: DataSettings, cache: str | None = None) -> Any:

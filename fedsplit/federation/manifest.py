@@ -193,13 +193,16 @@ def _check_files(root: Path, digests: Mapping[str, str]) -> None:
 def check_settings(manifest: Manifest, config: Config, run: Path) -> None:
     """Makes sure that a run goes on with the settings that it began with.
 
+    A setting that the manifest lacks did not exist when the run began. It counts as having had its default.
+
     Raises:
         SettingError: One that decides the result has changed.
     """
     now = settings_of(config)
-    for name in sorted({*now, *manifest.settings}):
-        if now.get(name) != manifest.settings.get(name):
-            words = f"{_shown(manifest.settings.get(name))}, with which the run in {run} came to round {manifest.round}"
+    then = {**settings_of(Config()), **manifest.settings}
+    for name in sorted({*now, *then}):
+        if now.get(name) != then.get(name):
+            words = f"{_shown(then.get(name))}, with which the run in {run} came to round {manifest.round}"
             raise SettingError(name, _shown(now.get(name)), words)
 
 

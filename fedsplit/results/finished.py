@@ -244,7 +244,7 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
         if _held(other) != _held(first):
             both = f"{first.folder} in {_held(first)}, {other.folder} in {_held(other)}"
             raise InputError(f"the adapters were trained on base models of different types: {both}")
-        if not _same_weights(first.model_path, other.model_path):
+        if other.model != first.model and not _same_weights(first.model_path, other.model_path):
             both = f"{first.folder} of {first.model}, {other.folder} of {other.model}"
             raise InputError(f"the adapters belong to different base models: {both}")
 
@@ -258,8 +258,10 @@ def _held(adapter: Adapter) -> str:
 def _same_weights(one: Path, two: Path) -> bool:
     if one.resolve() == two.resolve():
         return True
-    files = [{file.name: file for file in path.glob("*.safetensors")} for path in (one, two)]
-    if not files[0] or files[0].keys() != files[1].keys():
+    from fedsplit.model.weight_files import find_tensors  # takes a while to import
+
+    files = [{file.name: file for file in find_tensors(path).values()} for path in (one, two)]
+    if files[0].keys() != files[1].keys():
         return False
     return all(filecmp.cmp(file, files[1][name], shallow=False) for name, file in files[0].items())
 

@@ -33,6 +33,7 @@ from fedsplit.model.store import load_tensors, write_tensors
 from fedsplit.model.stored import Stored
 from fedsplit.model.unsplit import blank, load_whole
 from fedsplit.model.vocabulary import TOKENIZER_FILES
+from fedsplit.model.weight_files import find_tensors
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
 from fedsplit.results.fitting import classes_in, more_than_factors, read_fitting, reason_of
 from fedsplit.results.whole import merged, open_base, open_held
@@ -46,6 +47,9 @@ MERGED = "merged_adapter"
 
 BASE_HEAD = "base_head.safetensors"
 """The head as it was, beside an adapter that put another in its place, where it was not tied to the embedding."""
+
+GENERATION = "generation_config.json"
+"""How a model generates text; its end tokens go before those of config.json."""
 
 _NAMED = ("pad_token_id", "id2label", "label2id")
 """What a classifier's config.json says that its base's does not, or says otherwise."""
@@ -143,18 +147,35 @@ def _base_weights(model: Any, head: Tensor | None) -> Iterable[Tensor]:
         yield head
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    """The sha256 of each file, by name."""
     digests = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(files):
         with open(file, "rb") as opened:
             digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
     return digests
 
 
-def _save(model: Any, tokenizer: Path, folder: Path) -> None:
+def _are_as_merged(folder: Path, weights: Mapping[str, str]) -> bool:
+    """Tells whether a merged model is still loaded from the files that were written, and from no others."""
+    try:
+        unchanged = _digests(folder / name for name in weights) == weights
+        return unchanged and {file.name for file in find_tensors(folder).values()} == weights.keys()
+    except (OSError, ValueError):
+        return False
+
+
+def _save(model: Any, source: Path, folder: Path) -> None:
+    """Saves a model with the tokenizer of another one's folder.
+
+    A classifier's `save_pretrained` writes no generation_config.json. The source's is kept for its end tokens.
+    """
     model.save_pretrained(folder)
-    for pattern in TOKENIZER_FILES:
-        for file in tokenizer.glob(pattern):
+    files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern)]
+    if not (folder / GENERATION).exists():
+        files.append(source / GENERATION)
+    for file in files:
+        if file.is_file():
             shutil.copyfile(file, folder / file.name)
 
 
@@ -197,7 +218,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
         record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": shared}
         if classes:
             record |= {"classes": classes, "named": _named(adapter.model_path)}
-        text = json.dumps({**record, "dtype": dtype, "weights": _digests(draft)}, indent=2)
+        text = json.dumps({**record, "dtype": dtype, "weights": _digests({*find_tensors(draft).values()})}, indent=2)
         (draft / RECORD).write_text(text + "\n", encoding="utf-8")
 
     write_whole(out, fill)
@@ -238,12 +259,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        weights, adapter = record["weights"], folder / MERGED
+        weights, adapter = dict(record["weights"]), folder / MERGED
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{folder} is no merged model: there is no {RECORD} that can be read in it") from None
     if not all((adapter / name).is_file() for name in ADAPTER_FILES):
         raise InputError(f"{folder} cannot be unmerged: its {MERGED} is gone")
-    if weights != _digests(folder):
+    if not _are_as_merged(folder, weights):
         raise InputError(f"{folder} cannot be unmerged: its weights are not those that were merged")
     return record
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fedsplit.model.unsplit import load_whole, quantize_whole
 from fedsplit.results.finished import Adapter
 from fedsplit.results.fitting import classes_in, read_fitting, reason_of
 from fedsplit.scores import Score
+from fedsplit.updates import Adapters
 
 
 def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0) -> Any:
@@ -55,16 +56,19 @@ def restore_head(base: Any, seed: int) -> None:
     head.weight = torch.nn.Parameter(lora.fresh_score(head.weight.shape, lora.spread_of(base.config), seed))
 
 
-def check_same_head(adapters: Iterable[Adapter]) -> int:
+def check_same_head(adapters: Mapping[Path, Adapters]) -> int:
     """Makes sure that one base model, opened with one head, takes all of some adapters.
+
+    Args:
+        adapters: Adapters' tensors by folder.
 
     Returns:
         The number of classes that all tell; 0 where all predict tokens.
 
     Raises:
-        InputError: They differ in it, or one cannot be read.
+        InputError: They differ in it.
     """
-    found = {adapter.folder: classes_in(read_fitting(adapter)) for adapter in adapters}
+    found = {folder: classes_in(read) for folder, read in adapters.items()}
     (first, classes), *others = found.items()
     for folder, number in others:
         if number != classes:

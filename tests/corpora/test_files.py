@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedsplit.corpora.files import read_rows, read_text
+from fedsplit.corpora.files import doubled_columns, read_rows, read_text
 
 
 def read(path: Path, content: str | bytes, numbers: tuple[str, ...] = ()) -> dict[str, list[Any]]:
@@ -31,12 +31,14 @@ def test_what_looks_like_something_else_stays_text_in_csv(tmp_path: Path) -> Non
     [
         (["0", "2", ""], [0, 2, None]),
         (["0", "99999999999999999999"], [0, 99999999999999999999]),
-        (["0", "1.5"], [0.0, 1.5]),
+        (["1.0", "2.0"], ["1.0", "2.0"]),
+        (["0", "1.5"], ["0", "1.5"]),
+        (["1e3", "2"], ["1e3", "2"]),
         (["0", "01"], ["0", "01"]),
         (["0", "NA"], ["0", "NA"]),
     ],
 )
-def test_labels_in_csv_are_numbers_where_all_of_them_are(
+def test_labels_in_csv_are_numbers_where_all_of_them_are_whole_numbers(
     tmp_path: Path, values: list[str], expected: list[Any]
 ) -> None:
     rows = "".join(f"a,{value}\n" for value in values)
@@ -97,6 +99,14 @@ def test_the_columns_of_an_index_have_a_name(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv", ",text\n0,a\n") == {"column 1": ["0"], "text": ["a"]}
 
 
+def test_columns_of_one_name_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "a.csv").write_bytes(MARK + b"\ntext,,note,,note\na,0,b,1,c\n")
+    (tmp_path / "empty.csv").write_text("")
+    assert read_rows([tmp_path / "a.csv"])["text"] == ["a"]
+    assert doubled_columns([tmp_path / name for name in ("a.jsonl", "a.csv", "empty.csv")]) == {"note"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -113,7 +123,6 @@ def test_the_columns_of_an_index_have_a_name(tmp_path: Path) -> None:
         ("a.json", "[" * 100_000, "recursion"),
         ("a.csv", "text,owner\na,b\nc,d,e\n", "line 3 is not CSV: it has 3 values, and there are 2 columns"),
         ("a.csv", 'text\n"a\n', "line 2 is not CSV: unexpected end of data"),
-        ("a.csv", "text,text\na,b\n", "line 1 is not CSV: two columns are called text"),
         ("a.csv", b"text\n\xff\n", "utf-8"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -179,6 +181,30 @@ def test_the_turns_of_a_chat_stay_together(spec: str, tmp_path: Path) -> None:
     counts = [Counter(part) for part in of_chats]
     assert all(set(count.values()) == {3} for count in counts)
     assert sorted(name for count in counts for name in count) == [str(n) for n in range(10, 42)]
+
+
+@pytest.mark.parametrize("length", [64, 100, 500])
+def test_packed_turns_of_a_chat_stay_together(length: int, tmp_path: Path) -> None:
+    """No chat is with two clients, and none is both trained on and held out; nothing of any is lost."""
+    end = write_tokenizer(tmp_path / "model", "qwen", QWEN3)
+    chats = [
+        {"messages": [{"role": role, "content": f"{n}"} for role in ("user", "assistant") * (1 + n % 3)]}
+        for n in range(10, 70)
+    ]
+    path = write(tmp_path / "chats.jsonl", chats)
+    tokenizer = open_tokenizer(tmp_path / "model").library
+
+    def turns(packing: str) -> list[Counter[str]]:
+        data = DataSettings(packing=packing)
+        shards = make_deal(str(path), "iid", 3, length, 0, tmp_path / "model", end, data).shards
+        parts = [tokenizer.batch_decode(part.ids) for shard in shards for part in (shard.train, shard.held_out)]
+        return [Counter(re.findall(r"(\d\d)<\|im_end\|>", "".join(texts))) for texts in parts]
+
+    packed = turns("true")
+    for one, other in itertools.combinations(packed, 2):
+        assert not one.keys() & other.keys()
+    assert sum(packed, Counter()) == sum(turns("false"), Counter())
+    assert len(sum(packed, Counter())) == 60
 
 
 def test_rows_without_text_are_counted(tmp_path: Path, tiny_models: dict[str, Path]) -> None:

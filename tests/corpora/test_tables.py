@@ -226,7 +226,64 @@ def test_a_part_of_a_split(tmp_path: Path) -> None:
         (tmp_path / "folder" / f"{split}.csv").write_text(f"text,label\n{text},1\n")
     assert read(tmp_path / "folder") == {"text": ["NA"], "label": [1]}
     assert read(tmp_path / "folder", split="test") == {"text": ["2021-03-04"], "label": [1]}
-    assert read(tmp_path / "folder", split="train+test")["text"] == ["NA", "2021-03-04"]
+    for split in ("train+test", "all"):
+        assert read(tmp_path / "folder", split=split)["text"] == ["NA", "2021-03-04"]
+    assert read(tmp_path / "a.jsonl", split="all") == {"text": ["0", "1", "2", "3"]}
+
+
+README = """---
+dataset_info:
+  features:
+  - name: text
+    dtype: string
+  - name: owner
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': bad
+          '1': good
+---
+"""
+
+
+@pytest.mark.parametrize("labels", [("good", "bad", ""), ("1", "0", "")])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_types_in_a_readme_change_no_value_and_name_the_classes(
+    tmp_path: Path, suffix: str, labels: tuple[str, ...]
+) -> None:
+    """`datasets` would read a text `NA` as none, and an owner `007` as 7."""
+    (tmp_path / "README.md").write_text(README)
+    rows = list(zip(("NA", "null", "2021-03-04"), ("007", "1e5", "true"), labels, strict=True))
+    lines = ["text,owner,label", *map(",".join, rows)]
+    if suffix == "jsonl":
+        lines = [json.dumps({"text": text, "owner": owner, "label": label or None}) for text, owner, label in rows]
+    (tmp_path / f"train.{suffix}").write_text("\n".join(lines) + "\n")
+    table = read_table(str(tmp_path), DataSettings())
+    assert table.columns == {
+        "text": ["NA", "null", "2021-03-04"],
+        "owner": ["007", "1e5", "true"],
+        "label": [1, 0, None],
+    }
+    assert table.classes == {"label": ["bad", "good"]}
+
+
+def test_a_class_that_a_readme_does_not_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "train.csv").write_text("text,owner,label\na,b,great\n")
+    with pytest.raises(SettingError, match=r"^dataset: .*Invalid string class label great"):
+        read(tmp_path)
+
+
+def test_columns_of_one_name_matter_where_a_setting_names_them(tmp_path: Path) -> None:
+    path = tmp_path / "notes.csv"
+    path.write_text("text,note,note\na,b,c\n")
+    table = read_table(str(path), DataSettings())
+    assert table.column("data.text", "text") == ["a"]
+    words = r"^data.text: note is not possible; allowed: a column whose name no other column of .*notes.csv has$"
+    with pytest.raises(SettingError, match=words):
+        table.column("data.text", "note")
 
 
 def test_a_readme_that_says_how_to_read_is_heard(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsplit.allowed import SettingError
 from fedsplit.client.heldout import deal_of
 from fedsplit.config import LEAVES, Config
 from fedsplit.corpora.shards import Shard
@@ -76,6 +77,18 @@ def test_every_setting_decides_unless_it_is_named(config: Config) -> None:
     assert free <= LEAVES.keys()
     options = dataclasses.replace(config, strategy_options={"mu": 0.5})
     assert manifest.settings_of(options)["strategy.mu"] == 0.5
+
+
+def test_a_setting_that_a_manifest_lacks_had_its_default(config: Config, tmp_path: Path) -> None:
+    """So a run goes on with a later version, which has more settings."""
+    settings = manifest.settings_of(config)
+    settings.pop("trunk.every")
+    before = manifest.Manifest(1, settings, manifest.Content("", {}), {}, {})
+    manifest.check_settings(before, config, tmp_path)
+    changed = dataclasses.replace(config, trunk=dataclasses.replace(config.trunk, every=5))
+    default = Config().trunk.every
+    with pytest.raises(SettingError, match=rf"^trunk.every: 5 is not possible; allowed: {default}, with which the run"):
+        manifest.check_settings(before, changed, tmp_path)
 
 
 def test_a_manifest_is_read_as_it_was_written(config: Config, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from family_tokenizers import KINDS, write_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from fedsplit import generate
@@ -146,6 +146,41 @@ def test_a_completion_goes_on_where_generation_would(kind: str, tmp_path: Path) 
         whole = library.decode(ids[:-1], skip_special_tokens=True)
         assert whole.removeprefix(" ") == prompt + said
         assert ids.count(end) == 1 + before.count(end)
+
+
+MARKS = "<s></s> <|user|> hello <|endoftext|>\n<|im_end|>[INST]<eos> <new> yes<new>\tno <|turn|> "
+"""Special tokens of several families within a text, and one that a test adds."""
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_with_special_tokens_are_encoded_as_by_transformers(kind: str, split: bool, tmp_path: Path) -> None:
+    """And those with added tokens, on a tokenizer that a caller has let pad and truncate before."""
+    write_tokenizer(tmp_path, kind)
+    facts = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(facts | {"split_special_tokens": split}))
+    tokenizer, theirs = open_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for library in (tokenizer.library, theirs):
+        library.add_tokens([AddedToken("<new>", lstrip=True)])
+    texts = [MARKS, PROSE, TEXT, " a", "", *(f"text {number}" for number in range(40))]
+    assert tokenizer._is_plain
+    tokenizer.library.pad_token = tokenizer.library.eos_token
+    tokenizer.library(texts, padding=True, truncation=True, max_length=3)
+    tokenizer.library.backend_tokenizer.encode_special_tokens = not split
+    assert tokenizer.whole(texts) == [theirs(text)["input_ids"] for text in texts]
+    assert tokenizer.written(texts) == [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def test_a_class_of_transformers_that_changes_texts_is_heard(tmp_path: Path) -> None:
+    """CodeLlama's knows gaps in a text."""
+    write_tokenizer(tmp_path, "llama")
+    class_name = {"tokenizer_class": "CodeLlamaTokenizer"}
+    facts = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(facts | class_name))
+    tokenizer = open_tokenizer(tmp_path)
+    text = "the people <FILL_ME> the world"
+    assert not tokenizer._is_plain
+    assert tokenizer.whole([text]) == AutoTokenizer.from_pretrained(tmp_path)([text])["input_ids"]
 
 
 def test_classes_are_told_by_a_text_as_the_tokenizer_ends_it(tmp_path: Path) -> None:

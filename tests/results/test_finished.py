@@ -60,6 +60,7 @@ def test_a_base_model_is_known_by_its_weights(
     shutil.copytree(tiny_models["gpt2"], tmp_path / "copy")
     first, copy = find_adapter(finished_run("gpt2")), find_adapter(finished_run(str(tmp_path / "copy")))
     assert first.model != copy.model
+    (tmp_path / "copy" / "extra.safetensors").write_bytes(b"not a file that the model is loaded from")
     check_same_base([first, copy])
     weights = bytearray((tmp_path / "copy" / "model.safetensors").read_bytes())
     weights[-1] ^= 1

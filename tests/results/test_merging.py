@@ -20,6 +20,7 @@ from fedsplit.allowed import InputError
 from fedsplit.evaluate import held_out_loss
 from fedsplit.model.devices import TYPES
 from fedsplit.model.families import read_pad
+from fedsplit.model.token_ids import end_tokens
 from fedsplit.model.unsplit import load_whole
 from fedsplit.results import merging, whole
 from fedsplit.results.finished import Adapter, find_adapter, open_run
@@ -334,6 +335,21 @@ def test_a_classifier_is_merged_and_comes_apart_again(
     assert torch.equal(back.lm_head.weight.float(), before["lm_head.weight"])
     ours, theirs = (model.config.to_diff_dict() for model in (back, plain))
     assert {**ours, "dtype": None} == {**theirs, "dtype": None}
+
+
+def test_a_classifier_that_comes_apart_again_ends_texts_as_its_base_did(
+    finished_run: Callable[..., Path], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A folder of some name beside the tokenizer's files is left where it is."""
+    shutil.copytree(tiny_models["gpt2"], tmp_path / "ending")
+    (tmp_path / "ending" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    (tmp_path / "ending" / "tokens").mkdir()
+    adapter = find_adapter(finished_run(str(tmp_path / "ending"), **CLASSES))
+    assert end_tokens(adapter.model_path) == [7, 8]
+    merge(adapter, tmp_path / "merged")
+    (tmp_path / "merged" / "notes.safetensors").write_bytes(b"not a file that the model is loaded from")
+    unmerge(tmp_path / "merged", tmp_path / "unmerged")
+    assert end_tokens(tmp_path / "unmerged") == [7, 8]
 
 
 @pytest.mark.parametrize("method", ["dora", "ln_tuning"])

@@ -294,7 +294,7 @@ def test_an_epoch_trains_each_sequence_once(
     tiny_models: dict[str, Path], samples: int, epochs: int, accumulation: int, sizes: list[int]
 ) -> None:
     """The last batch of a pass is what is left; round by round, in an order drawn anew for each pass."""
-    client, _, given = make_client(tiny_models["gpt2"], "frozen")
+    client, _, given = make_client(tiny_models["gpt2"], "frozen", train={"accumulation": accumulation})
     settings = TrainSettings(epochs=epochs, samples=samples, batch_size=3, accumulation=accumulation)
     client = replace(client, settings=settings, rounds=2)
     used = [tuple(row) for row in client.shard.train.ids[:samples].tolist()]

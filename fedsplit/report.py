@@ -175,10 +175,9 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
     else:
         table.add_row("perplexity", f"{perplexity(before):.2f} -> {perplexity(after):.2f}")
     if (error := summary.get("aggregation_error")) is not None:
-        table.add_row("aggregation error", f"{error:.3g} in the last round: 0 where averaged factors lose nothing")
+        table.add_row("aggregation error", f"{error:.3g} in the last round; 0: averaging loses nothing")
     if (forgotten := summary.get("forgotten")) is not None:
-        words = "after aggregation, in nats a token, than after its own steps"
-        table.add_row("forgotten", f"{forgotten:+.4f}: how much worse a client is {words}")
+        table.add_row("forgotten", f"{forgotten:+.4f} nats a token, compared with after own steps")
     if (left := summary.get("adapter_round")) != (last := summary.get("last_round")):
         table.add_row("adapter", f"of round {left}, the best of {last}")
     for part, counts in summary["parameters"].items():

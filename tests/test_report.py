@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 
+import pytest
 from rich.console import Console
 
 from fedsplit.report import LiveWatcher, PlainWatcher, aligned, final_table, make_watcher, perplexity, round_line, size
@@ -62,7 +63,7 @@ def test_the_table_says_which_round_the_adapter_is_of_where_it_is_not_the_last()
     assert said.split() == ["adapter", "of", "round", "2,", "the", "best", "of", "3"]
 
 
-def test_the_spinner_and_the_clock_go_on_after_a_phase_is_full() -> None:
+def test_the_spinner_and_the_clock_go_on_after_a_phase_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal of 80 columns shows what is under way in one line."""
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
     watcher = LiveWatcher(console)
@@ -71,14 +72,15 @@ def test_the_spinner_and_the_clock_go_on_after_a_phase_is_full() -> None:
     watcher.phase("round 1/5  evaluating", 3, 8)
     (task,) = watcher._progress.tasks
     assert not task.finished and task.finished_time is None
-    frames = set()
-    for _ in range(4):
-        watcher._progress.columns[-1]._began -= 61
-        with console.capture() as shown:
-            console.print(watcher._progress.columns[0].render(task), watcher._progress.columns[-1].render(task))
-        frames.add(shown.get().split()[-1])
-        assert frames
-    assert len(frames) == 4
+    spinner, clock = watcher._progress.columns[0], watcher._progress.columns[-1]
+    frames, times = set(), set()
+    for tenth in range(5):
+        monkeypatch.setattr(task, "get_time", lambda now=tenth / 10: now)
+        frames.add(str(spinner.render(task)))
+        clock._began -= 61
+        times.add(str(clock.render(task)))
+    assert len(frames) > 1
+    assert len(times) == 5
     watcher.phase("round 10/10  512/512 trained  loss 2.9914  121,666 tokens/s", 512, 513)
     with console.capture() as shown:
         console.print(watcher._progress)

@@ -27,13 +27,6 @@ def test_a_tensor_that_has_crossed_may_be_changed(dtype: torch.dtype) -> None:
     assert torch.equal(EXACT.decode(crossing), torch.arange(6).reshape(2, 3).to(dtype))
 
 
-@pytest.fixture
-def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the environment decide anew where temporary files lie."""
-    monkeypatch.setattr(tempfile, "tempdir", None)
-
-
-@pytest.mark.usefixtures("candidates")
 def test_the_session_lies_where_the_user_says_if_sockets_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
         monkeypatch.setenv("TMPDIR", short)
@@ -43,7 +36,6 @@ def test_the_session_lies_where_the_user_says_if_sockets_fit(monkeypatch: pytest
         assert not folder.exists()
 
 
-@pytest.mark.usefixtures("candidates")
 def test_a_long_path_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     long = tmp_path / ("x" * 60)
     long.mkdir()
@@ -51,6 +43,33 @@ def test_a_long_path_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with cluster._session_folder() as folder:
         assert len(str(folder.parent)) <= cluster._LONGEST_PLACE
         assert folder.parent != long
+
+
+def test_the_longest_socket_below_the_longest_place_still_fits() -> None:
+    """With as many digits as a process number can have on Linux."""
+    assert str(2**22) in cluster._LONGEST_INNER
+    assert cluster._LONGEST_PLACE + len(cluster._LONGEST_INNER) == 107
+    assert len("/dev/shm") <= cluster._LONGEST_PLACE
+
+
+def test_a_ray_of_the_users_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[bool] = []
+    monkeypatch.setattr(cluster, "check_closed", lambda: None)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: stopped.append(True))
+    with pytest.raises(cluster.ClusterFailed, match="connected to a Ray already"), cluster.running(workers=1):
+        pass
+    assert stopped == []
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise RuntimeError("no luck\nand much more")
+
+    monkeypatch.setattr(cluster, "check_closed", lambda: None)
+    monkeypatch.setattr(cluster.ray, "init", fails)
+    with pytest.raises(cluster.ClusterFailed, match=r"Ray does not start: no luck$"), cluster.running(workers=1):
+        pass
 
 
 def test_no_place_at_all_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,7 @@ import pytest
 import torch
 from conftest import CONFIGS, write_corpus
 from peft import PeftConfig, PeftModel
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsplit import simulate
 
@@ -40,12 +39,13 @@ def asked(model: Path, corpus: Path, out: Path) -> list[str]:
 
 def held_out(model: Path, corpus: Path) -> torch.Tensor:
     """Every fourth text of the first owners, a stream for each, in blocks."""
-    tokenizer, texts = Tokenizer.from_file(str(model / "tokenizer.json")), {}
+    tokenizer = AutoTokenizer.from_pretrained(model)  # for some families it differs from the bare tokenizer.json
+    texts: dict[str, list[str]] = {}
     for row in map(json.loads, corpus.read_text().splitlines()):
         texts.setdefault(row["owner"], []).append(row["text"].strip())
     blocks = []
     for own in list(texts.values())[:CLIENTS]:
-        stream = [token for text in own[3::4] for token in (*tokenizer.encode(text).ids, END)]
+        stream = [token for text in own[3::4] for token in (*tokenizer.encode(text, add_special_tokens=False), END)]
         blocks += [stream[begin : begin + LENGTH] for begin in range(0, len(stream) - LENGTH + 1, LENGTH)]
     return torch.tensor(blocks)
 

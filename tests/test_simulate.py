@@ -232,7 +232,8 @@ def look():
     while not done.wait(0.3):
         for process in psutil.Process().children(recursive=True):
             try:
-                seen.update(c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN")
+                listening = [c for c in process.net_connections("inet") if c.status == "LISTEN"]
+                seen.update(c.laddr.ip.removeprefix("::ffff:") for c in listening)  # an IPv6 socket says it so
             except psutil.Error:
                 pass
 

@@ -314,6 +314,6 @@ def test_an_adapter_of_the_head_comes_and_goes(finished_run: Callable[..., Path]
     loss = sum(r.tuned.nats for r in results) / sum(r.tuned.tokens for r in results)
     assert loss == pytest.approx(run.summary["eval_loss"]["after"], abs=1e-5)
     small = replace(run.adapter(0), folder=run.adapter(0).folder)
-    base.lm_head.weight = torch.nn.Parameter(torch.zeros(5, 32))
+    base.lm_head = torch.nn.Linear(32, 5, bias=False)
     with pytest.raises(InputError, match=r"does not fit the model \(size mismatch for [\w.]*lm_head"):
         attach(base, small)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedsplit.federation.exchange import Interrupted
 from flwr.app import Array, ArrayRecord, Error, Message, MessageType, MetricRecord
 from local_federation import federate
 from peft import PeftModel
@@ -28,7 +29,6 @@ from fedsplit.evaluate import held_out_loss
 from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, strategy_defaults
 from fedsplit.federation.checkpoint import check_resumable
-from fedsplit.federation.exchange import Interrupted
 from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_whole

@@ -20,6 +20,9 @@ from fedsplit.adaptation.adapting import adapt, bare_parts
 from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
 from fedsplit.corpora.shards import on_disks
+from fedsplit.events import Event, Sink
+from fedsplit.events.emitter import Emitter
+from fedsplit.events.files import MetricsFile, SummaryFile
 from fedsplit.federation import client_app
 from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.manifest import content_of
@@ -112,12 +115,12 @@ class LocalGrid:
 
 
 class Silent:
-    """A watcher that says nothing."""
+    """A sink that shows nothing."""
 
-    def phase(self, text: str, done: int, of: int) -> None:
+    def handle(self, event: Event) -> None:
         pass
 
-    def line(self, text: str) -> None:
+    def close(self) -> None:
         pass
 
 
@@ -137,14 +140,14 @@ def trunk_of(config: Config, run: str) -> Iterator[LocalTrunk]:
         client_app.find_trunk = find
 
 
-def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federation:
+def federate(config: Config, out: Path, strategy: Any, sink: Sink) -> Federation:
     """Runs a whole federation, with one thread.
 
     Args:
         config: Its configuration.
         out: The run's folder.
         strategy: Ours or Flower's.
-        watcher: Who is told.
+        sink: Receives the events of the run, beside the files of its folder.
     """
     run, facts = str(uuid4()), read_facts(about(config))
     name_run()
@@ -153,7 +156,8 @@ def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federati
         content = content_of(shards, about(config), weights(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         work, started = workloads(config, shards), time.perf_counter()
-        federation = Federation(config, trunk, run, 1, 1, work, strategy, folder, watcher, started)  # type: ignore[arg-type]
-        with on_disks(folder.clients, shards):
+        emit = Emitter([MetricsFile(out), SummaryFile(out), sink])
+        federation = Federation(config, trunk, run, 1, 1, work, strategy, folder, emit, started)  # type: ignore[arg-type]
+        with emit, on_disks(folder.clients, shards):
             federation.run(LocalGrid(config.clients))  # type: ignore[arg-type]
     return federation

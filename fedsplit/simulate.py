@@ -101,6 +101,10 @@ def run(config: Config) -> dict[str, Any]:
 
     from fedsplit.corpora.census import as_document
     from fedsplit.corpora.shards import on_disks
+    from fedsplit.events.emitter import Emitter
+    from fedsplit.events.event_types import Notice
+    from fedsplit.events.files import MetricsFile, SummaryFile
+    from fedsplit.events.screen import make_screen
     from fedsplit.federation import engine
     from fedsplit.federation.aggregation import FederationFailed
     from fedsplit.federation.checkpoint import RunFolder, check_content
@@ -110,7 +114,6 @@ def run(config: Config) -> dict[str, Any]:
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import about, pinned, weights
     from fedsplit.planning import plan
-    from fedsplit.report import make_watcher
     from fedsplit.trunk import cluster
     from fedsplit.trunk.actor import check_memory, start_trunk
 
@@ -121,9 +124,9 @@ def run(config: Config) -> dict[str, Any]:
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config, facts.width)
     config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
-    with make_watcher() as watcher:
+    with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()]) as emit:
         for line in _opening(config, facts, shares, deal):
-            watcher.line(line)
+            emit(Notice(text=line))
         name = f"trunk-{os.getpid()}-{time.time_ns()}"
         with cluster.running(shares.workers):
             trunk = start_trunk(config, name, shares.trunk_threads, shares.trunk_lanes)
@@ -132,12 +135,11 @@ def run(config: Config) -> dict[str, Any]:
             results.save_data(as_document(deal))
             machine = shares.workers, shares.client_threads
             work = workloads(config, deal.shards)
-            federation = Federation(config, trunk, name, *machine, work, strategy, results, watcher, started)
+            federation = Federation(config, trunk, name, *machine, work, strategy, results, emit, started)
             with on_disks(results.clients, deal.shards):
                 engine.simulate(federation, config.clients)
-    if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
-        raise FederationFailed("the server stopped before the last round was over; was its output closed?")
-    watcher.finish(federation.summary, str(folder))
+        if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
+            raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     return federation.summary
 
 

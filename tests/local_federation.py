@@ -1,4 +1,4 @@
-"""A federation in this process, with a watcher that remembers and replies that can be spoilt."""
+"""A federation in this process, with a sink that remembers and replies that can be spoilt."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from flwr.app import Message
 from experiments import in_process
 from experiments.in_process import LocalGrid, Silent
 from fedsplit.config import Config
+from fedsplit.events import Event
+from fedsplit.events.screen import line_of
 from fedsplit.federation.server_app import Federation
 
 
 class Lines(Silent):
-    """A watcher that remembers."""
+    """A sink that remembers the events, and the lines that they leave on the screen."""
 
     def __init__(self) -> None:
+        self.events: list[Event] = []
         self.lines: list[str] = []
 
-    def line(self, text: str) -> None:
-        self.lines.append(text)
+    def handle(self, event: Event) -> None:
+        self.events.append(event)
+        if (line := line_of(event)) is not None:
+            self.lines.append(line)
 
 
 def federate(

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedsplit.events.emitter import Emit
+from fedsplit.events.event_types import ClientFailed, Phase
 from fedsplit.federation.aggregation import FederationFailed, Member
 from fedsplit.federation.stalls import StallWatch
-from fedsplit.report import Watcher
 
 POLL_SECONDS = 0.01
 """How long to sleep between two looks at what has come in."""
@@ -47,7 +48,7 @@ class Exchange:
     def __init__(
         self,
         stop: threading.Event,
-        watcher: Watcher,
+        emit: Emit,
         lost: Callable[[int], None],
         workers: int,
         stalls: StallWatch,
@@ -56,12 +57,12 @@ class Exchange:
 
         Args:
             stop: Ends the run at the next look at what has come in.
-            watcher: Who is told of failures.
+            emit: Reports the clients that fail.
             lost: Told of a client that failed, as soon as it is known.
             workers: Processes that play the clients.
             stalls: Ends a wait in which nothing goes on.
         """
-        self._stop, self._watcher, self._lost, self._stalls = stop, watcher, lost, stalls
+        self._stop, self._emit, self._lost, self._stalls = stop, emit, lost, stalls
         self._most = max(LEAST_UNDER_WAY, UNDER_WAY_EACH * workers)
         self.members: list[Member] = []
         self._clients: dict[int, int] = {}  # by node
@@ -84,7 +85,9 @@ class Exchange:
             raise Interrupted
         self._stalls.look()
 
-    def send(self, grid: Grid, messages: Iterable[Message], expected: int, heard: Heard) -> list[Message]:
+    def send(
+        self, grid: Grid, messages: Iterable[Message], expected: int, heard: Heard, phase: Phase, round: int
+    ) -> list[Message]:
         """Sends messages, waits for all replies, and returns those that are no errors, as they came.
 
         Args:
@@ -92,6 +95,8 @@ class Exchange:
             messages: One to each client that is asked; made when they are sent, some at a time.
             expected: How many there are.
             heard: Told of each reply.
+            phase: Phase that a failure is reported with.
+            round: Round that a failure is reported with.
 
         Raises:
             NobodyAnswered: There is no reply.
@@ -120,16 +125,16 @@ class Exchange:
         for failure in failures:
             client = self.client_at(failure.metadata.src_node_id)
             name = "a client" if client is None else self.members[client].name
-            self._watcher.line(f"{name} failed and is left out: {_reason(failure.error.reason)}")
+            reason = _reason(failure.error.reason)
+            self._emit(ClientFailed(round=round, phase=phase, client=client, client_name=name, reason=reason))
         if not replies:
             reason = _reason(failures[0].error.reason) if failures else "nobody was asked"
             raise NobodyAnswered(f"no client answered: {reason}")
         return replies
 
-    def ask_all(self, grid: Grid, messages: Iterable[Message], text: str) -> list[Message]:
-        """Sends a message to each client, and shows how many have been answered; replies by client."""
-        expected = len(self.members)
-        replies = self.send(grid, messages, expected, lambda _, done, of: self._watcher.phase(text, done, of))
+    def ask_all(self, grid: Grid, messages: Iterable[Message], heard: Heard, phase: Phase, round: int) -> list[Message]:
+        """Sends a message to each client; returns the replies in the order of the clients. As for `send`."""
+        replies = self.send(grid, messages, len(self.members), heard, phase, round)
         return sorted(replies, key=self.number_of)
 
     def client_at(self, node: int) -> int | None:

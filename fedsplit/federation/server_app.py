@@ -17,20 +17,35 @@ from torch import Tensor
 
 from fedsplit.config import Config
 from fedsplit.documents import as_document
+from fedsplit.events.emitter import Emit
+from fedsplit.events.event_types import (
+    ClientFailed,
+    Notice,
+    Phase,
+    Progress,
+    RoundAggregated,
+    RoundEnded,
+    RoundEvaluated,
+    RoundTrained,
+    RunEnded,
+    RunStarted,
+)
+from fedsplit.events.versions import versions
 from fedsplit.federation import records
 from fedsplit.federation.aggregation import FederationFailed, Member, make_aggregation
+from fedsplit.federation.aggregation_error import measure
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
+from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.engine import kill_busy_workers
 from fedsplit.federation.exchange import Exchange, NobodyAnswered
-from fedsplit.federation.fidelity import measure
 from fedsplit.federation.holdings import Holdings
 from fedsplit.federation.stalls import StallWatch
 from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.tally import Tally
 from fedsplit.federation.turns import groups_of, takes_turns
 from fedsplit.federation.workload import Workload
-from fedsplit.optimization.stopping import Course
-from fedsplit.report import Watcher, perplexity, round_line
+from fedsplit.optimization.rates import last_rate
+from fedsplit.report import perplexity
 from fedsplit.scores import Score, pooled
 from fedsplit.trunk.actor import TrunkHandle
 from fedsplit.trunk.schedules import SCHEDULES
@@ -55,7 +70,7 @@ class Federation:
         workloads: Sequence[Workload],
         strategy: Any,
         folder: RunFolder,
-        watcher: Watcher,
+        emit: Emit,
         started: float,
     ) -> None:
         """Nothing happens before `run`.
@@ -69,15 +84,15 @@ class Federation:
             workloads: Bounds, by client, of the counts that clients may report.
             strategy: Ours or Flower's.
             folder: Where results go, and, of a run that goes on, come from.
-            watcher: Who is told.
+            emit: Reports the events of the run.
             started: When the command began, by `time.perf_counter`.
         """
         self._config, self._trunk, self._workloads = config, trunk, workloads
         self._schedule = SCHEDULES[config.trunk.schedule]
-        self._folder, self._watcher, self._tally = folder, watcher, Tally(started)
+        self._folder, self._emit, self._tally = folder, emit, Tally(started)
         self.stop = threading.Event()
         stalls = StallWatch(config.timeout, lambda: trunk.status()["traffic"], kill_busy_workers)
-        self._exchange = Exchange(self.stop, watcher, trunk.leave, workers, stalls)
+        self._exchange = Exchange(self.stop, emit, trunk.leave, workers, stalls)
         self._aggregation = make_aggregation(strategy, config, self._exchange.members)
         self._facts: dict[str, str | int] = {
             "run": json.dumps(as_document(config)),
@@ -88,7 +103,7 @@ class Federation:
         }
         self._forgotten: dict[str, float] = {}
         self._error: float | None = None
-        self._course = Course(config.patience, config.min_delta)
+        self._course = EarlyStopping(config.patience, config.min_delta)
         self._accuracy: dict[str, float] = {}  # of classes, before and after
         self.summary: dict[str, Any] | None = None
 
@@ -118,8 +133,18 @@ class Federation:
         folder, traits = self._folder, self._aggregation.traits
         self._holdings = Holdings(self._config, traits, parts, folder.clients, folder.folds)
         trained = {part: counts["trainable"] for part, counts in parameters.items()}
-        self._watcher.line(coverage(self._config, trained))
+        self._emit(Notice(text=coverage(self._config, trained)))
         adapters, snapshot = self._holdings.start, folder.snapshot()
+        self._emit(
+            RunStarted(
+                settings=as_document(self._config),
+                versions=versions(),
+                clients=[member.name for member in self._exchange.members],
+                parameters=parameters,
+                aggregated_parts=aggregated_parts(self._config),
+                after_round=snapshot.round if snapshot else 0,
+            )
+        )
         if snapshot is None:
             last, before = 0, self._evaluate(grid, 0, adapters, {})
             after = before
@@ -151,7 +176,7 @@ class Federation:
         course = self._course
         if course.is_over or (self._config.keep_best and not course.is_best):
             best = f"the best round was {course.best}, with a held-out loss of {course.lowest:.4f}"
-            self._watcher.line(f"ends after round {course.last}: {course.reason}; {best}")
+            self._emit(Notice(text=f"ends after round {course.last}: {course.reason}; {best}"))
         if self._config.keep_best and not course.is_best:
             left, after = course.best, course.lowest
             whole, own = self._folder.read_round(left)
@@ -163,7 +188,8 @@ class Federation:
         self.summary = self._summarise(parameters, before, after, left)
         for client, alone in own.items():  # before the summary, by which a run is known to have come to its end
             self._folder.save_personal(client, alone)
-        self._folder.save_result(whole, self.summary)
+        self._folder.save_result(whole)
+        self._emit(RunEnded(summary=self.summary, folder=str(self._folder.path)))
 
     def _personal(self, adapters: Adapters, trunk: Adapters) -> dict[int, Adapters]:
         """By client, the whole model's adapters as that client has them; of clients with any of their own."""
@@ -209,25 +235,31 @@ class Federation:
         self._forgotten, self._error = facts["forgotten"], facts["error"]
         self._course.go_on(facts["course"])
         self._accuracy = facts.get("accuracy", {})
-        self._watcher.line(f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}")
+        self._emit(Notice(text=f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}"))
         return adapters
 
-    def _log(self, event: Mapping[str, Any]) -> None:
-        self._folder.log({**event, "elapsed": self._tally.seconds})
+    def _progress(
+        self, phase: Phase, round: int, done: int, of: int, loss: float | None = None, speed: float | None = None
+    ) -> None:
+        """Reports how many clients are done with a phase, and in training their mean loss and tokens a second."""
+        rounds = self._config.rounds
+        self._emit(
+            Progress(phase=phase, round=round, rounds=rounds, done=done, of=of, loss=loss, tokens_per_second=speed)
+        )
 
     def _meet(self, grid: Grid) -> tuple[dict[str, Adapters], dict[str, Any]]:
         """Finds out which node is which client, and what training starts from."""
         nodes = self._exchange.meet(grid, self._config.clients)
-        self._watcher.phase("loading the parts", 0, len(nodes))
+        self._progress("loading", 0, 0, len(nodes))
         trunk = self._trunk.status()
         self._facts["incarnation"] = trunk["incarnation"]
         content = RecordDict({records.CONFIG: self._instructions(0, folded=0)})
         messages = (records.message_to(node, MessageType.QUERY, content) for node in nodes)
 
         def heard(_: Message, done: int, of: int) -> None:
-            self._watcher.phase("loading the parts", done, of)
+            self._progress("loading", 0, done, of)
 
-        replies = self._exchange.send(grid, messages, len(nodes), heard)
+        replies = self._exchange.send(grid, messages, len(nodes), heard, "loading", 0)
         if len(replies) < len(nodes):
             raise FederationFailed(f"only {len(replies)} of {len(nodes)} clients could load their parts")
         parts: dict[str, Adapters] = {"trunk": self._trunk.read()}
@@ -260,7 +292,8 @@ class Federation:
         counts = self._trunk.end_round([update.client for update in updates])
         if counts.get("unusable"):
             words = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
-            self._watcher.line(f"{self._label(round)}  {words} ({self._config.train.lr:g})")
+            label = f"round {round}/{self._config.rounds}"
+            self._emit(Notice(text=f"{label}  {words} ({self._config.train.lr:g})"))
         own = {update.client: records.sample_of(reply) for reply, update in used}
         if self._schedule.personal:
             updates = self._holdings.with_copies(updates, self._trunk.copies(), assigned)
@@ -272,17 +305,18 @@ class Federation:
         self._tally.failed += len(assigned) - len(updates)
         self._tally.train_seconds += seconds
         self._remember_memory(replies)
-        self._log(
-            {
-                "event": "train",
-                "round": round,
-                "loss": _mean([update.loss for update in updates]) if updates else None,
-                "clients": {self._exchange.members[u.client].name: u.loss for u in updates},
-                **_router_loss(updates),
-                "tokens": tokens,
-                "seconds": seconds,
-                "trunk": {**counts, "resident_memory": self._trunk.status()["resident_memory"]},
-            }
+        self._emit(
+            RoundTrained(
+                round=round,
+                loss=_mean([update.loss for update in updates]) if updates else None,
+                clients={self._exchange.members[u.client].name: u.loss for u in updates},
+                router_aux_loss=_router_loss(updates),
+                learning_rate=last_rate(self._config.train, round, self._config.rounds),
+                tokens=tokens,
+                seconds=seconds,
+                trunk={**counts, "resident_memory": self._trunk.status()["resident_memory"]},
+                elapsed=self._tally.seconds,
+            )
         )
         return replies, updates, own
 
@@ -295,7 +329,7 @@ class Federation:
             The tokens that they trained on; and in the order of the clients those replies that can be used, without
             their arrays, and the updates that these came to.
         """
-        label, groups, expected = self._label(round), groups_of(self._config, round, assigned), len(assigned)
+        groups, expected = groups_of(self._config, round, assigned), len(assigned)
         losses: list[float] = []
         tokens = 0
         used: dict[int, tuple[Message, ClientUpdate]] = {}
@@ -306,7 +340,7 @@ class Federation:
             nonlocal tokens
             client = self._exchange.number_of(reply)
             self._count("adapter_up", [reply])
-            update = self._accepted(reply, client, assigned[client])
+            update = self._accepted(reply, client, assigned[client], round)
             records.keep_metrics(reply)  # arrays would be there at the end of the round, and once more as tensors
             if update is None or alternates:  # whoever has answered is not waited for, even if it did not say goodbye
                 self._trunk.leave(client)
@@ -316,16 +350,15 @@ class Federation:
             losses.append(update.loss)
             tokens += update.tokens
             speed = tokens / (time.perf_counter() - started)
-            status = f"{len(losses)}/{expected} trained  loss {_mean(losses):.4f}  {speed:,.0f} tokens/s"
-            self._watcher.phase(f"{label}  {status}", len(losses), expected)
+            self._progress("training", round, len(losses), expected, _mean(losses), speed)
 
-        self._watcher.phase(f"{label}  training", 0, expected)
+        self._progress("training", round, 0, expected)
         for group in groups:
             if alternates:
                 self._trunk.begin(group)
             invitations = (self._invitation(client, assigned[client], round) for client in group)
             try:
-                self._exchange.send(grid, invitations, len(group), heard)
+                self._exchange.send(grid, invitations, len(group), heard, "training", round)
             except NobodyAnswered as failed:  # those of other groups may
                 reason = str(failed)
         if groups and not used:
@@ -347,17 +380,25 @@ class Federation:
         self._count("adapter_down", [message])
         return message
 
-    def _accepted(self, reply: Message, client: int, assignment: Assignment) -> ClientUpdate | None:
+    def _accepted(self, reply: Message, client: int, assignment: Assignment, round: int) -> ClientUpdate | None:
         """A reply as an update with its weight; one that cannot be used is named and left out."""
         given, trained = self._holdings.sent(assignment)
         sender, workload = self._exchange.name(client), self._workloads[client]
         try:
             update = records.to_update(reply, given, trained, client, sender, workload)
         except RefusedUpdate as refused:
-            self._watcher.line(f"{refused}; it is left out")
+            self._refuse("training", round, client, refused)
             return None
         weight = {"examples": update.examples, "tokens": update.tokens, "equal": 1.0 if update.examples else 0.0}
         return replace(update, weight=float(weight[self._config.weights]))
+
+    def _refuse(self, phase: Phase, round: int, client: int, reason: RefusedUpdate) -> None:
+        """Reports a reply that cannot be used."""
+        name = self._exchange.members[client].name
+        failure = ClientFailed(
+            round=round, phase=phase, client=client, client_name=name, reason=str(reason), refused=True
+        )
+        self._emit(failure)
 
     def _aggregate(
         self, round: int, adapters: Adapters, replies: list[Message], updates: list[ClientUpdate]
@@ -379,15 +420,15 @@ class Federation:
             return result.with_tensors(result.tensors)
         found = measure(updates, result)
         self._error = found.overall
-        self._log(
-            {
-                "event": "aggregate",
-                "round": round,
-                "seconds": seconds,
-                "error": found.overall,
-                "layers": found.layers,
-                "residual_rank": found.residual_rank,
-            }
+        self._emit(
+            RoundAggregated(
+                round=round,
+                seconds=seconds,
+                error=found.overall,
+                layers=found.layers,
+                residual_rank=found.residual_rank,
+                elapsed=self._tally.seconds,
+            )
         )
         return result.with_tensors(result.tensors)
 
@@ -413,9 +454,6 @@ class Federation:
         folded = self._holdings.last_fold if folded is None else folded
         return records.instructions({**self._facts, "accepted": accepted, "folded": folded}, round)
 
-    def _label(self, round: int) -> str:
-        return f"round {round}/{self._config.rounds}"
-
     def _count(self, what: str, messages: Iterable[Message]) -> None:
         self._tally.traffic[what] += sum(records.nbytes(message.content) for message in messages)
 
@@ -436,10 +474,14 @@ class Federation:
 
         members = self._exchange.members
         messages = itertools.starmap(question, enumerate(members))
-        replies = self._exchange.ask_all(grid, messages, f"{self._label(round)}  evaluating")
+
+        def heard(_: Message, done: int, of: int) -> None:
+            self._progress("evaluating", round, done, of)
+
+        replies = self._exchange.ask_all(grid, messages, heard, "evaluating", round)
         self._tally.traffic["adapter_down"] += records.array_bytes(shared.get(records.FOLD)) * len(members)
         self._tally.traffic["evaluation_adapter_down"] += records.array_bytes(shared[records.ARRAYS]) * len(members)
-        by_client, measured = self._measured(replies)
+        by_client, measured = self._measured(round, replies)
         self._remember_memory(by_client.values())
         found = pooled(measured.values())
         loss = found.loss
@@ -450,22 +492,25 @@ class Federation:
             for client, then in own.items()
             if client in by_client and then.tokens and (now := records.sample_of(by_client[client])).tokens
         }
-        self._log(
-            {
-                "event": "evaluate",
-                "round": round,
-                "loss": loss,
-                **({"accuracy": found.accuracy} if self._accuracy else {"perplexity": perplexity(loss)}),
-                "clients": {self._exchange.members[c].name: m.loss for c, m in measured.items()},
-                "forgotten": self._forgotten,
-                "adapter_bytes": self._tally.adapter_bytes(),
-                "tokens": sum(m.tokens for m in measured.values()),
-                "seconds": time.perf_counter() - started,
-            }
+        sent = self._tally.bytes_of_round(self._trunk.status()["traffic"])
+        self._emit(
+            RoundEvaluated(
+                round=round,
+                loss=loss,
+                accuracy=found.accuracy if self._accuracy else None,
+                perplexity=None if self._accuracy else perplexity(loss),
+                clients={self._exchange.members[c].name: m.loss for c, m in measured.items()},
+                forgotten=self._forgotten,
+                adapter_bytes={way: sent[f"adapter_{way}"] for way in ("up", "down")},
+                bytes=sent,
+                tokens=sum(m.tokens for m in measured.values()),
+                seconds=time.perf_counter() - started,
+                elapsed=self._tally.seconds,
+            )
         )
         return loss
 
-    def _measured(self, replies: Iterable[Message]) -> tuple[dict[int, Message], dict[int, Score]]:
+    def _measured(self, round: int, replies: Iterable[Message]) -> tuple[dict[int, Message], dict[int, Score]]:
         """Those replies to an evaluation that can be used, by client, and what they say; others are named and left out.
 
         Raises:
@@ -481,7 +526,7 @@ class Federation:
                 measured[client] = records.to_held_out(reply, client, sender, workload)
             except RefusedUpdate as refused:
                 reason = str(refused)
-                self._watcher.line(f"{refused}; it is left out")
+                self._refuse("evaluating", round, client, refused)
             else:
                 usable[client] = reply
         if not measured:
@@ -489,9 +534,18 @@ class Federation:
         return usable, measured
 
     def _announce(self, round: int, loss: float, training_loss: float | None = None) -> None:
-        """Shows the line of a round."""
-        tally, accuracy = self._tally, self._accuracy.get("after")
-        self._watcher.line(round_line(self._label(round), training_loss, loss, accuracy, tally.seconds, tally.speed))
+        """Reports that a round is over."""
+        self._emit(
+            RoundEnded(
+                round=round,
+                rounds=self._config.rounds,
+                training_loss=training_loss,
+                held_out_loss=loss,
+                accuracy=self._accuracy.get("after"),
+                tokens_per_second=self._tally.speed,
+                elapsed=self._tally.seconds,
+            )
+        )
 
     def _summarise(self, parameters: Mapping[str, Any], before: float, after: float, left: int) -> dict[str, Any]:
         config, trunk = self._config, self._trunk.status()
@@ -531,10 +585,10 @@ def _check_finite(round: int, groups: Mapping[str, Mapping[str, Tensor]]) -> Non
                 raise FederationFailed(f"{words}: it is not saved, and a run can go on from the round before it")
 
 
-def _router_loss(updates: Sequence[ClientUpdate]) -> dict[str, float]:
-    """The clients' mean auxiliary loss, where there is one."""
-    found = [update.router_loss for update in updates if update.router_loss is not None]
-    return {"router_aux_loss": _mean(found)} if found else {}
+def _router_loss(updates: Sequence[ClientUpdate]) -> float | None:
+    """Returns the clients' mean auxiliary loss; None where there is none."""
+    losses = [update.router_loss for update in updates if update.router_loss is not None]
+    return _mean(losses) if losses else None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ import torch
 from experiments.in_process import Silent, trunk_of
 from experiments.strategies import aggregate_speed, report, run
 from fedsplit.client import heldout
+from fedsplit.events import Notice
 from fedsplit.federation import client_app
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.strategy import check_strategy, load_strategy
@@ -95,7 +96,7 @@ def test_a_trunk_of_this_process_is_found_as_long_as_it_lasts(tiny: dict[str, An
         assert client_app.find_trunk("any") is trunk
         raise KeyError
     assert client_app.find_trunk is find
-    Silent().line("nothing")
+    Silent().handle(Notice(text="nothing"))
 
 
 def record(side: str, seed: int, perplexity: float, **other: Any) -> dict[str, Any]:

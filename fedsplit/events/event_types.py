@@ -168,9 +168,10 @@ class ClientFailed(Event):
 
     round: int = reported("Number of the round; 0 before training")
     phase: Phase = reported("`loading`, `training` or `evaluating`")  # noqa: RUF009  # a field
-    client: int | None = reported("Number of the client; null while clients load, where it is not known yet")
+    client: int = reported("Number of the client")
     client_name: str = reported("Name of the client")
     reason: str = reported("Reason in one line")
+    attempt: int = reported("Number of earlier attempts at this round", default=0)
     refused: bool = reported("True for a reply that cannot be used, false for a client that failed", default=False)
 
 

@@ -68,6 +68,10 @@ class Tally:
         self._reported = totals
         return since
 
+    def copy(self) -> Tally:
+        """Returns totals that can change without these."""
+        return dataclasses.replace(self, traffic=Counter(self.traffic), _reported=dict(self._reported))
+
     def document(self, trunk: Mapping[str, int]) -> dict[str, Any]:
         """Returns the totals as plain values for a checkpoint.
 

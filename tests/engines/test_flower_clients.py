@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from uuid import uuid4
 
 import pytest
-from flwr.app import Error, Message, RecordDict
-
-from experiments.in_process import name_run
-from fedsplit.events import ClientFailed, Event
-from fedsplit.events.emitter import Emit
-from fedsplit.federation.aggregation import FederationFailed, Member
+from experiments.in_process import Silent, name_run
 from fedsplit.federation.exchange import LEAST_UNDER_WAY, UNDER_WAY_EACH, Exchange, Interrupted, _reason
 from fedsplit.federation.stalls import StallWatch
+from flwr.app import Error, Message, RecordDict
+
+from fedsplit.federation.aggregation import FederationFailed, Member
 
 
 class Slow:
@@ -46,11 +44,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     name_run()
 
 
-def _exchange(
-    workers: int = 2, lost: Callable[[int], None] = lambda client: None, emit: Emit = lambda event: None
-) -> Exchange:
+def _exchange(workers: int = 2, lost: Callable[[int], None] = lambda client: None) -> Exchange:
     stalls = StallWatch(60, lambda: None, lambda: None)
-    exchange = Exchange(threading.Event(), emit, lost, workers, stalls)
+    exchange = Exchange(threading.Event(), Silent(), lost, workers, stalls)
     exchange.know([Member(node, f"client of {node}") for node in range(200)])
     return exchange
 
@@ -73,21 +69,16 @@ def test_no_more_than_some_messages_are_made_before_others_are_answered(workers:
         heard.append((done, of))
         assert made <= done + most
 
-    events: list[Event] = []
-    replies = _exchange(workers, lost.append, events.append).send(grid, messages(), 200, hear, "training", 1)  # type: ignore[arg-type]
+    replies = _exchange(workers, lost.append).send(grid, messages(), 200, hear)  # type: ignore[arg-type]
     assert grid.most == most
     assert sorted(reply.metadata.src_node_id for reply in replies) == [node for node in range(200) if node != 3]
     assert len(heard) == 199 and max(heard) == (200, 200)
     assert lost == [3]
-    (failed,) = events
-    assert isinstance(failed, ClientFailed) and not failed.refused
-    assert (failed.client, failed.client_name, failed.reason) == (3, "client of 3", "Broken: no luck")
-    assert (failed.round, failed.phase) == (1, "training")
 
 
 def test_where_nobody_answers_the_reason_is_told() -> None:
     with pytest.raises(FederationFailed, match="no client answered: Broken: no luck"):
-        _exchange().send(Slow(), [_message(3)], 1, lambda *_: None, "training", 1)  # type: ignore[arg-type]
+        _exchange().send(Slow(), [_message(3)], 1, lambda *_: None)  # type: ignore[arg-type]
 
 
 def test_a_stop_is_seen_before_the_next_look() -> None:
@@ -97,7 +88,7 @@ def test_a_stop_is_seen_before_the_next_look() -> None:
         exchange._stop.set()
 
     with pytest.raises(Interrupted):
-        exchange.send(Slow(), map(_message, range(5)), 5, stop, "training", 1)  # type: ignore[arg-type]
+        exchange.send(Slow(), map(_message, range(5)), 5, stop)  # type: ignore[arg-type]
 
 
 def test_a_reply_is_known_by_its_node_without_a_look_at_every_client() -> None:

@@ -330,11 +330,17 @@ class Config:
     deterministic: bool = setting(
         False, YES_OR_NO, "same seed, same result, under any schedule; the price: clients train trunk.group at a time"
     )
+    sinks: tuple[str, ...] = setting(
+        (),
+        NAMES,
+        "classes that receive the events of the run, such as path/to/mine.py:MySink; may be given several times",
+        "--sink",
+    )
     out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
     resume: str = setting(
         "",
         Allowed("a folder", lambda v: True),
-        "go on with the run of this folder; only rounds, patience, threads and devices may differ",
+        "go on with the run of this folder; only rounds, patience, sinks, and what it uses of the machine may differ",
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)

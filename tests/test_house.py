@@ -21,6 +21,7 @@ GROUND = {
     "shutdown",
     "report",
     "seeds",
+    "loading",
     "lowrank",
     "updates",
     "scores",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 
 from fedsplit.events.event_types import Event, Notice, RunFailed
 from fedsplit.events.sink import Sink
+from fedsplit.loading import described
 
 Emit = Callable[[Event], None]
 """Reports an event; what the code that runs a federation knows of sinks."""
@@ -62,7 +61,7 @@ class Emitter:
             call()
         except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it raises is no reason to lose a run
             self._users.remove(sink)
-            self(Notice(text=f"the sink {type(sink).__name__} failed and is left out from here on: {_where(error)}"))
+            self(Notice(text=f"the sink {type(sink).__name__} failed and is left out from here on: {described(error)}"))
 
     def __enter__(self) -> Emitter:
         return self
@@ -75,10 +74,3 @@ class Emitter:
                 self(RunFailed(reason=f"{type(error).__name__}: {error}".removesuffix(": ")))
         finally:
             self.close()
-
-
-def _where(error: BaseException) -> str:
-    """Returns an exception's type, its message in one line, and the line of code that raised it."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message} ({Path(frame.filename).name}, line {frame.lineno})"

@@ -83,6 +83,7 @@ class RunStarted(Event):
     parameters: Mapping[str, Mapping[str, int]] = reported("Parameters by part, `total` and `trainable`")
     aggregated_parts: Sequence[str] = reported("Parts whose adapters the strategy aggregates")
     after_round: int = reported("Last round of the run that is resumed; 0 for a new run")
+    folder: str = reported("Folder of the run")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,7 @@ class Federation:
             parameters=parameters,
             aggregated_parts=aggregated_parts(self._config),
             after_round=snapshot.round if snapshot is not None else 0,
+            folder=str(self._job.folder.path),
         )
         self._job.emit(event)
 

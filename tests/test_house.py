@@ -24,6 +24,8 @@ GROUND = {
     "lowrank",
     "updates",
     "scores",
+    "durable",
+    "tensor_files",
 }
 """Modules at the top of `fedsplit` that every package may import."""
 
@@ -31,6 +33,7 @@ PACKAGES = [
     "model",
     "wire",
     "adaptation",
+    "state",
     "corpora",
     "optimization",
     "trunk",
@@ -73,7 +76,14 @@ HOMES = {
     "psutil": {"trunk.memory", "shutdown"},
     "ray": {"trunk.actor", "trunk.cluster"},
     "rich": {"report"},
-    "safetensors": {"model.stored", "model.weight_files", "adaptation.lora", "adaptation.prompts", "model.store"},
+    "safetensors": {
+        "model.stored",
+        "model.weight_files",
+        "adaptation.lora",
+        "adaptation.prompts",
+        "durable",
+        "tensor_files",
+    },
     "tomli_w": {"federation.checkpoint"},
     "transformers": {
         "model.attention",

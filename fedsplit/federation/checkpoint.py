@@ -6,9 +6,8 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,10 +19,12 @@ from fedsplit.adaptation import adapting
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.documents import as_document
+from fedsplit.durable import write_folder, write_text, writing
 from fedsplit.federation import manifest
 from fedsplit.model.families import Family
 from fedsplit.model.parts import Kind, ranges
-from fedsplit.model.store import load_tensors, pack, round_of, sync, unpack, write_tensors, writing
+from fedsplit.state.round_names import round_file, round_of
+from fedsplit.tensor_files import load_tensors, pack, unpack, write_tensors
 from fedsplit.updates import Adapters
 
 
@@ -174,39 +175,6 @@ def _lock(path: Path) -> IO[bytes]:
     return file
 
 
-def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a folder beside its final place, makes it durable, and moves it there in one step.
-
-    Raises:
-        NotWritten: It could not be written; what was there before is as it was.
-    """
-    draft, before = (target.with_name(f".{target.name}.{end}") for end in ("draft", "before"))
-    with writing(target):
-        _recover(target, before)
-        shutil.rmtree(draft, ignore_errors=True)
-        try:
-            draft.mkdir(parents=True)
-            fill(draft)
-            for file in draft.rglob("*"):
-                sync(file)
-            sync(draft)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-        if target.exists():  # of a run that went on, and ended before
-            target.rename(before)
-        draft.rename(target)
-        sync(target.parent)
-        shutil.rmtree(before, ignore_errors=True)
-
-
-def _recover(target: Path, before: Path) -> None:
-    """Brings back what was there before, where a process ended between the two renames."""
-    if before.exists() and not target.exists():
-        before.rename(target)
-    shutil.rmtree(before, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """What a run needs to go on after a round.
@@ -262,7 +230,7 @@ class RunFolder:
             except FileExistsError:  # it was not there when it was checked: a run that began meanwhile has it
                 raise SettingError("out", f"{path} (there already)", _FREE) from None
             self._lock = _lock(path)
-        _replace(path / "config.toml", tomli_w.dumps(as_document(config)))
+        write_text(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Appends an event to metrics.jsonl."""
@@ -272,7 +240,7 @@ class RunFolder:
 
     def save_data(self, document: Mapping[str, Any]) -> None:
         """Writes who holds what."""
-        _replace(self.path / "data.json", json.dumps(document, indent=2) + "\n")
+        write_text(self.path / "data.json", json.dumps(document, indent=2) + "\n")
 
     def snapshot(self) -> Snapshot | None:
         """Where a run that goes on was; None for one that begins. Events of later rounds are dropped."""
@@ -283,7 +251,7 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         events = [line for line in metrics.read_bytes().splitlines(keepends=True) if _is_event(line)]
         kept = [line.decode() for line in events if json.loads(line)["round"] <= facts["round"]]
-        _replace(metrics, "".join(kept))
+        write_text(metrics, "".join(kept))
         return Snapshot(facts["round"], facts, unpack(load_tensors(last / _TENSORS)))
 
     def save_round(
@@ -306,7 +274,7 @@ class RunFolder:
             (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             manifest.write(folder, snapshot.round, self._config, self._content, self._elsewhere(snapshot))
 
-        write_whole(_round_folder(self.path, snapshot.round), fill)
+        write_folder(_round_folder(self.path, snapshot.round), fill)
         with writing(self.path):
             (self.path / "summary.json").unlink(missing_ok=True)  # of a run that ended, and goes on
 
@@ -318,7 +286,7 @@ class RunFolder:
         folds = [*self.folds.glob("round-*"), *(self.clients / "folds").glob("round-*")]
         files = [file for file in folds if (round_of(file) or snapshot.round + 1) <= snapshot.round]
         for client, accepted in snapshot.facts.get("accepted", {}).items():
-            files.append(self.clients / f"{int(client):04d}" / f"round-{accepted:04d}.safetensors")
+            files.append(round_file(self.clients / f"{int(client):04d}", accepted))
         root = self.path.absolute()
         return {str(file.absolute().relative_to(root)): self._digest(file) for file in sorted(files) if file.exists()}
 
@@ -355,14 +323,14 @@ class RunFolder:
 
     def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
         """Writes the final adapter, whole and by part, and the summary last."""
-        write_whole(self.path / "adapter", lambda folder: self._save(folder, adapters))
+        write_folder(self.path / "adapter", lambda folder: self._save(folder, adapters))
         for kind in self._ranges:
-            write_whole(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
-        _replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_folder(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
+        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def save_personal(self, client: int, adapters: Adapters) -> None:
         """Writes the adapter of the whole model as one client has it."""
-        write_whole(self.path / _PERSONAL / f"{client:04d}", lambda folder: self._save(folder, adapters))
+        write_folder(self.path / _PERSONAL / f"{client:04d}", lambda folder: self._save(folder, adapters))
 
     def _save(self, folder: Path, whole: Adapters, kind: Kind | None = None) -> None:
         blocks = None if kind is None else self._ranges[kind]
@@ -390,23 +358,6 @@ def _personal_in(written: manifest.Manifest) -> list[str]:
 
 def _round_folder(run: Path, round: int) -> Path:
     return run / "checkpoints" / f"round-{round:04d}"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
-
-    Raises:
-        NotWritten: It could not be written; what was there before is as it was.
-    """
-    draft = path.with_name(f".{path.name}.draft")
-    with writing(path):
-        try:
-            draft.write_text(text, encoding="utf-8")
-            sync(draft)
-            draft.rename(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
 
 
 def _is_event(line: bytes) -> bool:

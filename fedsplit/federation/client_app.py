@@ -31,8 +31,9 @@ from fedsplit.model.families import read_facts
 from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
 from fedsplit.model.sources import about
-from fedsplit.model.store import ClientStore, FoldLog, Kept
 from fedsplit.scores import pooled
+from fedsplit.state.client_store import ClientState, ClientStore
+from fedsplit.state.fold_log import FoldLog
 from fedsplit.trunk.actor import TrunkHandle, find_trunk
 from fedsplit.trunk.memory import peak_memory
 from fedsplit.trunk.schedules import SCHEDULES
@@ -162,13 +163,13 @@ def _kept(
     update: ClientUpdate,
     untouched: set[str],
     personal: set[str],
-    old: Kept,
-) -> Kept:
+    old: ClientState,
+) -> ClientState:
     """What a client writes to its disk at the end of a round."""
     held = {n: given[n] for n in untouched if not torch.equal(given[n], start.tensors[n])}
     own = {n: update.adapters.tensors[n] for n in personal}
     control = {n: old.control[n] + t if n in old.control else t for n, t in update.control.items()}
-    return Kept(held, own, control, update.moments)
+    return ClientState(held, own, control, update.moments)
 
 
 @app.evaluate()

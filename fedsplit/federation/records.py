@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedsplit.federation.workload import Workload
 from fedsplit.lowrank import LowRank
-from fedsplit.model.store import pack_changes, unpack_changes
 from fedsplit.scores import Score
+from fedsplit.tensor_files import pack_changes, unpack_changes
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate, Task
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from fedsplit.allowed import SettingError
+from fedsplit.durable import sync
 from fedsplit.model.families import family_of
-from fedsplit.model.store import sync
 
 ALLOWED = "a GGUF file of a known family that is whole; the package gguf must be there (pip install gguf)"
 """In words, for errors."""

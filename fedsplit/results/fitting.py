@@ -23,9 +23,9 @@ from fedsplit.adaptation import adapting, lora, prompts
 from fedsplit.allowed import InputError, SettingError
 from fedsplit.model.head import HEAD, WEIGHT
 from fedsplit.model.parts import SCORE
-from fedsplit.model.store import load_tensors
 from fedsplit.model.unsplit import blank, transposed_layers
 from fedsplit.results.finished import ADAPTER_FILES, Adapter
+from fedsplit.tensor_files import load_tensors
 from fedsplit.updates import Adapters
 
 PREFIX = "base_model.model."

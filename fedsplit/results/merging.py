@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from fedsplit.adaptation.lora import SCORE_WEIGHT
 from fedsplit.adaptation.prompts import SAVED
 from fedsplit.allowed import InputError
-from fedsplit.federation.checkpoint import write_whole
+from fedsplit.durable import write_folder
 from fedsplit.model.devices import TYPES
 from fedsplit.model.head import HEAD, WEIGHT
 from fedsplit.model.sources import to_peft
-from fedsplit.model.store import load_tensors, write_tensors
 from fedsplit.model.stored import Stored
 from fedsplit.model.unsplit import blank, load_whole
 from fedsplit.model.vocabulary import TOKENIZER_FILES
@@ -37,6 +36,7 @@ from fedsplit.model.weight_files import find_tensors
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
 from fedsplit.results.fitting import classes_in, more_than_factors, read_fitting, reason_of
 from fedsplit.results.whole import merged, open_base, open_held
+from fedsplit.tensor_files import load_tensors, write_tensors
 from fedsplit.updates import Adapters
 
 RECORD = "merged.json"
@@ -221,7 +221,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
         text = json.dumps({**record, "dtype": dtype, "weights": _digests({*find_tensors(draft).values()})}, indent=2)
         (draft / RECORD).write_text(text + "\n", encoding="utf-8")
 
-    write_whole(out, fill)
+    write_folder(out, fill)
     return classes
 
 
@@ -299,7 +299,7 @@ def unmerge(folder: Path, out: Path) -> str:
         _without_classes(model.config, record["named"])
     kind = str(record["base_type"]) if record["dtype"] == "fp32" else "float32"
     model.to(_NARROW.get(kind, torch.float32))
-    write_whole(out, lambda draft: _save(model, folder, draft))
+    write_folder(out, lambda draft: _save(model, folder, draft))
     return kind
 
 
@@ -381,7 +381,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         config.save_pretrained(str(draft))
         write_tensors(draft / ADAPTER_FILES[1], tensors)
 
-    write_whole(out, fill)
+    write_folder(out, fill)
     return largest
 
 

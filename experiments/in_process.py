@@ -16,7 +16,7 @@ from uuid import uuid4
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit.adaptation.adapting import adapt, bare_parts
+from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
 from fedsplit.corpora.shards import on_disks
@@ -26,7 +26,7 @@ from fedsplit.federation.manifest import content_of
 from fedsplit.federation.server_app import Federation
 from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
-from fedsplit.model.sources import about, weights
+from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.trunk.dispatch import Dispatcher
 from fedsplit.trunk.memory import peak_memory, resident_memory
 from fedsplit.trunk.server import TrunkServer
@@ -146,11 +146,11 @@ def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federati
         strategy: Ours or Flower's.
         watcher: Who is told.
     """
-    run, facts = str(uuid4()), read_facts(about(config))
+    run, facts = str(uuid4()), read_facts(config_folder(config))
     name_run()
     with trunk_of(config, run) as trunk:
         shards = shards_of(config)
-        content = content_of(shards, about(config), weights(config))
+        content = content_of(shards, config_folder(config), weights_folder(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         work, started = workloads(config, shards), time.perf_counter()
         federation = Federation(config, trunk, run, 1, 1, work, strategy, folder, watcher, started)  # type: ignore[arg-type]

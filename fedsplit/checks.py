@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.adaptation.methods import METHODS, check_method
+from fedsplit.adaptation.methods import ADAPTER_METHODS, check_method
 from fedsplit.adaptation.rank_budget import check_budget
 from fedsplit.allowed import PARTS, SettingError
 from fedsplit.config import Config, TrainSettings
 from fedsplit.documents import set_by_user
 from fedsplit.federation.strategy import traits_of
 from fedsplit.model.families import STACKED, Facts
-from fedsplit.model.sources import about
+from fedsplit.model.sources import config_folder
 from fedsplit.model.token_ids import check_largest
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.trunk.schedules import SCHEDULES
@@ -181,7 +181,7 @@ def check_tokens(config: Config, deal: Deal) -> None:
     Raises:
         SettingError: It has not.
     """
-    folder = about(config)
+    folder = config_folder(config)
     found = [int(rows.ids.max()) for shard in deal.shards for rows in (shard.train, shard.held_out)]
     if config.prompt.text:
         found += load_tokenizer(folder)(config.prompt.text)["input_ids"]
@@ -196,7 +196,7 @@ def check_adapters(config: Config, facts: Facts) -> None:
     """
     check_method(config, facts.family.transposed)
     check_budget(config)
-    method = METHODS[config.lora.method]
+    method = ADAPTER_METHODS[config.lora.method]
     if config.bits and not (method.factors and not method.residual):
         words = f"none with adapters of the kind {config.lora.method}, which read the weights or change them"
         raise SettingError("quantization", config.quantization, words)
@@ -246,7 +246,7 @@ def check_experts(config: Config, facts: Facts) -> None:
     if config.lora.dropout:
         words = f"0 with adapters on {','.join(asked)}, which PEFT adds to the weights themselves"
         raise SettingError("lora.dropout", config.lora.dropout, words)
-    if METHODS[config.lora.method].residual and (stacked := [name for name in asked if name in STACKED]):
+    if ADAPTER_METHODS[config.lora.method].residual and (stacked := [name for name in asked if name in STACKED]):
         words = f"targets that are one matrix each with the method {config.lora.method}, which decomposes them"
         raise SettingError("lora.targets", ",".join(stacked), words)
     low, high = config.bounds

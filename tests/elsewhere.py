@@ -149,7 +149,7 @@ def main(model: str, corpus: str, folder: str) -> None:
     """Prints the losses of every run on the CPU and elsewhere, and a text of either."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from experiments import in_process
-    from fedsplit.adaptation import adapting
+    from fedsplit.adaptation import run_adapters
     from fedsplit.documents import build
     from fedsplit.federation import client_app
     from fedsplit.federation.strategy import load_strategy
@@ -175,7 +175,7 @@ def main(model: str, corpus: str, folder: str) -> None:
     values |= {"train.lr": 0.01, "lora.dropout": 0.1, "deterministic": True}
     losses: dict[str, list[list[float]]] = {}
     for device in (torch.device("cpu"), PLACE):
-        adapting.resolve = lambda name, device=device: device
+        run_adapters.resolve = lambda name, device=device: device
         for name, (strategy, more) in RUNS.items():
             client_app._site.cache_clear()
             config = build(values | more)

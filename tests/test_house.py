@@ -64,7 +64,7 @@ HOMES = {
     "matplotlib": {"corpora.census"},
     "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "peft": {
-        "adaptation.adapting",
+        "adaptation.run_adapters",
         "adaptation.injection",
         "adaptation.lora",
         "adaptation.prompts",
@@ -77,7 +77,7 @@ HOMES = {
     "ray": {"trunk.actor", "trunk.cluster"},
     "rich": {"report"},
     "safetensors": {
-        "model.stored",
+        "model.checkpoint_reader",
         "model.weight_files",
         "adaptation.lora",
         "adaptation.prompts",

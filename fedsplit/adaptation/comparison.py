@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsplit.adaptation.methods import METHODS
+from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.config import Config
 from fedsplit.documents import as_document, dotted
 from fedsplit.lowrank import LowRank
@@ -72,7 +72,7 @@ def kind_of(config: Config) -> str:
     """The kind of a run's adapter, in PEFT's words; "lora" for all that are left as pairs of factors."""
     if config.prompt.kind != "off":
         return config.prompt.kind
-    method = METHODS[config.lora.method]
+    method = ADAPTER_METHODS[config.lora.method]
     return "lora" if method.factors or method.residual else config.lora.method
 
 

@@ -21,8 +21,8 @@ from fedsplit.documents import suggest
 from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import Part
-from fedsplit.model.sources import about
-from fedsplit.model.unsplit import blank
+from fedsplit.model.sources import config_folder
+from fedsplit.model.unsplit import empty_model
 from fedsplit.seeds import derive_seed
 
 ADAPTER = "default"
@@ -129,11 +129,11 @@ def inject(part: Any, config: Any, seed: int) -> None:
         ValueError, TypeError: A layer does not suit the configuration.
     """
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    whole_name = part.whole_name if isinstance(part, Part) else str
+    unsplit_name = part.unsplit_name if isinstance(part, Part) else str
 
     class Seeded(tuner):  # type: ignore[misc, valid-type]  # PEFT has no types
         def _create_and_replace(self, config: Any, name: str, *args: Any, current_key: str, **more: Any) -> None:
-            with _seeded(derive_seed(seed, "adapter", whole_name(current_key))):
+            with _seeded(derive_seed(seed, "adapter", unsplit_name(current_key))):
                 super()._create_and_replace(config, name, *args, current_key=current_key, **more)
 
     with warnings.catch_warnings():
@@ -159,7 +159,7 @@ def check_injection(config: Config, family: Family) -> None:
     adapted = make_config(config.lora, family, seed=config.seed)
     try:
         with torch.device("meta"):
-            inject(blank(about(config)), adapted, config.seed)
+            inject(empty_model(config_folder(config)), adapted, config.seed)
     except (ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise _refused(config.lora, error) from None
     except (NotImplementedError, RuntimeError):
@@ -175,7 +175,7 @@ def _check_rank(config: Config, family: Family) -> None:
     rank = config.lora.top_rank
     plain = make_config(dataclasses.replace(config.lora, method="lora", options=""), family, seed=config.seed)
     with torch.device("meta"):
-        inject(whole := blank(about(config)), plain, config.seed)
+        inject(whole := empty_model(config_folder(config)), plain, config.seed)
     for name, module in whole.named_modules():
         if isinstance(module, LoraLayer) and (least := min(module.in_features, module.out_features)) < rank:
             words = f"1 to {least} with the method {config.lora.method}, which decomposes the weights of {name}"

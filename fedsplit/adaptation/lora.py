@@ -28,7 +28,7 @@ from fedsplit.config import LoraSettings
 from fedsplit.lowrank import LowRank
 from fedsplit.model.devices import CPU
 from fedsplit.model.families import STACKED, Family
-from fedsplit.model.head import HEAD, WEIGHT, WholeHead
+from fedsplit.model.head import HEAD, HEAD_WEIGHT, WholeHead
 from fedsplit.model.kernels import causal_loss, lora_linear
 from fedsplit.model.parts import SCORE, Part
 from fedsplit.model.quantization import values_in, was_transposed
@@ -128,7 +128,7 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
         part.adapter |= {SCORE_WEIGHT}
     if head == "full":
         part.lm_head = WholeHead(part.lm_head)
-        part.adapter |= {WEIGHT}
+        part.adapter |= {HEAD_WEIGHT}
     part.train(part.training)  # the modules that are new would otherwise drop, whatever the part does
     if part.fused:
         _fuse(part)
@@ -153,7 +153,7 @@ def local_parameters(part: Part) -> dict[str, nn.Parameter]:
 
 def exported_name(part: Part, local: str) -> str:
     """The name that PEFT gives a part's adapter parameter in a file for the unsplit model."""
-    return exported(part.whole_name(local))
+    return exported(part.unsplit_name(local))
 
 
 def parameters(part: Part) -> dict[str, nn.Parameter]:
@@ -190,7 +190,7 @@ def layers_of(part: Part) -> dict[str, Layer]:
     A variant of LoRA is left out: it does more than to add s * B @ A.
     """
     return {
-        part.whole_name(name): _layer_of(module)
+        part.unsplit_name(name): _layer_of(module)
         for name, module in part.named_modules()
         if _has_factors(module) and not module.lora_variant
     }
@@ -241,7 +241,7 @@ def adopt(whole: Adapters, *parts: Part) -> None:
     write(whole.tensors, *parts)
     for part in parts:
         for name, module in part.named_modules():
-            if isinstance(module, LoraLayer) and (facts := whole.layers.get(part.whole_name(name))) is not None:
+            if isinstance(module, LoraLayer) and (facts := whole.layers.get(part.unsplit_name(name))) is not None:
                 module.lora_alpha[ADAPTER] = facts.alpha
         rescale(part)
 
@@ -258,12 +258,12 @@ def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
         ValueError: The weights of a layer are quantised, and would have to be so again.
     """
     for name, module in part.named_modules():
-        if isinstance(module, LoraLayer) and (change := changes.get(part.whole_name(name))) is not None:
+        if isinstance(module, LoraLayer) and (change := changes.get(part.unsplit_name(name))) is not None:
             if name == HEAD:  # the embedding may share its weight, and must not change
                 module.base_layer.weight = nn.Parameter(module.base_layer.weight.clone(), requires_grad=False)
             weight = module.base_layer.weight
             if not weight.is_floating_point():
-                raise ValueError(f"nothing can be folded into {part.whole_name(name)}, whose weights are quantised")
+                raise ValueError(f"nothing can be folded into {part.unsplit_name(name)}, whose weights are quantised")
             narrow = LowRank(change.up.to(weight), change.down.to(weight))
             if module.fan_in_fan_out:
                 weight.addmm_(narrow.down.T, narrow.up.T)

@@ -53,7 +53,7 @@ def _lora(factors: bool = True, residual: bool = False, transposed: bool = True,
     )
 
 
-METHODS: Mapping[str, Method] = {
+ADAPTER_METHODS: Mapping[str, Method] = {
     "lora": _lora(),
     "rslora": _lora(use_rslora=True),
     "dora": _lora(factors=False, use_dora=True),
@@ -175,10 +175,10 @@ def method_of(settings: LoraSettings) -> Method:
     Raises:
         SettingError: There is none of that name, or it cannot work on a part.
     """
-    if settings.method in METHODS:
-        return METHODS[settings.method]
+    if settings.method in ADAPTER_METHODS:
+        return ADAPTER_METHODS[settings.method]
     why = f" ({REFUSED[settings.method]})" if settings.method in REFUSED else ""
-    raise SettingError("lora.method", f"{settings.method}{why}", " | ".join((*METHODS, *PROMPTED)))
+    raise SettingError("lora.method", f"{settings.method}{why}", " | ".join((*ADAPTER_METHODS, *PROMPTED)))
 
 
 def options_of(settings: LoraSettings) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def check_method(config: Config, transposed: bool) -> None:
     """
     settings, method = config.lora, method_of(config.lora)
     if transposed and not method.transposed:
-        able = " | ".join(name for name, other in METHODS.items() if other.transposed)
+        able = " | ".join(name for name, other in ADAPTER_METHODS.items() if other.transposed)
         words = f"{able} for a model whose projections store (in, out), as GPT-2's do"
         raise SettingError("lora.method", settings.method, words)
     has = {"rank": method.rank, "alpha": method.alpha, "dropout": method.dropout}
@@ -232,7 +232,7 @@ def check_method(config: Config, transposed: bool) -> None:
             words = f"the default with the method {settings.method}, which has no such setting"
             raise SettingError(f"lora.{leaf.name}", shown, words)
     if len(set(settings.rank)) > 1 and (not method.factors or method.residual):
-        able = ", ".join(name for name, other in METHODS.items() if other.factors and not other.residual)
+        able = ", ".join(name for name, other in ADAPTER_METHODS.items() if other.factors and not other.residual)
         ranks = ",".join(map(str, settings.rank))
         raise SettingError("lora.rank", ranks, f"one rank with the method {settings.method}; {able} take several")
     if method.residual and config.dtype != "fp32":

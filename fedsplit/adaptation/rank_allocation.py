@@ -22,8 +22,8 @@ from fedsplit.adaptation.rank_budget import RankBudget
 from fedsplit.config import Config
 from fedsplit.model.families import Family
 from fedsplit.model.parts import Part
-from fedsplit.model.sources import about
-from fedsplit.model.unsplit import blank
+from fedsplit.model.sources import config_folder
+from fedsplit.model.unsplit import empty_model
 
 _SINGULAR, _BASES = ".lora_E", (".lora_A", ".lora_B")
 """How the exported names of Λ, and of Q and P, end."""
@@ -35,7 +35,7 @@ _MEAN, _UNCERTAINTY, _MASK = "#importance", "#uncertainty", "#kept"
 def adapted_layers(config: Config, family: Family) -> int:
     """How many layers of the whole model a run's adapters sit on."""
     adapted = make_config(config.lora, family, seed=config.seed)
-    names = (name for name, _ in blank(about(config)).named_modules())
+    names = (name for name, _ in empty_model(config_folder(config)).named_modules())
     return sum(bool(check_target_module_exists(adapted, name)) for name in names)
 
 
@@ -70,10 +70,10 @@ def regularisation(tensors: Mapping[str, Tensor], budget: RankBudget, share: flo
 
 def regularise(part: Part) -> None:
     """Adds that gradient to the one that a part's adapter has of a step's loss; to none where it has none."""
-    if part.budget is None:
+    if part.rank_budget is None:
         return
     reached = {name: parameter for name, parameter in parameters(part).items() if parameter.grad is not None}
-    for name, gradient in regularisation(reached, part.budget).items():
+    for name, gradient in regularisation(reached, part.rank_budget).items():
         found = reached[name].grad
         reached[name].grad = gradient if found is None else found + gradient
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 import tomli_w
 from torch import Tensor
 
-from fedsplit.adaptation import adapting
+from fedsplit.adaptation import run_adapters
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.documents import as_document
@@ -313,7 +313,7 @@ class RunFolder:
             groups = unpack(load_tensors(folder / _TENSORS))
             return Adapters({**groups.get("adapters", {}), **groups.get("trunk", {})}, {}), {}
         clients = _personal_in(written)
-        return adapting.load(folder), {int(name): adapting.load(folder / _PERSONAL / name) for name in clients}
+        return run_adapters.load(folder), {int(name): run_adapters.load(folder / _PERSONAL / name) for name in clients}
 
     def read_facts(self, round: int) -> dict[str, Any]:
         """The plain values that `save_round` wrote."""
@@ -335,8 +335,8 @@ class RunFolder:
     def _save(self, folder: Path, whole: Adapters, kind: Kind | None = None) -> None:
         blocks = None if kind is None else self._ranges[kind]
         if kind is not None and blocks is not None:
-            whole = adapting.of_part(whole, self._config, self._family, kind, blocks)
-        adapting.save(folder, whole, self._config, self._family, kind, blocks)
+            whole = run_adapters.of_part(whole, self._config, self._family, kind, blocks)
+        run_adapters.save(folder, whole, self._config, self._family, kind, blocks)
 
 
 _FACTS, _TENSORS, _PERSONAL = "state.json", "state.safetensors", "personal"

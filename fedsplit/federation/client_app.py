@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt, bare_parts
+from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.heldout import held_out_batches, sample, through_split
 from fedsplit.client.link import Link
@@ -30,7 +30,7 @@ from fedsplit.federation import records
 from fedsplit.model.families import read_facts
 from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
-from fedsplit.model.sources import about
+from fedsplit.model.sources import config_folder
 from fedsplit.scores import pooled
 from fedsplit.state.client_store import ClientState, ClientStore
 from fedsplit.state.fold_log import FoldLog
@@ -96,7 +96,7 @@ def _site(run: str, trunk: str, threads: int, classes: int) -> _Site:
     bottom, top = bare_parts(config, ["bottom", "top"], classes)
     for part in (bottom, top):
         adapt(part, config)
-    coefficient = read_facts(about(config)).coefficient(config.router_aux_loss)
+    coefficient = read_facts(config_folder(config)).coefficient(config.router_aux_loss)
     start = lora.read(bottom, top)
     return _Site(config, bottom, top, find_trunk(trunk), start, router_aux_loss=coefficient)
 

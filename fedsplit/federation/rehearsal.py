@@ -16,8 +16,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from fedsplit.adaptation.adapting import outline
 from fedsplit.adaptation.methods import method_of
+from fedsplit.adaptation.run_adapters import outline
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.federation import records

@@ -28,14 +28,14 @@ AttentionInterface.register(_WIDE, _attention)
 AttentionMaskInterface.register(_WIDE, sdpa_mask)
 
 
-def quicken(config: Any) -> None:
+def use_tanh_gelu(config: Any) -> None:
     """Chooses torch's own functions for what the library spells out."""
     for key in ("activation_function", "hidden_act"):
         if getattr(config, key, None) == "gelu_new":
             setattr(config, key, "gelu_pytorch_tanh")
 
 
-def widen(config: Any, dtype: torch.dtype) -> None:
+def use_float32_attention(config: Any, dtype: torch.dtype) -> None:
     """Chooses the type that torch's attention is fastest in; a family without it keeps the library's choice."""
     if dtype != torch.float32 and config._attn_implementation == "sdpa":
         config._attn_implementation = _WIDE

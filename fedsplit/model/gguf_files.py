@@ -96,7 +96,7 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def about(file: Path) -> Path:
+def config_folder(file: Path) -> Path:
     """A folder with the config.json and the tokenizer of a GGUF file.
 
     Raises:
@@ -126,7 +126,7 @@ def unpack(file: Path, dtype: str, tell: Callable[[str], object] = lambda line: 
     Raises:
         SettingError: There is no such file, it is broken or lacks a tensor, or its family is unknown.
     """
-    described, stored = about(file), _STORED.get(dtype, torch.float32)
+    described, stored = config_folder(file), _STORED.get(dtype, torch.float32)
     target = _home(file) / str(stored).removeprefix("torch.")
     if not target.is_dir():
         tell(f"unpacking {file} into {target}")

@@ -10,7 +10,7 @@ from fedsplit.model.kernels import causal_loss
 HEAD = "lm_head"
 """What the head is called, in the library's models, in our parts and in PEFT's files."""
 
-WEIGHT = f"{HEAD}.weight"
+HEAD_WEIGHT = f"{HEAD}.weight"
 """The exported name of its weight (V, D), as PEFT's `modules_to_save` writes it."""
 
 

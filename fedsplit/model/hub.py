@@ -94,7 +94,7 @@ def _has(name: HubName, revision: str, file: str) -> bool:
         raise SettingError("model", f"{name} ({_reason(error, name)})", ALLOWED) from None
 
 
-def about(name: HubName) -> Path:
+def config_folder(name: HubName) -> Path:
     """The folder of a commit, with config.json and tokenizer; its name is the commit.
 
     Raises:

@@ -48,13 +48,13 @@ class Part(nn.Module):
         virtual: Virtual tokens before the text, P positions that the bottom puts there and that cross; see
             `fedsplit.adaptation.prompts`, as for the next.
         ahead: Positions of past keys and values that were trained, which stand before whatever the part is given.
-        budget: Where ranks are dealt out, this part's `fedsplit.adaptation.rank_budget.RankBudget`; else None.
+        rank_budget: Where ranks are dealt out, this part's `fedsplit.adaptation.rank_budget.RankBudget`; else None.
     """
 
     adapter: frozenset[str] = frozenset()
     virtual: int = 0
     ahead: int = 0
-    budget: Any = None
+    rank_budget: Any = None
 
     def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any, fused: bool, dtype: torch.dtype) -> None:
         """Cuts a part out of a model.
@@ -109,7 +109,7 @@ class Part(nn.Module):
         """Experts of each block that has any; 0 where the family has none."""
         return self.config.num_experts if self.family.router else 0
 
-    def whole_name(self, name: str) -> str:
+    def unsplit_name(self, name: str) -> str:
         """The name in the unsplit model of a submodule or parameter of this part."""
         prefix = f"{self.family.decoder}.{self.family.blocks}."
         if not name.startswith(prefix):

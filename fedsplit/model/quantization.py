@@ -77,10 +77,10 @@ def _try(bits: int, dtype: torch.dtype, device: torch.device) -> None:
     """A step of a small projection."""
     layer = nn.Linear(64, 64, dtype=dtype).requires_grad_(False)
     x = torch.ones(2, 64, dtype=dtype, device=device, requires_grad=True)
-    quantized(layer, bits, dtype, device)(x).sum().backward()
+    quantize(layer, bits, dtype, device)(x).sum().backward()
 
 
-def quantized(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
     """A projection with a quantised weight, in which PEFT knows its way.
 
     Args:
@@ -110,7 +110,7 @@ def quantized(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.de
     return made
 
 
-def dequantized(module: nn.Module) -> Tensor:
+def dequantize(module: nn.Module) -> Tensor:
     """The weight (out, in) that a quantised projection computes with, in float32."""
     functional, weight = _library().functional, cast(Any, module.weight)
     if hasattr(weight, "quant_state"):
@@ -135,7 +135,7 @@ def values_in(parameter: Tensor) -> int:
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def announced(model: Any, bits: Iterable[int]) -> Any:
+def mark_quantized(model: Any, bits: Iterable[int]) -> Any:
     """A model that says what is quantised in it, as PEFT asks."""
     for number in bits:
         setattr(model, f"is_loaded_in_{number}bit", True)

@@ -70,7 +70,7 @@ def _check_folder(folder: Path) -> Path:
     return folder
 
 
-def about(config: Config) -> Path:
+def config_folder(config: Config) -> Path:
     """A folder with a model's config.json and tokenizer; its weights may lie elsewhere, or nowhere yet.
 
     Raises:
@@ -78,11 +78,13 @@ def about(config: Config) -> Path:
     """
     found = _find(config.model)
     if isinstance(found, HubName):
-        return hub.about(found)
-    return gguf_files.about(found) if found.suffix == GGUF and found.is_file() else _check_folder(found)
+        return hub.config_folder(found)
+    return gguf_files.config_folder(found) if found.suffix == GGUF and found.is_file() else _check_folder(found)
 
 
-def weights(config: Config, kinds: Sequence[str] = PARTS, tell: Callable[[str], object] = lambda line: None) -> Path:
+def weights_folder(
+    config: Config, kinds: Sequence[str] = PARTS, tell: Callable[[str], object] = lambda line: None
+) -> Path:
     """A folder with all that parts of a model are loaded from.
 
     Args:
@@ -95,7 +97,7 @@ def weights(config: Config, kinds: Sequence[str] = PARTS, tell: Callable[[str], 
     """
     found = _find(config.model)
     if isinstance(found, HubName):
-        folder = hub.about(found)
+        folder = hub.config_folder(found)
         hub.fetch_weights(found, folder, _owner(config, folder, kinds), tell)
         return folder
     if found.suffix == GGUF and found.is_file():
@@ -127,7 +129,7 @@ def pinned(config: Config) -> str:
         SettingError: There is no such model, or it cannot be had.
     """
     found = _find(config.model)
-    return str(HubName(found.repository, hub.about(found).name)) if isinstance(found, HubName) else config.model
+    return str(HubName(found.repository, hub.config_folder(found).name)) if isinstance(found, HubName) else config.model
 
 
 def to_peft(model: str) -> tuple[str, str | None]:

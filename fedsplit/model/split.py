@@ -15,13 +15,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedsplit.model.attention import quicken, widen
+from fedsplit.model.attention import use_float32_attention, use_tanh_gelu
+from fedsplit.model.checkpoint_reader import CheckpointReader
 from fedsplit.model.devices import CPU
 from fedsplit.model.families import family_of
 from fedsplit.model.parts import PARTS, SCORE, Kind, Part, ranges
-from fedsplit.model.quantization import announced, quantized
-from fedsplit.model.stored import Stored
-from fedsplit.model.unsplit import blank
+from fedsplit.model.quantization import mark_quantized, quantize
+from fedsplit.model.unsplit import empty_model
 
 
 def _restore_scale(decoder: Any, embedding: nn.Module, device: torch.device) -> None:
@@ -67,7 +67,7 @@ def load_parts(
     family = family_of(config.model_type)
     if not 0 <= bounds[0] < bounds[1] <= config.num_hidden_layers:
         raise ValueError(f"cut {bounds} lies outside a model of {config.num_hidden_layers} blocks")
-    checkpoint = Stored(path, blank(path, classes), dtype, device)
+    checkpoint = CheckpointReader(path, empty_model(path, classes), dtype, device)
     parts = []
     for kind in kinds:
         part = empty_part(path, bounds, kind, dtype, fused, classes if kind == "top" else 0)
@@ -77,7 +77,7 @@ def load_parts(
         if family.rotary:
             rotary = type(getattr(part.decoder, family.rotary))
             setattr(part.decoder, family.rotary, rotary(config=part.config).to(device))
-        parts.append(announced(part.eval(), [bits[kind]] if bits and kind in bits else []))
+        parts.append(mark_quantized(part.eval(), [bits[kind]] if bits and kind in bits else []))
     return parts
 
 
@@ -85,28 +85,28 @@ def empty_part(path: Path, bounds: tuple[int, int], kind: Kind, dtype: torch.dty
     """A part without values, on the meta device; see `load_parts` for the arguments."""
     config = AutoConfig.from_pretrained(path)
     if fused:
-        quicken(config)
+        use_tanh_gelu(config)
     if classes:
         config.num_labels = classes
     made_by = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     with torch.device("meta"):
         whole = made_by.from_config(config, dtype=dtype)
     if fused:
-        widen(whole.config, dtype)
+        use_float32_attention(whole.config, dtype)
     blocks = ranges(config.num_hidden_layers, bounds)[kind]
     return PARTS[kind](kind, family_of(config.model_type), blocks, whole, fused, dtype)
 
 
-def _fill(part: Part, checkpoint: Stored, dtype: torch.dtype, device: torch.device, bits: int) -> None:
+def _fill(part: Part, checkpoint: CheckpointReader, dtype: torch.dtype, device: torch.device, bits: int) -> None:
     """Gives a part its weights; a new head gets room for its own."""
     for module_name, module in list(part.named_modules()):
         for name, old in list(module.named_parameters(recurse=False)):
             if module_name == SCORE:
                 setattr(module, name, nn.Parameter(torch.empty(old.shape, device=device)))
             else:
-                setattr(module, name, checkpoint.parameter(part.whole_name(f"{module_name}.{name}")))
+                setattr(module, name, checkpoint.parameter(part.unsplit_name(f"{module_name}.{name}")))
         if bits and _is_projection(part, module_name, module):
-            part.set_submodule(module_name, quantized(module, bits, dtype, device))
+            part.set_submodule(module_name, quantize(module, bits, dtype, device))
             checkpoint.forget(module.parameters())
             module.weight = None
 

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from fedsplit.model.devices import CPU
 from fedsplit.model.families import family_of
 from fedsplit.model.parts import ranges
-from fedsplit.model.quantization import announced, dequantized, quantized
+from fedsplit.model.quantization import dequantize, mark_quantized, quantize
 
 
-def blank(path: Path, classes: int = 0) -> Any:
+def empty_model(path: Path, classes: int = 0) -> Any:
     """Returns the unsplit model without its weights, on the meta device.
 
     Args:
@@ -50,7 +50,7 @@ def transposed_layers(whole: Any) -> frozenset[str]:
     return frozenset(name for name, module in whole.named_modules() if isinstance(module, Conv1D))
 
 
-def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:
+def load_unsplit(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:
     """The unsplit model, for whoever may hold it: the reference in tests, the user after a run.
 
     Args:
@@ -67,7 +67,7 @@ def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0,
 
 
 @torch.no_grad()
-def quantize_whole(
+def quantize_unsplit(
     whole: Any, bounds: tuple[int, int], bits: Mapping[str, int], device: torch.device = CPU, dense: bool = False
 ) -> Any:
     """Gives the unsplit model the base weights that the parts of a run had.
@@ -86,10 +86,10 @@ def quantize_whole(
             for name, module in list(blocks[number].named_modules()):
                 if type(module) not in (nn.Linear, Conv1D):
                     continue
-                made = quantized(module.requires_grad_(False), bits[kind], whole.dtype, device)
+                made = quantize(module.requires_grad_(False), bits[kind], whole.dtype, device)
                 if dense:
-                    rounded = dequantized(made)
+                    rounded = dequantize(made)
                     module.weight.copy_(rounded if isinstance(module, nn.Linear) else rounded.t())
                 else:
                     blocks[number].set_submodule(name, made)
-    return whole if dense else announced(whole, bits.values())
+    return whole if dense else mark_quantized(whole, bits.values())

@@ -88,37 +88,37 @@ class TextTokenizer:
         """Wraps a tokenizer of transformers'."""
         self.library = library
 
-    def whole(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts, with the special tokens that the tokenizer adds at their beginnings and ends."""
         return self._encode(texts, special=True)
 
-    def opening(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_prompt(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that go on, such as prompts: with special tokens at their beginnings only."""
         behind = len(self.closing)
-        return [ids[: len(ids) - behind] for ids in self.whole(texts)]
+        return [ids[: len(ids) - behind] for ids in self.encode(texts)]
 
-    def written(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_verbatim(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that have all their special tokens written in them, as chat templates do."""
         return self._encode(texts, special=False)
 
-    def following(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_continuation(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that other text stands before: without special tokens, and without a space put before.
 
         Some tokenizers put a space before every text, as SentencePiece's do. It is avoided by encoding the text behind
         a character whose tokens are then taken off.
         """
         if not self._puts_a_space_before:
-            return self.written(texts)
+            return self.encode_verbatim(texts)
         found: dict[int, list[int]] = {}
         for character in self._known:
             left = [number for number in range(len(texts)) if number not in found]
             if left:
                 found |= self._behind(character, {number: texts[number] for number in left})
         last = [number for number in range(len(texts)) if number not in found]
-        found |= dict(zip(last, self.written([texts[number] for number in last]), strict=True))
+        found |= dict(zip(last, self.encode_verbatim([texts[number] for number in last]), strict=True))
         return [found[number] for number in range(len(texts))]
 
-    def ended(self, ids: Sequence[int], end: int) -> list[int]:
+    def end_text(self, ids: Sequence[int], end: int) -> list[int]:
         """Ends a text: with what the tokenizer adds behind texts, and with the end token unless it is there already.
 
         Args:
@@ -137,7 +137,7 @@ class TextTokenizer:
     def _around(self) -> tuple[list[int], list[int]]:
         """Special tokens that the tokenizer adds before and behind a text."""
         for character in self._known:
-            (bare,), (full,) = self.written([character]), self.whole([character])
+            (bare,), (full,) = self.encode_verbatim([character]), self.encode([character])
             places = [at for at in range(len(full)) if bare and full[at : at + len(bare)] == bare]
             if len(places) == 1:
                 return full[: places[0]], full[places[0] + len(bare) :]
@@ -149,7 +149,7 @@ class TextTokenizer:
         known = []
         for character in _CHARACTERS:
             with contextlib.suppress(SettingError):  # a tokenizer without an unknown token takes some characters only
-                self.written([character])
+                self.encode_verbatim([character])
                 known.append(character)
         return known
 
@@ -165,13 +165,13 @@ class TextTokenizer:
 
     @cached_property
     def _puts_a_space_before(self) -> bool:
-        (alone,) = self.written(["a"])
+        (alone,) = self.encode_verbatim(["a"])
         return all(behind[0] != alone for character in self._known if (behind := self._behind(character, {0: "a"})))
 
     def _behind(self, character: str, texts: Mapping[int, str]) -> dict[int, list[int]]:
         """Tokens of texts behind a character, by number; none of a text whose first token takes the character in."""
-        (before,) = self.written([character])
-        encoded = self.written([character + text for text in texts.values()])
+        (before,) = self.encode_verbatim([character])
+        encoded = self.encode_verbatim([character + text for text in texts.values()])
         pairs = zip(texts, encoded, strict=True)
         return {number: ids[len(before) :] for number, ids in pairs if ids[: len(before)] == before}
 

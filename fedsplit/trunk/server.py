@@ -135,7 +135,7 @@ class TrunkServer:
         self._admission = Admission(self._budget, self.steps, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self.device, part.budget)
+        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self.device, part.rank_budget)
 
     def forward(self, packet: Packet) -> Packet:
         """Hidden states (B, T, D) in, hidden states (B, T, D) out; as `forward_together` of one."""

@@ -15,14 +15,14 @@ from fedsplit.allowed import SettingError
 from fedsplit.model.devices import CPU, TYPES
 from fedsplit.model.families import family_of
 from fedsplit.model.parts import SCORE
-from fedsplit.model.unsplit import blank
+from fedsplit.model.unsplit import empty_model
 from fedsplit.model.weight_files import INDEX, find_tensors
 
 _AT_ONCE = 32 * 2**20
 """Bytes of a tensor that are read at a time."""
 
 
-class Stored:
+class CheckpointReader:
     """Reads single tensors of a checkpoint in safetensors, sharded or not.
 
     A tensor that is read twice (an embedding tied to the head) is kept once. Experts that are stored one by one are
@@ -209,8 +209,8 @@ def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
             not finite.
     """
     try:
-        model = blank(path, classes)
-        checkpoint = Stored(path, model, TYPES[dtype])
+        model = empty_model(path, classes)
+        checkpoint = CheckpointReader(path, model, TYPES[dtype])
         checkpoint.check_files()
         shapes = {
             name: list(parameter.shape)

@@ -22,7 +22,7 @@ from fedsplit.model.devices import TYPES, resolve
 from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import SCORE, Kind, Part
-from fedsplit.model.sources import about, weights
+from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.model.split import empty_part, load_parts
 from fedsplit.updates import Adapters, Layer
 
@@ -47,7 +47,7 @@ def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[
         SettingError: There is no such model, or it cannot be had.
     """
     return load_parts(
-        weights(config, kinds),
+        weights_folder(config, kinds),
         config.bounds,
         kinds,
         TYPES[config.dtype],
@@ -71,7 +71,9 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
     for kind in kinds:
-        part = empty_part(about(config), config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
+        part = empty_part(
+            config_folder(config), config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0
+        )
         part.requires_grad_(False)
         with torch.device("meta"):
             adapt(part, config)
@@ -85,9 +87,9 @@ def adapt(part: Part, config: Config) -> None:
     if config.prompt.kind == "off":
         lora.add(part, config.lora, config.seed, config.lm_head)
         if method_of(config.lora).allocates:
-            part.budget = budget_of(config, part.kind, adapted_layers(config, part.family))
+            part.rank_budget = budget_of(config, part.kind, adapted_layers(config, part.family))
     else:
-        prompts.add(part, config.prompt, config.seed, about(config))
+        prompts.add(part, config.prompt, config.seed, config_folder(config))
 
 
 def of_part(whole: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
@@ -130,7 +132,7 @@ def save(
         blocks: Its blocks.
     """
     if config.prompt.kind != "off":
-        prompts.save(folder, adapters.tensors, config.prompt, about(config), config.model, blocks)
+        prompts.save(folder, adapters.tensors, config.prompt, config_folder(config), config.model, blocks)
     else:
         head = config.lm_head if kind in (None, "top") else "frozen"
         lora.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)

@@ -1,4 +1,4 @@
-"""A run's parts by its settings: how they are held, which adapter they get, LoRA or virtual tokens, and its files."""
+"""Parts and adapters of a run, as its settings ask for them: LoRA and its kin, or virtual tokens and prefixes."""
 
 from __future__ import annotations
 
@@ -32,19 +32,24 @@ _OF_THE_FILE = frozenset(
         *("rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters", "runtime_config"),
     }
 )
-"""Fields of PEFT's configurations that follow from what trained, not from settings."""
+"""Fields of PEFT's configurations that do not follow from a run's settings."""
 
 
 def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[Any]:
-    """Parts as a run holds them, without adapters.
+    """Loads parts as a run's settings ask, without adapters.
 
     Args:
-        config: The run's.
-        kinds: The parts of one party, which are on one device.
-        classes: As for `load_parts`.
+        config: Settings of the run.
+        kinds: Parts of one party. They are on one device.
+        classes: Number of classes, as for `fedsplit.model.split.load_parts`.
 
     Raises:
-        SettingError: There is no such model, or it cannot be had.
+        SettingError: There is no such model, or it cannot be fetched.
+
+    Example:
+        >>> bottom, top = bare_parts(Config(), ["bottom", "top"])
+        >>> len(bottom.blocks), len(top.blocks)
+        (1, 1)
     """
     return load_parts(
         weights_folder(config, kinds),
@@ -59,21 +64,21 @@ def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[
 
 
 def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
-    """The adapters that parts will have, without values: no weight of the model is read.
+    """Returns the adapters that parts will have, without values. No weight of the model is read.
 
     Args:
-        config: The run's; it asks for neither virtual tokens nor adapters that are computed from the base weights.
+        config: Settings of the run. They must ask neither for virtual tokens or prefixes, nor for adapters that are
+            computed from the base weights.
         kinds: The parts.
 
     Returns:
-        Tensors on the meta device.
+        The adapters, with tensors on the meta device.
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
+    folder = config_folder(config)
     for kind in kinds:
-        part = empty_part(
-            config_folder(config), config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0
-        )
+        part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
         part.requires_grad_(False)
         with torch.device("meta"):
             adapt(part, config)
@@ -83,7 +88,12 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
 
 
 def adapt(part: Part, config: Config) -> None:
-    """Puts on a part what trains, in place; its base weights must be frozen already."""
+    """Adds the adapters that a run's settings ask for to a part, in place.
+
+    Args:
+        part: The part. Its base weights must be frozen already.
+        config: Settings of the run.
+    """
     if config.prompt.kind == "off":
         lora.add(part, config.lora, config.seed, config.lm_head)
         if method_of(config.lora).allocates:
@@ -92,24 +102,24 @@ def adapt(part: Part, config: Config) -> None:
         prompts.add(part, config.prompt, config.seed, config_folder(config))
 
 
-def of_part(whole: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
-    """What of the whole model's adapters belongs to a part.
+def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
+    """Selects the adapters of one part from those of the unsplit model.
 
     Args:
-        whole: By exported name, with what was folded.
-        config: The run's.
-        family: The model's family.
+        adapters: Adapters of the unsplit model.
+        config: Settings of the run.
+        family: Record of the model family.
         kind: The part.
-        blocks: Its blocks.
+        blocks: Numbers of the part's blocks.
     """
     if config.prompt.kind != "off":
-        return Adapters(prompts.of_part(whole.tensors, kind, blocks), {})
+        return Adapters(prompts.of_part(adapters.tensors, kind, blocks), {})
     prefixes = tuple(f"{family.decoder}.{family.blocks}.{block}." for block in blocks)
     if kind == "top":
         prefixes += (HEAD, SCORE)
-    folded = {layer: change for layer, change in whole.folded.items() if layer.startswith(prefixes)}
-    layers = {layer: facts for layer, facts in whole.layers.items() if layer.startswith(prefixes)}
-    tensors = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(prefixes)}
+    folded = {layer: change for layer, change in adapters.folded.items() if layer.startswith(prefixes)}
+    layers = {layer: facts for layer, facts in adapters.layers.items() if layer.startswith(prefixes)}
+    tensors = {name: tensor for name, tensor in adapters.tensors.items() if name.startswith(prefixes)}
     return Adapters(tensors, layers, folded)
 
 
@@ -121,15 +131,15 @@ def save(
     kind: Kind | None = None,
     blocks: range | None = None,
 ) -> None:
-    """Writes an adapter of the unsplit model that PEFT opens.
+    """Writes adapters as a PEFT adapter of the unsplit model.
 
     Args:
-        folder: Where to; made if it is not there.
-        adapters: The whole model's, or a part's (`of_part`).
-        config: The run's.
-        family: The model's family.
-        kind: The part whose they are; all where None.
-        blocks: Its blocks.
+        folder: Folder to write to. It is created if needed.
+        adapters: Adapters of the unsplit model, or of one part (`of_part`).
+        config: Settings of the run.
+        family: Record of the model family.
+        kind: The part that the adapters belong to; None for the unsplit model.
+        blocks: Numbers of the part's blocks; None for the unsplit model.
     """
     if config.prompt.kind != "off":
         prompts.save(folder, adapters.tensors, config.prompt, config_folder(config), config.model, blocks)
@@ -139,60 +149,67 @@ def save(
 
 
 def load(folder: Path) -> Adapters:
-    """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote."""
+    """Reads an adapter of the unsplit model that `save` or PEFT wrote."""
     return lora.load(folder) if prompts.kind_of(folder) is None else prompts.load(folder)
 
 
 def check_made_by(folder: Path, config: Config, family: Family) -> None:
-    """Makes sure that a finished run's adapter is of the kind that the run's settings make, which parts can take over.
+    """Checks that the adapter of a finished run has the configuration that the run's settings lead to.
 
     Args:
-        folder: The adapter's.
-        config: The run's.
-        family: The model's family.
+        folder: Folder of the adapter.
+        config: Settings of the run.
+        family: Record of the model family.
 
     Raises:
-        InputError: It is another one.
+        InputError: The adapter has another configuration.
     """
-    filed = PeftConfig.from_pretrained(str(folder))
+    actual_config = PeftConfig.from_pretrained(str(folder))
     if config.prompt.kind != "off":
-        wanted: dict[str, Any] = {"peft_type": prompts.PEFT_TYPES[config.prompt.kind]}
-        wanted["num_virtual_tokens"] = config.prompt.tokens
+        expected_values: dict[str, Any] = {
+            "peft_type": prompts.PEFT_TYPES[config.prompt.kind],
+            "num_virtual_tokens": config.prompt.tokens,
+        }
     else:
-        made = make_config(for_file(config), family, None, config.seed, config.lm_head)
+        expected_config = make_config(for_file(config), family, None, config.seed, config.lm_head)
         if method_of(config.lora).residual:
-            made.init_lora_weights = True  # as `lora.save` has it
-        wanted = {entry.name: getattr(made, entry.name) for entry in fields(made) if entry.name not in _OF_THE_FILE}
-    for name, value in wanted.items():
-        found = getattr(filed, name, None)
-        if name == "modules_to_save":
-            found, value = ({*(some or ())} - {SCORE} for some in (found, value))
-        if _word(found) != _word(value):
-            words = f"its {name} is {_word(found)}, by the run's settings {_word(value)}"
-            raise InputError(f"the adapter in {folder} is not what its run made: {words}")
+            expected_config.init_lora_weights = True  # as `lora.save` writes it
+        names = [entry.name for entry in fields(expected_config) if entry.name not in _OF_THE_FILE]
+        expected_values = {name: getattr(expected_config, name) for name in names}
+
+    for name, expected in expected_values.items():
+        actual = getattr(actual_config, name, None)
+        if name == "modules_to_save":  # a head for classes follows from the data, not from the settings
+            actual = {*(actual or ())} - {SCORE}
+            expected = {*(expected or ())} - {SCORE}
+        if _comparable(actual) != _comparable(expected):
+            reason = f"its {name} is {_comparable(actual)}, by the run's settings {_comparable(expected)}"
+            raise InputError(f"the adapter in {folder} is not what its run made: {reason}")
 
 
-def _word(value: object) -> object:
-    """A value of PEFT's, alike whether it comes from a file or not: JSON has no sets, tuples and enumerations."""
+def _comparable(value: object) -> object:
+    """Returns a value of PEFT's in a form that survives JSON, which has no sets, tuples or enumerations."""
     if isinstance(value, set | list | tuple):
         return ",".join(sorted(map(str, value))) or None
     return getattr(value, "value", value)
 
 
 def adopt(folder: Path, config: Config, *parts: Part) -> None:
-    """Puts a finished run's adapter on parts, whose base weights are as they were loaded.
+    """Adds the adapter of a finished run to parts without adapters.
 
     Args:
-        folder: The adapter's, of the unsplit model.
-        config: The run's. Of virtual tokens and prefixes the file has what encoders made, which is put in their place.
-        *parts: The parts; what belongs to others is passed over.
+        folder: Folder of the adapter of the unsplit model.
+        config: Settings of the run. The file of virtual tokens or prefixes has the output of the encoders, which
+            replaces the encoders.
+        *parts: The parts, with base weights as they were loaded. Adapters of other parts are ignored.
     """
-    whole = load(folder)
+    adapters = load(folder)
     if config.prompt.kind != "off":
-        settings, named = prompts.embeddings(whole.tensors[prompts.SAVED], config.prompt, parts[0].config)
-        config, whole = replace(config, prompt=settings), Adapters(named, {})
-    if method_of(config.lora).residual:  # the file has as factors, too, what was taken out of the base weights
+        settings, tensors = prompts.embeddings(adapters.tensors[prompts.SAVED], config.prompt, parts[0].config)
+        adapters = Adapters(tensors, {})
+        config = replace(config, prompt=settings)
+    if method_of(config.lora).residual:  # the file's factors contain what training took out of the base weights
         config = replace(config, lora=replace(config.lora, method="lora", options=""))
     for part in parts:
         adapt(part, config)
-    lora.adopt(whole, *parts)
+    lora.adopt(adapters, *parts)

@@ -25,6 +25,8 @@ GROUND = {
     "lowrank",
     "updates",
     "scores",
+    "durable",
+    "tensor_files",
 }
 """Modules at the top of `fedsplit` that every package may import."""
 
@@ -33,6 +35,7 @@ PACKAGES = [
     "events",
     "wire",
     "adaptation",
+    "state",
     "corpora",
     "optimization",
     "trunk",
@@ -63,7 +66,7 @@ HOMES = {
     "matplotlib": {"corpora.census"},
     "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "peft": {
-        "adaptation.adapting",
+        "adaptation.run_adapters",
         "adaptation.injection",
         "adaptation.lora",
         "adaptation.prompts",
@@ -75,7 +78,14 @@ HOMES = {
     "psutil": {"trunk.memory", "shutdown"},
     "ray": {"trunk.actor", "trunk.cluster"},
     "rich": {"events.screen", "events.final_table"},
-    "safetensors": {"model.stored", "model.weight_files", "adaptation.lora", "adaptation.prompts", "model.store"},
+    "safetensors": {
+        "model.checkpoint_reader",
+        "model.weight_files",
+        "adaptation.lora",
+        "adaptation.prompts",
+        "durable",
+        "tensor_files",
+    },
     "tomli_w": {"federation.checkpoint"},
     "transformers": {
         "model.attention",

@@ -17,8 +17,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.adaptation.adapting import adapt, bare_parts
-from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import on_disks
 from fedsplit.federation import client_app
 from fedsplit.federation.checkpoint import RunFolder

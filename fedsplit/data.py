@@ -18,7 +18,7 @@ def look(config: Config) -> Any:
     """The data of a federation, dealt out; only what decides that is checked.
 
     Returns:
-        A `fedsplit.corpora.partition.Deal`.
+        A `fedsplit.corpora.partition.Partition`.
 
     Raises:
         SettingError: There is no such model or data set, too little text, or a token that the model does not know.
@@ -32,9 +32,9 @@ def look(config: Config) -> Any:
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 
-    from fedsplit.client.heldout import deal_of
+    from fedsplit.corpora.partition import partition_of
 
-    deal = deal_of(config)
+    deal = partition_of(config)
     check_tokens(config, deal)
     return deal
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(rest)
         quieten(offline=False)
 
-        from fedsplit.corpora.census import as_document, plot, stated, table
+        from fedsplit.corpora.data_summary import as_document, plot, stated, table
 
         deal = look(config)
         lines = [json.dumps(as_document(deal), indent=2)] if asked.json else [*stated(deal), *table(deal)]

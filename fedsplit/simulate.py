@@ -49,7 +49,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     check_devices(config)
 
     from fedsplit.adaptation.injection import check_injection
-    from fedsplit.client.heldout import deal_of
+    from fedsplit.corpora.partition import partition_of
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.checkpoint import check_folder, check_resumable
     from fedsplit.federation.rehearsal import rehearse
@@ -76,7 +76,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
-    deal = deal_of(config)
+    deal = partition_of(config)
     if deal.classes:
         checks.check_classifier(config)
     checks.check_tokens(config, deal)
@@ -99,7 +99,7 @@ def run(config: Config) -> dict[str, Any]:
     prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
     folder, strategy, deal = check(config)
 
-    from fedsplit.corpora.census import as_document
+    from fedsplit.corpora.data_summary import as_document
     from fedsplit.corpora.shards import on_disks
     from fedsplit.federation import engine
     from fedsplit.federation.aggregation import FederationFailed
@@ -148,9 +148,9 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         config: The run's.
         facts: The model's `fedsplit.model.families.Facts`.
         shares: A `fedsplit.planning.Plan`.
-        deal: A `fedsplit.corpora.partition.Deal`.
+        deal: A `fedsplit.corpora.partition.Partition`.
     """
-    from fedsplit.corpora.census import stated, table
+    from fedsplit.corpora.data_summary import stated, table
 
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
     return [

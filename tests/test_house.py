@@ -58,7 +58,7 @@ HOMES = {
     },
     "flwr_datasets": {"corpora.partition"},
     "huggingface_hub": {"model.hub"},
-    "matplotlib": {"corpora.census"},
+    "matplotlib": {"corpora.data_summary"},
     "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "peft": {
         "adaptation.adapting",

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from fedsplit.allowed import PartitionSpec, SettingError, parse_partition
-from fedsplit.config import DataSettings
+from fedsplit.config import Config, DataSettings
 from fedsplit.corpora.classes import classes_of
 from fedsplit.corpora.formats import Fitted, Reading, Texts, by_source, fit, format_of, joined, read_rows
 from fedsplit.corpora.sequences import Row, Sequences, stack
 from fedsplit.corpora.shards import Shard
 from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
-from fedsplit.model.families import read_pad
+from fedsplit.model.families import read_facts, read_pad
+from fedsplit.model.sources import about
 from fedsplit.seeds import derive_seed
 
 HELD_OUT_DOCUMENTS = 4
@@ -33,7 +34,7 @@ _SKEWED = ("dirichlet", "inner-dirichlet", "pathological", "shard")
 
 
 @dataclass(frozen=True)
-class Deal:
+class Partition:
     """A data set, dealt out.
 
     Attributes:
@@ -124,10 +125,10 @@ class _Dealer:
         pad, classes = self.reading.pad, len(self.reading.classes)
         return Shard(name, stack(train, pad), stack(held_out, pad), dict(sorted(shares.items())), classes)
 
-    def deal(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Deal:
+    def deal(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Partition:
         cut, dropped = sum(one.cut for one in fitted), sum(one.dropped for one in fitted)
         how, empty = self.reading, self.texts.empty + self.held_out_texts.empty
-        return Deal(shards, how.format, how.packs, self.by, cut, dropped, how.classes, empty)
+        return Partition(shards, how.format, how.packs, self.by, cut, dropped, how.classes, empty)
 
     def separate(self) -> Fitted | None:
         """What is held out by the user, as sequences; None where it is a part of each client's own."""
@@ -200,7 +201,7 @@ def _indices(spec: PartitionSpec, owners: Sequence[str], clients: int, seed: int
         return [list(partitioner.load_partition(client)["block"]) for client in range(clients)]
 
 
-def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, seed: int) -> Deal:
+def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, seed: int) -> Partition:
     """Shards of single sequences, whoever wrote them."""
     fitted, separate = dealer.fit(dealer.texts.rows), dealer.separate()
     blocks = by_source(fitted.rows)
@@ -265,7 +266,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def make_deal(
+def make_partition(
     dataset: str,
     partition: str,
     clients: int,
@@ -274,7 +275,7 @@ def make_deal(
     model_path: Path,
     end: int,
     data: DataSettings | None = None,
-) -> Deal:
+) -> Partition:
     """Reads a data set and deals it out.
 
     Args:
@@ -313,6 +314,33 @@ def make_deal(
     if spec.kind == "auto":
         spec = PartitionSpec("iid")
     return _by_block(dealer, spec, partition, clients, seed)
+
+
+def partition_of(config: Config) -> Partition:
+    """Returns the data of a run, divided among its clients by `--partition`.
+
+    Args:
+        config: The run's settings.
+
+    Raises:
+        SettingError: The data set cannot be read, or has too little text for so many clients.
+    """
+    path = about(config)
+    return make_partition(
+        config.dataset,
+        config.partition,
+        config.clients,
+        config.train.max_length,
+        config.seed,
+        path,
+        read_facts(path).end,
+        config.data,
+    )
+
+
+def shards_of(config: Config) -> list[Shard]:
+    """Returns each client's data in a run, in the order of the clients."""
+    return partition_of(config).shards
 
 
 def _reading(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, MessageType, RecordDict
 
-from fedsplit.client.heldout import shards_of
+from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import write_shard
 from fedsplit.documents import as_document, build
 from fedsplit.federation import client_app, records

@@ -20,9 +20,9 @@ from test_client import FEATURES, STEPS, central, fine_tune
 from experiments import in_process
 from fedsplit.adaptation import lora
 from fedsplit.allowed import PARTS, SettingError
-from fedsplit.client.heldout import shards_of
 from fedsplit.client.link import Crossing, Link
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.documents import as_document, build, from_document
 from fedsplit.evaluate import held_out_loss
 from fedsplit.federation import records

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.allowed import InputError
-from fedsplit.corpora.partition import Deal
+from fedsplit.corpora.partition import Partition
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard
 from fedsplit.report import aligned
@@ -16,7 +16,7 @@ SHOWN = 4
 """Owners or labels that the table names for each client: those it has most of."""
 
 
-def stated(deal: Deal) -> list[str]:
+def stated(deal: Partition) -> list[str]:
     """Returns the run's line on the data; none for packed text of which nothing is lost but a rest."""
     empty = f"; {deal.empty:,} {'row' if deal.empty == 1 else 'rows'} left out, without text" if deal.empty else ""
     if deal.packed and deal.format == "text":
@@ -33,7 +33,7 @@ def _counts(rows: Sequences) -> dict[str, int]:
     return {"sequences": len(rows), "tokens": rows.tokens, "predicted": rows.predicted}
 
 
-def as_document(deal: Deal) -> dict[str, Any]:
+def as_document(deal: Partition) -> dict[str, Any]:
     """A deal as plain values: every client's sequences, tokens and predicted tokens, and its shares."""
     clients = [
         {
@@ -58,7 +58,7 @@ def as_document(deal: Deal) -> dict[str, Any]:
     return {**facts, "clients": clients}
 
 
-def table(deal: Deal) -> list[str]:
+def table(deal: Partition) -> list[str]:
     """Lines of a table, a client each, with all of them as one in the last."""
     rows: list[tuple[str, ...]] = [("", "sequences", "tokens", "held out", "tokens", deal.by)]
     for number, shard in enumerate(deal.shards):
@@ -83,7 +83,7 @@ def _shares(shares: Mapping[str, int]) -> str:
     return ", ".join(words) + (f" and {more} more" if more > 0 else "")
 
 
-def plot(deal: Deal, path: Path) -> None:
+def plot(deal: Partition, path: Path) -> None:
     """Draws a bar a client, as long as it has sequences, in the colours of their owners or labels.
 
     Args:

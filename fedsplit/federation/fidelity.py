@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsplit.updates import Adapters, ClientUpdate, counted, mean_change, mean_changes
+from fedsplit.updates import Adapters, ClientUpdate, mean_change, mean_changes, weighted
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def measure(updates: Sequence[ClientUpdate], result: Adapters) -> Fidelity:
         updates: What the clients sent.
         result: What came of it.
     """
-    ordered, shares = counted(updates)
+    ordered, shares = weighted(updates)
     missed = wanted = 0.0
     layers = {}
     for layer in ordered[0].adapters.complete:

@@ -150,7 +150,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         shares: A `fedsplit.planning.Plan`.
         deal: A `fedsplit.corpora.partition.Partition`.
     """
-    from fedsplit.corpora.data_summary import stated, table
+    from fedsplit.corpora.data_summary import data_notes, table
 
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
     return [
@@ -159,7 +159,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         f"micro-batches: {shares.micro_batches}",
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
         f"strategy: {config.strategy}{kind}",
-        *stated(deal),
+        *data_notes(deal),
         *(table(deal) if config.data.show else []),
     ]
 

@@ -46,7 +46,7 @@ COMMANDS = {"planning", "checks", "simulate", "evaluate", "generate", "adapters"
 
 HOMES = {
     "bitsandbytes": {"optimization.optim", "model.quantization"},
-    "datasets": {"corpora.tables", "corpora.partition"},
+    "datasets": {"corpora.tables", "corpora.partitioners"},
     "flwr": {
         "federation.records",
         "federation.aggregation",
@@ -56,7 +56,7 @@ HOMES = {
         "federation.engine",
         "federation.rehearsal",
     },
-    "flwr_datasets": {"corpora.partition"},
+    "flwr_datasets": {"corpora.partitioners"},
     "huggingface_hub": {"model.hub"},
     "matplotlib": {"corpora.data_summary"},
     "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},

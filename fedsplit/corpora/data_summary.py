@@ -1,4 +1,4 @@
-"""Who holds what: a table, a document and a picture of a data set that has been dealt out."""
+"""The data summary: which client holds how much of what, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -9,32 +9,55 @@ from typing import Any
 from fedsplit.allowed import InputError
 from fedsplit.corpora.partition import Partition
 from fedsplit.corpora.sequences import Sequences
-from fedsplit.corpora.shards import Shard
 from fedsplit.report import aligned
 
 SHOWN = 4
-"""Owners or labels that the table names for each client: those it has most of."""
+"""Number of owners or labels that the table names for each client, the most frequent first."""
 
 
-def stated(deal: Partition) -> list[str]:
-    """Returns the run's line on the data; none for packed text of which nothing is lost but a rest."""
-    empty = f"; {deal.empty:,} {'row' if deal.empty == 1 else 'rows'} left out, without text" if deal.empty else ""
-    if deal.packed and deal.format == "text":
-        return [f"data: text; packed into sequences{empty}"] if empty else []
-    how = (
-        "whole texts packed into sequences" if deal.packed else "a text a sequence, padded to the longest of its batch"
-    )
-    lost = f"; {deal.cut:,} texts cut at the end" if deal.cut else ""
-    lost += f"; {deal.dropped:,} left out, since nothing was left to predict" if deal.dropped else ""
-    return [f"data: {deal.format}; {how}{lost}{empty}"]
+def data_notes(partition: Partition) -> list[str]:
+    """Returns the line that a run prints on its data, or no line for packed text without empty rows.
+
+    Example:
+        >>> data_notes(Partition([], "chat", packed=False, by="owner", cut=2, dropped=0))
+        ['data: chat; a text a sequence, padded to the longest of its batch; 2 texts cut at the end']
+    """
+    notes = []
+    if partition.packed and partition.format != "text":
+        notes.append("whole texts packed into sequences")
+    if not partition.packed:
+        notes.append("a text a sequence, padded to the longest of its batch")
+    if partition.cut:
+        notes.append(f"{partition.cut:,} texts cut at the end")
+    if partition.dropped:
+        notes.append(f"{partition.dropped:,} left out, since nothing was left to predict")
+    if partition.empty:
+        rows = "row" if partition.empty == 1 else "rows"
+        notes.append(f"{partition.empty:,} {rows} left out, without text")
+
+    if partition.packed and partition.format == "text":
+        if not partition.empty:
+            return []
+        notes.insert(0, "packed into sequences")
+    return ["; ".join([f"data: {partition.format}", *notes])]
 
 
-def _counts(rows: Sequences) -> dict[str, int]:
-    return {"sequences": len(rows), "tokens": rows.tokens, "predicted": rows.predicted}
+def as_document(partition: Partition) -> dict[str, Any]:
+    """Returns the summary as plain values, as data.json holds it.
 
-
-def as_document(deal: Partition) -> dict[str, Any]:
-    """A deal as plain values: every client's sequences, tokens and predicted tokens, and its shares."""
+    Each client has its numbers of sequences, tokens and predicted tokens, and the distribution of its sequences over
+    owners or labels.
+    """
+    facts: dict[str, Any] = {
+        "format": partition.format,
+        "packed": partition.packed,
+        "cut": partition.cut,
+        "dropped": partition.dropped,
+        "empty": partition.empty,
+        "by": partition.by,
+    }
+    if partition.classes:
+        facts["classes"] = list(partition.classes)
     clients = [
         {
             "client": number,
@@ -43,55 +66,66 @@ def as_document(deal: Partition) -> dict[str, Any]:
             "held_out": _counts(shard.held_out),
             "shares": dict(shard.shares),
         }
-        for number, shard in enumerate(deal.shards)
+        for number, shard in enumerate(partition.shards)
     ]
-    facts: dict[str, Any] = {
-        "format": deal.format,
-        "packed": deal.packed,
-        "cut": deal.cut,
-        "dropped": deal.dropped,
-        "empty": deal.empty,
-        "by": deal.by,
-    }
-    if deal.classes:
-        facts["classes"] = list(deal.classes)
     return {**facts, "clients": clients}
 
 
-def table(deal: Partition) -> list[str]:
-    """Lines of a table, a client each, with all of them as one in the last."""
-    rows: list[tuple[str, ...]] = [("", "sequences", "tokens", "held out", "tokens", deal.by)]
-    for number, shard in enumerate(deal.shards):
+def _counts(rows: Sequences) -> dict[str, int]:
+    return {"sequences": len(rows), "tokens": rows.tokens, "predicted": rows.predicted}
+
+
+def table(partition: Partition) -> list[str]:
+    """Returns the summary as the lines of a table, a client a line, and the totals in the last line.
+
+    Example:
+        >>> import torch
+        >>> from fedsplit.corpora.shards import Shard
+        >>> text = Sequences.packed(torch.zeros(3, 8, dtype=torch.long))
+        >>> shard = Shard("ann", train=text, held_out=text[:1], shares={"ann": 4})
+        >>> for line in table(Partition([shard], "text", packed=True, by="owner", cut=0, dropped=0)):
+        ...     print(line.rstrip())
+               sequences  tokens  held out  tokens  owner
+        0 ann          3      24         1       8  ann 100%
+        all            3      24         1       8
+    """
+    header = ("", "sequences", "tokens", "held out", "tokens", partition.by)
+    rows: list[tuple[str, ...]] = [header]
+    totals = [0, 0, 0, 0]
+    for number, shard in enumerate(partition.shards):
+        numbers = [len(shard.train), shard.train.tokens, len(shard.held_out), shard.held_out.tokens]
+        totals = [total + count for total, count in zip(totals, numbers, strict=True)]
         name = shard.name if shard.name == f"client {number}" else f"{number} {shard.name}"
-        rows.append((name, *_cells(shard), _shares(shard.shares)))
-    whole = [sum(int(row[place].replace(",", "")) for row in rows[1:]) for place in (1, 2, 3, 4)]
-    rows.append(("all", *(f"{count:,}" for count in whole), ""))
-    widths = [max(len(row[5]) for row in rows)]
-    return aligned([(*row[:5], row[5].ljust(widths[0])) for row in rows])
+        rows.append((name, *_with_commas(numbers), _distribution(shard.shares)))
+    rows.append(("all", *_with_commas(totals), ""))
+
+    # `aligned` aligns to the right; the last column reads better from the left.
+    width = max(len(row[-1]) for row in rows)
+    return aligned([(*row[:-1], row[-1].ljust(width)) for row in rows])
 
 
-def _cells(shard: Shard) -> tuple[str, str, str, str]:
-    train, held_out = shard.train, shard.held_out
-    return f"{len(train):,}", f"{train.tokens:,}", f"{len(held_out):,}", f"{held_out.tokens:,}"
+def _with_commas(numbers: list[int]) -> list[str]:
+    return [f"{number:,}" for number in numbers]
 
 
-def _shares(shares: Mapping[str, int]) -> str:
-    """Of what a client has most, and how much of it, in per cent."""
+def _distribution(shares: Mapping[str, int]) -> str:
+    """Returns the most frequent owners or labels of a client in per cent, and how many more there are."""
+    total = sum(shares.values())
     ordered = sorted(shares.items(), key=lambda share: (-share[1], share[0]))
-    words = [f"{name} {count / sum(shares.values()):.0%}" for name, count in ordered[:SHOWN]]
+    shown = ", ".join(f"{name} {count / total:.0%}" for name, count in ordered[:SHOWN])
     more = len(ordered) - SHOWN
-    return ", ".join(words) + (f" and {more} more" if more > 0 else "")
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
-def plot(deal: Partition, path: Path) -> None:
-    """Draws a bar a client, as long as it has sequences, in the colours of their owners or labels.
+def plot(partition: Partition, path: Path) -> None:
+    """Draws a bar for each client, as long as its number of sequences, coloured by owner or label.
 
     Args:
-        deal: The data.
-        path: A picture's file; its ending decides the type.
+        partition: The divided data set.
+        path: File of the picture; its ending decides the type.
 
     Raises:
-        InputError: matplotlib is not there, or cannot write such a file.
+        InputError: matplotlib is not installed, or cannot write the file.
     """
     try:
         import matplotlib
@@ -100,19 +134,22 @@ def plot(deal: Partition, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = sorted({name for shard in deal.shards for name in shard.shares})
+    shards = partition.shards
+    names = sorted({name for shard in shards for name in shard.shares})
     colours = pyplot.get_cmap("tab20")
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.3 * len(deal.shards)), layout="constrained")
-    places, left = range(len(deal.shards)), [0] * len(deal.shards)
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.3 * len(shards)), layout="constrained")
+
+    left = [0] * len(shards)
     for number, name in enumerate(names):
-        widths = [shard.shares.get(name, 0) for shard in deal.shards]
-        axes.barh(places, widths, left=left, color=colours(number % 20), label=name)
+        widths = [shard.shares.get(name, 0) for shard in shards]
+        axes.barh(range(len(shards)), widths, left=left, color=colours(number % 20), label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_yticks(places, [shard.name for shard in deal.shards])
+
+    axes.set_yticks(range(len(shards)), [shard.name for shard in shards])
     axes.invert_yaxis()
     axes.set_xlabel("sequences, held-out ones included")
     if len(names) <= 20:
-        figure.legend(title=deal.by, fontsize="small", loc="outside right upper")
+        figure.legend(title=partition.by, fontsize="small", loc="outside right upper")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

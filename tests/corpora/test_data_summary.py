@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedsplit.allowed import InputError
-from fedsplit.corpora.data_summary import as_document, plot, stated, table
+from fedsplit.corpora.data_summary import as_document, data_notes, plot, table
 from fedsplit.corpora.partition import Partition
 from fedsplit.corpora.sequences import Row, Sequences, stack
 from fedsplit.corpora.shards import Shard
@@ -59,12 +59,12 @@ def test_the_document(deal: Partition) -> None:
 
 
 def test_what_is_lost_is_stated(deal: Partition) -> None:
-    (line,) = stated(deal)
+    (line,) = data_notes(deal)
     assert "padded" in line and "1,234 texts cut" in line and "2 left out" in line
-    assert stated(Partition(deal.shards, "text", True, "owner", 0, 0)) == []
+    assert data_notes(Partition(deal.shards, "text", True, "owner", 0, 0)) == []
     for empty, words in ((1, "1 row left out, without text"), (1200, "1,200 rows left out, without text")):
         without = [replace(deal, empty=empty), Partition(deal.shards, "text", True, "owner", 0, 0, empty=empty)]
-        assert all(words in line for one in without for line in stated(one))
+        assert all(words in line for one in without for line in data_notes(one))
         assert [as_document(one)["empty"] for one in without] == [empty, empty]
 
 

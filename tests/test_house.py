@@ -51,7 +51,7 @@ COMMANDS = {"planning", "checks", "simulate", "evaluate", "generate", "adapters"
 
 HOMES = {
     "bitsandbytes": {"optimization.optim", "model.quantization"},
-    "datasets": {"corpora.tables", "corpora.partition"},
+    "datasets": {"corpora.tables", "corpora.partitioners"},
     "flwr": {
         "federation.records",
         "federation.aggregation",
@@ -61,9 +61,9 @@ HOMES = {
         "federation.engine",
         "federation.rehearsal",
     },
-    "flwr_datasets": {"corpora.partition"},
+    "flwr_datasets": {"corpora.partitioners"},
     "huggingface_hub": {"model.hub"},
-    "matplotlib": {"corpora.census"},
+    "matplotlib": {"corpora.data_summary"},
     "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "peft": {
         "adaptation.run_adapters",

@@ -16,6 +16,8 @@ MAY_DIFFER = (
     "resume",
     "rounds",
     "patience",
+    "sinks",
+    "engine",
     "workers",
     "threads",
     "timeout",
@@ -24,6 +26,9 @@ MAY_DIFFER = (
     "trunk.device",
 )
 """Settings that may change when a run is resumed."""
+
+REPEATABLE = ("sinks",)
+"""Lists whose flag may be given several times, each adding to the list."""
 
 
 def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
@@ -93,6 +98,8 @@ def add_setting(group: Any, name: str, default: str | None = None) -> None:
 
     metavar = {int: "N", float: "X"}.get(kind, "NAME")
     switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+    if name in REPEATABLE:
+        switch = {"action": "extend", "type": lambda text: text.split(",")}
     group.add_argument(*flags, dest=name, metavar=metavar, help=text, default=argparse.SUPPRESS, **switch)
 
 

@@ -193,11 +193,11 @@ class Snapshot:
 class RunFolder:
     """Everything a run leaves behind.
 
-    `config.toml` runs again with `--config`; `data.json` says who holds what; `metrics.jsonl` has an object an event;
-    `summary.json` the result; `adapter/` is one PEFT adapter of the unsplit model; `bottom_lora/`, `trunk_lora/`,
-    `top_lora/` are the same by part; `checkpoints/round-NNNN/` is the adapter after each round, with what `--resume`
-    needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own adapter where it
-    has one.
+    `config.toml` runs again with `--config`; `data.json` says who holds what; `adapter/` is one PEFT adapter of the
+    unsplit model; `bottom_lora/`, `trunk_lora/`, `top_lora/` are the same by part; `metrics.jsonl` and `summary.json`
+    are written by the sinks of `fedsplit.events.files`; `checkpoints/round-NNNN/` is the adapter after each round, with
+    what `--resume` needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own
+    adapter where it has one.
 
     Attributes:
         path: The folder.
@@ -231,12 +231,6 @@ class RunFolder:
                 raise SettingError("out", f"{path} (there already)", _FREE) from None
             self._lock = _lock(path)
         write_text(path / "config.toml", tomli_w.dumps(as_document(config)))
-
-    def log(self, event: Mapping[str, Any]) -> None:
-        """Appends an event to metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
 
     def save_data(self, document: Mapping[str, Any]) -> None:
         """Writes who holds what."""
@@ -321,12 +315,11 @@ class RunFolder:
         facts: dict[str, Any] = json.loads(text)
         return facts
 
-    def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
-        """Writes the final adapter, whole and by part, and the summary last."""
+    def save_result(self, adapters: Adapters) -> None:
+        """Writes the final adapter, whole and by part."""
         write_folder(self.path / "adapter", lambda folder: self._save(folder, adapters))
         for kind in self._ranges:
             write_folder(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
-        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def save_personal(self, client: int, adapters: Adapters) -> None:
         """Writes the adapter of the whole model as one client has it."""

@@ -41,7 +41,7 @@ from fedsplit.corpora.shards import Shard
 from fedsplit.documents import build
 from fedsplit.model.families import read_facts
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_unsplit, quantize_whole
+from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
@@ -169,7 +169,7 @@ class Bench:
         """Returns the unsplit model under PEFT with the same adapters."""
         base = load_unsplit(path, dtype).to(self.device)
         if bits:
-            base = quantize_whole(base, (1, 2), bits, self.device)
+            base = quantize_unsplit(base, (1, 2), bits, self.device)
         model = peft.get_peft_model(base, make_config(settings, read_facts(path).family))
         with torch.no_grad():
             for name, parameter in model.named_parameters():

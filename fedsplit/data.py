@@ -39,7 +39,8 @@ def look(config: Config) -> Any:
     return deal
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.data",
         description="Shows who would hold what: sequences and tokens, trained and held out, and whose they are.",
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
 
     def work() -> None:
-        asked, rest = _parser().parse_known_args(argv)
+        asked, rest = make_parser().parse_known_args(argv)
         config = parse(rest)
         quieten(offline=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
@@ -17,8 +18,12 @@ from fedsplit.environment import prepare
 from fedsplit.flags import parse
 
 
-def check(config: Config) -> tuple[Path, Any, Any]:
+def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
+
+    Args:
+        config: The run's.
+        strategy: An object in place of the strategy that the configuration names.
 
     Returns:
         The run's folder, not made yet, the strategy, and the data as they are dealt out.
@@ -66,13 +71,15 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     check_optimizer(config.train)
 
     def make_strategy() -> Any:
+        if strategy is not None:
+            return copy.deepcopy(strategy)
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
-    strategy = make_strategy()
-    check_strategy(strategy, config)
-    checks.check_stacked(strategy, config, facts)
+    chosen = make_strategy() if strategy is None else strategy
+    check_strategy(chosen, config)
+    checks.check_stacked(chosen, config, facts)
     check_quantization(config)
-    if not is_builtin(strategy):
+    if not is_builtin(chosen):
         rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
@@ -82,11 +89,15 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     checks.check_tokens(config, deal)
     folder_of_weights = weights(config, tell=print)  # last: they may have to be fetched first
     check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))
-    return folder, strategy, deal
+    return folder, chosen, deal
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, strategy: Any = None) -> dict[str, Any]:
     """Runs a federation.
+
+    Args:
+        config: Its settings.
+        strategy: An object in place of the strategy that the settings name; see `fedsplit.run`.
 
     Returns:
         The summary, as in summary.json.
@@ -97,7 +108,7 @@ def run(config: Config) -> dict[str, Any]:
     """
     started = time.perf_counter()
     prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
-    folder, strategy, deal = check(config)
+    folder, strategy, deal = check(config, strategy)
 
     from fedsplit.corpora.census import as_document
     from fedsplit.corpora.shards import on_disks

@@ -26,6 +26,9 @@ from fedsplit.model.parts import Kind, ranges
 from fedsplit.model.store import load_tensors, pack, round_of, sync, unpack, write_tensors, writing
 from fedsplit.updates import Adapters
 
+INPUTS = "inputs"
+"""Folder in a run's folder for the model and the data that were given as objects; written before the run begins."""
+
 
 def check_folder(path: Path) -> None:
     """Makes sure that a run's folder can be made, and leaves nothing behind.
@@ -35,7 +38,7 @@ def check_folder(path: Path) -> None:
     """
     nearest = path
     try:
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= {INPUTS}):
             raise SettingError("out", f"{path} (there already)", _FREE)
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:

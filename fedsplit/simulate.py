@@ -62,6 +62,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     from fedsplit.model.quantization import check_quantization
     from fedsplit.model.stored import check_checkpoint
     from fedsplit.optimization.optim import check_optimizer
+    from fedsplit.results.initial import check_initial
 
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     if config.resume:
@@ -87,6 +88,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     if deal.classes:
         checks.check_classifier(config)
     checks.check_tokens(config, deal)
+    check_initial(config, facts.family, len(deal.classes))
     folder_of_weights = weights(config, tell=print)  # last: they may have to be fetched first
     check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))
     return folder, chosen, deal
@@ -125,7 +127,7 @@ def run(config: Config, *, strategy: Any = None) -> dict[str, Any]:
     from fedsplit.trunk import cluster
     from fedsplit.trunk.actor import check_memory, start_trunk
 
-    content = content_of(deal.shards, about(config), weights(config))
+    content = content_of(deal.shards, about(config), weights(config), config.init_adapter)
     if config.resume:
         check_content(folder, config, content)
     facts = read_facts(about(config))
@@ -162,6 +164,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         deal: A `fedsplit.corpora.partition.Deal`.
     """
     from fedsplit.corpora.census import stated, table
+    from fedsplit.results import initial
 
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
     return [
@@ -170,6 +173,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         f"micro-batches: {shares.micro_batches}",
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
         f"strategy: {config.strategy}{kind}",
+        *initial.stated(config),
         *stated(deal),
         *(table(deal) if config.data.show else []),
     ]

@@ -67,6 +67,7 @@ HOMES = {
     "pandas": {"result"},
     "peft": {
         "adaptation.adapting",
+        "adaptation.initial_adapter",
         "adaptation.injection",
         "adaptation.lora",
         "adaptation.prompts",

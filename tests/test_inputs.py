@@ -44,7 +44,7 @@ def test_options_are_told_and_what_is_told_suffices() -> None:
     changed = FedProx(mu=0.25)
     changed.extra = torch.ones(2)  # type: ignore[attr-defined]
     assert strategy_settings(changed) == {"strategy": "strategies.fedprox:FedProx(...)", "strategy_options": {}}
-    assert strategy_settings(FedBuff("0,1"))["strategy"] == "strategies.fedbuff:FedBuff(...)"
+    assert strategy_settings(FedBuff("1,2"))["strategy"] == "strategies.fedbuff:FedBuff(...)"
 
 
 def test_a_class_of_a_notebook_is_told_as_one_that_cannot_be_made_again() -> None:
@@ -123,9 +123,12 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tiny_models: dict
     }
     given = [{"model": model} for model in models.values()] + [{"dataset": one} for one in texts.values()]
     for words, objects in zip([*models, *texts], given, strict=True):
-        with pytest.raises(SettingError, match=f"^{next(iter(objects))}: .*{words}.* is not possible") as refused:
-            with written(tmp_path / "run", **objects):
-                pass
+        name = next(iter(objects))
+        with (
+            pytest.raises(SettingError, match=f"^{name}: .*{words}.* is not possible") as refused,
+            written(tmp_path / "run", **objects),
+        ):
+            pass
         assert "\n" not in str(refused.value)
         assert list(tmp_path.iterdir()) == []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from fedsplit.adaptation import lora, prompts
+from fedsplit.adaptation import initial_adapter, lora, prompts
 from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.rank_allocation import adapted_layers
@@ -74,14 +74,24 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
         part = empty_part(about(config), config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
         part.requires_grad_(False)
         with torch.device("meta"):
-            adapt(part, config)
+            _add(part, config)
         tensors |= {name: parameter.detach() for name, parameter in lora.parameters(part).items()}
         layers |= lora.layers_of(part)
     return Adapters(tensors, layers)
 
 
 def adapt(part: Part, config: Config) -> None:
-    """Puts on a part what trains, in place; its base weights must be frozen already."""
+    """Puts on a part what trains, in place; its base weights must be frozen already.
+
+    Training starts from the adapter that the settings name, if they name one.
+    """
+    _add(part, config)
+    if config.init_adapter:
+        initial_adapter.place(part, config)
+
+
+def _add(part: Part, config: Config) -> None:
+    """Puts an adapter on a part that starts from nothing but the seed."""
     if config.prompt.kind == "off":
         lora.add(part, config.lora, config.seed, config.lm_head)
         if method_of(config.lora).allocates:
@@ -152,6 +162,27 @@ def check_made_by(folder: Path, config: Config, family: Family) -> None:
     Raises:
         InputError: It is another one.
     """
+    found = difference(folder, config, family)
+    if found is not None:
+        name, value, wanted = found
+        words = f"its {name} is {value}, by the run's settings {wanted}"
+        raise InputError(f"the adapter in {folder} is not what its run made: {words}")
+
+
+def difference(
+    folder: Path, config: Config, family: Family, ignored: Collection[str | None] = ()
+) -> tuple[str, object, object] | None:
+    """Returns the first field in which an adapter's file differs from what a run's settings make.
+
+    Args:
+        folder: The adapter's.
+        config: The run's.
+        family: The model's family.
+        ignored: Names of fields that may differ.
+
+    Returns:
+        Name of the field, its value in the file, and its value by the settings; None where no field differs.
+    """
     filed = PeftConfig.from_pretrained(str(folder))
     if config.prompt.kind != "off":
         wanted: dict[str, Any] = {"peft_type": prompts.PEFT_TYPES[config.prompt.kind]}
@@ -165,9 +196,9 @@ def check_made_by(folder: Path, config: Config, family: Family) -> None:
         found = getattr(filed, name, None)
         if name == "modules_to_save":
             found, value = ({*(some or ())} - {SCORE} for some in (found, value))
-        if _word(found) != _word(value):
-            words = f"its {name} is {_word(found)}, by the run's settings {_word(value)}"
-            raise InputError(f"the adapter in {folder} is not what its run made: {words}")
+        if name not in ignored and _word(found) != _word(value):
+            return name, _word(found), _word(value)
+    return None
 
 
 def _word(value: object) -> object:
@@ -192,5 +223,5 @@ def adopt(folder: Path, config: Config, *parts: Part) -> None:
     if method_of(config.lora).residual:  # the file has as factors, too, what was taken out of the base weights
         config = replace(config, lora=replace(config.lora, method="lora", options=""))
     for part in parts:
-        adapt(part, config)
+        _add(part, config)
     lora.adopt(whole, *parts)

@@ -7,7 +7,7 @@ by name, which are read, written and saved alike.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -388,15 +388,20 @@ def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
     return ""
 
 
-def load(directory: Path) -> Adapters:
+def load(directory: Path, skipped: Collection[str] = ()) -> Adapters:
     """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote; the inverse of `save`.
 
     What had been folded is in the factors; every layer has the alpha that goes with its own rank. Of an adapter that
     does more, or something else, than to add s * B @ A, there are tensors only, and no layers.
+
+    Args:
+        directory: Folder of the adapter.
+        skipped: Names of tensors that are left out, as if the file did not have them.
     """
     config = PeftConfig.from_pretrained(str(directory))
     named = load_file(directory / "adapter_model.safetensors")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in named.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     if beyond_factors(config, tensors):
         return Adapters(tensors, {})
     factored = sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,9 @@ def make_watcher(console: Console | None = None, errors: bool = False) -> PlainW
         errors: Standard error in its place, for a command whose standard output is its result alone.
     """
     console = console or Console(stderr=errors)
-    return LiveWatcher(console) if console.is_terminal else PlainWatcher(console)
+    # In a notebook rich moves its bar by way of ipywidgets, and warns where these are not installed.
+    moves = console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+    return LiveWatcher(console) if moves else PlainWatcher(console)
 
 
 def perplexity(loss: float) -> float:

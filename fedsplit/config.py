@@ -22,6 +22,7 @@ from fedsplit.allowed import (
     DEVICE,
     DTYPES,
     ENCODERS,
+    ENGINES,
     FIELDS,
     FORMATS,
     HEADS,
@@ -316,6 +317,11 @@ class Config:
     device: str = setting("cpu", DEVICE, "what the parts compute on; auto: a GPU where torch sees one")
     quantization: str = setting(
         "", QUANTIZATION, "parts whose base weights are kept in 4 or 8 bits by bitsandbytes, such as trunk:4,top:8"
+    )
+    engine: str = setting(
+        "ray",
+        one_of(ENGINES),
+        "ray: clients and trunk in processes of their own; local: all in this process, one client after the other",
     )
     workers: int = setting(0, at_least(0, MOST_AT_ONCE), "processes that play the clients; 0: as many as cores")
     threads: int = setting(

@@ -16,6 +16,7 @@ MAY_DIFFER = (
     "resume",
     "rounds",
     "patience",
+    "engine",
     "workers",
     "threads",
     "timeout",

@@ -261,7 +261,8 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     from fedsplit.generation.decoding import Ends
     from fedsplit.planning import plan
     from fedsplit.trunk import cluster
-    from fedsplit.trunk.actor import check_memory, start_trunk
+    from fedsplit.trunk.actor import start_trunk
+    from fedsplit.trunk.memory import check_memory
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
 
@@ -272,7 +273,8 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     with cluster.running(workers=1):
         trunk = start_trunk(config, name, shares.trunk_threads, adapter=folder)
         bottom, top = _load_ends(job)
-        check_memory(config, trunk)
+        if config.trunk.memory:
+            check_memory(config.trunk, trunk.status()["least_memory"])
         incarnation = trunk.status()["incarnation"]
         link = Link(trunk, make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule], name, incarnation)
         yield Ends(job.client, bottom, top, link), trunk

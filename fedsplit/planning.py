@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
@@ -54,7 +54,9 @@ def plan(config: Config, width: int = 0) -> Plan:
     Raises:
         SettingError: More clients should train at once than there are processes.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.engine == "local":
+        return _plan_local(config, width)
+    cores = _cores()
     workers = min(config.workers or cores, config.clients)
     fixed = config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every)
     at_once = min(cores, config.clients) if fixed else workers
@@ -75,3 +77,38 @@ def plan(config: Config, width: int = 0) -> Plan:
         config.train.micro_batches or micro_batches,
         config.trunk.lanes or (1 if alone else 2),
     )
+
+
+def _plan_local(config: Config, width: int) -> Plan:
+    """Plans a run in one process, in which clients and trunk compute in turns.
+
+    Raises:
+        SettingError: The settings ask for more than one client at a time.
+    """
+    if config.deterministic and config.trunk.group > 1:
+        raise SettingError(
+            "trunk.group", config.trunk.group, "1 with the engine local, which plays one client at a time"
+        )
+    if config.workers > 1:
+        raise SettingError("workers", config.workers, "0 or 1 with the engine local")
+    if config.trunk.memory:
+        allowed = "no limit with the engine local, where the trunk has no process of its own"
+        raise SettingError("trunk.memory", config.trunk.memory, allowed)
+    alike = plan(replace(config, engine="ray"), width)
+    if config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every):
+        return replace(alike, workers=1, trunk_lanes=1)  # threads and micro-batches decide how sums are rounded
+    cores = _cores()
+    return Plan(
+        workers=1,
+        client_threads=config.threads or cores,
+        trunk_threads=config.trunk.threads or config.threads or cores,
+        micro_batches=config.train.micro_batches or 1,
+        trunk_lanes=1,
+    )
+
+
+def _cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -33,6 +33,16 @@ class Watcher(Protocol):
         ...
 
 
+class SilentWatcher:
+    """Shows nothing."""
+
+    def phase(self, text: str, done: int, of: int) -> None:
+        """Is not shown."""
+
+    def line(self, text: str) -> None:
+        """Is not shown."""
+
+
 class PlainWatcher:
     """For output that is no terminal: a line a round, nothing that moves."""
 

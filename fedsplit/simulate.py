@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import time
 import warnings
@@ -114,18 +113,17 @@ def run(config: Config, *, strategy: Any = None) -> dict[str, Any]:
 
     from fedsplit.corpora.census import as_document
     from fedsplit.corpora.shards import on_disks
-    from fedsplit.federation import engine
-    from fedsplit.federation.aggregation import FederationFailed
+    from fedsplit.engines.session import engine_named
     from fedsplit.federation.checkpoint import RunFolder, check_content
+    from fedsplit.federation.clients import FederationFailed
+    from fedsplit.federation.federation import Federation, Job
     from fedsplit.federation.manifest import content_of
-    from fedsplit.federation.server_app import Federation
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import about, pinned, weights
     from fedsplit.planning import plan
     from fedsplit.report import make_watcher
-    from fedsplit.trunk import cluster
-    from fedsplit.trunk.actor import check_memory, start_trunk
+    from fedsplit.trunk.memory import check_memory
 
     content = content_of(deal.shards, about(config), weights(config), config.init_adapter)
     if config.resume:
@@ -137,17 +135,16 @@ def run(config: Config, *, strategy: Any = None) -> dict[str, Any]:
     with make_watcher() as watcher:
         for line in _opening(config, facts, shares, deal):
             watcher.line(line)
-        name = f"trunk-{os.getpid()}-{time.time_ns()}"
-        with cluster.running(shares.workers):
-            trunk = start_trunk(config, name, shares.trunk_threads, shares.trunk_lanes)
-            check_memory(config, trunk)
+        with engine_named(config.engine)(config, shares) as session:
+            if config.trunk.memory:
+                check_memory(config.trunk, session.trunk.status()["least_memory"])
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(deal))
-            machine = shares.workers, shares.client_threads
             work = workloads(config, deal.shards)
-            federation = Federation(config, trunk, name, *machine, work, strategy, results, watcher, started)
+            job = Job(config, strategy, work, results, watcher, started)
+            federation = Federation(job, session.trunk, session.name, shares.client_threads)
             with on_disks(results.clients, deal.shards):
-                engine.simulate(federation, config.clients)
+                session.play(federation)
     if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
         raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     watcher.finish(federation.summary, str(folder))

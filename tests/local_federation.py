@@ -1,4 +1,4 @@
-"""A federation in this process, with a watcher that remembers and replies that can be spoilt."""
+"""A federation in this process, with a watcher that remembers and answers that can be spoilt."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
 
-from experiments import in_process
-from experiments.in_process import LocalGrid, Silent
 from fedsplit.config import Config
-from fedsplit.federation.server_app import Federation
+from fedsplit.engines import local
+from fedsplit.federation.federation import Federation
+from fedsplit.federation.messages import Answer, Request
+from fedsplit.report import SilentWatcher
 
 
-class Lines(Silent):
+class Lines(SilentWatcher):
     """A watcher that remembers."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ def federate(
     out: Path,
     strategy: Any,
     monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[Message, Message], Message] = lambda message, reply: reply,
+    spoil: Callable[[Request, Answer], Answer] = lambda request, answer: answer,
 ) -> tuple[Federation, Lines]:
     """Runs a whole federation.
 
@@ -38,14 +38,14 @@ def federate(
         config: Its configuration.
         out: The run's folder.
         strategy: Ours or Flower's.
-        monkeypatch: Puts the grid that spoils where the federation gets its own.
-        spoil: Changes replies on their way to the server.
+        monkeypatch: Puts the clients that spoil where the federation gets its own.
+        spoil: Changes answers on their way to the server.
     """
 
-    class SpoiltGrid(LocalGrid):
-        def deliver(self, message: Message) -> Message:
-            return spoil(message, super().deliver(message))
+    class SpoiltClients(local.LocalClients):
+        def answer(self, request: Request) -> Answer:
+            return spoil(request, super().answer(request))
 
-    monkeypatch.setattr(in_process, "LocalGrid", SpoiltGrid)
+    monkeypatch.setattr(local, "LocalClients", SpoiltClients)
     lines = Lines()
-    return in_process.federate(config, out, strategy, lines), lines
+    return local.federate(config, out, strategy, lines), lines

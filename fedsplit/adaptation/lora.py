@@ -271,6 +271,33 @@ def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
                 weight.addmm_(narrow.up, narrow.down)
 
 
+def base_weights(part: Part, layers: Collection[str]) -> dict[str, Tensor]:
+    """Copies the frozen weights below a part's adapters.
+
+    Args:
+        part: The part.
+        layers: Layers of the unsplit model; layers of other parts are passed over.
+
+    Returns:
+        Weights by layer, as the library stores them: (out, in), or (in, out) for GPT-2's Conv1D.
+    """
+    found = {}
+    for name, module in part.named_modules():
+        layer = part.whole_name(name)
+        if isinstance(module, LoraLayer) and layer in layers:
+            found[layer] = module.base_layer.weight.detach().clone()
+    return found
+
+
+@torch.no_grad()
+def put_back(part: Part, weights: Mapping[str, Tensor]) -> None:
+    """Writes weights from `base_weights` back to their layers."""
+    for name, module in part.named_modules():
+        layer = part.whole_name(name)
+        if isinstance(module, LoraLayer) and layer in weights:
+            module.base_layer.weight.copy_(weights[layer])
+
+
 def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
     """Counts a part's parameters.
 

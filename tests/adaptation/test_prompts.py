@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import strategies
-from experiments.in_process import LocalTrunk
 from fedsplit import adapters, simulate
 from fedsplit.adaptation import lora, prompts
 from fedsplit.adaptation.adapting import adapt
@@ -48,6 +47,7 @@ from fedsplit.results.finished import find_adapter, open_run
 from fedsplit.results.fitting import read_fitting
 from fedsplit.results.merging import combine, merge
 from fedsplit.seeds import derive_seed
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.codecs import make_codec

@@ -18,7 +18,6 @@ from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.adapting import adapt, adopt, bare_parts
 from fedsplit.adaptation.injection import exported, make_config
@@ -41,6 +40,7 @@ from fedsplit.model.unsplit import load_whole
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
 from fedsplit.trunk.learners import Start
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
 from strategies.fedavg import FedAvg

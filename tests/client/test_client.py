@@ -13,7 +13,6 @@ from conftest import VOCABULARY, without_dropout
 from peft import get_peft_model
 from transformers import get_scheduler
 
-from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.client import Client, Diverged
@@ -28,6 +27,7 @@ from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_whole
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Task
 from fedsplit.wire.codecs import Codec, make_codec

@@ -162,10 +162,10 @@ def test_one_client_follows_plain_peft(model_path: Path, head: str) -> None:
     """Eight steps of AdamW, the trunk's among them, with the library's code."""
     from conftest import without_dropout
 
-    from experiments.in_process import LocalTrunk
     from fedsplit.client.client import Client
     from fedsplit.client.link import Link
     from fedsplit.corpora.shards import Shard
+    from fedsplit.trunk.local import LocalTrunk
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fedsplit.federation.aggregation import FederationFailed
+from fedsplit.federation.clients import FederationFailed
 
 
 class StallWatch:

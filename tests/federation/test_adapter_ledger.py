@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedsplit.federation.holdings import Holdings
 
 from fedsplit.config import Config, LoraSettings, TrunkSettings
-from fedsplit.federation.holdings import Holdings
 from fedsplit.lowrank import LowRank
 from fedsplit.model.store import ClientStore, Kept
 from fedsplit.trunk.learners import Copy

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from uuid import uuid4
 
 import pytest
-from flwr.app import Error, Message, RecordDict
-
 from experiments.in_process import Silent, name_run
-from fedsplit.federation.aggregation import FederationFailed, Member
 from fedsplit.federation.exchange import LEAST_UNDER_WAY, UNDER_WAY_EACH, Exchange, Interrupted, _reason
 from fedsplit.federation.stalls import StallWatch
+from flwr.app import Error, Message, RecordDict
+
+from fedsplit.federation.aggregation import FederationFailed, Member
 
 
 class Slow:

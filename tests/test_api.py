@@ -23,7 +23,7 @@ from fedsplit.updates import Adapters, ClientUpdate
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
 
-SMALL = {"cut": "1:2", "clients": 2, "rounds": 1, "workers": 1, "threads": 1}
+SMALL = {"cut": "1:2", "clients": 2, "rounds": 1, "engine": "local", "threads": 1}
 SMALL |= {"train": {"steps": 1, "batch_size": 2, "max_length": 16, "lr": 0.05}, "lora": {"rank": 2}}
 SMALL |= {"eval": {"samples": 2, "after": 0}}
 
@@ -39,7 +39,7 @@ def same(one: Path, two: Path) -> bool:
 
 @pytest.fixture
 def small(
-    tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_ray: None
+    tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
     """Keywords of a small run, in this process."""
     monkeypatch.chdir(tmp_path)
@@ -57,7 +57,7 @@ def test_keywords_are_the_settings_of_the_command(small: dict[str, Any], monkeyp
     command = ["--train.clip", "0.1", "--strategy", "fedprox", "--strategy.mu", "0.5", "--cut", "1:2", "--clients", "2"]
     command += ["--rounds", "1", "--train.steps", "1", "--batch-size", "2", "--max-length", "16", "--lr", "0.05"]
     command += ["--lora.rank", "2", "--model", str(small["model"]), "--dataset", str(small["dataset"])]
-    command += ["--workers", "1", "--threads", "1", "--out", "one"]
+    command += ["--engine", "local", "--threads", "1", "--out", "one"]
     assert asked == [flags.parse(command)] * 3
 
 

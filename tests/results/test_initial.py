@@ -123,7 +123,7 @@ def test_a_manifest_knows_the_adapter_by_its_content(model: Path, tmp_path: Path
     assert content_of([], model, model).start == {}
 
 
-SMALL = {"cut": "1:2", "clients": 2, "rounds": 1, "workers": 1, "threads": 1, "kernels": "library"}
+SMALL = {"cut": "1:2", "clients": 2, "rounds": 1, "engine": "local", "threads": 1, "kernels": "library"}
 SMALL |= {"train": {"steps": 1, "batch_size": 2, "max_length": 16, "lr": 0.05}, "eval": {"samples": 2, "after": 0}}
 SMALL |= {"lora": {"rank": 4, "alpha": 6.0, "targets": PLACES["gpt2"][0], "dropout": 0.0}}
 
@@ -131,7 +131,7 @@ SMALL |= {"lora": {"rank": 4, "alpha": 6.0, "targets": PLACES["gpt2"][0], "dropo
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["shared", "copies"])
 def test_a_run_begins_where_peft_is_with_the_adapter_and_goes_on_to_the_bit(
-    schedule: str, model: Path, corpus_file: Path, tmp_path: Path, without_ray: None
+    schedule: str, model: Path, corpus_file: Path, tmp_path: Path
 ) -> None:
     folder = make("gpt2", "plain", model, tmp_path / "adapter")
     given = {**SMALL, "model": model, "dataset": corpus_file, "init_adapter": folder, "trunk__schedule": schedule}
@@ -153,7 +153,7 @@ def test_a_run_begins_where_peft_is_with_the_adapter_and_goes_on_to_the_bit(
 
 @pytest.mark.slow
 def test_clients_of_several_ranks_start_from_it_and_fresh_starts_are_refused(
-    model: Path, corpus_file: Path, tmp_path: Path, without_ray: None
+    model: Path, corpus_file: Path, tmp_path: Path
 ) -> None:
     folder = make("gpt2", "plain", model, tmp_path / "adapter")
     lora = {**SMALL["lora"], "rank": (2, 4)}  # type: ignore[dict-item]

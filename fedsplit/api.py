@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -41,7 +41,7 @@ def run(
             client, which gives each client its own.
         model: Name or folder of a model, a loaded `transformers.PreTrainedModel`, or a pair of one and its tokenizer.
         tokenizer: Tokenizer of a loaded model.
-        sinks: Names of sinks.
+        sinks: Names of sinks, or objects with the methods `handle` and `close` (`fedsplit.events.Sink`).
         objective: Name of an objective.
         metrics: Names of metrics.
         **settings: Any other setting. One of a section is written `train={"lr": 3e-4}` or `train__lr=3e-4`, and a
@@ -65,7 +65,15 @@ def run(
     named = {name: value for name, value in (("strategy", strategy), ("dataset", dataset)) if _is_name(value)}
     if _is_name(model) and tokenizer is None:
         named["model"] = model
-    named |= _names_of(sinks, objective, metrics)
+    if objective is not None:
+        (named["objective"],) = _names_of("objective", [objective])
+    if names := _names_of("metrics", metrics):
+        named["metric"] = names
+    given_sinks = list(sinks)
+    if names := [sink for sink in given_sinks if _is_name(sink)]:
+        named["sinks"] = names
+    observers = [sink for sink in given_sinks if not _is_name(sink)]
+    _check_sinks(observers)
     if _is_texts_by_client(dataset):
         settings = {"clients": len(dataset), "partition": "natural", **settings}
     asked = _settled(config, {**settings, **named})
@@ -74,6 +82,7 @@ def run(
         "strategy": None if _is_name(strategy) else strategy,
         "dataset": None if _is_name(dataset) else dataset,
         "model": _pair(model, tokenizer),
+        "sinks": observers,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries, as the command has it
@@ -117,18 +126,37 @@ def _pair(model: object, tokenizer: object) -> object:
     return model, tokenizer
 
 
-def _names_of(sinks: Iterable[object], objective: object, metrics: Iterable[object]) -> dict[str, Any]:
-    """Returns the settings that name sinks, objective and metrics.
+def _check_sinks(sinks: Iterable[object]) -> None:
+    """Makes sure that objects can receive events.
 
     Raises:
-        InputError: One of them is an object.
+        SettingError: One cannot.
     """
-    given = {"sinks": list(sinks), "objective": [objective] if objective is not None else [], "metrics": list(metrics)}
-    for name, values in given.items():
-        for value in values:
-            if not _is_name(value):
-                raise SettingError(name, f"an object of the type {type(value).__name__}", "the name of one")
-    return {name: values[0] if name == "objective" else values for name, values in given.items() if values}
+    for sink in sinks:
+        if isinstance(sink, type) or not (hasattr(sink, "handle") and hasattr(sink, "close")):
+            allowed = "the name of a class, or an object with the methods handle and close"
+            raise SettingError("sinks", _kind_of(sink), allowed)
+
+
+def _names_of(name: str, values: Iterable[object]) -> list[object]:
+    """Returns the names among values that may be names only.
+
+    Args:
+        name: Keyword that the values were given by.
+        values: The values.
+
+    Raises:
+        SettingError: One is an object.
+    """
+    names = list(values)
+    for value in names:
+        if not _is_name(value):
+            raise SettingError(name, _kind_of(value), "the name of one: an object cannot cross to the clients")
+    return names
+
+
+def _kind_of(value: object) -> str:
+    return f"the class {value.__qualname__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 
 def _settled(config: Config | str | os.PathLike[str] | None, keywords: Mapping[str, Any]) -> Config:
@@ -144,7 +172,7 @@ def _settled(config: Config | str | os.PathLike[str] | None, keywords: Mapping[s
     if config is None or _is_name(config):
         return settle(values, options, None if config is None else Path(config))
     words = "a Config, or the path of a TOML file"
-    raise SettingError("config", f"an object of the type {type(config).__name__}", words)
+    raise SettingError("config", _kind_of(config), words)
 
 
 def _by_dotted_name(keywords: Mapping[str, Any]) -> tuple[dict[str, object], dict[str, Any]]:
@@ -185,7 +213,7 @@ def _set_in(config: Config) -> tuple[dict[str, object], dict[str, Any]]:
     return values, dict(config.strategy_options)
 
 
-def _run(config: Config, strategy: object, dataset: object, model: object) -> Result:
+def _run(config: Config, strategy: object, dataset: object, model: object, sinks: Sequence[Any]) -> Result:
     """Runs what a configuration asks for, with objects in place of what it names."""
     from fedsplit import inputs, simulate  # not before the environment is prepared
 
@@ -195,12 +223,12 @@ def _run(config: Config, strategy: object, dataset: object, model: object) -> Re
         for name, given in (("dataset", dataset), ("model", model)):
             if given is not None:
                 raise InputError(f"{name} cannot be set for a run that goes on: its folder has it already")
-        simulate.run(config, strategy=strategy)
+        simulate.run(config, strategy=strategy, sinks=sinks)
         return open(config.resume)
     folder = Path(config.out) if config.out else _free_folder()
     with inputs.written(folder, model, dataset) as found:
         config = replace(config, out=str(folder), **found)
-        simulate.run(config, strategy=strategy)
+        simulate.run(config, strategy=strategy, sinks=sinks)
     return open(folder)
 
 

@@ -159,6 +159,7 @@ def as_document(config: Config) -> dict[str, Any]:
     document = dataclasses.asdict(config)
     del document["out"], document["resume"]
     document["share"] = list(config.share)
+    document["sinks"] = list(config.sinks)
     document["lora"]["targets"] = list(config.lora.targets)
     document["lora"]["rank"] = list(config.lora.rank) if len(config.lora.rank) > 1 else config.lora.rank[0]
     return document

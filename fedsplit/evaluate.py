@@ -311,10 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         quieten(offline=not asked.dataset)
         how = asked.dataset, asked.client, asked.samples, data, asked.device
 
-        from fedsplit.report import make_watcher
+        from fedsplit.events.screen import make_screen
 
-        with make_watcher(errors=True) as watcher:
-            results = evaluate(run, *how, watcher.phase)
+        with make_screen(errors=True) as screen:
+            results = evaluate(run, *how, screen.phase)
         print(*lines(results, run.config.data.format == "classification"), sep="\n")
 
     return exit_code(work)

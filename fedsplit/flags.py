@@ -16,6 +16,7 @@ MAY_DIFFER = (
     "resume",
     "rounds",
     "patience",
+    "sinks",
     "engine",
     "workers",
     "threads",
@@ -25,6 +26,9 @@ MAY_DIFFER = (
     "trunk.device",
 )
 """What may be set of a run that goes on."""
+
+REPEATABLE = ("sinks",)
+"""Lists whose flag may be given several times, each adding to the list."""
 
 
 def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
@@ -81,6 +85,8 @@ def add_setting(group: Any, name: str, default: str | None = None) -> None:
     choices = f": {words}" if " | " in words else ""
     text = (leaf.metadata["help"] + choices + end).replace("%", "%%")
     values: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+    if name in REPEATABLE:
+        values = {"action": "extend", "type": lambda text: text.split(",")}
     group.add_argument(*flags, dest=name, metavar=metavar, help=text, default=argparse.SUPPRESS, **values)
 
 

@@ -179,7 +179,7 @@ def _described(value: object) -> str:
         return repr(value) if isinstance(value, str) else str(value)
     if inspect.isclass(value):
         return f"the class {value.__qualname__}"
-    return f"an object of the type {type(value).__qualname__}"
+    return f"an object of type {type(value).__name__}"
 
 
 def _reason(error: Exception) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from fedsplit.command import exit_code
 from fedsplit.config import Config
 from fedsplit.environment import prepare
+from fedsplit.events import Sink
 from fedsplit.flags import parse
 
 
@@ -54,6 +55,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
 
     from fedsplit.adaptation.injection import check_injection
     from fedsplit.client.heldout import deal_of
+    from fedsplit.events.user_sinks import check_sinks
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.checkpoint import check_folder, check_resumable
     from fedsplit.federation.rehearsal import rehearse
@@ -69,6 +71,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     else:
         check_folder(folder)
     check_optimizer(config.train)
+    check_sinks(config.sinks)
 
     def make_strategy() -> Any:
         if strategy is not None:
@@ -93,12 +96,13 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     return folder, chosen, deal
 
 
-def run(config: Config, *, strategy: Any = None) -> dict[str, Any]:
+def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Runs a federation.
 
     Args:
         config: Its settings.
         strategy: An object in place of the strategy that the settings name; see `fedsplit.run`.
+        sinks: Receive its events, beside the sinks that the settings name.
 
     Returns:
         The summary, as in summary.json.
@@ -114,6 +118,11 @@ def run(config: Config, *, strategy: Any = None) -> dict[str, Any]:
     from fedsplit.corpora.census import as_document
     from fedsplit.corpora.shards import on_disks
     from fedsplit.engines.session import engine_named
+    from fedsplit.events.emitter import Emitter
+    from fedsplit.events.event_types import Notice
+    from fedsplit.events.files import MetricsFile, SummaryFile
+    from fedsplit.events.screen import make_screen
+    from fedsplit.events.user_sinks import make_sinks
     from fedsplit.federation.checkpoint import RunFolder, check_content
     from fedsplit.federation.clients import FederationFailed
     from fedsplit.federation.federation import Federation, Job
@@ -122,7 +131,6 @@ def run(config: Config, *, strategy: Any = None) -> dict[str, Any]:
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import about, pinned, weights
     from fedsplit.planning import plan
-    from fedsplit.report import make_watcher
     from fedsplit.trunk.memory import check_memory
 
     content = content_of(deal.shards, about(config), weights(config), config.init_adapter)
@@ -132,22 +140,22 @@ def run(config: Config, *, strategy: Any = None) -> dict[str, Any]:
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config, facts.width)
     config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
-    with make_watcher() as watcher:
+    users = [*make_sinks(config.sinks), *sinks]
+    with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):
-            watcher.line(line)
+            emit(Notice(text=line))
         with engine_named(config.engine)(config, shares) as session:
             if config.trunk.memory:
                 check_memory(config.trunk, session.trunk.status()["least_memory"])
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(deal))
             work = workloads(config, deal.shards)
-            job = Job(config, strategy, work, results, watcher, started)
+            job = Job(config, strategy, work, results, emit, started)
             federation = Federation(job, session.trunk, session.name, shares.client_threads)
             with on_disks(results.clients, deal.shards):
                 session.play(federation)
-    if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
-        raise FederationFailed("the server stopped before the last round was over; was its output closed?")
-    watcher.finish(federation.summary, str(folder))
+        if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
+            raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     return federation.summary
 
 

@@ -152,7 +152,6 @@ def main(model: str, corpus: str, folder: str) -> None:
     from fedsplit.documents import build
     from fedsplit.engines.local import federate
     from fedsplit.federation.strategy import load_strategy
-    from fedsplit.report import SilentWatcher
 
     torch.set_num_threads(1)
     register()
@@ -180,7 +179,7 @@ def main(model: str, corpus: str, folder: str) -> None:
             config = build(values | more)
             rule = load_strategy(strategy, {}, {"seed": 0, "clients": 2})
             with Pretence() if device == PLACE else contextlib.nullcontext():
-                done = federate(config, Path(folder) / f"{name}-{device.type}", rule, SilentWatcher())
+                done = federate(config, Path(folder) / f"{name}-{device.type}", rule)
             assert done.summary is not None
             losses.setdefault(name, []).append([*done.summary["eval_loss"].values()])
     with Pretence():

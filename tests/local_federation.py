@@ -1,4 +1,4 @@
-"""A federation in this process, with a watcher that remembers and answers that can be spoilt."""
+"""A federation in this process, with a sink that remembers and answers that can be spoilt."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import pytest
 
 from fedsplit.config import Config
 from fedsplit.engines import local
+from fedsplit.events import Event, Sink
+from fedsplit.events.screen import line_of
 from fedsplit.federation.federation import Federation
 from fedsplit.federation.messages import Answer, Request
-from fedsplit.report import SilentWatcher
 
 
-class Lines(SilentWatcher):
-    """A watcher that remembers."""
+class Lines(Sink):
+    """A sink that remembers the events, and the lines that they leave on the screen."""
 
     def __init__(self) -> None:
+        self.events: list[Event] = []
         self.lines: list[str] = []
 
-    def line(self, text: str) -> None:
-        self.lines.append(text)
+    def handle(self, event: Event) -> None:
+        self.events.append(event)
+        if (line := line_of(event)) is not None:
+            self.lines.append(line)
 
 
 def federate(

@@ -83,7 +83,6 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
     from fedsplit.engines.local import federate
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.strategy import load_strategy
-    from fedsplit.report import SilentWatcher
 
     values = {**BASE, "dataset": str(corpus), **CASES[case]}
     options = {name.partition(".")[2]: values.pop(name) for name in list(values) if name.startswith("strategy.")}
@@ -94,7 +93,7 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
     try:
         for step in steps:
             config = build({**values, **step}, options)
-            federate(config, out, load_strategy(config.strategy, options, strategy_defaults(config)), SilentWatcher())
+            federate(config, out, load_strategy(config.strategy, options, strategy_defaults(config)))
     finally:
         torch.set_num_threads(threads)
     return {"files": _digests(out), "norms": norms(out), "losses": _losses(out)}

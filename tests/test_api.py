@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fedsplit
 from fedsplit import api, flags
 from fedsplit.config import Config, TrainSettings
+from fedsplit.events import Event, RoundEvaluated
 from fedsplit.updates import Adapters, ClientUpdate
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
@@ -86,10 +87,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"dataset": 3}, "dataset: 3 is not possible; allowed: a name, a file"),
     ({"model": 3}, "model: 3 is not possible; allowed: a name, a folder"),
     ({"model": "sotu-gpt2", "tokenizer": object()}, "tokenizer: one of object is not possible; allowed: one together"),
-    ({"config": 3}, "config: an object of the type int is not possible; allowed: a Config, or the path of a TOML"),
+    ({"config": 3}, "config: an object of type int is not possible; allowed: a Config, or the path of a TOML"),
     ({"config": "gone.toml"}, "config: gone.toml is not possible; allowed: a TOML file that can be read"),
     ({"resume": "gone"}, "resume: gone is not possible; allowed: the folder of a run"),
-    ({"sinks": [object()]}, "sinks: an object of the type object is not possible"),
+    ({"sinks": [object()]}, "sinks: an object of type object is not possible; allowed: the name of a class, or an"),
+    ({"objective": len}, "objective: an object of type builtin_function_or_method is not possible; allowed: the name"),
 ]
 
 
@@ -209,3 +211,33 @@ def test_the_package_offers_what_it_lists() -> None:
     assert dir(fedsplit) == sorted(fedsplit.__all__)
     with pytest.raises(AttributeError, match="module 'fedsplit' has no attribute 'runn'"):
         fedsplit.runn  # noqa: B018
+
+
+class Losses:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.closed = 0
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, RoundEvaluated):
+            self.losses.append(event.loss)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_sink_is_an_object_that_hears_the_run(small: dict[str, Any]) -> None:
+    sink = Losses()
+    result = fedsplit.run(**small, sinks=[sink], out="one")
+    held_out = result.losses[(result.losses.split == "held_out") & (result.losses.client == "all")]
+    assert (sink.losses, sink.closed) == (list(held_out.loss), 1)
+
+
+def test_names_and_objects_of_sinks_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Config, Any]] = []
+    monkeypatch.setattr(api, "_run", lambda config, **objects: asked.append((config, objects["sinks"])))
+    sink = Losses()
+    fedsplit.run(sinks=["mine.py:Sink", sink])
+    assert [(config.sinks, sinks) for config, sinks in asked] == [(("mine.py:Sink",), [sink])]

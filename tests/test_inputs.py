@@ -109,7 +109,7 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tiny_models: dict
         "Unpicklable": Unpicklable(),
         "GPT2LMHeadModel with no tokenizer": model,
         "GPT2LMHeadModel with an adapter": (adapted, tokenizer),
-        "GPT2LMHeadModel with an object of the type Unpicklable": (model, Unpicklable()),
+        "GPT2LMHeadModel with an object of type Unpicklable": (model, Unpicklable()),
         "GPT2LMHeadModel": (empty, tokenizer),
     }
     transformed = datasets.Dataset.from_dict(ROWS).with_transform(lambda rows: rows)

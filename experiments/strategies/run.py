@@ -115,7 +115,6 @@ def measure(config: Config) -> dict[str, Any]:
     from fedsplit.engines.local import federate
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.strategy import check_strategy, load_strategy
-    from fedsplit.report import SilentWatcher
 
     started = time.perf_counter()
     strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
@@ -123,7 +122,7 @@ def measure(config: Config) -> dict[str, Any]:
     norms = watch_norms(strategy)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        summary = federate(config, out, strategy, SilentWatcher()).summary
+        summary = federate(config, out, strategy).summary
         events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert summary is not None
     return {**outcome(config, events, summary), "change_norms": norms, "seconds": time.perf_counter() - started}

@@ -20,6 +20,9 @@ import torch
 from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
 from fedsplit.corpora.shards import on_disks
+from fedsplit.events import Sink
+from fedsplit.events.emitter import Emitter
+from fedsplit.events.files import MetricsFile, SummaryFile
 from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.client_service import ClientService
 from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, check_introductions
@@ -31,7 +34,6 @@ from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import about, weights
 from fedsplit.planning import Plan
-from fedsplit.report import Watcher
 from fedsplit.trunk.local import LocalTrunk
 
 
@@ -109,14 +111,14 @@ def running(config: Config, plan: Plan) -> Iterator[LocalSession]:
         torch.set_num_threads(threads)
 
 
-def federate(config: Config, out: Path, strategy: Any, watcher: Watcher) -> Federation:
+def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federation:
     """Runs a whole federation here, in a folder of its own, with one thread and the settings as they are.
 
     Args:
         config: Configuration of the run.
         out: Folder of the run.
         strategy: Strategy of ours or of Flower's.
-        watcher: Takes lines and progress for the reader.
+        sinks: Receive the events of the run, beside the files of its folder.
 
     Returns:
         The federation, which has its summary.
@@ -127,8 +129,9 @@ def federate(config: Config, out: Path, strategy: Any, watcher: Watcher) -> Fede
     with running(config, Plan(1, 1, 1, 1, 1)) as session:
         content = content_of(shards, about(config), weights(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
-        job = Job(config, strategy, workloads(config, shards), folder, watcher, started)
+        emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
+        job = Job(config, strategy, workloads(config, shards), folder, emit, started)
         federation = Federation(job, session.trunk, session.name, threads=1)  # type: ignore[arg-type]
-        with on_disks(folder.clients, shards):
+        with emit, on_disks(folder.clients, shards):
             session.play(federation)
     return federation

@@ -23,7 +23,7 @@ from fedsplit.documents import as_document
 from fedsplit.federation import manifest
 from fedsplit.model.families import Family
 from fedsplit.model.parts import Kind, ranges
-from fedsplit.model.store import load_tensors, pack, round_of, sync, unpack, write_tensors, writing
+from fedsplit.model.store import load_tensors, pack, round_of, sync, unpack, write_tensors, write_text, writing
 from fedsplit.updates import Adapters
 
 INPUTS = "inputs"
@@ -228,11 +228,11 @@ class Snapshot:
 class RunFolder:
     """Everything a run leaves behind.
 
-    `config.toml` runs again with `--config`; `data.json` says who holds what; `metrics.jsonl` has an object an event;
-    `summary.json` the result; `adapter/` is one PEFT adapter of the unsplit model; `bottom_lora/`, `trunk_lora/`,
-    `top_lora/` are the same by part; `checkpoints/round-NNNN/` is the adapter after each round, with what `--resume`
-    needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own adapter where it
-    has one.
+    `config.toml` runs again with `--config`; `data.json` says who holds what; `adapter/` is one PEFT adapter of the
+    unsplit model; `bottom_lora/`, `trunk_lora/`, `top_lora/` are the same by part; `metrics.jsonl` and `summary.json`
+    are written by the sinks of `fedsplit.events.files`; `checkpoints/round-NNNN/` is the adapter after each round, with
+    what `--resume` needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own
+    adapter where it has one.
 
     Attributes:
         path: The folder.
@@ -265,17 +265,11 @@ class RunFolder:
             except FileExistsError:  # it was not there when it was checked: a run that began meanwhile has it
                 raise SettingError("out", f"{path} (there already)", _FREE) from None
             self._lock = _lock(path)
-        _replace(path / "config.toml", tomli_w.dumps(as_document(config)))
-
-    def log(self, event: Mapping[str, Any]) -> None:
-        """Appends an event to metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        write_text(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def save_data(self, document: Mapping[str, Any]) -> None:
         """Writes who holds what."""
-        _replace(self.path / "data.json", json.dumps(document, indent=2) + "\n")
+        write_text(self.path / "data.json", json.dumps(document, indent=2) + "\n")
 
     def snapshot(self) -> Snapshot | None:
         """Where a run that goes on was; None for one that begins. Events of later rounds are dropped."""
@@ -286,7 +280,7 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         events = [line for line in metrics.read_bytes().splitlines(keepends=True) if _is_event(line)]
         kept = [line.decode() for line in events if json.loads(line)["round"] <= facts["round"]]
-        _replace(metrics, "".join(kept))
+        write_text(metrics, "".join(kept))
         return Snapshot(facts["round"], facts, unpack(load_tensors(last / _TENSORS)))
 
     def save_round(
@@ -356,12 +350,11 @@ class RunFolder:
         facts: dict[str, Any] = json.loads(text)
         return facts
 
-    def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
-        """Writes the final adapter, whole and by part, and the summary last."""
+    def save_result(self, adapters: Adapters) -> None:
+        """Writes the final adapter, whole and by part."""
         write_whole(self.path / "adapter", lambda folder: self._save(folder, adapters))
         for kind in self._ranges:
             write_whole(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
-        _replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def save_personal(self, client: int, adapters: Adapters) -> None:
         """Writes the adapter of the whole model as one client has it."""
@@ -393,23 +386,6 @@ def _personal_in(written: manifest.Manifest) -> list[str]:
 
 def _round_folder(run: Path, round: int) -> Path:
     return run / "checkpoints" / f"round-{round:04d}"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
-
-    Raises:
-        NotWritten: It could not be written; what was there before is as it was.
-    """
-    draft = path.with_name(f".{path.name}.draft")
-    with writing(path):
-        try:
-            draft.write_text(text, encoding="utf-8")
-            sync(draft)
-            draft.rename(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
 
 
 def _is_event(line: bytes) -> bool:

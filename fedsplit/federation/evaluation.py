@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from fedsplit.events.event_types import Progress, RoundEvaluated
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Evaluate, Reply, serialised_bytes
 from fedsplit.federation.parties import Parties
@@ -58,7 +58,7 @@ def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Sc
             scores[client] = to_score(reply, parties.sender(client), parties.workloads[client])
         except RefusedUpdate as refused:
             reason = str(refused)
-            parties.watcher.line(f"{refused}; it is left out")
+            parties.report_failure("evaluating", round, attempt, client, reason, refused=True)
         else:
             usable[client] = reply
             state.totals.client_memory = max(state.totals.client_memory, memory_of(reply))
@@ -105,27 +105,30 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: int) -> dict[in
 
     def heard(reply: Reply, done: int) -> None:
         replies[reply.client] = reply
-        parties.watcher.phase(f"{parties.label(round)}  evaluating", done, count)
+        rounds = parties.config.rounds
+        parties.emit(Progress(phase="evaluating", round=round, rounds=rounds, done=done, of=count))
 
-    parties.ask(requests(), heard)
+    parties.ask(requests(), heard, "evaluating", round, attempt)
     sample = Evaluate(parties.briefing, 0, tensors=tensors, changes=ledger.news)
     totals.traffic["adapter_down"] += sample.change_bytes * count
     totals.traffic["evaluation_adapter_down"] += serialised_bytes(tensors) * count
     return replies
 
 
-def event_of(parties: Parties, state: RunState, round: int, found: Evaluation) -> dict[str, Any]:
+def event_of(parties: Parties, state: RunState, round: int, found: Evaluation) -> RoundEvaluated:
     """Returns the event that reports an evaluation."""
-    loss = found.total.loss
-    quality = {"accuracy": found.total.accuracy} if state.accuracy else {"perplexity": perplexity(loss)}
-    return {
-        "event": "evaluate",
-        "round": round,
-        "loss": loss,
-        **quality,
-        "clients": {parties.name(client): score.loss for client, score in found.scores.items()},
-        "forgotten": dict(found.forgotten),
-        "adapter_bytes": state.totals.adapter_bytes(),
-        "tokens": sum(score.tokens for score in found.scores.values()),
-        "seconds": found.seconds,
-    }
+    sent = state.totals.bytes_of_round(parties.trunk.status()["traffic"])
+    has_classes = bool(state.accuracy)
+    return RoundEvaluated(
+        round=round,
+        loss=found.total.loss,
+        accuracy=found.total.accuracy if has_classes else None,
+        perplexity=None if has_classes else perplexity(found.total.loss),
+        clients={parties.name(client): score.loss for client, score in found.scores.items()},
+        forgotten=dict(found.forgotten),
+        adapter_bytes={way: sent[f"adapter_{way}"] for way in ("up", "down")},
+        bytes=sent,
+        tokens=sum(score.tokens for score in found.scores.values()),
+        seconds=found.seconds,
+        elapsed=state.totals.seconds,
+    )

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.config import Config
 from fedsplit.documents import as_document
+from fedsplit.events.emitter import Emit
+from fedsplit.events.event_types import Notice, Progress, RoundEnded, RunEnded, RunStarted
+from fedsplit.events.versions import versions
 from fedsplit.federation import evaluation
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.aggregation import make_aggregation
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
 from fedsplit.federation.clients import Clients, FederationFailed
+from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.messages import Briefing
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.round import Round, personal_of
@@ -23,8 +27,6 @@ from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.tally import Tally
 from fedsplit.federation.training import mean
 from fedsplit.federation.workload import Workload
-from fedsplit.optimization.stopping import Course
-from fedsplit.report import Watcher, round_line
 from fedsplit.updates import Adapters
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Job:
         strategy: Strategy of ours or of Flower's.
         workloads: Bounds of the counts that clients may report, by client.
         folder: Folder of the run; holds the checkpoint of a run that goes on.
-        watcher: Takes lines and progress for the reader.
+        emit: Reports the events of the run.
         started: Start of the command, by `time.perf_counter`.
     """
 
@@ -48,7 +50,7 @@ class Job:
     strategy: Any
     workloads: Sequence[Workload]
     folder: RunFolder
-    watcher: Watcher
+    emit: Emit
     started: float
 
 
@@ -92,12 +94,14 @@ class Federation:
         parties = self._gather(clients)
         state, parameters = self._meet(parties)
         trained = {part: counts["trainable"] for part, counts in parameters.items()}
-        self._job.watcher.line(coverage(self._config, trained))
-        state = self._begin_or_resume(parties, state)
+        self._job.emit(Notice(text=coverage(self._config, trained)))
+        snapshot = self._job.folder.snapshot()
+        self._report_start(parties, parameters, snapshot)
+        state = self._begin_or_resume(parties, state, snapshot)
         while state.round < self._config.rounds and not state.stopping.is_over:
             round = Round(parties, state)
             state = round.play()
-            self._announce(parties, state, round.training_loss)
+            self._announce(state, round.training_loss)
         self._leave_result(parties, state, parameters)
 
     def _gather(self, clients: Clients) -> Parties:
@@ -111,7 +115,7 @@ class Federation:
             personal="".join(sorted(self._aggregation.traits.personal)),
         )
         return Parties(
-            self._config, briefing, self._trunk, clients, job.workloads, self._aggregation, job.folder, job.watcher
+            self._config, briefing, self._trunk, clients, job.workloads, self._aggregation, job.folder, job.emit
         )
 
     def _meet(self, parties: Parties) -> tuple[RunState, dict[str, Any]]:
@@ -120,11 +124,11 @@ class Federation:
         Returns:
             The state before the first round, and the counts of parameters by part.
         """
-        count, watcher = self._config.clients, parties.watcher
-        watcher.phase("loading the parts", 0, count)
+        count = self._config.clients
+        self._report_loading(0)
         first = None
         for done, introduction in enumerate(parties.clients.meet(parties.briefing, count), start=1):
-            watcher.phase("loading the parts", done, count)
+            self._report_loading(done)
             if introduction.client == 0:
                 first = introduction
         if first is None:
@@ -141,7 +145,7 @@ class Federation:
             moments=self._trunk.moments(),
             ledger=ledger,
             totals=Tally(self._job.started),
-            stopping=Course(self._config.patience, self._config.min_delta),
+            stopping=EarlyStopping(self._config.patience, self._config.min_delta),
         )
         parameters = {
             "bottom": first.parameters["bottom"],
@@ -150,16 +154,32 @@ class Federation:
         }
         return state, parameters
 
-    def _begin_or_resume(self, parties: Parties, state: RunState) -> RunState:
+    def _report_loading(self, done: int) -> None:
+        """Reports how many clients have loaded their parts."""
+        config = self._config
+        self._job.emit(Progress(phase="loading", round=0, rounds=config.rounds, done=done, of=config.clients))
+
+    def _report_start(self, parties: Parties, parameters: Mapping[str, Any], snapshot: Snapshot | None) -> None:
+        """Reports that all clients are there."""
+        event = RunStarted(
+            settings=as_document(self._config),
+            versions=versions(),
+            clients=[parties.name(client) for client in range(self._config.clients)],
+            parameters=parameters,
+            aggregated_parts=aggregated_parts(self._config),
+            after_round=snapshot.round if snapshot is not None else 0,
+            folder=str(self._job.folder.path),
+        )
+        self._job.emit(event)
+
+    def _begin_or_resume(self, parties: Parties, state: RunState, snapshot: Snapshot | None) -> RunState:
         """Measures the model as it is before the first round, or brings back the last committed round."""
-        snapshot = self._job.folder.snapshot()
         if snapshot is not None:
             return self._restore(parties, state, snapshot)
         found = evaluation.evaluate(parties, state, 0, {})
         state.before = found.total.loss
-        event = evaluation.event_of(parties, state, 0, found)
-        parties.folder.log({**event, "elapsed": state.totals.seconds})
-        self._announce(parties, state, None)
+        parties.emit(evaluation.event_of(parties, state, 0, found))
+        self._announce(state, None)
         return state
 
     def _restore(self, parties: Parties, state: RunState, snapshot: Snapshot) -> RunState:
@@ -177,15 +197,21 @@ class Federation:
             self._trunk.write(*state.ledger.trunk_end(state.adapters))
         self._trunk.commit()
         state.restore(snapshot.round, snapshot.facts)
-        parties.watcher.line(f"goes on after round {snapshot.round}  held-out loss {state.after:.4f}")
+        parties.emit(Notice(text=f"goes on after round {snapshot.round}  held-out loss {state.after:.4f}"))
         return state
 
-    def _announce(self, parties: Parties, state: RunState, training_loss: float | None) -> None:
-        """Shows the line of a round."""
-        totals, accuracy = state.totals, state.accuracy.get("after")
-        label = parties.label(state.round)
-        line = round_line(label, training_loss, state.after, accuracy, totals.seconds, totals.speed)
-        parties.watcher.line(line)
+    def _announce(self, state: RunState, training_loss: float | None) -> None:
+        """Reports that a round is over."""
+        event = RoundEnded(
+            round=state.round,
+            rounds=self._config.rounds,
+            training_loss=training_loss,
+            held_out_loss=state.after,
+            accuracy=state.accuracy.get("after"),
+            tokens_per_second=state.totals.speed,
+            elapsed=state.totals.seconds,
+        )
+        self._job.emit(event)
 
     def _leave_result(self, parties: Parties, state: RunState, parameters: Mapping[str, Any]) -> None:
         """Writes the adapters that the run leaves, of its last round or of its best, and the summary."""
@@ -193,7 +219,7 @@ class Federation:
         leaves_best = self._config.keep_best and not stopping.is_best
         if stopping.is_over or leaves_best:
             best = f"the best round was {stopping.best}, with a held-out loss of {stopping.lowest:.4f}"
-            parties.watcher.line(f"ends after round {stopping.last}: {stopping.reason}; {best}")
+            parties.emit(Notice(text=f"ends after round {stopping.last}: {stopping.reason}; {best}"))
 
         if leaves_best:
             left = stopping.best
@@ -210,7 +236,8 @@ class Federation:
         self.summary = self._summarise(state, parameters, left)
         for client, adapters in personal.items():  # before the summary, which says that a run is complete
             folder.save_personal(client, adapters)
-        folder.save_result(whole, self.summary)
+        folder.save_result(whole)
+        parties.emit(RunEnded(summary=self.summary, folder=str(folder.path)))
 
     def _summarise(self, state: RunState, parameters: Mapping[str, Any], left: int) -> dict[str, Any]:
         """Returns the content of summary.json.

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedsplit.config import Config
+from fedsplit.events.emitter import Emit
+from fedsplit.events.event_types import ClientFailed, Phase
 from fedsplit.federation.aggregation import Aggregation
 from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.clients import Clients, FederationFailed
 from fedsplit.federation.messages import TRUNK_LOST, Briefing, Failure, Reply, Request
 from fedsplit.federation.workload import Workload
-from fedsplit.report import Watcher
 from fedsplit.trunk.schedules import SCHEDULES, Schedule
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Parties:
         workloads: Bounds of the counts that clients may report, by client.
         aggregation: The strategy at work.
         folder: Folder of the run.
-        watcher: Takes lines and progress for the reader.
+        emit: Reports the events of the run.
     """
 
     config: Config
@@ -48,7 +49,7 @@ class Parties:
     workloads: Sequence[Workload]
     aggregation: Aggregation
     folder: RunFolder
-    watcher: Watcher
+    emit: Emit
 
     @property
     def schedule(self) -> Schedule:
@@ -67,12 +68,15 @@ class Parties:
         """Returns a client's name."""
         return self.clients.nodes[client].name
 
-    def ask(self, requests: Iterable[Request], heard: Heard) -> None:
-        """Asks clients, and hands on each reply as it arrives; clients that fail are named at the end.
+    def ask(self, requests: Iterable[Request], heard: Heard, phase: Phase, round: int, attempt: int) -> None:
+        """Asks clients, and hands on each reply as it arrives; clients that fail are reported at the end.
 
         Args:
             requests: One to each client that is asked.
             heard: Takes the replies.
+            phase: Phase that the requests belong to.
+            round: Round that they belong to.
+            attempt: Number of earlier attempts at this round.
 
         Raises:
             NobodyAnswered: All clients failed.
@@ -93,7 +97,22 @@ class Parties:
             self.trunk.leave(answer.client)
 
         for failure in failures:
-            self.watcher.line(f"{self.name(failure.client)} failed and is left out: {failure.reason}")
+            self.report_failure(phase, round, attempt, failure.client, failure.reason)
         if not replied:
             reason = failures[0].reason if failures else "nobody was asked"
             raise NobodyAnswered(f"no client answered: {reason}")
+
+    def report_failure(
+        self, phase: Phase, round: int, attempt: int, client: int, reason: str, refused: bool = False
+    ) -> None:
+        """Reports a client that failed, or whose reply cannot be used."""
+        event = ClientFailed(
+            round=round,
+            attempt=attempt,
+            phase=phase,
+            client=client,
+            client_name=self.name(client),
+            reason=reason,
+            refused=refused,
+        )
+        self.emit(event)

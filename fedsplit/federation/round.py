@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsplit.events.event_types import Event, RoundAggregated
 from fedsplit.federation import evaluation, training
+from fedsplit.federation.aggregation_error import measure
 from fedsplit.federation.checkpoint import Snapshot
 from fedsplit.federation.clients import FederationFailed
-from fedsplit.federation.fidelity import measure
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.training import Training
@@ -48,7 +48,7 @@ class Round:
         self._assigned: Mapping[int, Assignment] = {}
         self._training = Training({})
         self._loss: float | None = None
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []  # reported when the round commits
         self.number = state.round + 1
         self.attempt = attempt
         self.state = state.copy()
@@ -75,7 +75,7 @@ class Round:
         """Has the clients train, and the trunk with them; collects their updates."""
         self._training = training.train(self._parties, self.state, self.number, self._assigned, self.attempt)
         self._loss = self._training.loss
-        self._record(training.event_of(self._parties, self.number, self._training))
+        self._events.append(training.event_of(self._parties, self.state, self.number, self._training))
 
     def aggregate(self) -> None:
         """Has the strategy make one set of adapters of all updates, which every party takes over."""
@@ -97,17 +97,17 @@ class Round:
         if not updates:
             return
 
-        fidelity = measure(updates, result)
-        state.error = fidelity.overall
-        self._record(
-            {
-                "event": "aggregate",
-                "round": self.number,
-                "seconds": seconds,
-                "error": fidelity.overall,
-                "layers": fidelity.layers,
-                "residual_rank": fidelity.residual_rank,
-            }
+        error = measure(updates, result)
+        state.error = error.overall
+        self._events.append(
+            RoundAggregated(
+                round=self.number,
+                seconds=seconds,
+                error=error.overall,
+                layers=error.layers,
+                residual_rank=error.residual_rank,
+                elapsed=state.totals.seconds,
+            )
         )
 
     def evaluate(self) -> None:
@@ -116,7 +116,7 @@ class Round:
         changed = self._has_changed()
         self._training.updates, self._training.replies = [], []  # their tensors are needed no more
         found = evaluation.evaluate(self._parties, self.state, self.number, own, self.attempt)
-        self._record(evaluation.event_of(self._parties, self.state, self.number, found))
+        self._events.append(evaluation.event_of(self._parties, self.state, self.number, found))
         self.state.stopping.note(self.number, found.total.loss, changed)
 
     def commit(self) -> RunState:
@@ -132,7 +132,7 @@ class Round:
         save(parties, state)
         parties.trunk.commit()
         for event in self._events:
-            parties.folder.log(event)
+            parties.emit(event)
         return state
 
     def discard(self) -> RunState:
@@ -157,10 +157,6 @@ class Round:
     def training_loss(self) -> float | None:
         """Mean training loss of the clients in nats; None where nobody trained."""
         return self._loss
-
-    def _record(self, event: Mapping[str, Any]) -> None:
-        """Keeps an event until the round commits."""
-        self._events.append({**event, "elapsed": self.state.totals.seconds})
 
     def _has_changed(self) -> bool:
         """Returns whether the round changed anything of the model.

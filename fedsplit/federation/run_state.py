@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fedsplit.federation.adapter_ledger import AdapterLedger
+from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.tally import Tally
-from fedsplit.optimization.stopping import Course
 from fedsplit.updates import Adapters
 
 
@@ -39,7 +38,7 @@ class RunState:
     moments: Mapping[str, Tensor]
     ledger: AdapterLedger
     totals: Tally
-    stopping: Course
+    stopping: EarlyStopping
     round: int = 0
     before: float = 0.0
     after: float = 0.0
@@ -52,7 +51,7 @@ class RunState:
         return replace(
             self,
             ledger=self.ledger.copy(),
-            totals=replace(self.totals, traffic=Counter(self.totals.traffic), _told=Counter(self.totals._told)),
+            totals=self.totals.copy(),
             stopping=replace(self.stopping),
             forgotten=dict(self.forgotten),
             accuracy=dict(self.accuracy),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from fedsplit.events.event_types import Notice, Progress, RoundTrained
 from fedsplit.federation.client_order import groups_of, takes_turns
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Reply, Train
 from fedsplit.federation.parties import NobodyAnswered, Parties
 from fedsplit.federation.replies import memory_of, sample_of, to_update, without_tensors
 from fedsplit.federation.run_state import RunState
+from fedsplit.optimization.rates import last_rate
 from fedsplit.scores import Score
 from fedsplit.updates import Assignment, ClientUpdate, RefusedUpdate
 
@@ -70,7 +71,7 @@ def train(parties: Parties, state: RunState, round: int, assigned: Mapping[int, 
     training.counts = trunk.end_round([update.client for update in training.updates])
     if training.counts.get("unusable"):
         reason = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
-        parties.watcher.line(f"{parties.label(round)}  {reason} ({parties.config.train.lr:g})")
+        parties.emit(Notice(text=f"{parties.label(round)}  {reason} ({parties.config.train.lr:g})"))
     if schedule.personal:
         training.updates = ledger.with_copies(training.updates, trunk.copies(), assigned)
     for update in training.updates:
@@ -112,13 +113,13 @@ class _Collection:
     def collect(self) -> Training:
         """Asks all groups, one after the other."""
         parties = self._parties
-        parties.watcher.phase(f"{parties.label(self._round)}  training", 0, len(self._assigned))
+        self._show()
         reason = "no client sent anything that can be used"
         for group in self._groups:
             if self._alternates:
                 parties.trunk.begin(group)
             try:
-                parties.ask(self._requests(group), self._heard)
+                parties.ask(self._requests(group), self._heard, "training", self._round, self._attempt)
             except NobodyAnswered as failed:  # clients of other groups may
                 reason = str(failed)
         if self._groups and not self._used:
@@ -169,12 +170,19 @@ class _Collection:
         self._show()
 
     def _show(self) -> None:
-        parties = self._parties
+        """Reports how many clients have trained."""
         losses = [update.loss for _, update in self._used.values()]
-        speed = self._tokens / (time.perf_counter() - self._started)
-        done, expected = len(losses), len(self._assigned)
-        status = f"{done}/{expected} trained  loss {mean(losses):.4f}  {speed:,.0f} tokens/s"
-        parties.watcher.phase(f"{parties.label(self._round)}  {status}", done, expected)
+        self._parties.emit(
+            Progress(
+                phase="training",
+                round=self._round,
+                rounds=self._parties.config.rounds,
+                done=len(losses),
+                of=len(self._assigned),
+                loss=mean(losses) if losses else None,
+                tokens_per_second=self._tokens / (time.perf_counter() - self._started),
+            )
+        )
 
     def _accepted(self, reply: Reply) -> ClientUpdate | None:
         """Returns a reply as an update with its weight; one that cannot be used is named and left out."""
@@ -184,7 +192,7 @@ class _Collection:
         try:
             update = to_update(reply, given, returned, parties.sender(client), parties.workloads[client])
         except RefusedUpdate as refused:
-            parties.watcher.line(f"{refused}; it is left out")
+            parties.report_failure("training", self._round, self._attempt, client, str(refused), refused=True)
             return None
         return replace(update, weight=_weight(update, parties.config.weights))
 
@@ -203,20 +211,21 @@ def _weight(update: ClientUpdate, by: str) -> float:
     return 1.0 if update.examples else 0.0
 
 
-def event_of(parties: Parties, round: int, training: Training) -> dict[str, Any]:
+def event_of(parties: Parties, state: RunState, round: int, training: Training) -> RoundTrained:
     """Returns the event that reports a round's training."""
-    event: dict[str, Any] = {
-        "event": "train",
-        "round": round,
-        "loss": training.loss,
-        "clients": {parties.name(update.client): update.loss for update in training.updates},
-    }
     router_losses = [update.router_loss for update in training.updates if update.router_loss is not None]
-    if router_losses:
-        event["router_aux_loss"] = mean(router_losses)
     resident = parties.trunk.status()["resident_memory"]
-    event |= {"tokens": training.tokens, "seconds": training.seconds}
-    return event | {"trunk": {**training.counts, "resident_memory": resident}}
+    return RoundTrained(
+        round=round,
+        loss=training.loss,
+        clients={parties.name(update.client): update.loss for update in training.updates},
+        router_aux_loss=mean(router_losses) if router_losses else None,
+        learning_rate=last_rate(parties.config.train, round, parties.config.rounds),
+        tokens=training.tokens,
+        seconds=training.seconds,
+        trunk={**training.counts, "resident_memory": resident},
+        elapsed=state.totals.seconds,
+    )
 
 
 def mean(values: Sequence[float]) -> float:

@@ -60,6 +60,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
             raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all, and to the disk before it returns.
+
+    Raises:
+        NotWritten: It could not be written; what was there before is as it was.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    with writing(path):
+        try:
+            draft.write_text(text, encoding="utf-8")
+            sync(draft)
+            draft.rename(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
 def sync(path: Path) -> None:
     """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -24,7 +24,7 @@ from fedsplit.allowed import InputError, SettingError
 from fedsplit.config import LoraSettings
 from fedsplit.documents import build, from_document
 from fedsplit.evaluate import held_out_loss
-from fedsplit.federation.fidelity import measure
+from fedsplit.federation.aggregation_error import measure
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.model.families import read_facts
 from fedsplit.model.parts import ranges

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.federation.fidelity import measure
+from fedsplit.federation.aggregation_error import measure
 from fedsplit.lowrank import LowRank
 from fedsplit.updates import Adapters, ClientUpdate, Layer
 

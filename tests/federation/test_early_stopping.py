@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.optimization.stopping import Course
+from fedsplit.federation.early_stopping import EarlyStopping
 
 
-def after(losses: list[float], patience: int = 0, min_delta: float = 0.0) -> Course:
-    course = Course(patience, min_delta)
+def after(losses: list[float], patience: int = 0, min_delta: float = 0.0) -> EarlyStopping:
+    course = EarlyStopping(patience, min_delta)
     for round, loss in enumerate(losses, start=1):
         course.note(round, loss)
     return course
@@ -46,7 +46,7 @@ def test_a_loss_that_is_no_number_betters_nothing() -> None:
 
 def test_a_round_that_changed_nothing_is_no_evidence() -> None:
     """Neither for patience nor as the mark that later losses have to better; it is a round all the same."""
-    course = Course(patience=2)
+    course = EarlyStopping(patience=2)
     for round in (1, 2, 3):
         course.note(round, 3.0, changed=False)
     assert (course.is_over, course.waited, course.last, course.best) == (False, 0, 3, 1)
@@ -66,7 +66,7 @@ def test_a_round_that_changed_nothing_is_no_evidence() -> None:
     least=st.sampled_from([0.0, 0.5]),
 )
 def test_a_course_goes_on_from_what_was_saved(losses: list[float], stop: int, patience: int, least: float) -> None:
-    again = Course(patience, least)
+    again = EarlyStopping(patience, least)
     again.go_on(json.loads(json.dumps(after(losses[:stop], patience, least).document())))
     for round, loss in list(enumerate(losses, start=1))[stop:]:
         again.note(round, loss)

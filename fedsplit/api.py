@@ -78,7 +78,7 @@ def run(
         settings = {"clients": len(dataset), "partition": "natural", **settings}
     asked = _settled(config, {**settings, **named})
 
-    objects = {
+    objects: dict[str, Any] = {
         "strategy": None if _is_name(strategy) else strategy,
         "dataset": None if _is_name(dataset) else dataset,
         "model": _pair(model, tokenizer),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -30,8 +31,8 @@ import transformers
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt, bare_parts
 from fedsplit.adaptation.injection import make_config
+from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.config import Config, LoraSettings
@@ -279,9 +280,7 @@ class Bench:
         for step in range(sizes.repeats + 1):
             for name, trunk in trunks.items():
                 size = sizes.together if name == "batched" else 1
-                speed = self._tokens_a_second(
-                    tokens, lambda trunk=trunk, step=step, size=size: self._step(trunk, step, size)
-                )  # type: ignore[misc]
+                speed = self._tokens_a_second(tokens, functools.partial(self._step, trunk, step, size))
                 if step:  # the first one compiles
                     found[name].append(speed)
         return found

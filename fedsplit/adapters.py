@@ -219,7 +219,7 @@ def _export(asked: argparse.Namespace) -> list[str]:
     check_same_base(adapters)
     tasks = as_tasks(adapters, asked.names.split(",") if asked.names else ())
     _check_out(asked.out)
-    from fedsplit.federation.checkpoint import write_whole
+    from fedsplit.durable import write_folder
     from fedsplit.results.fitting import read_known
     from fedsplit.results.whole import check_same_head
 
@@ -231,7 +231,7 @@ def _export(asked: argparse.Namespace) -> list[str]:
         for name, adapter in tasks.items():
             copy_adapter(adapter, draft / name)
 
-    write_whole(asked.out, fill)
+    write_folder(asked.out, fill)
     first, *others = tasks
     code = [f'model = PeftModel.from_pretrained(base, "{asked.out}/{first}", adapter_name="{first}")']
     code += [f'model.load_adapter("{asked.out}/{name}", adapter_name="{name}")' for name in others]

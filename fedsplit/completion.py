@@ -17,7 +17,7 @@ from typing import Any
 
 import fedsplit
 from fedsplit.__main__ import COMMANDS
-from fedsplit.adaptation.methods import METHODS
+from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.allowed import PROMPTED
 from fedsplit.command import exit_code
 from fedsplit.config import DEFAULT_MODEL, LEAVES
@@ -49,7 +49,7 @@ def values_of(name: str) -> list[str]:
     if name == "strategy":
         return _strategies()
     if name == "lora.method":
-        return [*METHODS, *PROMPTED]
+        return [*ADAPTER_METHODS, *PROMPTED]
     leaf, _ = LEAVES[name]
     words = [word.partition("[")[0] for word in leaf.metadata["allowed"].words.split(" | ")]
     # Of the pattern of a value, such as cuda:N, a shell would complete the letters.

@@ -26,9 +26,9 @@ def look(config: Config) -> Any:
     from fedsplit.checks import check_lengths, check_tokens
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about
+    from fedsplit.model.sources import config_folder
 
-    check_lengths(config, read_facts(about(config)))
+    check_lengths(config, read_facts(config_folder(config)))
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 

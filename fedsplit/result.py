@@ -141,7 +141,7 @@ class Result:
         Raises:
             InputError: The base model is not there any more.
         """
-        from fedsplit.model.sources import about
+        from fedsplit.model.sources import config_folder
         from fedsplit.model.vocabulary import load_tokenizer
 
-        return load_tokenizer(about(self.config))
+        return load_tokenizer(config_folder(self.config))

@@ -34,11 +34,11 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     from fedsplit import checks
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about, weights
+    from fedsplit.model.sources import config_folder, weights_folder
     from fedsplit.planning import plan
 
     checks.check_prompt(config)
-    facts = read_facts(about(config))
+    facts = read_facts(config_folder(config))
     checks.check_cut(config, facts)
     checks.check_training(config)
     checks.check_trunk(config)
@@ -60,8 +60,8 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     from fedsplit.federation.checkpoint import check_folder, check_resumable
     from fedsplit.federation.rehearsal import rehearse
     from fedsplit.federation.strategy import check_strategy, is_builtin, load_strategy
+    from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.quantization import check_quantization
-    from fedsplit.model.stored import check_checkpoint
     from fedsplit.optimization.optim import check_optimizer
     from fedsplit.results.initial import check_initial
 
@@ -91,7 +91,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
         checks.check_classifier(config)
     checks.check_tokens(config, deal)
     check_initial(config, facts.family, len(deal.classes))
-    folder_of_weights = weights(config, tell=print)  # last: they may have to be fetched first
+    folder_of_weights = weights_folder(config, tell=print)  # last: they may have to be fetched first
     check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))
     return folder, chosen, deal
 
@@ -129,14 +129,14 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
     from fedsplit.federation.manifest import content_of
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about, pinned, weights
+    from fedsplit.model.sources import config_folder, pinned, weights_folder
     from fedsplit.planning import plan
     from fedsplit.trunk.memory import check_memory
 
-    content = content_of(deal.shards, about(config), weights(config), config.init_adapter)
+    content = content_of(deal.shards, config_folder(config), weights_folder(config), config.init_adapter)
     if config.resume:
         check_content(folder, config, content)
-    facts = read_facts(about(config))
+    facts = read_facts(config_folder(config))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config, facts.width)
     config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedsplit import completion
-from fedsplit.adaptation.methods import METHODS
+from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.config import LEAVES
 from fedsplit.federation.strategy import builtin_package
 from fedsplit.flags import flag_of
@@ -46,7 +46,7 @@ def test_bash_completes_what_a_setting_may_be(name: str, tmp_path: Path) -> None
 
 def test_values_are_those_that_the_settings_allow() -> None:
     assert completion.values_of("strategy") == sorted(builtin_package().STRATEGIES)
-    assert {*METHODS} < {*completion.values_of("lora.method")}
+    assert {*ADAPTER_METHODS} < {*completion.values_of("lora.method")}
     for name, (leaf, kind) in LEAVES.items():
         for value in completion.values_of(name):
             assert leaf.metadata["allowed"].test({"true": True, "false": False}[value] if kind is bool else value), name

@@ -26,6 +26,8 @@ GROUND = {
     "lowrank",
     "updates",
     "scores",
+    "durable",
+    "tensor_files",
 }
 """Modules at the top of `fedsplit` that every package may import."""
 
@@ -34,6 +36,7 @@ PACKAGES = [
     "events",
     "wire",
     "adaptation",
+    "state",
     "corpora",
     "optimization",
     "trunk",
@@ -68,8 +71,8 @@ HOMES = {
     "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "pandas": {"result"},
     "peft": {
-        "adaptation.adapting",
         "adaptation.initial_adapter",
+        "adaptation.run_adapters",
         "adaptation.injection",
         "adaptation.lora",
         "adaptation.prompts",
@@ -82,7 +85,14 @@ HOMES = {
     "ray": {"trunk.actor", "trunk.cluster"},
     "rich": {"events.screen", "events.final_table"},
     "shtab": {"completion"},
-    "safetensors": {"model.stored", "model.weight_files", "adaptation.lora", "adaptation.prompts", "model.store"},
+    "safetensors": {
+        "model.checkpoint_reader",
+        "model.weight_files",
+        "adaptation.lora",
+        "adaptation.prompts",
+        "durable",
+        "tensor_files",
+    },
     "tomli_w": {"federation.checkpoint"},
     "transformers": {
         "inputs",

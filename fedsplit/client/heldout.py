@@ -15,7 +15,7 @@ from fedsplit.corpora.sequences import Sequences, behind
 from fedsplit.corpora.shards import Shard, spread
 from fedsplit.model.devices import device_of
 from fedsplit.model.families import read_facts
-from fedsplit.model.sources import about
+from fedsplit.model.sources import config_folder
 from fedsplit.scores import Score
 from fedsplit.wire.packets import StepKey
 
@@ -97,6 +97,6 @@ def shards_of(config: Config) -> list[Shard]:
 
 def deal_of(config: Config) -> Deal:
     """The data of every client of a run, and what else is to be known of how they were dealt out."""
-    path = about(config)
+    path = config_folder(config)
     length, end = config.train.max_length, read_facts(path).end
     return make_deal(config.dataset, config.partition, config.clients, length, config.seed, path, end, config.data)

@@ -220,11 +220,11 @@ def _pieces(tokenizer: TextTokenizer, text: str, bounds: Sequence[int]) -> list[
     Else a piece has the tokens that it has on its own, as a prompt has when the model goes on from it.
     """
     texts = [text[start:end] for start, end in pairwise(bounds)]
-    whole, first = tokenizer.written([text, texts[0]])
-    alone = [first, *tokenizer.following(texts[1:])]
+    whole, first = tokenizer.encode_verbatim([text, texts[0]])
+    alone = [first, *tokenizer.encode_continuation(texts[1:])]
     if [token for piece in alone for token in piece] == whole:
         return alone
-    up_to = tokenizer.written([text[:end] for end in bounds[1:]])
+    up_to = tokenizer.encode_verbatim([text[:end] for end in bounds[1:]])
     if all(whole[: len(ids)] == ids for ids in up_to):
         ends = [len(ids) for ids in up_to]
         return [whole[start:end] for start, end in pairwise([0, *ends])]

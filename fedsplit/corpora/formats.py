@@ -150,14 +150,15 @@ def _encoded(table: Table, reading: Reading, encode: Encode) -> dict[int, list[i
 
 def _text(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
     """Texts with the end token, all of them predicted."""
-    encoded = _encoded(table, reading, tokenizer.opening)
-    ended = {n: tokenizer.ended(ids, reading.end) for n, ids in encoded.items() if len(ids) > len(tokenizer.beginning)}
+    encoded = _encoded(table, reading, tokenizer.encode_prompt)
+    written = {n: ids for n, ids in encoded.items() if len(ids) > len(tokenizer.beginning)}
+    ended = {n: tokenizer.end_text(ids, reading.end) for n, ids in written.items()}
     return [(n, ids, ids) for n, ids in ended.items()]
 
 
 def _alone(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
     """Texts as the tokenizer begins and ends them, whose last token decides their class."""
-    return [(n, ids, ids) for n, ids in _encoded(table, reading, tokenizer.whole).items()]
+    return [(n, ids, ids) for n, ids in _encoded(table, reading, tokenizer.encode).items()]
 
 
 def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
@@ -170,12 +171,12 @@ def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
             words = f"rows that all have a {name} (row {missing + 1} has no text)"
             raise SettingError("dataset", table.dataset, words)
         halves.append([texts[number] for number in range(len(table))])
-    prompts, completions = tokenizer.opening(halves[0]), tokenizer.following(halves[1])
+    prompts, completions = tokenizer.encode_prompt(halves[0]), tokenizer.encode_continuation(halves[1])
     found: Tokens = []
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not halves[0][number]:  # then the completion is the beginning of the text
-            (completion,) = tokenizer.written([halves[1][number]])
-        ended = tokenizer.ended(completion, reading.end)
+            (completion,) = tokenizer.encode_verbatim([halves[1][number]])
+        ended = tokenizer.end_text(completion, reading.end)
         found.append((number, [*prompt, *ended], [*[IGNORED] * len(prompt), *ended]))
     return found
 

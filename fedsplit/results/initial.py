@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsplit.adaptation import adapting, initial_adapter, lora
+from fedsplit.adaptation import initial_adapter, lora, run_adapters
 from fedsplit.adaptation.methods import method_of
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
+from fedsplit.model.checkpoint_reader import CheckpointReader
 from fedsplit.model.families import Family
-from fedsplit.model.head import WEIGHT
-from fedsplit.model.sources import about, weights
-from fedsplit.model.stored import Stored
-from fedsplit.model.unsplit import blank
+from fedsplit.model.head import HEAD_WEIGHT
+from fedsplit.model.sources import config_folder, weights_folder
+from fedsplit.model.unsplit import empty_model
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, whole_files
 from fedsplit.results.fitting import classes_in, read_fitting
 from fedsplit.updates import Adapters
@@ -63,7 +63,7 @@ def _outline(config: Config) -> Adapters | None:
     if config.prompt.kind != "off":
         return None
     try:
-        return adapting.outline(config, ["bottom", "trunk", "top"])
+        return run_adapters.outline(config, ["bottom", "trunk", "top"])
     except (NotImplementedError, RuntimeError):  # a kind that looks at the weights
         return None
 
@@ -82,7 +82,7 @@ def _check_kind(config: Config, family: Family) -> None:
             words = "one that adds s * B @ A to layers, and does nothing else, as the run's adapters do"
             raise SettingError("init_adapter", f"{folder} ({more})", words)
         return
-    difference = adapting.difference(folder, config, family, ignored=[method.dropout])
+    difference = run_adapters.difference(folder, config, family, ignored=[method.dropout])
     if difference is not None:
         name, value, wanted = difference
         words = f"an adapter of the kind that the run trains, whose {name} is {wanted}"
@@ -102,8 +102,8 @@ def _check_head(config: Config, filed: Adapters, classes: int) -> None:
     base = filed.tensors.get(initial_adapter.HEAD_BASE)
     if base is None:
         return
-    model = Stored(weights(config), blank(about(config)), base.dtype)
-    if not torch.equal(base, model.parameter(WEIGHT)):
+    model = CheckpointReader(weights_folder(config), empty_model(config_folder(config)), base.dtype)
+    if not torch.equal(base, model.parameter(HEAD_WEIGHT)):
         given = f"{config.init_adapter} (its {initial_adapter.HEAD_BASE} is not the model's)"
         raise SettingError("init_adapter", given, "an adapter that leaves the base weights as they are")
 

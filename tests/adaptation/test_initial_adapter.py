@@ -13,7 +13,7 @@ from peft_adapters import PLACES, make, opened
 from split_models import batch_of, logits_of
 from transformers import AutoModelForCausalLM
 
-from fedsplit.adaptation import adapting, initial_adapter, lora
+from fedsplit.adaptation import initial_adapter, lora, prompts, run_adapters
 from fedsplit.config import Config, LoraSettings, PromptSettings
 from fedsplit.updates import Adapters
 
@@ -37,9 +37,9 @@ def settings_for(family: str, kind: str, model: Path, folder: Path) -> Config:
 
 
 def parts_of(config: Config) -> list[Any]:
-    parts = adapting.bare_parts(config, ["bottom", "trunk", "top"])
+    parts = run_adapters.bare_parts(config, ["bottom", "trunk", "top"])
     for part in parts:
-        adapting.adapt(part, config)
+        run_adapters.adapt(part, config)
     return [part.eval() for part in parts]
 
 
@@ -115,7 +115,7 @@ def test_virtual_tokens_and_prefixes_are_those_of_the_file(
     )
     parts = parts_of(config)
     saved = initial_adapter.read(config).tensors["prompt_embeddings"]
-    flat = adapting.prompts.flattened(lora.read(*parts).tensors, config.prompt, tuned.get_base_model().config)
+    flat = prompts.flattened(lora.read(*parts).tensors, config.prompt, tuned.get_base_model().config)
     assert torch.equal(flat, saved)
     ids, _, _ = batch_of("none")
     with torch.no_grad():
@@ -131,10 +131,10 @@ def test_a_finished_run_is_opened_without_the_adapter_that_it_started_from(
 ) -> None:
     config = settings_for("gpt2", "plain", tiny_models["gpt2"], tmp_path)
     make("gpt2", "plain", tiny_models["gpt2"], tmp_path / "finished")
-    parts = adapting.bare_parts(config, ["bottom", "trunk", "top"])
-    adapting.adopt(tmp_path / "finished", config, *parts)
+    parts = run_adapters.bare_parts(config, ["bottom", "trunk", "top"])
+    run_adapters.adopt(tmp_path / "finished", config, *parts)
     assert not Path(config.init_adapter).exists()
-    assert adapting.outline(config, ["trunk"]).layers
+    assert run_adapters.outline(config, ["trunk"]).layers
 
 
 def test_methods_that_cannot_start_from_a_file_say_why() -> None:

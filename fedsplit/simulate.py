@@ -54,7 +54,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     check_devices(config)
 
     from fedsplit.adaptation.injection import check_injection
-    from fedsplit.client.heldout import deal_of
+    from fedsplit.corpora.partition import partition_of
     from fedsplit.events.user_sinks import check_sinks
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.checkpoint import check_folder, check_resumable
@@ -86,7 +86,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
         rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
-    deal = deal_of(config)
+    deal = partition_of(config)
     if deal.classes:
         checks.check_classifier(config)
     checks.check_tokens(config, deal)
@@ -115,7 +115,7 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
     prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
     folder, strategy, deal = check(config, strategy)
 
-    from fedsplit.corpora.census import as_document
+    from fedsplit.corpora.data_summary import as_document
     from fedsplit.corpora.shards import on_disks
     from fedsplit.engines.session import engine_named
     from fedsplit.events.emitter import Emitter
@@ -166,9 +166,9 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         config: The run's.
         facts: The model's `fedsplit.model.families.Facts`.
         shares: A `fedsplit.planning.Plan`.
-        deal: A `fedsplit.corpora.partition.Deal`.
+        deal: A `fedsplit.corpora.partition.Partition`.
     """
-    from fedsplit.corpora.census import stated, table
+    from fedsplit.corpora.data_summary import data_notes, table
     from fedsplit.results import initial
 
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
@@ -179,7 +179,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
         f"strategy: {config.strategy}{kind}",
         *initial.stated(config),
-        *stated(deal),
+        *data_notes(deal),
         *(table(deal) if config.data.show else []),
     ]
 

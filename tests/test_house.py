@@ -55,7 +55,7 @@ COMMANDS = {
 
 HOMES = {
     "bitsandbytes": {"optimization.optim", "model.quantization"},
-    "datasets": {"corpora.tables", "corpora.partition", "inputs"},
+    "datasets": {"corpora.tables", "corpora.partitioners", "inputs"},
     "flwr": {
         "federation.records",
         "federation.aggregation",
@@ -65,9 +65,9 @@ HOMES = {
         "federation.engine",
         "federation.rehearsal",
     },
-    "flwr_datasets": {"corpora.partition"},
+    "flwr_datasets": {"corpora.partitioners"},
     "huggingface_hub": {"model.hub"},
-    "matplotlib": {"corpora.census", "result"},
+    "matplotlib": {"corpora.data_summary", "result"},
     "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
     "pandas": {"result"},
     "peft": {

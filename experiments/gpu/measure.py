@@ -41,7 +41,7 @@ from fedsplit.corpora.shards import Shard
 from fedsplit.documents import build
 from fedsplit.model.families import read_facts
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole, quantize_whole
+from fedsplit.model.unsplit import load_unsplit, quantize_whole
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
@@ -167,7 +167,7 @@ class Bench:
         bits: dict[str, int] | None = None,
     ) -> Any:
         """Returns the unsplit model under PEFT with the same adapters."""
-        base = load_whole(path, dtype).to(self.device)
+        base = load_unsplit(path, dtype).to(self.device)
         if bits:
             base = quantize_whole(base, (1, 2), bits, self.device)
         model = peft.get_peft_model(base, make_config(settings, read_facts(path).family))
@@ -253,7 +253,7 @@ class Bench:
     def _plain_loop(self, dtype: str) -> Callable[[], object]:
         """Returns a round of training of the unsplit model under PEFT, in a bare loop."""
         types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        base = load_whole(self._model(), types[dtype]).to(self.device)
+        base = load_unsplit(self._model(), types[dtype]).to(self.device)
         model = peft.get_peft_model(base, make_config(LoraSettings(), read_facts(self._model()).family)).train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -241,3 +244,64 @@ def test_names_and_objects_of_sinks_are_told_apart(monkeypatch: pytest.MonkeyPat
     sink = Losses()
     fedsplit.run(sinks=["mine.py:Sink", sink])
     assert [(config.sinks, sinks) for config, sinks in asked] == [(("mine.py:Sink",), [sink])]
+
+
+@pytest.mark.slow
+def test_the_page_about_python_runs_as_it_is_written(tmp_path: Path) -> None:
+    page = Path("docs/python.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    call = [sys.executable, "-c", code]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert "fedprox {'mu': 0.1}" in done.stdout and "torch.Size([1, " in done.stdout
+    assert (tmp_path / "losses.png").stat().st_size
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+import fedsplit
+
+KEYWORDS = {keywords}
+
+
+class Interrupts:
+    def init(self, adapters):
+        return {{}}
+
+    def aggregate(self, state, adapters, updates):
+        if not getattr(self, "copied", False):
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(0.0 if KEYWORDS["engine"] == "local" else 60.0)
+        return state, adapters
+
+    def __deepcopy__(self, memo):
+        copy = Interrupts()
+        copy.copied = True
+        return copy
+
+
+before = signal.getsignal(signal.SIGINT)
+try:
+    fedsplit.run(**KEYWORDS, strategy=Interrupts(), out="stopped")
+except KeyboardInterrupt:
+    print("stopped")
+assert signal.getsignal(signal.SIGINT) is before
+
+found = []
+thread = threading.Thread(target=lambda: found.append(fedsplit.run(**KEYWORDS, out="after")))
+thread.start()
+thread.join()
+print(found[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_ctrl_c_raises_and_another_run_follows_in_a_thread(
+    engine: str, tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    keywords = {**SMALL, "engine": engine, "model": str(tiny_models["gpt2"]), "dataset": str(corpus_file)}
+    call = [sys.executable, "-c", INTERRUPTED.format(keywords=keywords)]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert "\nstopped\n" in done.stdout and "<Result of after: held-out loss" in done.stdout

@@ -47,7 +47,8 @@ def look(config: Config) -> Partition:
     return partition
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.data",
         description="Shows the data of each client: numbers of sequences and tokens, to train on and held out, and the "
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.command.exit_code` for the exit code."""
 
     def work() -> None:
-        flags, rest = _parser().parse_known_args(argv)
+        flags, rest = make_parser().parse_known_args(argv)
         config = parse(rest)
         quieten(offline=False)
 

@@ -252,7 +252,8 @@ def lines(results: Sequence[Result], sorts: bool = False) -> list[str]:
     return aligned(rows)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.evaluate",
         description="Perplexity and accuracy of a finished run's model: base alone -> with the adapter.",
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
 
     def work() -> None:
-        asked = _parser().parse_args(argv)
+        asked = make_parser().parse_args(argv)
         if asked.samples < 0:
             raise SettingError("samples", asked.samples, "a whole number of at least 0")
         if not DEVICE.test(asked.device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 import warnings
@@ -17,8 +18,12 @@ from fedsplit.events import Sink
 from fedsplit.flags import parse
 
 
-def check(config: Config) -> tuple[Path, Any, Any]:
+def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
+
+    Args:
+        config: The run's.
+        strategy: An object in place of the strategy that the configuration names.
 
     Returns:
         The run's folder, not made yet, the strategy, and the data as they are dealt out.
@@ -58,6 +63,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.quantization import check_quantization
     from fedsplit.optimization.optim import check_optimizer
+    from fedsplit.results.initial import check_initial
 
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     if config.resume:
@@ -68,13 +74,15 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     check_sinks(config.sinks)
 
     def make_strategy() -> Any:
+        if strategy is not None:
+            return copy.deepcopy(strategy)
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
-    strategy = make_strategy()
-    check_strategy(strategy, config)
-    checks.check_stacked(strategy, config, facts)
+    chosen = make_strategy() if strategy is None else strategy
+    check_strategy(chosen, config)
+    checks.check_stacked(chosen, config, facts)
     check_quantization(config)
-    if not is_builtin(strategy):
+    if not is_builtin(chosen):
         rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
@@ -82,16 +90,18 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     if deal.classes:
         checks.check_classifier(config)
     checks.check_tokens(config, deal)
+    check_initial(config, facts.family, len(deal.classes))
     folder_of_weights = weights_folder(config, tell=print)  # last: they may have to be fetched first
     check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))
-    return folder, strategy, deal
+    return folder, chosen, deal
 
 
-def run(config: Config, *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Runs a federation.
 
     Args:
         config: Its settings.
+        strategy: An object in place of the strategy that the settings name; see `fedsplit.run`.
         sinks: Receive its events, beside the sinks that the settings name.
 
     Returns:
@@ -103,7 +113,7 @@ def run(config: Config, *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """
     started = time.perf_counter()
     prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
-    folder, strategy, deal = check(config)
+    folder, strategy, deal = check(config, strategy)
 
     from fedsplit.corpora.data_summary import as_document
     from fedsplit.corpora.shards import on_disks
@@ -123,7 +133,7 @@ def run(config: Config, *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     from fedsplit.planning import plan
     from fedsplit.trunk.memory import check_memory
 
-    content = content_of(deal.shards, config_folder(config), weights_folder(config))
+    content = content_of(deal.shards, config_folder(config), weights_folder(config), config.init_adapter)
     if config.resume:
         check_content(folder, config, content)
     facts = read_facts(config_folder(config))
@@ -159,6 +169,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         deal: A `fedsplit.corpora.partition.Partition`.
     """
     from fedsplit.corpora.data_summary import data_notes, table
+    from fedsplit.results import initial
 
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
     return [
@@ -167,6 +178,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         f"micro-batches: {shares.micro_batches}",
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
         f"strategy: {config.strategy}{kind}",
+        *initial.stated(config),
         *data_notes(deal),
         *(table(deal) if config.data.show else []),
     ]

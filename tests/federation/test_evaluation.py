@@ -36,9 +36,8 @@ def test_the_loss_is_that_of_all_tokens(tmp_path: Path) -> None:
 
 def test_adapters_and_changes_are_sent_to_all_and_counted_apart(tmp_path: Path) -> None:
     parties, state = gather(answer, tmp_path)
-    state.ledger.fold(
-        2, {"b": LowRank(torch.ones(4, 1), torch.ones(1, 3)), "t": LowRank(torch.ones(4, 1), torch.ones(1, 3))}
-    )
+    change = LowRank(torch.ones(4, 1), torch.ones(1, 3))
+    state.ledger.fold(2, {"b": change, "t": change})
     evaluation.evaluate(parties, state, 2, {})
     for asked in parties.clients.asked:  # type: ignore[attr-defined]
         assert isinstance(asked, Evaluate)
@@ -49,9 +48,10 @@ def test_adapters_and_changes_are_sent_to_all_and_counted_apart(tmp_path: Path) 
 
 
 def test_who_measured_what_cannot_be_is_left_out(tmp_path: Path) -> None:
-    parties, state = gather(
-        lambda request: answer(request, **({"nats": -1.0} if request.client == 2 else {})), tmp_path
-    )
+    def play(request: Request) -> Answer:
+        return answer(request, nats=-1.0) if request.client == 2 else answer(request)
+
+    parties, state = gather(play, tmp_path)
     found = evaluation.evaluate(parties, state, 1, {})
     assert set(found.scores) == {0, 1} and state.after == 1.5
     assert parties.watcher.lines == [  # type: ignore[attr-defined]

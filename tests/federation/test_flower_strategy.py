@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedProx
+from flwr.serverapp.strategy import FedAvg
 
 from fedsplit.config import Config
 from fedsplit.federation.aggregation import strategy_defaults
@@ -63,7 +63,6 @@ def test_flowers_proximal_term_becomes_ours() -> None:
     assigned = aggregation_of("FedProx", proximal_mu=0.25).assign(1, START, Roster())
     assert {one.task.proximal for one in assigned.values()} == {0.25}
     assert all(torch.equal(one.adapters.tensors[n], t) for one in assigned.values() for n, t in START.tensors.items())
-    assert FedProx is not FedAvg
 
 
 def test_updates_count_by_their_weight_and_come_back_in_float32() -> None:
@@ -87,7 +86,6 @@ def test_what_it_remembers_can_be_recalled() -> None:
         aggregation.recall(memory)
         again = aggregate(aggregation, 2, by=3.0)
         assert torch.equal(first.tensors["l.lora_A.weight"], again.tensors["l.lora_A.weight"])
-    assert FedAdam is not None
 
 
 def test_a_strategy_that_cannot_be_copied_plays_and_cannot_be_recalled() -> None:
@@ -99,7 +97,9 @@ def test_a_strategy_that_cannot_be_copied_plays_and_cannot_be_recalled() -> None
     aggregation = FlowerAggregation(Locked(), CONFIG)
     memory = aggregation.memory()
     assert len(aggregation.assign(1, START, Roster())) == 3
-    with pytest.raises(FederationFailed, match="the round cannot be played again: Locked cannot be copied .TypeError"):
+    with pytest.raises(
+        FederationFailed, match=r"the round cannot be played again: Locked cannot be copied \(TypeError"
+    ):
         aggregation.recall(memory)
 
 

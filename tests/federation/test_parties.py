@@ -45,7 +45,7 @@ def test_a_trunk_that_is_gone_ends_the_run_at_once(tmp_path: Path) -> None:
     """It is known by the failure's kind, and no other client is asked any more."""
     lost = Failure(0, TRUNK_LOST, "the trunk's process has died")
     parties, _ = gather(lambda request: lost, tmp_path)
-    with pytest.raises(FederationFailed, match="^the trunk's process has died$") as caught:
+    with pytest.raises(FederationFailed, match=r"^the trunk's process has died$") as caught:
         parties.ask(EVERYBODY, lambda reply, done: None)
     assert not isinstance(caught.value, NobodyAnswered)
     assert len(parties.clients.asked) == 1  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +16,6 @@ from uuid import uuid4
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit.adaptation.adapting import adapt, bare_parts
 from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
 from fedsplit.corpora.shards import on_disks
@@ -27,57 +26,8 @@ from fedsplit.federation.server_app import Federation
 from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import about, weights
-from fedsplit.trunk.dispatch import Dispatcher
-from fedsplit.trunk.memory import peak_memory, resident_memory
-from fedsplit.trunk.server import TrunkServer
-from fedsplit.wire.codecs import make_codec
-from fedsplit.wire.packets import Packet
-
-
-class LocalTrunk:
-    """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
-
-    def __init__(self, config: Config, run: str = "") -> None:
-        (part,) = bare_parts(config, ["trunk"])
-        adapt(part, config)
-        self.now = 0.0
-        codec, schedule = make_codec(config.wire.codec), config.trunk.schedule
-        clock, train, seed = lambda: self.now, config.train, config.seed
-        self.server = TrunkServer(
-            part, codec, schedule, train, seed, run=run, incarnation="first", lease=config.trunk.lease, clock=clock
-        )
-        self.dispatcher = Dispatcher(self.server, config.trunk, clock)
-        self.begin, self.leave, self.end_round = self.dispatcher.begin, self.dispatcher.leave, self.dispatcher.end_round
-        self.fold = self.server.fold
-        for method in ("assign", "copies", "read", "write", "moments", "restore"):
-            setattr(self, method, getattr(self.server.learners, method))
-
-    def send(self, packet: Packet) -> Callable[[], Packet]:
-        answers: list[Any] = []
-        self.dispatcher.submit(packet, answers.append)
-
-        def wait() -> Packet:
-            while not answers:
-                if not self.dispatcher.advance():
-                    wakes = self.dispatcher.wakes_at()
-                    assert wakes is not None, "nothing will ever answer"
-                    self.now = max(self.now, wakes)
-            if isinstance(answers[0], Exception):
-                raise answers[0]
-            return answers[0]
-
-        return wait
-
-    def status(self) -> dict[str, Any]:
-        return {
-            "incarnation": "first",
-            "least_memory": 0,
-            "traffic": dict(self.server.traffic),
-            "peak_memory": peak_memory(),
-            "resident_memory": resident_memory(),
-            "pending": len(self.server.steps),
-            "parameters": self.server.count(),
-        }
+from fedsplit.trunk import local
+from fedsplit.trunk.local import LocalTrunk
 
 
 class LocalGrid:
@@ -129,12 +79,8 @@ def name_run() -> None:
 @contextlib.contextmanager
 def trunk_of(config: Config, run: str) -> Iterator[LocalTrunk]:
     """A trunk in this process, which clients find as long as the context lasts."""
-    trunk, find = LocalTrunk(config, run), client_app.find_trunk
-    client_app.find_trunk = lambda name: trunk  # type: ignore[assignment,return-value]
-    try:
+    with local.named(LocalTrunk(config, run), run) as trunk:
         yield trunk
-    finally:
-        client_app.find_trunk = find
 
 
 def federate(config: Config, out: Path, strategy: Any, watcher: Any) -> Federation:

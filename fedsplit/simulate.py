@@ -112,7 +112,8 @@ def run(config: Config) -> dict[str, Any]:
     from fedsplit.planning import plan
     from fedsplit.report import make_watcher
     from fedsplit.trunk import cluster
-    from fedsplit.trunk.actor import check_memory, start_trunk
+    from fedsplit.trunk.actor import start_trunk
+    from fedsplit.trunk.doors import check_memory
 
     content = content_of(deal.shards, about(config), weights(config))
     if config.resume:

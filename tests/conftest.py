@@ -220,11 +220,12 @@ def without_dropout(part: torch.nn.Module) -> None:
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command as it is, but for the processes: messages and packets are handed over in this one."""
-    from experiments.in_process import LocalGrid, LocalTrunk
+    from experiments.in_process import LocalGrid
     from fedsplit.federation import client_app, engine
     from fedsplit.trunk import actor, cluster
+    from fedsplit.trunk.local import LocalTrunk
 
-    def start_trunk(config: Any, name: str, threads: int, lanes: int) -> Any:
+    def start_trunk(config: Any, name: str, threads: int, workers: int) -> Any:
         trunk = LocalTrunk(config, name)
         monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
         return trunk

@@ -13,6 +13,7 @@ import pytest
 
 GROUND = {
     "allowed",
+    "clock",
     "config",
     "documents",
     "environment",
@@ -59,7 +60,7 @@ HOMES = {
     "flwr_datasets": {"corpora.partition"},
     "huggingface_hub": {"model.hub"},
     "matplotlib": {"corpora.census"},
-    "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
+    "numpy": {"federation.rehearsal", "federation.records", "wire.encoded", "wire.casting", "wire.frames"},
     "peft": {
         "adaptation.adapting",
         "adaptation.injection",

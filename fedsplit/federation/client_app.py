@@ -33,8 +33,9 @@ from fedsplit.model.routers import RouterLoss
 from fedsplit.model.sources import about
 from fedsplit.model.store import ClientStore, FoldLog, Kept
 from fedsplit.scores import pooled
-from fedsplit.trunk.actor import TrunkHandle, find_trunk
+from fedsplit.trunk.doors import find_trunk
 from fedsplit.trunk.memory import peak_memory
+from fedsplit.trunk.port import TrunkPort
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, ClientUpdate, factor_of, fresh_factor
 from fedsplit.wire.codecs import make_codec
@@ -55,7 +56,7 @@ class _Site:
     config: Config
     bottom: Bottom
     top: Top
-    trunk: TrunkHandle
+    trunk: TrunkPort
     start: Adapters
     folded: int = 0
     router_aux_loss: float = 0.0

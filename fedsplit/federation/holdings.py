@@ -15,7 +15,7 @@ from fedsplit.allowed import PARTS
 from fedsplit.config import Config
 from fedsplit.lowrank import LowRank
 from fedsplit.model.store import ClientStore, FoldLog
-from fedsplit.trunk.learners import Copy, Start
+from fedsplit.trunk.registry import Copy, Start
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Traits, factor_of
 

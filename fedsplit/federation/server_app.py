@@ -32,7 +32,7 @@ from fedsplit.federation.workload import Workload
 from fedsplit.optimization.stopping import Course
 from fedsplit.report import Watcher, perplexity, round_line
 from fedsplit.scores import Score, pooled
-from fedsplit.trunk.actor import TrunkHandle
+from fedsplit.trunk.port import TrunkPort
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate
 
@@ -48,7 +48,7 @@ class Federation:
     def __init__(
         self,
         config: Config,
-        trunk: TrunkHandle,
+        trunk: TrunkPort,
         trunk_name: str,
         workers: int,
         threads: int,
@@ -62,7 +62,7 @@ class Federation:
 
         Args:
             config: The run's configuration.
-            trunk: The trunk's handle.
+            trunk: The trunk.
             trunk_name: What clients find it by; names the run, too.
             workers: Processes that play the clients.
             threads: Threads of each of them.
@@ -76,7 +76,7 @@ class Federation:
         self._schedule = SCHEDULES[config.trunk.schedule]
         self._folder, self._watcher, self._tally = folder, watcher, Tally(started)
         self.stop = threading.Event()
-        stalls = StallWatch(config.timeout, lambda: trunk.status()["traffic"], kill_busy_workers)
+        stalls = StallWatch(config.timeout, lambda: trunk.status().traffic, kill_busy_workers)
         self._exchange = Exchange(self.stop, watcher, trunk.leave, workers, stalls)
         self._aggregation = make_aggregation(strategy, config, self._exchange.members)
         self._facts: dict[str, str | int] = {
@@ -179,7 +179,7 @@ class Federation:
         facts |= {
             "before": before,
             "after": after,
-            "tally": self._tally.document(self._trunk.status()["traffic"]),
+            "tally": self._tally.document(self._trunk.status().traffic.document()),
             "forgotten": self._forgotten,
             "error": self._error,
             "course": self._course.document(),
@@ -220,7 +220,7 @@ class Federation:
         nodes = self._exchange.meet(grid, self._config.clients)
         self._watcher.phase("loading the parts", 0, len(nodes))
         trunk = self._trunk.status()
-        self._facts["incarnation"] = trunk["incarnation"]
+        self._facts["incarnation"] = trunk.incarnation
         content = RecordDict({records.CONFIG: self._instructions(0, folded=0)})
         messages = (records.message_to(node, MessageType.QUERY, content) for node in nodes)
 
@@ -245,7 +245,7 @@ class Federation:
         if parts.keys() != {"bottom", "trunk", "top"}:
             raise FederationFailed("the first client did not say what training starts from")
         self._exchange.know([found[client] for client in sorted(found)])
-        return parts, {"bottom": parameters["bottom"], "trunk": trunk["parameters"], "top": parameters["top"]}
+        return parts, {"bottom": parameters["bottom"], "trunk": trunk.parameters, "top": parameters["top"]}
 
     def _train(
         self, grid: Grid, round: int, adapters: Adapters
@@ -258,7 +258,7 @@ class Federation:
         tokens, used = self._ask_to_train(grid, round, assigned, started)
         replies, updates = [reply for reply, _ in used], [update for _, update in used]
         counts = self._trunk.end_round([update.client for update in updates])
-        if counts.get("unusable"):
+        if counts.unusable:
             words = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
             self._watcher.line(f"{self._label(round)}  {words} ({self._config.train.lr:g})")
         own = {update.client: records.sample_of(reply) for reply, update in used}
@@ -281,7 +281,7 @@ class Federation:
                 **_router_loss(updates),
                 "tokens": tokens,
                 "seconds": seconds,
-                "trunk": {**counts, "resident_memory": self._trunk.status()["resident_memory"]},
+                "trunk": {**counts.document(), "resident_memory": self._trunk.status().resident_memory},
             }
         )
         return replies, updates, own
@@ -513,8 +513,8 @@ class Federation:
             **({"accuracy": self._accuracy} if self._accuracy else {}),
             "forgotten": _mean(list(self._forgotten.values())) if self._forgotten else None,
             "aggregation_error": self._error,
-            **self._tally.summary(trunk["traffic"]),
-            "peak_memory": {"client": self._tally.client_memory, "trunk": trunk["peak_memory"]},
+            **self._tally.summary(trunk.traffic.document()),
+            "peak_memory": {"client": self._tally.client_memory, "trunk": trunk.peak_memory},
         }
 
 

@@ -11,7 +11,6 @@ import torch
 from conftest import VOCABULARY, without_dropout
 from peft import PeftModel, get_peft_model
 
-from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import check_injection, exported, make_config
 from fedsplit.adaptation.methods import METHODS
@@ -29,6 +28,7 @@ from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.finished import Adapter
 from fedsplit.results.whole import merged
 from fedsplit.seeds import derive_seed
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
 
@@ -76,7 +76,7 @@ def client_of(config: Config) -> tuple[Client, LocalTrunk]:
     for part in (bottom, top):
         lora.add(part, config.lora, config.seed)
     trunk = LocalTrunk(config)
-    for part in (bottom, trunk.server._part, top):
+    for part in (bottom, trunk.server.part, top):
         without_dropout(part)
     generator = torch.Generator().manual_seed(1)
     blocks = Sequences.packed(torch.randint(1, VOCABULARY, (7, 9), generator=generator))

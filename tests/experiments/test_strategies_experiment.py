@@ -92,7 +92,7 @@ def test_what_was_run_with_other_settings_is_run_again() -> None:
 def test_a_trunk_of_this_process_is_found_as_long_as_it_lasts(tiny: dict[str, Any]) -> None:
     config, find = run.settings(tiny, next(run.cases(tiny))), client_app.find_trunk
     with pytest.raises(KeyError), trunk_of(config, "run") as trunk:
-        assert client_app.find_trunk("any") is trunk
+        assert client_app.find_trunk("run") is trunk
         raise KeyError
     assert client_app.find_trunk is find
     Silent().line("nothing")

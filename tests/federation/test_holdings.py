@@ -12,7 +12,7 @@ from fedsplit.config import Config, LoraSettings, TrunkSettings
 from fedsplit.federation.holdings import Holdings
 from fedsplit.lowrank import LowRank
 from fedsplit.model.store import ClientStore, Kept
-from fedsplit.trunk.learners import Copy
+from fedsplit.trunk.registry import Copy
 from fedsplit.updates import FACTORS, Adapters, Assignment, ClientUpdate, Layer, Task, Traits
 
 

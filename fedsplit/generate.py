@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ from fedsplit.results.finished import Adapter, Run, open_run
 if TYPE_CHECKING:
     from fedsplit.generation.decoding import Ends, Pace
     from fedsplit.generation.sampling import Sampling
-    from fedsplit.trunk.actor import TrunkHandle
+    from fedsplit.trunk.port import TrunkPort
+    from fedsplit.trunk.status import Bytes, Traffic
 
 NEW_TOKENS = 64
 """Of each text at most, where nothing else is said and the model has positions for them."""
@@ -255,7 +256,7 @@ def _load_ends(job: Job) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
+def _split(job: Job) -> Iterator[tuple[Ends, TrunkPort]]:
     """Starts the trunk, loads what the client has meanwhile, and stops the trunk at the end, however it ends."""
     import torch
 
@@ -264,7 +265,7 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     from fedsplit.generation.decoding import Ends
     from fedsplit.trunk import cluster
     from fedsplit.trunk.actor import start_trunk
-    from fedsplit.trunk.memory import check_memory
+    from fedsplit.trunk.doors import check_memory
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
 
@@ -275,9 +276,8 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     with cluster.running(workers=1):
         trunk = start_trunk(config, name, shares.trunk_threads, adapter=folder)
         bottom, top = _load_ends(job)
-        if config.trunk.memory:
-            check_memory(config.trunk, trunk.status()["least_memory"])
-        incarnation = trunk.status()["incarnation"]
+        check_memory(config, trunk)
+        incarnation = trunk.status().incarnation
         link = Link(trunk, make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule], name, incarnation)
         yield Ends(job.client, bottom, top, link), trunk
 
@@ -307,7 +307,7 @@ def generate(job: Job, show: Callable[[str], object]) -> list[str]:
                 _write(job, ends, numbers[start : start + size], show, pace)
         except RefusedStep as error:
             raise GenerationFailed(str(getattr(error, "cause", error))) from None
-        traffic = trunk.status()["traffic"]
+        traffic = trunk.status().traffic
     return lines(pace, traffic)
 
 
@@ -341,25 +341,25 @@ def _write(
         shown.end(row)
 
 
-def lines(pace: Pace, traffic: Mapping[str, int]) -> list[str]:
+def lines(pace: Pace, traffic: Traffic) -> list[str]:
     """How fast it went, of prompts and of what followed, and what crossed.
 
     Args:
         pace: What was done.
-        traffic: Bytes by direction, as the trunk counted them.
+        traffic: Bytes that the trunk has counted.
     """
     from fedsplit.report import aligned, size
 
-    def crossed(what: str, count: int) -> tuple[str, str]:
-        return tuple(size(traffic.get(f"{what}_{way}", 0) / max(1, count)) for way in ("up", "down"))  # type: ignore[return-value]
+    def a_token(crossed: Bytes, count: int) -> tuple[str, str]:
+        return size(crossed.up / max(1, count)), size(crossed.down / max(1, count))
 
     def speed(count: int, seconds: float) -> tuple[str, str, str]:
         return f"{count:,}", f"{seconds:.2f}", f"{count / seconds:,.0f}" if count else "-"
 
     rows = [
         ("", "tokens", "seconds", "a second", "bytes a token up", "down"),
-        ("prompts", *speed(pace.read, pace.read_seconds), *crossed("prompt", pace.read)),
-        ("after them", *speed(pace.written, pace.written_seconds), *crossed("token", pace.written)),
+        ("prompts", *speed(pace.read, pace.read_seconds), *a_token(traffic.prompt, pace.read)),
+        ("after them", *speed(pace.written, pace.written_seconds), *a_token(traffic.token, pace.written)),
     ]
     return aligned(rows)
 

@@ -131,7 +131,7 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder, pinned, weights_folder
-    from fedsplit.trunk.memory import check_memory
+    from fedsplit.trunk.doors import check_memory
 
     content = content_of(deal.shards, config_folder(config), weights_folder(config), config.init_adapter)
     if config.resume:
@@ -145,8 +145,7 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
         for line in _opening(config, facts, shares, deal):
             emit(Notice(text=line))
         with engine_named(config.engine)(config, shares) as session:
-            if config.trunk.memory:
-                check_memory(config.trunk, session.trunk.status()["least_memory"])
+            check_memory(config, session.trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(deal))
             work = workloads(config, deal.shards)

@@ -14,6 +14,7 @@ import pytest
 
 GROUND = {
     "allowed",
+    "clock",
     "config",
     "documents",
     "environment",
@@ -70,10 +71,10 @@ HOMES = {
     "numpy": {
         "federation.messages",
         "federation.rehearsal",
-        "wire.packets",
         "federation.records",
-        "wire.codecs",
-        "wire.sockets",
+        "wire.encoded",
+        "wire.casting",
+        "wire.frames",
     },
     "pandas": {"result"},
     "peft": {

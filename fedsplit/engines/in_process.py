@@ -131,7 +131,7 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
         job = Job(config, strategy, workloads(config, shards), folder, emit, started)
-        federation = Federation(job, session.trunk, session.name, threads=1)  # type: ignore[arg-type]
+        federation = Federation(job, session.trunk, session.name, threads=1)
         with emit, on_disks(folder.clients, shards):
             session.play(federation)
     return federation

@@ -11,14 +11,14 @@ from fedsplit.engines.planning import Plan
 from fedsplit.federation.federation import Federation
 
 if TYPE_CHECKING:
-    from fedsplit.trunk.actor import TrunkHandle
+    from fedsplit.trunk.port import TrunkPort
 
 
 class Session(Protocol):
     """An engine that has started."""
 
     @property
-    def trunk(self) -> TrunkHandle:
+    def trunk(self) -> TrunkPort:
         """The trunk, which may still be loading."""
         ...
 
@@ -49,7 +49,7 @@ def engine_named(name: str) -> Open:
     if name == "local":
         from fedsplit.engines import in_process
 
-        return in_process.running  # type: ignore[return-value]  # its trunk is no handle
+        return in_process.running
     from fedsplit.engines import flower_engine  # imports Ray and Flower
 
     return flower_engine.running

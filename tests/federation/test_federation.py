@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.allowed import PARTS, SettingError
-from fedsplit.client.link import Crossing, Link
+from fedsplit.client.link import Link, PendingStep
 from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.documents import as_document, build, from_document
@@ -502,7 +502,7 @@ def spoils_a_step(value: float | None):
     """How bob sends: at the last step of the first round, a value in place of his hidden states; or he fails there."""
     plain = Link.send
 
-    def send(self: Link, hidden: torch.Tensor, key: StepKey, *args, **how) -> Crossing:
+    def send(self: Link, hidden: torch.Tensor, key: StepKey, *args, **how) -> PendingStep:
         if (key.client, key.step, key.round) == (1, 3, 1) and how.get("training", True):
             if value is None:
                 raise RuntimeError("out of luck")
@@ -537,13 +537,11 @@ def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, mon
     """Whatever it came from: the round before it is still there to go on from."""
 
     class BrokenTrunk(in_process.LocalTrunk):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)
-            self.saved, self.kept, self.moments = 0, self.moments, self.broken_moments
+        saved = 0
 
-        def broken_moments(self) -> dict[str, torch.Tensor]:
+        def moments(self) -> dict[str, torch.Tensor]:
             self.saved += 1
-            return {name: moment * (math.inf if self.saved == 2 else 1) for name, moment in self.kept().items()}
+            return {name: moment * (math.inf if self.saved == 2 else 1) for name, moment in super().moments().items()}
 
     monkeypatch.setattr(in_process, "LocalTrunk", BrokenTrunk)
     with pytest.raises(FederationFailed, match="round 2 left NaN or infinite values in"):
@@ -554,7 +552,7 @@ def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, mon
 def test_stopping_ends_the_run_at_the_next_look(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped(local.Federation):
+    class Stopped(in_process.Federation):
         def _meet(self, parties):
             self.stop.set()
             return super()._meet(parties)

@@ -97,9 +97,7 @@ def test_a_strategy_that_cannot_be_copied_plays_and_cannot_be_recalled() -> None
     aggregation = FlowerAggregation(Locked(), CONFIG)
     memory = aggregation.memory()
     assert len(aggregation.assign(1, START, Roster())) == 3
-    with pytest.raises(
-        FederationFailed, match=r"the round cannot be played again: Locked cannot be copied \(TypeError"
-    ):
+    with pytest.raises(FederationFailed, match=r"cannot be played again: Locked cannot be copied \(TypeError"):
         aggregation.recall(memory)
 
 

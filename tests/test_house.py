@@ -43,7 +43,7 @@ PACKAGES = [
 ]
 """Each imports from those before it, and from the ground."""
 
-COMMANDS = {"planning", "checks", "simulate", "evaluate", "generate", "adapters", "data"}
+COMMANDS = {"planning", "checks", "simulate", "evaluate", "generate", "adapters", "data", "reference"}
 """Modules at the top that may import everything."""
 
 HOMES = {

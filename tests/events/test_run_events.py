@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from local_federation import federate
 
 from fedsplit.config import Config
 from fedsplit.documents import as_document, build, from_document
 from fedsplit.events import Event, RoundEnded, RoundEvaluated, RoundTrained, RunEnded, RunStarted
 from fedsplit.flags import parse
+from fedsplit.reference import events_schema
 from fedsplit.simulate import main
 from strategies.fedavg import FedAvg
 
@@ -60,6 +62,10 @@ def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypat
         for event in sink.events
         if event.name in ("train", "aggregate", "evaluate")
     ]
+    validator = Draft202012Validator(events_schema())
+    for event in sink.events:
+        validator.validate(json.loads(json.dumps(event.to_document())))
+
     (ended,) = of_kind(sink.events, RunEnded)
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == ended.summary
 

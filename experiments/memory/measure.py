@@ -72,7 +72,7 @@ def hold(role: str, config: Any, vocabulary: int) -> dict[str, Any]:
         parts = [get_peft_model(load_whole(weights(config), dtype), make_config(config.lora, family))]
     else:
         # What a process of this role imports anyhow, needed here or not.
-        __import__("fedsplit.federation.client_app" if role == "client" else "fedsplit.trunk.actor")
+        __import__("fedsplit.engines.client_app" if role == "client" else "fedsplit.trunk.actor")
         kinds: Any = ROLES[role]
         parts = load_parts(weights(config, kinds), config.bounds, kinds, dtype, config.kernels)
         for part in parts:

@@ -30,7 +30,7 @@ once would lie in memory at once, and for each node Flower looks through all of 
 
 
 class Watch(Protocol):
-    """Notices that nothing goes on any more; `fedsplit.federation.stalls.StallWatch` is one."""
+    """Notices that nothing goes on any more; `fedsplit.engines.stalls.StallWatch` is one."""
 
     def heard(self) -> None:
         """Notes a sign of life."""

@@ -67,19 +67,20 @@ class _Site:
     folded: int = 0
     discarded: int = 0
 
-    def client(self, number: int, shard: Shard, briefing: Briefing) -> Client:
-        """Returns the client of a partition, with its data and its way to the trunk."""
-        config = self.config
+    def client(self, request: Request, shard: Shard) -> Client:
+        """Returns the client that a request is for, with its data and its way to the trunk."""
+        config, briefing = self.config, request.briefing
         link = Link(
             self.trunk,
             make_codec(config.wire.codec),
             SCHEDULES[config.trunk.schedule],
             briefing.trunk,
             briefing.incarnation,
+            attempt=request.attempt,  # the trunk refuses steps that it has served in an attempt before
             asks=bool(config.trunk.memory),
         )
         routers = RouterLoss(self.router_aux_loss)
-        return Client(number, shard, self.bottom, self.top, link, config.train, config.seed, config.rounds, routers)
+        return Client(request.client, shard, self.bottom, self.top, link, config.train, config.seed, config.rounds, routers)
 
     def catch_up(self, request: Request) -> None:
         """Makes the changes of base weights that were not made here yet, in the order of the rounds."""
@@ -154,7 +155,7 @@ class ClientService:
             self._key = key
         site = self._site
         site.catch_up(request)
-        client = site.client(request.client, shard, briefing)
+        client = site.client(request, shard)
         return _Visit(site, client, ClientStore(root, request.client))
 
 

@@ -86,7 +86,7 @@ def _invented(shapes: Adapters) -> Adapters:
     """Returns adapters with values such as training starts from: factors B are zero."""
     tensors = {}
     for name, tensor in shapes.tensors.items():
-        tensors[name] = torch.zeros_like(tensor) if factor_of(name) == "B" else _noise(tensor)
+        tensors[name] = torch.zeros(tensor.shape) if factor_of(name) == "B" else _noise(tensor)
     return shapes.with_tensors(tensors)
 
 

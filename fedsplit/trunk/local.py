@@ -33,6 +33,7 @@ class LocalTrunk:
             setattr(self, method, getattr(self.server.learners, method))
 
     def send(self, packet: Packet) -> Callable[[], Packet]:
+        """Submits a packet, and returns a function that waits for the answer."""
         answers: list[Any] = []
         self.dispatcher.submit(packet, answers.append)
 
@@ -49,6 +50,7 @@ class LocalTrunk:
         return wait
 
     def status(self) -> dict[str, Any]:
+        """Returns what `TrunkHandle.status` does."""
         return {
             "incarnation": "first",
             "least_memory": 0,

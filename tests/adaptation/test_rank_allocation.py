@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, without_dropout
-from flwr.app import Message, MessageType
 from local_federation import federate
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -32,7 +31,7 @@ from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch
 from fedsplit.documents import build
 from fedsplit.evaluate import held_out_loss
-from fedsplit.federation import records
+from fedsplit.federation.messages import Answer, Request, Train
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.parts import ranges
 from fedsplit.model.split import load_parts
@@ -427,11 +426,10 @@ class Killed(Exception):
     """The end of a process."""
 
 
-def kill_in_round_three(message: Message, reply: Message) -> Message:
-    trains = message.metadata.message_type == MessageType.TRAIN
-    if trains and records.config_of(message)[records.ROUND] == 3:
+def kill_in_round_three(request: Request, answer: Answer) -> Answer:
+    if isinstance(request, Train) and request.round == 3:
         raise Killed
-    return reply
+    return answer
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fedsplit.federation.stalls import StallWatch
 
-from fedsplit.federation.aggregation import FederationFailed
+from fedsplit.engines.stalls import StallWatch
+from fedsplit.federation.clients import FederationFailed
 
 
 class Scene:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fedsplit.federation.holdings import Holdings
 
 from fedsplit.config import Config, LoraSettings, TrunkSettings
+from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.lowrank import LowRank
 from fedsplit.model.store import ClientStore, Kept
 from fedsplit.trunk.learners import Copy
@@ -28,8 +28,8 @@ CONFIG = Config(lora=LoraSettings(rank=(2,)))
 COPIES = replace(CONFIG, trunk=TrunkSettings(schedule="copies"))
 
 
-def holdings(tmp_path: Path, config: Config = CONFIG, traits: Traits | None = None) -> Holdings:
-    return Holdings(config, traits or Traits(), PARTS, tmp_path / "clients", tmp_path / "folds")
+def ledger(tmp_path: Path, config: Config = CONFIG, traits: Traits | None = None) -> AdapterLedger:
+    return AdapterLedger(config, traits or Traits(), PARTS, tmp_path / "clients", tmp_path / "folds")
 
 
 def moved(adapters: Adapters, factors: frozenset[str] = FACTORS) -> Adapters:
@@ -38,20 +38,20 @@ def moved(adapters: Adapters, factors: frozenset[str] = FACTORS) -> Adapters:
 
 
 def test_the_strategy_sees_the_trunk_only_where_each_client_has_a_copy(tmp_path: Path) -> None:
-    assert set(holdings(tmp_path).start.tensors) == ENDS
-    assert set(holdings(tmp_path, COPIES).start.tensors) == ENDS | TRUNK
-    assert set(holdings(tmp_path, COPIES).crossing(holdings(tmp_path, COPIES).start.tensors)) == ENDS
+    assert set(ledger(tmp_path).start.tensors) == ENDS
+    assert set(ledger(tmp_path, COPIES).start.tensors) == ENDS | TRUNK
+    assert ledger(tmp_path, COPIES).rule.crossing == ENDS
 
 
 def test_the_start_is_known_and_is_not_sent(tmp_path: Path) -> None:
-    held = holdings(tmp_path)
+    held = ledger(tmp_path)
     assert held.lacking(0, Assignment(held.start)) == {}
     assert held.lacking(0, Assignment(held.start.with_rank(1))) == {}
     assert set(held.lacking(0, Assignment(moved(held.start)))) == ENDS
 
 
 def test_a_factor_that_was_given_and_not_trained_is_not_sent_again(tmp_path: Path) -> None:
-    held = holdings(tmp_path)
+    held = ledger(tmp_path)
     adapters = moved(held.start)
     trains_b = Assignment(adapters, Task(trains=frozenset("B")))
     held.accept(0, 1, trains_b)
@@ -63,23 +63,25 @@ def test_a_factor_that_was_given_and_not_trained_is_not_sent_again(tmp_path: Pat
 
 
 def test_what_a_client_draws_is_not_sent(tmp_path: Path) -> None:
-    held = holdings(tmp_path)
+    held = ledger(tmp_path)
     assert held.lacking(0, Assignment(moved(held.start), drawn=7)) == {}
 
 
 def test_what_must_come_back_is_what_trains_and_is_shared(tmp_path: Path) -> None:
-    held = holdings(tmp_path, traits=Traits(personal=frozenset("B")))
-    given, trained = held.sent(Assignment(held.start))
-    assert set(given.tensors) == trained == {name for name in ENDS if "lora_A" in name}
-    held = holdings(tmp_path)
-    given, trained = held.sent(Assignment(held.start, Task(trains=frozenset("B"))))
-    assert set(given.tensors) == ENDS and trained == {name for name in ENDS if "lora_B" in name}
+    held = ledger(tmp_path, traits=Traits(personal=frozenset("B")))
+    given = held.given(Assignment(held.start)).tensors
+    assert set(given) == held.rule.returned(given, Task()) == {name for name in ENDS if "lora_A" in name}
+    held = ledger(tmp_path)
+    task = Task(trains=frozenset("B"))
+    given = held.given(Assignment(held.start, task)).tensors
+    assert set(given) == ENDS
+    assert held.rule.returned(given, task) == {name for name in ENDS if "lora_B" in name}
 
 
 @pytest.mark.parametrize("alone", ["bottom", "top"])
 def test_a_part_that_is_not_shared_never_meets_the_strategy(tmp_path: Path, alone: str) -> None:
     shared = tuple(name for name in PARTS if name != alone)
-    held = holdings(tmp_path, replace(CONFIG, share=shared))
+    held = ledger(tmp_path, replace(CONFIG, share=shared))
     assert set(held.start.tensors) == ENDS - set(PARTS[alone].tensors)
     whole = held.everything(held.start, PARTS["trunk"])
     assert set(whole.tensors) == ENDS | TRUNK
@@ -87,8 +89,8 @@ def test_a_part_that_is_not_shared_never_meets_the_strategy(tmp_path: Path, alon
 
 def test_copies_of_the_trunk_join_updates_and_personal_factors_stay(tmp_path: Path) -> None:
     traits = Traits(personal=frozenset("B"))
-    held = holdings(tmp_path, COPIES, traits)
-    update = ClientUpdate(1, held.start.with_tensors(held.crossing(held.start.tensors)), 4)
+    held = ledger(tmp_path, COPIES, traits)
+    update = ClientUpdate(1, held.start.with_tensors(held.rule.crosses(held.start.tensors)), 4)
     copy = Copy(moved(PARTS["trunk"]), {"t.lora_A.weight": torch.ones(2, 3)})
     (whole,) = held.with_copies([update], {1: copy}, {1: Assignment(held.start)})
     assert set(whole.adapters.tensors) == {name for name in ENDS | TRUNK if "lora_A" in name}
@@ -105,7 +107,7 @@ def test_copies_of_the_trunk_join_updates_and_personal_factors_stay(tmp_path: Pa
 
 
 def test_what_is_folded_adds_up_and_only_the_clients_layers_are_news(tmp_path: Path) -> None:
-    held = holdings(tmp_path, COPIES)
+    held = ledger(tmp_path, COPIES)
     change = LowRank(torch.randn(4, 2), torch.randn(2, 3))
     for round in (1, 2, 3):
         held.fold(round, {"b": change, "t": change})
@@ -117,7 +119,7 @@ def test_what_is_folded_adds_up_and_only_the_clients_layers_are_news(tmp_path: P
 
 
 def test_a_run_that_goes_on_knows_what_it_knew(tmp_path: Path) -> None:
-    held = holdings(tmp_path, COPIES, Traits(personal=frozenset("B")))
+    held = ledger(tmp_path, COPIES, Traits(personal=frozenset("B")))
     update = ClientUpdate(1, held.start, 4)
     copies = {1: Copy(moved(PARTS["trunk"]), {"t.lora_A.weight": torch.ones(2, 3)})}
     held.with_copies([update], copies, {1: Assignment(held.start)})
@@ -125,7 +127,7 @@ def test_a_run_that_goes_on_knows_what_it_knew(tmp_path: Path) -> None:
     held.fold(1, {"t": change})
     held.accept(1, 2, Assignment(held.start))
     ClientStore(tmp_path / "clients", 1).save(2, Kept(personal={"b.lora_B.weight": torch.ones(4, 2)}), accepted=0)
-    again = holdings(tmp_path, COPIES, Traits(personal=frozenset("B")))
+    again = ledger(tmp_path, COPIES, Traits(personal=frozenset("B")))
     past = again.restore(2, *held.snapshot())
     assert [list(changes) for changes in past] == [["t"], []] and again.last_fold == 1
     assert torch.equal(again.folded["t"].up, held.folded["t"].up) and again.accepted == {1: 2}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fedsplit.federation.turns import groups_of, takes_turns
 
 from fedsplit.documents import build
+from fedsplit.federation.client_order import groups_of, takes_turns
 
 
 def order(round: int = 1, clients: object = range(8), **values: Any) -> list[list[int]]:

@@ -5,30 +5,32 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Error, Message, MessageType, MetricRecord
 from local_federation import federate
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_client import FEATURES, STEPS, central, fine_tune
+from torch import Tensor
 
-from experiments import in_process
 from fedsplit.adaptation import lora
 from fedsplit.allowed import PARTS, SettingError
 from fedsplit.client.heldout import shards_of
 from fedsplit.client.link import Crossing, Link
 from fedsplit.config import Config
 from fedsplit.documents import as_document, build, from_document
+from fedsplit.engines import local
 from fedsplit.evaluate import held_out_loss
-from fedsplit.federation import records
-from fedsplit.federation.aggregation import FederationFailed, strategy_defaults
+from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.checkpoint import check_resumable
-from fedsplit.federation.exchange import Interrupted
+from fedsplit.federation.clients import FederationFailed, Interrupted
+from fedsplit.federation.messages import ADAPTERS, Answer, Evaluate, Failure, Reply, Request, Train
+from fedsplit.federation.replies import LARGEST_CHANGE
 from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_whole
@@ -67,6 +69,28 @@ def three_clients(model: Path, corpus: Path) -> Config:
 
 
 ROUNDS = ("round-0001", "round-0002")
+
+
+OUT_OF_LUCK = Failure(1, "RuntimeError", "RuntimeError: out of luck")
+
+
+def bob_fails(request: Request, answer: Answer) -> Answer:
+    """Has client 1 fail in every round of training."""
+    return OUT_OF_LUCK if isinstance(request, Train) and request.client == 1 else answer
+
+
+def with_metrics(answer: Answer, changes: Mapping[str, object]) -> Reply:
+    """Returns a reply with other metrics; None takes one away."""
+    assert isinstance(answer, Reply)
+    metrics = {**answer.metrics, **changes}
+    return replace(answer, metrics={name: value for name, value in metrics.items() if value is not None})
+
+
+def with_adapters(answer: Answer, change: Callable[[Tensor], Tensor]) -> Reply:
+    """Returns a reply with every adapter tensor changed."""
+    assert isinstance(answer, Reply)
+    changed = {name: change(tensor) for name, tensor in answer.tensors[ADAPTERS].items()}
+    return replace(answer, tensors={**answer.tensors, ADAPTERS: changed})
 
 
 def final_adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -272,16 +296,16 @@ def test_what_the_round_made_a_client_lose_is_reported(
 def test_clients_begin_in_an_order_that_the_seed_decides(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsplit.federation import client_app
+    from fedsplit.federation import client_service
 
     begun: list[tuple[int, int]] = []
-    train = client_app.Client.train
+    train = client_service.Client.train
 
     def remember(self, given, round, *more):
         begun.append((round, self.number))
         return train(self, given, round, *more)
 
-    monkeypatch.setattr(client_app.Client, "train", remember)
+    monkeypatch.setattr(client_service.Client, "train", remember)
     orders = {}
     for name, values in {"a": {}, "b": {}, "c": {"seed": 5}, "cyclic": {"trunk": {"order": "cyclic"}}}.items():
         begun.clear()
@@ -332,13 +356,7 @@ def test_a_ready_made_flower_strategy_runs_unchanged(
 def test_a_client_that_fails_is_named_and_left_out(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(message: Message, reply: Message) -> Message:
-        trains = message.metadata.message_type == MessageType.TRAIN
-        if trains and records.metrics_of(reply)["client"] == 1:
-            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
-        return reply
-
-    federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
+    federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, bob_fails)
     assert lines.lines.count("bob failed and is left out: RuntimeError: out of luck") == 2
     assert federation.summary is not None
     assert federation.summary["tokens"] == 2 * 2 * 4 * 2 * 16
@@ -347,10 +365,8 @@ def test_a_client_that_fails_is_named_and_left_out(
 def test_a_run_without_any_answer_ends_with_the_reason(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type == MessageType.TRAIN:
-            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
-        return reply
+    def spoil(request: Request, answer: Answer) -> Answer:
+        return replace(OUT_OF_LUCK, client=request.client) if isinstance(request, Train) else answer
 
     with pytest.raises(FederationFailed, match="no client answered: RuntimeError: out of luck"):
         federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
@@ -359,11 +375,10 @@ def test_a_run_without_any_answer_ends_with_the_reason(
 def test_an_update_that_is_not_finite_is_refused_by_name(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 2:
-            tensors = {name: tensor * math.nan for name, tensor in records.tensors_of(reply).items()}
-            reply.content[records.ARRAYS] = ArrayRecord({n: Array(t.numpy()) for n, t in tensors.items()})
-        return reply
+    def spoil(request: Request, answer: Answer) -> Answer:
+        if not (isinstance(request, Train) and request.client == 2):
+            return answer
+        return with_adapters(answer, lambda tensor: tensor * math.nan)
 
     federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
     refused = [line for line in lines.lines if "client 2 (cid) sent NaN or infinite values in " in line]
@@ -393,24 +408,12 @@ def test_who_says_what_cannot_be_is_left_out_as_if_it_had_failed(
     """Under a schedule that is deterministic, to the bit: the liar of node 1's own number, whatever it says."""
     config = replace(one_config, rounds=1, trunk=replace(one_config.trunk, schedule="copies"))
 
-    def lies(message: Message, reply: Message) -> Message:
-        if (
-            message.metadata.message_type == MessageType.TRAIN
-            and reply.content.metric_records["metrics"]["client"] == 1
-        ):
-            metrics = {**reply.content.metric_records["metrics"], **lie}
-            known = {name: value for name, value in metrics.items() if value is not None}
-            reply.content["metrics"] = MetricRecord(known)
-        return reply
-
-    def fails(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 1:
-            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
-        return reply
+    def lies(request: Request, answer: Answer) -> Answer:
+        return with_metrics(answer, lie) if isinstance(request, Train) and request.client == 1 else answer
 
     _, lines = federate(config, tmp_path / "lies", FedAvg(), monkeypatch, lies)
     assert sum(line.startswith("client 1 (bob) s") and "left out" in line for line in lines.lines) == 1
-    federate(config, tmp_path / "fails", FedAvg(), monkeypatch, fails)
+    federate(config, tmp_path / "fails", FedAvg(), monkeypatch, bob_fails)
     one, two = final_adapter(tmp_path / "lies"), final_adapter(tmp_path / "fails")
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
@@ -420,10 +423,10 @@ def test_under_epochs_too_no_client_counts_more_than_it_has(
 ) -> None:
     """Nor in a second round, whose passes begin anew."""
 
-    def lies(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 1:
-            reply.content["metrics"] = MetricRecord({**records.metrics_of(reply), "num-examples": 10**15})
-        return reply
+    def lies(request: Request, answer: Answer) -> Answer:
+        if not (isinstance(request, Train) and request.client == 1):
+            return answer
+        return with_metrics(answer, {"num-examples": 10**15})
 
     config = replace(one_config, train=replace(one_config.train, epochs=1, batch_size=3))
     federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, lies)
@@ -439,21 +442,15 @@ def test_an_update_that_is_too_large_is_a_failure_of_its_client_alone(
     """The round with it is, to the bit, the one in which that client failed."""
     config = replace(one_config, rounds=1, trunk=replace(one_config.trunk, schedule="copies"))
 
-    def spoils(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 1:
-            tensors = {name: torch.full_like(tensor, size) for name, tensor in records.tensors_of(reply).items()}
-            reply.content[records.ARRAYS] = records.to_arrays(tensors)
-        return reply
-
-    def fails(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type == MessageType.TRAIN and records.metrics_of(reply)["client"] == 1:
-            return Message(Error(1, "RuntimeError: out of luck"), reply_to=message)
-        return reply
+    def spoils(request: Request, answer: Answer) -> Answer:
+        if not (isinstance(request, Train) and request.client == 1):
+            return answer
+        return with_adapters(answer, lambda tensor: torch.full_like(tensor, size))
 
     _, lines = federate(config, tmp_path / "spoils", FedAvg(), monkeypatch, spoils)
     (left_out,) = [line for line in lines.lines if "left out" in line]
     assert left_out.startswith("client 1 (bob) sent adapters that changed by a norm of ")
-    federate(config, tmp_path / "fails", FedAvg(), monkeypatch, fails)
+    federate(config, tmp_path / "fails", FedAvg(), monkeypatch, bob_fails)
     one, two = final_adapter(tmp_path / "spoils"), final_adapter(tmp_path / "fails")
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
@@ -465,15 +462,13 @@ def test_with_the_largest_update_that_is_used_every_client_can_still_measure(
     """Nobody honest is blamed for what it made of the model."""
     torch.manual_seed(0)
 
-    def spoils(message: Message, reply: Message) -> Message:
-        trains = message.metadata.message_type == MessageType.TRAIN and not reply.has_error()
-        if trains and records.metrics_of(reply)["client"] == 1:
-            tensors = records.tensors_of(reply)
-            values = sum(tensor.numel() for tensor in tensors.values())
-            each = 0.9 * records.LARGEST_CHANGE / math.sqrt(values)
-            large = {name: tensor + each * torch.randn_like(tensor).sign() for name, tensor in tensors.items()}
-            reply.content[records.ARRAYS] = records.to_arrays(large)
-        return reply
+    def spoils(request: Request, answer: Answer) -> Answer:
+        if not (isinstance(request, Train) and request.client == 1):
+            return answer
+        assert isinstance(answer, Reply)
+        values = sum(tensor.numel() for tensor in answer.tensors[ADAPTERS].values())
+        each = 0.9 * LARGEST_CHANGE / math.sqrt(values)
+        return with_adapters(answer, lambda tensor: tensor + each * torch.randn_like(tensor).sign())
 
     config = replace(three_clients(tiny_models[family], corpus_file), rounds=1)
     federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoils)
@@ -492,10 +487,8 @@ def test_with_the_largest_update_that_is_used_every_client_can_still_measure(
 def test_who_measured_what_cannot_be_is_left_out(
     lie: dict[str, float], words: str, one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lies(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type == MessageType.EVALUATE and records.metrics_of(reply)["client"] == 1:
-            reply.content["metrics"] = MetricRecord({**records.metrics_of(reply), **lie})
-        return reply
+    def lies(request: Request, answer: Answer) -> Answer:
+        return with_metrics(answer, lie) if isinstance(request, Evaluate) and request.client == 1 else answer
 
     config = replace(one_config, rounds=1)
     federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch, lies)
@@ -543,7 +536,7 @@ def test_hidden_states_that_are_not_finite_are_a_failure_of_their_client_alone(
 def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it came from: the round before it is still there to go on from."""
 
-    class BrokenTrunk(in_process.LocalTrunk):
+    class BrokenTrunk(local.LocalTrunk):
         def __init__(self, *args: object) -> None:
             super().__init__(*args)
             self.saved, self.kept, self.moments = 0, self.moments, self.broken_moments
@@ -552,7 +545,7 @@ def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, mon
             self.saved += 1
             return {name: moment * (math.inf if self.saved == 2 else 1) for name, moment in self.kept().items()}
 
-    monkeypatch.setattr(in_process, "LocalTrunk", BrokenTrunk)
+    monkeypatch.setattr(local, "LocalTrunk", BrokenTrunk)
     with pytest.raises(FederationFailed, match="round 2 left NaN or infinite values in"):
         federate(one_config, tmp_path / "run", FedAvg(), monkeypatch)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("round-*")] == ["round-0001"]
@@ -561,14 +554,12 @@ def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, mon
 def test_stopping_ends_the_run_at_the_next_look(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsplit.federation import server_app
-
-    class Stopped(server_app.Federation):
-        def _meet(self, grid):
+    class Stopped(local.Federation):
+        def _meet(self, parties):
             self.stop.set()
-            return super()._meet(grid)
+            return super()._meet(parties)
 
-    monkeypatch.setattr("experiments.in_process.Federation", Stopped)
+    monkeypatch.setattr(local, "Federation", Stopped)
     with pytest.raises(Interrupted):
         federate(config, tmp_path / "run", FedAvg(), monkeypatch)
 
@@ -590,10 +581,10 @@ class Killed(Exception):
 def killed_in(round: int):
     """What kills a federation as its first client of a round answers."""
 
-    def spoil(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type == MessageType.TRAIN and records.config_of(message)[records.ROUND] == round:
+    def spoil(request: Request, answer: Answer) -> Answer:
+        if isinstance(request, Train) and request.round == round:
             raise Killed
-        return reply
+        return answer
 
     return spoil
 
@@ -761,7 +752,7 @@ def test_patience_does_not_run_out_before_anything_has_changed(
     config = replace(one_config, rounds=last, patience=2, trunk=trunk, train=train)
     federation, _ = federate(config, tmp_path / "run", Late(trains), monkeypatch)
     assert federation.summary is not None and federation.summary["last_round"] == last
-    assert federation._course.waited <= 1
+    assert federation._job.folder.read_facts(last)["course"]["waited"] <= 1
 
 
 def test_patience_runs_out_where_every_round_changes_the_trunk(

@@ -9,23 +9,20 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import flwr.simulation
 import psutil
 import pytest
+from flwr.serverapp import ServerApp
 
-from fedsplit.federation import engine
+from fedsplit.engines import flower_engine
 
 
 class Federation:
-    """Nothing but what the engine needs."""
+    """The part of a federation that the engine's thread needs."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
-
-    def app(self) -> Any:
-        return None
 
 
 def test_what_ends_the_engine_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +32,7 @@ def test_what_ends_the_engine_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(flwr.simulation, "run_simulation", broken)
     federation = Federation()
     with pytest.raises(ValueError, match="no luck"):
-        engine.simulate(federation, 2)
+        flower_engine.simulate(federation, ServerApp(), 2)
     assert federation.stop.is_set()
 
 
@@ -46,10 +43,10 @@ def test_an_interrupt_is_heard_while_the_engine_runs(monkeypatch: pytest.MonkeyP
         os.kill(os.getpid(), signal.SIGINT)
         threading.Event().wait(60)
 
-    monkeypatch.setattr(engine, "_END_SECONDS", 0.1)
+    monkeypatch.setattr(flower_engine, "_END_SECONDS", 0.1)
     monkeypatch.setattr(flwr.simulation, "run_simulation", hangs)
     with pytest.raises(KeyboardInterrupt):
-        engine.simulate(federation, 2)
+        flower_engine.simulate(federation, ServerApp(), 2)
     assert federation.stop.is_set()
 
 

@@ -219,7 +219,7 @@ def _export(asked: argparse.Namespace) -> list[str]:
     check_same_base(adapters)
     tasks = as_tasks(adapters, asked.names.split(",") if asked.names else ())
     _check_out(asked.out)
-    from fedsplit.federation.checkpoint import write_whole
+    from fedsplit.durable import write_folder
     from fedsplit.results.fitting import read_known
     from fedsplit.results.whole import check_same_head
 
@@ -231,7 +231,7 @@ def _export(asked: argparse.Namespace) -> list[str]:
         for name, adapter in tasks.items():
             copy_adapter(adapter, draft / name)
 
-    write_whole(asked.out, fill)
+    write_folder(asked.out, fill)
     first, *others = tasks
     code = [f'model = PeftModel.from_pretrained(base, "{asked.out}/{first}", adapter_name="{first}")']
     code += [f'model.load_adapter("{asked.out}/{name}", adapter_name="{name}")' for name in others]
@@ -257,7 +257,8 @@ def _check_out(out: Path) -> None:
     check_folder(out)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.adapters",
         description="Counts, merges, combines, collects and compares the adapters of finished runs.",
@@ -317,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
 
     def work() -> None:
-        asked = _parser().parse_args(argv)
+        asked = make_parser().parse_args(argv)
         quieten()
         print(*asked.work(asked), sep="\n")
 

@@ -63,13 +63,13 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
         summary.
     """
     from fedsplit.model.families import read_facts, read_pad
-    from fedsplit.model.sources import about
+    from fedsplit.model.sources import config_folder
     from fedsplit.results.whole import score
 
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
     if config.data.format == "classification":  # the library finds the last token of a sequence by this
-        path = about(config)
+        path = config_folder(config)
         model.config.pad_token_id = read_pad(path, read_facts(path).end)
     texts = _held_out(config, config.eval.samples)
     counted = [batches for client, (_, batches) in enumerate(texts) if clients is None or client in clients]
@@ -78,7 +78,8 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
 
 def _held_out(config: Config, samples: int) -> list[tuple[str, list[Sequences]]]:
     """The name of every client, and its held-out text in the batches in which the run measured it."""
-    from fedsplit.client.heldout import held_out_batches, shards_of
+    from fedsplit.client.heldout import held_out_batches
+    from fedsplit.corpora.partition import shards_of
 
     size = config.train.batch_size
     return [(shard.name, [rows for _, rows in held_out_batches(shard, samples, size)]) for shard in shards_of(config)]
@@ -119,12 +120,12 @@ def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) 
     from fedsplit.corpora.shards import spread
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about
+    from fedsplit.model.sources import config_folder
 
     _check_format(config, data)
     check_packing(data)
     check_dataset(dataset, data)
-    path, length = about(config), config.train.max_length
+    path, length = config_folder(config), config.train.max_length
     texts = all_text(dataset, length, path, read_facts(path).end, data, config.seed, _classes(config))
     return [
         (name, list(spread(blocks, samples or len(blocks)).split(config.train.batch_size)))
@@ -161,11 +162,11 @@ def _check_tokens(run: Run, work: list[tuple[Adapter, list[tuple[str, list[Seque
     Raises:
         SettingError: It has not.
     """
-    from fedsplit.model.sources import about
+    from fedsplit.model.sources import config_folder
     from fedsplit.model.token_ids import check_largest
 
     largest = max(int(rows.ids.max()) for _, texts in work for _, batches in texts for rows in batches)
-    check_largest(about(run.config), run.config.model, largest)
+    check_largest(config_folder(run.config), run.config.model, largest)
 
 
 def evaluate(
@@ -227,9 +228,9 @@ def evaluate(
 
 def _classes(config: Config) -> tuple[str, ...]:
     """The names of the classes that a run learned to tell; none where it predicted tokens."""
-    from fedsplit.client.heldout import deal_of
+    from fedsplit.corpora.partition import partition_of
 
-    return deal_of(config).classes if config.data.format == "classification" else ()
+    return partition_of(config).classes if config.data.format == "classification" else ()
 
 
 def lines(results: Sequence[Result], sorts: bool = False) -> list[str]:
@@ -251,7 +252,8 @@ def lines(results: Sequence[Result], sorts: bool = False) -> list[str]:
     return aligned(rows)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.evaluate",
         description="Perplexity and accuracy of a finished run's model: base alone -> with the adapter.",
@@ -298,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
 
     def work() -> None:
-        asked = _parser().parse_args(argv)
+        asked = make_parser().parse_args(argv)
         if asked.samples < 0:
             raise SettingError("samples", asked.samples, "a whole number of at least 0")
         if not DEVICE.test(asked.device):

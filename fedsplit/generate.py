@@ -162,9 +162,11 @@ def _tokenise(tokenizer: Any, prompts: Sequence[str], chat: bool, model: str) ->
             raise SettingError("prompt", f"number {number} (it has bytes that are no UTF-8)", "a text in UTF-8")
     texts = TextTokenizer(tokenizer)
     if chat:
-        tokens = texts.written([render(tokenizer, [{"role": "user", "content": p}], prompt=True) for p in prompts])
+        tokens = texts.encode_verbatim(
+            [render(tokenizer, [{"role": "user", "content": p}], prompt=True) for p in prompts]
+        )
     else:
-        tokens = texts.opening(prompts)
+        tokens = texts.encode_prompt(prompts)
     for number, found in enumerate(tokens, 1):
         if not found:
             raise SettingError("prompt", f"number {number} (no tokens)", "a text that the tokenizer knows something of")
@@ -214,17 +216,17 @@ def check(asked: argparse.Namespace) -> Job:
     from fedsplit.model.devices import check_devices
     from fedsplit.model.families import read_facts
     from fedsplit.model.quantization import check_quantization
-    from fedsplit.model.sources import about, weights
+    from fedsplit.model.sources import config_folder, weights_folder
 
     config = replace(config, device="cpu", trunk=replace(config.trunk, device=_trunk_device(asked, config)))
     check_devices(config)
     check_quantization(config)
-    model = about(config)
+    model = config_folder(config)
     facts = read_facts(model)
 
-    from fedsplit.adaptation.adapting import check_made_by
+    from fedsplit.adaptation.run_adapters import check_made_by
     from fedsplit.generation.sampling import Sampling
-    from fedsplit.model.stored import check_checkpoint
+    from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.token_ids import check_largest, end_tokens
     from fedsplit.model.vocabulary import load_tokenizer
     from fedsplit.results.fitting import read_fitting
@@ -233,7 +235,7 @@ def check(asked: argparse.Namespace) -> Job:
     tokens = _tokenise(tokenizer, prompts, asked.chat, config.model)
     most = _new_tokens(tokens, asked.max_new_tokens, facts.positions, config.prompt.positions)
     check_largest(model, config.model, max(max(ids) for ids in tokens))
-    check_checkpoint(weights(config), config.dtype)
+    check_checkpoint(weights_folder(config), config.dtype)
     read_fitting(adapter)
     check_made_by(adapter.folder, config, facts.family)
     how = Sampling(asked.temperature, asked.top_k or 0, asked.top_p or 1.0, asked.seed or 0)
@@ -245,10 +247,10 @@ def check(asked: argparse.Namespace) -> Job:
 
 def _load_ends(job: Job) -> list[Any]:
     """The client's parts, held in as many bits as in the run, with its adapters."""
-    from fedsplit.adaptation import adapting
+    from fedsplit.adaptation import run_adapters
 
-    parts = adapting.bare_parts(job.config, ["bottom", "top"])
-    adapting.adopt(job.adapter.folder, job.config, *parts)
+    parts = run_adapters.bare_parts(job.config, ["bottom", "top"])
+    run_adapters.adopt(job.adapter.folder, job.config, *parts)
     return parts
 
 
@@ -362,7 +364,8 @@ def lines(pace: Pace, traffic: Mapping[str, int]) -> list[str]:
     return aligned(rows)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.generate",
         description="Text from a finished run's model, generated through the split: one client with bottom and top, "
@@ -400,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 where it ended well, 1 where it broke, 2 where it was asked for wrongly, 130 on Ctrl-C."""
 
     def work() -> None:
-        asked = _parser().parse_args(argv)
+        asked = make_parser().parse_args(argv)
         prepare()
         quieten()
         job = check(asked)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -30,8 +31,8 @@ import transformers
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt, bare_parts
 from fedsplit.adaptation.injection import make_config
+from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.config import Config, LoraSettings
@@ -40,7 +41,7 @@ from fedsplit.corpora.shards import Shard
 from fedsplit.documents import build
 from fedsplit.model.families import read_facts
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole, quantize_whole
+from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
@@ -166,9 +167,9 @@ class Bench:
         bits: dict[str, int] | None = None,
     ) -> Any:
         """Returns the unsplit model under PEFT with the same adapters."""
-        base = load_whole(path, dtype).to(self.device)
+        base = load_unsplit(path, dtype).to(self.device)
         if bits:
-            base = quantize_whole(base, (1, 2), bits, self.device)
+            base = quantize_unsplit(base, (1, 2), bits, self.device)
         model = peft.get_peft_model(base, make_config(settings, read_facts(path).family))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -252,7 +253,7 @@ class Bench:
     def _plain_loop(self, dtype: str) -> Callable[[], object]:
         """Returns a round of training of the unsplit model under PEFT, in a bare loop."""
         types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        base = load_whole(self._model(), types[dtype]).to(self.device)
+        base = load_unsplit(self._model(), types[dtype]).to(self.device)
         model = peft.get_peft_model(base, make_config(LoraSettings(), read_facts(self._model()).family)).train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
@@ -279,7 +280,7 @@ class Bench:
         for step in range(sizes.repeats + 1):
             for name, trunk in trunks.items():
                 size = sizes.together if name == "batched" else 1
-                speed = self._tokens_a_second(tokens, lambda trunk=trunk, step=step, size=size: self._step(trunk, step, size))  # type: ignore[misc]
+                speed = self._tokens_a_second(tokens, functools.partial(self._step, trunk, step, size))
                 if step:  # the first one compiles
                     found[name].append(speed)
         return found

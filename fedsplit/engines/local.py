@@ -17,8 +17,8 @@ from uuid import uuid4
 
 import torch
 
-from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import on_disks
 from fedsplit.events import Sink
 from fedsplit.events.emitter import Emitter
@@ -32,7 +32,7 @@ from fedsplit.federation.messages import Answer, Briefing, Failure, Introduce, R
 from fedsplit.federation.replies import Introduction, read_introduction
 from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
-from fedsplit.model.sources import about, weights
+from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.planning import Plan
 from fedsplit.trunk.local import LocalTrunk
 
@@ -124,10 +124,10 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
         The federation, which has its summary.
     """
     started = time.perf_counter()
-    facts = read_facts(about(config))
+    facts = read_facts(config_folder(config))
     shards = shards_of(config)
     with running(config, Plan(1, 1, 1, 1, 1)) as session:
-        content = content_of(shards, about(config), weights(config))
+        content = content_of(shards, config_folder(config), weights_folder(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
         job = Job(config, strategy, workloads(config, shards), folder, emit, started)

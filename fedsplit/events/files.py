@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedsplit.durable import write_text, writing
 from fedsplit.events.event_types import (
     ClientFailed,
     Event,
@@ -15,7 +16,6 @@ from fedsplit.events.event_types import (
     RoundTrained,
     RunEnded,
 )
-from fedsplit.model.store import write_text, writing
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt, bare_parts
+from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.heldout import held_out_batches, sample, through_split
 from fedsplit.client.link import Link, TrunkLike
@@ -29,9 +29,10 @@ from fedsplit.federation.travel import TravelRule, draw
 from fedsplit.model.families import read_facts
 from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
-from fedsplit.model.sources import about
-from fedsplit.model.store import ClientStore, FoldLog, Kept
+from fedsplit.model.sources import config_folder
 from fedsplit.scores import pooled
+from fedsplit.state.client_store import ClientState, ClientStore
+from fedsplit.state.fold_log import FoldLog
 from fedsplit.trunk.memory import peak_memory
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, ClientUpdate
@@ -80,7 +81,9 @@ class _Site:
             asks=bool(config.trunk.memory),
         )
         routers = RouterLoss(self.router_aux_loss)
-        return Client(request.client, shard, self.bottom, self.top, link, config.train, config.seed, config.rounds, routers)
+        return Client(
+            request.client, shard, self.bottom, self.top, link, config.train, config.seed, config.rounds, routers
+        )
 
     def catch_up(self, request: Request) -> None:
         """Makes the changes of base weights that were not made here yet, in the order of the rounds."""
@@ -184,7 +187,7 @@ def _load(briefing: Briefing, classes: int, connect: Connect) -> _Site:
         connect(briefing.trunk),
         start=lora.read(bottom, top),
         rule=TravelRule.of(starts, config.share, briefing.personal),
-        router_aux_loss=read_facts(about(config)).coefficient(config.router_aux_loss),
+        router_aux_loss=read_facts(config_folder(config)).coefficient(config.router_aux_loss),
     )
 
 
@@ -232,15 +235,15 @@ def _to_keep(
     update: ClientUpdate,
     untrained: set[str],
     personal: frozenset[str],
-    before: Kept,
-) -> Kept:
+    before: ClientState,
+) -> ClientState:
     """Returns what a client writes to its disk at the end of a round."""
     held = {name: given[name] for name in untrained if not torch.equal(given[name], start.tensors[name])}
     own = {name: update.adapters.tensors[name] for name in sorted(personal)}
     control = {}
     for name, change in update.control.items():
         control[name] = before.control[name] + change if name in before.control else change
-    return Kept(held, own, control, update.moments)
+    return ClientState(held, own, control, update.moments)
 
 
 def _evaluate(visit: _Visit, request: Evaluate) -> Reply:

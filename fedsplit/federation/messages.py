@@ -16,8 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from fedsplit.lowrank import LowRank
-from fedsplit.model.store import pack_changes
 from fedsplit.scores import Score
+from fedsplit.tensor_files import pack_changes
 from fedsplit.updates import Adapters, ClientUpdate, Task
 
 ADAPTERS, CONTROL = "arrays", "control"

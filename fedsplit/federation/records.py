@@ -26,7 +26,7 @@ from fedsplit.federation.messages import (
     Train,
 )
 from fedsplit.lowrank import LowRank
-from fedsplit.model.store import pack_changes, unpack_changes
+from fedsplit.tensor_files import pack_changes, unpack_changes
 from fedsplit.updates import RefusedUpdate, Task
 
 CONFIG, METRICS = "config", "metrics"

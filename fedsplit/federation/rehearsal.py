@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.adaptation.adapting import outline
 from fedsplit.adaptation.methods import method_of
+from fedsplit.adaptation.run_adapters import outline
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.federation import messages

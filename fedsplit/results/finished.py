@@ -52,9 +52,9 @@ class Adapter:
         Raises:
             SettingError: There is no such model, or it cannot be had.
         """
-        from fedsplit.model.sources import weights  # not before the environment is set that its libraries read
+        from fedsplit.model.sources import weights_folder  # not before the environment is set that its libraries read
 
-        return weights(Config(model=self.model, dtype=self.dtype))
+        return weights_folder(Config(model=self.model, dtype=self.dtype))
 
     @property
     def about_path(self) -> Path:
@@ -63,9 +63,9 @@ class Adapter:
         Raises:
             SettingError: There is no such model, or it cannot be had.
         """
-        from fedsplit.model.sources import about  # as above
+        from fedsplit.model.sources import config_folder  # as above
 
-        return about(Config(model=self.model, dtype=self.dtype))
+        return config_folder(Config(model=self.model, dtype=self.dtype))
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
-from fedsplit.adaptation import adapting, lora, prompts
+from fedsplit.adaptation import lora, prompts, run_adapters
 from fedsplit.allowed import InputError, SettingError
-from fedsplit.model.head import HEAD, WEIGHT
+from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.parts import SCORE
-from fedsplit.model.store import load_tensors
-from fedsplit.model.unsplit import blank, transposed_layers
+from fedsplit.model.unsplit import empty_model, transposed_layers
 from fedsplit.results.finished import ADAPTER_FILES, Adapter
+from fedsplit.tensor_files import load_tensors
 from fedsplit.updates import Adapters
 
 PREFIX = "base_model.model."
@@ -55,7 +55,7 @@ def read_adapter(adapter: Adapter) -> Adapters:
         InputError: It cannot be read, or holds NaN or infinite values.
     """
     try:
-        read = adapting.load(adapter.folder)
+        read = run_adapters.load(adapter.folder)
     except Exception as error:  # noqa: BLE001  # whatever the libraries make of a broken file
         raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason_of(error)})") from None
     for name, tensor in read.tensors.items():
@@ -79,9 +79,9 @@ def read_fitting(adapter: Adapter) -> Adapters:
     read = read_adapter(adapter)
     path = adapter.about_path
     if prompts.kind_of(adapter.folder) is not None:
-        _check_prompt(adapter, read, blank(path).config)
+        _check_prompt(adapter, read, empty_model(path).config)
         return read
-    model = blank(path, classes_in(read))
+    model = empty_model(path, classes_in(read))
     transposed = transposed_layers(model)
     _check_placed(adapter, model, path, classes_in(read))
     layers = {
@@ -117,7 +117,7 @@ def leaves_base(adapter: Adapter) -> bool:
         return not getattr(config, "modules_to_save", None) or {*config.modules_to_save} <= {HEAD, SCORE}
     plain = [name for name in read_adapter(adapter).tensors if ".lora_" not in name or ".base_layer.weight" in name]
     neutral = config.init_lora_weights in lora.NEUTRAL_STARTS and not config.layer_replication
-    return neutral and {*plain} <= {WEIGHT, lora.SCORE_WEIGHT}
+    return neutral and {*plain} <= {HEAD_WEIGHT, lora.SCORE_WEIGHT}
 
 
 def more_than_factors(adapter: Adapter) -> str:
@@ -167,7 +167,7 @@ def _check_placed(adapter: Adapter, model: Any, path: Path, classes: int) -> Non
             if "meta" not in str(error):
                 raise
             # A few kinds look at values as they start: they get a model with weights, though not with the right ones.
-            filled = blank(path, classes).to_empty(device="cpu")
+            filled = empty_model(path, classes).to_empty(device="cpu")
             for parameter in filled.parameters():
                 parameter.data.normal_()
             placed = _placed(config, tensors, filled, "cpu")

@@ -15,14 +15,14 @@ from fedsplit.adaptation import lora
 from fedsplit.allowed import InputError, SettingError
 from fedsplit.config import Config
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.devices import CPU, TYPES, device_of
 from fedsplit.model.families import read_facts, read_pad
-from fedsplit.model.head import HEAD, WEIGHT
+from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.parts import SCORE
 from fedsplit.model.quantization import check_quantization
-from fedsplit.model.stored import check_checkpoint
-from fedsplit.model.unsplit import load_whole, quantize_whole
+from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
 from fedsplit.results.finished import Adapter
 from fedsplit.results.fitting import classes_in, read_fitting, reason_of
 from fedsplit.scores import Score
@@ -44,7 +44,7 @@ def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes:
     """
     facts = read_facts(model_path)
     check_checkpoint(model_path, dtype, classes)
-    base = load_whole(model_path, TYPES[dtype], classes, read_pad(model_path, facts.end)).eval()
+    base = load_unsplit(model_path, TYPES[dtype], classes, read_pad(model_path, facts.end)).eval()
     if classes:
         restore_head(base, seed)
     return base.to(device)
@@ -103,7 +103,7 @@ def open_held(
             raise SettingError("model", adapter.model, words)
         check_quantization(held)
     base = open_base(adapter.model_path, adapter.dtype, device, classes, seed)
-    return quantize_whole(base, held.bounds, held.bits, device, dense) if held.bits else base
+    return quantize_unsplit(base, held.bounds, held.bits, device, dense) if held.bits else base
 
 
 def attach(base: Any, adapter: Adapter) -> Any:
@@ -145,7 +145,7 @@ def merged(base: Any, adapter: Adapter) -> Any:
             whole.set_submodule(name, trained)
     if tied:
         _tie_where_equal(whole)
-    if strange := sorted({name for name, _ in whole.named_parameters()} - names - {WEIGHT}):
+    if strange := sorted({name for name, _ in whole.named_parameters()} - names - {HEAD_WEIGHT}):
         raise InputError(f"{begin}: PEFT leaves {strange[0]}, which is no weight of the model")
     if not _agree(_probe(whole), expected):
         raise InputError(f"{begin}: the model with it merged by PEFT does not compute what it does with it beside")

@@ -18,7 +18,7 @@ import ray
 import torch
 from torch import Tensor
 
-from fedsplit.adaptation import adapting
+from fedsplit.adaptation import run_adapters
 from fedsplit.config import Config
 from fedsplit.lowrank import LowRank
 from fedsplit.trunk.cluster import NAMESPACE, send_tensors_as_arrays
@@ -65,11 +65,11 @@ class TrunkActor:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
         send_tensors_as_arrays()
-        (part,) = adapting.bare_parts(config, ["trunk"])
+        (part,) = run_adapters.bare_parts(config, ["trunk"])
         if adapter is None:
-            adapting.adapt(part, config)
+            run_adapters.adapt(part, config)
         else:
-            adapting.adopt(adapter, config, part)
+            run_adapters.adopt(adapter, config, part)
         budget = Budget(config.trunk.memory_bytes)
         self._incarnation = secrets.token_hex(8)
         server = TrunkServer(

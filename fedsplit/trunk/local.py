@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fedsplit.adaptation.adapting import adapt, bare_parts
+from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.config import Config
 from fedsplit.trunk.dispatch import Dispatcher
 from fedsplit.trunk.memory import peak_memory, resident_memory

@@ -136,7 +136,7 @@ class TrunkServer:
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self._unfolded: dict[str, Tensor] = {}  # base weights as they were at the last commit, where they have changed
-        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self.device, part.budget)
+        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self.device, part.rank_budget)
 
     def forward(self, packet: Packet) -> Packet:
         """Hidden states (B, T, D) in, hidden states (B, T, D) out; as `forward_together` of one."""

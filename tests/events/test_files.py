@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fedsplit.durable import NotWritten
 from fedsplit.events import ClientFailed, Notice, RoundAggregated, RunEnded
 from fedsplit.events.files import MetricsFile, SummaryFile, append_document
-from fedsplit.model.store import NotWritten
 
 
 def aggregated(round: int) -> RoundAggregated:

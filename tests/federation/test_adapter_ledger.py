@@ -11,7 +11,7 @@ import torch
 from fedsplit.config import Config, LoraSettings, TrunkSettings
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.lowrank import LowRank
-from fedsplit.model.store import ClientStore, Kept
+from fedsplit.state.client_store import ClientState, ClientStore
 from fedsplit.trunk.learners import Copy
 from fedsplit.updates import FACTORS, Adapters, Assignment, ClientUpdate, Layer, Task, Traits
 
@@ -126,7 +126,8 @@ def test_a_run_that_goes_on_knows_what_it_knew(tmp_path: Path) -> None:
     change = LowRank(torch.randn(4, 1), torch.randn(1, 3))
     held.fold(1, {"t": change})
     held.accept(1, 2, Assignment(held.start))
-    ClientStore(tmp_path / "clients", 1).save(2, Kept(personal={"b.lora_B.weight": torch.ones(4, 2)}), accepted=0)
+    own = ClientState(personal={"b.lora_B.weight": torch.ones(4, 2)})
+    ClientStore(tmp_path / "clients", 1).save(2, own, accepted=0)
     again = ledger(tmp_path, COPIES, Traits(personal=frozenset("B")))
     past = again.restore(2, *held.snapshot())
     assert [list(changes) for changes in past] == [["t"], []] and again.last_fold == 1

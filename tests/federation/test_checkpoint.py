@@ -24,6 +24,7 @@ from test_lora import adapted
 from fedsplit.adaptation import lora
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config, DataSettings, LoraSettings, TrainSettings, TrunkSettings
+from fedsplit.durable import NotWritten
 from fedsplit.events import RunEnded
 from fedsplit.events.files import SummaryFile, append_document
 from fedsplit.federation.checkpoint import (
@@ -33,12 +34,12 @@ from fedsplit.federation.checkpoint import (
     check_folder,
     check_resumable,
     last_round,
-    write_whole,
 )
 from fedsplit.federation.manifest import Content, Damaged
 from fedsplit.flags import parse
 from fedsplit.lowrank import LowRank
-from fedsplit.model.store import ClientStore, FoldLog, Kept, NotWritten
+from fedsplit.state.client_store import ClientState, ClientStore
+from fedsplit.state.fold_log import FoldLog
 
 CONTENT = Content("data", {"config.json": "one", "model.safetensors": "two"})
 
@@ -251,10 +252,10 @@ def test_what_clients_and_the_server_keep_elsewhere_is_known_too(folder: RunFold
     log(folder, {"round": 1})
     FoldLog(folder.folds).append(1, {"x": LowRank(torch.ones(2, 1), torch.ones(1, 2))})
     store = ClientStore(folder.clients, 3)
-    store.save(1, Kept(personal={"y": torch.ones(2)}), 0)
+    store.save(1, ClientState(personal={"y": torch.ones(2)}), 0)
     facts = {"after": 2.5, "accepted": {"3": 1, "4": 1}}
     folder.save_round(Snapshot(1, facts, {}), folder.whole)
-    store.save(2, Kept(personal={"y": torch.zeros(2)}), 1)
+    store.save(2, ClientState(personal={"y": torch.zeros(2)}), 1)
     FoldLog(folder.folds).append(2, {})
     check_resumable(folder.path, going(folder, 5))
     moved = folder.path.with_name("moved")
@@ -324,7 +325,7 @@ def test_a_damaged_best_round_is_not_left_as_the_result(folder: RunFolder) -> No
     log(folder, {"round": 1})
     folder._config = dataclasses.replace(folder._config, keep_best=True)
     for round in (1, 2):
-        ClientStore(folder.clients, 0).save(round, Kept(personal={"y": torch.ones(2)}), round)
+        ClientStore(folder.clients, 0).save(round, ClientState(personal={"y": torch.ones(2)}), round)
         facts = {"after": float(round), "course": {"best": 1, "waited": 1}, "accepted": {"0": round}}
         folder.save_round(Snapshot(round, facts, {}), folder.whole)
     check_resumable(folder.path, going(folder, 5))  # what clients kept of the best round is gone, as it should be
@@ -377,20 +378,6 @@ def test_what_there_was_before_a_full_disk_stays_whole(folder: RunFolder, limit:
             work()
     assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
     check_resumable(folder.path, going(folder, 5))
-
-
-def test_a_folder_comes_back_where_a_process_ended_between_two_renames(tmp_path: Path) -> None:
-    (tmp_path / ".out.before").mkdir()
-    (tmp_path / ".out.before" / "file").write_text("old")
-
-    def crash(draft: Path) -> None:
-        raise OSError("no space left")
-
-    with pytest.raises(NotWritten, match=r"out could not be written \(no space left\); what was there before is whole"):
-        write_whole(tmp_path / "out", crash)
-    assert (tmp_path / "out" / "file").read_text() == "old"
-    write_whole(tmp_path / "out", lambda draft: (draft / "file").write_text("new") and None)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fedsplit.adaptation import lora
-from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import write_shard
 from fedsplit.documents import as_document, build
 from fedsplit.federation.adapter_ledger import AdapterLedger
@@ -61,7 +61,7 @@ def test_virtual_clients_share_the_base_and_hold_no_trunk(model_path: Path, corp
     assert clients[0].bottom is clients[1].bottom
     assert clients[0].top is clients[1].top
     assert clients[0].shard is not clients[1].shard
-    held = {part.whole_name(n) for part in (clients[0].bottom, clients[0].top) for n, _ in part.named_parameters()}
+    held = {part.unsplit_name(n) for part in (clients[0].bottom, clients[0].top) for n, _ in part.named_parameters()}
     assert held
     assert not any(".1." in name.partition("attn")[0].partition("mlp")[0] for name in held)
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.allowed import PARTS, SettingError
-from fedsplit.client.heldout import shards_of
 from fedsplit.client.link import Crossing, Link
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.documents import as_document, build, from_document
 from fedsplit.engines import local
 from fedsplit.evaluate import held_out_loss
@@ -33,7 +33,7 @@ from fedsplit.federation.messages import ADAPTERS, Answer, Evaluate, Failure, Re
 from fedsplit.federation.replies import LARGEST_CHANGE
 from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.updates import Assignment
 from fedsplit.wire.packets import StepKey
 from strategies.fedavg import FedAvg
@@ -109,7 +109,7 @@ def test_the_federation_learns_and_its_adapter_gives_the_reported_loss(
     assert lines.lines[0].startswith("fedavg aggregates ")
     assert "all clients train the trunk" in lines.lines[0]
     assert all(len(line) <= 80 for line in lines.lines[1:])
-    base = load_whole(config.model_path)
+    base = load_unsplit(config.model_path)
     assert held_out_loss(base, out) == pytest.approx(summary["eval_loss"]["before"], abs=1e-5)
     model = PeftModel.from_pretrained(base, str(out / "adapter"))
     assert held_out_loss(model, out) == pytest.approx(summary["eval_loss"]["after"], abs=1e-5)
@@ -221,7 +221,7 @@ def test_every_schedule_learns_and_its_adapter_gives_the_reported_loss(
     federation, _ = federate(config, tmp_path / "run", FedAvg(), monkeypatch)
     assert federation.summary is not None
     assert federation.summary["eval_loss"]["after"] < federation.summary["eval_loss"]["before"]
-    model = PeftModel.from_pretrained(load_whole(config.model_path), str(tmp_path / "run" / "adapter"))
+    model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(tmp_path / "run" / "adapter"))
     assert held_out_loss(model, tmp_path / "run") == pytest.approx(federation.summary["eval_loss"]["after"], abs=1e-5)
     rounds = (tmp_path / "run" / "checkpoints" / name / "adapter_model.safetensors" for name in ROUNDS)
     one, two = (load_file(path) for path in rounds)
@@ -684,10 +684,10 @@ def test_the_best_round_is_what_a_run_leaves_that_stops_early(
     assert all(torch.equal(tensor, best[name]) for part in parts for name, tensor in part.items())
     names = sorted(losses[2]["clients"])
     if case == "folded":
-        model = PeftModel.from_pretrained(load_whole(config.model_path), str(out / "adapter"))
+        model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(out / "adapter"))
         assert held_out_loss(model, out) == pytest.approx(losses[2]["loss"], abs=1e-5)
     for client, name in enumerate(names if case == "personal" else []):
-        model = PeftModel.from_pretrained(load_whole(config.model_path), str(out / "personal" / f"{client:04d}"))
+        model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(out / "personal" / f"{client:04d}"))
         assert held_out_loss(model, out, [client]) == pytest.approx(losses[2]["clients"][name], abs=1e-5)
     with pytest.raises(SettingError, match=r"^patience: 2 is not possible; allowed: more than 2, the rounds in a row"):
         check_resumable(out, replace(config, rounds=9, patience=2))

@@ -8,8 +8,8 @@ import torch
 from conftest import BLOCKS
 
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt, load, of_part, save
 from fedsplit.adaptation.prompts import SAVED
+from fedsplit.adaptation.run_adapters import adapt, load, of_part, save
 from fedsplit.config import Config
 from fedsplit.documents import build
 from fedsplit.lowrank import LowRank

@@ -18,11 +18,11 @@ from split_models import batch_of, logits_of
 from transformers import AutoModelForCausalLM
 
 from fedsplit.allowed import SettingError
-from fedsplit.model import stored
+from fedsplit.model import checkpoint_reader
+from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.split import load_parts
-from fedsplit.model.stored import check_checkpoint
-from fedsplit.model.unsplit import blank, load_whole
+from fedsplit.model.unsplit import empty_model, load_unsplit
 
 KINDS = ("bottom", "trunk", "top")
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -55,7 +55,7 @@ def check_same_as_the_library(folder: Path) -> None:
     """Compares the parts with the model that transformers loads from a folder, to the bit."""
     check_checkpoint(folder)
     ids, mask, _ = batch_of("left")
-    expected = load_whole(folder)(input_ids=ids, attention_mask=mask).logits
+    expected = load_unsplit(folder)(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(logits_of(load_parts(folder, (1, 2), KINDS), ids, mask), expected)
 
 
@@ -69,7 +69,7 @@ def test_tensors_are_read_under_the_librarys_names_and_under_the_checkpoints(
         with safe_open(source / "model.safetensors", framework="pt") as file:
             assert not any(name.endswith(tuple(ends)) for name in file.keys())  # noqa: SIM118
         check_checkpoint(source)
-        whole = load_whole(source)
+        whole = load_unsplit(source)
         folder = tmp_path / family
         whole.save_pretrained(folder, save_original_format=False)
         with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -91,18 +91,18 @@ def test_an_expert_that_is_missing_is_found_out(tmp_path: Path, tiny_models: dic
 
 
 def test_loaded_in_float32_whatever_the_file_has(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
-    whole = load_whole(tiny_models["gpt2"])
+    whole = load_unsplit(tiny_models["gpt2"])
     whole.half().save_pretrained(tmp_path)
     check_checkpoint(tmp_path)
     (trunk,) = load_parts(tmp_path, (1, 2), ["trunk"])
     assert {parameter.dtype for parameter in trunk.parameters()} == {torch.float32}
-    assert {parameter.dtype for parameter in load_whole(tmp_path).parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in load_unsplit(tmp_path).parameters()} == {torch.float32}
 
 
 def test_shards_and_names_without_prefix_are_read(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     """Old checkpoints of GPT-2 lack the decoder's name; large ones come in several files."""
     source = tiny_models["gpt2"]
-    load_whole(source).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    load_unsplit(source).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -146,7 +146,7 @@ def test_a_missing_head_is_the_embedding_exactly_where_the_library_ties_them(
 
     folder = edited(any_model_path, tmp_path / "model", behead, tie_word_embeddings=tied)
     _, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert (found["missing_keys"] == {"lm_head.weight"}) != bool(blank(folder).all_tied_weights_keys)
+    assert (found["missing_keys"] == {"lm_head.weight"}) != bool(empty_model(folder).all_tied_weights_keys)
     assert tied is None or bool(found["missing_keys"]) != tied
     if not found["missing_keys"]:
         check_same_as_the_library(folder)
@@ -235,7 +235,7 @@ def test_a_classifier_needs_no_head_of_the_checkpoint(tmp_path: Path, tiny_model
     check_checkpoint(folder, classes=3)
     ids, _, _ = batch_of("none")
     bottom, trunk, top = load_parts(folder, (1, 2), KINDS, classes=3)
-    whole = load_whole(folder, classes=3, pad=0)
+    whole = load_unsplit(folder, classes=3, pad=0)
     top.score.weight = whole.score.weight
     assert torch.equal(top.scores(trunk(bottom(ids))), whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
 
@@ -267,7 +267,7 @@ def test_a_value_that_is_not_finite_is_refused_by_name(
 
 def test_all_of_a_large_tensor_is_looked_at(tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: Any) -> None:
     """Also where it is read in many pieces."""
-    monkeypatch.setattr(stored, "_AT_ONCE", 4 * 32 * 10)
+    monkeypatch.setattr(checkpoint_reader, "_AT_ONCE", 4 * 32 * 10)
 
     def spoil(row: int) -> Callable[[dict[str, torch.Tensor]], object]:
         return lambda tensors: tensors["model.embed_tokens.weight"][row].fill_(math.nan)

@@ -13,7 +13,7 @@ from local_federation import federate
 
 from fedsplit.config import Config
 from fedsplit.documents import as_document, build, from_document
-from fedsplit.events import Event, RoundEnded, RoundEvaluated, RoundTrained, RunEnded, RunStarted
+from fedsplit.events import Event, Progress, RoundEnded, RoundEvaluated, RoundTrained, RunEnded, RunStarted
 from fedsplit.flags import parse
 from fedsplit.reference import events_schema
 from fedsplit.simulate import main
@@ -49,6 +49,11 @@ def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypat
     each = ["train", "aggregate", "evaluate", "round-ended"]
     assert names == ["run-started", "evaluate", "round-ended", *each, *each, "run-ended"]
     assert sink.events[0].time <= sink.events[-1].time
+
+    # The events of a round come when it is committed, which is after its last client has answered.
+    waiting = [number for number, event in enumerate(sink.events) if isinstance(event, Progress) and event.round == 1]
+    trained = sink.events.index(of_kind(sink.events, RoundTrained)[0])
+    assert waiting[-1] < trained
 
     (started,) = of_kind(sink.events, RunStarted)
     assert started.clients == ["ann", "bob", "cid"] and started.after_round == 0

@@ -33,7 +33,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     from fedsplit.planning import plan
 
     checks.check_prompt(config)
-    facts = read_facts(config_folder(config))
+    facts = read_facts(config_folder(config.model))
     checks.check_cut(config, facts)
     checks.check_training(config)
     checks.check_trunk(config)
@@ -123,13 +123,15 @@ def run(config: Config, *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     from fedsplit.planning import plan
     from fedsplit.trunk.memory import check_memory
 
-    content = content_of(deal.shards, config_folder(config), weights_folder(config))
+    content = content_of(deal.shards, config_folder(config.model), weights_folder(config))
     if config.resume:
         check_content(folder, config, content)
-    facts = read_facts(config_folder(config))
+    facts = read_facts(config_folder(config.model))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config, facts.width)
-    config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
+    config = replace(
+        config, model=pinned(config.model), train=replace(config.train, micro_batches=shares.micro_batches)
+    )
     users = [*make_sinks(config.sinks), *sinks]
     with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):

@@ -97,6 +97,6 @@ def shards_of(config: Config) -> list[Shard]:
 
 def deal_of(config: Config) -> Deal:
     """The data of every client of a run, and what else is to be known of how they were dealt out."""
-    path = config_folder(config)
+    path = config_folder(config.model)
     length, end = config.train.max_length, read_facts(path).end
     return make_deal(config.dataset, config.partition, config.clients, length, config.seed, path, end, config.data)

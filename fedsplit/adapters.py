@@ -257,7 +257,8 @@ def _check_out(out: Path) -> None:
     check_folder(out)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.adapters",
         description="Counts, merges, combines, collects and compares the adapters of finished runs.",
@@ -317,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
 
     def work() -> None:
-        asked = _parser().parse_args(argv)
+        asked = make_parser().parse_args(argv)
         quieten()
         print(*asked.work(asked), sep="\n")
 

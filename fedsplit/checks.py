@@ -20,7 +20,7 @@ from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.trunk.schedules import SCHEDULES
 
 if TYPE_CHECKING:
-    from fedsplit.corpora.partition import Deal
+    from fedsplit.corpora.partition import Partition
 
 
 def learning_parts(config: Config, blocks: int) -> list[str]:
@@ -201,7 +201,7 @@ def check_lengths(config: Config, facts: Facts) -> None:
         raise SettingError("prompt.tokens", positions, allowed)
 
 
-def check_tokens(config: Config, deal: Deal) -> None:
+def check_tokens(config: Config, deal: Partition) -> None:
     """Checks that the model's embedding has a row for every token of the clients' texts and of the prompt's text.
 
     Args:

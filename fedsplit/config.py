@@ -300,6 +300,11 @@ class Config:
         TEXT,
         "sotu-gpt2, smollm2, a folder with config.json and safetensors, a .gguf file, or the Hub's org/name[@revision]",
     )
+    init_adapter: str = setting(
+        "",
+        Allowed("a folder", lambda v: True),
+        "start from the PEFT adapter of the unsplit model in this folder; another rank is cut or filled with zeros",
+    )
     cut: str = setting("1:5", CUT, "the trunk is blocks LO to HI - 1; bottom and top are the rest")
     dataset: str = setting(
         "sotu",

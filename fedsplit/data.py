@@ -1,4 +1,4 @@
-"""`python -m fedsplit.data`: who would hold what in a federation, without running it."""
+"""`python -m fedsplit.data`: shows how a federation's data would be divided among clients, without running it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fedsplit.command import exit_code
 from fedsplit.config import Config
 from fedsplit.environment import quieten
 from fedsplit.flags import Parser, parse
 
+if TYPE_CHECKING:
+    from fedsplit.corpora.partition import Partition
 
-def look(config: Config) -> Any:
-    """The data of a federation, dealt out; only what decides that is checked.
 
-    Returns:
-        A `fedsplit.corpora.partition.Deal`.
+def look(config: Config) -> Partition:
+    """Divides a federation's data among its clients, after checking the settings that matter for that.
+
+    Args:
+        config: Settings of the federation.
 
     Raises:
-        SettingError: There is no such model or data set, too little text, or a token that the model does not know.
+        SettingError: The model or the data set cannot be found, there is too little text, or the text holds a token
+            that the model does not know.
+
+    Example:
+        >>> look(Config(clients=2, dataset="synthetic")).shards[1].name
+        'owner 1'
     """
     from fedsplit.checks import check_lengths, check_tokens
     from fedsplit.corpora.tables import check_dataset, check_packing
@@ -32,41 +40,47 @@ def look(config: Config) -> Any:
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 
-    from fedsplit.client.heldout import deal_of
+    from fedsplit.corpora.partition import partition_of
 
-    deal = deal_of(config)
-    check_tokens(config, deal)
-    return deal
+    partition = partition_of(config)
+    check_tokens(config, partition)
+    return partition
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.data",
-        description="Shows who would hold what: sequences and tokens, trained and held out, and whose they are.",
-        epilog="All flags of python -m fedsplit.simulate are taken, too: --dataset, --partition, --clients, --model, "
-        "--max-length, --seed and those of the data decide.",
+        description="Shows the data of each client: numbers of sequences and tokens, to train on and held out, and the "
+        "distribution of their owners or labels.",
+        epilog="Takes all flags of python -m fedsplit.simulate. Those that decide: --dataset, --partition, --clients, "
+        "--model, --max-length, --seed and the --data flags.",
         allow_abbrev=False,
     )
-    parser.add_argument("--plot", default="", metavar="FILE", help="draw it, too, where matplotlib is installed")
-    parser.add_argument("--json", action="store_true", help="as JSON, as data.json in a run's folder has it")
+    parser.add_argument("--plot", default="", metavar="FILE", help="draw a picture, too; needs matplotlib")
+    parser.add_argument("--json", action="store_true", help="print JSON, as in data.json of a run's folder")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
+    """Runs the command; see `fedsplit.command.exit_code` for the exit code."""
 
     def work() -> None:
-        asked, rest = _parser().parse_known_args(argv)
+        flags, rest = make_parser().parse_known_args(argv)
         config = parse(rest)
         quieten(offline=False)
 
-        from fedsplit.corpora.census import as_document, plot, stated, table
+        from fedsplit.corpora.data_summary import as_document, data_notes, plot, table
 
-        deal = look(config)
-        lines = [json.dumps(as_document(deal), indent=2)] if asked.json else [*stated(deal), *table(deal)]
+        partition = look(config)
+        if flags.json:
+            lines = [json.dumps(as_document(partition), indent=2)]
+        else:
+            lines = [*data_notes(partition), *table(partition)]
         print(*lines, sep="\n")
-        if asked.plot:
-            plot(deal, Path(asked.plot))
+
+        if flags.plot:
+            plot(partition, Path(flags.plot))
 
     return exit_code(work)
 

@@ -78,7 +78,8 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
 
 def _held_out(config: Config, samples: int) -> list[tuple[str, list[Sequences]]]:
     """The name of every client, and its held-out text in the batches in which the run measured it."""
-    from fedsplit.client.heldout import held_out_batches, shards_of
+    from fedsplit.client.heldout import held_out_batches
+    from fedsplit.corpora.partition import shards_of
 
     size = config.train.batch_size
     return [(shard.name, [rows for _, rows in held_out_batches(shard, samples, size)]) for shard in shards_of(config)]
@@ -227,9 +228,9 @@ def evaluate(
 
 def _classes(config: Config) -> tuple[str, ...]:
     """The names of the classes that a run learned to tell; none where it predicted tokens."""
-    from fedsplit.client.heldout import deal_of
+    from fedsplit.corpora.partition import partition_of
 
-    return deal_of(config).classes if config.data.format == "classification" else ()
+    return partition_of(config).classes if config.data.format == "classification" else ()
 
 
 def lines(results: Sequence[Result], sorts: bool = False) -> list[str]:
@@ -251,7 +252,8 @@ def lines(results: Sequence[Result], sorts: bool = False) -> list[str]:
     return aligned(rows)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.evaluate",
         description="Perplexity and accuracy of a finished run's model: base alone -> with the adapter.",
@@ -298,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
 
     def work() -> None:
-        asked = _parser().parse_args(argv)
+        asked = make_parser().parse_args(argv)
         if asked.samples < 0:
             raise SettingError("samples", asked.samples, "a whole number of at least 0")
         if not DEVICE.test(asked.device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -103,7 +103,8 @@ def add_setting(group: Any, name: str, default: str | None = None) -> None:
     group.add_argument(*flags, dest=name, metavar=metavar, help=text, default=argparse.SUPPRESS, **switch)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.simulate",
         description="Simulates a federation that fine-tunes one language model, cut in three, on text none shares.",
@@ -160,36 +161,47 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         >>> config.clients, config.lora.rank
         (4, (16,))
     """
-    known, rest = _parser().parse_known_args(argv)
-    flags = vars(known)
-    file = flags.pop("config", None)
-    run = flags.get("resume")
-    if run:
-        _check_resume(run, file, [*flags, *rest])
-        file = Path(run) / "config.toml"
-
-    values: dict[str, object] = {}
-    options: dict[str, Any] = {}
-    if file is not None:
-        values, options = read_toml(Path(file))
-    return build({**values, **flags}, {**options, **_strategy_options(rest)})
+    known, rest = make_parser().parse_known_args(argv)
+    values = vars(known)
+    file = values.pop("config", None)
+    return settle(values, _strategy_options(rest), Path(file) if file is not None else None)
 
 
-def _check_resume(run: str, file: str | None, given: Sequence[str]) -> None:
-    """Checks that a run to resume has a configuration, and that only settings that may differ are given with it.
+def settle(values: Mapping[str, object], options: Mapping[str, Any], file: Path | None = None) -> Config:
+    """Makes a checked configuration from values, and from the file below them.
 
     Args:
-        run: Folder of the run.
-        file: The settings file that the command line names; None if it names none.
-        given: Names of the settings and strategy options on the command line.
+        values: Settings by dotted name, which win over the file. With `resume`, the file is that of the run.
+        options: Keyword arguments for the strategy, which win over the file, too.
+        file: A TOML file.
 
     Raises:
-        InputError: The folder is no run's, or another setting is given.
+        InputError: A name is unknown, a value is not allowed, or a setting cannot change in a run that goes on.
+
+    Example:
+        >>> settle({"clients": 4, "train.lr": "3e-4"}, {}).train.lr
+        0.0003
     """
-    if not (Path(run) / "config.toml").is_file():
-        raise SettingError("resume", run, "the folder of a run, with its config.toml")
-    fixed = [name for name in given if name not in MAY_DIFFER]
-    if file is not None or fixed:
-        name = "--config" if file is not None else fixed[0]
-        may_differ = ", ".join(MAY_DIFFER[1:])
-        raise InputError(f"{name} cannot be set for a run that goes on; only {may_differ} may differ")
+    if run := values.get("resume"):
+        folder = Path(str(run))
+        if not (folder / "config.toml").is_file():
+            raise SettingError("resume", run, "the folder of a run, with its config.toml")
+        _check_unchanged(values, options, file)
+        file = folder / "config.toml"
+    filed, filed_options = read_toml(file) if file is not None else ({}, {})
+    return build({**filed, **values}, {**filed_options, **options})
+
+
+def _check_unchanged(values: Mapping[str, object], options: Mapping[str, Any], file: Path | None) -> None:
+    """Makes sure that nothing is set of a run that goes on but what may differ.
+
+    Raises:
+        InputError: Something else is set.
+    """
+    changed = [name for name in values if name not in MAY_DIFFER]
+    changed += [f"strategy.{name}" for name in options]
+    if file is not None:
+        changed.insert(0, "config")
+    if changed:
+        may = ", ".join(MAY_DIFFER[1:])
+        raise InputError(f"{changed[0]} cannot be set for a run that goes on; only {may} may differ")

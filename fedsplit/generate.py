@@ -364,7 +364,8 @@ def lines(pace: Pace, traffic: Mapping[str, int]) -> list[str]:
     return aligned(rows)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.generate",
         description="Text from a finished run's model, generated through the split: one client with bottom and top, "
@@ -402,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 where it ended well, 1 where it broke, 2 where it was asked for wrongly, 130 on Ctrl-C."""
 
     def work() -> None:
-        asked = _parser().parse_args(argv)
+        asked = make_parser().parse_args(argv)
         prepare()
         quieten()
         job = check(asked)

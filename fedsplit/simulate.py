@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 import warnings
@@ -17,8 +18,12 @@ from fedsplit.events import Sink
 from fedsplit.flags import parse
 
 
-def check(config: Config) -> tuple[Path, Any, Any]:
+def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
+
+    Args:
+        config: The run's.
+        strategy: An object in place of the strategy that the configuration names.
 
     Returns:
         The run's folder, not made yet, the strategy, and the data as they are dealt out.
@@ -49,7 +54,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     check_devices(config)
 
     from fedsplit.adaptation.injection import check_injection
-    from fedsplit.client.heldout import deal_of
+    from fedsplit.corpora.partition import partition_of
     from fedsplit.events.user_sinks import check_sinks
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.checkpoint import check_folder, check_resumable
@@ -58,6 +63,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.quantization import check_quantization
     from fedsplit.optimization.optim import check_optimizer
+    from fedsplit.results.initial import check_initial
 
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     if config.resume:
@@ -68,30 +74,34 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     check_sinks(config.sinks)
 
     def make_strategy() -> Any:
+        if strategy is not None:
+            return copy.deepcopy(strategy)
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
-    strategy = make_strategy()
-    check_strategy(strategy, config)
-    checks.check_stacked(strategy, config, facts)
+    chosen = make_strategy() if strategy is None else strategy
+    check_strategy(chosen, config)
+    checks.check_stacked(chosen, config, facts)
     check_quantization(config)
-    if not is_builtin(strategy):
+    if not is_builtin(chosen):
         rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
-    deal = deal_of(config)
+    deal = partition_of(config)
     if deal.classes:
         checks.check_classifier(config)
     checks.check_tokens(config, deal)
+    check_initial(config, facts.family, len(deal.classes))
     folder_of_weights = weights_folder(config, tell=print)  # last: they may have to be fetched first
     check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))
-    return folder, strategy, deal
+    return folder, chosen, deal
 
 
-def run(config: Config, *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Runs a federation.
 
     Args:
         config: Its settings.
+        strategy: An object in place of the strategy that the settings name; see `fedsplit.run`.
         sinks: Receive its events, beside the sinks that the settings name.
 
     Returns:
@@ -103,9 +113,9 @@ def run(config: Config, *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """
     started = time.perf_counter()
     prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
-    folder, strategy, deal = check(config)
+    folder, strategy, deal = check(config, strategy)
 
-    from fedsplit.corpora.census import as_document
+    from fedsplit.corpora.data_summary import as_document
     from fedsplit.corpora.shards import on_disks
     from fedsplit.engines.session import engine_named
     from fedsplit.events.emitter import Emitter
@@ -123,15 +133,14 @@ def run(config: Config, *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     from fedsplit.planning import plan
     from fedsplit.trunk.memory import check_memory
 
-    content = content_of(deal.shards, config_folder(config.model), weights_folder(config))
+    content = content_of(deal.shards, config_folder(config.model), weights_folder(config), config.init_adapter)
     if config.resume:
         check_content(folder, config, content)
     facts = read_facts(config_folder(config.model))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config, facts.width)
-    config = replace(
-        config, model=pinned(config.model), train=replace(config.train, micro_batches=shares.micro_batches)
-    )
+    train = replace(config.train, micro_batches=shares.micro_batches)
+    config = replace(config, model=pinned(config.model), train=train)
     users = [*make_sinks(config.sinks), *sinks]
     with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):
@@ -158,9 +167,10 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         config: The run's.
         facts: The model's `fedsplit.model.families.Facts`.
         shares: A `fedsplit.planning.Plan`.
-        deal: A `fedsplit.corpora.partition.Deal`.
+        deal: A `fedsplit.corpora.partition.Partition`.
     """
-    from fedsplit.corpora.census import stated, table
+    from fedsplit.corpora.data_summary import data_notes, table
+    from fedsplit.results import initial
 
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
     return [
@@ -169,7 +179,8 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         f"micro-batches: {shares.micro_batches}",
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
         f"strategy: {config.strategy}{kind}",
-        *stated(deal),
+        *initial.stated(config),
+        *data_notes(deal),
         *(table(deal) if config.data.show else []),
     ]
 

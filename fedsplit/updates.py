@@ -12,6 +12,9 @@ from torch import Tensor
 from fedsplit.lowrank import LowRank, total
 from fedsplit.seeds import derive_seed
 
+State = Mapping[str, Tensor]
+"""A strategy's state: tensors by name. The run saves it after every round."""
+
 
 class RefusedUpdate(Exception):
     """A client's answer that must not be aggregated; says whose it is and what is wrong with it."""
@@ -338,18 +341,28 @@ def fresh_factor(name: str, shape: Sequence[int], seed: int) -> Tensor:
     return tensor
 
 
-def counted(updates: Sequence[ClientUpdate]) -> tuple[list[ClientUpdate], list[float]]:
-    """The updates that count, in the order of the clients, and their shares, which sum to 1.
+def weighted(updates: Sequence[ClientUpdate]) -> tuple[list[ClientUpdate], list[float]]:
+    """Returns the updates to aggregate, in the order of the clients, and the weight w_i of each.
+
+    The weights sum to 1. Updates of weight zero are left out: their clients trained on nothing.
 
     Raises:
-        ValueError: None counts: nobody trained on anything.
+        ValueError: No update has a weight above zero.
+
+    Example:
+        >>> adapters = Adapters({}, {})
+        >>> updates, weights = weighted([ClientUpdate(1, adapters, examples=3), ClientUpdate(0, adapters, examples=1)])
+        >>> [update.client for update in updates], weights
+        ([0, 1], [0.25, 0.75])
     """
-    weights = {update.client: update.examples if update.weight is None else update.weight for update in updates}
-    ordered = sorted((update for update in updates if weights[update.client] > 0), key=lambda update: update.client)
-    if not ordered:
+    absolute = {update.client: update.examples if update.weight is None else update.weight for update in updates}
+    trained = [update for update in updates if absolute[update.client] > 0]
+    if not trained:
         raise ValueError("no client trained on any example")
-    whole = math.fsum(weights[update.client] for update in ordered)
-    return ordered, [weights[update.client] / whole for update in ordered]
+
+    ordered = sorted(trained, key=lambda update: update.client)
+    total_weight = math.fsum(absolute[update.client] for update in ordered)
+    return ordered, [absolute[update.client] / total_weight for update in ordered]
 
 
 def average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -1,6 +1,7 @@
-"""Aggregation strategies: how the clients' adapters become one set again.
+"""Aggregation strategies: from the clients' adapters to the adapters of the next round.
 
-One file a strategy. Each needs torch and the lowest modules of fedsplit only: `updates`, `lowrank` and `seeds`.
+Each strategy is one file, a page to be copied. It needs torch and the lowest modules of fedsplit only: `updates`,
+`lowrank` and `seeds`.
 """
 
 from __future__ import annotations
@@ -36,26 +37,33 @@ STRATEGIES = {
     "normclip": "strategies.normclip:NormClip",
     "fedbuff": "strategies.fedbuff:FedBuff",
 }
-"""The names that `--strategy` takes, and where the classes are."""
+"""Names that `--strategy` accepts, with the module and class of each."""
 
 
 def make(name: str, defaults: Mapping[str, Any] | None = None, /, **options: Any) -> Any:
-    """Makes a strategy of this package, for one that works around another.
+    """Makes a strategy of this package by name.
 
     Args:
-        name: One of `STRATEGIES`.
-        defaults: Keyword arguments that are passed where its class takes them and `options` does not hold them.
-        options: Keyword arguments that its class must take.
+        name: A key of `STRATEGIES`.
+        defaults: Keyword arguments for the class; those that it does not take are ignored.
+        options: Keyword arguments that the class must take. They take precedence over `defaults`.
 
     Raises:
         ValueError: There is no such strategy, or it does not take an option.
+
+    Example:
+        >>> make("fedprox", mu=0.5).mu
+        0.5
     """
     if name not in STRATEGIES:
         raise ValueError(f"there is no strategy {name!r}; there are {', '.join(sorted(STRATEGIES))}")
-    module, _, cls = STRATEGIES[name].rpartition(":")
-    made = getattr(importlib.import_module(module), cls)
-    parameters = inspect.signature(made).parameters
+    module, _, class_name = STRATEGIES[name].rpartition(":")
+    strategy_class = getattr(importlib.import_module(module), class_name)
+
+    parameters = inspect.signature(strategy_class).parameters
     if unknown := sorted(options.keys() - parameters.keys()):
         known = ", ".join(parameters) or "no option at all"
         raise ValueError(f"{name} does not take the option {unknown[0]!r}, but {known}")
-    return made(**{**{n: v for n, v in (defaults or {}).items() if n in parameters}, **options})
+
+    accepted = {key: value for key, value in (defaults or {}).items() if key in parameters}
+    return strategy_class(**(accepted | options))

@@ -1,12 +1,12 @@
-"""How far apart clients' adapters are: as changes to the weights, or as the numbers that were sent.
+"""Distances between clients' adapters: between the changes to the weights, or between the factors sent.
 
-The same change s B A has many factors: s (B R) (R^-1 A) for any invertible R. Two clients may therefore agree on what
-to add to the weights and have factors far apart.
+One change s B A has many pairs of factors: s (B R) (R^-1 A) for any invertible R. Two clients can agree on the change
+and still send factors that lie far apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,63 +14,73 @@ from torch import Tensor
 from fedsplit.updates import Adapters
 
 KINDS = ("product", "factors")
-"""What `on` may be."""
+"""Values of the option `on`."""
 
 
 def check_kind(on: str) -> None:
-    """Makes sure that there are such distances.
+    """Checks the option `on`.
 
     Raises:
-        ValueError: There are none.
+        ValueError: `on` is neither "product" nor "factors".
     """
     if on not in KINDS:
         raise ValueError(f"on is {on!r}; it must be one of {', '.join(KINDS)}")
 
 
-class Cloud:
-    """Clients' adapters of equal ranks, and the distances of others to them.
+class Distances:
+    """Squared distances from any adapters to those of several clients of equal rank.
 
-    On "product" the square of a distance is sum_layers ||s B A - s B' A'||_F^2, which inner products of thin matrices
-    give, without any matrix (out, in); what belongs to no pair of factors adds its plain square. On "factors" all
-    entries are taken as one vector.
+    On "product" the squared distance is sum_layers ||s B A - s B' A'||_F^2. Inner products of thin matrices give it
+    without building any matrix (out, in). A tensor outside of the pairs of factors adds its own squared difference.
+    On "factors" all entries form one vector.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> ann = lora(A=[[1, 0]], B=[[2]])
+        >>> bob = lora(A=[[2, 0]], B=[[1]])  # the same product as ann's, from other factors
+        >>> Distances([ann, bob], on="product").squared(ann).tolist()
+        [0.0, 0.0]
+        >>> Distances([ann, bob], on="factors").squared(ann).tolist()
+        [0.0, 2.0]
     """
 
-    def __init__(self, points: Sequence[Adapters], on: str) -> None:
-        """Stacks the points, in float64.
+    def __init__(self, clients: Sequence[Adapters], on: str) -> None:
+        """Stacks the clients' adapters in float64.
 
         Args:
-            points: At least one.
+            clients: Adapters of one client or more.
             on: "product" or "factors".
         """
-        self._layers = points[0].complete if on == "product" else []
+        self._layers = clients[0].complete if on == "product" else []
         paired = {f"{layer}.lora_{factor}.weight" for layer in self._layers for factor in "AB"}
-        self._plain = sorted(points[0].tensors.keys() - paired)
-        self._points = self._stack(points)
-        self._squares = self._inner(self._points, self._points)
+        self._unpaired = sorted(clients[0].tensors.keys() - paired)
+        self._clients = self._stack(clients)
+        self._squared_norms = self._inner(self._clients, self._clients)
 
-    def squared_distances(self, point: Adapters) -> Tensor:
-        """The squares of the distances of a point to all of the cloud, in float64 and in their order."""
-        own = self._stack([point])
-        products = self._squares + self._inner(own, own) - 2 * self._inner(self._points, own)
-        squares = products.clamp(min=0.0)  # rounding may leave less than nothing
-        for name in self._plain:
-            squares = squares + ((self._points[name] - own[name]) ** 2).flatten(1).sum(1)
+    def squared(self, adapters: Adapters) -> Tensor:
+        """Returns the squared distance to each client (n,), in float64 and in the order of the clients."""
+        point = self._stack([adapters])
+        squares = self._squared_norms + self._inner(point, point) - 2 * self._inner(self._clients, point)
+        squares = squares.clamp(min=0.0)  # rounding can push a distance of zero below zero
+        for name in self._unpaired:
+            squares = squares + ((self._clients[name] - point[name]) ** 2).flatten(1).sum(1)
         return squares
 
-    def _stack(self, points: Sequence[Adapters]) -> dict[str, Tensor]:
-        """All that distances need, with the points in the first dimension."""
-        stacked = {name: torch.stack([point.tensors[name].double() for point in points]) for name in self._plain}
+    def _stack(self, adapters: Sequence[Adapters]) -> dict[str, Tensor]:
+        """Returns the tensors that distances need; the first dimension counts the given adapters."""
+        stacked = {name: torch.stack([one.tensors[name].double() for one in adapters]) for name in self._unpaired}
         for layer in self._layers:
-            changes = [point.change(layer) for point in points]
+            changes = [one.change(layer) for one in adapters]
             stacked[f"{layer}.up"] = torch.stack([change.up for change in changes])
             stacked[f"{layer}.down"] = torch.stack([change.down for change in changes])
         return stacked
 
-    def _inner(self, left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
-        """The inner products of the changes of as many points, or of each with a single one, over all layers."""
-        whole = torch.zeros(1, dtype=torch.float64)
+    def _inner(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+        """Returns sum_layers <left, right> of the changes, pair by pair; a single `right` pairs with every `left`."""
+        total = torch.zeros(1, dtype=torch.float64)
         for layer in self._layers:
+            # <U D, U' D'> = sum((U^T U') * (D D'^T)): matrices (r, r) in place of (out, in)
             up = left[f"{layer}.up"].mT @ right[f"{layer}.up"]
             down = left[f"{layer}.down"] @ right[f"{layer}.down"].mT
-            whole = whole + (up * down).sum((1, 2))
-        return whole
+            total = total + (up * down).sum((1, 2))
+        return total

@@ -1,10 +1,15 @@
 """FedAdagrad (2003.00295): Adagrad at the server.
 
-Rule: D = sum_i w_i (theta_i - theta); v <- v + D^2; theta <- theta + eta * D / (sqrt(v) + tau), entry by entry.
-Needs: equal ranks. Costs: FedAvg's traffic; two moments at the server. The paper lets v begin at tau^2 or more and
-has momentum; here both are zero, as in Flower's class of this name, whose numbers, option names and defaults these are.
-This one is here because its state is saved and resumed with the run, the order in which clients answer changes no
-bit, and no client's NaN gets into a moment for good: such an answer is refused before.
+Rule, entry by entry:
+    D = sum_i w_i (theta_i - theta)
+    v <- v + D^2
+    theta <- theta + eta * D / (sqrt(v) + tau)
+
+Needs: equal ranks.
+Costs: FedAvg's traffic; two moments at the server.
+The paper starts v at tau^2 or more and has momentum. Here both start at zero, as in Flower's class of this name, whose
+numbers, option names and defaults these are. Beyond Flower's: the state is saved and resumed with the run, the order in
+which clients answer changes no bit, and an answer with NaN is refused before it can spoil a moment.
 """
 
 from __future__ import annotations
@@ -15,17 +20,26 @@ from strategies.server_optimiser import Adaptive
 
 
 class FedAdagrad(Adaptive):
-    """The server's Adagrad on the clients' mean change."""
+    """Makes a step of Adagrad on the clients' mean change.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[0, 0]], B=[[0]])
+        >>> client = lora(A=[[3, 0]], B=[[0]])
+        >>> A, _ = one_round(FedAdagrad(eta=1.0, tau=1.0), start, [client]).factors("layer")
+        >>> A.tolist()  # 3 / (sqrt(9) + 1)
+        [[0.75, 0.0]]
+    """
 
     def __init__(self, eta: float = 0.1, tau: float = 1e-3) -> None:
-        """Sets the optimiser.
+        """Sets the optimiser's options.
 
         Args:
-            eta: The server's step size.
-            tau: What is added to the root of v: the less, the more adaptive.
+            eta: Step size of the server.
+            tau: Term added to sqrt(v); the smaller, the more adaptive.
         """
         super().__init__(eta, 0.0, 0.0, tau)
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
-        """The sum of all squares."""
+        """Returns the sum of all squares so far."""
         return v + squared

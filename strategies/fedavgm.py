@@ -1,51 +1,63 @@
 """FedAvgM (1909.06335): FedAvg with momentum at the server.
 
-Rule: D = sum_i w_i (theta_i - theta); m <- server_momentum * m + D; theta <- theta + server_learning_rate * m.
-Needs: equal ranks. Costs: FedAvg's traffic; one moment at the server. With the options' defaults, which are
-Flower's, it is FedAvg.
-The numbers are those of Flower's class of this name. This one is here because its momentum is saved and resumed
-with the run, the order in which clients answer changes no bit, and no client's NaN gets into a moment for good: such
-an answer is refused before.
+Rule:
+    D = sum_i w_i (theta_i - theta)
+    m <- server_momentum * m + D
+    theta <- theta + server_learning_rate * m
+
+Needs: equal ranks.
+Costs: FedAvg's traffic; one moment at the server. With the default options, which are Flower's, it is FedAvg.
+The numbers are those of Flower's class of this name. Beyond Flower's: the momentum is saved and resumed with the run,
+the order in which clients answer changes no bit, and an answer with NaN is refused before it can spoil the momentum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from fedsplit.updates import Adapters, ClientUpdate, Traits
-from strategies.server_optimiser import check, mean_step, moved, zeros
+from fedsplit.updates import Adapters, ClientUpdate, State, Traits
+from strategies.server_optimiser import add_step, check_options, mean_step, zeros
 
 
 class FedAvgM:
-    """The server's SGD with momentum on the clients' mean change."""
+    """Makes a step of SGD with momentum on the clients' mean change.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[0, 0]], B=[[0]])
+        >>> client = lora(A=[[2, 0]], B=[[0]])
+        >>> A, _ = one_round(FedAvgM(server_learning_rate=0.5), start, [client]).factors("layer")
+        >>> A.tolist()
+        [[1.0, 0.0]]
+    """
 
     traits = Traits(linear=True)
 
     def __init__(self, server_learning_rate: float = 1.0, server_momentum: float = 0.0) -> None:
-        """Sets the optimiser.
+        """Sets the optimiser's options.
 
         Args:
-            server_learning_rate: The server's step size.
-            server_momentum: The share of the last step that is added to the next.
+            server_learning_rate: Step size of the server.
+            server_momentum: Share of the last step that is added to the next.
         """
-        check(server_learning_rate=server_learning_rate, server_momentum=server_momentum)
-        self.server_learning_rate, self.server_momentum = server_learning_rate, server_momentum
+        check_options(server_learning_rate=server_learning_rate, server_momentum=server_momentum)
+        self.server_learning_rate = server_learning_rate
+        self.server_momentum = server_momentum
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """No momentum yet."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns a momentum of zero."""
         return zeros(adapters, "m")
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """One step of the server's SGD.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Makes one step of the server's SGD.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        change = mean_step(adapters, updates)
-        moments = {name: self.server_momentum * state[f"m.{name}"] + by for name, by in change.items()}
-        step = {name: self.server_learning_rate * m for name, m in moments.items()}
-        return {**state, **{f"m.{name}": m for name, m in moments.items()}}, moved(adapters, step)
+        new_state = dict(state)
+        step = {}
+        for name, change in mean_step(adapters, updates).items():
+            m = self.server_momentum * state[f"m.{name}"] + change
+            step[name] = self.server_learning_rate * m
+            new_state[f"m.{name}"] = m
+        return new_state, add_step(adapters, step)

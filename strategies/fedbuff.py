@@ -1,16 +1,20 @@
-"""FedBuff (2106.06639): the server steps when K changes have arrived, however old they are.
+"""FedBuff (2106.06639): asynchronous averaging; the server steps once K changes have arrived, however old they are.
 
-Rule: theta <- theta + eta * sum_i (w_i / sum_j w_j) (theta_i - given_i) / sqrt(1 + tau_i) over the changes in the
-buffer, as soon as they are K; tau_i is how many server steps were made since client i was asked. The paper weights
-by 1/K, which this is with equal weights; the w are absolute (examples, or what `--weights` says), so that changes of
-different rounds compare.
-Asynchrony is simulated in rounds, and is as deterministic as any other run: a client of delay d trains on what it was
-given in the round in which it was asked, and its change counts as arriving d - 1 rounds later. Until then it rests.
-It is asked again then, even if its change waits in the buffer still. All changes in the buffer at the end of a
-round make one step. Where all clients would rest in the next round, the clock goes on to the next arrival; where only
-those rest that a round samples, the round counts, and what has arrived by its end makes a step.
-Needs: equal ranks; every client's own change. Costs: FedAvg's traffic for those that do not rest; the server keeps
-every change under way or waiting, in float64.
+Rule, once the buffer holds K changes or more:
+    theta <- theta + eta * sum_i (w_i / sum_j w_j) (theta_i - given_i) / sqrt(1 + tau_i)
+given_i are the adapters that client i started from. tau_i, the staleness, counts the server's steps since client i
+was asked. With equal weights this is the paper's 1/K. The w are absolute (examples, or as `--weights` says), so that
+changes from different rounds compare.
+
+Asynchrony is simulated in rounds, and is as deterministic as any other run:
+- A client of delay d trains on the adapters of the round in which it was asked; its change arrives d - 1 rounds later.
+  Until then the client rests. It is asked again after that, even if its change still waits in the buffer.
+- All changes in the buffer at the end of a round make one step.
+- If all clients would rest in the next round, the clock moves on to the next arrival. If only the clients that a round
+  samples rest, the round counts, and the changes that arrive by its end make a step.
+
+Needs: equal ranks; every client's own change.
+Costs: FedAvg's traffic for the clients that do not rest. The server keeps every pending change, in float64.
 """
 
 from __future__ import annotations
@@ -22,20 +26,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits, counted
-from strategies.server_optimiser import check, moved
+from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, State, Traits, weighted
+from strategies.server_optimiser import add_step, check_options
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A change that is under way or waits in the buffer.
+    """A client's change that has not made a step yet: still on its way, or waiting in the buffer.
 
     Attributes:
-        client: Whose.
-        asked: The round in which it was asked.
-        arrives: The round at whose end it is there.
-        version: How many server steps had been made when it was asked.
-        weight: What it counts beside others.
+        client: Number of the client.
+        asked: Round in which the client was asked.
+        arrives: Round at whose end the change arrives.
+        version: Number of server steps when the client was asked.
+        weight: Weight of the client, not normalised.
         change: theta_i - given_i by exported name, in float64.
     """
 
@@ -46,29 +50,43 @@ class Pending:
     weight: float
     change: Mapping[str, Tensor]
 
-    def named(self) -> dict[str, Tensor]:
-        """As tensors of a state."""
+    def as_state(self) -> dict[str, Tensor]:
+        """Returns the change as tensors of a state; `_pending` is the inverse."""
         key = f"{self.client}.{self.asked}"
         facts = torch.tensor([self.arrives, self.version, self.weight], dtype=torch.float64)
-        return {f"facts.{key}": facts, **{f"pending.{key}.{name}": tensor for name, tensor in self.change.items()}}
+        tensors = {f"pending.{key}.{name}": tensor for name, tensor in self.change.items()}
+        return {f"facts.{key}": facts, **tensors}
 
 
 class FedBuff:
-    """Steps on a buffer of changes, stale ones weighing less."""
+    """Makes a step with all buffered changes; the staler a change, the less it weighs.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[0, 0]], B=[[0]])
+        >>> clients = [lora(A=[[2, 0]], B=[[0]]), lora(A=[[0, 8]], B=[[0]])]
+        >>> slow_second_client = FedBuff(delays="1,2")
+        >>> A, _ = one_round(slow_second_client, start, clients).factors("layer")
+        >>> A.tolist()  # the change of the second client arrives one round later
+        [[2.0, 0.0]]
+    """
 
     traits = Traits(idles=True)
 
     def __init__(self, delays: str | int = "1", buffer: int = 0, eta: float = 1.0, clients: int = 0) -> None:
-        """Sets who is how slow.
+        """Sets the delays and the buffer.
 
         Args:
-            delays: Rounds that clients take, dealt in turns by their numbers: "1,1,2,4". 1 arrives in the round in
-                which it was asked.
-            buffer: K, how many changes make a step; 0: whatever there is at the end of a round, one at least.
-            eta: The server's step size.
-            clients: How many clients the federation has; 0: those of whom the buffer or the round tells.
+            delays: Rounds that clients take, assigned cyclically by client number: "1,1,2,4". A change of delay 1
+                arrives in the round in which its client was asked.
+            buffer: K, the number of changes that make a step; 0: all changes at the end of a round, at least one.
+            eta: Step size of the server.
+            clients: Number of clients in the federation; 0: those seen in the buffer or in the round.
+
+        Raises:
+            ValueError: An option is out of its range.
         """
-        check(eta=eta)
+        check_options(eta=eta)
         try:
             self.delays = [int(delay) for delay in str(delays).split(",")]
         except ValueError:
@@ -78,91 +96,106 @@ class FedBuff:
         for name, value in (("buffer", buffer), ("clients", clients)):
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more")
-        self.buffer, self.eta, self.clients = buffer, eta, clients
+        self.buffer = buffer
+        self.eta = eta
+        self.clients = clients
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """An empty buffer, no round and no step."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty buffer, at round 0 and step 0."""
         return _state(0, 0, [])
 
-    def broadcast(self, state: Mapping[str, Tensor], adapters: Adapters, client: ClientInfo) -> Assignment | None:
-        """The adapters, unless the client is still under way."""
+    def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment | None:
+        """Sends the adapters, or returns None for a client whose change is still on its way."""
         now = int(state["round"])
-        if any(change.client == client.client and change.arrives >= now for change in _pending(state)):
-            return None
-        return Assignment(adapters.with_rank(client.rank))
+        is_busy = any(change.client == client.client and change.arrives >= now for change in _pending(state))
+        return None if is_busy else Assignment(adapters.with_rank(client.rank))
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Sends the new changes on their way, and steps if enough have arrived.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Adds the new changes to the pending ones, and makes a step if enough have arrived.
 
         Raises:
-            ValueError: No client has any example, and nothing is under way either.
+            ValueError: No client trained on any example, and no change is pending either.
         """
-        now, version = int(state["round"]), int(state["version"])
+        now = int(state["round"])
+        version = int(state["version"])
+
         pending = _pending(state)
-        if any(_weight(update) > 0 for update in updates) or (updates and not pending):
-            pending += [self._sent(update, adapters, now, version) for update in counted(updates)[0]]
+        has_examples = any(_weight(update) > 0 for update in updates)
+        if has_examples or (updates and not pending):  # in the second case `weighted` raises
+            trained, _ = weighted(updates)
+            pending += [self._pending_change(update, adapters, now, version) for update in trained]
         pending.sort(key=lambda change: (change.client, change.asked))
+
         now = max(now, self._next_arrival(pending, now))
         arrived = [change for change in pending if change.arrives <= now]
         if len(arrived) < max(1, self.buffer):
             return _state(now + 1, version, pending), adapters.with_tensors(adapters.tensors)
-        waiting = [change for change in pending if change.arrives > now]
-        return _state(now + 1, version + 1, waiting), moved(adapters, self._step(arrived, version))
 
-    def _sent(self, update: ClientUpdate, adapters: Adapters, now: int, version: int) -> Pending:
-        """An update as a change under way."""
-        before = (update.given or adapters).tensors
+        on_their_way = [change for change in pending if change.arrives > now]
+        return _state(now + 1, version + 1, on_their_way), add_step(adapters, self._step(arrived, version))
+
+    def _pending_change(self, update: ClientUpdate, adapters: Adapters, now: int, version: int) -> Pending:
+        """Returns an update as a change that arrives after the client's delay."""
+        given = (update.given or adapters).tensors
+        trained = update.adapters.tensors
+        delay = self.delays[update.client % len(self.delays)]
         return Pending(
             client=update.client,
             asked=now,
-            arrives=now + self.delays[update.client % len(self.delays)] - 1,
+            arrives=now + delay - 1,
             version=version,
             weight=_weight(update),
-            change={name: t.double() - before[name].double() for name, t in update.adapters.tensors.items()},
+            change={name: tensor.double() - given[name].double() for name, tensor in trained.items()},
         )
 
     def _next_arrival(self, pending: Sequence[Pending], now: int) -> int:
-        """The next round after which a client could be asked; with N known, one that never answered could be now."""
+        """Returns the first round after which some client is free to be asked.
+
+        This is the current round if one of the N clients has no pending change. With N unknown (0), the clients with
+        pending changes count as all clients.
+        """
         arrivals: dict[int, int] = {}
         for change in pending:
             arrivals[change.client] = max(arrivals.get(change.client, 0), change.arrives)
-        return now if len(arrivals) < self.clients else min(arrivals.values())
+        if len(arrivals) < self.clients:
+            return now
+        return min(arrivals.values())
 
     def _step(self, arrived: Sequence[Pending], version: int) -> dict[str, Tensor]:
-        """The step size times the weighted sum of changes, each divided by the root of 1 + its staleness."""
-        whole = math.fsum(change.weight for change in arrived)
+        """Returns eta times the weighted mean of the changes, each divided by sqrt(1 + tau)."""
+        total_weight = math.fsum(change.weight for change in arrived)
         step: dict[str, Tensor] = {}
         for change in arrived:
-            factor = self.eta * change.weight / whole / math.sqrt(1 + version - change.version)
+            staleness = version - change.version
+            factor = self.eta * change.weight / total_weight / math.sqrt(1 + staleness)
             for name, tensor in change.change.items():
                 step[name] = step.get(name, torch.zeros_like(tensor)) + factor * tensor
         return step
 
 
 def _weight(update: ClientUpdate) -> float:
-    """What an update counts, not divided by anything."""
+    """Returns the weight of an update, not normalised."""
     return float(update.examples if update.weight is None else update.weight)
 
 
 def _state(round: int, version: int, pending: Sequence[Pending]) -> dict[str, Tensor]:
-    """The state as tensors."""
+    """Returns a state of this strategy as tensors."""
     state = {"round": torch.tensor(round), "version": torch.tensor(version)}
     for change in pending:
-        state |= change.named()
+        state |= change.as_state()
     return state
 
 
-def _pending(state: Mapping[str, Tensor]) -> list[Pending]:
-    """The changes that a state holds."""
+def _pending(state: State) -> list[Pending]:
+    """Returns the pending changes that a state holds."""
     changes: dict[tuple[int, int], dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if name.startswith("pending."):
             _, client, asked, exported = name.split(".", 3)
             changes.setdefault((int(client), int(asked)), {})[exported] = tensor
-    found = []
-    for (number, round), change in changes.items():
-        arrives, version, weight = state[f"facts.{number}.{round}"].tolist()
-        found.append(Pending(number, round, int(arrives), int(version), weight, change))
-    return found
+
+    pending = []
+    for (client_number, asked_in), change in changes.items():
+        arrives, version, weight = state[f"facts.{client_number}.{asked_in}"].tolist()
+        pending.append(Pending(client_number, asked_in, int(arrives), int(version), weight, change))
+    return pending

@@ -1,44 +1,58 @@
-"""FedEx-LoRA (2410.09432): FedAvg, and what it leaves out is folded into the base.
+"""FedEx-LoRA (2410.09432): FedAvg, with its error folded into the base weights.
 
-Rule: A <- Abar, B <- Bbar, W <- W + DW* - s Bbar Abar, with DW* = sum_i w_i s_i B_i A_i. For equal ranks what is
-folded is sum_i w_i s (B_i - Bbar)(A_i - Abar), of rank (N - 1) r at most. Clients of other ranks are first brought to
-the largest, with zeros, by which s_i B_i A_i stays what it is; then the same holds with that rank for r. Exact, with
-the factors kept from round to round.
-Needs: nothing; ranks may differ. Costs: both factors up and down, and down the residual's factors to every client,
-also to those that did not take part; the server does a QR and an SVD of stacked factors of inner dimension
-sum_i r_i + r a layer. `rank` > 0 sends the residual's best fit of that rank instead (Eckart and Young), which is
-cheaper and no longer exact.
+Rule:
+    A <- Abar
+    B <- Bbar
+    W <- W + Delta W* - s Bbar Abar, with Delta W* = sum_i w_i s_i B_i A_i
+For equal ranks the folded residual is sum_i w_i s (B_i - Bbar)(A_i - Abar), of rank (N - 1) r at most. Clients of
+smaller ranks are first padded with zeros to the largest rank r, which keeps s_i B_i A_i.
 
-With different ranks a client of rank r_i starts from the first r_i rows of A (columns of B) only, and what it returns
-does not hold the others: exact is the mean of what the clients returned, in which these count as zero there.
+Needs: nothing; ranks may differ.
+Costs: both factors up and down. Down go also the factors of the residual, to every client, even to those that did not
+take part. The server makes a QR and an SVD of stacked factors of inner dimension sum_i r_i + r a layer.
+Exact, and the factors continue from round to round. `rank` > 0 sends the residual's best fit of that rank instead
+(Eckart and Young), which is cheaper and no longer exact.
+
+With different ranks, a client of rank r_i starts from the first r_i rows of A and columns of B, and returns no
+others. Exact is then the mean of the returned factors, in which missing rows and columns count as zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedsplit.lowrank import LowRank, balanced
-from fedsplit.updates import Adapters, ClientUpdate, Traits, average_adapters, counted, mean_change
+from fedsplit.updates import Adapters, ClientUpdate, State, Traits, average_adapters, mean_change, weighted
 
 ROUNDING = 2.0**-24
-"""The relative error of rounding to float32, which is what the averages were sent with."""
+"""Relative error of rounding to float32, the type that the averages are sent in."""
 
 
-def _needed(singular: Tensor, missing: float) -> int:
-    """How many singular values must be kept, so that no more than this is missing in the Frobenius norm."""
+def _needed(singular: Tensor, tolerance: float) -> int:
+    """Returns how many singular values to keep, so that the others have a Frobenius norm of `tolerance` at most."""
     tails = singular.square().flip(0).cumsum(0).flip(0).sqrt()
-    return int((tails > missing).sum())
+    return int((tails > tolerance).sum())
 
 
 class FedExLoRA:
-    """The weighted average of the factors, with a residual that makes it exact.
+    """Averages the factors and folds the residual, which makes the average exact.
 
     Args:
-        rank: The most that the residual's rank may be; 0 for no limit, by which the aggregate is exact.
+        rank: Largest rank of the residual; 0 for no limit, which is exact.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1, 0]], B=[[0]])
+        >>> clients = [lora(A=[[1, 0]], B=[[2]]), lora(A=[[3, 0]], B=[[4]])]
+        >>> result = one_round(FedExLoRA(), start, clients)
+        >>> A, B = result.factors("layer")
+        >>> folded = result.folded["layer"]
+        >>> (B @ A).tolist(), round((folded.up @ folded.down)[0, 0].item(), 3)  # 6 + 1 = (1 * 2 + 3 * 4) / 2
+        ([[6.0, 0.0]], 1.0)
     """
 
     traits = Traits(factors=True, mixed_ranks=True, folds=True, multiplies=True)
@@ -48,36 +62,40 @@ class FedExLoRA:
             raise ValueError(f"rank is {rank!r}; allowed: a whole number, 0 for an exact residual")
         self._rank = rank
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """FedEx-LoRA remembers nothing."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty state: FedEx-LoRA remembers nothing."""
         return {}
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Averages every factor at the largest rank, and folds what that leaves out.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Averages every factor at the largest rank and folds the residual of the average.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        ordered, shares = counted(updates)
-        grown = [replace(update, adapters=update.adapters.with_rank(adapters.largest_rank)) for update in ordered]
-        averaged = average_adapters(adapters, grown, shares)
-        residuals = {
-            layer: self._residual(mean_change(ordered, shares, layer), averaged, layer, len(ordered))
-            for layer in adapters.complete
-        }
-        folded = {layer: residual.to(torch.float32) for layer, residual in residuals.items() if residual.rank}
+        updates, weights = weighted(updates)
+        largest = adapters.largest_rank
+        padded = [replace(update, adapters=update.adapters.with_rank(largest)) for update in updates]
+        averaged = average_adapters(adapters, padded, weights)
+
+        folded = {}
+        for layer in adapters.complete:
+            residual = self._residual(mean_change(updates, weights, layer), averaged, layer, len(updates))
+            if residual.rank:
+                folded[layer] = residual.to(torch.float32)
         return state, replace(averaged, folded=folded)
 
-    def _residual(self, wanted: LowRank, averaged: Adapters, layer: str, clients: int) -> LowRank:
-        """What the averaged factors leave out of the change that is wanted.
+    def _residual(self, mean: LowRank, averaged: Adapters, layer: str, clients: int) -> LowRank:
+        """Returns the part of the mean change that the averaged factors miss.
 
-        They are taken as they are sent, so that the residual makes up for their rounding, too. The bound on the rank
-        is that of the averages before rounding: singular values beyond it come from rounding alone, and are dropped,
-        as are the least, as long as all of them together are less than one rounding of what is wanted.
+        Args:
+            mean: Delta W* of the layer.
+            averaged: The averaged factors as they are sent, so that the residual corrects their rounding, too.
+            layer: The layer.
+            clients: N, the number of clients.
         """
-        u, s, v = (wanted - averaged.change(layer)).svd()
+        u, s, v = (mean - averaged.change(layer)).svd()
+        # The residual before rounding has this rank at most. Singular values beyond it come from rounding alone.
         most = (clients - 1) * averaged.rank(layer)
-        kept = min(_needed(s, ROUNDING * wanted.norm()), most, self._rank or most)
+        # The smallest singular values are dropped as long as they stay below one rounding of the mean change together.
+        kept = min(_needed(s, ROUNDING * mean.norm()), most, self._rank or most)
         return balanced(u, s, v, kept)

@@ -1,50 +1,72 @@
-"""FedProx (1812.06127): FedAvg whose clients are held near what they started from.
+"""FedProx (1812.06127): FedAvg, with clients held near the adapters that they started from.
 
-Rule: client i minimises L_i(theta) + mu / 2 * ||theta - theta_t||^2 over the factors that it trains;
-A <- sum_i w_i A_i, B <- sum_i w_i B_i.
-Needs: equal ranks; clients that add the term. Costs: FedAvg's. With mu = 0 it is FedAvg. The term pulls at the
-factors, not at their product.
+Rule:
+    client i minimises L_i(theta) + mu / 2 * ||theta - theta_t||^2 over the factors that it trains
+    A <- sum_i w_i A_i
+    B <- sum_i w_i B_i
+
+Needs: equal ranks; clients that add the proximal term.
+Costs: as FedAvg. With mu = 0 it is FedAvg. The term acts on the factors, not on their product.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Task, Traits, average_adapters, counted
+from fedsplit.updates import (
+    Adapters,
+    Assignment,
+    ClientInfo,
+    ClientUpdate,
+    State,
+    Task,
+    Traits,
+    average_adapters,
+    weighted,
+)
 
 
 class FedProx:
-    """The weighted average of factors that were trained with a proximal term."""
+    """Averages factors that clients trained with a proximal term.
+
+    Example:
+        >>> from fedsplit.updates import ClientInfo
+        >>> from strategies.example import lora
+        >>> strategy = FedProx(mu=0.1)
+        >>> adapters = lora(A=[[1, 0]], B=[[0], [0]])
+        >>> strategy.broadcast({}, adapters, ClientInfo(client=0, rank=1)).task.proximal
+        0.1
+    """
 
     traits = Traits(linear=True)
 
     def __init__(self, mu: float = 0.01) -> None:
-        """Sets the pull.
+        """Sets the strength of the proximal term.
 
         Args:
-            mu: How strongly a client is held back; 0 is FedAvg.
+            mu: Coefficient of the term; 0 is FedAvg.
+
+        Raises:
+            ValueError: mu is negative or not finite.
         """
         if not 0 <= mu < math.inf:
             raise ValueError(f"mu is {mu}; it must be 0 or more")
         self.mu = mu
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """FedProx remembers nothing."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty state: FedProx remembers nothing."""
         return {}
 
-    def broadcast(self, state: Mapping[str, Tensor], adapters: Adapters, client: ClientInfo) -> Assignment:
-        """The adapters, and the task to stay near them."""
+    def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
+        """Sends the adapters, and asks the client to add the proximal term to its loss."""
         return Assignment(adapters.with_rank(client.rank), Task(proximal=self.mu))
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Averages as FedAvg does.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Returns the weighted average, as FedAvg does.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        return state, average_adapters(adapters, *counted(updates))
+        updates, weights = weighted(updates)
+        return state, average_adapters(adapters, updates, weights)

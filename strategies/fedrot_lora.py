@@ -1,108 +1,143 @@
-"""FedRot-LoRA (2602.23638).
+"""FedRot-LoRA (2602.23638): rotate each client's factors towards a common reference, then average.
 
-Rule: a client's (R^T A_i, B_i R) add the same to the weights for every orthogonal R; R_i is the one that brings them
-nearest to what the clients started the round from, and A <- sum_i w_i R_i^T A_i, B <- sum_i w_i B_i R_i.
-Nearest is (Procrustes) ||R^T A_i - A_ref||, with R_i = U V^T from the SVD of A_i A_ref^T, or ||B_i R - B_ref||, with
-B_i^T B_ref; by default the two take turns: B in the first round, the third and so on, A in the second and so on. B is
-zero at the start, so the first round rotates nothing. The schedule is that of the authors' code. With `strength` (the
-paper's lambda) below 1, R_i is replaced by the orthogonal matrix nearest to (1 - lambda) I + lambda R_i.
-Needs: equal ranks. Costs: both factors up and down once a round; an r x r SVD a client and layer. The authors rotate
-at the client; here the server does, with the same result. Not exact: clients that differ by more than a rotation are
-averaged factor by factor, as by FedAvg.
+Rule:
+    A <- sum_i w_i R_i^T A_i
+    B <- sum_i w_i B_i R_i
+(R^T A_i, B_i R) change the weights as (A_i, B_i) do, for every orthogonal R. R_i is the R that brings the factors of
+client i nearest to the reference: the factors that the clients started the round from. Two distances are possible
+(orthogonal Procrustes problems):
+    align A: ||R^T A_i - A_ref||, with R_i = U V^T from the SVD of A_i A_ref^T
+    align B: ||B_i R - B_ref||, with R_i = U V^T from the SVD of B_i^T B_ref
+By default they alternate: B in odd rounds, A in even ones, as in the authors' code. B is zero when the run begins, so
+the first round rotates nothing. With `strength` (the paper's lambda) below 1, R_i is replaced by the orthogonal matrix
+nearest to (1 - lambda) I + lambda R_i.
 
-Reflections count as rotations here, since they keep the product as well (the paper wants a determinant above 0).
-Where the product with the reference has not full rank, many R are equally near: the one nearest to the identity is
-taken. So what the reference says nothing of (all of it, where it is zero) is not rotated.
+Needs: equal ranks.
+Costs: both factors up and down once a round; an SVD (r x r) a client and layer. The authors rotate at the client; here
+the server does, with the same result.
+Not exact: clients that differ by more than a rotation are averaged factor by factor, as in FedAvg.
+
+Reflections count as rotations here, since they keep the product as well (the paper requires a determinant above 0). If
+the product with the reference lacks full rank, many R are equally near, and the one nearest to the identity is taken.
+So nothing is rotated in directions that the reference does not cover; a reference of zero rotates nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Adapters, ClientUpdate, Traits, average_adapters, counted
+from fedsplit.updates import Adapters, ClientUpdate, State, Traits, average_adapters, weighted
 
 ALIGNS = ("alternate", "A", "B", "both")
+"""Values of the option `align`."""
 
 ROUNDING = 1e-6
-"""Singular values below this part of the largest say nothing: they are rounding of float32 factors."""
+"""Singular values below this share of the largest carry no information: they are rounding of float32 factors."""
 
 
 def procrustes(cross: Tensor) -> Tensor:
-    """The orthogonal R (r, r) of largest trace(R^T cross); of several, the nearest to the identity.
+    """Returns the orthogonal R (r, r) with the largest trace(R^T cross); of several, the nearest to the identity.
 
     Args:
-        cross: (r, r), in float64.
+        cross: A matrix (r, r), in float64.
+
+    Example:
+        >>> procrustes(torch.tensor([[0.0, -2.0], [1.0, 0.0]]).double()).tolist()
+        [[0.0, -1.0], [1.0, 0.0]]
     """
     u, s, v = torch.linalg.svd(cross)
     free = s <= ROUNDING * s[0]
     rotation = u[:, ~free] @ v[~free]
     if bool(free.any()):
+        # `cross` says nothing on these directions: solve the same problem there, with the identity for `cross`.
         left, _, right = torch.linalg.svd(u[:, free].T @ v[free].T)
         rotation = rotation + u[:, free] @ left @ right @ v[free]
     return rotation
 
 
 def rotation_to(reference: tuple[Tensor, Tensor], a: Tensor, b: Tensor, align: str, strength: float = 1.0) -> Tensor:
-    """The R that brings R^T A, B R, or both, nearest to those of a reference.
+    """Returns the R (r, r) that brings R^T A, B R, or both, nearest to a reference.
 
     Args:
-        reference: A (r, in) and B (out, r).
-        a: (r, in).
-        b: (out, r).
+        reference: Factors A (r, in) and B (out, r).
+        a: A (r, in).
+        b: B (out, r).
         align: "A", "B" or "both".
-        strength: 1 for all the way, 0 for none of it.
+        strength: Share of the rotation to make: 1 all of it, 0 none.
+
+    Example:
+        >>> eye = torch.eye(2)
+        >>> turned = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> rotation_to((eye, eye), turned, eye, align="A").tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
     """
-    down, up = a.double() @ reference[0].double().T, b.double().T @ reference[1].double()
-    whole = procrustes({"A": down, "B": up, "both": down + up}[align])
-    return procrustes((1 - strength) * torch.eye(whole.shape[0], dtype=whole.dtype) + strength * whole)
+    reference_a, reference_b = reference
+    cross_a = a.double() @ reference_a.double().T
+    cross_b = b.double().T @ reference_b.double()
+    full = procrustes({"A": cross_a, "B": cross_b, "both": cross_a + cross_b}[align])
+
+    identity = torch.eye(full.shape[0], dtype=full.dtype)
+    return procrustes((1 - strength) * identity + strength * full)
 
 
 class FedRotLoRA:
-    """The average of factors that have been rotated to where the clients started from."""
+    """Averages factors after rotating them towards the factors that the round started from.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1, 0], [0, 1]], B=[[0, 0]])
+        >>> same_rows_swapped = lora(A=[[0, 1], [1, 0]], B=[[0, 0]])
+        >>> result = one_round(FedRotLoRA(align="A"), start, [start, same_rows_swapped])
+        >>> result.factors("layer")[0].tolist()  # FedAvg would make every entry 0.5
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
 
     traits = Traits(factors=True, multiplies=True)
 
     def __init__(self, align: str = "alternate", strength: float = 1.0) -> None:
-        """Chooses what is brought near, and how far.
+        """Sets the alignment.
 
         Args:
             align: "A", "B", "both" (the sum of the two squared distances), or "alternate".
-            strength: How much of the rotation is made: 1 all, 0 none, which is FedAvg.
+            strength: Share of the rotation to make: 1 all of it; 0 none, which is FedAvg.
 
         Raises:
-            ValueError: align is none of these, or strength is not between 0 and 1.
+            ValueError: align is unknown, or strength is not between 0 and 1.
         """
         if align not in ALIGNS:
             raise ValueError(f"align must be {' | '.join(ALIGNS)}, not {align}")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must be between 0 and 1, not {strength}")
-        self._align, self._strength = align, strength
+        self._align = align
+        self._strength = strength
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """The number of rounds so far."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns the number of rounds so far."""
         return {"rounds": torch.tensor(0)}
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Rotates every client's factors and averages them.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        updates, shares = counted(updates)
-        align = "BA"[int(state["rounds"]) % 2] if self._align == "alternate" else self._align
+        updates, weights = weighted(updates)
+        align = self._align
+        if align == "alternate":
+            align = "BA"[int(state["rounds"]) % 2]
+
         rotated = [replace(update, adapters=self._rotate(adapters, update.adapters, align)) for update in updates]
-        mean = average_adapters(adapters, rotated, shares)
-        kept = {name: tensor.to(adapters.tensors[name].dtype) for name, tensor in mean.tensors.items()}
-        return {"rounds": state["rounds"] + 1}, mean.with_tensors(kept)
+        mean = average_adapters(adapters, rotated, weights)
+
+        tensors = {name: tensor.to(adapters.tensors[name].dtype) for name, tensor in mean.tensors.items()}
+        return {"rounds": state["rounds"] + 1}, mean.with_tensors(tensors)
 
     def _rotate(self, reference: Adapters, adapters: Adapters, align: str) -> Adapters:
-        """A client's adapters, every layer rotated, in float64: the average rounds them."""
+        """Returns a client's adapters with every layer rotated, in float64: the average rounds them later."""
         rotated = {name: tensor.double() for name, tensor in adapters.tensors.items()}
         for layer in adapters.complete:
             a, b = adapters.factors(layer)

@@ -1,34 +1,47 @@
-"""FedSA-LoRA (2410.01463): A is shared, and every client has a B of its own.
+"""FedSA-LoRA (2410.01463): A is shared, B is personal.
 
-Rule: the clients train both, A <- Abar = sum_i w_i A_i, and each B_i stays with client i, which goes on from it.
-Needs: equal ranks, and clients that keep B_i from round to round. Costs: A alone up and down once a round, half of
-FedAvg's traffic; the server adds up. There is no single global model: the global B stays what it was at the start.
+Rule:
+    clients train both factors
+    A <- sum_i w_i A_i
+    each B_i stays with client i, which continues from it in its next round
+
+Needs: equal ranks; clients that keep B_i from round to round.
+Costs: A alone up and down once a round, half of FedAvg's traffic.
+There is no single global model: the global B stays as the run began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
+from fedsplit.updates import FACTORS, Adapters, ClientUpdate, State, Traits, average_adapters, weighted
 
-from fedsplit.updates import FACTORS, Adapters, ClientUpdate, Traits, average_adapters, counted
+PERSONAL = frozenset("B")
 
 
 class FedSALoRA:
-    """The weighted average of A."""
+    """Averages A; every client keeps a B that never leaves it.
 
-    traits = Traits(factors=True, personal=frozenset("B"), linear=True)
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1, 0]], B=[[0], [0]])
+        >>> clients = [lora(A=[[1, 2]], B=[[8], [0]]), lora(A=[[5, 0]], B=[[0], [4]])]
+        >>> A, B = one_round(FedSALoRA(), start, clients).factors("layer")
+        >>> A.tolist(), B.tolist()
+        ([[3.0, 1.0]], [[0.0], [0.0]])
+    """
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """FedSA-LoRA remembers nothing; what is personal is remembered by the clients."""
+    traits = Traits(factors=True, personal=PERSONAL, linear=True)
+
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty state: the clients remember their factors themselves."""
         return {}
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Averages A; the global B is the one from before to the bit.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Returns the average of A, and the global B of `adapters` to the bit.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        return state, average_adapters(adapters, *counted(updates), FACTORS - self.traits.personal)
+        updates, weights = weighted(updates)
+        return state, average_adapters(adapters, updates, weights, FACTORS - PERSONAL)

@@ -1,65 +1,102 @@
-"""FedSVD (2505.12805).
+"""FedSVD (2505.12805): train B, then make A orthonormal by an SVD of the product.
 
-Rule: clients train B, with A frozen; the server takes Bbar = sum_i w_i B_i and the SVD Bbar A = U S V^T, and sets
-A <- V^T, B <- U S. Their product is the mean of the products, exactly, and A's rows are orthonormal, which bounds what
-noise on B's gradient does to the product.
-Needs: equal ranks. Costs: B up, both factors down; an SVD of an (out x r) matrix a layer, from a QR of A.
+Rule:
+    clients train B, with A frozen
+    Bbar = sum_i w_i B_i
+    Bbar A = U S V^T
+    A <- V^T, B <- U S
+The new product is the mean of the products, exactly. The rows of A are orthonormal, which bounds the effect on the
+product of noise on B's gradient.
 
-Where Bbar A has a rank below r, the other rows of A are the rest of an orthonormal basis of A's old row space (their
-columns of B are zero), so that A always has r orthonormal rows. It follows that the row space is the start's for good:
-what changes from round to round is the basis of it in which clients train. As in the authors' code, A is made
-orthonormal after a round only, and the clients of the first train with A as it was drawn.
+Needs: equal ranks.
+Costs: B up, both factors down; an SVD of a matrix (out x r) a layer, from a QR of A.
+
+If Bbar A has a rank below r, the remaining rows of A complete an orthonormal basis of A's old row space, and their
+columns of B are zero, so that A always has r orthonormal rows. The row space therefore never changes: a round changes
+the basis in which clients train. As in the authors' code, A becomes orthonormal only after a round; in the first round
+clients train with A as it was drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Task, Traits, average_adapters, counted
+from fedsplit.updates import (
+    Adapters,
+    Assignment,
+    ClientInfo,
+    ClientUpdate,
+    State,
+    Task,
+    Traits,
+    average_adapters,
+    weighted,
+)
 
 
 def orthonormal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors (A, B) of the same product whose A has orthonormal rows, in falling order of singular values.
+    """Returns factors (A, B) of the same product B A; the rows of the new A are orthonormal.
+
+    The rows stand in falling order of their singular values.
 
     Args:
-        a: (r, in).
-        b: (out, r).
+        a: A (r, in).
+        b: B (out, r).
+
+    Example:
+        >>> A, B = orthonormal(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]))
+        >>> [[round(entry, 6) for entry in row] for row in (A[0].tolist(), B[0].tolist())]
+        [[0.6, 0.8], [10.0]]
     """
-    basis, triangle = torch.linalg.qr(a.double().T)  # A^T = basis @ triangle, so B A = (B triangle^T) basis^T
+    # A^T = basis @ triangle, so B A = (B triangle^T) basis^T, and an SVD of the small matrix is enough.
+    basis, triangle = torch.linalg.qr(a.double().T)
     inner = b.double() @ triangle.T
-    # V has a row for every row of A by itself, unless the layer has fewer outputs than that
+    # V has r rows by itself, unless the layer has fewer than r outputs.
     u, s, v = torch.linalg.svd(inner, full_matrices=inner.shape[0] < inner.shape[1])
-    down, up = torch.zeros_like(a, dtype=torch.float64), torch.zeros_like(b, dtype=torch.float64)
-    down[: v.shape[0]] = v @ basis.T
-    up[:, : s.shape[0]] = u[:, : s.shape[0]] * s
-    largest = down.gather(1, down.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(down.dtype)  # an SVD leaves them open; A does not flip for nothing
-    return down * signs, up * signs.T
+
+    new_a = torch.zeros_like(a, dtype=torch.float64)
+    new_b = torch.zeros_like(b, dtype=torch.float64)
+    new_a[: v.shape[0]] = v @ basis.T
+    new_b[:, : s.shape[0]] = u[:, : s.shape[0]] * s
+
+    # An SVD leaves the signs open. Make the largest entry of each row positive, so that A does not flip for nothing.
+    largest = new_a.gather(1, new_a.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(new_a.dtype)
+    return new_a * signs, new_b * signs.T
 
 
 class FedSVD:
-    """The average of B, and an orthonormal A anew in every round."""
+    """Averages B and makes the rows of A orthonormal in every round.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[3, 4]], B=[[0]])
+        >>> clients = [lora(A=[[3, 4]], B=[[1]]), lora(A=[[3, 4]], B=[[3]])]
+        >>> A, B = one_round(FedSVD(), start, clients).factors("layer")
+        >>> [round(entry, 4) for entry in (*A[0].tolist(), B.item())]
+        [0.6, 0.8, 10.0]
+    """
 
     traits = Traits(factors=True, linear=True, multiplies=True)
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """FedSVD remembers nothing."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty state: FedSVD remembers nothing."""
         return {}
 
-    def broadcast(self, state: Mapping[str, Tensor], adapters: Adapters, client: ClientInfo) -> Assignment:
-        """Both factors, of which B trains."""
+    def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
+        """Sends both factors and asks the client to train B alone."""
         return Assignment(adapters.with_rank(client.rank), Task(trains=frozenset("B")))
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Averages B and makes the rows of A orthonormal.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        mean = average_adapters(adapters, *counted(updates))
-        return state, mean.with_factors({layer: orthonormal(*mean.factors(layer)) for layer in mean.complete})
+        updates, weights = weighted(updates)
+        mean = average_adapters(adapters, updates, weights)
+        factors = {layer: orthonormal(*mean.factors(layer)) for layer in mean.complete}
+        return state, mean.with_factors(factors)

@@ -1,11 +1,16 @@
 """FedYogi (2003.00295): Yogi at the server.
 
-Rule: D = sum_i w_i (theta_i - theta); m <- beta_1 m + (1 - beta_1) D;
-v <- v - (1 - beta_2) D^2 sign(v - D^2); theta <- theta + eta * m / (sqrt(v) + tau), entry by entry.
-Needs: equal ranks. Costs: FedAvg's traffic; two moments at the server. The paper lets v begin at tau^2 or more; here
-it is zero, as in Flower's class of this name, whose numbers, option names and defaults these are. This one is here
-because its state is saved and resumed with the run, the order in which clients answer changes no bit, and no client's
-NaN gets into a moment for good: such an answer is refused before.
+Rule, entry by entry:
+    D = sum_i w_i (theta_i - theta)
+    m <- beta_1 m + (1 - beta_1) D
+    v <- v - (1 - beta_2) D^2 sign(v - D^2)
+    theta <- theta + eta * m / (sqrt(v) + tau)
+
+Needs: equal ranks.
+Costs: FedAvg's traffic; two moments at the server.
+The paper starts v at tau^2 or more. Here v starts at zero, as in Flower's class of this name, whose numbers, option
+names and defaults these are. Beyond Flower's: the state is saved and resumed with the run, the order in which clients
+answer changes no bit, and an answer with NaN is refused before it can spoil a moment.
 """
 
 from __future__ import annotations
@@ -16,19 +21,28 @@ from strategies.server_optimiser import Adaptive
 
 
 class FedYogi(Adaptive):
-    """The server's Yogi on the clients' mean change."""
+    """Makes a step of Yogi on the clients' mean change.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[0, 0]], B=[[0]])
+        >>> client = lora(A=[[2, 0]], B=[[0]])
+        >>> A, _ = one_round(FedYogi(eta=1.0, beta_1=0.5, beta_2=0.75, tau=1.0), start, [client]).factors("layer")
+        >>> A.tolist()  # m = 0.5 * 2 and v = 0.25 * 4, so 1 / (1 + 1)
+        [[0.5, 0.0]]
+    """
 
     def __init__(self, eta: float = 0.01, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-3) -> None:
-        """Sets the optimiser.
+        """Sets the optimiser's options.
 
         Args:
-            eta: The server's step size.
-            beta_1: How much of m stays each round.
+            eta: Step size of the server.
+            beta_1: Share of m that stays each round.
             beta_2: How slowly v follows the squares.
-            tau: What is added to the root of v: the less, the more adaptive.
+            tau: Term added to sqrt(v); the smaller, the more adaptive.
         """
         super().__init__(eta, beta_1, beta_2, tau)
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
-        """Moves by a part of D^2 towards it, however far away it is."""
+        """Returns v, moved towards D^2 by a share of D^2, however far apart the two are."""
         return v - (1 - self.beta_2) * squared * (v - squared).sign()

@@ -1,51 +1,61 @@
-"""FFA-LoRA (2403.12313): A is frozen, and only B is learnt.
+"""FFA-LoRA (2403.12313): A is frozen, B is trained.
 
-Rule: A stays A_0, B <- Bbar = sum_i w_i B_i. As all clients share A_0, sum_i w_i s B_i A_0 = s Bbar A_0: the
-average is exact.
-Needs: equal ranks. Costs: B alone up and down once a round, half of FedAvg's traffic; the server adds up. A layer's
-input is only ever seen through A_0, so less can be learnt than with both factors. Under differential privacy, noise
-on B is not multiplied by noise on A.
+Rule:
+    A stays A_0, the draw that the run began with
+    B <- Bbar = sum_i w_i B_i
+
+Needs: equal ranks.
+Costs: B alone up and down once a round, half of FedAvg's traffic.
+Exact: all clients share A_0, so sum_i w_i s B_i A_0 = s Bbar A_0. The price is expressiveness: a layer sees its input
+through A_0 only. Under differential privacy, noise on B is not multiplied by noise on A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from fedsplit.updates import (
     Adapters,
     Assignment,
     ClientInfo,
     ClientUpdate,
+    State,
     Task,
     Traits,
     average_adapters,
-    counted,
+    weighted,
 )
 
 TRAINED = frozenset("B")
 
 
 class FFALoRA:
-    """The weighted average of B, with A as it was drawn."""
+    """Averages B and keeps A as it was drawn.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1, 2]], B=[[0], [0]])
+        >>> clients = [lora(A=[[1, 2]], B=[[8], [0]]), lora(A=[[1, 2]], B=[[0], [4]])]
+        >>> A, B = one_round(FFALoRA(), start, clients).factors("layer")
+        >>> A.tolist(), B.tolist()
+        ([[1.0, 2.0]], [[4.0], [2.0]])
+    """
 
     traits = Traits(factors=True, linear=True)
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """FFA-LoRA remembers nothing."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty state: FFA-LoRA remembers nothing."""
         return {}
 
-    def broadcast(self, state: Mapping[str, Tensor], adapters: Adapters, client: ClientInfo) -> Assignment:
-        """Every client trains B, and B only."""
+    def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
+        """Asks every client to train B alone."""
         return Assignment(adapters.with_rank(client.rank), Task(trains=TRAINED))
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Averages B; A is the one from before to the bit, whatever the updates hold.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Returns the average of B, and the A of `adapters` to the bit, whatever the updates hold.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        return state, average_adapters(adapters, *counted(updates), TRAINED)
+        updates, weights = weighted(updates)
+        return state, average_adapters(adapters, updates, weights, TRAINED)

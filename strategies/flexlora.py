@@ -1,81 +1,102 @@
-"""FlexLoRA (2402.11505).
+"""FlexLoRA (2402.11505): average the products and split the mean by an SVD.
 
-Rule: Delta W* = sum_i w_i s_i B_i A_i = U S V^T; with s the scaling at the largest rank r,
-A <- (S_r / s)^(1/2) V_r^T and B <- U_r (S_r / s)^(1/2), so that s B A = U_r S_r V_r^T is the nearest matrix of rank r
-(Eckart and Young). Singular vectors stand in falling order of their singular values, so a client of rank r_j that is
-given the first r_j of them has the nearest matrix of its own rank: cutting is all that broadcasting takes.
-Needs: nothing; ranks may differ. Costs: both factors up and down once a round, each at the client's rank; an SVD a
-layer, from a QR of the stacked factors: O((out + in) q^2 + q^3) with q = sum_i r_i, and never the dense matrix.
+Rule:
+    Delta W* = sum_i w_i s_i B_i A_i = U S V^T
+    A <- (S_r / s)^(1/2) V_r^T
+    B <- U_r (S_r / s)^(1/2)
+r is the largest rank and s the scaling at r. Then s B A = U_r S_r V_r^T is the matrix of rank r nearest to Delta W*
+(Eckart and Young). Singular values fall, so the first r_j rows of A and columns of B are the nearest matrix for a
+client of rank r_j: broadcasting only has to cut.
 
-Where Delta W* has a rank p < r, its singular vectors fill p rows only. Rows of A and columns of B that are both zero
-would never get a gradient again, so the other rows of A are taken from the previous global A, made orthogonal to the
-p rows (of several such rows, the r - p principal directions, with their lengths); their columns of B are zero, and the
-product is what it was. This is an addition to the paper's rule. A client of the first round is given the start's A.
+Needs: nothing; ranks may differ.
+Costs: both factors up and down once a round, each at the client's rank; an SVD a layer, from a QR of the stacked
+factors: O((out + in) q^2 + q^3) with q = sum_i r_i, and never a dense matrix.
+
+Beyond the paper: if Delta W* has a rank p < r, its singular vectors fill p rows only. Rows of A and columns of B that
+are both zero would never get a gradient again. So the other r - p rows come from the previous A: the part orthogonal to
+the p rows, its principal directions with their lengths, longest first. Their columns of B are zero, which leaves the
+product as it is. In the first round, clients get the A that the run began with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fedsplit.lowrank import LowRank
-from fedsplit.updates import Adapters, ClientUpdate, Traits, counted, mean_change
+from fedsplit.updates import Adapters, ClientUpdate, State, Traits, mean_change, weighted
 from strategies.mixed_ranks import average_others
 
 ROUNDING = 1e-7
-"""Singular values below this part of the largest are rounding of float32 factors."""
+"""Singular values below this share of the largest are rounding errors of float32 factors."""
 
 
 def best_factors(change: LowRank, scaling: float, previous: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors (A, B) of which scaling * B @ A is the nearest to a matrix, and no row of A is zero.
+    """Returns the factors (A, B) with scaling * B @ A nearest to a matrix, and with no zero row in A.
 
     Args:
         change: The matrix (out, in).
         scaling: LoRA's s at the rank of `previous`.
-        previous: The A (r, in) before, which gives the rank and the rows that the matrix does not fill.
+        previous: The last round's A (r, in). It sets the rank and fills the rows that the matrix leaves empty.
+
+    Example:
+        >>> change = LowRank(up=torch.tensor([[4.0]]).double(), down=torch.tensor([[1.0, 0.0]]).double())
+        >>> A, B = best_factors(change, 1.0, previous=torch.tensor([[0.0, 1.0]]))
+        >>> (B @ A).tolist()
+        [[4.0, 0.0]]
     """
+    rank = previous.shape[0]
     u, s, v = change.svd()
     filled = int((s > ROUNDING * s[0]).sum()) if float(s[0]) > 0 else 0
-    filled = min(filled, previous.shape[0])
+    filled = min(filled, rank)
+
     root = (s[:filled] / scaling).sqrt()
     a = torch.zeros_like(previous, dtype=torch.float64)
-    b = a.new_zeros(u.shape[0], previous.shape[0])
-    a[:filled], b[:, :filled] = root[:, None] * v[:filled], u[:, :filled] * root
-    left_over = _orthogonal_rows(previous.double(), v[:filled])[: previous.shape[0] - filled]
-    a[filled : filled + left_over.shape[0]] = left_over
+    b = a.new_zeros(u.shape[0], rank)
+    a[:filled] = root[:, None] * v[:filled]
+    b[:, :filled] = u[:, :filled] * root
+
+    rest = _orthogonal_part(previous.double(), v[:filled])[: rank - filled]
+    a[filled : filled + rest.shape[0]] = rest
     return a, b
 
 
-def _orthogonal_rows(rows: Tensor, taken: Tensor) -> Tensor:
-    """The principal directions, with their lengths, of what rows have beside some orthonormal ones; longest first."""
-    _, lengths, directions = torch.linalg.svd(rows - rows @ taken.T @ taken, full_matrices=False)
+def _orthogonal_part(rows: Tensor, basis: Tensor) -> Tensor:
+    """Returns the principal directions, with their lengths, of the part of `rows` orthogonal to orthonormal rows."""
+    _, lengths, directions = torch.linalg.svd(rows - rows @ basis.T @ basis, full_matrices=False)
     return lengths[:, None] * directions
 
 
 class FlexLoRA:
-    """The best fit of the mean change at every client's rank."""
+    """Replaces the factors by the best fit of the mean change at the largest rank.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1, 0]], B=[[0]])
+        >>> clients = [lora(A=[[1, 0]], B=[[2]]), lora(A=[[3, 0]], B=[[4]])]
+        >>> A, B = one_round(FlexLoRA(), start, clients).factors("layer")
+        >>> round((B @ A)[0, 0].item(), 3)  # (1 * 2 + 3 * 4) / 2
+        7.0
+    """
 
     traits = Traits(factors=True, mixed_ranks=True, multiplies=True)
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """FlexLoRA remembers nothing."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty state: FlexLoRA remembers nothing."""
         return {}
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Replaces the factors of every layer by the singular vectors of the mean change.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        updates, shares = counted(updates)
-        factors = {
-            layer: best_factors(
-                mean_change(updates, shares, layer), adapters.scaling(layer), adapters.factors(layer)[0]
-            )
-            for layer in adapters.complete
-        }
-        return state, average_others(adapters, updates, shares).with_factors(factors)
+        updates, weights = weighted(updates)
+        factors = {}
+        for layer in adapters.complete:
+            previous_a, _ = adapters.factors(layer)
+            change = mean_change(updates, weights, layer)
+            factors[layer] = best_factors(change, adapters.scaling(layer), previous_a)
+        return state, average_others(adapters, updates, weights).with_factors(factors)

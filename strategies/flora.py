@@ -1,22 +1,25 @@
-"""FLoRA (2409.05976): the clients' adapters are stacked and folded into the base, and all start afresh.
+"""FLoRA (2409.05976): stack the clients' adapters, fold the stack into the base weights, and restart.
 
-Rule: with A = [w_1 s_1 A_1; ...; w_N s_N A_N] and B = [B_1 ... B_N], W <- W + B A = W + sum_i w_i s_i B_i A_i; then
-every client draws a new A and sets B = 0. Exact, whatever the ranks.
-Needs: nothing; ranks may differ. Costs: both factors up; down goes the stack, of rank sum_i r_i at most, to every
-client, also to those that did not take part. It is sent with as small an inner dimension as it has rank, for which
-the server does a QR and an SVD of the stacked factors a layer. The new factors are drawn from a seed at each client
-and are not sent. A fresh start every round costs what the optimiser had found out, which hurts long runs.
+Rule:
+    A = [w_1 s_1 A_1; ...; w_N s_N A_N]
+    B = [B_1 ... B_N]
+    W <- W + B A = W + sum_i w_i s_i B_i A_i
+    then every client draws a new A and sets B = 0
+The first round starts from the draw of round 1, too, so that a client's factors never need to be sent.
 
-The first round starts from the draw of round 1, too: so a client's factors never need to be sent.
+Needs: nothing; ranks may differ.
+Costs: both factors up. Down goes the stack, of rank sum_i r_i at most, to every client, also to those that did not take
+part. It is sent with the smallest inner dimension that its rank allows, for which the server makes a QR and an SVD of
+the stacked factors a layer. The clients draw the new factors from a seed; these are not sent.
+Exact, whatever the ranks. A restart every round discards the optimiser's progress, which hurts long runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from fedsplit.seeds import derive_seed
 from fedsplit.updates import (
@@ -24,28 +27,41 @@ from fedsplit.updates import (
     Assignment,
     ClientInfo,
     ClientUpdate,
+    State,
     Traits,
     average_adapters,
-    counted,
     fresh_factor,
     mean_change,
+    weighted,
 )
 
 
-def _restarted(adapters: Adapters, drawn: int) -> Adapters:
-    """The adapters with every A drawn anew and every B zero."""
+def _restarted(adapters: Adapters, seed: int) -> Adapters:
+    """Returns the adapters with every A drawn from the seed and every B zero."""
     factors = {}
     for layer in adapters.complete:
         a, b = adapters.factors(layer)
-        factors[layer] = fresh_factor(f"{layer}.lora_A.weight", a.shape, drawn), torch.zeros_like(b)
+        fresh_a = fresh_factor(f"{layer}.lora_A.weight", a.shape, seed)
+        factors[layer] = fresh_a, torch.zeros_like(b)
     return adapters.with_factors(factors)
 
 
 class FLoRA:
-    """Folds the exact mean change into the base, and restarts.
+    """Folds the exact mean change into the base weights and restarts the adapters.
 
     Args:
-        seed: What the new factors are drawn from.
+        seed: Seed that the new factors are drawn from.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1, 0]], B=[[0]])
+        >>> clients = [lora(A=[[1, 0]], B=[[2]]), lora(A=[[3, 0]], B=[[4]])]
+        >>> result = one_round(FLoRA(), start, clients)
+        >>> folded = result.folded["layer"]
+        >>> round((folded.up @ folded.down)[0, 0].item(), 3)  # (1 * 2 + 3 * 4) / 2
+        7.0
+        >>> result.tensors["layer.lora_B.weight"].tolist()
+        [[0.0]]
     """
 
     traits = Traits(factors=True, restarts=True, mixed_ranks=True, folds=True, multiplies=True)
@@ -53,36 +69,40 @@ class FLoRA:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
 
-    def _drawn(self, state: Mapping[str, Tensor]) -> int:
-        """The seed of the factors that the round to come starts from."""
+    def _seed_of_round(self, state: State) -> int:
+        """Returns the seed of the factors that the coming round starts from."""
         return derive_seed(self._seed, "flora", int(state["round"]))
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """The number of the round to come, from 1.
+    def init(self, adapters: Adapters) -> State:
+        """Returns the number of the coming round, from 1.
 
         Raises:
-            ValueError: The adapters have learnt something, which the restart would lose.
+            ValueError: A factor B is not zero: the restart would lose what the adapters have learnt.
         """
         if any(bool(adapters.factors(layer)[1].any()) for layer in adapters.complete):
             raise ValueError("FLoRA starts from B = 0: fold what the adapters have learnt into the base first")
         return {"round": torch.tensor(1)}
 
-    def broadcast(self, state: Mapping[str, Tensor], adapters: Adapters, client: ClientInfo) -> Assignment:
-        """The round's draw at the client's rank."""
-        drawn = self._drawn(state)
-        return Assignment(_restarted(adapters.with_rank(client.rank), drawn), drawn=drawn)
+    def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
+        """Gives the client the round's draw at its rank."""
+        seed = self._seed_of_round(state)
+        return Assignment(_restarted(adapters.with_rank(client.rank), seed), drawn=seed)
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Stacks the changes; what is no factor of a LoRA layer is averaged as by FedAvg.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Folds the stacked changes and restarts; averages all tensors that are no LoRA factor, as FedAvg does.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        ordered, shares = counted(updates)
-        following = {"round": state["round"] + 1}
-        averaged = average_adapters(adapters, ordered, shares, frozenset())
-        changes = {layer: mean_change(ordered, shares, layer).compressed() for layer in adapters.complete}
-        folded = {layer: change.to(torch.float32) for layer, change in changes.items() if change.rank}
-        return following, replace(_restarted(averaged, self._drawn(following)), folded=folded)
+        updates, weights = weighted(updates)
+        averaged = average_adapters(adapters, updates, weights, frozenset())
+
+        folded = {}
+        for layer in adapters.complete:
+            change = mean_change(updates, weights, layer).compressed()
+            if change.rank:
+                folded[layer] = change.to(torch.float32)
+
+        next_state = {"round": state["round"] + 1}
+        restarted = _restarted(averaged, self._seed_of_round(next_state))
+        return next_state, replace(restarted, folded=folded)

@@ -1,95 +1,137 @@
-"""Krum and Multi-Krum (1703.02757): the clients that are nearest to their neighbours.
+"""Krum and Multi-Krum (1703.02757): select the clients that lie nearest to their neighbours.
 
-Rule: score_i = the sum of the squared distances of client i to the n - f - 2 others nearest to it, n being how many
-answered and f how many may be malicious. Krum takes the client of the lowest score; Multi-Krum the w-weighted
-average of the m of the lowest scores. A tie goes to the client of the lower number.
-The distances are those of the changes s_i B_i A_i, which no rotation of a client's factors alters (`on` =
-"product"), or of all factors as one vector (`on` = "factors", the paper's, and Flower's numbers).
-Needs: equal ranks; n >= 2 f + 3; every client's own adapters. Costs: FedAvg's traffic; O(n^2 (out + in) r^2) a layer
-on products, O(n^2 (out + in) r) on factors. The paper's average of the m is not weighted; Flower's is, and this one.
-Tensors that are no factor of a pair count in the distances as they are, and are taken from the same clients.
+Rule:
+    score_i = sum of the squared distances from client i to its n - f - 2 nearest neighbours
+    Krum: theta <- theta_i of the lowest score
+    Multi-Krum: theta <- the w-weighted average of the m clients of the lowest scores
+    n clients answered, of whom f may be malicious. A tie goes to the client of the lower number.
+
+Distances (`on`): "product" compares the changes s_i B_i A_i, which no rotation of a client's factors alters. "factors"
+compares all factors as one vector, as the paper and Flower do. Tensors outside of the pairs of factors count in the
+distances as they are, and come from the same clients.
+
+Needs: equal ranks; n >= 2 f + 3; every client's own adapters.
+Costs: FedAvg's traffic; O(n^2 (out + in) r^2) a layer on products, O(n^2 (out + in) r) on factors.
+The paper averages the m clients with equal weights; Flower and this strategy weight them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Adapters, ClientUpdate, Traits, average_adapters, counted
-from strategies.distances import Cloud, check_kind
+from fedsplit.updates import Adapters, ClientUpdate, State, Traits, average_adapters, weighted
+from strategies.distances import Distances, check_kind
 
 
-def scores(points: Sequence[Adapters], malicious: int, on: str) -> Tensor:
-    """Krum's scores, in the order of the points.
+def scores(clients: Sequence[Adapters], malicious: int, on: str) -> Tensor:
+    """Returns Krum's score of each client (n,); the lower, the nearer to the neighbours.
+
+    Args:
+        clients: Each client's adapters.
+        malicious: f, the number of clients that may be malicious.
+        on: "product" or "factors".
 
     Raises:
-        ValueError: There are too few points for so many malicious ones.
+        ValueError: There are fewer than 2 f + 3 clients.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> clients = [lora(A=[[1]], B=[[value]]) for value in (1, 2, 3, 100)]
+        >>> scores(clients, malicious=0, on="product").tolist()
+        [5.0, 2.0, 5.0, 19013.0]
     """
-    n = len(points)
-    if n < 2 * malicious + 3:
+    n = len(clients)
+    needed = 2 * malicious + 3
+    if n < needed:
         raise ValueError(
-            f"{n} clients answered, but Krum needs {2 * malicious + 3} with malicious = {malicious} (2 * malicious + 3)"
+            f"{n} clients answered, but Krum needs {needed} with malicious = {malicious} (2 * malicious + 3)"
         )
-    cloud = Cloud(points, on)
-    found = []
-    for number, point in enumerate(points):
-        distances = cloud.squared_distances(point)
-        others = torch.cat([distances[:number], distances[number + 1 :]])
-        found.append(others.sort().values[: n - malicious - 2].sum())
-    return torch.stack(found)
+
+    distances = Distances(clients, on)
+    nearest = n - malicious - 2
+    result = []
+    for number, client in enumerate(clients):
+        squares = distances.squared(client)
+        neighbours = torch.cat([squares[:number], squares[number + 1 :]])
+        result.append(neighbours.sort().values[:nearest].sum())
+    return torch.stack(result)
 
 
 class MultiKrum:
-    """The weighted average of the clients that are nearest to their neighbours."""
+    """Averages the clients that lie nearest to their neighbours.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1]], B=[[0]])
+        >>> clients = [lora(A=[[1]], B=[[value]]) for value in (1, 2, 3, 1000)]
+        >>> _, B = one_round(MultiKrum(keep=3), start, clients).factors("layer")
+        >>> B.tolist()  # the client at 1000 is left out
+        [[2.0]]
+    """
 
     traits = Traits(fewest=3)
 
     def __init__(self, malicious: int = 0, keep: int = 0, on: str = "product") -> None:
-        """Sets how many are trusted.
+        """Sets how many clients are trusted.
 
         Args:
-            malicious: f, how many clients may be malicious.
-            keep: m, how many clients are averaged; 0: n - f, as in the paper's experiments.
-            on: What distances are of: "product" or "factors".
+            malicious: f, the number of clients that may be malicious.
+            keep: m, the number of clients to average; 0: n - f, as in the paper's experiments.
+            on: Quantity that distances compare: "product" or "factors".
+
+        Raises:
+            ValueError: A number is negative, or `on` is unknown.
         """
         check_kind(on)
         for name, value in (("malicious", malicious), ("keep", keep)):
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more")
-        self.malicious, self.keep, self.on = malicious, keep, on
+        self.malicious = malicious
+        self.keep = keep
+        self.on = on
         self.traits = Traits(fewest=max(2 * malicious + 3, keep), multiplies=on == "product")
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """Krum remembers nothing."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty state: Krum remembers nothing."""
         return {}
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Averages those chosen.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Returns the weighted average of the selected clients.
 
         Raises:
-            ValueError: No client has any example, or fewer answered than 2 * malicious + 3 or than are to be kept.
+            ValueError: No client trained on any example, or fewer answered than 2 * malicious + 3 or than `keep`.
         """
-        ordered, _ = counted(updates)
-        ranked = scores([update.adapters for update in ordered], self.malicious, self.on).argsort(stable=True)
-        keep = self.keep or len(ordered) - self.malicious
-        if keep > len(ordered):
-            raise ValueError(f"{len(ordered)} clients answered, of whom Multi-Krum is to keep {keep}")
-        chosen = [ordered[int(number)] for number in ranked[:keep]]
-        return state, average_adapters(adapters, *counted(chosen))
+        updates, _ = weighted(updates)
+        by_score = scores([update.adapters for update in updates], self.malicious, self.on).argsort(stable=True)
+
+        keep = self.keep or len(updates) - self.malicious
+        if keep > len(updates):
+            raise ValueError(f"{len(updates)} clients answered, of whom Multi-Krum is to keep {keep}")
+
+        selected, weights = weighted([updates[int(number)] for number in by_score[:keep]])
+        return state, average_adapters(adapters, selected, weights)
 
 
 class Krum(MultiKrum):
-    """The adapters of the client that is nearest to its neighbours, to the bit."""
+    """Returns the adapters of the client that lies nearest to its neighbours, to the bit.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1]], B=[[0]])
+        >>> clients = [lora(A=[[1]], B=[[value]]) for value in (1, 2, 3, 1000)]
+        >>> _, B = one_round(Krum(), start, clients).factors("layer")
+        >>> B.tolist()
+        [[2.0]]
+    """
 
     def __init__(self, malicious: int = 0, on: str = "product") -> None:
-        """Sets how many are trusted.
+        """Sets how many clients are trusted.
 
         Args:
-            malicious: f, how many clients may be malicious.
-            on: What distances are of: "product" or "factors".
+            malicious: f, the number of clients that may be malicious.
+            on: Quantity that distances compare: "product" or "factors".
         """
         super().__init__(malicious, 1, on)

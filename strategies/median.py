@@ -1,37 +1,48 @@
 """Coordinate-wise median (1803.01498).
 
-Rule: every entry becomes the median of the clients' values; of an even number, the mean of the two in the middle.
-Needs: equal ranks; every client's own adapters. Costs: FedAvg's traffic; sorting n values an entry. Examples do not
-weight: a client could claim any number of them. The numbers are those of Flower's FedMedian. It acts on the factors:
-two that agree on B A but not on the factors count as apart. Tensors that are no factors are treated the same.
+Rule: every entry becomes the median of the clients' values; for an even number of clients, the mean of the two in the
+middle.
+
+Needs: equal ranks; every client's own adapters.
+Costs: FedAvg's traffic; sorting n values an entry.
+Examples are no weights here, since a client could claim any number of them. The numbers are those of Flower's
+FedMedian. The rule acts on the factors: clients that agree on B A but not on the factors count as apart. Tensors
+outside of the pairs of factors are treated alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from fedsplit.updates import Adapters, ClientUpdate, Traits, counted
-from strategies.trimmed_mean import trimmed
+from fedsplit.updates import Adapters, ClientUpdate, State, Traits, weighted
+from strategies.trimmed_mean import trimmed_means
 
 
 class Median:
-    """The median of every entry."""
+    """Takes the median of every entry.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1]], B=[[0]])
+        >>> clients = [lora(A=[[1]], B=[[value]]) for value in (1, 2, 4, 1000)]
+        >>> _, B = one_round(Median(), start, clients).factors("layer")
+        >>> B.tolist()
+        [[3.0]]
+    """
 
     traits = Traits()
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """The median remembers nothing."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty state: the median remembers nothing."""
         return {}
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Takes the middle: `torch.median` would take the lower one of two.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Returns the median of every entry.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        ordered, _ = counted(updates)
-        return state, adapters.with_tensors({**adapters.tensors, **trimmed(ordered, (len(ordered) - 1) // 2)})
+        updates, _ = weighted(updates)
+        # Drop all but the one or two values in the middle. torch.median would take the lower of two.
+        k = (len(updates) - 1) // 2
+        return state, adapters.with_tensors({**adapters.tensors, **trimmed_means(updates, k)})

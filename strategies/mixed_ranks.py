@@ -1,4 +1,4 @@
-"""What strategies share whose clients may differ in rank: zero-padding, and the mean of what has no rank."""
+"""Averages for clients of different ranks: padding with zeros, and the mean of tensors without a rank."""
 
 from __future__ import annotations
 
@@ -12,40 +12,63 @@ from fedsplit.updates import Adapters, ClientUpdate, average_adapters
 
 
 def rank_of(adapters: Adapters) -> int:
-    """The largest rank among the layers that have both factors; 1 where there are none."""
+    """Returns the largest rank among the layers that hold both factors; 1 if there are none."""
     return adapters.largest_rank or 1
 
 
-def average_others(adapters: Adapters, updates: Sequence[ClientUpdate], shares: Sequence[float]) -> Adapters:
-    """The adapters with everything that is no LoRA factor replaced by its weighted mean, as FedAvg does."""
-    bare = [replace(update, adapters=update.adapters.only(frozenset())) for update in updates]
-    return average_adapters(adapters, bare, shares)
+def average_others(adapters: Adapters, updates: Sequence[ClientUpdate], weights: Sequence[float]) -> Adapters:
+    """Returns the adapters with the weighted mean of all tensors that are no LoRA factor, as FedAvg averages them.
+
+    Args:
+        adapters: Adapters that keep their LoRA factors.
+        updates: The clients' updates.
+        weights: Weight of each update; they sum to 1.
+    """
+    others = [replace(update, adapters=update.adapters.only(frozenset())) for update in updates]
+    return average_adapters(adapters, others, weights)
 
 
 def padded_average(
-    adapters: Adapters, updates: Sequence[ClientUpdate], shares: Sequence[float]
+    adapters: Adapters, updates: Sequence[ClientUpdate], weights: Sequence[float]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The weighted means of the factors (A, B) by layer, each first filled with zeros to the rank of `adapters`.
+    """Returns the weighted means of the factors, each client's padded with zeros to the rank of `adapters`.
 
-    B is filled together with its scaling, so that every padded client adds to the weights what it added before. Rows
-    of A that no client held would become zero with their columns of B, and never get a gradient again: they stay as
-    they are in `adapters`. Their columns of B are zero, so the product does not see them.
+    B is padded together with its scaling, so that a padded client changes the weights as before. Rows of A that no
+    client held would become zero together with their columns of B, and would never get a gradient again. Such rows
+    keep their values in `adapters`; with zero columns of B they do not alter the product.
+
+    Args:
+        adapters: Adapters at the largest rank.
+        updates: The clients' updates, each at its client's rank.
+        weights: Weight of each update; they sum to 1.
 
     Returns:
-        Factors in float64, not rounded yet.
+        Factors (A, B) by layer, in float64 and not rounded yet.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> rank_2 = lora(A=[[1], [2]], B=[[0, 0]], alpha=2)  # s = 1
+        >>> rank_1 = lora(A=[[4]], B=[[3]], alpha=2)  # s = 2
+        >>> A, B = padded_average(rank_2, [ClientUpdate(0, rank_1, examples=1)], [1.0])["layer"]
+        >>> A.tolist(), B.tolist()  # the second row of A keeps its value; B takes up the ratio of the scalings
+        ([[4.0], [2.0]], [[6.0, 0.0]])
     """
-    rank, held = rank_of(adapters), max(rank_of(update.adapters) for update in updates)
-    sums = {}
+    rank = rank_of(adapters)
+    largest_sent = max(rank_of(update.adapters) for update in updates)
+
+    means = {}
     for layer in adapters.complete:
         a, b = adapters.factors(layer)
-        down, up = torch.zeros_like(a, dtype=torch.float64), torch.zeros_like(b, dtype=torch.float64)
-        sums[layer] = down, up
-        down[held:] = a[held:]
-    for update, share in zip(updates, shares, strict=True):
-        doubled = {name: tensor.double() for name, tensor in update.adapters.tensors.items()}
-        wide = update.adapters.with_tensors(doubled).with_rank(rank)
-        for layer, (down, up) in sums.items():
-            a, b = wide.factors(layer)
-            down += a * share
-            up += b * share
-    return sums
+        mean_a = torch.zeros_like(a, dtype=torch.float64)
+        mean_b = torch.zeros_like(b, dtype=torch.float64)
+        mean_a[largest_sent:] = a[largest_sent:]
+        means[layer] = mean_a, mean_b
+
+    for update, weight in zip(updates, weights, strict=True):
+        exact = {name: tensor.double() for name, tensor in update.adapters.tensors.items()}
+        padded = update.adapters.with_tensors(exact).with_rank(rank)
+        for layer, (mean_a, mean_b) in means.items():
+            a, b = padded.factors(layer)
+            mean_a += a * weight
+            mean_b += b * weight
+    return means

@@ -1,28 +1,40 @@
-"""Clipping of each client's change to a norm, before any other strategy.
+"""NormClip: clips the norm of each client's change, then applies any other strategy.
 
-Rule: theta_i <- given_i + min(1, C / ||theta_i - given_i||) (theta_i - given_i), with given_i what client i started
-from and the norm taken over all that it sends, as one vector; then the rule of the strategy `around`.
-Needs: what that strategy needs, and every client's own adapters: so not under secure aggregation, even around a
-strategy that needs sums only. Costs: those of that strategy. It bounds what one client can do to a sum, where C is
-near the norm of an honest change (1911.07963); the server adds no noise. A change within the norm is
-handed on to the bit. SCAFFOLD's control variates are handed on as they are.
+Rule:
+    theta_i <- given_i + min(1, C / ||theta_i - given_i||) (theta_i - given_i)
+    then the rule of the strategy `around`
+given_i are the adapters that client i started from. The norm runs over all tensors that the client sends, as one
+vector.
+
+Needs: as the other strategy; and every client's own adapters, so no secure aggregation, even around a strategy that
+needs sums only.
+Costs: as the other strategy.
+Clipping bounds the effect of one client on a sum if C is near the norm of an honest change (1911.07963). The server
+adds no noise. A change within the norm passes to the bit. SCAFFOLD's control variates pass as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 import strategies
-from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
+from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, State, Traits
 
 
 class NormClip:
-    """Another strategy that gets to see clipped changes only."""
+    """Passes clipped changes to another strategy.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[0, 0]], B=[[0]])
+        >>> client = lora(A=[[3, 4]], B=[[0]])  # a change of norm 5
+        >>> A, _ = one_round(NormClip(norm=2.5, around="fedavg"), start, [client]).factors("layer")
+        >>> A.tolist()
+        [[1.5, 2.0]]
+    """
 
     def __init__(
         self,
@@ -32,59 +44,73 @@ class NormClip:
         clients: int | None = None,
         **options: Any,
     ) -> None:
-        """Makes the strategy around which it works.
+        """Makes the other strategy.
 
         Args:
-            norm: C, the greatest norm that a client's change may have.
-            around: The other strategy, by its name in `STRATEGIES`.
-            seed: The run's, for the other; None: the other's own default.
-            clients: How many there are, for the other; None: the other's own default.
-            options: Keyword arguments of the other.
+            norm: C, the largest norm of a client's change.
+            around: Name of the other strategy in `STRATEGIES`.
+            seed: The run's seed, passed to the other strategy; None: its own default.
+            clients: Number of clients, passed to the other strategy; None: its own default.
+            options: Keyword arguments of the other strategy.
+
+        Raises:
+            ValueError: norm is not positive, or the other strategy is unknown, NormClip itself, or lacks an option.
         """
         if not 0 < norm < math.inf:
             raise ValueError(f"norm is {norm}; it must be more than 0")
         if around == "normclip":
             raise ValueError("normclip around normclip is normclip with the lesser norm")
         self.norm = norm
-        known = {name: value for name, value in (("seed", seed), ("clients", clients)) if value is not None}
-        self.inner = strategies.make(around, known, **options)
+
+        facts_of_run = {"seed": seed, "clients": clients}
+        defaults = {name: value for name, value in facts_of_run.items() if value is not None}
+        self.inner = strategies.make(around, defaults, **options)
         self.traits = replace(getattr(self.inner, "traits", Traits()), linear=False)
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """The other's state: clipping remembers nothing."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns the state of the other strategy: clipping remembers nothing."""
         return self.inner.init(adapters)
 
-    def broadcast(self, state: Mapping[str, Tensor], adapters: Adapters, client: ClientInfo) -> Assignment | None:
-        """The other's."""
-        own = getattr(self.inner, "broadcast", None)
-        return own(state, adapters, client) if own else Assignment(adapters.with_rank(client.rank))
+    def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment | None:
+        """Returns the assignment by the other strategy."""
+        broadcast = getattr(self.inner, "broadcast", None)
+        if broadcast is None:
+            return Assignment(adapters.with_rank(client.rank))
+        return broadcast(state, adapters, client)
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Clips, and leaves the rest to the other.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Clips every update and passes all to the other strategy.
 
         Raises:
-            ValueError: The other refuses the updates.
+            ValueError: The other strategy refuses the updates.
         """
         return self.inner.aggregate(state, adapters, [clipped(update, adapters, self.norm) for update in updates])
 
 
 def clipped(update: ClientUpdate, adapters: Adapters, norm: float) -> ClientUpdate:
-    """The update with its change scaled to a norm if it is greater.
+    """Returns the update with its change scaled down to a norm; an update within the norm is returned itself.
 
     Args:
-        update: Of any ranks; its `given` is of the same.
-        adapters: What it started from, where `given` does not say.
-        norm: The greatest norm.
+        update: A client's update, of any ranks; its `given` has the same ranks.
+        adapters: Adapters that the client started from if the update does not hold `given`.
+        norm: The largest norm.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> update = ClientUpdate(0, lora(A=[[3, 4]], B=[[0]]), examples=1)
+        >>> clipped(update, lora(A=[[0, 0]], B=[[0]]), norm=1.25).adapters.tensors["layer.lora_A.weight"].tolist()
+        [[0.75, 1.0]]
     """
-    before = {name: (update.given or adapters).tensors[name].double() for name in update.adapters.tensors}
+    given = (update.given or adapters).tensors
+    before = {name: given[name].double() for name in update.adapters.tensors}
     change = {name: tensor.double() - before[name] for name, tensor in update.adapters.tensors.items()}
-    size = math.sqrt(math.fsum(float((tensor**2).sum()) for tensor in change.values()))
-    if size <= norm:
+    change_norm = math.sqrt(math.fsum(float((tensor**2).sum()) for tensor in change.values()))
+    if change_norm <= norm:
         return update
+
+    factor = norm / change_norm
     tensors = {
-        name: (before[name] + norm / size * change[name]).to(tensor.dtype)
+        name: (before[name] + factor * change[name]).to(tensor.dtype)
         for name, tensor in update.adapters.tensors.items()
     }
     return replace(update, adapters=update.adapters.with_tensors(tensors))

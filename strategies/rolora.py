@@ -1,57 +1,68 @@
-"""RoLoRA (2502.01755): A and B take turns.
+"""RoLoRA (2502.01755): rounds alternate between B and A.
 
-Rule: in odd rounds (1, 3, ...) the clients train B with A frozen, and B <- sum_i w_i B_i; in even rounds they train A
-with B frozen, and A <- sum_i w_i A_i. As one factor is the same at all clients, the average is exact in each round.
-Needs: equal ranks. Costs: one factor up and down a round, half of FedAvg's traffic; the server adds up. Each factor
-has half the rounds.
-
+Rule:
+    odd rounds (1, 3, ...): clients train B, with A frozen; B <- sum_i w_i B_i
+    even rounds (2, 4, ...): clients train A, with B frozen; A <- sum_i w_i A_i
 The first round trains B, because B = 0 passes no gradient on to A.
+
+Needs: equal ranks.
+Costs: one factor up and down a round, half of FedAvg's traffic. Each factor has half the rounds.
+Exact: in each round one factor is the same at all clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from fedsplit.updates import (
     Adapters,
     Assignment,
     ClientInfo,
     ClientUpdate,
+    State,
     Task,
     Traits,
     average_adapters,
-    counted,
+    weighted,
 )
 
 
-def _trained(state: Mapping[str, Tensor]) -> frozenset[str]:
-    """The factor whose turn it is."""
-    return frozenset("B" if int(state["round"]) % 2 else "A")
+def _trained(state: State) -> frozenset[str]:
+    """Returns the factor that the round trains."""
+    is_odd = int(state["round"]) % 2 == 1
+    return frozenset("B" if is_odd else "A")
 
 
 class RoLoRA:
-    """The weighted average of one factor in each round."""
+    """Averages one factor a round: B in odd rounds, A in even ones.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1, 2]], B=[[0], [0]])
+        >>> clients = [lora(A=[[1, 2]], B=[[8], [0]]), lora(A=[[1, 2]], B=[[0], [4]])]
+        >>> A, B = one_round(RoLoRA(), start, clients).factors("layer")  # round 1 trains B
+        >>> A.tolist(), B.tolist()
+        ([[1.0, 2.0]], [[4.0], [2.0]])
+    """
 
     traits = Traits(factors=True, linear=True)
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """The number of the round to come, from 1."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns the number of the coming round, from 1."""
         return {"round": torch.tensor(1)}
 
-    def broadcast(self, state: Mapping[str, Tensor], adapters: Adapters, client: ClientInfo) -> Assignment:
-        """Every client trains the factor whose turn it is."""
+    def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
+        """Asks every client to train the round's factor alone."""
         return Assignment(adapters.with_rank(client.rank), Task(trains=_trained(state)))
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Averages the factor whose turn it was; the other is the one from before to the bit.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Returns the average of the round's factor, and the other factor of `adapters` to the bit.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        averaged = average_adapters(adapters, *counted(updates), _trained(state))
+        updates, weights = weighted(updates)
+        averaged = average_adapters(adapters, updates, weights, _trained(state))
         return {"round": state["round"] + 1}, averaged

@@ -1,28 +1,43 @@
-"""SCAFFOLD (1910.06378): clients correct their gradients for where their own data would drag them.
+"""SCAFFOLD (1910.06378): control variates correct the drift of each client towards its own data.
 
-Rule: a client steps along g - c_i + c; theta <- theta + eta sum_i w_i (theta_i - theta);
-c <- c + (1/N) sum_i (c_i+ - c_i) over those who answered, N being the number of all clients.
-A client's c_i+ is the mean of its raw gradients g over its local steps. With plain SGD this is the paper's
-c_i - c + (theta_t - theta_i) / (K eta_l) (its option II) exactly, since theta_t - theta_i is then
-eta_l sum_k (g_k - c_i + c); and it is defined for AdamW, too, whose steps do not add up to gradients.
-Needs: equal ranks; clients that correct, and keep c_i from round to round. Costs: twice FedAvg's traffic each way,
-as c goes down and c_i+ - c_i comes up. The paper weights clients equally; here w_i are the run's weights, as in
-FedAvg, while c is a plain mean, as in the paper.
+Rule:
+    client i steps along g - c_i + c, with g its gradient
+    theta <- theta + eta sum_i w_i (theta_i - theta)
+    c <- c + (1/N) sum_i (c_i+ - c_i) over the clients that answered; N counts all clients
+
+The new c_i+ is the mean of client i's raw gradients g over its local steps. With plain SGD this equals the paper's
+option II, c_i - c + (theta_t - theta_i) / (K eta_l), since theta_t - theta_i is then eta_l sum_k (g_k - c_i + c). It is
+also defined for AdamW, whose steps do not add up to gradients.
+
+Needs: equal ranks; clients that correct their gradients and keep c_i from round to round.
+Costs: twice FedAvg's traffic each way: c goes down, and c_i+ - c_i comes up.
+The paper weights clients equally. Here w_i are the run's weights, as in FedAvg; c is a plain mean, as in the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Task, Traits, counted
-from strategies.server_optimiser import check, mean_step, moved, zeros
+from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, State, Task, Traits, weighted
+from strategies.server_optimiser import add_step, check_options, mean_step, zeros
 
 
 class Scaffold:
-    """The weighted average of factors that were trained with control variates, and the server's own variate."""
+    """Averages factors trained with control variates, and updates the server's control variate.
+
+    Example:
+        >>> from fedsplit.updates import ClientInfo
+        >>> from strategies.example import lora
+        >>> strategy = Scaffold()
+        >>> adapters = lora(A=[[1, 0]], B=[[0]])
+        >>> state = strategy.init(adapters)
+        >>> task = strategy.broadcast(state, adapters, ClientInfo(client=0, rank=1)).task
+        >>> task.control["layer.lora_A.weight"].tolist()  # c begins at zero
+        [[0.0, 0.0]]
+    """
 
     traits = Traits(linear=True)
 
@@ -30,44 +45,46 @@ class Scaffold:
         """Sets the server's step size.
 
         Args:
-            eta: The server's step size; 1 averages as FedAvg.
-            clients: N, how many clients the federation has; 0: as many as answer.
+            eta: Step size of the server; 1 averages as FedAvg does.
+            clients: N, the number of clients in the federation; 0: as many as answer.
         """
-        check(eta=eta)
+        check_options(eta=eta)
         if clients < 0:
             raise ValueError(f"clients is {clients}; it must be 0 or more")
-        self.eta, self.clients = eta, clients
+        self.eta = eta
+        self.clients = clients
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """The server's control variate begins at zero, as those of the clients do."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns the server's control variate at zero; those of the clients begin at zero, too."""
         return zeros(adapters, "c")
 
-    def broadcast(self, state: Mapping[str, Tensor], adapters: Adapters, client: ClientInfo) -> Assignment:
-        """The adapters, and c in their types."""
+    def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
+        """Sends the adapters and c, in the adapters' types."""
         control = {name: state[f"c.{name}"].to(tensor.dtype) for name, tensor in adapters.tensors.items()}
         return Assignment(adapters.with_rank(client.rank), Task(control=control))
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Moves theta by eta times the mean change, and c by the clients' changes over N.
 
         Raises:
-            ValueError: No client has any example, or one that has returned no control variate.
+            ValueError: No client trained on any example, or one returned no control variate.
         """
-        ordered, _ = counted(updates)
-        step = {name: self.eta * change for name, change in mean_step(adapters, ordered).items()}
-        after = dict(state)
-        for name in step:
-            after[f"c.{name}"] = state[f"c.{name}"] + _summed(ordered, name) / (self.clients or len(ordered))
-        return after, moved(adapters, step)
+        updates, _ = weighted(updates)
+        clients = self.clients or len(updates)
+
+        new_state = dict(state)
+        step = {}
+        for name, change in mean_step(adapters, updates).items():
+            step[name] = self.eta * change
+            new_state[f"c.{name}"] = state[f"c.{name}"] + _sum_of_changes(updates, name) / clients
+        return new_state, add_step(adapters, step)
 
 
-def _summed(updates: Sequence[ClientUpdate], name: str) -> Tensor:
-    """What the control variates of all have changed by, for one tensor."""
-    whole = torch.zeros(updates[0].adapters.tensors[name].shape, dtype=torch.float64)
+def _sum_of_changes(updates: Sequence[ClientUpdate], name: str) -> Tensor:
+    """Returns sum_i (c_i+ - c_i) for one tensor, in float64."""
+    total = torch.zeros(updates[0].adapters.tensors[name].shape, dtype=torch.float64)
     for update in updates:
         if name not in update.control:
             raise ValueError(f"client {update.client} returned no control variate for {name}")
-        whole += update.control[name].double()
-    return whole
+        total += update.control[name].double()
+    return total

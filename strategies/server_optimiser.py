@@ -1,6 +1,6 @@
-"""What strategies share that take the clients' mean change for a step of the server (2003.00295).
+"""Server optimisers (2003.00295): the clients' mean change is a step for an optimiser at the server.
 
-D = sum_i w_i (theta_i - theta) is to a server's optimiser what minus the gradient is to any other.
+The mean change D = sum_i w_i (theta_i - theta) plays the part of the negative gradient.
 """
 
 from __future__ import annotations
@@ -11,47 +11,70 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Adapters, ClientUpdate, Traits, counted
+from fedsplit.updates import Adapters, ClientUpdate, State, Traits, weighted
 
 
-def check(**options: float) -> None:
-    """Makes sure that step sizes and the like are positive, and that what begins with "beta" is in [0, 1).
+def check_options(**options: float) -> None:
+    """Checks the options of a server optimiser.
+
+    Names that begin with "beta" or end with "momentum" must lie in [0, 1). All others, such as step sizes, must be
+    positive and finite.
 
     Raises:
-        ValueError: One is not.
+        ValueError: An option is out of its range.
+
+    Example:
+        >>> check_options(eta=0.1, beta_1=0.9)
+        >>> check_options(beta_1=1.0)
+        Traceback (most recent call last):
+        ValueError: beta_1 is 1.0; it must be at least 0 and less than 1
     """
     for name, value in options.items():
-        if name.startswith("beta") or name.endswith("momentum"):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 0 and less than 1")
-        elif not 0 < value < math.inf:
+        is_decay = name.startswith("beta") or name.endswith("momentum")
+        if is_decay and not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 0 and less than 1")
+        if not is_decay and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be more than 0")
 
 
 def mean_step(adapters: Adapters, updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
-    """D = sum_i w_i (theta_i - theta) by exported name, in float64, of everything that the updates hold.
+    """Returns D = sum_i w_i (theta_i - theta) by exported name, in float64, for every tensor of the updates.
+
+    Args:
+        adapters: theta, the adapters that the round started from.
+        updates: The clients' updates, which hold theta_i.
 
     Raises:
-        ValueError: No client has any example.
+        ValueError: No client trained on any example.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> theta = lora(A=[[1, 0]], B=[[0]])
+        >>> update = ClientUpdate(0, lora(A=[[1, 2]], B=[[3]]), examples=1)
+        >>> mean_step(theta, [update])["layer.lora_A.weight"].tolist()
+        [[0.0, 2.0]]
     """
-    ordered, shares = counted(updates)
+    updates, weights = weighted(updates)
     step = {}
-    for name in sorted(ordered[0].adapters.tensors):
+    for name in sorted(updates[0].adapters.tensors):
         before = adapters.tensors[name].double()
         step[name] = torch.zeros_like(before)
-        for update, share in zip(ordered, shares, strict=True):
-            step[name] += share * (update.adapters.tensors[name].double() - before)
+        for update, weight in zip(updates, weights, strict=True):
+            step[name] += weight * (update.adapters.tensors[name].double() - before)
     return step
 
 
-def moved(adapters: Adapters, step: Mapping[str, Tensor]) -> Adapters:
-    """The adapters with a step in float64 added, rounded once."""
-    sums = {name: (adapters.tensors[name].double() + by).to(adapters.tensors[name].dtype) for name, by in step.items()}
-    return adapters.with_tensors({**adapters.tensors, **sums})
+def add_step(adapters: Adapters, step: Mapping[str, Tensor]) -> Adapters:
+    """Returns the adapters with a step in float64 added; each sum is rounded once."""
+    tensors = dict(adapters.tensors)
+    for name, change in step.items():
+        before = adapters.tensors[name]
+        tensors[name] = (before.double() + change).to(before.dtype)
+    return adapters.with_tensors(tensors)
 
 
 def zeros(adapters: Adapters, *prefixes: str) -> dict[str, Tensor]:
-    """A float64 tensor of zeros for every tensor of the adapters, under each of some prefixes."""
+    """Returns float64 zeros in the shape of every adapter tensor, named PREFIX.NAME, for each prefix."""
     return {
         f"{prefix}.{name}": torch.zeros(tensor.shape, dtype=torch.float64)
         for prefix in prefixes
@@ -60,40 +83,50 @@ def zeros(adapters: Adapters, *prefixes: str) -> dict[str, Tensor]:
 
 
 class Adaptive:
-    """m <- beta_1 m + (1 - beta_1) D; theta <- theta + rate * m / (sqrt(v) + tau); how v moves tells them apart."""
+    """Base class of the adaptive server optimisers: Adagrad, Adam and Yogi.
+
+    Rule, entry by entry:
+        m <- beta_1 m + (1 - beta_1) D
+        v <- second_moment(v, D^2), which each subclass defines
+        theta <- theta + rate(t) * m / (sqrt(v) + tau)
+    """
 
     traits = Traits(linear=True)
 
     def __init__(self, eta: float, beta_1: float, beta_2: float, tau: float) -> None:
-        """Checks the options; their meaning is the subclass's to tell."""
-        check(eta=eta, beta_1=beta_1, beta_2=beta_2, tau=tau)
-        self.eta, self.beta_1, self.beta_2, self.tau = eta, beta_1, beta_2, tau
+        """Checks and stores the options, which each subclass documents."""
+        check_options(eta=eta, beta_1=beta_1, beta_2=beta_2, tau=tau)
+        self.eta = eta
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.tau = tau
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
-        """The new v, from the old one and D^2."""
+        """Returns the new v, given the old v and D^2."""
         raise NotImplementedError
 
     def rate(self, round: int) -> float:
-        """The step size in a round, of which the first is 1."""
+        """Returns the step size of a round; rounds count from 1."""
         return self.eta
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """Both moments are zero."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns both moments at zero."""
         return {"round": torch.zeros((), dtype=torch.int64), **zeros(adapters, "m", "v")}
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """One step of the server's optimiser.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Makes one step of the server's optimiser.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        after = {**state, "round": state["round"] + 1}
-        rate, step = self.rate(int(after["round"])), {}
+        new_state = {**state, "round": state["round"] + 1}
+        rate = self.rate(int(new_state["round"]))
+
+        step = {}
         for name, change in mean_step(adapters, updates).items():
             m = self.beta_1 * state[f"m.{name}"] + (1 - self.beta_1) * change
             v = self.second_moment(state[f"v.{name}"], change**2)
-            after[f"m.{name}"], after[f"v.{name}"] = m, v
             step[name] = rate * m / (v.sqrt() + self.tau)
-        return after, moved(adapters, step)
+            new_state[f"m.{name}"] = m
+            new_state[f"v.{name}"] = v
+        return new_state, add_step(adapters, step)

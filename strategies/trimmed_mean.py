@@ -1,59 +1,80 @@
 """Coordinate-wise trimmed mean (1803.01498).
 
-Rule: entry by entry, the k least and the k greatest of the n clients' values are cut off, k = floor(trim * n), and
-the others averaged with equal weights.
-Needs: equal ranks; every client's own adapters. Costs: FedAvg's traffic; sorting n values an entry. Examples do not
-weight: a client could claim any number of them. The cut is counted as Flower's FedTrimmedAvg counts it; a trim of 0
-is the plain mean. It acts on the factors: two that agree on B A but not on the factors count as apart. Tensors that
-are no factors are treated the same.
+Rule, entry by entry: of the n clients' values, drop the k smallest and the k largest, k = floor(trim * n); average the
+others with equal weights.
+
+Needs: equal ranks; every client's own adapters.
+Costs: FedAvg's traffic; sorting n values an entry.
+Examples are no weights here, since a client could claim any number of them. The number k is that of Flower's
+FedTrimmedAvg; a trim of 0 is the plain mean. The rule acts on the factors: clients that agree on B A but not on the
+factors count as apart. Tensors outside of the pairs of factors are treated alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedsplit.updates import Adapters, ClientUpdate, Traits, counted
+from fedsplit.updates import Adapters, ClientUpdate, State, Traits, weighted
 
 
-def trimmed(updates: Sequence[ClientUpdate], cut: int) -> dict[str, Tensor]:
-    """The mean of every entry without so many values at each end, by exported name, rounded once."""
+def trimmed_means(updates: Sequence[ClientUpdate], k: int) -> dict[str, Tensor]:
+    """Returns the mean of every entry without its k smallest and k largest values, rounded once.
+
+    Args:
+        updates: The clients' updates, more than 2 k.
+        k: Number of values dropped at each end.
+
+    Returns:
+        Tensors by exported name.
+    """
     means = {}
     for name, tensor in updates[0].adapters.tensors.items():
-        values = torch.stack([update.adapters.tensors[name] for update in updates]).sort(dim=0).values
-        means[name] = values[cut : len(updates) - cut].double().mean(0).to(tensor.dtype)
+        values = torch.stack([update.adapters.tensors[name] for update in updates])
+        middle = values.sort(dim=0).values[k : len(updates) - k]
+        means[name] = middle.double().mean(0).to(tensor.dtype)
     return means
 
 
 class TrimmedMean:
-    """The mean of every entry without the extremes."""
+    """Averages every entry without its extremes.
+
+    Example:
+        >>> from strategies.example import lora, one_round
+        >>> start = lora(A=[[1]], B=[[0]])
+        >>> clients = [lora(A=[[1]], B=[[value]]) for value in (-50, 1, 2, 3, 1000)]
+        >>> _, B = one_round(TrimmedMean(trim=0.2), start, clients).factors("layer")
+        >>> B.tolist()
+        [[2.0]]
+    """
 
     traits = Traits()
 
     def __init__(self, trim: float = 0.2) -> None:
-        """Sets the cut.
+        """Sets the share of values that is dropped.
 
         Args:
-            trim: The share of the clients that is cut off at each end; less than half.
+            trim: Share of the clients dropped at each end; less than half.
+
+        Raises:
+            ValueError: trim is negative, or 0.5 or more.
         """
         if not 0 <= trim < 0.5:
             raise ValueError(f"trim is {trim}; it must be at least 0 and less than 0.5")
         self.trim = trim
 
-    def init(self, adapters: Adapters) -> Mapping[str, Tensor]:
-        """The trimmed mean remembers nothing."""
+    def init(self, adapters: Adapters) -> State:
+        """Returns an empty state: the trimmed mean remembers nothing."""
         return {}
 
-    def aggregate(
-        self, state: Mapping[str, Tensor], adapters: Adapters, updates: Sequence[ClientUpdate]
-    ) -> tuple[Mapping[str, Tensor], Adapters]:
-        """Cuts and averages.
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        """Returns the trimmed mean of every entry.
 
         Raises:
-            ValueError: No client has any example.
+            ValueError: No client trained on any example.
         """
-        ordered, _ = counted(updates)
-        means = trimmed(ordered, int(self.trim * len(ordered)))
-        return state, adapters.with_tensors({**adapters.tensors, **means})
+        updates, _ = weighted(updates)
+        k = int(self.trim * len(updates))
+        return state, adapters.with_tensors({**adapters.tensors, **trimmed_means(updates, k)})

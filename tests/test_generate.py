@@ -221,7 +221,7 @@ def test_a_model_that_was_moved_is_read_where_it_lies_now(
     run = finished_run(str(tmp_path / "before"))
     (tmp_path / "before").rename(tmp_path / "now")
     flags = ["--run", str(run), "--model", str(tmp_path / "now"), "--prompt", "ab"]
-    job = generate.check(generate._parser().parse_args(flags))
+    job = generate.check(generate.make_parser().parse_args(flags))
     assert job.config.model == job.adapter.model == str(tmp_path / "now")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,12 +47,15 @@ PACKAGES = [
 ]
 """Each imports from those before it, and from the ground."""
 
-COMMANDS = {"planning", "checks", "simulate", "evaluate", "generate", "adapters", "data"}
+COMMANDS = {
+    *("planning", "checks", "simulate", "evaluate", "generate", "adapters", "data"),
+    *("__main__", "completion", "api", "inputs", "result"),
+}
 """Modules at the top that may import everything."""
 
 HOMES = {
     "bitsandbytes": {"optimization.optim", "model.quantization"},
-    "datasets": {"corpora.tables", "corpora.partition"},
+    "datasets": {"corpora.tables", "corpora.partitioners", "inputs"},
     "flwr": {
         "federation.records",
         "federation.aggregation",
@@ -61,11 +65,13 @@ HOMES = {
         "federation.engine",
         "federation.rehearsal",
     },
-    "flwr_datasets": {"corpora.partition"},
+    "flwr_datasets": {"corpora.partitioners"},
     "huggingface_hub": {"model.hub"},
-    "matplotlib": {"corpora.census"},
+    "matplotlib": {"corpora.data_summary", "result"},
     "numpy": {"federation.rehearsal", "wire.packets", "federation.records", "wire.codecs", "wire.sockets"},
+    "pandas": {"result"},
     "peft": {
+        "adaptation.initial_adapter",
         "adaptation.run_adapters",
         "adaptation.injection",
         "adaptation.lora",
@@ -78,6 +84,7 @@ HOMES = {
     "psutil": {"trunk.memory", "shutdown"},
     "ray": {"trunk.actor", "trunk.cluster"},
     "rich": {"events.screen", "events.final_table"},
+    "shtab": {"completion"},
     "safetensors": {
         "model.checkpoint_reader",
         "model.weight_files",
@@ -88,6 +95,7 @@ HOMES = {
     },
     "tomli_w": {"federation.checkpoint"},
     "transformers": {
+        "inputs",
         "model.attention",
         "model.parts",
         "model.split",
@@ -178,9 +186,14 @@ def test_strategies_need_torch_and_the_lowest_modules_only() -> None:
 
 
 def test_packages_import_nothing_by_themselves() -> None:
-    for path in Path("fedsplit").rglob("__init__.py"):
+    """The package itself names its public functions for type checkers, and loads them when they are asked for."""
+    for path in Path("fedsplit").glob("*/**/__init__.py"):
         offered = OPEN.get(path.parent.name, ())
         assert [name for name in imports(path) if not name.startswith(offered)] == [], path
+    code = "import sys; before = {*sys.modules}; import fedsplit; print(*({*sys.modules} - before - {'typing'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {name.partition(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names == {"fedsplit"}
+    assert [name for name in done.stdout.split() if name.startswith("fedsplit")] == ["fedsplit"]
 
 
 def test_every_module_has_a_test_of_its_name() -> None:

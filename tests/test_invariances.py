@@ -13,7 +13,7 @@ from test_client import central
 
 from fedsplit import simulate
 from fedsplit.adaptation import lora
-from fedsplit.client.heldout import shards_of
+from fedsplit.corpora.partition import shards_of
 from fedsplit.documents import build
 from fedsplit.model.split import load_parts
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fedsplit.adaptation.injection import make_config
-from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import batch
 from fedsplit.flags import parse
 from fedsplit.model.families import read_facts

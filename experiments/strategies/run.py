@@ -180,11 +180,11 @@ def _begin() -> None:
     import functools
     import warnings
 
-    from fedsplit.client import heldout
+    from fedsplit.corpora import partition
 
     warnings.simplefilter("ignore")
-    # Many runs in a row have the same text, which would take each of them seconds to read and deal out.
-    heldout.make_deal = functools.lru_cache(maxsize=2)(heldout.make_deal)
+    # Many runs in a row have the same text, which would take each of them seconds to read and partition.
+    partition.make_partition = functools.lru_cache(maxsize=2)(partition.make_partition)
 
 
 def make_corpora(plan: Mapping[str, Any], todo: Iterable[Case]) -> None:

@@ -452,11 +452,15 @@ def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
     return ""
 
 
-def load(directory: Path) -> Adapters:
+def load(directory: Path, skipped: Collection[str] = ()) -> Adapters:
     """Reads an adapter of the unsplit model that `save` or PEFT wrote.
 
     Folded changes are in the factors. Every layer has the alpha for its rank. The result has no layers, only tensors,
     for an adapter that does anything but add s * B @ A.
+
+    Args:
+        directory: Folder of the adapter.
+        skipped: Names of tensors that are left out, as if the file did not have them.
 
     Example:
         >>> import tempfile
@@ -471,6 +475,7 @@ def load(directory: Path) -> Adapters:
     config = PeftConfig.from_pretrained(str(directory))
     named = load_file(directory / "adapter_model.safetensors")
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in named.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     if beyond_factors(config, tensors):
         return Adapters(tensors, {})
     factored = sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from fedsplit.adaptation import lora, prompts
+from fedsplit.adaptation import initial_adapter, lora, prompts
 from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.rank_allocation import adapted_layers
@@ -81,7 +81,7 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
         part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
         part.requires_grad_(False)
         with torch.device("meta"):
-            adapt(part, config)
+            _add(part, config)
         tensors |= {name: parameter.detach() for name, parameter in lora.parameters(part).items()}
         layers |= lora.layers_of(part)
     return Adapters(tensors, layers)
@@ -90,10 +90,19 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
 def adapt(part: Part, config: Config) -> None:
     """Adds the adapters that a run's settings ask for to a part, in place.
 
+    Training starts from the adapter that the settings name, if they name one.
+
     Args:
         part: The part. Its base weights must be frozen already.
         config: Settings of the run.
     """
+    _add(part, config)
+    if config.init_adapter:
+        initial_adapter.place(part, config)
+
+
+def _add(part: Part, config: Config) -> None:
+    """Adds adapters that start from the seed alone to a part, in place."""
     if config.prompt.kind == "off":
         lora.add(part, config.lora, config.seed, config.lm_head)
         if method_of(config.lora).allocates:
@@ -164,6 +173,27 @@ def check_made_by(folder: Path, config: Config, family: Family) -> None:
     Raises:
         InputError: The adapter has another configuration.
     """
+    found = difference(folder, config, family)
+    if found is not None:
+        name, actual, expected = found
+        reason = f"its {name} is {actual}, by the run's settings {expected}"
+        raise InputError(f"the adapter in {folder} is not what its run made: {reason}")
+
+
+def difference(
+    folder: Path, config: Config, family: Family, ignored: Collection[str | None] = ()
+) -> tuple[str, object, object] | None:
+    """Returns the first field in which an adapter's configuration differs from the one that settings lead to.
+
+    Args:
+        folder: Folder of the adapter.
+        config: Settings of a run.
+        family: Record of the model family.
+        ignored: Names of fields that may differ.
+
+    Returns:
+        Name of the field, its value in the file, and its value by the settings; None where no field differs.
+    """
     actual_config = PeftConfig.from_pretrained(str(folder))
     if config.prompt.kind != "off":
         expected_values: dict[str, Any] = {
@@ -182,9 +212,9 @@ def check_made_by(folder: Path, config: Config, family: Family) -> None:
         if name == "modules_to_save":  # a head for classes follows from the data, not from the settings
             actual = {*(actual or ())} - {SCORE}
             expected = {*(expected or ())} - {SCORE}
-        if _comparable(actual) != _comparable(expected):
-            reason = f"its {name} is {_comparable(actual)}, by the run's settings {_comparable(expected)}"
-            raise InputError(f"the adapter in {folder} is not what its run made: {reason}")
+        if name not in ignored and _comparable(actual) != _comparable(expected):
+            return name, _comparable(actual), _comparable(expected)
+    return None
 
 
 def _comparable(value: object) -> object:
@@ -211,5 +241,5 @@ def adopt(folder: Path, config: Config, *parts: Part) -> None:
     if method_of(config.lora).residual:  # the file's factors contain what training took out of the base weights
         config = replace(config, lora=replace(config.lora, method="lora", options=""))
     for part in parts:
-        adapt(part, config)
+        _add(part, config)
     lora.adopt(adapters, *parts)

@@ -9,13 +9,9 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.client.client import Client
-from fedsplit.config import Config
-from fedsplit.corpora.partition import Deal, make_deal
 from fedsplit.corpora.sequences import Sequences, behind
 from fedsplit.corpora.shards import Shard, spread
 from fedsplit.model.devices import device_of
-from fedsplit.model.families import read_facts
-from fedsplit.model.sources import config_folder
 from fedsplit.scores import Score
 from fedsplit.wire.packets import StepKey
 
@@ -88,15 +84,3 @@ def _sorted(client: Client, round: int, number: int, rows: Sequences) -> Score:
     logits = client.top.scores(hidden, rows.mask).float()
     nats = torch.nn.functional.cross_entropy(logits, rows.labels) * len(rows)
     return Score(float(nats), len(rows), int((logits.argmax(-1) == rows.labels).sum()))
-
-
-def shards_of(config: Config) -> list[Shard]:
-    """The data of every client of a run."""
-    return deal_of(config).shards
-
-
-def deal_of(config: Config) -> Deal:
-    """The data of every client of a run, and what else is to be known of how they were dealt out."""
-    path = config_folder(config.model)
-    length, end = config.train.max_length, read_facts(path).end
-    return make_deal(config.dataset, config.partition, config.clients, length, config.seed, path, end, config.data)

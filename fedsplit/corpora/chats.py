@@ -1,7 +1,7 @@
-"""Chats to tokens by the tokenizer's template, and labels on what the assistant says.
+"""From chats to tokens by the tokenizer's template, with labels on the assistant's turns.
 
-Every label is proved against the text. A chat's text is cut where the assistant begins and ends to speak, and a token
-is predicted if it belongs to a piece that the assistant says. No token lies in two pieces.
+Every label is proved against the text. The text of a chat is cut into pieces where the assistant begins and ends to
+speak. A token is predicted if it belongs to a piece of the assistant's. No token lies in two pieces.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from fedsplit.model.kernels import IGNORED
 from fedsplit.model.vocabulary import TextTokenizer, is_text, render, render_marked
 
 Chat = list[dict[str, Any]]
-"""Messages, each with a role and a content."""
+"""Messages of a chat, each with a role and a content."""
 
 Span = tuple[int, int]
-"""Where a piece of a text begins, and where it is over."""
+"""Start and end of a piece of a text, in characters."""
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-"""Marks the assistant's words in a chat template."""
+"""Tag by which a chat template marks the assistant's words."""
 
 _THOUGHT = "</think>"
-"""Ends the reasoning before an answer; many templates write the reasoning of earlier turns no more."""
+"""End of the reasoning before an answer; many templates leave the reasoning of earlier turns out."""
 
 
 class _UnclearError(ValueError):
-    """It cannot be told what of a chat's text the assistant says."""
+    """The assistant's words cannot be located in the text of a chat."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class _Turn:
     """A turn of the assistant's, at the end of a chat.
 
     Attributes:
-        text: The text of the chat up to the turn's end.
-        start: Where the assistant's words begin in it.
-        content: What the message says.
+        text: Text of the chat up to the end of the turn.
+        start: Place in the text where the assistant's words begin.
+        content: Content of the turn's message.
     """
 
     text: str
@@ -48,15 +48,20 @@ class _Turn:
 
     @property
     def span(self) -> Span:
-        """Place of the assistant's words and of what ends them."""
+        """Place of the assistant's words, including the end of the turn."""
         return self.start, len(self.text)
 
 
 def check_chat(chat: Any) -> Chat:
-    """Makes sure that a chat is one.
+    """Checks that a value is a chat, and returns it.
 
     Raises:
-        ValueError: It is none, or the assistant says nothing in it.
+        ValueError: The value is no chat, or the assistant has no turn. The message tells what is allowed.
+
+    Example:
+        >>> check_chat([{"role": "user", "content": "hello"}])
+        Traceback (most recent call last):
+        ValueError: a chat in which the assistant says something
     """
     turns = chat if isinstance(chat, list) else []
     if not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -69,163 +74,192 @@ def check_chat(chat: Any) -> Chat:
 
 
 def read_chat(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[list[int], list[int]]]:
-    """Tokens of a chat, and labels on what the assistant says.
+    """Returns the tokens of a chat, with labels on the assistant's turns.
 
-    A chat is one sequence, if its template only ever adds to the text of the turns before. Templates of models that
-    reason leave earlier reasoning out. Under these every turn of the assistant's is a sequence of its own, behind the
+    Most templates only add to the text of earlier turns; then the chat is one sequence. Templates of reasoning models
+    leave out the reasoning of earlier turns; then every turn of the assistant's is a separate sequence, behind the
     prompt that the model reads when it writes that turn.
 
     Args:
-        tokenizer: The model's, with a chat template.
-        chat: The messages.
+        tokenizer: Tokenizer of the model, with a chat template.
+        chat: Messages of the chat.
 
     Returns:
-        Tokens and labels of each sequence.
+        Token ids and labels of each sequence.
 
     Raises:
-        ValueError: The template refuses the chat, or it cannot be told what of its text the assistant says.
+        ValueError: The template refuses the chat, or the assistant's words cannot be located in its text.
     """
     try:
-        written = _written(tokenizer, chat)
+        texts = _texts_with_spans(tokenizer, chat)
     except _UnclearError:
         raise
-    except Exception as error:  # noqa: BLE001  # a template may raise what it likes: jinja2's errors, and its own
+    except Exception as error:  # noqa: BLE001  # a template may raise anything: jinja2's errors, and its own
         raise ValueError(f"a chat that the template takes ({' '.join(str(error).split())[:200]})") from None
-    return [_labelled(tokenizer, text, spans) for text, spans in written]
+    return [_labelled(tokenizer, text, spans) for text, spans in texts]
 
 
-def _written(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[str, list[Span]]]:
-    """Texts of a chat, and where the assistant speaks in each."""
+def _texts_with_spans(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[str, list[Span]]]:
+    """Returns the texts of a chat, each with the places where the assistant speaks."""
     ends = [number for number, message in enumerate(chat, 1) if message["role"] == "assistant"]
     turns = [_last_turn(tokenizer, chat[:end]) for end in ends]
-    marks = bool(_GENERATION.search(str(tokenizer.library.get_chat_template())))
-    whole = render(tokenizer.library, chat)
-    if all(whole.startswith(turn.text) for turn in turns):
-        spans = _marked(tokenizer, chat, turns) if marks else [_without_rest(tokenizer, turn) for turn in turns]
-        return [(whole, spans)]
-    written = []
+    has_marks = bool(_GENERATION.search(str(tokenizer.library.get_chat_template())))
+
+    # The template only adds to the text of earlier turns: one text holds all of them.
+    full_text = render(tokenizer.library, chat)
+    if all(full_text.startswith(turn.text) for turn in turns):
+        if has_marks:
+            return [(full_text, _marked(tokenizer, chat, turns))]
+        return [(full_text, [_without_trailing_space(tokenizer, turn) for turn in turns])]
+
+    # The template rewrites earlier turns: each turn has a text of its own.
+    texts = []
     for turn, end in zip(turns, ends, strict=True):
-        spans = _marked(tokenizer, chat[:end], [turn], turn.start) if marks else [_without_rest(tokenizer, turn)]
-        written.append((turn.text, spans))
-    return written
+        if has_marks:
+            spans = _marked(tokenizer, chat[:end], [turn], turn.start)
+        else:
+            spans = [_without_trailing_space(tokenizer, turn)]
+        texts.append((turn.text, spans))
+    return texts
 
 
 def _last_turn(tokenizer: TextTokenizer, chat: Chat) -> _Turn:
-    """Finds the assistant's words in a chat that ends with them: what the model writes when it is asked for the turn.
+    """Locates the assistant's last turn in a chat that ends with it: the text that the model writes after the prompt.
 
     Raises:
-        _UnclearError: The text with the turn does not begin as the text that asks for the turn.
+        _UnclearError: The text of the chat does not begin with the prompt for the turn.
     """
-    before, text = chat[:-1], render(tokenizer.library, chat)
-    prompt = _prompt(tokenizer, chat) if before else _first_prompt(tokenizer, chat)
+    text = render(tokenizer.library, chat)
+    is_first = len(chat) == 1
+    prompt = _first_prompt(tokenizer, chat) if is_first else _prompt(tokenizer, chat)
     if not text.startswith(prompt):
-        words = "a chat whose template begins a turn of the assistant's as it asks for the turn"
-        raise _UnclearError(f"{words} (it writes {_shown(text, prompt)} where it asks with {_shown(prompt, text)})")
+        needed = "a chat whose template begins a turn of the assistant's as it asks for the turn"
+        raise _UnclearError(f"{needed} (it writes {_shown(text, prompt)} where it asks with {_shown(prompt, text)})")
     return _Turn(text, len(prompt), chat[-1]["content"])
 
 
 def _prompt(tokenizer: TextTokenizer, chat: Chat) -> str:
-    """Text that asks for a chat's last turn; with the turn's header, too, if the template writes it with the turn."""
-    prompt = render(tokenizer.library, chat[:-1], prompt=True)
-    if prompt != render(tokenizer.library, chat[:-1]):
+    """Returns the prompt for a chat's last turn, including the header of the turn."""
+    before = chat[:-1]
+    prompt = render(tokenizer.library, before, prompt=True)
+    if prompt != render(tokenizer.library, before):
         return prompt
+
+    # The template adds no header for a prompt; it may write the header together with the turn.
     head = _head(tokenizer, chat)
     has_header = head.startswith(prompt) and head[len(prompt) :].strip()
     return head if has_header else prompt
 
 
 def _first_prompt(tokenizer: TextTokenizer, chat: Chat) -> str:
-    """Text before the words of an assistant who speaks first, whom no template is asked for."""
+    """Returns the text before the words of an assistant who speaks first: templates have no prompt for that."""
     head = _head(tokenizer, chat)
-    said, asked = render(tokenizer.library, chat), render(tokenizer.library, chat, prompt=True)
-    header = asked[len(said) :] if asked.startswith(said) else ""
-    return head[: head.rfind(header) + len(header)] if header and header in head else head
+    text = render(tokenizer.library, chat)
+    text_and_prompt = render(tokenizer.library, chat, prompt=True)
+    header = text_and_prompt[len(text) :] if text_and_prompt.startswith(text) else ""
+    if header and header in head:
+        return head[: head.rfind(header) + len(header)]
+    return head
 
 
 def _head(tokenizer: TextTokenizer, chat: Chat) -> str:
-    """Text before the words of a chat's last message: what stays when the words are others."""
+    """Returns the text before the words of a chat's last message: the part that is the same for any words."""
     last = chat[-1]
-    words = [key for key, value in last.items() if key != "role" and isinstance(value, str)]
-    others = [[*chat[:-1], last | dict.fromkeys(words, other)] for other in ("A", "B")]
-    one, another = (render(tokenizer.library, other) for other in others)
-    return one[: _alike(one, another)]
+    texts_of_message = [key for key, value in last.items() if key != "role" and isinstance(value, str)]
+    rendered = []
+    for words in ("A", "B"):
+        message = last | dict.fromkeys(texts_of_message, words)
+        rendered.append(render(tokenizer.library, [*chat[:-1], message]))
+    return rendered[0][: _common_length(*rendered)]
 
 
-def _alike(one: str, another: str) -> int:
-    """Counts the characters with which two texts begin alike."""
-    pairs = enumerate(zip(one, another, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(another)))
+def _common_length(left: str, right: str) -> int:
+    """Returns the length of the common beginning of two texts."""
+    for place, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return place
+    return min(len(left), len(right))
 
 
 def _shown(text: str, other: str) -> str:
-    """A few characters of a text from where it differs from another one."""
-    same = _alike(text, other)
-    return repr(text[max(0, same - 20) : same + 20])
+    """Returns the characters of a text around the first difference from another text."""
+    place = _common_length(text, other)
+    return repr(text[max(0, place - 20) : place + 20])
 
 
-def _without_rest(tokenizer: TextTokenizer, turn: _Turn) -> Span:
-    """The place of a turn's words and its end token, without white space behind the end token."""
+def _without_trailing_space(tokenizer: TextTokenizer, turn: _Turn) -> Span:
+    """Returns the place of a turn's words and end token, without white space behind the end token."""
     start, end = turn.span
-    said = turn.text[start:end].rstrip()
-    return (start, start + len(said)) if said.endswith(tokenizer.added) else (start, end)
+    words = turn.text[start:end].rstrip()
+    ends_in_token = words.endswith(tokenizer.added)
+    return (start, start + len(words)) if ends_in_token else (start, end)
 
 
 def _marked(tokenizer: TextTokenizer, chat: Chat, turns: Sequence[_Turn], since: int = 0) -> list[Span]:
-    """Places of some turns' words by the template's generation marks.
+    """Returns the places that the template's generation tags mark in some turns.
 
     Args:
-        tokenizer: The model's.
-        chat: The messages.
-        turns: The turns that are asked for.
-        since: Where marks begin to matter. Before it are those of turns that are not asked for.
+        tokenizer: Tokenizer of the model.
+        chat: Messages of the chat.
+        turns: The turns to look at.
+        since: Place in the text from which marks must belong to these turns; earlier marks belong to other turns.
 
     Raises:
-        _UnclearError: A mark is not within a turn, or leaves out some of a turn's words.
+        _UnclearError: A mark lies outside of the turns, or the marks leave out some of a turn's words.
     """
     text, marks = render_marked(tokenizer.library, chat)
-    found = []
+    spans = []
     for turn in turns:
         low, high = turn.span
         within = [(start, end) for start, end in marks if low <= start < end <= high]
-        said, words = "".join(text[start:end] for start, end in within), turn.content.split(_THOUGHT)[-1].strip()
-        if within and words in text[low:high] and words not in said:
-            raise _UnclearError(f"a chat whose template marks all that the assistant says (it marks {said[:60]!r})")
-        found += within
+        marked = "".join(text[start:end] for start, end in within)
+        answer = turn.content.split(_THOUGHT)[-1].strip()
+        if within and answer in text[low:high] and answer not in marked:
+            raise _UnclearError(f"a chat whose template marks all that the assistant says (it marks {marked[:60]!r})")
+        spans += within
+
     for start, end in marks:
-        if since < end and start < end and (start, end) not in found:
-            words = "a chat whose template marks what the assistant says, and nothing else"
-            raise _UnclearError(f"{words} (it marks {text[start:end][:60]!r})")
-    return found
+        is_empty = start >= end
+        if since < end and not is_empty and (start, end) not in spans:
+            needed = "a chat whose template marks what the assistant says, and nothing else"
+            raise _UnclearError(f"{needed} (it marks {text[start:end][:60]!r})")
+    return spans
 
 
 def _labelled(tokenizer: TextTokenizer, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-    """Tokens of a text, and labels on the spans.
+    """Returns the token ids of a text, with labels on the spans.
 
     Raises:
-        _UnclearError: No tokenizer takes the text.
+        _UnclearError: The text cannot be encoded.
     """
     if not is_text(text):
         raise _UnclearError("a chat in whole characters (it has half of one, which UTF-8 cannot write)")
     bounds = sorted({0, len(text), *(place for span in spans for place in span)})
-    ids, labels = [], []
-    for tokens, (start, _) in zip(_pieces(tokenizer, text, bounds), pairwise(bounds), strict=True):
+    pieces = _pieces(tokenizer, text, bounds)
+    ids: list[int] = []
+    labels: list[int] = []
+    for tokens, start in zip(pieces, bounds, strict=False):
+        is_predicted = any(low <= start < high for low, high in spans)
         ids += tokens
-        labels += tokens if any(low <= start < high for low, high in spans) else [IGNORED] * len(tokens)
+        labels += tokens if is_predicted else [IGNORED] * len(tokens)
     return ids, labels
 
 
 def _pieces(tokenizer: TextTokenizer, text: str, bounds: Sequence[int]) -> list[list[int]]:
-    """Tokens of the pieces of a text: those of the whole text, where none of them lies in two pieces.
+    """Returns the token ids of each piece of a text.
 
-    Else a piece has the tokens that it has on its own, as a prompt has when the model goes on from it.
+    These are the tokens of the undivided text if no token lies in two pieces. Otherwise each piece is encoded alone, as
+    a prompt is when the model continues from it.
     """
     texts = [text[start:end] for start, end in pairwise(bounds)]
-    whole, first = tokenizer.encode_verbatim([text, texts[0]])
+    undivided, first = tokenizer.encode_verbatim([text, texts[0]])
     alone = [first, *tokenizer.encode_continuation(texts[1:])]
-    if [token for piece in alone for token in piece] == whole:
+    if [token for piece in alone for token in piece] == undivided:
         return alone
-    up_to = tokenizer.encode_verbatim([text[:end] for end in bounds[1:]])
-    if all(whole[: len(ids)] == ids for ids in up_to):
-        ends = [len(ids) for ids in up_to]
-        return [whole[start:end] for start, end in pairwise([0, *ends])]
+
+    # Beginnings of the text whose tokens begin the undivided tokens show where to cut these.
+    beginnings = tokenizer.encode_verbatim([text[:end] for end in bounds[1:]])
+    if all(undivided[: len(ids)] == ids for ids in beginnings):
+        ends = [len(ids) for ids in beginnings]
+        return [undivided[start:end] for start, end in pairwise([0, *ends])]
     return alone

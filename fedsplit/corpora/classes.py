@@ -1,4 +1,4 @@
-"""The classes that texts are sorted into: how many there are, and which one a row is of."""
+"""The classes of classified texts: their names, and the class of each row."""
 
 from __future__ import annotations
 
@@ -9,62 +9,90 @@ from fedsplit.corpora.tables import Table
 
 
 def classes_of(table: Table, column: str) -> tuple[str, ...]:
-    """The names of all classes, by their numbers.
+    """Returns the names of all classes, in the order of their numbers.
 
-    Numbers in the column are the classes themselves, from 0 to the largest; anything else is a name, and classes are
-    numbered in the order of their names.
+    Whole numbers in the column are class numbers, from 0 to the largest. Any other values are class names, numbered in
+    alphabetical order.
 
     Args:
         table: The data set.
-        column: The column of the labels.
+        column: Column of the labels.
 
     Raises:
-        SettingError: There is no such column, a label is missing or no class, or there is one class only.
+        SettingError: The column does not exist, a label is missing or invalid, or there is only one class.
+
+    Example:
+        >>> classes_of(Table("notes.csv", "notes", {"mood": ["sad", "glad", "sad"]}), "mood")
+        ('glad', 'sad')
     """
     values = table.column("data.label", column)
     if names := table.classes.get(column):
         return tuple(names)
-    numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+
+    numbers = [value for value in values if _is_number(value)]
     for row, value in enumerate(values, 1):
-        if value is None or isinstance(value, float | list | dict) or (isinstance(value, int) and value < 0):
-            raise _strange(table, row, value, "rows whose labels are all names, or all whole numbers from 0 on")
-        if numbers and (isinstance(value, bool) or not isinstance(value, int)):
-            raise _strange(table, row, value, "rows whose labels are all names, or all whole numbers from 0 on")
+        is_invalid = value is None or isinstance(value, float | list | dict) or (isinstance(value, int) and value < 0)
+        is_mixed = bool(numbers) and not _is_number(value)
+        if is_invalid or is_mixed:
+            raise _bad_label(table, row, value, "rows whose labels are all names, or all whole numbers from 0 on")
+
     count = max(numbers, default=-1) + 1
+    # Far more class numbers than labels: the column holds something else, such as ids.
     if count > len(values) + 1 and count > 2 * len(set(numbers)):
         row = values.index(max(numbers)) + 1
-        raise _strange(table, row, max(numbers), "rows whose labels number few classes, from 0 on")
-    found = tuple(map(str, range(count))) if numbers else tuple(sorted(map(str, set(values))))
-    if len(found) < 2:
-        words = f"a column of labels of two classes or more, unlike {column} of {table.dataset}"
-        raise SettingError("data.label", column, words)
-    return found
+        raise _bad_label(table, row, max(numbers), "rows whose labels number few classes, from 0 on")
+
+    classes = tuple(map(str, range(count))) if numbers else tuple(sorted(map(str, set(values))))
+    if len(classes) < 2:
+        needed = f"a column of labels of two classes or more, unlike {column} of {table.dataset}"
+        raise SettingError("data.label", column, needed)
+    return classes
 
 
 def numbers_of(table: Table, column: str, classes: Sequence[str]) -> list[int]:
-    """The number of every row's class.
+    """Returns the class number of every row.
 
     Args:
-        table: The data set that the classes were found in, or another one.
-        column: The column of the labels.
-        classes: Their names.
+        table: A data set: the one that the classes come from, or another.
+        column: Column of the labels.
+        classes: Names of the classes.
 
     Raises:
-        SettingError: A label is missing, or none of the classes.
+        SettingError: A label is missing or is no class.
+
+    Example:
+        >>> numbers_of(Table("notes.csv", "notes", {"mood": ["sad", "glad", "sad"]}), "mood", ["glad", "sad"])
+        [1, 0, 1]
     """
-    values, known = table.column("data.label", column), {name: number for number, name in enumerate(classes)}
-    named = table.classes.get(column)
-    found = []
+    values = table.column("data.label", column)
+    number_of = {name: number for number, name in enumerate(classes)}
+    names_in_table = table.classes.get(column)  # the column then holds numbers into these names
+
+    numbers = []
     for row, value in enumerate(values, 1):
-        inside = isinstance(value, int) and named is not None and 0 <= value < len(named)
-        name = named[value] if inside and named else None if named else str(value)
-        if value is None or name not in known:
-            words = f"rows whose labels are among {', '.join(classes[:6])}{' …' if len(classes) > 6 else ''}"
-            raise _strange(table, row, value, words)
-        found.append(known[name])
-    return found
+        name = _class_name(value, names_in_table)
+        if name not in number_of:
+            more = " …" if len(classes) > 6 else ""
+            raise _bad_label(table, row, value, f"rows whose labels are among {', '.join(classes[:6])}{more}")
+        numbers.append(number_of[name])
+    return numbers
 
 
-def _strange(table: Table, row: int, value: object, words: str) -> SettingError:
-    what = "has no label" if value is None else f"has the label {value}"
-    return SettingError("dataset", table.dataset, f"{words} (row {row} {what})")
+def _class_name(value: object, names: Sequence[str] | None) -> str | None:
+    """Returns the class name of a label; None if the label is missing or has no name."""
+    if value is None:
+        return None
+    if not names:
+        return str(value)
+    if isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _bad_label(table: Table, row: int, value: object, needed: str) -> SettingError:
+    found = "has no label" if value is None else f"has the label {value}"
+    return SettingError("dataset", table.dataset, f"{needed} (row {row} {found})")

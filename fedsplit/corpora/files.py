@@ -1,4 +1,7 @@
-"""Files of CSV, JSON and text to columns. Nothing is guessed: what looks like a date or like no value stays text."""
+"""Reads CSV, JSON and text files as columns.
+
+No type is guessed: a value that looks like a date, or like NA, stays text.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 Columns = Mapping[str, Sequence[Any]]
-"""Values by the columns' names, all of the same length."""
+"""Values of each column; all columns have the same length."""
 
 READ_HERE = (".csv", ".json", ".jsonl")
-"""Endings of files of rows that this module reads."""
+"""Endings of the files that `read_rows` reads."""
 
 _ENCODING = "utf-8-sig"
-"""UTF-8, of which a byte order mark at the beginning is no part of the text."""
+"""UTF-8; a byte order mark at the beginning is skipped."""
 
-_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
+_WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")
 
 
 def read_text(path: Path) -> str:
-    """Reads a text file as one text, without the white space around it.
+    """Reads a file as one text and strips the white space around it.
 
     Raises:
-        ValueError: It cannot be read, or is not UTF-8.
+        ValueError: The file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding=_ENCODING).strip()
@@ -35,18 +38,26 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(paths: Sequence[Path], numbers: Collection[str] = ()) -> Columns:
-    """Reads files of rows, one after the other.
+    r"""Reads the rows of several files, one file after the other.
 
     Args:
         paths: Files that end in one of `READ_HERE`.
-        numbers: Columns of CSV files whose values are whole numbers where all of them look like whole numbers.
+        numbers: Columns of CSV files to read as whole numbers, if all their values look like whole numbers.
 
     Returns:
-        All columns of all files; None where a row has no such value. Of columns of one name, see `doubled_columns`, it
-        has only one.
+        All columns of all files, with None for missing values. Of two columns of one name (see `doubled_columns`) only
+        one is returned.
 
     Raises:
-        ValueError: A file cannot be read; in one line, with the number of the file's line.
+        ValueError: A file cannot be read. The message is one line and tells the line of the file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "notes.csv"
+        ...     _ = path.write_text("text,label\nhello,1\n,2\n")
+        ...     read_rows([path], numbers=["label"])
+        {'text': ['hello', None], 'label': [1, 2]}
     """
     rows: list[dict[str, Any]] = []
     for path in paths:
@@ -63,21 +74,21 @@ def read_rows(paths: Sequence[Path], numbers: Collection[str] = ()) -> Columns:
 
 
 def doubled_columns(paths: Sequence[Path]) -> frozenset[str]:
-    """Names that two columns of one CSV file share."""
-    found: set[str] = set()
+    """Returns the names that two columns of one CSV file share."""
+    doubled: set[str] = set()
     for path in paths:
         if path.suffix != ".csv":
             continue
         with path.open(encoding=_ENCODING, newline="") as file:
             names = next((values for values in csv.reader(file, strict=True) if values), [])
-        found |= {name for name in names if name and names.count(name) > 1}
-    return frozenset(found)
+        doubled |= {name for name in names if name and names.count(name) > 1}
+    return frozenset(doubled)
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file, all values as they are written; a value that is empty or not there is None."""
-    csv.field_size_limit(sys.maxsize)  # a text may be longer than the library's 128 KiB
-    found: list[dict[str, Any]] = []
+    """Reads the rows of a CSV file, all values as they are written; an empty or missing value is None."""
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than the library's limit of 128 KiB
+    rows: list[dict[str, Any]] = []
     with path.open(encoding=_ENCODING, newline="") as file:
         reader = csv.reader(file, strict=True)
         names: list[str] = []
@@ -90,55 +101,60 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
                     continue
                 if len(values) > len(names):
                     raise ValueError(f"it has {len(values)} values, and there are {len(names)} columns")
-                found.append({name: value or None for name, value in zip(names, values, strict=False)})
+                rows.append({name: value or None for name, value in zip(names, values, strict=False)})
         except UnicodeDecodeError:
             raise
         except (csv.Error, ValueError) as error:
             raise ValueError(f"line {reader.line_num} is not CSV: {error}") from None
-    return found
+    return rows
 
 
 def _header(values: Sequence[str]) -> list[str]:
-    """Names of the columns; the place stands for a name that is empty, as that of an index that pandas wrote."""
+    """Returns the names of the columns; an empty name, such as that of pandas' index, becomes `column N`."""
     return [value or f"column {place}" for place, value in enumerate(values, 1)]
 
 
 def _numbers(values: Sequence[Any]) -> list[Any]:
-    """The values of a column of CSV as whole numbers, if all that are there look like whole numbers."""
-    there = [value for value in values if value is not None]
-    if there and all(_WHOLE.fullmatch(value) for value in there):
+    """Returns the values of a CSV column as whole numbers if all look like whole numbers, else unchanged."""
+    present = [value for value in values if value is not None]
+    if present and all(_WHOLE_NUMBER.fullmatch(value) for value in present):
         return [None if value is None else int(value) for value in values]
     return list(values)
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON file: an object a line, or one list of objects, or one of texts."""
+    """Reads the rows of a JSON file: one object a line, a list of objects, or a list of texts."""
     with path.open(encoding=_ENCODING) as file:
         first = next((line for line in file if line.strip()), "")
     if first.lstrip().startswith("["):
-        return _listed(path)
-    found: list[dict[str, Any]] = []
-    with path.open(encoding=_ENCODING) as file:  # lines end at line breaks, and not at what Unicode says may end them
+        return _rows_of_list(path)
+
+    rows: list[dict[str, Any]] = []
+    # Iterating a file ends lines at line breaks alone; str.splitlines would end them at other Unicode separators, too.
+    with path.open(encoding=_ENCODING) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError as error:
-                if not found and (alone := _alone(path)) is not None:
-                    return [alone]
+                single = None if rows else _single_object(path)
+                if single is not None:
+                    return [single]
                 raise ValueError(f"line {number} is not JSON: {_fault(error)}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no JSON object")
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def _fault(error: ValueError) -> str:
+    """Returns the reason of an error and its column; json's line number counts within the parsed text, not the file."""
     return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def _listed(path: Path) -> list[dict[str, Any]]:
+def _rows_of_list(path: Path) -> list[dict[str, Any]]:
+    """Reads a JSON file that is one list, of objects or of texts."""
     try:
         rows = json.loads(path.read_text(encoding=_ENCODING))
     except UnicodeDecodeError:
@@ -153,8 +169,8 @@ def _listed(path: Path) -> list[dict[str, Any]]:
     return list(rows)
 
 
-def _alone(path: Path) -> dict[str, Any] | None:
-    """The only object of a file, written over several lines; None if the file is anything else."""
+def _single_object(path: Path) -> dict[str, Any] | None:
+    """Reads a file that holds one object, written over several lines; returns None if the file holds anything else."""
     try:
         row = json.loads(path.read_text(encoding=_ENCODING))
     except ValueError:

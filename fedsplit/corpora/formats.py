@@ -1,4 +1,7 @@
-"""Rows of a table to tokens, and what is predicted of them: text, prompt and completion, chat, classification."""
+"""From rows of a table to tokens and labels, for four formats: text, completion, chat and classification.
+
+`read_rows` turns rows into tokens, one or more sequences a row. `fit` then cuts or packs them to a length.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,24 @@ from fedsplit.model.kernels import IGNORED
 from fedsplit.model.vocabulary import TextTokenizer, is_text, open_tokenizer
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
-"""Texts to their tokens."""
+"""A function from texts to their token ids."""
+
+Tokens = list[tuple[int, Sequence[int], Sequence[int]]]
+"""Number of a row, from 0, with token ids and labels; a row may appear several times, once for each sequence."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read.
+    """The way to read a table.
 
     Attributes:
         data: The settings.
-        format: One of `fedsplit.allowed.FORMATS`, but not "auto".
-        column: The column whose values rows are dealt by; empty where whose they are decides.
-        model_path: The model's folder, for its tokenizer.
-        end: The id of the token that ends a text.
-        pad: The id of the token that fills up shorter sequences.
-        classes: The names of the classes, under classification.
+        format: Format of the rows, one of `fedsplit.allowed.FORMATS` except "auto".
+        column: Column that the data set is partitioned by; empty for the owner.
+        model_path: Folder of the model, for its tokenizer.
+        end: Id of the token that ends a text.
+        pad: Id of the padding token.
+        classes: Names of the classes, under classification.
     """
 
     data: DataSettings
@@ -45,15 +51,19 @@ class Reading:
 
     @property
     def packs(self) -> bool:
-        """Whether several texts are put into one sequence."""
+        """Whether a sequence may hold several texts."""
         return self.data.packing == "true" or (self.data.packing == "auto" and self.format == "text")
 
 
 def format_of(table: Table, data: DataSettings) -> str:
-    """What the rows of a table are; what `auto` stands for.
+    """Returns the format of a table's rows: the one that is set, or else the one that the columns tell.
 
     Raises:
-        SettingError: They are nothing that is known.
+        SettingError: The columns fit no format.
+
+    Example:
+        >>> format_of(Table("qa.csv", "qa", {"prompt": ["2 + 2 ="], "completion": [" 4"]}), DataSettings())
+        'completion'
     """
     if data.format != "auto":
         return data.format
@@ -63,17 +73,17 @@ def format_of(table: Table, data: DataSettings) -> str:
         return "chat"
     if data.prompt in table.columns and data.completion in table.columns:
         return "completion"
-    words = f"a data set with a column '{data.text}', '{data.messages}', or '{data.prompt}' and '{data.completion}'"
-    raise SettingError("dataset", table.dataset, f"{words} (its columns are {table.listed})")
+    needed = f"a data set with a column '{data.text}', '{data.messages}', or '{data.prompt}' and '{data.completion}'"
+    raise SettingError("dataset", table.dataset, f"{needed} (its columns are {table.listed})")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What is read of a table.
+    """The rows of a table as tokens.
 
     Attributes:
-        rows: A sequence for each text; a chat may have several.
-        empty: Rows that are left out, since there is no text in them.
+        rows: A sequence for each text; several for some chats.
+        empty: Number of rows left out because they hold no text.
     """
 
     rows: list[Row]
@@ -81,129 +91,166 @@ class Texts:
 
 
 def read_rows(table: Table, reading: Reading) -> Texts:
-    """Every row of a table as tokens; rows without text are left out.
+    """Turns every row of a table into tokens and labels; leaves out rows without text.
+
+    Args:
+        table: The data set.
+        reading: The way to read it.
 
     Raises:
-        SettingError: A column is missing, or a row has not what it must have.
+        SettingError: A column is missing, a row lacks a value, or no row has text.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> table = Table("qa.csv", "qa", {"prompt": ["2 + 2 ="], "completion": [" 4"]})
+        >>> (row,) = read_rows(table, Reading(DataSettings(), "completion", "", BUNDLED_MODEL, end=0)).rows
+        >>> row.labels[0], row.labels[-1]  # nothing is predicted in the prompt; the last label is the end token
+        (-100, 0)
     """
     keys = _keys(table, reading)
-    read = {"text": _text, "completion": _completion, "chat": _chat, "classification": _alone}[reading.format]
-    found = read(table, reading, open_tokenizer(reading.model_path))
-    if not found:
+    readers = {"text": _text, "completion": _completion, "chat": _chat, "classification": _classified}
+    tokens = readers[reading.format](table, reading, open_tokenizer(reading.model_path))
+    if not tokens:
         raise SettingError("dataset", table.dataset, "a data set with at least one text that is not empty")
-    rows = [Row(ids, labels, keys[number], source=number) for number, ids, labels in found]
+
+    rows = [Row(ids, labels, keys[number], source=number) for number, ids, labels in tokens]
     if reading.format == "classification":
-        targets = numbers_of(table, reading.data.label, reading.classes)
-        rows = [replace(row, target=targets[row.source], share=reading.classes[targets[row.source]]) for row in rows]
-    return Texts(rows, len(table) - len({row.source for row in rows}))
+        rows = _with_classes(rows, numbers_of(table, reading.data.label, reading.classes), reading.classes)
+    with_text = {row.source for row in rows}
+    return Texts(rows, len(table) - len(with_text))
+
+
+def _with_classes(rows: Sequence[Row], class_numbers: Sequence[int], classes: Sequence[str]) -> list[Row]:
+    """Returns rows with their class: its number to predict, and its name for the data summary."""
+    classified = []
+    for row in rows:
+        number = class_numbers[row.source]
+        classified.append(replace(row, target=number, share=classes[number]))
+    return classified
 
 
 def _keys(table: Table, reading: Reading) -> Sequence[str]:
-    """What each row is dealt by."""
-    column, data = reading.column or reading.data.owner, reading.data
-    if not reading.column and column == DataSettings().owner and column not in table.columns:
+    """Returns the key that each row is partitioned by: its owner, or the value of another column."""
+    column = reading.column or reading.data.owner
+    default = DataSettings().owner
+    if not reading.column and column == default and column not in table.columns:
         return [table.name] * len(table)
+
     values = table.column("partition" if reading.column else "data.owner", column)
-    missing = next((number for number, value in enumerate(values, 1) if value is None), None)
-    if missing is not None:
-        what = "owner" if column == data.owner else column
-        raise SettingError("dataset", table.dataset, f"rows that all have an owner (row {missing} has no {what})")
+    for row, value in enumerate(values, 1):
+        if value is None:
+            missing = "owner" if column == reading.data.owner else column
+            needed = f"rows that all have an owner (row {row} has no {missing})"
+            raise SettingError("dataset", table.dataset, needed)
     names = table.classes.get(column)
     return [names[value] if names else str(value) for value in values]
 
 
-Tokens = list[tuple[int, Sequence[int], Sequence[int]]]
-"""The number of a row, from 0, with tokens and labels; once for each of its sequences."""
-
-
 def _texts(table: Table, setting: str, name: str) -> dict[int, str]:
-    """The texts of a column by the numbers of their rows; of rows that have none, nothing.
+    """Returns the texts of a column by row number; rows without a value are left out.
 
     Raises:
-        SettingError: There is no such column, or something in it is no text.
+        SettingError: The column is missing, or holds a value that is no text.
     """
-    found = {}
+    texts = {}
     for number, value in enumerate(table.column(setting, name)):
         if value is None:
             continue
         if not isinstance(value, str):
-            words = f"rows whose {name} is a text (row {number + 1} has {_shown(value)})"
-            raise SettingError("dataset", table.dataset, words)
+            needed = f"rows whose {name} is a text (row {number + 1} has {_shortened_value(value)})"
+            raise SettingError("dataset", table.dataset, needed)
         if not is_text(value):
-            words = f"rows whose {name} is a text (row {number + 1} has half a character, which UTF-8 cannot write)"
-            raise SettingError("dataset", table.dataset, words)
-        found[number] = value
-    return found
+            needed = f"rows whose {name} is a text (row {number + 1} has half a character, which UTF-8 cannot write)"
+            raise SettingError("dataset", table.dataset, needed)
+        texts[number] = value
+    return texts
 
 
-def _shown(value: Any) -> str:
-    words = str(value)
-    return f"{words[:40]}…" if len(words) > 40 else words
+def _shortened_value(value: Any) -> str:
+    text = str(value)
+    return f"{text[:40]}…" if len(text) > 40 else text
 
 
 def _encoded(table: Table, reading: Reading, encode: Encode) -> dict[int, list[int]]:
-    """Tokens of the texts without the white space around them, by the numbers of their rows."""
-    texts = {n: text.strip() for n, text in _texts(table, "data.text", reading.data.text).items() if text.strip()}
+    """Returns the token ids of each text by row number; strips white space first and leaves out empty texts."""
+    texts = {}
+    for number, text in _texts(table, "data.text", reading.data.text).items():
+        if stripped := text.strip():
+            texts[number] = stripped
     encoded = zip(texts, encode(list(texts.values())), strict=True)
     return {number: ids for number, ids in encoded if ids}
 
 
 def _text(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
-    """Texts with the end token, all of them predicted."""
-    encoded = _encoded(table, reading, tokenizer.encode_prompt)
-    written = {n: ids for n, ids in encoded.items() if len(ids) > len(tokenizer.beginning)}
-    ended = {n: tokenizer.end_text(ids, reading.end) for n, ids in written.items()}
-    return [(n, ids, ids) for n, ids in ended.items()]
+    """Returns texts with the end token; every token is predicted."""
+    tokens: Tokens = []
+    for number, ids in _encoded(table, reading, tokenizer.encode_prompt).items():
+        if len(ids) > len(tokenizer.beginning):  # else the text has no tokens beside the tokenizer's special ones
+            ended = tokenizer.end_text(ids, reading.end)
+            tokens.append((number, ended, ended))
+    return tokens
 
 
-def _alone(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
-    """Texts as the tokenizer begins and ends them, whose last token decides their class."""
-    return [(n, ids, ids) for n, ids in _encoded(table, reading, tokenizer.encode).items()]
+def _classified(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
+    """Returns texts with the tokenizer's special tokens at both ends; the class is read off the last token."""
+    return [(number, ids, ids) for number, ids in _encoded(table, reading, tokenizer.encode).items()]
 
 
 def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
-    """The prompt, of which nothing is predicted, and the completion with the end token; no space is put between."""
-    data, halves = reading.data, []
-    for setting, name in (("data.prompt", data.prompt), ("data.completion", data.completion)):
-        texts = _texts(table, setting, name)
-        missing = next((number for number in range(len(table)) if number not in texts), None)
-        if missing is not None:
-            words = f"rows that all have a {name} (row {missing + 1} has no text)"
-            raise SettingError("dataset", table.dataset, words)
-        halves.append([texts[number] for number in range(len(table))])
-    prompts, completions = tokenizer.encode_prompt(halves[0]), tokenizer.encode_continuation(halves[1])
-    found: Tokens = []
-    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if not halves[0][number]:  # then the completion is the beginning of the text
-            (completion,) = tokenizer.encode_verbatim([halves[1][number]])
-        ended = tokenizer.end_text(completion, reading.end)
-        found.append((number, [*prompt, *ended], [*[IGNORED] * len(prompt), *ended]))
-    return found
+    """Returns prompts followed by completions with the end token; only the completion is predicted.
+
+    No space is put between prompt and completion.
+    """
+    prompts = _complete_column(table, "data.prompt", reading.data.prompt)
+    completions = _complete_column(table, "data.completion", reading.data.completion)
+    prompt_ids = tokenizer.encode_prompt(prompts)
+    completion_ids = tokenizer.encode_continuation(completions)
+
+    tokens: Tokens = []
+    for number, (before, after) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        if not prompts[number]:  # then the completion is the beginning of the text
+            (after,) = tokenizer.encode_verbatim([completions[number]])
+        ended = tokenizer.end_text(after, reading.end)
+        ignored = [IGNORED] * len(before)
+        tokens.append((number, [*before, *ended], [*ignored, *ended]))
+    return tokens
+
+
+def _complete_column(table: Table, setting: str, name: str) -> list[str]:
+    """Returns the texts of a column in which no row lacks one."""
+    texts = _texts(table, setting, name)
+    for number in range(len(table)):
+        if number not in texts:
+            needed = f"rows that all have a {name} (row {number + 1} has no text)"
+            raise SettingError("dataset", table.dataset, needed)
+    return [texts[number] for number in range(len(table))]
 
 
 def _chat(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
-    """Chats by the tokenizer's template; what the assistant says is predicted, and what ends its turns."""
+    """Returns chats as the chat template writes them; only the assistant's turns, with their ends, are predicted."""
     chats = table.column("data.messages", reading.data.messages)
     if not getattr(tokenizer.library, "chat_template", None):
-        words = "a model whose tokenizer has a chat template, which --data.format chat needs"
-        raise SettingError("model", reading.model_path, words)
-    found: Tokens = []
+        needed = "a model whose tokenizer has a chat template, which --data.format chat needs"
+        raise SettingError("model", reading.model_path, needed)
+
+    tokens: Tokens = []
     for number, chat in enumerate(chats):
         try:
-            found += [(number, ids, labels) for ids, labels in read_chat(tokenizer, check_chat(chat))]
+            sequences = read_chat(tokenizer, check_chat(chat))
         except ValueError as error:
             raise SettingError("dataset", f"{table.dataset} (row {number + 1})", str(error)) from None
-    return found
+        tokens += [(number, ids, labels) for ids, labels in sequences]
+    return tokens
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Rows of at most so many tokens.
+    """Sequences of a limited length.
 
     Attributes:
         rows: The sequences.
-        cut: Texts that lost their end, since they were longer.
-        dropped: Texts of which nothing is predicted then, which are left out.
+        cut: Number of texts that lost their end because they were longer.
+        dropped: Number of texts left out because nothing was left to predict after the cut.
     """
 
     rows: list[Row]
@@ -212,40 +259,51 @@ class Fitted:
 
 
 def joined(parts: Sequence[Fitted]) -> Fitted:
-    """Several as one."""
+    """Returns the sequences of several results, with their counts added."""
     rows = [row for part in parts for row in part.rows]
     return Fitted(rows, sum(part.cut for part in parts), sum(part.dropped for part in parts))
 
 
 def fit(rows: Sequence[Row], reading: Reading, length: int) -> Fitted:
-    """Texts of one owner to sequences.
+    """Cuts or packs texts of one owner into sequences of at most `length` tokens.
 
-    Text that is packed is one stream, cut into full sequences, so that nothing is padded and its rest is dropped. Of
-    other formats whole texts are put into a sequence as long as they fit. Either way a token sees all that is before
-    it in its sequence, of earlier texts, too.
+    Packed text is one stream, cut into full sequences: nothing is padded, and the incomplete last sequence is dropped.
+    Packed texts of other formats are put into a sequence whole, as long as they fit. Either way a token attends to all
+    tokens before it in its sequence, even to those of earlier texts.
 
     Args:
         rows: The texts.
-        reading: Whether they are packed.
-        length: Tokens of a sequence at most.
+        reading: The way they were read, which says whether to pack them.
+        length: Largest number of tokens in a sequence.
+
+    Example:
+        >>> reading = Reading(DataSettings(), "text", "", Path(), end=0)
+        >>> texts = [Row([1, 2, 0], [1, 2, 0], "ann"), Row([3, 4, 0], [3, 4, 0], "ann")]
+        >>> [row.ids for row in fit(texts, reading, length=2).rows]
+        [[1, 2], [0, 3], [4, 0]]
     """
     if reading.packs and reading.format == "text":
         blocks = chop([row.ids for row in rows], length)
         return Fitted([Row(block, block, rows[0].key) for block in blocks])
-    fitting = [_shortened(row, length, reading.pad) for row in rows]
-    kept = [row for row in fitting if row.ids and row.predicted]
-    cut = sum(len(row.ids) > length for row in rows)
-    return Fitted(_together(kept, length) if reading.packs else kept, cut, len(fitting) - len(kept))
+
+    shortened = [_shortened(row, length, reading.pad) for row in rows]
+    useful = [row for row in shortened if row.ids and row.predicted]
+    return Fitted(
+        rows=_packed(useful, length) if reading.packs else useful,
+        cut=sum(len(row.ids) > length for row in rows),
+        dropped=len(shortened) - len(useful),
+    )
 
 
 def _shortened(row: Row, length: int, pad: int) -> Row:
-    """A text without what is too much; one that has a class also without padding tokens at its end.
+    """Returns a text cut to a length; a classified text also loses padding tokens at its end.
 
-    The library takes the last token that is no padding token for the one that decides.
+    transformers reads the class off the last token that is no padding token.
     """
     end = min(len(row.ids), length)
-    while row.target is not None and end and row.ids[end - 1] == pad:
-        end -= 1
+    if row.target is not None:
+        while end and row.ids[end - 1] == pad:
+            end -= 1
     if len(row.ids) == end:
         return row
     ids = row.ids[:end]
@@ -253,35 +311,43 @@ def _shortened(row: Row, length: int, pad: int) -> Row:
 
 
 def by_source(rows: Sequence[Row]) -> list[list[Row]]:
-    """Sequences in their order, those of one row of the table together, such as the turns of a chat."""
-    found: list[list[Row]] = []
-    for row in rows:
-        if found and row.source >= 0 and row.source == found[-1][0].source:
-            found[-1].append(row)
-        else:
-            found.append([row])
-    return found
+    """Groups consecutive sequences that come from one row of the table, such as the turns of a chat.
 
-
-def _together(rows: Sequence[Row], length: int) -> list[Row]:
-    """Puts whole texts one after the other, in their order, into full sequences.
-
-    A chat of several sequences goes behind earlier texts only if all of it fits there. Otherwise it begins a sequence.
-    So two packed sequences share a chat only if both begin with it, and they have its number as their source.
+    Example:
+        >>> rows = [Row([1], [1], "ann", source=number) for number in (0, 0, 1)]
+        >>> [len(group) for group in by_source(rows)]
+        [2, 1]
     """
-    full: list[Row] = []
+    groups: list[list[Row]] = []
+    for row in rows:
+        continues = bool(groups) and row.source >= 0 and row.source == groups[-1][0].source
+        if continues:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _packed(rows: Sequence[Row], length: int) -> list[Row]:
+    """Packs whole texts, in their order, into sequences of at most `length` tokens.
+
+    A chat of several sequences follows earlier texts only if all of the chat fits there; otherwise it begins a new
+    sequence. So two packed sequences share a chat only if both begin with it, and both carry its number as source.
+    """
+    packed: list[Row] = []
     for text in by_source(rows):
-        fits = bool(full) and len(full[-1].ids) + sum(len(row.ids) for row in text) <= length
-        packed = [full.pop()] if fits else []
+        tokens = sum(len(row.ids) for row in text)
+        fits_behind = bool(packed) and len(packed[-1].ids) + tokens <= length
+        current = [packed.pop()] if fits_behind else []
         for row in text:
-            if packed and len(packed[-1].ids) + len(row.ids) <= length:
-                packed[-1] = _behind(packed[-1], row)
+            if current and len(current[-1].ids) + len(row.ids) <= length:
+                current[-1] = _appended(current[-1], row)
             else:
-                packed.append(row)
-        full += packed
-    return full
+                current.append(row)
+        packed += current
+    return packed
 
 
-def _behind(before: Row, row: Row) -> Row:
-    """Joins two texts. The second one's first token is predicted neither here nor where that text stands alone."""
+def _appended(before: Row, row: Row) -> Row:
+    """Joins two texts. The first token of the second is not predicted, just as when that text stands alone."""
     return replace(before, ids=[*before.ids, *row.ids], labels=[*before.labels, IGNORED, *row.labels[1:]])

@@ -1,50 +1,47 @@
-"""Which client owns which text, and what of it is held out."""
+"""Divides a data set among clients, and each client's text into training and held-out sequences."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from fedsplit.allowed import PartitionSpec, SettingError, parse_partition
-from fedsplit.config import DataSettings
+from fedsplit.config import Config, DataSettings
 from fedsplit.corpora.classes import classes_of
 from fedsplit.corpora.formats import Fitted, Reading, Texts, by_source, fit, format_of, joined, read_rows
+from fedsplit.corpora.partitioners import divide
 from fedsplit.corpora.sequences import Row, Sequences, stack
 from fedsplit.corpora.shards import Shard
 from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
-from fedsplit.model.families import read_pad
-from fedsplit.seeds import derive_seed
+from fedsplit.model.families import read_facts, read_pad
+from fedsplit.model.sources import config_folder
 
 HELD_OUT_DOCUMENTS = 4
-"""Of an owner's texts, every fourth by date is held out; the last one where there are fewer."""
+"""Every fourth text of an owner, by date, is held out; the last text of an owner who has fewer."""
 
 HELD_OUT_BLOCKS = 8
-"""Of a client's blocks without owners, every eighth is held out, and at least one."""
+"""Every eighth sequence of a client without an owner is held out, and at least one."""
 
 _SKEWED = ("dirichlet", "inner-dirichlet", "pathological", "shard")
-"""Ways to deal out that give clients other shares of what they deal by."""
+"""Partitioners that give clients different distributions of a key."""
 
 
 @dataclass(frozen=True)
-class Deal:
-    """A data set, dealt out.
+class Partition:
+    """A data set, divided among clients.
 
     Attributes:
-        shards: A client's each.
-        format: What its rows are, one of `fedsplit.allowed.FORMATS`, but not "auto".
-        packed: Whether several texts are put into a sequence.
-        by: What the shards' shares are of: "owner", or a column.
-        cut: Texts that lost their end, since they were longer than a sequence.
-        dropped: Texts that were left out, since nothing of them was to be predicted then.
-        classes: The names of the classes, under classification.
-        empty: Rows that were left out, since there was no text in them.
+        shards: Data of each client.
+        format: Format of the rows, one of `fedsplit.allowed.FORMATS` except "auto".
+        packed: Whether a sequence may hold several texts.
+        by: Column whose distribution the data summary reports; "owner" by default.
+        cut: Number of texts that lost their end because they were longer than a sequence.
+        dropped: Number of texts left out because nothing was left to predict after the cut.
+        classes: Names of the classes, under classification.
+        empty: Number of rows left out because they hold no text.
     """
 
     shards: list[Shard]
@@ -57,215 +54,44 @@ class Deal:
     empty: int = 0
 
 
-def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The texts by what they are dealt by, in their order."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.key, []).append(row)
-    return groups
+def partition_of(config: Config) -> Partition:
+    """Returns the data of a run, divided among its clients by `--partition`.
 
-
-def _flat(groups: Iterable[Sequence[Row]]) -> list[Row]:
-    return [row for group in groups for row in group]
-
-
-@dataclass(frozen=True)
-class _Dealer:
-    """What all ways to deal out have in common.
-
-    Attributes:
-        table: The data set.
-        reading: How its rows are read.
-        length: Tokens of a sequence at most.
-        held_out: The table of what is held out; None where it is a part of each client's own.
-    """
-
-    table: Table
-    reading: Reading
-    length: int
-    held_out: Table | None
-
-    @property
-    def by(self) -> str:
-        """What shares are told of."""
-        return self.reading.data.label if self.reading.classes else self.key
-
-    @property
-    def key(self) -> str:
-        """What rows are dealt by."""
-        return self.reading.column or "owner"
-
-    @property
-    def least(self) -> int:
-        """Sequences that a client must have."""
-        return 1 if self.held_out else 2
-
-    @property
-    def lengths(self) -> str:
-        """The sequences' length, in words."""
-        return f"of {self.length} tokens" if self.reading.packs else f"of up to {self.length} tokens"
-
-    @cached_property
-    def texts(self) -> Texts:
-        """Texts that are dealt out."""
-        return read_rows(self.table, self.reading)
-
-    @cached_property
-    def held_out_texts(self) -> Texts:
-        """Texts of the table of what is held out, if there is one."""
-        return read_rows(self.held_out, self.reading) if self.held_out else Texts([])
-
-    def fit(self, rows: Sequence[Row]) -> Fitted:
-        """Texts to sequences, none of which is of two groups."""
-        return joined([fit(own, self.reading, self.length) for own in _grouped(rows).values()])
-
-    def shard(self, name: str, train: Sequence[Row], held_out: Sequence[Row]) -> Shard:
-        shares = Counter(row.share or row.key for row in (*train, *held_out))
-        pad, classes = self.reading.pad, len(self.reading.classes)
-        return Shard(name, stack(train, pad), stack(held_out, pad), dict(sorted(shares.items())), classes)
-
-    def deal(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Deal:
-        cut, dropped = sum(one.cut for one in fitted), sum(one.dropped for one in fitted)
-        how, empty = self.reading, self.texts.empty + self.held_out_texts.empty
-        return Deal(shards, how.format, how.packs, self.by, cut, dropped, how.classes, empty)
-
-    def separate(self) -> Fitted | None:
-        """What is held out by the user, as sequences; None where it is a part of each client's own."""
-        return self.fit(self.held_out_texts.rows) if self.held_out else None
-
-
-def _by_owner(dealer: _Dealer) -> tuple[list[Shard], list[str], list[Fitted]]:
-    """The shards of all owners who have enough text, the names of those who have not, and all that was fitted."""
-    owners, separate = _grouped(dealer.texts.rows), dealer.separate()
-    shards, poor, everything = [], [], [separate] if separate else []
-    for number, (owner, own) in enumerate(owners.items()):
-        if separate is None:
-            texts = by_source(own)
-            places = set(range(HELD_OUT_DOCUMENTS - 1, len(texts), HELD_OUT_DOCUMENTS)) or {len(texts) - 1}
-            train = dealer.fit(_flat(text for place, text in enumerate(texts) if place not in places))
-            held_out = dealer.fit(_flat(texts[place] for place in sorted(places)))
-            everything += [train, held_out]
-        else:
-            train, held_out = dealer.fit(own), Fitted(_part(dealer, separate.rows, owner, number, len(owners)))
-            everything.append(train)
-        if train.rows and held_out.rows:
-            shards.append(dealer.shard(owner, train.rows, held_out.rows))
-        else:
-            poor.append(owner)
-    return shards, poor, everything
-
-
-def _part(dealer: _Dealer, held_out: list[Row], owner: str, number: int, owners: int) -> list[Row]:
-    """What a table of held-out text has of an owner; an even part where it does not say whose it is."""
-    assert dealer.held_out is not None
-    if (dealer.reading.column or dealer.reading.data.owner) in dealer.held_out.columns:
-        return [row for row in held_out if row.key == owner]
-    return _flat(by_source(held_out)[number::owners])
-
-
-def _partitioner(spec: PartitionSpec, clients: int, seed: int, least: int) -> Any:
-    """A partitioner of flwr-datasets."""
-    from flwr_datasets import partitioner as made
-
-    if spec.kind == "dirichlet":
-        return made.DirichletPartitioner(clients, "owner", spec.alpha, min_partition_size=least, seed=seed)
-    if spec.kind == "inner-dirichlet":
-        return made.InnerDirichletPartitioner(list(spec.sizes), "number", spec.alpha, seed=seed)
-    if spec.kind == "pathological":
-        return made.PathologicalPartitioner(clients, "owner", spec.number, "first-deterministic", seed=seed)
-    if spec.kind == "shard":
-        return made.ShardPartitioner(clients, "owner", num_shards_per_partition=spec.number, seed=seed)
-    if spec.kind == "size":
-        return made.SizePartitioner(list(spec.sizes))
-    even = {"linear": made.LinearPartitioner, "square": made.SquarePartitioner, "iid": made.IidPartitioner}
-    return {**even, "exponential": made.ExponentialPartitioner}[spec.kind](num_partitions=clients)
-
-
-def _indices(spec: PartitionSpec, owners: Sequence[str], clients: int, seed: int, least: int) -> list[list[int]]:
-    """Deals blocks out with a partitioner of flwr-datasets.
+    Args:
+        config: The run's settings.
 
     Raises:
-        ValueError: It cannot.
+        SettingError: The data set cannot be read, or has too little text for so many clients.
+
+    Example:
+        >>> partition = partition_of(Config(clients=2, dataset="synthetic"))
+        >>> [shard.name for shard in partition.shards]
+        ['owner 0', 'owner 1']
     """
-    import datasets  # with flwr_datasets, takes seconds to import; the default run needs neither
-
-    datasets.disable_progress_bars()
-    generator = torch.Generator().manual_seed(derive_seed(seed, "partition"))
-    order = torch.randperm(len(owners), generator=generator).tolist()
-    partitioner, numbers = _partitioner(spec, clients, seed, least), {o: n for n, o in enumerate(sorted(set(owners)))}
-    columns = {"block": order, "owner": [owners[i] for i in order], "number": [numbers[owners[i]] for i in order]}
-    partitioner.dataset = datasets.Dataset.from_dict(columns)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # each draw that leaves a client too little, before the error
-        return [list(partitioner.load_partition(client)["block"]) for client in range(clients)]
-
-
-def _by_block(dealer: _Dealer, spec: PartitionSpec, name: str, clients: int, seed: int) -> Deal:
-    """Shards of single sequences, whoever wrote them."""
-    fitted, separate = dealer.fit(dealer.texts.rows), dealer.separate()
-    blocks = by_source(fitted.rows)
-    _check_enough(dealer, len(blocks), clients)
-    dealt = _dealt(dealer, spec, name, [block[0].key for block in blocks], clients, seed)
-    if separate is None:
-        parts = [_parted([blocks[index] for index in indices]) for indices in dealt]
-    else:
-        rests = [_flat(by_source(separate.rows)[n::clients]) for n in range(clients)]
-        parts = [(_flat(blocks[index] for index in own), rest) for own, rest in zip(dealt, rests, strict=True)]
-        if poor := [f"client {n}" for n, (_, rows) in enumerate(parts) if not rows]:
-            words = f"a sequence {dealer.lengths} for each client at least (nothing for {_listed(poor)})"
-            raise SettingError("data.held_out", dealer.reading.data.held_out, words)
-    shards = [dealer.shard(f"client {client}", *part) for client, part in enumerate(parts)]
-    return dealer.deal(shards, [fitted, separate] if separate else [fitted])
+    path = config_folder(config.model)
+    return make_partition(
+        config.dataset,
+        config.partition,
+        config.clients,
+        config.train.max_length,
+        config.seed,
+        path,
+        read_facts(path).end,
+        config.data,
+    )
 
 
-def _parted(blocks: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
-    """Sequences that are trained on, and those that are held out."""
-    train = _flat(block for place, block in enumerate(blocks) if place % HELD_OUT_BLOCKS)
-    return train, _flat(blocks[::HELD_OUT_BLOCKS])
+def shards_of(config: Config) -> list[Shard]:
+    """Returns the data of each client in a run.
+
+    Example:
+        >>> [shard.name for shard in shards_of(Config(clients=2, dataset="synthetic"))]
+        ['owner 0', 'owner 1']
+    """
+    return partition_of(config).shards
 
 
-def _check_enough(dealer: _Dealer, blocks: int, clients: int) -> None:
-    """Makes sure that there are sequences for all clients, however they are dealt out."""
-    least, table = dealer.least, dealer.table
-    if blocks < least:
-        found = f"a text of {blocks} sequences ({table.name}, {len(table)} in all)"
-        raise SettingError("dataset", found, f"{_number(least)} {dealer.lengths} or more")
-    if clients * least > blocks:
-        words = f"{_number(least)} {dealer.lengths} a client, of {blocks} there are"
-        raise SettingError("clients", clients, f"1 to {blocks // least} ({words})")
-
-
-def _dealt(
-    dealer: _Dealer, spec: PartitionSpec, name: str, keys: Sequence[str], clients: int, seed: int
-) -> list[list[int]]:
-    """The numbers of each client's sequences, of which it has enough."""
-    least = dealer.least
-    try:
-        dealt = _indices(spec, keys, clients, seed, least)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        if spec.kind == "dirichlet":
-            words = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
-            raise SettingError("partition", name, words) from None
-        reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
-        words = f"a way to deal {len(keys)} sequences of {len(set(keys))} kinds ({dealer.key})"
-        words = f"{words} to {clients} clients, {_number(least)} each ({reason})"
-        raise SettingError("partition", name, words) from None
-    if poor := [client for client, indices in enumerate(dealt) if len(indices) < least]:
-        who = f"client {poor[0]} gets {len(dealt[poor[0]])} of {len(keys)}"
-        raise SettingError("partition", f"{name} for {clients} clients", f"{_number(least)} or more each ({who})")
-    return dealt
-
-
-def _number(sequences: int) -> str:
-    return {1: "one sequence", 2: "two sequences"}[sequences]
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names[:3]]  # a column may hold whole texts
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def make_deal(
+def make_partition(
     dataset: str,
     partition: str,
     clients: int,
@@ -274,56 +100,44 @@ def make_deal(
     model_path: Path,
     end: int,
     data: DataSettings | None = None,
-) -> Deal:
-    """Reads a data set and deals it out.
+) -> Partition:
+    """Reads a data set and divides it among clients.
 
     Args:
-        dataset: As `fedsplit.corpora.tables.read_table` takes it.
-        partition: "natural" (a client an owner), "iid", "dirichlet:ALPHA" (over the owners), or another that
-            `fedsplit.allowed.parse_partition` knows; "auto" is natural for what is made here as far as its owners go,
-            and iid otherwise.
-        clients: How many.
-        length: Tokens of a sequence at most.
-        seed: Decides what is dealt to whom, other than by nature.
-        model_path: The model's folder, for its tokenizer.
-        end: The id of the token that ends a text.
+        dataset: Data set, as `fedsplit.corpora.tables.read_table` takes it.
+        partition: "natural" (one owner a client), "iid", "dirichlet:ALPHA" (over the owners), or another form that
+            `fedsplit.allowed.parse_partition` knows. "auto" is natural for the bundled data sets as long as their
+            owners suffice, and iid otherwise.
+        clients: Number of clients.
+        length: Largest number of tokens in a sequence.
+        seed: Seed of every partition but "natural".
+        model_path: Folder of the model, for its tokenizer.
+        end: Id of the token that ends a text.
         data: Columns and format.
 
     Raises:
-        SettingError: There is too little text for so many clients, or something is wrong with it.
+        SettingError: The data set has too little text for so many clients, or an error.
     """
-    data, spec = data or DataSettings(), parse_partition(partition)
+    data = data or DataSettings()
+    spec = parse_partition(partition)
     if spec.sizes and len(spec.sizes) != clients:
         raise SettingError("partition", partition, f"as many sizes as there are clients, {clients}")
+
     table = read_table(dataset, data, seed=seed, owners=clients)
     held_out = read_held_out(dataset, data) if data.held_out else None
     reading = _reading(table, data, model_path, end, spec)
-    dealer = _Dealer(table, reading, length, held_out)
+    partitioner = _Partitioner(table, reading, length, held_out)
+
     if spec.kind == "natural" or (spec.kind == "auto" and dataset in MADE):
-        natural, poor, fitted = _by_owner(dealer)
-        if clients <= len(natural):
-            return dealer.deal(natural[:clients], fitted)
+        shards, lacking, fitted = _by_owner(partitioner)
+        if clients <= len(shards):
+            return partitioner.partition(shards[:clients], fitted)
         if spec.kind == "natural":
-            lacking = f", not {_listed(poor)}" if poor else ""
-            words = f"1 to {len(natural)} (owners with text enough{lacking}), or --partition iid"
-            if not natural:
-                lacking = f"no {dealer.key} has text enough (not {_listed(poor)})"
-                words = f"none by nature, since {lacking}, but --partition iid"
-            raise SettingError("clients", clients, words)
+            raise _too_few_owners(partitioner, clients, len(shards), lacking)
+
     if spec.kind == "auto":
         spec = PartitionSpec("iid")
-    return _by_block(dealer, spec, partition, clients, seed)
-
-
-def _reading(
-    table: Table, data: DataSettings, model_path: Path, end: int, spec: PartitionSpec, classes: tuple[str, ...] = ()
-) -> Reading:
-    """How a table's rows are read; texts with classes are dealt by these, where no column is named."""
-    format, column = format_of(table, data), spec.column
-    if format == "classification":
-        classes = classes or classes_of(table, data.label)
-        column = column or (data.label if spec.kind in _SKEWED else "")
-    return Reading(data, format, column, model_path, end, read_pad(model_path, end), classes)
+    return _by_sequence(partitioner, spec, partition, clients, seed)
 
 
 def all_text(
@@ -335,30 +149,286 @@ def all_text(
     seed: int = 0,
     classes: tuple[str, ...] = (),
 ) -> dict[str, Sequences]:
-    """A data set that nobody trains on, as it is: nothing is held back, and nothing dealt out.
+    """Returns all sequences of a data set by owner, for evaluation: none is held out, and none is left to a client.
 
     Args:
-        dataset: As `fedsplit.corpora.tables.read_table` takes it.
-        length: Tokens of a sequence at most.
-        model_path: The model's folder, for its tokenizer.
-        end: The id of the token that ends a text.
+        dataset: Data set, as `fedsplit.corpora.tables.read_table` takes it.
+        length: Largest number of tokens in a sequence.
+        model_path: Folder of the model, for its tokenizer.
+        end: Id of the token that ends a text.
         data: Columns and format.
-        seed: Decides a synthetic one.
-        classes: The classes that a model knows, under classification; those of the data set where not given.
+        seed: Seed of a synthetic data set.
+        classes: Classes that the model knows, under classification; by default the classes of the data set.
 
     Returns:
-        The sequences of each owner who has text for one at least.
+        Sequences by owner, for every owner with at least one.
 
     Raises:
-        SettingError: Nobody has.
+        SettingError: No owner has text for a sequence.
     """
     data = data or DataSettings()
     table = read_table(dataset, data, seed=seed)
     reading = _reading(table, data, model_path, end, PartitionSpec("natural"), classes)
-    dealer = _Dealer(table, reading, length, None)
-    fitted = {owner: dealer.fit(rows).rows for owner, rows in _grouped(dealer.texts.rows).items()}
-    found = {owner: stack(rows, reading.pad) for owner, rows in fitted.items() if rows}
-    if not found:
-        words = f"a text of {length} tokens or more" if reading.packs else "a text of which something is predicted"
-        raise SettingError("dataset", dataset, words)
-    return found
+    partitioner = _Partitioner(table, reading, length, None)
+
+    sequences = {}
+    for owner, texts in _by_key(partitioner.texts.rows).items():
+        if rows := partitioner.fit(texts).rows:
+            sequences[owner] = stack(rows, reading.pad)
+    if not sequences:
+        needed = f"a text of {length} tokens or more" if reading.packs else "a text of which something is predicted"
+        raise SettingError("dataset", dataset, needed)
+    return sequences
+
+
+@dataclass(frozen=True)
+class _Partitioner:
+    """A data set about to be divided, with the steps that all partitions share.
+
+    Attributes:
+        table: The data set.
+        reading: Way to read its rows.
+        length: Largest number of tokens in a sequence.
+        held_out: Separate table of held-out texts; None if each client holds out a part of its own texts.
+    """
+
+    table: Table
+    reading: Reading
+    length: int
+    held_out: Table | None
+
+    @property
+    def key(self) -> str:
+        """Column that texts are divided by."""
+        return self.reading.column or "owner"
+
+    @property
+    def summary_column(self) -> str:
+        """Column whose distribution the data summary reports."""
+        return self.reading.data.label if self.reading.classes else self.key
+
+    @property
+    def least(self) -> int:
+        """Number of sequences that a client needs: one to train on, and one to hold out."""
+        return 1 if self.held_out else 2
+
+    @property
+    def length_in_words(self) -> str:
+        """Length of the sequences, for messages."""
+        return f"of {self.length} tokens" if self.reading.packs else f"of up to {self.length} tokens"
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Texts of the data set, as tokens."""
+        return read_rows(self.table, self.reading)
+
+    @cached_property
+    def held_out_texts(self) -> Texts:
+        """Texts of the separate held-out table, as tokens."""
+        return read_rows(self.held_out, self.reading) if self.held_out else Texts([])
+
+    def fit(self, texts: Sequence[Row]) -> Fitted:
+        """Cuts or packs texts into sequences; no sequence mixes two keys."""
+        return joined([fit(group, self.reading, self.length) for group in _by_key(texts).values()])
+
+    def fit_held_out(self) -> Fitted | None:
+        """Cuts or packs the separate held-out table into sequences; None if there is no such table."""
+        return self.fit(self.held_out_texts.rows) if self.held_out else None
+
+    def shard(self, name: str, train: Sequence[Row], held_out: Sequence[Row]) -> Shard:
+        """Returns the data of one client.
+
+        Args:
+            name: Name of the client.
+            train: Sequences to train on.
+            held_out: Sequences never trained on.
+        """
+        counts = Counter(row.share or row.key for row in (*train, *held_out))
+        pad = self.reading.pad
+        return Shard(
+            name, stack(train, pad), stack(held_out, pad), dict(sorted(counts.items())), len(self.reading.classes)
+        )
+
+    def partition(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Partition:
+        """Returns the divided data set.
+
+        Args:
+            shards: Data of each client.
+            fitted: Results of all calls of `fit`, for the counts of texts cut and dropped.
+        """
+        return Partition(
+            shards,
+            format=self.reading.format,
+            packed=self.reading.packs,
+            by=self.summary_column,
+            cut=sum(part.cut for part in fitted),
+            dropped=sum(part.dropped for part in fitted),
+            classes=self.reading.classes,
+            empty=self.texts.empty + self.held_out_texts.empty,
+        )
+
+
+def _reading(
+    table: Table, data: DataSettings, model_path: Path, end: int, spec: PartitionSpec, classes: tuple[str, ...] = ()
+) -> Reading:
+    """Returns the way to read a table; skewed partitions of classified texts are by class unless a column is named."""
+    format = format_of(table, data)
+    column = spec.column
+    if format == "classification":
+        classes = classes or classes_of(table, data.label)
+        if not column and spec.kind in _SKEWED:
+            column = data.label
+    return Reading(data, format, column, model_path, end, read_pad(model_path, end), classes)
+
+
+def _by_key(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Groups rows by their key, in order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.key, []).append(row)
+    return groups
+
+
+def _flat(groups: Iterable[Sequence[Row]]) -> list[Row]:
+    return [row for group in groups for row in group]
+
+
+def _by_owner(partitioner: _Partitioner) -> tuple[list[Shard], list[str], list[Fitted]]:
+    """Makes one shard for each owner.
+
+    Returns:
+        Shards of the owners with enough text, names of the owners with too little, and everything that was fitted.
+    """
+    by_owner = _by_key(partitioner.texts.rows)
+    separate = partitioner.fit_held_out()
+
+    shards: list[Shard] = []
+    lacking: list[str] = []
+    fitted = [separate] if separate else []
+    for number, (owner, texts) in enumerate(by_owner.items()):
+        if separate is None:
+            train_texts, held_out_texts = _split_documents(texts)
+            train = partitioner.fit(train_texts)
+            held_out = partitioner.fit(held_out_texts)
+            fitted += [train, held_out]
+        else:
+            train = partitioner.fit(texts)
+            held_out = Fitted(_held_out_of_owner(partitioner, separate.rows, owner, number, len(by_owner)))
+            fitted.append(train)
+
+        if train.rows and held_out.rows:
+            shards.append(partitioner.shard(owner, train.rows, held_out.rows))
+        else:
+            lacking.append(owner)
+    return shards, lacking, fitted
+
+
+def _split_documents(texts: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Splits an owner's texts into those to train on and those to hold out; the turns of a chat stay together."""
+    documents = by_source(texts)
+    last = len(documents) - 1
+    held_out = range(HELD_OUT_DOCUMENTS - 1, len(documents), HELD_OUT_DOCUMENTS) or range(last, last + 1)
+    train = (document for place, document in enumerate(documents) if place not in held_out)
+    return _flat(train), _flat(documents[place] for place in held_out)
+
+
+def _held_out_of_owner(
+    partitioner: _Partitioner, held_out: list[Row], owner: str, number: int, owners: int
+) -> list[Row]:
+    """Returns an owner's part of the separate held-out table: its own rows, or an even part if no column says."""
+    assert partitioner.held_out is not None
+    owner_column = partitioner.reading.column or partitioner.reading.data.owner
+    if owner_column in partitioner.held_out.columns:
+        return [row for row in held_out if row.key == owner]
+    return _flat(by_source(held_out)[number::owners])
+
+
+def _too_few_owners(partitioner: _Partitioner, clients: int, owners: int, lacking: Sequence[str]) -> SettingError:
+    """Returns the error for more clients than owners with enough text."""
+    if not owners:
+        reason = f"no {partitioner.key} has text enough (not {_listed(lacking)})"
+        return SettingError("clients", clients, f"none by nature, since {reason}, but --partition iid")
+    without = f", not {_listed(lacking)}" if lacking else ""
+    return SettingError("clients", clients, f"1 to {owners} (owners with text enough{without}), or --partition iid")
+
+
+def _by_sequence(partitioner: _Partitioner, spec: PartitionSpec, name: str, clients: int, seed: int) -> Partition:
+    """Divides single sequences among clients, regardless of who wrote them."""
+    fitted = partitioner.fit(partitioner.texts.rows)
+    separate = partitioner.fit_held_out()
+    blocks = by_source(fitted.rows)
+    _check_enough(partitioner, len(blocks), clients)
+    indices = _divided(partitioner, spec, name, [block[0].key for block in blocks], clients, seed)
+
+    if separate is None:
+        parts = [_split_blocks([blocks[index] for index in part]) for part in indices]
+    else:
+        held_out = [_flat(by_source(separate.rows)[client::clients]) for client in range(clients)]
+        _check_held_out(partitioner, held_out)
+        train = [_flat(blocks[index] for index in part) for part in indices]
+        parts = list(zip(train, held_out, strict=True))
+
+    shards = [partitioner.shard(f"client {client}", *part) for client, part in enumerate(parts)]
+    return partitioner.partition(shards, [fitted, separate] if separate else [fitted])
+
+
+def _split_blocks(blocks: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
+    """Splits a client's sequences into those to train on and those to hold out."""
+    train = _flat(block for place, block in enumerate(blocks) if place % HELD_OUT_BLOCKS)
+    return train, _flat(blocks[::HELD_OUT_BLOCKS])
+
+
+def _check_enough(partitioner: _Partitioner, blocks: int, clients: int) -> None:
+    """Checks that there are enough sequences for all clients, however they are divided."""
+    least = partitioner.least
+    table = partitioner.table
+    if blocks < least:
+        found = f"a text of {blocks} sequences ({table.name}, {len(table)} in all)"
+        raise SettingError("dataset", found, f"{_number(least)} {partitioner.length_in_words} or more")
+    if clients * least > blocks:
+        needed = f"{_number(least)} {partitioner.length_in_words} a client, of {blocks} there are"
+        raise SettingError("clients", clients, f"1 to {blocks // least} ({needed})")
+
+
+def _check_held_out(partitioner: _Partitioner, held_out: Sequence[Sequence[Row]]) -> None:
+    """Checks that every client gets a sequence of the separate held-out table."""
+    lacking = [f"client {client}" for client, rows in enumerate(held_out) if not rows]
+    if lacking:
+        needed = f"a sequence {partitioner.length_in_words} for each client at least (nothing for {_listed(lacking)})"
+        raise SettingError("data.held_out", partitioner.reading.data.held_out, needed)
+
+
+def _divided(
+    partitioner: _Partitioner, spec: PartitionSpec, name: str, keys: Sequence[str], clients: int, seed: int
+) -> list[list[int]]:
+    """Returns the indices of each client's sequences, after checking that every client gets enough."""
+    least = partitioner.least
+    try:
+        indices = divide(keys, spec, clients, seed, least)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if spec.kind == "dirichlet":
+            needed = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
+            raise SettingError("partition", name, needed) from None
+        reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
+        needed = (
+            f"a way to divide {len(keys)} sequences of {len(set(keys))} kinds ({partitioner.key}) "
+            f"among {clients} clients, {_number(least)} each ({reason})"
+        )
+        raise SettingError("partition", name, needed) from None
+
+    for client, part in enumerate(indices):
+        if len(part) < least:
+            needed = f"{_number(least)} or more each (client {client} gets {len(part)} of {len(keys)})"
+            raise SettingError("partition", f"{name} for {clients} clients", needed)
+    return indices
+
+
+def _number(sequences: int) -> str:
+    return {1: "one sequence", 2: "two sequences"}[sequences]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names the first three in words, each shortened: a column may hold whole texts."""
+    shown = ", ".join(name if len(name) <= 40 else f"{name[:40]}…" for name in names[:3])
+    more = len(names) - 3
+    return f"{shown} and {more} more" if more > 0 else shown

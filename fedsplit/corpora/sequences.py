@@ -1,6 +1,6 @@
-"""Sequences of tokens with what is to be predicted of them, padded where they differ in length.
+"""Sequences of tokens and their labels, padded to a common length.
 
-What is predicted is the next token, or under classification the class of a sequence.
+Labels are the next tokens to predict or, under classification, the class of each sequence.
 
 Shapes: n or B sequences of at most T tokens.
 """
@@ -19,16 +19,16 @@ from fedsplit.model.kernels import IGNORED
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence, before there are tensors.
+    """A sequence as plain lists, before `stack` makes tensors of several.
 
     Attributes:
-        ids: Its tokens.
-        labels: The tokens that are predicted, `IGNORED` elsewhere.
-        key: What it is dealt by: its owner, or another column's value.
-        target: Its class, where that alone is predicted.
-        share: What it counts as where shares are told; its key where nothing is said.
-        source: Number of the table's row that it is of, from 0. Of packed texts, that of the first one; below 0 in a
-            packed stream. Neighbours of one source stay together.
+        ids: Token ids.
+        labels: Token ids that are predicted, `IGNORED` elsewhere.
+        key: Value that the data set is partitioned by: the owner, or another column's value.
+        target: Number of the class, under classification; None otherwise.
+        share: Group name used in the data summary. Defaults to `key`.
+        source: Number of the table's row that the sequence comes from, counted from 0. For packed texts: row of the
+            first text; below 0 in a packed stream. Consecutive sequences of one source stay together.
     """
 
     ids: Sequence[int]
@@ -40,14 +40,22 @@ class Row:
 
     @property
     def predicted(self) -> int:
-        """How many tokens are predicted; the first one never is. A class counts as one."""
+        """Number of predicted tokens. The first token is never predicted; a class counts as one."""
         if self.target is not None:
             return 1
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 def predicted(labels: Tensor) -> int:
-    """How many tokens of labels (B, T) are predicted: not the first one of a sequence. Of classes (B,), all are."""
+    """Returns the number of predictions that labels ask for.
+
+    Args:
+        labels: Token labels (B, T), whose first column is never predicted, or classes (B,), which all are.
+
+    Example:
+        >>> predicted(torch.tensor([[5, 6, 7], [5, 6, IGNORED]]))
+        3
+    """
     if labels.ndim == 1:
         return len(labels)
     return int((labels[:, 1:] != IGNORED).sum())
@@ -55,13 +63,22 @@ def predicted(labels: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Some sequences, which lie at the left; what is right of their ends is padding.
+    """A batch of sequences, padded on the right.
 
     Attributes:
-        ids: Tokens (n, T).
-        labels: The tokens themselves (n, T) where they are predicted, `IGNORED` elsewhere; as the library takes them,
-            they are not shifted. Or the classes of the sequences (n,).
-        lengths: Tokens of each sequence (n,); None where there is no padding.
+        ids: Token ids (n, T).
+        labels: The token ids (n, T) where they are predicted, `IGNORED` elsewhere; not shifted, as transformers
+            expects them. Under classification: the class of each sequence (n,).
+        lengths: Length of each sequence (n,); None if there is no padding.
+
+    Example:
+        >>> batch = stack([Row([1, 2, 3], [1, 2, 3], "ann"), Row([4, 5], [4, 5], "ann")], pad=0)
+        >>> batch.ids.tolist()
+        [[1, 2, 3], [4, 5, 0]]
+        >>> batch.mask.tolist()
+        [[True, True, True], [True, True, False]]
+        >>> batch.tokens, batch.predicted
+        (5, 3)
     """
 
     ids: Tensor
@@ -70,15 +87,20 @@ class Sequences:
 
     @classmethod
     def packed(cls, ids: Tensor) -> Sequences:
-        """Tokens (n, T) that are all predicted, without padding."""
+        """Returns sequences without padding, of which every token is predicted.
+
+        Args:
+            ids: Token ids (n, T).
+        """
         return cls(ids, ids)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, which: Sequence[int] | slice) -> Sequences:
-        """Some of them, without the padding that all of these have in common."""
-        ids, labels = self.ids[which], self.labels[which]
+        """Returns some of the sequences, without the padding that all of these share."""
+        ids = self.ids[which]
+        labels = self.labels[which]
         if self.lengths is None:
             return Sequences(ids, labels)
         lengths = self.lengths[which]
@@ -88,58 +110,73 @@ class Sequences:
         return Sequences(ids[:, :longest], labels, lengths if padded else None)
 
     def split(self, size: int) -> list[Sequences]:
-        """Batches in order, of so many sequences each but for the last."""
+        """Returns batches of `size` sequences, in order; the last may have fewer."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> Sequences:
-        """The same on a device."""
+        """Returns the sequences on a device."""
         lengths = None if self.lengths is None else self.lengths.to(device)
         return Sequences(self.ids.to(device), self.labels.to(device), lengths)
 
     @property
     def mask(self) -> Tensor | None:
-        """(n, T), False on padding; None where there is none."""
+        """Mask (n, T), False on padding; None if there is no padding."""
         if self.lengths is None:
             return None
         return torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
 
     @property
     def tokens(self) -> int:
-        """Tokens without padding."""
+        """Number of tokens, padding excluded."""
         return self.ids.numel() if self.lengths is None else int(self.lengths.sum())
 
     @property
     def predicted(self) -> int:
-        """Tokens, or classes, that are predicted."""
+        """Number of tokens, or classes, that are predicted."""
         return predicted(self.labels)
 
 
 def stack(rows: Sequence[Row], pad: int) -> Sequences:
-    """Rows as tensors.
+    """Pads rows to the longest and returns them as tensors.
 
     Args:
-        rows: One or more.
-        pad: The token put where a sequence is shorter than the longest; nobody sees or predicts it.
+        rows: One row or more.
+        pad: Token id of the padding, which is neither attended to nor predicted.
     """
     lengths = torch.tensor([len(row.ids) for row in rows])
     longest = int(lengths.max())
-    ids = torch.tensor([[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows])
-    if all(row.labels is row.ids and row.target is None for row in rows) and bool((lengths == longest).all()):
+    is_padded = bool((lengths < longest).any())
+    ids = torch.tensor([_padded(row.ids, longest, pad) for row in rows])
+
+    predicts_all = all(row.labels is row.ids and row.target is None for row in rows)
+    if predicts_all and not is_padded:
         return Sequences.packed(ids)
+
     if rows[0].target is not None:
-        classes = torch.tensor([row.target for row in rows])
-        return Sequences(ids, classes, lengths if bool((lengths < longest).any()) else None)
-    labels = torch.tensor([[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in rows])
-    return Sequences(ids, labels, lengths if bool((lengths < longest).any()) else None)
+        labels = torch.tensor([row.target for row in rows])
+    else:
+        labels = torch.tensor([_padded(row.labels, longest, IGNORED) for row in rows])
+    return Sequences(ids, labels, lengths if is_padded else None)
+
+
+def _padded(tokens: Sequence[int], length: int, pad: int) -> list[int]:
+    return [*tokens, *[pad] * (length - len(tokens))]
 
 
 def behind(virtual: int, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Labels and mask (B, T) of a text that virtual tokens are put before, as (B, P + T).
+    """Returns labels and mask (B, P + T) of text (B, T) that follows P virtual tokens.
+
+    Only the last virtual token predicts: the first token of the text.
 
     Args:
-        virtual: P, how many; of these only the last one predicts.
-        labels: What is predicted of the text.
-        mask: 0 on padding; None where there is none.
+        virtual: P, the number of virtual tokens.
+        labels: Labels of the text.
+        mask: Mask of the text, 0 on padding; None if there is no padding.
+
+    Example:
+        >>> labels, mask = behind(2, torch.tensor([[5, 6]]), None)
+        >>> labels.tolist()
+        [[-100, -100, 5, 6]]
     """
     if not virtual:
         return labels, mask

@@ -1,4 +1,4 @@
-"""One client's data: what it is, how it lies on the client's disk, and in which order it is trained on.
+"""The data of one client: its sequences, its file on the client's disk, and the order of its training batches.
 
 Shapes: n sequences of at most T tokens.
 """
@@ -27,14 +27,14 @@ Rows = TypeVar("Rows", Tensor, Sequences)
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's data.
+    """The data of one client.
 
     Attributes:
-        name: Whose it is.
-        train: Its sequences.
-        held_out: Sequences that are never trained on.
-        shares: How many of both are of which owner, or of another column's value.
-        classes: How many classes its texts are sorted into; 0 where tokens are predicted.
+        name: Name of the client: its owner's, or "client N".
+        train: Sequences to train on.
+        held_out: Sequences never trained on.
+        shares: Number of sequences, held-out ones included, by owner or by another column's value.
+        classes: Number of classes, under classification; 0 if tokens are predicted.
     """
 
     name: str
@@ -45,15 +45,20 @@ class Shard:
 
 
 def _tensors(rows: Sequences) -> dict[str, Tensor]:
-    """Sequences as tensors by name; labels and lengths only where they say more than the tokens do."""
-    found = {"ids": rows.ids}
+    """Returns sequences as tensors by name; `_sequences` is the inverse.
+
+    Labels that are the tokens themselves are left out, and so are lengths without padding.
+    """
+    tensors = {"ids": rows.ids}
     if rows.labels is not rows.ids:
-        found["labels"] = rows.labels
-    return found if rows.lengths is None else found | {"lengths": rows.lengths}
+        tensors["labels"] = rows.labels
+    if rows.lengths is not None:
+        tensors["lengths"] = rows.lengths
+    return tensors
 
 
 def _sequences(tensors: Mapping[str, Tensor]) -> Sequences:
-    """The inverse of `_tensors`."""
+    """Returns sequences from the tensors that `_tensors` made."""
     return Sequences(tensors["ids"], tensors.get("labels", tensors["ids"]), tensors.get("lengths"))
 
 
@@ -62,12 +67,20 @@ def _path(root: Path, client: int) -> Path:
 
 
 def write_shard(root: Path, client: int, shard: Shard) -> None:
-    """Puts a client's data on its disk.
+    """Writes a client's data to its disk.
 
     Args:
-        root: The folder of the clients' disks.
-        client: The client.
-        shard: Its data.
+        root: Folder of the clients' disks.
+        client: Number of the client.
+        shard: The client's data.
+
+    Example:
+        >>> import tempfile
+        >>> text = Sequences.packed(torch.zeros(3, 8, dtype=torch.long))
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     write_shard(Path(root), 0, Shard("ann", train=text, held_out=text[:1]))
+        ...     read_shard(Path(root), 0).name
+        'ann'
     """
     facts = {"name": shard.name, "shares": dict(shard.shares), "classes": shard.classes}
     tensors = pack({"train": _tensors(shard.train), "held_out": _tensors(shard.held_out)})
@@ -75,33 +88,40 @@ def write_shard(root: Path, client: int, shard: Shard) -> None:
 
 
 def read_shard(root: Path, client: int) -> Shard:
-    """A client's data from its disk, and nobody else's; mapped, so that only what is used takes memory.
+    """Reads a client's data from its disk.
+
+    The file is mapped into memory, so that only the sequences in use take up memory.
+
+    Args:
+        root: Folder of the clients' disks.
+        client: Number of the client.
 
     Raises:
-        LostState: There is none.
+        LostState: The client has no data on its disk.
     """
     path = _path(root, client)
     if not path.exists():
         raise LostState(f"{path}, the data of client {client}, is not there")
     tensors, facts = map_tensors(path)
-    groups, about = unpack(tensors), json.loads(facts["shard"])
-    return Shard(train=_sequences(groups["train"]), held_out=_sequences(groups["held_out"]), **about)
+    groups = unpack(tensors)
+    description = json.loads(facts["shard"])  # name, shares and classes
+    return Shard(train=_sequences(groups["train"]), held_out=_sequences(groups["held_out"]), **description)
 
 
 @contextlib.contextmanager
 def on_disks(root: Path, shards: Sequence[Shard]) -> Iterator[None]:
-    """Puts each client's data on its own disk, for as long as the context lasts: no text is left in a run's folder.
+    """Keeps each client's data on its disk while the context lasts, so that a run's folder retains no text.
 
-    What a command left behind that was killed is replaced.
+    Data left behind by a killed command is replaced.
 
     Args:
-        root: The folder of the clients' disks.
-        shards: By client.
+        root: Folder of the clients' disks.
+        shards: Data of each client.
     """
 
     def remove() -> None:
         shutil.rmtree(root / "data", ignore_errors=True)
-        with contextlib.suppress(OSError):  # others keep something there
+        with contextlib.suppress(OSError):  # the folder also holds state that clients keep for longer
             root.rmdir()
 
     with cleaned_up(remove):
@@ -111,42 +131,60 @@ def on_disks(root: Path, shards: Sequence[Shard]) -> Iterator[None]:
 
 
 def batch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
-    """The batch of a step: passes over the blocks, each shuffled anew, cut into batches without a gap.
+    """Returns the batch of a training step, always of full size.
 
-    A function of its arguments alone, so that a client that starts again in the middle continues in order.
+    The passes over the sequences are shuffled one by one and joined without a gap, and the stream is cut into batches.
+    The batch depends on the arguments alone, so that a restarted client continues in order.
 
     Args:
         blocks: Sequences, or token ids (n, T).
-        step: Steps made before this one, over all rounds.
-        size: Sequences a batch.
-        seed: Decides the order.
+        step: Number of steps before this one, over all rounds.
+        size: Sequences in a batch.
+        seed: Seed of the order.
 
     Returns:
-        As many sequences, or token ids (size, T).
+        `size` sequences, or token ids (size, T).
+
+    Example:
+        >>> blocks = torch.arange(3)[:, None]
+        >>> stream = torch.cat([batch(blocks, step, size=2, seed=0) for step in range(3)]).flatten().tolist()
+        >>> sorted(stream[:3]), sorted(stream[3:])  # two passes in three batches
+        ([0, 1, 2], [0, 1, 2])
     """
     positions = range(step * size, (step + 1) * size)
-    orders = {epoch: _shuffled(len(blocks), seed, epoch) for epoch in {p // len(blocks) for p in positions}}
-    return blocks[[orders[p // len(blocks)][p % len(blocks)] for p in positions]]
+    epochs = {position // len(blocks) for position in positions}
+    orders = {epoch: _shuffled(len(blocks), seed, epoch) for epoch in epochs}
+    return blocks[[orders[position // len(blocks)][position % len(blocks)] for position in positions]]
 
 
 def steps_of_epoch(count: int, size: int) -> int:
-    """Returns how many steps a pass over so many sequences takes; the last may have fewer than `size` of them."""
+    """Returns the number of steps in a pass over `count` sequences; the last step may have fewer than `size`.
+
+    Example:
+        >>> steps_of_epoch(count=5, size=2)
+        3
+    """
     return -(-count // size)
 
 
 def batch_of_epoch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
-    """The batch of a step where whole passes are counted: each pass trains each sequence once.
+    """Returns the batch of a training step if training is measured in whole passes (`--train.epochs`).
 
-    As `batch`, but a pass ends with what is left of it, and the next one begins with a batch of its own.
+    Unlike `batch`, no batch crosses the end of a pass, so that each pass trains each sequence exactly once.
 
     Args:
         blocks: Sequences, or token ids (n, T).
-        step: Steps made before this one, over all rounds.
-        size: Sequences a batch.
-        seed: Decides the order.
+        step: Number of steps before this one, over all rounds.
+        size: Sequences in a batch.
+        seed: Seed of the order.
 
     Returns:
-        `size` sequences; fewer at the end of a pass that they do not divide.
+        `size` sequences; the last batch of a pass may have fewer.
+
+    Example:
+        >>> blocks = torch.arange(3)[:, None]
+        >>> [len(batch_of_epoch(blocks, step, size=2, seed=0)) for step in range(4)]
+        [2, 1, 2, 1]
     """
     epoch, place = divmod(step, steps_of_epoch(len(blocks), size))
     order = _shuffled(len(blocks), seed, epoch)
@@ -154,13 +192,19 @@ def batch_of_epoch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """Returns the numbers below `count` in the order of a pass."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     order: list[int] = torch.randperm(count, generator=generator).tolist()
     return order
 
 
 def spread(blocks: Rows, most: int) -> Rows:
-    """At most so many blocks (n, T), evenly spaced over all of them, so that no text is favoured."""
+    """Returns at most `most` sequences, evenly spaced over all of them, so that no text is favoured.
+
+    Example:
+        >>> spread(torch.arange(10), 3).tolist()
+        [0, 3, 6]
+    """
     if len(blocks) <= most:
         return blocks
     return blocks[[index * len(blocks) // most for index in range(most)]]

@@ -1,16 +1,16 @@
-"""A small language that is made from the seed: nothing is downloaded, and what can be learned of it is known.
+"""A synthetic language, made from the seed: it needs no download, and everything to be learned from it is known.
 
-Words are made of syllables. A sentence is `DET ADJECTIVE NOUN VERB DET NOUN .`, and three rules decide it:
+Words are made of syllables. A sentence is `DET ADJECTIVE NOUN VERB DET NOUN .`, and follows three rules:
 
-- **Grammar**, the same for all owners: each noun is of one of two genders, which determiner and adjective agree with
-  by their first and last syllable. A model learns it from anybody's text.
-- **Topics**: a noun belongs to one of four topics, and a text keeps to the nouns of its own, which is its `label`.
-  Owners differ in the topics that they write about, by a Dirichlet draw with alpha 0.5: label skew.
-- **Habits**: which noun an owner lets follow a verb in a text of a topic is a fixed choice of the owner's. Of two
-  owners each learns what contradicts the other: what is one's own is lost in an average.
+- **Grammar**, shared by all owners: each noun has one of two genders. The determiner and the adjective agree with the
+  gender by their first and last syllable. A model learns the grammar from any owner's text.
+- **Topics**: each noun belongs to one of four topics. A text uses the nouns of one topic, which is its `label`. Owners
+  prefer different topics, by a Dirichlet draw with alpha 0.5: label skew.
+- **Habits**: each owner always lets the same noun follow a verb in texts of a topic. The habits of two owners
+  contradict each other, so that an average of their models loses both.
 
-The last sentence of a text is also a question, up to its verb, and an answer: `prompt` and `completion`, and as a chat
-`messages`.
+The last sentence of a text also serves as a question, up to its verb, and an answer: as `prompt` and `completion`, and
+as a chat in `messages`.
 """
 
 from __future__ import annotations
@@ -24,29 +24,36 @@ from typing import Any
 from fedsplit.seeds import derive_seed
 
 TOPICS = ("weather", "market", "harbour", "garden")
-"""The labels; the words of a topic are made up."""
+"""Labels of the texts. The words of a topic are made up, too."""
 
 TEXTS = 32
-"""Texts of an owner."""
+"""Number of texts of an owner."""
 
 SENTENCES = 24
-"""Sentences of a text."""
+"""Number of sentences in a text."""
 
 _SKEW = 0.5
-_NOUNS, _VERBS, _ADJECTIVES = 6, 8, 6
-_ONSETS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+"""Alpha of the Dirichlet draw of an owner's topics."""
+
+_NOUNS = 6
+"""Number of nouns of a topic."""
+
+_VERBS = 8
+_ADJECTIVES = 6
+_ONSETS = "bdfgklmnprstvz"
+_VOWELS = "aeiou"
 
 
 @dataclass(frozen=True)
 class Language:
-    """The words that all owners have in common.
+    """The vocabulary that all owners share.
 
     Attributes:
-        determiners: One for each gender.
-        adjectives: Stems; the gender's ending is put after them.
-        endings: One for each gender.
-        verbs: Whole words.
-        nouns: By topic, each with its gender, 0 or 1.
+        determiners: Determiner of each gender.
+        adjectives: Stems of the adjectives, to which the ending of a gender is added.
+        endings: Ending of each gender.
+        verbs: The verbs.
+        nouns: Nouns of each topic, each with its gender, 0 or 1.
     """
 
     determiners: tuple[str, str]
@@ -56,14 +63,16 @@ class Language:
     nouns: tuple[tuple[tuple[str, int], ...], ...]
 
     def phrase(self, noun: tuple[str, int], adjective: str = "") -> str:
-        """A noun with what agrees with it."""
+        """Returns a noun with its determiner, and with an adjective if given, all of the noun's gender."""
         word, gender = noun
-        middle = f"{adjective}{self.endings[gender]} " if adjective else ""
-        return f"{self.determiners[gender]} {middle}{word}"
+        determiner = self.determiners[gender]
+        if not adjective:
+            return f"{determiner} {word}"
+        return f"{determiner} {adjective}{self.endings[gender]} {word}"
 
 
 def make_language(seed: int) -> Language:
-    """Draws the words; no two are equal."""
+    """Draws the vocabulary; no two words are equal."""
     draw = random.Random(derive_seed(seed, "synthetic", "words"))
     syllables = ["".join(pair) for pair in itertools.product(_ONSETS, _VOWELS)]
     pairs = ["".join(pair) for pair in itertools.permutations(syllables, 2)]
@@ -76,20 +85,27 @@ def make_language(seed: int) -> Language:
 
 
 def _topic_shares(draw: random.Random) -> list[float]:
-    """A Dirichlet draw, by its gamma variables."""
+    """Returns a Dirichlet draw over the topics, as normalised gamma variables."""
     weights = [draw.gammavariate(_SKEW, 1.0) + 1e-9 for _ in TOPICS]
     return [weight / sum(weights) for weight in weights]
 
 
 def make_rows(seed: int, owners: int) -> list[dict[str, Any]]:
-    """Texts of some owners; those of an owner do not depend on how many there are.
+    """Writes the texts of some owners. An owner's texts do not depend on the number of owners.
 
     Args:
-        seed: The run's seed.
-        owners: How many.
+        seed: Seed of the run.
+        owners: Number of owners.
 
     Returns:
         Rows with `text`, `owner`, `label`, `prompt`, `completion` and `messages`, owner by owner.
+
+    Example:
+        >>> rows = make_rows(seed=0, owners=2)
+        >>> len(rows), sorted(rows[0])
+        (64, ['completion', 'label', 'messages', 'owner', 'prompt', 'text'])
+        >>> rows[0]["text"].endswith(rows[0]["prompt"] + rows[0]["completion"])
+        True
     """
     language = make_language(seed)
     rows: list[dict[str, Any]] = []
@@ -99,18 +115,35 @@ def make_rows(seed: int, owners: int) -> list[dict[str, Any]]:
         habits = [[draw.randrange(_NOUNS) for _ in language.verbs] for _ in TOPICS]
         for _ in range(TEXTS):
             topic = draw.choices(range(len(TOPICS)), shares)[0]
-            rows.append({"owner": f"owner {owner}", "label": TOPICS[topic]} | _text(language, topic, habits, draw))
+            text = _text(language, topic, habits, draw)
+            rows.append({"owner": f"owner {owner}", "label": TOPICS[topic], **text})
     return rows
 
 
 def _text(language: Language, topic: int, habits: Sequence[Sequence[int]], draw: random.Random) -> dict[str, Any]:
-    nouns, told = language.nouns[topic], []
+    """Writes a text.
+
+    Args:
+        language: The vocabulary.
+        topic: Number of the text's topic.
+        habits: For each topic and verb, the noun that the owner lets follow.
+        draw: Source of all draws.
+    """
+    nouns = language.nouns[topic]
+    sentences = []
     for _ in range(SENTENCES):
-        verb, subject = draw.randrange(_VERBS), draw.choice(nouns)
-        first = language.phrase(subject, draw.choice(language.adjectives))
-        told.append((f"{first} {language.verbs[verb]}", language.phrase(nouns[habits[topic][verb]])))
-    text = " ".join(f"{question} {answer}." for question, answer in told)
-    question, answer = told[-1]
-    completion = f" {answer}."
-    chat = [{"role": "user", "content": f"{question}?"}, {"role": "assistant", "content": f"{answer}."}]
-    return {"text": text, "prompt": question, "completion": completion, "messages": chat}
+        verb = draw.randrange(_VERBS)
+        subject = language.phrase(draw.choice(nouns), draw.choice(language.adjectives))
+        object_ = language.phrase(nouns[habits[topic][verb]])
+        sentences.append((f"{subject} {language.verbs[verb]}", object_))
+
+    question, answer = sentences[-1]
+    return {
+        "text": " ".join(f"{start} {end}." for start, end in sentences),
+        "prompt": question,
+        "completion": f" {answer}.",
+        "messages": [
+            {"role": "user", "content": f"{question}?"},
+            {"role": "assistant", "content": f"{answer}."},
+        ],
+    }

@@ -1,4 +1,4 @@
-"""Where data come from: the bundled corpus, the synthetic language, files, folders and the Hub, all as tables."""
+"""Reads data sets of all sources as tables: the bundled corpus, the synthetic language, files, folders and the Hub."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fedsplit.corpora.files import READ_HERE, Columns, doubled_columns, read_row
 from fedsplit.corpora.synthetic import make_rows
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-"""Files that can be read, and what `datasets` calls their format."""
+"""Endings of the files that can be read, with the name that `datasets` has for each format."""
 
 MADE = ("sotu", "synthetic")
-"""Data sets that are no files."""
+"""Bundled data sets: they are made here, not read from a user's file."""
 
 ALLOWED = (
     f"sotu, synthetic, a Hub id such as wikitext, a file that is there, ending in {' | '.join(FILE_TYPES)}, "
@@ -30,22 +30,27 @@ ALLOWED = (
 
 
 _ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""Files that lie beside data and are none; `datasets` passes them over."""
+"""Files beside the data that hold no data; `datasets` ignores them."""
 
 _LAYOUT = re.compile(r"---\n(?:(?!---).*\n)*?configs:")
-"""The beginning of a README.md that says, as on the Hub, which files are data."""
+"""Beginning of a README.md that tells, as on the Hub, which files hold the data."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a data set, column by column.
+    """A data set, column by column.
 
     Attributes:
-        dataset: What the user calls it.
-        name: What its owner is called where no column says it.
-        columns: Values by the columns' names.
-        classes: The names of the classes, of columns that hold their numbers.
-        doubled: Names that two columns share. Nobody knows which of the two a setting means.
+        dataset: Name of the data set in the settings.
+        name: Name of the owner if no column tells the owners.
+        columns: Values of each column.
+        classes: Class names of columns that hold class numbers.
+        doubled: Names that two columns share: a setting cannot refer to either.
+
+    Example:
+        >>> table = Table("notes.csv", "notes", {"text": ["a", "b"], "owner": ["ann", "bob"]})
+        >>> len(table), table.column("data.owner", "owner")
+        (2, ['ann', 'bob'])
     """
 
     dataset: str
@@ -59,18 +64,18 @@ class Table:
 
     @property
     def listed(self) -> str:
-        """The columns' names, for messages."""
+        """Names of the columns, for messages."""
         return ", ".join(self.columns)
 
     def column(self, setting: str, name: str) -> Sequence[Any]:
-        """A column.
+        """Returns the values of a column.
 
         Args:
-            setting: The setting that names it, for the message.
-            name: Its name.
+            setting: Setting that names the column, for the message.
+            name: Name of the column.
 
         Raises:
-            SettingError: There is none of that name, or more than one.
+            SettingError: No column has that name, or two have.
         """
         if name not in self.columns:
             raise SettingError(setting, name, f"a column of {self.dataset}: {self.listed}")
@@ -80,14 +85,25 @@ class Table:
 
 
 def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
-    """Makes sure that a data set can be found as far as that can be told without reading it or asking the Hub.
+    """Checks, without reading a data set or asking the Hub, that it can exist.
+
+    Args:
+        dataset: Name of the data set in the settings.
+        data: Configuration and split.
 
     Raises:
-        SettingError: It is none that is made here, no file of a known type or folder that is there, and no name that
-            the Hub might have; or one of these with a configuration or a split that it cannot have; or a folder of
-            files of several kinds, of which all but one would be passed over.
+        SettingError: The name is no bundled data set, no existing file of a known type, no existing folder and no
+            possible name on the Hub; or the data set cannot have such a configuration or split; or it is a folder of
+            files of several types, of which `datasets` would read one.
+
+    Example:
+        >>> check_dataset("synthetic")
+        >>> check_dataset("notes.pdf")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        fedsplit.allowed.SettingError: dataset: notes.pdf is not possible; allowed: sotu, synthetic, ...
     """
-    data, path = data or DataSettings(), Path(dataset)
+    data = data or DataSettings()
+    path = Path(dataset)
     if dataset in MADE or path.is_file():
         if dataset not in MADE and path.suffix not in FILE_TYPES:
             raise SettingError("dataset", dataset, ALLOWED)
@@ -104,23 +120,24 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
 
 
 def check_packing(data: DataSettings) -> None:
-    """Makes sure that what is to be packed can be.
+    """Checks that the format allows packing.
 
     Raises:
-        SettingError: A sequence has one class, so that it cannot have several texts.
+        SettingError: Classified texts are to be packed, but a sequence has one class and so can hold one text only.
     """
     if data.format == "classification" and data.packing == "true":
-        words = "auto | false under the format classification, where a text is a sequence"
-        raise SettingError("data.packing", "true", words)
+        allowed = "auto | false under the format classification, where a text is a sequence"
+        raise SettingError("data.packing", "true", allowed)
 
 
 def _may_be_on_hub(dataset: str) -> bool:
+    """Tells whether a name has the form of a Hub id, such as `user/name`, and not that of a file."""
     ends_like_a_file = re.search(r"\.[a-z]{2,8}$", dataset)
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", dataset)) and not ends_like_a_file
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether a folder was written by `datasets.save_to_disk`."""
+    """Tells whether `datasets.save_to_disk` wrote a folder."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
@@ -129,42 +146,58 @@ def _data_files(path: Path) -> list[Path]:
 
 
 def _check_kind(dataset: str, path: Path) -> None:
-    """Makes sure that no data file of a folder is passed over: `datasets` reads the kind that most of them are of.
+    """Checks that all data files of a folder have one type: `datasets` would read the most frequent type alone.
 
     Raises:
-        SettingError: There are several kinds, and nothing says which is meant.
+        SettingError: The files have several types, and no README.md tells which to read.
     """
-    readme = path / "README.md"
-    if _is_saved(path) or (readme.is_file() and _LAYOUT.match(readme.read_text(encoding="utf-8", errors="replace"))):
+    if _is_saved(path) or _readme_names_files(path):
         return
-    kinds: dict[str, Path] = {}
-    for file in (found.relative_to(path) for found in _data_files(path)):
-        if file.name not in _ABOUT and not any(step.startswith((".", "__")) for step in file.parts):
-            kinds.setdefault(FILE_TYPES[file.suffix], file)
-    if len(kinds) > 1:
-        one, two, *_ = kinds.values()
-        words = f"a folder whose data files are of one kind ({one} and {two} are of two)"
-        raise SettingError("dataset", dataset, words)
+
+    # The first file of each type, but for the files that `datasets` ignores.
+    examples: dict[str, Path] = {}
+    for absolute in _data_files(path):
+        file = absolute.relative_to(path)
+        is_hidden = any(step.startswith((".", "__")) for step in file.parts)
+        if file.name not in _ABOUT and not is_hidden:
+            examples.setdefault(FILE_TYPES[file.suffix], file)
+
+    if len(examples) > 1:
+        first, second, *_ = examples.values()
+        needed = f"a folder whose data files are of one kind ({first} and {second} are of two)"
+        raise SettingError("dataset", dataset, needed)
+
+
+def _readme_names_files(path: Path) -> bool:
+    """Tells whether a folder's README.md says which files hold the data."""
+    readme = path / "README.md"
+    return readme.is_file() and bool(_LAYOUT.match(readme.read_text(encoding="utf-8", errors="replace")))
 
 
 def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int = 8) -> Table:
-    """Reads a data set.
+    """Reads a data set as a table.
 
     Args:
         dataset: "sotu" for the addresses from 1946 on, "synthetic", a path, or a Hub id.
-        data: Its configuration and split.
-        seed: Decides a synthetic one.
-        owners: The owners of a synthetic one.
+        data: Configuration and split.
+        seed: Seed of a synthetic data set.
+        owners: Number of owners of a synthetic data set.
 
     Raises:
-        SettingError: It cannot be found or read, or has no row.
+        SettingError: The data set cannot be found or read, or has no row.
+
+    Example:
+        >>> table = read_table("synthetic", DataSettings(), owners=2)
+        >>> len(table), sorted(set(table.columns["owner"]))
+        (64, ['owner 0', 'owner 1'])
     """
     check_dataset(dataset, data)
     path = Path(dataset)
     if dataset == "sotu":
         addresses = sotu(first_year=FIRST_CLIENT_YEAR)
-        columns = {"text": [a.text for a in addresses], "owner": [a.owner for a in addresses]}
-        return Table(dataset, dataset, columns)
+        texts = [address.text for address in addresses]
+        presidents = [address.owner for address in addresses]
+        return Table(dataset, dataset, {"text": texts, "owner": presidents})
     if dataset == "synthetic":
         rows = make_rows(seed, owners)
         return Table(dataset, dataset, {name: [row[name] for row in rows] for name in rows[0]})
@@ -180,10 +213,14 @@ def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int =
 
 
 def read_held_out(dataset: str, data: DataSettings) -> Table:
-    """Reads the texts that are held out by `--data.held-out`: a path if there is such a one, else a split.
+    """Reads the separate held-out data that `--data.held-out` names.
+
+    Args:
+        dataset: Name of the training data set.
+        data: The settings. `data.held_out` is a path if such a file or folder exists, else a split of `dataset`.
 
     Raises:
-        SettingError: It is neither.
+        SettingError: Neither a path nor a split has that name.
     """
     if Path(data.held_out).exists():
         try:
@@ -191,17 +228,18 @@ def read_held_out(dataset: str, data: DataSettings) -> Table:
         except SettingError as error:
             raise SettingError("data.held_out", data.held_out, error.allowed) from None
     if dataset in MADE or Path(dataset).is_file():
-        words = f"a file or folder that is there, since {dataset} has one split only"
-        raise SettingError("data.held_out", data.held_out, words)
+        needed = f"a file or folder that is there, since {dataset} has one split only"
+        raise SettingError("data.held_out", data.held_out, needed)
     return read_table(dataset, dataclasses.replace(data, split=data.held_out))
 
 
 def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
-    """Reads a file or a folder. `datasets` tells which files of a folder are of which split."""
-    texts = path.is_file() and path.suffix == ".txt"
-    if texts or _is_folder_of_texts(path, data):
-        files = {"train": [path] if texts else _data_files(path)}
-        return Table(dataset, path.stem, _of_split(files, data.split, lambda some: _texts(path, some)))
+    """Reads a file or a folder; `datasets` tells the splits of a folder's files."""
+    is_text_file = path.is_file() and path.suffix == ".txt"
+    if is_text_file or _is_folder_of_texts(path, data):
+        files = {"train": [path] if is_text_file else _data_files(path)}
+        return Table(dataset, path.stem, _of_split(files, data.split, lambda paths: _texts(path, paths)))
+
     if path.is_file() and path.suffix in READ_HERE:
         return _table_of_rows(dataset, path.stem, {"train": [path]}, data)
 
@@ -215,14 +253,14 @@ def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
 
 
 def _is_folder_of_texts(path: Path, data: DataSettings) -> bool:
-    """Tells whether all files of a folder are texts, and nothing says that `datasets` should read them by lines."""
+    """Tells whether a folder holds text files alone, without settings by which `datasets` should read their lines."""
     if not path.is_dir() or _is_saved(path) or data.config or (path / "README.md").exists():
         return False
     return all(file.suffix == ".txt" for file in _data_files(path))
 
 
 def _texts(root: Path, files: Sequence[Path]) -> Columns:
-    """Every file is a text; its owner is the folder that it lies in, or else its own name."""
+    """Reads each file as one text. Its owner is the name of its folder or, for files in `root`, of the file."""
     texts, owners = [], []
     for file in files:
         try:
@@ -236,59 +274,67 @@ def _texts(root: Path, files: Sequence[Path]) -> Columns:
 def _table_of_rows(
     dataset: str, name: str, files: Mapping[str, Sequence[Path]], data: DataSettings, features: Mapping[str, Any] = {}
 ) -> Table:
-    """Reads files of CSV or JSON.
+    """Reads CSV or JSON files as a table.
 
     Args:
-        dataset: What the user calls them.
-        name: What their owner is called.
-        files: By split.
+        dataset: Name of the data set in the settings.
+        name: Name of the owner if no column tells the owners.
+        files: Files of each split.
         data: The settings.
-        features: What a README.md says of the columns, in the library's types. Only names of classes are used.
+        features: Types of the columns by a README.md, in the types of `datasets`. Only class names are used.
 
     Raises:
-        ValueError: A file cannot be read, or has a class without a name.
+        ValueError: A file cannot be read, or a class has no name.
     """
     classes = _classes(features)
-    numbers = {data.label} - classes.keys()
+    number_columns = {data.label} - classes.keys()
 
-    def read(some: Sequence[Path]) -> Columns:
-        columns = read_rows(some, numbers)
-        numbered = {column: _class_numbers(columns[column], features[column]) for column in classes.keys() & columns}
-        return {**columns, **numbered}
+    def read(paths: Sequence[Path]) -> Columns:
+        columns = read_rows(paths, number_columns)
+        class_numbers = {name: _class_numbers(columns[name], features[name]) for name in classes.keys() & columns}
+        return {**columns, **class_numbers}
 
     columns = _of_split(files, data.split, read)
-    doubled = doubled_columns([path for some in files.values() for path in some])
-    return Table(dataset, name, columns, {column: classes[column] for column in classes.keys() & columns}, doubled)
+    all_paths = [path for paths in files.values() for path in paths]
+    classes_here = {column: classes[column] for column in classes.keys() & columns}
+    return Table(dataset, name, columns, classes_here, doubled_columns(all_paths))
 
 
 def _class_numbers(values: Sequence[Any], label: Any) -> list[int | None]:
-    """Numbers of classes, which are written as names or as numbers; None where there is no value."""
+    """Returns class numbers for values that are class names or numbers; None for a missing value."""
     return [None if value is None else label.encode_example(value) for value in values]
 
 
 def _files_read_here(builder: Any) -> dict[str, list[Path]]:
-    """Files by split, if they are rows of CSV or JSON, and a README.md asks for no other way to read them.
+    """Returns a folder's files by split if all are CSV or JSON and this module can read them; else nothing.
 
-    Types of columns are no such way: values are read as they are written.
+    A README.md may ask `datasets` for another way to read them, such as another delimiter; then `datasets` must read
+    them. Types of columns do not count: values are read as they are written.
     """
     config = builder.config
     splits = config.data_files or {}
-    files = {str(split): [Path(str(file)) for file in some] for split, some in splits.items()}
-    usual = type(config)(
+    files = {str(split): [Path(str(path)) for path in paths] for split, paths in splits.items()}
+    plain_config = type(config)(
         name=config.name,
         version=config.version,
         data_dir=config.data_dir,
         data_files=config.data_files,
         description=config.description,
     )
-    ours = all(file.suffix in READ_HERE and file.is_file() for some in files.values() for file in some)
-    return files if ours and config == usual else {}
+    all_paths = [path for paths in files.values() for path in paths]
+    readable = all(path.suffix in READ_HERE and path.is_file() for path in all_paths)
+    return files if readable and config == plain_config else {}
 
 
 def _of_split(
     files: Mapping[str, Sequence[Path]], split: str, read: Callable[[Sequence[Path]], Columns]
 ) -> dict[str, Sequence[Any]]:
-    """Columns of a split, of a part of one such as train[:10%], or of all splits under the name all.
+    """Reads the columns of a split.
+
+    Args:
+        files: Files of each split.
+        split: Name of a split, a part of a split such as train[:10%], or "all" for all splits in order.
+        read: Function that reads files as columns.
 
     Raises:
         ValueError: There is no such split.
@@ -297,27 +343,30 @@ def _of_split(
         return dict(read(files[split]))
     if split == "all":
         split = "+".join(files)
+
     datasets = _quiet_datasets()
-    columns = {name: read(some) for name, some in files.items()}
-    lengths = {name: len(next(iter(some.values()), ())) for name, some in columns.items()}
+    by_split = {name: read(paths) for name, paths in files.items()}
+    lengths = {name: len(next(iter(columns.values()), ())) for name, columns in by_split.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    found: dict[str, list[Any]] = {name: [] for part in parts for name in columns[part.splitname]}
+
+    joined: dict[str, list[Any]] = {name: [] for part in parts for name in by_split[part.splitname]}
     for part in parts:
-        empty = [None] * lengths[part.splitname]
-        for name, values in found.items():
-            values += columns[part.splitname].get(name, empty)[part.from_ : part.to]
-    return dict(found)
+        missing = [None] * lengths[part.splitname]
+        for name, values in joined.items():
+            values += by_split[part.splitname].get(name, missing)[part.from_ : part.to]
+    return dict(joined)
 
 
 _PATTERN = re.compile(r"[*?\[\]]|::")
-"""What `datasets` takes for a pattern, or for an address within another one."""
+"""Characters of a path that `datasets` mistakes for a pattern, or for a path inside of an archive."""
 
 
 @contextlib.contextmanager
 def _without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
-    """Yields a path to the same files by which `datasets` finds them, and where it is to keep what it makes of them.
+    """Yields a path at which `datasets` finds the files of `path`, and the cache folder to use.
 
-    Both are temporary where a name is like a pattern; else they are the path itself and None, the usual place.
+    If a file's name looks like a pattern, the path is a temporary folder of links and the cache is temporary, too.
+    Otherwise these are the path itself and None, the default cache.
     """
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     if not any(_PATTERN.search(str(file.absolute())) for file in files):
@@ -328,7 +377,7 @@ def _without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
         for number, file in enumerate(files):
             inner = file.relative_to(path).parts if path.is_dir() else (file.name,)
             link = root.joinpath(*(_PATTERN.sub("_", name) for name in inner))
-            if link.exists():  # two names that differ in a pattern only
+            if link.exists():  # two names differ only in the characters that were replaced
                 link = link.with_name(f"{link.stem}_{number}{link.suffix}")
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file.absolute())
@@ -341,7 +390,7 @@ def _read_hub(dataset: str, data: DataSettings) -> Table:
 
 
 def _quiet_datasets() -> Any:
-    """Imports `datasets`, which takes seconds and which the bundled corpus does not need, and keeps it from talking."""
+    """Imports `datasets` and silences it. The import takes seconds, and the bundled corpus does not need it."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -350,25 +399,28 @@ def _quiet_datasets() -> Any:
 
 
 def _as_table(dataset: str, name: str, rows: Any) -> Table:
+    """Returns a `datasets.Dataset` as a table."""
     return Table(dataset, name, {column: rows[column][:] for column in rows.column_names}, _classes(rows.features))
 
 
 def _classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names of the classes, of columns whose feature has them."""
+    """Returns the class names of each column whose type in `datasets` has them."""
     return {column: list(feature.names) for column, feature in features.items() if hasattr(feature, "names")}
 
 
 def _load(dataset: str, path: Path, data: DataSettings, cache: str | None = None) -> Any:
+    """Reads a data set by `datasets`, as a `datasets.Dataset`."""
     datasets = _quiet_datasets()
     if path.is_dir() and _is_saved(path):
-        found = datasets.load_from_disk(str(path))
-        if not isinstance(found, datasets.DatasetDict):
+        saved = datasets.load_from_disk(str(path))
+        if not isinstance(saved, datasets.DatasetDict):
             if data.split != "train" or data.config:
                 raise ValueError("it has neither splits nor configurations")
-            return found
-        if data.config or data.split not in found:
-            raise ValueError(f"its splits are {', '.join(found)}, and it has no configurations")
-        return found[data.split]
+            return saved
+        if data.config or data.split not in saved:
+            raise ValueError(f"its splits are {', '.join(saved)}, and it has no configurations")
+        return saved[data.split]
+
     if path.is_file():
         kind = FILE_TYPES[path.suffix]
         return datasets.load_dataset(kind, data_files=str(path), split=data.split, cache_dir=cache)
@@ -376,17 +428,20 @@ def _load(dataset: str, path: Path, data: DataSettings, cache: str | None = None
 
 
 def _kind(path: Path) -> str:
+    """Returns the kind of data set that was expected at a path, for messages."""
     if path.is_file():
         return f"a {path.suffix} file that can be read"
     return "a folder that can be read" if path.is_dir() else "a data set of the Hub that can be reached"
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Says in one line what was wrong."""
+    """Returns in one line why a data set could not be read."""
     if isinstance(error, StopIteration) or (path.is_file() and not path.stat().st_size):
         return "it is empty"
-    cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
-    words = " ".join(str(cause).split()) or type(cause).__name__
-    if words.endswith("corresponds to no data!"):
+    cause: BaseException = error
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__:
+        cause = error.__cause__  # the error itself only says that something went wrong
+    message = " ".join(str(cause).split()) or type(cause).__name__
+    if message.endswith("corresponds to no data!"):
         return "it is empty"
-    return words if len(words) <= 300 else f"{words[:300]}…"
+    return message if len(message) <= 300 else f"{message[:300]}…"

@@ -17,8 +17,8 @@ from uuid import uuid4
 
 import torch
 
-from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import on_disks
 from fedsplit.events import Sink
 from fedsplit.events.emitter import Emitter

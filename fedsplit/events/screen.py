@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from datetime import timedelta
 
@@ -176,4 +177,6 @@ def make_screen(console: Console | None = None, errors: bool = False) -> PlainSc
         errors: Writes to standard error instead, for a command whose standard output is its result alone.
     """
     console = console or Console(stderr=errors)
-    return LiveScreen(console) if console.is_terminal else PlainScreen(console)
+    # In a notebook rich moves its bar by way of ipywidgets, and warns where these are not installed.
+    moves = console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+    return LiveScreen(console) if moves else PlainScreen(console)

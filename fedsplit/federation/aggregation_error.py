@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsplit.updates import Adapters, ClientUpdate, counted, mean_change, mean_changes
+from fedsplit.updates import Adapters, ClientUpdate, mean_change, mean_changes, weighted
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def measure(updates: Sequence[ClientUpdate], result: Adapters) -> AggregationErr
         >>> measure(updates, adapters(3.0, 2.0)).overall
         0.25
     """
-    ordered, shares = counted(updates)
+    ordered, shares = weighted(updates)
     errors: dict[str, float] = {}
     squared_distance = 0.0
     squared_size = 0.0

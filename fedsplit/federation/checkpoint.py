@@ -27,6 +27,9 @@ from fedsplit.state.round_names import round_file, round_of
 from fedsplit.tensor_files import load_tensors, pack, unpack, write_tensors
 from fedsplit.updates import Adapters
 
+INPUTS = "inputs"
+"""Folder in a run's folder for the model and the data that were given as objects; written before the run begins."""
+
 
 def check_folder(path: Path) -> None:
     """Makes sure that a run's folder can be made, and leaves nothing behind.
@@ -36,7 +39,7 @@ def check_folder(path: Path) -> None:
     """
     nearest = path
     try:
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= {INPUTS}):
             raise SettingError("out", f"{path} (there already)", _FREE)
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:

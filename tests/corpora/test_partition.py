@@ -15,17 +15,17 @@ from family_tokenizers import write_tokenizer
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL, DataSettings
-from fedsplit.corpora.partition import Deal, all_text, make_deal
+from fedsplit.corpora.partition import Partition, all_text, make_partition
 from fedsplit.corpora.shards import Shard
 from fedsplit.model.vocabulary import open_tokenizer
 
 
 def shards(dataset: str, spec: str, clients: int, length: int = 64, seed: int = 0) -> list[Shard]:
-    return make_deal(dataset, spec, clients, length, seed, BUNDLED_MODEL, end=0).shards
+    return make_partition(dataset, spec, clients, length, seed, BUNDLED_MODEL, end=0).shards
 
 
-def deal(path: Path, spec: str, clients: int, model: Path, length: int = 16, **settings: str) -> Deal:
-    return make_deal(str(path), spec, clients, length, 0, model, 0, DataSettings(**settings))
+def deal(path: Path, spec: str, clients: int, model: Path, length: int = 16, **settings: str) -> Partition:
+    return make_partition(str(path), spec, clients, length, 0, model, 0, DataSettings(**settings))
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -172,7 +172,7 @@ def test_the_turns_of_a_chat_stay_together(spec: str, tmp_path: Path) -> None:
         for n in range(10, 42)
     ]
     path = write(tmp_path / "chats.jsonl", chats)
-    found = make_deal(str(path), spec, 2, 500, 0, tmp_path / "model", end)
+    found = make_partition(str(path), spec, 2, 500, 0, tmp_path / "model", end)
     of_chats = []
     for shard in found.shards:
         for part in (shard.train, shard.held_out):
@@ -196,7 +196,7 @@ def test_packed_turns_of_a_chat_stay_together(length: int, tmp_path: Path) -> No
 
     def turns(packing: str) -> list[Counter[str]]:
         data = DataSettings(packing=packing)
-        shards = make_deal(str(path), "iid", 3, length, 0, tmp_path / "model", end, data).shards
+        shards = make_partition(str(path), "iid", 3, length, 0, tmp_path / "model", end, data).shards
         parts = [tokenizer.batch_decode(part.ids) for shard in shards for part in (shard.train, shard.held_out)]
         return [Counter(re.findall(r"(\d\d)<\|im_end\|>", "".join(texts))) for texts in parts]
 
@@ -256,9 +256,13 @@ def test_of_other_text_everything_counts(mixed: Path, tiny_models: dict[str, Pat
         ("size:30,29,1", 3, r"partition: size:30,29,1 for 3 clients is not possible; .*client 2 gets 1 of 60"),
         ("size:30,30,30", 3, r"partition: size:30,30,30 is not possible; .*greater than the size"),
         ("linear", 10, r"partition: linear for 10 clients is not possible; allowed: two .*client 0 gets 1 of 60"),
-        ("exponential", 8, r"partition: exponential is not possible; allowed: a way to deal 60 sequences"),
+        ("exponential", 8, r"partition: exponential is not possible; allowed: a way to divide 60 sequences"),
         ("pathological:4", 3, r"partition: pathological:4 is not possible; .*60 sequences of 3 kinds .owner. .*unique"),
-        ("shard:50", 3, r"partition: shard:50 is not possible; allowed: a way to deal 60 sequences of 3 kinds .owner"),
+        (
+            "shard:50",
+            3,
+            r"partition: shard:50 is not possible; allowed: a way to divide 60 sequences of 3 kinds .owner",
+        ),
         ("inner-dirichlet:1:50,50", 2, r"partition: inner-dirichlet:1:50,50 is not possible"),
         ("dirichlet:0.00001", 20, r"partition: dirichlet:0.00001 is not possible; allowed: fewer clients than 20"),
     ],

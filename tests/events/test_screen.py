@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import io
 
 import pytest
@@ -126,3 +128,15 @@ def test_a_failure_and_a_refusal_are_told_apart() -> None:
     assert line_of(failed) == "bob failed and is left out: out of luck"
     refused = ClientFailed(**common, reason="client 1 (bob) sent NaN", refused=True)
     assert line_of(refused) == "client 1 (bob) sent NaN; it is left out"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_notebook_shows_a_bar_where_its_widgets_are_installed(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich would warn at every step where they are not."""
+    spec = importlib.machinery.ModuleSpec("ipywidgets", None) if installed else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    console = Console(file=io.StringIO(), force_jupyter=True)
+    assert type(make_screen(console)) is (LiveScreen if installed else PlainScreen)
+    assert type(make_screen(Console(file=io.StringIO(), force_jupyter=False))) is PlainScreen

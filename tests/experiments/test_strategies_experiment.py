@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.strategies import aggregate_speed, report, run
-from fedsplit.client import heldout
+from fedsplit.corpora import partition
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.strategy import check_strategy, load_strategy
 from strategies import STRATEGIES
@@ -146,8 +146,8 @@ def test_aggregation_is_measured(name: str) -> None:
     assert (found["error"] is None) == (name == "fedsa")
 
 
-def test_a_process_of_the_pool_deals_a_text_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_of_the_pool_partitions_a_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "prepare", lambda: None)
-    monkeypatch.setattr(heldout, "make_deal", heldout.make_deal)  # put back afterwards
+    monkeypatch.setattr(partition, "make_partition", partition.make_partition)  # put back afterwards
     run._begin()
-    assert heldout.make_deal.cache_info().maxsize == 2
+    assert partition.make_partition.cache_info().maxsize == 2

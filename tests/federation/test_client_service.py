@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fedsplit.adaptation import lora
-from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import write_shard
 from fedsplit.documents import as_document, build
 from fedsplit.federation.adapter_ledger import AdapterLedger

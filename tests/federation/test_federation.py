@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.allowed import PARTS, SettingError
-from fedsplit.client.heldout import shards_of
 from fedsplit.client.link import Crossing, Link
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.documents import as_document, build, from_document
 from fedsplit.engines import local
 from fedsplit.evaluate import held_out_loss

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fedsplit.allowed import SettingError
-from fedsplit.client.heldout import deal_of
 from fedsplit.config import LEAVES, Config
+from fedsplit.corpora.partition import partition_of
 from fedsplit.corpora.shards import Shard
 from fedsplit.documents import build
 from fedsplit.federation import manifest
@@ -27,7 +27,7 @@ def config(tiny_models: dict[str, Path], corpus_file: Path) -> Config:
 
 def content(config: Config) -> manifest.Content:
     model = Path(config.model)
-    return content_of(deal_of(config).shards, model, model)
+    return content_of(partition_of(config).shards, model, model)
 
 
 def test_the_same_data_and_model_elsewhere_are_the_same(config: Config, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_one_letter_or_one_bit_makes_them_others(config: Config, tmp_path: Path)
 def test_every_part_of_the_data_counts(config: Config) -> None:
     """Whose they are, which are held out, in which order, and what is to be predicted."""
     model = Path(config.model)
-    shards = deal_of(config).shards
+    shards = partition_of(config).shards
     first = shards[0]
     labels = first.train.labels.clone()
     labels[0, 3] = -100

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from local_federation import federate
 
-from fedsplit.client.heldout import deal_of
 from fedsplit.config import Config
+from fedsplit.corpora.partition import partition_of
 from fedsplit.documents import build
 from fedsplit.federation.workload import Workload, workloads
 from strategies.fedavg import FedAvg
@@ -53,7 +53,7 @@ def test_examples_are_those_of_steps_or_of_passes(
     settings: dict[str, Any], examples: list[int] | None, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     config = config_of(tiny_models["gpt2"], tmp_path, **settings)
-    shards = deal_of(config).shards
+    shards = partition_of(config).shards
     expected = examples or [config.train.epochs * len(shard.train) for shard in shards]
     found = workloads(config, shards)
     assert [work.examples for work in found] == expected
@@ -65,7 +65,7 @@ def test_predictions_are_those_of_the_sequences_that_are_evaluated(
 ) -> None:
     """The first token of a sequence is not predicted; a class counts once; samples are of whole batches."""
     config = config_of(tiny_models["gpt2"], tmp_path)
-    (shard, _) = deal_of(config).shards
+    (shard, _) = partition_of(config).shards
     shard = replace(shard, held_out=shard.train[[0] * 5])
     assert workloads(config, [shard]) == [Workload(4, 4 * 32, 3 * 31, 2 * 31)]
     assert workloads(config, [replace(shard, classes=2)]) == [Workload(4, 4 * 32, 3, 2)]

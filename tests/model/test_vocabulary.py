@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from fedsplit import generate
 from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL, DataSettings
-from fedsplit.corpora.partition import all_text, make_deal
+from fedsplit.corpora.partition import all_text, make_partition
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.model import vocabulary
 from fedsplit.model.vocabulary import has_vocabulary, load_tokenizer, open_tokenizer
@@ -115,7 +115,7 @@ def test_training_evaluation_and_generation_see_the_same_tokens(kind: str, tmp_p
     library = AutoTokenizer.from_pretrained(tmp_path)
     theirs = [library(text)["input_ids"] for text in texts]
     expected = [ids if ids[-1] == end else [*ids, end] for ids in theirs]
-    (shard,) = make_deal(str(file), "natural", 1, 500, 0, tmp_path, end, data).shards
+    (shard,) = make_partition(str(file), "natural", 1, 500, 0, tmp_path, end, data).shards
     assert sorted(rows_of(shard.train) + rows_of(shard.held_out)) == sorted(expected)
     assert rows_of(all_text(str(file), 500, tmp_path, end, data)["ann"]) == expected
     read = generate._tokenise(load_tokenizer(tmp_path), texts, False, "")

@@ -23,7 +23,7 @@ from fedsplit.federation.aggregation import sampled
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
-from fedsplit.updates import counted
+from fedsplit.updates import weighted
 from strategies.fedavg import FedAvg
 
 EXACT = {"ffa", "rolora", "flora", "fedex", "fedsvd"}
@@ -107,7 +107,7 @@ def test_what_is_exported_is_the_model_to_which_the_mean_change_was_added(
     aggregate = strategy.aggregate
 
     def remember(state, given, updates):
-        ordered, shares = counted(updates)
+        ordered, shares = weighted(updates)
         ideal = {}
         for update, share in zip(ordered, shares, strict=True):
             for layer, facts in update.adapters.layers.items():

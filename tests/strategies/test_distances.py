@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rounds import Round, applied, start
 
 from fedsplit.updates import Adapters
-from strategies.distances import Cloud, check_kind
+from strategies.distances import Distances, check_kind
 from strategies.fedavg import FedAvg
 
 
@@ -38,7 +38,7 @@ def test_product_distances_are_those_of_the_dense_changes(count, seed, drift) ->
             sum(float(((applied(point)[layer] - applied(other)[layer]) ** 2).sum()) for layer in point.layers)
             for other in some
         ]
-        got = Cloud(some, "product").squared_distances(point)
+        got = Distances(some, "product").squared(point)
         torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9 * drift**4)
 
 
@@ -51,19 +51,17 @@ def test_factor_distances_are_those_of_all_entries(count, seed) -> None:
             sum(float(((t.double() - other.tensors[n].double()) ** 2).sum()) for n, t in point.tensors.items())
             for other in some
         ]
-        got = Cloud(some, "factors").squared_distances(point)
+        got = Distances(some, "factors").squared(point)
         torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0.0)
 
 
 def test_a_rotation_of_the_factors_is_seen_by_factor_distances_only() -> None:
     some = points(3, 0)
     turned = rotated(some[1], 5)
-    product, factors = Cloud(some, "product"), Cloud(some, "factors")
-    torch.testing.assert_close(
-        product.squared_distances(turned), product.squared_distances(some[1]), rtol=1e-6, atol=1e-6
-    )
-    assert float(factors.squared_distances(turned)[1]) > 1e-2
-    assert not torch.allclose(factors.squared_distances(turned), factors.squared_distances(some[1]), rtol=1e-2)
+    product, factors = Distances(some, "product"), Distances(some, "factors")
+    torch.testing.assert_close(product.squared(turned), product.squared(some[1]), rtol=1e-6, atol=1e-6)
+    assert float(factors.squared(turned)[1]) > 1e-2
+    assert not torch.allclose(factors.squared(turned), factors.squared(some[1]), rtol=1e-2)
 
 
 def test_by_hand_with_a_tensor_that_is_no_factor() -> None:
@@ -80,13 +78,13 @@ def test_by_hand_with_a_tensor_that_is_no_factor() -> None:
         )
 
     one, other = point(2.0, 3.0, 5.0), point(1.0, 1.0, 2.0)
-    assert Cloud([one], "product").squared_distances(other).tolist() == [409.0]
-    assert Cloud([one], "factors").squared_distances(other).tolist() == [1.0 + 4.0 + 9.0]
+    assert Distances([one], "product").squared(other).tolist() == [409.0]
+    assert Distances([one], "factors").squared(other).tolist() == [1.0 + 4.0 + 9.0]
 
 
 def test_without_pairs_products_are_not_asked_for() -> None:
     some = [point.only(frozenset("A")) for point in points(3, 1)]
-    product, factors = (Cloud(some, on).squared_distances(some[0]) for on in ("product", "factors"))
+    product, factors = (Distances(some, on).squared(some[0]) for on in ("product", "factors"))
     assert torch.equal(product, factors) and float(product[1]) > 0
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rounds import Round, applied, by_hand, start
 from test_distances import rotated
 
-from fedsplit.updates import Adapters, counted
-from strategies.distances import Cloud
+from fedsplit.updates import Adapters, weighted
+from strategies.distances import Distances
 from strategies.fedavg import FedAvg
 from strategies.geometric_median import GeometricMedian, _betas
 
@@ -62,11 +62,11 @@ def test_on_a_line_it_is_the_weighted_median(values, examples, expected) -> None
 def test_no_point_nearby_has_a_lesser_sum_of_distances_and_ten_steps_are_nearly_there(seed, clients) -> None:
     """Nobody has half of the weight: else the median is that client, which ten steps are far from."""
     run, updates = trained(clients, seed)
-    ordered, shares = counted(updates)
-    cloud, weights = Cloud([u.adapters for u in ordered], "factors"), torch.tensor(shares, dtype=torch.float64)
+    ordered, shares = weighted(updates)
+    cloud, weights = Distances([u.adapters for u in ordered], "factors"), torch.tensor(shares, dtype=torch.float64)
 
     def objective(adapters: Adapters) -> float:
-        return float(weights @ cloud.squared_distances(adapters).sqrt())
+        return float(weights @ cloud.squared(adapters).sqrt())
 
     _, best = GeometricMedian("factors", iterations=400).aggregate({}, run.adapters, updates)
     _, ten = GeometricMedian("factors").aggregate({}, run.adapters, updates)
@@ -89,9 +89,9 @@ def test_one_client_far_out_moves_it_by_less_than_the_others_are_apart(on, far) 
     away = {n: t * far for n, t in updates[0].adapters.tensors.items()}
     updates[0] = replace(updates[0], adapters=run.adapters.with_tensors(away))
     _, result = GeometricMedian(on).aggregate({}, run.adapters, updates)
-    apart = Cloud([update.adapters for update in updates[1:]], on).squared_distances(honest).max()
-    assert float(Cloud([honest], on).squared_distances(result)) < float(apart)
-    assert float(Cloud([honest], on).squared_distances(run.aggregate(updates))) > 1e3 * float(apart)
+    apart = Distances([update.adapters for update in updates[1:]], on).squared(honest).max()
+    assert float(Distances([honest], on).squared(result)) < float(apart)
+    assert float(Distances([honest], on).squared(run.aggregate(updates))) > 1e3 * float(apart)
 
 
 @pytest.mark.parametrize("on", ["product", "factors"])
@@ -100,8 +100,8 @@ def test_a_client_that_did_not_move_does_not_hold_the_others(on) -> None:
     updates = [replace(update, examples=3) for update in updates]
     updates[0] = replace(updates[0], adapters=run.adapters)
     _, result = GeometricMedian(on).aggregate({}, run.adapters, updates)
-    cloud = Cloud([run.adapters], on)
-    travelled = [float(cloud.squared_distances(adapters)) for adapters in (result, run.aggregate(updates))]
+    cloud = Distances([run.adapters], on)
+    travelled = [float(cloud.squared(adapters)) for adapters in (result, run.aggregate(updates))]
     assert travelled[0] > 0.25 * travelled[1]
 
 
@@ -111,8 +111,8 @@ def test_on_products_the_first_weights_do_not_see_a_rotation(seed) -> None:
     turned = [replace(updates[0], adapters=rotated(updates[0].adapters, 3)), *updates[1:]]
 
     def shares(on: str, some: list) -> torch.Tensor:
-        distances = Cloud([update.adapters for update in some], on).squared_distances(run.adapters).sqrt()
-        return torch.tensor(_betas(counted(some)[1], distances, float(distances.median())))
+        distances = Distances([update.adapters for update in some], on).squared(run.adapters).sqrt()
+        return torch.tensor(_betas(weighted(some)[1], distances, float(distances.median())))
 
     torch.testing.assert_close(shares("product", turned), shares("product", updates), rtol=1e-5, atol=0)
     assert not torch.allclose(shares("factors", turned), shares("factors", updates), rtol=1e-3)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounds import SHAPES, Round, by_hand, error, ideal, start
 
-from fedsplit.updates import counted
+from fedsplit.updates import weighted
 from strategies.lora_fair import LoRAFAIR, correction
 from strategies.mixed_ranks import padded_average
 
@@ -55,7 +55,7 @@ def test_the_correction_is_the_dense_ridge_regression(
     run = Round.begin(LoRAFAIR(ridge), start(rank=4, alpha=alpha))
     for number in range(2):
         updates = run.train(ranks, drift=drift, seed=seed + number)
-        means = padded_average(run.adapters, *counted(updates))
+        means = padded_average(run.adapters, *weighted(updates))
         result, whole = run.aggregate(updates), ideal(updates)
         for layer in SHAPES:
             a, b = means[layer]
@@ -83,7 +83,7 @@ def test_it_is_never_further_off_than_the_means_alone(
     run = Round.begin(LoRAFAIR(), start(rank=4, alpha=alpha))
     for number in range(2):
         updates = run.train(ranks, weights, drift, seed + number)
-        plain = run.adapters.with_factors(padded_average(run.adapters, *counted(updates)))
+        plain = run.adapters.with_factors(padded_average(run.adapters, *weighted(updates)))
         assert error(run.aggregate(updates), updates) <= error(plain, updates) + 1e-6
 
 

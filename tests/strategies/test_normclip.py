@@ -14,7 +14,7 @@ from rounds import Round, by_hand, start
 import strategies
 from fedsplit.allowed import SettingError
 from fedsplit.federation.strategy import load_strategy, traits_of
-from fedsplit.updates import Assignment, ClientInfo, Task, Traits, average_adapters, counted
+from fedsplit.updates import Assignment, ClientInfo, Task, Traits, average_adapters, weighted
 from strategies.fedavg import FedAvg
 from strategies.krum import Krum
 from strategies.normclip import NormClip, clipped
@@ -95,7 +95,7 @@ def test_what_is_handed_on_does_not_depend_on_the_inner(recording) -> None:
     updates = run.train([2] * 5)
     before = [clipped(update, run.adapters, 1.0) for update in updates]
     _, mean = NormClip(norm=1.0).aggregate({}, run.adapters, updates)
-    expected = average_adapters(run.adapters, *counted(before))
+    expected = average_adapters(run.adapters, *weighted(before))
     assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in mean.tensors.items())
     _, krum = NormClip(norm=1.0, around="krum", malicious=1).aggregate({}, run.adapters, updates)
     _, expected = Krum(malicious=1).aggregate({}, run.adapters, before)

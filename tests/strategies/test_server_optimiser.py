@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rounds import Round, start
 
 from strategies.fedavg import FedAvg
-from strategies.server_optimiser import Adaptive, check, mean_step, moved, zeros
+from strategies.server_optimiser import Adaptive, add_step, check_options, mean_step, zeros
 
 
 @settings(max_examples=30, deadline=None)
@@ -17,7 +17,7 @@ from strategies.server_optimiser import Adaptive, check, mean_step, moved, zeros
 def test_adding_the_mean_step_is_fedavg(seed, weights) -> None:
     run = Round.begin(FedAvg(), start(seed=seed))
     updates, before = run.train([2] * len(weights), weights, seed=seed), run.adapters
-    result = moved(before, mean_step(before, updates))
+    result = add_step(before, mean_step(before, updates))
     for name, tensor in run.aggregate(updates).tensors.items():
         torch.testing.assert_close(result.tensors[name], tensor, rtol=1e-6, atol=1e-7)
 
@@ -31,7 +31,7 @@ def test_the_step_is_weighted_float64_and_of_what_the_updates_hold() -> None:
     for name, tensor in step.items():
         one, other = (update.adapters.tensors[name].double() for update in updates)
         torch.testing.assert_close(tensor, (one + 3 * other) / 4)  # B began at zero
-    result = moved(run.adapters, step)
+    result = add_step(run.adapters, step)
     assert result.tensors.keys() == run.adapters.tensors.keys()
 
 
@@ -55,5 +55,5 @@ def test_what_tells_the_optimisers_apart_has_no_default() -> None:
 )
 def test_options_out_of_range_are_refused(options) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
-        check(**options)
-    check(eta=1e-9, beta_1=0.0, beta_2=0.999, server_momentum=0.9)
+        check_options(**options)
+    check_options(eta=1e-9, beta_1=0.0, beta_2=0.999, server_momentum=0.9)

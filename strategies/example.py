@@ -1,0 +1,59 @@
+"""A round worked by hand: a few clients, one adapted layer. For the examples here and for trying out a new strategy.
+
+Example:
+    >>> from strategies.fedavg import FedAvg
+    >>> start = lora(A=[[1, 0]], B=[[0], [0]])
+    >>> ann = lora(A=[[1, 2]], B=[[8], [0]])
+    >>> bob = lora(A=[[5, -2]], B=[[0], [4]])
+    >>> result = one_round(FedAvg(), start, [ann, bob], examples=[1, 3])
+    >>> A, B = result.factors("layer")
+    >>> A.tolist(), B.tolist()
+    ([[4.0, -1.0]], [[2.0], [3.0]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fedsplit.updates import Adapters, ClientUpdate, Layer
+
+Rows = Sequence[Sequence[float]]
+"""A matrix, row by row."""
+
+
+def lora(A: Rows, B: Rows, alpha: float | None = None) -> Adapters:  # the papers' names
+    """Returns the adapters of a model with one LoRA layer, which is called "layer".
+
+    Args:
+        A: The factor A (r, in).
+        B: The factor B (out, r).
+        alpha: LoRA's alpha; the scaling s is alpha / r. By default alpha is r, and s is 1.
+    """
+    tensors = {
+        "layer.lora_A.weight": torch.tensor(A, dtype=torch.float32),
+        "layer.lora_B.weight": torch.tensor(B, dtype=torch.float32),
+    }
+    rank = len(A)
+    return Adapters(tensors, {"layer": Layer(alpha=rank if alpha is None else alpha, transposed=False)})
+
+
+def one_round(
+    strategy: Any, start: Adapters, trained: Sequence[Adapters], examples: Sequence[int] | None = None
+) -> Adapters:
+    """Plays the first round of a strategy and returns the adapters that it makes.
+
+    Args:
+        strategy: An object with `init` and `aggregate`.
+        start: Adapters that the round starts from.
+        trained: Each client's adapters after its local training.
+        examples: Training examples of each client; by default all have one.
+    """
+    updates = [
+        ClientUpdate(client, adapters, examples=examples[client] if examples else 1, given=start)
+        for client, adapters in enumerate(trained)
+    ]
+    _, result = strategy.aggregate(strategy.init(start), start, updates)
+    return result

@@ -260,8 +260,8 @@ def _split(job: Job) -> Iterator[tuple[Ends, TrunkHandle]]:
     import torch
 
     from fedsplit.client.link import Link
+    from fedsplit.engines.planning import plan
     from fedsplit.generation.decoding import Ends
-    from fedsplit.planning import plan
     from fedsplit.trunk import cluster
     from fedsplit.trunk.actor import start_trunk
     from fedsplit.trunk.memory import check_memory

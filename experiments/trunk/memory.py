@@ -29,8 +29,8 @@ from experiments.speed.models import folder_of
 from experiments.speed.run import machine
 from experiments.speed.watch import Tree
 from fedsplit.config import TrunkSettings
+from fedsplit.engines.planning import plan
 from fedsplit.environment import prepare
-from fedsplit.planning import plan
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "speed" / "config.toml"

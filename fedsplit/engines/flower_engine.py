@@ -16,9 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.config import Config
 from fedsplit.engines.flower_clients import FlowerClients
+from fedsplit.engines.planning import Plan
 from fedsplit.engines.stalls import StallWatch
 from fedsplit.federation.federation import Federation
-from fedsplit.planning import Plan
 from fedsplit.shutdown import kill_descendants
 from fedsplit.trunk import cluster
 from fedsplit.trunk.actor import TrunkHandle, start_trunk

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from fedsplit.config import Config
+from fedsplit.engines.planning import Plan
 from fedsplit.federation.federation import Federation
-from fedsplit.planning import Plan
 
 if TYPE_CHECKING:
     from fedsplit.trunk.actor import TrunkHandle
@@ -47,9 +47,9 @@ def engine_named(name: str) -> Open:
         name: "ray" or "local".
     """
     if name == "local":
-        from fedsplit.engines import local
+        from fedsplit.engines import in_process
 
-        return local.running  # type: ignore[return-value]  # its trunk is no handle
+        return in_process.running  # type: ignore[return-value]  # its trunk is no handle
     from fedsplit.engines import flower_engine  # imports Ray and Flower
 
     return flower_engine.running

@@ -24,7 +24,7 @@ from fedsplit.client.link import Crossing, Link
 from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.documents import as_document, build, from_document
-from fedsplit.engines import local
+from fedsplit.engines import in_process
 from fedsplit.evaluate import held_out_loss
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.checkpoint import check_resumable
@@ -536,7 +536,7 @@ def test_hidden_states_that_are_not_finite_are_a_failure_of_their_client_alone(
 def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it came from: the round before it is still there to go on from."""
 
-    class BrokenTrunk(local.LocalTrunk):
+    class BrokenTrunk(in_process.LocalTrunk):
         def __init__(self, *args: object) -> None:
             super().__init__(*args)
             self.saved, self.kept, self.moments = 0, self.moments, self.broken_moments
@@ -545,7 +545,7 @@ def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, mon
             self.saved += 1
             return {name: moment * (math.inf if self.saved == 2 else 1) for name, moment in self.kept().items()}
 
-    monkeypatch.setattr(local, "LocalTrunk", BrokenTrunk)
+    monkeypatch.setattr(in_process, "LocalTrunk", BrokenTrunk)
     with pytest.raises(FederationFailed, match="round 2 left NaN or infinite values in"):
         federate(one_config, tmp_path / "run", FedAvg(), monkeypatch)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("round-*")] == ["round-0001"]
@@ -559,7 +559,7 @@ def test_stopping_ends_the_run_at_the_next_look(
             self.stop.set()
             return super()._meet(parties)
 
-    monkeypatch.setattr(local, "Federation", Stopped)
+    monkeypatch.setattr(in_process, "Federation", Stopped)
     with pytest.raises(Interrupted):
         federate(config, tmp_path / "run", FedAvg(), monkeypatch)
 

@@ -20,6 +20,7 @@ import torch
 from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import on_disks
+from fedsplit.engines.planning import Plan
 from fedsplit.events import Sink
 from fedsplit.events.emitter import Emitter
 from fedsplit.events.files import MetricsFile, SummaryFile
@@ -33,7 +34,6 @@ from fedsplit.federation.replies import Introduction, read_introduction
 from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import config_folder, weights_folder
-from fedsplit.planning import Plan
 from fedsplit.trunk.local import LocalTrunk
 
 

@@ -69,7 +69,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
     if config.data.format == "classification":  # the library finds the last token of a sequence by this
-        path = config_folder(config)
+        path = config_folder(config.model)
         model.config.pad_token_id = read_pad(path, read_facts(path).end)
     texts = _held_out(config, config.eval.samples)
     counted = [batches for client, (_, batches) in enumerate(texts) if clients is None or client in clients]
@@ -125,7 +125,7 @@ def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) 
     _check_format(config, data)
     check_packing(data)
     check_dataset(dataset, data)
-    path, length = config_folder(config), config.train.max_length
+    path, length = config_folder(config.model), config.train.max_length
     texts = all_text(dataset, length, path, read_facts(path).end, data, config.seed, _classes(config))
     return [
         (name, list(spread(blocks, samples or len(blocks)).split(config.train.batch_size)))
@@ -166,7 +166,7 @@ def _check_tokens(run: Run, work: list[tuple[Adapter, list[tuple[str, list[Seque
     from fedsplit.model.token_ids import check_largest
 
     largest = max(int(rows.ids.max()) for _, texts in work for _, batches in texts for rows in batches)
-    check_largest(config_folder(run.config), run.config.model, largest)
+    check_largest(config_folder(run.config.model), run.config.model, largest)
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fedsplit.federation.tally import Tally
 
 from fedsplit.config import Config
 from fedsplit.documents import build
@@ -19,7 +20,6 @@ from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.messages import Answer, Briefing, Request
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.run_state import RunState
-from fedsplit.federation.tally import Tally
 from fedsplit.federation.workload import Workload
 from fedsplit.trunk.status import RoundCounts, Traffic, TrunkStatus
 from fedsplit.updates import Adapters, Layer, Traits

@@ -210,7 +210,7 @@ def test_the_command_on_a_model_of_the_hub(sharded: Path, tmp_path: Path) -> Non
             call = [sys.executable, "-m", f"fedsplit.{module}", *argv]
             return subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=550)
 
-        done = command("simulate", "--model", "org/tiny", *settings)
+        done = command("simulate", "--engine", "local", "--model", "org/tiny", *settings)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("fetching the weights of org/tiny: ")
         assert len([path for path in hub.asked if path.startswith("GET") and path.endswith("/config.json")]) == 1

@@ -15,6 +15,9 @@ from test_server import RAW, make_server, packet, unchanged, with_values
 from fedsplit.config import TrunkSettings
 from fedsplit.trunk.dispatch import Dispatcher
 from fedsplit.trunk.memory import Budget
+from fedsplit.wire.casting import Cast
+from fedsplit.wire.codecs import Role
+from fedsplit.wire.encoded import Encoded
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import SpoiledStep, StaleStep, UnboundedStep
 
@@ -165,3 +168,23 @@ def test_room_is_promised_for_shapes_alone(tiny_models: dict[str, Path]) -> None
     for shape in ((), (2, 5), (2, 5, 31), (0, 5, 32)):
         with pytest.raises(SpoiledStep, match="asks for room for the shape"):
             server.ask(Packet(StepKey(1, 0, 0), shape=shape))
+
+
+def test_a_codec_does_not_see_what_is_refused_as_stale(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state belongs to the client's newest step."""
+    server = make_server(tiny_models["gpt2"], "shared")
+    server.forward(packet(0, 1))
+    decode, seen = Cast.decode, []
+
+    def watched(self: Cast, encoded: Encoded, role: Role | None = None) -> torch.Tensor:
+        seen.append(role)
+        return decode(self, encoded, role)
+
+    monkeypatch.setattr(Cast, "decode", watched)
+    with pytest.raises(StaleStep):
+        server.forward(packet(0, 0))
+    assert seen == []
+    server.forward(packet(0, 2))
+    assert [(role.kind, role.direction, role.key.step) for role in seen] == [("activation", "up", 2)]

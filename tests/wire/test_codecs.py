@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,3 +173,12 @@ def test_the_trunk_forgets_a_client_that_leaves(tiny_models: dict[str, Path], to
 def test_what_no_encoder_of_it_makes_is_refused() -> None:
     with pytest.raises(MalformedPacket, match="no array 'places'"):
         TopK().decode(Encoded({"values": np.zeros(2)}, {"dtype": "float32", "shape": (2,)}), role_of(0))
+
+
+def test_the_codec_of_the_documentation_works() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trunk.md").read_text()
+    names: dict[str, Any] = {"Codec": Codec, "Role": Role, "Encoded": Encoded, "Tensor": Tensor, "torch": torch}
+    exec("class Half(" + page.partition("class Half(")[2].partition("```")[0], names)
+    codec, tensor = names["Half"](), torch.tensor([[0.5, -3.0]])
+    encoded = codec.encode(tensor, role_of(0))
+    assert encoded.nbytes == 4 and torch.equal(codec.decode(encoded, role_of(0)), tensor)

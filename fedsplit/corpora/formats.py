@@ -51,7 +51,7 @@ class Reading:
 
     @property
     def packs(self) -> bool:
-        """Whether a sequence may hold several texts."""
+        """Tells whether a sequence may hold several texts."""
         return self.data.packing == "true" or (self.data.packing == "auto" and self.format == "text")
 
 

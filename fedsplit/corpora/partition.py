@@ -36,7 +36,7 @@ class Partition:
     Attributes:
         shards: Data of each client.
         format: Format of the rows, one of `fedsplit.allowed.FORMATS` except "auto".
-        packed: Whether a sequence may hold several texts.
+        packed: True if a sequence may hold several texts.
         by: Column whose distribution the data summary reports; "owner" by default.
         cut: Number of texts that lost their end because they were longer than a sequence.
         dropped: Number of texts left out because nothing was left to predict after the cut.

@@ -1,5 +1,52 @@
-"""fedsplit: federated split learning of causal language models, simulated faithfully.
+"""Federated split learning of causal language models, simulated faithfully.
 
-The package imports nothing by itself, so that `python -m fedsplit.simulate --help`
-answers without loading torch.
+The package is also a door from Python. `run` runs a federation, and `open` opens the folder of an earlier run:
+
+>>> import fedsplit
+>>> fedsplit.Config(clients=4).clients
+4
+
+Importing the package loads nothing else. A name below loads its module when it is first used, so that
+`python -m fedsplit --help` answers without torch.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsplit.allowed import InputError as InputError
+    from fedsplit.allowed import SettingError as SettingError
+    from fedsplit.api import open as open
+    from fedsplit.api import run as run
+    from fedsplit.config import Config as Config
+    from fedsplit.result import Result as Result
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "fedsplit.config",
+    "InputError": "fedsplit.allowed",
+    "Result": "fedsplit.result",
+    "SettingError": "fedsplit.allowed",
+    "open": "fedsplit.api",
+    "run": "fedsplit.api",
+}
+"""Module of each public name."""
+
+__all__ = ["Config", "InputError", "Result", "SettingError", "__version__", "open", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its module.
+
+    Raises:
+        AttributeError: The package has no such name.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Names that the package offers."""
+    return sorted(__all__)

@@ -256,7 +256,7 @@ def _export(flags: argparse.Namespace) -> list[str]:
     check_same_base(adapters)
     tasks = as_tasks(adapters, flags.names.split(",") if flags.names else ())
     _check_out(flags.out)
-    from fedsplit.federation.checkpoint import write_whole
+    from fedsplit.durable import write_folder
     from fedsplit.results.fitting import read_known
     from fedsplit.results.whole import check_same_head
 
@@ -267,7 +267,7 @@ def _export(flags: argparse.Namespace) -> list[str]:
         for name, adapter in tasks.items():
             copy_adapter(adapter, draft / name)
 
-    write_whole(flags.out, fill)
+    write_folder(flags.out, fill)
     first, *others = tasks
     last = [first, *others][-1]
     lines = [
@@ -298,7 +298,8 @@ def _check_out(out: Path) -> None:
     check_folder(out)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the command's flags."""
     parser = Parser(
         prog="python -m fedsplit.adapters",
         description="Counts, merges, combines, exports and compares the adapters of finished runs.",
@@ -363,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.command.exit_code` for the exit code."""
 
     def work() -> None:
-        flags = _parser().parse_args(argv)
+        flags = make_parser().parse_args(argv)
         quieten()
         print(*flags.work(flags), sep="\n")
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ENGINES = ("ray", "local")
+
 SCHEDULES = ("shared", "batched", "accumulate", "copies", "frozen", "forward-only")
 
 

@@ -1,4 +1,4 @@
-"""Exit codes of all commands, and errors in one line."""
+"""Exit codes and one-line error messages of all commands."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from fedsplit.shutdown import Stopped, end_now, stoppable
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Does the work of a command, and reports in one line what ended it.
+    """Does the work of a command. An error is reported in one line on stderr.
 
-    A command that a signal stops ends here, with its process.
+    If a signal stops the command, the process ends here.
+
+    Args:
+        work: The work. Its result is ignored.
 
     Returns:
-        0 if the work ended well, 1 if it broke, 2 if the input was wrong, 130 on Ctrl-C.
+        0 for success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C.
+
+    Example:
+        >>> exit_code(lambda: None)
+        0
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what else it could use
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it advertises other backends
     prefer_installed()
     _write_what_the_terminal_can()
     try:
@@ -47,7 +54,7 @@ def _report(text: str) -> None:
 
 
 def _write_what_the_terminal_can() -> None:
-    """Replaces characters that the output's encoding lacks by question marks, in place of an error."""
+    """Makes output print a question mark for a character that its encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -22,6 +22,7 @@ from fedsplit.allowed import (
     DEVICE,
     DTYPES,
     ENCODERS,
+    ENGINES,
     FIELDS,
     FORMATS,
     HEADS,
@@ -77,22 +78,27 @@ class LoraSettings:
     """The adapters on all three parts."""
 
     rank: tuple[int, ...] = setting(
-        (8,), RANKS, "rank r of every adapter; several, or a file of them, are dealt to clients in turn", "--lora-rank"
+        (8,),
+        RANKS,
+        "rank r of every adapter; of several, or of a file of them, clients take one each in turn",
+        "--lora-rank",
     )
     alpha: float = setting(16.0, above(0), "adapters are scaled by alpha / rank", "--lora-alpha")
     rslora: bool = setting(False, YES_OR_NO, "scale by alpha / sqrt(rank) instead (2312.03732)")
     dropout: float = setting(0.1, below(0, 1), "dropout on the input of every adapter")
     targets: tuple[str, ...] = setting(
-        (), NAMES, "projections that get an adapter (default: all of the family's)", "--lora-target-modules"
+        (), NAMES, "projections that get an adapter (default: all of the model's family)", "--lora-target-modules"
     )
     method: str = setting(
         "lora",
         TEXT,
-        "the kind of adapter, by PEFT's name for it; docs/adapters.md lists them; prompt, ptuning and prefix stand for "
+        "kind of adapter, by PEFT's name for it; docs/adapters.md lists them; prompt, ptuning and prefix set "
         "--prompt.kind",
         "--peft",
     )
-    options: str = setting("", FIELDS, "more fields of that kind's PEFT configuration, by name", "--peft-config")
+    options: str = setting(
+        "", FIELDS, "further fields of PEFT's configuration for this kind of adapter, by name", "--peft-config"
+    )
 
     @property
     def top_rank(self) -> int:
@@ -111,26 +117,32 @@ class PromptSettings:
     kind: str = setting(
         "off",
         one_of(PROMPTS),
-        "prompt (2104.08691) and ptuning (2103.10385) put virtual tokens before the text at the client; prefix "
-        "(2101.00190) gives the attention of each part past keys and values",
+        "prompt (2104.08691) and ptuning (2103.10385) put virtual tokens before the text, at the client; prefix "
+        "(2101.00190) gives past keys and values to the attention of each part",
     )
-    tokens: int = setting(8, at_least(1, 4096), "virtual tokens, which the model's positions must have room for")
+    tokens: int = setting(
+        8, at_least(1, 4096), "number of virtual tokens; text and virtual tokens must fit into the model's positions"
+    )
     init: str = setting(
         "random",
         one_of(STARTS),
-        "what they start from; prompt: random, tokens of the vocabulary or those of prompt.text; prefix: random, zero",
+        "start of the virtual tokens; prompt: random, vocab (tokens of the vocabulary), text; prefix: random, zero",
     )
-    text: str = setting("", Allowed("a text", lambda v: True), "prompt with init text: repeated or cut to the tokens")
-    encoder: str = setting("mlp", one_of(ENCODERS), "ptuning: what makes the virtual tokens")
+    text: str = setting(
+        "",
+        Allowed("a text", lambda v: True),
+        "prompt with init text: the text, which is repeated or cut to the number of virtual tokens",
+    )
+    encoder: str = setting("mlp", one_of(ENCODERS), "ptuning: network that produces the virtual tokens")
     hidden: int = setting(
         0,
         at_least(0, MOST_AT_ONCE),
-        "ptuning, and prefix with projection: width of the encoder; 0: as wide as the virtual tokens",
+        "ptuning, and prefix with projection: width of the network; 0: width of the virtual tokens",
     )
-    layers: int = setting(2, at_least(1, 64), "ptuning with encoder lstm: its layers")
-    dropout: float = setting(0.0, below(0, 1), "ptuning with encoder lstm: dropout between its layers")
+    layers: int = setting(2, at_least(1, 64), "ptuning with encoder lstm: number of layers")
+    dropout: float = setting(0.0, below(0, 1), "ptuning with encoder lstm: dropout between the layers")
     projection: bool = setting(
-        False, YES_OR_NO, "prefix: each part trains an embedding and an MLP that make its past keys and values"
+        False, YES_OR_NO, "prefix: each part trains an embedding and an MLP, which produce its past keys and values"
     )
 
     @property
@@ -146,71 +158,75 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A client's local training; when the run ends, --rounds, --patience, --min-delta and --keep-best say above."""
+    """Local training; for the length of the run see --rounds and --patience."""
 
-    steps: int = setting(10, at_least(1, MOST), "local steps a round; not used where epochs is set")
+    steps: int = setting(10, at_least(1, MOST), "local steps a round; ignored if epochs is set")
     epochs: int = setting(
-        0, at_least(0, MOST), "local passes over the client's data a round; 0: count steps", "--epochs"
+        0, at_least(0, MOST), "local passes over the client's data a round; 0: train for a number of steps", "--epochs"
     )
     batch_size: int = setting(4, at_least(1, MOST_AT_ONCE), "sequences a step", "--batch-size")
     max_length: int = setting(128, at_least(8, MOST), "tokens a sequence", "--max-length")
-    samples: int = setting(0, at_least(0, MOST), "training sequences a client at most; 0: all it has", "--samples")
+    samples: int = setting(0, at_least(0, MOST), "training sequences a client at most; 0: all", "--samples")
     micro_batches: int = setting(
         0,
         at_least(0, MOST_AT_ONCE),
-        "parts of a batch that are under way at once, so that client and trunk work at the same time; 0: planned",
+        "parts of a batch that are under way at once, so that client and trunk work at the same time; "
+        "0: chosen by the plan",
         "--micro-batches",
     )
     accumulation: int = setting(
-        1, at_least(1, MOST_AT_ONCE), "batches a step, whose gradients are summed as those of one large batch"
+        1, at_least(1, MOST_AT_ONCE), "batches a step; their gradients are summed as those of one large batch"
     )
     clip: float = setting(
-        0.0, at_least(0), "largest norm of a step's gradient, over the adapters of all parts; 0: it is not clipped"
+        0.0, at_least(0), "largest norm of a step's gradient, over the adapters of all parts; 0: no clipping"
     )
     optimizer: str = setting(
-        "adamw", one_of(OPTIMIZERS), "optimiser of clients and trunk; adamw8bit is that of bitsandbytes"
+        "adamw", one_of(OPTIMIZERS), "optimiser of clients and trunk; adamw8bit is AdamW of bitsandbytes"
     )
-    lr: float = setting(1e-3, above(0), "learning rate, of clients and trunk", "--lr")
+    lr: float = setting(1e-3, above(0), "learning rate of clients and trunk", "--lr")
     weight_decay: float = setting(0.0, at_least(0), "weight decay")
     momentum: float = setting(0.0, below(0, 1), "sgd: momentum")
     beta1: float = setting(0.9, below(0, 1), "adamw, adamw8bit: decay of the mean gradient")
     beta2: float = setting(0.999, below(0, 1), "adamw, adamw8bit: decay of the mean squared gradient")
-    eps: float = setting(1e-8, above(0), "adamw, adamw8bit: what is added to the root of the mean squared gradient")
+    eps: float = setting(1e-8, above(0), "adamw, adamw8bit: added to the root of the mean squared gradient")
     optimizer_state: str = setting(
         "reset",
         one_of(OPTIMIZER_STATES),
-        "what a client's optimiser remembers: reset begins every round anew, keep goes on from the client's last one",
+        "state of a client's optimiser; reset: a new state every round; keep: the state after the client's last round",
     )
-    schedule: str = setting("constant", one_of(RATES), "course of the learning rate over the steps of all rounds")
+    schedule: str = setting("constant", one_of(RATES), "schedule of the learning rate over the steps of all rounds")
     warmup: float = setting(
-        0.0, WARMUP, "steps over which the learning rate rises from 0: 1 or more count them, below 1 is their share"
+        0.0,
+        WARMUP,
+        "steps over which the learning rate rises from 0: a number of steps, or below 1 a share of all steps",
     )
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where texts, their owners and what is to be predicted are found in a data set."""
+    """Where a data set has its texts, their owners, and the part to predict."""
 
     format: str = setting(
-        "auto", one_of(FORMATS), "what a row is; auto: text where there is such a column, else chat or completion"
+        "auto", one_of(FORMATS), "kind of rows; auto: text if there is a column of that name, else chat or completion"
     )
-    config: str = setting("", ANYTHING, "configuration of a data set that has several, such as wikitext-2-raw-v1")
-    split: str = setting("train", TEXT, "split of a data set that has several, such as train or train[:10%]")
+    config: str = setting("", ANYTHING, "configuration, for a data set that has several, such as wikitext-2-raw-v1")
+    split: str = setting("train", TEXT, "split, for a data set that has several, such as train or train[:10%]")
     held_out: str = setting(
-        "", ANYTHING, "held-out texts: another split, or a file or folder (default: a part of each client's own)"
+        "", ANYTHING, "held-out texts: another split, a file or a folder (default: a part of each client's own texts)"
     )
-    text: str = setting("text", TEXT, "column of the text")
-    owner: str = setting("owner", TEXT, "column of whose a row is")
-    prompt: str = setting("prompt", TEXT, "column of what is given, of which nothing is predicted")
-    completion: str = setting("completion", TEXT, "column of what is predicted after a prompt")
-    messages: str = setting("messages", TEXT, "column of chats: lists of messages with role and content")
-    label: str = setting("label", TEXT, "column of the class of a text, under the format classification")
+    text: str = setting("text", TEXT, "column with the text")
+    owner: str = setting("owner", TEXT, "column with the owner of a row")
+    prompt: str = setting("prompt", TEXT, "column with the prompt, of which nothing is predicted")
+    completion: str = setting("completion", TEXT, "column with the completion, which is predicted after the prompt")
+    messages: str = setting("messages", TEXT, "column with chats: lists of messages with role and content")
+    label: str = setting("label", TEXT, "column with the class of a text, for the format classification")
     packing: str = setting(
         "auto",
         one_of(PACKING),
-        "put several texts into one sequence; else a text is a sequence, padded and cut; auto: true for text alone",
+        "true: several texts share a sequence; false: a text is a sequence, padded or cut; auto: true for the format "
+        "text alone",
     )
-    show: bool = setting(False, YES_OR_NO, "print who holds what before the run")
+    show: bool = setting(False, YES_OR_NO, "print the clients' shares of the data before the run")
 
 
 @dataclass(frozen=True)
@@ -221,7 +237,7 @@ class EvalSettings:
     after: int = setting(
         8,
         at_least(0, MOST),
-        "of these, sequences measured right after a client's own steps, too, to tell what it loses later",
+        "of these, sequences that are also measured right after the client's own steps, to report what it forgets",
     )
 
 
@@ -229,18 +245,31 @@ class EvalSettings:
 class TrunkSettings:
     """The shared middle of the model."""
 
-    schedule: str = setting("shared", one_of(SCHEDULES), "who updates the trunk's adapter, and when")
-    order: str = setting("random", one_of(ORDERS), "order in which clients begin a round; cyclic: the same in each")
-    every: int = setting(0, at_least(0, MOST), "accumulate: a client's steps between two barriers; 0: the whole round")
-    deadline: float = setting(30.0, above(0), "batched, accumulate: seconds the others wait for a client that is late")
-    group: int = setting(1, at_least(1, MOST_AT_ONCE), "with --deterministic: clients that train at once")
-    memory: str = setting("", MEMORY, "the most resident memory of the trunk's process, such as 800MB")
-    lease: float = setting(600.0, above(0), "seconds that a forward may wait for its gradient")
-    threads: int = setting(0, at_least(0, MOST_AT_ONCE), "threads of each of the trunk's lanes; 0: planned")
-    lanes: int = setting(
-        0, at_least(0, 2), "2: the trunk computes a forward and a backward at the same time; 1: never; 0: planned"
+    schedule: str = setting(
+        "shared", one_of(SCHEDULES), "how clients share the trunk's adapter; docs/trunk.md explains each"
     )
-    device: str = setting("", OWN_DEVICE, "what the trunk computes on, where it is not what the clients do (--device)")
+    order: str = setting(
+        "random", one_of(ORDERS), "order in which clients begin a round; random: drawn from the seed; cyclic: by number"
+    )
+    every: int = setting(
+        0, at_least(0, MOST), "accumulate: steps of a client between two barriers; 0: all steps of the round"
+    )
+    deadline: float = setting(30.0, above(0), "batched, accumulate: seconds that clients wait for one that is late")
+    group: int = setting(1, at_least(1, MOST_AT_ONCE), "with --deterministic: number of clients that train at once")
+    memory: str = setting(
+        "", MEMORY, "largest resident memory of the trunk's process, such as 800MB (default: no limit)"
+    )
+    lease: float = setting(600.0, above(0), "seconds for which the trunk keeps a forward whose gradient has not come")
+    threads: int = setting(
+        0, at_least(0, MOST_AT_ONCE), "threads with which each of the trunk's lanes computes; 0: chosen by the plan"
+    )
+    lanes: int = setting(
+        0,
+        at_least(0, 2),
+        "2: the trunk computes a forward and a backward at the same time; 1: one after the other; "
+        "0: chosen by the plan",
+    )
+    device: str = setting("", OWN_DEVICE, "device of the trunk (default: that of --device)")
 
     @property
     def memory_bytes(self) -> int | None:
@@ -252,7 +281,9 @@ class TrunkSettings:
 class WireSettings:
     """How tensors cross between client and trunk."""
 
-    codec: str = setting("raw", one_of(CODECS), "how hidden states and gradients are encoded; raw loses nothing")
+    codec: str = setting(
+        "raw", one_of(CODECS), "encoding of hidden states and gradients; raw is exact; bf16 halves the bytes"
+    )
 
 
 @dataclass(frozen=True)
@@ -261,11 +292,18 @@ class Config:
 
     clients: int = setting(8, at_least(1, MOST), "clients in the federation")
     rounds: int = setting(5, at_least(1, MOST), "rounds of training and aggregation")
-    seed: int = setting(0, at_least(0, 2**32 - 1), "decides data order, dropout and adapters at the start")
+    seed: int = setting(
+        0, at_least(0, 2**32 - 1), "seed of the data's order, of dropout, and of the adapters at the start"
+    )
     model: str = setting(
         DEFAULT_MODEL,
         TEXT,
         "sotu-gpt2, smollm2, a folder with config.json and safetensors, a .gguf file, or the Hub's org/name[@revision]",
+    )
+    init_adapter: str = setting(
+        "",
+        Allowed("a folder", lambda v: True),
+        "start from the PEFT adapter of the unsplit model in this folder; another rank is cut or filled with zeros",
     )
     cut: str = setting("1:5", CUT, "the trunk is blocks LO to HI - 1; bottom and top are the rest")
     dataset: str = setting(
@@ -275,60 +313,86 @@ class Config:
         "save_to_disk",
     )
     partition: str = setting(
-        "auto", PARTITION, "who owns what; auto is by president or synthetic owner, or iid where those do not suffice"
+        "auto",
+        PARTITION,
+        "how data are dealt to clients; auto: by owner, such as a president, or iid if there are too few owners",
     )
-    strategy: str = setting("fedavg", TEXT, "a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam")
+    strategy: str = setting(
+        "fedavg",
+        TEXT,
+        "aggregation of the clients' adapters: a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam",
+    )
     patience: int = setting(
-        0, at_least(0, MOST), "rounds in a row without a better held-out loss after which the run stops; 0: it does not"
+        0,
+        at_least(0, MOST),
+        "rounds in a row without an improvement of the held-out loss after which the run stops; 0: no early stopping",
     )
     min_delta: float = setting(
-        0.0, at_least(0), "patience: by how much, in nats a token, a held-out loss must be lower to be better"
+        0.0,
+        at_least(0),
+        "patience: the held-out loss must fall by more than this, in nats a token, to count as an improvement",
     )
-    keep_best: bool = setting(
-        False, YES_OR_NO, "the adapter that the run leaves is that of its best round, not that of its last"
-    )
+    keep_best: bool = setting(False, YES_OR_NO, "leave the adapter of the best round, not of the last")
     fraction: float = setting(
-        1.0, Allowed("a number above 0, up to 1", lambda v: 0 < v <= 1), "clients that train in a round"
+        1.0, Allowed("a number above 0, up to 1", lambda v: 0 < v <= 1), "share of the clients that train in a round"
     )
-    weights: str = setting("examples", one_of(WEIGHTS), "what a client counts by when adapters are averaged")
+    weights: str = setting("examples", one_of(WEIGHTS), "weight of a client when adapters are averaged")
     share: tuple[str, ...] = setting(
-        PARTS, SHARES, "parts whose adapters are aggregated; the others stay personal, the trunk's only under copies"
+        PARTS,
+        SHARES,
+        "parts whose adapters are aggregated; other parts stay each client's own, which the trunk may under copies "
+        "only",
     )
     kernels: str = setting(
         "fused",
         one_of(KERNELS),
-        "fused makes fewer passes over memory; library is the unsplit model's own code, equal to it to the bit",
+        "fused: fewer passes over memory; library: the code of transformers and PEFT, equal to the unsplit model to "
+        "the bit",
     )
     lm_head: str = setting(
-        "frozen", one_of(HEADS), "what of the head trains: nothing, an adapter on it (lora), or its weight whole (full)"
+        "frozen", one_of(HEADS), "training of the head; frozen: none; lora: an adapter on it; full: its whole weight"
     )
-    dtype: str = setting("fp32", one_of(DTYPES), "type of base weights and of computation; adapters are fp32")
+    dtype: str = setting("fp32", one_of(DTYPES), "type of base weights and of computation; adapters are always fp32")
     router_aux_loss: float = setting(
         -1.0,
         COEFFICIENT,
-        "coefficient of the loss that balances a mixture of experts; -1: as the model's config.json has it; 0: none",
+        "coefficient of the loss that balances a mixture of experts; -1: that of the model's config.json; "
+        "0: no such loss",
     )
-    device: str = setting("cpu", DEVICE, "what the parts compute on; auto: a GPU where torch sees one")
+    device: str = setting("cpu", DEVICE, "device of the parts; auto: a GPU if torch finds one, else the CPU")
     quantization: str = setting(
-        "", QUANTIZATION, "parts whose base weights are kept in 4 or 8 bits by bitsandbytes, such as trunk:4,top:8"
+        "", QUANTIZATION, "parts whose base weights bitsandbytes keeps in 4 or 8 bits, such as trunk:4,top:8"
     )
-    workers: int = setting(0, at_least(0, MOST_AT_ONCE), "processes that play the clients; 0: as many as cores")
+    engine: str = setting(
+        "ray",
+        one_of(ENGINES),
+        "ray: clients and trunk in processes of their own; local: all in this process, one client after the other",
+    )
+    workers: int = setting(0, at_least(0, MOST_AT_ONCE), "processes that play the clients; 0: one for each core")
     threads: int = setting(
-        0, at_least(0, MOST_AT_ONCE), "threads of each client process; 0: planned, so that cores suffice"
+        0, at_least(0, MOST_AT_ONCE), "threads of each client process; 0: chosen by the plan, so that the cores suffice"
     )
     timeout: float = setting(
         600.0,
         at_least(1, MOST),
-        "seconds without an answer or any other sign of life after which a process counts as dead",
+        "seconds without any sign of life after which a process counts as dead",
     )
     deterministic: bool = setting(
-        False, YES_OR_NO, "same seed, same result, under any schedule; the price: clients train trunk.group at a time"
+        False,
+        YES_OR_NO,
+        "the same seed gives the same result under any schedule; for that, only trunk.group clients train at a time",
+    )
+    sinks: tuple[str, ...] = setting(
+        (),
+        NAMES,
+        "classes that receive the events of the run, such as path/to/mine.py:MySink; may be given several times",
+        "--sink",
     )
     out: str = setting("", Allowed("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir")
     resume: str = setting(
         "",
         Allowed("a folder", lambda v: True),
-        "go on with the run of this folder; only rounds, patience, threads and devices may differ",
+        "go on with the run of this folder; only rounds, patience, sinks, and what it uses of the machine may differ",
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)

@@ -34,9 +34,9 @@ def look(config: Config) -> Partition:
     from fedsplit.checks import check_lengths, check_tokens
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about
+    from fedsplit.model.sources import config_folder
 
-    check_lengths(config, read_facts(about(config)))
+    check_lengths(config, read_facts(config_folder(config)))
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 
@@ -47,7 +47,8 @@ def look(config: Config) -> Partition:
     return partition
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.data",
         description="Shows the data of each client: numbers of sequences and tokens, to train on and held out, and the "
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.command.exit_code` for the exit code."""
 
     def work() -> None:
-        flags, rest = _parser().parse_known_args(argv)
+        flags, rest = make_parser().parse_known_args(argv)
         config = parse(rest)
         quieten(offline=False)
 

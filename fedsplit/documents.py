@@ -1,4 +1,4 @@
-"""A configuration from plain values, as TOML and flags give them, and back."""
+"""Converts plain values, as from TOML and flags, into a configuration, and a configuration into plain values."""
 
 from __future__ import annotations
 
@@ -15,39 +15,74 @@ from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config, LoraSettings, wor
 
 
 def _convert(name: str, value: object, kind: Any) -> Any:
-    """Turns a flag's text or a TOML value into the setting's type, and checks it."""
-    allowed: Allowed = LEAVES[name][0].metadata["allowed"]
+    """Converts a flag's text or a TOML value to the type of a setting, and checks the value.
+
+    Args:
+        name: Dotted name of the setting.
+        value: The text or the TOML value.
+        kind: Type of the setting.
+
+    Raises:
+        SettingError: The value has another type, or is not allowed.
+    """
+    leaf = LEAVES[name][0]
+    allowed: Allowed = leaf.metadata["allowed"]
     try:
-        if kind == tuple[str, ...]:
-            converted: Any = tuple(value.split(",")) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
-            suits = all(isinstance(item, str) for item in converted)
-        elif kind == tuple[int, ...]:
-            converted = _whole_numbers(value)
-            suits = True
-        elif allowed is FIELDS:
-            converted, suits = _object(value), True
-        elif kind is bool:
-            converted = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
-            suits = isinstance(converted, bool)
-        elif isinstance(value, bool) and kind is str and name == "data.packing":  # a switch that may also be planned
-            converted, suits = str(value).lower(), True
-        else:
-            suits = not isinstance(value, bool) and (isinstance(value, str) or kind is not str)
-            converted = kind(value)
-            suits = suits and (kind is not int or isinstance(value, str) or value == converted)
-        suits = suits and allowed.test(converted)
+        converted = _typed(name, value, kind)
+        suits = allowed.test(converted)
     except (TypeError, ValueError, OverflowError):
         suits = False
     if not suits:
-        raise SettingError(name, _short(value), words_of(LEAVES[name][0], kind))
+        raise SettingError(name, _short(value), words_of(leaf, kind))
     return converted
 
 
-def _whole_numbers(value: object) -> tuple[int, ...]:
-    """Numbers from a list, from a text with commas, or from the file it names.
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Converts a value to the type of a setting.
 
     Raises:
-        ValueError, TypeError: It is none of these.
+        TypeError, ValueError, OverflowError: The value has another type, or is not exactly a value of the type.
+    """
+    if kind == tuple[str, ...]:
+        items = tuple(value.split(",") if isinstance(value, str) else value)
+        if not all(isinstance(item, str) for item in items):
+            raise TypeError
+        return items
+    if kind == tuple[int, ...]:
+        return _whole_numbers(value)
+    if LEAVES[name][0].metadata["allowed"] is FIELDS:
+        return _object(value)
+    if kind is bool:
+        return _switch(value)
+    if name == "data.packing" and isinstance(value, bool):  # a text: true, false or auto
+        return str(value).lower()
+
+    # TOML has types of its own: true is no number, and a number is no text.
+    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+        raise TypeError
+    converted = kind(value)
+    if kind is int and not isinstance(value, str) and value != converted:  # such as 2.5
+        raise ValueError
+    return converted
+
+
+def _switch(value: object) -> bool:
+    """Reads true or false from a TOML value, or from a flag's text.
+
+    Raises:
+        TypeError: The value is neither.
+    """
+    switch = {"true": True, "false": False}.get(value) if isinstance(value, str) else value
+    if not isinstance(switch, bool):
+        raise TypeError
+    return switch
+
+
+def _whole_numbers(value: object) -> tuple[int, ...]:
+    """Reads whole numbers from a list, from a text with commas, or from a file that the text names.
+
+    Raises:
+        ValueError, TypeError: The value is none of these.
     """
     if isinstance(value, str) and not re.fullmatch(r"[\d,\s+-]*", value):
         try:
@@ -63,10 +98,13 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
 
 
 def _object(value: object) -> str:
-    """A JSON object as one line, from its text, from the file that the text names, or from a table; "" for none.
+    """Reads a JSON object from its text, from a file that the text names, or from a TOML table.
+
+    Returns:
+        The object as one line of JSON; "" if it is empty.
 
     Raises:
-        ValueError, TypeError: It is none of these.
+        ValueError, TypeError: The value is none of these.
     """
     if isinstance(value, str):
         text = value.strip()
@@ -82,45 +120,55 @@ def _object(value: object) -> str:
 
 
 def _short(value: object) -> str:
-    """A value as a message shows it."""
-    text = str(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of many digits"
-    return "nothing" if text == "" else text if len(text) <= 200 else f"{text[:200]}…"
+    """Returns a value as error messages show it."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a number of many digits"
+    text = str(value)
+    if text == "":
+        return "nothing"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None) -> Config:
-    """Makes a configuration from dotted names.
+    """Builds a configuration from settings by dotted name.
 
-    Virtual tokens and prefixes may be asked for as a kind of adapter, too, which is what they are to PEFT.
+    `lora.method` may also name a kind of virtual tokens or prefixes, since PEFT treats these as adapters.
 
     Args:
-        values: Settings by dotted name; those not named keep their defaults.
+        values: Settings by dotted name. Settings that are not named keep their defaults.
         options: Keyword arguments for the strategy.
 
     Raises:
         InputError: A name is unknown, a value is not allowed, or two kinds of prompts are asked for.
+
+    Example:
+        >>> build({"clients": 4, "lora.rank": "4,8"}).lora.rank
+        (4, 8)
     """
     top: dict[str, Any] = {}
-    parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in values.items():
         if name not in LEAVES:
             raise InputError(f"there is no setting {name}; {suggest(name, LEAVES)}")
         section, _, leaf = name.rpartition(".")
-        (parts[section] if section else top)[leaf] = _convert(name, value, LEAVES[name][1])
+        target = sections[section] if section else top
+        target[leaf] = _convert(name, value, LEAVES[name][1])
     for name, value in (options or {}).items():
         if not isinstance(value, str | int | float):
             raise SettingError(f"strategy.{name}", value, "a text, a number, true or false")
-    _settle_peft(parts["lora"], parts["prompt"])
-    sections = {name: cls(**parts[name]) for name, cls in SECTIONS.items()}
-    return Config(**top, **sections, strategy_options=dict(options or {}))
+    _settle_peft(sections["lora"], sections["prompt"])
+    settings = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
+    return Config(**top, **settings, strategy_options=dict(options or {}))
 
 
 def _settle_peft(lora: dict[str, Any], prompt: dict[str, Any]) -> None:
-    """Where the kind of adapter is one of prompts, has `prompt.kind` say so, alone: that is what files keep.
+    """Moves a kind of prompts from `lora.method` to `prompt.kind`, the form in which files keep it.
 
     Raises:
-        SettingError: `prompt.kind` says another one.
+        SettingError: `prompt.kind` names another kind.
     """
-    method, kind = lora.get("method"), prompt.get("kind", "off")
+    method = lora.get("method")
+    kind = prompt.get("kind", "off")
     if method not in PROMPTED:
         return
     if kind not in ("off", method):
@@ -129,13 +177,23 @@ def _settle_peft(lora: dict[str, Any], prompt: dict[str, Any]) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """What somebody may have meant by a name that is not known."""
+    """Suggests known names that are similar to an unknown one.
+
+    Example:
+        >>> suggest("client", ["clients", "rounds"])
+        'did you mean clients?'
+    """
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return "did you mean " + " or ".join(close) + "?" if close else "see --help for the list"
 
 
 def dotted(document: Mapping[str, Any]) -> dict[str, object]:
-    """Nested values, as a file has them, by dotted name."""
+    """Flattens nested values, as a TOML file has them, to values by dotted name.
+
+    Example:
+        >>> dotted({"clients": 4, "lora": {"rank": 8}})
+        {'clients': 4, 'lora.rank': 8}
+    """
     values: dict[str, object] = {}
     for key, value in document.items():
         if key in SECTIONS and isinstance(value, dict):
@@ -146,25 +204,31 @@ def dotted(document: Mapping[str, Any]) -> dict[str, object]:
 
 
 def set_by_user(section: Any) -> dict[str, Any]:
-    """The settings of a section, by the names of its fields, that do not have their defaults."""
+    """Returns the settings of a section that differ from their defaults, by the names of the section's fields."""
     values = {leaf.name: (getattr(section, leaf.name), leaf.default) for leaf in dataclasses.fields(section)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def as_document(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain values, ready to be written as TOML.
+    """Returns the configuration as nested plain values, which can be written as TOML.
 
-    The run's folder is left out: who runs the file again gets a folder of its own.
+    The run's folder is left out, so that another run from the file gets its own folder.
     """
     document = dataclasses.asdict(config)
     del document["out"], document["resume"]
     document["share"] = list(config.share)
+    document["sinks"] = list(config.sinks)
     document["lora"]["targets"] = list(config.lora.targets)
     document["lora"]["rank"] = list(config.lora.rank) if len(config.lora.rank) > 1 else config.lora.rank[0]
     return document
 
 
 def from_document(document: Mapping[str, Any]) -> Config:
-    """The inverse of `as_document`."""
+    """Builds a configuration from nested values that `as_document` returned.
+
+    Example:
+        >>> from_document(as_document(Config(clients=4))).clients
+        4
+    """
     settings = {key: value for key, value in document.items() if key != OPTIONS}
     return build(dotted(settings), document.get(OPTIONS))

@@ -67,13 +67,13 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
         Mean loss over all predicted tokens, or sequences, in nats.
     """
     from fedsplit.model.families import read_facts, read_pad
-    from fedsplit.model.sources import about
+    from fedsplit.model.sources import config_folder
     from fedsplit.results.whole import score
 
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
     if config.data.format == "classification":  # transformers finds the last token of a sequence by the padding token
-        path = about(config)
+        path = config_folder(config)
         model.config.pad_token_id = read_pad(path, read_facts(path).end)
 
     scores = []
@@ -138,12 +138,12 @@ def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) 
     from fedsplit.corpora.shards import spread
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about
+    from fedsplit.model.sources import config_folder
 
     _check_format(config, data)
     check_packing(data)
     check_dataset(dataset, data)
-    path = about(config)
+    path = config_folder(config)
     end = read_facts(path).end
     by_owner = all_text(dataset, config.train.max_length, path, end, data, config.seed, _classes(config))
 
@@ -183,12 +183,12 @@ def _check_tokens(run: Run, assignments: list[tuple[Adapter, Texts]]) -> None:
     Raises:
         SettingError: A token has none.
     """
-    from fedsplit.model.sources import about
+    from fedsplit.model.sources import config_folder
     from fedsplit.model.token_ids import check_largest
 
     all_batches = [rows for _, texts in assignments for _, batches in texts for rows in batches]
     largest = max(int(rows.ids.max()) for rows in all_batches)
-    check_largest(about(run.config), run.config.model, largest)
+    check_largest(config_folder(run.config), run.config.model, largest)
 
 
 def evaluate(
@@ -292,7 +292,8 @@ def lines(results: Sequence[Result], classifies: bool = False) -> list[str]:
     return aligned(rows)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the command's flags."""
     parser = Parser(
         prog="python -m fedsplit.evaluate",
         description="Measures the perplexity and accuracy of a finished run's model: base model -> with the adapter.",
@@ -344,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.command.exit_code` for the exit code."""
 
     def work() -> None:
-        flags = _parser().parse_args(argv)
+        flags = make_parser().parse_args(argv)
         if flags.samples < 0:
             raise SettingError("samples", flags.samples, "a whole number of at least 0")
         if not DEVICE.test(flags.device):
@@ -355,10 +356,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = other_data(run.config, _given(flags))
         quieten(offline=not flags.dataset)
 
-        from fedsplit.report import make_watcher
+        from fedsplit.events.screen import make_screen
 
-        with make_watcher(errors=True) as watcher:
-            results = evaluate(run, flags.dataset, flags.client, flags.samples, data, flags.device, watcher.phase)
+        with make_screen(errors=True) as screen:
+            results = evaluate(run, flags.dataset, flags.client, flags.samples, data, flags.device, screen.phase)
         print(*lines(results, run.config.data.format == "classification"), sep="\n")
 
     return exit_code(work)

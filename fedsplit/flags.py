@@ -1,10 +1,10 @@
-"""The command line: flags, and the file of settings they name, to a configuration."""
+"""Command line: turns flags, and the settings file that they name, into a configuration."""
 
 from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,8 @@ MAY_DIFFER = (
     "resume",
     "rounds",
     "patience",
+    "sinks",
+    "engine",
     "workers",
     "threads",
     "timeout",
@@ -23,14 +25,20 @@ MAY_DIFFER = (
     "trunk.threads",
     "trunk.device",
 )
-"""What may be set of a run that goes on."""
+"""Settings that may change when a run is resumed."""
+
+REPEATABLE = ("sinks",)
+"""Lists whose flag may be given several times, each adding to the list."""
 
 
 def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
     """Reads a configuration file.
 
+    Args:
+        path: A TOML file.
+
     Returns:
-        The settings by dotted name, and the strategy's options.
+        The settings by dotted name, and the options of the strategy.
 
     Raises:
         SettingError: The file cannot be read or is not TOML.
@@ -48,42 +56,55 @@ def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without usage."""
+    """Argument parser that raises errors of one line, and does not print its usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises an InputError."""
+        """Raises an `InputError`."""
         raise InputError(f"{message}; see --help")
 
 
 def flag_of(name: str) -> str:
-    """The flag of a setting, by its dotted name."""
+    """Returns the flag of a setting.
+
+    Example:
+        >>> flag_of("train.batch_size")
+        '--train.batch-size'
+    """
     return f"--{name.replace('_', '-')}"
 
 
 def add_setting(group: Any, name: str, default: str | None = None) -> None:
-    """Adds the flag of a setting, whose text goes under the setting's dotted name; where it is not given, nothing does.
+    """Adds the flag of a setting to a parser.
+
+    The parsed text is stored under the setting's dotted name. A flag that is not given is not stored.
 
     Args:
-        group: A parser, or a group of one.
-        name: The setting's dotted name.
-        default: What its help says is the default; the field's own where None.
+        group: A parser, or an argument group.
+        name: Dotted name of the setting.
+        default: Default to show in the help text; None for the default of the setting.
     """
     leaf, kind = LEAVES[name]
     flags = [flag_of(name)]
     if leaf.metadata["alias"]:
         flags.append(leaf.metadata["alias"])
-    own = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else leaf.default
-    shown = own if default is None else default
-    end = "" if shown == "" or shown is False else f" (default: {shown})"
+
+    shown = leaf.default if default is None else default
+    if isinstance(shown, tuple):
+        shown = ",".join(map(str, shown))
+    allowed = leaf.metadata["allowed"].words
+    choices = f": {allowed}" if " | " in allowed else ""
+    default_text = "" if shown == "" or shown is False else f" (default: {shown})"
+    text = (leaf.metadata["help"] + choices + default_text).replace("%", "%%")
+
     metavar = {int: "N", float: "X"}.get(kind, "NAME")
-    words = leaf.metadata["allowed"].words
-    choices = f": {words}" if " | " in words else ""
-    text = (leaf.metadata["help"] + choices + end).replace("%", "%%")
-    values: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
-    group.add_argument(*flags, dest=name, metavar=metavar, help=text, default=argparse.SUPPRESS, **values)
+    switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+    if name in REPEATABLE:
+        switch = {"action": "extend", "type": lambda text: text.split(",")}
+    group.add_argument(*flags, dest=name, metavar=metavar, help=text, default=argparse.SUPPRESS, **switch)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
     parser = Parser(
         prog="python -m fedsplit.simulate",
         description="Simulates a federation that fine-tunes one language model, cut in three, on text none shares.",
@@ -103,7 +124,11 @@ def _parser() -> Parser:
 
 
 def _strategy_options(rest: list[str]) -> dict[str, Any]:
-    """Reads `--strategy.KEY VALUE` pairs; anything else left over is unknown."""
+    """Parses `--strategy.KEY VALUE` pairs from the arguments that no other flag has taken.
+
+    Raises:
+        InputError: An argument is no such flag, or a flag has no value.
+    """
     options: dict[str, Any] = {}
     words = [word for item in rest for word in (item.split("=", 1) if item.startswith("--") else [item])]
     while words:
@@ -123,23 +148,60 @@ def _strategy_options(rest: list[str]) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """Reads the command line, and the file it names, into a checked configuration.
+    """Parses the command line, and the settings file that it names, into a checked configuration.
+
+    Args:
+        argv: Arguments; None for those of the process.
 
     Raises:
-        InputError: Something was given wrongly.
+        InputError: A flag or a setting is unknown, or a value is not allowed.
+
+    Example:
+        >>> config = parse(["--clients", "4", "--lora.rank", "16"])
+        >>> config.clients, config.lora.rank
+        (4, (16,))
     """
-    known, rest = _parser().parse_known_args(argv)
-    flags = vars(known)
-    file = flags.pop("config", None)
-    if run := flags.get("resume"):
-        if not (Path(run) / "config.toml").is_file():
+    known, rest = make_parser().parse_known_args(argv)
+    values = vars(known)
+    file = values.pop("config", None)
+    return settle(values, _strategy_options(rest), Path(file) if file is not None else None)
+
+
+def settle(values: Mapping[str, object], options: Mapping[str, Any], file: Path | None = None) -> Config:
+    """Makes a checked configuration from values, and from the file below them.
+
+    Args:
+        values: Settings by dotted name, which win over the file. With `resume`, the file is that of the run.
+        options: Keyword arguments for the strategy, which win over the file, too.
+        file: A TOML file.
+
+    Raises:
+        InputError: A name is unknown, a value is not allowed, or a setting cannot change in a run that goes on.
+
+    Example:
+        >>> settle({"clients": 4, "train.lr": "3e-4"}, {}).train.lr
+        0.0003
+    """
+    if run := values.get("resume"):
+        folder = Path(str(run))
+        if not (folder / "config.toml").is_file():
             raise SettingError("resume", run, "the folder of a run, with its config.toml")
-        changed = [name for name in (*flags, *rest) if name not in MAY_DIFFER]
-        if file is not None or changed:
-            what = "--config" if file is not None else changed[0]
-            raise InputError(
-                f"{what} cannot be set for a run that goes on; only {', '.join(MAY_DIFFER[1:])} may differ"
-            )
-        file = Path(run) / "config.toml"
-    values, options = read_toml(Path(file)) if file is not None else ({}, {})
-    return build({**values, **flags}, {**options, **_strategy_options(rest)})
+        _check_unchanged(values, options, file)
+        file = folder / "config.toml"
+    filed, filed_options = read_toml(file) if file is not None else ({}, {})
+    return build({**filed, **values}, {**filed_options, **options})
+
+
+def _check_unchanged(values: Mapping[str, object], options: Mapping[str, Any], file: Path | None) -> None:
+    """Makes sure that nothing is set of a run that goes on but what may differ.
+
+    Raises:
+        InputError: Something else is set.
+    """
+    changed = [name for name in values if name not in MAY_DIFFER]
+    changed += [f"strategy.{name}" for name in options]
+    if file is not None:
+        changed.insert(0, "config")
+    if changed:
+        may = ", ".join(MAY_DIFFER[1:])
+        raise InputError(f"{changed[0]} cannot be set for a run that goes on; only {may} may differ")

@@ -157,9 +157,9 @@ def _tokenise(tokenizer: Any, prompts: Sequence[str], chat: bool, model: str) ->
     text_tokenizer = TextTokenizer(tokenizer)
     if chat:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        tokens = text_tokenizer.written([render(tokenizer, messages, prompt=True) for messages in chats])
+        tokens = text_tokenizer.encode_verbatim([render(tokenizer, messages, prompt=True) for messages in chats])
     else:
-        tokens = text_tokenizer.opening(prompts)
+        tokens = text_tokenizer.encode_prompt(prompts)
     for number, ids in enumerate(tokens, 1):
         if not ids:
             raise SettingError("prompt", f"number {number} (no tokens)", "a text that the tokenizer knows something of")
@@ -213,17 +213,17 @@ def check(flags: argparse.Namespace) -> Job:
     from fedsplit.model.devices import check_devices
     from fedsplit.model.families import read_facts
     from fedsplit.model.quantization import check_quantization
-    from fedsplit.model.sources import about, weights
+    from fedsplit.model.sources import config_folder, weights_folder
 
     config = replace(config, device="cpu", trunk=replace(config.trunk, device=_trunk_device(flags, config)))
     check_devices(config)
     check_quantization(config)
-    model = about(config)
+    model = config_folder(config)
     facts = read_facts(model)
 
-    from fedsplit.adaptation.adapting import check_made_by
+    from fedsplit.adaptation.run_adapters import check_made_by
     from fedsplit.generation.sampling import Sampling
-    from fedsplit.model.stored import check_checkpoint
+    from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.token_ids import check_largest, end_tokens
     from fedsplit.model.vocabulary import load_tokenizer
     from fedsplit.results.fitting import read_fitting
@@ -232,7 +232,7 @@ def check(flags: argparse.Namespace) -> Job:
     tokens = _tokenise(tokenizer, prompts, flags.chat, config.model)
     most = _new_tokens(tokens, flags.max_new_tokens, facts.positions, config.prompt.positions)
     check_largest(model, config.model, max(max(ids) for ids in tokens))
-    check_checkpoint(weights(config), config.dtype)
+    check_checkpoint(weights_folder(config), config.dtype)
     read_fitting(adapter)
     check_made_by(adapter.folder, config, facts.family)
     return Job(
@@ -251,10 +251,10 @@ def check(flags: argparse.Namespace) -> Job:
 
 def _load_client_parts(job: Job) -> list[Any]:
     """Loads bottom and top with their adapters, in as many bits as in the run."""
-    from fedsplit.adaptation import adapting
+    from fedsplit.adaptation import run_adapters
 
-    parts = adapting.bare_parts(job.config, ["bottom", "top"])
-    adapting.adopt(job.adapter.folder, job.config, *parts)
+    parts = run_adapters.bare_parts(job.config, ["bottom", "top"])
+    run_adapters.adopt(job.adapter.folder, job.config, *parts)
     return parts
 
 
@@ -267,7 +267,8 @@ def _split(job: Job) -> Iterator[tuple[ClientHalf, TrunkHandle]]:
     from fedsplit.generation.decoding import ClientHalf
     from fedsplit.planning import plan
     from fedsplit.trunk import cluster
-    from fedsplit.trunk.actor import check_memory, start_trunk
+    from fedsplit.trunk.actor import start_trunk
+    from fedsplit.trunk.memory import check_memory
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
 
@@ -278,7 +279,8 @@ def _split(job: Job) -> Iterator[tuple[ClientHalf, TrunkHandle]]:
     with cluster.running(workers=1):
         trunk = start_trunk(config, name, shares.trunk_threads, adapter=job.adapter.folder.absolute())
         bottom, top = _load_client_parts(job)
-        check_memory(config, trunk)
+        if config.trunk.memory:
+            check_memory(config.trunk, trunk.status()["least_memory"])
         incarnation = trunk.status()["incarnation"]
         link = Link(trunk, make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule], name, incarnation)
         yield ClientHalf(job.client, bottom, top, link), trunk
@@ -377,7 +379,8 @@ def lines(throughput: Throughput, traffic: Mapping[str, int]) -> list[str]:
     )
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """Returns the parser of the command's flags."""
     parser = Parser(
         prog="python -m fedsplit.generate",
         description="Writes text with the model of a finished run, through the split: one client holds bottom and top, "
@@ -425,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.command.exit_code` for the exit code."""
 
     def work() -> None:
-        flags = _parser().parse_args(argv)
+        flags = make_parser().parse_args(argv)
         prepare()
         quieten()
         job = check(flags)

@@ -1,7 +1,7 @@
-"""Matrices that are known as a product of two thin ones, and are never multiplied out.
+"""Low-rank matrices, stored as a product of two thin factors. The product is never computed.
 
-A LoRA layer's change is one; so are a sum of them, the mean over all clients, and what aggregation leaves out.
-Everything here costs O((out + in) q^2) for an inner dimension q, where the matrix itself has out * in entries.
+The change of a LoRA layer is such a matrix. So are a sum of changes, the mean over all clients, and the error of an
+aggregation. Every operation costs O((out + in) q^2) for the inner dimension q; the matrix has out * in entries.
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ class LowRank:
     """The matrix `up @ down`.
 
     Attributes:
-        up: (out, q).
-        down: (q, in).
+        up: Left factor (out, q).
+        down: Right factor (q, in).
+
+    Example:
+        >>> change = LowRank(torch.ones(3, 1), torch.ones(1, 4))
+        >>> (change + change).rank, (change + change).compressed().rank
+        (2, 1)
+        >>> round(change.norm(), 3)  # the root of twelve
+        3.464
     """
 
     up: Tensor
@@ -27,17 +34,17 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the matrix."""
+        """Shape (out, in) of the matrix."""
         return self.up.shape[0], self.down.shape[1]
 
     @property
     def rank(self) -> int:
-        """The inner dimension q, which the rank of the matrix does not exceed."""
+        """Inner dimension q, an upper bound on the rank of the matrix."""
         return self.down.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both factors."""
+        """Size of both factors in bytes."""
         return self.up.nbytes + self.down.nbytes
 
     def __add__(self, other: LowRank) -> LowRank:
@@ -47,55 +54,57 @@ class LowRank:
         return total([self, other.times(-1.0)])
 
     def times(self, factor: float) -> LowRank:
-        """The matrix times a number."""
+        """Returns the matrix multiplied by a number."""
         return LowRank(self.up * factor, self.down)
 
     def to(self, dtype: torch.dtype) -> LowRank:
-        """The same in another type."""
+        """Returns the matrix with factors of another type."""
         return LowRank(self.up.to(dtype), self.down.to(dtype))
 
     def norm(self) -> float:
-        """The Frobenius norm."""
+        """Returns the Frobenius norm."""
         if self.rank == 0:
             return 0.0
         upper, lower = self._triangles()
         return float(torch.linalg.matrix_norm(upper @ lower.T))
 
     def norm_and_distance(self, other: LowRank) -> tuple[float, float]:
-        """The norm of this matrix, and that of what another of its shape differs by, from one QR a side.
+        """Returns the Frobenius norm of this matrix, and of its difference from another matrix of the same shape.
 
-        The triangle of this one's columns is what the triangle of both matrices' columns begins with.
+        One QR decomposition a side serves both: the first columns of the triangle are the triangle of this matrix.
         """
         both = total([self, other])
         if both.rank == 0:
             return 0.0, 0.0
         upper, lower = both._triangles()
-        own = upper[:, : self.rank] @ lower[:, : self.rank].T
-        others = upper[:, self.rank :] @ lower[:, self.rank :].T
-        return float(torch.linalg.matrix_norm(own)), float(torch.linalg.matrix_norm(others - own))
+        this_core = upper[:, : self.rank] @ lower[:, : self.rank].T
+        other_core = upper[:, self.rank :] @ lower[:, self.rank :].T
+        return float(torch.linalg.matrix_norm(this_core)), float(torch.linalg.matrix_norm(other_core - this_core))
 
     def inner(self, other: LowRank) -> float:
-        """The Frobenius inner product with another matrix of this shape."""
+        """Returns the Frobenius inner product with another matrix of the same shape."""
         left = self.up.double().T @ other.up.double()
         right = self.down.double() @ other.down.double().T
         return float((left * right).sum())
 
     def _triangles(self) -> tuple[Tensor, Tensor]:
-        """The triangles (p, q) of both sides' QR, which has no need of its bases for norms: (upper, lower)."""
-        return torch.linalg.qr(self.up.double(), mode="r").R, torch.linalg.qr(self.down.double().T, mode="r").R
+        """Returns the triangles (p, q) of the QR decompositions of both factors. Norms do not need the bases."""
+        upper = torch.linalg.qr(self.up.double(), mode="r").R
+        lower = torch.linalg.qr(self.down.double().T, mode="r").R
+        return upper, lower
 
     def _core(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Orthonormal bases of both sides and the small matrix between them: (core, out basis, in basis)."""
+        """Returns the small matrix between orthonormal bases of both sides, and the bases: (core, out, in)."""
         left, upper = torch.linalg.qr(self.up.double())
         right, lower = torch.linalg.qr(self.down.double().T)
         return upper @ lower.T, left, right
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The singular value decomposition, in float64.
+        """Computes the singular value decomposition in float64.
 
         Returns:
-            U (out, p), S (p,) falling, V (p, in), with p the least of out, in and q. The sign of each pair of
-            singular vectors is fixed by the largest entry of U's column, so that equal matrices have equal factors.
+            U (out, p), S (p,) in descending order, and V (p, in), where p is the minimum of out, in and q. The largest
+            entry of each column of U is positive, so that equal matrices have equal factors.
         """
         core, left, right = self._core()
         u, s, v = torch.linalg.svd(core, full_matrices=False)
@@ -107,26 +116,34 @@ class LowRank:
         return u, s, v
 
     def compressed(self, relative: float = 1e-12) -> LowRank:
-        """The same matrix with as small an inner dimension as it has rank.
+        """Returns the same matrix with an inner dimension equal to its rank.
 
         Args:
-            relative: Singular values below this part of the largest are rounding, and dropped.
+            relative: Singular values below this fraction of the largest count as rounding errors and are dropped.
         """
         u, s, v = self.svd()
-        kept = int((s > relative * s[0]).sum()) if s.numel() and float(s[0]) > 0 else 0
-        return balanced(u, s, v, kept)
+        if not s.numel() or float(s[0]) <= 0:
+            return balanced(u, s, v, rank=0)
+        return balanced(u, s, v, rank=int((s > relative * s[0]).sum()))
 
 
 def balanced(u: Tensor, s: Tensor, v: Tensor, rank: int) -> LowRank:
-    """The first terms of a singular value decomposition (see `LowRank.svd`), each value shared by both factors.
+    """Returns the nearest matrix of at most a given rank (Eckart and Young, 1936).
 
-    It is the nearest matrix of at most that rank (Eckart and Young, 1936).
+    It consists of the first terms of a singular value decomposition. The square root of each singular value goes into
+    each factor.
+
+    Args:
+        u: U (out, p), as `LowRank.svd` returns it.
+        s: S (p,).
+        v: V (p, in).
+        rank: Number of terms.
     """
     root = s[:rank].sqrt()
     return LowRank(u[:, :rank] * root, root[:, None] * v[:rank])
 
 
 def total(matrices: Iterable[LowRank]) -> LowRank:
-    """The sum of matrices of one shape; there must be one at least."""
+    """Returns the sum of matrices of one shape. There must be at least one."""
     listed = list(matrices)
     return LowRank(torch.cat([m.up for m in listed], dim=1), torch.cat([m.down for m in listed], dim=0))

@@ -1,28 +1,28 @@
-"""Who gets how much of the machine: processes, threads, and parts of a batch."""
+"""Plans the use of the machine: number of processes, threads, micro-batches and trunk lanes."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
 
 LARGE = 2**25
-"""Tokens times the square of the width from which on computing half a batch takes far longer than its messages do."""
+"""Tokens of half a batch times the square of the width, from which on computing it outweighs its messages by far."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who gets how much of the machine.
+    """Use of the machine by clients and trunk.
 
     Attributes:
-        workers: Processes that play the clients.
-        client_threads: Threads of each of them.
-        trunk_threads: Threads of each of the trunk's lanes.
-        micro_batches: Parts of a batch that each client has under way at once.
-        trunk_lanes: 2 where the trunk computes a forward and a backward at the same time.
+        workers: Number of processes that simulate the clients.
+        client_threads: Number of threads of each such process.
+        trunk_threads: Number of threads of each lane of the trunk.
+        micro_batches: Number of micro-batches that each client processes at once.
+        trunk_lanes: 2 if the trunk computes a forward and a backward at the same time, else 1.
     """
 
     workers: int
@@ -33,45 +33,98 @@ class Plan:
 
 
 def plan(config: Config, width: int = 0) -> Plan:
-    """Deals the cores out; threads that outnumber the cores make every process several times slower.
+    """Distributes the cores over clients and trunk. A setting that is not 0 takes precedence over the plan.
 
-    Where there are fewer clients at a time than cores, half of the cores are the trunk's, and two micro-batches
-    keep both sides at work. Where the model is large they also do so with as many clients as cores, and take less
-    memory there: at the shape of GPT-2 small 1.91 of 2 cores were busy in place of 1.84. Of a small model a second
-    message costs more than that (6 to 19 % less speed with the bundled one); in 16 bits products of half a batch do.
+    More threads than cores would make every process several times slower. The rules were measured on two cores:
 
-    With as many clients as cores the trunk has two lanes: it has half of a model's work and more, so with one thread it
-    is what all wait for. At the shape of GPT-2 small 1.91 of 2 cores were busy in place of 1.82; with the bundled model
-    it makes no difference that was seen.
+    - **Fewer clients at a time than cores.** The trunk gets half of the cores. Two micro-batches keep client and trunk
+      busy at the same time.
+    - **As many clients as cores.** Each process gets one thread. The trunk gets two lanes, since it has half of a
+      model's work or more and all clients wait for it: at the shape of GPT-2 small 1.91 of 2 cores were busy instead
+      of 1.82. With the bundled model no difference was seen.
+    - **A large model in fp32.** Two micro-batches in any case, which also save memory: 1.91 of 2 cores were busy
+      instead of 1.84. For a small model the second message costs more (6 to 19 % of the speed of the bundled model),
+      and so do products of half a batch in 16 bits.
 
-    Where the result must not depend on the number of processes, threads and micro-batches do not either: they decide
-    how sums are rounded, and which dropout is drawn.
+    If the result must not depend on the number of processes, threads and micro-batches do not depend on it either:
+    they decide how sums are rounded, and which dropout masks are drawn.
 
     Args:
-        config: The run's.
-        width: The size of the model's hidden states; 0 where it is not known.
+        config: Settings of the run.
+        width: Size of the model's hidden states; 0 if unknown.
 
     Raises:
-        SettingError: More clients should train at once than there are processes.
+        SettingError: `trunk.group` asks for more clients at once than there are processes.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.engine == "local":
+        return _plan_local(config, width)
+    cores = _available_cores()
     workers = min(config.workers or cores, config.clients)
-    fixed = config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every)
-    at_once = min(cores, config.clients) if fixed else workers
-    trunk = cores // 2 if at_once < cores else 1
-    client = max(1, (cores - trunk) // at_once) if at_once < cores else 1
-    group = config.trunk.group
-    if config.deterministic and group > workers:
-        raise SettingError("trunk.group", group, f"1 to {workers}, the number of client processes")
-    one = SCHEDULES[config.trunk.schedule].gathers or config.router_aux_loss > 0  # what they would change
-    tokens = config.train.batch_size * config.train.max_length / 2
-    large = config.train.batch_size > 1 and tokens * width**2 >= LARGE and config.dtype == "fp32"
-    micro_batches = 2 if not one and (at_once < cores or large) else 1
-    alone = config.deterministic or config.trunk.memory or at_once < cores
+    if config.deterministic and config.trunk.group > workers:
+        raise SettingError("trunk.group", config.trunk.group, f"1 to {workers}, the number of client processes")
+
+    independent = config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every)
+    clients_at_once = min(cores, config.clients) if independent else workers
+    spare = clients_at_once < cores
+    trunk_threads = cores // 2 if spare else 1
+    client_threads = max(1, (cores - trunk_threads) // clients_at_once) if spare else 1
+
+    one_lane = config.deterministic or config.trunk.memory or spare
     return Plan(
         workers,
-        config.threads or client,
-        config.trunk.threads or trunk,
-        config.train.micro_batches or micro_batches,
-        config.trunk.lanes or (1 if alone else 2),
+        config.threads or client_threads,
+        config.trunk.threads or trunk_threads,
+        config.train.micro_batches or _planned_micro_batches(config, width, spare),
+        config.trunk.lanes or (1 if one_lane else 2),
     )
+
+
+def _plan_local(config: Config, width: int) -> Plan:
+    """Plans a run in one process, in which clients and trunk compute in turns.
+
+    Raises:
+        SettingError: The settings ask for more than one client at a time.
+    """
+    if config.deterministic and config.trunk.group > 1:
+        raise SettingError(
+            "trunk.group", config.trunk.group, "1 with the engine local, which plays one client at a time"
+        )
+    if config.workers > 1:
+        raise SettingError("workers", config.workers, "0 or 1 with the engine local")
+    if config.trunk.memory:
+        allowed = "no limit with the engine local, where the trunk has no process of its own"
+        raise SettingError("trunk.memory", config.trunk.memory, allowed)
+    alike = plan(replace(config, engine="ray"), width)
+    if config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every):
+        return replace(alike, workers=1, trunk_lanes=1)  # threads and micro-batches decide how sums are rounded
+    cores = _available_cores()
+    return Plan(
+        workers=1,
+        client_threads=config.threads or cores,
+        trunk_threads=config.trunk.threads or config.threads or cores,
+        micro_batches=config.train.micro_batches or 1,
+        trunk_lanes=1,
+    )
+
+
+def _available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _planned_micro_batches(config: Config, width: int, spare: bool) -> int:
+    """Returns 2 if two micro-batches pay off and change no result, else 1.
+
+    Args:
+        config: Settings of the run.
+        width: Size of the model's hidden states; 0 if unknown.
+        spare: True if there are fewer clients at a time than cores.
+    """
+    # A gathered batch has no micro-batches, and the auxiliary loss of routers would be another number.
+    if SCHEDULES[config.trunk.schedule].gathers or config.router_aux_loss > 0:
+        return 1
+    tokens = config.train.batch_size * config.train.max_length / 2
+    large = config.train.batch_size > 1 and tokens * width**2 >= LARGE and config.dtype == "fp32"
+    return 2 if spare or large else 1

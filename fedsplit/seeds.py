@@ -1,4 +1,4 @@
-"""Random numbers: who draws, draws from a seed of its own."""
+"""Seeds: every place that draws random numbers has a seed of its own, derived from the seed of the run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import hashlib
 
 
 def derive_seed(seed: int, *path: object) -> int:
-    """A seed of its own for each place that draws random numbers, independent of the order they draw in.
+    """Derives a seed for one place that draws random numbers. The order in which places draw does not matter.
 
     Args:
-        seed: The run's seed.
-        *path: What names the place, such as ("client", 3, "round", 2).
+        seed: Seed of the run.
+        *path: Name of the place, such as ("client", 3, "round", 2).
 
     Returns:
         An integer in [0, 2**63).
+
+    Example:
+        >>> derive_seed(0, "client", 3) == derive_seed(0, "client", 3)
+        True
+        >>> derive_seed(0, "client", 3) == derive_seed(0, "client", 4)
+        False
     """
     digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""Ends a command in good order: a signal becomes an exception, and nothing that it started stays behind."""
+"""Orderly shutdown: a signal becomes an exception, and no process or file of the command stays behind."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that stop a command: Ctrl-C, a request to end, and a terminal that was closed."""
+"""Signals that stop a command: Ctrl-C, a request to terminate, and a closed terminal."""
 
 GRACE_SECONDS = 8.0
-"""Time to end in good order after a signal; then the command ends by force."""
+"""Time for an orderly end after a signal. After it the process is ended by force."""
 
 _KILL_SECONDS = 2.0
 
@@ -40,10 +40,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def cleaned_up(cleanup: Callable[[], object]) -> Iterator[None]:
-    """Calls `cleanup` when the context ends, even where the command has to end by force.
+    """Calls `cleanup` when the context ends, even if the command is ended by force.
 
     Args:
-        cleanup: Removes what must not stay behind. May be called twice.
+        cleanup: Removes temporary files or the like. It may be called twice.
 
     Example:
         >>> with cleaned_up(lambda: print("removed")):
@@ -65,9 +65,9 @@ def cleaned_up(cleanup: Callable[[], object]) -> Iterator[None]:
 def stoppable() -> Iterator[None]:
     """Turns the first signal into `Stopped`, raised in the main thread; later signals are ignored.
 
-    A library may lose the exception, or never return. So a thread ends the command by force after `GRACE_SECONDS`.
-    Outside the main thread nothing is installed, since Python delivers signals to the main thread alone. A signal that
-    was ignored when the command started, as under nohup, stays ignored.
+    A library may swallow the exception, or never return. So a thread ends the process by force after `GRACE_SECONDS`.
+    Outside the main thread no handler is installed, since Python delivers signals to the main thread only. A signal
+    that was ignored when the command started, as under nohup, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -83,44 +83,44 @@ def stoppable() -> Iterator[None]:
         raise Stopped(number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
-    for number in heard:
+    handled = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
+    for number in handled:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        if not stopped:  # else a second Ctrl-C would interrupt what ends the command
-            for number in heard:
+        if not stopped:  # after a signal the handlers stay, so that a second Ctrl-C does not interrupt the end
+            for number in handled:
                 signal.signal(number, before[number])
 
 
 def kill_descendants(name: str = "") -> None:
-    """Kills processes that this one started, directly or not, and waits until they are gone.
+    """Kills the descendants of this process, and waits until they are gone.
 
     Args:
-        name: Beginning of the command lines of those to kill; all are killed where empty.
+        name: Beginning of the command lines of the processes to kill; empty for all.
     """
-    import psutil  # not before the working folder has lost its place on the path
+    import psutil  # at the top it would be imported before `prefer_installed` has changed the search path
 
-    found = []
+    killed = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if " ".join(process.cmdline()).startswith(name):
                 process.kill()
-                found.append(process)
-    psutil.wait_procs(found, timeout=_KILL_SECONDS)
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=_KILL_SECONDS)
 
 
 def end_now(exit_code: int) -> None:
-    """Says that the command was stopped, and ends the process at once.
+    """Reports that the command was stopped, and ends the process at once.
 
-    Descendants are killed; threads that a library has left are not waited for.
+    Descendants are killed, clean-ups are run, and threads of libraries are not waited for.
     """
-    kill_descendants()  # first, or they would write into what is removed next
+    kill_descendants()  # first, since they may write into folders that are removed next
     while _cleanups:
-        with contextlib.suppress(Exception):  # there is nobody left to tell
+        with contextlib.suppress(Exception):  # the process ends anyway
             _cleanups.pop()()
-    with contextlib.suppress(OSError, ValueError):  # whoever read the output may be gone
+    with contextlib.suppress(OSError, ValueError):  # the reader of the output may be gone
         sys.stdout.flush()
         print("fedsplit: stopped", file=sys.stderr, flush=True)
     os._exit(exit_code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import sys
 import time
 import warnings
@@ -14,11 +14,16 @@ from typing import Any
 from fedsplit.command import exit_code
 from fedsplit.config import Config
 from fedsplit.environment import prepare
+from fedsplit.events import Sink
 from fedsplit.flags import parse
 
 
-def check(config: Config) -> tuple[Path, Any, Any]:
+def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
+
+    Args:
+        config: The run's.
+        strategy: An object in place of the strategy that the configuration names.
 
     Returns:
         The run's folder, not made yet, the strategy, and the data as they are dealt out.
@@ -29,11 +34,11 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     from fedsplit import checks
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about, weights
+    from fedsplit.model.sources import config_folder, weights_folder
     from fedsplit.planning import plan
 
     checks.check_prompt(config)
-    facts = read_facts(about(config))
+    facts = read_facts(config_folder(config))
     checks.check_cut(config, facts)
     checks.check_training(config)
     checks.check_trunk(config)
@@ -50,13 +55,15 @@ def check(config: Config) -> tuple[Path, Any, Any]:
 
     from fedsplit.adaptation.injection import check_injection
     from fedsplit.corpora.partition import partition_of
+    from fedsplit.events.user_sinks import check_sinks
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.checkpoint import check_folder, check_resumable
     from fedsplit.federation.rehearsal import rehearse
     from fedsplit.federation.strategy import check_strategy, is_builtin, load_strategy
+    from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.quantization import check_quantization
-    from fedsplit.model.stored import check_checkpoint
     from fedsplit.optimization.optim import check_optimizer
+    from fedsplit.results.initial import check_initial
 
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     if config.resume:
@@ -64,15 +71,18 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     else:
         check_folder(folder)
     check_optimizer(config.train)
+    check_sinks(config.sinks)
 
     def make_strategy() -> Any:
+        if strategy is not None:
+            return copy.deepcopy(strategy)
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
-    strategy = make_strategy()
-    check_strategy(strategy, config)
-    checks.check_stacked(strategy, config, facts)
+    chosen = make_strategy() if strategy is None else strategy
+    check_strategy(chosen, config)
+    checks.check_stacked(chosen, config, facts)
     check_quantization(config)
-    if not is_builtin(strategy):
+    if not is_builtin(chosen):
         rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
@@ -80,13 +90,19 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     if deal.classes:
         checks.check_classifier(config)
     checks.check_tokens(config, deal)
-    folder_of_weights = weights(config, tell=print)  # last: they may have to be fetched first
+    check_initial(config, facts.family, len(deal.classes))
+    folder_of_weights = weights_folder(config, tell=print)  # last: they may have to be fetched first
     check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))
-    return folder, strategy, deal
+    return folder, chosen, deal
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Runs a federation.
+
+    Args:
+        config: Its settings.
+        strategy: An object in place of the strategy that the settings name; see `fedsplit.run`.
+        sinks: Receive its events, beside the sinks that the settings name.
 
     Returns:
         The summary, as in summary.json.
@@ -97,47 +113,49 @@ def run(config: Config) -> dict[str, Any]:
     """
     started = time.perf_counter()
     prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
-    folder, strategy, deal = check(config)
+    folder, strategy, deal = check(config, strategy)
 
     from fedsplit.corpora.data_summary import as_document
     from fedsplit.corpora.shards import on_disks
-    from fedsplit.federation import engine
-    from fedsplit.federation.aggregation import FederationFailed
+    from fedsplit.engines.session import engine_named
+    from fedsplit.events.emitter import Emitter
+    from fedsplit.events.event_types import Notice
+    from fedsplit.events.files import MetricsFile, SummaryFile
+    from fedsplit.events.screen import make_screen
+    from fedsplit.events.user_sinks import make_sinks
     from fedsplit.federation.checkpoint import RunFolder, check_content
+    from fedsplit.federation.clients import FederationFailed
+    from fedsplit.federation.federation import Federation, Job
     from fedsplit.federation.manifest import content_of
-    from fedsplit.federation.server_app import Federation
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about, pinned, weights
+    from fedsplit.model.sources import config_folder, pinned, weights_folder
     from fedsplit.planning import plan
-    from fedsplit.report import make_watcher
-    from fedsplit.trunk import cluster
-    from fedsplit.trunk.actor import check_memory, start_trunk
+    from fedsplit.trunk.memory import check_memory
 
-    content = content_of(deal.shards, about(config), weights(config))
+    content = content_of(deal.shards, config_folder(config), weights_folder(config), config.init_adapter)
     if config.resume:
         check_content(folder, config, content)
-    facts = read_facts(about(config))
+    facts = read_facts(config_folder(config))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config, facts.width)
     config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
-    with make_watcher() as watcher:
+    users = [*make_sinks(config.sinks), *sinks]
+    with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):
-            watcher.line(line)
-        name = f"trunk-{os.getpid()}-{time.time_ns()}"
-        with cluster.running(shares.workers):
-            trunk = start_trunk(config, name, shares.trunk_threads, shares.trunk_lanes)
-            check_memory(config, trunk)
+            emit(Notice(text=line))
+        with engine_named(config.engine)(config, shares) as session:
+            if config.trunk.memory:
+                check_memory(config.trunk, session.trunk.status()["least_memory"])
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(deal))
-            machine = shares.workers, shares.client_threads
             work = workloads(config, deal.shards)
-            federation = Federation(config, trunk, name, *machine, work, strategy, results, watcher, started)
+            job = Job(config, strategy, work, results, emit, started)
+            federation = Federation(job, session.trunk, session.name, shares.client_threads)
             with on_disks(results.clients, deal.shards):
-                engine.simulate(federation, config.clients)
-    if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
-        raise FederationFailed("the server stopped before the last round was over; was its output closed?")
-    watcher.finish(federation.summary, str(folder))
+                session.play(federation)
+        if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
+            raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     return federation.summary
 
 
@@ -151,6 +169,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         deal: A `fedsplit.corpora.partition.Partition`.
     """
     from fedsplit.corpora.data_summary import data_notes, table
+    from fedsplit.results import initial
 
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
     return [
@@ -159,6 +178,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         f"micro-batches: {shares.micro_batches}",
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
         f"strategy: {config.strategy}{kind}",
+        *initial.stated(config),
         *data_notes(deal),
         *(table(deal) if config.data.show else []),
     ]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -219,16 +217,7 @@ def without_dropout(part: torch.nn.Module) -> None:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command as it is, but for the processes: messages and packets are handed over in this one."""
-    from experiments.in_process import LocalGrid, LocalTrunk
-    from fedsplit.federation import client_app, engine
-    from fedsplit.trunk import actor, cluster
+    """The command as it is, planned for processes, but played in this one."""
+    from fedsplit.engines import local, session
 
-    def start_trunk(config: Any, name: str, threads: int, lanes: int) -> Any:
-        trunk = LocalTrunk(config, name)
-        monkeypatch.setattr(client_app, "find_trunk", lambda name: trunk)
-        return trunk
-
-    monkeypatch.setattr(cluster, "running", lambda workers: contextlib.nullcontext())
-    monkeypatch.setattr(actor, "start_trunk", start_trunk)
-    monkeypatch.setattr(engine, "simulate", lambda federation, clients: federation.run(LocalGrid(clients)))
+    monkeypatch.setattr(session, "engine_named", lambda name: local.running)

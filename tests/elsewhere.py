@@ -148,10 +148,9 @@ def text(model: Path, device: torch.device) -> list[list[int | None]]:
 def main(model: str, corpus: str, folder: str) -> None:
     """Prints the losses of every run on the CPU and elsewhere, and a text of either."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from experiments import in_process
-    from fedsplit.adaptation import adapting
+    from fedsplit.adaptation import run_adapters
     from fedsplit.documents import build
-    from fedsplit.federation import client_app
+    from fedsplit.engines.local import federate
     from fedsplit.federation.strategy import load_strategy
 
     torch.set_num_threads(1)
@@ -175,13 +174,12 @@ def main(model: str, corpus: str, folder: str) -> None:
     values |= {"train.lr": 0.01, "lora.dropout": 0.1, "deterministic": True}
     losses: dict[str, list[list[float]]] = {}
     for device in (torch.device("cpu"), PLACE):
-        adapting.resolve = lambda name, device=device: device
+        run_adapters.resolve = lambda name, device=device: device
         for name, (strategy, more) in RUNS.items():
-            client_app._site.cache_clear()
             config = build(values | more)
             rule = load_strategy(strategy, {}, {"seed": 0, "clients": 2})
             with Pretence() if device == PLACE else contextlib.nullcontext():
-                done = in_process.federate(config, Path(folder) / f"{name}-{device.type}", rule, in_process.Silent())
+                done = federate(config, Path(folder) / f"{name}-{device.type}", rule)
             assert done.summary is not None
             losses.setdefault(name, []).append([*done.summary["eval_loss"].values()])
     with Pretence():

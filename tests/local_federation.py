@@ -1,4 +1,4 @@
-"""A federation in this process, with a watcher that remembers and replies that can be spoilt."""
+"""A federation in this process, with a sink that remembers and answers that can be spoilt."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
 
-from experiments import in_process
-from experiments.in_process import LocalGrid, Silent
 from fedsplit.config import Config
-from fedsplit.federation.server_app import Federation
+from fedsplit.engines import local
+from fedsplit.events import Event, Sink
+from fedsplit.events.screen import line_of
+from fedsplit.federation.federation import Federation
+from fedsplit.federation.messages import Answer, Request
 
 
-class Lines(Silent):
-    """A watcher that remembers."""
+class Lines(Sink):
+    """A sink that remembers the events, and the lines that they leave on the screen."""
 
     def __init__(self) -> None:
+        self.events: list[Event] = []
         self.lines: list[str] = []
 
-    def line(self, text: str) -> None:
-        self.lines.append(text)
+    def handle(self, event: Event) -> None:
+        self.events.append(event)
+        if (line := line_of(event)) is not None:
+            self.lines.append(line)
 
 
 def federate(
@@ -30,7 +34,7 @@ def federate(
     out: Path,
     strategy: Any,
     monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[Message, Message], Message] = lambda message, reply: reply,
+    spoil: Callable[[Request, Answer], Answer] = lambda request, answer: answer,
 ) -> tuple[Federation, Lines]:
     """Runs a whole federation.
 
@@ -38,14 +42,14 @@ def federate(
         config: Its configuration.
         out: The run's folder.
         strategy: Ours or Flower's.
-        monkeypatch: Puts the grid that spoils where the federation gets its own.
-        spoil: Changes replies on their way to the server.
+        monkeypatch: Puts the clients that spoil where the federation gets its own.
+        spoil: Changes answers on their way to the server.
     """
 
-    class SpoiltGrid(LocalGrid):
-        def deliver(self, message: Message) -> Message:
-            return spoil(message, super().deliver(message))
+    class SpoiltClients(local.LocalClients):
+        def answer(self, request: Request) -> Answer:
+            return spoil(request, super().answer(request))
 
-    monkeypatch.setattr(in_process, "LocalGrid", SpoiltGrid)
+    monkeypatch.setattr(local, "LocalClients", SpoiltClients)
     lines = Lines()
-    return in_process.federate(config, out, strategy, lines), lines
+    return local.federate(config, out, strategy, lines), lines

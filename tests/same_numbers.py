@@ -79,8 +79,8 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
     Returns:
         The digest and the norm of each file of tensors that the run left, and the losses of each round.
     """
-    from experiments.in_process import Silent, federate
     from fedsplit.documents import build
+    from fedsplit.engines.local import federate
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.strategy import load_strategy
 
@@ -93,7 +93,7 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
     try:
         for step in steps:
             config = build({**values, **step}, options)
-            federate(config, out, load_strategy(config.strategy, options, strategy_defaults(config)), Silent())
+            federate(config, out, load_strategy(config.strategy, options, strategy_defaults(config)))
     finally:
         torch.set_num_threads(threads)
     return {"files": _digests(out), "norms": norms(out), "losses": _losses(out)}

@@ -17,7 +17,7 @@ from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.generation.decoding import ClientHalf, DecodingSession, padded
 from fedsplit.model.parts import Trunk
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions
@@ -68,7 +68,7 @@ def parts_of(
 
 def whole_of(path: Path, parts: list[Any], dtype: torch.dtype = torch.float32) -> Any:
     """The unsplit model under PEFT with the parts' adapters; nothing ends a text of it."""
-    base = load_whole(path, dtype)
+    base = load_unsplit(path, dtype)
     base.generation_config.eos_token_id, base.generation_config.pad_token_id = None, 0
     whole = get_peft_model(base, make_config(SETTINGS, parts[0].family)).eval()
     given = lora.read(*parts).tensors

@@ -20,7 +20,7 @@ from fedsplit import adapters
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.evaluate import main as evaluate_command
 from fedsplit.generate import main as generate_command
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.scores import pooled
 
 Said = tuple[int, list[str], str]
@@ -46,7 +46,7 @@ def test_a_summary_counts_every_part(finished_run: Callable[..., Path], say: Cal
     block = 2 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
     plain = 12 * 32 * 32 + 13 * 32
     assert rows["trunk"][:4] == [f"{n:,}" for n in (block, plain, block + plain, block)]
-    whole = load_whole(adapters.open_run(finished_run("gpt2")).config.model_path).num_parameters()
+    whole = load_unsplit(adapters.open_run(finished_run("gpt2")).config.model_path).num_parameters()
     assert rows["whole"][:4] == [f"{n:,}" for n in (3 * block, whole, 3 * block + whole, 3 * block)]
     size = (finished_run("gpt2", "fedsa") / "trunk_lora" / "adapter_model.safetensors").stat().st_size
     assert " ".join(rows["trunk"][4:]) == f"{size / 1000:.1f} kB"
@@ -61,9 +61,9 @@ def test_merge_and_unmerge(finished_run: Callable[..., Path], tmp_path: Path, sa
     assert code == 2 and "every client has an adapter of its own: say --client, one of 0, 1, 2" in error
     assert say("merge", run, "--client", 1, "--out", tmp_path / "merged")[0] == 0
     base = adapters.open_run(run).config.model_path
-    one = PeftModel.from_pretrained(load_whole(base), str(run / "personal" / "0001")).eval()
+    one = PeftModel.from_pretrained(load_unsplit(base), str(run / "personal" / "0001")).eval()
     ids = torch.arange(12)[None]
-    assert torch.allclose(load_whole(tmp_path / "merged").eval()(ids).logits, one(ids).logits, atol=1e-5)
+    assert torch.allclose(load_unsplit(tmp_path / "merged").eval()(ids).logits, one(ids).logits, atol=1e-5)
     assert say("unmerge", tmp_path / "merged", "--out", tmp_path / "back")[0] == 0
     for name, weight in load_file(base / "model.safetensors").items():
         assert torch.allclose(load_file(tmp_path / "back" / "model.safetensors")[name], weight, atol=1e-6)
@@ -78,12 +78,12 @@ def test_tasks_are_switched_by_peft(
     code, lines, _ = say("export", shared, own, "--names", ",".join(names), "--out", tmp_path / "tasks")
     assert code == 0 and sorted(path.name for path in (tmp_path / "tasks").iterdir()) == sorted(names)
     base = adapters.open_run(shared).config.model_path
-    space = {"PeftModel": PeftModel, "base": load_whole(base)}
+    space = {"PeftModel": PeftModel, "base": load_unsplit(base)}
     exec("\n".join(lines[1:]), space)
     model, ids = space["model"], torch.arange(12)[None]
     for task, source in (("speech", shared / "adapter"), ("bob", own / "personal" / "0001")):
         model.set_adapter(task)
-        alone = PeftModel.from_pretrained(load_whole(base), str(source)).eval()
+        alone = PeftModel.from_pretrained(load_unsplit(base), str(source)).eval()
         assert torch.equal(model.eval()(ids).logits, alone(ids).logits)
 
 
@@ -98,12 +98,12 @@ def test_classifiers_are_merged_and_exported(
     code, lines, _ = say("export", *runs, "--names", "one,two", "--out", tmp_path / "tasks")
     assert code == 0 and lines[0].endswith("; AutoModelForSequenceClassification opens it, with 4 classes")
     path = adapters.open_run(runs[0]).config.model_path
-    space = {"PeftModel": PeftModel, "base": load_whole(path, classes=4, pad=0)}
+    space = {"PeftModel": PeftModel, "base": load_unsplit(path, classes=4, pad=0)}
     exec("\n".join(lines[1:]), space)
     model, ids = space["model"], torch.arange(12)[None]
     for task, run in zip(("one", "two"), runs, strict=True):
         model.set_adapter(task)
-        alone = PeftModel.from_pretrained(load_whole(path, classes=4, pad=0), str(run / "adapter")).eval()
+        alone = PeftModel.from_pretrained(load_unsplit(path, classes=4, pad=0), str(run / "adapter")).eval()
         assert torch.equal(model.eval()(ids).logits, alone(ids).logits)
     code, _, error = say("export", runs[0], finished_run("gpt2"), "--out", tmp_path / "mixed")
     assert code == 2 and "on models with different heads" in error and "tells 4 classes" in error
@@ -134,7 +134,7 @@ def test_adapters_that_are_no_pairs_of_factors(
     assert lines[0].endswith(f"strategy fedavg; {method}, ranks none")
     assert say("merge", run, "--out", tmp_path / "merged")[0] == 0
     loss = opened.summary["eval_loss"]
-    assert held_out_loss(load_whole(tmp_path / "merged"), run) == pytest.approx(loss["after"], abs=1e-4)
+    assert held_out_loss(load_unsplit(tmp_path / "merged"), run) == pytest.approx(loss["after"], abs=1e-4)
     assert abs(loss["after"] - loss["before"]) > 1e-3
     assert evaluate(opened)[0].tuned.tokens > 0
     everyone = pooled(result.tuned for result in evaluate(opened))
@@ -144,7 +144,7 @@ def test_adapters_that_are_no_pairs_of_factors(
     code, _, error = say("combine", run, run, "--out", tmp_path / "both")
     assert code == 2 and "cannot be combined: it is no LoRA" in error
     assert say("export", run, "--names", "speech", "--out", tmp_path / "tasks")[0] == 0
-    model = PeftModel.from_pretrained(load_whole(opened.config.model_path), str(tmp_path / "tasks" / "speech"))
+    model = PeftModel.from_pretrained(load_unsplit(opened.config.model_path), str(tmp_path / "tasks" / "speech"))
     assert held_out_loss(model, run) == pytest.approx(loss["after"], abs=1e-5)
     code, lines, _ = say("compare", run, run)
     assert code == 0 and lines[-1].split()[-2:] == ["0.0000", "1.0000"]
@@ -163,14 +163,14 @@ def test_a_start_out_of_the_base_weights_is_left_as_an_ordinary_adapter_of_the_b
     opened = adapters.open_run(run)
     _, lines, _ = say("summary", run)
     assert lines[0].endswith("pissa, ranks 4")
-    model = PeftModel.from_pretrained(load_whole(opened.config.model_path), str(run / "adapter"))
+    model = PeftModel.from_pretrained(load_unsplit(opened.config.model_path), str(run / "adapter"))
     loss = opened.summary["eval_loss"]
     assert held_out_loss(model, run) == pytest.approx(loss["after"], abs=1e-5)
-    assert held_out_loss(load_whole(opened.config.model_path), run) == pytest.approx(loss["before"], abs=1e-5)
+    assert held_out_loss(load_unsplit(opened.config.model_path), run) == pytest.approx(loss["before"], abs=1e-5)
     assert abs(loss["after"] - loss["before"]) > 1e-3
     assert say("merge", run, "--out", tmp_path / "merged")[0] == 0
     assert say("unmerge", tmp_path / "merged", "--out", tmp_path / "back")[0] == 0
-    base, back = (load_whole(path).state_dict() for path in (opened.config.model_path, tmp_path / "back"))
+    base, back = (load_unsplit(path).state_dict() for path in (opened.config.model_path, tmp_path / "back"))
     assert all(torch.allclose(tensor, back[name], atol=1e-6) for name, tensor in base.items())
 
 

@@ -194,7 +194,7 @@ def test_what_is_asked_for_wrongly_gets_one_line_and_loses_nothing(
     tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2, one line on stderr, no model loaded, no cluster started, nothing written."""
-    from fedsplit.adaptation import adapting
+    from fedsplit.adaptation import run_adapters
     from fedsplit.model import split
     from fedsplit.trunk import cluster
 
@@ -205,7 +205,7 @@ def test_what_is_asked_for_wrongly_gets_one_line_and_loses_nothing(
     assert len(cases) >= 80
     monkeypatch.setattr(cluster, "running", too_late)
     monkeypatch.setattr(split, "load_parts", too_late)
-    monkeypatch.setattr(adapting, "load_parts", too_late)
+    monkeypatch.setattr(run_adapters, "load_parts", too_late)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for argv, message in cases:

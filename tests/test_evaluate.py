@@ -21,7 +21,7 @@ from fedsplit import evaluate, scores
 from fedsplit.config import DataSettings
 from fedsplit.corpora.synthetic import TOPICS
 from fedsplit.flags import flag_of
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results.finished import open_run
 from fedsplit.scores import Score
 
@@ -43,7 +43,7 @@ def test_losses_are_those_that_the_run_reported(model: str, strategy: str, finis
     assert pooled(results).loss == pytest.approx(loss["after"], abs=1e-5)
     assert scores.pooled(r.base for r in results).loss == pytest.approx(loss["before"], abs=1e-5)
     assert {result.name: result.tuned.loss for result in results} == pytest.approx(clients, abs=1e-5)
-    opened = PeftModel.from_pretrained(load_whole(open_run(run).config.model_path), str(run / "adapter"))
+    opened = PeftModel.from_pretrained(load_unsplit(open_run(run).config.model_path), str(run / "adapter"))
     assert evaluate.held_out_loss(opened, run) == pytest.approx(loss["after"], abs=1e-5)
     assert evaluate.held_out_loss(opened, run, [1]) == pytest.approx(clients["bob"], abs=1e-5)
 
@@ -135,7 +135,7 @@ def test_other_text_is_measured_whole_and_by_owner(finished_run: Callable[..., P
     assert (dan.name, eve.name) == ("dan", "eve")
     assert (dan.tuned.tokens, eve.tuned.tokens) == (5 * 15, 7 * 15)
     ids = torch.tensor([[ord(c) - 32 for c in "abcdefgh" * 10]]).reshape(5, 16)
-    model = PeftModel.from_pretrained(load_whole(run.config.model_path), str(run.path / "adapter")).eval()
+    model = PeftModel.from_pretrained(load_unsplit(run.config.model_path), str(run.path / "adapter")).eval()
     found = model(input_ids=ids, labels=ids)
     assert dan.tuned.loss == pytest.approx(float(found.loss), abs=1e-5)
     right = found.logits[:, :-1].argmax(-1) == ids[:, 1:]

@@ -27,14 +27,14 @@ from peft import PeftModel
 from split_models import Here, server_of
 
 from fedsplit import generate
-from fedsplit.adaptation import adapting, lora
+from fedsplit.adaptation import lora, run_adapters
 from fedsplit.allowed import SettingError
 from fedsplit.client.link import Link
 from fedsplit.generation.decoding import ClientHalf, Throughput, decode
 from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.model.split import load_parts
 from fedsplit.model.token_ids import end_tokens
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import Run, open_run
 from fedsplit.trunk.schedules import SCHEDULES
@@ -74,7 +74,7 @@ def talking(
 def _unsplit(run: Run, adapter: Path, text: str, count: int) -> list[int]:
     """The new tokens of the unsplit model with an exported adapter."""
     tokenizer = load_tokenizer(run.config.model_path)
-    model = PeftModel.from_pretrained(load_whole(run.config.model_path), str(adapter)).eval()
+    model = PeftModel.from_pretrained(load_unsplit(run.config.model_path), str(adapter)).eval()
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     made = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
@@ -123,7 +123,7 @@ def test_the_client_holds_its_parts_as_the_run_did(talking: Talking, monkeypatch
         asked.update(how)
         return load_parts(run.config.model_path, run.config.bounds, ["bottom", "top"])
 
-    monkeypatch.setattr(adapting, "load_parts", load)
+    monkeypatch.setattr(run_adapters, "load_parts", load)
     config = replace(run.config, quantization="bottom:4,trunk:4,top:8")
     job = generate.Job(config, run.adapter(), 0, None, [], [], 1, [], Sampling(), 1)
     generate._load_client_parts(job)
@@ -227,7 +227,7 @@ def test_a_model_that_was_moved_is_read_where_it_lies_now(
     run = finished_run(str(tmp_path / "before"))
     (tmp_path / "before").rename(tmp_path / "now")
     flags = ["--run", str(run), "--model", str(tmp_path / "now"), "--prompt", "ab"]
-    job = generate.check(generate._parser().parse_args(flags))
+    job = generate.check(generate.make_parser().parse_args(flags))
     assert job.config.model == job.adapter.model == str(tmp_path / "now")
 
 

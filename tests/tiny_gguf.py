@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from conftest import BLOCKS, VOCABULARY
 
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 
 END = "<|endoftext|>"
 TOKENS = [END, *map(chr, range(33, 126)), "Ġ", "Ċ", "th"]
@@ -74,7 +74,7 @@ def write_gguf(
     assert len(TOKENS) == VOCABULARY
     writer = gguf.GGUFWriter(file, architecture)
     _describe(writer)
-    for name, parameter in load_whole(model).state_dict().items():
+    for name, parameter in load_unsplit(model).state_dict().items():
         for theirs, short in NAMES.items():
             name = name.replace(theirs, short)
         weight = parameter.numpy()

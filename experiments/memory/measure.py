@@ -58,7 +58,7 @@ def hold(role: str, config: Any, vocabulary: int) -> dict[str, Any]:
     from fedsplit.adaptation.injection import make_config
     from fedsplit.model.devices import TYPES
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import about, weights
+    from fedsplit.model.sources import config_folder, weights_folder
     from fedsplit.model.split import load_parts
 
     torch.set_num_threads(1)
@@ -66,15 +66,15 @@ def hold(role: str, config: Any, vocabulary: int) -> dict[str, Any]:
     if role == "whole":
         from peft import get_peft_model
 
-        from fedsplit.model.unsplit import load_whole
+        from fedsplit.model.unsplit import load_unsplit
 
-        family = read_facts(about(config)).family
-        parts = [get_peft_model(load_whole(weights(config), dtype), make_config(config.lora, family))]
+        family = read_facts(config_folder(config)).family
+        parts = [get_peft_model(load_unsplit(weights_folder(config), dtype), make_config(config.lora, family))]
     else:
         # What a process of this role imports anyhow, needed here or not.
-        __import__("fedsplit.federation.client_app" if role == "client" else "fedsplit.trunk.actor")
+        __import__("fedsplit.engines.client_app" if role == "client" else "fedsplit.trunk.actor")
         kinds: Any = ROLES[role]
-        parts = load_parts(weights(config, kinds), config.bounds, kinds, dtype, config.kernels)
+        parts = load_parts(weights_folder(config, kinds), config.bounds, kinds, dtype, config.kernels)
         for part in parts:
             lora.add(part, config.lora, config.seed)
     own = {id(parameter): parameter for part in parts for parameter in part.parameters()}
@@ -125,10 +125,10 @@ def measure(role: str, model: Mapping[str, Any], name: str, tiny: bool) -> dict[
 def _held(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a measuring process answers."""
     from fedsplit.documents import build
-    from fedsplit.model.sources import about
+    from fedsplit.model.sources import config_folder
 
     config = build({key: asked[key] for key in ("model", "dtype", "cut")})
-    document = json.loads((about(config) / "config.json").read_text())
+    document = json.loads((config_folder(config) / "config.json").read_text())
     if not asked["tiny"]:
         return hold(asked["role"], config, document["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:
@@ -207,9 +207,9 @@ def _named(model: Mapping[str, Any]) -> str:
     if "stored" not in model:
         return str(model["model"])
     from fedsplit.documents import build
-    from fedsplit.model.sources import weights
+    from fedsplit.model.sources import weights_folder
 
-    return str(weights(build({"model": model["model"], "dtype": model["stored"]})))
+    return str(weights_folder(build({"model": model["model"], "dtype": model["stored"]})))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def measure(steps: int, sequences: int, rounds: int, extra: Sequence[str]) -> li
     found = []
     ends = {event["round"]: event["elapsed"] for event in events if event["event"] == "evaluate"}
     for round in range(2, rounds + 1):
-        seconds = {event["event"]: event["seconds"] for event in events if event["round"] == round}
+        timed = [event for event in events if event["round"] == round and "seconds" in event]
+        seconds = {event["event"]: event["seconds"] for event in timed}
         whole = ends[round] - ends[round - 1]
         between = whole - seconds["train"] - seconds["evaluate"]
         found.append({"train": seconds["train"], "evaluate": seconds["evaluate"], "between": between})

@@ -25,7 +25,7 @@ from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import batch
 from fedsplit.flags import parse
 from fedsplit.model.families import read_facts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,7 +40,7 @@ class Trainer:
 
     def __init__(self, config: Config, dtype: str) -> None:
         torch.manual_seed(config.seed)
-        base = load_whole(config.model_path, DTYPES[dtype])
+        base = load_unsplit(config.model_path, DTYPES[dtype])
         self.model = peft.get_peft_model(base, make_config(config.lora, read_facts(config.model_path).family)).train()
         self._mixed, self._settings = dtype == "bf16", config.train
         self.renew_optimizer()

@@ -94,7 +94,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One strategy, in this process."""
     import torch
 
-    from fedsplit.federation.fidelity import measure as measure_error
+    from fedsplit.federation.aggregation_error import measure as measure_error
     from fedsplit.federation.strategy import load_strategy
     from fedsplit.trunk.memory import peak_memory, resident_memory
 
@@ -153,7 +153,7 @@ def main() -> None:
     prepare()
     import torch
 
-    from fedsplit.federation import fidelity, strategy  # noqa: F401  # once, for all processes that are forked
+    from fedsplit.federation import aggregation_error, strategy  # noqa: F401  # once, for all processes that are forked
 
     torch.set_num_threads(args.threads)
     old = json.loads(args.out.read_text())["records"] if args.out.exists() else []

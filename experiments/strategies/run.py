@@ -3,7 +3,7 @@
     python -m experiments.strategies.run --grid    # grid.json: step sizes on a short run
     python -m experiments.strategies.run           # result.json
 
-Each run is a whole federation in one process with one thread (`experiments/in_process.py`); as many processes as cores
+Each run is a whole federation in one process with one thread (`fedsplit.engines.local`); as many processes as cores
 work through the queue of `config.toml`. The result is written after every run. What it holds already is not run
 again, so an experiment that was interrupted goes on; runs whose settings have changed are dropped from it.
 """
@@ -112,7 +112,7 @@ def measure(config: Config) -> dict[str, Any]:
     Raises:
         SettingError: Its strategy cannot do what the run asks of it.
     """
-    from experiments.in_process import Silent, federate
+    from fedsplit.engines.local import federate
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.strategy import check_strategy, load_strategy
 
@@ -122,7 +122,7 @@ def measure(config: Config) -> dict[str, Any]:
     norms = watch_norms(strategy)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        summary = federate(config, out, strategy, Silent()).summary
+        summary = federate(config, out, strategy).summary
         events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert summary is not None
     return {**outcome(config, events, summary), "change_norms": norms, "seconds": time.perf_counter() - started}

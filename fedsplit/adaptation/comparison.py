@@ -1,4 +1,4 @@
-"""Two finished runs side by side: settings, losses, bytes, and how far apart their adapters are."""
+"""Compares two finished runs: the settings in which they differ, and the distance between their adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsplit.adaptation.methods import METHODS
+from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.config import Config
 from fedsplit.documents import as_document, dotted
 from fedsplit.lowrank import LowRank
@@ -18,13 +18,17 @@ from fedsplit.updates import Adapters, factor_of
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two changes of the same weights, s * B @ A, or two tensors, are from each other.
+    """Distance between two changes of the same weights, or between two tensors of the same shape.
 
     Attributes:
-        first: The Frobenius norm of the first.
-        second: That of the second.
-        apart: That of their difference.
-        inner: Their Frobenius inner product.
+        first: Frobenius norm of the first.
+        second: Frobenius norm of the second.
+        apart: Frobenius norm of the difference.
+        inner: Frobenius inner product of the two.
+
+    Example:
+        >>> Distance(first=3.0, second=4.0, apart=5.0, inner=0.0).cosine
+        0.0
     """
 
     first: float
@@ -34,50 +38,55 @@ class Distance:
 
     @property
     def relative(self) -> float | None:
-        """The norm of the difference by that of the first; None where the first is zero."""
+        """Norm of the difference divided by the norm of the first; None if the first is zero."""
         return self.apart / self.first if self.first else None
 
     @property
     def cosine(self) -> float | None:
-        """The cosine of the angle between them; None where one is zero."""
+        """Cosine of the angle between the two; None if one of them is zero."""
         length = self.first * self.second
         return max(-1.0, min(1.0, self.inner / length)) if length else None
 
     def __add__(self, other: Distance) -> Distance:
-        """Of both weights together, as if they were one vector."""
+        """Returns the distance over both weights together, as if they were one vector."""
         norms = [math.hypot(getattr(self, key), getattr(other, key)) for key in ("first", "second", "apart")]
         return Distance(norms[0], norms[1], norms[2], self.inner + other.inner)
 
 
 def distance(first: LowRank, second: LowRank) -> Distance:
-    """Compares two changes of one weight, without multiplying them out."""
+    """Returns the distance between two changes of one weight. The factors are not multiplied."""
     return Distance(first.norm(), second.norm(), (first - second).norm(), first.inner(second))
 
 
 def distances(first: Adapters, second: Adapters) -> dict[str, Distance]:
-    """The layers that both adapters have, and at which they have the same shape, one by one."""
-    found = {}
+    """Returns the distance at every layer that both adapters have in the same shape."""
+    by_layer = {}
     for layer in first.complete:
-        if layer in second.complete and (one := first.change(layer)).shape == (two := second.change(layer)).shape:
-            found[layer] = distance(one, two)
+        if layer not in second.complete:
+            continue
+        one = first.change(layer)
+        two = second.change(layer)
+        if one.shape == two.shape:
+            by_layer[layer] = distance(one, two)
+
     for layer in first.stacked:
         if layer in second.stacked and _shapes(first, layer) == _shapes(second, layer):
-            each = zip(first.changes(layer), second.changes(layer), strict=True)
-            apart, *others = (distance(one, two) for one, two in each)
-            found[layer] = sum(others, apart)
-    return found
+            pairs = zip(first.changes(layer), second.changes(layer), strict=True)
+            expert, *more_experts = (distance(one, two) for one, two in pairs)
+            by_layer[layer] = sum(more_experts, expert)
+    return by_layer
 
 
 def kind_of(config: Config) -> str:
-    """The kind of a run's adapter, in PEFT's words; "lora" for all that are left as pairs of factors."""
+    """Returns the kind of a run's adapter. It is "lora" for every method whose result is a pair of factors."""
     if config.prompt.kind != "off":
         return config.prompt.kind
-    method = METHODS[config.lora.method]
+    method = ADAPTER_METHODS[config.lora.method]
     return "lora" if method.factors or method.residual else config.lora.method
 
 
 def loose(adapters: Adapters) -> dict[str, Tensor]:
-    """The tensors of adapters of which no product is to be made: whole heads, and all of a kind without factors."""
+    """Returns the tensors that are not LoRA factors: full heads, and all tensors of other kinds of adapters."""
     return {
         name: tensor
         for name, tensor in adapters.tensors.items()
@@ -86,28 +95,34 @@ def loose(adapters: Adapters) -> dict[str, Tensor]:
 
 
 def tensor_distances(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Distance]:
-    """The tensors that are on both sides and have the same shape, one by one.
+    """Returns the distance between tensors of the same name and shape.
 
-    Equal tensors mean equal adapters; what they do to the weights may be equal, too, where tensors are not.
+    Different tensors do not mean different adapters: they may change the weights in the same way.
     """
-    found = {}
-    for name, one in first.items():
-        if (other := second.get(name)) is not None and other.shape == one.shape:
-            a, b = one.double(), other.double()
-            norms = [float(tensor.norm()) for tensor in (a, b, a - b)]
-            found[name] = Distance(norms[0], norms[1], norms[2], float((a * b).sum()))
-    return found
+    by_name = {}
+    for name, tensor in first.items():
+        other = second.get(name)
+        if other is None or other.shape != tensor.shape:
+            continue
+        a = tensor.double()
+        b = other.double()
+        by_name[name] = Distance(float(a.norm()), float(b.norm()), float((a - b).norm()), float((a * b).sum()))
+    return by_name
 
 
 def _shapes(adapters: Adapters, layer: str) -> tuple[str, int, tuple[int, int]]:
-    """Which weight a layer of stacked experts changes, how many there are, and the shape (out, in) of each."""
+    """Returns the weight that a layer of stacked experts changes, the number of experts, and each one's (out, in)."""
     changes = adapters.changes(layer)
     return adapters.weight_name(layer), len(changes), changes[0].shape
 
 
 def differing(first: Config, second: Config) -> dict[str, tuple[object, object]]:
-    """The settings in which two runs differ, by dotted name; None for an option that a strategy does not have."""
-    one, two = (_flat(config) for config in (first, second))
+    """Returns the settings in which two runs differ, by dotted name, with both values.
+
+    The value of an option that a run's strategy does not have is None.
+    """
+    one = _flat(first)
+    two = _flat(second)
     return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
 
 

@@ -1,4 +1,4 @@
-"""Adapters put into the layers of a part by PEFT: its configuration, and a start that depends on no cut."""
+"""Injects PEFT adapters into the layers of a part: PEFT's configuration, and initial values that no cut changes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fedsplit.documents import suggest
 from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import Part
-from fedsplit.model.sources import about
-from fedsplit.model.unsplit import blank
+from fedsplit.model.sources import config_folder
+from fedsplit.model.unsplit import empty_model
 from fedsplit.seeds import derive_seed
 
 ADAPTER = "default"
-"""What PEFT calls the one adapter that a part has."""
+"""PEFT's name of the one adapter that a part has."""
 
 
 def make_config(
@@ -36,38 +36,44 @@ def make_config(
     seed: int = 0,
     head: str = "frozen",
 ) -> Any:
-    """PEFT's configuration of our adapters.
+    """Returns PEFT's configuration of the adapters that settings ask for.
 
     Args:
-        settings: The kind of adapter, rank, alpha, dropout, targets and further fields.
-        family: The model's family.
-        blocks: The blocks of the unsplit model that are adapted; all where None.
-        seed: The run's seed, from which follows what is drawn and not trained.
-        head: What trains of the head, one of `fedsplit.allowed.HEADS`; "frozen" for a part without it.
+        settings: Method, rank, alpha, dropout, targets and further fields.
+        family: Record of the model family.
+        blocks: Numbers of the adapted blocks of the unsplit model; None for all.
+        seed: Seed of the run. Values that are drawn and not trained follow from it.
+        head: How the head trains, one of `fedsplit.allowed.HEADS`; "frozen" for a part without a head.
 
     Raises:
-        SettingError: Among the further fields is one that this kind does not have, or with an impossible value.
+        SettingError: A further field does not exist for this method, or has an impossible value.
+
+    Example:
+        >>> from fedsplit.model.families import FAMILIES
+        >>> config = make_config(LoraSettings(rank=(4,)), FAMILIES["gpt2"])
+        >>> config.r, sorted(config.target_modules)
+        (4, ['c_attn', 'c_fc', 'c_proj'])
     """
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method_of(settings).kind)]
     known = {entry.name for entry in dataclasses.fields(cls) if entry.init}
     if method_of(settings).allocates:
-        known.discard("target_parameters")  # LoRA's, of which PEFT's AdaLoRA can make nothing
+        known.discard("target_parameters")  # a field of LoRA's that PEFT's AdaLoRA ignores
     for name in options_of(settings):
         if name not in known:
             raise SettingError("lora.options", name, f"a field of PEFT's {cls.__name__}; {suggest(name, known)}")
-    given = {**fields_of(settings, seed), **_where(settings, family, blocks, known, head), "task_type": "CAUSAL_LM"}
+    values = {**fields_of(settings, seed), **_where(settings, family, blocks, known, head), "task_type": "CAUSAL_LM"}
     if "fan_in_fan_out" in known:
-        given["fan_in_fan_out"] = family.transposed
+        values["fan_in_fan_out"] = family.transposed
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return cls(**given)
+            return cls(**values)
     except (TypeError, ValueError) as error:
         raise _refused(settings, error) from None
 
 
 def _refused(settings: LoraSettings, error: Exception) -> SettingError:
-    """What PEFT says, as the one line to show."""
+    """Returns the error to raise for an error of PEFT's, in one line."""
     reason = " ".join(str(error).split()) or type(error).__name__
     setting, value = ("lora.options", settings.options) if settings.options else ("lora.method", settings.method)
     return SettingError(setting, value, f"what PEFT takes ({reason})")
@@ -76,25 +82,31 @@ def _refused(settings: LoraSettings, error: Exception) -> SettingError:
 def _where(
     settings: LoraSettings, family: Family, blocks: Sequence[int] | None, known: set[str], head: str
 ) -> dict[str, Any]:
-    """The fields that say which layers are adapted."""
-    norms, feeds = method_of(settings).norms, "feedforward_modules" in known
+    """Returns the fields of PEFT's configuration that select the adapted layers."""
+    norms = method_of(settings).norms
+    feeds = "feedforward_modules" in known
     chosen = settings.targets or (family.norms if norms else family.targets)
     names = [name for name in chosen if name not in family.parameters]
     if head == "lora":
         names = [*(names if blocks is None or len(blocks) else []), HEAD]
     where: dict[str, Any] = {"modules_to_save": [HEAD]} if head == "full" else {}
-    if asked := family.asked(chosen):
+
+    asked = family.asked(chosen)
+    if asked:
         if "target_parameters" not in known:
-            words = f"{','.join(family.targets)} with adapters of the kind {settings.method}, which sit on modules only"
-            raise SettingError("lora.targets", asked[0], words)
+            allowed = (
+                f"{','.join(family.targets)} with adapters of the kind {settings.method}, which sit on modules only"
+            )
+            raise SettingError("lora.targets", asked[0], allowed)
         paths = [family.parameters[name] for name in asked]
-        if blocks is not None:  # PEFT chooses blocks for modules only
+        if blocks is not None:  # `layers_to_transform` selects blocks for modules only
             paths = [f"{family.blocks}.{block}.{path}" for block in blocks for path in paths]
         where["target_parameters"] = paths
     if not (norms or feeds) and (blocks is None or {"layers_to_transform", "layers_pattern"} <= known):
         numbered = {} if blocks is None else {"layers_to_transform": list(blocks), "layers_pattern": family.blocks}
         return {**where, "target_modules": names, **numbered}
-    # Else as a pattern: a name may also be that of something outside the blocks, or of an MLP and of attention.
+
+    # The other methods get a pattern: a bare name may match modules outside the blocks, or in both MLP and attention.
     numbers = r"\d+" if blocks is None else "|".join(map(str, blocks))
     where["target_modules"] = rf".*\.{family.blocks}\.({numbers})\.(.*\.)?({_either(names)})"
     if feeds:
@@ -103,7 +115,7 @@ def _where(
 
 
 def _either(names: Sequence[str]) -> str:
-    """A pattern of any of some names, which matches nothing where there are none."""
+    """Returns a pattern that matches any of the names; for no names, a pattern that matches nothing."""
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
@@ -115,25 +127,25 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def inject(part: Any, config: Any, seed: int) -> None:
-    """Puts adapters into a part, in place, and freezes everything else.
+    """Injects adapters into a part, in place, and freezes everything else.
 
-    What a layer draws depends on the seed and its name in the unsplit model alone, so that it is the same for every
-    client and every cut.
+    The random values of a layer depend only on the seed and the layer's name in the unsplit model. So they are the
+    same for every client and every cut.
 
     Args:
-        part: A part, or a whole model of the library's; its base weights must be frozen already.
+        part: A part, or an unsplit model. Its base weights must be frozen already.
         config: PEFT's configuration.
-        seed: The run's seed.
+        seed: Seed of the run.
 
     Raises:
         ValueError, TypeError: A layer does not suit the configuration.
     """
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    whole_name = part.whole_name if isinstance(part, Part) else str
+    unsplit_name = part.unsplit_name if isinstance(part, Part) else str
 
     class Seeded(tuner):  # type: ignore[misc, valid-type]  # PEFT has no types
         def _create_and_replace(self, config: Any, name: str, *args: Any, current_key: str, **more: Any) -> None:
-            with _seeded(derive_seed(seed, "adapter", whole_name(current_key))):
+            with _seeded(derive_seed(seed, "adapter", unsplit_name(current_key))):
                 super()._create_and_replace(config, name, *args, current_key=current_key, **more)
 
     with warnings.catch_warnings():
@@ -142,46 +154,60 @@ def inject(part: Any, config: Any, seed: int) -> None:
 
 
 def exported(name: str) -> str:
-    """The name of an adapter's parameter in a file, as PEFT has it, by its name in the module."""
+    """Returns the name that PEFT gives an adapter's parameter in a file.
+
+    Example:
+        >>> exported("transformer.h.0.attn.c_attn.lora_A.default.weight")
+        'transformer.h.0.attn.c_attn.lora_A.weight'
+    """
     if name.endswith(f".lora_magnitude_vector.{ADAPTER}.weight"):
         return name.removesuffix(f".{ADAPTER}.weight")
     return name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
 
 
 def check_injection(config: Config, family: Family) -> None:
-    """Tries a run's adapters on the model's layers, without their weights.
+    """Checks that a run's adapters suit the layers of the model, by injecting them into a model without weights.
+
+    Args:
+        config: Settings of the run.
+        family: Record of the model family.
 
     Raises:
-        SettingError: A layer of the model does not suit them, such as one whose size a block size does not divide.
+        SettingError: A layer does not suit them, such as a layer whose size a block size does not divide.
     """
     if method_of(config.lora).residual:
         _check_rank(config, family)
     adapted = make_config(config.lora, family, seed=config.seed)
     try:
         with torch.device("meta"):
-            inject(blank(about(config)), adapted, config.seed)
+            inject(empty_model(config_folder(config)), adapted, config.seed)
     except (ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise _refused(config.lora, error) from None
     except (NotImplementedError, RuntimeError):
-        return  # it looks at the weights themselves; whether it can, shows when they are there
+        return  # this method reads the weights, which are not loaded yet
 
 
 def _check_rank(config: Config, family: Family) -> None:
-    """Makes sure that a factorisation of every weight has as many columns as the rank that is asked for.
+    """Checks that every adapted weight can be factorised at the rank of the run.
 
     Raises:
-        SettingError: One has fewer; PEFT would give that layer a smaller rank, and the parties would not fit.
+        SettingError: A weight has fewer rows or columns than the rank. PEFT would give that layer a smaller rank, and
+            the parties would not fit together.
     """
     rank = config.lora.top_rank
     plain = make_config(dataclasses.replace(config.lora, method="lora", options=""), family, seed=config.seed)
     with torch.device("meta"):
-        inject(whole := blank(about(config)), plain, config.seed)
-    for name, module in whole.named_modules():
-        if isinstance(module, LoraLayer) and (least := min(module.in_features, module.out_features)) < rank:
-            words = f"1 to {least} with the method {config.lora.method}, which decomposes the weights of {name}"
-            raise SettingError("lora.rank", rank, words)
+        model = empty_model(config_folder(config))
+        inject(model, plain, config.seed)
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        largest = min(module.in_features, module.out_features)
+        if largest < rank:
+            allowed = f"1 to {largest} with the method {config.lora.method}, which decomposes the weights of {name}"
+            raise SettingError("lora.rank", rank, allowed)
 
 
 def trained_names(part: Part) -> frozenset[str]:
-    """The parameters of a part that adapters have just brought and that train, by their names in the part."""
+    """Returns the names of a part's trainable parameters: right after `inject`, those of the adapters."""
     return frozenset(name for name, parameter in part.named_parameters() if parameter.requires_grad)

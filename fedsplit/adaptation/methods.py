@@ -1,7 +1,7 @@
-"""The kinds of adapter that PEFT can put into a part's layers: which there are, and how our settings are told to them.
+"""Adapter methods: the PEFT methods that work on a part, and how fedsplit's settings map to PEFT's fields.
 
-Knows PEFT's names only, so that it can be asked before any library is loaded. The rest is done by
-`fedsplit.adaptation.injection`.
+This module contains PEFT's names and no PEFT code, so that settings can be checked before any library is loaded.
+`fedsplit.adaptation.injection` creates the adapters.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from fedsplit.config import Config, LoraSettings
 
 @dataclass(frozen=True)
 class Method:
-    """A kind of adapter.
+    """An adapter method of PEFT.
 
     Attributes:
-        kind: Its type in PEFT.
-        rank: What its configuration calls `lora.rank`, where it has a rank.
-        alpha: What it calls `lora.alpha`.
-        dropout: What it calls `lora.dropout`.
-        seed: What it calls the seed of what it draws and does not train; it gets the run's, so that all parties
-            and whoever opens the adapter later draw the same.
-        preset: Fields that the name stands for.
-        transposed: Whether it works on `Conv1D`, which stores (in, out).
-        factors: Whether all that it does to a layer is to add s * B @ A.
-        norms: Whether it trains the norms in the blocks, not projections.
-        residual: Whether it starts from the principal part of the base weight, which is taken out of the base.
-        allocates: Whether it deals a budget of ranks out, as `fedsplit.adaptation.rank_budget` has it.
+        kind: PEFT's type of the adapter.
+        rank: PEFT's field for `lora.rank`; None for a method without a rank.
+        alpha: PEFT's field for `lora.alpha`; None for a method without it.
+        dropout: PEFT's field for `lora.dropout`; None for a method without it.
+        seed: PEFT's field for the seed of values that are drawn and not trained; None for a method without such
+            values. It is set to the seed of the run, so that all parties draw the same values.
+        preset: Fields of PEFT's configuration that the method's name implies.
+        transposed: True if the method works on `Conv1D`, which stores weights as (in, out).
+        factors: True if the method does nothing to a layer but add s * B @ A.
+        norms: True if the method trains the norms of the blocks instead of projections.
+        residual: True if the method starts from the principal part of the base weight, and removes it from the base.
+        allocates: True if the method reallocates ranks during training (`fedsplit.adaptation.rank_budget`).
     """
 
     kind: str
@@ -53,7 +53,7 @@ def _lora(factors: bool = True, residual: bool = False, transposed: bool = True,
     )
 
 
-METHODS: Mapping[str, Method] = {
+ADAPTER_METHODS: Mapping[str, Method] = {
     "lora": _lora(),
     "rslora": _lora(use_rslora=True),
     "dora": _lora(factors=False, use_dora=True),
@@ -108,7 +108,7 @@ METHODS: Mapping[str, Method] = {
     "beft": Method("BEFT", rank=None),
     "ln_tuning": Method("LN_TUNING", rank=None, transposed=True, norms=True),
 }
-"""By the name that `--peft` takes."""
+"""The methods by name, as `--peft` takes it."""
 
 _SHARED = "which layers on both sides of the cut would have to train together, at every step"
 _DATA = "start from a pass of data through the whole model, which nobody has"
@@ -139,7 +139,7 @@ REFUSED: Mapping[str, str] = {
     "prompt_tuning": "it is called prompt here",
     **dict.fromkeys(PROMPTED, "it is not in the layers: prompt.kind says so"),
 }
-"""What else PEFT has, and why it is not offered, or not under this name or in this place."""
+"""PEFT's other methods, and why each is not offered under this name."""
 
 _OURS = "what fedsplit says itself"
 _NUMBERED = "one for all layers"
@@ -163,98 +163,121 @@ RESERVED: Mapping[str, str] = {
     **dict.fromkeys(("megatron_config", "megatron_core", "runtime_config"), "for another runtime"),
     **dict.fromkeys(("layer_replication", "ensure_weight_tying"), "the model's own blocks, each once"),
 }
-"""Fields of PEFT's configurations that `lora.options` may not hold, and what stands in their place."""
+"""Fields of PEFT's configurations that `lora.options` may not have, and the reason."""
 
 _STARTS = ("gaussian", "orthogonal", True, False)
-"""The starts of LoRA's factors that leave the base as it is."""
+"""Values of `init_lora_weights` that leave the base weights unchanged."""
 
 
 def method_of(settings: LoraSettings) -> Method:
-    """The kind of adapter that settings ask for.
+    """Returns the adapter method that settings ask for.
 
     Raises:
-        SettingError: There is none of that name, or it cannot work on a part.
+        SettingError: There is no method of that name, or it cannot work on a part.
+
+    Example:
+        >>> method_of(LoraSettings(method="dora")).preset
+        {'use_dora': True}
     """
-    if settings.method in METHODS:
-        return METHODS[settings.method]
+    if settings.method in ADAPTER_METHODS:
+        return ADAPTER_METHODS[settings.method]
     why = f" ({REFUSED[settings.method]})" if settings.method in REFUSED else ""
-    raise SettingError("lora.method", f"{settings.method}{why}", " | ".join((*METHODS, *PROMPTED)))
+    raise SettingError("lora.method", f"{settings.method}{why}", " | ".join((*ADAPTER_METHODS, *PROMPTED)))
 
 
 def options_of(settings: LoraSettings) -> dict[str, Any]:
-    """The fields in `lora.options`."""
+    """Returns the fields of PEFT's configuration in `lora.options`."""
     options: dict[str, Any] = json.loads(settings.options or "{}")
     return options
 
 
 def fields_of(settings: LoraSettings, seed: int) -> dict[str, Any]:
-    """The fields of PEFT's configuration that settings decide, but for the layers it is for.
+    """Returns the fields of PEFT's configuration that follow from settings, except those that select layers.
 
     Args:
-        settings: The kind of adapter, rank, alpha, dropout, and further fields.
-        seed: The run's seed.
+        settings: Method, rank, alpha, dropout, and further fields.
+        seed: Seed of the run.
+
+    Example:
+        >>> fields_of(LoraSettings(method="vera", rank=(4,), dropout=0.0), seed=7)
+        {'r': 4, 'vera_dropout': 0.0, 'projection_prng_key': 7, 'save_projection': False}
     """
     method = method_of(settings)
     named = {method.rank: settings.top_rank, method.alpha: settings.alpha, method.dropout: settings.dropout}
-    found: dict[str, Any] = {name: value for name, value in named.items() if name is not None}
+    values: dict[str, Any] = {name: value for name, value in named.items() if name is not None}
     if method.kind == "LORA":
-        found["use_rslora"] = settings.rslora
+        values["use_rslora"] = settings.rslora
     if method.seed is not None:
-        found[method.seed] = seed
+        values[method.seed] = seed
     options = options_of(settings)
-    if method.allocates:  # PEFT wants to know; what a part makes of its steps is its budget's to say
-        found["total_step"] = options.get("tinit", 0) + options.get("tfinal", 0) + 1
-    return {**found, **method.preset, **options}
+    if method.allocates:  # PEFT requires a number; the part's `RankBudget` has the real one
+        values["total_step"] = options.get("tinit", 0) + options.get("tfinal", 0) + 1
+    return {**values, **method.preset, **options}
 
 
 def check_method(config: Config, transposed: bool) -> None:
-    """Makes sure that a run's kind of adapter can do what its settings ask.
+    """Checks that the adapter method of a run can do what the settings ask.
 
     Args:
-        config: The run's.
-        transposed: Whether the model's projections are `Conv1D`.
+        config: Settings of the run.
+        transposed: True if the model's projections are `Conv1D`.
 
     Raises:
-        SettingError: It cannot, or has no such setting.
+        SettingError: The method cannot do it, or lacks a setting.
     """
-    settings, method = config.lora, method_of(config.lora)
+    settings = config.lora
+    method = method_of(settings)
     if transposed and not method.transposed:
-        able = " | ".join(name for name, other in METHODS.items() if other.transposed)
-        words = f"{able} for a model whose projections store (in, out), as GPT-2's do"
-        raise SettingError("lora.method", settings.method, words)
-    has = {"rank": method.rank, "alpha": method.alpha, "dropout": method.dropout}
-    has["rslora"] = "use_rslora" if method.kind == "LORA" else None
-    for leaf in fields(LoraSettings):
-        value = getattr(settings, leaf.name)
-        means_nothing = leaf.name in has and has[leaf.name] is None
-        if means_nothing and value != leaf.default and (leaf.name, value) != ("dropout", 0):  # none is what it does
-            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            words = f"the default with the method {settings.method}, which has no such setting"
-            raise SettingError(f"lora.{leaf.name}", shown, words)
+        able = " | ".join(name for name, other in ADAPTER_METHODS.items() if other.transposed)
+        allowed = f"{able} for a model whose projections store (in, out), as GPT-2's do"
+        raise SettingError("lora.method", settings.method, allowed)
+    _check_unused(settings, method)
     if len(set(settings.rank)) > 1 and (not method.factors or method.residual):
-        able = ", ".join(name for name, other in METHODS.items() if other.factors and not other.residual)
+        able = ", ".join(name for name, other in ADAPTER_METHODS.items() if other.factors and not other.residual)
         ranks = ",".join(map(str, settings.rank))
         raise SettingError("lora.rank", ranks, f"one rank with the method {settings.method}; {able} take several")
     if method.residual and config.dtype != "fp32":
-        words = f"fp32 with the method {settings.method}, whose change of base weights {config.dtype} would round"
-        raise SettingError("dtype", config.dtype, words)
+        allowed = f"fp32 with the method {settings.method}, whose change of base weights {config.dtype} would round"
+        raise SettingError("dtype", config.dtype, allowed)
     _check_options(settings, method)
 
 
+def _check_unused(settings: LoraSettings, method: Method) -> None:
+    """Refuses a setting that is not at its default although the method has no such setting."""
+    field_of = {"rank": method.rank, "alpha": method.alpha, "dropout": method.dropout}
+    field_of["rslora"] = "use_rslora" if method.kind == "LORA" else None
+    for leaf in fields(LoraSettings):
+        unused = leaf.name in field_of and field_of[leaf.name] is None
+        value = getattr(settings, leaf.name)
+        # A method without dropout may be asked for none.
+        if not unused or value == leaf.default or (leaf.name == "dropout" and value == 0):
+            continue
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        allowed = f"the default with the method {settings.method}, which has no such setting"
+        raise SettingError(f"lora.{leaf.name}", shown, allowed)
+
+
 def _check_options(settings: LoraSettings, method: Method) -> None:
-    said = {method.rank: "lora.rank", method.alpha: "lora.alpha", method.dropout: "lora.dropout", method.seed: "seed"}
+    """Refuses options that are settings of fedsplit's, reserved, or implied by the method."""
+    setting_of = {
+        method.rank: "lora.rank",
+        method.alpha: "lora.alpha",
+        method.dropout: "lora.dropout",
+        method.seed: "seed",
+    }
     for name, value in options_of(settings).items():
-        if name in said:
-            raise SettingError("lora.options", name, f"other fields; this one is the setting {said[name]}")
+        if name in setting_of:
+            raise SettingError("lora.options", name, f"other fields; this one is the setting {setting_of[name]}")
         if name in RESERVED or name in method.preset:
-            why = RESERVED.get(name, f"what the method {settings.method} stands for")
-            raise SettingError("lora.options", name, f"other fields ({why})")
+            reason = RESERVED.get(name, f"what the method {settings.method} stands for")
+            raise SettingError("lora.options", name, f"other fields ({reason})")
         if name == "init_lora_weights" and value not in _STARTS:
-            words = "gaussian | orthogonal | true | false; or --peft pissa or olora"
-            raise SettingError("lora.options", f"{name} {value}", words)
+            allowed = "gaussian | orthogonal | true | false; or --peft pissa or olora"
+            raise SettingError("lora.options", f"{name} {value}", allowed)
 
 
 def draws_fresh(settings: LoraSettings) -> bool:
-    """Whether training starts from factors A as `fedsplit.updates.fresh_factor` draws them, and B zero."""
+    """Returns True if factors A start as `fedsplit.updates.fresh_factor` draws them, and factors B as zero."""
     method = method_of(settings)
-    return method.kind == "LORA" and not method.residual and options_of(settings).get("init_lora_weights", True) is True
+    start = options_of(settings).get("init_lora_weights", True)
+    return method.kind == "LORA" and not method.residual and start is True

@@ -1,8 +1,8 @@
-"""Virtual tokens and prefixes on a part, by PEFT's encoders; and what was trained as one adapter of the unsplit model.
+"""Virtual tokens and prefixes on a part, by PEFT's encoders, and their files.
 
-Prompt tuning (2104.08691) and p-tuning (2103.10385) belong to the bottom: P virtual tokens are put before the embedded
-text, and P + T positions cross. Of prefix tuning (2101.00190) every part has its share: past keys and values for the
-attention of its own blocks. The text's positions begin behind them; nothing more crosses.
+Prompt tuning (2104.08691) and p-tuning (2103.10385) train in the bottom: P virtual tokens precede the embedded text,
+and P + T positions are sent to the trunk. Prefix tuning (2101.00190) trains in every part: keys and values that
+precede those of the text in the attention of the part's own blocks. Nothing more is sent.
 
 Shapes: B sequences, T tokens of text, P virtual tokens, D hidden, L blocks, H heads of keys and values, W their width.
 """
@@ -39,31 +39,32 @@ from fedsplit.seeds import derive_seed
 from fedsplit.updates import Adapters
 
 SAVED = "prompt_embeddings"
-"""What PEFT calls the one tensor of a file: virtual tokens (P, D), or past keys and values (P, L * 2 * H * W)."""
+"""Name of the one tensor in a PEFT file: virtual tokens (P, D), or past keys and values (P, L * 2 * H * W)."""
 
 PEFT_TYPES = {"prompt": "PROMPT_TUNING", "ptuning": "P_TUNING", "prefix": "PREFIX_TUNING"}
-"""PEFT's names of the kinds, as in adapter_config.json."""
+"""PEFT's types in adapter_config.json, by the setting `prompt.kind`."""
 
 _PLACE, _NAME = "prompt_encoder", "default"
-"""Where PEFT's models keep an encoder, and under which name."""
+"""Names of the module and of the encoder in PEFT's models."""
 
 _STARTS = {"random": "RANDOM", "vocab": "SAMPLE_VOCAB", "text": "TEXT"}
-"""What prompt tuning starts from, by PEFT's names."""
+"""PEFT's names of the initial values of prompt tuning, by the setting `prompt.init`."""
 
 
 class _Prompted(Bottom):
     """A bottom with virtual tokens before the text."""
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, T) to hidden states (B, P + T, D); `mask` (B, P + T) is 0 on padding."""
+        """Computes hidden states (B, P + T, D) from tokens (B, T). `mask` (B, P + T) is 0 on padding."""
         return self._decode(mask, inputs_embeds=self._embedded(ids))
 
     def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
-        """As of any part; the first tokens (B, T), on which nothing follows yet, make hidden states (B, P + T, D)."""
-        return super().extend(start if cache.length else self._embedded(start), mask, positions, cache)
+        """Continues sequences like any part. The first call returns hidden states (B, P + T, D) for tokens (B, T)."""
+        inputs = start if cache.length else self._embedded(start)
+        return super().extend(inputs, mask, positions, cache)
 
     def _embedded(self, ids: Tensor) -> Tensor:
-        """Virtual tokens and embedded text, (B, P + T, D)."""
+        """Returns virtual tokens and embedded text (B, P + T, D)."""
         embedded = getattr(self.decoder, self.family.embedding)(ids)
         tokens = self.get_submodule(f"{_PLACE}.{_NAME}")(torch.arange(self.virtual, device=ids.device)[None])
         tokens = tokens.repeat(ids.shape[0], 1, 1).to(embedded.dtype)
@@ -71,41 +72,44 @@ class _Prompted(Bottom):
 
 
 class _Prefixes(nn.ModuleDict):
-    """What makes the past of a part's blocks: an encoder for each block, or with projection one for the part."""
+    """Encoders of the trained past: one for each block of a part, or with projection one for the whole part."""
 
     def __init__(self, encoders: Mapping[str, nn.Module], tokens: int, heads: int, width: int) -> None:
-        """Takes over encoders in the order of their blocks.
+        """Stores the encoders.
 
         Args:
-            encoders: By the number of the block in the unsplit model, or by the kind of the part.
+            encoders: Encoders in the order of their blocks, by the number of the block in the unsplit model; with
+                projection, the part's encoder by the kind of the part.
             tokens: P.
             heads: H.
             width: W.
         """
         super().__init__(encoders)
-        self.tokens, self._heads, self._width = tokens, heads, width
+        self.tokens = tokens
+        self._heads = heads
+        self._width = width
 
     def pairs(self, batch: int, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (B, H, P, W) of every block."""
+        """Returns keys and values (B, H, P, W) of every block."""
         places = torch.arange(self.tokens, device=device).expand(batch, -1)
-        found = []
+        pairs = []
         for encoder in self.values():
             flat = encoder(places).to(dtype).view(batch, self.tokens, -1, self._heads, self._width)
-            found += [(pair[0], pair[1]) for pair in flat.permute(2, 0, 3, 1, 4).split(2)]
-        return found
+            pairs += [(pair[0], pair[1]) for pair in flat.permute(2, 0, 3, 1, 4).split(2)]
+        return pairs
 
 
 class _Prefixed(Part):
-    """A part whose blocks attend to a past that was trained."""
+    """A part whose blocks attend to a trained past."""
 
     def past(self, rows: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (rows, H, P, W) of each block."""
+        """Returns the trained keys and values (rows, H, P, W) of each block."""
         prefixes: Any = self.get_submodule(f"{_PLACE}.{_NAME}")
         pairs: list[tuple[Tensor, Tensor]] = prefixes.pairs(rows, self.dtype, device_of(self))
         return pairs
 
     def _decode(self, mask: Tensor | None, **start: Any) -> Tensor:
-        if "past_key_values" in start:  # a text that goes on, whose mask and past have the prefix already
+        if "past_key_values" in start:  # from `extend`, whose mask and cache contain the prefix already
             return super()._decode(mask, **start)
         rows = len(next(iter(start.values())))
         if mask is not None:
@@ -129,25 +133,30 @@ _PREFIXED: Mapping[Kind, type[Part]] = {"bottom": _PrefixedBottom, "trunk": _Pre
 
 
 def _sizes(model: Any) -> tuple[int, int]:
-    """H and W of a model, by its configuration."""
+    """Returns H and W of a model from its configuration."""
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     return heads, getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
 
 
 def saved_width(kind: str, model: Any) -> int:
-    """The second dimension of what PEFT saves of a kind for a whole model, given its configuration."""
+    """Returns the second dimension of the tensor in a PEFT file.
+
+    Args:
+        kind: The setting `prompt.kind`.
+        model: Configuration of the unsplit model.
+    """
     heads, width = _sizes(model)
     return int(model.num_hidden_layers * 2 * heads * width if kind == "prefix" else model.hidden_size)
 
 
 def peft_config(settings: PromptSettings, model: Any, layers: int | None = None, tokenizer: str = "") -> Any:
-    """PEFT's configuration of our virtual tokens or prefixes.
+    """Returns PEFT's configuration of virtual tokens or prefixes.
 
     Args:
-        settings: Which kind, and how.
-        model: The configuration of the unsplit model, or of a part.
-        layers: L; as many blocks as the configuration says where None.
-        tokenizer: What reads the text that prompt tuning starts from.
+        settings: Settings of the virtual tokens or prefixes.
+        model: Configuration of the unsplit model, or of a part.
+        layers: Number L of blocks; None for the number in the configuration.
+        tokenizer: Folder of the tokenizer, for prompt tuning that starts from a text.
     """
     facts: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
@@ -181,26 +190,35 @@ def peft_config(settings: PromptSettings, model: Any, layers: int | None = None,
 
 @contextlib.contextmanager
 def _drawn(seed: int, what: str) -> Iterator[None]:
-    """Draws what a module starts from out of the run's seed and a name, whatever was drawn before."""
+    """Seeds torch's generator inside the context by the run's seed and a name, so that draws before do not matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, _PLACE, what))
         yield
 
 
 def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> None:
-    """Gives a part its share of virtual tokens or prefixes, in place; its other parameters stay frozen.
+    """Adds a part's share of virtual tokens or prefixes, in place. All other parameters stay frozen.
 
-    What they start from depends on the seed, and under `prefix` on the number of the block (with projection on the
-    part), alone, so that it is the same for every client and, without projection, for every cut.
+    The initial values depend only on the seed, and for `prefix` on the number of the block, or with projection on the
+    part. So they are the same for every client and, without projection, for every cut.
 
     Args:
-        part: The part; its base weights must be frozen already.
-        settings: Which kind, and how.
-        seed: The run's seed.
-        tokenizer: The folder of the tokenizer, for a text to start from.
+        part: The part. Its base weights must be frozen already.
+        settings: Settings of the virtual tokens or prefixes.
+        seed: Seed of the run.
+        tokenizer: Folder of the tokenizer, for virtual tokens that start from a text.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.model.split import load_parts
+        >>> (bottom,) = load_parts(BUNDLED_MODEL, (1, 5), ["bottom"])
+        >>> add(bottom, PromptSettings(kind="prompt", tokens=4), seed=0, tokenizer=BUNDLED_MODEL)
+        >>> bottom(torch.tensor([[3, 4, 5]])).shape  # four virtual tokens and three tokens of text
+        torch.Size([1, 7, 128])
     """
     device = device_of(part)
-    part.virtual, part.ahead = settings.virtual, settings.positions - settings.virtual
+    part.virtual = settings.virtual
+    part.ahead = settings.positions - settings.virtual
     if settings.kind == "prefix":
         heads, width = _sizes(part.config)
         layers = {part.kind: len(part.blocks)} if settings.projection else {str(block): 1 for block in part.blocks}
@@ -224,28 +242,28 @@ def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> Non
 
 
 def _owner(name: str) -> str | None:
-    """Whose an exported tensor is: the number of a block, the kind of a part, or None for virtual tokens."""
-    found = re.match(rf"{_PLACE}\.(\d+|{'|'.join(PARTS)})\.", name)
-    return found[1] if found else None
+    """Returns the owner of an exported tensor: number of a block or kind of a part; None for virtual tokens."""
+    match = re.match(rf"{_PLACE}\.(\d+|{'|'.join(PARTS)})\.", name)
+    return match[1] if match else None
 
 
 def of_part(tensors: Mapping[str, Tensor], kind: Kind, blocks: Collection[int]) -> dict[str, Tensor]:
-    """Those of a part among some tensors by exported name."""
+    """Selects the tensors of a part from tensors by exported name."""
     owners = {str(kind), *map(str, blocks)}
     return {name: tensor for name, tensor in tensors.items() if (_owner(name) or "bottom") in owners}
 
 
 @torch.no_grad()
 def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Any) -> Tensor:
-    """What PEFT saves in place of an encoder: what it makes, (P, D) or (P, L * 2 * H * W).
+    """Computes the output of the encoders, (P, D) or (P, L * 2 * H * W), which PEFT saves instead of the encoders.
 
     Args:
-        tensors: By exported name, those of all parts or of one.
-        settings: What they were made by.
-        model: The configuration of the unsplit model.
+        tensors: Tensors of all parts, or of one part, by exported name.
+        settings: Settings of the virtual tokens or prefixes.
+        model: Configuration of the unsplit model.
 
     Returns:
-        (0, D), or (P, 0), for a part that has none.
+        The output. It is empty, (0, D) or (P, 0), for a part without encoders.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -255,31 +273,31 @@ def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: An
     if not groups:
         return torch.zeros(settings.tokens, 0) if settings.kind == "prefix" else torch.zeros(0, model.hidden_size)
     order = sorted(groups, key=lambda owner: PARTS.index(owner) if owner in PARTS else int(owner))
-    made = [_make(groups[owner], settings, model) for owner in order]
-    return torch.cat(made, 1).contiguous()
+    outputs = [_encode(groups[owner], settings, model) for owner in order]
+    return torch.cat(outputs, 1).contiguous()
 
 
-def embeddings(made: Tensor, settings: PromptSettings, model: Any) -> tuple[PromptSettings, dict[str, Tensor]]:
-    """What encoders made, as embeddings that stand in for them: all that computing takes, nothing to train on from.
+def embeddings(output: Tensor, settings: PromptSettings, model: Any) -> tuple[PromptSettings, dict[str, Tensor]]:
+    """Turns the output of encoders into plain embeddings, which compute the same and replace the encoders.
 
     Args:
-        made: As `flattened` gives it, and PEFT saves it, of the unsplit model.
-        settings: What it was made by.
-        model: The configuration of the unsplit model, or of a part.
+        output: Output of the encoders of the unsplit model, as `flattened` returns it and PEFT saves it.
+        settings: Settings of the virtual tokens or prefixes.
+        model: Configuration of the unsplit model, or of a part.
 
     Returns:
-        The settings under which `add` gives parts room for them, and they themselves by exported name.
+        Settings with which `add` creates such embeddings, and the embeddings by exported name.
     """
     if settings.kind != "prefix":
-        return PromptSettings(kind="prompt", tokens=len(made)), {f"{_PLACE}.embedding.weight": made}
+        return PromptSettings(kind="prompt", tokens=len(output)), {f"{_PLACE}.embedding.weight": output}
     heads, width = _sizes(model)
-    blocks = made.split(2 * heads * width, 1)
+    blocks = output.split(2 * heads * width, 1)
     named = {f"{_PLACE}.{block}.embedding.weight": pairs for block, pairs in enumerate(blocks)}
-    return PromptSettings(kind="prefix", tokens=len(made)), named
+    return PromptSettings(kind="prefix", tokens=len(output)), named
 
 
-def _make(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Any) -> Tensor:
-    """What one encoder makes, given its tensors."""
+def _encode(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Any) -> Tensor:
+    """Computes the output of one encoder, given its tensors."""
     if settings.kind == "prompt" or tensors.keys() == {"embedding.weight"}:
         return tensors["embedding.weight"]
     if settings.kind == "prefix":
@@ -289,8 +307,8 @@ def _make(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Any) -
     else:
         encoder = PromptEncoder(peft_config(settings, model))
     encoder.load_state_dict(dict(tensors))
-    made: Tensor = encoder.eval()(torch.arange(settings.tokens)[None])[0]
-    return made
+    output: Tensor = encoder.eval()(torch.arange(settings.tokens)[None])[0]
+    return output
 
 
 def save(
@@ -301,33 +319,33 @@ def save(
     base: str,
     blocks: Collection[int] | None = None,
 ) -> None:
-    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model; encoders are not kept by PEFT.
+    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model. PEFT does not save encoders.
 
     Args:
-        directory: Where to; made if it is not there.
-        tensors: By exported name, those of all parts or of one.
-        settings: What they were made by.
-        model_path: The base model's folder.
-        base: The base model's name, for the record.
-        blocks: The blocks whose tensors they are, where it is not all of them. Past keys and values of some blocks
-            alone open on a model of as many blocks; of a part without virtual tokens, there are none.
+        directory: Folder to write to. It is created if needed.
+        tensors: Tensors of all parts, or of one part, by exported name.
+        settings: Settings of the virtual tokens or prefixes.
+        model_path: Folder of the base model.
+        base: Name of the base model, as in the setting `model`.
+        blocks: Numbers of the blocks that the tensors belong to; None for all. A file with the prefixes of some blocks
+            opens on a model with this number of blocks.
     """
     model = AutoConfig.from_pretrained(model_path)
-    made = flattened(tensors, settings, model)
+    output = flattened(tensors, settings, model)
     config = peft_config(settings, model, None if blocks is None else len(blocks), tokenizer=base)
-    config.num_virtual_tokens = made.shape[0]
+    config.num_virtual_tokens = output.shape[0]
     config.base_model_name_or_path, config.revision = to_peft(base)
     config.inference_mode = True
     config.save_pretrained(str(directory))
-    save_file({SAVED: made}, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file({SAVED: output}, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def load(directory: Path) -> Adapters:
-    """Reads an adapter of the unsplit model that `save`, or PEFT itself, wrote: one tensor, and no layer."""
+    """Reads an adapter of the unsplit model that `save` or PEFT wrote. It has one tensor and no layer."""
     return Adapters(load_file(directory / "adapter_model.safetensors"), {})
 
 
 def kind_of(directory: Path) -> str | None:
-    """The kind of an adapter in a folder, as in `PEFT_TYPES`; None where it is neither virtual tokens nor prefixes."""
-    found = PeftConfig.from_pretrained(str(directory)).peft_type
-    return next((kind for kind, name in PEFT_TYPES.items() if name == found), None)
+    """Returns the kind of an adapter in a folder, a key of `PEFT_TYPES`; None for any other adapter."""
+    peft_type = PeftConfig.from_pretrained(str(directory)).peft_type
+    return next((kind for kind, name in PEFT_TYPES.items() if name == peft_type), None)

@@ -1,8 +1,8 @@
-"""AdaLoRA (2303.10512) at work on one part: after every step ranks are dealt out anew, by PEFT's own code.
+"""Rank allocation of one part under AdaLoRA (2303.10512), by PEFT's own code.
 
-A layer's change is P Λ Q, which PEFT names lora_B, lora_E and lora_A. What matters least loses its value in Λ, which
-becomes zero; the gradient may bring it back before the next allocation. `fedsplit.adaptation.rank_budget` says how far
-a part's budget is that of the whole model.
+The change of a layer is P Λ Q. PEFT names the factors lora_B, lora_E and lora_A. An allocation sets the least
+important values of Λ to zero. Gradients may change them again before the next allocation.
+`fedsplit.adaptation.rank_budget` explains how budgets of parts differ from AdaLoRA on the unsplit model.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from fedsplit.adaptation.rank_budget import RankBudget
 from fedsplit.config import Config
 from fedsplit.model.families import Family
 from fedsplit.model.parts import Part
-from fedsplit.model.sources import about
-from fedsplit.model.unsplit import blank
+from fedsplit.model.sources import config_folder
+from fedsplit.model.unsplit import empty_model
 
 _SINGULAR, _BASES = ".lora_E", (".lora_A", ".lora_B")
-"""How the exported names of Λ, and of Q and P, end."""
+"""Ends of the exported names of Λ, and of Q and P."""
 
 _MEAN, _UNCERTAINTY, _MASK = "#importance", "#uncertainty", "#kept"
-"""What is remembered of a parameter, after its name; no optimiser's moments are called so."""
+"""Suffixes of a parameter's name in the saved state. No optimiser moment uses them."""
 
 
 def adapted_layers(config: Config, family: Family) -> int:
-    """How many layers of the whole model a run's adapters sit on."""
+    """Returns the number of layers of the unsplit model that a run adapts."""
     adapted = make_config(config.lora, family, seed=config.seed)
-    names = (name for name, _ in blank(about(config)).named_modules())
+    names = (name for name, _ in empty_model(config_folder(config)).named_modules())
     return sum(bool(check_target_module_exists(adapted, name)) for name in names)
 
 
 def _distance(name: str, factor: Tensor) -> Tensor:
-    """How far the rows of Q (r, in), or the columns of P (out, r), are from orthonormal: a Frobenius norm."""
+    """Returns how far the rows of Q (r, in), or the columns of P (out, r), are from orthonormal: a Frobenius norm."""
     gram = factor @ factor.T if name.endswith(".lora_A") else factor.T @ factor
     return torch.linalg.vector_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
 def regularisation(tensors: Mapping[str, Tensor], budget: RankBudget, share: float = 1.0) -> dict[str, Tensor]:
-    """The gradient of what PEFT adds to the loss so that P and Q stay orthogonal, by a part's own factors.
+    """Computes the gradient of the regularisation that keeps P and Q orthogonal, by a part's own factors.
 
-    PEFT takes a mean over all factors that there are. Here each counts as it does in the whole model's mean, so that
-    the sum over the parts is the whole's, and so is each factor's gradient.
+    PEFT's regularisation is a mean over all factors of a model. Here each factor has its weight in the mean of the
+    unsplit model, so that each factor's gradient is the unsplit model's.
 
     Args:
         tensors: The part's adapter, by exported name.
-        budget: The part's.
-        share: What of it is wanted, where a step comes in several parts.
+        budget: Rank budget of the part.
+        share: Fraction of the gradient to return, for a step that is computed in micro-batches.
 
     Returns:
-        By name, for P and Q; empty where it counts nothing.
+        Gradients of P and Q by name; empty if the regularisation has no weight.
     """
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if name.endswith(_BASES)}
     if not leaves or not budget.orth_reg_weight:
@@ -69,116 +69,125 @@ def regularisation(tensors: Mapping[str, Tensor], budget: RankBudget, share: flo
 
 
 def regularise(part: Part) -> None:
-    """Adds that gradient to the one that a part's adapter has of a step's loss; to none where it has none."""
-    if part.budget is None:
+    """Adds the gradient of the regularisation to the gradients of a part's adapter, where there are any."""
+    if part.rank_budget is None:
         return
-    reached = {name: parameter for name, parameter in parameters(part).items() if parameter.grad is not None}
-    for name, gradient in regularisation(reached, part.budget).items():
-        found = reached[name].grad
-        reached[name].grad = gradient if found is None else found + gradient
+    trained = {name: parameter for name, parameter in parameters(part).items() if parameter.grad is not None}
+    for name, gradient in regularisation(trained, part.rank_budget).items():
+        loss_gradient = trained[name].grad
+        trained[name].grad = gradient if loss_gradient is None else loss_gradient + gradient
 
 
 class _Named:
-    """Parameters under the names that PEFT looks for, as a module tells them."""
+    """Stands for a model in PEFT's allocator, which reads named parameters only."""
 
-    def __init__(self, own: Mapping[str, nn.Parameter]) -> None:
-        self._own = {f"{name}.{ADAPTER}": parameter for name, parameter in own.items()}
+    def __init__(self, factors: Mapping[str, nn.Parameter]) -> None:
+        self._factors = {f"{name}.{ADAPTER}": parameter for name, parameter in factors.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self._own.items()
+        yield from self._factors.items()
 
 
 class RankAllocation:
-    """The allocator of one part's ranks, and what it remembers."""
+    """Rank allocator of one part, with its state."""
 
     def __init__(
-        self, adapter: Mapping[str, nn.Parameter], budget: RankBudget, kept: Mapping[str, Tensor] | None = None
+        self, adapter: Mapping[str, nn.Parameter], budget: RankBudget, state: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Begins, or goes on from what `moments` told.
+        """Starts anew, or from a saved state.
 
         Args:
-            adapter: The part's adapter by exported name, as it is before the step to come; what is in it beside P, Λ
-                and Q is left alone.
-            budget: The part's.
-            kept: What is remembered; what belongs to others is passed over. Nothing where it begins anew.
+            adapter: The part's adapter by exported name, as it is before the next step. Parameters other than P, Λ and
+                Q are ignored.
+            budget: Rank budget of the part.
+            state: State that `moments` returned; None to start anew. Tensors with other names are ignored.
         """
-        self._own = {name: p for name, p in adapter.items() if name.endswith((_SINGULAR, *_BASES))}
-        self._budget, self._model = budget, _Named(self._own)
+        self._factors = {name: p for name, p in adapter.items() if name.endswith((_SINGULAR, *_BASES))}
+        self._budget = budget
+        self._model = _Named(self._factors)
         self._config = AdaLoraConfig(**budget.fields)
         self._allocator = RankAllocator(self._model, self._config, ADAPTER)
-        self._given = {name: p.detach() != 0 for name, p in self._own.items() if name.endswith(_SINGULAR)}
-        self._restore(kept or {})
+        self._nonzero = {name: p.detach() != 0 for name, p in self._factors.items() if name.endswith(_SINGULAR)}
+        self._restore(state or {})
 
     def allocate(self, gradients: Mapping[str, Tensor], position: int) -> None:
-        """Takes a step of the optimiser into account, which has just been made, and masks Λ where it is time.
+        """Updates the importance of ranks after a step of the optimiser, and masks Λ if an allocation is due.
 
-        The allocator of a part that no gradient reaches, as that of a bottom under `forward-only`, does nothing.
+        Does nothing for a part without gradients, such as the bottom under the schedule `forward-only`.
 
         Args:
-            gradients: Those that the optimiser got, by exported name.
-            position: The number of the step, as `RankBudget.position` counts.
+            gradients: Gradients of the step, by exported name.
+            position: Number of the step, as `RankBudget.position` returns it.
         """
-        if not gradients.keys() >= self._own.keys():
+        if not gradients.keys() >= self._factors.keys():
             return
-        for name, parameter in self._own.items():
+        for name, parameter in self._factors.items():
             parameter.grad = gradients[name]
-        whole = SimpleNamespace(
+        # PEFT's method runs on this stand-in for its model.
+        model = SimpleNamespace(
             peft_config={ADAPTER: self._config},
             trainable_adapter_name=ADAPTER,
             rankallocator=self._allocator,
             model=self._model,
         )
-        AdaLoraModel.update_and_allocate(whole, self._due(position))
-        for parameter in self._own.values():
+        AdaLoraModel.update_and_allocate(model, self._peft_step(position))
+        for parameter in self._factors.values():
             parameter.grad = None
 
-    def _due(self, position: int) -> int:
-        """The step that PEFT is told, with all in place that it then needs.
+    def _peft_step(self, position: int) -> int:
+        """Returns the step number to pass to PEFT, and prepares the state that PEFT needs at this step.
 
-        It reckons with every step being made, by one allocator. Here the last allocation may have been missed, which is
-        then made by what is remembered; or all may have been forgotten between two rounds. Then the last allocation is
-        made by this step's gradient, and after it whatever came as zero stays so. (Where all came as zero, nothing has
-        been dealt out yet.)
+        PEFT expects one allocator to see every step. Here two things may differ:
+
+        - The last allocation was missed. It is made now, from the saved importance.
+        - All state was lost between two rounds. The last allocation is then made from the gradient of this step, and
+          after it values of Λ that are zero stay zero. (If all are zero, no allocation has been made yet.)
         """
         last = self._budget.last
         if position < last or self._allocator.exp_avg_ipt:
             return min(position, last)
         if self._config.rank_pattern is None:
-            if position == last or not any(bool(mask.any()) for mask in self._given.values()):
+            if position == last or not any(bool(mask.any()) for mask in self._nonzero.values()):
                 self._allocator.update_ipt(self._model)
                 return last
-            self._config.rank_pattern = {f"{n}.{ADAPTER}": mask.view(-1).tolist() for n, mask in self._given.items()}
+            masks = {f"{name}.{ADAPTER}": mask.view(-1).tolist() for name, mask in self._nonzero.items()}
+            self._config.rank_pattern = masks
         return last + 1
 
     def moments(self) -> dict[str, Tensor]:
-        """What it remembers, on the CPU: smoothed importance, its uncertainty, and which ranks were left."""
-        found: dict[str, Tensor] = {}
-        for what, known in ((_MEAN, self._allocator.exp_avg_ipt), (_UNCERTAINTY, self._allocator.exp_avg_unc)):
-            found |= {f"{name.removesuffix(f'.{ADAPTER}')}{what}": t.to("cpu", copy=True) for name, t in known.items()}
+        """Returns the state on the CPU: smoothed importance, its uncertainty, and the mask of the remaining ranks."""
+        state: dict[str, Tensor] = {}
+        for suffix, averages in ((_MEAN, self._allocator.exp_avg_ipt), (_UNCERTAINTY, self._allocator.exp_avg_unc)):
+            for name, average in averages.items():
+                state[f"{name.removesuffix(f'.{ADAPTER}')}{suffix}"] = average.to("cpu", copy=True)
         for name, mask in (self._config.rank_pattern or {}).items():
-            found[f"{name.removesuffix(f'.{ADAPTER}')}{_MASK}"] = torch.tensor(mask)
-        return found
+            state[f"{name.removesuffix(f'.{ADAPTER}')}{_MASK}"] = torch.tensor(mask)
+        return state
 
     def position(self, round: int, step: int) -> int:
-        """As `RankBudget.position`."""
+        """Returns the number of a step; see `RankBudget.position`."""
         return self._budget.position(round, step)
 
-    def _restore(self, kept: Mapping[str, Tensor]) -> None:
-        allocator, masks = self._allocator, {}
-        for name, parameter in self._own.items():
+    def _restore(self, state: Mapping[str, Tensor]) -> None:
+        allocator = self._allocator
+        masks = {}
+        for name, parameter in self._factors.items():
             local = f"{name}.{ADAPTER}"
-            if (mean := kept.get(f"{name}{_MEAN}")) is not None:
+            mean = state.get(f"{name}{_MEAN}")
+            if mean is not None:
                 allocator.ipt[local] = torch.zeros_like(parameter)
                 allocator.exp_avg_ipt[local] = mean.to(parameter.device, copy=True)
-                allocator.exp_avg_unc[local] = kept[f"{name}{_UNCERTAINTY}"].to(parameter.device, copy=True)
-            if (mask := kept.get(f"{name}{_MASK}")) is not None:
+                allocator.exp_avg_unc[local] = state[f"{name}{_UNCERTAINTY}"].to(parameter.device, copy=True)
+            mask = state.get(f"{name}{_MASK}")
+            if mask is not None:
                 masks[local] = mask.tolist()
         self._config.rank_pattern = masks or None
 
 
 def begin(
-    adapter: Mapping[str, nn.Parameter], budget: RankBudget | None, kept: Mapping[str, Tensor] | None = None
+    adapter: Mapping[str, nn.Parameter], budget: RankBudget | None, state: Mapping[str, Tensor] | None = None
 ) -> RankAllocation | None:
-    """The allocator of a part, as `RankAllocation` has it; None where ranks are not dealt out, or there are none."""
-    dealt = budget is not None and any(name.endswith(_SINGULAR) for name in adapter)
-    return RankAllocation(adapter, budget, kept) if dealt and budget is not None else None
+    """Returns the `RankAllocation` of a part; None if the part has no budget, or no ranks to allocate."""
+    if budget is None or not any(name.endswith(_SINGULAR) for name in adapter):
+        return None
+    return RankAllocation(adapter, budget, state)

@@ -1,11 +1,12 @@
-"""AdaLoRA's budget of ranks (2303.10512) as one part has it: how many, and from which of its steps on.
+"""Rank budget of one part under AdaLoRA (2303.10512): the number of ranks, and the schedule of their reallocation.
 
-AdaLoRA deals one budget out over all layers of a model, by how much each rank matters to the loss. No party has all
-layers, so each part deals out one of its own, over its own layers and by the gradients that it sees: `target_r` ranks
-a layer on average, so that the parts' budgets are in proportion to their numbers of layers. That differs from the whole
-model's where ranks would have moved from one part to another.
+AdaLoRA distributes one budget of ranks over all layers of a model, by the importance of each rank to the loss. No
+party has all layers. So each part distributes a budget of its own over its own layers, by the gradients that it sees:
+`target_r` ranks a layer on average. The result differs from AdaLoRA on the unsplit model if ranks would have moved
+from one part to another.
 
-Needs no library, so that it can be asked before any is loaded; `fedsplit.adaptation.rank_allocation` does the dealing.
+This module needs no library, so that settings can be checked before any is loaded.
+`fedsplit.adaptation.rank_allocation` allocates the ranks.
 """
 
 from __future__ import annotations
@@ -44,31 +45,36 @@ FIELDS: Mapping[str, Allowed] = {
     "beta2": _SHARE,
     "orth_reg_weight": Allowed("a number of at least 0", lambda v: _is_number(v) and v >= 0),
 }
-"""What of PEFT's configuration `--peft-config` may say of a budget."""
+"""Fields of PEFT's configuration that `lora.options` may set for a budget."""
 
 _START = Allowed("true | false", lambda v: isinstance(v, bool))
-"""Of `init_lora_weights`, of which PEFT's AdaLoRA heeds no other value."""
+"""Values of `init_lora_weights`. PEFT's AdaLoRA ignores all others."""
 
 
 @dataclass(frozen=True)
 class RankBudget:
-    """The budget of one part, with PEFT's defaults.
+    """Rank budget of one part, with PEFT's defaults.
 
-    A part's clock goes by the round, as the learning rate's does: step s of round r is number (r - 1) * steps + s of
-    rounds * steps, from 1, whatever was lost in rounds before. At step total - tfinal the last ranks are dealt out.
+    Steps are numbered by round, as for the learning rate: step s of round r has the number (r - 1) * steps + s, from
+    1, also if steps of earlier rounds were lost. The last allocation is at step total - tfinal.
 
     Attributes:
-        init_r: The rank that every layer begins with.
-        target_r: The mean rank that is left at the end.
-        tinit: Steps before the budget begins to fall.
-        tfinal: Steps after the last allocation.
-        deltaT: Steps between two allocations.
-        beta1: How slowly the mean of the importance moves.
-        beta2: How slowly its uncertainty moves.
-        orth_reg_weight: What the regularisation counts that keeps P and Q orthogonal.
-        steps: Steps that the part's optimiser makes in a round in which none is lost.
-        rounds: Rounds of the run.
-        layers: Adapted layers of the whole model; the regularisation is a mean over these.
+        init_r: Rank of every layer at the beginning.
+        target_r: Mean rank of a layer at the end.
+        tinit: Number of steps before the budget begins to fall.
+        tfinal: Number of steps after the last allocation.
+        deltaT: Number of steps between two allocations.
+        beta1: Decay of the moving average of the importance.
+        beta2: Decay of the moving average of the uncertainty of the importance.
+        orth_reg_weight: Weight of the regularisation that keeps P and Q orthogonal.
+        steps: Number of steps of the part's optimiser in a round without losses.
+        rounds: Number of rounds of the run.
+        layers: Number of adapted layers of the unsplit model. The regularisation is a mean over these.
+
+    Example:
+        >>> budget = RankBudget(steps=10, rounds=3, tfinal=5)
+        >>> budget.total, budget.last, budget.position(round=2, step=1)
+        (30, 25, 11)
     """
 
     init_r: int = 12
@@ -85,61 +91,63 @@ class RankBudget:
 
     @property
     def total(self) -> int:
-        """Steps of all rounds."""
+        """Number of steps of all rounds."""
         return self.rounds * self.steps
 
     @property
     def last(self) -> int:
-        """The step at which ranks are dealt out for the last time."""
+        """Number of the step with the last allocation."""
         return self.total - self.tfinal
 
     @property
     def fields(self) -> dict[str, Any]:
-        """As PEFT's configuration has it."""
+        """Fields of PEFT's configuration."""
         return {name: getattr(self, name) for name in FIELDS} | {"total_step": self.total}
 
     def position(self, round: int, step: int) -> int:
-        """The number of a step of the part's optimiser among all.
+        """Returns the number of a step of the part's optimiser.
 
         Args:
-            round: The round, from 1.
-            step: The step within it, from 1; one more than were to be expected counts as the last of them.
+            round: Number of the round, from 1.
+            step: Number of the step in the round, from 1. Steps beyond the expected number count as the last one.
         """
         return (round - 1) * self.steps + min(step, self.steps)
 
     def stretched(self, steps: int) -> RankBudget:
-        """The same course over another number of steps a round: what comes before and after falls together."""
-        tinit, tfinal = (count * steps // self.steps for count in (self.tinit, self.tfinal))
+        """Returns the same schedule over another number of steps a round, with the phases at the same times."""
+        tinit = self.tinit * steps // self.steps
+        tfinal = self.tfinal * steps // self.steps
         return dataclasses.replace(self, tinit=tinit, tfinal=tfinal, steps=steps)
 
 
 def trunk_steps(config: Config) -> int:
-    """How many steps the trunk's optimiser makes in a round: a copy as many as its client."""
-    steps, trunk = config.train.steps, config.trunk
-    if trunk.schedule == "shared":  # one for each step of each client
+    """Returns the number of steps of the trunk's optimiser in a round. A copy of the trunk makes its client's steps."""
+    steps = config.train.steps
+    trunk = config.trunk
+    if trunk.schedule == "shared":  # one step for each step of each client
         return config.sampled * steps
-    if trunk.schedule == "accumulate":  # one at each barrier
+    if trunk.schedule == "accumulate":  # one step at each barrier
         return -(-steps // trunk.every) if trunk.every else 1
     return steps
 
 
 def budget_of(config: Config, kind: str, layers: int) -> RankBudget | None:
-    """The budget of a part; None where ranks are not dealt out.
+    """Returns the rank budget of a part; None if the run's adapters do not reallocate ranks.
 
     Args:
-        config: The run's.
+        config: Settings of the run.
         kind: "bottom", "trunk" or "top".
-        layers: Adapted layers of the whole model.
+        layers: Number of adapted layers of the unsplit model.
     """
     if config.prompt.kind != "off" or not method_of(config.lora).allocates:
         return None
-    given = {name: value for name, value in options_of(config.lora).items() if name in FIELDS}
-    budget = RankBudget(**given, steps=config.train.steps, rounds=config.rounds, layers=layers)
+    options = {name: value for name, value in options_of(config.lora).items() if name in FIELDS}
+    budget = RankBudget(**options, steps=config.train.steps, rounds=config.rounds, layers=layers)
     return budget.stretched(trunk_steps(config)) if kind == "trunk" else budget
 
 
 def for_file(config: Config) -> LoraSettings:
-    """The settings of adapters as their file tells them: with a client's steps, where PEFT writes steps down."""
+    """Returns the adapter settings to write to an adapter's file. AdaLoRA's include the steps of a client."""
     if not method_of(config.lora).allocates:
         return config.lora
     total = {"total_step": config.rounds * config.train.steps}
@@ -147,10 +155,10 @@ def for_file(config: Config) -> LoraSettings:
 
 
 def check_budget(config: Config) -> None:
-    """Makes sure that ranks can be dealt out as a run's settings ask.
+    """Checks the settings of a run that reallocates ranks.
 
     Raises:
-        SettingError: They cannot, or a field has no meaning for it.
+        SettingError: A field has an impossible value or no meaning for AdaLoRA, or the budget cannot fall.
     """
     if not method_of(config.lora).allocates:
         return
@@ -164,11 +172,14 @@ def check_budget(config: Config) -> None:
     if config.train.epochs:
         words = f"0 with {name}, whose schedule needs a number of steps that no party's data decide (train.steps)"
         raise SettingError("train.epochs", config.train.epochs, words)
+
     budget = budget_of(config, "bottom", 1)
     assert budget is not None
     if budget.target_r >= budget.init_r:
-        words = f"1 to {budget.init_r - 1}, below init_r" if budget.init_r > 1 else "none below init_r 1: raise that"
-        raise SettingError("lora.options", f"target_r {budget.target_r}", f"{words}, so that ranks can be taken away")
+        possible = f"1 to {budget.init_r - 1}, below init_r" if budget.init_r > 1 else "none below init_r 1: raise that"
+        raise SettingError(
+            "lora.options", f"target_r {budget.target_r}", f"{possible}, so that ranks can be taken away"
+        )
     if budget.tinit >= budget.last:
         words = f"less than {budget.total} in all, a client's steps in all rounds, so that the budget can fall"
         raise SettingError("lora.options", f"tinit {budget.tinit} and tfinal {budget.tfinal}", words)

@@ -279,7 +279,7 @@ class Client:
     def _allocations(self, moments: Mapping[str, Tensor]) -> list[RankAllocation]:
         """Of each part, who deals its ranks out, where they are."""
         parts = (self.bottom, self.top)
-        found = (rank_allocation.begin(lora.parameters(part), part.budget, moments) for part in parts)
+        found = (rank_allocation.begin(lora.parameters(part), part.rank_budget, moments) for part in parts)
         return [allocation for allocation in found if allocation is not None]
 
     def _remembered(

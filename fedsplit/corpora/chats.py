@@ -252,13 +252,13 @@ def _pieces(tokenizer: TextTokenizer, text: str, bounds: Sequence[int]) -> list[
     a prompt is when the model continues from it.
     """
     texts = [text[start:end] for start, end in pairwise(bounds)]
-    undivided, first = tokenizer.written([text, texts[0]])
-    alone = [first, *tokenizer.following(texts[1:])]
+    undivided, first = tokenizer.encode_verbatim([text, texts[0]])
+    alone = [first, *tokenizer.encode_continuation(texts[1:])]
     if [token for piece in alone for token in piece] == undivided:
         return alone
 
     # Beginnings of the text whose tokens begin the undivided tokens show where to cut these.
-    beginnings = tokenizer.written([text[:end] for end in bounds[1:]])
+    beginnings = tokenizer.encode_verbatim([text[:end] for end in bounds[1:]])
     if all(undivided[: len(ids)] == ids for ids in beginnings):
         ends = [len(ids) for ids in beginnings]
         return [undivided[start:end] for start, end in pairwise([0, *ends])]

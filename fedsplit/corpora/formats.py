@@ -185,16 +185,16 @@ def _encoded(table: Table, reading: Reading, encode: Encode) -> dict[int, list[i
 def _text(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
     """Returns texts with the end token; every token is predicted."""
     tokens: Tokens = []
-    for number, ids in _encoded(table, reading, tokenizer.opening).items():
+    for number, ids in _encoded(table, reading, tokenizer.encode_prompt).items():
         if len(ids) > len(tokenizer.beginning):  # else the text has no tokens beside the tokenizer's special ones
-            ended = tokenizer.ended(ids, reading.end)
+            ended = tokenizer.end_text(ids, reading.end)
             tokens.append((number, ended, ended))
     return tokens
 
 
 def _classified(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
     """Returns texts with the tokenizer's special tokens at both ends; the class is read off the last token."""
-    return [(number, ids, ids) for number, ids in _encoded(table, reading, tokenizer.whole).items()]
+    return [(number, ids, ids) for number, ids in _encoded(table, reading, tokenizer.encode).items()]
 
 
 def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
@@ -204,14 +204,14 @@ def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
     """
     prompts = _complete_column(table, "data.prompt", reading.data.prompt)
     completions = _complete_column(table, "data.completion", reading.data.completion)
-    prompt_ids = tokenizer.opening(prompts)
-    completion_ids = tokenizer.following(completions)
+    prompt_ids = tokenizer.encode_prompt(prompts)
+    completion_ids = tokenizer.encode_continuation(completions)
 
     tokens: Tokens = []
     for number, (before, after) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         if not prompts[number]:  # then the completion is the beginning of the text
-            (after,) = tokenizer.written([completions[number]])
-        ended = tokenizer.ended(after, reading.end)
+            (after,) = tokenizer.encode_verbatim([completions[number]])
+        ended = tokenizer.end_text(after, reading.end)
         ignored = [IGNORED] * len(before)
         tokens.append((number, [*before, *ended], [*ignored, *ended]))
     return tokens

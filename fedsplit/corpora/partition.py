@@ -17,7 +17,7 @@ from fedsplit.corpora.sequences import Row, Sequences, stack
 from fedsplit.corpora.shards import Shard
 from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
 from fedsplit.model.families import read_facts, read_pad
-from fedsplit.model.sources import about
+from fedsplit.model.sources import config_folder
 
 HELD_OUT_DOCUMENTS = 4
 """Every fourth text of an owner, by date, is held out; the last text of an owner who has fewer."""
@@ -68,7 +68,7 @@ def partition_of(config: Config) -> Partition:
         >>> [shard.name for shard in partition.shards]
         ['owner 0', 'owner 1']
     """
-    path = about(config)
+    path = config_folder(config)
     return make_partition(
         config.dataset,
         config.partition,

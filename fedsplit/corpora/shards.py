@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fedsplit.corpora.sequences import Sequences
-from fedsplit.model.store import LostState, map_tensors, pack, unpack, write_tensors
 from fedsplit.seeds import derive_seed
 from fedsplit.shutdown import cleaned_up
+from fedsplit.state.client_store import LostState
+from fedsplit.tensor_files import map_tensors, pack, unpack, write_tensors
 
 Rows = TypeVar("Rows", Tensor, Sequences)
 

@@ -6,9 +6,8 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,15 +15,20 @@ from typing import IO, Any
 import tomli_w
 from torch import Tensor
 
-from fedsplit.adaptation import adapting
+from fedsplit.adaptation import run_adapters
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.documents import as_document
+from fedsplit.durable import write_folder, write_text, writing
 from fedsplit.federation import manifest
 from fedsplit.model.families import Family
 from fedsplit.model.parts import Kind, ranges
-from fedsplit.model.store import load_tensors, pack, round_of, sync, unpack, write_tensors, writing
+from fedsplit.state.round_names import round_file, round_of
+from fedsplit.tensor_files import load_tensors, pack, unpack, write_tensors
 from fedsplit.updates import Adapters
+
+INPUTS = "inputs"
+"""Folder in a run's folder for the model and the data that were given as objects; written before the run begins."""
 
 
 def check_folder(path: Path) -> None:
@@ -35,7 +39,7 @@ def check_folder(path: Path) -> None:
     """
     nearest = path
     try:
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= {INPUTS}):
             raise SettingError("out", f"{path} (there already)", _FREE)
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:
@@ -174,39 +178,6 @@ def _lock(path: Path) -> IO[bytes]:
     return file
 
 
-def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a folder beside its final place, makes it durable, and moves it there in one step.
-
-    Raises:
-        NotWritten: It could not be written; what was there before is as it was.
-    """
-    draft, before = (target.with_name(f".{target.name}.{end}") for end in ("draft", "before"))
-    with writing(target):
-        _recover(target, before)
-        shutil.rmtree(draft, ignore_errors=True)
-        try:
-            draft.mkdir(parents=True)
-            fill(draft)
-            for file in draft.rglob("*"):
-                sync(file)
-            sync(draft)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-        if target.exists():  # of a run that went on, and ended before
-            target.rename(before)
-        draft.rename(target)
-        sync(target.parent)
-        shutil.rmtree(before, ignore_errors=True)
-
-
-def _recover(target: Path, before: Path) -> None:
-    """Brings back what was there before, where a process ended between the two renames."""
-    if before.exists() and not target.exists():
-        before.rename(target)
-    shutil.rmtree(before, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """What a run needs to go on after a round.
@@ -225,11 +196,11 @@ class Snapshot:
 class RunFolder:
     """Everything a run leaves behind.
 
-    `config.toml` runs again with `--config`; `data.json` says who holds what; `metrics.jsonl` has an object an event;
-    `summary.json` the result; `adapter/` is one PEFT adapter of the unsplit model; `bottom_lora/`, `trunk_lora/`,
-    `top_lora/` are the same by part; `checkpoints/round-NNNN/` is the adapter after each round, with what `--resume`
-    needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own adapter where it
-    has one.
+    `config.toml` runs again with `--config`; `data.json` says who holds what; `adapter/` is one PEFT adapter of the
+    unsplit model; `bottom_lora/`, `trunk_lora/`, `top_lora/` are the same by part; `metrics.jsonl` and `summary.json`
+    are written by the sinks of `fedsplit.events.files`; `checkpoints/round-NNNN/` is the adapter after each round, with
+    what `--resume` needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own
+    adapter where it has one.
 
     Attributes:
         path: The folder.
@@ -262,17 +233,11 @@ class RunFolder:
             except FileExistsError:  # it was not there when it was checked: a run that began meanwhile has it
                 raise SettingError("out", f"{path} (there already)", _FREE) from None
             self._lock = _lock(path)
-        _replace(path / "config.toml", tomli_w.dumps(as_document(config)))
-
-    def log(self, event: Mapping[str, Any]) -> None:
-        """Appends an event to metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        write_text(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def save_data(self, document: Mapping[str, Any]) -> None:
         """Writes who holds what."""
-        _replace(self.path / "data.json", json.dumps(document, indent=2) + "\n")
+        write_text(self.path / "data.json", json.dumps(document, indent=2) + "\n")
 
     def snapshot(self) -> Snapshot | None:
         """Where a run that goes on was; None for one that begins. Events of later rounds are dropped."""
@@ -283,7 +248,7 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         events = [line for line in metrics.read_bytes().splitlines(keepends=True) if _is_event(line)]
         kept = [line.decode() for line in events if json.loads(line)["round"] <= facts["round"]]
-        _replace(metrics, "".join(kept))
+        write_text(metrics, "".join(kept))
         return Snapshot(facts["round"], facts, unpack(load_tensors(last / _TENSORS)))
 
     def save_round(
@@ -306,7 +271,7 @@ class RunFolder:
             (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             manifest.write(folder, snapshot.round, self._config, self._content, self._elsewhere(snapshot))
 
-        write_whole(_round_folder(self.path, snapshot.round), fill)
+        write_folder(_round_folder(self.path, snapshot.round), fill)
         with writing(self.path):
             (self.path / "summary.json").unlink(missing_ok=True)  # of a run that ended, and goes on
 
@@ -318,7 +283,7 @@ class RunFolder:
         folds = [*self.folds.glob("round-*"), *(self.clients / "folds").glob("round-*")]
         files = [file for file in folds if (round_of(file) or snapshot.round + 1) <= snapshot.round]
         for client, accepted in snapshot.facts.get("accepted", {}).items():
-            files.append(self.clients / f"{int(client):04d}" / f"round-{accepted:04d}.safetensors")
+            files.append(round_file(self.clients / f"{int(client):04d}", accepted))
         root = self.path.absolute()
         return {str(file.absolute().relative_to(root)): self._digest(file) for file in sorted(files) if file.exists()}
 
@@ -345,7 +310,7 @@ class RunFolder:
             groups = unpack(load_tensors(folder / _TENSORS))
             return Adapters({**groups.get("adapters", {}), **groups.get("trunk", {})}, {}), {}
         clients = _personal_in(written)
-        return adapting.load(folder), {int(name): adapting.load(folder / _PERSONAL / name) for name in clients}
+        return run_adapters.load(folder), {int(name): run_adapters.load(folder / _PERSONAL / name) for name in clients}
 
     def read_facts(self, round: int) -> dict[str, Any]:
         """The plain values that `save_round` wrote."""
@@ -353,22 +318,21 @@ class RunFolder:
         facts: dict[str, Any] = json.loads(text)
         return facts
 
-    def save_result(self, adapters: Adapters, summary: Mapping[str, Any]) -> None:
-        """Writes the final adapter, whole and by part, and the summary last."""
-        write_whole(self.path / "adapter", lambda folder: self._save(folder, adapters))
+    def save_result(self, adapters: Adapters) -> None:
+        """Writes the final adapter, whole and by part."""
+        write_folder(self.path / "adapter", lambda folder: self._save(folder, adapters))
         for kind in self._ranges:
-            write_whole(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
-        _replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_folder(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
 
     def save_personal(self, client: int, adapters: Adapters) -> None:
         """Writes the adapter of the whole model as one client has it."""
-        write_whole(self.path / _PERSONAL / f"{client:04d}", lambda folder: self._save(folder, adapters))
+        write_folder(self.path / _PERSONAL / f"{client:04d}", lambda folder: self._save(folder, adapters))
 
     def _save(self, folder: Path, whole: Adapters, kind: Kind | None = None) -> None:
         blocks = None if kind is None else self._ranges[kind]
         if kind is not None and blocks is not None:
-            whole = adapting.of_part(whole, self._config, self._family, kind, blocks)
-        adapting.save(folder, whole, self._config, self._family, kind, blocks)
+            whole = run_adapters.of_part(whole, self._config, self._family, kind, blocks)
+        run_adapters.save(folder, whole, self._config, self._family, kind, blocks)
 
 
 _FACTS, _TENSORS, _PERSONAL = "state.json", "state.safetensors", "personal"
@@ -390,23 +354,6 @@ def _personal_in(written: manifest.Manifest) -> list[str]:
 
 def _round_folder(run: Path, round: int) -> Path:
     return run / "checkpoints" / f"round-{round:04d}"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
-
-    Raises:
-        NotWritten: It could not be written; what was there before is as it was.
-    """
-    draft = path.with_name(f".{path.name}.draft")
-    with writing(path):
-        try:
-            draft.write_text(text, encoding="utf-8")
-            sync(draft)
-            draft.rename(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
 
 
 def _is_event(line: bytes) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ NAME = "manifest.json"
 MAY_CHANGE = frozenset({*MAY_DIFFER, "data.show", "trunk.lanes", "trunk.memory", "trunk.lease"})
 """Settings that may be others when a run goes on: how long it lasts, and what of the machine it uses."""
 
-BY_CONTENT = frozenset({"model", "dataset", "data.held_out"})
+BY_CONTENT = frozenset({"model", "dataset", "data.held_out", "init_adapter"})
 """Settings that name files: what counts is what is in these, wherever they lie."""
 
 
@@ -44,10 +44,12 @@ class Content:
     Attributes:
         data: A digest of all clients' data, as they were dealt out.
         model: Digests of the base model's files, by name.
+        start: Digests of the files of the adapter that the run starts from, by name; none where there is none.
     """
 
     data: str
     model: Mapping[str, str]
+    start: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,19 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def content_of(shards: Sequence[Shard], about: Path, weights: Path) -> Content:
+def content_of(shards: Sequence[Shard], about: Path, weights: Path, start: str = "") -> Content:
     """Digests of a run's data and model.
 
     Args:
         shards: By client.
         about: The folder of the model's config.json.
         weights: The folder of its weights, all of which are read.
+        start: Folder of the adapter that the run starts from; empty where there is none.
     """
     files = {about / "config.json", *find_tensors(weights).values()}
-    return Content(_digest_of_shards(shards), {file.name: digest(file) for file in sorted(files)})
+    adapter = sorted(Path(start).glob("adapter_*")) if start else []
+    of_model = {file.name: digest(file) for file in sorted(files)}
+    return Content(_digest_of_shards(shards), of_model, {file.name: digest(file) for file in adapter})
 
 
 def _digest_of_shards(shards: Iterable[Shard]) -> str:
@@ -117,7 +122,7 @@ def write(folder: Path, round: int, config: Config, content: Content, elsewhere:
     document = {
         "round": round,
         "settings": settings_of(config),
-        "content": {"data": content.data, "model": dict(content.model)},
+        "content": {"data": content.data, "model": dict(content.model), "init_adapter": dict(content.start)},
         "files": files,
         "elsewhere": dict(elsewhere),
     }
@@ -138,7 +143,8 @@ def read(folder: Path) -> Manifest:
     """
     try:
         document = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        content = Content(str(document["content"]["data"]), dict(document["content"]["model"]))
+        held = document["content"]
+        content = Content(str(held["data"]), dict(held["model"]), dict(held.get("init_adapter", {})))
         files, elsewhere = dict(document["files"]), dict(document["elsewhere"])
         return Manifest(int(document["round"]), dict(document["settings"]), content, files, elsewhere)
     except FileNotFoundError:
@@ -218,6 +224,10 @@ def check_content(manifest: Manifest, content: Content, config: Config, run: Pat
     for name in sorted({*content.model, *manifest.content.model}):
         if content.model.get(name) != manifest.content.model.get(name):
             raise SettingError("model", f"{config.model} (another {name})", f"the model {then}")
+    for name in sorted({*content.start, *manifest.content.start}):
+        if content.start.get(name) != manifest.content.start.get(name):
+            given = f"{config.init_adapter or 'nothing'} (another {name})"
+            raise SettingError("init_adapter", given, f"the adapter {then}")
 
 
 def _shown(value: object) -> str:

@@ -243,6 +243,9 @@ def check_strategy(strategy: Any, config: Config) -> None:
     if traits.restarts and not draws_fresh(config.lora):
         words = "another one where training starts from other factors than LoRA's: this one starts every round afresh"
         raise SettingError("strategy", config.strategy, words)
+    if traits.restarts and config.init_adapter:
+        words = "none under a strategy that starts every round from fresh factors"
+        raise SettingError("init_adapter", config.init_adapter, f"{words}, as {config.strategy} does")
     if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
         can = sorted(name for name in package.STRATEGIES if traits_of(_find(name)).mixed_ranks)
         ranks = ",".join(map(str, config.lora.rank))

@@ -1,4 +1,4 @@
-"""What is summed over a run, and over those that it goes on from: tokens, seconds, bytes, the most memory."""
+"""Totals of a run, and of the commands that it resumes: tokens, seconds, bytes, and the most memory."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CROSSING = ("activation", "gradient", "adapter", "repeated")
-"""What crosses in training, up and down."""
+"""Kinds of bytes that cross in training, up and down."""
 
 
 @dataclass
 class Tally:
-    """Sums of a run.
+    """Totals of a run.
 
     Attributes:
-        started: When its command began, by `time.perf_counter`.
-        tokens: Trained on.
-        train_seconds: From the first message of a round of training to its last answer, over all rounds.
-        earlier_seconds: Of the commands that this one goes on from.
+        started: Time at which the command began, by `time.perf_counter`.
+        tokens: Tokens that clients trained on.
+        train_seconds: Seconds from the first message of a round's training to its last reply, summed over the rounds.
+        earlier_seconds: Seconds of the commands that this one resumes.
         asked: Client-rounds: how often a client was asked to train, over all rounds.
-        failed: Client-rounds whose update could not be used: the client failed, or sent what cannot be used.
-        client_memory: The most resident memory of a client's process, in bytes.
-        traffic: Bytes by direction: "adapter_up", "evaluation_adapter_down", …; the trunk counts its own.
+        failed: Client-rounds without an update that could be used.
+        client_memory: Largest resident memory of a client's process, in bytes.
+        traffic: Bytes that the server counted, by kind and direction: "adapter_up", "evaluation_adapter_down", ….
+            The trunk counts its own.
+
+    Example:
+        >>> tally = Tally(time.perf_counter(), tokens=600, train_seconds=2.0)
+        >>> tally.speed
+        300.0
+        >>> tally.traffic["adapter_up"] += 5
+        >>> tally.bytes_of_round(trunk={"activation_up": 9})["activation_up"]
+        9
     """
 
     started: float
@@ -36,11 +45,11 @@ class Tally:
     failed: int = 0
     client_memory: int = 0
     traffic: Counter[str] = field(default_factory=Counter)
-    _told: Counter[str] = field(default_factory=Counter)
+    _reported: dict[str, int] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
-        """Since the command began, those that it goes on from included."""
+        """Seconds since the command began, and those of the commands that it resumes."""
         return self.earlier_seconds + time.perf_counter() - self.started
 
     @property
@@ -48,47 +57,59 @@ class Tally:
         """Tokens a second of training."""
         return self.tokens / self.train_seconds if self.train_seconds else 0.0
 
-    def adapter_bytes(self) -> dict[str, int]:
-        """What crossed of adapters, control variates and changes of base weights since this was asked last."""
-        so_far = Counter({way: self.traffic[f"adapter_{way}"] for way in ("up", "down")})
-        before, self._told = self._told, so_far
-        return {way: so_far[way] - before[way] for way in ("up", "down")}
+    def bytes_of_round(self, trunk: Mapping[str, int]) -> dict[str, int]:
+        """Returns the bytes since the last call, by the kinds and directions of `summary`.
+
+        Args:
+            trunk: Bytes that the trunk has counted so far, by kind and direction.
+        """
+        totals = _by_kind(self._with(trunk))
+        since = {kind: total - self._reported.get(kind, 0) for kind, total in totals.items()}
+        self._reported = totals
+        return since
+
+    def copy(self) -> Tally:
+        """Returns totals that can change without these."""
+        return dataclasses.replace(self, traffic=Counter(self.traffic), _reported=dict(self._reported))
 
     def document(self, trunk: Mapping[str, int]) -> dict[str, Any]:
-        """As plain values, for a checkpoint.
+        """Returns the totals as plain values for a checkpoint.
 
         Args:
-            trunk: The trunk's bytes by direction.
+            trunk: Bytes that the trunk has counted so far, by kind and direction.
         """
-        document = dataclasses.asdict(self) | {"earlier_seconds": self.seconds, "traffic": self._with(trunk)}
-        del document["started"], document["_told"]
-        return document
+        document = dataclasses.asdict(self)
+        del document["started"], document["_reported"]
+        return document | {"earlier_seconds": self.seconds, "traffic": self._with(trunk)}
 
     def go_on(self, document: Mapping[str, Any]) -> Tally:
-        """The sums of a checkpoint, to go on from."""
+        """Returns the totals of a checkpoint, as `document` returned them, to go on from."""
         tally = Tally(**{**document, "started": self.started, "traffic": Counter(document["traffic"])})
-        tally.adapter_bytes()
+        tally.bytes_of_round(trunk={})  # a new trunk counts from 0
         return tally
 
-    def _with(self, trunk: Mapping[str, int]) -> Counter[str]:
-        return Counter(trunk) + self.traffic
-
     def summary(self, trunk: Mapping[str, int]) -> dict[str, Any]:
-        """The part of summary.json that is a sum.
+        """Returns the totals under their keys in summary.json.
 
         Args:
-            trunk: The trunk's bytes by direction.
+            trunk: Bytes that the trunk has counted so far, by kind and direction.
         """
-        traffic = self._with(trunk)
-        sent = {f"{what}_{way}": traffic[f"{what}_{way}"] for what in CROSSING for way in ("up", "down")}
-        for way in ("up", "down"):
-            sent[f"evaluation_{way}"] = sum(
-                size for name, size in traffic.items() if name.startswith("evaluation_") and name.endswith(f"_{way}")
-            )
         return {
             "tokens": self.tokens,
             "tokens_per_second": self.speed,
             "wall_seconds": self.seconds,
             "client_rounds": {"asked": self.asked, "failed": self.failed},
-            "bytes": sent,
+            "bytes": _by_kind(self._with(trunk)),
         }
+
+    def _with(self, trunk: Mapping[str, int]) -> Counter[str]:
+        return Counter(trunk) + self.traffic
+
+
+def _by_kind(traffic: Mapping[str, int]) -> dict[str, int]:
+    """Returns bytes by kind and direction, with those of evaluation as one kind."""
+    sent = {f"{kind}_{way}": traffic.get(f"{kind}_{way}", 0) for kind in CROSSING for way in ("up", "down")}
+    for way in ("up", "down"):
+        in_evaluation = [name for name in traffic if name.startswith("evaluation_") and name.endswith(f"_{way}")]
+        sent[f"evaluation_{way}"] = sum(traffic[name] for name in in_evaluation)
+    return sent

@@ -1,4 +1,4 @@
-"""What of the library's own computation is replaced by torch's faster one: attention's type, and an activation."""
+"""Replaces two functions of the library by faster ones: 16-bit attention on a CPU, and an activation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from transformers.masking_utils import sdpa_mask
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **how: Any) -> Any:
-    """The library's attention, on a CPU in float32 always: torch's backward of a narrower one takes twice as long."""
+    """Computes the library's attention; on a CPU always in float32.
+
+    The backward pass of torch's 16-bit attention on a CPU takes twice as long.
+    """
     if query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, *rest, **how)
     with torch.autocast("cpu", enabled=False):
@@ -28,14 +31,14 @@ AttentionInterface.register(_WIDE, _attention)
 AttentionMaskInterface.register(_WIDE, sdpa_mask)
 
 
-def quicken(config: Any) -> None:
-    """Chooses torch's own functions for what the library spells out."""
+def use_tanh_gelu(config: Any) -> None:
+    """Selects torch's tanh GELU, one fused function, in place of the library's formula in Python."""
     for key in ("activation_function", "hidden_act"):
         if getattr(config, key, None) == "gelu_new":
             setattr(config, key, "gelu_pytorch_tanh")
 
 
-def widen(config: Any, dtype: torch.dtype) -> None:
-    """Chooses the type that torch's attention is fastest in; a family without it keeps the library's choice."""
+def use_float32_attention(config: Any, dtype: torch.dtype) -> None:
+    """Selects float32 attention for a 16-bit model that uses torch's attention. Other models are left unchanged."""
     if dtype != torch.float32 and config._attn_implementation == "sdpa":
         config._attn_implementation = _WIDE

@@ -1,4 +1,4 @@
-"""What a part remembers of sequences that grow, so that nothing of them is computed twice.
+"""Key-value caches of a part, with which generated text grows token by token.
 
 Shapes: B sequences, T new tokens, D hidden.
 """
@@ -14,51 +14,68 @@ from transformers import DynamicCache
 from fedsplit.model.parts import Part
 
 _WINDOWED = ("gemma2", "gemma3_text")
-"""The types of models for which PEFT makes a trained past that knows of sliding windows."""
+"""Model types for which PEFT's prefix tuning creates a cache with sliding windows."""
 
 
 class PartCache(DynamicCache):  # type: ignore[misc]  # the library has no types
     """Keys and values of a part's blocks.
 
-    The attention modules go by the number that their block has in the unsplit model, since some scale by it; the
-    part's configuration, by which the library makes windows and masks, counts from 0.
+    Attention modules use the block's number in the unsplit model, since some scale by it. The part's configuration,
+    from which the library derives windows and masks, counts blocks from 0. This class translates between the two.
 
     Attributes:
-        length: Positions so far, as whoever extends the part counts them: without blocks, nothing else knows.
+        length: Number of positions so far. `Past` sets it, since the cache of a part without blocks cannot count.
     """
 
     def __init__(self, part: Part, rows: int = 1) -> None:
-        """Remembers nothing yet but what was trained to stand before any text.
+        """Creates a cache that contains the trained past, if the part has one, and nothing else.
 
         Args:
-            part: Whose blocks.
-            rows: B, where something was.
+            part: The part.
+            rows: Number B of sequences. Only a trained past needs it.
         """
         windows = not part.ahead or part.config.model_type in _WINDOWED
         super().__init__(config=part.config if windows else None)
-        self._first, self.length = part.blocks.start, part.ahead
+        self._first = part.blocks.start
+        self.length = part.ahead
         for block, (keys, values) in enumerate(part.past(rows), self._first):
             self.update(keys, values, block)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Adds keys and values of the block with that number in the unsplit model; returns all it may look at."""
+        """Adds keys and values of a block, and returns all keys and values that the block may attend to.
+
+        `layer_idx` is the block's number in the unsplit model.
+        """
         return super().update(key_states, value_states, layer_idx - self._first, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions so far, by a block's number in the part."""
+        """Returns the number of positions so far. `layer_idx` is the block's number in the part."""
         return int(super().get_seq_length(layer_idx)) if self.layers else self.length
 
 
 class Past:
-    """A part, and what it remembers of a batch of sequences."""
+    """A part with the key-value cache of a batch of sequences.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.model.split import load_parts
+        >>> (bottom,) = load_parts(BUNDLED_MODEL, (1, 5), ["bottom"])
+        >>> past = Past(bottom)
+        >>> past.extend(torch.tensor([[3, 4, 5]])).shape  # a prompt
+        torch.Size([1, 3, 128])
+        >>> past.extend(torch.tensor([[6]])).shape  # the next token
+        torch.Size([1, 1, 128])
+        >>> past.length
+        4
+    """
 
     def __init__(self, part: Part, mask: Tensor | None = None) -> None:
-        """Remembers nothing yet.
+        """Starts without any positions.
 
         Args:
-            part: The part; its weights must stay as they are for as long as this lives.
-            mask: (B, T) of what comes first, virtual tokens before the text included, 0 on padding, which must be on
-                the text's left; None where there is none.
+            part: The part. Its weights must not change while the cache is in use.
+            mask: Mask (B, T) of the first input, 0 on padding; None without padding. Padding must be on the left.
+                The mask includes virtual tokens before the text.
         """
         self._part = part
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
@@ -66,14 +83,14 @@ class Past:
 
     @property
     def length(self) -> int:
-        """Positions so far, padding and a trained past included."""
+        """Number of positions so far, including padding and the trained past."""
         return self._part.ahead if self._cache is None else self._cache.length
 
     @torch.no_grad()
     def extend(self, start: Tensor) -> Tensor:
-        """What follows: tokens (B, T), or hidden states (B, T, D), to hidden states (B, T, D).
+        """Computes the hidden states (B, T, D) of new tokens (B, T), or of new hidden states (B, T, D).
 
-        Of a bottom with P virtual tokens, the first call makes (B, P + T, D).
+        The first call on a bottom with P virtual tokens returns (B, P + T, D).
         """
         rows, count = start.shape[:2]
         if self._cache is None:
@@ -88,10 +105,10 @@ class Past:
         return output
 
     def _positions(self, count: int, device: torch.device) -> Tensor | None:
-        """Where the new tokens stand in their sequences, which begin after the padding.
+        """Returns the positions of new tokens in their sequences. Position 0 is the first token after the padding.
 
-        Not so behind virtual tokens: between them and the text padding has positions, too, unless the family's own
-        positions follow the mask. PEFT leaves that to the library, and so do we.
+        Returns None if virtual tokens precede the text. PEFT then leaves positions to the library, which counts the
+        padding between virtual tokens and text, unless the family derives positions from the mask.
         """
         if self._part.virtual:
             return None
@@ -102,7 +119,7 @@ class Past:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Size of all keys and values in bytes."""
         layers = [] if self._cache is None else self._cache.layers
-        held = (tensor for layer in layers for tensor in (layer.keys, layer.values))
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        tensors = (tensor for layer in layers for tensor in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)

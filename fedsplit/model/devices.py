@@ -1,8 +1,8 @@
-"""What a part computes on: what a setting means on this machine, and tensors put there.
+"""Devices on which parts compute.
 
-Between processes everything travels as bytes of the CPU's: packets, adapters, moments. Whoever owns a part puts what
-arrives on the part's device and takes what leaves off it. All processes see all GPUs of the machine, as many of them
-as share one: Ray is asked for none, so it hides none (`RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO`).
+Processes exchange CPU tensors only: packets, adapters, optimiser moments. The owner of a part moves incoming tensors
+to the part's device, and outgoing ones to the CPU. Every process sees all GPUs of the machine, and several processes
+may share one. Ray is not asked for GPUs, so it hides none (`RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO`).
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from fedsplit.config import Config
 CPU = torch.device("cpu")
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What a part computes in, by the names in `fedsplit.allowed.DTYPES`."""
+"""Types of base weights and computation, by the names in `fedsplit.allowed.DTYPES`."""
 
 
 def resolve(name: str) -> torch.device:
-    """The device that a setting names.
+    """Returns the device that a setting names.
 
     Args:
-        name: "cpu", "cuda:N", "cuda" for the first GPU, or "auto" for that where torch sees one, and the CPU elsewhere.
+        name: "cpu", "cuda:N", "cuda" for the first GPU, or "auto" for the first GPU if torch sees one, else the CPU.
+
+    Example:
+        >>> resolve("cuda")
+        device(type='cuda', index=0)
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device("cuda:0" if name == "cuda" else name)
 
 
-def seen() -> str:
-    """The devices that can be named on this machine, in words."""
+def available_devices() -> str:
+    """Describes, for error messages, which devices a setting may name on this machine."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
         return f"auto | cpu | cuda | {' | '.join(f'cuda:{number}' for number in range(count))}, which torch sees here"
@@ -42,25 +46,25 @@ def seen() -> str:
 
 
 def check_device(setting: str, name: str) -> None:
-    """Makes sure that a device is there.
+    """Checks that this machine has a device.
 
     Args:
-        setting: The setting that names it.
-        name: As in `resolve`.
+        setting: Name of the setting that asks for the device.
+        name: The device, as for `resolve`.
 
     Raises:
-        SettingError: It is not.
+        SettingError: The machine has no such device.
     """
     device = resolve(name)
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise SettingError(setting, name, seen())
+        raise SettingError(setting, name, available_devices())
 
 
 def check_devices(config: Config) -> None:
-    """Makes sure that a run's devices are there, and can do what is asked of them.
+    """Checks the devices of a run.
 
     Raises:
-        SettingError: One is not, or a budget for resident memory is given to a trunk on a GPU.
+        SettingError: The machine lacks a device, or a trunk on a GPU has a budget for resident memory.
     """
     check_device("device", config.device)
     if config.trunk.device:
@@ -71,10 +75,10 @@ def check_devices(config: Config) -> None:
 
 
 def put(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors on a device; those that are there already are not copied."""
+    """Moves tensors to a device. Tensors that are on the device already are not copied."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
-    """What a module computes on: where its first parameter is."""
+    """Returns the device of a module's first parameter; the CPU for a module without parameters."""
     return next((parameter.device for parameter in module.parameters()), CPU)

@@ -1,6 +1,6 @@
-"""Where each model family keeps its embedding, blocks, norm and head.
+"""Model families: names of the embedding, blocks, norm and head inside the library's model classes.
 
-A record is all the family-specific code there is: `split` builds every part from it.
+A `Family` record is all that fedsplit needs to know about a family. `fedsplit.model.split` builds every part from it.
 """
 
 from __future__ import annotations
@@ -18,36 +18,40 @@ from fedsplit.model.token_ids import end_token
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names inside the library's own model classes.
+    """Names of a family's modules and settings.
 
     Attributes:
-        decoder: The decoder within the causal LM, dotted where it is nested; its prefix in checkpoints.
-        blocks: The list of blocks within the decoder.
-        embedding: The token embedding within the decoder.
-        norm: The final norm within the decoder; it may be None there.
-        positions: The learned position embedding within the decoder, if there is one.
-        dropout: The dropout after the embedding within the decoder, if there is one.
-        rotary: The rotary position module within the decoder, if there is one.
-        targets: Attention and MLP projections, by the last part of their names.
-        transposed: Whether those projections are `Conv1D`, which store (in, out).
-        norms: The norms in a block, by the ends of their names.
-        narrows: The MLP's projections back to the hidden size, by the ends of their names.
-        layers_key: What the checkpoint's config.json calls the number of blocks.
-        positions_key: What it calls the longest sequence.
-        width_key: What it calls the size of a hidden state.
-        cap_key: What it calls the cap of the logits, if the family has one.
-        stored: What checkpoints call parameters, or the pieces of them, where it is not the library's name; both by
-            the ends of the names. For `*` the numbers of experts are put in, whose tensors are stacked; pieces are
-            joined by their rows.
-        outgrows: What config.json calls the length beyond which positions are turned otherwise, where the library
-            then computes a text anew that has grown past it.
-        required: What config.json must say, if it says anything: a value, or the key that has the same one. Anything
-            else would not be the unsplit model.
-        router: The router within a block with experts, if the family has such blocks.
-        experts: How many each of those has where config.json does not say.
-        sparse: Whether config.json may leave blocks without experts (`mlp_only_layers`, `decoder_sparse_step`).
-        parameters: What has no module of its own and can have an adapter all the same, by the name that a setting
-            calls it by: its dotted name within a block. Adapters sit there only where they are asked for.
+        decoder: Name of the decoder inside the language model, dotted if nested. Also its prefix in checkpoints.
+        blocks: Name of the list of blocks inside the decoder.
+        embedding: Name of the token embedding inside the decoder.
+        norm: Name of the final norm inside the decoder. The attribute may be None there.
+        targets: Names of the attention and MLP projections inside a block, last component only.
+        positions: Name of the learned position embedding inside the decoder; None for a family without one.
+        dropout: Name of the dropout after the embedding inside the decoder; None for a family without one.
+        rotary: Name of the rotary position module inside the decoder; None for a family without one.
+        transposed: True if the projections are `Conv1D`, which stores weights as (in, out).
+        norms: Names of the norms inside a block, last component only.
+        narrows: Names of the MLP projections back to the hidden size, by their last components.
+        layers_key: Key of config.json for the number of blocks.
+        positions_key: Key of config.json for the longest sequence.
+        width_key: Key of config.json for the size of a hidden state.
+        cap_key: Key of config.json for the soft cap on logits; None for a family without one.
+        stored: Names in checkpoints that differ from the library's, by the end of a parameter's name. A parameter may
+            be stored in several pieces, which are joined by rows. `*` stands for the number of an expert, whose
+            tensors are stacked.
+        outgrows: Key of config.json for a length beyond which rotary positions change. Text that grows past this
+            length is computed anew by the library.
+        required: Values that config.json must have for these keys, if it has the keys. A value that is itself a key
+            stands for that key's value. A model with other values could not be split exactly.
+        router: Name of the router inside a block with experts; None for a family without experts.
+        experts: Number of experts in such a block, if config.json names none.
+        sparse: True if config.json may exempt blocks from having experts (`mlp_only_layers`, `decoder_sparse_step`).
+        parameters: Parameters outside any projection module that can have adapters: their dotted names inside a
+            block, by the names that `lora.targets` uses. They get adapters only if `lora.targets` names them.
+
+    Example:
+        >>> FAMILIES["gpt2"].targets
+        ('c_attn', 'c_proj', 'c_fc')
     """
 
     decoder: str
@@ -74,7 +78,7 @@ class Family:
     parameters: Mapping[str, str] = field(default_factory=dict)
 
     def asked(self, targets: Sequence[str]) -> list[str]:
-        """Of the names of targets, those that stand for bare parameters."""
+        """Returns those of the targets that are keys of `parameters`."""
         return [name for name in targets if name in self.parameters]
 
 
@@ -94,7 +98,7 @@ _QK = (*_LLAMA.norms, "q_norm", "k_norm")
 _AROUND = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 STACKED = ("gate_up_proj", "down_proj")
-"""The experts' matrices, each (E, out, in) in one parameter, in the order in which the library's modules have them."""
+"""Names of the experts' matrices, each one parameter (E, out, in), in the order of the library's modules."""
 
 _EXPERTS = replace(
     _LLAMA,
@@ -119,7 +123,7 @@ FAMILIES = {
         layers_key="n_layer",
         positions_key="n_positions",
         width_key="n_embd",
-        required={"add_cross_attention": False},  # there is no encoder, and adapters on it would get no gradient
+        required={"add_cross_attention": False},  # cross-attention would need an encoder
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -180,17 +184,17 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What the files beside a checkpoint say before anything is loaded.
+    """Facts about a model that are known from its small files, before any weight is loaded.
 
     Attributes:
-        family: The family's record.
+        family: Record of the model family.
         blocks: Number of blocks.
         positions: Longest sequence in tokens.
         end: Id of the token that ends a text (`fedsplit.model.token_ids.end_token`).
-        width: The size of a hidden state; 0 where config.json does not say.
-        experts: Experts of each block that has any.
-        routed: The blocks that have experts.
-        router_aux_loss: The coefficient of the auxiliary loss of their routers, as the unsplit model has it.
+        width: Size of a hidden state; 0 if config.json does not say.
+        experts: Number of experts in each block that has any.
+        routed: Numbers of the blocks that have experts.
+        router_aux_loss: Coefficient of the routers' auxiliary loss in the unsplit model.
     """
 
     family: Family
@@ -203,29 +207,32 @@ class Facts:
     router_aux_loss: float = 0.0
 
     def coefficient(self, asked: float) -> float:
-        """The coefficient of the auxiliary loss, given the setting; below 0 the unsplit model's own holds."""
+        """Returns the coefficient of the auxiliary loss. `asked` is the setting; below 0, the model decides."""
         return self.router_aux_loss if asked < 0 else asked
 
 
 def family_of(model_type: str) -> Family:
-    """Looks a family up.
+    """Returns the record of a family.
+
+    Args:
+        model_type: The `model_type` of config.json.
 
     Raises:
-        SettingError: There is no record for it.
+        SettingError: There is no record for this type.
     """
     if model_type not in FAMILIES:
         needed = ", ".join(entry.name for entry in fields(Family) if _is_needed(entry))
         also = ", ".join(entry.name for entry in fields(Family) if not _is_needed(entry))
-        words = (
+        allowed = (
             f"a model of type {' | '.join(FAMILIES)} (another type needs a record in fedsplit/model/families.py,"
             f" which names its {needed}, and where they are not the usual, {also})"
         )
-        raise SettingError("model", f"a model of type {model_type}", words)
+        raise SettingError("model", f"a model of type {model_type}", allowed)
     return FAMILIES[model_type]
 
 
 _CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
-"""Of every family: a token that saw later ones would be no target, and padding of joined batches would be seen."""
+"""Required of every family. A token that attends to later ones could not be a target of training."""
 
 
 def _is_needed(entry: Any) -> bool:
@@ -233,20 +240,40 @@ def _is_needed(entry: Any) -> bool:
 
 
 def _check_required(family: Family, document: Mapping[str, Any], allowed: str) -> None:
-    """Refuses a model that the family's code would not split exactly."""
-    for key, wanted in {**_CAUSAL, **family.required}.items():
-        expected = document.get(wanted) if isinstance(wanted, str) else wanted
-        if (value := document.get(key)) is not None and value != expected:
-            words = f"{wanted}, {expected}" if isinstance(wanted, str) else json.dumps(wanted)
-            raise SettingError("model", f"{key} {json.dumps(value)} in config.json", f"{words}; {allowed}")
+    """Refuses a model that could not be split exactly.
+
+    Raises:
+        SettingError: A key of config.json has a value that the family does not allow.
+    """
+    for key, required in {**_CAUSAL, **family.required}.items():
+        value = document.get(key)
+        if value is None:
+            continue
+        if isinstance(required, str):
+            expected = document.get(required)
+            described = f"{required}, {expected}"
+        else:
+            expected = required
+            described = json.dumps(required)
+        if value != expected:
+            raise SettingError("model", f"{key} {json.dumps(value)} in config.json", f"{described}; {allowed}")
 
 
 def read_facts(path: Path) -> Facts:
-    """Reads a checkpoint's config.json, and the files that may name its end token.
+    """Reads the config.json of a checkpoint, and the files that may name the end token.
+
+    Args:
+        path: Folder of the checkpoint.
 
     Raises:
-        SettingError: There is no such folder, it holds no model, its family is unknown, it has something that cannot
-            be split, or nothing says which token ends a text.
+        SettingError: The folder holds no model, the family is unknown, the model cannot be split, or no file names
+            the token that ends a text.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> facts = read_facts(BUNDLED_MODEL)
+        >>> facts.blocks, facts.positions, facts.width
+        (6, 256, 128)
     """
     allowed = "a model with a config.json that says what its family needs"
     try:
@@ -258,12 +285,14 @@ def read_facts(path: Path) -> Facts:
     if isinstance(document.get("text_config"), dict):
         kind = f"a model of type {document.get('model_type')}, whose text model is nested in it"
         raise SettingError("model", kind, "a text model alone, such as what gemma3_text is of gemma3")
-    if document.get("quantization_config"):  # their scales would be passed over
-        words = "weights in fp32, bf16 or fp16; --quantization takes them down to fewer bits here"
-        raise SettingError("model", f"{path} (its weights are quantised already)", words)
-    if (named := document.get("transformers_weights")) is not None:  # transformers would load this file alone
-        words = "a model without it, whose weights have the usual names"
-        raise SettingError("model", f"{path} (its config.json has the transformers_weights {json.dumps(named)})", words)
+    if document.get("quantization_config"):  # the scales of its weights would be ignored
+        unquantised = "weights in fp32, bf16 or fp16; --quantization takes them down to fewer bits here"
+        raise SettingError("model", f"{path} (its weights are quantised already)", unquantised)
+    weight_file = document.get("transformers_weights")
+    if weight_file is not None:  # transformers would load this file and no other
+        reason = f"its config.json has the transformers_weights {json.dumps(weight_file)}"
+        raise SettingError("model", f"{path} ({reason})", "a model without it, whose weights have the usual names")
+
     family = family_of(str(document.get("model_type")))
     _check_required(family, document, allowed)
     numbers = []
@@ -273,49 +302,57 @@ def read_facts(path: Path) -> Facts:
             raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
         numbers.append(value)
     blocks, positions = numbers
-    end = end_token(path)
     width = document.get(family.width_key)
-    width = width if isinstance(width, int) and not isinstance(width, bool) else 0
-    return Facts(family, blocks, positions, end, width, **_read_experts(family, document, blocks, path, allowed))
+    if isinstance(width, bool) or not isinstance(width, int):
+        width = 0
+    experts = _read_experts(family, document, blocks, path, allowed)
+    return Facts(family, blocks, positions, end_token(path), width, **experts)
 
 
 _UNSAID = {"decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}
-"""What the library takes where config.json of a mixture of experts does not say."""
+"""The library's defaults for keys that the config.json of a mixture of experts may lack."""
 
 
 def _read_experts(family: Family, document: Mapping[str, Any], blocks: int, path: Path, allowed: str) -> dict[str, Any]:
-    """What config.json says of a mixture of experts, by the names of `Facts`.
+    """Reads the facts about a mixture of experts, by the names of `Facts`. Empty for a family without experts.
 
     Raises:
-        SettingError: It has no possible number of experts, or coefficient.
+        SettingError: config.json has an impossible number of experts, step or coefficient.
     """
     if family.experts is None:
         return {}
-    number = "num_local_experts" if "num_local_experts" in document else "num_experts"  # the library takes either
-    found = {number: family.experts, **_UNSAID}
-    for key in found:
-        value = found[key] = document.get(key, found[key])
+    count_key = "num_local_experts" if "num_local_experts" in document else "num_experts"  # the library takes either
+    numbers = {}
+    for key, default in {count_key: family.experts, **_UNSAID}.items():
+        value = document.get(key, default)
         least = 1 if key == "decoder_sparse_step" else 0
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
             raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
-    experts, coefficient = int(found[number]), float(found["router_aux_loss_coef"])
-    dense = document.get("mlp_only_layers") or []
-    routed = tuple(block for block in range(blocks) if experts)
+        numbers[key] = value
+
+    experts = int(numbers[count_key])
+    routed = tuple(range(blocks)) if experts else ()
     if family.sparse:
-        step = int(found["decoder_sparse_step"])
+        dense = document.get("mlp_only_layers") or []
+        step = int(numbers["decoder_sparse_step"])
         routed = tuple(block for block in routed if block not in dense and (block + 1) % step == 0)
-    wanted = routed and document.get("output_router_logits")
-    return {"experts": experts, "routed": routed, "router_aux_loss": coefficient if wanted else 0.0}
+
+    balances = routed and document.get("output_router_logits")
+    coefficient = float(numbers["router_aux_loss_coef"]) if balances else 0.0
+    return {"experts": experts, "routed": routed, "router_aux_loss": coefficient}
 
 
 def read_pad(path: Path, end: int) -> int:
-    """The token that fills up shorter sequences: what config.json says, else the end token; it is masked either way.
+    """Returns the padding token of a model: the one in config.json if it is possible, else the end token.
+
+    Padding is masked, so the choice changes no number.
 
     Args:
-        path: The checkpoint's folder.
-        end: The id of the token that ends a text.
+        path: Folder of the checkpoint.
+        end: Id of the token that ends a text.
     """
     document = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    pad, size = document.get("pad_token_id"), document.get("vocab_size")
+    pad = document.get("pad_token_id")
+    size = document.get("vocab_size")
     possible = isinstance(pad, int) and not isinstance(pad, bool) and pad >= 0
     return pad if possible and (not isinstance(size, int) or pad < size) else end

@@ -1,7 +1,7 @@
-"""A GGUF file to a folder that any other model could lie in, made once and kept in a cache.
+"""Unpacks GGUF files into ordinary model folders, once, in a cache.
 
-What the file means is transformers' to say: the folder holds what `from_pretrained(..., gguf_file=...)` makes of it,
-with all weights unpacked.
+transformers reads the file: the folder holds the model that `from_pretrained(..., gguf_file=...)` returns, with all
+weights unpacked.
 """
 
 from __future__ import annotations
@@ -18,52 +18,60 @@ from typing import Any
 import torch
 
 from fedsplit.allowed import SettingError
+from fedsplit.durable import sync
 from fedsplit.model.families import family_of
-from fedsplit.model.store import sync
 
 ALLOWED = "a GGUF file of a known family that is whole; the package gguf must be there (pip install gguf)"
-"""In words, for errors."""
+"""Describes the GGUF files that can be read, for error messages."""
 
 _MAGIC = b"GGUF"
 _LINK = "model.gguf"
 
 _STORED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What weights are kept in, by the type a run asks for; any other is made from float32, which rounds nothing away."""
+"""Types of stored weights by the setting `dtype`. For any other setting they are stored in float32, unrounded."""
 
 
 def cache_folder() -> Path:
-    """Where unpacked files are kept: ~/.cache/fedsplit, or where XDG_CACHE_HOME says."""
+    """Returns the folder of unpacked files: fedsplit in XDG_CACHE_HOME, or ~/.cache/fedsplit."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsplit"
 
 
 def _home(file: Path) -> Path:
-    """The cache of one file; another one as soon as the file, or what reads it, changes."""
+    """Returns the cache folder of one file. A changed file, or another version of transformers, gets a new one."""
     import transformers
 
-    facts, place = file.stat(), file.resolve()
-    identity = f"{place}\0{facts.st_size}\0{facts.st_mtime_ns}\0{transformers.__version__}"
+    facts = file.stat()
+    identity = f"{file.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\0{transformers.__version__}"
     return cache_folder() / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def _check(file: Path) -> None:
-    """Refuses what need not be looked into.
+    """Checks that a file begins like a GGUF file, and that the package gguf is installed.
 
     Raises:
-        SettingError: There is no such file, it is no GGUF file, or what reads one is not installed.
+        SettingError: The file cannot be read or is no GGUF file, or the package is missing.
     """
     try:
         with open(file, "rb") as opened:
-            begins = opened.read(len(_MAGIC))
+            beginning = opened.read(len(_MAGIC))
     except OSError as error:
         raise SettingError("model", f"{file} ({error.strerror})", ALLOWED) from None
-    if begins != _MAGIC:
+    if beginning != _MAGIC:
         raise SettingError("model", f"{file} (it does not begin as a GGUF file does)", ALLOWED)
     if importlib.util.find_spec("gguf") is None:
         raise SettingError("model", f"{file} (the package gguf is not installed)", ALLOWED)
 
 
 def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
-    """Fills a folder beside its final place and moves it there; where somebody else was faster, theirs stays.
+    """Creates a folder from a GGUF file, unless the folder exists. A concurrent process may create it first.
+
+    Args:
+        target: The folder.
+        file: The GGUF file.
+        fill: Writes the content into the draft folder that it is called with. The folder holds a link to the file.
+
+    Returns:
+        `target`.
 
     Raises:
         SettingError: The file cannot be unpacked, or the folder cannot be written.
@@ -74,7 +82,7 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        # Alone in a folder: transformers would look at what else lies beside it.
+        # The link is alone in a folder, since transformers also reads other files beside it.
         (draft / _LINK).symlink_to(file.resolve())
         fill(draft)
         (draft / _LINK).unlink()
@@ -87,7 +95,7 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
                 raise
     except SettingError:
         raise
-    except Exception as error:  # noqa: BLE001  # whatever the libraries make of a broken file
+    except Exception as error:  # noqa: BLE001  # the libraries raise many kinds on a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SettingError("model", f"{file} ({reason})", ALLOWED) from None
     finally:
@@ -96,8 +104,8 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def about(file: Path) -> Path:
-    """A folder with the config.json and the tokenizer of a GGUF file.
+def config_folder(file: Path) -> Path:
+    """Returns a folder with the config.json and the tokenizer of a GGUF file.
 
     Raises:
         SettingError: There is no such file, it is broken, or its family is unknown.
@@ -116,44 +124,48 @@ def about(file: Path) -> Path:
 
 
 def unpack(file: Path, dtype: str, tell: Callable[[str], object] = lambda line: None) -> Path:
-    """A folder with config.json, tokenizer and model.safetensors, equal to what transformers makes of a GGUF file.
+    """Returns a folder with config.json, tokenizer and model.safetensors, equal to what transformers reads.
 
     Args:
-        file: The file.
-        dtype: The type that a run holds base weights in, one of `fedsplit.allowed.DTYPES`; weights are kept in it.
-        tell: Is told before the file is unpacked, which may take long.
+        file: The GGUF file.
+        dtype: Type of the run's base weights, one of `fedsplit.allowed.DTYPES`. Unpacked weights are stored in it.
+        tell: Called with a line of text before the file is unpacked, which may take long.
 
     Raises:
         SettingError: There is no such file, it is broken or lacks a tensor, or its family is unknown.
     """
-    described, stored = about(file), _STORED.get(dtype, torch.float32)
+    described = config_folder(file)
+    stored = _STORED.get(dtype, torch.float32)
     target = _home(file) / str(stored).removeprefix("torch.")
     if not target.is_dir():
         tell(f"unpacking {file} into {target}")
 
     def fill(draft: Path) -> None:
         _load(draft, stored).save_pretrained(draft)
-        for small in described.iterdir():  # config.json among them, which says nothing of quantisation
+        for (
+            small
+        ) in described.iterdir():  # replaces the config.json that save_pretrained wrote, which names a quantisation
             shutil.copyfile(small, draft / small.name)
 
     return _write_once(target, file, fill)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
-    """The model in a folder's GGUF file, dense.
+    """Loads the model of the GGUF file in a folder, with all weights unpacked.
 
     Raises:
-        ValueError: The file lacks a tensor; transformers would draw it at random.
+        ValueError: The file lacks a tensor. transformers would fill it with random values.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=_LINK,
         dtype=dtype,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
     )
-    if lacking := sorted(found["missing_keys"]):
-        raise ValueError(f"it has no tensor {lacking[0]}")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"it has no tensor {missing[0]}")
     return model

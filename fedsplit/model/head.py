@@ -1,4 +1,4 @@
-"""The head, where it trains whole: a weight of its own, apart from the embedding that it may have been tied to."""
+"""A language model head that trains all of its weights. It is not tied to the embedding any more."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from torch import Tensor, nn
 from fedsplit.model.kernels import causal_loss
 
 HEAD = "lm_head"
-"""What the head is called, in the library's models, in our parts and in PEFT's files."""
+"""Name of the head in the library's models, in parts and in PEFT's files."""
 
-WEIGHT = f"{HEAD}.weight"
-"""The exported name of its weight (V, D), as PEFT's `modules_to_save` writes it."""
+HEAD_WEIGHT = f"{HEAD}.weight"
+"""Name of the head's weight (V, D) in an adapter's file, where PEFT's `modules_to_save` puts it."""
 
 
 class WholeHead(nn.Linear):
-    """A head that trains whole, in float32, whatever type the base has; with a copy of the base's weights at first."""
+    """Head whose weights all train, in float32 for a base model of any type. It starts as a copy of the base's head."""
 
     def __init__(self, base: nn.Linear) -> None:
-        """Copies a head, which stays as it is.
+        """Copies the head of the base model.
 
         Args:
-            base: The head of the base model, without a bias.
+            base: The head. It must have no bias, and is not changed.
         """
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = nn.Parameter(base.weight.detach().to(torch.float32, copy=True))
         self._computing = base.weight.dtype
 
     def causal_loss(self, hidden: Tensor, labels: Tensor, cap: float | None) -> Tensor:
-        """The mean next-token loss; see `fedsplit.model.kernels.causal_loss`."""
+        """Computes the mean next-token loss; see `fedsplit.model.kernels.causal_loss`."""
         return causal_loss(hidden, self.weight.to(self._computing), labels, cap)

@@ -1,8 +1,8 @@
-"""A model of the Hugging Face Hub to a folder on this machine.
+"""Fetches models of the Hugging Face Hub into the local cache.
 
-Where it lies, who asks for it and whether the Hub may be asked at all is up to the environment, as everywhere:
-HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT. What the cache has is taken as it is, and the Hub is not asked whether
-it has something newer: all processes of a run must see the same files, and those of tomorrow, too.
+The usual environment variables apply: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT. Files in the cache are used
+without asking the Hub for newer ones, since all processes of a run, and a run that is resumed later, must read the
+same files.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w./-]+))?", re
 _SMALL = ("config.json", "generation_config.json", INDEX, ADAPTER, *TOKENIZER_FILES)
 
 ALLOWED = "a folder that is there, or a model of the Hub that you may read, as org/name or org/name@revision"
-"""In words, for errors."""
+"""Describes the models that can be fetched, for error messages."""
 
 
 @dataclass(frozen=True)
 class HubName:
-    """A model on the Hub.
+    """Name of a model on the Hub.
 
     Attributes:
         repository: "org/name".
-        revision: A branch, tag or commit; the main branch where None.
+        revision: Branch, tag or commit; None for the main branch.
     """
 
     repository: str
@@ -51,12 +51,20 @@ class HubName:
 
 
 def parse(name: str) -> HubName | None:
-    """Reads org/name or org/name@revision; None where it is neither."""
-    found = _ID.fullmatch(name)
-    return HubName(found[1], found[2]) if found else None
+    """Parses "org/name" or "org/name@revision". Returns None for any other text.
+
+    Example:
+        >>> parse("org/name@v1")
+        HubName(repository='org/name', revision='v1')
+        >>> parse("name") is None
+        True
+    """
+    match = _ID.fullmatch(name)
+    return HubName(match[1], match[2]) if match else None
 
 
 def _reason(error: Exception, name: HubName) -> str:
+    """Explains an error of the Hub's library in one line."""
     if isinstance(error, GatedRepoError):
         return "access to it is restricted: ask for it on its page, then set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
@@ -71,10 +79,10 @@ def _reason(error: Exception, name: HubName) -> str:
 
 
 def _download(name: HubName, revision: str | None, files: Collection[str]) -> Path:
-    """The folder of a commit, with those of some files that the repository has.
+    """Downloads those of the files that the repository has. Returns the cache folder of the commit.
 
     Raises:
-        SettingError: They cannot be had.
+        SettingError: The download failed.
     """
     try:
         return Path(snapshot_download(name.repository, revision=revision, allow_patterns=list(files)))
@@ -83,10 +91,10 @@ def _download(name: HubName, revision: str | None, files: Collection[str]) -> Pa
 
 
 def _has(name: HubName, revision: str, file: str) -> bool:
-    """Returns whether the repository has a file at a commit.
+    """Returns True if the repository has a file at a commit.
 
     Raises:
-        SettingError: The Hub does not say.
+        SettingError: The Hub cannot be asked.
     """
     try:
         return HfApi().file_exists(name.repository, file, revision=revision)
@@ -94,11 +102,11 @@ def _has(name: HubName, revision: str, file: str) -> bool:
         raise SettingError("model", f"{name} ({_reason(error, name)})", ALLOWED) from None
 
 
-def about(name: HubName) -> Path:
-    """The folder of a commit, with config.json and tokenizer; its name is the commit.
+def config_folder(name: HubName) -> Path:
+    """Returns the cache folder of a commit, with config.json and tokenizer. The folder is named after the commit.
 
     Raises:
-        SettingError: They cannot be had, or the repository has no config.json.
+        SettingError: The files cannot be fetched, the repository has no config.json, or it contains an adapter.
     """
     try:
         cached = snapshot_download(
@@ -119,27 +127,28 @@ def about(name: HubName) -> Path:
 def fetch_weights(
     name: HubName, folder: Path, wanted: Callable[[str], bool], tell: Callable[[str], object] = lambda line: None
 ) -> None:
-    """Makes sure that weights lie in the folder of a commit.
+    """Fetches the weights of a model into the cache folder of its commit, unless they are there.
 
-    Where the repository has both, transformers loads the single file and not the shards. What the cache has is taken
-    without asking.
+    A repository may have both a single file and shards. transformers then loads the single file, so that is fetched.
 
     Args:
         name: The model.
-        folder: As `about` gave it.
-        wanted: Whether a tensor of that name is needed; shards that have none such are not fetched.
-        tell: Is told before anything is fetched, which may take long.
+        folder: Folder that `config_folder` returned.
+        wanted: Called with the name of a tensor; returns True if the tensor is needed. Shards without a needed tensor
+            are not fetched.
+        tell: Called with a line of text before anything is fetched, which may take long.
 
     Raises:
-        SettingError: They cannot be had, or the repository has none in safetensors.
+        SettingError: The weights cannot be fetched, or the repository has none in safetensors.
     """
     if (folder / WEIGHTS).exists():
         return
     if not (folder / INDEX).exists():
         tell(f"fetching the weights of {name}")
-        _download(name, folder.name, (INDEX, WEIGHTS))  # it has one of them at least
+        _download(name, folder.name, (INDEX, WEIGHTS))
         if (folder / WEIGHTS).exists():
             return
+
     files = _shards(name, folder / INDEX, wanted) if (folder / INDEX).exists() else [WEIGHTS]
     missing = [file for file in files if not (folder / file).exists()]
     if missing and missing != [WEIGHTS] and _has(name, folder.name, WEIGHTS):
@@ -148,12 +157,17 @@ def fetch_weights(
         which = "" if missing == [WEIGHTS] else f": {', '.join(missing)}"
         tell(f"fetching the weights of {name}{which}")
         _download(name, folder.name, missing)
-    if missing := [file for file in missing if not (folder / file).exists()]:
-        raise SettingError("model", f"{name} (no {missing[0]} in it)", "a model whose weights are in safetensors")
+    absent = [file for file in missing if not (folder / file).exists()]
+    if absent:
+        raise SettingError("model", f"{name} (no {absent[0]} in it)", "a model whose weights are in safetensors")
 
 
 def _shards(name: HubName, index: Path, wanted: Callable[[str], bool]) -> list[str]:
-    """The files that the tensors asked for lie in."""
+    """Returns the names of the shards that hold a needed tensor.
+
+    Raises:
+        SettingError: The index cannot be read.
+    """
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return sorted({file for tensor, file in weight_map.items() if wanted(tensor)})

@@ -1,9 +1,9 @@
-"""The costly functions of a step with fewer passes over memory: the loss, and a projection with its adapter.
+"""Faster versions of the two most expensive functions of a step: the loss, and a projection with a LoRA adapter.
 
-The functions are the libraries'; only the order of sums differs. What a step does not need is not done:
-nothing is computed for frozen weights, and nothing is kept for the backward that it can do without.
+They compute the same functions as the libraries, and sum in another order. They save memory traffic: no gradient is
+computed for frozen weights, and the forward keeps only what the backward needs.
 
-Shapes: N rows (tokens), D hidden, V vocabulary, I and O a projection's inputs and outputs, R an adapter's rank.
+Shapes: N rows (tokens), D hidden, V vocabulary, I and O inputs and outputs of a projection, R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from torch.nn import functional
 from fedsplit.model.products import product
 
 IGNORED = -100
-"""The label where no loss is wanted, as everywhere in torch."""
+"""Label of a position without a loss, as everywhere in torch."""
 
 LOGITS = 2**23
-"""Elements of the logits that exist at a time: more costs memory, fewer reads the head more often than it pays."""
+"""Number of logits in memory at a time. More costs memory; with fewer the head is read too often."""
 
 _LEVELS = 2**16
+"""Number of probabilities that 16 random bits distinguish."""
+
 _UNDERFLOW = 1e-30
+"""Probability below which the loss is computed anew from the logits, since the probability has lost its digits."""
 
 
 def causal_loss(
@@ -36,40 +39,54 @@ def causal_loss(
     low: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
-    """The mean next-token loss of a head without a bias, which may have an adapter, or learn itself.
+    """Computes the mean next-token loss of a head without a bias. The head may be trained, or have a LoRA adapter.
 
-    The logits exist a few rows at a time. Where gradients are wanted, they are computed on the way, so that the
-    backward only scales them; positions without a label are left out from the beginning.
+    Only a few rows of logits are in memory at a time. The forward also computes the gradients, so that the backward
+    only scales them. Positions without a label are skipped.
 
     Args:
-        hidden: The head's input (B, T, D).
-        head: The head's weight (V, D). Products are made in its type, the rest in float32.
-        labels: The tokens themselves (B, T), `IGNORED` where no loss is wanted; they are shifted here.
-        cap: Where logits are capped softly, what none of them exceeds.
-        low: Of an adapter, its scaled s * A x (B, T, R); `low @ up.T` is added to the logits.
-        up: Of an adapter, B (V, R).
+        hidden: Input of the head (B, T, D).
+        head: Weight of the head (V, D). Products are computed in its type, everything else in float32.
+        labels: Token ids (B, T), `IGNORED` where no loss is wanted. The function shifts them by one position.
+        cap: Bound of the soft cap on logits; None without a cap.
+        low: Scaled output s * A x (B, T, R) of the adapter's first factor. `low @ up.T` is added to the logits.
+        up: Second factor B (V, R) of the adapter.
 
     Returns:
-        Nats, a scalar in float32; NaN where no position has a label.
+        The loss in nats, a float32 scalar; NaN if no position has a label.
+
+    Example:
+        >>> hidden = torch.zeros(1, 3, 4)
+        >>> head = torch.zeros(10, 4)
+        >>> causal_loss(hidden, head, torch.tensor([[1, 2, 3]]))  # ten equally likely tokens: ln 10
+        tensor(2.3026)
     """
-    wanted = labels[:, 1:].flatten()
-    places = (wanted != IGNORED).nonzero().squeeze(1)
+    targets = labels[:, 1:].flatten()
+    places = (targets != IGNORED).nonzero().squeeze(1)
     # Rows of the unshifted hidden states: the last position of a sequence predicts nothing.
     length = labels.shape[1] - 1
     rows = places + places // max(length, 1)
     inputs = hidden.flatten(0, 1).index_select(0, rows)
-    narrow = None if low is None else low.flatten(0, 1).index_select(0, rows)
-    loss: Tensor = _Loss.apply(inputs, head, narrow, up, wanted[places], torch.is_grad_enabled(), cap)  # type: ignore[no-untyped-call]
+    low_rows = None if low is None else low.flatten(0, 1).index_select(0, rows)
+    loss: Tensor = _Loss.apply(inputs, head, low_rows, up, targets[places], torch.is_grad_enabled(), cap)  # type: ignore[no-untyped-call]
     return loss
 
 
 def _factor_type(weight: Tensor) -> torch.dtype:
-    """The type in which products with a weight are made: its own, but for float16 on a CPU, which is slow at that."""
-    return torch.float32 if weight.dtype == torch.float16 and weight.device.type == "cpu" else weight.dtype
+    """Returns the type in which products with a weight are computed.
+
+    This is the weight's own type, except for float16 on a CPU, which is slow in float16.
+    """
+    slow = weight.dtype == torch.float16 and weight.device.type == "cpu"
+    return torch.float32 if slow else weight.dtype
 
 
 def _bend(scores: Tensor, cap: float | None) -> Tensor | None:
-    """Caps logits softly, in place; returns the derivative of that, or None where there is no cap."""
+    """Applies the soft cap `cap * tanh(x / cap)` to logits, in place.
+
+    Returns:
+        The derivative of the cap at each logit; None without a cap.
+    """
     if cap is None:
         return None
     slope = scores.div_(cap).tanh_().square().neg_().add_(1)
@@ -78,36 +95,44 @@ def _bend(scores: Tensor, cap: float | None) -> Tensor | None:
 
 
 class _Products:
-    """Logits of some rows, `rows @ head.T` and what an adapter adds; and on the way back, the gradients wanted."""
+    """The products of a head with some rows: logits in the forward, gradients in the backward.
+
+    Logits are `rows @ head.T`, plus `low @ up.T` if the head has an adapter.
+
+    Attributes:
+        gradients: Gradients by rows, head, low and up; None where none is wanted.
+    """
 
     def __init__(
         self, rows: Tensor, head: Tensor, low: Tensor | None, up: Tensor | None, wanted: Sequence[bool]
     ) -> None:
-        """Makes room.
+        """Allocates memory for the gradients.
 
         Args:
             rows: (N, D).
             head: (V, D).
             low: (N, R), or None.
             up: (V, R), or None.
-            wanted: Which of these four take a gradient.
+            wanted: For each of these four, whether it gets a gradient.
         """
-        self._pairs = [(rows, head)] if low is None or up is None else [(rows, head), (low, up)]
+        self._pairs = [(rows, head)]
+        if low is not None and up is not None:
+            self._pairs.append((low, up))
         self._type = head.dtype
         self.gradients: list[Tensor | None] = [None] * 4
         for place, (left, right) in enumerate(self._pairs):
             if wanted[2 * place]:
                 self.gradients[2 * place] = torch.empty_like(left, dtype=head.dtype)
-            if wanted[2 * place + 1]:  # a sum over all rows, which a narrow type would round each time
+            if wanted[2 * place + 1]:  # in float32, since it is a sum over many runs of rows
                 self.gradients[2 * place + 1] = torch.zeros_like(right, dtype=torch.float32)
 
     @property
     def any(self) -> bool:
-        """Whether any gradient is wanted."""
+        """True if any gradient is wanted."""
         return any(gradient is not None for gradient in self.gradients)
 
     def logits(self, chosen: slice | Tensor, out: Tensor | None = None) -> Tensor:
-        """Of the rows chosen (n, V), in `out` or not."""
+        """Computes the logits (n, V) of the chosen rows. `out` is memory that the result may be written to."""
         left, right = self._pairs[0]
         logits = product(left[chosen].to(self._type), right.t(), out=out)
         for left, right in self._pairs[1:]:
@@ -115,21 +140,22 @@ class _Products:
         return logits
 
     def back(self, chosen: slice, slopes: Tensor) -> None:
-        """Takes the gradient by the logits (n, V) of some rows."""
+        """Adds to the gradients, given the gradient by the logits (n, V) of the chosen rows."""
         for place, (left, right) in enumerate(self._pairs):
-            by_row, by_weight = self.gradients[2 * place], self.gradients[2 * place + 1]
+            by_row = self.gradients[2 * place]
+            by_weight = self.gradients[2 * place + 1]
             if by_row is not None:
                 by_row[chosen] = product(slopes, right.to(self._type))
             if by_weight is not None:
-                seen = left[chosen].to(self._type)
+                inputs = left[chosen].to(self._type)
                 if by_weight.dtype == slopes.dtype:
-                    by_weight.addmm_(slopes.t(), seen)
+                    by_weight.addmm_(slopes.t(), inputs)
                 else:
-                    by_weight += torch.mm(slopes.t(), seen)
+                    by_weight += torch.mm(slopes.t(), inputs)
 
 
 class _Loss(torch.autograd.Function):
-    """Rows (N, D), head (V, D), low (N, R), up (V, R), labels (N,) to the mean loss; keeps the gradients wanted."""
+    """Autograd function of `causal_loss`. Takes rows (N, D), head (V, D), low (N, R), up (V, R) and labels (N,)."""
 
     @staticmethod
     def forward(
@@ -142,16 +168,22 @@ class _Loss(torch.autograd.Function):
         graph: bool,
         cap: float | None,
     ) -> Tensor:
-        count, size = len(rows), len(head)
+        count = len(rows)
+        size = len(head)
         head = head.to(_factor_type(head))
         products = _Products(rows, head, low, up, [graph and need for need in ctx.needs_input_grad[:4]])
         nats = torch.zeros((), device=rows.device)
-        step = -(-count // max(1, -(-count * size // LOGITS))) if count else 1
-        # The same memory for every run of rows: fresh pages would cost as much as a pass over them.
+
+        # The rows are processed in equal runs of `step` rows, each with about `LOGITS` logits.
+        runs = max(1, -(-count * size // LOGITS))
+        step = -(-count // runs) if count else 1
+        # All runs use the same memory: fresh pages would cost as much as a pass over them.
         buffer = torch.empty(min(step, count), size, dtype=head.dtype, device=rows.device)
         wide = None if head.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
+
         for start in range(0, count, step):
-            run, label = slice(start, start + step), labels[start : start + step]
+            run = slice(start, start + step)
+            label = labels[run]
             logits = products.logits(run, buffer[: len(label)])
             scores = logits if wide is None else wide[: len(label)].copy_(logits)
             slope = _bend(scores, cap)
@@ -160,19 +192,22 @@ class _Loss(torch.autograd.Function):
                 continue
             torch.softmax(scores, -1, out=scores)
             chosen = scores.gather(1, label[:, None])
-            lost = (chosen < _UNDERFLOW).squeeze(1)
-            if lost.any():
-                again = products.logits(start + lost.nonzero().squeeze(1)).float()
+            underflown = (chosen < _UNDERFLOW).squeeze(1)
+            if underflown.any():
+                again = products.logits(start + underflown.nonzero().squeeze(1)).float()
                 _bend(again, cap)
-                nats += functional.cross_entropy(again, label[lost], reduction="sum")
-            nats -= chosen[~lost].log().sum()
+                nats += functional.cross_entropy(again, label[underflown], reduction="sum")
+            nats -= chosen[~underflown].log().sum()
+
+            # Gradient of the summed loss by the logits: probability minus 1 at the label.
             scores.scatter_(1, label[:, None], chosen - 1)
             if slope is not None:
                 scores.mul_(slope)
             if scores is not logits:
                 logits.copy_(scores)
             products.back(run, logits)
-            del logits, scores  # or they would be there beside the next ones
+            del logits, scores  # frees them before the next run allocates its own
+
         ctx.count = count
         ctx.types = [None if tensor is None else tensor.dtype for tensor in (rows, head, low, up)]
         ctx.save_for_backward(*products.gradients)
@@ -182,28 +217,29 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         factor = gradients[0] / max(ctx.count, 1)
-        kept = zip(ctx.saved_tensors, ctx.types, strict=True)
-        scaled = [None if gradient is None else (gradient * factor).to(dtype) for gradient, dtype in kept]
+        scaled: list[Tensor | None] = []
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True):
+            scaled.append(None if gradient is None else (gradient * factor).to(dtype))
         return *scaled, None, None, None
 
 
 def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:
-    """Draws what a dropout keeps, from torch's generator.
+    """Draws the mask of a dropout from torch's generator.
 
-    Sixteen random bits decide over an element, a quarter of what `torch.bernoulli` takes the time for.
+    Sixteen random bits decide about one element, which takes a quarter of the time of `torch.bernoulli`.
 
     Args:
-        shape: The shape of what is to be dropped from.
-        p: The probability to drop, below 1; made a multiple of 1/65536, at most 65535 of them.
-        device: Where to.
+        shape: Shape of the mask.
+        p: Probability to drop an element, below 1. It is rounded to a multiple of 1/65536, at most 65535/65536.
+        device: Device of the mask.
 
     Returns:
-        1 where an element is kept and 0 elsewhere, as int8 (which multiplies faster than bool); the
-        probability to keep.
+        The mask: 1 for an element that is kept, 0 for one that is dropped, as int8 (which multiplies faster than
+        bool). And the probability to keep an element.
     """
     level = min(round(p * _LEVELS), _LEVELS - 1)
-    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: shape.numel()].view(shape)
+    draws = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+    bits = draws.view(torch.int16)[: shape.numel()].view(shape)
     return bits.ge_(level - _LEVELS // 2).to(torch.int8), 1 - level / _LEVELS
 
 
@@ -216,33 +252,33 @@ def lora_linear(
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """A frozen projection with a LoRA adapter, `x W + b + scaling * dropout(x) A^T B^T`.
+    """Computes a frozen projection with a LoRA adapter: `x W + b + scaling * dropout(x) A^T B^T`.
 
-    Products are made in the type of the weight, or in float32 where that is float16 on a CPU. Of the dropout a byte an
-    element is kept for the backward; the input is kept as it is, so that it is kept once, however many projections
-    read it.
+    Products are computed in the type of the weight, or in float32 if that is float16 on a CPU. For the backward the
+    function keeps one byte per element for the dropout, and a reference to its input, which is shared by all
+    projections that read the same input.
 
     Args:
-        x: (..., I).
-        weight: W (I, O); gets no gradient.
-        bias: b (O,), or None; gets no gradient.
+        x: Input (..., I).
+        weight: W (I, O). It gets no gradient.
+        bias: b (O,), or None. It gets no gradient.
         down: A (R, I).
         up: B (O, R).
-        scaling: The adapter's.
-        dropout: The probability to drop an element of the adapter's input.
+        scaling: Scaling of the adapter.
+        dropout: Probability to drop an element of the adapter's input.
 
     Returns:
-        (..., O), in the type of the weight.
+        The output (..., O), in the type of the weight.
     """
     output: Tensor = _LoraLinear.apply(x, weight, bias, down, up, scaling, dropout)  # type: ignore[no-untyped-call]
     return output
 
 
 class _LoraLinear(torch.autograd.Function):
-    """See `lora_linear`.
+    """Autograd function of `lora_linear`.
 
-    Products with one side as narrow as a rank are written such that the rank comes first in the result: that
-    is several times faster than the other way round.
+    Products whose result has the rank as one dimension are arranged such that the rank comes first. That is several
+    times faster than the transposed product.
     """
 
     @staticmethod
@@ -261,7 +297,7 @@ class _LoraLinear(torch.autograd.Function):
         x, down, up = x.to(weight.dtype), down.to(kind), up.to(kind)
         if kind == weight.dtype:
             return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout)
-        with torch.autocast("cpu", enabled=False):  # which would narrow the products again
+        with torch.autocast("cpu", enabled=False):  # autocast would compute the products in 16 bits
             return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout).to(weight.dtype)
 
     @staticmethod
@@ -275,13 +311,17 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> Tensor:
-        rows, wide = x.flatten(0, -2).to(down.dtype), weight.to(down.dtype)
+        rows = x.flatten(0, -2).to(down.dtype)
+        wide = weight.to(down.dtype)
+        output = product(rows, wide, None if bias is None else bias.to(wide.dtype))
+
         mask = None
+        adapter_rows = rows
         if dropout:
             mask, keep = keep_mask(rows.shape, dropout, rows.device)
             scaling /= keep
-        output = product(rows, wide, None if bias is None else bias.to(wide.dtype))
-        low = torch.mm(down, (rows if mask is None else mask.to(rows.dtype).mul_(rows)).t())
+            adapter_rows = mask.to(rows.dtype).mul_(rows)
+        low = torch.mm(down, adapter_rows.t())
         output.addmm_(low.t(), up.t(), alpha=scaling)
         ctx.scaling = scaling
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, mask, low, weight, down, up)
@@ -292,7 +332,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, low, weight, down, up = ctx.saved_tensors
         (gradient,) = gradients
-        rows, weight = gradient.flatten(0, -2).to(low.dtype), weight.to(low.dtype)
+        rows = gradient.flatten(0, -2).to(low.dtype)
+        weight = weight.to(low.dtype)
         input_type, adapter_type = ctx.dtypes
         to_x, to_down, to_up = (ctx.needs_input_grad[place] for place in (0, 3, 4))
         for_x = for_down = for_up = None
@@ -300,14 +341,16 @@ class _LoraLinear(torch.autograd.Function):
             for_up = torch.mm(low, rows).t().contiguous().to(adapter_type).mul_(ctx.scaling)
         if to_x or to_down:
             back = torch.mm(up.t(), rows.t()).mul_(ctx.scaling)
-            kept = None if mask is None else mask.to(rows.dtype)
+            keep = None if mask is None else mask.to(rows.dtype)
         if to_x:
             for_x = torch.mm(back.t(), down)
-            if kept is not None:
-                for_x *= kept
+            if keep is not None:
+                for_x *= keep
             for_x += product(rows, weight.t())
             for_x = for_x.view(*gradient.shape[:-1], -1).to(input_type)
         if to_down:
-            seen = x.flatten(0, -2).to(low.dtype)
-            for_down = torch.mm(back, seen if kept is None else kept.mul_(seen)).to(adapter_type)
+            inputs = x.flatten(0, -2).to(low.dtype)
+            if keep is not None:
+                inputs = keep.mul_(inputs)
+            for_down = torch.mm(back, inputs).to(adapter_type)
         return for_x, None, None, for_down, for_up, None, None

@@ -1,9 +1,9 @@
-"""What a causal LM is cut into: bottom, trunk and top, each of which computes what it did in the whole.
+"""Parts of a causal language model: bottom, trunk and top. Each computes exactly what the unsplit model computes there.
 
-A part is the model's own class with the other blocks cut away, so that masks, rotary positions
-and windows stay the library's code.
+A part is an object of the library's own model class, with all other blocks removed. So attention masks, rotary
+positions and sliding windows remain the library's code.
 
-Shapes: B sequences, T tokens, D hidden, V vocabulary.
+Shapes: B sequences, T tokens, D hidden, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fedsplit.model.families import Family
@@ -20,62 +21,71 @@ from fedsplit.model.kernels import causal_loss
 
 Kind = Literal["bottom", "trunk", "top"]
 
-
 SCORE = "score"
-"""The name of the head of all the library's classifiers of sequences."""
+"""Name of the classification head in all of the library's sequence classifiers."""
 
 
 class _NoPositions(nn.Module):
-    """Stands where a part has no learned positions to add: the hidden states carry them already."""
+    """Replaces learned position embeddings in trunk and top, where the hidden states contain the positions already."""
 
     def forward(self, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros((), device=positions.device)
 
 
 class Part(nn.Module):
-    """A run of consecutive blocks of a causal LM, and what belongs before or after them.
+    """Consecutive blocks of a causal language model, with the embedding before them or the head after them.
 
-    Submodules keep the names they have in the unsplit model; only the numbers of the blocks start at 0.
+    Submodules have the same names as in the unsplit model, except that block numbers start at 0.
+    `fedsplit.model.split.load_parts` loads parts from a checkpoint.
 
     Attributes:
         kind: "bottom", "trunk" or "top".
-        family: The family's record.
-        blocks: The numbers of its blocks in the unsplit model.
-        config: The model's configuration, cut to this part.
-        fused: Whether it computes with `fedsplit.model.kernels` where it can; else with the library's code alone.
-        dtype: The type of its base weights and of its computation; adapters are float32 always.
-        adapter: The parameters that are its adapter's, by their names here.
-        virtual: Virtual tokens before the text, P positions that the bottom puts there and that cross; see
-            `fedsplit.adaptation.prompts`, as for the next.
-        ahead: Positions of past keys and values that were trained, which stand before whatever the part is given.
-        budget: Where ranks are dealt out, this part's `fedsplit.adaptation.rank_budget.RankBudget`; else None.
+        family: Record of the model family.
+        blocks: Numbers of the part's blocks in the unsplit model.
+        config: Configuration of the model, cut down to the part.
+        fused: Whether the part computes with `fedsplit.model.kernels` where possible, or with the library's code alone.
+        dtype: Type of base weights and computation. Adapters are always float32.
+        adapter: Names, in the part, of the parameters that belong to the adapter.
+        virtual: Number P of virtual tokens that the bottom puts before the text. They are sent with the hidden states.
+            See `fedsplit.adaptation.prompts`, which sets this attribute and the next one.
+        ahead: Length of the trained past: positions of keys and values that precede the input of every block.
+        rank_budget: The part's `fedsplit.adaptation.rank_budget.RankBudget`; None if ranks are not reallocated.
     """
 
     adapter: frozenset[str] = frozenset()
     virtual: int = 0
     ahead: int = 0
-    budget: Any = None
+    rank_budget: Any = None
 
-    def __init__(self, kind: Kind, family: Family, blocks: range, whole: Any, fused: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, kind: Kind, family: Family, blocks: range, model: PreTrainedModel, fused: bool, dtype: torch.dtype
+    ) -> None:
         """Cuts a part out of a model.
 
         Args:
-            kind: Which part.
-            family: The family's record.
-            blocks: The blocks to keep.
-            whole: The library's causal LM, or classifier of sequences, on the meta device; taken apart by this.
+            kind: The part to cut out.
+            family: Record of the model family.
+            blocks: Numbers of the blocks to keep.
+            model: A causal language model or sequence classifier on the meta device. The call takes it apart.
             fused: Whether to compute with `fedsplit.model.kernels`.
-            dtype: The type to compute in.
+            dtype: Type of base weights and computation.
         """
         super().__init__()
-        self.kind, self.family, self.blocks, self.config = kind, family, blocks, whole.config
-        self.fused, self.dtype = fused, dtype
-        decoder = whole.get_submodule(family.decoder)
-        kept = getattr(decoder, family.blocks)[blocks.start : blocks.stop]
-        setattr(decoder, family.blocks, nn.ModuleList(kept))
+        self.kind = kind
+        self.family = family
+        self.blocks = blocks
+        self.config = model.config
+        self.fused = fused
+        self.dtype = dtype
+
+        decoder = model.get_submodule(family.decoder)
+        part_blocks = getattr(decoder, family.blocks)[blocks.start : blocks.stop]
+        setattr(decoder, family.blocks, nn.ModuleList(part_blocks))
         self.config.num_hidden_layers = len(blocks)
         if getattr(self.config, "layer_types", None):
             self.config.layer_types = self.config.layer_types[blocks.start : blocks.stop]
+
+        # Modules that belong to another part let their input pass unchanged.
         if kind != "bottom":
             setattr(decoder, family.embedding, nn.Identity())
             if family.positions:
@@ -84,33 +94,41 @@ class Part(nn.Module):
                 setattr(decoder, family.dropout, nn.Identity())
         if kind != "top":
             setattr(decoder, family.norm, nn.Identity())
-        elif hasattr(whole, "score"):
-            self.score = whole.score
+        elif hasattr(model, SCORE):
+            self.score = model.score
         else:
-            self.lm_head = whole.lm_head
+            self.lm_head = model.lm_head
+
         outermost = family.decoder.partition(".")[0]
-        setattr(self, outermost, getattr(whole, outermost))
-        self.base_model_prefix = outermost  # PEFT takes a part for a model of the library's, which has this
+        setattr(self, outermost, getattr(model, outermost))
+        self.base_model_prefix = outermost  # PEFT reads this attribute of every model
 
     @property
     def decoder(self) -> Any:
-        """The library's decoder, with this part's blocks."""
+        """The library's decoder, with the part's blocks."""
         return self.get_submodule(self.family.decoder)
 
     @property
     def routers(self) -> list[nn.Module]:
-        """The routers of its blocks with experts, in the order of the blocks."""
-        inner, _, name = (self.family.router or "").partition(".")
-        blocks = getattr(self.decoder, self.family.blocks) if inner else []
-        return [router for block in blocks if (router := getattr(getattr(block, inner), name, None)) is not None]
+        """Routers of the blocks that have experts, in the order of the blocks."""
+        if self.family.router is None:
+            return []
+        outer, _, inner = self.family.router.partition(".")
+        candidates = (
+            getattr(getattr(block, outer), inner, None) for block in getattr(self.decoder, self.family.blocks)
+        )
+        return [router for router in candidates if router is not None]
 
     @property
     def experts(self) -> int:
-        """Experts of each block that has any; 0 where the family has none."""
+        """Number of experts in each block that has any; 0 for a family without experts."""
         return self.config.num_experts if self.family.router else 0
 
-    def whole_name(self, name: str) -> str:
-        """The name in the unsplit model of a submodule or parameter of this part."""
+    def unsplit_name(self, name: str) -> str:
+        """Returns the name that a submodule or parameter of the part has in the unsplit model.
+
+        For the trunk of a model that is cut at block 2, "model.layers.0.mlp" is "model.layers.2.mlp".
+        """
         prefix = f"{self.family.decoder}.{self.family.blocks}."
         if not name.startswith(prefix):
             return name
@@ -118,7 +136,7 @@ class Part(nn.Module):
         return f"{prefix}{int(number) + self.blocks.start}{dot}{rest}"
 
     def _computing(self, device: torch.device) -> torch.autocast:
-        """Products of float32 adapters with narrower hidden states are made in the narrower type."""
+        """Returns a context in which float32 adapters are multiplied with 16-bit hidden states in 16 bits."""
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _decode(self, mask: Tensor | None, **start: Any) -> Tensor:
@@ -126,68 +144,68 @@ class Part(nn.Module):
             return self.decoder(attention_mask=mask, **{"use_cache": False, **start}).last_hidden_state
 
     def past(self, rows: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (rows, H, `ahead`, W) that were trained to stand before any text, block by block, if any."""
+        """Returns the trained keys and values (rows, H, `ahead`, W) of each block. Empty without prefix tuning."""
         return []
 
-    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
-        """What follows on positions whose keys and values are known; see `fedsplit.model.caches`.
+    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache) -> Tensor:
+        """Continues sequences whose earlier keys and values are cached; see `fedsplit.model.caches`.
 
         Args:
-            start: New tokens (B, T) of a bottom, new hidden states (B, T, D) of another part.
-            mask: (B, all positions so far and the new ones), 0 on padding; None where there is none.
-            positions: Of the new tokens in their sequences, (B, T) or (1, T); None: as the library counts them.
-            cache: The library's, of this part's blocks; grows.
+            start: New tokens (B, T) for a bottom; new hidden states (B, T, D) for a trunk or top.
+            mask: (B, earlier and new positions), 0 on padding; None without padding.
+            positions: Positions of the new tokens in their sequences, (B, T) or (1, T); None for the library's count.
+            cache: The library's cache for the part's blocks. The call adds the new keys and values.
 
         Returns:
-            Hidden states (B, T, D); of a top, those that its head reads.
+            Hidden states (B, T, D). A top returns the input of its head.
         """
         name = "input_ids" if start.ndim == 2 else "inputs_embeds"
-        how = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
-        return self._decode(mask, **{name: start}, **how)
+        options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+        return self._decode(mask, **{name: start}, **options)
 
 
 class Bottom(Part):
-    """The embedding and the first blocks; at the client."""
+    """The embedding and the first blocks. It belongs to the client."""
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, T) to hidden states (B, T, D); `mask` (B, T) is 0 on padding."""
+        """Computes hidden states (B, T, D) from tokens (B, T). `mask` (B, T) is 0 on padding."""
         return self._decode(mask, input_ids=ids)
 
 
 class Trunk(Part):
-    """The blocks in the middle; at the server."""
+    """The middle blocks. They belong to the server."""
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) to hidden states (B, T, D)."""
+        """Computes hidden states (B, T, D) from hidden states (B, T, D). `mask` (B, T) is 0 on padding."""
         return self._decode(mask, inputs_embeds=hidden)
 
 
 class Top(Part):
-    """The last blocks, the final norm and the head; at the client."""
+    """The last blocks, the final norm and the head. It belongs to the client."""
 
     def logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) to logits (B, T, V)."""
+        """Computes logits (B, T, V) from hidden states (B, T, D). `mask` (B, T) is 0 on padding."""
         with self._computing(hidden.device):
             return self.predict(self._decode(mask, inputs_embeds=hidden))
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """What the head makes of the last block's hidden states (B, T, D): logits (B, T, V)."""
+        """Applies the head to the output of the last block (B, T, D). Returns logits (B, T, V)."""
         with self._computing(hidden.device):
             logits = self.lm_head(hidden)
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     @property
     def cap(self) -> float | None:
-        """What no logit exceeds, where the family caps them softly."""
+        """Bound of the soft cap on logits; None for a family without one."""
         return getattr(self.config, self.family.cap_key) if self.family.cap_key else None
 
     @property
     def classifies(self) -> bool:
-        """Whether its head tells the classes of sequences, and not the next token."""
-        return hasattr(self, "score")
+        """True if the head predicts the class of a sequence, False if it predicts the next token."""
+        return hasattr(self, SCORE)
 
     def scores(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) to logits of classes (B, C), by the last token that is no padding."""
+        """Computes class logits (B, C) from the hidden state of each sequence's last token that is not padding."""
         with self._computing(hidden.device):
             logits = self.score(self._decode(mask, inputs_embeds=hidden))
         last = hidden.shape[1] - 1 if mask is None else mask.long().sum(1) - 1
@@ -214,11 +232,15 @@ PARTS: dict[Kind, type[Part]] = {"bottom": Bottom, "trunk": Trunk, "top": Top}
 
 
 def ranges(blocks: int, bounds: tuple[int, int]) -> dict[Kind, range]:
-    """Which blocks each part has.
+    """Returns the block numbers of each part.
 
     Args:
         blocks: Number of blocks of the model.
-        bounds: The trunk is the blocks from the first number to below the second.
+        bounds: The cut (LO, HI). The trunk has the blocks from LO to HI - 1.
+
+    Example:
+        >>> ranges(6, (1, 5))
+        {'bottom': range(0, 1), 'trunk': range(1, 5), 'top': range(5, 6)}
     """
     low, high = bounds
     return {"bottom": range(low), "trunk": range(low, high), "top": range(high, blocks)}

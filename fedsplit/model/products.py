@@ -1,8 +1,8 @@
-"""Products of rows with a weight, by the faster of the libraries that torch has for them.
+"""Matrix products in float32 on a CPU, by the faster of torch's two libraries: MKL or oneDNN.
 
-torch gives products in float32 to MKL. On processors that MKL was not written for, oneDNN, which torch has too and
-gives those in bfloat16 to, is 1.1 to 1.3 times as fast at the shapes of GPT-2 small, and 1.6 times at its head, whose
-50,257 rows are no multiple of anything.
+torch computes products in float32 with MKL, and those in bfloat16 with oneDNN. On processors that MKL was not written
+for, oneDNN is faster in float32 too: 1.1 to 1.3 times at the shapes of GPT-2 small, and 1.6 times at its head, whose
+50,257 rows are no multiple of a vector's width.
 """
 
 from __future__ import annotations
@@ -11,35 +11,34 @@ import torch
 from torch import Tensor
 
 LEAST = 2**26
-"""Multiplications from which on oneDNN is worth it: for every new number of rows it first compiles the product, which
-takes 0.6 MB and up to a millisecond. How many it keeps is limited in `fedsplit.environment`.
+"""Number of multiplications from which oneDNN is used. It compiles a product for every new number of rows, which takes
+up to a millisecond and 0.6 MB. `fedsplit.environment` limits how many compiled products it keeps.
 """
 
 LONGEST = 2**15
-"""Terms of a sum up to which oneDNN is the faster one."""
+"""Number of terms of a sum up to which oneDNN is faster."""
 
 
 def _has_both() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()) and hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    )
+    both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return bool(both) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 BOTH = _has_both()
-"""Whether this build of torch leaves a choice; none does that is not for x86."""
+"""True if this build of torch has both libraries. Only builds for x86 have."""
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """`rows @ weight + bias`, of tensors of one type on one device; not seen by autograd.
+    """Computes `rows @ weight + bias`. Autograd does not record the product.
 
     Args:
         rows: (N, I).
-        weight: (I, O); a transposed view is as good as any.
+        weight: (I, O), of the same type and device. A transposed view is as fast as a contiguous tensor.
         bias: (O,), or None.
-        out: Memory that may be used (N, O), where there is no bias.
+        out: Memory (N, O) that the result may be written to; without a bias only.
 
     Returns:
-        (N, O), in `out` or not.
+        The product (N, O). It is in `out` or in new memory.
     """
     count, terms = rows.shape
     if (

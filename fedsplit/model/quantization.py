@@ -1,9 +1,11 @@
 """Base weights in 4 or 8 bits, by bitsandbytes: QLoRA's NF4 (2305.14314) and LLM.int8 (2208.07339).
 
-Only projections inside blocks are quantised; embeddings, norms, the head, and experts whose matrices are stacked in
-one parameter stay as they are. In 4 bits a weight is decoded to the type of computation whenever it is used, and
-constants of the blocks of 64 weights are quantised, too; in 8 bits every row of a weight has a constant. In 8 bits on
-a GPU the inputs of a projection are quantised as well, but for outliers above 6; on a CPU the weight is decoded.
+Only projections inside blocks are quantised. Embeddings, norms, the head, and experts whose matrices are stacked in
+one parameter keep their type.
+
+- 4 bits: each block of 64 weights has a scale, which is quantised too. A weight is decoded at each use.
+- 8 bits: each row of a weight has a scale. On a GPU the inputs of a projection are quantised as well, except for
+  outliers above 6. On a CPU the weight is decoded at each use.
 """
 
 from __future__ import annotations
@@ -23,17 +25,17 @@ from fedsplit.config import Config
 from fedsplit.model.devices import CPU, TYPES, resolve
 
 EXTRA = "fedsplit[quantized]"
-"""What to install."""
+"""The extra that installs bitsandbytes."""
 
 OUTLIERS = 6.0
-"""Inputs above this are not quantised, in 8 bits."""
+"""Inputs above this value are not quantised (8 bits on a GPU)."""
 
 _MARK = "stood_transposed"
-"""Quantised projections have this: whether the one that they stand for stores (in, out)."""
+"""Attribute of every quantised projection: True if the original projection stores its weight as (in, out)."""
 
 
 def _library() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every rounding, at every step
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every step
     import bitsandbytes
 
     return bitsandbytes
@@ -41,10 +43,10 @@ def _library() -> Any:
 
 @functools.cache
 def _steady() -> Any:
-    """The library's layer of 8 bits, which on a CPU multiplies by other rules in training than in evaluation.
+    """Returns a variant of the library's 8-bit layer that computes alike in training and in evaluation.
 
-    What is evaluated must be what is trained; it takes itself to be in training always, where the library decodes the
-    weight and quantises no inputs.
+    On a CPU the library's layer quantises its inputs in evaluation mode only, so that the evaluated model would not be
+    the trained one. The variant always stays in training mode, in which the weight is decoded.
     """
 
     class Steady(_library().nn.Linear8bitLt):  # type: ignore[misc]  # the library has no types
@@ -55,10 +57,10 @@ def _steady() -> Any:
 
 
 def check_quantization(config: Config) -> None:
-    """Makes sure that weights can be quantised as a run asks, by doing it to a small one.
+    """Checks that the weights of a run can be quantised, by quantising a small projection on each part's device.
 
     Raises:
-        SettingError: The library is not there, or cannot do it on the device.
+        SettingError: bitsandbytes is not installed, or has no kernel for the device.
     """
     if config.bits and importlib.util.find_spec("bitsandbytes") is None:
         words = f"none without bitsandbytes, which is not installed: pip install '{EXTRA}'"
@@ -67,76 +69,82 @@ def check_quantization(config: Config) -> None:
         device = resolve(config.device_of(part))
         try:
             _try(bits, TYPES[config.dtype], device)
-        except Exception as error:  # noqa: BLE001  # whatever a library without a kernel raises
+        except Exception as error:  # noqa: BLE001  # bitsandbytes raises many kinds where it has no kernel
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             words = f"parts on a device for which bitsandbytes has kernels ({device}: {reason})"
             raise SettingError("quantization", f"{part}:{bits}", words) from None
 
 
 def _try(bits: int, dtype: torch.dtype, device: torch.device) -> None:
-    """A step of a small projection."""
+    """Makes a forward and a backward through a small quantised projection."""
     layer = nn.Linear(64, 64, dtype=dtype).requires_grad_(False)
     x = torch.ones(2, 64, dtype=dtype, device=device, requires_grad=True)
-    quantized(layer, bits, dtype, device)(x).sum().backward()
+    quantize(layer, bits, dtype, device)(x).sum().backward()
 
 
-def quantized(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
-    """A projection with a quantised weight, in which PEFT knows its way.
+def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+    """Returns a copy of a projection with a quantised weight, as a layer that PEFT can adapt.
 
     Args:
-        module: A frozen `nn.Linear`, or a `Conv1D`, whose weight is transposed for this.
+        module: A frozen `nn.Linear` or `Conv1D`. The weight of a `Conv1D` is transposed.
         bits: 4 or 8.
-        dtype: The type of computation.
-        device: Where to.
+        dtype: Type of computation.
+        device: Device of the copy.
     """
     library = _library()
     transposed = not isinstance(module, nn.Linear)
     weight: Tensor = module.weight.detach().t() if transposed else module.weight.detach()  # type: ignore[operator]
-    (rows, columns), biased = weight.shape, module.bias is not None
+    rows, columns = weight.shape
+    biased = module.bias is not None
+
     with torch.device("meta"):
         if bits == 4:
-            made = library.nn.Linear4bit(columns, rows, biased, compute_dtype=dtype, quant_type="nf4")
-            # On some CPUs it would pack the weight anew for evaluation, in bfloat16, and go on training without a
-            # gradient by the input.
-            made.support_avx512bf16_for_cpu = False
+            projection = library.nn.Linear4bit(columns, rows, biased, compute_dtype=dtype, quant_type="nf4")
+            # On some CPUs the library would repack the weight in bfloat16 for evaluation. Training after that would
+            # give no gradient by the input.
+            projection.support_avx512bf16_for_cpu = False
         else:
-            made = _steady()(columns, rows, biased, has_fp16_weights=False, threshold=OUTLIERS)
-    kind = library.nn.Params4bit if bits == 4 else library.nn.Int8Params
-    how = {"compress_statistics": True, "quant_type": "nf4", "module": made} if bits == 4 else {}
-    # From the CPU: only on the way from there to a device is a weight of 8 bits quantised.
-    made.weight = kind(weight.cpu().contiguous(), requires_grad=False, **how).to(device)
-    made.bias = module.bias
-    setattr(made, _MARK, transposed)
-    return made
+            projection = _steady()(columns, rows, biased, has_fp16_weights=False, threshold=OUTLIERS)
+
+    # The library quantises an 8-bit weight only when it moves from the CPU to a device.
+    source = weight.cpu().contiguous()
+    if bits == 4:
+        options = {"compress_statistics": True, "quant_type": "nf4", "module": projection}
+        projection.weight = library.nn.Params4bit(source, requires_grad=False, **options).to(device)
+    else:
+        projection.weight = library.nn.Int8Params(source, requires_grad=False).to(device)
+    projection.bias = module.bias
+    setattr(projection, _MARK, transposed)
+    return projection
 
 
-def dequantized(module: nn.Module) -> Tensor:
-    """The weight (out, in) that a quantised projection computes with, in float32."""
+def dequantize(module: nn.Module) -> Tensor:
+    """Returns the weight (out, in) that a quantised projection computes with, in float32."""
     functional, weight = _library().functional, cast(Any, module.weight)
     if hasattr(weight, "quant_state"):
         return functional.dequantize_4bit(weight.data, weight.quant_state).float()
-    scale = weight.SCB if weight.SCB is not None else cast(Any, module.state).SCB  # the first forward moves it
+    scale = weight.SCB if weight.SCB is not None else cast(Any, module.state).SCB  # moved by the first forward
     return functional.int8_vectorwise_dequant(weight.data, scale).float()
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a projection that `quantized` made."""
+    """Returns True for a projection that `quantize` returned."""
     return hasattr(module, _MARK)
 
 
 def was_transposed(module: nn.Module) -> bool:
-    """Whether a quantised projection stands for one that stores (in, out)."""
+    """Returns True for a quantised projection whose original stores its weight as (in, out)."""
     return bool(getattr(module, _MARK, False))
 
 
 def values_in(parameter: Tensor) -> int:
-    """How many weights a parameter stands for; two of 4 bits are kept in a byte."""
+    """Returns the number of weights in a parameter. A byte of a 4-bit parameter holds two."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def announced(model: Any, bits: Iterable[int]) -> Any:
-    """A model that says what is quantised in it, as PEFT asks."""
+def mark_quantized(model: Any, bits: Iterable[int]) -> Any:
+    """Sets the attributes from which PEFT learns that a model has weights in 4 or 8 bits, and returns the model."""
     for number in bits:
         setattr(model, f"is_loaded_in_{number}bit", True)
     return model

@@ -1,12 +1,15 @@
-"""The loss that balances a mixture of experts (2101.03961), over the routers of all parts.
+"""Auxiliary loss that balances the experts of a mixture (2101.03961), over the routers of all parts.
 
-Over all layers and tokens it is E * sum_e (counts_e / rows) * (probabilities_e / rows): how often expert e was chosen,
-times how likely the routers made it. Neither a sum over layers nor linear in the batch, but a function of few sums. So
-these cross and not what every router said of every token: each party goes on adding where the one before it stopped,
-layer by layer, as the library does, so that the result is the library's to the bit. The client's top has them all; the
-loss by the summed probabilities is one gradient (E,), the same for every layer and at every party.
+The loss is E * sum_e (counts_e / rows) * (probabilities_e / rows). `counts_e` is how often expert e was chosen and
+`probabilities_e` the sum of its probabilities, both over all layers and tokens; `rows` is tokens times layers.
 
-Shapes: E experts, N tokens of a batch, those that are padding included.
+The loss is neither a sum over layers nor linear in the batch, but it depends on 2E + 1 sums only. So parties send
+these sums, and not the routers' output for every token. Each party continues the sums of the party before it, layer by
+layer in the library's order, so that the result equals the library's to the bit. The client's top has the complete
+sums and computes the loss. Its gradient by `probabilities` (E,) is the same for all layers, so it is sent back to the
+other parties.
+
+Shapes: E experts, N tokens of a batch including padding.
 """
 
 from __future__ import annotations
@@ -20,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 SUMS = "routers"
-"""What the sums, and the gradient by them, are called in a packet."""
+"""Name of the sums, and of the gradient by them, in a packet."""
 
 
 class Routed(Protocol):
-    """A part of a model, as far as its routers go."""
+    """A part of a model, reduced to what this module reads from it."""
 
     @property
     def routers(self) -> Sequence[nn.Module]:
-        """The routers in the order of their blocks; each returns logits (N, E) first."""
+        """Routers in the order of their blocks. The first output of each is logits (N, E)."""
         ...
 
     @property
@@ -39,12 +42,18 @@ class Routed(Protocol):
 
 @dataclass(frozen=True)
 class RouterSums:
-    """What routers have done with the tokens of a batch, summed over tokens and over the layers so far; float32.
+    """Statistics of the routers, summed over the tokens of a batch and the layers so far, in float32.
 
     Attributes:
-        probabilities: (E,), what each expert was given; has a graph where something that learns decides it.
-        counts: (E,), how often each was among the chosen.
-        rows: Tokens times layers, a scalar.
+        probabilities: Sum of each expert's probabilities (E,). It has an autograd graph if it depends on a trained
+            parameter.
+        counts: Number of times that each expert was chosen (E,).
+        rows: Number of tokens times layers, a scalar.
+
+    Example:
+        >>> sums = RouterSums.none(2).after([torch.tensor([[0.75, 0.25], [0.25, 0.75]])], chosen=1)
+        >>> sums.counts, sums.loss()  # evenly used: the number of experts a token is sent to
+        (tensor([1., 1.]), tensor(1.))
     """
 
     probabilities: Tensor
@@ -53,30 +62,30 @@ class RouterSums:
 
     @classmethod
     def none(cls, experts: int) -> RouterSums:
-        """Before the first layer."""
+        """Returns the sums before the first layer: zeros."""
         return cls.unpacked(torch.zeros(2 * experts + 1))
 
     @classmethod
     def unpacked(cls, tensor: Tensor) -> RouterSums:
-        """The inverse of `packed`."""
+        """Restores sums from a tensor that `packed` returned."""
         experts = tensor.numel() // 2
         return cls(tensor[:experts], tensor[experts:-1], tensor[-1])
 
     def packed(self) -> Tensor:
-        """As one tensor (2E + 1,), without a graph."""
+        """Returns the sums as one tensor (2E + 1,), without an autograd graph."""
         return torch.cat([self.probabilities.detach(), self.counts, self.rows[None]])
 
     def as_leaf(self, takes_gradient: bool) -> RouterSums:
-        """The same, with the probabilities as a leaf that may take a gradient."""
+        """Returns the same sums with `probabilities` as a leaf of the autograd graph."""
         return replace(self, probabilities=self.probabilities.detach().requires_grad_(takes_gradient))
 
     def after(self, heard: Sequence[Tensor], chosen: int, mask: Tensor | None = None) -> RouterSums:
-        """Goes on through more layers.
+        """Returns the sums with more layers added.
 
         Args:
-            heard: Of each layer, every token's probabilities (N, E), as `listening` has them.
-            chosen: Experts that a token is sent to.
-            mask: 0 on padding, of N entries in whatever shape; None where there is none.
+            heard: Probabilities (N, E) of every token, layer by layer, as `listening` collects them.
+            chosen: Number of experts that a token is sent to.
+            mask: Mask with N entries in any shape, 0 on padding; None without padding.
         """
         sums = self
         flat = None if mask is None else mask.reshape(-1).float()
@@ -85,26 +94,31 @@ class RouterSums:
         return sums
 
     def _plus(self, probabilities: Tensor, chosen: int, mask: Tensor | None) -> RouterSums:
-        given, experts = probabilities.float(), probabilities.topk(chosen, dim=-1).indices
-        once = given.new_ones(len(given)) if mask is None else mask
+        """Adds one layer."""
+        experts = probabilities.topk(chosen, dim=-1).indices
+        weighted = probabilities.float()
+        tokens = weighted.new_ones(len(weighted)) if mask is None else mask
         if mask is not None:
-            given = given * mask.unsqueeze(-1)
-        counts = torch.zeros_like(self.counts).scatter_add_(0, experts.reshape(-1), once.repeat_interleave(chosen))
-        return RouterSums(self.probabilities + given.sum(dim=0), self.counts + counts, self.rows + once.sum())
+            weighted = weighted * mask.unsqueeze(-1)
+        counts = torch.zeros_like(self.counts).scatter_add_(0, experts.reshape(-1), tokens.repeat_interleave(chosen))
+        return RouterSums(self.probabilities + weighted.sum(dim=0), self.counts + counts, self.rows + tokens.sum())
 
     def loss(self) -> Tensor:
-        """The auxiliary loss, a scalar: the number of experts chosen where they are evenly used, more where not."""
+        """Returns the auxiliary loss, a scalar.
+
+        Evenly used experts give the number of experts that a token is sent to. Other use gives more.
+        """
         shares = (self.counts / self.rows) * (self.probabilities / self.rows)
         return shares.sum() * self.counts.numel()
 
 
 @contextlib.contextmanager
 def listening(part: Routed) -> Iterator[list[Tensor]]:
-    """Collects what the routers of a part say while it computes.
+    """Records the output of a part's routers during a forward inside the context.
 
     Yields:
-        A list that is filled layer by layer: every token's probabilities (N, E), in the type that the library would
-        compute them in at that place.
+        A list that the forward fills layer by layer with the probabilities (N, E) of every token, in the type in which
+        the library computes them.
     """
     heard: list[Tensor] = []
 
@@ -121,10 +135,10 @@ def listening(part: Routed) -> Iterator[list[Tensor]]:
 
 @dataclass
 class Passage:
-    """A forward through one part.
+    """Result of a forward through one part.
 
     Attributes:
-        sums: The routers' sums behind it, once it is over; None where no auxiliary loss is wanted.
+        sums: The routers' sums after this part, once the forward is done; None without an auxiliary loss.
     """
 
     sums: RouterSums | None = None
@@ -132,11 +146,12 @@ class Passage:
 
 @dataclass
 class RouterLoss:
-    """The auxiliary loss as a client adds it to its own.
+    """Auxiliary loss that a client adds to its next-token loss.
 
     Attributes:
-        coefficient: What it is multiplied by; 0 where there is none.
-        seen: What it was so far, without the coefficient: a scalar for each micro-batch, times the share in its batch.
+        coefficient: Factor of the auxiliary loss; 0 to leave it out.
+        seen: Auxiliary losses so far, without the coefficient: a scalar for each micro-batch, weighted by its share of
+            the batch.
     """
 
     coefficient: float = 0.0
@@ -144,12 +159,15 @@ class RouterLoss:
 
     @contextlib.contextmanager
     def through(self, part: Routed, mask: Tensor | None, before: RouterSums | None = None) -> Iterator[Passage]:
-        """Sums up a forward of a part that is made within it.
+        """Collects the routers' sums of a forward inside the context.
 
         Args:
             part: The bottom or the top.
-            mask: (B, T), 0 on padding.
-            before: The sums of the parts before it.
+            mask: Mask (B, T), 0 on padding.
+            before: Sums of the parts before this one; None for the bottom.
+
+        Yields:
+            A `Passage`, whose sums are set when the context ends.
         """
         passage = Passage()
         if not self.coefficient:
@@ -161,15 +179,15 @@ class RouterLoss:
         passage.sums = start.after(heard, part.config.num_experts_per_tok, mask)
 
     def added(self, loss: Tensor, passage: Passage, share: float) -> Tensor:
-        """What a micro-batch adds to the loss of its batch.
+        """Returns the share of a micro-batch in the loss of its batch, including the auxiliary loss.
 
-        Each micro-batch has an auxiliary loss of its own, as under the library's accumulation of gradients: the whole
-        batch's would be another number, since it is not linear.
+        Each micro-batch has its own auxiliary loss, as in the library's gradient accumulation. The auxiliary loss of
+        the whole batch would be another number, since the loss is not linear.
 
         Args:
-            loss: Its mean next-token loss, a scalar.
-            passage: The way through the top.
-            share: Of the batch's predicted tokens, those that are its own.
+            loss: Mean next-token loss of the micro-batch, a scalar.
+            passage: Result of the forward through the top.
+            share: Fraction of the batch's predicted tokens that are in the micro-batch.
         """
         if passage.sums is None:
             return loss * share
@@ -178,10 +196,14 @@ class RouterLoss:
         return (loss + self.coefficient * auxiliary) * share
 
     def mean(self, steps: int) -> float | None:
-        """The mean auxiliary loss of the steps since it was asked last, without the coefficient; None if there is none.
+        """Returns the mean auxiliary loss, without the coefficient, of the steps since the last call, and resets it.
 
         Args:
-            steps: How many there were.
+            steps: Number of steps since the last call.
+
+        Returns:
+            The mean; None without an auxiliary loss.
         """
-        seen, self.seen = self.seen, []
+        seen = self.seen
+        self.seen = []
         return float(torch.stack(seen).sum()) / steps if seen else None

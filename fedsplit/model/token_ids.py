@@ -1,4 +1,4 @@
-"""Ids of a model's tokens: those that end a text, and those that its embedding has a row for."""
+"""Token ids: the ids that end a text, and the ids for which the embedding has a row."""
 
 from __future__ import annotations
 
@@ -18,50 +18,56 @@ _FILES = ("generation_config.json", "config.json")
 def end_tokens(folder: Path) -> list[int]:
     """Returns the ids of the tokens that end a text, for training, evaluation and generation alike.
 
-    They are those of generation_config.json, else those of config.json, else the end token of the tokenizer. Training
-    puts the first one behind each text; generation stops at any of them.
+    The ids come from generation_config.json, else from config.json, else from the tokenizer. Training appends the
+    first one to each text. Generation stops at any of them.
 
     Args:
-        folder: The model's folder.
+        folder: Folder of the model.
 
     Returns:
-        The ids; empty if nothing names any.
+        The ids; empty if no file names any.
 
     Raises:
-        SettingError: A file cannot be read, or what it names is no token id.
+        SettingError: A file cannot be read, or names something that is no token id.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> end_tokens(BUNDLED_MODEL)
+        [0]
     """
     for name in _FILES:
-        found = _read(folder / name).get(_END)
-        if found in (None, []):
+        value = _read(folder / name).get(_END)
+        if value in (None, []):
             continue
-        ids: list[Any] = found if isinstance(found, list) else [found]
+        ids: list[Any] = value if isinstance(value, list) else [value]
         if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ids):
-            words = f"a model whose {_END} is the id of a token, a list of ids, or null"
-            raise SettingError("model", f"{folder} (its {name} has the {_END} {json.dumps(found)})", words)
+            allowed = f"a model whose {_END} is the id of a token, a list of ids, or null"
+            raise SettingError("model", f"{folder} (its {name} has the {_END} {json.dumps(value)})", allowed)
         return ids
     end = load_tokenizer(folder).eos_token_id if has_vocabulary(folder) else None
     return [] if end is None else [int(end)]
 
 
 def end_token(folder: Path) -> int:
-    """Returns the id of the token that training puts behind each text: the first of `end_tokens`.
+    """Returns the id of the token that training appends to each text: the first of `end_tokens`.
 
     Raises:
-        SettingError: There is none.
+        SettingError: The model has no end token.
     """
-    if found := end_tokens(folder):
-        return found[0]
+    ids = end_tokens(folder)
+    if ids:
+        return ids[0]
     where = f"no {_END} in {' or '.join(_FILES)}, and no end token in its tokenizer"
     raise SettingError("model", f"{folder} ({where})", "a model that says which token ends a text")
 
 
 def check_largest(folder: Path, model: str, largest: int) -> None:
-    """Makes sure that a model's embedding has a row for every token of some text.
+    """Checks that a model's embedding has a row for every token of some texts.
 
     Args:
-        folder: The model's folder.
-        model: The model's name, for the error.
-        largest: The largest id among the text's tokens, end tokens and padding included.
+        folder: Folder of the model.
+        model: Name of the model, for the error.
+        largest: Largest token id in the texts, including end tokens and padding.
 
     Raises:
         SettingError: The embedding has fewer rows.
@@ -72,12 +78,12 @@ def check_largest(folder: Path, model: str, largest: int) -> None:
     name = _token_name(folder, largest) if has_vocabulary(folder) else None
     notes = [note for note in (name, _END if largest in end_tokens(folder) else None) if note]
     token = f"token {largest}" + (f" ({', '.join(notes)})" if notes else "")
-    words = f"a model whose embedding has a row for each token: ids 0 to {rows - 1}, or more rows"
-    raise SettingError("model", f"{model} (its texts have {token}, its embedding has {rows} rows)", words)
+    allowed = f"a model whose embedding has a row for each token: ids 0 to {rows - 1}, or more rows"
+    raise SettingError("model", f"{model} (its texts have {token}, its embedding has {rows} rows)", allowed)
 
 
 def _embedding_rows(folder: Path) -> int:
-    """Returns the number of tokens that a model has an embedding of."""
+    """Returns the number of rows of a model's embedding."""
     size = _read(folder / "config.json").get("vocab_size")
     if isinstance(size, int):
         return size
@@ -87,7 +93,7 @@ def _embedding_rows(folder: Path) -> int:
 
 
 def _token_name(folder: Path, token: int) -> str | None:
-    """Returns what the tokenizer calls a token; None if it knows no such token."""
+    """Returns the text of a token; None if the tokenizer has no such token."""
     tokenizer = load_tokenizer(folder)
     if token >= len(tokenizer):
         return None
@@ -96,7 +102,7 @@ def _token_name(folder: Path, token: int) -> str | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Reads a JSON object; an empty one if there is no such file.
+    """Reads a JSON object from a file. Returns an empty one if the file does not exist.
 
     Raises:
         SettingError: The file holds no JSON object.

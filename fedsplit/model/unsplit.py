@@ -1,4 +1,4 @@
-"""The unsplit model, for whoever may hold it."""
+"""Loads the unsplit model: the reference in tests, and the model that a user works with after a run."""
 
 from __future__ import annotations
 
@@ -18,78 +18,93 @@ from transformers.pytorch_utils import Conv1D
 from fedsplit.model.devices import CPU
 from fedsplit.model.families import family_of
 from fedsplit.model.parts import ranges
-from fedsplit.model.quantization import announced, dequantized, quantized
+from fedsplit.model.quantization import dequantize, mark_quantized, quantize
 
 
-def blank(path: Path, classes: int = 0) -> Any:
-    """Returns the unsplit model without its weights, on the meta device.
+def empty_model(path: Path, classes: int = 0) -> Any:
+    """Returns the unsplit model without weights, on the meta device.
 
     Args:
-        path: A folder with config.json.
-        classes: Number of classes of a classifier of sequences; 0 for a model of tokens.
+        path: Folder with config.json.
+        classes: Number of classes of a sequence classifier; 0 for a language model.
 
     Raises:
-        ValueError: The model's embedding has no row for its padding.
+        ValueError: The embedding has no row for the padding token.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> next(empty_model(BUNDLED_MODEL).parameters()).is_meta
+        True
     """
     config = AutoConfig.from_pretrained(path)
     if classes:
         config.num_labels = classes
-    made_by = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    model_class = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            return made_by.from_config(config)
-    except AssertionError:  # torch's; not every family gives its embedding a row for padding
+            return model_class.from_config(config)
+    except AssertionError:  # from torch, for a family that passes the padding token to its embedding
         if config.pad_token_id is None or config.pad_token_id < config.vocab_size:
             raise
-        words = f"pad_token_id is {config.pad_token_id}, its embedding has {config.vocab_size} rows"
-        raise ValueError(words) from None
+        reason = f"pad_token_id is {config.pad_token_id}, its embedding has {config.vocab_size} rows"
+        raise ValueError(reason) from None
 
 
-def transposed_layers(whole: Any) -> frozenset[str]:
-    """The names of the layers that store their weights as (in, out), as GPT-2's do."""
-    return frozenset(name for name, module in whole.named_modules() if isinstance(module, Conv1D))
+def transposed_layers(model: nn.Module) -> frozenset[str]:
+    """Returns the names of the layers that store their weights as (in, out), as GPT-2's projections do."""
+    return frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
 
 
-def load_whole(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:
-    """The unsplit model, for whoever may hold it: the reference in tests, the user after a run.
+def load_unsplit(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:
+    """Loads the unsplit model.
 
     Args:
-        path: A folder with config.json and safetensors.
-        dtype: The type of the weights.
-        classes: Where above 0, a classifier of sequences whose head has random values.
-        pad: Of a classifier, the token that fills up shorter sequences.
+        path: Folder with config.json and safetensors files.
+        dtype: Type of the weights.
+        classes: Number of classes. If above 0, the result is a sequence classifier whose head has random values.
+        pad: Padding token of a classifier.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> load_unsplit(BUNDLED_MODEL).num_parameters()
+        1353728
     """
     if classes:
-        # A classifier's checkpoint may have a head of other classes, which is not read either.
-        how = {"num_labels": classes, "pad_token_id": pad, "ignore_mismatched_sizes": True}
-        return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, **how)
+        # The checkpoint of a classifier may have a head for another number of classes. It is not read.
+        options = {"num_labels": classes, "pad_token_id": pad, "ignore_mismatched_sizes": True}
+        return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, **options)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
 @torch.no_grad()
-def quantize_whole(
-    whole: Any, bounds: tuple[int, int], bits: Mapping[str, int], device: torch.device = CPU, dense: bool = False
+def quantize_unsplit(
+    model: Any, bounds: tuple[int, int], bits: Mapping[str, int], device: torch.device = CPU, dense: bool = False
 ) -> Any:
-    """Gives the unsplit model the base weights that the parts of a run had.
+    """Quantises the base weights of the unsplit model as the parts of a run quantise theirs.
 
     Args:
-        whole: The library's causal LM, in the run's type; changed in place.
+        model: A causal language model in the run's type. The call changes it.
         bounds: The cut as (LO, HI).
-        bits: By part, as for `load_parts`.
-        device: Where it is.
-        dense: Whether weights keep their type, and are only rounded to what the quantised ones stand for.
+        bits: Bits by part, as for `fedsplit.model.split.load_parts`.
+        device: Device of the model.
+        dense: If true, weights keep their type, and are rounded to the values that the quantised weights represent.
+
+    Returns:
+        The same model.
     """
-    family = family_of(whole.config.model_type)
-    blocks = whole.get_submodule(family.decoder).get_submodule(family.blocks)
+    family = family_of(model.config.model_type)
+    blocks = model.get_submodule(family.decoder).get_submodule(family.blocks)
     for kind, numbers in ranges(len(blocks), bounds).items():
-        for number in numbers if kind in bits else ():
+        if kind not in bits:
+            continue
+        for number in numbers:
             for name, module in list(blocks[number].named_modules()):
                 if type(module) not in (nn.Linear, Conv1D):
                     continue
-                made = quantized(module.requires_grad_(False), bits[kind], whole.dtype, device)
+                projection = quantize(module.requires_grad_(False), bits[kind], model.dtype, device)
                 if dense:
-                    rounded = dequantized(made)
+                    rounded = dequantize(projection)
                     module.weight.copy_(rounded if isinstance(module, nn.Linear) else rounded.t())
                 else:
-                    blocks[number].set_submodule(name, made)
-    return whole if dense else announced(whole, bits.values())
+                    blocks[number].set_submodule(name, projection)
+    return model if dense else mark_quantized(model, bits.values())

@@ -1,4 +1,4 @@
-"""A model's folder to its tokenizer, and texts to the tokens that training, evaluation and generation all read."""
+"""Tokenizers: loads the tokenizer of a model's folder, and encodes texts for training, evaluation and generation."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ TOKENIZER_FILES = (
     "tekken.json",
     "tiktoken.model",
 )
-"""What lies beside a model for its tokenizer, by the names that transformers gives it."""
+"""Names of a tokenizer's files in a model's folder, as transformers writes them."""
 
 _READY = "tokenizer.json"
 
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece*")
-"""What SentencePiece writes, by the names that transformers gives it; its own library reads it."""
+"""Names of SentencePiece models, which need the sentencepiece library."""
 
 _VOCABULARIES = (*_PIECES, "vocab.*", "tekken.json", "tiktoken.model")
-"""Any of these is enough for transformers to make a tokenizer of; without any, it may make an empty one."""
+"""Files from which transformers can build a tokenizer. Without any of them it may build an empty one."""
 
 _AT_ONCE = 16
-"""Texts that are encoded together: what the library makes of a text takes some fifty times its memory."""
+"""Number of texts that are encoded in one call. The library needs about fifty times the memory of its texts."""
 
 _HALF = re.compile("[\ud800-\udfff]")
-"""Halves of surrogate pairs, which JSON and a command line may bring in."""
+"""Halves of surrogate pairs, which may come from JSON or a command line."""
 
 _CHARACTERS = ("\n", "a", ".", "0", "\t")
-"""Characters that are tried in turn to find out what a tokenizer puts around a text."""
+"""Characters with which `TextTokenizer` finds out which tokens a tokenizer puts around a text, in order of trial."""
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether there is anything in a folder that a tokenizer can be made of."""
+    """Returns True if a folder has a file from which a tokenizer can be built."""
     return (folder / _READY).is_file() or any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern))
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Loads the tokenizer of a model's folder as transformers does.
+    """Loads the transformers tokenizer of a model's folder.
 
     Raises:
-        SettingError: There is none, or it cannot be read.
+        SettingError: The folder has no tokenizer, or it cannot be read.
     """
     try:
         if not has_vocabulary(path):
@@ -66,125 +66,142 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def open_tokenizer(folder: Path) -> TextTokenizer:
-    """Opens the tokenizer of a model's folder for texts.
+    """Returns the `TextTokenizer` of a model's folder.
 
     Raises:
-        SettingError: There is none, or it cannot be read.
+        SettingError: The folder has no tokenizer, or it cannot be read.
     """
     return TextTokenizer(load_tokenizer(folder))
 
 
 class TextTokenizer:
-    """Turns texts into token ids by transformers' tokenizer, without padding and at full length.
+    """Encodes texts as token ids, without padding or truncation.
 
-    Special tokens that the tokenizer adds (BOS, EOS) belong to the ends of a text: `whole` adds them at both ends,
-    `opening` at the beginning, and `following` and `written` add none.
+    The methods differ in the special tokens (BOS, EOS) that they add: `encode` adds them at both ends of a text,
+    `encode_prompt` at the beginning only, `encode_continuation` and `encode_verbatim` not at all.
 
     Attributes:
-        library: transformers' tokenizer.
+        library: The transformers tokenizer.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> tokenizer = open_tokenizer(BUNDLED_MODEL)
+        >>> (ids,) = tokenizer.encode(["My fellow Americans"])
+        >>> tokenizer.library.decode(ids)
+        'My fellow Americans'
     """
 
     def __init__(self, library: Any) -> None:
-        """Wraps a tokenizer of transformers'."""
+        """Wraps a transformers tokenizer."""
         self.library = library
 
-    def whole(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of whole texts, with the special tokens that the tokenizer adds at their beginnings and ends."""
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of complete texts, with special tokens at the beginning and end of each."""
         return self._encode(texts, special=True)
 
-    def opening(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that go on, such as prompts: with special tokens at their beginnings only."""
-        behind = len(self.closing)
-        return [ids[: len(ids) - behind] for ids in self.whole(texts)]
+    def encode_prompt(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of texts that will be continued, with special tokens at the beginning of each."""
+        closing = len(self.closing)
+        return [ids[: len(ids) - closing] for ids in self.encode(texts)]
 
-    def written(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that have all their special tokens written in them, as chat templates do."""
+    def encode_verbatim(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of texts that contain their special tokens already, such as rendered chats."""
         return self._encode(texts, special=False)
 
-    def following(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that other text stands before: without special tokens, and without a space put before.
+    def encode_continuation(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of texts that continue another text: without special tokens or an added space.
 
-        Some tokenizers put a space before every text, as SentencePiece's do. It is avoided by encoding the text behind
-        a character whose tokens are then taken off.
+        Some tokenizers, such as SentencePiece's, put a space before every text. To avoid the space, a text is encoded
+        after a single character, and the character's tokens are removed.
         """
-        if not self._puts_a_space_before:
-            return self.written(texts)
-        found: dict[int, list[int]] = {}
-        for character in self._known:
-            left = [number for number in range(len(texts)) if number not in found]
-            if left:
-                found |= self._behind(character, {number: texts[number] for number in left})
-        last = [number for number in range(len(texts)) if number not in found]
-        found |= dict(zip(last, self.written([texts[number] for number in last]), strict=True))
-        return [found[number] for number in range(len(texts))]
+        if not self._adds_a_space:
+            return self.encode_verbatim(texts)
+        encoded: dict[int, list[int]] = {}
+        for character in self._known_characters:
+            remaining = [number for number in range(len(texts)) if number not in encoded]
+            if remaining:
+                encoded |= self._after(character, {number: texts[number] for number in remaining})
 
-    def ended(self, ids: Sequence[int], end: int) -> list[int]:
-        """Ends a text: with what the tokenizer adds behind texts, and with the end token unless it is there already.
+        # The first token of such a text merges with every character that was tried.
+        remaining = [number for number in range(len(texts)) if number not in encoded]
+        encoded |= dict(zip(remaining, self.encode_verbatim([texts[number] for number in remaining]), strict=True))
+        return [encoded[number] for number in range(len(texts))]
+
+    def end_text(self, ids: Sequence[int], end: int) -> list[int]:
+        """Appends the tokenizer's closing special tokens to a text, and the end token if they do not end with it.
 
         Args:
-            ids: Tokens as `opening` or `following` gives them.
-            end: The id of the end token.
+            ids: Tokens from `encode_prompt` or `encode_continuation`.
+            end: Id of the end token.
         """
         closed = [*ids, *self.closing]
         return closed if closed[-1:] == [end] else [*closed, end]
 
     @cached_property
     def added(self) -> tuple[str, ...]:
-        """Tokens that are added to the vocabulary, special ones among them, as they are written in a text."""
+        """Tokens that were added to the vocabulary, including special tokens, as they are written in a text."""
         return tuple(token.content for token in self.library.added_tokens_decoder.values() if token.content.strip())
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """Special tokens that the tokenizer adds before and behind a text."""
-        for character in self._known:
-            (bare,), (full,) = self.written([character]), self.whole([character])
+        """Special tokens that the tokenizer adds before and after a text."""
+        for character in self._known_characters:
+            (bare,) = self.encode_verbatim([character])
+            (full,) = self.encode([character])
             places = [at for at in range(len(full)) if bare and full[at : at + len(bare)] == bare]
             if len(places) == 1:
                 return full[: places[0]], full[places[0] + len(bare) :]
         return [], []
 
     @cached_property
-    def _known(self) -> list[str]:
-        """Characters to try that the tokenizer takes."""
+    def _known_characters(self) -> list[str]:
+        """Those of the characters to try that the tokenizer accepts."""
         known = []
         for character in _CHARACTERS:
-            with contextlib.suppress(SettingError):  # a tokenizer without an unknown token takes some characters only
-                self.written([character])
+            with contextlib.suppress(SettingError):  # a tokenizer may have no token for unknown text
+                self.encode_verbatim([character])
                 known.append(character)
         return known
 
     @property
     def beginning(self) -> list[int]:
-        """Special tokens that the tokenizer adds before a text."""
+        """Special tokens that the tokenizer adds at the beginning of a text."""
         return self._around[0]
 
     @property
     def closing(self) -> list[int]:
-        """Special tokens that the tokenizer adds behind a text."""
+        """Special tokens that the tokenizer adds at the end of a text."""
         return self._around[1]
 
     @cached_property
-    def _puts_a_space_before(self) -> bool:
-        (alone,) = self.written(["a"])
-        return all(behind[0] != alone for character in self._known if (behind := self._behind(character, {0: "a"})))
+    def _adds_a_space(self) -> bool:
+        """True if the letter "a" has other tokens at the beginning of a text than after a character."""
+        (alone,) = self.encode_verbatim(["a"])
+        after = [self._after(character, {0: "a"}) for character in self._known_characters]
+        return all(tokens[0] != alone for tokens in after if tokens)
 
-    def _behind(self, character: str, texts: Mapping[int, str]) -> dict[int, list[int]]:
-        """Tokens of texts behind a character, by number; none of a text whose first token takes the character in."""
-        (before,) = self.written([character])
-        encoded = self.written([character + text for text in texts.values()])
+    def _after(self, character: str, texts: Mapping[int, str]) -> dict[int, list[int]]:
+        """Encodes texts after a character, by number. Leaves out texts whose first token merges with the character."""
+        (before,) = self.encode_verbatim([character])
+        encoded = self.encode_verbatim([character + text for text in texts.values()])
         pairs = zip(texts, encoded, strict=True)
         return {number: ids[len(before) :] for number, ids in pairs if ids[: len(before)] == before}
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        found: list[list[int]] = []
+        """Encodes texts some at a time.
+
+        Raises:
+            SettingError: The tokenizer refuses a text.
+        """
+        encoded: list[list[int]] = []
         for start in range(0, len(texts), _AT_ONCE):
             some = list(texts[start : start + _AT_ONCE])
             try:
-                found += self._encode_some(some, special)
+                encoded += self._encode_some(some, special)
             except Exception as error:  # noqa: BLE001  # the libraries raise nothing narrower
-                words = "a model whose tokenizer takes every text"
-                raise SettingError("model", f"{self.library.name_or_path} ({_first_line(error)})", words) from None
-        return found
+                allowed = "a model whose tokenizer takes every text"
+                raise SettingError("model", f"{self.library.name_or_path} ({_first_line(error)})", allowed) from None
+        return encoded
 
     def _encode_some(self, texts: list[str], special: bool) -> list[list[int]]:
         library = self.library
@@ -201,42 +218,50 @@ class TextTokenizer:
 
     @cached_property
     def _is_plain(self) -> bool:
-        """Whether transformers adds nothing to what the tokenizers library makes of a text.
+        """True if transformers adds nothing to the result of the tokenizers library.
 
-        That library alone, which need not find the place of each token in its text, takes a half to three quarters of
-        the time. A few classes of transformers change texts or tokens themselves, such as CodeLlama's.
+        The tokenizers library alone takes a half to three quarters of the time, since it need not find the position of
+        each token in its text. A few classes of transformers change texts or tokens themselves, such as CodeLlama's.
         """
-        from transformers import PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast as Plain
 
-        kind, plain = type(self.library), PreTrainedTokenizerFast
-        if not isinstance(self.library, plain):
+        if not isinstance(self.library, Plain):
             return False
-        return all(getattr(kind, name) is getattr(plain, name) for name in ("__call__", "_encode_plus"))
+        own_class = type(self.library)
+        return all(getattr(own_class, name) is getattr(Plain, name) for name in ("__call__", "_encode_plus"))
 
 
 def is_text(text: str) -> bool:
-    """Tells whether tokenizers take a string: one that UTF-8 can write, without half of a surrogate pair."""
+    """Returns True if a string can be encoded as UTF-8, as tokenizers require: without half a surrogate pair.
+
+    Example:
+        >>> is_text("Größe"), is_text(chr(0xD83D))
+        (True, False)
+    """
     return text.isascii() or not _HALF.search(text)
 
 
 def render(tokenizer: Any, chat: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-    """Writes a chat as text by the tokenizer's template.
+    """Renders a chat as text with the tokenizer's template.
 
     Args:
-        tokenizer: transformers'.
+        tokenizer: The transformers tokenizer.
         chat: The messages.
-        prompt: Whether the text asks the assistant for the next turn.
+        prompt: If true, the text ends with the beginning of the assistant's next turn.
     """
     text: str = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=prompt)
     return text
 
 
 def render_marked(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """Writes a chat as text by the tokenizer's template, and tells from where to where its generation marks reach.
+    """Renders a chat as text with the tokenizer's template, and finds the assistant's text in it.
 
     Args:
-        tokenizer: transformers'.
+        tokenizer: The transformers tokenizer. Its template must have generation marks.
         chat: The messages.
+
+    Returns:
+        The text, and the (start, end) of each marked span in it.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -255,11 +280,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _refused(folder: Path, error: Exception) -> SettingError:
-    """What was wrong, in one line; transformers tells of another library where it lacks SentencePiece's."""
+    """Returns the error to raise for a tokenizer that cannot be loaded.
+
+    Without the sentencepiece library, transformers asks for another library. The error names the right one.
+    """
     reason = _first_line(error)
     pieces = [file.name for pattern in _PIECES for file in sorted(folder.glob(pattern))]
     missing = find_spec("sentencepiece") is None or "tiktoken" in reason
     if pieces and missing and not (folder / _READY).is_file():
         reason = f"its {pieces[0]} cannot be read; SentencePiece's needs pip install 'fedsplit[sentencepiece]'"
-    words = "a folder with a tokenizer.json that can be read, or another tokenizer that transformers opens"
-    return SettingError("model", f"{folder} ({reason})", words)
+    allowed = "a folder with a tokenizer.json that can be read, or another tokenizer that transformers opens"
+    return SettingError("model", f"{folder} ({reason})", allowed)

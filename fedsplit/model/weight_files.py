@@ -1,4 +1,4 @@
-"""Files of a folder that hold a model's weights: exactly those that transformers' `from_pretrained` would load."""
+"""Finds the files of a folder that hold a model's weights: those that transformers' `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -10,42 +10,44 @@ from safetensors import safe_open
 from fedsplit.allowed import SettingError
 
 WEIGHTS = "model.safetensors"
-"""The file of a model that is not sharded. It goes before an index."""
+"""File of a model that is not sharded. If a folder has this file and an index, the index is ignored."""
 
 INDEX = "model.safetensors.index.json"
-"""The index of a sharded model: the names of its shards, and the shard of each tensor."""
+"""Index of a sharded model: the names of its shards, and the shard of each tensor."""
 
 ADAPTER = "adapter_config.json"
-"""PEFT's configuration. transformers adds an adapter that lies beside a model to the model's weights."""
+"""Configuration file of a PEFT adapter. transformers adds an adapter in a model's folder to the model's weights."""
 
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-"""A file of torch's distributed checkpoints. transformers loads them before any other file."""
+"""Names of files of torch's distributed checkpoints. transformers loads such files before any other."""
 
 _OTHERS = (".safetensors", ".bin", ".pt", ".gguf")
-"""Endings of other files with weights, which an error mentions."""
+"""Endings of other weight files. They are not loaded; an error message names them."""
 
 
 def check_weight_files(folder: Path, allowed: str) -> None:
-    """Refuses a folder without weights in safetensors, or with files that change what transformers loads from it.
+    """Checks that a folder has weights in safetensors, and no files that change what transformers loads.
 
     Args:
-        folder: The model's folder.
-        allowed: What the setting `model` may be, in words.
+        folder: Folder of the model.
+        allowed: Description of the possible values of the setting `model`, for the error.
 
     Raises:
-        SettingError: The folder has no weights under the names that transformers looks for, or has others that
-            transformers would load in their place or on top of them.
+        SettingError: The folder has no weights under the names that transformers looks for, or has other files that
+            transformers would load instead of them or in addition.
     """
-    if reason := _flaw(folder):
+    reason = _flaw(folder)
+    if reason:
         raise SettingError("model", f"{folder} ({reason})", allowed)
 
 
 def _flaw(folder: Path) -> str:
-    """Returns the reason why a folder's weights cannot be taken; empty if there is none."""
+    """Returns the reason why a folder is refused; empty if it is accepted."""
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     if ADAPTER in names:
         return f"{ADAPTER} in it: transformers would add that adapter to the weights; merge it, or move it elsewhere"
-    if distributed := [name for name in names if _DISTRIBUTED.fullmatch(name)]:
+    distributed = [name for name in names if _DISTRIBUTED.fullmatch(name)]
+    if distributed:
         return f"{distributed[0]} in it, a part of a distributed checkpoint; save the model with save_pretrained"
     if WEIGHTS in names or INDEX in names:
         return ""
@@ -56,14 +58,14 @@ def _flaw(folder: Path) -> str:
 def find_tensors(folder: Path) -> dict[str, Path]:
     """Returns the file of each tensor of a checkpoint.
 
-    Of an index, transformers uses the names of the shards alone: a tensor lies where a shard has it, and the last of
-    several shards wins. A party fetches only the shards that it needs. The index says what the other shards hold.
+    transformers reads only the names of the shards from an index. It loads every tensor of each shard, and the last
+    shard with a tensor wins. A party fetches only the shards that it needs; for the others the index is believed.
 
     Args:
-        folder: The model's folder.
+        folder: Folder of the model.
 
     Returns:
-        Files by the name that a tensor has in them. Shards that the folder lacks are among them.
+        Files by tensor name, including shards that the folder lacks.
 
     Raises:
         ValueError: The folder has no weights, or its index cannot be read.
@@ -71,15 +73,19 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     if (folder / WEIGHTS).is_file():
         return dict.fromkeys(_names(folder / WEIGHTS), folder / WEIGHTS)
     weight_map = _weight_map(folder)
-    found = {tensor: shard for tensor, shard in weight_map.items() if not shard.is_file()}
+    files = {tensor: shard for tensor, shard in weight_map.items() if not shard.is_file()}
     for shard in sorted({*weight_map.values()}):
         if shard.is_file():
-            found |= dict.fromkeys(_names(shard), shard)
-    return found
+            files |= dict.fromkeys(_names(shard), shard)
+    return files
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
-    """Returns the shard of each tensor by the index, as transformers reads it."""
+    """Returns the shard of each tensor according to the index. transformers reads the index.
+
+    Raises:
+        ValueError: The index cannot be read.
+    """
     from transformers.utils.hub import get_checkpoint_shard_files  # takes a second to import
 
     try:

@@ -52,9 +52,11 @@ class Adapter:
         Raises:
             SettingError: There is no such model, or it cannot be fetched.
         """
-        from fedsplit.model.sources import weights  # late: its libraries read the environment, which is set first
+        from fedsplit.model.sources import (
+            weights_folder,  # late: its libraries read the environment, which is set first
+        )
 
-        return weights(Config(model=self.model, dtype=self.dtype))
+        return weights_folder(Config(model=self.model, dtype=self.dtype))
 
     @property
     def about_path(self) -> Path:
@@ -63,9 +65,9 @@ class Adapter:
         Raises:
             SettingError: There is no such model, or it cannot be fetched.
         """
-        from fedsplit.model.sources import about  # as above
+        from fedsplit.model.sources import config_folder  # as above
 
-        return about(Config(model=self.model, dtype=self.dtype))
+        return config_folder(Config(model=self.model, dtype=self.dtype))
 
 
 @dataclass(frozen=True)

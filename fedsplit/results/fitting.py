@@ -19,13 +19,13 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
-from fedsplit.adaptation import adapting, lora, prompts
+from fedsplit.adaptation import lora, prompts, run_adapters
 from fedsplit.allowed import InputError, SettingError
-from fedsplit.model.head import HEAD, WEIGHT
+from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.parts import SCORE
-from fedsplit.model.store import load_tensors
-from fedsplit.model.unsplit import blank, transposed_layers
+from fedsplit.model.unsplit import empty_model, transposed_layers
 from fedsplit.results.finished import ADAPTER_FILES, Adapter
+from fedsplit.tensor_files import load_tensors
 from fedsplit.updates import Adapters
 
 PREFIX = "base_model.model."
@@ -55,7 +55,7 @@ def read_adapter(adapter: Adapter) -> Adapters:
         InputError: The file cannot be read, or holds NaN or infinite values.
     """
     try:
-        adapters = adapting.load(adapter.folder)
+        adapters = run_adapters.load(adapter.folder)
     except Exception as error:  # noqa: BLE001  # a broken file can make the libraries raise anything
         raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason_of(error)})") from None
     for name, tensor in adapters.tensors.items():
@@ -78,11 +78,11 @@ def read_fitting(adapter: Adapter) -> Adapters:
     adapters = read_adapter(adapter)
     path = adapter.about_path
     if prompts.kind_of(adapter.folder) is not None:
-        _check_prompt(adapter, adapters, blank(path).config)
+        _check_prompt(adapter, adapters, empty_model(path).config)
         return adapters
 
     classes = classes_in(adapters)
-    model = blank(path, classes)
+    model = empty_model(path, classes)
     transposed = transposed_layers(model)  # before PEFT changes the model in the check
     _check_placed(adapter, model, path, classes)
 
@@ -122,7 +122,7 @@ def leaves_base(adapter: Adapter) -> bool:
         name for name in read_adapter(adapter).tensors if ".lora_" not in name or ".base_layer.weight" in name
     }
     keeps_base_at_start = config.init_lora_weights in lora.NEUTRAL_STARTS and not config.layer_replication
-    return keeps_base_at_start and base_weights <= {WEIGHT, lora.SCORE_WEIGHT}
+    return keeps_base_at_start and base_weights <= {HEAD_WEIGHT, lora.SCORE_WEIGHT}
 
 
 def more_than_factors(adapter: Adapter) -> str:
@@ -179,7 +179,7 @@ def _check_placed(adapter: Adapter, model: Any, path: Path, classes: int) -> Non
             if "meta" not in str(error):
                 raise
             # A few kinds of adapters compute with the base weights at their start. Random weights do for the check.
-            random_model = blank(path, classes).to_empty(device="cpu")
+            random_model = empty_model(path, classes).to_empty(device="cpu")
             for parameter in random_model.parameters():
                 parameter.data.normal_()
             placed = _placed(config, tensors, random_model, "cpu")

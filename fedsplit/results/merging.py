@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from fedsplit.adaptation.lora import SCORE_WEIGHT
 from fedsplit.adaptation.prompts import SAVED
 from fedsplit.allowed import InputError
-from fedsplit.federation.checkpoint import write_whole
+from fedsplit.durable import write_folder
+from fedsplit.model.checkpoint_reader import CheckpointReader
 from fedsplit.model.devices import TYPES
-from fedsplit.model.head import HEAD, WEIGHT
+from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.sources import to_peft
-from fedsplit.model.store import load_tensors, write_tensors
-from fedsplit.model.stored import Stored
-from fedsplit.model.unsplit import blank, load_whole
+from fedsplit.model.unsplit import empty_model, load_unsplit
 from fedsplit.model.vocabulary import TOKENIZER_FILES
 from fedsplit.model.weight_files import find_tensors
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
 from fedsplit.results.fitting import classes_in, more_than_factors, read_fitting, reason_of
 from fedsplit.results.whole import merged, open_base, open_held
+from fedsplit.tensor_files import load_tensors, write_tensors
 from fedsplit.updates import Adapters
 
 RECORD = "merged.json"
@@ -134,8 +134,8 @@ def _token_head(adapter: Adapter, classifier: Any) -> Tensor | None:
     """
     if classifier.config.tie_word_embeddings:
         return None
-    stored = Stored(adapter.model_path, blank(adapter.model_path), TYPES[adapter.dtype])
-    return stored.parameter(WEIGHT).detach().float() if stored.has(WEIGHT) else None
+    stored = CheckpointReader(adapter.model_path, empty_model(adapter.model_path), TYPES[adapter.dtype])
+    return stored.parameter(HEAD_WEIGHT).detach().float() if stored.has(HEAD_WEIGHT) else None
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     else:
         _add(base, changes, 1.0)
         if not classes:
-            base_head = _replace_head(base, changes.tensors.get(WEIGHT))
+            base_head = _replace_head(base, changes.tensors.get(HEAD_WEIGHT))
     if classes:
         _set_classifier(base, changes.tensors[SCORE_WEIGHT], adapter.classes)
     base.to(TYPES[dtype])
@@ -238,14 +238,14 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
         _save(base, adapter.model_path, draft)
         copy_adapter(adapter, draft / MERGED)
         if base_head is not None and not was_tied:
-            write_tensors(draft / MERGED / BASE_HEAD, {WEIGHT: base_head})
+            write_tensors(draft / MERGED / BASE_HEAD, {HEAD_WEIGHT: base_head})
         record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": was_tied}
         if classes:
             record |= {"classes": classes, "named": _base_settings(adapter.model_path)}
         record |= {"dtype": dtype, "weights": _digests({*find_tensors(draft).values()})}
         (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    write_whole(out, fill)
+    write_folder(out, fill)
     return classes
 
 
@@ -320,20 +320,20 @@ def unmerge(folder: Path, out: Path) -> str:
         reason = f"its adapter does more than to add something to the weights ({more_than_factors(adapter)})"
         raise InputError(f"{folder} cannot be unmerged: {reason}; the base is {record['base']}")
 
-    model = load_whole(folder, torch.float32)  # a causal LM, as the base was
+    model = load_unsplit(folder, torch.float32)  # a causal LM, as the base was
     _add(model, changes, -1.0)
     if record.get("tied"):
         model.lm_head.weight = model.get_input_embeddings().weight
         model.config.tie_word_embeddings = True
     elif (folder / MERGED / BASE_HEAD).is_file():
-        _replace_head(model, load_tensors(folder / MERGED / BASE_HEAD)[WEIGHT])
+        _replace_head(model, load_tensors(folder / MERGED / BASE_HEAD)[HEAD_WEIGHT])
     if record.get("classes"):
         _without_classes(model.config, record["named"])
 
     # Weights that were merged in 16 bits have lost digits: what remains of the base needs float32.
     base_type = str(record["base_type"]) if record["dtype"] == "fp32" else "float32"
     model.to(_NARROW.get(base_type, torch.float32))
-    write_whole(out, lambda draft: _save(model, folder, draft))
+    write_folder(out, lambda draft: _save(model, folder, draft))
     return base_type
 
 
@@ -362,7 +362,7 @@ def _check_combinable(adapter: Adapter, tensors: Adapters) -> None:
     if not tensors.layers:
         reason = f"it is no LoRA, whose factors add up, or more than that ({more_than_factors(adapter)})"
         raise InputError(f"{adapter.folder} cannot be combined: {reason}")
-    if WEIGHT in tensors.tensors:
+    if HEAD_WEIGHT in tensors.tensors:
         raise InputError(f"the adapter in {adapter.folder} holds a whole head, which PEFT cannot combine")
 
 
@@ -429,7 +429,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         config.save_pretrained(str(draft))
         write_tensors(draft / ADAPTER_FILES[1], factors)
 
-    write_whole(out, fill)
+    write_folder(out, fill)
     return largest
 
 

@@ -15,14 +15,14 @@ from fedsplit.adaptation import lora
 from fedsplit.allowed import InputError, SettingError
 from fedsplit.config import Config
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.devices import CPU, TYPES, device_of
 from fedsplit.model.families import read_facts, read_pad
-from fedsplit.model.head import HEAD, WEIGHT
+from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.parts import SCORE
 from fedsplit.model.quantization import check_quantization
-from fedsplit.model.stored import check_checkpoint
-from fedsplit.model.unsplit import load_whole, quantize_whole
+from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
 from fedsplit.results.finished import Adapter
 from fedsplit.results.fitting import classes_in, read_fitting, reason_of
 from fedsplit.scores import Score
@@ -50,7 +50,7 @@ def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes:
     """
     facts = read_facts(model_path)
     check_checkpoint(model_path, dtype, classes)
-    base = load_whole(model_path, TYPES[dtype], classes, read_pad(model_path, facts.end)).eval()
+    base = load_unsplit(model_path, TYPES[dtype], classes, read_pad(model_path, facts.end)).eval()
     if classes:
         restore_head(base, seed)
     return base.to(device)
@@ -108,7 +108,7 @@ def open_held(
             raise SettingError("model", adapter.model, needed)
         check_quantization(run)
     base = open_base(adapter.model_path, adapter.dtype, device, classes, seed)
-    return quantize_whole(base, run.bounds, run.bits, device, dense) if run.bits else base
+    return quantize_unsplit(base, run.bounds, run.bits, device, dense) if run.bits else base
 
 
 def attach(base: Any, adapter: Adapter) -> Any:
@@ -154,7 +154,7 @@ def merged(base: Any, adapter: Adapter) -> Any:
         _tie_if_equal(result)
 
     names = {name for name, _ in result.named_parameters()}
-    if extra := sorted(names - base_names - {WEIGHT}):
+    if extra := sorted(names - base_names - {HEAD_WEIGHT}):
         raise InputError(f"{begin}: PEFT leaves {extra[0]}, which is no weight of the model")
     if not _agree(_probe(result), expected):
         raise InputError(f"{begin}: the model merged by PEFT does not compute the same as with the adapter attached")

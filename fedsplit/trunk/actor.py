@@ -18,8 +18,7 @@ import ray
 import torch
 from torch import Tensor
 
-from fedsplit.adaptation import adapting
-from fedsplit.allowed import SettingError
+from fedsplit.adaptation import run_adapters
 from fedsplit.config import Config
 from fedsplit.lowrank import LowRank
 from fedsplit.trunk.cluster import NAMESPACE, send_tensors_as_arrays
@@ -66,11 +65,11 @@ class TrunkActor:
         """Loads the trunk's blocks, and no others, and puts an adapter on them: a new one, or a finished run's."""
         torch.set_num_threads(threads)
         send_tensors_as_arrays()
-        (part,) = adapting.bare_parts(config, ["trunk"])
+        (part,) = run_adapters.bare_parts(config, ["trunk"])
         if adapter is None:
-            adapting.adapt(part, config)
+            run_adapters.adapt(part, config)
         else:
-            adapting.adopt(adapter, config, part)
+            run_adapters.adopt(adapter, config, part)
         budget = Budget(config.trunk.memory_bytes)
         self._incarnation = secrets.token_hex(8)
         server = TrunkServer(
@@ -233,6 +232,15 @@ class TrunkActor:
         await self._alone(self._dispatcher.server.fold, changes)
         await self._alone(self._sessions.leave)
 
+    async def unfold(self) -> None:
+        """As `TrunkServer.unfold`; all sessions end."""
+        await self._alone(self._dispatcher.server.unfold)
+        await self._alone(self._sessions.leave)
+
+    async def commit(self) -> None:
+        """As `TrunkServer.commit`."""
+        await self._alone(self._dispatcher.server.commit)
+
     async def status(self) -> dict[str, Any]:
         """What the process can tell: see the keys below; bytes, and counts of parameters.
 
@@ -361,6 +369,14 @@ class TrunkHandle:
         """As `Learners.write`."""
         self._begin("learners", "write", dict(tensors), dict(own or {}))()
 
+    def unfold(self) -> None:
+        """As `TrunkServer.unfold`."""
+        self._begin("unfold")()
+
+    def commit(self) -> None:
+        """As `TrunkServer.commit`."""
+        self._begin("commit")()
+
     def fold(self, changes: Mapping[str, LowRank]) -> None:
         """As `TrunkServer.fold`."""
         self._begin("fold", dict(changes))()
@@ -411,15 +427,3 @@ def find_trunk(name: str) -> TrunkHandle:
         return TrunkHandle(ray.get_actor(name, namespace=NAMESPACE))
     except ValueError as error:
         raise TrunkLost(f"there is no trunk named {name}") from error
-
-
-def check_memory(config: Config, trunk: TrunkHandle) -> None:
-    """Makes sure that the memory given to the trunk suffices; only the trunk, once it is loaded, can tell.
-
-    Raises:
-        SettingError: It does not suffice for a single step.
-    """
-    limit = config.trunk.memory_bytes
-    if limit is not None and (least := trunk.status()["least_memory"]) > limit:
-        words = f"at least {-(-least // 10**6)}MB, for this trunk and one step at a time"
-        raise SettingError("trunk.memory", config.trunk.memory, words)

@@ -10,6 +10,9 @@ from typing import Literal
 
 import psutil
 
+from fedsplit.allowed import SettingError
+from fedsplit.config import TrunkSettings
+
 Room = Literal["graph", "input", "none"]
 
 
@@ -113,3 +116,19 @@ class Budget:
         if self.fits(tokens, kept + self.graph(tokens)):
             return "graph"
         return "input" if self.fits(tokens, kept) else "none"
+
+
+def check_memory(settings: TrunkSettings, least: int) -> None:
+    """Makes sure that the memory given to the trunk suffices; only the trunk, once it is loaded, can tell.
+
+    Args:
+        settings: Settings of the trunk.
+        least: Bytes that the trunk needs for a single step.
+
+    Raises:
+        SettingError: The memory does not suffice.
+    """
+    limit = settings.memory_bytes
+    if limit is not None and least > limit:
+        allowed = f"at least {-(-least // 10**6)}MB, for this trunk and one step at a time"
+        raise SettingError("trunk.memory", settings.memory, allowed)

@@ -135,7 +135,8 @@ class TrunkServer:
         self._admission = Admission(self._budget, self.steps, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self.device, part.budget)
+        self._unfolded: dict[str, Tensor] = {}  # base weights as they were at the last commit, where they have changed
+        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self.device, part.rank_budget)
 
     def forward(self, packet: Packet) -> Packet:
         """Hidden states (B, T, D) in, hidden states (B, T, D) out; as `forward_together` of one."""
@@ -520,7 +521,18 @@ class TrunkServer:
         Args:
             changes: By layer; other parts' layers are left out.
         """
+        new = changes.keys() - self._unfolded.keys()
+        self._unfolded |= lora.base_weights(self._part, new)
         lora.fold(self._part, changes)
+
+    def unfold(self) -> None:
+        """Puts base weights back to the values that they had at the last `commit`."""
+        lora.put_back(self._part, self._unfolded)
+        self._unfolded = {}
+
+    def commit(self) -> None:
+        """Makes changes of base weights final: their old values are no longer kept."""
+        self._unfolded = {}
 
     def count(self) -> dict[str, int]:
         """Total and trainable parameters."""

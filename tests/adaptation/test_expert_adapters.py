@@ -24,11 +24,11 @@ from fedsplit.allowed import InputError, SettingError
 from fedsplit.config import LoraSettings
 from fedsplit.documents import build, from_document
 from fedsplit.evaluate import held_out_loss
-from fedsplit.federation.fidelity import measure
+from fedsplit.federation.aggregation_error import measure
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.model.families import read_facts
 from fedsplit.model.parts import ranges
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results.finished import find_adapter, open_run
 from fedsplit.results.merging import combine, merge, unmerge
 from fedsplit.updates import Adapters, ClientUpdate, Layer
@@ -64,7 +64,7 @@ def test_peft_opens_what_is_saved_and_so_do_we(tmp_path: Path, family: str, tiny
         warnings.simplefilter("error", UserWarning)
         warnings.simplefilter("error", RuntimeWarning)
         lora.save(tmp_path / "adapter", whole, SETTINGS, bottom.family, "base")
-        opened = PeftModel.from_pretrained(load_whole(path), str(tmp_path / "adapter"))
+        opened = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / "adapter"))
     assert torch.equal(opened(input_ids=IDS).logits, expected)
     read = lora.load(tmp_path / "adapter")
     assert read.layers == whole.layers
@@ -73,7 +73,7 @@ def test_peft_opens_what_is_saved_and_so_do_we(tmp_path: Path, family: str, tiny
         lora.save(
             tmp_path / part.kind, lora.read(part), SETTINGS, part.family, "base", ranges(BLOCKS, (1, 2))[part.kind]
         )
-        alone = PeftModel.from_pretrained(load_whole(path), str(tmp_path / part.kind))
+        alone = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / part.kind))
         written = {n.replace(".default", "") for n, _ in alone.named_parameters() if "lora_" in n}
         assert written == {f"base_model.model.{name}" for name in lora.parameters(part)}
 
@@ -84,10 +84,10 @@ def test_changes_are_what_peft_adds_to_the_weights(family: str, tiny_models: dic
     read, seen = lora.read(trunk), 0
     for name, module in trunk.named_modules():
         if isinstance(module, ParamWrapper):
-            own = read.changes(trunk.whole_name(name))
+            own = read.changes(trunk.unsplit_name(name))
             dense = torch.stack([change.up @ change.down for change in own]).float()
             torch.testing.assert_close(dense.squeeze(0), module.get_delta_weight("default"))
-            full = load_whole(tiny_models[family]).get_parameter(read.weight_name(trunk.whole_name(name)))
+            full = load_unsplit(tiny_models[family]).get_parameter(read.weight_name(trunk.unsplit_name(name)))
             assert dense.squeeze(0).shape == full.shape
             seen += 1
     assert seen == (9 if family == "mixtral" else 6)
@@ -131,7 +131,7 @@ def test_a_federation_with_adapters_on_experts(
     settings = {"lora__targets": list(TARGETS), "router_aux_loss": 0.1, "kernels": "library"}
     run = finished_run("qwen3_moe", **settings)
     reported = json.loads((run / "summary.json").read_text())["eval_loss"]
-    base = load_whole(tiny_models["qwen3_moe"])
+    base = load_unsplit(tiny_models["qwen3_moe"])
     opened = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
     assert held_out_loss(opened, run) == pytest.approx(reported["after"], abs=1e-5)
     assert abs(reported["after"] - reported["before"]) > 1e-3
@@ -145,11 +145,11 @@ def test_a_federation_with_adapters_on_experts(
 
     merge(find_adapter(run), tmp_path / "merged")
     with torch.no_grad():
-        expected, merged = opened(input_ids=IDS).logits, load_whole(tmp_path / "merged")(input_ids=IDS).logits
+        expected, merged = opened(input_ids=IDS).logits, load_unsplit(tmp_path / "merged")(input_ids=IDS).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
     unmerge(tmp_path / "merged", tmp_path / "base")
-    fresh = load_whole(tiny_models["qwen3_moe"])
-    for name, parameter in load_whole(tmp_path / "base").named_parameters():
+    fresh = load_unsplit(tiny_models["qwen3_moe"])
+    for name, parameter in load_unsplit(tmp_path / "base").named_parameters():
         torch.testing.assert_close(parameter, fresh.get_parameter(name), rtol=0, atol=1e-6)
 
     lines = compare(open_run(run), open_run(run))
@@ -201,13 +201,13 @@ def test_a_router_of_another_rank_than_the_rest_is_opened(
     """PEFT looks its rank up by the parameter's name, and that of a module's adapter by the module's."""
     settings = {"lora__targets": ["q_proj", "gate"], "lora__dropout": 0.0, **values}
     run = open_run(finished_run("mixtral", strategy, **settings))
-    model = PeftModel.from_pretrained(load_whole(run.config.model_path), str(run.adapter().folder))
+    model = PeftModel.from_pretrained(load_unsplit(run.config.model_path), str(run.adapter().folder))
     expected = run.summary["eval_loss"]["after"]
     assert held_out_loss(model, run.path) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(InputError, match="cannot be combined, nor on routers"):
         combine([run.adapter()] * 2, [0.5, 0.5], "cat", tmp_path / "both")
     merge(run.adapter(), tmp_path / "merged")
-    assert held_out_loss(load_whole(tmp_path / "merged"), run.path) == pytest.approx(expected, abs=1e-5)
+    assert held_out_loss(load_unsplit(tmp_path / "merged"), run.path) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "ffa", "fedsa", "scaffold", "median", "multikrum", "krum", "flora"])

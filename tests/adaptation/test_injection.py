@@ -11,10 +11,9 @@ import torch
 from conftest import VOCABULARY, without_dropout
 from peft import PeftModel, get_peft_model
 
-from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import check_injection, exported, make_config
-from fedsplit.adaptation.methods import METHODS
+from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.allowed import InputError, SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
@@ -24,11 +23,12 @@ from fedsplit.corpora.shards import Shard, batch
 from fedsplit.documents import build
 from fedsplit.model.families import FAMILIES, read_facts
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.finished import Adapter
 from fedsplit.results.whole import merged
 from fedsplit.seeds import derive_seed
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
 
@@ -49,12 +49,14 @@ SMALL = {
 QUICK = {"llama": {"dora", "oft", "lokr", "shira", "delora"}, "gpt2": {"pissa", "ia3", "vera", "ln_tuning"}}
 """Those that differ most; the others take as long, and are tried with the slow tests."""
 
-EVERYWHERE = [("llama", name) for name in METHODS] + [("gpt2", n) for n, m in METHODS.items() if m.transposed]
+EVERYWHERE = [("llama", name) for name in ADAPTER_METHODS] + [
+    ("gpt2", n) for n, m in ADAPTER_METHODS.items() if m.transposed
+]
 
 
 def config_of(path: Path, method: str, **values: Any) -> Config:
     """A run's settings with that kind of adapter, without dropout where it has any."""
-    kind = METHODS[method]
+    kind = ADAPTER_METHODS[method]
     own: dict[str, Any] = {"lora.method": method, "lora.options": SMALL.get(method, "")}
     own |= {"lora.rank": 4} if kind.rank else {}
     own |= {"lora.dropout": 0.0} if kind.dropout else {}
@@ -86,8 +88,8 @@ def client_of(config: Config) -> tuple[Client, LocalTrunk]:
 
 def unsplit(config: Config, folder: Path, start: lora.Adapters) -> Any:
     """The unsplit model under PEFT alone, with that start: from a file, or by PEFT's own decomposition."""
-    base, family = load_whole(config.model_path), read_facts(config.model_path).family
-    if METHODS[config.lora.method].residual:
+    base, family = load_unsplit(config.model_path), read_facts(config.model_path).family
+    if ADAPTER_METHODS[config.lora.method].residual:
         return get_peft_model(base, make_config(config.lora, family, seed=config.seed)).eval()
     lora.save(folder, start, config.lora, family, "base", seed=config.seed)
     return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval()
@@ -133,25 +135,25 @@ def test_a_client_and_its_trunk_train_as_the_unsplit_model_does(
         assert torch.equal(after.tensors[name], parameter), name
     moved = sum(not torch.equal(after.tensors[name], tensor) for name, tensor in start.tensors.items())
     assert moved > len(start.tensors) / 2
-    assert bool(after.layers) == METHODS[method].factors
+    assert bool(after.layers) == ADAPTER_METHODS[method].factors
 
     ids = client.shard.train[:2].ids
     with torch.no_grad():
         expected = whole(input_ids=ids).logits
         saved = tmp_path / "after"
         facts = read_facts(config.model_path).family
-        if METHODS[method].residual:
+        if ADAPTER_METHODS[method].residual:
             after = replace(after, folded={layer: start.change(layer).times(-1.0) for layer in start.complete})
         lora.save(saved, after, config.lora, facts, str(config.model_path), seed=config.seed)
-        opened = PeftModel.from_pretrained(load_whole(config.model_path), str(saved)).eval()
-        close = {"rtol": 1e-4, "atol": 1e-4} if METHODS[method].residual else {"rtol": 0, "atol": 0}
+        opened = PeftModel.from_pretrained(load_unsplit(config.model_path), str(saved)).eval()
+        close = {"rtol": 1e-4, "atol": 1e-4} if ADAPTER_METHODS[method].residual else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(opened(input_ids=ids).logits, expected, **close)
         found = Adapter(saved, str(config.model_path), "fp32", "one")
         if method == "beft" and family == "llama":  # there is no bias to add to
             with pytest.raises(InputError, match=r"cannot be merged .Base layer has no bias"):
-                merged(load_whole(config.model_path), found)
+                merged(load_unsplit(config.model_path), found)
             return
-        single = merged(load_whole(config.model_path), found)
+        single = merged(load_unsplit(config.model_path), found)
         assert not any("base_layer" in name for name, _ in single.named_modules())
         torch.testing.assert_close(single.eval()(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
 
@@ -228,7 +230,7 @@ def test_a_part_of_an_adapter_is_an_adapter_of_its_blocks(tiny_models: dict[str,
         _, trunk, _ = parts_of(config)
         facts, saved = read_facts(config.model_path).family, tmp_path / family
         lora.save(saved, lora.read(trunk), config.lora, facts, "base", trunk.blocks, config.seed)
-        opened = PeftModel.from_pretrained(load_whole(config.model_path), str(saved), is_trainable=True)
+        opened = PeftModel.from_pretrained(load_unsplit(config.model_path), str(saved), is_trainable=True)
         assert trained(opened).keys() == lora.parameters(trunk).keys()
 
 
@@ -255,7 +257,7 @@ def test_what_scales_an_mlps_input_follows_from_the_family(tiny_models: dict[str
 def test_what_does_not_suit_a_layer_is_found_before_anything_is_loaded(
     method: str, options: str, message: str, tiny_models: dict[str, Path]
 ) -> None:
-    values = {"lora.rank": 3} if METHODS[method].rank else {}
+    values = {"lora.rank": 3} if ADAPTER_METHODS[method].rank else {}
     config = build(values | {"model": str(tiny_models["llama"]), "lora.method": method, "lora.options": options})
     with pytest.raises(SettingError, match=message) as caught:
         check_injection(config, FAMILIES["llama"])
@@ -273,9 +275,9 @@ def test_a_rank_that_a_decomposition_does_not_have_is_refused(method: str, tiny_
 
 @pytest.mark.slow
 def test_what_suits_is_not_refused(tiny_models: dict[str, Path]) -> None:
-    for method in METHODS:
+    for method in ADAPTER_METHODS:
         check_injection(config_of(tiny_models["llama"], method), FAMILIES["llama"])
-    for method, kind in METHODS.items():
+    for method, kind in ADAPTER_METHODS.items():
         if kind.transposed:  # with all defaults, on the bundled model
             check_injection(build({"lora.method": method}), FAMILIES["gpt2"])
 

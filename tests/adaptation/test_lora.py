@@ -15,7 +15,7 @@ from fedsplit.adaptation import lora
 from fedsplit.config import LoraSettings
 from fedsplit.model.parts import ranges
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.updates import Adapters
 
 KINDS = ("bottom", "trunk", "top")
@@ -97,7 +97,7 @@ def test_a_part_without_blocks_has_no_adapter(model_path: Path) -> None:
 
 
 def test_counts_add_up_to_the_unsplit_model(any_model_path: Path) -> None:
-    whole = load_whole(any_model_path).num_parameters()
+    whole = load_unsplit(any_model_path).num_parameters()
     bottom, trunk, top = adapted(any_model_path, (1, 2))
     counts = [lora.count(bottom), lora.count(trunk), lora.count(top, elsewhere=[bottom])]
     trainable = sum(count["trainable"] for count in counts)
@@ -116,12 +116,12 @@ def test_peft_opens_what_is_saved_whole_and_by_part(tmp_path: Path, any_model_pa
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         lora.save(tmp_path / "adapter", lora.read(*parts), SETTINGS, family, "base")
-        whole = PeftModel.from_pretrained(load_whole(any_model_path), str(tmp_path / "adapter"))
+        whole = PeftModel.from_pretrained(load_unsplit(any_model_path), str(tmp_path / "adapter"))
         assert torch.equal(whole(input_ids=ids).logits, expected)
         for part in parts:
             blocks = ranges(BLOCKS, (1, 2))[part.kind]
             lora.save(tmp_path / part.kind, lora.read(part), SETTINGS, family, "base", blocks)
-            opened = PeftModel.from_pretrained(load_whole(any_model_path), str(tmp_path / part.kind))
+            opened = PeftModel.from_pretrained(load_unsplit(any_model_path), str(tmp_path / part.kind))
             written = {n: p for n, p in opened.named_parameters() if "lora_" in n}
             assert len(written) == len(lora.parameters(part))
             for name, parameter in lora.parameters(part).items():
@@ -147,7 +147,7 @@ def test_a_finished_adapter_brings_its_ranks_and_scalings(model_path: Path) -> N
     bottom, trunk, top = parts
     ids = torch.arange(12).reshape(2, 6)
     mine = top.logits(trunk(bottom(ids)))
-    merged = load_whole(model_path)
+    merged = load_unsplit(model_path)
     modules = dict(merged.named_modules())
     for layer in layers:
         change = (found.change(layer).up @ found.change(layer).down).float()

@@ -8,7 +8,7 @@ import sys
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from fedsplit.adaptation.methods import METHODS, REFUSED, check_method, draws_fresh, fields_of, method_of
+from fedsplit.adaptation.methods import ADAPTER_METHODS, REFUSED, check_method, draws_fresh, fields_of, method_of
 from fedsplit.allowed import PROMPTED, SettingError
 from fedsplit.config import LoraSettings
 from fedsplit.documents import as_document, build, from_document
@@ -16,14 +16,14 @@ from fedsplit.documents import as_document, build, from_document
 
 def test_every_kind_that_peft_has_is_offered_or_refused_with_a_reason() -> None:
     known = {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    offered = {method.kind.lower() for method in METHODS.values()}
+    offered = {method.kind.lower() for method in ADAPTER_METHODS.values()}
     assert offered <= known
     assert known == (offered | REFUSED.keys()) & known
-    assert not offered & REFUSED.keys() and not METHODS.keys() & REFUSED.keys()
+    assert not offered & REFUSED.keys() and not ADAPTER_METHODS.keys() & REFUSED.keys()
 
 
 def test_the_registry_names_fields_that_peft_has() -> None:
-    for name, method in METHODS.items():
+    for name, method in ADAPTER_METHODS.items():
         cls = next(cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value == method.kind)
         named = {method.rank, method.alpha, method.dropout, method.seed, *method.preset} - {None}
         assert named <= {*cls.__dataclass_fields__}, name
@@ -90,14 +90,14 @@ def test_a_kind_of_prompt_is_none_in_the_layers(kind: str) -> None:
         method_of(LoraSettings(method=kind))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
 def test_defaults_suit_every_kind(method: str) -> None:
     """And no dropout, which is what those do that know none."""
     config = build({"lora.method": method})
-    check_method(config, METHODS[method].transposed)
-    check_method(build({"lora.method": method, "lora.dropout": 0}), METHODS[method].transposed)
+    check_method(config, ADAPTER_METHODS[method].transposed)
+    check_method(build({"lora.method": method, "lora.dropout": 0}), ADAPTER_METHODS[method].transposed)
     assert from_document(as_document(config)) == config
-    assert method_of(config.lora) is METHODS[method]
+    assert method_of(config.lora) is ADAPTER_METHODS[method]
 
 
 def test_nothing_is_imported_to_refuse() -> None:

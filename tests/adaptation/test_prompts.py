@@ -27,10 +27,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import strategies
-from experiments.in_process import LocalTrunk
 from fedsplit import adapters, simulate
 from fedsplit.adaptation import lora, prompts
-from fedsplit.adaptation.adapting import adapt
+from fedsplit.adaptation.run_adapters import adapt
 from fedsplit.allowed import InputError, SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
@@ -41,13 +40,14 @@ from fedsplit.documents import build
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.finished import find_adapter, open_run
 from fedsplit.results.fitting import read_fitting
 from fedsplit.results.merging import combine, merge
 from fedsplit.seeds import derive_seed
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.codecs import make_codec
@@ -108,7 +108,7 @@ class Beside(nn.Module):
 
 def plain_peft(path: Path, name: str, given: dict[str, Tensor]) -> tuple[Any, Callable[[], dict[str, Tensor]]]:
     """The unsplit model under plain PEFT with the same virtual tokens, and what tells its gradients by our names."""
-    whole = get_peft_model(load_whole(path), PLAIN[name]()).eval()
+    whole = get_peft_model(load_unsplit(path), PLAIN[name]()).eval()
     encoder = whole.prompt_encoder["default"]
     if name == "prefix":
         order = [f"prompt_encoder.{block}.embedding.weight" for block in range(BLOCKS)]
@@ -233,7 +233,7 @@ def test_the_start_depends_on_seed_and_name_alone(tiny_models: dict[str, Path], 
 
 def test_prompts_start_from_words_and_prefixes_from_zero(tiny_models: dict[str, Path]) -> None:
     path = tiny_models["gpt2"]
-    words = load_whole(path).get_input_embeddings().weight.detach()
+    words = load_unsplit(path).get_input_embeddings().weight.detach()
     for text, tokens in (("ab", 5), ("abcdefgh", 3)):
         ids = (load_tokenizer(path)(text)["input_ids"] * 5)[:tokens]
         settings = PromptSettings(kind="prompt", tokens=tokens, init="text", text=text)
@@ -253,7 +253,7 @@ def test_only_a_partys_own_share_is_on_a_part(tiny_models: dict[str, Path]) -> N
         assert [len(lora.parameters(part)) for part in parts] == owners
         counted = [lora.count(part)["trainable"] for part in parts]
         assert counted == [sum(p.numel() for p in lora.parameters(part).values()) for part in parts]
-    whole = get_peft_model(load_whole(tiny_models["llama"]), PLAIN["prefix"]())
+    whole = get_peft_model(load_unsplit(tiny_models["llama"]), PLAIN["prefix"]())
     mine = parts_of(tiny_models["llama"], (1, 2), SETTINGS["prefix"])
     assert sum(lora.count(part)["trainable"] for part in mine) == whole.get_nb_trainable_parameters()[0]
 
@@ -378,7 +378,7 @@ def test_peft_opens_what_is_saved(tmp_path: Path, tiny_models: dict[str, Path], 
     parts = parts_of(path, (1, 2), SETTINGS[name])
     tensors = lora.read(*parts).tensors
     prompts.save(tmp_path / "whole", tensors, SETTINGS[name], path, str(path))
-    opened = PeftModel.from_pretrained(load_whole(path), str(tmp_path / "whole")).eval()
+    opened = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / "whole")).eval()
     with torch.no_grad():
         _, expected = run_parts(parts, ids, None, ids)
         assert torch.allclose(opened(input_ids=ids).logits, expected, atol=1e-6)
@@ -386,7 +386,7 @@ def test_peft_opens_what_is_saved(tmp_path: Path, tiny_models: dict[str, Path], 
     assert document["peft_type"] == prompts.PEFT_TYPES[SETTINGS[name].kind] and document["num_virtual_tokens"] == TOKENS
     assert prompts.kind_of(tmp_path / "whole") == SETTINGS[name].kind
     saved = prompts.load(tmp_path / "whole").tensors[prompts.SAVED]
-    assert saved.shape[1] == prompts.saved_width(SETTINGS[name].kind, load_whole(path).config)
+    assert saved.shape[1] == prompts.saved_width(SETTINGS[name].kind, load_unsplit(path).config)
     pieces = []
     for part in parts:
         own = prompts.of_part(tensors, part.kind, part.blocks)
@@ -395,8 +395,8 @@ def test_peft_opens_what_is_saved(tmp_path: Path, tiny_models: dict[str, Path], 
         pieces.append(load_file(tmp_path / part.kind / "adapter_model.safetensors")[prompts.SAVED])
     assert torch.equal(torch.cat(pieces, 1 if SETTINGS[name].kind == "prefix" else 0), saved)
     if SETTINGS[name].kind != "prefix":  # the trunk's has no virtual token, and changes nothing
-        empty = PeftModel.from_pretrained(load_whole(path), str(tmp_path / "trunk")).eval()
-        assert torch.equal(empty(input_ids=ids).logits, load_whole(path).eval()(input_ids=ids).logits)
+        empty = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / "trunk")).eval()
+        assert torch.equal(empty(input_ids=ids).logits, load_unsplit(path).eval()(input_ids=ids).logits)
 
 
 def finished(
@@ -423,7 +423,7 @@ def test_a_federation_reports_what_plain_peft_measures(
     path = finished(finished_run, name, model, **more)
     run, losses = open_run(path), json.loads((path / "summary.json").read_text())["eval_loss"]
     assert losses["after"] < losses["before"]
-    opened = PeftModel.from_pretrained(load_whole(run.config.model_path), str(path / "adapter"))
+    opened = PeftModel.from_pretrained(load_unsplit(run.config.model_path), str(path / "adapter"))
     assert held_out_loss(opened, path) == pytest.approx(losses["after"], abs=1e-5)
     parameters = run.summary["parameters"]
     virtual = run.config.prompt.virtual
@@ -552,5 +552,5 @@ def test_the_command_trains_prefixes_on_all_three_parts(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     trained = [summary["parameters"][part]["trainable"] for part in KINDS]
     assert trained == [4 * 2 * 128 * blocks for blocks in (1, 4, 1)]
-    opened = PeftModel.from_pretrained(load_whole(Config().model_path), str(tmp_path / "run" / "adapter"))
+    opened = PeftModel.from_pretrained(load_unsplit(Config().model_path), str(tmp_path / "run" / "adapter"))
     assert held_out_loss(opened, tmp_path / "run") == pytest.approx(summary["eval_loss"]["after"], abs=1e-5)

@@ -12,18 +12,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, without_dropout
-from flwr.app import Message, MessageType
 from local_federation import federate
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt, adopt, bare_parts
 from fedsplit.adaptation.injection import exported, make_config
 from fedsplit.adaptation.rank_allocation import RankAllocation, adapted_layers, begin, regularisation, regularise
 from fedsplit.adaptation.rank_budget import RankBudget
+from fedsplit.adaptation.run_adapters import adapt, adopt, bare_parts
 from fedsplit.adapters import open_run, summary
 from fedsplit.allowed import SettingError
 from fedsplit.client.client import Client
@@ -33,14 +31,15 @@ from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch
 from fedsplit.documents import build
 from fedsplit.evaluate import held_out_loss
-from fedsplit.federation import records
+from fedsplit.federation.messages import Answer, Request, Train
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.parts import ranges
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
 from fedsplit.trunk.learners import Start
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
 from strategies.fedavg import FedAvg
@@ -85,7 +84,7 @@ def unsplit(config: Config, blocks: range, start: Mapping[str, Tensor]) -> Any:
 
     PEFT takes the mean of its regularisation over these alone; its weight makes up for it.
     """
-    base = load_whole(config.model_path)
+    base = load_unsplit(config.model_path)
     family = FAMILIES[base.config.model_type]
     options = json.loads(config.lora.options)
     options["orth_reg_weight"] = options["orth_reg_weight"] * len(blocks) / BLOCKS
@@ -194,9 +193,9 @@ def test_the_parts_regularisation_is_the_whole_models(cut: str, model_path: Path
     expected = {name: p.grad for name, p in trained(whole).items() if p.grad is not None}
     found: dict[str, Tensor] = {}
     for part in parts:
-        found |= regularisation(lora.parameters(part), part.budget) if part.budget else {}
+        found |= regularisation(lora.parameters(part), part.rank_budget) if part.rank_budget else {}
     assert same(found, expected) and len(found) == 2 * adapted_layers(config, parts[0].family)
-    halves = [regularisation(lora.parameters(part), part.budget, 0.5) for part in parts]
+    halves = [regularisation(lora.parameters(part), part.rank_budget, 0.5) for part in parts]
     assert all(torch.equal(gradient * 2, expected[name]) for half in halves for name, gradient in half.items())
 
 
@@ -401,7 +400,7 @@ def test_every_schedule_deals_ranks_out_and_its_adapter_opens(
     assert federation.summary is not None
     assert federation.summary["eval_loss"]["after"] < federation.summary["eval_loss"]["before"]
     folder = tmp_path / "run" / "adapter"
-    opened = PeftModel.from_pretrained(load_whole(config.model_path), str(folder)).eval()
+    opened = PeftModel.from_pretrained(load_unsplit(config.model_path), str(folder)).eval()
     assert held_out_loss(opened, tmp_path / "run") == pytest.approx(federation.summary["eval_loss"]["after"], abs=1e-5)
     assert json.loads((folder / "adapter_config.json").read_text())["total_step"] == 6
     kept = [int(t.count_nonzero()) for n, t in result(tmp_path / "run").items() if n.endswith(".lora_E")]
@@ -427,11 +426,10 @@ class Killed(Exception):
     """The end of a process."""
 
 
-def kill_in_round_three(message: Message, reply: Message) -> Message:
-    trains = message.metadata.message_type == MessageType.TRAIN
-    if trains and records.config_of(message)[records.ROUND] == 3:
+def kill_in_round_three(request: Request, answer: Answer) -> Answer:
+    if isinstance(request, Train) and request.round == 3:
         raise Killed
-    return reply
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -511,7 +509,7 @@ def test_each_parts_budget_goes_by_its_layers(tiny_models: dict[str, Path]) -> N
     numbers = ranges(BLOCKS, config.bounds)
     assert adapted_layers(config, parts[0].family) == 3 * 4
     for part in parts:
-        allocation = begin(lora.parameters(part), part.budget)
+        allocation = begin(lora.parameters(part), part.rank_budget)
         blocks = len(numbers[part.kind])
         assert (allocation is None) == (blocks == 0)
         if allocation is not None:

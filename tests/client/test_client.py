@@ -13,7 +13,6 @@ from conftest import VOCABULARY, without_dropout
 from peft import get_peft_model
 from transformers import get_scheduler
 
-from experiments.in_process import LocalTrunk
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.client import Client, Diverged
@@ -25,9 +24,10 @@ from fedsplit.documents import build
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Task
 from fedsplit.wire.codecs import Codec, make_codec
@@ -73,7 +73,7 @@ def make_client(
 
 def unsplit(path: Path, start: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.nn.Parameter]]:
     """The unsplit model under PEFT, without any dropout, and its adapter by exported name, with these values."""
-    base = load_whole(path)
+    base = load_unsplit(path)
     settings_of = LoraSettings(rank=(2,), dropout=0.0)
     whole = get_peft_model(base, make_config(settings_of, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
@@ -247,7 +247,7 @@ def test_a_step_is_the_unsplit_models_to_the_bit(model_path: Path) -> None:
     for number, kind in enumerate(("completions", "texts", "equal")):
         rows = padded_rows(kind)
         loss = client.step(rows.ids, StepKey(1, 0, number), rows.mask, rows.labels)
-        whole = load_whole(model_path)(input_ids=rows.ids, attention_mask=rows.mask, labels=rows.labels)
+        whole = load_unsplit(model_path)(input_ids=rows.ids, attention_mask=rows.mask, labels=rows.labels)
         assert torch.equal(loss, whole.loss.detach()), kind
 
 
@@ -426,7 +426,7 @@ def test_clipping_is_by_the_norm_over_all_that_learns(model_path: Path, schedule
     server.end_round([0])
     after = server.learners.copies()[0].adapters if schedule == "copies" else server.learners.read()
     moved = {n: start[n] - t for n, t in {**update.adapters.tensors, **after.tensors}.items()}
-    base = load_whole(model_path)
+    base = load_unsplit(model_path)
     settings_of = LoraSettings(rank=(2,), dropout=0.0)
     whole = get_peft_model(base, make_config(settings_of, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}

@@ -13,7 +13,7 @@ from test_client import make_client, padded_rows
 from fedsplit.client.heldout import held_out_batches, measure, sample, through_split
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.scores import Score, pooled
 
 
@@ -34,7 +34,7 @@ def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
     batches = held_out_batches(client.shard, 100, 3)
     measured = pooled(through_split(client, given, 0, batches))
     with torch.no_grad():
-        expected = float(load_whole(model_path)(input_ids=blocks, labels=blocks).loss)
+        expected = float(load_unsplit(model_path)(input_ids=blocks, labels=blocks).loss)
     assert measured.loss == pytest.approx(expected, rel=1e-6)
     assert measured.tokens == 7 * 8
     assert [part.tokens for part in through_split(client, given, 0, held_out_batches(client.shard, 2, 3))] == [2 * 8]
@@ -47,7 +47,7 @@ def test_padded_sequences_are_pooled_by_what_they_predict(model_path: Path) -> N
     rows = padded_rows("completions")
     client = replace(client, shard=Shard("ann", rows, rows))
     measured = through_split(client, given, 0, held_out_batches(client.shard, 100, 2))
-    whole, nats = load_whole(model_path), 0.0
+    whole, nats = load_unsplit(model_path), 0.0
     with torch.no_grad():
         for one in rows.split(1):
             nats += float(whole(input_ids=one.ids, labels=one.labels).loss) * one.predicted

@@ -166,7 +166,7 @@ def test_no_token_is_in_two_turns(opened: Any) -> None:
         messages("the pe", "ople of"),
     )
     ((ids, labels),) = read_chat(tokenizer, chat)
-    assert ids != tokenizer.written(["the people of"])[0]
+    assert ids != tokenizer.encode_verbatim(["the people of"])[0]
     (_, before), (said, after) = parts(ids, labels)
     assert said and tokenizer.library.decode(after) == "ople of"
     assert before == generate._tokenise(tokenizer.library, ["the pe"], True, "")[0]

@@ -49,5 +49,5 @@ def test_tokens_decode_to_the_text() -> None:
     from tokenizers import Tokenizer
 
     (document,) = sotu(1790, 1790)[:1]
-    (ids,) = open_tokenizer(BUNDLED_MODEL).whole([document.text])
+    (ids,) = open_tokenizer(BUNDLED_MODEL).encode([document.text])
     assert Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json")).decode(ids) == document.text

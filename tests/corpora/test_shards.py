@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch, on_disks, read_shard, spread, write_shard
-from fedsplit.model.store import LostState
+from fedsplit.state.client_store import LostState
 
 IDS = torch.arange(12).reshape(3, 4)
 KINDS = {

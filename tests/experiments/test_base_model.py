@@ -14,7 +14,7 @@ import torch
 
 from fedsplit.config import BUNDLED_MODEL
 from fedsplit.corpora.corpus import pack, sotu
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer, open_tokenizer
 
 EXPERIMENT = Path("experiments/base_model")
@@ -30,17 +30,17 @@ def test_it_has_the_loss_that_its_record_says(record: dict) -> None:
     names = record["validated_on"]
     documents = [document for document in sotu(last_year=1945) if document.name in names]
     assert [document.name for document in documents] == names
-    ids = open_tokenizer(BUNDLED_MODEL).whole([document.text for document in documents])
+    ids = open_tokenizer(BUNDLED_MODEL).encode([document.text for document in documents])
     blocks = torch.tensor(pack(ids, 256, 0))[::16]
     with torch.no_grad():
-        loss = float(load_whole(BUNDLED_MODEL)(input_ids=blocks, labels=blocks).loss)
+        loss = float(load_unsplit(BUNDLED_MODEL)(input_ids=blocks, labels=blocks).loss)
     assert loss == pytest.approx(record["validation_loss"], abs=0.1)
     assert record["validation_loss"] < 3.42
 
 
 def test_it_was_trained_as_the_configuration_says(record: dict) -> None:
     assert record["config"] == tomllib.loads((EXPERIMENT / "config.toml").read_text())
-    assert record["parameters"] == load_whole(BUNDLED_MODEL).num_parameters()
+    assert record["parameters"] == load_unsplit(BUNDLED_MODEL).num_parameters()
     rows = list(csv.DictReader((EXPERIMENT / "curve.csv").open()))
     assert int(rows[-1]["step"]) == record["config"]["train"]["steps"]
     assert float(rows[-1]["validation_loss"]) == pytest.approx(record["validation_loss"], abs=0.01)
@@ -65,4 +65,4 @@ def test_the_script_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert 3 < result["validation_loss"] < 8
-    assert load_whole(tmp_path / "m").num_parameters() == result["parameters"]
+    assert load_unsplit(tmp_path / "m").num_parameters() == result["parameters"]

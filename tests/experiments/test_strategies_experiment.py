@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.in_process import Silent, trunk_of
 from experiments.strategies import aggregate_speed, report, run
 from fedsplit.corpora import partition
-from fedsplit.federation import client_app
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.strategy import check_strategy, load_strategy
 from strategies import STRATEGIES
@@ -87,15 +85,6 @@ def test_what_was_run_with_other_settings_is_run_again() -> None:
     assert run.still_good(old, PLAN, [case]) == [record]
     assert not run.still_good(old, other, [case]) and not run.still_good(old, PLAN, [])
     assert not run.still_good({**old, "records": [{**record, "failed": "why"}]}, PLAN, [case])
-
-
-def test_a_trunk_of_this_process_is_found_as_long_as_it_lasts(tiny: dict[str, Any]) -> None:
-    config, find = run.settings(tiny, next(run.cases(tiny))), client_app.find_trunk
-    with pytest.raises(KeyError), trunk_of(config, "run") as trunk:
-        assert client_app.find_trunk("any") is trunk
-        raise KeyError
-    assert client_app.find_trunk is find
-    Silent().line("nothing")
 
 
 def record(side: str, seed: int, perplexity: float, **other: Any) -> dict[str, Any]:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from fedsplit.config import Config
-from fedsplit.federation.aggregation import (
-    FederationFailed,
-    FlowerAggregation,
-    OwnAggregation,
-    make_aggregation,
-    sampled,
-    strategy_defaults,
-)
+from fedsplit.federation.aggregation import OwnAggregation, make_aggregation, sampled, strategy_defaults
+from fedsplit.federation.clients import ClientNode, FederationFailed
+from fedsplit.federation.flower_strategy import FlowerAggregation
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Layer, RefusedUpdate, Task
 
 START = Adapters({"l.lora_A.weight": torch.zeros(1, 2), "l.lora_B.weight": torch.zeros(2, 1)}, {"l": Layer(1.0, False)})
+
+
+@dataclass
+class Roster:
+    """No clients: a strategy of ours is told their numbers by the configuration."""
+
+    nodes: list[ClientNode] = field(default_factory=list)
+    grid: None = None
 
 
 class Counting:
@@ -37,13 +40,13 @@ def test_state_goes_from_round_to_round() -> None:
     aggregation = OwnAggregation(Counting(), Config())
     adapters = START
     for round in (1, 2, 3):
-        adapters = aggregation.aggregate(round, adapters, [], [ClientUpdate(0, START, 1)])
+        adapters = aggregation.aggregate(round, adapters, [ClientUpdate(0, START, 1)], [])
     assert set(adapters.tensors["l.lora_A.weight"].flatten().tolist()) == {1.0 + 2.0 + 3.0}
 
 
 def test_everybody_gets_the_adapters_unless_the_strategy_says_otherwise() -> None:
     config = Config(clients=3)
-    assigned = OwnAggregation(Counting(), config).assign(1, START, None)
+    assigned = OwnAggregation(Counting(), config).assign(1, START, Roster())
     assert sorted(assigned) == [0, 1, 2]
     assert all(one.adapters.tensors.keys() == START.tensors.keys() for one in assigned.values())
 
@@ -51,7 +54,7 @@ def test_everybody_gets_the_adapters_unless_the_strategy_says_otherwise() -> Non
         def broadcast(self, state, adapters, client):
             return None if client.client == 1 else Assignment(adapters, Task(proximal=client.rank))
 
-    assigned = OwnAggregation(Resting(), config).assign(1, START, None)
+    assigned = OwnAggregation(Resting(), config).assign(1, START, Roster())
     assert {client: one.task.proximal for client, one in assigned.items()} == {0: 8, 2: 8}
 
 
@@ -98,7 +101,7 @@ class Broken(Counting):
 )
 def test_a_strategy_that_fails_is_named(result, error, message) -> None:
     with pytest.raises(error, match=message) as caught:
-        OwnAggregation(Broken(result), Config()).aggregate(3, START, [], [ClientUpdate(0, START, 1)])
+        OwnAggregation(Broken(result), Config()).aggregate(3, START, [ClientUpdate(0, START, 1)], [])
     assert "\n" not in str(caught.value)
 
 
@@ -132,7 +135,7 @@ class Giving(Counting):
 )
 def test_an_assignment_that_nobody_can_train_from_is_the_strategys_fault(given, message) -> None:
     with pytest.raises(FederationFailed, match=message) as caught:
-        OwnAggregation(Giving(given), Config(clients=2)).assign(2, START, None)
+        OwnAggregation(Giving(given), Config(clients=2)).assign(2, START, Roster())
     assert "\n" not in str(caught.value)
 
 
@@ -146,15 +149,17 @@ def test_an_assignment_that_nobody_can_train_from_is_the_strategys_fault(given, 
 )
 def test_a_state_that_cannot_be_saved_is_the_strategys_fault(state, message) -> None:
     with pytest.raises(FederationFailed, match=f"Giving failed in round 1: TypeError: {message}"):
-        OwnAggregation(Giving(state=state), Config()).aggregate(1, START, [], [ClientUpdate(0, START, 1)])
+        OwnAggregation(Giving(state=state), Config()).aggregate(1, START, [ClientUpdate(0, START, 1)], [])
 
 
 def test_other_types_of_numbers_become_those_of_the_adapters() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         given = START.with_tensors({n: (t + 1).to(dtype) for n, t in START.tensors.items()})
-        assigned = OwnAggregation(Giving(lambda a, g=given: Assignment(g)), Config(clients=1)).assign(1, START, None)
+        assigned = OwnAggregation(Giving(lambda a, g=given: Assignment(g)), Config(clients=1)).assign(
+            1, START, Roster()
+        )
         result = OwnAggregation(Broken(lambda a, g=given: g), Config()).aggregate(
-            1, START, [], [ClientUpdate(0, START, 1)]
+            1, START, [ClientUpdate(0, START, 1)], []
         )
         for found in (assigned[0].adapters, result):
             assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}

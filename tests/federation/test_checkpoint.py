@@ -24,6 +24,9 @@ from test_lora import adapted
 from fedsplit.adaptation import lora
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config, DataSettings, LoraSettings, TrainSettings, TrunkSettings
+from fedsplit.durable import NotWritten
+from fedsplit.events import RunEnded
+from fedsplit.events.files import SummaryFile, append_document
 from fedsplit.federation.checkpoint import (
     RunFolder,
     Snapshot,
@@ -31,12 +34,12 @@ from fedsplit.federation.checkpoint import (
     check_folder,
     check_resumable,
     last_round,
-    write_whole,
 )
 from fedsplit.federation.manifest import Content, Damaged
 from fedsplit.flags import parse
 from fedsplit.lowrank import LowRank
-from fedsplit.model.store import ClientStore, FoldLog, Kept, NotWritten
+from fedsplit.state.client_store import ClientState, ClientStore
+from fedsplit.state.fold_log import FoldLog
 
 CONTENT = Content("data", {"config.json": "one", "model.safetensors": "two"})
 
@@ -48,6 +51,14 @@ def folder(tmp_path: Path, tiny_models: dict[str, Path]) -> RunFolder:
     made = RunFolder(tmp_path / "run", config, parts[0].family, BLOCKS, CONTENT)
     made.whole = lora.read(*parts)  # type: ignore[attr-defined]
     return made
+
+
+def log(folder: RunFolder, document: dict[str, Any]) -> None:
+    append_document(folder.path / "metrics.jsonl", document)
+
+
+def sum_up(folder: RunFolder, summary: dict[str, Any]) -> None:
+    SummaryFile(folder.path).handle(RunEnded(summary=summary, folder=str(folder.path)))
 
 
 def going(folder: RunFolder, rounds: int) -> Config:
@@ -70,16 +81,10 @@ def test_a_folder_that_another_run_made_meanwhile_is_refused_and_left_as_it_is(f
     assert (folder.path / "config.toml").read_text() == before
 
 
-def test_events_are_a_line_each(folder: RunFolder) -> None:
-    folder.log({"round": 1})
-    folder.log({"round": 2})
-    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in lines] == [1, 2]
-
-
 def test_a_finished_run_has_every_file_and_each_part_its_own_blocks(folder: RunFolder) -> None:
     folder.save_round(snapshot(1), folder.whole)
-    folder.save_result(folder.whole, {"seed": 0})
+    folder.save_result(folder.whole)
+    sum_up(folder, {"seed": 0})
     found = {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
     pair = ("adapter_config.json", "adapter_model.safetensors")
     places = ("adapter", "bottom_lora", "trunk_lora", "top_lora", "checkpoints/round-0001")
@@ -112,9 +117,9 @@ def test_a_run_goes_on_from_its_last_whole_round(folder: RunFolder) -> None:
     """What came after it, or was cut off in the middle of a line, is dropped."""
     assert folder.snapshot() is None
     for round in (1, 2):
-        folder.log({"event": "train", "round": round})
+        log(folder, {"event": "train", "round": round})
         folder.save_round(snapshot(round), folder.whole)
-    folder.log({"event": "train", "round": 3})
+    log(folder, {"event": "train", "round": 3})
     (folder.path / "checkpoints" / ".round-0003.draft").mkdir()
     with open(folder.path / "metrics.jsonl", "a") as file:
         file.write('{"event": "evaluate", "rou')
@@ -133,7 +138,7 @@ def test_what_cannot_go_on_is_refused(folder: RunFolder, tmp_path: Path) -> None
     for path in (folder.path, tmp_path / "nowhere"):
         with pytest.raises(SettingError, match=r"^resume: .*allowed: the folder of a run that ended one round"):
             check_resumable(path, going(folder, 5))
-    folder.log({"round": 1})
+    log(folder, {"round": 1})
     folder.save_round(snapshot(1), folder.whole)
     folder.save_round(snapshot(2), folder.whole)
     check_resumable(folder.path, going(folder, 3))
@@ -161,7 +166,7 @@ def test_a_round_is_read_as_it_was_written(folder: RunFolder) -> None:
         expected = whole.change(name) + folded.to(torch.float64) if name == layer else whole.change(name)
         found = back.change(name)
         assert torch.allclose(found.up @ found.down, expected.up @ expected.down, atol=1e-6), name
-    folder.save_result(back, {})
+    folder.save_result(back)
     round = folder.path / "checkpoints" / "round-0001"
     written, left = (load_file(place / "adapter_model.safetensors") for place in (round, folder.path / "adapter"))
     assert left.keys() == written.keys() and all(torch.equal(tensor, written[name]) for name, tensor in left.items())
@@ -181,7 +186,7 @@ def _leave_more_in(round: Path) -> None:
 
 def test_files_that_nobody_reads_stop_nobody(folder: RunFolder) -> None:
     """Neither a run that goes on nor one that comes to its end; the adapters are those that were written."""
-    folder.log({"round": 1})
+    log(folder, {"round": 1})
     folder.save_round(snapshot(1), folder.whole)
     _leave_more_in(folder.path / "checkpoints" / "round-0001")
     check_resumable(folder.path, going(folder, 5))
@@ -212,7 +217,7 @@ def test_a_folder_that_cannot_be_written_is_refused() -> None:
 
 def two_rounds(folder: RunFolder) -> None:
     for round in (1, 2):
-        folder.log({"round": round})
+        log(folder, {"round": round})
         folder.save_round(snapshot(round), folder.whole)
 
 
@@ -244,13 +249,13 @@ def test_another_rounds_files_are_found(folder: RunFolder) -> None:
 
 def test_what_clients_and_the_server_keep_elsewhere_is_known_too(folder: RunFolder) -> None:
     """Of the round that the server accepted; what a later attempt left is nothing of it."""
-    folder.log({"round": 1})
+    log(folder, {"round": 1})
     FoldLog(folder.folds).append(1, {"x": LowRank(torch.ones(2, 1), torch.ones(1, 2))})
     store = ClientStore(folder.clients, 3)
-    store.save(1, Kept(personal={"y": torch.ones(2)}), 0)
+    store.save(1, ClientState(personal={"y": torch.ones(2)}), 0)
     facts = {"after": 2.5, "accepted": {"3": 1, "4": 1}}
     folder.save_round(Snapshot(1, facts, {}), folder.whole)
-    store.save(2, Kept(personal={"y": torch.zeros(2)}), 1)
+    store.save(2, ClientState(personal={"y": torch.zeros(2)}), 1)
     FoldLog(folder.folds).append(2, {})
     check_resumable(folder.path, going(folder, 5))
     moved = folder.path.with_name("moved")
@@ -317,10 +322,10 @@ def test_other_data_or_another_model_are_named(folder: RunFolder, content: Conte
 
 def test_a_damaged_best_round_is_not_left_as_the_result(folder: RunFolder) -> None:
     """Nor does a run go on that may have to leave it."""
-    folder.log({"round": 1})
+    log(folder, {"round": 1})
     folder._config = dataclasses.replace(folder._config, keep_best=True)
     for round in (1, 2):
-        ClientStore(folder.clients, 0).save(round, Kept(personal={"y": torch.ones(2)}), round)
+        ClientStore(folder.clients, 0).save(round, ClientState(personal={"y": torch.ones(2)}), round)
         facts = {"after": float(round), "course": {"best": 1, "waited": 1}, "accepted": {"0": round}}
         folder.save_round(Snapshot(round, facts, {}), folder.whole)
     check_resumable(folder.path, going(folder, 5))  # what clients kept of the best round is gone, as it should be
@@ -358,12 +363,14 @@ def full_disk(limit: int) -> Iterator[None]:
 @pytest.mark.parametrize("limit", [0, 700, 6000])
 def test_what_there_was_before_a_full_disk_stays_whole(folder: RunFolder, limit: int) -> None:
     two_rounds(folder)
-    folder.save_result(folder.whole, {"last_round": 2})
+    folder.save_result(folder.whole)
+    sum_up(folder, {"last_round": 2})
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     works = {
         "round-0003": lambda: folder.save_round(snapshot(3), folder.whole),
         "round-0002": lambda: folder.save_round(snapshot(2), folder.whole),
-        "adapter": lambda: folder.save_result(folder.whole, {"last_round": 3}),
+        "adapter": lambda: folder.save_result(folder.whole),
+        "summary.json": lambda: sum_up(folder, {"last_round": 3, "more": "x" * 7000}),
         "data.json": lambda: folder.save_data({"clients": ["x" * 7000]}),
     }
     for name, work in works.items():
@@ -371,20 +378,6 @@ def test_what_there_was_before_a_full_disk_stays_whole(folder: RunFolder, limit:
             work()
     assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
     check_resumable(folder.path, going(folder, 5))
-
-
-def test_a_folder_comes_back_where_a_process_ended_between_two_renames(tmp_path: Path) -> None:
-    (tmp_path / ".out.before").mkdir()
-    (tmp_path / ".out.before" / "file").write_text("old")
-
-    def crash(draft: Path) -> None:
-        raise OSError("no space left")
-
-    with pytest.raises(NotWritten, match=r"out could not be written \(no space left\); what was there before is whole"):
-        write_whole(tmp_path / "out", crash)
-    assert (tmp_path / "out" / "file").read_text() == "old"
-    write_whole(tmp_path / "out", lambda draft: (draft / "file").write_text("new") and None)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize(

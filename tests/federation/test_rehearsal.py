@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import FedProx as FlowerFedProx
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt, bare_parts, outline
+from fedsplit.adaptation.run_adapters import adapt, bare_parts, outline
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.documents import build

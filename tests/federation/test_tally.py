@@ -11,11 +11,16 @@ from fedsplit.federation.tally import Tally
 
 def test_bytes_of_a_round_are_those_since_the_last() -> None:
     tally = Tally(0.0)
+
+    def crossed(trunk: dict[str, int]) -> dict[str, int]:
+        return {kind: size for kind, size in tally.bytes_of_round(trunk).items() if size}
+
     tally.traffic["adapter_up"] += 5
-    assert tally.adapter_bytes() == {"up": 5, "down": 0}
-    tally.traffic += Counter(adapter_up=2, adapter_down=7)
-    assert tally.adapter_bytes() == {"up": 2, "down": 7}
-    assert tally.adapter_bytes() == {"up": 0, "down": 0}
+    assert crossed({"gradient_up": 3}) == {"adapter_up": 5, "gradient_up": 3}
+    tally.traffic += Counter(adapter_up=2, adapter_down=7, evaluation_adapter_down=4)
+    trunk = {"gradient_up": 4, "evaluation_activation_down": 6}
+    assert crossed(trunk) == {"adapter_up": 2, "adapter_down": 7, "gradient_up": 1, "evaluation_down": 10}
+    assert crossed(trunk) == {}
 
 
 def test_the_summary_adds_up_what_both_have_counted() -> None:
@@ -34,7 +39,8 @@ def test_a_run_that_goes_on_adds_to_what_was_there() -> None:
     document = json.loads(json.dumps(first.document({"activation_up": 8})))
     again = Tally(time.perf_counter()).go_on(document)
     assert 10 <= again.seconds < 60 and (again.tokens, again.client_memory) == (30, 9)
-    assert again.adapter_bytes() == {"up": 0, "down": 0}
+    assert set(again.bytes_of_round({}).values()) == {0}
+    assert again.bytes_of_round({"activation_up": 2})["activation_up"] == 2
     again.traffic["adapter_up"] += 1
     assert again.summary({"activation_up": 1})["bytes"]["activation_up"] == 9
     assert again.summary({})["bytes"]["adapter_up"] == 5

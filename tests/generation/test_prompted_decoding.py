@@ -21,7 +21,7 @@ from split_models import NEW, RAW, Here, ends_of, walked
 from torch import Tensor
 
 from fedsplit import generate
-from fedsplit.adaptation import adapting, lora, prompts
+from fedsplit.adaptation import lora, prompts, run_adapters
 from fedsplit.config import PromptSettings
 from fedsplit.documents import build
 from fedsplit.evaluate import evaluate
@@ -30,7 +30,7 @@ from fedsplit.generation.transcript import Detokeniser
 from fedsplit.model.caches import Past
 from fedsplit.model.split import load_parts
 from fedsplit.model.token_ids import end_tokens
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import open_run
 from fedsplit.trunk.sessions import Sessions
@@ -76,13 +76,13 @@ def adopted(path: Path, name: str, folder: Path, cut: tuple[int, int], kernels: 
     """Parts with what was exported, as `generate` makes them."""
     config = replace(build({"model": str(path)}), prompt=SETTINGS[name])
     parts = load_parts(path, cut, KINDS, kernels=kernels)
-    adapting.adopt(folder, config, *parts)
+    run_adapters.adopt(folder, config, *parts)
     return [part.eval() for part in parts]
 
 
 def opened(path: Path, folder: Path) -> Any:
     """The unsplit model with what was exported, by PEFT; nothing ends a text of it."""
-    base = load_whole(path)
+    base = load_unsplit(path)
     base.generation_config.eos_token_id, base.generation_config.pad_token_id = None, 0
     return PeftModel.from_pretrained(base, str(folder)).eval()
 
@@ -122,7 +122,7 @@ def test_every_logit_is_plain_pefts_to_the_bit(
             assert torch.equal(found, logits), f"cut {cut}, {len(texts)} prompts"
             assert torch.equal(found.argmax(-1), tokens)
         assert len(here.sessions) == 0
-    alone = load_whole(path).eval()(input_ids=torch.tensor(SHORT)).logits[:, -1]
+    alone = load_unsplit(path).eval()(input_ids=torch.tensor(SHORT)).logits[:, -1]
     assert not torch.allclose(alone, references[1][0][:, 0], atol=0.01), "it makes no difference"
 
 
@@ -148,7 +148,7 @@ def test_what_encoders_made_is_all_that_writing_takes(
 def test_what_was_exported_is_on_its_parts_and_no_more(name: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     path = tiny_models["gpt2"]
     whole = prompts.flattened(
-        lora.read(*exported(path, name, tmp_path)).tensors, SETTINGS[name], load_whole(path).config
+        lora.read(*exported(path, name, tmp_path)).tensors, SETTINGS[name], load_unsplit(path).config
     )
     parts = adopted(path, name, tmp_path, (1, 2))
     named = {n: tensor for part in parts for n, tensor in lora.read(part).tensors.items()}
@@ -260,7 +260,7 @@ def test_a_finished_run_writes_and_is_measured_as_its_exported_adapter(
     run, said = open_run(path), []
     job = generate.check(_asked(path))
     parts = load_parts(run.config.model_path, run.config.bounds, KINDS, kernels="library")
-    adapting.adopt(job.adapter.folder, job.config, *parts)
+    run_adapters.adopt(job.adapter.folder, job.config, *parts)
     ends, here = ends_of(parts)
 
     @contextlib.contextmanager

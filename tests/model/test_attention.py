@@ -9,20 +9,20 @@ import torch
 from conftest import VOCABULARY
 from transformers import AutoConfig
 
-from fedsplit.model.attention import quicken, widen
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.attention import use_float32_attention, use_tanh_gelu
+from fedsplit.model.unsplit import load_unsplit
 
 
 @torch.no_grad()
 def test_narrow_attention_is_that_of_float32_rounded_once(model_path: Path) -> None:
     """As close to the model in float32 as the library's own, which rounds within attention as well."""
     ids = torch.randint(1, VOCABULARY, (4, 17), generator=torch.Generator().manual_seed(0))
-    exact = load_whole(model_path)(ids).logits
+    exact = load_unsplit(model_path)(ids).logits
     errors = []
     for wide in (False, True):
-        whole = load_whole(model_path, torch.bfloat16)
+        whole = load_unsplit(model_path, torch.bfloat16)
         if wide:
-            widen(whole.config, torch.bfloat16)
+            use_float32_attention(whole.config, torch.bfloat16)
             assert whole.config._attn_implementation != "sdpa"
         errors.append(float((whole(ids).logits.float() - exact).norm() / exact.norm()))
     assert 0 < errors[1] < 0.02
@@ -33,15 +33,15 @@ def test_narrow_attention_is_that_of_float32_rounded_once(model_path: Path) -> N
 def test_the_librarys_choice_stays_where_it_is_no_narrow_sdpa(model_path: Path, kind: str, dtype: torch.dtype) -> None:
     config = AutoConfig.from_pretrained(model_path)
     config._attn_implementation = kind
-    widen(config, dtype)
+    use_float32_attention(config, dtype)
     assert config._attn_implementation == kind
 
 
 def test_torchs_gelu_is_chosen_for_the_same_function(tiny_models: dict[str, Path]) -> None:
     config = AutoConfig.from_pretrained(tiny_models["gpt2"])
     assert config.activation_function == "gelu_new"
-    quicken(config)
+    use_tanh_gelu(config)
     assert config.activation_function == "gelu_pytorch_tanh"
     other = AutoConfig.from_pretrained(tiny_models["llama"])
-    quicken(other)
+    use_tanh_gelu(other)
     assert other.hidden_act == "silu"

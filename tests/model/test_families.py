@@ -12,11 +12,11 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from fedsplit.allowed import SettingError
 from fedsplit.config import BUNDLED_MODEL
 from fedsplit.model.families import FAMILIES, family_of, read_facts, read_pad
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 
 
 def test_facts_are_those_of_the_library(any_model_path: Path) -> None:
-    facts, config = read_facts(any_model_path), load_whole(any_model_path).config
+    facts, config = read_facts(any_model_path), load_unsplit(any_model_path).config
     assert (facts.blocks, facts.positions) == (config.num_hidden_layers, config.max_position_embeddings)
     assert (facts.end, facts.width) == (config.eos_token_id, config.hidden_size)
 
@@ -24,7 +24,7 @@ def test_facts_are_those_of_the_library(any_model_path: Path) -> None:
 def test_every_record_names_what_is_there(tiny_models: dict[str, Path]) -> None:
     assert FAMILIES.keys() == CONFIGS.keys()
     for name, family in FAMILIES.items():
-        whole = load_whole(tiny_models[name])
+        whole = load_unsplit(tiny_models[name])
         decoder = whole.get_submodule(family.decoder)
         named = (family.blocks, family.embedding, family.norm, family.positions, family.dropout, family.rotary)
         assert all(hasattr(decoder, attribute) for attribute in named if attribute)

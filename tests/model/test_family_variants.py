@@ -11,7 +11,7 @@ from conftest import CONFIGS
 from test_split import CUTS, _compare, _pair
 from transformers import AutoModelForCausalLM
 
-from fedsplit.model.stored import check_checkpoint
+from fedsplit.model.checkpoint_reader import check_checkpoint
 
 _ROPE = {"rope_theta": 10.0, "original_max_position_embeddings": 8}
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from fedsplit.allowed import SettingError
 from fedsplit.model import gguf_files
+from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.devices import TYPES
 from fedsplit.model.families import read_facts
 from fedsplit.model.split import load_parts
-from fedsplit.model.stored import check_checkpoint
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import open_tokenizer
 
 pytest.importorskip("gguf")
@@ -40,11 +40,11 @@ def test_a_file_in_float32_is_the_model_it_was_made_from(tmp_path: Path, tiny_mo
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     folder = gguf_files.unpack(file, "fp32")
     check_checkpoint(folder)
-    expected = load_whole(source)(input_ids=IDS).logits
-    assert torch.equal(load_whole(folder)(input_ids=IDS).logits, expected)
+    expected = load_unsplit(source)(input_ids=IDS).logits
+    assert torch.equal(load_unsplit(folder)(input_ids=IDS).logits, expected)
     bottom, trunk, top = load_parts(folder, (1, 2), ["bottom", "trunk", "top"])
     assert torch.equal(top.logits(trunk(bottom(IDS))), expected)
-    facts, original = read_facts(gguf_files.about(file)), read_facts(source)
+    facts, original = read_facts(gguf_files.config_folder(file)), read_facts(source)
     assert facts == original
 
 
@@ -73,16 +73,16 @@ def test_weights_are_those_that_transformers_reads(
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="tiny.gguf", dtype=TYPES[dtype], quantization_config=GgufConfig(dequantize=True)
     )
-    mine = load_whole(folder, TYPES[dtype])
+    mine = load_unsplit(folder, TYPES[dtype])
     for name, parameter in theirs.named_parameters():
         assert torch.equal(mine.get_parameter(name), parameter), name
     assert torch.equal(mine(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
-    assert not torch.equal(mine(input_ids=IDS).logits, load_whole(tiny_models["llama"])(input_ids=IDS).logits)
+    assert not torch.equal(mine(input_ids=IDS).logits, load_unsplit(tiny_models["llama"])(input_ids=IDS).logits)
 
 
 def test_the_tokenizer_comes_along(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
-    folder = gguf_files.about(write_gguf(tmp_path / "tiny.gguf", tiny_models["llama"]))
-    (ids,) = open_tokenizer(folder).whole(["To the\nend<|endoftext|>"])
+    folder = gguf_files.config_folder(write_gguf(tmp_path / "tiny.gguf", tiny_models["llama"]))
+    (ids,) = open_tokenizer(folder).encode(["To the\nend<|endoftext|>"])
     assert [TOKENS[number] for number in ids] == [*"ToĠ", "th", *"eĊend", "<|endoftext|>"]
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
 

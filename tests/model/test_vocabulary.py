@@ -36,7 +36,7 @@ def older(tmp_path: Path) -> Path:
 
 def test_older_files_give_the_same_tokens(older: Path) -> None:
     assert not (older / "tokenizer.json").exists()
-    assert open_tokenizer(older).whole([TEXT]) == open_tokenizer(BUNDLED_MODEL).whole([TEXT])
+    assert open_tokenizer(older).encode([TEXT]) == open_tokenizer(BUNDLED_MODEL).encode([TEXT])
 
 
 def test_the_ready_file_goes_first(older: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_tokenizer_model_alone_gives_the_tokens_of_sentencepiece(
     text = "the peace of the states: naïve 🦅 1946"
     expected = pieces.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
     assert len(expected) > 10
-    assert open_tokenizer(tmp_path).written([text]) == [expected]
+    assert open_tokenizer(tmp_path).encode_verbatim([text]) == [expected]
     assert load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"] == expected
 
 
@@ -138,7 +138,7 @@ def test_a_completion_goes_on_where_generation_would(kind: str, tmp_path: Path) 
     file.write_text("\n".join(json.dumps({"prompt": prompt, "completion": said}) for prompt, said in pairs))
     found = all_text(str(file), 500, tmp_path, end)["pairs"]
     library = load_tokenizer(tmp_path)
-    prompts = open_tokenizer(tmp_path).opening([prompt for prompt, _ in pairs])
+    prompts = open_tokenizer(tmp_path).encode_prompt([prompt for prompt, _ in pairs])
     assert prompts[:3] == generate._tokenise(library, [prompt for prompt, _ in pairs[:3]], False, "")
     for (prompt, said), before, ids, labels in zip(pairs, prompts, rows_of(found), found.labels.tolist(), strict=True):
         assert ids[: len(before)] == before and ids[-1] == end
@@ -167,8 +167,8 @@ def test_texts_with_special_tokens_are_encoded_as_by_transformers(kind: str, spl
     tokenizer.library.pad_token = tokenizer.library.eos_token
     tokenizer.library(texts, padding=True, truncation=True, max_length=3)
     tokenizer.library.backend_tokenizer.encode_special_tokens = not split
-    assert tokenizer.whole(texts) == [theirs(text)["input_ids"] for text in texts]
-    assert tokenizer.written(texts) == [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert tokenizer.encode(texts) == [theirs(text)["input_ids"] for text in texts]
+    assert tokenizer.encode_verbatim(texts) == [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def test_a_class_of_transformers_that_changes_texts_is_heard(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_class_of_transformers_that_changes_texts_is_heard(tmp_path: Path) -> 
     tokenizer = open_tokenizer(tmp_path)
     text = "the people <FILL_ME> the world"
     assert not tokenizer._is_plain
-    assert tokenizer.whole([text]) == AutoTokenizer.from_pretrained(tmp_path)([text])["input_ids"]
+    assert tokenizer.encode([text]) == AutoTokenizer.from_pretrained(tmp_path)([text])["input_ids"]
 
 
 def test_classes_are_told_by_a_text_as_the_tokenizer_ends_it(tmp_path: Path) -> None:
@@ -197,6 +197,6 @@ def test_a_text_that_the_tokenizer_refuses_gets_one_line(tmp_path: Path) -> None
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     texts = open_tokenizer(tmp_path)
-    assert texts.opening(["ab"]) == texts.following(["ab"]) == [[0, 1]]
+    assert texts.encode_prompt(["ab"]) == texts.encode_continuation(["ab"]) == [[0, 1]]
     with pytest.raises(SettingError, match=r"^model: .*\(WordLevel error.*a model whose tokenizer takes every"):
-        texts.whole(["abc"])
+        texts.encode(["abc"])

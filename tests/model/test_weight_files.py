@@ -14,10 +14,10 @@ from split_models import batch_of, logits_of
 
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
-from fedsplit.model.sources import weights
+from fedsplit.model.checkpoint_reader import check_checkpoint
+from fedsplit.model.sources import weights_folder
 from fedsplit.model.split import load_parts
-from fedsplit.model.stored import check_checkpoint
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.weight_files import ADAPTER, INDEX, WEIGHTS, check_weight_files, find_tensors
 
 KINDS = ("bottom", "trunk", "top")
@@ -34,7 +34,7 @@ def shard(folder: Path, factor: float = 1.0) -> None:
     """Writes shards and an index into a folder with a single file, of which only the others stay."""
     write_scaled(folder / WEIGHTS, folder / "scaled", factor)
     (folder / "scaled").rename(folder / WEIGHTS)
-    whole = load_whole(folder)
+    whole = load_unsplit(folder)
     (folder / WEIGHTS).unlink()
     whole.save_pretrained(folder, max_shard_size="20KB")
 
@@ -100,16 +100,16 @@ def test_parts_hold_the_weights_that_transformers_loads(
 ) -> None:
     folder = shutil.copytree(tiny_models["llama"], tmp_path / "model")
     arrange(folder)
-    assert weights(Config(model=str(folder))) == folder
+    assert weights_folder(Config(model=str(folder))) == folder
     check_checkpoint(folder)
     ids, mask, _ = batch_of("none")
-    expected = load_whole(folder)(input_ids=ids).logits
+    expected = load_unsplit(folder)(input_ids=ids).logits
     assert torch.equal(logits_of(load_parts(folder, (1, 2), KINDS), ids, mask), expected)
 
 
 def test_a_part_needs_its_own_shards_only(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     folder = shutil.copytree(tiny_models["llama"], tmp_path / "model")
-    load_whole(folder).save_pretrained(folder, max_shard_size="9KB")
+    load_unsplit(folder).save_pretrained(folder, max_shard_size="9KB")
     (folder / WEIGHTS).unlink(missing_ok=True)
     weight_map = index_of(folder)["weight_map"]
     everything = find_tensors(folder)
@@ -197,10 +197,10 @@ def test_an_adapter_beside_a_model_would_change_what_transformers_loads(
     from peft import LoraConfig, get_peft_model
 
     folder = shutil.copytree(tiny_models["llama"], tmp_path / "model")
-    model = get_peft_model(load_whole(folder), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model = get_peft_model(load_unsplit(folder), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(folder)
     ids, _, _ = batch_of("none")
-    plain = load_whole(tiny_models["llama"])(input_ids=ids).logits
-    assert not torch.equal(load_whole(folder)(input_ids=ids).logits, plain)
+    plain = load_unsplit(tiny_models["llama"])(input_ids=ids).logits
+    assert not torch.equal(load_unsplit(folder)(input_ids=ids).logits, plain)
     with pytest.raises(SettingError, match=rf"{ADAPTER} in it"):
-        weights(Config(model=str(folder)))
+        weights_folder(Config(model=str(folder)))

@@ -155,7 +155,7 @@ def test_experts_have_ranks_and_alphas_of_their_own(tiny_models: dict[str, Path]
     """PEFT looks both up under the name of the parameter."""
     from peft import LoraConfig, get_peft_model
 
-    from fedsplit.model.unsplit import load_whole
+    from fedsplit.model.unsplit import load_unsplit
 
     where = "mlp.experts.gate_up_proj"
     config = LoraConfig(
@@ -167,7 +167,7 @@ def test_experts_have_ranks_and_alphas_of_their_own(tiny_models: dict[str, Path]
         alpha_pattern={where: 12},
         task_type="CAUSAL_LM",
     )
-    tuned = get_peft_model(load_whole(tiny_models["mixtral"]), config)
+    tuned = get_peft_model(load_unsplit(tiny_models["mixtral"]), config)
     tuned.save_pretrained(tmp_path)
     read = lora.load(tmp_path)
     found = {read.weight_name(name): (read.rank(name), read.layers[name].alpha) for name in read.stacked}

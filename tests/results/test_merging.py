@@ -21,7 +21,7 @@ from fedsplit.evaluate import held_out_loss
 from fedsplit.model.devices import TYPES
 from fedsplit.model.families import read_pad
 from fedsplit.model.token_ids import end_tokens
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results import merging, whole
 from fedsplit.results.finished import Adapter, find_adapter, open_run
 from fedsplit.results.merging import combine, merge, unmerge
@@ -54,7 +54,7 @@ def adapter(request: pytest.FixtureRequest, finished_run: Callable[..., Path], n
 
 
 def base_of(adapter: Adapter) -> torch.nn.Module:
-    base = load_whole(adapter.model_path)
+    base = load_unsplit(adapter.model_path)
     return base.bfloat16().float() if adapter.dtype == "bf16" else base
 
 
@@ -100,8 +100,8 @@ def test_a_merged_model_in_bf16_is_close(finished_run: Callable[..., Path], tmp_
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert unmerge(tmp_path / "merged", tmp_path / "unmerged") == "float32"
-    base = load_whole(adapter.model_path)
-    back = load_whole(tmp_path / "unmerged")
+    base = load_unsplit(adapter.model_path)
+    back = load_unsplit(tmp_path / "unmerged")
     for (name, weight), other in zip(base.named_parameters(), back.parameters(), strict=True):
         assert torch.allclose(weight, other, rtol=2**-7, atol=2e-2), name
 
@@ -185,7 +185,7 @@ def test_a_head_that_trained_beside_another_kind_of_adapter_is_merged(
     """And the embedding that it was tied to is not: such an adapter has no factors by which it would be known."""
     drops = {} if method == "dora" else {"lora__dropout": 0.1, "lora__rank": 8, "lora__alpha": 16.0}
     adapter = find_adapter(finished_run(family, lora__method=method, lm_head=head, **drops))
-    expected = logits(PeftModel.from_pretrained(load_whole(adapter.model_path), str(adapter.folder)))
+    expected = logits(PeftModel.from_pretrained(load_unsplit(adapter.model_path), str(adapter.folder)))
     merge(adapter, tmp_path / "merged")
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, atol=1e-5)
 
@@ -221,11 +221,11 @@ def test_what_peft_alone_made_is_merged_whole(
     model = tiny_models[family]
     folder = peft_adapters.make(family, kind, model, tmp_path / "adapter")
     expected = logits(peft_adapters.opened(model, folder))
-    plain = logits(load_whole(model))
+    plain = logits(load_unsplit(model))
     assert merge(find_adapter(folder), tmp_path / "merged") == 0
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, plain, atol=0.1)
-    assert load_whole(tmp_path / "merged").state_dict().keys() == load_whole(model).state_dict().keys()
+    assert load_unsplit(tmp_path / "merged").state_dict().keys() == load_unsplit(model).state_dict().keys()
 
 
 @pytest.mark.parametrize("kind", ["on the head", "on both ends", "on the embedding"])
@@ -291,7 +291,7 @@ def test_adapters_of_different_layers_are_combined_whole(tiny_models: dict[str, 
         assert torch.allclose(total, sum(parts), atol=1e-5), layer
     with_it = logits(peft_adapters.opened(model, tmp_path / "sum"))
     merge(find_adapter(tmp_path / "sum"), tmp_path / "merged")
-    assert torch.allclose(logits(load_whole(tmp_path / "merged")), with_it, atol=1e-5)
+    assert torch.allclose(logits(load_unsplit(tmp_path / "merged")), with_it, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["all biases", "whole norm", "on the embedding", "tokens", "pissa", "invoked"])
@@ -314,7 +314,7 @@ def test_a_classifier_is_merged_and_comes_apart_again(
     adapter = find_adapter(run)
     (run / "data.json").write_text(json.dumps({"classes": ["ants", "bees", "cows", "dogs"]}))
     pad = read_pad(adapter.model_path, 0)
-    base = load_whole(adapter.model_path, TYPES[dtype], 4, pad).float()
+    base = load_unsplit(adapter.model_path, TYPES[dtype], 4, pad).float()
     before = base_of(adapter).state_dict()
     padded, seen = torch.arange(40).reshape(2, 20), torch.ones(2, 20, dtype=torch.long)
     padded[1, 13:], seen[1, 13:] = pad, 0
@@ -360,7 +360,7 @@ def test_a_classifier_of_any_kind_of_adapter_is_merged(
     plain = {"lora__dropout": 0.1, "lora__rank": 8, "lora__alpha": 16.0} if method == "ln_tuning" else {}
     run = finished_run("gpt2", lora__method=method, **plain, **CLASSES)
     adapter = find_adapter(run)
-    base = load_whole(adapter.model_path, classes=4, pad=0)
+    base = load_unsplit(adapter.model_path, classes=4, pad=0)
     expected = logits(PeftModel.from_pretrained(base, str(adapter.folder)))
     merge(adapter, tmp_path / "merged")
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -378,6 +378,6 @@ def test_heads_of_classes_are_not_combined(finished_run: Callable[..., Path], tm
 
 def test_a_head_of_other_classes_does_not_fit(finished_run: Callable[..., Path]) -> None:
     adapter = find_adapter(finished_run("gpt2", **CLASSES))
-    base = load_whole(adapter.model_path, classes=3, pad=0)
+    base = load_unsplit(adapter.model_path, classes=3, pad=0)
     with pytest.raises(InputError, match=r"does not fit the model \(size mismatch for [\w.]*score"):
         attach(base, adapter)

@@ -22,7 +22,7 @@ from fedsplit.evaluate import held_out_loss
 from fedsplit.federation.aggregation import sampled
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.model.split import load_parts
-from fedsplit.model.unsplit import load_whole
+from fedsplit.model.unsplit import load_unsplit
 from fedsplit.updates import weighted
 from strategies.fedavg import FedAvg
 
@@ -71,7 +71,7 @@ def test_it_learns_and_its_adapter_gives_the_reported_loss(
     errors = [event.get("error") for event in events(run, "aggregate")]
     assert all(error is not None and error < 1e-6 for error in errors) == (name in EXACT)
     if not traits_of(make(name, config)).personal:
-        model = PeftModel.from_pretrained(load_whole(config.model_path), str(run / "adapter"))
+        model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(run / "adapter"))
         assert held_out_loss(model, run) == pytest.approx(loss["after"], abs=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_ranks_may_differ(config: Config, name: str, tmp_path: Path, monkeypatch
     federation, _ = federate(config, tmp_path / "run", strategy, monkeypatch)
     assert federation.summary is not None
     assert federation.summary["eval_loss"]["after"] < federation.summary["eval_loss"]["before"]
-    model = PeftModel.from_pretrained(load_whole(config.model_path), str(tmp_path / "run" / "adapter"))
+    model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(tmp_path / "run" / "adapter"))
     expected = federation.summary["eval_loss"]["after"]
     assert held_out_loss(model, tmp_path / "run") == pytest.approx(expected, abs=1e-5)
     if name in EXACT:
@@ -120,14 +120,14 @@ def test_what_is_exported_is_the_model_to_which_the_mean_change_was_added(
 
     monkeypatch.setattr(strategy, "aggregate", remember)
     federate(config, tmp_path / "run", strategy, monkeypatch)
-    dense = load_whole(config.model_path)
+    dense = load_unsplit(config.model_path)
     with torch.no_grad():
         for layer, change in folds[-1]["ideal"].items():
             whole = change + sum(fold["folded"].get(layer, 0) for fold in folds[:-1])
             dense.get_submodule(layer).weight += whole.T.float()  # Conv1D
-    model = PeftModel.from_pretrained(load_whole(config.model_path), str(tmp_path / "run" / "adapter"))
+    model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(tmp_path / "run" / "adapter"))
     ids = torch.arange(40).reshape(2, 20)
-    base = load_whole(config.model_path)(ids).logits
+    base = load_unsplit(config.model_path)(ids).logits
     wanted, got = dense.eval()(ids).logits, model.eval()(ids).logits
     assert torch.allclose(got, wanted, atol=2e-4 * float(wanted.abs().max()))
     assert float((wanted - base).abs().max()) > 100 * float((got - wanted).abs().max())
@@ -229,7 +229,7 @@ def test_what_is_personal_stays_and_is_exported_for_each(
         assert alike == ("lora_A" in key), key
     last = events(run, "evaluate")[-1]["clients"]
     for client, name in enumerate(("ann", "bob", "cid")):
-        model = PeftModel.from_pretrained(load_whole(config.model_path), str(run / "personal" / f"{client:04d}"))
+        model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(run / "personal" / f"{client:04d}"))
         assert held_out_loss(model, run, [client]) == pytest.approx(last[name], abs=1e-5)
 
 
@@ -255,7 +255,7 @@ def test_only_who_is_sampled_trains_and_all_are_owed_the_fold(
     federation, _ = federate(config, run, make("flora", config), monkeypatch)
     trained = [list(event["clients"]) for event in events(run, "train")]
     assert all(len(clients) == 1 for clients in trained) and len({*map(tuple, trained)}) > 1
-    model = PeftModel.from_pretrained(load_whole(config.model_path), str(run / "adapter"))
+    model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(run / "adapter"))
     assert federation.summary is not None
     assert held_out_loss(model, run) == pytest.approx(federation.summary["eval_loss"]["after"], abs=1e-5)
 
@@ -300,7 +300,7 @@ def test_a_round_that_was_given_up_leaves_nothing_in_the_base_weights(
     other = load_strategy("flora", {}, {"seed": 77})  # draws other factors, as a run that is not deterministic would
     federation, _ = federate(replace(config, resume=str(run)), run, other, monkeypatch)
     assert federation.summary is not None
-    model = PeftModel.from_pretrained(load_whole(config.model_path), str(run / "adapter"))
+    model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(run / "adapter"))
     assert held_out_loss(model, run) == pytest.approx(federation.summary["eval_loss"]["after"], abs=1e-5)
 
 
@@ -349,7 +349,7 @@ def test_adapters_without_factors_are_aggregated_name_by_name(
     loss = federation.summary["eval_loss"]
     assert loss["after"] < loss["before"] and not any("left out" in line for line in lines.lines)
     assert federation.summary["aggregation_error"] is None and not any("error" in line for line in lines.lines)
-    model = PeftModel.from_pretrained(load_whole(config.model_path), str(tmp_path / "run" / "adapter"))
+    model = PeftModel.from_pretrained(load_unsplit(config.model_path), str(tmp_path / "run" / "adapter"))
     assert held_out_loss(model, tmp_path / "run") == pytest.approx(loss["after"], abs=1e-5)
 
 

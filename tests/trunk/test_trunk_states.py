@@ -59,7 +59,7 @@ class Toy(nn.Module):
         with torch.no_grad():
             self.lora_A["default"].weight.copy_(torch.eye(WIDTH) * 0.5)
 
-    def whole_name(self, name: str) -> str:
+    def unsplit_name(self, name: str) -> str:
         return name
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from local_federation import federate
 from torch import Tensor
 
-from experiments.in_process import LocalTrunk
 from fedsplit import simulate
 from fedsplit.adaptation import lora
 from fedsplit.client.client import Client
@@ -29,6 +28,7 @@ from fedsplit.federation.strategy import load_strategy
 from fedsplit.flags import parse
 from fedsplit.model.devices import TYPES
 from fedsplit.model.split import load_parts
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.codecs import make_codec

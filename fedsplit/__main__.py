@@ -1,0 +1,84 @@
+"""`fedsplit`, which is `python -m fedsplit`: one command for all of fedsplit's commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import fedsplit
+from fedsplit.allowed import InputError
+from fedsplit.command import exit_code
+from fedsplit.documents import suggest
+
+COMMANDS = {
+    "simulate": "run a federation on this machine",
+    "evaluate": "measure the model of a finished run",
+    "generate": "write text with the model of a finished run",
+    "adapters": "merge, combine, compare and export adapters of finished runs",
+    "data": "show who would hold which data",
+    "completion": "print a script that completes flags in bash or zsh",
+}
+"""What each command does. The module `fedsplit.NAME` has its `main`."""
+
+
+def usage() -> str:
+    """Returns the help text.
+
+    Example:
+        >>> print(usage().splitlines()[0])
+        usage: fedsplit [--help] [--version] COMMAND ...
+    """
+    lines = [f"  {name:<12}{help}" for name, help in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fedsplit [--help] [--version] COMMAND ...",
+            "",
+            "Federated split learning of causal language models, simulated faithfully.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "fedsplit COMMAND --help shows the flags of a command. Flags without a command are those of simulate.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; see `fedsplit.command.exit_code` for the exit code.
+
+    Args:
+        argv: The name of the command, and its own arguments; those of the process where None.
+
+    Example:
+        >>> main(["--version"])
+        fedsplit 0.1.0
+        0
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print("fedsplit", fedsplit.__version__)
+        return 0
+    if words[0].startswith("-"):  # the command ran federations only, once
+        words.insert(0, "simulate")
+    if words[0] not in COMMANDS:
+        return exit_code(lambda: _refuse(words[0]))
+    module = import_module(f"fedsplit.{words[0]}")
+    code: int = module.main(words[1:])
+    return code
+
+
+def _refuse(name: str) -> None:
+    """Refuses a command that is not there.
+
+    Raises:
+        InputError: Always.
+    """
+    raise InputError(f"there is no command {name}; {suggest(name, COMMANDS)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

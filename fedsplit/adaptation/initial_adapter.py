@@ -1,0 +1,110 @@
+"""The adapter that a run starts from: a PEFT adapter of the unsplit model, given to each part at the run's ranks.
+
+Every party reads the same folder, so that all start from the same values and nothing more has to cross. The starting
+adapter comes to the run's rank and scaling by the rule for clients of mixed ranks (`Adapters.with_rank`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftConfig
+from torch import Tensor
+
+from fedsplit.adaptation import lora, prompts
+from fedsplit.adaptation.methods import method_of
+from fedsplit.config import Config
+from fedsplit.model.head import HEAD
+from fedsplit.model.parts import Part
+from fedsplit.updates import Adapters
+
+HEAD_BASE = f"{HEAD}.base_layer.weight"
+"""Base weight of the head, which PEFT writes beside an adapter on the head. A run has it already."""
+
+
+def place(part: Part, config: Config) -> None:
+    """Gives a part's adapter the values that the run starts from, in place.
+
+    Args:
+        part: The part, with an adapter of the run's kind on it.
+        config: Settings of the run. `init_adapter` names a folder that `fedsplit.results.initial` has checked.
+
+    Raises:
+        KeyError: The folder lacks a tensor of the part.
+    """
+    made = lora.read(part)
+    start = resized(read(config, part), made)
+    lora.write({name: start[name] for name in made.tensors}, part)
+
+
+def read(config: Config, part: Part | None = None) -> Adapters:
+    """Reads the adapter that a run starts from.
+
+    Args:
+        config: Settings of the run.
+        part: Any part of the model, whose configuration tells the sizes of past keys and values; only for prompts.
+
+    Returns:
+        The whole model's adapter by exported name, at the ranks that the file has.
+    """
+    folder = Path(config.init_adapter)
+    if config.prompt.kind == "off":
+        return lora.load(folder, skipped=[HEAD_BASE])
+    saved = prompts.load(folder).tensors[prompts.SAVED]
+    if part is None:
+        return Adapters({prompts.SAVED: saved}, {})
+    _, named = prompts.embeddings(saved, config.prompt, part.config)
+    return Adapters(named, {})
+
+
+def resized(start: Adapters, made: Adapters) -> dict[str, Tensor]:
+    """Returns an adapter at the ranks and scalings of another one.
+
+    A larger rank is cut and a smaller one filled with zeros. B takes up the ratio of the scalings, so that s * B @ A
+    stays as it is, but for what was cut. At equal ranks and scalings, every value stays to the bit.
+
+    Args:
+        start: The adapter.
+        made: Adapter whose layers have the ranks and scalings that are wanted.
+
+    Example:
+        A layer of rank 1 with alpha 4 becomes one of rank 2 with alpha 2: a quarter of the scaling, four times B.
+
+        >>> import torch
+        >>> from fedsplit.updates import Layer
+        >>> def layer(rank, alpha):
+        ...     factors = {"h.lora_A.weight": torch.ones(rank, 3), "h.lora_B.weight": torch.ones(3, rank)}
+        ...     return Adapters(factors, {"h": Layer(alpha, transposed=False)})
+        >>> resized(layer(rank=1, alpha=4.0), layer(rank=2, alpha=2.0))["h.lora_B.weight"][0]
+        tensor([4., 0.])
+    """
+    tensors = dict(start.tensors)
+    for name, wanted in made.layers.items():
+        if name not in start.layers:
+            continue
+        rank = made.rank(name)
+        layer = replace(start, layers={name: start.layers[name]}).with_rank(rank)
+        a, b = layer.factors(name)
+        tensors[f"{name}.lora_A.weight"] = a
+        tensors[f"{name}.lora_B.weight"] = b * (layer.scaling(name) / wanted.scaling(rank))
+    return tensors
+
+
+def more_than_factors(config: Config) -> str:
+    """Names something that the adapter does beside adding s * B @ A to layers; "" where there is nothing."""
+    filed = PeftConfig.from_pretrained(config.init_adapter)
+    return lora.beyond_factors(filed, read(config).tensors)
+
+
+def can_start(config: Config) -> str:
+    """Says why adapters of a run's kind cannot start from a file; "" where they can."""
+    method = method_of(config.lora)
+    if method.residual:
+        return f"{config.lora.method} starts from the base weights themselves"
+    if method.allocates:
+        return f"{config.lora.method} begins with more ranks than its file keeps"
+    encoded = config.prompt.kind == "ptuning" or config.prompt.projection
+    if encoded:
+        return "a file has what the encoder of such virtual tokens made, and not the encoder"
+    return ""

@@ -1,0 +1,245 @@
+"""Parts and adapters of a run, as its settings ask for them: LoRA and its kin, or virtual tokens and prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from fedsplit.adaptation import initial_adapter, lora, prompts
+from fedsplit.adaptation.injection import make_config
+from fedsplit.adaptation.methods import method_of
+from fedsplit.adaptation.rank_allocation import adapted_layers
+from fedsplit.adaptation.rank_budget import budget_of, for_file
+from fedsplit.allowed import InputError
+from fedsplit.config import Config
+from fedsplit.model.devices import TYPES, resolve
+from fedsplit.model.families import Family
+from fedsplit.model.head import HEAD
+from fedsplit.model.parts import SCORE, Kind, Part
+from fedsplit.model.sources import config_folder, weights_folder
+from fedsplit.model.split import empty_part, load_parts
+from fedsplit.updates import Adapters, Layer
+
+_OF_THE_FILE = frozenset(
+    {
+        *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),
+        *("rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters", "runtime_config"),
+    }
+)
+"""Fields of PEFT's configurations that do not follow from a run's settings."""
+
+
+def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[Any]:
+    """Loads parts as a run's settings ask, without adapters.
+
+    Args:
+        config: Settings of the run.
+        kinds: Parts of one party. They are on one device.
+        classes: Number of classes, as for `fedsplit.model.split.load_parts`.
+
+    Raises:
+        SettingError: There is no such model, or it cannot be fetched.
+
+    Example:
+        >>> bottom, top = bare_parts(Config(), ["bottom", "top"])
+        >>> len(bottom.blocks), len(top.blocks)
+        (1, 1)
+    """
+    return load_parts(
+        weights_folder(config, kinds),
+        config.bounds,
+        kinds,
+        TYPES[config.dtype],
+        config.kernels,
+        classes=classes,
+        device=resolve(config.device_of(kinds[0])),
+        bits=config.bits,
+    )
+
+
+def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
+    """Returns the adapters that parts will have, without values. No weight of the model is read.
+
+    Args:
+        config: Settings of the run. They must ask neither for virtual tokens or prefixes, nor for adapters that are
+            computed from the base weights.
+        kinds: The parts.
+
+    Returns:
+        The adapters, with tensors on the meta device.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Layer] = {}
+    folder = config_folder(config)
+    for kind in kinds:
+        part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
+        part.requires_grad_(False)
+        with torch.device("meta"):
+            _add(part, config)
+        tensors |= {name: parameter.detach() for name, parameter in lora.parameters(part).items()}
+        layers |= lora.layers_of(part)
+    return Adapters(tensors, layers)
+
+
+def adapt(part: Part, config: Config) -> None:
+    """Adds the adapters that a run's settings ask for to a part, in place.
+
+    Training starts from the adapter that the settings name, if they name one.
+
+    Args:
+        part: The part. Its base weights must be frozen already.
+        config: Settings of the run.
+    """
+    _add(part, config)
+    if config.init_adapter:
+        initial_adapter.place(part, config)
+
+
+def _add(part: Part, config: Config) -> None:
+    """Adds adapters that start from the seed alone to a part, in place."""
+    if config.prompt.kind == "off":
+        lora.add(part, config.lora, config.seed, config.lm_head)
+        if method_of(config.lora).allocates:
+            part.rank_budget = budget_of(config, part.kind, adapted_layers(config, part.family))
+    else:
+        prompts.add(part, config.prompt, config.seed, config_folder(config))
+
+
+def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
+    """Selects the adapters of one part from those of the unsplit model.
+
+    Args:
+        adapters: Adapters of the unsplit model.
+        config: Settings of the run.
+        family: Record of the model family.
+        kind: The part.
+        blocks: Numbers of the part's blocks.
+    """
+    if config.prompt.kind != "off":
+        return Adapters(prompts.of_part(adapters.tensors, kind, blocks), {})
+    prefixes = tuple(f"{family.decoder}.{family.blocks}.{block}." for block in blocks)
+    if kind == "top":
+        prefixes += (HEAD, SCORE)
+    folded = {layer: change for layer, change in adapters.folded.items() if layer.startswith(prefixes)}
+    layers = {layer: facts for layer, facts in adapters.layers.items() if layer.startswith(prefixes)}
+    tensors = {name: tensor for name, tensor in adapters.tensors.items() if name.startswith(prefixes)}
+    return Adapters(tensors, layers, folded)
+
+
+def save(
+    folder: Path,
+    adapters: Adapters,
+    config: Config,
+    family: Family,
+    kind: Kind | None = None,
+    blocks: range | None = None,
+) -> None:
+    """Writes adapters as a PEFT adapter of the unsplit model.
+
+    Args:
+        folder: Folder to write to. It is created if needed.
+        adapters: Adapters of the unsplit model, or of one part (`of_part`).
+        config: Settings of the run.
+        family: Record of the model family.
+        kind: The part that the adapters belong to; None for the unsplit model.
+        blocks: Numbers of the part's blocks; None for the unsplit model.
+    """
+    if config.prompt.kind != "off":
+        prompts.save(folder, adapters.tensors, config.prompt, config_folder(config), config.model, blocks)
+    else:
+        head = config.lm_head if kind in (None, "top") else "frozen"
+        lora.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
+
+
+def load(folder: Path) -> Adapters:
+    """Reads an adapter of the unsplit model that `save` or PEFT wrote."""
+    return lora.load(folder) if prompts.kind_of(folder) is None else prompts.load(folder)
+
+
+def check_made_by(folder: Path, config: Config, family: Family) -> None:
+    """Checks that the adapter of a finished run has the configuration that the run's settings lead to.
+
+    Args:
+        folder: Folder of the adapter.
+        config: Settings of the run.
+        family: Record of the model family.
+
+    Raises:
+        InputError: The adapter has another configuration.
+    """
+    found = difference(folder, config, family)
+    if found is not None:
+        name, actual, expected = found
+        reason = f"its {name} is {actual}, by the run's settings {expected}"
+        raise InputError(f"the adapter in {folder} is not what its run made: {reason}")
+
+
+def difference(
+    folder: Path, config: Config, family: Family, ignored: Collection[str | None] = ()
+) -> tuple[str, object, object] | None:
+    """Returns the first field in which an adapter's configuration differs from the one that settings lead to.
+
+    Args:
+        folder: Folder of the adapter.
+        config: Settings of a run.
+        family: Record of the model family.
+        ignored: Names of fields that may differ.
+
+    Returns:
+        Name of the field, its value in the file, and its value by the settings; None where no field differs.
+    """
+    actual_config = PeftConfig.from_pretrained(str(folder))
+    if config.prompt.kind != "off":
+        expected_values: dict[str, Any] = {
+            "peft_type": prompts.PEFT_TYPES[config.prompt.kind],
+            "num_virtual_tokens": config.prompt.tokens,
+        }
+    else:
+        expected_config = make_config(for_file(config), family, None, config.seed, config.lm_head)
+        if method_of(config.lora).residual:
+            expected_config.init_lora_weights = True  # as `lora.save` writes it
+        names = [entry.name for entry in fields(expected_config) if entry.name not in _OF_THE_FILE]
+        expected_values = {name: getattr(expected_config, name) for name in names}
+
+    for name, expected in expected_values.items():
+        actual = getattr(actual_config, name, None)
+        if name == "modules_to_save":  # a head for classes follows from the data, not from the settings
+            actual = {*(actual or ())} - {SCORE}
+            expected = {*(expected or ())} - {SCORE}
+        if name not in ignored and _comparable(actual) != _comparable(expected):
+            return name, _comparable(actual), _comparable(expected)
+    return None
+
+
+def _comparable(value: object) -> object:
+    """Returns a value of PEFT's in a form that survives JSON, which has no sets, tuples or enumerations."""
+    if isinstance(value, set | list | tuple):
+        return ",".join(sorted(map(str, value))) or None
+    return getattr(value, "value", value)
+
+
+def adopt(folder: Path, config: Config, *parts: Part) -> None:
+    """Adds the adapter of a finished run to parts without adapters.
+
+    Args:
+        folder: Folder of the adapter of the unsplit model.
+        config: Settings of the run. The file of virtual tokens or prefixes has the output of the encoders, which
+            replaces the encoders.
+        *parts: The parts, with base weights as they were loaded. Adapters of other parts are ignored.
+    """
+    adapters = load(folder)
+    if config.prompt.kind != "off":
+        settings, tensors = prompts.embeddings(adapters.tensors[prompts.SAVED], config.prompt, parts[0].config)
+        adapters = Adapters(tensors, {})
+        config = replace(config, prompt=settings)
+    if method_of(config.lora).residual:  # the file's factors contain what training took out of the base weights
+        config = replace(config, lora=replace(config.lora, method="lora", options=""))
+    for part in parts:
+        _add(part, config)
+    lora.adopt(adapters, *parts)

@@ -1,0 +1,239 @@
+"""The door from Python: `fedsplit.run` runs a federation, `fedsplit.open` opens the folder of an earlier run."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from fedsplit.allowed import InputError, SettingError
+from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
+from fedsplit.documents import dotted, set_by_user
+from fedsplit.environment import prepare
+from fedsplit.flags import settle
+from fedsplit.result import Result
+from fedsplit.results.finished import open_run
+
+
+def run(
+    config: Config | str | os.PathLike[str] | None = None,
+    *,
+    strategy: object = None,
+    dataset: object = None,
+    model: object = None,
+    tokenizer: object = None,
+    sinks: Iterable[object] = (),
+    objective: object = None,
+    metrics: Iterable[object] = (),
+    **settings: object,
+) -> Result:
+    """Runs a federation.
+
+    Args:
+        config: Settings to begin with: a `Config`, or the path of a TOML file. Keywords win over them.
+        strategy: Name of a strategy, an object with the methods `init` and `aggregate`, or a strategy of Flower's.
+        dataset: Name or path of a data set, a `datasets.Dataset` or `DatasetDict`, or a dict of lists of texts by
+            client, which gives each client its own.
+        model: Name or folder of a model, a loaded `transformers.PreTrainedModel`, or a pair of one and its tokenizer.
+        tokenizer: Tokenizer of a loaded model.
+        sinks: Names of sinks, or objects with the methods `handle` and `close` (`fedsplit.events.Sink`).
+        objective: Name of an objective.
+        metrics: Names of metrics.
+        **settings: Any other setting. One of a section is written `train={"lr": 3e-4}` or `train__lr=3e-4`, and a
+            keyword argument of a strategy that is given by name `strategy__mu=0.1`.
+
+    Returns:
+        Losses, adapter, summary and folder of the run.
+
+    Raises:
+        InputError: Something was given wrongly. No file has been written.
+
+    Example:
+        >>> import fedsplit
+        >>> fedsplit.run(clients=0)
+        Traceback (most recent call last):
+        fedsplit.allowed.SettingError: clients: 0 is not possible; allowed: a whole number from 1 to 2147483647
+
+        A run takes half a minute, so that it is no example here; docs/python.md shows one.
+    """
+    prepare()
+    named = {name: value for name, value in (("strategy", strategy), ("dataset", dataset)) if _is_name(value)}
+    if _is_name(model) and tokenizer is None:
+        named["model"] = model
+    if objective is not None:
+        (named["objective"],) = _names_of("objective", [objective])
+    if names := _names_of("metrics", metrics):
+        named["metric"] = names
+    given_sinks = list(sinks)
+    if names := [sink for sink in given_sinks if _is_name(sink)]:
+        named["sinks"] = names
+    observers = [sink for sink in given_sinks if not _is_name(sink)]
+    _check_sinks(observers)
+    if _is_texts_by_client(dataset):
+        settings = {"clients": len(dataset), "partition": "natural", **settings}
+    asked = _settled(config, {**settings, **named})
+
+    objects: dict[str, Any] = {
+        "strategy": None if _is_name(strategy) else strategy,
+        "dataset": None if _is_name(dataset) else dataset,
+        "model": _pair(model, tokenizer),
+        "sinks": observers,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries, as the command has it
+        return _run(asked, **objects)
+
+
+def open(folder: str | os.PathLike[str]) -> Result:
+    """Opens the folder of a run that came to its end.
+
+    Raises:
+        InputError: There is no such folder, it is not a run's, or the run did not end.
+
+    Example:
+        >>> import fedsplit
+        >>> fedsplit.open("nowhere")
+        Traceback (most recent call last):
+        fedsplit.allowed.InputError: nowhere is no folder of a run: there is no such folder
+    """
+    return Result(open_run(Path(folder)))
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _is_texts_by_client(dataset: object) -> TypeGuard[Mapping[Any, Any]]:
+    """Tells a plain dict from a `DatasetDict`, which is one, too."""
+    return isinstance(dataset, Mapping) and not hasattr(dataset, "save_to_disk")
+
+
+def _pair(model: object, tokenizer: object) -> object:
+    """Returns a loaded model with its tokenizer as one object; None where the model is a name.
+
+    Raises:
+        SettingError: A tokenizer is given to a model that has its own.
+    """
+    if tokenizer is None:
+        return None if _is_name(model) else model
+    if model is None or _is_name(model) or isinstance(model, tuple):
+        raise SettingError("tokenizer", f"one of {type(tokenizer).__name__}", "one together with a loaded model")
+    return model, tokenizer
+
+
+def _check_sinks(sinks: Iterable[object]) -> None:
+    """Makes sure that objects can receive events.
+
+    Raises:
+        SettingError: One cannot.
+    """
+    for sink in sinks:
+        if isinstance(sink, type) or not (hasattr(sink, "handle") and hasattr(sink, "close")):
+            allowed = "the name of a class, or an object with the methods handle and close"
+            raise SettingError("sinks", _kind_of(sink), allowed)
+
+
+def _names_of(name: str, values: Iterable[object]) -> list[object]:
+    """Returns the names among values that may be names only.
+
+    Args:
+        name: Keyword that the values were given by.
+        values: The values.
+
+    Raises:
+        SettingError: One is an object.
+    """
+    names = list(values)
+    for value in names:
+        if not _is_name(value):
+            raise SettingError(name, _kind_of(value), "the name of one: an object cannot cross to the clients")
+    return names
+
+
+def _kind_of(value: object) -> str:
+    return f"the class {value.__qualname__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
+def _settled(config: Config | str | os.PathLike[str] | None, keywords: Mapping[str, Any]) -> Config:
+    """Makes the configuration that keywords ask for, on top of a configuration or a file.
+
+    Raises:
+        InputError: A name is unknown, or a value is not allowed.
+    """
+    values, options = _by_dotted_name(keywords)
+    if isinstance(config, Config):
+        below, below_options = _set_in(config)
+        return settle({**below, **values}, {**below_options, **options})
+    if config is None or _is_name(config):
+        return settle(values, options, None if config is None else Path(config))
+    words = "a Config, or the path of a TOML file"
+    raise SettingError("config", _kind_of(config), words)
+
+
+def _by_dotted_name(keywords: Mapping[str, Any]) -> tuple[dict[str, object], dict[str, Any]]:
+    """Returns the settings among keywords by dotted name, and the options of the strategy.
+
+    Raises:
+        InputError: The options are no table.
+    """
+    options = keywords.get(OPTIONS, {})
+    if not isinstance(options, Mapping):
+        raise SettingError(OPTIONS, options, "a table")
+    options = dict(options)
+    nested: dict[str, Any] = {}
+    for keyword, value in keywords.items():
+        section, _, leaf = keyword.partition("__")
+        if keyword == OPTIONS:
+            continue
+        if section == "strategy" and leaf:
+            options[leaf] = value
+        elif leaf:
+            nested[f"{section}.{leaf}"] = value
+        elif section in SECTIONS and isinstance(value, SECTIONS[section]):
+            nested |= {f"{section}.{name}": inner for name, inner in set_by_user(value).items()}
+        else:
+            nested[keyword] = dict(value) if isinstance(value, Mapping) else value
+    values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in nested.items()}
+    return dotted(values), options
+
+
+def _set_in(config: Config) -> tuple[dict[str, object], dict[str, Any]]:
+    """Returns the settings of a configuration that do not have their defaults, and the options of its strategy."""
+    values = {}
+    for name, (leaf, _) in LEAVES.items():
+        section, _, field = name.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, field)
+        if value != leaf.default:
+            values[name] = value
+    return values, dict(config.strategy_options)
+
+
+def _run(config: Config, strategy: object, dataset: object, model: object, sinks: Sequence[Any]) -> Result:
+    """Runs what a configuration asks for, with objects in place of what it names."""
+    from fedsplit import inputs, simulate  # not before the environment is prepared
+
+    if strategy is not None:
+        config = replace(config, **inputs.strategy_settings(strategy))
+    if config.resume:
+        for name, given in (("dataset", dataset), ("model", model)):
+            if given is not None:
+                raise InputError(f"{name} cannot be set for a run that goes on: its folder has it already")
+        simulate.run(config, strategy=strategy, sinks=sinks)
+        return open(config.resume)
+    folder = Path(config.out) if config.out else _free_folder()
+    with inputs.written(folder, model, dataset) as found:
+        config = replace(config, out=str(folder), **found)
+        simulate.run(config, strategy=strategy, sinks=sinks)
+    return open(folder)
+
+
+def _free_folder() -> Path:
+    """Returns a folder below `runs` that is named by the time, and is not there yet."""
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in (Path("runs", name) for name in names) if not folder.exists())

@@ -1,0 +1,160 @@
+"""`fedsplit completion bash|zsh`: prints a script by which a shell completes commands, flags and their values.
+
+The flags come from the commands' own parsers, and the values from the settings, so that there is no second list. shtab
+makes the script of them. The shell runs it without starting Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import fedsplit
+from fedsplit.__main__ import COMMANDS
+from fedsplit.adaptation.methods import ADAPTER_METHODS
+from fedsplit.allowed import PROMPTED
+from fedsplit.command import exit_code
+from fedsplit.config import DEFAULT_MODEL, LEAVES
+from fedsplit.corpora.tables import MADE
+from fedsplit.flags import Parser
+from fedsplit.flags import make_parser as simulate_parser
+
+SHELLS = ("bash", "zsh")
+
+_FILES = ("config", "lora.options", "prompts", "plot")
+"""Arguments whose value is a file."""
+
+_FOLDERS = ("out", "resume", "run", "runs", "first", "second", "init_adapter")
+"""Arguments whose value is a folder."""
+
+
+def values_of(name: str) -> list[str]:
+    """Returns the values that a setting may have, as far as they are words.
+
+    Args:
+        name: Dotted name of the setting.
+
+    Example:
+        >>> values_of("dtype")
+        ['fp32', 'bf16', 'fp16']
+        >>> values_of("rounds")
+        []
+    """
+    if name == "strategy":
+        return _strategies()
+    if name == "lora.method":
+        return [*ADAPTER_METHODS, *PROMPTED]
+    leaf, _ = LEAVES[name]
+    words = [word.partition("[")[0] for word in leaf.metadata["allowed"].words.split(" | ")]
+    # Of the pattern of a value, such as cuda:N, a shell would complete the letters.
+    return [word for word in words if re.fullmatch(r"[a-z0-9_-]+", word)] if len(words) > 1 else []
+
+
+def _strategies() -> list[str]:
+    """Returns the names of the strategies beside this package, without importing them."""
+    file = Path(fedsplit.__file__).parent.parent / "strategies" / "__init__.py"
+    return sorted(runpy.run_path(str(file))["STRATEGIES"])
+
+
+def all_parsers() -> Parser:
+    """Returns one parser with every command, whose arguments tell what may complete them."""
+    parser = Parser(prog="fedsplit", description="Federated split learning of causal language models.")
+    parser.add_argument("--version", action="version", version=fedsplit.__version__, help="show the version")
+    commands = parser.add_subparsers(parser_class=Parser)
+    for name, help in COMMANDS.items():
+        parents = [_parser_of(name)]
+        if name == "data":  # takes the flags of simulate, too
+            parents.append(simulate_parser())
+        added = commands.add_parser(name, help=help, description=help, parents=parents, conflict_handler="resolve")
+        _annotate(added)
+    return parser
+
+
+def _parser_of(name: str) -> Parser:
+    """Returns the parser of a command."""
+    if name == "simulate":
+        return simulate_parser()
+    parser: Parser = import_module(f"fedsplit.{name}").make_parser()
+    return parser
+
+
+def _annotate(parser: argparse.ArgumentParser) -> None:
+    """Gives the arguments of a parser, and of those below it, what completes their values."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                _annotate(below)
+        elif completed := _completion_of(action.dest):
+            action.complete = completed  # type: ignore[attr-defined]  # where shtab looks
+        elif action.dest in LEAVES:
+            action.choices = values_of(action.dest) or None
+
+
+def _completion_of(argument: str) -> Mapping[str, Any] | None:
+    """Returns what completes an argument whose value is a path, as shtab takes it; None for any other."""
+    import shtab
+
+    if argument == "model":
+        return _names_or_files("models", [DEFAULT_MODEL])
+    if argument in ("dataset", "data.held_out"):
+        return _names_or_files("datasets", MADE)
+    if argument in _FILES:
+        return shtab.FILE
+    return shtab.DIRECTORY if argument in _FOLDERS else None
+
+
+def _names_or_files(what: str, names: Sequence[str]) -> dict[str, Any]:
+    """Returns what completes a name among a few, or else a path.
+
+    Args:
+        what: Name of the shell's function.
+        names: The names.
+    """
+    words = " ".join(names)
+    function = f"_fedsplit_{what}"
+    bash = f'{function}() {{\n  compgen -W "{words}" -- "$1"\n  compgen -f -- "$1"\n}}'
+    zsh = rf"{{_alternative 'names\:name\:({words})' 'files\:file\:_files'}}"
+    return {"bash": function, "zsh": zsh, "preamble": {"bash": bash}}
+
+
+def script(shell: str) -> str:
+    """Returns the script that completes the command `fedsplit` in a shell.
+
+    Args:
+        shell: One of `SHELLS`.
+    """
+    import shtab
+
+    return str(shtab.complete(all_parsers(), shell))
+
+
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
+    parser = Parser(
+        prog="fedsplit completion",
+        description="Prints a script that completes commands, flags and their values.",
+        epilog='bash: eval "$(fedsplit completion bash)" in ~/.bashrc. '
+        "zsh: fedsplit completion zsh > _fedsplit in a folder of $fpath.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=" | ".join(SHELLS))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see `fedsplit.command.exit_code` for the exit code."""
+
+    def work() -> None:
+        print(script(make_parser().parse_args(argv).shell))
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

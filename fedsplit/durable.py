@@ -1,0 +1,124 @@
+"""Durable writes: a file or folder is complete on the disk, or the previous version is still there.
+
+The new content is written to a draft beside its target, synced, and renamed. A rename is atomic, so a crash at any
+point leaves either the old version or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class NotWritten(OSError):
+    """A file or folder could not be written, for example on a full disk. The message names the path and the reason."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns every error while a path is written into one error that names the path.
+
+    Args:
+        path: The file or folder that the context writes.
+
+    Raises:
+        NotWritten: The operating system or the safetensors library reported an error.
+
+    Example:
+        >>> with writing(Path("metrics.jsonl")):
+        ...     raise OSError(28, "No space left on device")
+        Traceback (most recent call last):
+        fedsplit.durable.NotWritten: metrics.jsonl could not be written (No space left on device); what was there \
+before is whole
+    """
+    try:
+        yield
+    except NotWritten:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise NotWritten(f"{path} could not be written ({reason}); what was there before is whole") from error
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or folder to the disk and waits until the flush is done."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file in one step.
+
+    Args:
+        path: The file. Its folder must exist.
+        text: The new content.
+
+    Raises:
+        NotWritten: The file could not be written. The previous version is unchanged.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    with writing(path):
+        try:
+            draft.write_text(text, encoding="utf-8")
+            sync(draft)
+            draft.rename(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Replaces a folder in one step.
+
+    Args:
+        target: The folder.
+        fill: Writes the new content into the empty draft folder that it is called with.
+
+    Raises:
+        NotWritten: The folder could not be written. The previous version is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "adapter"
+        >>> write_folder(target, lambda draft: (draft / "rank").write_text("8"))
+        >>> (target / "rank").read_text()
+        '8'
+    """
+    draft = target.with_name(f".{target.name}.draft")
+    before = target.with_name(f".{target.name}.before")
+
+    with writing(target):
+        _recover(target, before)
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            draft.mkdir(parents=True)
+            fill(draft)
+            for file in draft.rglob("*"):
+                sync(file)
+            sync(draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+        # A folder cannot be renamed onto a non-empty one. The old version steps aside first; if the process dies
+        # between the two renames, the next call brings it back.
+        if target.exists():
+            target.rename(before)
+        draft.rename(target)
+        sync(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _recover(target: Path, before: Path) -> None:
+    """Restores the previous version of a folder if a process died between the two renames of `write_folder`."""
+    if before.exists() and not target.exists():
+        before.rename(target)
+    shutil.rmtree(before, ignore_errors=True)

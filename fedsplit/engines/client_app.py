@@ -1,0 +1,25 @@
+"""Flower's client side: a thin door to the `ClientService` of this process."""
+
+from __future__ import annotations
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedsplit.federation import records
+from fedsplit.federation.client_service import ClientService
+from fedsplit.trunk.actor import find_trunk
+
+app = ClientApp()
+
+service = ClientService(find_trunk)
+"""Service of all clients that this process plays."""
+
+
+def answer(message: Message, context: Context) -> Message:
+    """Answers a message; the client is the partition of the node."""
+    request = records.to_request(message, int(context.node_config["partition-id"]))
+    return Message(records.to_content(service.answer(request)), reply_to=message)
+
+
+for _handler in (app.query(), app.train(), app.evaluate()):
+    _handler(answer)

@@ -1,0 +1,145 @@
+"""Flower's door to the clients: requests out over a grid, answers in."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedsplit.federation import records
+from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, check_introductions
+from fedsplit.federation.messages import Answer, Briefing, Failure, Introduce, Request
+from fedsplit.federation.replies import Introduction, read_introduction
+
+POLL_SECONDS = 0.01
+"""Time to sleep between two looks at what has arrived."""
+
+LEAST_UNDER_WAY, UNDER_WAY_EACH = 16, 8
+"""Messages that may be without a reply: at least, and for each process that plays clients.
+
+Enough that no process waits for work while Flower, which looks every tenth of a second, takes up the next ones. All at
+once would lie in memory at once, and for each node Flower looks through all of them.
+"""
+
+
+class Watch(Protocol):
+    """Notices that nothing goes on any more; `fedsplit.engines.stalls.StallWatch` is one."""
+
+    def heard(self) -> None:
+        """Notes a sign of life."""
+        ...
+
+    def look(self) -> None:
+        """Acts if there was no sign of life for too long."""
+        ...
+
+
+class FlowerClients:
+    """The clients of a federation behind Flower's grid.
+
+    Attributes:
+        nodes: The clients by number; empty before `meet`.
+        grid: Flower's grid.
+    """
+
+    def __init__(self, grid: Grid, stop: threading.Event, workers: int, stalls: Watch) -> None:
+        """Knows no client yet.
+
+        Args:
+            grid: Flower's way to the nodes.
+            stop: Ends the run at the next look at what has arrived.
+            workers: Processes that play the clients.
+            stalls: Ends a wait in which nothing goes on.
+        """
+        self.grid = grid
+        self.nodes: list[ClientNode] = []
+        self._stop = stop
+        self._stalls = stalls
+        self._most = max(LEAST_UNDER_WAY, UNDER_WAY_EACH * workers)
+        self._numbers: dict[int, int] = {}  # client by node
+
+    def know(self, nodes: Iterable[ClientNode]) -> None:
+        """Sets the clients by number."""
+        self.nodes[:] = nodes
+        self._numbers = {node.node: client for client, node in enumerate(self.nodes)}
+
+    def meet(self, briefing: Briefing, count: int) -> Iterator[Introduction]:
+        """Waits until all nodes are there, and asks each which client it is."""
+        self._stalls.heard()
+        while len(nodes := list(self.grid.get_node_ids())) < count:
+            self._look()
+            time.sleep(POLL_SECONDS)
+
+        found: dict[int, Introduction] = {}
+        messages = (records.to_message(Introduce(briefing, client=-1), node) for node in nodes)
+        reasons = []
+        for message in self._replies(messages):
+            answer = records.to_answer(message, client=-1)
+            if isinstance(answer, Failure):
+                reasons.append(_reason(answer))
+                continue
+            introduction = read_introduction(answer)
+            found[message.metadata.src_node_id] = introduction
+            yield introduction
+        if reasons and not found:
+            raise FederationFailed(f"no client answered: {reasons[0]}")
+        check_introductions(list(found.values()), count)
+        by_client = {one.client: ClientNode(node, one.name) for node, one in found.items()}
+        self.know(by_client[client] for client in sorted(by_client))
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """Sends requests, and yields the answers as they arrive."""
+        messages = (records.to_message(request, self.nodes[request.client].node) for request in requests)
+        for message in self._replies(messages):
+            node = message.metadata.src_node_id
+            if node not in self._numbers:
+                raise FederationFailed(f"a reply came from node {node}, at which no client is")
+            answer = records.to_answer(message, self._numbers[node])
+            if isinstance(answer, Failure):
+                answer = replace(answer, reason=_reason(answer))
+            yield answer
+
+    def _replies(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Sends messages, some at a time, and yields the replies as they arrive."""
+        left = iter(messages)
+        waiting = set[str]()
+        self._stalls.heard()
+        while True:
+            self._look()
+            more = list(itertools.islice(left, self._most - len(waiting)))
+            if more:
+                waiting.update(self.grid.push_messages(more))
+            if not waiting:
+                return
+            for reply in self.grid.pull_messages(waiting):
+                self._stalls.heard()
+                waiting.discard(reply.metadata.reply_to_message_id)
+                yield reply
+            if waiting:
+                time.sleep(POLL_SECONDS)
+
+    def _look(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted
+        self._stalls.look()
+
+
+def _reason(failure: Failure) -> str:
+    """Returns why a client failed, in a line: Flower sends `<class 'module.Error'>:<'text'>`, or a traceback."""
+    text = failure.reason
+    if failure.kind:
+        return text
+    match = re.fullmatch(r"<class '(?:\w+\.)*([\w()]+)'>:<'?(.*?)'?>", text, re.DOTALL)
+    if match:
+        text = match[2] if "\n" in match[2] else f"{match[1]}: {match[2]}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return "no reason was given"
+    return lines[-1].rpartition("ClientAppException occurred. Message: ")[2]

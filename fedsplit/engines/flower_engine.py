@@ -1,0 +1,154 @@
+"""The engine on Ray: clients in Flower's simulation engine, the trunk in an actor of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedsplit.config import Config
+from fedsplit.engines.flower_clients import FlowerClients
+from fedsplit.engines.stalls import StallWatch
+from fedsplit.federation.federation import Federation
+from fedsplit.planning import Plan
+from fedsplit.shutdown import kill_descendants
+from fedsplit.trunk import cluster
+from fedsplit.trunk.actor import TrunkHandle, start_trunk
+
+_BUSY_WORKER = "ray::ClientAppActor.run"
+"""Beginning of the command line of a process that plays a client now, as Ray names it."""
+
+_LOOK_SECONDS = 0.2
+"""Time between two looks at whether the engine has ended; in between, signals are heard."""
+
+_END_SECONDS = 5.0
+"""Time that the engine has to end after an interrupt."""
+
+
+def kill_busy_workers() -> None:
+    """Kills processes that play a client now; Ray starts others, and Flower reports their clients as failed."""
+    kill_descendants(_BUSY_WORKER)
+
+
+class Stoppable(Protocol):
+    """The part of a federation that the engine's thread needs.
+
+    Attributes:
+        stop: Ends the server's loop at its next look.
+    """
+
+    stop: threading.Event
+
+
+@dataclass(frozen=True)
+class FlowerSession:
+    """A Ray on this machine with the trunk's actor.
+
+    Attributes:
+        trunk: The trunk.
+        name: Name of the trunk's actor.
+        config: Configuration of the run.
+        workers: Processes that play the clients.
+    """
+
+    trunk: TrunkHandle
+    name: str
+    config: Config
+    workers: int
+
+    def play(self, federation: Federation) -> None:
+        """Runs a federation to its end."""
+        simulate(federation, self._app(federation), self.config.clients)
+
+    def _app(self, federation: Federation) -> ServerApp:
+        """Returns the ServerApp that runs a federation."""
+        app = ServerApp()
+
+        @app.main()
+        def main(grid: Grid, context: Context) -> None:
+            stalls = StallWatch(self.config.timeout, lambda: self.trunk.status()["traffic"], kill_busy_workers)
+            try:
+                federation.run(FlowerClients(grid, federation.stop, self.workers, stalls))
+            except BaseException:
+                kill_busy_workers()  # Flower waits for their answers, which may never come
+                raise
+
+        return app
+
+
+@contextlib.contextmanager
+def running(config: Config, plan: Plan) -> Iterator[FlowerSession]:
+    """Starts Ray and the trunk's actor.
+
+    Args:
+        config: Configuration of the run.
+        plan: Processes, threads and lanes.
+
+    Raises:
+        ClusterFailed: Ray does not start.
+    """
+    name = f"trunk-{os.getpid()}-{time.time_ns()}"
+    with cluster.running(plan.workers):
+        trunk = start_trunk(config, name, plan.trunk_threads, plan.trunk_lanes)
+        yield FlowerSession(trunk, name, config, plan.workers)
+
+
+class _Engine(threading.Thread):
+    """Flower's engine in a thread of its own: its pool of threads would hold the main thread up for ever."""
+
+    def __init__(self, server: ServerApp, clients: int) -> None:
+        super().__init__(daemon=True, name="flower")
+        self._server = server
+        self._clients = clients
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        # Deprecated without a public replacement: `flwr run` ends in the same engine.
+        from flwr.simulation import run_simulation
+
+        logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # not before the import, which sets it anew
+
+        from fedsplit.engines.client_app import app
+
+        # A worker that dies is started again; otherwise its slot fails every client it is given from then on.
+        resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": 3}
+        try:
+            run_simulation(self._server, app, self._clients, backend_config={"client_resources": resources})
+        except BaseException as error:  # noqa: BLE001  # the main thread raises it
+            self.error = error
+
+
+def simulate(federation: Stoppable, server: ServerApp, clients: int) -> None:
+    """Runs the apps in Flower's engine, on the Ray that is running already.
+
+    Args:
+        federation: The federation; its `stop` is set at the end.
+        server: The ServerApp that runs it.
+        clients: Number of clients.
+
+    Raises:
+        Exception: Whatever ended the server's loop.
+        KeyboardInterrupt: The caller was interrupted; no client works any more then.
+    """
+    engine = _Engine(server, clients)
+    try:
+        engine.start()
+        while engine.is_alive():
+            engine.join(_LOOK_SECONDS)
+    except BaseException:
+        federation.stop.set()
+        # Flower waits for its clients, and the server may wait for the trunk: neither would ever look at `stop`.
+        kill_descendants("ray::")
+        engine.join(_END_SECONDS)
+        raise
+    federation.stop.set()
+    if engine.error is not None:
+        raise engine.error

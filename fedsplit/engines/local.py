@@ -1,0 +1,137 @@
+"""The engine in this process: no Ray, and no Flower unless one of Flower's own strategies is asked for.
+
+Clients train one after the other, and the trunk computes in between. Where a schedule is deterministic, the adapters
+are those of every other engine, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
+from fedsplit.corpora.shards import on_disks
+from fedsplit.events import Sink
+from fedsplit.events.emitter import Emitter
+from fedsplit.events.files import MetricsFile, SummaryFile
+from fedsplit.federation.checkpoint import RunFolder
+from fedsplit.federation.client_service import ClientService
+from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, check_introductions
+from fedsplit.federation.federation import Federation, Job
+from fedsplit.federation.manifest import content_of
+from fedsplit.federation.messages import Answer, Briefing, Failure, Introduce, Request
+from fedsplit.federation.replies import Introduction, read_introduction
+from fedsplit.federation.workload import workloads
+from fedsplit.model.families import read_facts
+from fedsplit.model.sources import config_folder, weights_folder
+from fedsplit.planning import Plan
+from fedsplit.trunk.local import LocalTrunk
+
+
+@dataclass
+class LocalClients:
+    """The clients of a federation, played one after the other.
+
+    Attributes:
+        service: Answers requests.
+        stop: Ends the run before the next client.
+        nodes: The clients by number; empty before `meet`.
+    """
+
+    service: ClientService
+    stop: threading.Event
+    nodes: list[ClientNode] = field(default_factory=list)
+    grid: None = None
+
+    def meet(self, briefing: Briefing, count: int) -> Iterator[Introduction]:
+        """Has each client introduce itself."""
+        found = []
+        for client in range(count):
+            answer = self.answer(Introduce(briefing, client))
+            if isinstance(answer, Failure):
+                raise FederationFailed(f"client {client} could not load its parts: {answer.reason}")
+            introduction = read_introduction(answer)
+            found.append(introduction)
+            yield introduction
+        check_introductions(found, count)
+        self.nodes[:] = [ClientNode(one.client + 1, one.name) for one in found]
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """Answers each request in turn."""
+        for request in requests:
+            yield self.answer(request)
+
+    def answer(self, request: Request) -> Answer:
+        """Answers one request."""
+        if self.stop.is_set():
+            raise Interrupted
+        return self.service.answer(request)
+
+
+@dataclass(frozen=True)
+class LocalSession:
+    """The trunk and the clients of a run in this process.
+
+    Attributes:
+        trunk: The trunk.
+        name: Name of the run.
+    """
+
+    trunk: LocalTrunk
+    name: str
+
+    def play(self, federation: Federation) -> None:
+        """Runs a federation to its end."""
+        federation.run(LocalClients(ClientService(lambda name: self.trunk), federation.stop))
+
+
+@contextlib.contextmanager
+def running(config: Config, plan: Plan) -> Iterator[LocalSession]:
+    """Loads the trunk in this process; torch has its former number of threads again at the end.
+
+    Args:
+        config: Configuration of the run.
+        plan: Threads of clients and trunk.
+    """
+    threads = torch.get_num_threads()
+    name = str(uuid4())
+    torch.set_num_threads(plan.trunk_threads)
+    try:
+        yield LocalSession(LocalTrunk(config, name), name)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federation:
+    """Runs a whole federation here, in a folder of its own, with one thread and the settings as they are.
+
+    Args:
+        config: Configuration of the run.
+        out: Folder of the run.
+        strategy: Strategy of ours or of Flower's.
+        sinks: Receive the events of the run, beside the files of its folder.
+
+    Returns:
+        The federation, which has its summary.
+    """
+    started = time.perf_counter()
+    facts = read_facts(config_folder(config))
+    shards = shards_of(config)
+    with running(config, Plan(1, 1, 1, 1, 1)) as session:
+        content = content_of(shards, config_folder(config), weights_folder(config))
+        folder = RunFolder(out, config, facts.family, facts.blocks, content)
+        emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
+        job = Job(config, strategy, workloads(config, shards), folder, emit, started)
+        federation = Federation(job, session.trunk, session.name, threads=1)  # type: ignore[arg-type]
+        with emit, on_disks(folder.clients, shards):
+            session.play(federation)
+    return federation

@@ -1,0 +1,55 @@
+"""The port to an engine: the parties it has started, and a federation played with them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from fedsplit.config import Config
+from fedsplit.federation.federation import Federation
+from fedsplit.planning import Plan
+
+if TYPE_CHECKING:
+    from fedsplit.trunk.actor import TrunkHandle
+
+
+class Session(Protocol):
+    """An engine that has started."""
+
+    @property
+    def trunk(self) -> TrunkHandle:
+        """The trunk, which may still be loading."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Name by which clients find the trunk; names the run, too."""
+        ...
+
+    def play(self, federation: Federation) -> None:
+        """Runs a federation to its end.
+
+        Raises:
+            Exception: Whatever ended the federation.
+        """
+        ...
+
+
+Open = Callable[[Config, Plan], contextlib.AbstractContextManager[Session]]
+"""Starts an engine for a run, for as long as the context lasts."""
+
+
+def engine_named(name: str) -> Open:
+    """Returns the engine of a name.
+
+    Args:
+        name: "ray" or "local".
+    """
+    if name == "local":
+        from fedsplit.engines import local
+
+        return local.running  # type: ignore[return-value]  # its trunk is no handle
+    from fedsplit.engines import flower_engine  # imports Ray and Flower
+
+    return flower_engine.running

@@ -1,0 +1,31 @@
+"""Events: the typed records by which a run reports, and the sinks that receive them."""
+
+from fedsplit.events.event_types import (
+    ClientFailed,
+    Event,
+    Notice,
+    Progress,
+    RoundAggregated,
+    RoundEnded,
+    RoundEvaluated,
+    RoundTrained,
+    RunEnded,
+    RunFailed,
+    RunStarted,
+)
+from fedsplit.events.sink import Sink
+
+__all__ = [
+    "ClientFailed",
+    "Event",
+    "Notice",
+    "Progress",
+    "RoundAggregated",
+    "RoundEnded",
+    "RoundEvaluated",
+    "RoundTrained",
+    "RunEnded",
+    "RunFailed",
+    "RunStarted",
+    "Sink",
+]

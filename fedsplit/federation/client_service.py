@@ -1,0 +1,258 @@
+"""A client's side of a federation: a request in, a client's work, an answer out; no engine is known here.
+
+All clients of a process share one copy of the frozen base.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedsplit.adaptation import lora
+from fedsplit.adaptation.run_adapters import adapt, bare_parts
+from fedsplit.client.client import Client
+from fedsplit.client.heldout import held_out_batches, sample, through_split
+from fedsplit.client.link import Link, TrunkLike
+from fedsplit.config import Config
+from fedsplit.corpora.shards import Shard, read_shard
+from fedsplit.documents import from_document
+from fedsplit.federation import messages, replies
+from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
+from fedsplit.federation.travel import TravelRule, draw
+from fedsplit.model.families import read_facts
+from fedsplit.model.parts import Bottom, Top
+from fedsplit.model.routers import RouterLoss
+from fedsplit.model.sources import config_folder
+from fedsplit.scores import pooled
+from fedsplit.state.client_store import ClientState, ClientStore
+from fedsplit.state.fold_log import FoldLog
+from fedsplit.trunk.memory import peak_memory
+from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.updates import Adapters, ClientUpdate
+from fedsplit.wire.codecs import make_codec
+
+Connect = Callable[[str], TrunkLike]
+"""Finds a trunk by its name."""
+
+
+@dataclass
+class _Site:
+    """Objects that the clients of one process have in common.
+
+    Attributes:
+        config: Configuration of the run.
+        bottom: First blocks, with adapters.
+        top: Last blocks and the head, with adapters.
+        trunk: Way to the trunk.
+        start: Adapters of bottom and top that training starts from, at the largest rank.
+        rule: Which of them cross, and which are personal.
+        router_aux_loss: Coefficient of the routers' loss; 0 where there is none.
+        folded: Last round whose changes of base weights have been made here.
+        discarded: Number of discarded attempts that the server had counted as the base weights were loaded.
+    """
+
+    config: Config
+    bottom: Bottom
+    top: Top
+    trunk: TrunkLike
+    start: Adapters
+    rule: TravelRule
+    router_aux_loss: float = 0.0
+    folded: int = 0
+    discarded: int = 0
+
+    def client(self, request: Request, shard: Shard) -> Client:
+        """Returns the client that a request is for, with its data and its way to the trunk."""
+        config, briefing = self.config, request.briefing
+        link = Link(
+            self.trunk,
+            make_codec(config.wire.codec),
+            SCHEDULES[config.trunk.schedule],
+            briefing.trunk,
+            briefing.incarnation,
+            attempt=request.attempt,  # the trunk refuses steps that it has served in an attempt before
+            asks=bool(config.trunk.memory),
+        )
+        routers = RouterLoss(self.router_aux_loss)
+        return Client(
+            request.client, shard, self.bottom, self.top, link, config.train, config.seed, config.rounds, routers
+        )
+
+    def catch_up(self, request: Request) -> None:
+        """Makes the changes of base weights that were not made here yet, in the order of the rounds."""
+        log = FoldLog(Path(request.briefing.store) / "folds")
+        if isinstance(request, Evaluate) and request.changes:
+            log.append(request.folded, request.changes)
+        for round in range(self.folded + 1, request.folded + 1):
+            changes = log.read(round)
+            lora.fold(self.bottom, changes)
+            lora.fold(self.top, changes)
+        self.folded = max(self.folded, request.folded)
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """Everything that one request needs: the site, the client, and the client's disk."""
+
+    site: _Site
+    client: Client
+    store: ClientStore
+
+
+class ClientService:
+    """Answers the requests of a server for all clients of one process.
+
+    Bottom and top are loaded with the first request of a run, and nothing of the trunk.
+    """
+
+    def __init__(self, connect: Connect) -> None:
+        """Loads nothing yet.
+
+        Args:
+            connect: Finds the trunk by the name that requests carry.
+        """
+        self._connect = connect
+        self._key: object = None
+        self._site: _Site | None = None
+
+    def answer(self, request: Request) -> Answer:
+        """Does what a request asks; an error becomes a `Failure`, since it is the server's to judge."""
+        try:
+            return self.serve(request)
+        except Exception as error:  # noqa: BLE001  # a client may fail in any way, and the others go on
+            return _failure(request.client, error)
+
+    def serve(self, request: Request) -> Reply:
+        """Does what a request asks.
+
+        Raises:
+            TrunkLost: The trunk is gone.
+            LostState: The client's disk lacks a round.
+            Diverged: Training has come to values that are not finite.
+        """
+        visit = self.visit(request)
+        if isinstance(request, Train):
+            return _train(visit, request)
+        if isinstance(request, Evaluate):
+            return _evaluate(visit, request)
+        assert isinstance(request, Introduce)
+        return _introduce(visit)
+
+    def visit(self, request: Request) -> _Visit:
+        """Brings the site to the state that a request is about, and finds the client."""
+        briefing = request.briefing
+        root = Path(briefing.store)
+        shard = read_shard(root, request.client)
+        # Changes of base weights cannot be undone: after a discarded attempt the weights are loaded anew.
+        key = (briefing.run, briefing.trunk, briefing.threads, shard.classes, request.discarded)
+        if self._site is None or self._key != key:
+            self._site = None  # the old weights go before the new ones come
+            self._site = _load(briefing, shard.classes, self._connect)
+            self._key = key
+        site = self._site
+        site.catch_up(request)
+        client = site.client(request, shard)
+        return _Visit(site, client, ClientStore(root, request.client))
+
+
+def _failure(client: int, error: Exception) -> Failure:
+    """Returns an error as a failure; an error of our own says enough without the name of its class."""
+    kind = type(error).__name__
+    reason = " ".join(str(error).split())
+    is_ours = type(error).__module__.partition(".")[0] == "fedsplit"
+    return Failure(client, kind, reason if is_ours and reason else f"{kind}: {reason}")
+
+
+def _load(briefing: Briefing, classes: int, connect: Connect) -> _Site:
+    """Loads bottom and top with their adapters."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(briefing.threads)
+    config = from_document(json.loads(briefing.run))
+    bottom, top = bare_parts(config, ["bottom", "top"], classes)
+    for part in (bottom, top):
+        adapt(part, config)
+    starts = {"bottom": lora.read(bottom), "top": lora.read(top)}
+    return _Site(
+        config,
+        bottom,
+        top,
+        connect(briefing.trunk),
+        start=lora.read(bottom, top),
+        rule=TravelRule.of(starts, config.share, briefing.personal),
+        router_aux_loss=read_facts(config_folder(config)).coefficient(config.router_aux_loss),
+    )
+
+
+def _introduce(visit: _Visit) -> Reply:
+    """Tells the client's name; the first client also tells what training starts from."""
+    site, client = visit.site, visit.client
+    parameters = {"bottom": lora.count(site.bottom), "top": lora.count(site.top, elsewhere=[site.bottom])}
+    if not SCHEDULES[site.config.trunk.schedule].returns_gradient:
+        parameters["bottom"]["trainable"] = 0
+    start: dict[str, Adapters] = {}
+    if client.number == 0:
+        start = {str(part.kind): lora.read(part) for part in (site.bottom, site.top)}
+    return replies.introduce(replies.Introduction(client.number, client.shard.name, parameters, start))
+
+
+def _train(visit: _Visit, request: Train) -> Reply:
+    """Trains for a round, and measures what the client's own steps have made of the model."""
+    site, client, store = visit.site, visit.client, visit.store
+    config, task, rule = site.config, request.task, site.rule
+
+    kept = store.load(request.accepted)
+    start = site.start.with_rank(request.rank)
+    given = {**start.tensors, **draw(start, request.drawn), **kept.held, **request.tensors, **kept.personal}
+    moments = kept.moments if request.drawn is None else {}  # a new draw has no history
+    update = client.train(given, request.round, task, kept.control, moments)
+
+    # Under --deterministic the others wait until this client has measured, or its score would depend on their steps.
+    if not config.deterministic:
+        client.link.leave(client.number)
+    batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
+    chosen = sample(batches, config.eval.after, config.train.batch_size)
+    own = pooled(through_split(client, update.adapters.tensors, request.round, chosen))
+    if config.deterministic:
+        client.link.leave(client.number)
+
+    untrained = rule.untrained(given, task)
+    store.save(request.round, _to_keep(start, given, update, untrained, rule.personal, kept), request.accepted)
+    returned = rule.returned(update.adapters.tensors, task)
+    return messages.trained(update, returned, own, peak_memory())
+
+
+def _to_keep(
+    start: Adapters,
+    given: Mapping[str, Tensor],
+    update: ClientUpdate,
+    untrained: set[str],
+    personal: frozenset[str],
+    before: ClientState,
+) -> ClientState:
+    """Returns what a client writes to its disk at the end of a round."""
+    held = {name: given[name] for name in untrained if not torch.equal(given[name], start.tensors[name])}
+    own = {name: update.adapters.tensors[name] for name in sorted(personal)}
+    control = {}
+    for name, change in update.control.items():
+        control[name] = before.control[name] + change if name in before.control else change
+    return ClientState(held, own, control, update.moments)
+
+
+def _evaluate(visit: _Visit, request: Evaluate) -> Reply:
+    """Measures the loss on the client's held-out text, and on the sample that is measured after its own steps."""
+    site, client, config = visit.site, visit.client, visit.site.config
+    kept = visit.store.load(request.accepted)
+    given = {**site.start.tensors, **request.tensors, **kept.personal}
+    batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
+    scores = through_split(client, given, request.round, batches)
+    chosen = [number for number, _ in sample(batches, config.eval.after, config.train.batch_size)]
+    part = pooled(scores[number] for number in chosen)
+    return messages.measured(client.number, pooled(scores), part, peak_memory())

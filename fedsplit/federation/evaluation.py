@@ -1,0 +1,134 @@
+"""The evaluation of a round: the loss of all clients on their held-out text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from fedsplit.events.event_types import Progress, RoundEvaluated
+from fedsplit.federation.clients import FederationFailed
+from fedsplit.federation.messages import Evaluate, Reply, serialised_bytes
+from fedsplit.federation.parties import Parties
+from fedsplit.federation.replies import memory_of, sample_of, to_score
+from fedsplit.federation.run_state import RunState
+from fedsplit.report import perplexity
+from fedsplit.scores import Score, pooled
+from fedsplit.updates import RefusedUpdate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcome of an evaluation.
+
+    Attributes:
+        total: Score over all clients.
+        scores: Score of each client that measured something usable.
+        forgotten: By client's name, the rise of its loss since it was measured after its own steps, in nats.
+        seconds: Time that the evaluation took.
+    """
+
+    total: Score
+    scores: Mapping[int, Score]
+    forgotten: Mapping[str, float]
+    seconds: float
+
+
+def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Score], attempt: int = 0) -> Evaluation:
+    """Has every client measure the adapters of a state, and enters the result there.
+
+    Args:
+        parties: The parties.
+        state: State with the adapters; its losses, accuracy, sums and best round are brought up to date.
+        round: Round that the adapters are of; 0 before the first one.
+        own: Scores of clients on their sample, right after their own steps.
+        attempt: Number of earlier attempts at this round.
+
+    Raises:
+        FederationFailed: No client measured anything that can be used.
+    """
+    started = time.perf_counter()
+    replies = _ask(parties, state, round, attempt)
+
+    usable: dict[int, Reply] = {}
+    scores: dict[int, Score] = {}
+    reason = ""
+    for client, reply in sorted(replies.items()):
+        try:
+            scores[client] = to_score(reply, parties.sender(client), parties.workloads[client])
+        except RefusedUpdate as refused:
+            reason = str(refused)
+            parties.report_failure("evaluating", round, attempt, client, reason, refused=True)
+        else:
+            usable[client] = reply
+            state.totals.client_memory = max(state.totals.client_memory, memory_of(reply))
+    if not scores:
+        raise FederationFailed(f"no client measured anything that can be used: {reason}")
+
+    forgotten = {}
+    for client, then in own.items():
+        if client not in usable:
+            continue
+        now = sample_of(usable[client])
+        if then.tokens and now.tokens:
+            forgotten[parties.name(client)] = now.loss - then.loss
+
+    total = pooled(scores.values())
+    state.after = total.loss
+    state.forgotten = forgotten
+    if parties.config.data.format == "classification":
+        state.accuracy = {"before": total.accuracy, **state.accuracy, "after": total.accuracy}
+    return Evaluation(total, scores, forgotten, time.perf_counter() - started)
+
+
+def _ask(parties: Parties, state: RunState, round: int, attempt: int) -> dict[int, Reply]:
+    """Sends the shared adapters to all clients, and counts their bytes; replies by client."""
+    ledger, totals = state.ledger, state.totals
+    count = len(parties.clients.nodes)
+    tensors = ledger.rule.crosses(state.adapters.tensors)
+
+    def requests() -> Iterator[Evaluate]:
+        for client in range(count):
+            yield Evaluate(
+                parties.briefing,
+                client,
+                round,
+                attempt,
+                accepted=ledger.accepted.get(client, 0),
+                folded=ledger.last_fold,
+                discarded=ledger.discarded,
+                tensors=tensors,
+                changes=ledger.news,  # every client needs them, whether it trained or not
+            )
+
+    replies: dict[int, Reply] = {}
+
+    def heard(reply: Reply, done: int) -> None:
+        replies[reply.client] = reply
+        rounds = parties.config.rounds
+        parties.emit(Progress(phase="evaluating", round=round, rounds=rounds, done=done, of=count))
+
+    parties.ask(requests(), heard, "evaluating", round, attempt)
+    sample = Evaluate(parties.briefing, 0, tensors=tensors, changes=ledger.news)
+    totals.traffic["adapter_down"] += sample.change_bytes * count
+    totals.traffic["evaluation_adapter_down"] += serialised_bytes(tensors) * count
+    return replies
+
+
+def event_of(parties: Parties, state: RunState, round: int, found: Evaluation) -> RoundEvaluated:
+    """Returns the event that reports an evaluation."""
+    sent = state.totals.bytes_of_round(parties.trunk.status()["traffic"])
+    has_classes = bool(state.accuracy)
+    return RoundEvaluated(
+        round=round,
+        loss=found.total.loss,
+        accuracy=found.total.accuracy if has_classes else None,
+        perplexity=None if has_classes else perplexity(found.total.loss),
+        clients={parties.name(client): score.loss for client, score in found.scores.items()},
+        forgotten=dict(found.forgotten),
+        adapter_bytes={way: sent[f"adapter_{way}"] for way in ("up", "down")},
+        bytes=sent,
+        tokens=sum(score.tokens for score in found.scores.values()),
+        seconds=found.seconds,
+        elapsed=state.totals.seconds,
+    )

@@ -1,0 +1,233 @@
+"""The training of a round: clients train from their assignments, and their updates are collected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fedsplit.events.event_types import Notice, Progress, RoundTrained
+from fedsplit.federation.client_order import groups_of, takes_turns
+from fedsplit.federation.clients import FederationFailed
+from fedsplit.federation.messages import Reply, Train
+from fedsplit.federation.parties import NobodyAnswered, Parties
+from fedsplit.federation.replies import memory_of, sample_of, to_update, without_tensors
+from fedsplit.federation.run_state import RunState
+from fedsplit.optimization.rates import last_rate
+from fedsplit.scores import Score
+from fedsplit.updates import Assignment, ClientUpdate, RefusedUpdate
+
+
+@dataclass
+class Training:
+    """Outcome of a round's training.
+
+    Attributes:
+        assigned: Assignments by client.
+        updates: Updates that can be used, by client.
+        replies: Replies that the updates were read from, without their tensors.
+        counts: Counts of the trunk: steps, forwards, backwards, …
+        tokens: Tokens that were trained on.
+        seconds: Time from the first request to the end of the trunk's round.
+    """
+
+    assigned: Mapping[int, Assignment]
+    updates: list[ClientUpdate] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss of the clients in nats; None where nobody trained."""
+        return mean([update.loss for update in self.updates]) if self.updates else None
+
+    @property
+    def scores(self) -> dict[int, Score]:
+        """Score of each client on its sample, right after its own steps."""
+        return {reply.client: sample_of(reply) for reply in self.replies}
+
+
+def train(parties: Parties, state: RunState, round: int, assigned: Mapping[int, Assignment], attempt: int) -> Training:
+    """Has clients train, group by group, and collects their updates.
+
+    Args:
+        parties: The parties.
+        state: State of the round; its ledger and sums are brought up to date.
+        round: The round.
+        assigned: Assignments by client.
+        attempt: Number of earlier attempts at this round.
+
+    Raises:
+        FederationFailed: No update can be used.
+    """
+    started = time.perf_counter()
+    ledger, trunk, schedule = state.ledger, parties.trunk, parties.schedule
+    if schedule.personal:
+        trunk.assign({client: ledger.trunk_start(client, one) for client, one in assigned.items()})
+    training = _Collection(parties, state, round, assigned, attempt, started).collect()
+
+    training.counts = trunk.end_round([update.client for update in training.updates])
+    if training.counts.get("unusable"):
+        reason = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
+        parties.emit(Notice(text=f"{parties.label(round)}  {reason} ({parties.config.train.lr:g})"))
+    if schedule.personal:
+        training.updates = ledger.with_copies(training.updates, trunk.copies(), assigned)
+    for update in training.updates:
+        ledger.accept(update.client, round, assigned[update.client])
+
+    training.seconds = time.perf_counter() - started
+    totals = state.totals
+    totals.tokens += training.tokens
+    totals.asked += len(assigned)
+    totals.failed += len(assigned) - len(training.updates)
+    totals.train_seconds += training.seconds
+    totals.client_memory = max([totals.client_memory, *map(memory_of, training.replies)])
+    return training
+
+
+class _Collection:
+    """The requests of one round of training, and the replies as they arrive."""
+
+    def __init__(
+        self,
+        parties: Parties,
+        state: RunState,
+        round: int,
+        assigned: Mapping[int, Assignment],
+        attempt: int,
+        started: float,
+    ) -> None:
+        self._parties = parties
+        self._state = state
+        self._round = round
+        self._assigned = assigned
+        self._attempt = attempt
+        self._started = started
+        self._groups = groups_of(parties.config, round, assigned)
+        self._alternates = len(self._groups) > 1 or takes_turns(parties.config)
+        self._used: dict[int, tuple[Reply, ClientUpdate]] = {}
+        self._tokens = 0
+
+    def collect(self) -> Training:
+        """Asks all groups, one after the other."""
+        parties = self._parties
+        self._show()
+        reason = "no client sent anything that can be used"
+        for group in self._groups:
+            if self._alternates:
+                parties.trunk.begin(group)
+            try:
+                parties.ask(self._requests(group), self._heard, "training", self._round, self._attempt)
+            except NobodyAnswered as failed:  # clients of other groups may
+                reason = str(failed)
+        if self._groups and not self._used:
+            raise FederationFailed(reason)
+        in_order = [self._used[client] for client in sorted(self._used)]
+        replies = [reply for reply, _ in in_order]
+        updates = [update for _, update in in_order]
+        return Training(self._assigned, updates, replies, tokens=self._tokens)
+
+    def _requests(self, group: Sequence[int]) -> Iterator[Train]:
+        for client in group:
+            request = self._request(client, self._assigned[client])
+            self._state.totals.traffic["adapter_down"] += request.nbytes
+            yield request
+
+    def _request(self, client: int, assignment: Assignment) -> Train:
+        """Returns the request to train: the task, and those adapters that the client does not have."""
+        ledger, task = self._state.ledger, assignment.task
+        if task.control is not None:
+            task = replace(task, control=ledger.rule.crosses(task.control))
+        return Train(
+            self._parties.briefing,
+            client,
+            self._round,
+            self._attempt,
+            accepted=ledger.accepted.get(client, 0),
+            folded=ledger.last_fold,
+            discarded=ledger.discarded,
+            tensors=ledger.lacking(client, assignment),
+            task=task,
+            drawn=assignment.drawn,
+            rank=assignment.adapters.largest_rank or self._parties.config.lora.rank_of(client),
+        )
+
+    def _heard(self, reply: Reply, _: int) -> None:
+        """Takes a reply."""
+        parties = self._parties
+        client = reply.client
+        self._state.totals.traffic["adapter_up"] += reply.nbytes
+        update = self._accepted(reply)
+        # A client that has answered is not waited for, even if it did not say goodbye to the trunk.
+        if update is None or self._alternates:
+            parties.trunk.leave(client)
+        if update is None:
+            return
+        self._used[client] = without_tensors(reply), update
+        self._tokens += update.tokens
+        self._show()
+
+    def _show(self) -> None:
+        """Reports how many clients have trained."""
+        losses = [update.loss for _, update in self._used.values()]
+        self._parties.emit(
+            Progress(
+                phase="training",
+                round=self._round,
+                rounds=self._parties.config.rounds,
+                done=len(losses),
+                of=len(self._assigned),
+                loss=mean(losses) if losses else None,
+                tokens_per_second=self._tokens / (time.perf_counter() - self._started),
+            )
+        )
+
+    def _accepted(self, reply: Reply) -> ClientUpdate | None:
+        """Returns a reply as an update with its weight; one that cannot be used is named and left out."""
+        parties, client = self._parties, reply.client
+        given = self._state.ledger.given(self._assigned[client])
+        returned = self._state.ledger.rule.returned(given.tensors, self._assigned[client].task)
+        try:
+            update = to_update(reply, given, returned, parties.sender(client), parties.workloads[client])
+        except RefusedUpdate as refused:
+            parties.report_failure("training", self._round, self._attempt, client, str(refused), refused=True)
+            return None
+        return replace(update, weight=_weight(update, parties.config.weights))
+
+
+def _weight(update: ClientUpdate, by: str) -> float:
+    """Returns the weight of an update in an average.
+
+    Args:
+        update: The update.
+        by: "examples", "tokens" or "equal".
+    """
+    if by == "examples":
+        return float(update.examples)
+    if by == "tokens":
+        return float(update.tokens)
+    return 1.0 if update.examples else 0.0
+
+
+def event_of(parties: Parties, state: RunState, round: int, training: Training) -> RoundTrained:
+    """Returns the event that reports a round's training."""
+    router_losses = [update.router_loss for update in training.updates if update.router_loss is not None]
+    resident = parties.trunk.status()["resident_memory"]
+    return RoundTrained(
+        round=round,
+        loss=training.loss,
+        clients={parties.name(update.client): update.loss for update in training.updates},
+        router_aux_loss=mean(router_losses) if router_losses else None,
+        learning_rate=last_rate(parties.config.train, round, parties.config.rounds),
+        tokens=training.tokens,
+        seconds=training.seconds,
+        trunk={**training.counts, "resident_memory": resident},
+        elapsed=state.totals.seconds,
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    """Returns the mean of some values, of which there is one at least."""
+    return sum(values) / len(values)

@@ -1,0 +1,254 @@
+"""Reads single tensors of a checkpoint in safetensors, and checks whole checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fedsplit.allowed import SettingError
+from fedsplit.model.devices import CPU, TYPES
+from fedsplit.model.families import family_of
+from fedsplit.model.parts import SCORE
+from fedsplit.model.unsplit import empty_model
+from fedsplit.model.weight_files import INDEX, find_tensors
+
+_AT_ONCE = 32 * 2**20
+"""Number of bytes of a tensor that are read at a time."""
+
+
+class CheckpointReader:
+    """Reads single tensors of a checkpoint in safetensors, sharded or not.
+
+    A tensor that is read twice (an embedding tied to the head) is kept in memory once. Experts that are stored one by
+    one are stacked, as in the library's models.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> reader = CheckpointReader(BUNDLED_MODEL, empty_model(BUNDLED_MODEL), torch.float32)
+        >>> reader.shape("transformer.wte.weight")
+        [1024, 128]
+        >>> reader.parameter("lm_head.weight") is reader.parameter("transformer.wte.weight")  # tied
+        True
+    """
+
+    def __init__(self, path: Path, model: Any, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        """Finds the file of each tensor.
+
+        Args:
+            path: Folder of the checkpoint.
+            model: The model that the tensors are for, without weights (`fedsplit.model.unsplit.empty_model`). It knows
+                which parameters are tied.
+            dtype: Type of the parameters that are read.
+            device: Device of the parameters that are read.
+        """
+        self._family = family_of(model.config.model_type)
+        self._dtype = dtype
+        self._device = device
+        self._prefix = f"{self._family.decoder.partition('.')[0]}."
+        self._files = find_tensors(path)
+        self._parameters: dict[str, nn.Parameter] = {}
+        ties: dict[str, str] = model.all_tied_weights_keys
+        self._partners = {**ties, **{source: target for target, source in ties.items()}}
+        self._could_be_tied = {*(getattr(model, "_tied_weights_keys", None) or ())} - ties.keys()
+
+    def _known(self, pattern: str) -> str | None:
+        """Returns the name of a piece in the files: the library's name, or the same without the decoder's prefix."""
+        candidates = dict.fromkeys((pattern, pattern.removeprefix(self._prefix)))
+        names = [name for name in candidates if name.replace("*", "0") in self._files]
+        if len(names) > 1:
+            raise ValueError(f"the checkpoint has one tensor twice, as {names[0]} and as {names[1]}")
+        return names[0] if names else None
+
+    def _pieces(self, name: str) -> list[str]:
+        """Returns the names of a parameter's pieces in the files. Ties are ignored. Empty if a piece is missing."""
+        options = [[name]]
+        for end, pieces in self._family.stored.items():
+            if name.endswith(end):
+                options.append([name.removesuffix(end) + piece for piece in pieces])
+        complete = []
+        for option in options:
+            names = [name for name in map(self._known, option) if name]
+            if len(names) == len(option):
+                complete.append(names)
+        if len(complete) > 1:
+            raise ValueError(f"the checkpoint has one tensor twice, as {complete[0][0]} and as {complete[1][0]}")
+        return complete[0] if complete else []
+
+    def _find(self, name: str) -> list[str]:
+        """Returns the names of a parameter's pieces in the files, with `*` for the number of an expert.
+
+        For a parameter that the files lack, these are the names of the parameter that it is tied to.
+
+        Raises:
+            ValueError: The files have neither.
+        """
+        partner = self._partners.get(name)
+        pieces = self._pieces(name)
+        if not pieces and partner:
+            pieces = self._pieces(partner)
+        if pieces:
+            return pieces
+        why = ", and config.json does not say that it is tied to another one" if name in self._could_be_tied else ""
+        raise ValueError(f"the checkpoint has no tensor {name}{why}")
+
+    def _experts(self, pattern: str) -> list[str]:
+        """Returns the names of all experts' tensors in the files, in the order of the experts."""
+        numbered = (pattern.replace("*", str(number)) for number in itertools.count())
+        return list(itertools.takewhile(self._files.__contains__, numbered))
+
+    def _shape(self, pattern: str) -> list[int]:
+        if "*" in pattern:
+            names = self._experts(pattern)
+            return [len(names), *self._shape(names[0])]
+        with safe_open(self._files[pattern], framework="pt") as file:
+            return list(file.get_slice(pattern).get_shape())
+
+    def _mapped(self, name: str) -> Tensor | None:
+        """Returns a tensor mapped from the file, whose pages processes share; None if it has another type."""
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor = file.get_tensor(name)
+        return tensor if tensor.dtype == self._dtype else None
+
+    def _slices(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Yields a tensor of the files some rows at a time, with their place, to keep memory small."""
+        length, *row_shape = self._shape(name)
+        rows = max(1, _AT_ONCE // max(1, 4 * torch.Size(row_shape).numel()))
+        for begin in range(0, length, rows):
+            place = slice(begin, min(begin + rows, length))
+            # The file is opened anew each time, since its pages stay resident until it is closed.
+            with safe_open(self._files[name], framework="pt") as file:
+                yield place, file.get_slice(name)[place]
+
+    def _fill(self, pattern: str, target: Tensor) -> None:
+        """Reads a tensor, or the stack of all experts' tensors, into memory, and casts it."""
+        if "*" in pattern:
+            for row, name in zip(target, self._experts(pattern), strict=True):
+                self._fill(name, row)
+            return
+        for place, values in self._slices(pattern):
+            target[place] = values
+
+    def has(self, name: str) -> bool:
+        """Returns True if the files hold a parameter under its name. A tie is not followed."""
+        return bool(self._pieces(name))
+
+    def shape(self, name: str) -> list[int]:
+        """Returns the shape of a parameter. It is read from the headers of the files."""
+        shape, *more_shapes = [self._shape(piece) for piece in self._find(name)]
+        for piece_shape in more_shapes:
+            if shape[0] != piece_shape[0]:
+                raise ValueError(f"{name} has pieces of {shape[0]} and {piece_shape[0]} experts")
+            shape[-2] += piece_shape[-2]
+        return shape
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Returns a frozen parameter by its name in the library's model."""
+        pieces = self._find(name)
+        key = pieces[0]
+        if key not in self._parameters:
+            single = len(pieces) == 1 and "*" not in key
+            tensor = self._mapped(key) if single else None
+            if tensor is None:
+                tensor = self._assembled(name, pieces)
+            self._parameters[key] = nn.Parameter(tensor.to(self._device), requires_grad=False)
+        return self._parameters[key]
+
+    def _assembled(self, name: str, pieces: list[str]) -> Tensor:
+        """Reads the pieces of a parameter, and joins them by rows."""
+        tensor = torch.empty(self.shape(name), dtype=self._dtype)
+        if len(pieces) == 1:
+            self._fill(pieces[0], tensor)
+            return tensor
+        sizes = [self._shape(piece)[-2] for piece in pieces]
+        for piece, rows in zip(pieces, tensor.split(sizes, -2), strict=True):
+            self._fill(piece, rows)
+        return tensor
+
+    def check_files(self) -> None:
+        """Checks that all files exist.
+
+        Raises:
+            ValueError: The index names a shard that does not exist.
+        """
+        for file in sorted({*self._files.values()}):
+            if not file.is_file():
+                raise ValueError(f"its {INDEX} names {file.name}, which is not there")
+
+    def check_values(self, names: Iterable[str]) -> None:
+        """Reads the values of parameters, and checks that they are finite, also after the cast to their type.
+
+        Raises:
+            ValueError: The files hold a NaN or an infinity.
+            SettingError: A value is too large for the type.
+        """
+        patterns = dict.fromkeys(pattern for name in names for pattern in self._find(name))
+        for pattern in patterns:
+            for stored in self._experts(pattern) if "*" in pattern else [pattern]:
+                for _, values in self._slices(stored):
+                    self._check_finite(values, stored)
+
+    def _check_finite(self, values: Tensor, stored: str) -> None:
+        """Checks the smallest and the largest value. A NaN would be both, and a cast keeps the order of values."""
+        if not values.numel():
+            return
+        wide = values.float() if values.element_size() == 1 else values  # torch finds no extremes of float8
+        extremes = torch.stack(torch.aminmax(wide))
+        where = f"{stored} in {self._files[stored].name}"
+        if not bool(extremes.isfinite().all()):
+            raise ValueError(f"{where} holds values that are not finite")
+        if not bool(extremes.to(self._dtype).isfinite().all()):
+            name = next(name for name, dtype in TYPES.items() if dtype == self._dtype)
+            allowed = f"a type that holds the model's weights; {where} goes up to {float(extremes.abs().max()):g}"
+            raise SettingError("dtype", name, allowed)
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drops parameters from memory. They would otherwise be kept for parameters that are tied to them."""
+        dropped = {id(parameter) for parameter in parameters}
+        self._parameters = {key: value for key, value in self._parameters.items() if id(value) not in dropped}
+
+
+def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
+    """Checks that a checkpoint has every tensor of a model, in its shape and with finite values.
+
+    All values are read once, some at a time. The first step of a run reads them anyway, and would report a NaN in the
+    weights as the fault of a client.
+
+    Args:
+        path: Folder of the checkpoint.
+        dtype: Type of the run's base weights, one of `fedsplit.allowed.DTYPES`.
+        classes: Number of classes of a classifier, whose head is drawn and not read; 0 for a language model.
+
+    Raises:
+        SettingError: A file is missing or truncated, a tensor is missing or has another shape than config.json says,
+            or a value is not finite.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> check_checkpoint(BUNDLED_MODEL)
+    """
+    try:
+        model = empty_model(path, classes)
+        checkpoint = CheckpointReader(path, model, TYPES[dtype])
+        checkpoint.check_files()
+        shapes = {
+            name: list(parameter.shape)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not (classes and name.partition(".")[0] == SCORE)
+        }
+        for name, shape in shapes.items():
+            stored_shape = checkpoint.shape(name)
+            if stored_shape != shape:
+                raise ValueError(f"{name} has the shape {stored_shape}, config.json says {shape}")
+        checkpoint.check_values(shapes)
+    except SettingError:
+        raise
+    except Exception as error:  # noqa: BLE001  # an impossible config.json raises many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        allowed = "a folder whose config.json and weights are whole and belong together, as transformers loads them"
+        raise SettingError("model", f"{path} ({reason})", allowed) from None

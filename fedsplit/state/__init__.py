@@ -1,0 +1,1 @@
+"""State that clients and server keep on their disks between rounds."""

@@ -1,0 +1,93 @@
+"""State of a client between rounds, on the client's disk, so that it survives the process that trained it.
+
+In a simulation the disks of all clients lie in the run's folder. No client reads another client's disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from fedsplit.state.round_names import round_file
+from fedsplit.tensor_files import load_tensors, pack, unpack, write_tensors
+
+
+class LostState(Exception):
+    """A client's disk lacks a file that must be there. The message names the file."""
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """State that a client keeps after a round.
+
+    Attributes:
+        held: Shared factors that the client received, did not train, and that differ from the initial ones.
+        personal: Factors that never leave the client.
+        control: The client's control variate.
+        moments: State of the client's optimiser.
+    """
+
+    held: Mapping[str, Tensor] = field(default_factory=dict)
+    personal: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class ClientStore:
+    """Folder of one client, with at most two files: its newest round, and the last round that the server accepted.
+
+    Example:
+        >>> import tempfile, torch
+        >>> store = ClientStore(Path(tempfile.mkdtemp()), client=3)
+        >>> store.save(1, ClientState(personal={"layer.lora_B": torch.ones(2)}), accepted=0)
+        >>> store.load(1).personal["layer.lora_B"]
+        tensor([1., 1.])
+    """
+
+    def __init__(self, root: Path, client: int) -> None:
+        """Names the folder. It is created when there is something to save.
+
+        Args:
+            root: The folder of all clients' disks.
+            client: Number of the client.
+        """
+        self._folder = root / f"{client:04d}"
+
+    def load(self, round: int) -> ClientState:
+        """Returns the state after a round. It is empty for a client that never saved anything.
+
+        Raises:
+            LostState: The folder has files, but none of this round.
+        """
+        path = round_file(self._folder, round)
+        if path.exists():
+            return ClientState(**unpack(load_tensors(path)))
+        if round and self._folder.exists():
+            raise LostState(f"{self._folder} has nothing of round {round}, which the server has accepted")
+        return ClientState()
+
+    def save(self, round: int, state: ClientState, accepted: int) -> None:
+        """Saves the state after a round, and deletes the files of all rounds but this one and the accepted one.
+
+        Args:
+            round: The round that has just been trained.
+            state: The client's state after it.
+            accepted: The last round that the server accepted. Its file stays, since this round may be repeated.
+        """
+        tensors = pack({group.name: getattr(state, group.name) for group in dataclasses.fields(ClientState)})
+
+        # An accepted round without a file had an empty state. It gets an empty file, so that `load` does not take
+        # it for a lost one once the folder exists.
+        if tensors and accepted and not self._folder.exists():
+            write_tensors(round_file(self._folder, accepted), {})
+        if tensors or self._folder.exists():
+            write_tensors(round_file(self._folder, round), tensors)
+
+        current = (round_file(self._folder, round), round_file(self._folder, accepted))
+        for path in self._folder.glob("round-*.safetensors"):
+            if path not in current:
+                path.unlink()

@@ -1,0 +1,91 @@
+"""Files of named tensors (safetensors), written durably; and groups of tensors under flat names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedsplit.durable import sync, writing
+from fedsplit.lowrank import LowRank
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
+    """Replaces a file of tensors in one step. The file is on the disk when the call returns.
+
+    Args:
+        path: The file. Missing folders are created.
+        tensors: The tensors by name.
+        facts: Text values to store in the file's header.
+
+    Raises:
+        NotWritten: The file could not be written. The previous version is unchanged.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    # safetensors refuses tensors that share memory, and a strategy may return such. So each one is copied.
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    metadata = None if facts is None else dict(facts)
+
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(copies, draft, metadata=metadata)
+            sync(draft)
+            draft.rename(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a file of tensors."""
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Maps a file of tensors into memory. Pages are read on first use, and processes share them.
+
+    Returns:
+        The tensors by name, and the text values of the file's header.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        return tensors, file.metadata() or {}
+
+
+def pack(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Flattens groups of tensors into one mapping with names of the form "group/name".
+
+    Example:
+        >>> list(pack({"personal": {"l.lora_A": torch.ones(1)}, "control": {"l.lora_A": torch.ones(1)}}))
+        ['personal/l.lora_A', 'control/l.lora_A']
+    """
+    return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Restores the groups that `pack` flattened. Empty groups are lost."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = tensor
+    return groups
+
+
+def pack_changes(changes: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """Flattens low-rank changes of weights, by layer, into tensors named "up/layer" and "down/layer"."""
+    ups = {layer: change.up for layer, change in changes.items()}
+    downs = {layer: change.down for layer, change in changes.items()}
+    return pack({"up": ups, "down": downs})
+
+
+def unpack_changes(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    """Restores the changes that `pack_changes` flattened."""
+    groups = unpack(tensors)
+    return {layer: LowRank(up, groups["down"][layer]) for layer, up in groups.get("up", {}).items()}

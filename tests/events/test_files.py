@@ -1,0 +1,50 @@
+"""The files that sinks write: an event a line, and a summary that is whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedsplit.durable import NotWritten
+from fedsplit.events import ClientFailed, Notice, RoundAggregated, RunEnded
+from fedsplit.events.files import MetricsFile, SummaryFile, append_document
+
+
+def aggregated(round: int) -> RoundAggregated:
+    return RoundAggregated(round=round, seconds=0.5, error=None, layers={"l": 0.1}, residual_rank={}, elapsed=2.0)
+
+
+def test_events_of_rounds_are_a_line_each(tmp_path: Path) -> None:
+    sink = MetricsFile(tmp_path)
+    failed = ClientFailed(round=2, phase="training", client=3, client_name="ann", reason="out of luck")
+    for event in (aggregated(1), Notice(text="not of a round"), failed):
+        sink.handle(event)
+    sink.close()
+    first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (first["event"], first["round"], first["layers"]) == ("aggregate", 1, {"l": 0.1})
+    assert (second["event"], second["client"], second["reason"]) == ("client-failed", 3, "out of luck")
+
+
+def test_a_run_that_goes_on_appends(tmp_path: Path) -> None:
+    for round in (1, 2):
+        MetricsFile(tmp_path).handle(aggregated(round))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2]
+
+
+def test_the_summary_is_written_when_a_run_has_ended(tmp_path: Path) -> None:
+    sink = SummaryFile(tmp_path)
+    sink.handle(aggregated(1))
+    assert not any(tmp_path.iterdir())
+    sink.handle(RunEnded(summary={"seed": 1}, folder=str(tmp_path)))
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"seed": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotWritten, match=r"metrics\.jsonl could not be written \(No such file"):
+        append_document(tmp_path / "nowhere" / "metrics.jsonl", {})
+    with pytest.raises(NotWritten, match=r"summary\.json could not be written"):
+        SummaryFile(tmp_path / "nowhere").handle(RunEnded(summary={}, folder=""))

@@ -1,0 +1,67 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+from rich.console import Console
+
+from fedsplit.events.final_table import final_table
+
+SUMMARY: dict[str, Any] = {
+    "eval_loss": {"before": math.log(20), "after": math.log(10)},
+    "parameters": {"bottom": {"total": 1000, "trainable": 10}, "top": {"total": 2000, "trainable": 0}},
+    "bytes": {
+        f"{what}_{way}": 1_500_000
+        for what in ("activation", "gradient", "adapter", "evaluation")
+        for way in ("up", "down")
+    },
+    "peak_memory": {"client": 700_000_000, "trunk": 500_000_000},
+    "tokens": 12345,
+    "tokens_per_second": 678.9,
+    "wall_seconds": 12.34,
+}
+
+
+def shown(summary: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(final_table(summary, "runs/x"))
+    return console.file.getvalue()
+
+
+def test_the_table_says_all_that_was_asked_for() -> None:
+    text = shown(SUMMARY)
+    for words in ("2.9957 -> 2.3026", "20.00 -> 10.00", "1,000, of which trained 10", "1.5 MB up, 1.5 MB down"):
+        assert words in text
+    for words in ("client process 700.0 MB, trunk 500.0 MB", "12.3 s; 12,345 tokens trained, 679 a second", "runs/x"):
+        assert words in text
+
+
+def test_the_table_to_the_letter() -> None:
+    """With every row that a run may have."""
+    more = {"aggregation_error": 0.25, "forgotten": -0.125, "client_rounds": {"asked": 8, "failed": 2}}
+    lines = [line.rstrip() for line in shown({**SUMMARY, **more}).splitlines()]
+    assert lines == [
+        "held-out loss      2.9957 -> 2.3026",
+        "perplexity         20.00 -> 10.00",
+        "aggregation error  0.25 in the last round; 0: averaging loses nothing",
+        "forgotten          -0.1250 nats a token, compared with after own steps",
+        "bottom parameters  1,000, of which trained 10",
+        "top parameters     2,000, of which trained 0",
+        "activations        1.5 MB up, 1.5 MB down",
+        "gradients          1.5 MB up, 1.5 MB down",
+        "adapters           1.5 MB up, 1.5 MB down",
+        "for evaluation     1.5 MB up, 1.5 MB down",
+        "peak memory        client process 700.0 MB, trunk 500.0 MB",
+        "failures           2 of 8 client-rounds failed",
+        "time               12.3 s; 12,345 tokens trained, 679 a second",
+        "files              runs/x",
+    ]
+
+
+def test_the_table_says_which_round_the_adapter_is_of_where_it_is_not_the_last() -> None:
+    texts = [shown({**SUMMARY, "last_round": 3, "adapter_round": left}) for left in (3, 2)]
+    (said,) = [line for line in "".join(texts).splitlines() if "round" in line]
+    assert said.split() == ["adapter", "of", "round", "2,", "the", "best", "of", "3"]

@@ -1,0 +1,148 @@
+"""The events of whole runs: their order, their figures, and sinks of the user's beside the files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_federation import federate
+
+from fedsplit.config import Config
+from fedsplit.documents import as_document, build, from_document
+from fedsplit.events import Event, RoundEnded, RoundEvaluated, RoundTrained, RunEnded, RunStarted
+from fedsplit.flags import parse
+from fedsplit.simulate import main
+from strategies.fedavg import FedAvg
+
+SETTINGS: dict[str, Any] = {
+    "clients": 3,
+    "rounds": 2,
+    "cut": "1:2",
+    "partition": "natural",
+    "lora.rank": 2,
+    "train.steps": 2,
+    "train.batch_size": 2,
+    "train.max_length": 16,
+    "train.lr": 0.02,
+    "train.schedule": "linear",
+}
+
+
+@pytest.fixture
+def settings(tiny_models: dict[str, Path], corpus_file: Path) -> dict[str, Any]:
+    return {**SETTINGS, "model": str(tiny_models["gpt2"]), "dataset": str(corpus_file)}
+
+
+def of_kind(events: list[Event], kind: type[Event]) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and with the figures of the files; the bytes of all rounds add up to the summary's."""
+    federation, sink = federate(build(settings), tmp_path / "run", FedAvg(), monkeypatch)
+    names = [event.name for event in sink.events if event.name not in ("progress", "notice")]
+    each = ["train", "aggregate", "evaluate", "round-ended"]
+    assert names == ["run-started", "evaluate", "round-ended", *each, *each, "run-ended"]
+    assert sink.events[0].time <= sink.events[-1].time
+
+    (started,) = of_kind(sink.events, RunStarted)
+    assert started.clients == ["ann", "bob", "cid"] and started.after_round == 0
+    assert started.folder == str(tmp_path / "run")
+    assert from_document(started.settings) == federation._config
+    assert json.loads(json.dumps(started.to_document()))["parameters"]["trunk"]["trainable"] > 0
+
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert written == [
+        json.loads(json.dumps(event.to_document()))
+        for event in sink.events
+        if event.name in ("train", "aggregate", "evaluate")
+    ]
+    (ended,) = of_kind(sink.events, RunEnded)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == ended.summary
+
+    crossed: Counter[str] = Counter()
+    for evaluated in of_kind(sink.events, RoundEvaluated):
+        crossed.update(evaluated.bytes)
+        assert evaluated.adapter_bytes == {way: evaluated.bytes[f"adapter_{way}"] for way in ("up", "down")}
+    assert dict(crossed) == ended.summary["bytes"] and crossed["activation_up"] > 0
+
+    # Steps 2 of 4 and 4 of 4, as they were made: the first is made at the whole rate.
+    assert [event.learning_rate for event in of_kind(sink.events, RoundTrained)] == pytest.approx([0.015, 0.005])
+    assert [event.round for event in of_kind(sink.events, RoundEnded)] == [0, 1, 2]
+
+
+MINE = """
+import json
+from pathlib import Path
+
+from fedsplit.events import RoundEvaluated, RunStarted, Sink
+
+
+class Losses(Sink):
+    def __init__(self):
+        self.lines = []
+
+    def handle(self, event):
+        if isinstance(event, RunStarted):
+            self.file = Path(event.folder) / "losses.txt"
+            self.lines.append(f"after round {event.after_round}")
+        if isinstance(event, RoundEvaluated):
+            self.lines.append(f"{event.round} {event.loss:.4f}")
+
+    def close(self):
+        with open(self.file, "a") as file:
+            file.write("\\n".join(self.lines) + "\\n")
+
+
+class Broken(Sink):
+    def handle(self, event):
+        if isinstance(event, RoundEvaluated):
+            raise ValueError("the tracker is gone")
+"""
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def test_sinks_of_the_users_by_flag_and_one_that_raises(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], without_ray: None
+) -> None:
+    """The one that raises is named once; the other gets everything, in a run that goes on, too."""
+    (tmp_path / "mine.py").write_text(MINE)
+    run = tmp_path / "run"
+    sinks = [f"--sink={tmp_path}/mine.py:{name}" for name in ("Broken", "Losses")]
+    assert main([*flags({**settings, "rounds": 1}), *sinks, "--out", str(run)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    failed = [line for line in said if "Broken" in line]
+    assert len(failed) == 1
+    assert failed[0].startswith(
+        "the sink Broken failed and is left out from here on: ValueError: the tracker is gone ("
+    )
+    assert [line.split()[0] for line in said if line].index("files") > said.index(failed[0])  # the table comes last
+
+    assert main(["--resume", str(run), "--rounds", "2"]) == 0  # with the sinks of its config.toml
+    losses = [line.split()[:1] for line in (run / "losses.txt").read_text().splitlines()]
+    assert losses == [["after"], ["0"], ["1"], ["after"], ["2"]]
+    written = [json.loads(line)["round"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert written == [0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_sink_that_is_not_there_stops_the_run_before_anything_is_written(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags(settings), "--sink", "nowhere.py:Mine", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == (
+        "fedsplit: sinks: nowhere.py is not possible; allowed: a Python file that is there\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_sinks_add_up_on_the_command_line_and_come_back_from_a_file() -> None:
+    config = parse(["--sink", "one.py:A", "--sink", "two.py:B,three:C"])
+    assert config.sinks == ("one.py:A", "two.py:B", "three:C")
+    assert from_document(as_document(config)) == config
+    assert Config().sinks == ()

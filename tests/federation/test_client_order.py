@@ -1,0 +1,45 @@
+"""Who begins when: the seed, the round and the settings decide, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedsplit.documents import build
+from fedsplit.federation.client_order import groups_of, takes_turns
+
+
+def order(round: int = 1, clients: object = range(8), **values: Any) -> list[list[int]]:
+    return groups_of(build({name.replace("__", "."): value for name, value in values.items()}), round, clients)
+
+
+def test_all_train_at_once_in_an_order_that_is_drawn_anew_each_round() -> None:
+    rounds = [order(round) for round in (1, 2, 3)]
+    assert all(len(groups) == 1 and sorted(groups[0]) == list(range(8)) for groups in rounds)
+    assert len({tuple(groups[0]) for groups in rounds}) == 3
+    assert order() == rounds[0] == order(clients=reversed(range(8)))
+    assert order(seed=1) != rounds[0]
+    assert order(trunk__order="cyclic") == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_of_those_that_train_every_one_is_in_one_group() -> None:
+    values = {"deterministic": True, "trunk__group": 2, "trunk__order": "cyclic"}
+    assert order(clients=[6, 1, 4, 3, 0], **values) == [[0, 1], [3, 4], [6]]
+    assert order(clients=[], **values) == order(clients=[]) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "every", "turns"),
+    [
+        ("shared", 0, True),
+        ("batched", 0, True),
+        ("accumulate", 0, False),
+        ("accumulate", 2, True),
+        ("copies", 0, False),
+    ],
+)
+def test_turns_are_taken_where_the_order_decides_and_only_if_asked(schedule: str, every: int, turns: bool) -> None:
+    values = {"trunk.schedule": schedule, "trunk.every": every}
+    assert takes_turns(build(values | {"deterministic": True})) is turns
+    assert not takes_turns(build(values))

@@ -1,0 +1,53 @@
+"""One command for all commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedsplit
+from fedsplit import __main__ as command
+from fedsplit import simulate
+
+
+def test_help_lists_every_command_and_each_has_a_main(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([]) == command.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in command.COMMANDS:
+        assert f"\n  {name} " in shown
+        code = f"import sys, fedsplit.{name} as module; sys.exit(not callable(module.main) or 'torch' in sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedsplit {fedsplit.__version__}\n"
+
+
+def test_what_follows_a_command_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags without a command are simulate's, which the command stood for once."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(simulate, "main", lambda argv: seen.append(argv) or 3)
+    assert command.main(["simulate", "--clients", "2"]) == 3
+    assert command.main(["--clients", "2"]) == 3
+    assert seen == [["--clients", "2"], ["--clients", "2"]]
+
+
+def test_an_unknown_command_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["simulat"]) == 2
+    assert capsys.readouterr().err == "fedsplit: there is no command simulat; did you mean simulate?\n"
+
+
+def test_help_and_version_load_no_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from fedsplit.__main__ import main; main(sys.argv[1:])\n"
+        "heavy = {'torch', 'transformers', 'peft', 'ray', 'flwr', 'datasets', 'numpy', 'rich'} & sys.modules.keys()\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    for argv in (["--help"], ["--version"], ["completion", "zsh"]):
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout

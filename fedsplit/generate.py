@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ from fedsplit.results.finished import Adapter, open_run
 if TYPE_CHECKING:
     from fedsplit.generation.decoding import ClientHalf, Throughput
     from fedsplit.generation.sampling import Sampling
-    from fedsplit.trunk.actor import TrunkHandle
+    from fedsplit.trunk.port import TrunkPort
+    from fedsplit.trunk.status import Bytes, Traffic
 
 NEW_TOKENS = 64
 """Default of `--max-new-tokens`, if the model has positions for as many."""
@@ -259,16 +260,16 @@ def _load_client_parts(job: Job) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _split(job: Job) -> Iterator[tuple[ClientHalf, TrunkHandle]]:
+def _split(job: Job) -> Iterator[tuple[ClientHalf, TrunkPort]]:
     """Starts the trunk and loads the client's half at the same time; stops the trunk when the context ends."""
     import torch
 
     from fedsplit.client.link import Link
+    from fedsplit.engines.planning import plan
     from fedsplit.generation.decoding import ClientHalf
-    from fedsplit.planning import plan
     from fedsplit.trunk import cluster
     from fedsplit.trunk.actor import start_trunk
-    from fedsplit.trunk.memory import check_memory
+    from fedsplit.trunk.doors import check_memory
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
 
@@ -279,9 +280,8 @@ def _split(job: Job) -> Iterator[tuple[ClientHalf, TrunkHandle]]:
     with cluster.running(workers=1):
         trunk = start_trunk(config, name, shares.trunk_threads, adapter=job.adapter.folder.absolute())
         bottom, top = _load_client_parts(job)
-        if config.trunk.memory:
-            check_memory(config.trunk, trunk.status()["least_memory"])
-        incarnation = trunk.status()["incarnation"]
+        check_memory(config, trunk)
+        incarnation = trunk.status().incarnation
         link = Link(trunk, make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule], name, incarnation)
         yield ClientHalf(job.client, bottom, top, link), trunk
 
@@ -312,7 +312,7 @@ def generate(job: Job, show: Callable[[str], object]) -> list[str]:
                 _write_batch(job, half, numbers[start : start + size], show, throughput)
         except RefusedStep as error:
             raise GenerationFailed(str(getattr(error, "cause", error))) from None
-        traffic = trunk.status()["traffic"]
+        traffic = trunk.status().traffic
     return lines(throughput, traffic)
 
 
@@ -356,25 +356,26 @@ def _write_batch(
             end(row)
 
 
-def lines(throughput: Throughput, traffic: Mapping[str, int]) -> list[str]:
+def lines(throughput: Throughput, traffic: Traffic) -> list[str]:
     """Returns the lines of a table on speed and traffic, for prompts and for new tokens.
 
     Args:
         throughput: Numbers of tokens and seconds.
-        traffic: Bytes by kind and direction, such as "prompt_up", as the trunk counted them.
+        traffic: Bytes, as the trunk counted them.
     """
     from fedsplit.report import aligned, size
 
-    def row(name: str, kind: str, tokens: int, seconds: float) -> tuple[str, ...]:
+    def row(name: str, tokens: int, seconds: float, sent: Bytes) -> tuple[str, ...]:
         speed = f"{tokens / seconds:,.0f}" if tokens else "-"
-        up, down = (size(traffic.get(f"{kind}_{way}", 0) / max(1, tokens)) for way in ("up", "down"))
+        up = size(sent.up / max(1, tokens))
+        down = size(sent.down / max(1, tokens))
         return name, f"{tokens:,}", f"{seconds:.2f}", speed, up, down
 
     return aligned(
         [
             ("", "tokens", "seconds", "a second", "bytes a token up", "down"),
-            row("prompts", "prompt", throughput.read, throughput.read_seconds),
-            row("after them", "token", throughput.written, throughput.written_seconds),
+            row("prompts", throughput.read, throughput.read_seconds, traffic.prompt),
+            row("after them", throughput.written, throughput.written_seconds, traffic.token),
         ]
     )
 

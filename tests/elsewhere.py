@@ -150,7 +150,7 @@ def main(model: str, corpus: str, folder: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from fedsplit.adaptation import run_adapters
     from fedsplit.documents import build
-    from fedsplit.engines.local import federate
+    from fedsplit.engines.in_process import federate
     from fedsplit.federation.strategy import load_strategy
 
     torch.set_num_threads(1)

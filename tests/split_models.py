@@ -31,6 +31,11 @@ RAW = make_codec("raw")
 SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.1)
 
 
+def shape_of(packet: Packet, name: str = "hidden") -> tuple[int, ...]:
+    """Shape of a tensor of a packet."""
+    return tuple(RAW.decode(packet.tensors[name]).shape)
+
+
 def batch_of(padding: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Tokens, mask and labels of three sequences."""
     generator = torch.Generator().manual_seed(3)
@@ -87,7 +92,7 @@ class Here:
 
     def __init__(self, trunk: Trunk) -> None:
         self.server = server_of(trunk)
-        self.sessions = Sessions(self.server, RAW, lease=600.0)
+        self.sessions = Sessions(self.server, lease=600.0)
         self.sent: list[Packet] = []
 
     def send(self, packet: Packet) -> Callable[[], Packet]:

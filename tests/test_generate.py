@@ -38,6 +38,7 @@ from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import Run, open_run
 from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.trunk.status import Bytes, Traffic
 
 PROMPTS = ["ann wrote", "bob", "text number 3"]
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
@@ -141,19 +142,14 @@ def test_prompts_become_tokens(talking: Talking) -> None:
 
 def test_what_went_by_is_told() -> None:
     pace = Throughput(read=10, read_seconds=0.5, written=40, written_seconds=2.0, passes=20, texts=2)
-    sent = {"prompt_up": 1300, "prompt_down": 1280, "token_up": 5120, "token_down": 5120}
+    sent = Traffic(prompt=Bytes(up=1300, down=1280), token=Bytes(up=5120, down=5120))
     assert generate.lines(pace, sent) == [
         "            tokens  seconds  a second  bytes a token up   down",
         "prompts         10     0.50        20             130 B  128 B",
         "after them      40     2.00        20             128 B  128 B",
     ]
-    assert generate.lines(Throughput(read=1, read_seconds=1.0), {})[2].split()[:5] == [
-        "after",
-        "them",
-        "0",
-        "0.00",
-        "-",
-    ]
+    line = generate.lines(Throughput(read=1, read_seconds=1.0), Traffic())[2]
+    assert line.split()[:5] == ["after", "them", "0", "0.00", "-"]
 
 
 def test_what_is_asked_for_wrongly_gets_one_line(

@@ -19,8 +19,8 @@ from torch import Tensor
 import fedsplit
 from fedsplit.environment import check_closed
 from fedsplit.shutdown import cleaned_up
-from fedsplit.wire.codecs import EXACT
-from fedsplit.wire.packets import Encoded
+from fedsplit.wire.casting import EXACT
+from fedsplit.wire.encoded import Encoded
 
 NAMESPACE = "fedsplit"
 """Ray's namespace of all named actors."""

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.allowed import PARTS, SettingError
-from fedsplit.client.link import Crossing, Link
+from fedsplit.client.link import Link, PendingStep
 from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.documents import as_document, build, from_document
-from fedsplit.engines import local
+from fedsplit.engines import in_process
 from fedsplit.evaluate import held_out_loss
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.checkpoint import check_resumable
@@ -502,7 +502,7 @@ def spoils_a_step(value: float | None):
     """How bob sends: at the last step of the first round, a value in place of his hidden states; or he fails there."""
     plain = Link.send
 
-    def send(self: Link, hidden: torch.Tensor, key: StepKey, *args, **how) -> Crossing:
+    def send(self: Link, hidden: torch.Tensor, key: StepKey, *args, **how) -> PendingStep:
         if (key.client, key.step, key.round) == (1, 3, 1) and how.get("training", True):
             if value is None:
                 raise RuntimeError("out of luck")
@@ -536,16 +536,14 @@ def test_hidden_states_that_are_not_finite_are_a_failure_of_their_client_alone(
 def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it came from: the round before it is still there to go on from."""
 
-    class BrokenTrunk(local.LocalTrunk):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)
-            self.saved, self.kept, self.moments = 0, self.moments, self.broken_moments
+    class BrokenTrunk(in_process.LocalTrunk):
+        saved = 0
 
-        def broken_moments(self) -> dict[str, torch.Tensor]:
+        def moments(self) -> dict[str, torch.Tensor]:
             self.saved += 1
-            return {name: moment * (math.inf if self.saved == 2 else 1) for name, moment in self.kept().items()}
+            return {name: moment * (math.inf if self.saved == 2 else 1) for name, moment in super().moments().items()}
 
-    monkeypatch.setattr(local, "LocalTrunk", BrokenTrunk)
+    monkeypatch.setattr(in_process, "LocalTrunk", BrokenTrunk)
     with pytest.raises(FederationFailed, match="round 2 left NaN or infinite values in"):
         federate(one_config, tmp_path / "run", FedAvg(), monkeypatch)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("round-*")] == ["round-0001"]
@@ -554,12 +552,12 @@ def test_what_is_not_finite_is_not_saved(one_config: Config, tmp_path: Path, mon
 def test_stopping_ends_the_run_at_the_next_look(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped(local.Federation):
+    class Stopped(in_process.Federation):
         def _meet(self, parties):
             self.stop.set()
             return super()._meet(parties)
 
-    monkeypatch.setattr(local, "Federation", Stopped)
+    monkeypatch.setattr(in_process, "Federation", Stopped)
     with pytest.raises(Interrupted):
         federate(config, tmp_path / "run", FedAvg(), monkeypatch)
 

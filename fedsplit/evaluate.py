@@ -73,7 +73,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
     config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
     model.eval()
     if config.data.format == "classification":  # transformers finds the last token of a sequence by the padding token
-        path = config_folder(config)
+        path = config_folder(config.model)
         model.config.pad_token_id = read_pad(path, read_facts(path).end)
 
     scores = []
@@ -143,7 +143,7 @@ def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) 
     _check_format(config, data)
     check_packing(data)
     check_dataset(dataset, data)
-    path = config_folder(config)
+    path = config_folder(config.model)
     end = read_facts(path).end
     by_owner = all_text(dataset, config.train.max_length, path, end, data, config.seed, _classes(config))
 
@@ -188,7 +188,7 @@ def _check_tokens(run: Run, assignments: list[tuple[Adapter, Texts]]) -> None:
 
     all_batches = [rows for _, texts in assignments for _, batches in texts for rows in batches]
     largest = max(int(rows.ids.max()) for rows in all_batches)
-    check_largest(config_folder(run.config), run.config.model, largest)
+    check_largest(config_folder(run.config.model), run.config.model, largest)
 
 
 def evaluate(

@@ -219,7 +219,7 @@ def check(flags: argparse.Namespace) -> Job:
     config = replace(config, device="cpu", trunk=replace(config.trunk, device=_trunk_device(flags, config)))
     check_devices(config)
     check_quantization(config)
-    model = config_folder(config)
+    model = config_folder(config.model)
     facts = read_facts(model)
 
     from fedsplit.adaptation.run_adapters import check_made_by

@@ -38,7 +38,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     from fedsplit.model.sources import config_folder, weights_folder
 
     checks.check_prompt(config)
-    facts = read_facts(config_folder(config))
+    facts = read_facts(config_folder(config.model))
     checks.check_cut(config, facts)
     checks.check_training(config)
     checks.check_trunk(config)
@@ -133,13 +133,14 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
     from fedsplit.model.sources import config_folder, pinned, weights_folder
     from fedsplit.trunk.doors import check_memory
 
-    content = content_of(deal.shards, config_folder(config), weights_folder(config), config.init_adapter)
+    content = content_of(deal.shards, config_folder(config.model), weights_folder(config), config.init_adapter)
     if config.resume:
         check_content(folder, config, content)
-    facts = read_facts(config_folder(config))
+    facts = read_facts(config_folder(config.model))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config, facts.width)
-    config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
+    train = replace(config.train, micro_batches=shares.micro_batches)
+    config = replace(config, model=pinned(config.model), train=train)
     users = [*make_sinks(config.sinks), *sinks]
     with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from fedsplit.optimization.stopping import Course
+from fedsplit.federation.tally import Tally
 
 from fedsplit.config import Config
 from fedsplit.documents import build
+from fedsplit.events import Event
+from fedsplit.events.screen import line_of
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.clients import ClientNode
+from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.messages import Answer, Briefing, Request
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.run_state import RunState
-from fedsplit.federation.tally import Tally
 from fedsplit.federation.workload import Workload
+from fedsplit.trunk.status import RoundCounts, Traffic, TrunkStatus
 from fedsplit.updates import Adapters, Layer, Traits
 
 NAMES = ("ann", "bob", "cid")
@@ -57,7 +59,7 @@ class NotedTrunk:
         self.left: list[int] = []
         self.groups: list[list[int]] = []
         self.finished: list[int] = []
-        self.counts = Counter({"steps": 4})
+        self.counts = RoundCounts(steps=4)
 
     def leave(self, client: int) -> None:
         self.left.append(client)
@@ -65,25 +67,24 @@ class NotedTrunk:
     def begin(self, group: Iterable[int]) -> None:
         self.groups.append(list(group))
 
-    def end_round(self, finished: Iterable[int]) -> dict[str, int]:
+    def end_round(self, finished: Iterable[int]) -> RoundCounts:
         self.finished = list(finished)
-        return dict(self.counts)
+        return self.counts
 
-    def status(self) -> dict[str, Any]:
-        return {"resident_memory": 5, "traffic": {}}
+    def status(self) -> TrunkStatus:
+        return TrunkStatus("first", Traffic(), resident_memory=5, peak_memory=6, pending=0, sessions=0, parameters={})
 
 
-class Lines:
-    """Remembers lines."""
+class Reported(list[Event]):
+    """Events of a run, in order."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    def __call__(self, event: Event) -> None:
+        self.append(event)
 
-    def phase(self, text: str, done: int, of: int) -> None:
-        pass
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
+    @property
+    def lines(self) -> list[str]:
+        """Lines that the events leave on the screen."""
+        return [line for line in map(line_of, self) if line is not None]
 
 
 def gather(play: Callable[[Request], Answer], folder: Path, **settings: Any) -> tuple[Parties, RunState]:
@@ -91,7 +92,7 @@ def gather(play: Callable[[Request], Answer], folder: Path, **settings: Any) -> 
     values = {name.replace("__", "."): value for name, value in settings.items()}
     config: Config = build({"clients": 3, "rounds": 5, "lora.rank": 2} | values)
     ledger = AdapterLedger(config, Traits(), PARTS, folder / "clients", folder / "folds")
-    state = RunState(ledger.start, PARTS["trunk"], {}, ledger, Tally(0.0), Course())
+    state = RunState(ledger.start, PARTS["trunk"], {}, ledger, Tally(0.0), EarlyStopping())
     parties: Any = Parties(
         config=config,
         briefing=BRIEFING,
@@ -100,6 +101,6 @@ def gather(play: Callable[[Request], Answer], folder: Path, **settings: Any) -> 
         workloads=[WORK] * 3,
         aggregation=None,  # type: ignore[arg-type]
         folder=None,  # type: ignore[arg-type]
-        watcher=Lines(),
+        emit=Reported(),
     )
     return parties, state

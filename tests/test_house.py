@@ -50,7 +50,7 @@ PACKAGES = [
 """Each imports from those before it, and from the ground."""
 
 COMMANDS = {
-    *("checks", "simulate", "evaluate", "generate", "adapters", "data"),
+    *("checks", "simulate", "evaluate", "generate", "adapters", "data", "reference"),
     *("__main__", "completion", "api", "inputs", "result"),
 }
 """Modules at the top that may import everything."""

@@ -68,7 +68,7 @@ def partition_of(config: Config) -> Partition:
         >>> [shard.name for shard in partition.shards]
         ['owner 0', 'owner 1']
     """
-    path = config_folder(config)
+    path = config_folder(config.model)
     return make_partition(
         config.dataset,
         config.partition,

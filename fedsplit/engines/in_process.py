@@ -124,10 +124,10 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
         The federation, which has its summary.
     """
     started = time.perf_counter()
-    facts = read_facts(config_folder(config))
+    facts = read_facts(config_folder(config.model))
     shards = shards_of(config)
     with running(config, Plan(1, 1, 1, 1, 1)) as session:
-        content = content_of(shards, config_folder(config), weights_folder(config))
+        content = content_of(shards, config_folder(config.model), weights_folder(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
         job = Job(config, strategy, workloads(config, shards), folder, emit, started)

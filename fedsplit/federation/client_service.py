@@ -187,7 +187,7 @@ def _load(briefing: Briefing, classes: int, connect: Connect) -> _Site:
         connect(briefing.trunk),
         start=lora.read(bottom, top),
         rule=TravelRule.of(starts, config.share, briefing.personal),
-        router_aux_loss=read_facts(config_folder(config)).coefficient(config.router_aux_loss),
+        router_aux_loss=read_facts(config_folder(config.model)).coefficient(config.router_aux_loss),
     )
 
 

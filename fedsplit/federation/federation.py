@@ -23,8 +23,8 @@ from fedsplit.federation.messages import Briefing
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.round import Round, personal_of
 from fedsplit.federation.run_state import RunState
+from fedsplit.federation.run_totals import RunTotals
 from fedsplit.federation.strategy import aggregated_parts, coverage
-from fedsplit.federation.tally import Tally
 from fedsplit.federation.training import mean
 from fedsplit.federation.workload import Workload
 from fedsplit.updates import Adapters
@@ -144,7 +144,7 @@ class Federation:
             trunk=trunk,
             moments=self._trunk.moments(),
             ledger=ledger,
-            totals=Tally(self._job.started),
+            totals=RunTotals(self._job.started),
             stopping=EarlyStopping(self._config.patience, self._config.min_delta),
         )
         parameters = {

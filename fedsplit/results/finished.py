@@ -67,7 +67,7 @@ class Adapter:
         """
         from fedsplit.model.sources import config_folder  # as above
 
-        return config_folder(Config(model=self.model, dtype=self.dtype))
+        return config_folder(self.model)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _check_head(config: Config, filed: Adapters, classes: int) -> None:
     base = filed.tensors.get(initial_adapter.HEAD_BASE)
     if base is None:
         return
-    model = CheckpointReader(weights_folder(config), empty_model(config_folder(config)), base.dtype)
+    model = CheckpointReader(weights_folder(config), empty_model(config_folder(config.model)), base.dtype)
     if not torch.equal(base, model.parameter(HEAD_WEIGHT)):
         given = f"{config.init_adapter} (its {initial_adapter.HEAD_BASE} is not the model's)"
         raise SettingError("init_adapter", given, "an adapter that leaves the base weights as they are")

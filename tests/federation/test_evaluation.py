@@ -54,7 +54,7 @@ def test_who_measured_what_cannot_be_is_left_out(tmp_path: Path) -> None:
     parties, state = gather(play, tmp_path)
     found = evaluation.evaluate(parties, state, 1, {})
     assert set(found.scores) == {0, 1} and state.after == 1.5
-    assert parties.watcher.lines == [  # type: ignore[attr-defined]
+    assert parties.emit.lines == [  # type: ignore[attr-defined]
         "client 2 (cid) sent -1.0 as its nats, not a number from 0 to 1e+10; it is left out"
     ]
 
@@ -84,6 +84,6 @@ def test_the_accuracy_of_a_classifier_keeps_its_first_value(tmp_path: Path) -> N
     parties, _ = gather(lambda request: answer(request, right=10), tmp_path, data__format="classification")
     found = evaluation.evaluate(parties, state, 1, {})
     assert state.accuracy == {"before": 0.5, "after": 1.0}
-    event = evaluation.event_of(parties, state, 1, found)
+    event = evaluation.event_of(parties, state, 1, found).to_document()
     assert event["accuracy"] == 1.0 and "perplexity" not in event
     assert event["clients"] == {"ann": 1.0, "bob": 2.0, "cid": 3.0}

@@ -59,9 +59,9 @@ def test_who_fails_or_sends_what_cannot_be_used_does_not_count(tmp_path: Path) -
     assert state.ledger.accepted == {0: 1}
     assert (state.totals.asked, state.totals.failed) == (3, 2)
     assert sorted(parties.trunk.left) == [1, 2]
-    assert "bob failed and is left out: ValueError: no luck" in parties.watcher.lines
+    assert "bob failed and is left out: ValueError: no luck" in parties.emit.lines
     refused = "client 2 (cid) sent nan as its loss, not a number from 0 to 1e+09; it is left out"
-    assert refused in parties.watcher.lines
+    assert refused in parties.emit.lines
 
 
 def test_a_round_without_any_update_ends_with_the_reason(tmp_path: Path) -> None:
@@ -101,15 +101,15 @@ def test_a_request_says_all_that_a_client_must_know(tmp_path: Path) -> None:
 
 
 def test_the_event_names_clients_and_counts(tmp_path: Path) -> None:
-    found, parties, _ = play({1: {"router-loss": 0.5}}, tmp_path)
-    event = training.event_of(parties, 1, found)
-    assert event.pop("seconds") > 0
-    assert event == {
+    found, parties, state = play({1: {"router-loss": 0.5}}, tmp_path)
+    event = training.event_of(parties, state, 1, found).to_document()
+    assert {name: event[name] for name in ("event", "round", "loss", "clients", "router_aux_loss", "tokens")} == {
         "event": "train",
         "round": 1,
         "loss": 3.0,
         "clients": {"ann": 2.0, "bob": 3.0, "cid": 4.0},
         "router_aux_loss": 0.5,
         "tokens": 303,
-        "trunk": {"steps": 4, "resident_memory": 5},
     }
+    assert event["trunk"] == {"steps": 4, "resident_memory": 5}
+    assert event["seconds"] > 0

@@ -14,7 +14,7 @@ from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
-from fedsplit.generation.decoding import Ends, Walk, padded
+from fedsplit.generation.decoding import ClientHalf, DecodingSession, padded
 from fedsplit.model.parts import Trunk
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
@@ -104,18 +104,18 @@ class Here:
         self.sessions.leave(client)
 
 
-def ends_of(parts: list[Any]) -> tuple[Ends, Here]:
+def ends_of(parts: list[Any]) -> tuple[ClientHalf, Here]:
     """A client with its bottom and top, and the trunk that it talks to."""
     here = Here(parts[1])
-    return Ends(0, parts[0], parts[2], Link(here, RAW, SCHEDULES["shared"], "run", "first")), here
+    return ClientHalf(0, parts[0], parts[2], Link(here, RAW, SCHEDULES["shared"], "run", "first")), here
 
 
-def walked(ends: Ends, prompts: list[list[int]], count: int = NEW) -> torch.Tensor:
+def walked(ends: ClientHalf, prompts: list[list[int]], count: int = NEW) -> torch.Tensor:
     """Logits (B, count, V) along the likeliest tokens."""
     ids, mask = padded(prompts)
     found = []
-    with Walk(ends, mask) as walk:
+    with DecodingSession(ends, mask) as walk:
         for _ in range(count):
-            found.append(walk.go(ids))
+            found.append(walk.step(ids))
             ids = found[-1].argmax(-1)[:, None]
     return torch.stack(found, 1)

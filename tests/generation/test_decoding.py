@@ -11,7 +11,7 @@ from conftest import BLOCKS, VOCABULARY
 from split_models import NEW, Here, ends_of, parts_of, shape_of, walked, whole_of
 from torch import Tensor
 
-from fedsplit.generation.decoding import Ends, Pace, Walk, decode, depends_on_neighbours, padded
+from fedsplit.generation.decoding import ClientHalf, DecodingSession, Throughput, decode, depends_on_neighbours, padded
 from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.seeds import derive_seed
 
@@ -44,10 +44,12 @@ def _library(whole: Any, prompts: list[list[int]], count: int = NEW, **how: Any)
     return torch.stack(made.logits, 1), made.sequences[:, ids.shape[1] :]
 
 
-def _decode(ends: Ends, prompts: list[list[int]], count: int = NEW, how: Sampling = GREEDY, **more: Any) -> list[Any]:
+def _decode(
+    ends: ClientHalf, prompts: list[list[int]], count: int = NEW, how: Sampling = GREEDY, **more: Any
+) -> list[Any]:
     """The new tokens of each text."""
     numbers, stops = more.get("numbers", range(len(prompts))), more.get("stops", [])
-    steps = decode(ends, prompts, count, stops, Chooser(how, numbers), more.get("pace", Pace()))
+    steps = decode(ends, prompts, count, stops, Chooser(how, numbers), more.get("pace", Throughput()))
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
@@ -108,7 +110,7 @@ def test_fused_kernels_and_narrow_types_are_close(family: str, tiny_models: dict
 
 def test_one_position_crosses_a_token_and_nothing_else(tiny_models: dict[str, Path]) -> None:
     ends, here = ends_of(parts_of(tiny_models["llama"], (1, 2)))
-    pace = Pace()
+    pace = Throughput()
     _decode(ends, RAGGED, pace=pace)
     first, *others, last = here.sent
     assert shape_of(first) == (3, 13, 32) and shape_of(first, "mask") == (3, 13)
@@ -164,16 +166,16 @@ def test_a_text_ends_at_its_end_token_as_in_the_library(tiny_models: dict[str, P
 
 def test_a_session_ends_with_its_text_however_that_ends(tiny_models: dict[str, Path]) -> None:
     ends, here = ends_of(parts_of(tiny_models["gpt2"], (1, 2)))
-    steps = decode(ends, RAGGED, NEW, [], Chooser(GREEDY, range(3)), Pace())
+    steps = decode(ends, RAGGED, NEW, [], Chooser(GREEDY, range(3)), Throughput())
     next(steps)
     assert len(here.sessions) == 1
     steps.close()
     assert len(here.sessions) == 0
-    with pytest.raises(ZeroDivisionError), Walk(ends) as walk:
-        walk.go(torch.tensor([RAGGED[0]]))
+    with pytest.raises(ZeroDivisionError), DecodingSession(ends) as walk:
+        walk.step(torch.tensor([RAGGED[0]]))
         raise ZeroDivisionError
     assert len(here.sessions) == 1, "the trunk is not asked again where something broke; a lease frees the session"
-    with Walk(ends):
+    with DecodingSession(ends):
         pass
 
 

@@ -25,8 +25,8 @@ from fedsplit.adaptation import lora, prompts, run_adapters
 from fedsplit.config import PromptSettings
 from fedsplit.documents import build
 from fedsplit.evaluate import evaluate
-from fedsplit.generation.decoding import Ends, depends_on_neighbours, padded
-from fedsplit.generation.transcript import Words
+from fedsplit.generation.decoding import ClientHalf, depends_on_neighbours, padded
+from fedsplit.generation.transcript import Detokeniser
 from fedsplit.model.caches import Past
 from fedsplit.model.split import load_parts
 from fedsplit.model.token_ids import end_tokens
@@ -242,7 +242,7 @@ def told(whole: Any, tokenizer: Any, texts: list[str], count: int, stops: list[i
     found = []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
-        words, pieces = Words(tokenizer, ids), [text]
+        words, pieces = Detokeniser(tokenizer, ids), [text]
         for token in generated(whole, [ids], count)[1][0].tolist():
             pieces.append(words.add(token))
             if token in stops:
@@ -264,7 +264,7 @@ def test_a_finished_run_writes_and_is_measured_as_its_exported_adapter(
     ends, here = ends_of(parts)
 
     @contextlib.contextmanager
-    def split(_: object) -> Iterator[tuple[Ends, Any]]:
+    def split(_: object) -> Iterator[tuple[ClientHalf, Any]]:
         yield ends, Namespace(status=lambda: Namespace(traffic=here.server.traffic))
 
     monkeypatch.setattr(generate, "_split", split)

@@ -10,6 +10,7 @@ import pytest
 
 from fedsplit.config import Config
 from fedsplit.engines import in_process
+from fedsplit.engines.in_process import LocalClients  # as it is before any test replaces it
 from fedsplit.events import Event, Sink
 from fedsplit.events.screen import line_of
 from fedsplit.federation.federation import Federation
@@ -46,7 +47,7 @@ def federate(
         spoil: Changes answers on their way to the server.
     """
 
-    class SpoiltClients(in_process.LocalClients):
+    class SpoiltClients(LocalClients):
         def answer(self, request: Request) -> Answer:
             return spoil(request, super().answer(request))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -154,6 +154,7 @@ class Link:
         batches: int = 1,
         rate: float = 1.0,
         sums: RouterSums | None = None,
+        learns: bool = True,
     ) -> Crossing:
         """Sends hidden states (B, T, D) on their way, and does not wait.
 
@@ -166,6 +167,7 @@ class Link:
             batches: Batches of the step.
             rate: The share of the learning rate at which the step is made.
             sums: Of the bottom's routers, where there is an auxiliary loss.
+            learns: Whether the trunk learns from the step.
         """
         tensors = {"hidden": self.codec.encode(hidden)}
         if sums is not None:
@@ -174,7 +176,8 @@ class Link:
             tensors["mask"] = self.codec.encode(mask.bool())
         key = replace(key, run=self.run, attempt=self.attempt)
         wants = training and hidden.requires_grad
-        packet = Packet(key, tensors, training, wants, micros, self.incarnation, batches=batches, rate=rate)
+        how: dict[str, Any] = {"batches": batches, "rate": rate, "learns": learns}
+        packet = Packet(key, tensors, training, wants, micros, self.incarnation, **how)
         return Crossing(self, packet, hidden, sums)
 
     @torch.no_grad()

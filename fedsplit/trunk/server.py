@@ -424,7 +424,7 @@ class TrunkServer:
         self._budget.freed()
         withheld = None
         try:
-            if of_adapter:
+            if of_adapter and any(packet.learns for packet in packets):
                 withheld = self.learners.learn(flight.learner, flight.version, flight.spent, packets, of_adapter)
         except Unusable as error:
             unmade = {packet.key: UnboundedStep(f"{packet.key}: {error}") for packet in packets}

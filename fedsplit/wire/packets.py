@@ -102,6 +102,8 @@ class Packet:
         micros: Micro-batches that the batch consists of.
         batches: Batches that the step consists of.
         rate: The share of the learning rate at which the step is made.
+        learns: Whether the trunk's adapter learns from the step. A client may want a gradient alone, as for an adapter
+            that only itself has.
         incarnation: Which life of the trunk it is meant for; a trunk that was started again has another.
         shape: Of a question for room: that of the hidden states to come.
         wait: Of an answer: the trunk has no room for the step now; ask again after so many seconds.
@@ -117,6 +119,7 @@ class Packet:
     wait: float = 0.0
     batches: int = 1
     rate: float = 1.0
+    learns: bool = True
 
     @property
     def parts(self) -> int:

@@ -87,7 +87,11 @@ def _short(value: object) -> str:
     return "nothing" if text == "" else text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None) -> Config:
+def build(
+    values: Mapping[str, object],
+    options: Mapping[str, Any] | None = None,
+    objective_options: Mapping[str, Any] | None = None,
+) -> Config:
     """Makes a configuration from dotted names.
 
     Virtual tokens and prefixes may be asked for as a kind of adapter, too, which is what they are to PEFT.
@@ -95,6 +99,7 @@ def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None
     Args:
         values: Settings by dotted name; those not named keep their defaults.
         options: Keyword arguments for the strategy.
+        objective_options: Keyword arguments for the objective.
 
     Raises:
         InputError: A name is unknown, a value is not allowed, or two kinds of prompts are asked for.
@@ -106,12 +111,15 @@ def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None
             raise InputError(f"there is no setting {name}; {suggest(name, LEAVES)}")
         section, _, leaf = name.rpartition(".")
         (parts[section] if section else top)[leaf] = _convert(name, value, LEAVES[name][1])
-    for name, value in (options or {}).items():
-        if not isinstance(value, str | int | float):
-            raise SettingError(f"strategy.{name}", value, "a text, a number, true or false")
+    keywords = {"strategy": dict(options or {}), "objective": dict(objective_options or {})}
+    for setting, of_setting in keywords.items():
+        for name, value in of_setting.items():
+            if not isinstance(value, str | int | float):
+                raise SettingError(f"{setting}.{name}", value, "a text, a number, true or false")
     _settle_peft(parts["lora"], parts["prompt"])
     sections = {name: cls(**parts[name]) for name, cls in SECTIONS.items()}
-    return Config(**top, **sections, strategy_options=dict(options or {}))
+    tables: dict[str, Any] = {OPTIONS[setting]: of_setting for setting, of_setting in keywords.items()}
+    return Config(**top, **sections, **tables)
 
 
 def _settle_peft(lora: dict[str, Any], prompt: dict[str, Any]) -> None:
@@ -159,6 +167,7 @@ def as_document(config: Config) -> dict[str, Any]:
     document = dataclasses.asdict(config)
     del document["out"], document["resume"]
     document["share"] = list(config.share)
+    document["metric"] = list(config.metric)
     document["lora"]["targets"] = list(config.lora.targets)
     document["lora"]["rank"] = list(config.lora.rank) if len(config.lora.rank) > 1 else config.lora.rank[0]
     return document
@@ -166,5 +175,6 @@ def as_document(config: Config) -> dict[str, Any]:
 
 def from_document(document: Mapping[str, Any]) -> Config:
     """The inverse of `as_document`."""
-    settings = {key: value for key, value in document.items() if key != OPTIONS}
-    return build(dotted(settings), document.get(OPTIONS))
+    settings = {key: value for key, value in document.items() if key not in OPTIONS.values()}
+    options, objective_options = (document.get(table) for table in OPTIONS.values())
+    return build(dotted(settings), options, objective_options)

@@ -26,11 +26,15 @@ MAY_DIFFER = (
 """What may be set of a run that goes on."""
 
 
-def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
+Options = dict[str, dict[str, Any]]
+"""By setting that names a class, keyword arguments for the class."""
+
+
+def read_toml(path: Path) -> tuple[dict[str, object], Options]:
     """Reads a configuration file.
 
     Returns:
-        The settings by dotted name, and the strategy's options.
+        The settings by dotted name, and the options.
 
     Raises:
         SettingError: The file cannot be read or is not TOML.
@@ -41,9 +45,10 @@ def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
         raise SettingError("config", path, f"a TOML file that can be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise SettingError("config", path, f"a TOML file ({error})") from None
-    options = document.pop(OPTIONS, {})
-    if not isinstance(options, dict):
-        raise SettingError(OPTIONS, options, "a table")
+    options = {setting: document.pop(table, {}) for setting, table in OPTIONS.items()}
+    for setting, values in options.items():
+        if not isinstance(values, dict):
+            raise SettingError(OPTIONS[setting], values, "a table")
     return dotted(document), options
 
 
@@ -98,17 +103,18 @@ def _parser() -> Parser:
             groups[section] = parser.add_argument_group(section, SECTIONS[section].__doc__)
         add_setting(groups[section], name)
     groups["lora"].description = (groups["lora"].description or "") + " A list is separated by commas."
-    parser.epilog = "--strategy.KEY VALUE sets a keyword argument of the strategy."
+    parser.epilog = " ".join(f"--{setting}.KEY VALUE sets a keyword argument of the {setting}." for setting in OPTIONS)
     return parser
 
 
-def _strategy_options(rest: list[str]) -> dict[str, Any]:
-    """Reads `--strategy.KEY VALUE` pairs; anything else left over is unknown."""
-    options: dict[str, Any] = {}
+def _options(rest: list[str]) -> Options:
+    """Reads pairs such as `--strategy.KEY VALUE`; anything else left over is unknown."""
+    options: Options = {setting: {} for setting in OPTIONS}
     words = [word for item in rest for word in (item.split("=", 1) if item.startswith("--") else [item])]
     while words:
         flag = words.pop(0)
-        if not flag.startswith("--strategy."):
+        setting, _, key = flag.removeprefix("--").partition(".")
+        if not flag.startswith("--") or not key or setting not in OPTIONS:
             known = [flag_of(name) for name in LEAVES]
             raise InputError(f"there is no flag {flag}; {suggest(flag, known)}")
         if not words:
@@ -118,7 +124,7 @@ def _strategy_options(rest: list[str]) -> dict[str, Any]:
             value = tomllib.loads(f"value = {text}")["value"]
         except (ValueError, RecursionError):
             value = text
-        options[flag.removeprefix("--strategy.")] = value
+        options[setting][key] = value
     return options
 
 
@@ -141,5 +147,6 @@ def parse(argv: Sequence[str] | None = None) -> Config:
                 f"{what} cannot be set for a run that goes on; only {', '.join(MAY_DIFFER[1:])} may differ"
             )
         file = Path(run) / "config.toml"
-    values, options = read_toml(Path(file)) if file is not None else ({}, {})
-    return build({**values, **flags}, {**options, **_strategy_options(rest)})
+    values, in_file = read_toml(Path(file)) if file is not None else ({}, {})
+    options = {setting: {**in_file.get(setting, {}), **given} for setting, given in _options(rest).items()}
+    return build({**values, **flags}, options["strategy"], options["objective"])

@@ -137,7 +137,13 @@ def fitted(fields: Sequence[str], width: int = WIDTH) -> str:
 
 
 def round_line(
-    label: str, training: float | None, held_out: float, accuracy: float | None, seconds: float, speed: float
+    label: str,
+    training: float | None,
+    held_out: float,
+    accuracy: float | None,
+    seconds: float,
+    speed: float,
+    metrics: Mapping[str, float | None] | None = None,
 ) -> str:
     """The line of a round; what does not fit is in the table at the end of the run.
 
@@ -148,6 +154,7 @@ def round_line(
         accuracy: Share of held-out texts whose class was found; None where tokens are predicted.
         seconds: Time since the command began.
         speed: Tokens a second of training.
+        metrics: Means over all clients, by the metric's name; None where nothing was measured.
     """
     fields = [label]
     if training is not None:
@@ -157,10 +164,16 @@ def round_line(
         fields.append(f"accuracy {accuracy:.2%}")
     elif training is None:
         fields.append(f"perplexity {perplexity(held_out):.2f}")
+    fields += [f"{name} {_mean(value)}" for name, value in (metrics or {}).items()]
     fields.append(f"{seconds:.1f} s")
     if training is not None:
         fields.append(f"{speed:,.0f} tokens/s")
     return fitted(fields)
+
+
+def _mean(value: float | None) -> str:
+    """Returns a metric's mean for people; a dash where nothing was measured."""
+    return "-" if value is None else f"{value:.4g}"
 
 
 def final_table(summary: Mapping[str, Any], folder: str) -> Table:
@@ -174,6 +187,8 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
         table.add_row("accuracy", f"{accuracy['before']:.2%} -> {accuracy['after']:.2%}")
     else:
         table.add_row("perplexity", f"{perplexity(before):.2f} -> {perplexity(after):.2f}")
+    for name, ends in summary.get("metrics", {}).items():
+        table.add_row(name, f"{_mean(ends['before'])} -> {_mean(ends['after'])}")
     if (error := summary.get("aggregation_error")) is not None:
         table.add_row("aggregation error", f"{error:.3g} in the last round; 0: averaging loses nothing")
     if (forgotten := summary.get("forgotten")) is not None:

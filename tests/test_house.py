@@ -24,6 +24,7 @@ GROUND = {
     "lowrank",
     "updates",
     "scores",
+    "loading",
 }
 """Modules at the top of `fedsplit` that every package may import."""
 
@@ -33,6 +34,8 @@ PACKAGES = [
     "adaptation",
     "corpora",
     "optimization",
+    "objectives",
+    "metrics",
     "trunk",
     "client",
     "generation",

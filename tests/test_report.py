@@ -98,6 +98,17 @@ def test_the_line_of_a_round_fits_a_terminal_and_names_what_matters_most() -> No
     assert "accuracy 87.50%" in long
 
 
+def test_metrics_stand_behind_the_loss_and_in_the_table() -> None:
+    metrics = {"rouge": 0.123456, "length": None}
+    line = round_line("round 1/5", 3.1, 3.0, None, 27.9, 7617.0, metrics)
+    assert line == "round 1/5  training loss 3.1000  held-out loss 3.0000  rouge 0.1235  length -"
+    console = Console(file=io.StringIO(), width=100)
+    ends = {"rouge": {"before": 0.1, "after": 0.25}, "length": {"before": None, "after": 12.0}}
+    console.print(final_table({**SUMMARY, "metrics": ends}, "runs/x"))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["rouge", "0.1", "->", "0.25"] in rows and ["length", "-", "->", "12"] in rows
+
+
 def test_numbers_for_people() -> None:
     assert [size(n) for n in (0, 999, 1000, 2_500_000, 7e13)] == ["0 B", "999 B", "1.0 kB", "2.5 MB", "70.0 TB"]
     assert perplexity(1e6) == math.inf

@@ -313,6 +313,20 @@ class _Said:
             raise RefusedUpdate(f"{self._sender} sent {_shown(value)} as its {name}, not a number from 0 to {most:g}")
         return float(value)
 
+    def sum_and_count(self, metric: str) -> tuple[float, float]:
+        """Returns the sum and the count of a metric.
+
+        Raises:
+            RefusedUpdate: They are missing, or no two finite numbers, the second of 0 or more.
+        """
+        value: Any = self.metrics.get(f"{_METRIC}{metric}")
+        numbers = list(value) if isinstance(value, list) else []
+        usable = len(numbers) == 2 and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+        if not usable or numbers[1] < 0:
+            sent = f"{numbers}" if numbers else _shown(value)
+            raise RefusedUpdate(f"{self._sender} sent {sent} as its metric {metric}, not a sum and a count")
+        return float(numbers[0]), float(numbers[1])
+
 
 def _shown(value: object) -> str:
     """Returns a value for a message: a single number as it is, nothing of a list."""
@@ -336,6 +350,10 @@ def metrics_of(reply: Message) -> dict[str, Any]:
     return dict(reply.content.metric_records[METRICS])
 
 
+_METRIC = "metric."
+"""Begins the names under which the sum and the count of a metric travel."""
+
+
 def from_held_out(client: int, measured: Score, part: Score, peak_memory: int) -> RecordDict:
     """What a client sends back after evaluation; `part` is of the text that it measures after its own steps, too."""
     metrics: dict[str, int | float | list[int] | list[float]] = {
@@ -347,11 +365,12 @@ def from_held_out(client: int, measured: Score, part: Score, peak_memory: int) -
         "sample-nats": part.nats,
         "sample-tokens": part.tokens,
         "peak-memory": peak_memory,
+        **{f"{_METRIC}{name}": [total, count] for name, (total, count) in measured.metrics.items()},
     }
     return RecordDict({METRICS: MetricRecord(metrics)})
 
 
-def to_held_out(reply: Message, client: int, sender: str, workload: Workload) -> Score:
+def to_held_out(reply: Message, client: int, sender: str, workload: Workload, metrics: Collection[str] = ()) -> Score:
     """Returns a client's measurement on its held-out text, after checks against what the server knows of it.
 
     Args:
@@ -359,9 +378,11 @@ def to_held_out(reply: Message, client: int, sender: str, workload: Workload) ->
         client: Its number, by the node that the answer is from.
         sender: Its number and name, for messages.
         workload: Bounds of the counts that it may report.
+        metrics: Names of the metrics that it was asked for.
 
     Raises:
-        RefusedUpdate: The measurement is not possible: no tokens, more than the client has, or too large a loss.
+        RefusedUpdate: The measurement is not possible: no tokens, more than the client has, too large a loss, or a
+            metric that is missing or not finite.
     """
     said = _Said(reply, sender)
     said.check_client(client)
@@ -371,7 +392,8 @@ def to_held_out(reply: Message, client: int, sender: str, workload: Workload) ->
         raise RefusedUpdate(f"{sender} measured {tokens} tokens, {right} of them predicted rightly")
     said.check_sample(workload)
     said.count("peak-memory")
-    return Score(said.amount("nats", most=LARGEST_LOSS * tokens), tokens, right)
+    sums = {name: said.sum_and_count(name) for name in metrics}
+    return Score(said.amount("nats", most=LARGEST_LOSS * tokens), tokens, right, sums)
 
 
 def sample_of(reply: Message) -> Score:

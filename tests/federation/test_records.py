@@ -150,6 +150,34 @@ def test_measurements_come_back() -> None:
     assert records.sample_of(after_own_steps) == Score(2.5, 3)
 
 
+def test_metrics_come_back_by_name() -> None:
+    score = Score(12.5, 5, metrics={"rouge": (-1.5, 3.0), "length": (4.0, 2.0)})
+    answer = reply(records.from_held_out(2, score, Score(4.5, 2), 0))
+    assert records.to_held_out(answer, 2, "ann", work(), ["rouge", "length"]) == score
+    assert records.to_held_out(answer, 2, "ann", work()).metrics == {}
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        (None, "nothing"),
+        ([1.0], r"\[1.0\]"),
+        ([1.0, 2.0, 3.0], r"\[1.0, 2.0, 3.0\]"),
+        ([math.nan, 1.0], r"\[nan, 1.0\]"),
+        ([1.0, math.inf], r"\[1.0, inf\]"),
+        ([1.0, -1.0], r"\[1.0, -1.0\]"),
+        (3.0, "3.0"),
+    ],
+)
+def test_a_metric_that_is_no_sum_and_count_is_refused(sent: object, shown: str) -> None:
+    answer = reply(records.from_held_out(2, Score(12.5, 5, metrics={"rouge": (1.0, 2.0)}), Score(4.5, 2), 0))
+    del answer.content.metric_records["metrics"]["metric.rouge"]
+    if sent is not None:
+        answer.content.metric_records["metrics"]["metric.rouge"] = sent
+    with pytest.raises(RefusedUpdate, match=f"^ann sent {shown} as its metric rouge, not a sum and a count"):
+        records.to_held_out(answer, 2, "ann", work(), ["rouge"])
+
+
 def test_introductions_come_back() -> None:
     about, start = records.read_introduction(
         reply(records.introduction(4, "Ann", {"top": ADAPTERS}, {"bottom": {"total": 1}}))

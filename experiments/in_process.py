@@ -27,8 +27,10 @@ from fedsplit.federation.server_app import Federation
 from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import about, weights
+from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.trunk.dispatch import Dispatcher
 from fedsplit.trunk.memory import peak_memory, resident_memory
+from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.packets import Packet
@@ -43,9 +45,9 @@ class LocalTrunk:
         self.now = 0.0
         codec, schedule = make_codec(config.wire.codec), config.trunk.schedule
         clock, train, seed = lambda: self.now, config.train, config.seed
-        self.server = TrunkServer(
-            part, codec, schedule, train, seed, run=run, incarnation="first", lease=config.trunk.lease, clock=clock
-        )
+        stage = stage_maker(config) if SCHEDULES[schedule].personal else None
+        how: dict[str, Any] = {"lease": config.trunk.lease, "clock": clock, "stage": stage}
+        self.server = TrunkServer(part, codec, schedule, train, seed, run=run, incarnation="first", **how)
         self.dispatcher = Dispatcher(self.server, config.trunk, clock)
         self.begin, self.leave, self.end_round = self.dispatcher.begin, self.dispatcher.leave, self.dispatcher.end_round
         self.fold = self.server.fold

@@ -50,6 +50,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
 
     from fedsplit.adaptation.injection import check_injection
     from fedsplit.client.heldout import deal_of
+    from fedsplit.client.measures import check_measures, load_measures
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.checkpoint import check_folder, check_resumable
     from fedsplit.federation.rehearsal import rehearse
@@ -69,6 +70,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
     strategy = make_strategy()
+    load_measures(config)
     check_strategy(strategy, config)
     checks.check_stacked(strategy, config, facts)
     check_quantization(config)
@@ -79,6 +81,7 @@ def check(config: Config) -> tuple[Path, Any, Any]:
     deal = deal_of(config)
     if deal.classes:
         checks.check_classifier(config)
+    check_measures(config, len(deal.classes))
     checks.check_tokens(config, deal)
     folder_of_weights = weights(config, tell=print)  # last: they may have to be fetched first
     check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))

@@ -24,6 +24,7 @@ GROUND = {
     "lowrank",
     "updates",
     "scores",
+    "stages",
     "loading",
 }
 """Modules at the top of `fedsplit` that every package may import."""
@@ -160,7 +161,7 @@ def test_strategies_need_torch_and_the_lowest_modules_only() -> None:
         for imported in imports(path):
             library = imported.partition(".")[0]
             allowed = library in sys.stdlib_module_names or library in ("torch", "strategies")
-            ours = imported.startswith(("fedsplit.updates", "fedsplit.lowrank", "fedsplit.seeds"))
+            ours = imported.startswith(("fedsplit.updates", "fedsplit.lowrank", "fedsplit.seeds", "fedsplit.stages"))
             assert allowed or ours, f"{path} imports {imported}"
 
 

@@ -61,6 +61,7 @@ class Holdings:
         self._held: dict[int, dict[str, Tensor]] = {}
         self._own: dict[int, dict[str, Tensor]] = {}
         self._control: dict[int, dict[str, Tensor]] = {}
+        self._stage: dict[int, dict[str, Tensor]] = {}
 
     @property
     def has_personal(self) -> bool:
@@ -105,7 +106,7 @@ class Holdings:
         given = {n: t for n, t in assignment.adapters.tensors.items() if n in self._trunk.tensors}
         own = self._own.get(client, {})
         control, afresh = self._control.get(client, {}), assignment.drawn is not None
-        return Start({**start, **given, **own}, assignment.task, control, afresh)
+        return Start({**start, **given, **own}, assignment.task, control, afresh, self._stage.get(client, {}))
 
     def with_copies(
         self, updates: Sequence[ClientUpdate], copies: Mapping[int, Copy], assigned: Mapping[int, Assignment]
@@ -122,8 +123,10 @@ class Holdings:
             copy, given = copies[update.client], assigned[update.client].adapters
             shared = {n: t for n, t in copy.adapters.tensors.items() if n not in self._personal}
             self._own[update.client] = {n: t for n, t in copy.adapters.tensors.items() if n in self._personal}
-            known = self._control.get(update.client, {})
-            self._control[update.client] = {n: known[n] + t if n in known else t for n, t in copy.control.items()}
+            self._stage[update.client] = dict(copy.kept)
+            if assigned[update.client].task.control is not None:
+                known = self._control.get(update.client, {})
+                self._control[update.client] = {n: known[n] + t if n in known else t for n, t in copy.control.items()}
             whole.append(
                 replace(
                     update,
@@ -170,6 +173,7 @@ class Holdings:
         """What a run that goes on must know: facts, and groups of tensors."""
         groups = {f"own-{client}": own for client, own in self._own.items()}
         groups |= {f"control-{client}": control for client, control in self._control.items()}
+        groups |= {f"stage-{client}": stage for client, stage in self._stage.items()}
         return {"accepted": {str(client): round for client, round in self.accepted.items()}}, groups
 
     def restore(
@@ -185,8 +189,8 @@ class Holdings:
         self.accepted = {int(client): accepted for client, accepted in facts["accepted"].items()}
         for name, tensors in groups.items():
             kind, _, client = name.partition("-")
-            if kind in ("own", "control"):
-                (self._own if kind == "own" else self._control)[int(client)] = tensors
+            if (of_clients := {"own": self._own, "control": self._control, "stage": self._stage}.get(kind)) is not None:
+                of_clients[int(client)] = tensors
         for log in (self._log, FoldLog(self._root / "folds")):  # of rounds that were not finished
             log.forget(round)
         past = [self._log.read(number) for number in range(1, round + 1)]

@@ -29,9 +29,10 @@ from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.tally import Tally
 from fedsplit.federation.turns import groups_of, takes_turns
 from fedsplit.federation.workload import Workload
+from fedsplit.metrics.metric import name_of
 from fedsplit.optimization.stopping import Course
 from fedsplit.report import Watcher, perplexity, round_line
-from fedsplit.scores import Score, pooled
+from fedsplit.scores import Score, means, means_by_metric, pooled
 from fedsplit.trunk.actor import TrunkHandle
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate
@@ -90,6 +91,8 @@ class Federation:
         self._error: float | None = None
         self._course = Course(config.patience, config.min_delta)
         self._accuracy: dict[str, float] = {}  # of classes, before and after
+        self._metric_names = [name_of(spec) for spec in config.metric]
+        self._metrics: dict[str, dict[str, float | None]] = {}  # of each, before and after
         self.summary: dict[str, Any] | None = None
 
     def app(self) -> ServerApp:
@@ -157,6 +160,7 @@ class Federation:
             whole, own = self._folder.read_round(left)
             facts = self._folder.read_facts(left)  # all that the summary tells of a single round is of this one
             self._forgotten, self._error, self._accuracy = facts["forgotten"], facts["error"], facts["accuracy"]
+            self._metrics = facts.get("metrics", {})
         else:
             trunk = self._trunk.read()
             left, whole, own = course.last, self._holdings.everything(adapters, trunk), self._personal(adapters, trunk)
@@ -184,6 +188,7 @@ class Federation:
             "error": self._error,
             "course": self._course.document(),
             "accuracy": self._accuracy,
+            "metrics": self._metrics,
         }
         groups |= {"adapters": dict(adapters.tensors), "strategy": dict(self._aggregation.state())}
         trunk = self._trunk.read()
@@ -209,6 +214,7 @@ class Federation:
         self._forgotten, self._error = facts["forgotten"], facts["error"]
         self._course.go_on(facts["course"])
         self._accuracy = facts.get("accuracy", {})
+        self._metrics = facts.get("metrics", {})
         self._watcher.line(f"goes on after round {snapshot.round}  held-out loss {facts['after']:.4f}")
         return adapters
 
@@ -445,6 +451,10 @@ class Federation:
         loss = found.loss
         if self._config.data.format == "classification":
             self._accuracy = {"before": found.accuracy, **self._accuracy, "after": found.accuracy}
+        metrics = means(found.metrics)
+        for name, mean in metrics.items():
+            self._metrics[name] = {"before": mean, **self._metrics.get(name, {}), "after": mean}
+        of_clients = means_by_metric((members[client].name, score.metrics) for client, score in measured.items())
         self._forgotten = {
             self._exchange.members[client].name: now.loss - then.loss
             for client, then in own.items()
@@ -457,6 +467,7 @@ class Federation:
                 "loss": loss,
                 **({"accuracy": found.accuracy} if self._accuracy else {"perplexity": perplexity(loss)}),
                 "clients": {self._exchange.members[c].name: m.loss for c, m in measured.items()},
+                **({"metrics": metrics, "client_metrics": of_clients} if metrics else {}),
                 "forgotten": self._forgotten,
                 "adapter_bytes": self._tally.adapter_bytes(),
                 "tokens": sum(m.tokens for m in measured.values()),
@@ -478,7 +489,7 @@ class Federation:
             client = self._exchange.number_of(reply)
             sender, workload = self._exchange.name(client), self._workloads[client]
             try:
-                measured[client] = records.to_held_out(reply, client, sender, workload)
+                measured[client] = records.to_held_out(reply, client, sender, workload, self._metric_names)
             except RefusedUpdate as refused:
                 reason = str(refused)
                 self._watcher.line(f"{refused}; it is left out")
@@ -491,7 +502,9 @@ class Federation:
     def _announce(self, round: int, loss: float, training_loss: float | None = None) -> None:
         """Shows the line of a round."""
         tally, accuracy = self._tally, self._accuracy.get("after")
-        self._watcher.line(round_line(self._label(round), training_loss, loss, accuracy, tally.seconds, tally.speed))
+        metrics = {name: ends["after"] for name, ends in self._metrics.items()}
+        line = round_line(self._label(round), training_loss, loss, accuracy, tally.seconds, tally.speed, metrics)
+        self._watcher.line(line)
 
     def _summarise(self, parameters: Mapping[str, Any], before: float, after: float, left: int) -> dict[str, Any]:
         config, trunk = self._config, self._trunk.status()
@@ -511,6 +524,7 @@ class Federation:
             "parameters": dict(parameters),
             "eval_loss": {"before": before, "after": after},
             **({"accuracy": self._accuracy} if self._accuracy else {}),
+            **({"metrics": self._metrics} if self._metrics else {}),
             "forgotten": _mean(list(self._forgotten.values())) if self._forgotten else None,
             "aggregation_error": self._error,
             **self._tally.summary(trunk["traffic"]),

@@ -126,12 +126,14 @@ class Kept:
         personal: Factors that never leave it.
         control: Its control variate.
         moments: What its optimiser remembers.
+        stage: State of the strategy's own gradient stage.
     """
 
     held: Mapping[str, Tensor] = field(default_factory=dict)
     personal: Mapping[str, Tensor] = field(default_factory=dict)
     control: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Tensor] = field(default_factory=dict)
+    stage: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ClientStore:

@@ -22,11 +22,13 @@ from fedsplit.adaptation import adapting
 from fedsplit.allowed import SettingError
 from fedsplit.config import Config
 from fedsplit.lowrank import LowRank
+from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.trunk.cluster import NAMESPACE, send_tensors_as_arrays
 from fedsplit.trunk.dispatch import Answer, Dispatcher
 from fedsplit.trunk.lanes import BACKWARD, FORWARD, Lanes
 from fedsplit.trunk.learners import Copy, Start
 from fedsplit.trunk.memory import Budget, peak_memory, resident_memory
+from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions
 from fedsplit.updates import Adapters
@@ -83,6 +85,7 @@ class TrunkActor:
             incarnation=self._incarnation,
             lease=config.trunk.lease,
             budget=budget,
+            stage=stage_maker(config) if SCHEDULES[config.trunk.schedule].personal else None,
         )
         self._least = 0
         if budget.limit is not None:

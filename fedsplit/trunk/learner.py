@@ -13,8 +13,10 @@ from fedsplit.config import TrainSettings
 from fedsplit.model.devices import CPU, put
 from fedsplit.optimization import optim
 from fedsplit.optimization.bounds import is_bounded
-from fedsplit.optimization.local import LocalRule
 from fedsplit.optimization.optim import make_optimizer
+from fedsplit.optimization.orthogonality import Orthogonality
+from fedsplit.optimization.terms import terms_of
+from fedsplit.stages import GradientStage, LocalStep, Outcome, RoundStart
 from fedsplit.updates import Task
 
 Version = dict[str, Tensor]
@@ -41,6 +43,8 @@ class Learner:
         own: Mapping[str, Tensor] | None = None,
         device: torch.device = CPU,
         budget: RankBudget | None = None,
+        stage: GradientStage | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Starts from an adapter.
 
@@ -52,10 +56,13 @@ class Learner:
             own: Its client's control variate.
             device: What it is used on; versions are there, what comes and goes otherwise is on the CPU.
             budget: Of the ranks that are dealt out after each step; none where not given.
+            stage: The strategy's own gradient stage, for this adapter and this round alone.
+            kept: State that the stage kept of the client's last round.
         """
-        start = put(start, device)
-        self._rule = LocalRule(task or Task(), start, own or {}, device)
-        self._learns = {name for name in start if learns and self._rule.trains(name)}
+        start, task = put(start, device), task or Task()
+        self._terms = terms_of(task, own, device, stage)
+        self._terms.begin(RoundStart(start, put(kept or {}, device)))
+        self._learns = {name for name in start if learns and task.teaches(name)}
         self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
         self._trained = {name: parameter for name, parameter in self._parameters.items() if name in self._learns}
         self._optimizer = make_optimizer(self._trained.values(), settings)
@@ -83,7 +90,7 @@ class Learner:
                 not be finite after it. With the gradient bounded, the moments stay finite in any case.
         """
         assert self._optimizer is not None
-        corrected = self._rule.correct(gradients, self._parameters)
+        corrected = self._terms(gradients, LocalStep(self._parameters))
         if not is_bounded(*corrected.values()):
             raise Unusable("the gradient of the trunk's adapter is NaN, infinite or too large to be squared")
         for name, gradient in corrected.items():
@@ -106,11 +113,8 @@ class Learner:
             gradients: By exported name.
             share: The share of the step that it is of.
         """
-        whole = dict(gradients)
-        if self._allocation is not None and self._budget is not None:
-            for name, gradient in rank_allocation.regularisation(version, self._budget, share).items():
-                whole[name] = whole[name] + gradient
-        return whole
+        budget = None if self._allocation is None else self._budget
+        return dict(Orthogonality(version.keys(), budget, share)(gradients, LocalStep(version)))
 
     @torch.no_grad()
     def _return_to_version(self) -> None:
@@ -125,9 +129,10 @@ class Learner:
             parameter.copy_(tensors[name])
         self._publish()
 
-    def control_change(self) -> dict[str, Tensor]:
-        """As `LocalRule.control_change`."""
-        return self._rule.control_change()
+    def outcome(self) -> Outcome:
+        """Returns what the strategy's terms leave at the end of the round, on the CPU."""
+        found = self._terms.end(self._parameters)
+        return Outcome(put(found.kept, CPU), put(found.sent, CPU))
 
     def moments(self) -> dict[str, Tensor]:
         """What the optimiser remembers, by the parameter's name and what it is: "step", "exp_avg", ….

@@ -17,6 +17,7 @@ from fedsplit.model.devices import CPU, put
 from fedsplit.optimization.bounds import LARGEST_SHARE, norm
 from fedsplit.optimization.clipping import coefficient, squared_norm
 from fedsplit.optimization.optim import fitting
+from fedsplit.stages import StageMaker
 from fedsplit.trunk.learner import Learner, Unusable, Version
 from fedsplit.trunk.schedules import Schedule
 from fedsplit.updates import Adapters, Task
@@ -32,12 +33,14 @@ class Start:
         task: What the strategy asks of training.
         own: The client's control variate for these tensors.
         afresh: The adapter is not what came of earlier rounds: what an optimiser remembers of those is of no use.
+        kept: State of the strategy's own gradient stage for this copy, of the client's last round.
     """
 
     tensors: Mapping[str, Tensor]
     task: Task = field(default_factory=Task)
     own: Mapping[str, Tensor] = field(default_factory=dict)
     afresh: bool = False
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class Copy:
     Attributes:
         adapters: After the client's last step.
         control: What the client's control variate has changed by.
+        kept: State that the strategy's own gradient stage keeps of the round.
     """
 
     adapters: Adapters
     control: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -114,6 +119,7 @@ class Learners:
         counts: Counter[str],
         device: torch.device = CPU,
         budget: RankBudget | None = None,
+        stage: StageMaker | None = None,
     ) -> None:
         """Nobody has a copy yet.
 
@@ -124,8 +130,9 @@ class Learners:
             counts: Where "steps" and "late" are counted.
             device: What the trunk computes on.
             budget: Of the trunk's ranks, where they are dealt out.
+            stage: Makes the strategy's own gradient stage for a copy; None where the strategy has none.
         """
-        self._device, self._budget = device, budget
+        self._device, self._budget, self._make_stage = device, budget, stage
         self._layers, self._schedule, self._settings, self._counts = start.layers, schedule, settings, counts
         self.shared = Learner(start.tensors, settings, schedule.learns, device=device, budget=budget)
         self._copies: dict[int, Learner] = {}
@@ -322,6 +329,8 @@ class Learners:
                 start.own,
                 self._device,
                 self._budget,
+                None if self._make_stage is None else self._make_stage(),
+                start.kept,
             )
             for client, start in starts.items()
         }
@@ -332,9 +341,10 @@ class Learners:
 
     def copies(self) -> dict[int, Copy]:
         """Under `copies`: each client's adapter of the round that has ended."""
+        outcomes = {client: learner.outcome() for client, learner in sorted(self._copies.items())}
         return {
-            client: Copy(self._named(learner.version), learner.control_change())
-            for client, learner in sorted(self._copies.items())
+            client: Copy(self._named(self._copies[client].version), outcome.sent, outcome.kept)
+            for client, outcome in outcomes.items()
         }
 
     def read(self) -> Adapters:

@@ -22,6 +22,7 @@ from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.optimization.bounds import LARGEST_SHARE, is_bounded
+from fedsplit.stages import StageMaker
 from fedsplit.trunk.admission import TRANSIT, Admission
 from fedsplit.trunk.blocks import Blocks, Gradients
 from fedsplit.trunk.flights import Flight, Output, dropout_seed
@@ -110,6 +111,7 @@ class TrunkServer:
         lease: float = 600.0,
         budget: Budget | None = None,
         clock: Callable[[], float] = time.monotonic,
+        stage: StageMaker | None = None,
     ) -> None:
         """Takes over a part.
 
@@ -124,6 +126,7 @@ class TrunkServer:
             lease: Seconds that a forward may wait for its backward.
             budget: For resident memory; none where not given.
             clock: Seconds, for leases.
+            stage: Makes the strategy's own gradient stage for a client's copy; None where it has none.
         """
         self._part, self._codec, self._settings, self._seed = part, codec, settings, seed
         self._schedule = SCHEDULES[schedule]
@@ -135,7 +138,8 @@ class TrunkServer:
         self._admission = Admission(self._budget, self.steps, lease, clock)
         self.traffic: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.learners = Learners(lora.read(part), self._schedule, settings, self.counts, self.device, part.budget)
+        shared = lora.read(part)
+        self.learners = Learners(shared, self._schedule, settings, self.counts, self.device, part.budget, stage)
 
     def forward(self, packet: Packet) -> Packet:
         """Hidden states (B, T, D) in, hidden states (B, T, D) out; as `forward_together` of one."""

@@ -15,7 +15,7 @@ from fedsplit.allowed import InputError, SettingError
 from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
 from fedsplit.documents import dotted, set_by_user
 from fedsplit.environment import prepare
-from fedsplit.flags import settle
+from fedsplit.flags import Options, settle
 from fedsplit.result import Result
 from fedsplit.results.finished import open_run
 
@@ -168,30 +168,34 @@ def _settled(config: Config | str | os.PathLike[str] | None, keywords: Mapping[s
     values, options = _by_dotted_name(keywords)
     if isinstance(config, Config):
         below, below_options = _set_in(config)
-        return settle({**below, **values}, {**below_options, **options})
+        merged = {setting: {**below_options[setting], **options[setting]} for setting in OPTIONS}
+        return settle({**below, **values}, merged)
     if config is None or _is_name(config):
         return settle(values, options, None if config is None else Path(config))
     words = "a Config, or the path of a TOML file"
     raise SettingError("config", _kind_of(config), words)
 
 
-def _by_dotted_name(keywords: Mapping[str, Any]) -> tuple[dict[str, object], dict[str, Any]]:
-    """Returns the settings among keywords by dotted name, and the options of the strategy.
+def _by_dotted_name(keywords: Mapping[str, Any]) -> tuple[dict[str, object], Options]:
+    """Returns the settings among keywords by dotted name, and the options of strategy and objective.
 
     Raises:
         InputError: The options are no table.
     """
-    options = keywords.get(OPTIONS, {})
-    if not isinstance(options, Mapping):
-        raise SettingError(OPTIONS, options, "a table")
-    options = dict(options)
+    options: Options = {}
+    for setting, table in OPTIONS.items():
+        given = keywords.get(table, {})
+        if not isinstance(given, Mapping):
+            raise SettingError(table, given, "a table")
+        options[setting] = dict(given)
+
     nested: dict[str, Any] = {}
     for keyword, value in keywords.items():
         section, _, leaf = keyword.partition("__")
-        if keyword == OPTIONS:
+        if keyword in OPTIONS.values():
             continue
-        if section == "strategy" and leaf:
-            options[leaf] = value
+        if section in OPTIONS and leaf:
+            options[section][leaf] = value
         elif leaf:
             nested[f"{section}.{leaf}"] = value
         elif section in SECTIONS and isinstance(value, SECTIONS[section]):
@@ -202,15 +206,16 @@ def _by_dotted_name(keywords: Mapping[str, Any]) -> tuple[dict[str, object], dic
     return dotted(values), options
 
 
-def _set_in(config: Config) -> tuple[dict[str, object], dict[str, Any]]:
-    """Returns the settings of a configuration that do not have their defaults, and the options of its strategy."""
+def _set_in(config: Config) -> tuple[dict[str, object], Options]:
+    """Returns the settings of a configuration that do not have their defaults, and its options."""
     values = {}
     for name, (leaf, _) in LEAVES.items():
         section, _, field = name.rpartition(".")
         value = getattr(getattr(config, section) if section else config, field)
         if value != leaf.default:
             values[name] = value
-    return values, dict(config.strategy_options)
+    options = {setting: dict(getattr(config, table)) for setting, table in OPTIONS.items()}
+    return values, options
 
 
 def _run(config: Config, strategy: object, dataset: object, model: object, sinks: Sequence[Any]) -> Result:

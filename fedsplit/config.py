@@ -324,6 +324,17 @@ class Config:
         TEXT,
         "aggregation of the clients' adapters: a name, path/to/mine.py:Mine, or flwr.serverapp.strategy:FedAdam",
     )
+    objective: str = setting(
+        "cross_entropy",
+        TEXT,
+        "loss that training minimises: cross_entropy, label_smoothing, or path/to/mine.py:Mine; the held-out loss is "
+        "cross-entropy in any case",
+    )
+    metric: tuple[str, ...] = setting(
+        (),
+        NAMES,
+        "measures of held-out text beside the loss: token_accuracy, path/to/mine.py:rouge, several separated by commas",
+    )
     patience: int = setting(
         0,
         at_least(0, MOST),
@@ -406,6 +417,7 @@ class Config:
     trunk: TrunkSettings = field(default_factory=TrunkSettings)
     wire: WireSettings = field(default_factory=WireSettings)
     strategy_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    objective_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks every setting, whoever makes the configuration.
@@ -456,11 +468,14 @@ class Config:
         return BUNDLED_MODEL if self.model == DEFAULT_MODEL else Path(self.model)
 
 
-OPTIONS = "strategy_options"
+OPTIONS = {"strategy": "strategy_options", "objective": "objective_options"}
+"""By setting that names a class, the field of the keyword arguments for the class."""
 
 
 SECTIONS = {
-    f.name: get_type_hints(Config)[f.name] for f in dataclasses.fields(Config) if not f.metadata and f.name != OPTIONS
+    f.name: get_type_hints(Config)[f.name]
+    for f in dataclasses.fields(Config)
+    if not f.metadata and f.name not in OPTIONS.values()
 }
 
 

@@ -129,7 +129,11 @@ def _short(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None) -> Config:
+def build(
+    values: Mapping[str, object],
+    options: Mapping[str, Any] | None = None,
+    objective_options: Mapping[str, Any] | None = None,
+) -> Config:
     """Builds a configuration from settings by dotted name.
 
     `lora.method` may also name a kind of virtual tokens or prefixes, since PEFT treats these as adapters.
@@ -137,6 +141,7 @@ def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None
     Args:
         values: Settings by dotted name. Settings that are not named keep their defaults.
         options: Keyword arguments for the strategy.
+        objective_options: Keyword arguments for the objective.
 
     Raises:
         InputError: A name is unknown, a value is not allowed, or two kinds of prompts are asked for.
@@ -153,12 +158,17 @@ def build(values: Mapping[str, object], options: Mapping[str, Any] | None = None
         section, _, leaf = name.rpartition(".")
         target = sections[section] if section else top
         target[leaf] = _convert(name, value, LEAVES[name][1])
-    for name, value in (options or {}).items():
-        if not isinstance(value, str | int | float):
-            raise SettingError(f"strategy.{name}", value, "a text, a number, true or false")
+
+    keywords = {"strategy": dict(options or {}), "objective": dict(objective_options or {})}
+    for setting, of_setting in keywords.items():
+        for name, value in of_setting.items():
+            if not isinstance(value, str | int | float):
+                raise SettingError(f"{setting}.{name}", value, "a text, a number, true or false")
+
     _settle_peft(sections["lora"], sections["prompt"])
     settings = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
-    return Config(**top, **settings, strategy_options=dict(options or {}))
+    tables: dict[str, Any] = {OPTIONS[setting]: of_setting for setting, of_setting in keywords.items()}
+    return Config(**top, **settings, **tables)
 
 
 def _settle_peft(lora: dict[str, Any], prompt: dict[str, Any]) -> None:
@@ -218,6 +228,7 @@ def as_document(config: Config) -> dict[str, Any]:
     del document["out"], document["resume"]
     document["share"] = list(config.share)
     document["sinks"] = list(config.sinks)
+    document["metric"] = list(config.metric)
     document["lora"]["targets"] = list(config.lora.targets)
     ranks = list(config.lora.rank)
     document["lora"]["rank"] = ranks if len(ranks) > 1 else ranks[0]
@@ -231,5 +242,6 @@ def from_document(document: Mapping[str, Any]) -> Config:
         >>> from_document(as_document(Config(clients=4))).clients
         4
     """
-    settings = {key: value for key, value in document.items() if key != OPTIONS}
-    return build(dotted(settings), document.get(OPTIONS))
+    settings = {key: value for key, value in document.items() if key not in OPTIONS.values()}
+    options, objective_options = (document.get(table) for table in OPTIONS.values())
+    return build(dotted(settings), options, objective_options)

@@ -27,18 +27,22 @@ MAY_DIFFER = (
 )
 """Settings that may change when a run is resumed."""
 
-REPEATABLE = ("sinks",)
+REPEATABLE = ("sinks", "metric")
 """Lists whose flag may be given several times, each adding to the list."""
 
 
-def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
+Options = dict[str, dict[str, Any]]
+"""By setting that names a class, keyword arguments for the class."""
+
+
+def read_toml(path: Path) -> tuple[dict[str, object], Options]:
     """Reads a configuration file.
 
     Args:
         path: A TOML file.
 
     Returns:
-        The settings by dotted name, and the options of the strategy.
+        The settings by dotted name, and the options of strategy and objective.
 
     Raises:
         SettingError: The file cannot be read or is not TOML.
@@ -49,9 +53,10 @@ def read_toml(path: Path) -> tuple[dict[str, object], dict[str, Any]]:
         raise SettingError("config", path, f"a TOML file that can be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise SettingError("config", path, f"a TOML file ({error})") from None
-    options = document.pop(OPTIONS, {})
-    if not isinstance(options, dict):
-        raise SettingError(OPTIONS, options, "a table")
+    options = {setting: document.pop(table, {}) for setting, table in OPTIONS.items()}
+    for setting, values in options.items():
+        if not isinstance(values, dict):
+            raise SettingError(OPTIONS[setting], values, "a table")
     return dotted(document), options
 
 
@@ -119,21 +124,22 @@ def make_parser() -> Parser:
             groups[section] = parser.add_argument_group(section, SECTIONS[section].__doc__)
         add_setting(groups[section], name)
     groups["lora"].description = (groups["lora"].description or "") + " A list is separated by commas."
-    parser.epilog = "--strategy.KEY VALUE sets a keyword argument of the strategy."
+    parser.epilog = " ".join(f"--{setting}.KEY VALUE sets a keyword argument of the {setting}." for setting in OPTIONS)
     return parser
 
 
-def _strategy_options(rest: list[str]) -> dict[str, Any]:
-    """Parses `--strategy.KEY VALUE` pairs from the arguments that no other flag has taken.
+def _options(rest: list[str]) -> Options:
+    """Parses flags such as `--strategy.KEY VALUE` from the arguments that no other flag has taken.
 
     Raises:
         InputError: An argument is no such flag, or a flag has no value.
     """
-    options: dict[str, Any] = {}
+    options: Options = {setting: {} for setting in OPTIONS}
     words = [word for item in rest for word in (item.split("=", 1) if item.startswith("--") else [item])]
     while words:
         flag = words.pop(0)
-        if not flag.startswith("--strategy."):
+        setting, _, key = flag.removeprefix("--").partition(".")
+        if not flag.startswith("--") or not key or setting not in OPTIONS:
             known = [flag_of(name) for name in LEAVES]
             raise InputError(f"there is no flag {flag}; {suggest(flag, known)}")
         if not words:
@@ -143,7 +149,7 @@ def _strategy_options(rest: list[str]) -> dict[str, Any]:
             value = tomllib.loads(f"value = {text}")["value"]
         except (ValueError, RecursionError):
             value = text
-        options[flag.removeprefix("--strategy.")] = value
+        options[setting][key] = value
     return options
 
 
@@ -164,15 +170,15 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     known, rest = make_parser().parse_known_args(argv)
     values = vars(known)
     file = values.pop("config", None)
-    return settle(values, _strategy_options(rest), Path(file) if file is not None else None)
+    return settle(values, _options(rest), Path(file) if file is not None else None)
 
 
-def settle(values: Mapping[str, object], options: Mapping[str, Any], file: Path | None = None) -> Config:
+def settle(values: Mapping[str, object], options: Options, file: Path | None = None) -> Config:
     """Makes a checked configuration from values, and from the file below them.
 
     Args:
         values: Settings by dotted name, which win over the file. With `resume`, the file is that of the run.
-        options: Keyword arguments for the strategy, which win over the file, too.
+        options: Keyword arguments by setting, "strategy" or "objective", which win over the file, too.
         file: A TOML file.
 
     Raises:
@@ -189,17 +195,18 @@ def settle(values: Mapping[str, object], options: Mapping[str, Any], file: Path 
         _check_unchanged(values, options, file)
         file = folder / "config.toml"
     filed, filed_options = read_toml(file) if file is not None else ({}, {})
-    return build({**filed, **values}, {**filed_options, **options})
+    merged = {setting: {**filed_options.get(setting, {}), **options.get(setting, {})} for setting in OPTIONS}
+    return build({**filed, **values}, merged["strategy"], merged["objective"])
 
 
-def _check_unchanged(values: Mapping[str, object], options: Mapping[str, Any], file: Path | None) -> None:
+def _check_unchanged(values: Mapping[str, object], options: Options, file: Path | None) -> None:
     """Makes sure that nothing is set of a run that goes on but what may differ.
 
     Raises:
         InputError: Something else is set.
     """
     changed = [name for name in values if name not in MAY_DIFFER]
-    changed += [f"strategy.{name}" for name in options]
+    changed += [f"{setting}.{name}" for setting, keywords in options.items() for name in keywords]
     if file is not None:
         changed.insert(0, "config")
     if changed:

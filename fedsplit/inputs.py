@@ -16,7 +16,8 @@ from typing import Any
 
 from fedsplit.allowed import SettingError
 from fedsplit.federation.checkpoint import INPUTS, check_folder
-from fedsplit.federation.strategy import FlowerLike, Strategy, builtin_package
+from fedsplit.federation.strategy import FlowerLike, Strategy
+from fedsplit.loading import builtin_package
 
 _MODELS = "a name, a folder, or a loaded transformers PreTrainedModel together with its tokenizer"
 

@@ -52,6 +52,16 @@ def fitted(fields: Sequence[str], width: int = WIDTH) -> str:
     return line
 
 
+def metric_mean(value: float | None) -> str:
+    """Returns a metric's mean for people; a dash where there was nothing to measure.
+
+    Example:
+        >>> metric_mean(0.123456), metric_mean(None)
+        ('0.1235', '-')
+    """
+    return "-" if value is None else f"{value:.4g}"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns the lines of a table, with its first column to the left and the others to the right.
 

@@ -1,24 +1,34 @@
-"""How well something was predicted: one record, whether it was measured through the split or on the unsplit model."""
+"""How well text was predicted: one record, measured through the split or on the unsplit model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+Sums = Mapping[str, tuple[float, float]]
+"""By metric, the sum over all that was measured, and its count. Sums of batches and clients add up."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well a text was predicted.
+    """Measurement of some text.
 
     Attributes:
-        nats: Sum of the losses of all that was predicted.
-        tokens: How many tokens were predicted; sequences, where their classes are.
-        right: How many of them rightly. Through the split that is counted of classes alone.
+        nats: Sum of the losses of all predictions.
+        tokens: Number of predictions: tokens, or sequences where their classes are predicted.
+        right: Number of right predictions. Through the split only classes are counted.
+        metrics: Sums of the metrics that `--metric` names.
+
+    Example:
+        >>> score = Score(nats=6.0, tokens=4) + Score(nats=2.0, tokens=4)
+        >>> score.loss
+        1.0
     """
 
     nats: float = 0.0
     tokens: int = 0
     right: int = 0
+    metrics: Sums = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -27,13 +37,56 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """The share that was predicted rightly, where it was counted."""
+        """Share of right predictions, where they were counted."""
         return self.right / self.tokens
 
     def __add__(self, other: Score) -> Score:
-        return Score(self.nats + other.nats, self.tokens + other.tokens, self.right + other.right)
+        return Score(
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.right + other.right,
+            added(self.metrics, other.metrics),
+        )
 
 
 def pooled(scores: Iterable[Score]) -> Score:
-    """Several scores as one; of nothing, no tokens."""
+    """Returns several scores as one; a score of no tokens where there is none."""
     return sum(scores, Score())
+
+
+def added(one: Sums, other: Sums) -> Sums:
+    """Returns the sums of two disjoint sets of text as those of both.
+
+    Example:
+        >>> added({"rouge": (1.0, 2.0)}, {"rouge": (3.0, 2.0)})
+        {'rouge': (4.0, 4.0)}
+    """
+    joined = dict(one)
+    for name, (total, count) in other.items():
+        total_before, count_before = joined.get(name, (0.0, 0.0))
+        joined[name] = total_before + total, count_before + count
+    return joined
+
+
+def means(sums: Sums) -> dict[str, float | None]:
+    """Returns each metric's mean; None where there was nothing to measure.
+
+    Example:
+        >>> means({"rouge": (3.0, 4.0), "bleu": (0.0, 0.0)})
+        {'rouge': 0.75, 'bleu': None}
+    """
+    return {name: total / count if count else None for name, (total, count) in sums.items()}
+
+
+def means_by_metric(sums: Iterable[tuple[str, Sums]]) -> dict[str, dict[str, float | None]]:
+    """Returns the means of several owners by metric and owner.
+
+    Example:
+        >>> means_by_metric([("ann", {"rouge": (1.0, 2.0)}), ("bob", {"rouge": (2.0, 2.0)})])
+        {'rouge': {'ann': 0.5, 'bob': 1.0}}
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for owner, of_owner in sums:
+        for name, mean in means(of_owner).items():
+            found.setdefault(name, {})[owner] = mean
+    return found

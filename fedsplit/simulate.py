@@ -54,6 +54,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     check_devices(config)
 
     from fedsplit.adaptation.injection import check_injection
+    from fedsplit.client.measures import check_measures, load_measures
     from fedsplit.corpora.partition import partition_of
     from fedsplit.events.user_sinks import check_sinks
     from fedsplit.federation.aggregation import strategy_defaults
@@ -79,6 +80,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
     chosen = make_strategy() if strategy is None else strategy
+    load_measures(config)
     check_strategy(chosen, config)
     checks.check_stacked(chosen, config, facts)
     check_quantization(config)
@@ -89,6 +91,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     deal = partition_of(config)
     if deal.classes:
         checks.check_classifier(config)
+    check_measures(config, len(deal.classes))
     checks.check_tokens(config, deal)
     check_initial(config, facts.family, len(deal.classes))
     folder_of_weights = weights_folder(config, tell=print)  # last: they may have to be fetched first

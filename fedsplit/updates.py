@@ -228,9 +228,11 @@ class ClientUpdate:
         loss: Mean training loss, nats a token; what is minimised, so with the routers' where there is one.
         weight: What it counts beside others, by the run's `--weights`; its examples where not given.
         given: What it started from; what the strategy gave to all where not given.
-        control: What its control variate has changed by, by exported name (SCAFFOLD); empty otherwise.
+        control: Change of its control variate, by exported name (SCAFFOLD), or the tensors that the strategy's own
+            gradient stage sends; empty otherwise.
         moments: What its optimiser remembers, where that is kept; it never leaves the client.
         router_loss: Its routers' mean auxiliary loss, without the coefficient; None where there is none.
+        kept: State of the strategy's own gradient stage; it never leaves the client.
     """
 
     client: int
@@ -243,6 +245,7 @@ class ClientUpdate:
     control: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     router_loss: float | None = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,16 @@ class Task:
     control: Mapping[str, Tensor] | None = None
     tail: float = 1.0
     decay: float = 0.0
+
+    def teaches(self, name: str) -> bool:
+        """Returns whether a tensor trains, by its exported name. A tensor that is no factor of LoRA always does.
+
+        Example:
+            >>> task = Task(trains=frozenset("B"))
+            >>> task.teaches("layer.lora_A.weight"), task.teaches("layer.lora_B.weight"), task.teaches("score.weight")
+            (False, True, True)
+        """
+        return factor_of(name) is None or factor_of(name) in self.trains
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,29 @@ def test_flag_wins_over_file_wins_over_default(tmp_path: Path) -> None:
     assert config.strategy_options == {"eta": 0.5}
 
 
+def test_an_objective_has_options_of_its_own_and_metrics_are_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('objective = "label_smoothing"\n[objective_options]\nsmoothing = 0.2\nbase = "a"\n')
+    flags = ["--config", str(file), "--objective.smoothing", "0.3", "--strategy.mu=1", "--metric", "token_accuracy,m:f"]
+    config = parse(flags)
+    assert config.objective == "label_smoothing" and config.metric == ("token_accuracy", "m:f")
+    assert (config.objective_options, config.strategy_options) == ({"smoothing": 0.3, "base": "a"}, {"mu": 1})
+    assert from_document(as_document(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objective_options = 3", "objective_options: 3 is not possible; allowed: a table"),
+        ("[objective_options]\nx = [1]", r"objective.x: \[1\] is not possible; allowed: a text, a number"),
+    ],
+)
+def test_options_of_an_objective_that_are_none_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        parse(["--config", str(tmp_path / "run.toml")])
+
+
 @pytest.mark.parametrize(
     ("alias", "value", "name"),
     [

@@ -11,6 +11,7 @@ from fedsplit.updates import (
     ClientUpdate,
     Layer,
     RefusedUpdate,
+    Task,
     average_adapters,
     factor_of,
     fresh_factor,
@@ -147,3 +148,9 @@ def test_what_cannot_be_folded_is_refused(adapters: Adapters, layer: str, up, do
         folding(LowRank(torch.ones(up), torch.ones(down)), layer).check_folded("ann")
     with pytest.raises(RefusedUpdate, match="NaN"):
         folding(LowRank(torch.full((4, 1), torch.nan), torch.ones(1, 3))).check_folded("ann")
+
+
+def test_a_task_teaches_the_factors_that_it_names_and_all_that_is_no_factor() -> None:
+    names = ("l.lora_A.weight", "l.lora_B.weight", "l.lora_magnitude_vector.weight")
+    assert [Task(trains=frozenset("B")).teaches(name) for name in names] == [False, True, True]
+    assert all(Task().teaches(name) for name in names)

@@ -17,11 +17,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from fedsplit.adaptation.injection import ADAPTER, make_config
-from fedsplit.adaptation.lora import parameters
 from fedsplit.adaptation.rank_budget import RankBudget
 from fedsplit.config import Config
 from fedsplit.model.families import Family
-from fedsplit.model.parts import Part
 from fedsplit.model.sources import config_folder
 from fedsplit.model.unsplit import empty_model
 
@@ -66,16 +64,6 @@ def regularisation(tensors: Mapping[str, Tensor], budget: RankBudget, share: flo
         total = torch.stack([_distance(name, leaf) for name, leaf in leaves.items()]).sum()
         loss = budget.orth_reg_weight * share * (total / (2 * budget.layers))
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-
-
-def regularise(part: Part) -> None:
-    """Adds the gradient of the regularisation to the gradients of a part's adapter, where there are any."""
-    if part.rank_budget is None:
-        return
-    trained = {name: parameter for name, parameter in parameters(part).items() if parameter.grad is not None}
-    for name, gradient in regularisation(trained, part.rank_budget).items():
-        loss_gradient = trained[name].grad
-        trained[name].grad = gradient if loss_gradient is None else loss_gradient + gradient
 
 
 class _Named:

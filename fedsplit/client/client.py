@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit.adaptation import lora, rank_allocation
 from fedsplit.adaptation.rank_allocation import RankAllocation
 from fedsplit.client.link import Link, PendingStep
+from fedsplit.client.micro_batches import MicroBatch, batches_of
 from fedsplit.config import TrainSettings
-from fedsplit.corpora.sequences import Sequences, behind, predicted
+from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch, batch_of_epoch, steps_of_epoch
-from fedsplit.model.devices import device_of
-from fedsplit.model.kernels import IGNORED
+from fedsplit.model.devices import CPU, device_of, put
 from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
+from fedsplit.objectives.objective import Objective
 from fedsplit.optimization import optim
 from fedsplit.optimization.bounds import is_bounded
-from fedsplit.optimization.clipping import coefficient, squared_norm
-from fedsplit.optimization.local import LocalRule
+from fedsplit.optimization.clipping import Clip
 from fedsplit.optimization.optim import make_optimizer
+from fedsplit.optimization.orthogonality import Orthogonality
 from fedsplit.optimization.rates import share_of_rate
+from fedsplit.optimization.terms import terms_of
 from fedsplit.seeds import derive_seed
+from fedsplit.stages import GradientAt, GradientStage, LocalStep, RoundStart, Stages, TrunkShare
 from fedsplit.updates import ClientUpdate, Task
 from fedsplit.wire.packets import StepKey
 from fedsplit.wire.scaling import backward
@@ -34,69 +39,53 @@ from fedsplit.wire.steps import UnboundedStep
 
 
 class Diverged(ArithmeticError):
-    """A client's training has come to values that are not finite; says what is likely to help."""
-
-
-@dataclass(frozen=True)
-class _MicroBatch:
-    """Some rows of a batch, and their share in the mean loss of the step."""
-
-    ids: Tensor
-    labels: Tensor
-    mask: Tensor | None
-    share: float
-
-
-def _batches(
-    ids: Tensor, labels: Tensor | None, mask: Tensor | None, batches: int, micros: int, virtual: int
-) -> list[list[_MicroBatch]]:
-    """A step's rows as batches that follow each other, each as micro-batches that are under way at once.
-
-    Labels and mask also have the positions of virtual tokens, of which only the last predicts.
-    """
-    if labels is None:
-        labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
-    labels, mask = behind(virtual, labels, mask)
-    whole = predicted(labels)
-    batches = min(batches, len(ids))
-    micros = min(micros, len(ids) // batches)  # as many in each, since the trunk counts them
-    masks = [None] * batches if mask is None else mask.tensor_split(batches)
-    return [
-        _micro_batches(rows, wanted, seen, micros, whole)
-        for rows, wanted, seen in zip(ids.tensor_split(batches), labels.tensor_split(batches), masks, strict=True)
-    ]
-
-
-def _micro_batches(ids: Tensor, labels: Tensor, mask: Tensor | None, count: int, whole: int) -> list[_MicroBatch]:
-    count = min(max(1, count), len(ids))
-    masks = [None] * count if mask is None else mask.tensor_split(count)
-    split = zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
-    return [_MicroBatch(rows, wanted, seen, predicted(wanted) / whole) for rows, wanted, seen in split]
+    """A client's training has come to values that are not finite. The message names the settings to change."""
 
 
 def _weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
-    """The mean over all that was predicted; where steps predict equally much, their mean to the bit."""
+    """Returns the mean loss over all predictions; the plain mean to the bit where steps have equally many."""
     weights = torch.tensor(counts, dtype=torch.float64) * len(counts) / sum(counts)
     return float((torch.stack(list(losses)).cpu() * weights.float()).mean())
+
+
+@torch.no_grad()
+def _place(
+    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
+) -> None:
+    """Gives parameters other values and gradients; no gradient where none is named."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+        parameter.grad = gradients.get(name)
+
+
+def _trunk_share(crossings: Sequence[PendingStep]) -> TrunkShare | None:
+    """Returns the trunk's gradient of a step, where it waits for clipping.
+
+    Args:
+        crossings: Those of the step's last batch.
+    """
+    norms = [crossing.norm for crossing in crossings if crossing.norm is not None]
+    return TrunkShare(sum(norms), crossings[-1].scale) if norms else None
 
 
 @dataclass(frozen=True)
 class Client:
     """A party of the federation.
 
-    Clients of one process share `bottom` and `top`: what makes them different is their data and the
-    adapters they are given, which are written into the parts before every use.
+    Clients of one process share `bottom` and `top`. Clients differ in their data and in their adapters, which are
+    written into the parts before every use.
 
     Attributes:
-        number: Its partition, from 0.
-        shard: Its data.
+        number: The client's partition, from 0.
+        shard: The client's data.
         bottom: The first blocks, with adapters.
         top: The last blocks and the head, with adapters.
         link: The way through the trunk.
-        settings: How it trains.
+        settings: Settings of local training.
         seed: The run's seed.
-        rounds: Rounds of the run, over which the learning rate takes its course.
-        routers: The loss that balances its experts; by default there is none.
+        rounds: Rounds of the run, over which the learning rate follows its schedule.
+        routers: The loss that balances a mixture of experts; none by default.
+        objective: The loss of the top's logits; cross-entropy where not given.
     """
 
     number: int
@@ -108,17 +97,18 @@ class Client:
     seed: int
     rounds: int = 1
     routers: RouterLoss = field(default_factory=RouterLoss)
+    objective: Objective | None = None
 
     @property
     def steps(self) -> int:
-        """Local steps a round."""
+        """Number of local steps in a round."""
         if self.settings.epochs:
             return self.settings.epochs * steps_of_epoch(len(self._train), self._sequences)
         return self.settings.steps
 
     @property
     def _sequences(self) -> int:
-        """Sequences a step; the last one of an epoch may have fewer."""
+        """Number of sequences in a step; the last step of an epoch may have fewer."""
         return self.settings.batch_size * self.settings.accumulation
 
     @property
@@ -132,8 +122,10 @@ class Client:
         mask: Tensor | None = None,
         labels: Tensor | None = None,
         rate: float = 1.0,
+        terms: GradientStage | None = None,
+        keys: Iterator[int] | None = None,
     ) -> Tensor:
-        """Forward and backward of one step; leaves gradients on the adapters of bottom and top.
+        """Forward and backward of one step, and its gradient stages; leaves gradients on the adapters of both parts.
 
         With several micro-batches, this client and the trunk work at the same time, each on another one. Where
         gradients are accumulated, batches follow each other, so that no more than one is ever under way.
@@ -144,38 +136,110 @@ class Client:
             mask: (B, T), 0 on padding, which is not predicted.
             labels: The tokens (B, T), -100 where they are not predicted; all but padding are where not given.
             rate: The share of the learning rate at which the trunk makes the step.
+            terms: The strategy's terms, the last stages of the step; none where not given.
+            keys: Numbers of further steps, for stages that ask for gradients elsewhere. None: they cannot.
 
         Returns:
             The mean loss in nats, a scalar; with that of the routers, where there is one.
         """
         settings = self.settings
-        batches = _batches(ids, labels, mask, settings.accumulation, settings.micro_batches, self.bottom.virtual)
+        batches = batches_of(ids, labels, mask, settings.accumulation, settings.micro_batches, self.bottom.virtual)
         losses = []
         for number, parts in enumerate(batches):
             loss, crossings = self._cross(parts, replace(key, batch=number), len(batches), rate)
             losses.append(loss)
-        for part in (self.bottom, self.top):
-            rank_allocation.regularise(part)
-        if self.settings.clip:
-            self._clip(crossings)
+
+        gradient_at = None
+        schedule = self.link.schedule
+        if keys is not None and not (schedule.gathers or schedule.sums):  # under these, clients' steps are counted
+            gradient_at = functools.partial(self._gradient_at, batches, key, keys)
+        self._run_stages(terms or Stages(), crossings, gradient_at)
         return torch.stack(losses).sum()
 
+    def _run_stages(
+        self, terms: GradientStage, crossings: Sequence[PendingStep], gradient_at: GradientAt | None
+    ) -> None:
+        """Replaces the gradients on the adapters by what the stages make of them; `fedsplit.stages` has their order.
+
+        Args:
+            terms: The strategy's terms.
+            crossings: Those of the step's last batch, one of which knows the norm of the trunk's gradient if it learns.
+            gradient_at: As in `LocalStep`.
+        """
+        parameters = self._adapter()
+        stages: list[GradientStage] = [
+            Orthogonality(lora.parameters(part).keys(), part.rank_budget) for part in (self.bottom, self.top)
+        ]
+        if self.settings.clip:
+            stages.append(Clip(self.settings.clip))
+        stages.append(terms)
+
+        gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        step = LocalStep(parameters, _trunk_share(crossings), gradient_at)
+        for name, gradient in Stages(*stages)(gradients, step).items():
+            parameters[name].grad = gradient
+
+    def _gradient_at(
+        self,
+        batches: Sequence[Sequence[MicroBatch]],
+        key: StepKey,
+        keys: Iterator[int],
+        adapter: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Returns the gradients of a step's loss at another adapter; leaves all else as it is.
+
+        Dropout is drawn anew. The trunk computes with its own adapter as it is now, and does not learn.
+
+        Args:
+            batches: The step's rows.
+            key: The step.
+            keys: Numbers of further steps.
+            adapter: The other adapter of bottom and top, by exported name.
+
+        Raises:
+            ValueError: The adapter has other names.
+        """
+        parameters = self._adapter()
+        if strange := sorted(adapter.keys() ^ parameters.keys()):
+            raise ValueError(f"an adapter needs the names of the step's parameters; {strange[0]} is missing or unknown")
+        values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        routers_seen = len(self.routers.seen)
+        key = replace(key, step=next(keys))
+        try:
+            _place(parameters, adapter, {})
+            with torch.enable_grad():
+                for number, parts in enumerate(batches):
+                    self._cross(parts, replace(key, batch=number), len(batches), rate=1.0, learns=False)
+            return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        finally:
+            _place(parameters, values, gradients)
+            del self.routers.seen[routers_seen:]
+
+    def _adapter(self) -> dict[str, nn.Parameter]:
+        """Returns the parameters of the adapters of both parts, by exported name."""
+        return {**lora.parameters(self.bottom), **lora.parameters(self.top)}
+
     def _cross(
-        self, parts: Sequence[_MicroBatch], key: StepKey, batches: int, rate: float
+        self, parts: Sequence[MicroBatch], key: StepKey, batches: int, rate: float, learns: bool = True
     ) -> tuple[Tensor, list[PendingStep]]:
-        """One batch of a step, as micro-batches; its share in the step's loss, and what crossed."""
+        """Takes one batch of a step through all parts and back, as micro-batches.
+
+        Returns:
+            The batch's share of the step's loss, and its crossings.
+        """
         crossings, losses = [], []
         # 1. Up: what the bottom makes of the tokens.
         for micro, part in enumerate(parts):
             with self.routers.through(self.bottom, part.mask) as seen:
                 hidden = self.bottom(part.ids, part.mask)
-            how: dict[str, Any] = {"micros": len(parts), "batches": batches, "rate": rate, "sums": seen.sums}
-            crossings.append(self.link.send(hidden, replace(key, micro=micro), part.mask, **how))
+            how: dict[str, Any] = {"micros": len(parts), "batches": batches, "rate": rate, "learns": learns}
+            crossings.append(self.link.send(hidden, replace(key, micro=micro), part.mask, sums=seen.sums, **how))
         # 2. Down, through the top to the loss; and its gradient up.
         for crossing, part in zip(crossings, parts, strict=True):
             hidden = crossing.output()
             with self.routers.through(self.top, part.mask, crossing.sums) as seen:
-                loss = self.top(hidden, part.labels, part.mask)
+                loss = self.top(hidden, part.labels, part.mask, self.objective)
             loss = self.routers.added(loss, seen, part.share)
             crossing.send_back(backward(loss, self.top.parameters(), hidden))
             losses.append(loss.detach())
@@ -184,21 +248,6 @@ class Client:
             crossing.finish(self.bottom.parameters())
         return torch.stack(losses).sum(), crossings
 
-    def _clip(self, crossings: Sequence[PendingStep]) -> None:
-        """Scales this client's gradients by the norm over all parts, and has the trunk scale its own.
-
-        Args:
-            crossings: Those of the step's last batch, one of which knows the norm of the trunk's gradient if it learns.
-        """
-        parameters = {**lora.parameters(self.bottom), **lora.parameters(self.top)}.values()
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        trunk = [crossing.norm for crossing in crossings if crossing.norm is not None]
-        scale = coefficient(squared_norm(gradients) + sum(trunk), self.settings.clip)
-        for gradient in gradients:
-            gradient.mul_(scale)
-        if trunk:
-            crossings[-1].scale(scale)
-
     def train(
         self,
         given: Mapping[str, Tensor],
@@ -206,69 +255,99 @@ class Client:
         task: Task | None = None,
         own: Mapping[str, Tensor] | None = None,
         moments: Mapping[str, Tensor] | None = None,
+        stage: GradientStage | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> ClientUpdate:
-        """A round of local training.
+        """Trains for a round.
 
         Everything that decides the outcome is set here anew: weights, moments, gradients, order, dropout.
 
         Args:
             given: The adapters to start from, by exported name.
             round: The round, from 1.
-            task: What the strategy asks; nothing beyond the settings where not given.
+            task: The strategy's task; the settings alone where not given.
             own: This client's control variate.
-            moments: What its optimiser remembers; nothing where not given.
+            moments: State of its optimiser after an earlier round; a new optimiser where not given.
+            stage: The strategy's own gradient stage, new; none where not given.
+            kept: State that the stage kept of this client's last round.
 
         Returns:
             The adapters it ends with, and what it went through.
         """
-        lora.write(given, self.bottom, self.top)
-        parameters = {**lora.parameters(self.bottom), **lora.parameters(self.top)}
-        rule = LocalRule(task or Task(), given, own or {}, device_of(self.bottom))
-        for name, parameter in parameters.items():
-            parameter.grad = None
-            parameter.requires_grad_(rule.trains(name))
+        task, moments = task or Task(), moments or {}
+        device = device_of(self.bottom)
+        parameters = self._start(given, task)
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        terms = terms_of(task, own, device, stage)
+        terms.begin(RoundStart(put(given, device), put(kept or {}, device)))
         optimizer = make_optimizer(trained.values(), self.settings)
-        optim.restore(optimizer, trained, moments or {})
-        allocations = self._allocations(moments or {})
-        order = derive_seed(self.seed, "client", self.number)
-        self.bottom.train()
-        self.top.train()
-        of_step = batch_of_epoch if self.settings.epochs else batch
-        losses, counts, tokens, examples = [], [], 0, 0
+        optim.restore(optimizer, trained, moments)
+        allocations = self._allocations(moments)
+
+        keys = itertools.count()
+        losses: list[Tensor] = []
+        batches: list[Sequences] = []
         for step in range(self.steps):
-            done = (round - 1) * self.steps + step
-            rate = share_of_rate(self.settings, done, self.rounds * self.steps)
-            rows = of_step(self._train, done, self._sequences, order).to(device_of(self.bottom))
+            rows = self._rows(round, step).to(device)
+            rate = share_of_rate(self.settings, self._done(round, step), self.rounds * self.steps)
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
             try:
-                losses.append(self.step(rows.ids, StepKey(round, self.number, step), rows.mask, rows.labels, rate))
+                key = StepKey(round, self.number, next(keys))
+                losses.append(self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys))
             except UnboundedStep as error:
                 raise self._diverged(str(error)) from error
-            counts.append(rows.predicted)
-            examples += len(rows)
+            batches.append(rows)
             if optimizer is not None:
-                found = {name: p.grad for name, p in trained.items() if p.grad is not None}
-                gradients = rule.correct(found, parameters)
-                for name, gradient in gradients.items():
-                    trained[name].grad = gradient
+                gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
                 optim.step(optimizer, rate)
                 for allocation in allocations:
                     allocation.allocate(gradients, allocation.position(round, step + 1))
-            tokens += rows.tokens
-        adapters, loss = lora.read(self.bottom, self.top), _weighted_mean(losses, counts)
+
+        adapters = lora.read(self.bottom, self.top)
+        loss = _weighted_mean(losses, [rows.predicted for rows in batches])
         if not (math.isfinite(loss) and is_bounded(*adapters.tensors.values())):
             raise self._diverged(f"round {round}, client {self.number}: its loss is {loss:g}, or its adapters are lost")
+        outcome = terms.end(parameters)
         return ClientUpdate(
             client=self.number,
             adapters=adapters,
-            examples=examples,
-            tokens=tokens,
+            examples=sum(len(rows) for rows in batches),
+            tokens=sum(rows.tokens for rows in batches),
             loss=loss,
-            control=rule.control_change(),
-            moments=self._remembered(optimizer, parameters, trained, moments or {}, allocations),
+            control=put(outcome.sent, CPU),
+            moments=self._remembered(optimizer, parameters, trained, moments, allocations),
             router_loss=self.routers.mean(self.steps),
+            kept=put(outcome.kept, CPU),
         )
+
+    def _start(self, given: Mapping[str, Tensor], task: Task) -> dict[str, nn.Parameter]:
+        """Makes both parts ready for a round.
+
+        Args:
+            given: The adapters to start from, by exported name.
+            task: Decides which of them train.
+
+        Returns:
+            The parameters of the adapters, by exported name.
+        """
+        lora.write(given, self.bottom, self.top)
+        parameters = self._adapter()
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            parameter.requires_grad_(task.teaches(name))
+        self.bottom.train()
+        self.top.train()
+        return parameters
+
+    def _done(self, round: int, step: int) -> int:
+        """Returns how many steps of its own came before a step, as if the client had trained in every round."""
+        return (round - 1) * self.steps + step
+
+    def _rows(self, round: int, step: int) -> Sequences:
+        """Returns the sequences of a step."""
+        of_step = batch_of_epoch if self.settings.epochs else batch
+        order = derive_seed(self.seed, "client", self.number)
+        return of_step(self._train, self._done(round, step), self._sequences, order)
 
     def _diverged(self, reason: str) -> Diverged:
         """Returns what to raise where a value is not finite, with the settings that are the likely cause."""
@@ -277,10 +356,10 @@ class Client:
         return Diverged(f"{reason}; most likely training has diverged, as {rate} is too large: {advice}")
 
     def _allocations(self, moments: Mapping[str, Tensor]) -> list[RankAllocation]:
-        """Of each part, who deals its ranks out, where they are."""
+        """Returns the rank allocator of each part that has a budget of ranks."""
         parts = (self.bottom, self.top)
-        found = (rank_allocation.begin(lora.parameters(part), part.rank_budget, moments) for part in parts)
-        return [allocation for allocation in found if allocation is not None]
+        begun = (rank_allocation.begin(lora.parameters(part), part.rank_budget, moments) for part in parts)
+        return [allocation for allocation in begun if allocation is not None]
 
     def _remembered(
         self,
@@ -290,7 +369,7 @@ class Client:
         before: Mapping[str, Tensor],
         allocations: Sequence[RankAllocation],
     ) -> dict[str, Tensor]:
-        """The moments to go on with; of what did not train in this round, those from before."""
+        """Returns the optimiser's state for the next round; a tensor that did not train keeps its earlier state."""
         if self.settings.optimizer_state == "reset":
             return {}
         dealt = {name: value for allocation in allocations for name, value in allocation.moments().items()}

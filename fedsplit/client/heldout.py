@@ -1,8 +1,8 @@
-"""Held-out text, and the loss on it through the split."""
+"""Held-out text, and its measurement through the split: the loss and the metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,29 +11,17 @@ from fedsplit.adaptation import lora
 from fedsplit.client.client import Client
 from fedsplit.corpora.sequences import Sequences, behind
 from fedsplit.corpora.shards import Shard, spread
+from fedsplit.metrics.metric import Metric, measure
 from fedsplit.model.devices import device_of
 from fedsplit.scores import Score
 from fedsplit.wire.packets import StepKey
 
 Batches = Sequence[tuple[int, Sequences]]
-"""Numbers of batches, and what is in them."""
-
-
-def measure(loss_of: Callable[[int, Sequences], Tensor], batches: Batches) -> Score:
-    """Measures a model on batches; every token that is predicted counts the same.
-
-    Args:
-        loss_of: The number of a batch and its sequences to the mean loss.
-        batches: Numbers and sequences.
-    """
-    total = Score()
-    for number, rows in batches:
-        total += Score(float(loss_of(number, rows)) * rows.predicted, rows.predicted)
-    return total
+"""Numbers of batches, and their sequences."""
 
 
 def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int, Sequences]]:
-    """A client's held-out text in numbered batches.
+    """Returns a client's held-out text in numbered batches.
 
     Args:
         shard: The client's data.
@@ -44,43 +32,60 @@ def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int
 
 
 def sample(batches: Batches, sequences: int, batch_size: int) -> list[tuple[int, Sequences]]:
-    """Some of the batches, spread evenly: as many as it takes for so many sequences."""
+    """Returns some of the batches, spread evenly: as many as it takes for a number of sequences."""
     chosen = spread(torch.arange(len(batches)), -(-sequences // batch_size))
     return [batches[number] for number in chosen.tolist()]
 
 
 @torch.no_grad()
-def through_split(client: Client, given: Mapping[str, Tensor], round: int, batches: Batches) -> list[Score]:
-    """A client's loss on each of some batches, with the given adapters and the trunk as it is now.
+def through_split(
+    client: Client,
+    given: Mapping[str, Tensor],
+    round: int,
+    batches: Batches,
+    metrics: Mapping[str, Metric] | None = None,
+) -> list[Score]:
+    """Measures each of some batches with the given adapters, and the trunk as it is now.
+
+    The loss is cross-entropy whatever the objective of training is, so that runs can be compared.
 
     Args:
-        client: Whose parts.
+        client: The client, whose parts are used.
         given: Adapters of bottom and top by exported name.
         round: The round, for the step's key.
         batches: Numbers and sequences.
+        metrics: Metrics by name; none where not given.
     """
     lora.write(given, client.bottom, client.top)
     client.bottom.eval()
     client.top.eval()
+    measure_batch = _measure_classes if client.top.classifies else _measure_tokens
     device = device_of(client.bottom)
-
-    def loss_of(number: int, rows: Sequences) -> Tensor:
-        key, virtual, rows = StepKey(round, client.number, number), client.bottom.virtual, rows.to(device)
-        # The first token is not asked for, which only virtual tokens could predict: the same text counts for all.
-        labels, _ = behind(virtual + 1, rows.labels[:, 1:], None)
-        _, mask = behind(virtual, rows.labels, rows.mask)
-        hidden = client.link.evaluate(client.bottom(rows.ids, mask), key, mask)
-        return client.top(hidden, labels, mask)
-
-    if client.top.classifies:
-        return [_sorted(client, round, number, rows.to(device)) for number, rows in batches]
-    return [measure(loss_of, [batch]) for batch in batches]
+    return [
+        measure_batch(client, StepKey(round, client.number, number), rows.to(device), metrics or {})
+        for number, rows in batches
+    ]
 
 
-def _sorted(client: Client, round: int, number: int, rows: Sequences) -> Score:
-    """How well a client tells the classes of a batch."""
-    key = StepKey(round, client.number, number)
+def _measure_tokens(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
+    """Measures how well a client predicts the tokens of a batch."""
+    virtual = client.bottom.virtual
+    # The first token is not asked for, which only virtual tokens could predict: the same text counts for all.
+    labels, _ = behind(virtual + 1, rows.labels[:, 1:], None)
+    _, mask = behind(virtual, rows.labels, rows.mask)
+
+    hidden = client.link.evaluate(client.bottom(rows.ids, mask), key, mask)
+    states = client.top.read(hidden, mask)
+    nats = float(client.top.cross_entropy(states, labels, mask)) * rows.predicted
+    # Without metrics no logits are made.
+    sums = measure(metrics, *client.top.aligned(states, labels, mask)) if metrics else {}
+    return Score(nats, rows.predicted, metrics=sums)
+
+
+def _measure_classes(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
+    """Measures how well a client predicts the classes of a batch."""
     hidden = client.link.evaluate(client.bottom(rows.ids, rows.mask), key, rows.mask)
-    logits = client.top.scores(hidden, rows.mask).float()
-    nats = torch.nn.functional.cross_entropy(logits, rows.labels) * len(rows)
-    return Score(float(nats), len(rows), int((logits.argmax(-1) == rows.labels).sum()))
+    logits, labels = client.top.aligned(client.top.read(hidden, rows.mask), rows.labels, rows.mask)
+    nats = torch.nn.functional.cross_entropy(logits, labels) * len(rows)
+    right = int((logits.argmax(-1) == labels).sum())
+    return Score(float(nats), len(rows), right, measure(metrics, logits, labels))

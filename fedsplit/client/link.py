@@ -177,6 +177,7 @@ class Link:
         batches: int = 1,
         rate: float = 1.0,
         sums: RouterSums | None = None,
+        learns: bool = True,
     ) -> PendingStep:
         """Sends hidden states (B, T, D) to the trunk, and does not wait.
 
@@ -189,6 +190,7 @@ class Link:
             batches: Number of batches in the step.
             rate: Share of the learning rate at which the step is made.
             sums: Sums of the bottom's routers, where there is an auxiliary loss.
+            learns: False where the client wants a gradient, and the trunk's adapter must not learn from the step.
         """
         key = replace(key, run=self.run, attempt=self.attempt)
         role = Role("activation", "up", key, training, hidden.dtype)
@@ -206,6 +208,7 @@ class Link:
             incarnation=self.incarnation,
             batches=batches,
             rate=rate,
+            learns=learns,
         )
         return PendingStep(self, packet, hidden, sums)
 

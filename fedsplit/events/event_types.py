@@ -134,6 +134,12 @@ class RoundEvaluated(Event):
     )
     perplexity: float | None = reported("Exponential of the loss; not for classification", default=None, omitted=True)
     clients: Mapping[str, float] = reported("Held-out loss by the client's name", "nats a token")
+    metrics: Mapping[str, float | None] | None = reported(
+        "Mean of each of the user's metrics over all clients, by its name", default=None, omitted=True
+    )
+    client_metrics: Mapping[str, Mapping[str, float | None]] | None = reported(
+        "Mean of each of the user's metrics, by its name and the client's", default=None, omitted=True
+    )
     forgotten: Mapping[str, float] = reported(
         "Held-out loss now, less that right after the client's own steps, by the client's name", "nats a token"
     )
@@ -157,6 +163,9 @@ class RoundEnded(Event):
     training_loss: float | None = reported("Mean training loss; null where no client trained", "nats a token")
     held_out_loss: float = reported("Held-out loss", "nats a token")
     accuracy: float | None = reported("Share of held-out texts whose class was found; for classification alone")
+    metrics: Mapping[str, float | None] | None = reported(
+        "Mean of each of the user's metrics over all clients, by its name", default=None, omitted=True
+    )
     tokens_per_second: float = reported("Tokens a second of training, over the whole run", "tokens a second")
     elapsed: float = reported("Time since the command began, earlier commands of a resumed run included", "seconds")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedsplit.report import perplexity, size
+from fedsplit.report import metric_mean, perplexity, size
 
 
 def final_table(summary: Mapping[str, Any], folder: str) -> Table:
@@ -35,6 +35,9 @@ def _quality(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("accuracy", f"{accuracy['before']:.2%} -> {accuracy['after']:.2%}"))
     else:
         rows.append(("perplexity", f"{perplexity(before):.2f} -> {perplexity(after):.2f}"))
+
+    for name, ends in summary.get("metrics", {}).items():
+        rows.append((name, f"{metric_mean(ends['before'])} -> {metric_mean(ends['after'])}"))
 
     error = summary.get("aggregation_error")
     if error is not None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedsplit.events.event_types import ClientFailed, Event, Notice, Progress, RoundEnded, RunEnded
 from fedsplit.events.final_table import final_table
-from fedsplit.report import fitted, perplexity
+from fedsplit.report import fitted, metric_mean, perplexity
 
 BAR = 10
 """Columns of the bar that shows how far a phase is."""
@@ -55,6 +55,7 @@ def round_line(event: RoundEnded) -> str:
     elif event.training_loss is None:
         fields.append(f"perplexity {perplexity(event.held_out_loss):.2f}")
 
+    fields += [f"{name} {metric_mean(value)}" for name, value in (event.metrics or {}).items()]
     fields.append(f"{event.elapsed:.1f} s")
     if event.training_loss is not None:
         fields.append(f"{event.tokens_per_second:,.0f} tokens/s")

@@ -74,11 +74,12 @@ class AdapterLedger:
         self._held: dict[int, dict[str, Tensor]] = {}
         self._own: dict[int, dict[str, Tensor]] = {}
         self._control: dict[int, dict[str, Tensor]] = {}
+        self._stage: dict[int, dict[str, Tensor]] = {}
 
     def copy(self) -> AdapterLedger:
         """Returns a ledger that can change without this one; tensors are shared, since none is written to."""
         twin = copy(self)
-        for name in ("accepted", "folded", "news", "_held", "_own", "_control"):
+        for name in ("accepted", "folded", "news", "_held", "_own", "_control", "_stage"):
             setattr(twin, name, dict(getattr(self, name)))
         return twin
 
@@ -117,7 +118,13 @@ class AdapterLedger:
         start = _at_rank_of(assignment, self._trunk)
         given = {name: t for name, t in assignment.adapters.tensors.items() if name in self._trunk.tensors}
         tensors = {**start, **given, **self._own.get(client, {})}
-        return Start(tensors, assignment.task, self._control.get(client, {}), assignment.drawn is not None)
+        return Start(
+            tensors,
+            assignment.task,
+            own=self._control.get(client, {}),
+            afresh=assignment.drawn is not None,
+            kept=self._stage.get(client, {}),
+        )
 
     def with_copies(
         self, updates: Sequence[ClientUpdate], copies: Mapping[int, Copy], assigned: Mapping[int, Assignment]
@@ -133,9 +140,11 @@ class AdapterLedger:
 
     def _with_copy(self, update: ClientUpdate, trunk: Copy, assignment: Assignment) -> ClientUpdate:
         client = update.client
-        known = self._control.get(client, {})
-        control = {name: known[name] + t if name in known else t for name, t in trunk.control.items()}
-        self._control[client] = control
+        self._stage[client] = dict(trunk.kept)
+        if assignment.task.control is not None:
+            known = self._control.get(client, {})
+            moved = {name: known[name] + t if name in known else t for name, t in trunk.control.items()}
+            self._control[client] = moved
         self._own[client] = {name: t for name, t in trunk.adapters.tensors.items() if name in self._personal}
 
         shared = self._without_personal(trunk.adapters)
@@ -202,6 +211,7 @@ class AdapterLedger:
         """Returns the ledger for a checkpoint: plain values, and tensors by group."""
         groups = {f"own-{client}": own for client, own in self._own.items()}
         groups |= {f"control-{client}": control for client, control in self._control.items()}
+        groups |= {f"stage-{client}": stage for client, stage in self._stage.items()}
         return {"accepted": {str(client): round for client, round in self.accepted.items()}}, groups
 
     def restore(
@@ -221,6 +231,8 @@ class AdapterLedger:
                 self._own[int(client)] = tensors
             elif kind == "control":
                 self._control[int(client)] = tensors
+            elif kind == "stage":
+                self._stage[int(client)] = tensors
 
         self._forget(round)  # rounds that were not finished
         past = [self._logs[0].read(number) for number in range(1, round + 1)]

@@ -13,6 +13,7 @@ from fedsplit.config import Config
 from fedsplit.federation.clients import FederationFailed, Roster
 from fedsplit.federation.messages import Reply
 from fedsplit.federation.strategy import FlowerLike, State, Strategy, broadcast, named, traits_of
+from fedsplit.optimization.own_stage import own_defaults
 from fedsplit.seeds import derive_seed
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, RefusedUpdate, Traits
 
@@ -23,8 +24,7 @@ def strategy_defaults(config: Config) -> dict[str, Any]:
     Flower's need to know how many nodes there are, or they sample too few, or wait for ever for more.
     """
     return {
-        "seed": config.seed,
-        "clients": config.clients,
+        **own_defaults(config),
         "fraction_train": config.fraction,
         "fraction_evaluate": 1.0,
         "min_train_nodes": 1,

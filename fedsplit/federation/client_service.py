@@ -9,7 +9,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,17 +20,22 @@ from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.heldout import held_out_batches, sample, through_split
 from fedsplit.client.link import Link, TrunkLike
+from fedsplit.client.measures import load_measures
 from fedsplit.config import Config
 from fedsplit.corpora.shards import Shard, read_shard
 from fedsplit.documents import from_document
 from fedsplit.federation import messages, replies
 from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
 from fedsplit.federation.travel import TravelRule, draw
+from fedsplit.metrics.metric import Metric
 from fedsplit.model.families import read_facts
 from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
 from fedsplit.model.sources import config_folder
+from fedsplit.objectives.objective import Objective
+from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.scores import pooled
+from fedsplit.stages import RoundStart, StageMaker
 from fedsplit.state.client_store import ClientState, ClientStore
 from fedsplit.state.fold_log import FoldLog
 from fedsplit.trunk.memory import peak_memory
@@ -54,6 +59,9 @@ class _Site:
         start: Adapters of bottom and top that training starts from, at the largest rank.
         rule: Which of them cross, and which are personal.
         router_aux_loss: Coefficient of the routers' loss; 0 where there is none.
+        objective: Loss that training minimises; None for cross-entropy.
+        metrics: Metrics of the held-out text, by name.
+        make_stage: Makes the strategy's own gradient stage; None where the strategy has none.
         folded: Last round whose changes of base weights have been made here.
         discarded: Number of discarded attempts that the server had counted as the base weights were loaded.
     """
@@ -65,6 +73,9 @@ class _Site:
     start: Adapters
     rule: TravelRule
     router_aux_loss: float = 0.0
+    objective: Objective | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    make_stage: StageMaker | None = None
     folded: int = 0
     discarded: int = 0
 
@@ -82,8 +93,26 @@ class _Site:
         )
         routers = RouterLoss(self.router_aux_loss)
         return Client(
-            request.client, shard, self.bottom, self.top, link, config.train, config.seed, config.rounds, routers
+            request.client,
+            shard,
+            self.bottom,
+            self.top,
+            link,
+            config.train,
+            config.seed,
+            config.rounds,
+            routers,
+            self.objective,
         )
+
+    def personalised(self, given: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the adapter with which a client measures its held-out text.
+
+        Args:
+            given: Adapter that all clients have.
+            kept: State of the client's own gradient stage.
+        """
+        return given if self.make_stage is None else self.make_stage().personalise(RoundStart(given, kept))
 
     def catch_up(self, request: Request) -> None:
         """Makes the changes of base weights that were not made here yet, in the order of the rounds."""
@@ -180,6 +209,7 @@ def _load(briefing: Briefing, classes: int, connect: Connect) -> _Site:
     for part in (bottom, top):
         adapt(part, config)
     starts = {"bottom": lora.read(bottom), "top": lora.read(top)}
+    objective, metrics = load_measures(config)
     return _Site(
         config,
         bottom,
@@ -188,6 +218,9 @@ def _load(briefing: Briefing, classes: int, connect: Connect) -> _Site:
         start=lora.read(bottom, top),
         rule=TravelRule.of(starts, config.share, briefing.personal),
         router_aux_loss=read_facts(config_folder(config.model)).coefficient(config.router_aux_loss),
+        objective=objective,
+        metrics=metrics,
+        make_stage=stage_maker(config),
     )
 
 
@@ -212,19 +245,23 @@ def _train(visit: _Visit, request: Train) -> Reply:
     start = site.start.with_rank(request.rank)
     given = assembled(start, request, kept)
     moments = kept.moments if request.drawn is None else {}  # a new draw has no history
-    update = client.train(given, request.round, task, kept.control, moments)
+    stage = None if site.make_stage is None else site.make_stage()
+    update = client.train(given, request.round, task, kept.control, moments, stage, kept.stage)
 
     # Under --deterministic the others wait until this client has measured, or its score would depend on their steps.
     if not config.deterministic:
         client.link.leave(client.number)
     batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
     chosen = sample(batches, config.eval.after, config.train.batch_size)
-    own = pooled(through_split(client, update.adapters.tensors, request.round, chosen))
+    measured_with = site.personalised(update.adapters.tensors, update.kept)
+    own = pooled(through_split(client, measured_with, request.round, chosen))
     if config.deterministic:
         client.link.leave(client.number)
 
     untrained = rule.untrained(given, task)
-    store.save(request.round, to_keep(start, given, update, untrained, rule.personal, kept), request.accepted)
+    control = moved(kept.control, update.control) if task.control is not None else {}
+    state = to_keep(start, given, update, untrained, rule.personal, control)
+    store.save(request.round, state, request.accepted)
     returned = rule.returned(update.adapters.tensors, task)
     return messages.trained(update, returned, own, peak_memory())
 
@@ -246,15 +283,17 @@ def to_keep(
     update: ClientUpdate,
     untrained: set[str],
     personal: frozenset[str],
-    before: ClientState,
+    control: Mapping[str, Tensor],
 ) -> ClientState:
     """Returns what a client writes to its disk at the end of a round."""
     held = {name: given[name] for name in untrained if not torch.equal(given[name], start.tensors[name])}
     own = {name: update.adapters.tensors[name] for name in sorted(personal)}
-    control = {}
-    for name, change in update.control.items():
-        control[name] = before.control[name] + change if name in before.control else change
-    return ClientState(held, own, control, update.moments)
+    return ClientState(held, own, control, update.moments, update.kept)
+
+
+def moved(control: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a client's control variate after a round that changed it."""
+    return {name: control[name] + change if name in control else change for name, change in changes.items()}
 
 
 def _evaluate(visit: _Visit, request: Evaluate) -> Reply:
@@ -262,8 +301,9 @@ def _evaluate(visit: _Visit, request: Evaluate) -> Reply:
     site, client, config = visit.site, visit.client, visit.site.config
     kept = visit.store.load(request.accepted)
     given = {**site.start.tensors, **request.tensors, **kept.personal}
+    given = {**given, **site.personalised(given, kept.stage)}
     batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
-    scores = through_split(client, given, request.round, batches)
+    scores = through_split(client, given, request.round, batches, site.metrics)
     chosen = [number for number, _ in sample(batches, config.eval.after, config.train.batch_size)]
     part = pooled(scores[number] for number in chosen)
     return messages.measured(client.number, pooled(scores), part, peak_memory())

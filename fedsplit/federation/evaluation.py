@@ -12,8 +12,9 @@ from fedsplit.federation.messages import Evaluate, Reply, serialised_bytes
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.replies import memory_of, sample_of, to_score
 from fedsplit.federation.run_state import RunState
+from fedsplit.metrics.metric import name_of
 from fedsplit.report import perplexity
-from fedsplit.scores import Score, pooled
+from fedsplit.scores import Score, means, means_by_metric, pooled
 from fedsplit.updates import RefusedUpdate
 
 
@@ -49,13 +50,14 @@ def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Sc
     """
     started = time.perf_counter()
     replies = _ask(parties, state, round, attempt)
+    metric_names = [name_of(spec) for spec in parties.config.metric]
 
     usable: dict[int, Reply] = {}
     scores: dict[int, Score] = {}
     reason = ""
     for client, reply in sorted(replies.items()):
         try:
-            scores[client] = to_score(reply, parties.sender(client), parties.workloads[client])
+            scores[client] = to_score(reply, parties.sender(client), parties.workloads[client], metric_names)
         except RefusedUpdate as refused:
             reason = str(refused)
             parties.report_failure("evaluating", round, attempt, client, reason, refused=True)
@@ -78,6 +80,8 @@ def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Sc
     state.forgotten = forgotten
     if parties.config.data.format == "classification":
         state.accuracy = {"before": total.accuracy, **state.accuracy, "after": total.accuracy}
+    for name, mean in means(total.metrics).items():
+        state.metrics[name] = {"before": mean, **state.metrics.get(name, {}), "after": mean}
     return Evaluation(total, scores, forgotten, time.perf_counter() - started)
 
 
@@ -119,12 +123,16 @@ def event_of(parties: Parties, state: RunState, round: int, found: Evaluation) -
     """Returns the event that reports an evaluation."""
     sent = state.totals.bytes_of_round(parties.trunk.status().traffic.document())
     has_classes = bool(state.accuracy)
+    metrics = means(found.total.metrics)
+    of_clients = means_by_metric((parties.name(client), score.metrics) for client, score in found.scores.items())
     return RoundEvaluated(
         round=round,
         loss=found.total.loss,
         accuracy=found.total.accuracy if has_classes else None,
         perplexity=None if has_classes else perplexity(found.total.loss),
         clients={parties.name(client): score.loss for client, score in found.scores.items()},
+        metrics=metrics or None,
+        client_metrics=of_clients or None,
         forgotten=dict(found.forgotten),
         adapter_bytes={way: sent[f"adapter_{way}"] for way in ("up", "down")},
         bytes=sent,

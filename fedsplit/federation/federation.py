@@ -208,6 +208,7 @@ class Federation:
             training_loss=training_loss,
             held_out_loss=state.after,
             accuracy=state.accuracy.get("after"),
+            metrics={name: ends["after"] for name, ends in state.metrics.items()} or None,
             tokens_per_second=state.totals.speed,
             elapsed=state.totals.seconds,
         )
@@ -228,6 +229,7 @@ class Federation:
             state = state.copy()
             state.after = stopping.lowest
             state.forgotten, state.error, state.accuracy = facts["forgotten"], facts["error"], facts["accuracy"]
+            state.metrics = facts.get("metrics", {})
         else:
             left = stopping.last
             whole = state.ledger.everything(state.adapters, state.trunk)
@@ -264,6 +266,7 @@ class Federation:
             "parameters": dict(parameters),
             "eval_loss": {"before": state.before, "after": state.after},
             **({"accuracy": state.accuracy} if state.accuracy else {}),
+            **({"metrics": state.metrics} if state.metrics else {}),
             "forgotten": mean(list(state.forgotten.values())) if state.forgotten else None,
             "aggregation_error": state.error,
             **state.totals.summary(trunk.traffic.document()),

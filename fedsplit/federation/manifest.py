@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.allowed import SettingError
-from fedsplit.config import Config
+from fedsplit.config import OPTIONS, Config
 from fedsplit.corpora.shards import Shard
 from fedsplit.documents import as_document, dotted
 from fedsplit.flags import MAY_DIFFER
@@ -109,7 +109,9 @@ def _digest_of_shards(shards: Iterable[Shard]) -> str:
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings that decide a run's result, by dotted name."""
     document = as_document(config)
-    options = {f"strategy.{name}": value for name, value in document.pop("strategy_options").items()}
+    options = {
+        f"{setting}.{name}": value for setting, table in OPTIONS.items() for name, value in document.pop(table).items()
+    }
     plain = {**dotted(document), **options}
     decide = {name: value for name, value in plain.items() if name not in MAY_CHANGE | BY_CONTENT}
     settings: dict[str, Any] = json.loads(json.dumps(decide))  # as they will be read again

@@ -27,6 +27,9 @@ ADAPTERS, CONTROL = "arrays", "control"
 EXAMPLES = "num-examples"
 """Metric that says how many examples a client trained on, or how many predictions it measured."""
 
+METRIC = "metric."
+"""Beginning of the names under which the sum and the count of a user's metric travel."""
+
 TRUNK_LOST = TrunkLost.__name__
 """Kind of a failure whose cause is that the trunk is gone."""
 
@@ -222,7 +225,7 @@ def measured(client: int, score: Score, part: Score, peak_memory: int) -> Reply:
         part: Score on the sample that the client also measures after its own steps.
         peak_memory: Largest resident memory of the client's process, in bytes.
     """
-    metrics = {
+    metrics: dict[str, Any] = {
         "client": client,
         EXAMPLES: score.tokens,
         "loss": score.loss,
@@ -232,6 +235,8 @@ def measured(client: int, score: Score, part: Score, peak_memory: int) -> Reply:
         "sample-tokens": part.tokens,
         "peak-memory": peak_memory,
     }
+    for name, (total, count) in score.metrics.items():
+        metrics[f"{METRIC}{name}"] = [total, count]
     return _reply(client, metrics, {})
 
 

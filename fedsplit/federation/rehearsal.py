@@ -23,8 +23,10 @@ from fedsplit.federation.clients import ClientNode, FederationFailed
 from fedsplit.federation.replies import without_tensors
 from fedsplit.federation.strategy import aggregated_parts
 from fedsplit.federation.travel import stays, trains
+from fedsplit.optimization.own_stage import OwnStage, StageFailed
 from fedsplit.scores import Score
 from fedsplit.seeds import derive_seed
+from fedsplit.stages import LocalStep, RoundStart
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate, factor_of
 
 _EXAMPLES, _TOKENS = 4, 64
@@ -59,7 +61,7 @@ def rehearse(make: Callable[[], Any], config: Config) -> None:
         start = _invented(outline(config, aggregated_parts(config)))
         try:
             _play(make(), config, start)
-        except (FederationFailed, RefusedUpdate) as error:
+        except (FederationFailed, RefusedUpdate, StageFailed) as error:
             allowed = f"a strategy that can play a round ({error}, on a trial before the first one)"
             raise SettingError("strategy", config.strategy, allowed) from error
 
@@ -103,8 +105,28 @@ def _play(strategy: Any, config: Config, start: Adapters) -> None:
         return
     personal = aggregation.traits.personal
     updates = [_update(client, assigned[client], personal) for client in sorted(assigned)]
+    if callable(getattr(strategy, "stage", None)):
+        _try_stage(OwnStage(strategy, config.strategy), updates[0])
     replies = [without_tensors(messages.trained(update, (), Score(), peak_memory=0)) for update in updates]
     aggregation.aggregate(1, start, updates, replies)
+
+
+def _try_stage(stage: OwnStage, update: ClientUpdate) -> None:
+    """Has a strategy's own stage take one step of a round, and measure after it.
+
+    Args:
+        stage: The stage.
+        update: A client's answer, for names and shapes.
+
+    Raises:
+        StageFailed: The stage raises an error, or returns an unusable value.
+    """
+    start, parameters = update.given or update.adapters, update.adapters.tensors
+    gradients = {name: _noise(tensor) for name, tensor in parameters.items()}
+    stage.begin(RoundStart(start.tensors))
+    stage(gradients, LocalStep(parameters, gradient_at=lambda adapter: gradients))
+    outcome = stage.end(parameters)
+    stage.personalise(RoundStart(start.tensors, outcome.kept))
 
 
 def _update(client: int, assignment: Assignment, personal: frozenset[str]) -> ClientUpdate:

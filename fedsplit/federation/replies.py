@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.federation import messages
-from fedsplit.federation.messages import ADAPTERS, CONTROL, EXAMPLES, Reply
+from fedsplit.federation.messages import ADAPTERS, CONTROL, EXAMPLES, METRIC, Reply
 from fedsplit.federation.workload import Workload
 from fedsplit.scores import Score
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate
@@ -137,16 +137,18 @@ def to_update(reply: Reply, given: Adapters, trained: Collection[str], sender: s
     )
 
 
-def to_score(reply: Reply, sender: str, workload: Workload) -> Score:
+def to_score(reply: Reply, sender: str, workload: Workload, metrics: Collection[str] = ()) -> Score:
     """Turns a client's reply into its score on its held-out text.
 
     Args:
         reply: Reply to a request to evaluate.
         sender: Number and name of the client, for messages.
         workload: Bounds of the counts that the client may report.
+        metrics: Names of the metrics that the client was asked for.
 
     Raises:
-        RefusedUpdate: The score is not possible: no tokens, more than the client has, or too large a loss.
+        RefusedUpdate: The score is not possible: no tokens, more than the client has, too large a loss, or a metric
+            that is missing or not finite.
     """
     report = _Report(reply, sender)
     report.check_client(reply.client)
@@ -156,7 +158,8 @@ def to_score(reply: Reply, sender: str, workload: Workload) -> Score:
         raise RefusedUpdate(f"{sender} measured {tokens} tokens, {right} of them predicted rightly")
     report.check_sample(workload)
     report.count("peak-memory")
-    return Score(report.amount("nats", most=LARGEST_LOSS * tokens), tokens, right)
+    sums = {name: report.sum_and_count(name) for name in metrics}
+    return Score(report.amount("nats", most=LARGEST_LOSS * tokens), tokens, right, sums)
 
 
 def sample_of(reply: Reply) -> Score:
@@ -266,6 +269,20 @@ class _Report:
         if type(value) not in (int, float) or not 0 <= value <= most:
             raise RefusedUpdate(f"{self._sender} sent {_shown(value)} as its {name}, not a number from 0 to {most:g}")
         return float(value)
+
+    def sum_and_count(self, metric: str) -> tuple[float, float]:
+        """Returns the sum and the count of a metric.
+
+        Raises:
+            RefusedUpdate: They are missing, or no two finite numbers, the second of 0 or more.
+        """
+        value: Any = self._metrics.get(f"{METRIC}{metric}")
+        numbers = list(value) if isinstance(value, list) else []
+        usable = len(numbers) == 2 and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+        if not usable or numbers[1] < 0:
+            sent = f"{numbers}" if numbers else _shown(value)
+            raise RefusedUpdate(f"{self._sender} sent {sent} as its metric {metric}, not a sum and a count")
+        return float(numbers[0]), float(numbers[1])
 
 
 def _shown(value: object) -> str:

@@ -31,6 +31,7 @@ class RunState:
         forgotten: By client's name, the rise of its loss since it was measured after its own steps, in nats.
         error: Aggregation error of the last round; None where nothing was aggregated.
         accuracy: Accuracy of a classifier, before and after; empty where tokens are predicted.
+        metrics: Means of the user's metrics over all clients by name, before and after.
     """
 
     adapters: Adapters
@@ -45,6 +46,7 @@ class RunState:
     forgotten: dict[str, float] = field(default_factory=dict)
     error: float | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def copy(self) -> RunState:
         """Returns a state that can change without this one; tensors are shared, since none is written to."""
@@ -55,6 +57,7 @@ class RunState:
             stopping=replace(self.stopping),
             forgotten=dict(self.forgotten),
             accuracy=dict(self.accuracy),
+            metrics=dict(self.metrics),
         )
 
     def facts(self, traffic: Mapping[str, int]) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class RunState:
             "error": self.error,
             "course": self.stopping.document(),
             "accuracy": self.accuracy,
+            "metrics": self.metrics,
         }
 
     def restore(self, round: int, facts: Mapping[str, Any]) -> None:
@@ -83,3 +87,4 @@ class RunState:
         self.error = facts["error"]
         self.stopping.go_on(facts["course"])
         self.accuracy = facts.get("accuracy", {})
+        self.metrics = facts.get("metrics", {})

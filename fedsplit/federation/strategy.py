@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
-import inspect
-import os
-import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
-import fedsplit
 from fedsplit.adaptation.methods import draws_fresh, method_of
 from fedsplit.allowed import PARTS, SettingError
 from fedsplit.config import Config
 from fedsplit.federation.clients import FederationFailed
+from fedsplit.loading import BUILTIN, STRATEGY, builtin_package, find, make
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 
@@ -30,18 +24,19 @@ if TYPE_CHECKING:
 State = Mapping[str, Tensor]
 """What a strategy remembers from round to round, such as moments: named tensors, so that it can be saved."""
 
-BUILTIN = "strategies"
-"""The package of fedsplit's own strategies."""
-
-ALLOWED = "a name from the package strategies, path/to/mine.py:Mine, or module:Class"
-
 
 @runtime_checkable
 class Strategy(Protocol):
     """State in, state out: a strategy keeps nothing on itself, so it can be saved, resumed and tested.
 
-    Two more members are optional: `broadcast`, of which `broadcast` below tells the signature and what holds without
-    it, and the attribute `traits`, a `fedsplit.updates.Traits`.
+    Three more members are optional. `broadcast` has the signature of the function `broadcast` below, without the
+    strategy. The attribute `traits` is a `fedsplit.updates.Traits`. The method `stage()` returns a new
+    `fedsplit.stages.GradientStage`, the strategy's half at one client for one round.
+
+    Example:
+        >>> from strategies.fedavg import FedAvg
+        >>> isinstance(FedAvg(), Strategy)
+        True
     """
 
     def init(self, adapters: Adapters) -> State:
@@ -98,71 +93,9 @@ class FlowerLike(Protocol):
         ...
 
 
-def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"fedsplit_user_{path.stem}", path)
-    if spec is None or spec.loader is None or not os.path.isfile(path):
-        raise SettingError("strategy", path, "a Python file that is there")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises is the user's to see
-        raise SettingError(
-            "strategy", path, f"a Python file that can be imported ({type(error).__name__}: {error})"
-        ) from error
-    return module
-
-
-def _import_module(name: str, spec: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # a name that is none, or whatever the module raises
-        raise SettingError("strategy", spec, f"{ALLOWED} ({type(error).__name__}: {error})") from error
-
-
-def builtin_package() -> ModuleType:
-    """The package `strategies` that was installed beside fedsplit.
-
-    A folder or a file of that name in the working folder does not hide it.
-
-    Raises:
-        SettingError: The program has imported a module of its own under that name.
-    """
-    file = Path(fedsplit.__file__).parent.parent / BUILTIN / "__init__.py"
-    known = sys.modules.get(BUILTIN)
-    place = getattr(known, "__file__", None)
-    if known is not None and place is not None:
-        if not os.path.samefile(place, file):
-            raise SettingError("strategy", place, "no other module named strategies, which would hide fedsplit's own")
-        return known
-    spec = importlib.util.spec_from_file_location(BUILTIN, file, submodule_search_locations=[str(file.parent)])
-    assert spec is not None and spec.loader is not None
-    sys.modules[BUILTIN] = package = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(package)
-    return package
-
-
 def is_builtin(strategy: object) -> bool:
     """Whether a strategy is one of the package `strategies`."""
     return type(strategy).__module__.partition(".")[0] == BUILTIN
-
-
-def _find(spec: str) -> Any:
-    """The class a specification names, not yet called."""
-    place, colon, name = spec.rpartition(":")
-    if colon and place.endswith(".py"):
-        module = _import_file(Path(place))
-    elif colon:
-        module = _import_module(place, spec)
-    else:
-        names: Mapping[str, str] = builtin_package().STRATEGIES
-        if spec not in names:
-            raise SettingError("strategy", spec, f"{' | '.join(sorted(names))}, path/to/mine.py:Mine, or module:Class")
-        place, _, name = names[spec].rpartition(":")
-        module = _import_module(place, spec)
-    if not callable(getattr(module, name, None)):
-        found = [n for n, v in vars(module).items() if inspect.isclass(v) and not n.startswith("_")]
-        raise SettingError("strategy", spec, f"a class of {place}: {', '.join(found) or 'it has none'}")
-    return getattr(module, name)
 
 
 def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
@@ -180,27 +113,18 @@ def load_strategy(spec: str, options: Mapping[str, Any], defaults: Mapping[str, 
     Raises:
         SettingError: It is not there, or does not take the options.
     """
-    cls = _find(spec)
-    try:
-        parameters = inspect.signature(cls).parameters
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if unknown := [name for name in options if name not in parameters and not takes_any]:
-            known = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-            raise SettingError(f"strategy.{unknown[0]}", options[unknown[0]], ", ".join(known) or "no option at all")
-        made = cls(**{**{name: value for name, value in defaults.items() if name in parameters}, **options})
-    except SettingError:
-        raise
-    except Exception as error:  # whatever the user's class raises
-        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        name = next((name for name in options if what.startswith(f"{name} ")), None)
-        if name is not None:
-            raise SettingError(f"strategy.{name}", options[name], f"what {spec} takes ({what})") from error
-        raise SettingError("strategy", spec, f"options that it takes ({what})") from error
+    made = make(STRATEGY, spec, options, defaults)
     if not isinstance(made, Strategy | FlowerLike):
         raise SettingError(
             "strategy", spec, "a class with the methods init and aggregate, or one of Flower's strategies"
         )
     return made
+
+
+def _is_named(cls: type, spec: str) -> bool:
+    """Returns whether a name stands for a class. A file that is loaded twice makes two classes, which are the same."""
+    found = find(STRATEGY, spec)
+    return (found.__module__, found.__qualname__) == (cls.__module__, cls.__qualname__)
 
 
 def aggregated_parts(config: Config) -> list[Kind]:
@@ -239,7 +163,7 @@ def check_strategy(strategy: Any, config: Config) -> None:
     traits = traits_of(strategy)
     package: Any = builtin_package()
     if traits.factors and (config.prompt.kind != "off" or not method_of(config.lora).factors):
-        can = sorted(name for name in package.STRATEGIES if not traits_of(_find(name)).factors)
+        can = sorted(name for name in package.STRATEGIES if not traits_of(find(STRATEGY, name)).factors)
         kind = f"--prompt.kind {config.prompt.kind}" if config.prompt.kind != "off" else f"--peft {config.lora.method}"
         words = f"{', '.join(can)} with {kind}, which has no pairs of factors A and B"
         raise SettingError("strategy", config.strategy, words)
@@ -250,7 +174,7 @@ def check_strategy(strategy: Any, config: Config) -> None:
         words = "none under a strategy that starts every round from fresh factors"
         raise SettingError("init_adapter", config.init_adapter, f"{words}, as {config.strategy} does")
     if len(set(config.lora.rank)) > 1 and not traits.mixed_ranks:
-        can = sorted(name for name in package.STRATEGIES if traits_of(_find(name)).mixed_ranks)
+        can = sorted(name for name in package.STRATEGIES if traits_of(find(STRATEGY, name)).mixed_ranks)
         ranks = ",".join(map(str, config.lora.rank))
         raise SettingError(
             "lora.rank", ranks, f"one rank under the strategy {config.strategy}; {', '.join(can)} take several"
@@ -267,6 +191,9 @@ def check_strategy(strategy: Any, config: Config) -> None:
     if traits.folds and (quantized := [part for part in config.bits if part in aggregated_parts(config)]):
         words = f"none of {', '.join(quantized)} under the strategy {config.strategy}, which changes its base weights"
         raise SettingError("quantization", config.quantization, words)
+    if callable(getattr(strategy, "stage", None)) and not _is_named(type(strategy), config.strategy):
+        words = "the name of the strategy's class, by which clients load the stage that the strategy brings"
+        raise SettingError("strategy", config.strategy, words)
     if config.resume and isinstance(strategy, FlowerLike):
         raise SettingError("resume", config.resume, "a strategy whose memory can be saved; Flower's cannot")
 

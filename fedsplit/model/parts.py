@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, D hidden, V vocabulary, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -185,8 +186,7 @@ class Top(Part):
 
     def logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Computes logits (B, T, V) from hidden states (B, T, D). `mask` (B, T) is 0 on padding."""
-        with self._computing(hidden.device):
-            return self.predict(self._decode(mask, inputs_embeds=hidden))
+        return self.predict(self.read(hidden, mask))
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Applies the head to the output of the last block (B, T, D). Returns logits (B, T, V)."""
@@ -206,26 +206,69 @@ class Top(Part):
 
     def scores(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Computes class logits (B, C) from the hidden state of each sequence's last token that is not padding."""
-        with self._computing(hidden.device):
-            logits = self.score(self._decode(mask, inputs_embeds=hidden))
-        last = hidden.shape[1] - 1 if mask is None else mask.long().sum(1) - 1
-        return logits[torch.arange(len(hidden), device=hidden.device), last]
+        return self.classify(self.read(hidden, mask), mask)
 
-    def forward(self, hidden: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) and labels (B, T) to the mean next-token loss in nats, a scalar.
+    def classify(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Computes class logits (B, C) from the output of the last block (B, T, D)."""
+        with self._computing(states.device):
+            logits = self.score(states)
+        last = states.shape[1] - 1 if mask is None else mask.long().sum(1) - 1
+        return logits[torch.arange(len(states), device=states.device), last]
+
+    def read(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Computes the output of the last block (B, T, D) from hidden states (B, T, D)."""
+        return self._decode(mask, inputs_embeds=hidden)
+
+    def aligned(self, states: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns logits in float32 and the labels that they predict, position by position.
+
+        Args:
+            states: Output of the last block (B, T, D).
+            labels: As for `forward`.
+            mask: (B, T), 0 on padding.
+
+        Returns:
+            Logits (B, T - 1, V) and labels (B, T - 1); of a part that classifies, (B, C) and (B,).
+        """
+        if self.classifies:
+            return self.classify(states, mask).float(), labels
+        return self.predict(states)[:, :-1].float(), labels[:, 1:]
+
+    def cross_entropy(self, states: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Computes the mean cross-entropy in nats, a scalar, from the output of the last block (B, T, D)."""
+        if self.classifies:
+            return functional.cross_entropy(self.classify(states, mask).float(), labels)
+        head = self.lm_head
+        if self.fused and hasattr(head, "causal_loss"):  # a head that learns
+            return head.causal_loss(states, labels, self.cap)
+        bare = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+        if self.fused and bare:
+            return causal_loss(states, head.weight, labels, self.cap)
+        return ForCausalLMLoss(self.predict(states), labels, head.out_features)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        objective: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Computes the loss, a scalar, from hidden states (B, T, D) and labels (B, T).
 
         Labels are the tokens themselves, -100 where no loss is wanted; they are shifted here. Of a part that classifies
         they are classes (B,), and the loss is that of the sequences; padding must be at the right.
+
+        Args:
+            hidden: The trunk's output.
+            labels: The labels.
+            mask: (B, T), 0 on padding.
+            objective: The loss of logits and labels as `aligned` returns them; the mean cross-entropy in nats where not
+                given, without all logits at once where the kernels are fused.
         """
-        if self.classifies:
-            return functional.cross_entropy(self.scores(hidden, mask).float(), labels)
-        head = self.lm_head
-        if self.fused and hasattr(head, "causal_loss"):  # a head that learns
-            return head.causal_loss(self._decode(mask, inputs_embeds=hidden), labels, self.cap)
-        bare = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-        if self.fused and bare:
-            return causal_loss(self._decode(mask, inputs_embeds=hidden), head.weight, labels, self.cap)
-        return ForCausalLMLoss(self.logits(hidden, mask), labels, head.out_features)
+        states = self.read(hidden, mask)
+        if objective is None:
+            return self.cross_entropy(states, labels, mask)
+        return objective(*self.aligned(states, labels, mask))
 
 
 PARTS: dict[Kind, type[Part]] = {"bottom": Bottom, "trunk": Trunk, "top": Top}

@@ -72,7 +72,7 @@ def check_largest(folder: Path, model: str, largest: int) -> None:
     Raises:
         SettingError: The embedding has fewer rows.
     """
-    rows = _embedding_rows(folder)
+    rows = embedding_rows(folder)
     if largest < rows:
         return
     name = _token_name(folder, largest) if has_vocabulary(folder) else None
@@ -82,8 +82,8 @@ def check_largest(folder: Path, model: str, largest: int) -> None:
     raise SettingError("model", f"{model} (its texts have {token}, its embedding has {rows} rows)", allowed)
 
 
-def _embedding_rows(folder: Path) -> int:
-    """Returns the number of rows of a model's embedding."""
+def embedding_rows(folder: Path) -> int:
+    """Returns the number of tokens that a model has an embedding of."""
     size = _read(folder / "config.json").get("vocab_size")
     if isinstance(size, int):
         return size

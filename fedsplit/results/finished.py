@@ -179,7 +179,8 @@ def open_run(path: Path) -> Run:
         raise InputError(f"{path} is no folder of a run: there is no such folder")
     if not (path / "config.toml").is_file():
         raise InputError(f"{path} is no folder of a run: there is no config.toml in it")
-    config = build(*read_toml(path / "config.toml"))
+    values, options = read_toml(path / "config.toml")
+    config = build(values, options["strategy"], options["objective"])
 
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))

@@ -29,12 +29,14 @@ class ClientState:
         personal: Factors that never leave the client.
         control: The client's control variate.
         moments: State of the client's optimiser.
+        stage: State of the strategy's own gradient stage.
     """
 
     held: Mapping[str, Tensor] = field(default_factory=dict)
     personal: Mapping[str, Tensor] = field(default_factory=dict)
     control: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Tensor] = field(default_factory=dict)
+    stage: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ClientStore:

@@ -177,7 +177,7 @@ class Backwards:
         state.budget.freed()
         unclipped = None
         try:
-            if of_adapter:
+            if of_adapter and any(packet.learns for packet in packets):
                 unclipped = state.adapters.learn(batch.adapter, batch.snapshot, batch.spent, packets, of_adapter)
         except Unusable as error:
             unmade = {packet.key: UnboundedStep(f"{packet.key}: {error}") for packet in packets}

@@ -17,6 +17,7 @@ from fedsplit.model.devices import CPU, put
 from fedsplit.optimization.bounds import LARGEST_SHARE, norm
 from fedsplit.optimization.clipping import coefficient, squared_norm
 from fedsplit.optimization.optim import fitting
+from fedsplit.stages import StageMaker
 from fedsplit.trunk.schedules import Schedule
 from fedsplit.trunk.status import RoundCounts
 from fedsplit.trunk.trainable import AdapterSnapshot, TrainableAdapter, Unusable
@@ -34,12 +35,14 @@ class Start:
         own: The client's control variate for these tensors.
         afresh: True where the adapter does not continue the client's last one, so that the optimiser's state of
             earlier rounds does not fit it.
+        kept: State of the strategy's gradient stage for this copy, from the client's last round.
     """
 
     tensors: Mapping[str, Tensor]
     task: Task = field(default_factory=Task)
     own: Mapping[str, Tensor] = field(default_factory=dict)
     afresh: bool = False
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,12 @@ class Copy:
     Attributes:
         adapters: Adapter after the client's last step.
         control: Change of the client's control variate.
+        kept: State that the strategy's gradient stage keeps of the round.
     """
 
     adapters: Adapters
     control: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -123,6 +128,7 @@ class AdapterRegistry:
         counts: RoundCounts,
         device: torch.device = CPU,
         budget: RankBudget | None = None,
+        stage: StageMaker | None = None,
     ) -> None:
         """Starts with the shared adapter and no copies.
 
@@ -133,6 +139,7 @@ class AdapterRegistry:
             counts: Counts of the round, of which "steps", "late" and "unusable" are kept here.
             device: Device that the trunk computes on.
             budget: Budget of the trunk's ranks; None where they are fixed.
+            stage: Makes the strategy's gradient stage for a copy; None where the strategy has none.
         """
         self._layers = start.layers
         self._schedule = schedule
@@ -140,6 +147,7 @@ class AdapterRegistry:
         self._counts = counts
         self._device = device
         self._budget = budget
+        self._make_stage = stage
         self.shared = TrainableAdapter(start.tensors, settings, schedule.learns, device=device, budget=budget)
         self._copies: dict[int, TrainableAdapter] = {}
         self._sums: dict[int, _GradientSum] = {}
@@ -181,9 +189,16 @@ class AdapterRegistry:
 
     def _new(self, start: Start) -> TrainableAdapter:
         """Returns a new copy of the adapter."""
-        learns = self._schedule.learns
         return TrainableAdapter(
-            start.tensors, self._settings, learns, start.task, start.own, self._device, self._budget
+            start.tensors,
+            self._settings,
+            self._schedule.learns,
+            start.task,
+            start.own,
+            self._device,
+            self._budget,
+            stage=None if self._make_stage is None else self._make_stage(),
+            kept=start.kept,
         )
 
     def learn(
@@ -365,10 +380,11 @@ class AdapterRegistry:
 
     def copies(self) -> dict[int, Copy]:
         """Returns, under `copies`, each client's copy of the adapter at the end of the round."""
-        return {
-            client: Copy(self._named(copy.snapshot), copy.control_change())
-            for client, copy in sorted(self._copies.items())
-        }
+        copies = {}
+        for client, copy in sorted(self._copies.items()):
+            outcome = copy.outcome()
+            copies[client] = Copy(self._named(copy.snapshot), outcome.sent, outcome.kept)
+        return copies
 
     def read(self) -> Adapters:
         """Returns the shared adapter as it is now."""

@@ -16,6 +16,7 @@ from fedsplit.clock import Clock
 from fedsplit.config import TrainSettings
 from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
+from fedsplit.stages import StageMaker
 from fedsplit.trunk.admission import TRANSIT, Admission
 from fedsplit.trunk.answers import Answers
 from fedsplit.trunk.backwards import Backwards
@@ -65,6 +66,7 @@ class TrunkServer:
         lease: float = 600.0,
         budget: Budget | None = None,
         clock: Clock = time.monotonic,
+        stage: StageMaker | None = None,
     ) -> None:
         """Takes over a part.
 
@@ -79,6 +81,7 @@ class TrunkServer:
             lease: Seconds for which a forward may wait for its backward.
             budget: Budget of resident memory; none where not given.
             clock: Clock for leases.
+            stage: Makes the strategy's gradient stage for a client's copy; None where the strategy has none.
         """
         blocks = Blocks(part)
         self.part = part
@@ -89,7 +92,7 @@ class TrunkServer:
         self.intake = Intake(part, codec, blocks.device)
         self.steps: Steps[PendingBatch | UnclippedGradient] = Steps(run, incarnation, lease, clock)
         self.adapters = AdapterRegistry(
-            lora.read(part), SCHEDULES[schedule], settings, self.counts, blocks.device, part.rank_budget
+            lora.read(part), SCHEDULES[schedule], settings, self.counts, blocks.device, part.rank_budget, stage
         )
         budget = budget or Budget(None)
         self._state = TrunkState(

@@ -17,9 +17,11 @@ from fedsplit.adaptation import run_adapters
 from fedsplit.clock import Clock
 from fedsplit.config import Config, TrunkSettings
 from fedsplit.lowrank import LowRank
+from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.trunk import port
 from fedsplit.trunk.dispatch import Answer, Dispatcher, Done
 from fedsplit.trunk.memory import Budget, peak_memory, resident_memory
+from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions
 from fedsplit.trunk.status import TrunkStatus
@@ -321,6 +323,7 @@ def load_service(
         lease=config.trunk.lease,
         budget=Budget(memory),
         clock=clock,
+        stage=stage_maker(config) if SCHEDULES[config.trunk.schedule].personal else None,
     )
     least = 0
     if memory is not None:

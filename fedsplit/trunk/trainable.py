@@ -13,8 +13,10 @@ from fedsplit.config import TrainSettings
 from fedsplit.model.devices import CPU, put
 from fedsplit.optimization import optim
 from fedsplit.optimization.bounds import is_bounded
-from fedsplit.optimization.local import LocalRule
 from fedsplit.optimization.optim import make_optimizer
+from fedsplit.optimization.orthogonality import Orthogonality
+from fedsplit.optimization.terms import terms_of
+from fedsplit.stages import GradientStage, LocalStep, Outcome, RoundStart
 from fedsplit.updates import Task
 
 AdapterSnapshot = dict[str, Tensor]
@@ -41,6 +43,8 @@ class TrainableAdapter:
         own: Mapping[str, Tensor] | None = None,
         device: torch.device = CPU,
         budget: RankBudget | None = None,
+        stage: GradientStage | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Starts from an adapter.
 
@@ -53,10 +57,13 @@ class TrainableAdapter:
             device: Device that computes with it. Snapshots live there; everything else that is passed in or returned
                 is on the CPU.
             budget: Budget of the ranks that are allocated after each step; None where ranks are fixed.
+            stage: Gradient stage of the strategy, for this adapter and this round alone.
+            kept: State that the stage kept of the client's last round.
         """
-        start = put(start, device)
-        self._rule = LocalRule(task or Task(), start, own or {}, device)
-        self._learns = {name for name in start if learns and self._rule.trains(name)}
+        start, task = put(start, device), task or Task()
+        self._terms = terms_of(task, own, device, stage)
+        self._terms.begin(RoundStart(start, put(kept or {}, device)))
+        self._learns = {name for name in start if learns and task.teaches(name)}
         self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
         self._trained = {name: parameter for name, parameter in self._parameters.items() if name in self._learns}
         self._optimizer = make_optimizer(self._trained.values(), settings)
@@ -84,7 +91,7 @@ class TrainableAdapter:
                 step. The step was not made. (A bounded gradient leaves the moments finite in any case.)
         """
         assert self._optimizer is not None
-        corrected = self._rule.correct(gradients, self._parameters)
+        corrected = self._terms(gradients, LocalStep(self._parameters))
         if not is_bounded(*corrected.values()):
             raise Unusable("the gradient of the trunk's adapter is NaN, infinite or too large to be squared")
         for name, gradient in corrected.items():
@@ -109,11 +116,8 @@ class TrainableAdapter:
             gradients: Gradients by exported name.
             share: Share of the optimiser's step that the gradient belongs to, such as 0.5 for one of two batches.
         """
-        whole = dict(gradients)
-        if self._allocation is not None and self._budget is not None:
-            for name, gradient in rank_allocation.regularisation(snapshot, self._budget, share).items():
-                whole[name] = whole[name] + gradient
-        return whole
+        budget = None if self._allocation is None else self._budget
+        return dict(Orthogonality(snapshot.keys(), budget, share)(gradients, LocalStep(snapshot)))
 
     @torch.no_grad()
     def _return_to_snapshot(self) -> None:
@@ -128,9 +132,10 @@ class TrainableAdapter:
             parameter.copy_(tensors[name])
         self._publish()
 
-    def control_change(self) -> dict[str, Tensor]:
-        """Returns the change of the control variate, as `LocalRule.control_change` does."""
-        return self._rule.control_change()
+    def outcome(self) -> Outcome:
+        """Returns what the strategy's terms leave at the end of the round, on the CPU."""
+        found = self._terms.end(self._parameters)
+        return Outcome(put(found.kept, CPU), put(found.sent, CPU))
 
     def moments(self) -> dict[str, Tensor]:
         """Returns the optimiser's state by parameter and kind ("step", "exp_avg", …), and the rank allocation's."""

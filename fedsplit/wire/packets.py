@@ -81,6 +81,7 @@ class Packet:
         micros: Number of micro-batches in the batch.
         batches: Number of batches in the step.
         rate: Share of the learning rate at which the step is made.
+        learns: False where the client wants a gradient alone, such as for an adapter that only itself has.
         incarnation: Id of the trunk's life that the packet is meant for; a restarted trunk has another one.
         shape: In an admission request: shape of the hidden states that will follow.
         wait: In an answer: seconds after which to ask again, where the trunk has no memory for the step now.
@@ -96,6 +97,7 @@ class Packet:
     wait: float = 0.0
     batches: int = 1
     rate: float = 1.0
+    learns: bool = True
 
     @property
     def parts(self) -> int:

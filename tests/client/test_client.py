@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, without_dropout
 from peft import get_peft_model
+from torch.nn import functional
 from transformers import get_scheduler
 
 from fedsplit.adaptation import lora
@@ -25,8 +27,10 @@ from fedsplit.model.families import FAMILIES
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.objectives.label_smoothing import LabelSmoothing
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
+from fedsplit.stages import Gradients, GradientStage, LocalStep, Outcome, RoundStart
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Task
@@ -253,6 +257,57 @@ def test_a_step_is_the_unsplit_models_to_the_bit(model_path: Path) -> None:
         assert torch.equal(loss, whole.loss.detach()), kind
 
 
+def focal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """An objective that is not torch's: (1 - p)^2 times the cross-entropy (1708.02002)."""
+    losses = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return ((1 - (-losses).exp()).square() * losses)[labels.flatten() != IGNORED].mean()
+
+
+@pytest.mark.parametrize("kernels", ["library", "fused"])
+@pytest.mark.parametrize(("micro_batches", "accumulation"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("objective", [LabelSmoothing(0.2), focal])
+def test_an_objective_is_that_of_the_unsplit_model(
+    model_path: Path, objective, micro_batches: int, accumulation: int, kernels: str
+) -> None:
+    """One step of SGD at rate 1 shows the gradients of all three parts; rows are padded, and predict unequally much."""
+    train = {"optimizer": "sgd", "lr": 1.0, "accumulation": accumulation}
+    client, server, given = make_client(
+        model_path, "shared", steps=1, micro_batches=micro_batches, kernels=kernels, train=train
+    )
+    rows = padded_rows("completions")
+    client = replace(client, shard=Shard("ann", rows, rows), objective=objective)
+    start = {**given, **server.adapters.read().tensors}
+    update = client.train(given, round=1)
+    federated = {**update.adapters.tensors, **server.adapters.read().tensors}
+
+    whole, trained = unsplit(model_path, start)
+    chosen = batch(rows, 0, 3 * accumulation, derive_seed(0, "client", 0))
+    assert chosen.mask is not None
+    logits = whole(input_ids=chosen.ids, attention_mask=chosen.mask).logits
+    loss = objective(logits[:, :-1].float(), chosen.labels[:, 1:])
+    loss.backward()
+    if (micro_batches, accumulation, kernels) == (1, 1, "library"):
+        assert update.loss == float(loss.detach())  # to the bit
+    assert update.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    plain = whole(input_ids=chosen.ids, attention_mask=chosen.mask, labels=chosen.labels).loss
+    assert abs(update.loss - float(plain)) > 0.01, "cross-entropy: the test would prove nothing"
+    for name, parameter in trained.items():
+        assert torch.allclose(start[name] - federated[name], parameter.grad, atol=2e-6, rtol=1e-3), name
+    assert max(float(parameter.grad.abs().max()) for parameter in trained.values()) > 1e-3
+
+
+def test_classes_have_an_objective_too(model_path: Path) -> None:
+    client, _, _ = make_client(model_path, "frozen")
+    bottom, top = load_parts(model_path, (1, 2), ["bottom", "top"], classes=4)
+    client = replace(client, bottom=bottom.eval(), top=top.eval(), objective=LabelSmoothing(0.2))
+    ids, labels = client.shard.train.ids[:3], torch.tensor([0, 3, 1])
+    loss = client.step(ids, StepKey(1, 0, 0), labels=labels)
+    hidden = client.link.evaluate(bottom(ids), StepKey(1, 0, 1))
+    with torch.no_grad():
+        expected = functional.cross_entropy(top.scores(hidden), labels, label_smoothing=0.2)
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_micro_batches_of_classes_are_the_whole_batch(model_path: Path) -> None:
     losses, heads = [], []
     for count in (1, 3):
@@ -276,8 +331,8 @@ def test_a_rounds_loss_is_the_mean_over_what_was_predicted(model_path: Path) -> 
     client = replace(client, shard=Shard("ann", rows, rows))
     losses, counts, step = [], [], Client.step
 
-    def watched(self, ids, key, mask=None, labels=None, rate=1.0):
-        losses.append(float(step(self, ids, key, mask, labels, rate)))
+    def watched(self, ids, key, mask=None, labels=None, rate=1.0, **more):
+        losses.append(float(step(self, ids, key, mask, labels, rate, **more)))
         counts.append(int((labels[:, 1:] != IGNORED).sum()))
         return torch.tensor(losses[-1])
 
@@ -303,9 +358,9 @@ def test_an_epoch_trains_each_sequence_once(
     seen: list[list[tuple[int, ...]]] = []
     step = Client.step
 
-    def watched(self, ids, *args):
+    def watched(self, ids, *args, **more):
         seen.append([tuple(row) for row in ids.tolist()])
-        return step(self, ids, *args)
+        return step(self, ids, *args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Client, "step", watched)
@@ -333,7 +388,7 @@ def test_only_values_make_a_client_speak_of_divergence(
 ) -> None:
     """A wrong type or shape has nothing to do with the learning rate."""
 
-    def refuse(*args: object) -> None:
+    def refuse(*args: object, **more: object) -> None:
         raise refusal("no")
 
     client, _, given = make_client(tiny_models["gpt2"], "shared", steps=1)
@@ -509,3 +564,68 @@ def test_nobody_writes_to_what_came_over_the_wire(
     client.train(given, 1)
     assert len(arrived) == 8
     assert all(sealed.array("values").tobytes() == before for sealed, before in arrived)
+
+
+class Elsewhere(GradientStage):
+    """Asks in every step for the gradients at the very same adapter, and at one without a change of the weights."""
+
+    def begin(self, start: RoundStart) -> None:
+        self.same: list[bool] = []
+        self.other: list[bool] = []
+
+    def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
+        assert step.gradient_at is not None
+        before = {name: parameter.detach().clone() for name, parameter in step.parameters.items()}
+        here = step.gradient_at(step.parameters)
+        there = step.gradient_at({name: torch.zeros_like(tensor) for name, tensor in before.items()})
+        self.same += [torch.allclose(here[name], gradient, atol=1e-7) for name, gradient in gradients.items()]
+        self.other += [torch.equal(there[name], gradient) for name, gradient in gradients.items() if gradient.any()]
+        assert all(torch.equal(step.parameters[name], tensor) for name, tensor in before.items())
+        return gradients
+
+
+def test_a_stage_may_ask_for_gradients_elsewhere_and_changes_nothing_by_it(tiny_models: dict[str, Path]) -> None:
+    """With a frozen trunk they are the step's own at the step's adapter. What the trunk learns stays the same, too."""
+    results = []
+    for stage in (None, Elsewhere()):
+        client, server, given = make_client(tiny_models["llama"], "shared", steps=3, micro_batches=2)
+        update = client.train(given, 1, stage=stage)
+        results.append({**update.adapters.tensors, **server.adapters.read().tensors})
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    stage = Elsewhere()
+    client, server, given = make_client(tiny_models["llama"], "frozen", steps=2, train={"accumulation": 2})
+    client.train(given, 1, stage=stage)
+    assert stage.same and all(stage.same) and not any(stage.other)
+
+
+@pytest.mark.parametrize("schedule", ["batched", "accumulate"])
+def test_where_clients_steps_are_counted_no_stage_asks_for_more(tiny_models: dict[str, Path], schedule: str) -> None:
+    seen = []
+
+    class Looks(GradientStage):
+        def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
+            seen.append(step.gradient_at)
+            return gradients
+
+    client, _, given = make_client(tiny_models["gpt2"], schedule, steps=2)
+    client.train(given, 1, stage=Looks())
+    assert seen == [None, None]
+
+
+def test_a_stages_state_goes_with_the_update(tiny_models: dict[str, Path]) -> None:
+    class Counts(GradientStage):
+        def begin(self, start: RoundStart) -> None:
+            self.count = start.kept.get("count", torch.tensor(0))
+
+        def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
+            self.count = self.count + 1
+            return gradients
+
+        def end(self, parameters: Mapping[str, torch.Tensor]) -> Outcome:
+            return Outcome(kept={"count": self.count})
+
+    client, _, given = make_client(tiny_models["gpt2"], "frozen", steps=2)
+    first = client.train(given, 1, stage=Counts())
+    second = client.train(given, 2, stage=Counts(), kept=first.kept)
+    assert (int(first.kept["count"]), int(second.kept["count"])) == (2, 4)
+    assert client.train(given, 3).kept == {}

@@ -9,20 +9,16 @@ import pytest
 import torch
 from conftest import VOCABULARY
 from test_client import make_client, padded_rows
+from torch.nn import functional
 
-from fedsplit.client.heldout import held_out_batches, measure, sample, through_split
+from fedsplit.client.heldout import held_out_batches, sample, through_split
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard
+from fedsplit.model.kernels import IGNORED
+from fedsplit.model.parts import Bottom
 from fedsplit.model.unsplit import load_unsplit
-from fedsplit.scores import Score, pooled
-
-
-def test_means_are_over_tokens_not_over_batches() -> None:
-    losses = {0: 1.0, 1: 4.0}
-    batches = [(0, Sequences.packed(torch.zeros(2, 5))), (1, Sequences.packed(torch.zeros(1, 5)))]
-    measured = measure(lambda number, rows: torch.tensor(losses[number]), batches)
-    assert (measured.nats, measured.tokens, measured.loss) == (2 * 4 * 1.0 + 4 * 4.0, 12, 2.0)
-    assert (measured + Score(12.0, 12)).loss == pytest.approx(1.5)
+from fedsplit.objectives.label_smoothing import LabelSmoothing
+from fedsplit.scores import pooled
 
 
 def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
@@ -39,6 +35,41 @@ def test_the_split_evaluates_as_the_unsplit_model(model_path: Path) -> None:
     assert measured.tokens == 7 * 8
     assert [part.tokens for part in through_split(client, given, 0, held_out_batches(client.shard, 2, 3))] == [2 * 8]
     assert len(server.steps) == 0
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_metrics_get_aligned_logits_of_what_the_loss_is_of(model_path: Path, virtual: bool) -> None:
+    """A metric that is the loss gives the loss, whatever training minimises; virtual tokens are not measured."""
+    client, _, given = make_client(model_path, "frozen")
+    rows = padded_rows("completions")
+    objective = LabelSmoothing(0.5)
+    client = replace(client, shard=Shard("ann", rows, rows), objective=objective)
+    if virtual:
+        client = replace(client, bottom=with_two_more_tokens(client.bottom))
+
+    def nats(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+        total = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return float(total), float((labels != IGNORED).sum())
+
+    batches = held_out_batches(client.shard, 100, 2)
+    measured = pooled(through_split(client, given, 0, batches, {"nats": nats}))
+    total, count = measured.metrics["nats"]
+    assert count == measured.tokens == rows.predicted
+    assert total == pytest.approx(measured.nats, rel=1e-5)
+    assert pooled(through_split(client, given, 1, batches)).metrics == {}
+
+
+def with_two_more_tokens(bottom: Bottom) -> Bottom:
+    """A bottom that puts two virtual tokens before the text: the hidden states of its first token, twice."""
+
+    class Longer(type(bottom)):  # type: ignore[misc]
+        virtual = 2
+
+        def forward(self, ids, mask=None):
+            return super().forward(torch.cat([ids[:, :1], ids[:, :1], ids], dim=1), mask)
+
+    bottom.__class__ = Longer
+    return bottom
 
 
 def test_padded_sequences_are_pooled_by_what_they_predict(model_path: Path) -> None:

@@ -65,3 +65,9 @@ def test_the_table_says_which_round_the_adapter_is_of_where_it_is_not_the_last()
     texts = [shown({**SUMMARY, "last_round": 3, "adapter_round": left}) for left in (3, 2)]
     (said,) = [line for line in "".join(texts).splitlines() if "round" in line]
     assert said.split() == ["adapter", "of", "round", "2,", "the", "best", "of", "3"]
+
+
+def test_metrics_have_a_row_each() -> None:
+    ends = {"rouge": {"before": 0.1, "after": 0.25}, "length": {"before": None, "after": 12.0}}
+    rows = [line.split() for line in shown({**SUMMARY, "metrics": ends}).splitlines()]
+    assert ["rouge", "0.1", "->", "0.25"] in rows and ["length", "-", "->", "12"] in rows

@@ -140,3 +140,10 @@ def test_a_notebook_shows_a_bar_where_its_widgets_are_installed(
     console = Console(file=io.StringIO(), force_jupyter=True)
     assert type(make_screen(console)) is (LiveScreen if installed else PlainScreen)
     assert type(make_screen(Console(file=io.StringIO(), force_jupyter=False))) is PlainScreen
+
+
+def test_metrics_stand_behind_the_loss() -> None:
+    metrics = {"rouge": 0.123456, "length": None}
+    losses = {"training_loss": 3.1, "held_out_loss": 3.0, "accuracy": None, "metrics": metrics}
+    line = round_line(RoundEnded(round=1, rounds=5, tokens_per_second=7617.0, elapsed=27.9, **losses))
+    assert line == "round 1/5  training loss 3.1000  held-out loss 3.0000  rouge 0.1235  length -"

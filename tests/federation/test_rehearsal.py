@@ -26,6 +26,7 @@ from fedsplit.documents import build
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.rehearsal import rehearse
 from fedsplit.federation.strategy import load_strategy
+from fedsplit.stages import GradientStage
 from strategies import STRATEGIES
 from strategies.fedavg import FedAvg
 
@@ -152,3 +153,19 @@ def test_what_cannot_play_a_round_is_refused(strategy: Any, words: str, config: 
 )
 def test_flowers_strategies_without_a_half_at_the_client_are_taken(strategy: Any, config: Config) -> None:
     rehearse(lambda: strategy, config)
+
+
+def test_a_strategys_own_stage_takes_a_step(config: Config) -> None:
+    class Staged(FedAvg):
+        def stage(self) -> GradientStage:
+            return Stage()
+
+    class Stage(GradientStage):
+        def __call__(self, gradients: Any, step: Any) -> Any:
+            assert step.gradient_at is not None and step.gradient_at(step.parameters).keys() == gradients.keys()
+            return {name: gradient.sum() for name, gradient in gradients.items()}
+
+    with pytest.raises(SettingError, match=r"^strategy: .* can play a round \(the stage of the strategy mine.py:Mine"):
+        rehearse(Staged, config)
+    Stage.__call__ = GradientStage.__call__  # type: ignore[method-assign]
+    rehearse(Staged, config)

@@ -132,3 +132,14 @@ def test_a_module_of_the_users_that_is_loaded_already_is_named(tmp_path: Path, m
     importlib.import_module("strategies")
     with pytest.raises(SettingError, match="no other module named strategies, which would hide fedsplit's own"):
         load_strategy("fedavg", {}, {})
+
+
+def test_a_strategy_with_a_stage_must_be_the_one_that_the_setting_names() -> None:
+    """Clients load the stage by that name; another name would leave it out without a word."""
+    own = Path(__file__).parent.parent / "own_stages.py"
+    config = build({"strategy": f"{own}:FedDyn"}, {"alpha": 0.2})
+    made = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
+    check_strategy(made, config)
+    for name in ("fedavg", f"{own}:Ditto"):
+        with pytest.raises(SettingError, match=r"^strategy: .* is not possible; allowed: the name of the strategy's"):
+            check_strategy(made, build({"strategy": name}))

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.optimization.clipping import coefficient, squared_norm
+from fedsplit.optimization.clipping import Clip, coefficient, squared_norm
+from fedsplit.stages import LocalStep, TrunkShare
 
 
 @given(
@@ -40,3 +41,18 @@ def test_by_hand_and_at_the_ends() -> None:
     assert coefficient(25.0, 5.1) == 1.0 and coefficient(0.0, 1e-3) == 1.0
     assert math.isnan(coefficient(math.nan, 1.0)) and math.isnan(coefficient(math.inf, 1.0))
     assert squared_norm([torch.full((4,), 1e20)]) == pytest.approx(4e40)  # more than float32 holds
+
+
+def test_the_stage_counts_the_trunks_norm_and_tells_it_the_coefficient() -> None:
+    """A client's (3, 0) and the trunk's norm of 4 are 5 together."""
+    told: list[float] = []
+    gradient = torch.tensor([3.0, 0.0])
+    step = LocalStep({"w": torch.zeros(2)}, TrunkShare(16.0, told.append))
+    clipped = Clip(1.0)({"w": gradient}, step)["w"]
+    assert clipped.tolist() == [pytest.approx(3 / 5), 0.0] and told == [coefficient(25.0, 1.0)]
+    assert gradient.tolist() == [3.0, 0.0]
+
+
+def test_the_stage_takes_a_client_alone_where_the_trunk_does_not_learn() -> None:
+    clipped = Clip(1.5)({"w": torch.tensor([3.0, 0.0])}, LocalStep({"w": torch.zeros(2)}))["w"]
+    assert clipped.tolist() == [pytest.approx(1.5), 0.0]

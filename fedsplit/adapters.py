@@ -1,4 +1,4 @@
-"""`python -m fedsplit.adapters`: what can be done with the adapters of finished runs."""
+"""`python -m fedsplit.adapters`: counts, merges, combines, exports and compares the adapters of finished runs."""
 
 from __future__ import annotations
 
@@ -19,229 +19,269 @@ from fedsplit.results.finished import (
     Adapter,
     Run,
     as_tasks,
+    check_files,
     check_same_base,
     copy_adapter,
     find_adapter,
     open_run,
-    whole_files,
 )
 
 if TYPE_CHECKING:
     from fedsplit.adaptation.comparison import Distance
     from fedsplit.updates import Adapters
 
-METHODS = ("cat", "svd", "linear")
-"""Ways to combine adapters, by the names that PEFT gives them."""
+COMBINATIONS = ("cat", "svd", "linear")
+"""Ways to combine adapters, by their names in PEFT."""
 
-_AWAY = "the model is not here: nobody can tell whether the adapter fits it"
+_MODEL_MISSING = "the model is not here: nobody can tell whether the adapter fits it"
 
 
 def summary(run: Run) -> list[str]:
-    """What a run trained and what it left behind, part by part."""
+    """Returns a table of a run's parameters and adapter files, part by part.
+
+    Args:
+        run: A finished run.
+
+    Raises:
+        InputError: An adapter of the run cannot be read or does not fit the model.
+    """
     from fedsplit.report import aligned
     from fedsplit.results.fitting import read_known
 
-    whole, is_here = read_known(run.adapter())
+    adapter = run.adapter()
+    tensors, model_is_here = read_known(adapter)
+
     rows: list[tuple[str, ...]] = [("", "trainable", "frozen", "total", "in the file", "file")]
     totals = [0, 0, 0]
     for part, folder in run.parts.items():
         counts = run.summary["parameters"][part]
-        own = counts["trainable"], counts["total"] - counts["trainable"], counts["total"]
-        totals = [before + more for before, more in zip(totals, own, strict=True)]
-        rows.append((part, *(f"{n:,}" for n in own), *_filed(replace(run.adapter(), folder=folder))))
-    rows.append(("whole", *(f"{n:,}" for n in totals), *_filed(run.adapter())))
+        numbers = [counts["trainable"], counts["total"] - counts["trainable"], counts["total"]]
+        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+        rows.append((part, *_with_commas(numbers), *_file_sizes(replace(adapter, folder=folder))))
+    rows.append(("whole", *_with_commas(totals), *_file_sizes(adapter)))
     for client in run.personal:
-        read_known(run.adapter(client))
-        rows.append((f"client {client}", "", "", "", *_filed(run.adapter(client))))
+        personal = run.adapter(client)
+        read_known(personal)
+        rows.append((f"client {client}", "", "", "", *_file_sizes(personal)))
+
     config = run.config
-    kind = f"ranks {_ranks(whole)}" if config.lora.method == "lora" else f"{config.lora.method}, ranks {_ranks(whole)}"
-    about = f"model {config.model}; cut {config.cut}; strategy {config.strategy}; {kind}"
-    return [about, *aligned(rows), *([_AWAY] if not is_here else [])]
+    ranks = f"ranks {_ranks(tensors)}"
+    kind = ranks if config.lora.method == "lora" else f"{config.lora.method}, {ranks}"
+    facts = f"model {config.model}; cut {config.cut}; strategy {config.strategy}; {kind}"
+    lines = [facts, *aligned(rows)]
+    return lines if model_is_here else [*lines, _MODEL_MISSING]
 
 
-def _filed(adapter: Adapter) -> tuple[str, str]:
-    """How many numbers are in an adapter's file, and how large it is."""
+def _with_commas(numbers: Sequence[int]) -> list[str]:
+    return [f"{number:,}" for number in numbers]
+
+
+def _file_sizes(adapter: Adapter) -> tuple[str, str]:
+    """Returns the number of values in an adapter's file, and the size of the file."""
     from fedsplit.report import size
     from fedsplit.results.fitting import read_adapter
 
-    tensors = read_adapter(whole_files(adapter)).tensors
-    return f"{sum(t.numel() for t in tensors.values()):,}", size((adapter.folder / ADAPTER_FILES[1]).stat().st_size)
+    check_files(adapter.folder)
+    values = sum(tensor.numel() for tensor in read_adapter(adapter).tensors.values())
+    return f"{values:,}", size((adapter.folder / ADAPTER_FILES[1]).stat().st_size)
 
 
-def _ranks(read: Adapters) -> str:
-    """The ranks of the layers in the adapter, from the least to the largest; of AdaLoRA those that are left."""
-    dealt = {int(t.count_nonzero()) for name, t in read.tensors.items() if name.endswith(".lora_E")}
-    ranks = sorted({read.rank(layer) for layer in (*read.complete, *read.stacked)} | dealt)
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
+def _ranks(adapters: Adapters) -> str:
+    """Returns the ranks of an adapter's layers, from the smallest to the largest; of AdaLoRA those that are left."""
+    ranks = {adapters.rank(layer) for layer in (*adapters.complete, *adapters.stacked)}
+    for name, tensor in adapters.tensors.items():
+        if name.endswith(".lora_E"):  # AdaLoRA's singular values: a pruned one is zero
+            ranks.add(int(tensor.count_nonzero()))
+    if not ranks:
+        return "none"
+    smallest = min(ranks)
+    largest = max(ranks)
+    return str(smallest) if smallest == largest else f"{smallest} to {largest}"
 
 
 def compare(first: Run, second: Run) -> list[str]:
-    """Two runs side by side."""
+    """Returns a table of two runs' settings, losses and bytes, and one of the distances between their adapters."""
     from fedsplit.adaptation.comparison import differing
     from fedsplit.report import aligned, size
 
     rows: list[tuple[str, ...]] = [("", first.name, second.name)]
-    for name, (one, two) in differing(first.config, second.config).items():
-        rows.append((name, *(_shown(value) for value in (one, two))))
+    for name, values in differing(first.config, second.config).items():
+        rows.append((name, *(_shown(value) for value in values)))
     for when in ("before", "after"):
-        rows.append((f"held-out loss {when}", *(f"{run.summary['eval_loss'][when]:.4f}" for run in (first, second))))
-    names = {**first.summary["bytes"], **second.summary["bytes"]}
-    for name in names:
+        losses = [run.summary["eval_loss"][when] for run in (first, second)]
+        rows.append((f"held-out loss {when}", *(f"{loss:.4f}" for loss in losses)))
+    for name in {**first.summary["bytes"], **second.summary["bytes"]}:
         counts = [run.summary["bytes"].get(name, 0) for run in (first, second)]
-        rows.append((f"bytes {name}", size(counts[0]), size(counts[1])))
+        rows.append((f"bytes {name}", *(size(count) for count in counts)))
     return [*aligned(rows), "", *_distances(first, second)]
 
 
 def _shown(value: object) -> str:
+    """Returns the value of a setting as a flag would give it; - for none."""
     if isinstance(value, list):
         return ",".join(map(str, value)) or "-"
     return "-" if value in (None, "") else str(value)
 
 
 def _distances(first: Run, second: Run) -> list[str]:
-    """How far apart the adapters are: layer by layer where they add s B A, and tensor by tensor where they do not."""
+    """Returns tables of the distances between two runs' adapters.
+
+    Layers that add s B A are compared by this product. All other tensors are compared as they are.
+    """
     from fedsplit.adaptation.comparison import distances, kind_of, loose, tensor_distances
     from fedsplit.results.fitting import read_known
 
-    kinds = [kind_of(run.config) for run in (first, second)]
-    if kinds[0] != kinds[1]:
-        return [f"the adapters are of different kinds, {kinds[0]} and {kinds[1]}, which have no common measure"]
-    one, two = (read_known(run.adapter())[0] for run in (first, second))
-    layers, tensors = distances(one, two), tensor_distances(loose(one), loose(two))
-    missed = {
-        "layers": {*one.complete, *two.complete, *one.stacked, *two.stacked} - layers.keys(),
-        "tensors": {*loose(one), *loose(two)} - tensors.keys(),
+    first_kind = kind_of(first.config)
+    second_kind = kind_of(second.config)
+    if first_kind != second_kind:
+        return [f"the adapters are of different kinds, {first_kind} and {second_kind}, which have no common measure"]
+
+    left, _ = read_known(first.adapter())
+    right, _ = read_known(second.adapter())
+    layers = distances(left, right)
+    tensors = tensor_distances(loose(left), loose(right))
+
+    not_compared = {
+        "layers": {*left.complete, *right.complete, *left.stacked, *right.stacked} - layers.keys(),
+        "tensors": {*loose(left), *loose(right)} - tensors.keys(),
     }
-    end = [
-        f"{len(names)} {what} are in one of the adapters only, or differ in shape"
-        for what, names in missed.items()
+    notes = [
+        f"{len(names)} {kind} are in one of the adapters only, or differ in shape"
+        for kind, names in not_compared.items()
         if names
     ]
     if not layers and not tensors:
-        return [*end, "the adapters have nothing to compare"]
-    tables = [_table(what, found) for what, found in (("layer", layers), ("tensor", tensors)) if found]
-    shown = [line for table in tables for line in ("", *table)][1:]
-    if tensors and not layers:
-        shown = [f"{kinds[0]} adds no product of factors: what is compared are its tensors as they are", *shown]
-    return [*shown, *end]
+        return [*notes, "the adapters have nothing to compare"]
+
+    lines: list[str] = []
+    if not layers:
+        lines.append(f"{first_kind} adds no product of factors: its tensors are compared as they are")
+    if layers:
+        lines += _table("layer", layers)
+    if layers and tensors:
+        lines.append("")
+    if tensors:
+        lines += _table("tensor", tensors)
+    return [*lines, *notes]
 
 
-def _table(what: str, found: Mapping[str, Distance]) -> list[str]:
-    """Distances by name, and all of them as one."""
+def _table(kind: str, distances: Mapping[str, Distance]) -> list[str]:
+    """Returns a table of distances by name, with the total in the last line."""
     from fedsplit.report import aligned
 
-    rows = [(what, "‖first‖", "‖second‖", "‖difference‖ / ‖first‖", "cosine")]
-    rows += [(name, *_numbers(one)) for name, one in found.items()]
-    whole, *rest = found.values()
-    return aligned([*rows, ("all", *_numbers(sum(rest, whole)))])
+    rows = [(kind, "‖first‖", "‖second‖", "‖difference‖ / ‖first‖", "cosine")]
+    rows += [(name, *_cells(distance)) for name, distance in distances.items()]
+    first, *others = distances.values()
+    total = sum(others, first)
+    return aligned([*rows, ("all", *_cells(total))])
 
 
-def _numbers(found: Distance) -> tuple[str, str, str, str]:
-    relative, cosine = (f"{value:.4f}" if value is not None else "-" for value in (found.relative, found.cosine))
-    return f"{found.first:.4g}", f"{found.second:.4g}", relative, cosine
+def _cells(distance: Distance) -> tuple[str, str, str, str]:
+    relative = "-" if distance.relative is None else f"{distance.relative:.4f}"
+    cosine = "-" if distance.cosine is None else f"{distance.cosine:.4f}"
+    return f"{distance.first:.4g}", f"{distance.second:.4g}", relative, cosine
 
 
-def _summary(asked: argparse.Namespace) -> list[str]:
-    return summary(open_run(asked.run))
+def _summary(flags: argparse.Namespace) -> list[str]:
+    return summary(open_run(flags.run))
 
 
-def _compare(asked: argparse.Namespace) -> list[str]:
-    return compare(open_run(asked.first), open_run(asked.second))
+def _compare(flags: argparse.Namespace) -> list[str]:
+    return compare(open_run(flags.first), open_run(flags.second))
 
 
-def _merge(asked: argparse.Namespace) -> list[str]:
-    adapter = find_adapter(asked.run, asked.client)
-    if asked.client is None and adapter.folder != asked.run:
-        _check_single(open_run(asked.run))
-    adapter = _moved(adapter, asked.model)
-    _check_out(asked.out)
+def _merge(flags: argparse.Namespace) -> list[str]:
+    """Writes a merged model, and returns the line to show."""
+    adapter = find_adapter(flags.run, flags.client)
+    is_run = adapter.folder != flags.run
+    if is_run and flags.client is None:
+        open_run(flags.run).check_shared()
+    adapter = _with_base(adapter, flags.model)
+    _check_out(flags.out)
     from fedsplit.results.merging import merge
 
-    classes = merge(adapter, asked.out, asked.dtype)
+    classes = merge(adapter, flags.out, flags.dtype)
     decoded = f", decoded from {adapter.quantization} bits" if adapter.quantization else ""
-    how = f"{decoded}, in {asked.dtype}{_classifier(classes)}"
-    return [f"{asked.out}: {adapter.model} with {adapter.folder} added to its weights{how}"]
+    merged = f"{flags.out}: {adapter.model} with {adapter.folder} added to its weights"
+    return [f"{merged}{decoded}, in {flags.dtype}{_classifier_note(classes)}"]
 
 
-def _classifier(classes: int) -> str:
-    """What opens a model with a head of classes; nothing to be said of a causal LM."""
+def _classifier_note(classes: int) -> str:
+    """Returns how to open a classifier; nothing for a causal LM."""
     return f"; AutoModelForSequenceClassification opens it, with {classes} classes" if classes else ""
 
 
-def _moved(adapter: Adapter, model: str) -> Adapter:
-    """An adapter whose base model lies elsewhere now, where that is said."""
+def _with_base(adapter: Adapter, model: str) -> Adapter:
+    """Returns the adapter with the folder of its base model replaced by `--model`, if given."""
     return replace(adapter, model=model) if model else adapter
 
 
-def _check_single(run: Run) -> None:
-    """Makes sure that a run has one adapter for all.
-
-    Raises:
-        InputError: Every client has one of its own.
-    """
-    if run.personal:
-        numbers = ", ".join(map(str, run.personal))
-        raise InputError(f"in the run in {run.path} every client has an adapter of its own: say --client, {numbers}")
-
-
-def _unmerge(asked: argparse.Namespace) -> list[str]:
-    if not asked.model.is_dir():
-        raise InputError(f"{asked.model} is no merged model: there is no such folder")
-    _check_out(asked.out)
+def _unmerge(flags: argparse.Namespace) -> list[str]:
+    """Writes the base model of a merged model, and returns the line to show."""
+    if not flags.model.is_dir():
+        raise InputError(f"{flags.model} is no merged model: there is no such folder")
+    _check_out(flags.out)
     from fedsplit.results.merging import unmerge
 
-    return [f"{asked.out}: the base without what was merged, in {unmerge(asked.model, asked.out)}"]
+    dtype = unmerge(flags.model, flags.out)
+    return [f"{flags.out}: the base without what was merged, in {dtype}"]
 
 
-def _combine(asked: argparse.Namespace) -> list[str]:
-    if len(asked.runs) < 2:
+def _combine(flags: argparse.Namespace) -> list[str]:
+    """Writes the weighted sum of adapters, and returns the line to show."""
+    if len(flags.runs) < 2:
         raise InputError("combine: one adapter is not possible; allowed: two or more")
-    weights = _weights(asked.weights, len(asked.runs))
-    if asked.rank is not None and (asked.how != "svd" or asked.rank < 1):
-        raise SettingError("rank", asked.rank, "a whole number of at least 1, with --how svd")
-    adapters = [_moved(find_adapter(run), asked.model) for run in asked.runs]
+    weights = _weights(flags.weights, len(flags.runs))
+    if flags.rank is not None and (flags.how != "svd" or flags.rank < 1):
+        raise SettingError("rank", flags.rank, "a whole number of at least 1, with --how svd")
+    adapters = [_with_base(find_adapter(folder), flags.model) for folder in flags.runs]
     check_same_base(adapters)
-    _check_out(asked.out)
+    _check_out(flags.out)
     from fedsplit.results.merging import combine
 
-    rank = combine(adapters, weights, asked.how, asked.out, asked.rank)
-    parts = " + ".join(f"{weight:g} * {adapter.name}" for weight, adapter in zip(weights, adapters, strict=True))
-    return [f"{asked.out}: {parts} by {asked.how}, of rank {rank}"]
+    rank = combine(adapters, weights, flags.how, flags.out, flags.rank)
+    terms = " + ".join(f"{weight:g} * {adapter.name}" for weight, adapter in zip(weights, adapters, strict=True))
+    return [f"{flags.out}: {terms} by {flags.how}, of rank {rank}"]
 
 
-def _export(asked: argparse.Namespace) -> list[str]:
+def _export(flags: argparse.Namespace) -> list[str]:
+    """Writes a folder of adapters for PEFT, and returns the Python lines that open them."""
     adapters = []
-    for folder in asked.runs:
+    for folder in flags.runs:
         adapters.append(find_adapter(folder))
-        if not (folder / ADAPTER_FILES[0]).is_file():
+        is_run = not (folder / ADAPTER_FILES[0]).is_file()
+        if is_run:
             run = open_run(folder)
             adapters += [run.adapter(client) for client in run.personal]
     check_same_base(adapters)
-    tasks = as_tasks(adapters, asked.names.split(",") if asked.names else ())
-    _check_out(asked.out)
+    tasks = as_tasks(adapters, flags.names.split(",") if flags.names else ())
+    _check_out(flags.out)
     from fedsplit.durable import write_folder
     from fedsplit.results.fitting import read_known
     from fedsplit.results.whole import check_same_head
 
-    read = {adapter.folder: read_known(adapter) for adapter in adapters}
-    classes = check_same_head({folder: tensors for folder, (tensors, _) in read.items()})
-    is_here = all(fits for _, fits in read.values())
+    known = {adapter.folder: read_known(adapter) for adapter in adapters}
+    classes = check_same_head({folder: tensors for folder, (tensors, _) in known.items()})
 
     def fill(draft: Path) -> None:
         for name, adapter in tasks.items():
             copy_adapter(adapter, draft / name)
 
-    write_folder(asked.out, fill)
+    write_folder(flags.out, fill)
     first, *others = tasks
-    code = [f'model = PeftModel.from_pretrained(base, "{asked.out}/{first}", adapter_name="{first}")']
-    code += [f'model.load_adapter("{asked.out}/{name}", adapter_name="{name}")' for name in others]
-    about = f"{asked.out}: {', '.join(tasks)}, of {adapters[0].model}{_classifier(classes)}"
-    code.append(f'model.set_adapter("{[*tasks][-1]}")')
-    return [about, *code, *([f"# {_AWAY}"] if not is_here else [])]
+    last = [first, *others][-1]
+    lines = [
+        f"{flags.out}: {', '.join(tasks)}, of {adapters[0].model}{_classifier_note(classes)}",
+        f'model = PeftModel.from_pretrained(base, "{flags.out}/{first}", adapter_name="{first}")',
+        *(f'model.load_adapter("{flags.out}/{name}", adapter_name="{name}")' for name in others),
+        f'model.set_adapter("{last}")',
+    ]
+    models_are_here = all(is_here for _, is_here in known.values())
+    return lines if models_are_here else [*lines, f"# {_MODEL_MISSING}"]
 
 
 def _weights(text: str, count: int) -> list[float]:
-    """Numbers with commas; equal ones where none are given."""
+    """Returns the weights of `--weights`, separated by commas; equal weights that sum to 1 if none are given."""
     try:
         weights = [float(number) for number in text.split(",")] if text else [1 / count] * count
     except ValueError:
@@ -252,16 +292,17 @@ def _weights(text: str, count: int) -> list[float]:
 
 
 def _check_out(out: Path) -> None:
+    """Checks that the folder to write can be made, and is new or empty."""
     from fedsplit.federation.checkpoint import check_folder
 
     check_folder(out)
 
 
 def make_parser() -> Parser:
-    """Returns the parser of the flags of the command."""
+    """Returns the parser of the command's flags."""
     parser = Parser(
         prog="python -m fedsplit.adapters",
-        description="Counts, merges, combines, collects and compares the adapters of finished runs.",
+        description="Counts, merges, combines, exports and compares the adapters of finished runs.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
@@ -276,51 +317,56 @@ def make_parser() -> Parser:
 
     def out(added: argparse.ArgumentParser, movable: bool = False) -> None:
         if movable:
-            added.add_argument("--model", default="", metavar="DIR", help="where the base model lies now, if moved")
-        added.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+            added.add_argument("--model", default="", metavar="DIR", help="folder of the base model, if it was moved")
+        added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
 
-    run, several = "the folder of a finished run", "folders of finished runs, or of adapters"
-    folders(command("summary", _summary, "parameters and sizes of files, part by part"), "run", run)
-    merge = command("merge", _merge, "the base with the adapter added to its weights, as a model of its own")
+    run = "folder of a finished run"
+    several = "folders of finished runs, or of adapters"
+
+    folders(command("summary", _summary, "show parameters and file sizes, part by part"), "run", run)
+    merge = command("merge", _merge, "write the base model with an adapter added to its weights")
     folders(merge, "run", f"{run}, or of an adapter")
-    merge.add_argument("--client", type=int, metavar="N", help="this client's own adapter, where it has one")
+    merge.add_argument("--client", type=int, metavar="N", help="merge this client's personal adapter")
     merge.add_argument(
         "--dtype",
         choices=DTYPES,
         default="fp32",
-        help="type of the weights; 16 bits round some of the change away",
+        help="type of the weights; 16 bits round a part of the change away",
     )
     out(merge, movable=True)
-    unmerge = command("unmerge", _unmerge, "the base again, to a rounding, from what merge wrote")
-    folders(unmerge, "model", "the folder that merge wrote")
+    unmerge = command("unmerge", _unmerge, "restore the base model, to a rounding, from a merged model")
+    folders(unmerge, "model", "folder that merge wrote")
     out(unmerge)
-    combine = command("combine", _combine, "several adapters as one, weighted, by PEFT's add_weighted_adapter")
+    combine = command("combine", _combine, "write the weighted sum of adapters as one, by PEFT's add_weighted_adapter")
     folders(combine, "runs", several, "+")
-    combine.add_argument("--weights", default="", metavar="X,X", help="what each counts (default: all the same)")
+    combine.add_argument("--weights", default="", metavar="X,X", help="weight of each adapter (default: all equal)")
     combine.add_argument(
-        "--how", choices=METHODS, default="cat", help="cat: exact (default); svd: the best fit of a rank; linear: rough"
+        "--how",
+        choices=COMBINATIONS,
+        default="cat",
+        help="cat: exact (default); svd: best fit of a rank; linear: rough",
     )
-    combine.add_argument("--rank", type=int, metavar="N", help="of svd (default: the largest of the adapters')")
+    combine.add_argument("--rank", type=int, metavar="N", help="rank of svd (default: the largest of the adapters)")
     out(combine, movable=True)
-    export = command("export", _export, "adapters, clients' own too, as a folder a task, for PEFT's set_adapter")
+    export = command("export", _export, "copy adapters, personal ones too, into one folder for PEFT's set_adapter")
     folders(export, "runs", several, "+")
-    export.add_argument("--names", default="", metavar="NAME,NAME", help="names of the tasks (default: the runs')")
+    export.add_argument("--names", default="", metavar="NAME,NAME", help="names of the adapters (default: the runs')")
     out(export)
     compare = command(
-        "compare", _compare, "settings, losses and bytes of two runs, and how far their adapters are apart"
+        "compare", _compare, "compare settings, losses and bytes of two runs, and the distance between their adapters"
     )
     folders(compare, "first", run)
-    folders(compare, "second", "that of another")
+    folders(compare, "second", "folder of another finished run")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 where it ended well, 2 where it was asked for wrongly, 130 on Ctrl-C."""
+    """Runs the command; see `fedsplit.command.exit_code` for the exit code."""
 
     def work() -> None:
-        asked = make_parser().parse_args(argv)
+        flags = make_parser().parse_args(argv)
         quieten()
-        print(*asked.work(asked), sep="\n")
+        print(*flags.work(flags), sep="\n")
 
     return exit_code(work)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ SCHEDULES = ("shared", "batched", "accumulate", "copies", "frozen", "forward-onl
 ORDERS = ("random", "cyclic")
 
 
-CODECS = ("raw", "bf16")
+CODECS = {"raw": "fedsplit.wire.casting:Raw", "bf16": "fedsplit.wire.casting:BFloat16"}
+"""Codecs by name: module and class, which `fedsplit.wire.codecs.make_codec` imports."""
 
 
 KERNELS = ("fused", "library")
@@ -115,7 +116,7 @@ def _is_warmup(value: float) -> bool:
     return 0 <= value < 1 or (math.isfinite(value) and value >= 1 and value == int(value))
 
 
-def one_of(names: Sequence[str]) -> Allowed:
+def one_of(names: Collection[str]) -> Allowed:
     """One of a few names."""
     return Allowed(" | ".join(names), lambda v: v in names)
 

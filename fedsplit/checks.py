@@ -211,7 +211,7 @@ def check_tokens(config: Config, deal: Partition) -> None:
     Raises:
         SettingError: The embedding has fewer rows.
     """
-    folder = config_folder(config)
+    folder = config_folder(config.model)
     ids = [int(rows.ids.max()) for shard in deal.shards for rows in (shard.train, shard.held_out)]
     if config.prompt.text:
         ids += load_tokenizer(folder)(config.prompt.text)["input_ids"]

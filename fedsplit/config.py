@@ -305,7 +305,9 @@ class Config:
         Allowed("a folder", lambda v: True),
         "start from the PEFT adapter of the unsplit model in this folder; another rank is cut or filled with zeros",
     )
-    cut: str = setting("1:5", CUT, "the trunk is blocks LO to HI - 1; bottom and top are the rest")
+    cut: str = setting(
+        "1:5", CUT, "the trunk is blocks LO to HI - 1, from 0 to the number of blocks; bottom and top are the rest"
+    )
     dataset: str = setting(
         "sotu",
         TEXT,
@@ -334,7 +336,9 @@ class Config:
     )
     keep_best: bool = setting(False, YES_OR_NO, "leave the adapter of the best round, not of the last")
     fraction: float = setting(
-        1.0, Allowed("a number above 0, up to 1", lambda v: 0 < v <= 1), "share of the clients that train in a round"
+        1.0,
+        Allowed("a number above 0, up to 1", lambda v: 0 < v <= 1),
+        "share of the clients that train in a round; the seed decides which",
     )
     weights: str = setting("examples", one_of(WEIGHTS), "weight of a client when adapters are averaged")
     share: tuple[str, ...] = setting(

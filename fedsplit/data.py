@@ -36,7 +36,7 @@ def look(config: Config) -> Partition:
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder
 
-    check_lengths(config, read_facts(config_folder(config)))
+    check_lengths(config, read_facts(config_folder(config.model)))
     check_packing(config.data)
     check_dataset(config.dataset, config.data)
 

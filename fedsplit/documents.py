@@ -219,7 +219,8 @@ def as_document(config: Config) -> dict[str, Any]:
     document["share"] = list(config.share)
     document["sinks"] = list(config.sinks)
     document["lora"]["targets"] = list(config.lora.targets)
-    document["lora"]["rank"] = list(config.lora.rank) if len(config.lora.rank) > 1 else config.lora.rank[0]
+    ranks = list(config.lora.rank)
+    document["lora"]["rank"] = ranks if len(ranks) > 1 else ranks[0]
     return document
 
 

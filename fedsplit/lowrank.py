@@ -146,4 +146,6 @@ def balanced(u: Tensor, s: Tensor, v: Tensor, rank: int) -> LowRank:
 def total(matrices: Iterable[LowRank]) -> LowRank:
     """Returns the sum of matrices of one shape. There must be at least one."""
     listed = list(matrices)
-    return LowRank(torch.cat([m.up for m in listed], dim=1), torch.cat([m.down for m in listed], dim=0))
+    up = torch.cat([matrix.up for matrix in listed], dim=1)
+    down = torch.cat([matrix.down for matrix in listed], dim=0)
+    return LowRank(up, down)

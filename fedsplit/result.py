@@ -144,4 +144,4 @@ class Result:
         from fedsplit.model.sources import config_folder
         from fedsplit.model.vocabulary import load_tokenizer
 
-        return load_tokenizer(config_folder(self.config))
+        return load_tokenizer(config_folder(self.config.model))

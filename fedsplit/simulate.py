@@ -33,12 +33,12 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     """
     from fedsplit import checks
     from fedsplit.corpora.tables import check_dataset, check_packing
+    from fedsplit.engines.planning import plan
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder, weights_folder
-    from fedsplit.planning import plan
 
     checks.check_prompt(config)
-    facts = read_facts(config_folder(config))
+    facts = read_facts(config_folder(config.model))
     checks.check_cut(config, facts)
     checks.check_training(config)
     checks.check_trunk(config)
@@ -117,6 +117,7 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
 
     from fedsplit.corpora.data_summary import as_document
     from fedsplit.corpora.shards import on_disks
+    from fedsplit.engines.planning import plan
     from fedsplit.engines.session import engine_named
     from fedsplit.events.emitter import Emitter
     from fedsplit.events.event_types import Notice
@@ -130,23 +131,22 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder, pinned, weights_folder
-    from fedsplit.planning import plan
-    from fedsplit.trunk.memory import check_memory
+    from fedsplit.trunk.doors import check_memory
 
-    content = content_of(deal.shards, config_folder(config), weights_folder(config), config.init_adapter)
+    content = content_of(deal.shards, config_folder(config.model), weights_folder(config), config.init_adapter)
     if config.resume:
         check_content(folder, config, content)
-    facts = read_facts(config_folder(config))
+    facts = read_facts(config_folder(config.model))
     config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
     shares = plan(config, facts.width)
-    config = replace(config, model=pinned(config), train=replace(config.train, micro_batches=shares.micro_batches))
+    train = replace(config.train, micro_batches=shares.micro_batches)
+    config = replace(config, model=pinned(config.model), train=train)
     users = [*make_sinks(config.sinks), *sinks]
     with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):
             emit(Notice(text=line))
         with engine_named(config.engine)(config, shares) as session:
-            if config.trunk.memory:
-                check_memory(config.trunk, session.trunk.status()["least_memory"])
+            check_memory(config, session.trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(deal))
             work = workloads(config, deal.shards)
@@ -165,7 +165,7 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
     Args:
         config: The run's.
         facts: The model's `fedsplit.model.families.Facts`.
-        shares: A `fedsplit.planning.Plan`.
+        shares: A `fedsplit.engines.planning.Plan`.
         deal: A `fedsplit.corpora.partition.Partition`.
     """
     from fedsplit.corpora.data_summary import data_notes, table

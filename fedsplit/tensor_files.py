@@ -25,6 +25,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
     Raises:
         NotWritten: The file could not be written. The previous version is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "adapter.safetensors"
+        >>> write_tensors(path, {"lora_B": torch.zeros(2)})
+        >>> load_tensors(path)
+        {'lora_B': tensor([0., 0.])}
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     # safetensors refuses tensors that share memory, and a strategy may return such. So each one is copied.
@@ -88,4 +95,6 @@ def pack_changes(changes: Mapping[str, LowRank]) -> dict[str, Tensor]:
 def unpack_changes(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
     """Restores the changes that `pack_changes` flattened."""
     groups = unpack(tensors)
-    return {layer: LowRank(up, groups["down"][layer]) for layer, up in groups.get("up", {}).items()}
+    ups = groups.get("up", {})
+    downs = groups.get("down", {})
+    return {layer: LowRank(up, downs[layer]) for layer, up in ups.items()}

@@ -65,5 +65,6 @@ def make(name: str, defaults: Mapping[str, Any] | None = None, /, **options: Any
         known = ", ".join(parameters) or "no option at all"
         raise ValueError(f"{name} does not take the option {unknown[0]!r}, but {known}")
 
+    # Defaults are facts of the run, such as its seed, which only some strategies take.
     accepted = {key: value for key, value in (defaults or {}).items() if key in parameters}
     return strategy_class(**(accepted | options))

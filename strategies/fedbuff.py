@@ -124,8 +124,10 @@ class FedBuff:
         if has_examples or (updates and not pending):  # in the second case `weighted` raises
             trained, _ = weighted(updates)
             pending += [self._pending_change(update, adapters, now, version) for update in trained]
+        # A fixed order makes the sum independent of the order of arrival.
         pending.sort(key=lambda change: (change.client, change.asked))
 
+        # If every client rests, the clock moves on to the next arrival.
         now = max(now, self._next_arrival(pending, now))
         arrived = [change for change in pending if change.arrives <= now]
         if len(arrived) < max(1, self.buffer):

@@ -133,6 +133,7 @@ class FedRotLoRA:
         rotated = [replace(update, adapters=self._rotate(adapters, update.adapters, align)) for update in updates]
         mean = average_adapters(adapters, rotated, weights)
 
+        # The rotated factors were in float64, so that the average is rounded here, once.
         tensors = {name: tensor.to(adapters.tensors[name].dtype) for name, tensor in mean.tensors.items()}
         return {"rounds": state["rounds"] + 1}, mean.with_tensors(tensors)
 

@@ -49,6 +49,7 @@ def best_factors(change: LowRank, scaling: float, previous: Tensor) -> tuple[Ten
     """
     rank = previous.shape[0]
     u, s, v = change.svd()
+    # Number of singular vectors that carry information; none if no client changed anything.
     filled = int((s > ROUNDING * s[0]).sum()) if float(s[0]) > 0 else 0
     filled = min(filled, rank)
 
@@ -58,6 +59,7 @@ def best_factors(change: LowRank, scaling: float, previous: Tensor) -> tuple[Ten
     a[:filled] = root[:, None] * v[:filled]
     b[:, :filled] = u[:, :filled] * root
 
+    # Fill the other rows of A, so that they can learn; their columns of B stay zero.
     rest = _orthogonal_part(previous.double(), v[:filled])[: rank - filled]
     a[filled : filled + rest.shape[0]] = rest
     return a, b

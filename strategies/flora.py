@@ -95,6 +95,7 @@ class FLoRA:
             ValueError: No client trained on any example.
         """
         updates, weights = weighted(updates)
+        # No LoRA factors (an empty set) among the averaged tensors: these are stacked.
         averaged = average_adapters(adapters, updates, weights, frozenset())
 
         folded = {}

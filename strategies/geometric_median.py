@@ -80,9 +80,11 @@ class GeometricMedian:
         updates, weights = weighted(updates)
         distances = Distances([update.adapters for update in updates], self.on)
 
+        # The first weights: by the distances from the start of the round.
         from_start = distances.squared(adapters).sqrt()
         betas = _betas(weights, from_start, max(self.nu, float(from_start.median())))
 
+        # The search runs in float64; only the result is rounded to the type of the updates.
         exact = [replace(update, adapters=_in_float64(update.adapters)) for update in updates]
         for _ in range(self.iterations):
             z = average_adapters(adapters, exact, betas)

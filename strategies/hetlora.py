@@ -119,6 +119,7 @@ class HetLoRA:
                 new_state[f"rank.{update.client}"] = torch.tensor(rank_of(kept.adapters))
             pruned.append(kept)
 
+        # p_i, the share of client i in the sum of all norms; if no client changed anything, the weights w_i.
         norms = [change_norm(update.adapters) for update in pruned]
         total = math.fsum(norms)
         p = [norm / total for norm in norms] if total > 0 else weights

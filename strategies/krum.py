@@ -104,6 +104,7 @@ class MultiKrum:
         Raises:
             ValueError: No client trained on any example, or fewer answered than 2 * malicious + 3 or than `keep`.
         """
+        # The updates are in the order of the clients, so that a stable sort gives a tie to the lower number.
         updates, _ = weighted(updates)
         by_score = scores([update.adapters for update in updates], self.malicious, self.on).argsort(stable=True)
 

@@ -47,7 +47,7 @@ def correction(missing: LowRank, a: Tensor, ridge: float) -> Tensor:
     """
     gram = a @ a.T
     mean_squared_norm = float(gram.trace()) / a.shape[0]
-    if mean_squared_norm == 0:
+    if mean_squared_norm == 0:  # A is zero: no B changes the product
         return missing.up.new_zeros(missing.shape[0], a.shape[0])
 
     regularised = gram + ridge * mean_squared_norm * torch.eye(a.shape[0], dtype=a.dtype)

@@ -61,6 +61,7 @@ def padded_average(
         a, b = adapters.factors(layer)
         mean_a = torch.zeros_like(a, dtype=torch.float64)
         mean_b = torch.zeros_like(b, dtype=torch.float64)
+        # Rows that no client holds keep their values.
         mean_a[largest_sent:] = a[largest_sent:]
         means[layer] = mean_a, mean_b
 

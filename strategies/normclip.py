@@ -104,6 +104,7 @@ def clipped(update: ClientUpdate, adapters: Adapters, norm: float) -> ClientUpda
     given = (update.given or adapters).tensors
     before = {name: given[name].double() for name in update.adapters.tensors}
     change = {name: tensor.double() - before[name] for name, tensor in update.adapters.tensors.items()}
+    # One norm over all tensors, as if the change were one vector.
     change_norm = math.sqrt(math.fsum(float((tensor**2).sum()) for tensor in change.values()))
     if change_norm <= norm:
         return update

@@ -54,6 +54,7 @@ def mean_step(adapters: Adapters, updates: Sequence[ClientUpdate]) -> dict[str, 
         >>> mean_step(theta, [update])["layer.lora_A.weight"].tolist()
         [[0.0, 2.0]]
     """
+    # In the order of the clients, not of arrival: a sum of floats depends on the order in its last bits.
     updates, weights = weighted(updates)
     step = {}
     for name in sorted(updates[0].adapters.tensors):
@@ -66,7 +67,7 @@ def mean_step(adapters: Adapters, updates: Sequence[ClientUpdate]) -> dict[str, 
 
 def add_step(adapters: Adapters, step: Mapping[str, Tensor]) -> Adapters:
     """Returns the adapters with a step in float64 added; each sum is rounded once."""
-    tensors = dict(adapters.tensors)
+    tensors = dict(adapters.tensors)  # tensors without a step stay as they are
     for name, change in step.items():
         before = adapters.tensors[name]
         tensors[name] = (before.double() + change).to(before.dtype)
@@ -122,6 +123,7 @@ class Adaptive:
         new_state = {**state, "round": state["round"] + 1}
         rate = self.rate(int(new_state["round"]))
 
+        # D plays the part of the negative gradient, so the step is added.
         step = {}
         for name, change in mean_step(adapters, updates).items():
             m = self.beta_1 * state[f"m.{name}"] + (1 - self.beta_1) * change

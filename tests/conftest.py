@@ -218,6 +218,6 @@ def without_dropout(part: torch.nn.Module) -> None:
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command as it is, planned for processes, but played in this one."""
-    from fedsplit.engines import local, session
+    from fedsplit.engines import in_process, session
 
-    monkeypatch.setattr(session, "engine_named", lambda name: local.running)
+    monkeypatch.setattr(session, "engine_named", lambda name: in_process.running)

@@ -133,7 +133,7 @@ def text(model: Path, device: torch.device) -> list[list[int | None]]:
     from split_models import SETTINGS, ends_of, parts_of
 
     from fedsplit.adaptation import lora
-    from fedsplit.generation.decoding import Pace, decode
+    from fedsplit.generation.decoding import Throughput, decode
     from fedsplit.generation.sampling import Chooser, Sampling
     from fedsplit.model.split import load_parts
 
@@ -142,7 +142,7 @@ def text(model: Path, device: torch.device) -> list[list[int | None]]:
     lora.add(there, SETTINGS, seed=0)
     lora.write(lora.read(trunk).tensors, there)
     ends, _ = ends_of([bottom, there.eval(), top])
-    return list(decode(ends, [[5, 9, 3], [7]], 6, [], Chooser(Sampling(), range(2)), Pace()))
+    return list(decode(ends, [[5, 9, 3], [7]], 6, [], Chooser(Sampling(), range(2)), Throughput()))
 
 
 def main(model: str, corpus: str, folder: str) -> None:
@@ -150,7 +150,7 @@ def main(model: str, corpus: str, folder: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from fedsplit.adaptation import run_adapters
     from fedsplit.documents import build
-    from fedsplit.engines.local import federate
+    from fedsplit.engines.in_process import federate
     from fedsplit.federation.strategy import load_strategy
 
     torch.set_num_threads(1)

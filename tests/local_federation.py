@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fedsplit.config import Config
-from fedsplit.engines import local
+from fedsplit.engines import in_process
+from fedsplit.engines.in_process import LocalClients  # as it is before any test replaces it
 from fedsplit.events import Event, Sink
 from fedsplit.events.screen import line_of
 from fedsplit.federation.federation import Federation
@@ -46,10 +47,10 @@ def federate(
         spoil: Changes answers on their way to the server.
     """
 
-    class SpoiltClients(local.LocalClients):
+    class SpoiltClients(LocalClients):
         def answer(self, request: Request) -> Answer:
             return spoil(request, super().answer(request))
 
-    monkeypatch.setattr(local, "LocalClients", SpoiltClients)
+    monkeypatch.setattr(in_process, "LocalClients", SpoiltClients)
     lines = Lines()
-    return local.federate(config, out, strategy, lines), lines
+    return in_process.federate(config, out, strategy, lines), lines

@@ -80,7 +80,7 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
         The digest and the norm of each file of tensors that the run left, and the losses of each round.
     """
     from fedsplit.documents import build
-    from fedsplit.engines.local import federate
+    from fedsplit.engines.in_process import federate
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.strategy import load_strategy
 

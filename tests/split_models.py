@@ -14,7 +14,7 @@ from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.link import Link
 from fedsplit.config import LoraSettings, TrainSettings
-from fedsplit.generation.decoding import Ends, Walk, padded
+from fedsplit.generation.decoding import ClientHalf, DecodingSession, padded
 from fedsplit.model.parts import Trunk
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
@@ -29,6 +29,11 @@ NEW = 6
 
 RAW = make_codec("raw")
 SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.1)
+
+
+def shape_of(packet: Packet, name: str = "hidden") -> tuple[int, ...]:
+    """Shape of a tensor of a packet."""
+    return tuple(RAW.decode(packet.tensors[name]).shape)
 
 
 def batch_of(padding: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -87,7 +92,7 @@ class Here:
 
     def __init__(self, trunk: Trunk) -> None:
         self.server = server_of(trunk)
-        self.sessions = Sessions(self.server, RAW, lease=600.0)
+        self.sessions = Sessions(self.server, lease=600.0)
         self.sent: list[Packet] = []
 
     def send(self, packet: Packet) -> Callable[[], Packet]:
@@ -99,18 +104,18 @@ class Here:
         self.sessions.leave(client)
 
 
-def ends_of(parts: list[Any]) -> tuple[Ends, Here]:
+def ends_of(parts: list[Any]) -> tuple[ClientHalf, Here]:
     """A client with its bottom and top, and the trunk that it talks to."""
     here = Here(parts[1])
-    return Ends(0, parts[0], parts[2], Link(here, RAW, SCHEDULES["shared"], "run", "first")), here
+    return ClientHalf(0, parts[0], parts[2], Link(here, RAW, SCHEDULES["shared"], "run", "first")), here
 
 
-def walked(ends: Ends, prompts: list[list[int]], count: int = NEW) -> torch.Tensor:
+def walked(ends: ClientHalf, prompts: list[list[int]], count: int = NEW) -> torch.Tensor:
     """Logits (B, count, V) along the likeliest tokens."""
     ids, mask = padded(prompts)
     found = []
-    with Walk(ends, mask) as walk:
+    with DecodingSession(ends, mask) as walk:
         for _ in range(count):
-            found.append(walk.go(ids))
+            found.append(walk.step(ids))
             ids = found[-1].argmax(-1)[:, None]
     return torch.stack(found, 1)

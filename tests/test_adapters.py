@@ -58,7 +58,7 @@ def test_a_summary_counts_every_part(finished_run: Callable[..., Path], say: Cal
 def test_merge_and_unmerge(finished_run: Callable[..., Path], tmp_path: Path, say: Callable[..., Said]) -> None:
     run = finished_run("gpt2", "fedsa")
     code, _, error = say("merge", run, "--out", tmp_path / "merged")
-    assert code == 2 and "every client has an adapter of its own: say --client, 0, 1, 2" in error
+    assert code == 2 and "every client has an adapter of its own: say --client, one of 0, 1, 2" in error
     assert say("merge", run, "--client", 1, "--out", tmp_path / "merged")[0] == 0
     base = adapters.open_run(run).config.model_path
     one = PeftModel.from_pretrained(load_unsplit(base), str(run / "personal" / "0001")).eval()
@@ -148,7 +148,7 @@ def test_adapters_that_are_no_pairs_of_factors(
     assert held_out_loss(model, run) == pytest.approx(loss["after"], abs=1e-5)
     code, lines, _ = say("compare", run, run)
     assert code == 0 and lines[-1].split()[-2:] == ["0.0000", "1.0000"]
-    assert f"{method} adds no product of factors: what is compared are its tensors as they are" in lines
+    assert f"{method} adds no product of factors: its tensors are compared as they are" in lines
     code, lines, _ = say("compare", run, finished_run(family))
     assert code == 0
     assert lines[-1] == f"the adapters are of different kinds, {method} and lora, which have no common measure"

@@ -12,15 +12,12 @@ from fedsplit.allowed import SettingError
 from fedsplit.config import LEAVES, SECTIONS, Config, LoraSettings, TrainSettings, words_of
 from fedsplit.documents import as_document, build, from_document
 from fedsplit.trunk.schedules import SCHEDULES
-from fedsplit.wire.codecs import make_codec
 
 
 def test_the_lists_of_names_are_those_of_the_code() -> None:
-    from fedsplit.allowed import CODECS
     from fedsplit.allowed import SCHEDULES as NAMES
 
     assert tuple(SCHEDULES) == NAMES
-    assert [make_codec(name).name for name in CODECS] == list(CODECS)
 
 
 def test_no_budget_is_none_and_another_is_bytes() -> None:

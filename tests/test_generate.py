@@ -30,7 +30,7 @@ from fedsplit import generate
 from fedsplit.adaptation import lora, run_adapters
 from fedsplit.allowed import SettingError
 from fedsplit.client.link import Link
-from fedsplit.generation.decoding import Ends, Pace, decode
+from fedsplit.generation.decoding import ClientHalf, Throughput, decode
 from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.model.split import load_parts
 from fedsplit.model.token_ids import end_tokens
@@ -38,6 +38,7 @@ from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import Run, open_run
 from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.trunk.status import Bytes, Traffic
 
 PROMPTS = ["ann wrote", "bob", "text number 3"]
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
@@ -91,9 +92,9 @@ def _through_parts(run: Run, adapter: Path, tokens: list[list[int]], count: int)
     lora.adopt(lora.load(adapter), *parts)
     here = Here(parts[1])
     here.server = server_of(parts[1])
-    ends = Ends(0, parts[0], parts[2], Link(here, here.sessions._codec, SCHEDULES["copies"], "run", "first"))
+    ends = ClientHalf(0, parts[0], parts[2], Link(here, here.sessions._codec, SCHEDULES["copies"], "run", "first"))
     chooser = Chooser(Sampling(), range(len(tokens)))
-    steps = decode(ends, tokens, count, stops, chooser, Pace())
+    steps = decode(ends, tokens, count, stops, chooser, Throughput())
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
@@ -126,7 +127,7 @@ def test_the_client_holds_its_parts_as_the_run_did(talking: Talking, monkeypatch
     monkeypatch.setattr(run_adapters, "load_parts", load)
     config = replace(run.config, quantization="bottom:4,trunk:4,top:8")
     job = generate.Job(config, run.adapter(), 0, None, [], [], 1, [], Sampling(), 1)
-    generate._load_ends(job)
+    generate._load_client_parts(job)
     assert asked["bits"] == {"bottom": 4, "trunk": 4, "top": 8}
 
 
@@ -140,14 +141,15 @@ def test_prompts_become_tokens(talking: Talking) -> None:
 
 
 def test_what_went_by_is_told() -> None:
-    pace = Pace(read=10, read_seconds=0.5, written=40, written_seconds=2.0, passes=20, texts=2)
-    sent = {"prompt_up": 1300, "prompt_down": 1280, "token_up": 5120, "token_down": 5120}
+    pace = Throughput(read=10, read_seconds=0.5, written=40, written_seconds=2.0, passes=20, texts=2)
+    sent = Traffic(prompt=Bytes(up=1300, down=1280), token=Bytes(up=5120, down=5120))
     assert generate.lines(pace, sent) == [
         "            tokens  seconds  a second  bytes a token up   down",
         "prompts         10     0.50        20             130 B  128 B",
         "after them      40     2.00        20             128 B  128 B",
     ]
-    assert generate.lines(Pace(read=1, read_seconds=1.0), {})[2].split()[:5] == ["after", "them", "0", "0.00", "-"]
+    line = generate.lines(Throughput(read=1, read_seconds=1.0), Traffic())[2]
+    assert line.split()[:5] == ["after", "them", "0", "0.00", "-"]
 
 
 def test_what_is_asked_for_wrongly_gets_one_line(
@@ -181,7 +183,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", "nowhere", *hello], "nowhere is no folder of a run: there is no such folder"),
         (["--run", str(tmp_path / "unfinished"), *hello], f"the run in {tmp_path}/unfinished did not end"),
         (["--run", str(tmp_path / "broken"), *hello], f"the adapter in {tmp_path}/broken/adapter cannot be read"),
-        (["--run", run], "say what to go on from: --prompt TEXT, or --prompts FILE"),
+        (["--run", run], "no prompt is given: say --prompt TEXT, or --prompts FILE"),
         (["--run", run, "--prompt", " "], "prompt: nothing is not possible"),
         (["--run", run, "--prompts", "nowhere.txt"], "prompts: nowhere.txt is not possible; allowed: a text file"),
         (["--run", run, "--prompts", f"{tmp_path}/none.txt"], f"prompts: {tmp_path}/none.txt (nothing in it)"),
@@ -198,7 +200,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", run, "--kernels", "none", *hello], "kernels: none is not possible; allowed: fused | library"),
         (["--run", run, "--client", "0", *hello], "client: 0 is not possible; allowed: none: in this run all"),
         (["--run", own, "--client", "3", *hello], "client: 3 is not possible; allowed: one of 0, 1, 2"),
-        (["--run", own, *hello], "in this run every client has an adapter of its own: say --client, one of 0, 1, 2"),
+        (["--run", own, *hello], "every client has an adapter of its own: say --client, one of 0, 1, 2"),
         (["--run", sorts, *hello], f"the run in {sorts} sorts texts into classes"),
         (["--run", own, "--client", "0", "--chat", *hello], "chat: the tokenizer of"),
         (["--run", run, "--model", "nowhere", *hello], "model: nowhere is not possible"),

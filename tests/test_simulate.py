@@ -23,6 +23,10 @@ TINY = [
 ]
 
 
+LOCAL = ("--engine", "local")
+"""For what does not depend on processes: no Ray has to start."""
+
+
 def command(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     call = [sys.executable, "-m", "fedsplit.simulate", *argv]
     return subprocess.run(call, capture_output=True, text=True, cwd=cwd, timeout=550, env=dict(os.environ))
@@ -35,8 +39,9 @@ def adapter(folder: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_eight_presidents_and_the_same_again(tmp_path: Path) -> None:
     """Two runs of the same seed with one worker: equal to the bit; a third with another seed: not."""
-    for name, seed in (("one", "3"), ("two", "3"), ("three", "4")):
-        done = command("--clients", "8", "--workers", "1", "--seed", seed, "--out", name, *TINY, cwd=tmp_path)
+    for name, seed, engine in (("three", "4", "local"), ("one", "3", "ray"), ("two", "3", "ray")):
+        argv = ["--clients", "8", "--workers", "1", "--seed", seed, "--engine", engine, "--out", name, *TINY]
+        done = command(*argv, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         for chatter in ("warn", "deprecat", "INFO", "\x1b["):
@@ -111,7 +116,7 @@ def test_a_run_that_was_killed_goes_on_with_what_its_optimisers_remember(tmp_pat
     """SIGKILL in the second round of three, with every feature of training on: the same to the bit."""
     argv = [*TINY, "--clients", "2", "--rounds", "3", "--trunk.schedule", "copies", "--keep-best", "--patience", "2"]
     argv += ["--train.schedule", "cosine", "--train.warmup", "0.2", "--train.accumulation", "2", "--train.clip", "0.1"]
-    argv += ["--train.optimizer-state", "keep", "--workers", "1"]
+    argv += ["--train.optimizer-state", "keep", *LOCAL]
     done = command(*argv, "--out", "straight", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     call = [sys.executable, "-m", "fedsplit.simulate", *argv, "--out", "killed"]
@@ -134,10 +139,10 @@ def test_a_run_that_was_killed_goes_on_with_what_its_optimisers_remember(tmp_pat
 
 @pytest.mark.slow
 def test_the_readmes_three_lines_give_the_reported_loss(tmp_path: Path) -> None:
-    """Runs from another folder, on two processes, with a strategy of the user's, from a file of settings."""
+    """Runs from another folder, with a strategy of the user's, from a file of settings."""
     readme, strategies = Path("README.md").read_text(), Path("docs/strategies.md").read_text()
     (tmp_path / "mine.py").write_text(re.findall(r"```python\n(# mine.py.*?)```", strategies, re.S)[0])
-    (tmp_path / "run.toml").write_text('clients = 3\nstrategy = "mine.py:Mine"\n')
+    (tmp_path / "run.toml").write_text('clients = 3\nstrategy = "mine.py:Mine"\nengine = "local"\n')
     done = command("--config", "run.toml", "--out", "runs/demo", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (code,) = re.findall(r"```python\n(from peft.*?)```", readme, re.S)
@@ -150,7 +155,7 @@ def test_the_readmes_three_lines_give_the_reported_loss(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_another_kind_of_adapter_goes_on_with_the_fields_of_a_file_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "fields.json").write_text('{"d_initial": 0.3}')
-    argv = ["--clients", "2", "--peft", "vera", "--peft-config", "fields.json", "--trunk.schedule", "copies"]
+    argv = ["--clients", "2", "--peft", "vera", "--peft-config", "fields.json", "--trunk.schedule", "copies", *LOCAL]
     done = command(*argv, "--out", "run", *TINY, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "; adapters: vera" in done.stdout and "aggregation error" not in done.stdout

@@ -68,7 +68,7 @@ def hold(role: str, config: Any, vocabulary: int) -> dict[str, Any]:
 
         from fedsplit.model.unsplit import load_unsplit
 
-        family = read_facts(config_folder(config)).family
+        family = read_facts(config_folder(config.model)).family
         parts = [get_peft_model(load_unsplit(weights_folder(config), dtype), make_config(config.lora, family))]
     else:
         # What a process of this role imports anyhow, needed here or not.
@@ -128,7 +128,7 @@ def _held(asked: Mapping[str, Any]) -> dict[str, Any]:
     from fedsplit.model.sources import config_folder
 
     config = build({key: asked[key] for key in ("model", "dtype", "cut")})
-    document = json.loads((config_folder(config) / "config.json").read_text())
+    document = json.loads((config_folder(config.model) / "config.json").read_text())
     if not asked["tiny"]:
         return hold(asked["role"], config, document["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:

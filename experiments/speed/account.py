@@ -68,8 +68,8 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     from fedsplit.documents import build
     from fedsplit.model.devices import TYPES
     from fedsplit.model.split import load_parts
-    from fedsplit.trunk import learner
     from fedsplit.trunk import server as trunk
+    from fedsplit.trunk import trainable
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
     from fedsplit.wire.packets import StepKey
@@ -96,8 +96,8 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     codec_type = type(make_codec("raw"))
     for name in ("encode", "decode"):
         setattr(codec_type, name, account.timed("wire: encode and decode", getattr(codec_type, name)))
-    learner.Learner.step = account.timed("trunk: optimiser, new version", learner.Learner.step)  # type: ignore[method-assign]
-    link.Crossing.finish = account.timed("bottom: backward", link.Crossing.finish)  # type: ignore[method-assign]
+    trainable.TrainableAdapter.step = account.timed("trunk: optimiser, new version", trainable.TrainableAdapter.step)  # type: ignore[method-assign]
+    link.PendingStep.finish = account.timed("bottom: backward", link.PendingStep.finish)  # type: ignore[method-assign]
     for part, name in ((bottom, "bottom: forward"), (top, "top: forward and loss, with its gradient")):
         part.forward = account.timed(name, part.forward)  # type: ignore[method-assign]
     ids = torch.randint(0, 1000, shape)

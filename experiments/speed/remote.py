@@ -85,7 +85,7 @@ def measure(model: Mapping[str, Any], folder: str, seconds: float, repeats: int)
     inside = ray.remote(num_cpus=0)(Inside).remote(model, folder)
     config = build({"model": folder, "cut": model["cut"]})
     handle = start_trunk(config, "trunk", 1)
-    life = handle.status()["incarnation"]
+    life = handle.status().incarnation
     shape = (model["batch_size"], model["max_length"], model["width"])
     hidden = make_codec(config.wire.codec).encode(torch.randn(shape))
     places: dict[str, Callable[[float, int], float]] = {

@@ -3,8 +3,8 @@
     python -m experiments.strategies.run --grid    # grid.json: step sizes on a short run
     python -m experiments.strategies.run           # result.json
 
-Each run is a whole federation in one process with one thread (`fedsplit.engines.local`); as many processes as cores
-work through the queue of `config.toml`. The result is written after every run. What it holds already is not run
+Each run is a whole federation in one process with one thread (`fedsplit.engines.in_process`); as many processes as
+cores work through the queue of `config.toml`. The result is written after every run. What it holds already is not run
 again, so an experiment that was interrupted goes on; runs whose settings have changed are dropped from it.
 """
 
@@ -112,7 +112,7 @@ def measure(config: Config) -> dict[str, Any]:
     Raises:
         SettingError: Its strategy cannot do what the run asks of it.
     """
-    from fedsplit.engines.local import federate
+    from fedsplit.engines.in_process import federate
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.strategy import check_strategy, load_strategy
 

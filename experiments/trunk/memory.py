@@ -29,8 +29,8 @@ from experiments.speed.models import folder_of
 from experiments.speed.run import machine
 from experiments.speed.watch import Tree
 from fedsplit.config import TrunkSettings
+from fedsplit.engines.planning import plan
 from fedsplit.environment import prepare
-from fedsplit.planning import plan
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "speed" / "config.toml"
@@ -63,11 +63,12 @@ class Crowd:
         """
         import torch
 
-        from fedsplit.wire.codecs import make_codec
+        from fedsplit.wire.casting import EXACT
 
         self.trunk, self._run, self._patience, self._asks = trunk, run, patience, asks
-        self._hidden = make_codec("raw").encode(torch.randn(*shape, generator=torch.Generator().manual_seed(0)))
-        self._incarnation = trunk.status()["incarnation"]
+        self._shape = tuple(shape)
+        self._hidden = EXACT.encode(torch.randn(*shape, generator=torch.Generator().manual_seed(0)))
+        self._incarnation = trunk.status().incarnation
 
     def _send(self, client: int, step: int, what: str) -> Any:
         """Sends hidden states, a gradient, or, where `what` is "question", asks whether there is room for them."""
@@ -75,7 +76,7 @@ class Crowd:
 
         key = StepKey(1, client, step, run=self._run)
         if what == "question":
-            return self.trunk.send(Packet(key, incarnation=self._incarnation, shape=self._hidden.data.shape))
+            return self.trunk.send(Packet(key, incarnation=self._incarnation, shape=self._shape))
         return self.trunk.send(Packet(key, {what: self._hidden}, incarnation=self._incarnation))
 
     def _ask(self, clients: Sequence[int], step: int) -> list[int]:
@@ -90,7 +91,7 @@ class Crowd:
             Seconds, waves, clients served, the most forwards that were pending, and resident memory then.
         """
         started = served_at = time.perf_counter()
-        from fedsplit.trunk.server import WAIT_SECONDS
+        from fedsplit.trunk.forwards import WAIT_SECONDS
 
         waiting, waves, vain, most, resident = list(clients), 0, 0, 0, 0
         while waiting:
@@ -98,7 +99,7 @@ class Crowd:
             sent = [(client, self._send(client, step, "hidden")) for client in allowed]
             answers = [(client, answer()) for client, answer in sent]
             status = self.trunk.status()
-            most, resident = max(most, status["pending"]), max(resident, status["resident_memory"])
+            most, resident = max(most, status.pending), max(resident, status.resident_memory)
             served = [client for client, answer in answers if not answer.wait]
             for answer in [self._send(client, step, "gradient") for client in served]:
                 answer()
@@ -134,12 +135,12 @@ def _use(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, steps: 
     before = trunk.status()
     found: dict[str, Any] = {
         "budget_bytes": config.trunk.memory_bytes,
-        "least": before["least_memory"],
-        "before": before["resident_memory"],
-        "adapter": 4 * before["parameters"]["trainable"],
+        "least": before.least_memory,
+        "before": before.resident_memory,
+        "adapter": 4 * before.parameters["trainable"],
         "steps": [],
     }
-    if config.trunk.memory_bytes and before["least_memory"] > config.trunk.memory_bytes:
+    if config.trunk.memory_bytes and before.least_memory > config.trunk.memory_bytes:
         return found | {"refused": True}
     crowd = Crowd(
         trunk, name, (model["batch_size"], model["max_length"], model["width"]), patience, bool(case["budget"])
@@ -155,8 +156,8 @@ def _use(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, steps: 
             if found["steps"][-1]["served"] < len(clients):
                 break
     after, tree = trunk.status(), Tree(os.getpid())
-    found |= {"after": after["resident_memory"], "peak": after["peak_memory"], "high_water": tree.peak_memory["trunk"]}
-    return found | {"counts": trunk.end_round(list(clients))}
+    found |= {"after": after.resident_memory, "peak": after.peak_memory, "high_water": tree.peak_memory["trunk"]}
+    return found | {"counts": trunk.end_round(list(clients)).document()}
 
 
 def measure(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -54,7 +54,14 @@ class Distance:
 
 
 def distance(first: LowRank, second: LowRank) -> Distance:
-    """Returns the distance between two changes of one weight. The factors are not multiplied."""
+    """Returns the distance between two changes of one weight. The factors are not multiplied.
+
+    Example:
+        >>> import torch
+        >>> ones = LowRank(torch.ones(2, 1), torch.ones(1, 2))
+        >>> round(distance(ones, ones.times(3.0)).relative, 6)
+        2.0
+    """
     return Distance(first.norm(), second.norm(), (first - second).norm(), first.inner(second))
 
 
@@ -106,7 +113,9 @@ def tensor_distances(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
             continue
         a = tensor.double()
         b = other.double()
-        by_name[name] = Distance(float(a.norm()), float(b.norm()), float((a - b).norm()), float((a * b).sum()))
+        apart = float((a - b).norm())
+        inner = float((a * b).sum())
+        by_name[name] = Distance(float(a.norm()), float(b.norm()), apart, inner)
     return by_name
 
 
@@ -120,10 +129,15 @@ def differing(first: Config, second: Config) -> dict[str, tuple[object, object]]
     """Returns the settings in which two runs differ, by dotted name, with both values.
 
     The value of an option that a run's strategy does not have is None.
+
+    Example:
+        >>> differing(Config(clients=4), Config(clients=8))
+        {'clients': (4, 8)}
     """
     one = _flat(first)
     two = _flat(second)
-    return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
+    pairs = {name: (one.get(name), two.get(name)) for name in {**one, **two}}
+    return {name: (value, other) for name, (value, other) in pairs.items() if value != other}
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def check_injection(config: Config, family: Family) -> None:
     adapted = make_config(config.lora, family, seed=config.seed)
     try:
         with torch.device("meta"):
-            inject(empty_model(config_folder(config)), adapted, config.seed)
+            inject(empty_model(config_folder(config.model)), adapted, config.seed)
     except (ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise _refused(config.lora, error) from None
     except (NotImplementedError, RuntimeError):
@@ -197,7 +197,7 @@ def _check_rank(config: Config, family: Family) -> None:
     rank = config.lora.top_rank
     plain = make_config(dataclasses.replace(config.lora, method="lora", options=""), family, seed=config.seed)
     with torch.device("meta"):
-        model = empty_model(config_folder(config))
+        model = empty_model(config_folder(config.model))
         inject(model, plain, config.seed)
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):

@@ -326,6 +326,14 @@ def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
 
     Returns:
         {"total": base and adapters, "trainable": adapters}.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.model.split import load_parts
+        >>> (trunk,) = load_parts(BUNDLED_MODEL, (1, 5), ["trunk"])
+        >>> add(trunk, LoraSettings(), seed=0)
+        >>> count(trunk)
+        {'total': 858624, 'trainable': 65536}
     """
     counted = {id(parameter) for other in elsewhere for parameter in other.parameters()}
     remaining = [parameter for parameter in part.parameters() if id(parameter) not in counted]
@@ -453,6 +461,16 @@ def load(directory: Path, skipped: Collection[str] = ()) -> Adapters:
     Args:
         directory: Folder of the adapter.
         skipped: Names of tensors that are left out, as if the file did not have them.
+
+    Example:
+        >>> import tempfile
+        >>> from fedsplit.model.families import FAMILIES
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> tensors = {"model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 4)}
+        >>> tensors["model.layers.0.mlp.up_proj.lora_B.weight"] = torch.ones(8, 2)
+        >>> save(folder, Adapters(tensors, {}), LoraSettings(rank=(2,), alpha=4), FAMILIES["llama"], base="org/name")
+        >>> load(folder).layers["model.layers.0.mlp.up_proj"].alpha
+        4.0
     """
     config = PeftConfig.from_pretrained(str(directory))
     named = load_file(directory / "adapter_model.safetensors")

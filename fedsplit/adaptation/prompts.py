@@ -95,7 +95,8 @@ class _Prefixes(nn.ModuleDict):
         pairs = []
         for encoder in self.values():
             flat = encoder(places).to(dtype).view(batch, self.tokens, -1, self._heads, self._width)
-            pairs += [(pair[0], pair[1]) for pair in flat.permute(2, 0, 3, 1, 4).split(2)]
+            by_block = flat.permute(2, 0, 3, 1, 4)  # (2 L, B, H, P, W): keys and values of one block after another
+            pairs += [(keys, values) for keys, values in by_block.split(2)]
         return pairs
 
 

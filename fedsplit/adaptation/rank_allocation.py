@@ -35,7 +35,7 @@ _MEAN, _UNCERTAINTY, _MASK = "#importance", "#uncertainty", "#kept"
 def adapted_layers(config: Config, family: Family) -> int:
     """Returns the number of layers of the unsplit model that a run adapts."""
     adapted = make_config(config.lora, family, seed=config.seed)
-    names = (name for name, _ in empty_model(config_folder(config)).named_modules())
+    names = (name for name, _ in empty_model(config_folder(config.model)).named_modules())
     return sum(bool(check_target_module_exists(adapted, name)) for name in names)
 
 

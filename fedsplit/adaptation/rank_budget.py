@@ -138,6 +138,11 @@ def budget_of(config: Config, kind: str, layers: int) -> RankBudget | None:
         config: Settings of the run.
         kind: "bottom", "trunk" or "top".
         layers: Number of adapted layers of the unsplit model.
+
+    Example:
+        >>> config = Config(lora=LoraSettings(method="adalora", options='{"target_r": 4}'))
+        >>> budget_of(config, "bottom", layers=24).target_r
+        4
     """
     if config.prompt.kind != "off" or not method_of(config.lora).allocates:
         return None

@@ -76,7 +76,7 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
-    folder = config_folder(config)
+    folder = config_folder(config.model)
     for kind in kinds:
         part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
         part.requires_grad_(False)
@@ -108,7 +108,7 @@ def _add(part: Part, config: Config) -> None:
         if method_of(config.lora).allocates:
             part.rank_budget = budget_of(config, part.kind, adapted_layers(config, part.family))
     else:
-        prompts.add(part, config.prompt, config.seed, config_folder(config))
+        prompts.add(part, config.prompt, config.seed, config_folder(config.model))
 
 
 def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
@@ -151,7 +151,7 @@ def save(
         blocks: Numbers of the part's blocks; None for the unsplit model.
     """
     if config.prompt.kind != "off":
-        prompts.save(folder, adapters.tensors, config.prompt, config_folder(config), config.model, blocks)
+        prompts.save(folder, adapters.tensors, config.prompt, config_folder(config.model), config.model, blocks)
     else:
         head = config.lm_head if kind in (None, "top") else "frozen"
         lora.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora, rank_allocation
 from fedsplit.adaptation.rank_allocation import RankAllocation
-from fedsplit.client.link import Crossing, Link
+from fedsplit.client.link import Link, PendingStep
 from fedsplit.config import TrainSettings
 from fedsplit.corpora.sequences import Sequences, behind, predicted
 from fedsplit.corpora.shards import Shard, batch, batch_of_epoch, steps_of_epoch
@@ -162,7 +162,7 @@ class Client:
 
     def _cross(
         self, parts: Sequence[_MicroBatch], key: StepKey, batches: int, rate: float
-    ) -> tuple[Tensor, list[Crossing]]:
+    ) -> tuple[Tensor, list[PendingStep]]:
         """One batch of a step, as micro-batches; its share in the step's loss, and what crossed."""
         crossings, losses = [], []
         # 1. Up: what the bottom makes of the tokens.
@@ -184,7 +184,7 @@ class Client:
             crossing.finish(self.bottom.parameters())
         return torch.stack(losses).sum(), crossings
 
-    def _clip(self, crossings: Sequence[Crossing]) -> None:
+    def _clip(self, crossings: Sequence[PendingStep]) -> None:
         """Scales this client's gradients by the norm over all parts, and has the trunk scale its own.
 
         Args:

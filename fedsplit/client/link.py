@@ -1,85 +1,94 @@
-"""The client's view of the trunk: hidden states across the wire, and gradients back over the same road."""
+"""A client's view of the trunk: hidden states go up and come back down, and gradients take the same road.
+
+Shapes: B sequences of T tokens, D the width of hidden states.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.trunk.schedules import Schedule
-from fedsplit.wire.codecs import EXACT, Codec
+from fedsplit.wire.casting import EXACT
+from fedsplit.wire.codecs import Codec, Role
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.scaling import backward
-
-Answer = Callable[[], Packet]
-"""Waits for an answer and returns it."""
+from fedsplit.wire.transport import PendingAnswer
 
 
 class TrunkLike(Protocol):
-    """Whatever takes a client's packets: a trunk in this process, or a handle on one elsewhere."""
+    """The part of `fedsplit.trunk.port.TrunkPort` that a client's link needs."""
 
-    def send(self, packet: Packet) -> Answer:
-        """Hidden states or a gradient up; what is returned waits for those that come down."""
+    def send(self, packet: Packet) -> PendingAnswer:
+        """Sends a packet; the function that is returned waits for the answer."""
         ...
 
     def leave(self, client: int) -> None:
-        """The client's round is over."""
+        """Tells the trunk that a client's round is over."""
         ...
 
 
-class Crossing:
+class PendingStep:
     """One micro-batch on its way through the trunk and back.
 
-    In order: `output`, then `send_back` with the gradient of the loss by it, then `finish`. Between them the
-    client may do other work; the trunk does this one's meanwhile.
+    Call `output`, then `send_back` with the gradient of the loss by it, then `finish`. Between these calls the client
+    may do other work, while the trunk works on this micro-batch.
 
     Attributes:
-        sums: The routers' sums behind the trunk, once there is an output; they take a gradient as it does. None where
-            none were sent.
-        norm: With clipping, the squared norm of the step's gradient by the trunk's adapter: of the last part of a step,
-            once it has finished, where the trunk learns. The trunk then waits for `scale`.
+        sums: Router sums behind the trunk, once `output` has returned; they require a gradient as the output does.
+            None where none were sent.
+        norm: With clipping, squared norm of the step's gradient by the trunk's adapter, once the last part of the step
+            has finished; None where the trunk does not learn. The trunk then waits for `scale`.
     """
 
     def __init__(self, link: Link, packet: Packet, hidden: Tensor, sums: RouterSums | None = None) -> None:
         """Sends the hidden states.
 
         Args:
-            link: The way.
-            packet: What goes up.
-            hidden: The bottom's output (B, T, D), with its graph.
-            sums: Of the bottom's routers, with their graph.
+            link: Link to the trunk.
+            packet: Packet with the hidden states.
+            hidden: Output of the bottom (B, T, D), with its graph.
+            sums: Sums of the bottom's routers, with their graph.
         """
-        self._link, self._packet, self._hidden, self._bottom_sums = link, packet, hidden, sums
+        self._link = link
+        self._packet = packet
+        self._hidden = hidden
+        self._bottom_sums = sums
         self.sums: RouterSums | None = None
         self.norm: float | None = None
         self._returns = packet.training and link.schedule.expects_backward(packet.wants_gradient)
         self._asks = link.asks and self._returns
-        question = replace(packet, tensors={}, shape=tuple(hidden.shape))
-        self._first = question if self._asks else packet
+        admission = replace(packet, tensors={}, shape=tuple(hidden.shape))
+        self._first = admission if self._asks else packet
         self._answer = link.trunk.send(self._first)
 
     def output(self) -> Tensor:
-        """Waits for the trunk's output (B, T, D): a leaf that takes a gradient where the trunk wants one.
+        """Waits for the trunk's output (B, T, D): a leaf that requires a gradient where the trunk expects one.
 
-        A trunk that has no room now is asked again, as often as it takes.
+        A trunk that has no memory now is asked again, as often as it takes.
         """
         answer = self._settled()
         if self._asks:
-            self._first, self._answer = self._packet, self._link.trunk.send(self._packet)
+            self._first = self._packet
+            self._answer = self._link.trunk.send(self._packet)
             answer = self._settled()
         if self._bottom_sums is not None:
-            self.sums = RouterSums.unpacked(EXACT.decode(answer.tensors[SUMS]).to(self._hidden.device))
-            self.sums = self.sums.as_leaf(self._returns)
-        hidden = self._link.codec.decode(answer.tensors["hidden"]).to(self._hidden.device)
-        return hidden.requires_grad_(self._returns)
+            sums = RouterSums.unpacked(EXACT.decode(answer.tensors[SUMS]).to(self._hidden.device))
+            self.sums = sums.as_leaf(self._returns)
+        hidden = self._link.codec.decode(answer.tensors["hidden"], self._role("activation", "down"))
+        return hidden.to(self._hidden.device).requires_grad_(self._returns)
+
+    def _role(self, kind: Literal["activation", "gradient"], direction: Literal["up", "down"]) -> Role:
+        return Role(kind, direction, self._packet.key, self._packet.training, self._hidden.dtype)
 
     def _settled(self) -> Packet:
-        """The answer, once it is not to wait."""
+        """Waits for an answer that does not ask to wait."""
         answer = self._answer()
         while answer.wait:
             time.sleep(answer.wait)
@@ -87,27 +96,28 @@ class Crossing:
         return answer
 
     def send_back(self, gradient: Tensor | None) -> None:
-        """Sends the gradient (B, T, D) of the loss by the output, where the trunk wants one; that by the sums too."""
+        """Sends the gradient of the loss by the output (B, T, D) and by the router sums, where the trunk expects it."""
         if self._returns and gradient is not None:
-            tensors = {"gradient": self._link.codec.encode_gradient(gradient, self._hidden.dtype)}
+            tensors = {"gradient": self._link.codec.encode(gradient, self._role("gradient", "up"))}
             if self.sums is not None and self.sums.probabilities.grad is not None:
                 tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
             self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
 
     def finish(self, below: Iterable[Tensor] = ()) -> None:
-        """Waits for the gradient of the bottom's output, and goes on with it through the bottom.
+        """Waits for the gradient of the bottom's output, and backpropagates it through the bottom.
 
         Args:
-            below: The bottom's parameters; asked for in float16 alone, where their gradients are scaled back.
+            below: Parameters of the bottom; used in float16 alone, where their gradients are scaled back.
         """
         if not self._returns:
             return
         answer = self._answer()
         if "gradient" in answer.tensors:
-            gradient = self._link.codec.decode(answer.tensors["gradient"]).to(self._hidden.device)
+            encoded = answer.tensors["gradient"]
+            gradient = self._link.codec.decode(encoded, self._role("gradient", "down")).to(self._hidden.device)
             if self._bottom_sums is not None and self._bottom_sums.probabilities.requires_grad:
                 assert self.sums is not None and self.sums.probabilities.grad is not None
-                # The sums only grow on their way: what the loss gains by them is the same here as at the top.
+                # Sums only grow on their way, so the gradient of the loss by them is the same here as at the top.
                 both = [self._hidden, self._bottom_sums.probabilities]
                 torch.autograd.backward(both, [gradient, self.sums.probabilities.grad])
             else:
@@ -116,7 +126,7 @@ class Crossing:
             self.norm = float(EXACT.decode(answer.tensors["norm"]))
 
     def scale(self, coefficient: float) -> None:
-        """Tells the trunk what its gradient of the whole step is to be scaled by, and waits until it counts."""
+        """Sends the clipping coefficient of the whole step, and waits until the trunk has used it."""
         value = EXACT.encode(torch.tensor(coefficient, dtype=torch.float64))
         packet = replace(self._packet, key=self._packet.clipping_key, tensors={"coefficient": value})
         self._link.trunk.send(packet)()
@@ -124,16 +134,29 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Link:
-    """The way through the trunk.
+    """A client's link to the trunk.
 
     Attributes:
-        trunk: Who answers.
-        codec: How tensors are encoded, the same as the trunk's.
-        schedule: The trunk's; decides whether gradients are sent.
-        run: The run's name, which steps carry.
-        incarnation: The trunk's life that steps are meant for.
+        trunk: The trunk, by whatever door.
+        codec: Codec of hidden states and gradients, a new one of the kind that the trunk uses.
+        schedule: Schedule of the trunk, which decides whether gradients are sent.
+        run: Name of the run, which steps carry.
+        incarnation: Id of the trunk's life, which packets carry.
         attempt: How often this round was begun before.
-        asks: Whether the trunk has a budget and must be asked for room before anything is sent.
+        asks: True if the trunk has a memory budget, and must be asked before hidden states are sent.
+
+    Example:
+        >>> from fedsplit.trunk.schedules import SCHEDULES
+        >>> from fedsplit.wire.codecs import make_codec
+        >>> class Echo:  # a trunk without blocks
+        ...     def send(self, packet):
+        ...         return lambda: packet
+        ...     def leave(self, client):
+        ...         pass
+        >>> link = Link(Echo(), make_codec("raw"), SCHEDULES["shared"])
+        >>> step = link.send(torch.ones(1, 2, 3), StepKey(round=1, client=0, step=0))
+        >>> step.output().shape
+        torch.Size([1, 2, 3])
     """
 
     trunk: TrunkLike
@@ -154,38 +177,48 @@ class Link:
         batches: int = 1,
         rate: float = 1.0,
         sums: RouterSums | None = None,
-    ) -> Crossing:
-        """Sends hidden states (B, T, D) on their way, and does not wait.
+    ) -> PendingStep:
+        """Sends hidden states (B, T, D) to the trunk, and does not wait.
 
         Args:
-            hidden: The bottom's output.
-            key: The step, and the batch and micro-batch within it.
-            mask: (B, T), 0 on padding; sent only where there is padding.
-            micros: Micro-batches of the batch.
-            training: Whether a gradient may come back, and dropout is on.
-            batches: Batches of the step.
-            rate: The share of the learning rate at which the step is made.
-            sums: Of the bottom's routers, where there is an auxiliary loss.
+            hidden: Output of the bottom.
+            key: Step, with batch and micro-batch.
+            mask: Mask (B, T), 0 on padding; sent only where there is padding.
+            micros: Number of micro-batches in the batch.
+            training: True for a training step, with dropout and a way back; False for evaluation.
+            batches: Number of batches in the step.
+            rate: Share of the learning rate at which the step is made.
+            sums: Sums of the bottom's routers, where there is an auxiliary loss.
         """
-        tensors = {"hidden": self.codec.encode(hidden)}
+        key = replace(key, run=self.run, attempt=self.attempt)
+        role = Role("activation", "up", key, training, hidden.dtype)
+        tensors = {"hidden": self.codec.encode(hidden, role)}
         if sums is not None:
             tensors[SUMS] = EXACT.encode(sums.packed())
         if mask is not None and not bool(mask.all()):
-            tensors["mask"] = self.codec.encode(mask.bool())
-        key = replace(key, run=self.run, attempt=self.attempt)
-        wants = training and hidden.requires_grad
-        packet = Packet(key, tensors, training, wants, micros, self.incarnation, batches=batches, rate=rate)
-        return Crossing(self, packet, hidden, sums)
+            tensors["mask"] = EXACT.encode(mask.bool())
+        packet = Packet(
+            key,
+            tensors,
+            training,
+            wants_gradient=training and hidden.requires_grad,
+            micros=micros,
+            incarnation=self.incarnation,
+            batches=batches,
+            rate=rate,
+        )
+        return PendingStep(self, packet, hidden, sums)
 
     @torch.no_grad()
     def evaluate(self, hidden: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) through the trunk, without dropout and without a way back."""
+        """Sends hidden states (B, T, D) through the trunk without dropout, and waits for its output."""
         return self.send(hidden, key, mask, training=False).output()
 
     def end(self, key: StepKey) -> None:
-        """Tells the trunk that a session is over: nothing need be remembered of it any more."""
+        """Ends a decoding session, which the trunk then frees."""
         self.trunk.send(Packet(replace(key, run=self.run), training=False, incarnation=self.incarnation))()
 
     def leave(self, client: int) -> None:
-        """Tells the trunk that a client's round is over."""
+        """Tells the trunk that a client's round is over, and drops the codec's state for it."""
+        self.codec.forget(client)
         self.trunk.leave(client)

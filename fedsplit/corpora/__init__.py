@@ -1,1 +1,1 @@
-"""Whose text it is: read, brought into a format, dealt to clients, cut into sequences."""
+"""The clients' text: read, turned into tokens, partitioned among clients, cut into sequences."""

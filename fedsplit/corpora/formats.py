@@ -51,7 +51,7 @@ class Reading:
 
     @property
     def packs(self) -> bool:
-        """Whether a sequence may hold several texts."""
+        """Tells whether a sequence may hold several texts."""
         return self.data.packing == "true" or (self.data.packing == "auto" and self.format == "text")
 
 
@@ -116,6 +116,7 @@ def read_rows(table: Table, reading: Reading) -> Texts:
     rows = [Row(ids, labels, keys[number], source=number) for number, ids, labels in tokens]
     if reading.format == "classification":
         rows = _with_classes(rows, numbers_of(table, reading.data.label, reading.classes), reading.classes)
+    # A row of the table may have several sequences, or none.
     with_text = {row.source for row in rows}
     return Texts(rows, len(table) - len(with_text))
 

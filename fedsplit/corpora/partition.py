@@ -36,7 +36,7 @@ class Partition:
     Attributes:
         shards: Data of each client.
         format: Format of the rows, one of `fedsplit.allowed.FORMATS` except "auto".
-        packed: Whether a sequence may hold several texts.
+        packed: True if a sequence may hold several texts.
         by: Column whose distribution the data summary reports; "owner" by default.
         cut: Number of texts that lost their end because they were longer than a sequence.
         dropped: Number of texts left out because nothing was left to predict after the cut.
@@ -68,7 +68,7 @@ def partition_of(config: Config) -> Partition:
         >>> [shard.name for shard in partition.shards]
         ['owner 0', 'owner 1']
     """
-    path = config_folder(config)
+    path = config_folder(config.model)
     return make_partition(
         config.dataset,
         config.partition,
@@ -135,6 +135,7 @@ def make_partition(
         if spec.kind == "natural":
             raise _too_few_owners(partitioner, clients, len(shards), lacking)
 
+    # "auto" falls back on iid: for data of the user's, or if there are fewer owners than clients.
     if spec.kind == "auto":
         spec = PartitionSpec("iid")
     return _by_sequence(partitioner, spec, partition, clients, seed)
@@ -316,6 +317,7 @@ def _by_owner(partitioner: _Partitioner) -> tuple[list[Shard], list[str], list[F
             held_out = Fitted(_held_out_of_owner(partitioner, separate.rows, owner, number, len(by_owner)))
             fitted.append(train)
 
+        # A client needs both: something to train on, and something to measure.
         if train.rows and held_out.rows:
             shards.append(partitioner.shard(owner, train.rows, held_out.rows))
         else:
@@ -356,7 +358,7 @@ def _by_sequence(partitioner: _Partitioner, spec: PartitionSpec, name: str, clie
     """Divides single sequences among clients, regardless of who wrote them."""
     fitted = partitioner.fit(partitioner.texts.rows)
     separate = partitioner.fit_held_out()
-    blocks = by_source(fitted.rows)
+    blocks = by_source(fitted.rows)  # sequences of one chat stay with one client
     _check_enough(partitioner, len(blocks), clients)
     indices = _divided(partitioner, spec, name, [block[0].key for block in blocks], clients, seed)
 

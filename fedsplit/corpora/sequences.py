@@ -148,6 +148,7 @@ def stack(rows: Sequence[Row], pad: int) -> Sequences:
     is_padded = bool((lengths < longest).any())
     ids = torch.tensor([_padded(row.ids, longest, pad) for row in rows])
 
+    # Labels that are the tokens themselves are stored once.
     predicts_all = all(row.labels is row.ids and row.target is None for row in rows)
     if predicts_all and not is_padded:
         return Sequences.packed(ids)

@@ -152,6 +152,7 @@ def batch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
         ([0, 1, 2], [0, 1, 2])
     """
     positions = range(step * size, (step + 1) * size)
+    # A batch may cross the end of a pass, and a small data set may be passed several times in one batch.
     epochs = {position // len(blocks) for position in positions}
     orders = {epoch: _shuffled(len(blocks), seed, epoch) for epoch in epochs}
     return blocks[[orders[position // len(blocks)][position % len(blocks)] for position in positions]]

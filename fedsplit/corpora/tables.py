@@ -261,7 +261,8 @@ def _is_folder_of_texts(path: Path, data: DataSettings) -> bool:
 
 def _texts(root: Path, files: Sequence[Path]) -> Columns:
     """Reads each file as one text. Its owner is the name of its folder or, for files in `root`, of the file."""
-    texts, owners = [], []
+    texts = []
+    owners = []
     for file in files:
         try:
             texts.append(read_text(file))

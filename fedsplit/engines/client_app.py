@@ -7,7 +7,7 @@ from flwr.clientapp import ClientApp
 
 from fedsplit.federation import records
 from fedsplit.federation.client_service import ClientService
-from fedsplit.trunk.actor import find_trunk
+from fedsplit.trunk.doors import find_trunk
 
 app = ClientApp()
 

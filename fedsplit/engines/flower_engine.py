@@ -16,12 +16,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.config import Config
 from fedsplit.engines.flower_clients import FlowerClients
+from fedsplit.engines.planning import Plan
 from fedsplit.engines.stalls import StallWatch
 from fedsplit.federation.federation import Federation
-from fedsplit.planning import Plan
 from fedsplit.shutdown import kill_descendants
 from fedsplit.trunk import cluster
-from fedsplit.trunk.actor import TrunkHandle, start_trunk
+from fedsplit.trunk.actor import start_trunk
+from fedsplit.trunk.port import TrunkPort
 
 _BUSY_WORKER = "ray::ClientAppActor.run"
 """Beginning of the command line of a process that plays a client now, as Ray names it."""
@@ -59,7 +60,7 @@ class FlowerSession:
         workers: Processes that play the clients.
     """
 
-    trunk: TrunkHandle
+    trunk: TrunkPort
     name: str
     config: Config
     workers: int
@@ -74,7 +75,7 @@ class FlowerSession:
 
         @app.main()
         def main(grid: Grid, context: Context) -> None:
-            stalls = StallWatch(self.config.timeout, lambda: self.trunk.status()["traffic"], kill_busy_workers)
+            stalls = StallWatch(self.config.timeout, lambda: self.trunk.status().traffic, kill_busy_workers)
             try:
                 federation.run(FlowerClients(grid, federation.stop, self.workers, stalls))
             except BaseException:

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from fedsplit.config import Config
+from fedsplit.engines.planning import Plan
 from fedsplit.federation.federation import Federation
-from fedsplit.planning import Plan
 
 if TYPE_CHECKING:
-    from fedsplit.trunk.actor import TrunkHandle
+    from fedsplit.trunk.port import TrunkPort
 
 
 class Session(Protocol):
     """An engine that has started."""
 
     @property
-    def trunk(self) -> TrunkHandle:
+    def trunk(self) -> TrunkPort:
         """The trunk, which may still be loading."""
         ...
 
@@ -47,9 +47,9 @@ def engine_named(name: str) -> Open:
         name: "ray" or "local".
     """
     if name == "local":
-        from fedsplit.engines import local
+        from fedsplit.engines import in_process
 
-        return local.running  # type: ignore[return-value]  # its trunk is no handle
+        return in_process.running
     from fedsplit.engines import flower_engine  # imports Ray and Flower
 
     return flower_engine.running

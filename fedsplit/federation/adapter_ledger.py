@@ -18,7 +18,7 @@ from fedsplit.federation.travel import TravelRule, is_drawn, is_held, stays
 from fedsplit.lowrank import LowRank
 from fedsplit.state.client_store import ClientStore
 from fedsplit.state.fold_log import FoldLog
-from fedsplit.trunk.learners import Copy, Start
+from fedsplit.trunk.registry import Copy, Start
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Traits
 

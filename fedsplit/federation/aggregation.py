@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from fedsplit.config import Config
-from fedsplit.federation.clients import ClientNode, FederationFailed
+from fedsplit.federation.clients import FederationFailed, Roster
 from fedsplit.federation.messages import Reply
-from fedsplit.federation.strategy import FlowerLike, State, Strategy, broadcast, traits_of
+from fedsplit.federation.strategy import FlowerLike, State, Strategy, broadcast, named, traits_of
 from fedsplit.seeds import derive_seed
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, RefusedUpdate, Traits
 
@@ -34,20 +31,6 @@ def strategy_defaults(config: Config) -> dict[str, Any]:
         "min_evaluate_nodes": 1,
         "min_available_nodes": config.clients,
     }
-
-
-class Roster(Protocol):
-    """The clients of a federation, as a strategy sees them."""
-
-    @property
-    def nodes(self) -> Sequence[ClientNode]:
-        """The clients by number."""
-        ...
-
-    @property
-    def grid(self) -> Any:
-        """Flower's grid; None where no Flower runs."""
-        ...
 
 
 class Aggregation(Protocol):
@@ -91,23 +74,6 @@ class Aggregation(Protocol):
     def recall(self, memory: Any) -> None:
         """Goes back to what the strategy remembered as `memory` was called."""
         ...
-
-
-@contextlib.contextmanager
-def named(strategy: object, round: int) -> Iterator[None]:
-    """Names the strategy, the file and the line where a strategy raises an error or would end the program.
-
-    Raises:
-        FederationFailed: The strategy did.
-    """
-    try:
-        yield
-    except FederationFailed:
-        raise
-    except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
-        raise FederationFailed(f"the strategy {type(strategy).__name__} failed in round {round}: {what}") from error
 
 
 class OwnAggregation:

@@ -187,7 +187,7 @@ def _load(briefing: Briefing, classes: int, connect: Connect) -> _Site:
         connect(briefing.trunk),
         start=lora.read(bottom, top),
         rule=TravelRule.of(starts, config.share, briefing.personal),
-        router_aux_loss=read_facts(config_folder(config)).coefficient(config.router_aux_loss),
+        router_aux_loss=read_facts(config_folder(config.model)).coefficient(config.router_aux_loss),
     )
 
 
@@ -210,7 +210,7 @@ def _train(visit: _Visit, request: Train) -> Reply:
 
     kept = store.load(request.accepted)
     start = site.start.with_rank(request.rank)
-    given = {**start.tensors, **draw(start, request.drawn), **kept.held, **request.tensors, **kept.personal}
+    given = assembled(start, request, kept)
     moments = kept.moments if request.drawn is None else {}  # a new draw has no history
     update = client.train(given, request.round, task, kept.control, moments)
 
@@ -224,12 +224,23 @@ def _train(visit: _Visit, request: Train) -> Reply:
         client.link.leave(client.number)
 
     untrained = rule.untrained(given, task)
-    store.save(request.round, _to_keep(start, given, update, untrained, rule.personal, kept), request.accepted)
+    store.save(request.round, to_keep(start, given, update, untrained, rule.personal, kept), request.accepted)
     returned = rule.returned(update.adapters.tensors, task)
     return messages.trained(update, returned, own, peak_memory())
 
 
-def _to_keep(
+def assembled(start: Adapters, request: Train, kept: ClientState) -> dict[str, Tensor]:
+    """Returns the adapters that a client starts from: drawn, held, sent and its own, each in place of those before.
+
+    Args:
+        start: Adapters that the run started from, at the client's rank.
+        request: Request to train.
+        kept: Tensors on the client's disk since the last round that the server accepted.
+    """
+    return {**start.tensors, **draw(start, request.drawn), **kept.held, **request.tensors, **kept.personal}
+
+
+def to_keep(
     start: Adapters,
     given: Mapping[str, Tensor],
     update: ClientUpdate,

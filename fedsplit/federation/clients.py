@@ -31,6 +31,20 @@ class ClientNode:
     name: str
 
 
+class Roster(Protocol):
+    """The clients of a federation, as a strategy sees them."""
+
+    @property
+    def nodes(self) -> Sequence[ClientNode]:
+        """The clients by number."""
+        ...
+
+    @property
+    def grid(self) -> Any:
+        """Flower's grid; None where no Flower runs."""
+        ...
+
+
 class Clients(Protocol):
     """Way to all clients of a federation."""
 

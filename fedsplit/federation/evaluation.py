@@ -117,7 +117,7 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: int) -> dict[in
 
 def event_of(parties: Parties, state: RunState, round: int, found: Evaluation) -> RoundEvaluated:
     """Returns the event that reports an evaluation."""
-    sent = state.totals.bytes_of_round(parties.trunk.status()["traffic"])
+    sent = state.totals.bytes_of_round(parties.trunk.status().traffic.document())
     has_classes = bool(state.accuracy)
     return RoundEvaluated(
         round=round,

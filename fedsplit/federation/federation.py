@@ -23,14 +23,14 @@ from fedsplit.federation.messages import Briefing
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.round import Round, personal_of
 from fedsplit.federation.run_state import RunState
+from fedsplit.federation.run_totals import RunTotals
 from fedsplit.federation.strategy import aggregated_parts, coverage
-from fedsplit.federation.tally import Tally
 from fedsplit.federation.training import mean
 from fedsplit.federation.workload import Workload
 from fedsplit.updates import Adapters
 
 if TYPE_CHECKING:
-    from fedsplit.trunk.actor import TrunkHandle
+    from fedsplit.trunk.port import TrunkPort
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Federation:
         summary: The result, once there is one.
     """
 
-    def __init__(self, job: Job, trunk: TrunkHandle, trunk_name: str, threads: int) -> None:
+    def __init__(self, job: Job, trunk: TrunkPort, trunk_name: str, threads: int) -> None:
         """Nothing happens before `run`.
 
         Args:
@@ -109,7 +109,7 @@ class Federation:
         briefing = Briefing(
             run=json.dumps(as_document(self._config)),
             trunk=self._trunk_name,
-            incarnation=self._trunk.status()["incarnation"],
+            incarnation=self._trunk.status().incarnation,
             threads=self._threads,
             store=str(job.folder.clients),
             personal="".join(sorted(self._aggregation.traits.personal)),
@@ -144,12 +144,12 @@ class Federation:
             trunk=trunk,
             moments=self._trunk.moments(),
             ledger=ledger,
-            totals=Tally(self._job.started),
+            totals=RunTotals(self._job.started),
             stopping=EarlyStopping(self._config.patience, self._config.min_delta),
         )
         parameters = {
             "bottom": first.parameters["bottom"],
-            "trunk": self._trunk.status()["parameters"],
+            "trunk": self._trunk.status().parameters,
             "top": first.parameters["top"],
         }
         return state, parameters
@@ -266,6 +266,6 @@ class Federation:
             **({"accuracy": state.accuracy} if state.accuracy else {}),
             "forgotten": mean(list(state.forgotten.values())) if state.forgotten else None,
             "aggregation_error": state.error,
-            **state.totals.summary(trunk["traffic"]),
-            "peak_memory": {"client": state.totals.client_memory, "trunk": trunk["peak_memory"]},
+            **state.totals.summary(trunk.traffic.document()),
+            "peak_memory": {"client": state.totals.client_memory, "trunk": trunk.peak_memory},
         }

@@ -6,17 +6,17 @@ import copy
 import random
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedsplit.config import Config
 from fedsplit.federation import records
-from fedsplit.federation.aggregation import Roster, named
-from fedsplit.federation.clients import ClientNode, FederationFailed
+from fedsplit.federation.clients import ClientNode, FederationFailed, Roster
 from fedsplit.federation.messages import ADAPTERS, Reply
 from fedsplit.federation.replies import KEPT_METRICS
-from fedsplit.federation.strategy import State
+from fedsplit.federation.strategy import State, named
 from fedsplit.seeds import derive_seed
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Task, Traits
 
@@ -57,6 +57,17 @@ class _OrderedGrid:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
+
+
+@dataclass(frozen=True)
+class _NotCopied:
+    """Stands for the copy of a strategy that cannot be copied.
+
+    Attributes:
+        reason: Error that copying raised.
+    """
+
+    reason: str
 
 
 class FlowerAggregation:
@@ -164,9 +175,19 @@ class FlowerAggregation:
         raise FederationFailed(f"what {type(self._strategy).__name__} remembers is not saved: such a run cannot go on")
 
     def memory(self) -> object:
-        """Returns a copy of the strategy."""
-        return copy.deepcopy(self._strategy)
+        """Returns a copy of the strategy; the reason, where it cannot be copied, as one that holds a lock."""
+        try:
+            return copy.deepcopy(self._strategy)
+        except Exception as error:  # noqa: BLE001  # a user's class may refuse in any way, and still play every round
+            return _NotCopied(f"{type(error).__name__}: {error}")
 
     def recall(self, memory: Any) -> None:
-        """Goes on with an earlier copy of the strategy."""
+        """Goes on with an earlier copy of the strategy.
+
+        Raises:
+            FederationFailed: The strategy could not be copied, so that a round cannot be played again.
+        """
+        if isinstance(memory, _NotCopied):
+            name = type(self._strategy).__name__
+            raise FederationFailed(f"the round cannot be played again: {name} cannot be copied ({memory.reason})")
         self._strategy = copy.deepcopy(memory)

@@ -19,6 +19,7 @@ from fedsplit.lowrank import LowRank
 from fedsplit.scores import Score
 from fedsplit.tensor_files import pack_changes
 from fedsplit.updates import Adapters, ClientUpdate, Task
+from fedsplit.wire.transport import TrunkLost
 
 ADAPTERS, CONTROL = "arrays", "control"
 """Groups of tensors in a reply: adapters, and the change of a control variate."""
@@ -26,7 +27,7 @@ ADAPTERS, CONTROL = "arrays", "control"
 EXAMPLES = "num-examples"
 """Metric that says how many examples a client trained on, or how many predictions it measured."""
 
-TRUNK_LOST = "TrunkLost"
+TRUNK_LOST = TrunkLost.__name__
 """Kind of a failure whose cause is that the trunk is gone."""
 
 

@@ -15,9 +15,10 @@ from fedsplit.federation.clients import Clients, FederationFailed
 from fedsplit.federation.messages import TRUNK_LOST, Briefing, Failure, Reply, Request
 from fedsplit.federation.workload import Workload
 from fedsplit.trunk.schedules import SCHEDULES, Schedule
+from fedsplit.wire.transport import TrunkLost
 
 if TYPE_CHECKING:
-    from fedsplit.trunk.actor import TrunkHandle
+    from fedsplit.trunk.port import TrunkPort
 
 Heard = Callable[[Reply, int], None]
 """Takes a reply, and the number of answers that have arrived with it."""
@@ -44,7 +45,7 @@ class Parties:
 
     config: Config
     briefing: Briefing
-    trunk: TrunkHandle
+    trunk: TrunkPort
     clients: Clients
     workloads: Sequence[Workload]
     aggregation: Aggregation
@@ -80,7 +81,8 @@ class Parties:
 
         Raises:
             NobodyAnswered: All clients failed.
-            FederationFailed: The trunk is gone, or nothing goes on any more.
+            TrunkLost: The trunk is gone.
+            FederationFailed: Nothing goes on any more.
             Interrupted: The run was asked to stop.
         """
         failures: list[Failure] = []
@@ -93,7 +95,7 @@ class Parties:
                 continue
             failures.append(answer)
             if answer.kind == TRUNK_LOST:
-                raise FederationFailed(answer.reason)
+                raise TrunkLost(answer.reason)
             self.trunk.leave(answer.client)
 
         for failure in failures:

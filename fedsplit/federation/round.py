@@ -181,7 +181,7 @@ def save(parties: Parties, state: RunState) -> None:
         NotWritten: A file could not be written.
     """
     facts, groups = state.ledger.snapshot()
-    facts |= state.facts(parties.trunk.status()["traffic"])
+    facts |= state.facts(parties.trunk.status().traffic.document())
     groups |= {
         "adapters": dict(state.adapters.tensors),
         "strategy": dict(parties.aggregation.state()),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.early_stopping import EarlyStopping
-from fedsplit.federation.tally import Tally
+from fedsplit.federation.run_totals import RunTotals
 from fedsplit.updates import Adapters
 
 
@@ -37,7 +37,7 @@ class RunState:
     trunk: Adapters
     moments: Mapping[str, Tensor]
     ledger: AdapterLedger
-    totals: Tally
+    totals: RunTotals
     stopping: EarlyStopping
     round: int = 0
     before: float = 0.0

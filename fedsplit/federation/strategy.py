@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -18,6 +20,7 @@ import fedsplit
 from fedsplit.adaptation.methods import draws_fresh, method_of
 from fedsplit.allowed import PARTS, SettingError
 from fedsplit.config import Config
+from fedsplit.federation.clients import FederationFailed
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 
@@ -266,3 +269,20 @@ def check_strategy(strategy: Any, config: Config) -> None:
         raise SettingError("quantization", config.quantization, words)
     if config.resume and isinstance(strategy, FlowerLike):
         raise SettingError("resume", config.resume, "a strategy whose memory can be saved; Flower's cannot")
+
+
+@contextlib.contextmanager
+def named(strategy: object, round: int) -> Iterator[None]:
+    """Names the strategy, the file and the line where a strategy raises an error or would end the program.
+
+    Raises:
+        FederationFailed: The strategy did.
+    """
+    try:
+        yield
+    except FederationFailed:
+        raise
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+        raise FederationFailed(f"the strategy {type(strategy).__name__} failed in round {round}: {what}") from error

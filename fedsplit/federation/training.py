@@ -15,6 +15,7 @@ from fedsplit.federation.replies import memory_of, sample_of, to_update, without
 from fedsplit.federation.run_state import RunState
 from fedsplit.optimization.rates import last_rate
 from fedsplit.scores import Score
+from fedsplit.trunk.status import RoundCounts
 from fedsplit.updates import Assignment, ClientUpdate, RefusedUpdate
 
 
@@ -34,7 +35,7 @@ class Training:
     assigned: Mapping[int, Assignment]
     updates: list[ClientUpdate] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: RoundCounts = field(default_factory=RoundCounts)
     tokens: int = 0
     seconds: float = 0.0
 
@@ -69,7 +70,7 @@ def train(parties: Parties, state: RunState, round: int, assigned: Mapping[int, 
     training = _Collection(parties, state, round, assigned, attempt, started).collect()
 
     training.counts = trunk.end_round([update.client for update in training.updates])
-    if training.counts.get("unusable"):
+    if training.counts.unusable:
         reason = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
         parties.emit(Notice(text=f"{parties.label(round)}  {reason} ({parties.config.train.lr:g})"))
     if schedule.personal:
@@ -214,7 +215,7 @@ def _weight(update: ClientUpdate, by: str) -> float:
 def event_of(parties: Parties, state: RunState, round: int, training: Training) -> RoundTrained:
     """Returns the event that reports a round's training."""
     router_losses = [update.router_loss for update in training.updates if update.router_loss is not None]
-    resident = parties.trunk.status()["resident_memory"]
+    resident = parties.trunk.status().resident_memory
     return RoundTrained(
         round=round,
         loss=training.loss,
@@ -223,7 +224,7 @@ def event_of(parties: Parties, state: RunState, round: int, training: Training) 
         learning_rate=last_rate(parties.config.train, round, parties.config.rounds),
         tokens=training.tokens,
         seconds=training.seconds,
-        trunk={**training.counts, "resident_memory": resident},
+        trunk={**training.counts.document(), "resident_memory": resident},
         elapsed=state.totals.seconds,
     )
 

@@ -1,1 +1,1 @@
-"""Text from the split model: token by token through all its parts."""
+"""Text generation with the split model, token by token through its three parts."""

@@ -1,4 +1,4 @@
-"""A client that generates text: the prompts through bottom, trunk and top once, then a token of each at a time.
+"""Text generation by a client: the prompts pass through bottom, trunk and top once, then each new token does.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -21,14 +21,14 @@ from fedsplit.wire.packets import StepKey
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What a client has of the model, and its way through the rest.
+class ClientHalf:
+    """A client's half of the model, and its link to the trunk.
 
     Attributes:
-        client: Its number.
+        client: Number of the client.
         bottom: The first blocks, in evaluation mode.
         top: The last blocks and the head, in evaluation mode.
-        link: The way through the trunk.
+        link: The connection to the trunk.
     """
 
     client: int
@@ -38,16 +38,16 @@ class Ends:
 
 
 @dataclass
-class Pace:
-    """What went through the split, and in what time; choosing tokens included.
+class Throughput:
+    """Numbers of tokens and seconds, for prompts and for new tokens. Times include the choice of tokens.
 
     Attributes:
-        read: Tokens of prompts.
-        read_seconds: Until the first token after each prompt was known.
-        written: Tokens that were generated after the first of each text, which is the prompt's.
-        written_seconds: What these took.
-        passes: How often the three parts computed for them, for all sequences of a batch at once.
-        texts: Texts that were begun.
+        read: Number of prompt tokens.
+        read_seconds: Seconds until the first token after each prompt was known.
+        written: Number of new tokens after the first of each text; the first belongs to the prompt's pass.
+        written_seconds: Seconds that these took.
+        passes: Number of passes through the three parts for these, each for a whole batch.
+        texts: Number of texts begun.
     """
 
     read: int = 0
@@ -57,80 +57,129 @@ class Pace:
     passes: int = 0
     texts: int = 0
 
-
-class Walk:
-    """A batch of sequences on their way: each of the three parties remembers what it has computed.
-
-    Used as a context, at whose end the trunk forgets them.
-    """
-
-    def __init__(self, ends: Ends, mask: Tensor | None = None) -> None:
-        """Nothing has been sent yet.
+    def add_pass(self, *, of_prompts: bool, tokens: int, seconds: float) -> None:
+        """Adds a pass through the three parts.
 
         Args:
-            ends: The client's side.
-            mask: (B, T) of the prompts, 0 on padding, which is on the left; None where there is none.
+            of_prompts: Whether the pass read the prompts; otherwise it wrote a token of each text.
+            tokens: Number of tokens read or written.
+            seconds: Seconds that the pass took.
+
+        Example:
+            >>> throughput = Throughput()
+            >>> throughput.add_pass(of_prompts=True, tokens=12, seconds=0.5)
+            >>> throughput.add_pass(of_prompts=False, tokens=2, seconds=0.1)
+            >>> throughput.read, throughput.written, throughput.passes
+            (12, 2, 1)
         """
-        self._ends = ends
+        if of_prompts:
+            self.read += tokens
+            self.read_seconds += seconds
+        else:
+            self.written += tokens
+            self.written_seconds += seconds
+            self.passes += 1
+
+
+class DecodingSession:
+    """A batch of texts being written; client and trunk keep the keys and values of all earlier tokens.
+
+    A session is a context manager. At its end the trunk frees its share.
+    """
+
+    def __init__(self, half: ClientHalf, mask: Tensor | None = None) -> None:
+        """Begins a session; nothing is sent yet.
+
+        Args:
+            half: The client's half of the model.
+            mask: Mask of the prompts (B, T), 0 on the padding, which is on the left; None if there is no padding.
+        """
+        self._half = half
         self._begin(mask)
 
-    def __enter__(self) -> Walk:
+    def __enter__(self) -> DecodingSession:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error in (None, GeneratorExit):  # else the way to the trunk may be what broke; its lease frees the session
+        # After any other error the link itself may be broken; then the lease of the session frees the trunk's share.
+        if error in (None, GeneratorExit):
             self._end()
 
     def _begin(self, mask: Tensor | None) -> None:
-        self._mask, self._ids = mask, torch.empty(0)
-        # Virtual tokens come before the padding, not behind it, as PEFT has it.
-        virtual = self._ends.bottom.virtual
+        self._mask = mask
+        self._ids = torch.empty(0)
+        # Virtual tokens come before the padding, not behind it, as in PEFT.
+        virtual = self._half.bottom.virtual
         self._seen = None if mask is None else nn.functional.pad(mask, (virtual, 0), value=True)
-        self._bottom, self._top = Past(self._ends.bottom, self._seen), Past(self._ends.top, self._seen)
-        self._session, self._steps = secrets.token_hex(8), 0
+        self._bottom = Past(self._half.bottom, self._seen)
+        self._top = Past(self._half.top, self._seen)
+        self._session = secrets.token_hex(8)
+        self._steps = 0
 
     def _end(self) -> None:
         if self._steps:
-            self._ends.link.end(self._key())
+            self._half.link.end(self._key())
 
     def _key(self) -> StepKey:
-        return StepKey(0, self._ends.client, self._steps, session=self._session)
+        return StepKey(0, self._half.client, self._steps, session=self._session)
 
     @torch.no_grad()
-    def go(self, ids: Tensor) -> Tensor:
-        """The prompts (B, T), or after them one token of each (B, 1), to the logits (B, V) of what follows."""
-        if self._is_outgrown(ids):
-            return self._go_over(torch.cat([self._ids, ids], 1))
-        self._ids = torch.cat([self._ids, ids], 1) if self._steps else ids
-        # 1. Up: what the bottom makes of the tokens.
-        hidden = self._bottom.extend(ids)
-        # 2. Down, and through the top to what comes next.
-        hidden = self._ends.link.evaluate(hidden, self._key(), None if self._steps else self._seen)
-        self._steps += 1
-        return self._ends.top.predict(self._top.extend(hidden)[:, -1:])[:, -1]
+    def step(self, ids: Tensor) -> Tensor:
+        """Passes tokens through bottom, trunk and top.
 
-    def _is_outgrown(self, ids: Tensor) -> bool:
-        """Whether from here on positions are turned otherwise, so that what is remembered is of no use.
+        Args:
+            ids: At the first step the prompts (B, T), then the next token of each text (B, 1).
 
-        The library compares the text's own length with what is remembered; with virtual tokens or a prefix ahead of the
-        text there is always more of that, so that under PEFT nothing is ever computed anew.
+        Returns:
+            Logits of the following token of each text (B, V).
         """
-        key, length = self._ends.bottom.family.outgrows, self._bottom.length
-        limit = getattr(self._ends.bottom.config, key, None) if key and self._steps else None
-        return limit is not None and length <= limit < self._ids.shape[1] + ids.shape[1]
+        if self._outgrows_cache(ids):
+            return self._recompute(torch.cat([self._ids, ids], 1))
+        self._ids = torch.cat([self._ids, ids], 1) if self._steps else ids
 
-    def _go_over(self, ids: Tensor) -> Tensor:
-        """Computes everything so far anew, as the library does."""
+        # 1. Up: the bottom computes hidden states.
+        hidden = self._bottom.extend(ids)
+        # 2. Down: the trunk answers, and the top predicts the next token.
+        hidden = self._half.link.evaluate(hidden, self._key(), None if self._steps else self._seen)
+        self._steps += 1
+        return self._half.top.predict(self._top.extend(hidden)[:, -1:])[:, -1]
+
+    def _outgrows_cache(self, ids: Tensor) -> bool:
+        """Tells whether rotary positions change from here on, so that cached keys become useless.
+
+        transformers compares the length of the text with the length of the cache. With virtual tokens or a prefix
+        before the text, the cache is always longer, so that under PEFT nothing is ever recomputed.
+        """
+        key = self._half.bottom.family.outgrows
+        if not key or not self._steps:
+            return False
+        limit = getattr(self._half.bottom.config, key, None)
+        return limit is not None and self._bottom.length <= limit < self._ids.shape[1] + ids.shape[1]
+
+    def _recompute(self, ids: Tensor) -> Tensor:
+        """Computes all tokens so far anew, in a new session, as transformers does."""
         mask = self._mask
         if mask is not None:
             mask = nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=True)
         self._end()
         self._begin(mask)
-        return self.go(ids)
+        return self.step(ids)
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one batch: ids (B, T), padded on the left, and the mask (B, T), None where nothing is padded."""
+    """Pads prompts on the left to one batch.
+
+    Args:
+        prompts: Token ids of each prompt.
+
+    Returns:
+        Token ids (B, T), and the mask (B, T), False on padding; None in place of the mask if there is no padding.
+
+    Example:
+        >>> ids, mask = padded([[5, 6, 7], [8]])
+        >>> ids.tolist(), mask.tolist()
+        ([[5, 6, 7], [0, 0, 8]], [[True, True, True], [False, False, True]])
+    """
     length = max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -138,57 +187,59 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
 
 
 def depends_on_neighbours(bottom: Bottom) -> bool:
-    """Whether what a text becomes depends on the longest of its batch.
+    """Tells whether the text of a sequence depends on the longest prompt of its batch.
 
-    That one decides how the positions of all are turned, as LongRoPE does (2402.13753), or how much padding there is
-    between virtual tokens and the text.
+    The longest prompt decides the rotary positions of all under LongRoPE (2402.13753), and the padding between virtual
+    tokens and the text.
     """
     if bottom.virtual:
         return True
-    found = getattr(bottom.config, "rope_parameters", None) or {}
-    ropes = [rope for rope in (found, *found.values()) if isinstance(rope, Mapping)]
-    return any(rope.get("rope_type") == "longrope" for rope in ropes)
+    parameters = getattr(bottom.config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return any(rope.get("rope_type") == "longrope" for rope in (parameters, *by_layer_type))
 
 
 def decode(
-    ends: Ends, prompts: Sequence[Sequence[int]], most: int, stops: Sequence[int], choose: Chooser, pace: Pace
+    half: ClientHalf,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    stops: Sequence[int],
+    choose: Chooser,
+    throughput: Throughput,
 ) -> Generator[list[int | None], None, None]:
-    """Goes on with some texts, all at once.
+    """Continues several texts as one batch.
 
-    A sequence that has ended takes part, as padding, until the last one has, as it does in the library.
+    A text that has ended stays in the batch, as padding, until the last text ends, as in transformers.
 
     Args:
-        ends: The client.
-        prompts: The tokens of each, one at least.
-        most: New tokens of each at most.
-        stops: Tokens that end a text.
-        choose: Chooses tokens.
-        pace: What is done is added to it.
+        half: The client's half of the model.
+        prompts: Token ids of each prompt, at least one.
+        most: Largest number of new tokens of each text.
+        stops: Token ids that end a text.
+        choose: Function that chooses tokens by their logits.
+        throughput: Record to which the tokens and seconds are added.
 
     Yields:
-        The next token of each text; None of those that have ended.
+        The next token of each text; None for texts that have ended.
     """
     ids, mask = padded(prompts)
     running = [True] * len(prompts)
-    pace.texts += len(prompts)
-    with Walk(ends, mask) as walk:
+    throughput.texts += len(prompts)
+    with DecodingSession(half, mask) as session:
         for step in range(most):
             started = time.perf_counter()
-            chosen = choose(walk.go(ids))
-            _record(pace, step, running, prompts, time.perf_counter() - started)
-            found = chosen.tolist()
-            yield [token if runs else None for token, runs in zip(found, running, strict=True)]
-            running = [runs and token not in stops for token, runs in zip(found, running, strict=True)]
+            chosen = choose(session.step(ids))
+            seconds = time.perf_counter() - started
+
+            is_first = step == 0
+            count = sum(map(len, prompts)) if is_first else sum(running)
+            throughput.add_pass(of_prompts=is_first, tokens=count, seconds=seconds)
+
+            tokens = chosen.tolist()
+            yield [token if runs else None for token, runs in zip(tokens, running, strict=True)]
+
+            running = [runs and token not in stops for token, runs in zip(tokens, running, strict=True)]
             if not any(running):
                 return
-            ids = torch.tensor([[t if runs else stops[0]] for t, runs in zip(found, running, strict=True)])
-
-
-def _record(pace: Pace, step: int, running: Sequence[bool], prompts: Sequence[Sequence[int]], seconds: float) -> None:
-    if not step:
-        pace.read += sum(map(len, prompts))
-        pace.read_seconds += seconds
-        return
-    pace.written += sum(running)
-    pace.written_seconds += seconds
-    pace.passes += 1
+            # A text that has ended is fed a stop token, as padding.
+            ids = torch.tensor([[token if runs else stops[0]] for token, runs in zip(tokens, running, strict=True)])

@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest one, or one that is drawn."""
+"""The choice of the next token: the likeliest one, or one drawn at random."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fedsplit.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Options of the choice.
 
     Attributes:
-        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest one always.
-        top_k: Draws among so many of the likeliest; 0 among all.
-        top_p: Draws among the fewest likeliest that have this probability together (1904.09751).
-        seed: Decides what is drawn.
+        temperature: Divisor of the logits before a token is drawn; 0: always take the likeliest token.
+        top_k: Number of likeliest tokens to draw from; 0: all.
+        top_p: Draw from the smallest set of likeliest tokens with this total probability (1904.09751).
+        seed: Seed of the draws.
     """
 
     temperature: float = 0.0
@@ -30,33 +30,45 @@ class Sampling:
 
 
 class Chooser:
-    """Chooses the next token of some sequences.
+    """Chooses the next token of each sequence in a batch.
 
-    Every sequence draws from a generator of its own, so that what it becomes does not depend on those beside it.
+    Each sequence has its own random generator, so that its text does not depend on the other sequences.
+
+    Example:
+        >>> choose = Chooser(Sampling(temperature=0.0), prompts=[0])
+        >>> choose(torch.tensor([[0.1, 2.0, 0.3]])).tolist()
+        [1]
     """
 
-    def __init__(self, how: Sampling, prompts: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, prompts: Sequence[int]) -> None:
         """Seeds the generators.
 
         Args:
-            how: How to choose.
-            prompts: The numbers of the sequences' prompts among all, which name their generators.
+            sampling: Options of the choice.
+            prompts: Number of each sequence's prompt among all prompts; it seeds the sequence's generator.
         """
-        self._draws, self._warp = how.temperature > 0, LogitsProcessorList()
-        if self._draws and how.temperature != 1:
-            self._warp.append(TemperatureLogitsWarper(how.temperature))
-        if how.top_k:
-            self._warp.append(TopKLogitsWarper(how.top_k))
-        if how.top_p < 1:
-            self._warp.append(TopPLogitsWarper(how.top_p))
-        self._generators = [torch.Generator().manual_seed(derive_seed(how.seed, "prompt", n)) for n in prompts]
+        self._draws = sampling.temperature > 0
+        self._warp = LogitsProcessorList()
+        if self._draws and sampling.temperature != 1:
+            self._warp.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self._warp.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warp.append(TopPLogitsWarper(sampling.top_p))
+        seeds = [derive_seed(sampling.seed, "prompt", number) for number in prompts]
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits (B, V) of the next tokens to their ids (B,)."""
+        """Returns the ids of the chosen tokens (B,), given their logits (B, V)."""
         scores = logits.float()
         if not self._draws:
             return scores.argmax(-1)
-        # None of these looks at the tokens so far.
-        odds = torch.softmax(self._warp(torch.empty(len(scores), 0, dtype=torch.long), scores), -1)
-        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(odds.split(1), self._generators, strict=True)]
+
+        # The warpers want the tokens so far as well, but none of these three looks at them.
+        no_tokens = torch.empty(len(scores), 0, dtype=torch.long)
+        probabilities = torch.softmax(self._warp(no_tokens, scores), -1)
+        drawn = [
+            torch.multinomial(row, 1, generator=generator)
+            for row, generator in zip(probabilities.split(1), self._generators, strict=True)
+        ]
         return torch.cat(drawn).squeeze(1)

@@ -1,4 +1,4 @@
-"""Texts on the screen while they are written."""
+"""Shows texts on the screen while they are being written."""
 
 from __future__ import annotations
 
@@ -6,73 +6,91 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_BEFORE = 8
-"""Tokens of a prompt that are looked at, since some tokenizers write a token otherwise at the beginning of a text."""
+"""Character that tokenizers decode half a character to."""
+
+_CONTEXT = 8
+"""Number of prompt tokens to decode with: some tokenizers decode a token otherwise at the beginning of a text."""
 
 
-class Words:
-    """Tokens to text, piece by piece: what the next token may still change, half a character, waits for it."""
+class Detokeniser:
+    """Decodes the tokens of a text one by one. Half a character waits for the token that completes it."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
-        """Nothing has come yet.
+        """Begins behind a prompt.
 
         Args:
-            tokenizer: The library's.
-            prompt: The tokens before those that come; what they stand for is not given out.
+            tokenizer: Tokenizer of transformers.
+            prompt: Token ids of the prompt, whose text is not returned.
         """
-        self._tokenizer, self._ids = tokenizer, list(prompt[-_BEFORE:])
-        self._given = len(self._read())
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-_CONTEXT:])
+        self._returned = len(self._decode())
 
-    def _read(self) -> str:
+    def _decode(self) -> str:
         text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def add(self, token: int) -> str:
-        """A token to the text that is certain now."""
+        """Adds a token and returns the text that has become certain."""
         self._ids.append(token)
-        text = self._read()
-        return "" if text.endswith(_BROKEN) else self._give(text)
+        text = self._decode()
+        return "" if text.endswith(_BROKEN) else self._new_part(text)
 
     def end(self) -> str:
-        """What waited for a token that does not come."""
-        return self._give(self._read())
+        """Returns the text that still waits for a token, although none follows."""
+        return self._new_part(self._decode())
 
-    def _give(self, text: str) -> str:
-        piece, self._given = text[self._given :], max(self._given, len(text))
+    def _new_part(self, text: str) -> str:
+        piece = text[self._returned :]
+        self._returned = max(self._returned, len(text))
         return piece
 
 
-class InTurn:
-    """Shows texts that are written at the same time one after the other, the first of them as it comes."""
+class OrderedOutput:
+    r"""Shows several texts in order, although they are written at the same time.
+
+    The first unfinished text is shown piece by piece. Later texts wait until it ends.
+
+    Example:
+        >>> output = OrderedOutput(["One:", "Two:"], write=lambda piece: print(repr(piece)))
+        'One:'
+        >>> output.add(1, " late")
+        >>> output.add(0, " first")
+        ' first'
+        >>> output.end(0)
+        '\n'
+        'Two: late'
+    """
 
     def __init__(self, heads: Sequence[str], write: Callable[[str], object]) -> None:
-        """Shows how the first text begins.
+        """Shows the beginning of the first text.
 
         Args:
-            heads: How each text begins.
-            write: Shows a piece.
+            heads: Beginning of each text.
+            write: Function that shows a piece of text.
         """
-        self._waiting, self._write = list(heads), write
-        self._over = [False] * len(heads)
-        self._shown = 0
+        self._pending = list(heads)
+        self._write = write
+        self._ended = [False] * len(heads)
+        self._current = 0
         self._show()
 
     def add(self, number: int, piece: str) -> None:
-        """A text goes on."""
-        self._waiting[number] += piece
+        """Adds a piece to a text."""
+        self._pending[number] += piece
         self._show()
 
     def end(self, number: int) -> None:
-        """A text is over."""
-        self._waiting[number] += "\n"
-        self._over[number] = True
+        """Ends a text, with a line break."""
+        self._pending[number] += "\n"
+        self._ended[number] = True
         self._show()
 
     def _show(self) -> None:
-        while self._shown < len(self._waiting):
-            if piece := self._waiting[self._shown]:
+        while self._current < len(self._pending):
+            if piece := self._pending[self._current]:
                 self._write(piece)
-                self._waiting[self._shown] = ""
-            if not self._over[self._shown]:
+                self._pending[self._current] = ""
+            if not self._ended[self._current]:
                 return
-            self._shown += 1
+            self._current += 1

@@ -219,6 +219,10 @@ def family_of(model_type: str) -> Family:
 
     Raises:
         SettingError: There is no record for this type.
+
+    Example:
+        >>> family_of("gpt2").blocks
+        'h'
     """
     if model_type not in FAMILIES:
         needed = ", ".join(entry.name for entry in fields(Family) if _is_needed(entry))

@@ -238,8 +238,10 @@ def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor
         bool). And the probability to keep an element.
     """
     level = min(round(p * _LEVELS), _LEVELS - 1)
-    draws = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    bits = draws.view(torch.int16)[: shape.numel()].view(shape)
+    count = shape.numel()
+    draws = torch.empty(-(-count // 4), dtype=torch.int64, device=device)  # four elements to a draw of 64 bits
+    draws.random_(-(2**63), None)
+    bits = draws.view(torch.int16)[:count].view(shape)
     return bits.ge_(level - _LEVELS // 2).to(torch.int8), 1 - level / _LEVELS
 
 
@@ -269,6 +271,11 @@ def lora_linear(
 
     Returns:
         The output (..., O), in the type of the weight.
+
+    Example:
+        >>> x = torch.ones(1, 2)
+        >>> lora_linear(x, torch.eye(2), None, down=torch.ones(1, 2), up=torch.ones(2, 1), scaling=0.5)
+        tensor([[2., 2.]])
     """
     output: Tensor = _LoraLinear.apply(x, weight, bias, down, up, scaling, dropout)  # type: ignore[no-untyped-call]
     return output

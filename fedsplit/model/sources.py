@@ -74,20 +74,20 @@ def _check_folder(folder: Path) -> Path:
     return folder
 
 
-def config_folder(config: Config) -> Path:
+def config_folder(model: str) -> Path:
     """Returns a folder with the model's config.json and tokenizer. Its weights may not have been fetched yet.
 
     Args:
-        config: The run's settings.
+        model: Value of the setting `model`.
 
     Raises:
         SettingError: There is no such model, or it cannot be fetched.
 
     Example:
-        >>> sorted(file.name for file in config_folder(Config(model="sotu-gpt2")).glob("*.json"))
+        >>> sorted(file.name for file in config_folder("sotu-gpt2").glob("*.json"))
         ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json']
     """
-    source = _find(config.model)
+    source = _find(model)
     if isinstance(source, HubName):
         return hub.config_folder(source)
     if source.suffix == GGUF and source.is_file():
@@ -140,15 +140,15 @@ def _owner(config: Config, folder: Path, kinds: Sequence[str]) -> Callable[[str]
     return owns
 
 
-def pinned(config: Config) -> str:
+def pinned(model: str) -> str:
     """Returns the model's name; for a model of the Hub, with the commit that the name stands for now.
 
     Raises:
         SettingError: There is no such model, or it cannot be fetched.
     """
-    source = _find(config.model)
+    source = _find(model)
     if not isinstance(source, HubName):
-        return config.model
+        return model
     commit = hub.config_folder(source).name
     return str(HubName(source.repository, commit))
 

@@ -68,6 +68,9 @@ def load_tokenizer(path: Path) -> Any:
 def open_tokenizer(folder: Path) -> TextTokenizer:
     """Returns the `TextTokenizer` of a model's folder.
 
+    Args:
+        folder: Folder of the model.
+
     Raises:
         SettingError: The folder has no tokenizer, or it cannot be read.
     """

@@ -69,6 +69,11 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 
     Raises:
         ValueError: The folder has no weights, or its index cannot be read.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> find_tensors(BUNDLED_MODEL)["transformer.wte.weight"].name
+        'model.safetensors'
     """
     if (folder / WEIGHTS).is_file():
         return dict.fromkeys(_names(folder / WEIGHTS), folder / WEIGHTS)

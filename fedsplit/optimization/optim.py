@@ -99,18 +99,19 @@ def moments(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Te
 def restore(
     optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Tensor], kept: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `moments`, as far as they still fit.
+    """Sets the memory of an optimiser to what `moments` returned, as far as it still fits; nothing else is left of it.
 
     What an optimiser remembers of a parameter that does not train now, or that has another shape by now, is left out:
     that parameter begins anew.
 
     Args:
-        optimizer: A new optimiser; None remembers nothing.
+        optimizer: The optimiser; None remembers nothing.
         parameters: What it trains, by name.
         kept: What `moments` told.
     """
     if optimizer is None:
         return
+    optimizer.state.clear()  # there may have been no step before the round that is taken back
     for name, value in fitting(kept, parameters).items():
         owner, _, what = name.rpartition(":")
         parameter = parameters[owner]

@@ -1,1 +1,1 @@
-"""Runs that are finished: opened whole, merged into ordinary models."""
+"""Finished runs: opened as the unsplit model, measured, merged into ordinary models."""

@@ -1,4 +1,4 @@
-"""What finished runs left: their folders, and the PEFT adapters in them."""
+"""Finished runs: their folders, and the PEFT adapters in them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fedsplit.documents import build
 from fedsplit.flags import read_toml
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""What PEFT calls the two files of an adapter."""
+"""Names of the two files of a PEFT adapter."""
 
 PICKLED = "adapter_model.bin"
-"""What PEFT called the second one before, which may hold code."""
+"""Former name of the second file; it is a pickle, which may hold code."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Adapter:
     """A PEFT adapter in a folder.
 
     Attributes:
-        folder: Where.
-        model: The base model it is for, as `--model` names it.
-        dtype: The type in which its run held that model, one of `fedsplit.allowed.DTYPES`.
-        name: What to call it.
-        cut: The run's cut.
-        quantization: What of that model its run held in 4 or 8 bits, as in the settings.
-        classes: The names of the classes that it tells, where its run learned to and says so.
+        folder: The folder.
+        model: Base model, as `--model` names it.
+        dtype: Type of the base model in the run, one of `fedsplit.allowed.DTYPES`.
+        name: Name of the adapter on the screen.
+        cut: Cut of the run.
+        quantization: Parts of the base model that the run held in 4 or 8 bits, as in the settings.
+        classes: Names of the classes, if the run trained a classifier and recorded them.
     """
 
     folder: Path
@@ -47,35 +47,37 @@ class Adapter:
 
     @property
     def model_path(self) -> Path:
-        """The folder of its base model.
+        """Folder of the base model, fetched from the Hub if need be.
 
         Raises:
-            SettingError: There is no such model, or it cannot be had.
+            SettingError: There is no such model, or it cannot be fetched.
         """
-        from fedsplit.model.sources import weights_folder  # not before the environment is set that its libraries read
+        from fedsplit.model.sources import (
+            weights_folder,  # late: its libraries read the environment, which is set first
+        )
 
         return weights_folder(Config(model=self.model, dtype=self.dtype))
 
     @property
     def about_path(self) -> Path:
-        """A folder that has all of its base model but the weights.
+        """Folder with all files of the base model but its weights, fetched from the Hub if need be.
 
         Raises:
-            SettingError: There is no such model, or it cannot be had.
+            SettingError: There is no such model, or it cannot be fetched.
         """
         from fedsplit.model.sources import config_folder  # as above
 
-        return config_folder(Config(model=self.model, dtype=self.dtype))
+        return config_folder(self.model)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that came to its end.
+    """A finished run.
 
     Attributes:
-        path: Its folder.
-        config: Its settings.
-        summary: Its summary.
+        path: Folder of the run.
+        config: Settings of the run.
+        summary: Content of summary.json.
     """
 
     path: Path
@@ -84,43 +86,55 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What to call it: its folder's name."""
+        """Name of the run on the screen: the name of its folder."""
         return self.path.resolve().name
 
     @property
     def personal(self) -> list[int]:
-        """The clients that have an adapter of their own."""
-        found = (self.path / "personal").glob("*")
-        return sorted(int(folder.name) for folder in found if re.fullmatch(r"\d{4,}", folder.name, re.ASCII))
+        """Numbers of the clients with a personal adapter."""
+        folders = (self.path / "personal").glob("*")
+        return sorted(int(folder.name) for folder in folders if re.fullmatch(r"\d{4,}", folder.name, re.ASCII))
 
     @property
     def parts(self) -> dict[str, Path]:
-        """The adapter's folder of each part."""
+        """Folder of each part's adapter."""
         return {part: self.path / f"{part}_lora" for part in PARTS}
 
-    def adapter(self, client: int | None = None) -> Adapter:
-        """The run's adapter, or a client's own.
-
-        Args:
-            client: The number of the client; None for what all share.
+    def check_shared(self) -> None:
+        """Checks that all clients share one adapter.
 
         Raises:
-            SettingError: The client has none.
+            InputError: Clients have personal adapters, so that one client must be named.
+        """
+        if self.personal:
+            numbers = _listed(self.personal)
+            raise InputError(
+                f"in the run in {self.path} every client has an adapter of its own: say --client, one of {numbers}"
+            )
+
+    def adapter(self, client: int | None = None) -> Adapter:
+        """Returns the adapter that all clients share, or a client's personal adapter.
+
+        Args:
+            client: Number of the client; None for the shared adapter.
+
+        Raises:
+            SettingError: The client has no personal adapter.
         """
         if client is None:
             return self._adapter(self.path / "adapter", self.name)
         if client not in self.personal:
-            words = f"one of {_listed(self.personal)}" if self.personal else "none: in this run all clients share one"
-            raise SettingError("client", client, f"{words}, the clients with an adapter of their own")
+            allowed = f"one of {_listed(self.personal)}" if self.personal else "none: in this run all clients share one"
+            raise SettingError("client", client, f"{allowed}, the clients with an adapter of their own")
         return self._adapter(self.path / "personal" / f"{client:04d}", f"{self.name}-client-{client:04d}")
 
     def _adapter(self, folder: Path, name: str) -> Adapter:
+        check_files(folder)
         config = self.config
-        bits, classes = config.quantization, self._classes()
-        return Adapter(_whole(folder), config.model, config.dtype, name, config.cut, bits, classes)
+        return Adapter(folder, config.model, config.dtype, name, config.cut, config.quantization, self._classes())
 
     def _classes(self) -> tuple[str, ...]:
-        """The names of the classes, by what the run wrote of its data; none where it wrote none."""
+        """Returns the names of the classes from the run's data.json; nothing if it holds none."""
         if self.config.data.format != "classification":
             return ()
         try:
@@ -133,52 +147,64 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _whole(folder: Path) -> Path:
-    """The folder of an adapter, if it has the files.
+def check_files(folder: Path) -> None:
+    """Checks that a folder holds both files of a PEFT adapter.
 
     Raises:
-        InputError: It does not.
+        InputError: A file is missing.
+
+    Example:
+        >>> check_files(Path("nowhere"))
+        Traceback (most recent call last):
+        fedsplit.allowed.InputError: nowhere is no adapter: there is no adapter_config.json in it
     """
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             pickled = f" ({PICKLED} is not read, since it may hold code)" if (folder / PICKLED).is_file() else ""
             raise InputError(f"{folder} is no adapter: there is no {name} in it{pickled}")
-    return folder
 
 
 def open_run(path: Path) -> Run:
-    """Opens the folder of a run that came to its end.
+    """Opens the folder of a finished run.
 
     Raises:
-        InputError: There is no such folder, it is not a run's, or the run did not end.
+        InputError: There is no such folder, it holds no run, or the run did not end.
+
+    Example:
+        >>> open_run(Path("nowhere"))
+        Traceback (most recent call last):
+        fedsplit.allowed.InputError: nowhere is no folder of a run: there is no such folder
     """
     if not path.is_dir():
         raise InputError(f"{path} is no folder of a run: there is no such folder")
     if not (path / "config.toml").is_file():
         raise InputError(f"{path} is no folder of a run: there is no config.toml in it")
     config = build(*read_toml(path / "config.toml"))
+
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         rounds = int(summary["rounds"])
     except (OSError, ValueError, KeyError, TypeError):
         rounds = 0
-    if rounds >= config.rounds:
-        _check_summary(path, summary)
+    if not rounds:
+        raise InputError(f"the run in {path} did not end (there is no summary.json of it); --resume goes on")
     if rounds < config.rounds:
-        done = f"{rounds} of its {config.rounds} rounds are" if rounds else "there is no summary.json of it"
-        raise InputError(f"the run in {path} did not end ({done}{' summed up' if rounds else ''}); --resume goes on")
+        done = f"{rounds} of its {config.rounds} rounds are summed up"
+        raise InputError(f"the run in {path} did not end ({done}); --resume goes on")
+    _check_summary(path, summary)
     return Run(path, config, summary)
 
 
 def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Makes sure that a summary has what commands after a run show of it.
+    """Checks that a summary holds the values that commands after a run show.
 
     Raises:
-        InputError: It has not.
+        InputError: A value is missing or is no number.
     """
     try:
         for part in PARTS:
-            int(summary["parameters"][part]["total"]), int(summary["parameters"][part]["trainable"])
+            int(summary["parameters"][part]["total"])
+            int(summary["parameters"][part]["trainable"])
         for when in ("before", "after"):
             float(summary["eval_loss"][when])
         for count in dict(summary["bytes"]).values():
@@ -187,28 +213,18 @@ def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
         raise InputError(f"the run in {path} has a damaged summary.json ({type(error).__name__}: {error})") from None
 
 
-def whole_files(adapter: Adapter) -> Adapter:
-    """An adapter whose folder has the files of one.
-
-    Raises:
-        InputError: It has not.
-    """
-    _whole(adapter.folder)
-    return adapter
-
-
 def find_adapter(path: Path, client: int | None = None) -> Adapter:
-    """The adapter of a run's folder, or that of a folder PEFT wrote, such as a combined one.
+    """Returns the adapter in a run's folder, or in a folder that PEFT or `fedsplit.adapters` wrote.
 
     Args:
         path: The folder.
-        client: Of a run, the client whose own adapter it is to be; None for what all share.
+        client: In a run: number of the client whose personal adapter to return; None for the shared adapter.
 
     Raises:
-        InputError: There is no such folder, it is neither, or the client has no adapter of its own.
+        InputError: The folder does not exist or holds neither, or the client has no personal adapter.
     """
     if not (path / ADAPTER_FILES[0]).is_file():
-        _check_single(path)
+        _check_one_adapter(path)
         return open_run(path).adapter(client)
     if client is not None:
         raise InputError(f"{path} is an adapter, not a run: it has no clients")
@@ -219,69 +235,77 @@ def find_adapter(path: Path, client: int | None = None) -> Adapter:
         model = from_peft(str(document["base_model_name_or_path"]), document.get("revision"))
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no adapter: its {ADAPTER_FILES[0]} names no base model") from None
-    return Adapter(_whole(path), model, "fp32", path.resolve().name)
+    check_files(path)
+    return Adapter(path, model, "fp32", path.resolve().name)
 
 
-def _check_single(path: Path) -> None:
-    """Makes sure that a folder is not one of several adapters, as PEFT writes those of one model.
+def _check_one_adapter(path: Path) -> None:
+    """Checks that a folder does not hold several adapters, as PEFT writes the adapters of one model.
 
     Raises:
-        InputError: It is.
+        InputError: The folder holds several adapters.
     """
-    inside = sorted(found.parent.name for found in path.glob(f"*/{ADAPTER_FILES[0]}"))
+    inside = sorted(file.parent.name for file in path.glob(f"*/{ADAPTER_FILES[0]}"))
     if inside and not (path / "config.toml").exists():
         raise InputError(f"{path} holds several adapters, {', '.join(inside)}: name the folder of one of them")
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """Makes sure that adapters belong to one base model: one folder, or folders whose weights are the same bytes.
+    """Checks that adapters belong to one base model: to one folder, or to folders with equal weights.
 
     Raises:
-        InputError: They do not.
+        InputError: The adapters belong to different base models, or were trained on different types of one.
     """
     first = adapters[0]
     for other in adapters[1:]:
-        if _held(other) != _held(first):
-            both = f"{first.folder} in {_held(first)}, {other.folder} in {_held(other)}"
+        if _types_of_base(other) != _types_of_base(first):
+            both = f"{first.folder} in {_types_of_base(first)}, {other.folder} in {_types_of_base(other)}"
             raise InputError(f"the adapters were trained on base models of different types: {both}")
         if other.model != first.model and not _same_weights(first.model_path, other.model_path):
             both = f"{first.folder} of {first.model}, {other.folder} of {other.model}"
             raise InputError(f"the adapters belong to different base models: {both}")
 
 
-def _held(adapter: Adapter) -> str:
-    """The types in which an adapter's run held the base model, in words."""
+def _types_of_base(adapter: Adapter) -> str:
+    """Returns in words the types of the base model in an adapter's run."""
     bits = adapter.quantization
     return f"{adapter.dtype} with {bits} bits at the cut {adapter.cut}" if bits else adapter.dtype
 
 
-def _same_weights(one: Path, two: Path) -> bool:
-    if one.resolve() == two.resolve():
+def _same_weights(left: Path, right: Path) -> bool:
+    """Tells whether two models' folders hold the same weights, byte by byte."""
+    if left.resolve() == right.resolve():
         return True
     from fedsplit.model.weight_files import find_tensors  # takes a while to import
 
-    files = [{file.name: file for file in find_tensors(path).values()} for path in (one, two)]
-    if files[0].keys() != files[1].keys():
+    left_files = {file.name: file for file in find_tensors(left).values()}
+    right_files = {file.name: file for file in find_tensors(right).values()}
+    if left_files.keys() != right_files.keys():
         return False
-    return all(filecmp.cmp(file, files[1][name], shallow=False) for name, file in files[0].items())
+    return all(filecmp.cmp(file, right_files[name], shallow=False) for name, file in left_files.items())
 
 
 def copy_adapter(adapter: Adapter, folder: Path) -> None:
-    """Copies an adapter's files into a folder, which is made."""
+    """Copies an adapter's files into a new folder."""
     folder.mkdir(parents=True)
     for name in ADAPTER_FILES:
         shutil.copyfile(adapter.folder / name, folder / name)
 
 
 def as_tasks(adapters: Sequence[Adapter], names: Sequence[str] = ()) -> dict[str, Adapter]:
-    """Adapters by the names under which PEFT switches between them.
+    """Returns adapters by the names under which PEFT's `set_adapter` will switch between them.
 
     Args:
-        adapters: All of one base model.
-        names: Their names; those of their runs where none are given, without what PEFT does not allow.
+        adapters: Adapters of one base model.
+        names: Name of each adapter. By default the names of their runs, with - for characters that PEFT refuses.
 
     Raises:
-        InputError: There are not as many names as adapters, two are equal, or PEFT does not allow one.
+        InputError: There are not as many names as adapters, two names are equal, or PEFT refuses one.
+
+    Example:
+        >>> adapters = [Adapter(Path(folder), "gpt2", "fp32", name=folder) for folder in ("run 1", "run 2")]
+        >>> list(as_tasks(adapters))
+        ['run-1', 'run-2']
     """
     if names and len(names) != len(adapters):
         raise InputError(f"names: {len(names)} for {len(adapters)} adapters ({', '.join(a.name for a in adapters)})")

@@ -1,7 +1,7 @@
-"""An adapter's file, checked against its own configuration and its base model before any command uses it.
+"""Checks an adapter's file against its configuration and its base model, before any command uses the adapter.
 
-PEFT warns of a tensor that the file lacks, and says nothing of one that has no place. Both change what the model
-computes. The check asks PEFT where each tensor belongs, on a model without weights, so that it costs no memory.
+PEFT only warns of a missing tensor, and is silent about a tensor without a place in the model. Either changes what the
+model computes. The check asks PEFT where each tensor belongs, on a model without weights, which costs no memory.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from fedsplit.tensor_files import load_tensors
 from fedsplit.updates import Adapters
 
 PREFIX = "base_model.model."
-"""The beginning of every name in a file that PEFT wrote."""
+"""Beginning of every tensor name in a file that PEFT wrote."""
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
-"""PEFT's names of the tasks whose models are known here; None leaves it open."""
+"""PEFT's names of the tasks that are supported; None in a configuration leaves the task open."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where PEFT puts the tensors of an adapter's file, on a model.
+    """The result of loading an adapter's file into a model by PEFT.
 
     Attributes:
-        missing: Names of parameters that the configuration promises and the file does not set.
-        unexpected: Names of tensors in the file that have no place.
+        missing: Names of adapter parameters that the configuration creates and the file does not set.
+        unexpected: Names of tensors in the file without a place in the model.
     """
 
     missing: list[str]
@@ -49,116 +49,128 @@ class Placed:
 
 
 def read_adapter(adapter: Adapter) -> Adapters:
-    """Reads an adapter, whose numbers must all be finite.
+    """Reads the tensors of an adapter.
 
     Raises:
-        InputError: It cannot be read, or holds NaN or infinite values.
+        InputError: The file cannot be read, or holds NaN or infinite values.
     """
     try:
-        read = run_adapters.load(adapter.folder)
-    except Exception as error:  # noqa: BLE001  # whatever the libraries make of a broken file
+        adapters = run_adapters.load(adapter.folder)
+    except Exception as error:  # noqa: BLE001  # a broken file can make the libraries raise anything
         raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason_of(error)})") from None
-    for name, tensor in read.tensors.items():
+    for name, tensor in adapters.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"the adapter in {adapter.folder} holds NaN or infinite values in {name}")
-    return read
+    return adapters
 
 
 def read_fitting(adapter: Adapter) -> Adapters:
-    """Reads an adapter, and makes sure that it is whole and fits its base model.
+    """Reads an adapter, and checks that it is complete and fits its base model.
 
     Returns:
-        Its tensors. Layers know by the model, not by the file, whether their weights are stored transposed: PEFT writes
-        what it found at the last layer.
+        The adapter's tensors and layers. The model tells which layers store their weight transposed: the file cannot,
+        since PEFT writes one answer for all layers, that of the last.
 
     Raises:
-        InputError: It cannot be read; or it has a tensor without a place, lacks one that its configuration promises,
-            or has one of another shape.
-        SettingError: Its base model is not there.
+        InputError: The file cannot be read; or a tensor has no place in the model, is missing, or has another shape.
+        SettingError: The base model is missing.
     """
-    read = read_adapter(adapter)
+    adapters = read_adapter(adapter)
     path = adapter.about_path
     if prompts.kind_of(adapter.folder) is not None:
-        _check_prompt(adapter, read, empty_model(path).config)
-        return read
-    model = empty_model(path, classes_in(read))
-    transposed = transposed_layers(model)
-    _check_placed(adapter, model, path, classes_in(read))
-    layers = {
-        name: replace(layer, transposed=name in transposed) if layer.parameter == "weight" else layer
-        for name, layer in read.layers.items()
-    }
-    return replace(read, layers=layers)
+        _check_prompt(adapter, adapters, empty_model(path).config)
+        return adapters
+
+    classes = classes_in(adapters)
+    model = empty_model(path, classes)
+    transposed = transposed_layers(model)  # before PEFT changes the model in the check
+    _check_placed(adapter, model, path, classes)
+
+    layers = dict(adapters.layers)
+    for name, layer in adapters.layers.items():
+        if layer.parameter == "weight":
+            layers[name] = replace(layer, transposed=name in transposed)
+    return replace(adapters, layers=layers)
 
 
 def read_known(adapter: Adapter) -> tuple[Adapters, bool]:
-    """Reads an adapter, and makes sure that it fits its base model where that is here.
+    """Reads an adapter, and checks that it fits its base model if the model is here.
 
     Returns:
-        The adapter, and whether its model is here; without it only the file itself can be checked.
+        The adapter, and whether its model is here. Without the model, only the file alone is checked.
 
     Raises:
-        InputError: As `read_fitting` does.
+        InputError: As in `read_fitting`.
     """
     try:
-        adapter.about_path  # noqa: B018  # looks for the model
+        adapter.about_path  # noqa: B018  # the property looks for the model
     except SettingError:
         return read_adapter(adapter), False
     return read_fitting(adapter), True
 
 
 def leaves_base(adapter: Adapter) -> bool:
-    """Whether the base model is as it was when PEFT has taken an adapter off again.
+    """Tells whether the base model is unchanged after PEFT has attached an adapter and taken it off again.
 
-    It is not where the file holds weights of the base, such as biases, which PEFT writes into it.
+    Some adapters hold weights of the base model, such as biases. PEFT writes these into the model for good.
     """
     config = PeftConfig.from_pretrained(str(adapter.folder))
     if config.peft_type != "LORA":
-        return not getattr(config, "modules_to_save", None) or {*config.modules_to_save} <= {HEAD, SCORE}
-    plain = [name for name in read_adapter(adapter).tensors if ".lora_" not in name or ".base_layer.weight" in name]
-    neutral = config.init_lora_weights in lora.NEUTRAL_STARTS and not config.layer_replication
-    return neutral and {*plain} <= {HEAD_WEIGHT, lora.SCORE_WEIGHT}
+        replaced = getattr(config, "modules_to_save", None) or ()
+        return {*replaced} <= {HEAD, SCORE}
+    base_weights = {
+        name for name in read_adapter(adapter).tensors if ".lora_" not in name or ".base_layer.weight" in name
+    }
+    keeps_base_at_start = config.init_lora_weights in lora.NEUTRAL_STARTS and not config.layer_replication
+    return keeps_base_at_start and base_weights <= {HEAD_WEIGHT, lora.SCORE_WEIGHT}
 
 
 def more_than_factors(adapter: Adapter) -> str:
-    """Names what an adapter does beside adding s * B @ A to layers; "" where it does nothing else."""
+    """Returns in words what an adapter does beside adding s * B @ A to layers; "" if it does nothing else."""
     config = PeftConfig.from_pretrained(str(adapter.folder))
     return lora.beyond_factors(config, read_adapter(adapter).tensors)
 
 
-def classes_in(read: Adapters) -> int:
-    """The classes that an adapter tells, of which it has a head (C, D); 0 where it predicts tokens."""
-    return len(read.tensors[lora.SCORE_WEIGHT]) if lora.SCORE_WEIGHT in read.tensors else 0
+def classes_in(adapters: Adapters) -> int:
+    """Returns the number of classes by an adapter's classification head (C, D); 0 if the adapter predicts tokens.
+
+    Example:
+        >>> classes_in(Adapters({"score.weight": torch.zeros(3, 8)}, {}))
+        3
+    """
+    head = adapters.tensors.get(lora.SCORE_WEIGHT)
+    return 0 if head is None else len(head)
 
 
-def _check_prompt(adapter: Adapter, read: Adapters, model: Any) -> None:
-    """Makes sure that virtual tokens or prefixes are as many, and as wide, as promised.
+def _check_prompt(adapter: Adapter, adapters: Adapters, model_config: Any) -> None:
+    """Checks the number and width of virtual tokens or prefixes against the configuration and the model.
 
     Raises:
-        InputError: They are not.
+        InputError: The file holds other tensors, or tensors of another shape.
     """
-    config, kind = PeftConfig.from_pretrained(str(adapter.folder)), prompts.kind_of(adapter.folder)
+    config = PeftConfig.from_pretrained(str(adapter.folder))
+    kind = prompts.kind_of(adapter.folder)
     assert kind is not None
-    wanted = config.num_virtual_tokens, prompts.saved_width(kind, model)
-    _check_names(adapter, {prompts.SAVED: wanted}, read.tensors)
+    shape = config.num_virtual_tokens, prompts.saved_width(kind, model_config)
+    _check_names(adapter, {prompts.SAVED: shape}, adapters.tensors)
 
 
 def _check_placed(adapter: Adapter, model: Any, path: Path, classes: int) -> None:
-    """Makes sure that each tensor has its place in a model, and each place its tensor.
+    """Checks that each tensor of an adapter's file has a place in the model, and that none is missing.
 
     Args:
         adapter: The adapter.
-        model: The model without weights.
-        path: The model's folder.
-        classes: Those that the adapter tells.
+        model: The base model without weights.
+        path: Folder of the model.
+        classes: Number of classes of the adapter's head; 0 if the adapter predicts tokens.
 
     Raises:
-        InputError: It is not so, or PEFT cannot put such an adapter on such a model.
+        InputError: A tensor has no place, or is missing; or PEFT cannot attach such an adapter to the model.
     """
     config = PeftConfig.from_pretrained(str(adapter.folder))
     if config.task_type not in TASKS:
-        words = f"it is made for the task {config.task_type}; allowed: CAUSAL_LM and SEQ_CLS"
-        raise InputError(f"the adapter in {adapter.folder} does not fit the model: {words}")
+        reason = f"it is made for the task {config.task_type}; allowed: CAUSAL_LM and SEQ_CLS"
+        raise InputError(f"the adapter in {adapter.folder} does not fit the model: {reason}")
     tensors = load_tensors(adapter.folder / ADAPTER_FILES[1])
     try:
         try:
@@ -166,66 +178,85 @@ def _check_placed(adapter: Adapter, model: Any, path: Path, classes: int) -> Non
         except (NotImplementedError, RuntimeError) as error:
             if "meta" not in str(error):
                 raise
-            # A few kinds look at values as they start: they get a model with weights, though not with the right ones.
-            filled = empty_model(path, classes).to_empty(device="cpu")
-            for parameter in filled.parameters():
+            # A few kinds of adapters compute with the base weights at their start. Random weights do for the check.
+            random_model = empty_model(path, classes).to_empty(device="cpu")
+            for parameter in random_model.parameters():
                 parameter.data.normal_()
-            placed = _placed(config, tensors, filled, "cpu")
-    except Exception as error:  # noqa: BLE001  # whatever PEFT makes of a configuration that it did not write
+            placed = _placed(config, tensors, random_model, "cpu")
+    except Exception as error:  # noqa: BLE001  # a configuration that PEFT did not write can make it raise anything
         raise InputError(f"the adapter in {adapter.folder} does not fit the model ({reason_of(error)})") from None
     if placed.unexpected:
-        words = f"it has {_listed(placed.unexpected)}, for which there is no place"
-        raise InputError(f"the adapter in {adapter.folder} does not fit the model: {words}")
+        reason = f"it has {_listed(placed.unexpected)}, for which there is no place"
+        raise InputError(f"the adapter in {adapter.folder} does not fit the model: {reason}")
     if placed.missing:
-        words = f"it lacks {_listed(placed.missing)}, which its {ADAPTER_FILES[0]} promises"
-        raise InputError(f"the adapter in {adapter.folder} is not whole: {words}")
+        reason = f"it lacks {_listed(placed.missing)}, which its {ADAPTER_FILES[0]} promises"
+        raise InputError(f"the adapter in {adapter.folder} is not whole: {reason}")
 
 
 def _placed(config: Any, tensors: Mapping[str, Tensor], model: Any, device: str) -> Placed:
-    """Puts an adapter on a model as PEFT does, and takes note of what was left over on either side."""
+    """Loads an adapter's tensors into a model by PEFT.
+
+    Args:
+        config: PEFT configuration of the adapter.
+        tensors: Content of the adapter's file.
+        model: The model, which is changed.
+        device: Device of the model.
+
+    Returns:
+        The names left over on either side.
+
+    Raises:
+        ValueError: A tensor has another shape than its place.
+    """
     config = copy.deepcopy(config)
     if config.peft_type == "LORA" and isinstance(config.init_lora_weights, str):
-        config.init_lora_weights = False  # a start from the base's weights, which changes no name and no shape
+        # Such a start computes with the base weights, but names and shapes are those of the plain start.
+        config.init_lora_weights = False
     with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")
         tuned = get_peft_model(model, config)
         state = tuned.state_dict()
         saved = get_peft_model_state_dict(tuned, state_dict=state, save_embedding_layers=False)
-        # PEFT renames what it saves, and keeps the tensors: by these the two kinds of names are matched.
-        names = {id(tensor): name for name, tensor in saved.items()}
-        promised = {name: names[id(tensor)] for name, tensor in state.items() if id(tensor) in names}
-        trained = {name for name, _ in tuned.named_parameters(remove_duplicate=False)}
-        promised = {name: plain for name, plain in promised.items() if name in trained}  # buffers are computed anew
-        _check_shapes({plain: tuple(state[name].shape) for name, plain in promised.items()}, tensors)
-        found = set_peft_model_state_dict(tuned, dict(tensors))
-    missing = sorted({promised[name].removeprefix(PREFIX) for name in found.missing_keys if name in promised})
-    return Placed(missing, sorted(name.removeprefix(PREFIX) for name in found.unexpected_keys))
+        # PEFT saves the same tensor objects under other names: match the two kinds of names by the objects.
+        saved_names = {id(tensor): name for name, tensor in saved.items()}
+        parameters = {name for name, _ in tuned.named_parameters(remove_duplicate=False)}
+        expected = {  # parameters alone: buffers are computed, not loaded
+            name: saved_names[id(tensor)]
+            for name, tensor in state.items()
+            if id(tensor) in saved_names and name in parameters
+        }
+        _check_shapes({saved_name: tuple(state[name].shape) for name, saved_name in expected.items()}, tensors)
+        result = set_peft_model_state_dict(tuned, dict(tensors))
+
+    missing = {expected[name].removeprefix(PREFIX) for name in result.missing_keys if name in expected}
+    unexpected = [name.removeprefix(PREFIX) for name in result.unexpected_keys]
+    return Placed(sorted(missing), sorted(unexpected))
 
 
-def _check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """Makes sure that tensors have the shapes of their places.
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Checks the shapes of tensors; names that are not expected are ignored.
 
     Raises:
-        ValueError: One has not.
+        ValueError: A tensor has another shape than expected.
     """
     for name, tensor in tensors.items():
-        if name in wanted and tuple(tensor.shape) != wanted[name]:
-            raise ValueError(f"{name.removeprefix(PREFIX)} is {tuple(tensor.shape)}, its place {wanted[name]}")
+        if name in expected and tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{name.removeprefix(PREFIX)} is {tuple(tensor.shape)}, its place {expected[name]}")
 
 
-def _check_names(adapter: Adapter, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """Makes sure that a file has certain tensors, and no others.
+def _check_names(adapter: Adapter, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Checks that a file holds the expected tensors, and no others.
 
     Raises:
-        InputError: It has not.
+        InputError: A tensor is missing, not expected, or of another shape.
     """
     begin = f"the adapter in {adapter.folder}"
-    if extra := sorted(tensors.keys() - wanted.keys()):
+    if extra := sorted(tensors.keys() - expected.keys()):
         raise InputError(f"{begin} does not fit the model: it has {extra[0]}, for which there is no place")
-    if missing := sorted(wanted.keys() - tensors.keys()):
+    if missing := sorted(expected.keys() - tensors.keys()):
         raise InputError(f"{begin} is not whole: it lacks {missing[0]}, which its {ADAPTER_FILES[0]} promises")
     try:
-        _check_shapes(wanted, tensors)
+        _check_shapes(expected, tensors)
     except ValueError as error:
         raise InputError(f"{begin} does not fit the model ({error})") from None
 
@@ -235,10 +266,15 @@ def _listed(names: list[str]) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What a library says, as one short line."""
+    r"""Returns the message of a library's error as one short line.
+
+    Example:
+        >>> reason_of(RuntimeError("Error(s) in loading:\nsize mismatch for a: torch.Size([2, 3]) is not [4]."))
+        'size mismatch for a: [2, 3] is not [4]'
+    """
     if isinstance(error, KeyError):
         return f"it lacks {str(error.args[0]).removeprefix(PREFIX)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    sizes = [line for line in lines if line.startswith("size mismatch")]
-    line = (sizes or lines or [type(error).__name__])[0]
+    mismatches = [line for line in lines if line.startswith("size mismatch")]
+    line = (mismatches or lines or [type(error).__name__])[0]
     return re.sub(r"torch\.Size\((\[[^]]*\])\)", r"\1", line).rstrip(".")

@@ -17,7 +17,7 @@ from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD_WEIGHT
 from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.model.unsplit import empty_model
-from fedsplit.results.finished import ADAPTER_FILES, Adapter, whole_files
+from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_files
 from fedsplit.results.fitting import classes_in, read_fitting
 from fedsplit.updates import Adapters
 
@@ -41,7 +41,8 @@ def check_initial(config: Config, family: Family, classes: int = 0) -> None:
     if not (folder / ADAPTER_FILES[0]).is_file():
         words = "the folder of a PEFT adapter of the unsplit model, such as RUN/adapter"
         raise SettingError("init_adapter", f"{folder} (it has no {ADAPTER_FILES[0]})", words)
-    filed = read_fitting(whole_files(Adapter(folder, config.model, config.dtype, folder.name)))
+    check_files(folder)
+    filed = read_fitting(Adapter(folder, config.model, config.dtype, folder.name))
     _check_kind(config, family)
     _check_head(config, filed, classes)
     made = _outline(config)
@@ -102,7 +103,7 @@ def _check_head(config: Config, filed: Adapters, classes: int) -> None:
     base = filed.tensors.get(initial_adapter.HEAD_BASE)
     if base is None:
         return
-    model = CheckpointReader(weights_folder(config), empty_model(config_folder(config)), base.dtype)
+    model = CheckpointReader(weights_folder(config), empty_model(config_folder(config.model)), base.dtype)
     if not torch.equal(base, model.parameter(HEAD_WEIGHT)):
         given = f"{config.init_adapter} (its {initial_adapter.HEAD_BASE} is not the model's)"
         raise SettingError("init_adapter", given, "an adapter that leaves the base weights as they are")

@@ -1,4 +1,4 @@
-"""The unsplit model after a run, for whoever may hold it: opened with an adapter, and measured."""
+"""The unsplit model after a run: opens the base model, attaches or merges an adapter, and measures the result."""
 
 from __future__ import annotations
 
@@ -30,17 +30,23 @@ from fedsplit.updates import Adapters
 
 
 def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0) -> Any:
-    """The base model as a run held it.
+    """Opens the base model in the type of a run.
 
     Args:
-        model_path: Its folder.
-        dtype: One of `fedsplit.allowed.DTYPES`.
-        device: Where to.
-        classes: Where above 0, a classifier of sequences with the head that the run began with.
-        seed: The run's, of which that head follows.
+        model_path: Folder of the model.
+        dtype: Type of the weights, one of `fedsplit.allowed.DTYPES`.
+        device: Device of the model.
+        classes: Number of classes, for a classifier of sequences with the head that the run began with; 0 for a
+            causal LM.
+        seed: Seed of the run, which that head is drawn from.
 
     Raises:
         SettingError: The folder holds no model, or a broken one.
+
+    Example:
+        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> open_base(BUNDLED_MODEL, "fp32").config.model_type
+        'gpt2'
     """
     facts = read_facts(model_path)
     check_checkpoint(model_path, dtype, classes)
@@ -51,70 +57,69 @@ def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes:
 
 
 def restore_head(base: Any, seed: int) -> None:
-    """Gives a classifier the head that a run of that seed began with."""
+    """Replaces a classifier's head by the head that a run of the given seed began with."""
     head = base.get_submodule(SCORE)
     head.weight = torch.nn.Parameter(lora.fresh_score(head.weight.shape, lora.spread_of(base.config), seed))
 
 
 def check_same_head(adapters: Mapping[Path, Adapters]) -> int:
-    """Makes sure that one base model, opened with one head, takes all of some adapters.
+    """Checks that one base model, opened with one head, suits all of some adapters.
 
     Args:
-        adapters: Adapters' tensors by folder.
+        adapters: Tensors of each adapter, by folder.
 
     Returns:
-        The number of classes that all tell; 0 where all predict tokens.
+        The number of classes; 0 if the adapters predict tokens.
 
     Raises:
-        InputError: They differ in it.
+        InputError: The adapters have different numbers of classes.
     """
-    found = {folder: classes_in(read) for folder, read in adapters.items()}
-    (first, classes), *others = found.items()
+    (first, classes), *others = ((folder, classes_in(tensors)) for folder, tensors in adapters.items())
     for folder, number in others:
         if number != classes:
-            both = f"{first} {_tells(classes)}, {folder} {_tells(number)}"
+            both = f"{first} {_task(classes)}, {folder} {_task(number)}"
             raise InputError(f"the adapters belong on models with different heads: {both}")
     return classes
 
 
-def _tells(classes: int) -> str:
+def _task(classes: int) -> str:
     return f"tells {classes} classes" if classes else "predicts tokens"
 
 
 def open_held(
     adapter: Adapter, device: torch.device = CPU, dense: bool = False, classes: int = 0, seed: int = 0
 ) -> Any:
-    """The base model as the run of an adapter held it; quantised where it was.
+    """Opens the base model as the run of an adapter held it, with the same parts quantised.
 
     Args:
         adapter: The adapter.
-        device: Where to.
-        dense: Whether quantised weights are decoded to the run's type, so that something can be added to them.
+        device: Device of the model.
+        dense: Whether to decode quantised weights to the run's type, so that an adapter can be added to them.
         classes: As in `open_base`.
         seed: As in `open_base`.
 
     Raises:
-        SettingError: As in `open_base`; or the model has fewer blocks, or cannot be quantised here.
+        SettingError: As in `open_base`; or the model has fewer blocks than the run's cut, or cannot be quantised here.
     """
-    held = Config(cut=adapter.cut, quantization=adapter.quantization, dtype=adapter.dtype, device=str(device))
-    if held.bits:
-        if held.bounds[1] > read_facts(adapter.model_path).blocks:
-            words = f"a model that can be cut as that of {adapter.folder} was, {adapter.cut}"
-            raise SettingError("model", adapter.model, words)
-        check_quantization(held)
+    run = Config(cut=adapter.cut, quantization=adapter.quantization, dtype=adapter.dtype, device=str(device))
+    if run.bits:
+        if run.bounds[1] > read_facts(adapter.model_path).blocks:
+            needed = f"a model that can be cut as that of {adapter.folder} was, {adapter.cut}"
+            raise SettingError("model", adapter.model, needed)
+        check_quantization(run)
     base = open_base(adapter.model_path, adapter.dtype, device, classes, seed)
-    return quantize_unsplit(base, held.bounds, held.bits, device, dense) if held.bits else base
+    return quantize_unsplit(base, run.bounds, run.bits, device, dense) if run.bits else base
 
 
 def attach(base: Any, adapter: Adapter) -> Any:
-    """A base model with an adapter on it, by PEFT.
+    """Attaches an adapter to a base model by PEFT, and returns the PEFT model.
 
     Raises:
-        InputError: The adapter does not fit.
+        InputError: The adapter does not fit the model.
     """
     read_fitting(adapter)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is drawn from a seed is not in the file, and need not be
+        warnings.simplefilter("ignore")  # PEFT warns of tensors not in the file; those drawn from a seed need not be
         try:
             return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
         except (RuntimeError, ValueError, TypeError, NotImplementedError, LookupError) as error:
@@ -122,115 +127,142 @@ def attach(base: Any, adapter: Adapter) -> Any:
 
 
 def merged(base: Any, adapter: Adapter) -> Any:
-    """A base model with an adapter of any kind in its weights, by PEFT; the base is changed.
+    """Merges an adapter of any kind into a base model's weights by PEFT, and returns the model; the base is changed.
 
-    The sum is tried out: what PEFT cannot merge, it does not always refuse.
+    The merged model is compared with the attached adapter on a few tokens, since PEFT does not always refuse an adapter
+    that it cannot merge.
 
     Raises:
-        InputError: The adapter does not fit, or cannot be merged.
+        InputError: The adapter does not fit the model, or cannot be merged.
     """
-    names = {name for name, _ in base.named_parameters()}
+    base_names = {name for name, _ in base.named_parameters()}
     model = attach(base, adapter)
-    begin = f"the adapter in {adapter.folder} cannot be merged"
     expected = _probe(model)
-    tied = _untie(model.get_base_model())
+    begin = f"the adapter in {adapter.folder} cannot be merged"
+
+    was_tied = _untie(model.get_base_model())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of weights that are no longer tied
-            whole = model.merge_and_unload(safe_merge=True)
+            warnings.simplefilter("ignore")  # PEFT warns of weights that are no longer tied
+            result = model.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"{begin} ({' '.join(str(error).split())})") from None
-    for name, module in list(whole.named_modules()):  # LN tuning leaves modules in what PEFT wrapped them in
+    for name, module in list(result.named_modules()):  # after LN tuning, PEFT leaves its wrappers in the model
         for trained in getattr(module, "modules_to_save", {}).values():
-            whole.set_submodule(name, trained)
-    if tied:
-        _tie_where_equal(whole)
-    if strange := sorted({name for name, _ in whole.named_parameters()} - names - {HEAD_WEIGHT}):
-        raise InputError(f"{begin}: PEFT leaves {strange[0]}, which is no weight of the model")
-    if not _agree(_probe(whole), expected):
-        raise InputError(f"{begin}: the model with it merged by PEFT does not compute what it does with it beside")
-    return whole
+            result.set_submodule(name, trained)
+    if was_tied:
+        _tie_if_equal(result)
+
+    names = {name for name, _ in result.named_parameters()}
+    if extra := sorted(names - base_names - {HEAD_WEIGHT}):
+        raise InputError(f"{begin}: PEFT leaves {extra[0]}, which is no weight of the model")
+    if not _agree(_probe(result), expected):
+        raise InputError(f"{begin}: the model merged by PEFT does not compute the same as with the adapter attached")
+    return result
 
 
 @torch.no_grad()
 def _probe(model: Any) -> Tensor:
-    """What a model makes of a few tokens, among them those that come first in a vocabulary and last."""
+    """Returns a model's logits for the first and last few tokens of its vocabulary."""
     size = model.get_input_embeddings().weight.shape[0]
-    ids = torch.cat([torch.arange(min(8, size)), torch.arange(max(0, size - 8), size)])[None]
+    first = torch.arange(min(8, size))
+    last = torch.arange(max(0, size - 8), size)
+    ids = torch.cat([first, last])[None]
     logits: Tensor = model(input_ids=ids.to(device_of(model))).logits
     return logits.float()
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two computations of the same differ by roundings only."""
+    """Tells whether two results differ by rounding alone."""
     largest = float(expected.abs().max())
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=1e-3 * max(1.0, largest))
 
 
-def _below(module: Any) -> Any:
-    """The base model's own module, below whatever PEFT wrapped it in."""
+def _unwrapped(module: Any) -> Any:
+    """Returns the base model's module inside PEFT's wrappers."""
     for name in ("base_layer", "original_module"):
         if hasattr(module, name):
-            return _below(getattr(module, name))
+            return _unwrapped(getattr(module, name))
     return module
 
 
 def _untie(base: Any) -> bool:
-    """Gives the head a copy of the embedding's weight where they share one, so that each is merged for itself.
+    """Gives the head its own copy of the weight if it shares the embedding's, so that each is merged separately.
 
     Returns:
-        Whether they shared it.
+        Whether head and embedding shared a weight.
     """
-    words, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or _below(head).weight is not _below(words).weight:
+    if base.get_output_embeddings() is None:
         return False
-    _below(head).weight = torch.nn.Parameter(_below(head).weight.detach().clone())
+    embedding = _unwrapped(base.get_input_embeddings())
+    head = _unwrapped(base.get_output_embeddings())
+    if head.weight is not embedding.weight:
+        return False
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
     return True
 
 
-def _tie_where_equal(whole: Any) -> None:
-    """Ties the head to the embedding again where an adapter left them equal; else config.json says they are not."""
-    words, head = whole.get_input_embeddings(), whole.get_output_embeddings()
-    whole.config.tie_word_embeddings = torch.equal(words.weight, head.weight)
-    if whole.config.tie_word_embeddings:
-        head.weight = words.weight
+def _tie_if_equal(model: Any) -> None:
+    """Ties the head to the embedding again if the two are still equal, and records the answer in the configuration."""
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    is_equal = torch.equal(embedding.weight, head.weight)
+    model.config.tie_word_embeddings = is_equal
+    if is_equal:
+        head.weight = embedding.weight
 
 
 def detach(model: Any) -> Any:
-    """The base model again, from what `attach` made of it."""
+    """Takes the adapter off a model that `attach` returned, and returns the base model.
+
+    See `fedsplit.results.fitting.leaves_base` for adapters that change the base model for good.
+    """
     base = model.get_base_model()
     if model.active_peft_config.is_prompt_learning:
         return base
-    outer = {name: getattr(base, name) for name in (HEAD, SCORE) if hasattr(base, name)}  # a classifier has the second
-    heads = {name: getattr(head, "original_module", head) for name, head in outer.items()}
+
+    # PEFT's `unload` leaves a head that was trained whole, or its wrapper, in place: put the original heads back.
+    original_heads = {}
+    for name in (HEAD, SCORE):
+        if hasattr(base, name):
+            head = getattr(base, name)
+            original_heads[name] = getattr(head, "original_module", head)
     base = model.unload()
-    for name, head in heads.items():
-        if not hasattr(head, "base_layer"):  # PEFT leaves a head that was trained whole, or what it wrapped it in
+    for name, head in original_heads.items():
+        if not hasattr(head, "base_layer"):
             setattr(base, name, head)
     return base
 
 
 @torch.no_grad()
 def score(model: Any, batches: Iterable[Sequences]) -> Score:
-    """Measures a causal LM, or a classifier of sequences.
+    """Measures a causal LM, or a classifier of sequences, on text.
 
     Args:
-        model: The library's, with or without an adapter; computes in the type of its weights. A classifier's
-            `pad_token_id` must be the token that fills up the sequences.
-        batches: Sequences; every token that is predicted counts the same.
+        model: A model of transformers, with or without an adapter, computing in the type of its weights. A classifier's
+            `pad_token_id` must be the token that pads the sequences.
+        batches: Batches of sequences; every predicted token counts the same.
     """
-    narrow, device = next(model.parameters()).dtype, device_of(model)
+    dtype = next(model.parameters()).dtype
+    device = device_of(model)
     total = Score()
-    for rows in (batch.to(device) for batch in batches):
-        seen = {} if rows.mask is None else {"attention_mask": rows.mask}
-        with torch.autocast(device.type, narrow, enabled=narrow != torch.float32):
-            logits = model(input_ids=rows.ids, **seen).logits
+    for batch in batches:
+        rows = batch.to(device)
+        mask = {} if rows.mask is None else {"attention_mask": rows.mask}
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(input_ids=rows.ids, **mask).logits
+
         labels = rows.labels
-        if labels.ndim > 1:  # none is of virtual tokens
-            logits, labels = logits[:, -labels.shape[1] : -1].flatten(0, 1), labels[:, 1:].flatten()
-        wanted = labels != IGNORED
-        if not bool(wanted.all()):
-            logits, labels = logits[wanted], labels[wanted]
+        if labels.ndim > 1:
+            # Each token predicts the next; logits of virtual tokens, before the text, predict nothing that counts.
+            logits = logits[:, -labels.shape[1] : -1].flatten(0, 1)
+            labels = labels[:, 1:].flatten()
+        is_predicted = labels != IGNORED
+        if not bool(is_predicted.all()):
+            logits = logits[is_predicted]
+            labels = labels[is_predicted]
+
         nats = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
-        total += Score(float(nats), labels.numel(), int((logits.argmax(-1) == labels).sum()))
+        right = int((logits.argmax(-1) == labels).sum())
+        total += Score(float(nats), labels.numel(), right)
     return total

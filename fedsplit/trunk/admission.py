@@ -1,116 +1,123 @@
-"""For whom there is room: what was promised, what is on its way, and whose graphs must go for others."""
+"""Admission control: accepts a step only if its activations and gradients will fit the memory budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from fedsplit.trunk.flights import Flight
-from fedsplit.trunk.learners import Withheld
+from fedsplit.clock import Clock
 from fedsplit.trunk.memory import Budget, Room
+from fedsplit.trunk.pending import PendingBatch
+from fedsplit.trunk.registry import UnclippedGradient
 from fedsplit.wire.packets import StepKey
 from fedsplit.wire.steps import Steps
 
 TRANSIT = 3
-"""Times a packet's bytes that it takes while it arrives: in the transport's buffers, and as what is kept."""
+"""Multiple of its own bytes that a packet takes while it arrives, in the buffers of the transport and as a tensor."""
 
 
 class Admission:
-    """Admits steps under a budget of memory, so that what they will bring has room, too.
+    """Accepts steps under a memory budget, and reserves memory for what they will send.
 
-    Where nothing else helps, it frees the graphs of pending flights, which are computed again then, and answers that
-    are kept in case they are asked for once more.
+    Where nothing else helps, it frees the graphs of pending batches, which are then computed again in the backward,
+    and answers that are kept in case they are asked for again.
     """
 
     def __init__(
-        self, budget: Budget, steps: Steps[Flight | Withheld], lease: float, clock: Callable[[], float]
+        self, budget: Budget, steps: Steps[PendingBatch | UnclippedGradient], lease: float, clock: Clock
     ) -> None:
-        """Nothing is promised yet.
+        """Starts without reservations.
 
         Args:
-            budget: For resident memory.
-            steps: Which are pending.
-            lease: Seconds that a promise holds.
-            clock: Seconds, always growing.
+            budget: Budget of resident memory.
+            steps: The pending steps.
+            lease: Seconds for which a reservation holds.
+            clock: Clock for leases.
         """
-        self._budget, self._steps, self._lease, self._clock = budget, steps, lease, clock
-        self._promised: dict[StepKey, tuple[int, float]] = {}
+        self._budget = budget
+        self._steps = steps
+        self._lease = lease
+        self._clock = clock
+        self._reserved: dict[StepKey, tuple[int, float]] = {}
 
-    def has_promised(self, key: StepKey) -> bool:
-        """Whether room is kept free for a step."""
-        return key in self._promised
+    def has_reserved(self, key: StepKey) -> bool:
+        """Returns True if memory is reserved for a step."""
+        return key in self._reserved
 
-    def promise(self, key: StepKey, tokens: int, nbytes: int) -> bool:
-        """Keeps room free for a step whose hidden states have not been sent, where there is any.
+    def reserve(self, key: StepKey, tokens: int, nbytes: int) -> bool:
+        """Reserves memory for a step whose hidden states have not been sent; returns False where there is too little.
 
         Args:
             key: The step.
-            tokens: B * T.
-            nbytes: Of its hidden states.
+            tokens: Tokens of the step, B * T.
+            nbytes: Bytes of its hidden states.
         """
         if not self.make_room(tokens, self._bytes_to_come() + 2 * TRANSIT * nbytes):
             return False
-        self._promised[key] = TRANSIT * nbytes, self._clock() + self._lease
+        self._reserved[key] = TRANSIT * nbytes, self._clock() + self._lease
         return True
 
     def redeem(self, keys: Iterable[StepKey]) -> None:
-        """The hidden states of some steps have come."""
+        """Ends the reservations of steps whose hidden states have come."""
         for key in keys:
-            self._promised.pop(key, None)
+            self._reserved.pop(key, None)
 
     def leave(self, client: int) -> None:
-        """A client has ended its round, or is dead."""
-        self._promised = {key: promise for key, promise in self._promised.items() if key.client != client}
+        """Ends the reservations of a client that has ended its round, or is dead."""
+        self._reserved = {key: reserved for key, reserved in self._reserved.items() if key.client != client}
 
     def expire(self) -> None:
-        """Takes back promises whose lease has run out."""
+        """Ends the reservations whose lease has run out."""
         now = self._clock()
-        self._promised = {key: promise for key, promise in self._promised.items() if promise[1] > now}
+        self._reserved = {key: reserved for key, reserved in self._reserved.items() if reserved[1] > now}
 
     def _bytes_to_come(self) -> int:
-        """What is on its way, or may be at any time: hidden states that were promised room, and gradients."""
-        hidden = sum(size for size, _ in self._promised.values())
-        flights = {id(flight): flight for flight in self._flights()}.values()
-        pending = ((key, tensor) for flight in flights for key, tensor in flight.inputs.items())
-        return 2 * hidden + TRANSIT * sum(tensor.nbytes for key, tensor in pending if self._steps.is_pending(key))
+        """Returns the bytes that may come at any time: hidden states with a reservation, and pending gradients."""
+        hidden = sum(size for size, _ in self._reserved.values())
+        batches = {id(batch): batch for batch in self._batches()}.values()
+        inputs = ((key, tensor) for batch in batches for key, tensor in batch.inputs.items())
+        gradients = sum(tensor.nbytes for key, tensor in inputs if self._steps.is_pending(key))
+        return 2 * hidden + TRANSIT * gradients
 
-    def _flights(self) -> list[Flight]:
-        return [held for held in self._steps.pending() if isinstance(held, Flight)]
+    def _batches(self) -> list[PendingBatch]:
+        return [held for held in self._steps.pending() if isinstance(held, PendingBatch)]
 
-    def make_room(self, tokens: int, kept: float, own: Flight | None = None) -> bool:
-        """Whether a step can be computed and so many bytes be kept; for that, others' graphs may have to go.
+    def make_room(self, tokens: int, kept: float, own: PendingBatch | None = None) -> bool:
+        """Returns True if a step can be computed while some bytes are kept; frees the graphs of others where needed.
 
         Args:
-            tokens: Of the step, B * T.
-            kept: Bytes; below 0 where as many are there already.
-            own: Whose graph stays.
+            tokens: Tokens of the step, B * T.
+            kept: Bytes that are kept; negative where as many are there already.
+            own: Batch whose graph is not freed.
         """
         if self._budget.fits(tokens, kept):
             return True
-        graphs = [flight for flight in self._flights() if flight.output is not None and flight is not own]
-        for flight in graphs:
-            flight.output = None
+        with_graph = [batch for batch in self._batches() if batch.output is not None and batch is not own]
+        for batch in with_graph:
+            batch.output = None
             self._budget.freed()
-        if not graphs and not len(self._steps) and not self._steps.drop_answers():
+        if not with_graph and not len(self._steps) and not self._steps.drop_answers():
             return False
         self._budget.freed()
         return self._budget.fits(tokens, kept)
 
     def room(self, inputs: Sequence[Tensor]) -> tuple[Room, int]:
-        """What may be kept of a flight, and for how many of its steps there is room.
+        """Returns how much of a batch may be kept, and how many of its steps fit.
 
         Args:
-            inputs: Hidden states (B, T, D) by step.
+            inputs: Hidden states (B, T, D) of each step.
         """
         if self._budget.limit is None:
             return "graph", len(inputs)
-        count, to_come = len(inputs), self._bytes_to_come()
+        count = len(inputs)
+        to_come = self._bytes_to_come()
         while count:
-            rows, length = sum(h.shape[0] for h in inputs[:count]), max(h.shape[1] for h in inputs[:count])
-            kept = to_come + (1 + TRANSIT) * sum(hidden.nbytes for hidden in inputs[:count])
-            room = self._budget.room(rows * length, kept)
-            if room != "none" or (count == 1 and self.make_room(rows * length, kept)):
+            chosen = inputs[:count]
+            tokens = sum(hidden.shape[0] for hidden in chosen) * max(hidden.shape[1] for hidden in chosen)
+            kept = to_come + (1 + TRANSIT) * sum(hidden.nbytes for hidden in chosen)
+            room = self._budget.room(tokens, kept)
+            if room != "none" or (count == 1 and self.make_room(tokens, kept)):
                 return room, count
             count //= 2
         return "none", 0

@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine: closed to others, in a folder of its own, gone when it is no longer used."""
+"""Starts and stops a private Ray on this machine: closed to other users, with its own folder, removed at the end."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from torch import Tensor
 import fedsplit
 from fedsplit.environment import check_closed
 from fedsplit.shutdown import cleaned_up
-from fedsplit.wire.codecs import EXACT
-from fedsplit.wire.packets import Encoded
+from fedsplit.wire.casting import EXACT
+from fedsplit.wire.encoded import Encoded
 
 NAMESPACE = "fedsplit"
-"""Ray's namespace of all named actors."""
+"""Namespace of all named actors."""
 
 _OBJECT_STORE = 512 * 2**20
-"""Bytes of shared memory for tensors under way; those of a step are freed as it ends."""
+"""Bytes of shared memory for tensors under way; a step frees its own when it ends."""
 
 _LONGEST_PATH = 107
-"""Bytes that Linux allows for the path of a socket."""
+"""Longest path of a socket in bytes, on Linux."""
 
 _LONGEST_INNER = "/fs-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-"""Path of Ray's longest socket below the folder for temporary files, with the largest number that a process has."""
+"""Longest path of a Ray socket below the folder for temporary files, with the largest number that a process has."""
 
 _LONGEST_PLACE = _LONGEST_PATH - len(_LONGEST_INNER)
-"""Bytes of the path of that folder at most."""
+"""Longest path of that folder in bytes."""
 
 
 class ClusterFailed(Exception):
-    """Ray cannot be started on this machine; the message says why."""
+    """Ray cannot be started on this machine; the message gives the reason."""
 
 
 def _places() -> Iterator[Path]:
-    """Folders in which Ray's session may lie: the user's choice first, where its path is short enough."""
+    """Yields folders that may hold Ray's session: the user's choice first, if its path is short enough."""
     for place in (os.environ.get("TMPDIR", "/tmp"), "/tmp", "/var/tmp", "/dev/shm"):
         if place and len(os.fsencode(place)) <= _LONGEST_PLACE and os.access(place, os.W_OK | os.X_OK):
             yield Path(place)
@@ -51,7 +51,7 @@ def _places() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _session_folder() -> Iterator[Path]:
-    """A folder for Ray's session that nobody else may enter, since Ray makes what is in it writable for all.
+    """Makes a folder for Ray's session that no other user may enter, since Ray makes its contents writable for all.
 
     Raises:
         ClusterFailed: No folder for temporary files is usable.
@@ -68,7 +68,7 @@ def _session_folder() -> Iterator[Path]:
 def _job() -> JobConfig:
     """Keeps the working folder off the path of Ray's processes, where a user's `datasets.py` would hide the library.
 
-    Only where fedsplit itself was loaded from the working folder must they look there.
+    It stays on the path only if fedsplit itself was loaded from there.
     """
     here, ours = Path.cwd().resolve(), Path(fedsplit.__file__).resolve().parent.parent
     # Ray adds the working folder unless a job is said to come from its remote client; nothing else depends on that.
@@ -79,14 +79,14 @@ def _job() -> JobConfig:
 def running(workers: int) -> Iterator[None]:
     """Runs a Ray on this machine for as long as the context lasts.
 
-    Ray binds to the loopback interface and asks for a token where the environment says so, as
-    `fedsplit.environment.prepare` has it.
+    Ray binds to the loopback interface and asks for a token, as the environment variables that
+    `fedsplit.environment.prepare` sets tell it to.
 
     Args:
-        workers: Client processes to have room for.
+        workers: Number of client processes to have room for.
 
     Raises:
-        ClusterFailed: Ray cannot be started here, or this process is using another one.
+        ClusterFailed: Ray cannot be started here, or this process is connected to another one.
         InputError: Ray was imported before it could be closed to others.
     """
     check_closed()
@@ -129,10 +129,10 @@ def _start(workers: int, folder: Path) -> None:
 
 
 def send_tensors_as_arrays() -> None:
-    """Has this process send tensors, wherever they are in what crosses by Ray, in place of torch's pickles of them."""
+    """Makes this process send all tensors through Ray as arrays, in place of torch's pickles of them."""
     ray.util.register_serializer(Tensor, serializer=EXACT.encode, deserializer=writable)
 
 
 def writable(encoded: Encoded) -> Tensor:
-    """A tensor that may be changed, unlike the memory it came in."""
+    """Returns a tensor in memory of its own, which may be written to, unlike the memory that the array came in."""
     return EXACT.decode(encoded).clone()

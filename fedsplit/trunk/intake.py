@@ -1,4 +1,4 @@
-"""What clients send to the trunk, as tensors that can be computed with; anything else is refused by the step's name.
+"""Decodes and checks the tensors that clients send; refuses, by the name of the step, what cannot be computed with.
 
 Shapes: B sequences of T tokens a step, D the width of hidden states, E experts.
 """
@@ -15,8 +15,10 @@ from fedsplit.config import TrainSettings
 from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.optimization.bounds import is_bounded
-from fedsplit.wire.codecs import EXACT, Codec
-from fedsplit.wire.packets import MalformedPacket, Packet, StepKey
+from fedsplit.wire.casting import EXACT
+from fedsplit.wire.codecs import Codec, Role
+from fedsplit.wire.encoded import MalformedPacket
+from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether, UnboundedStep
 
 T = TypeVar("T")
@@ -26,27 +28,31 @@ class Intake:
     """Decodes the tensors of packets and checks type, shape and values."""
 
     def __init__(self, part: Trunk, codec: Codec, device: torch.device) -> None:
-        """Takes nothing in yet.
+        """Prepares for a part.
 
         Args:
-            part: The trunk's blocks, which decide width, type and experts.
-            codec: How tensors are encoded.
-            device: Where they are computed with.
+            part: The trunk's blocks, which decide width, type and number of experts.
+            codec: Codec of hidden states and gradients.
+            device: Device that tensors are put on.
         """
-        self._part, self._codec, self._device = part, codec, device
+        self._part = part
+        self._codec = codec
+        self._device = device
 
     def hidden(self, packet: Packet) -> Tensor:
         """Returns the hidden states (B, T, D) of a packet, in the part's type or in float32.
 
-        In float32 they come where adapters are float32 in the path of the hidden states themselves, as the norms of a
-        mixture of experts: there the unsplit model carries float32 from block to block, too.
+        They are float32 where float32 adapters lie in the path of the hidden states themselves, as in the norms of a
+        mixture of experts. There the unsplit model carries float32 from block to block, too.
 
         Raises:
-            SpoiledStep: They are not there, or nothing can be computed with them.
+            SpoiledStep: They are missing, or nothing can be computed with them.
             UnboundedStep: Their values are not finite or too large.
         """
-        hidden = self._decoded(packet, "hidden", self._codec)
-        width, kind = self._part.config.hidden_size, self._part.dtype
+        kind = self._part.dtype
+        role = Role("activation", "up", packet.key, packet.training, kind)
+        hidden = self._decoded(packet, "hidden", self._codec, role)
+        width = self._part.config.hidden_size
         if hidden.ndim != 3 or hidden.shape[2] != width or not hidden.numel():
             raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
         if hidden.shape[1] > (longest := self._part.config.max_position_embeddings):
@@ -61,9 +67,9 @@ class Intake:
         """Returns the mask (B, T) of a packet that has one.
 
         Raises:
-            SpoiledStep: It is not that of the hidden states.
+            SpoiledStep: It does not fit the hidden states.
         """
-        mask = self._decoded(packet, "mask", self._codec)
+        mask = self._exact(packet, "mask")
         if mask.shape != hidden.shape[:2]:
             expected = tuple(hidden.shape[:2])
             raise SpoiledStep(f"{packet.key} sent a mask of shape {tuple(mask.shape)}, not {expected}")
@@ -72,27 +78,34 @@ class Intake:
         return mask
 
     def sums(self, packet: Packet) -> RouterSums:
-        """Returns the routers' sums (2E + 1,) of a packet that has them.
+        """Returns the router sums (2E + 1,) of a packet that has them.
 
         Raises:
             SpoiledStep: They are not finite numbers, or not as many as there are experts.
         """
-        sums, size = self._decoded(packet, SUMS, EXACT), 2 * self._part.experts + 1
+        sums = self._exact(packet, SUMS)
+        size = 2 * self._part.experts + 1
         if sums.shape != (size,) or not sums.is_floating_point() or not is_bounded(sums):
             kind = UnboundedStep if sums.shape == (size,) and sums.is_floating_point() else SpoiledStep
             raise kind(f"{packet.key} sent {tuple(sums.shape)} as sums of routers, not {size} finite numbers")
         return RouterSums.unpacked(sums)
 
-    def gradient(self, packet: Packet, expected: torch.Size) -> Tensor:
-        """Returns the gradient (B, T, D) of a packet, in the part's type or in float32, as hidden states come.
+    def gradient(self, packet: Packet, hidden: Tensor) -> Tensor:
+        """Returns the gradient (B, T, D) of a packet, in the part's type or in float32.
+
+        Args:
+            packet: The packet.
+            hidden: Hidden states of the same step.
 
         Raises:
-            SpoiledStep: It has another shape than the hidden states, or another type.
+            SpoiledStep: It has another shape than the hidden states, or a type that it cannot have.
             UnboundedStep: Its values are not finite or too large.
         """
-        gradient = self._decoded(packet, "gradient", self._codec)
-        if gradient.shape != expected:
-            raise SpoiledStep(f"{packet.key} sent a gradient of shape {tuple(gradient.shape)}, not {tuple(expected)}")
+        role = Role("gradient", "up", packet.key, packet.training, hidden.dtype)
+        gradient = self._decoded(packet, "gradient", self._codec, role)
+        if gradient.shape != hidden.shape:
+            sent = tuple(gradient.shape)
+            raise SpoiledStep(f"{packet.key} sent a gradient of shape {sent}, not {tuple(hidden.shape)}")
         kind = torch.float32 if self._part.dtype == torch.float16 else self._part.dtype
         if gradient.dtype not in (kind, torch.float32):
             raise SpoiledStep(f"{packet.key} sent a gradient of type {gradient.dtype}, not {kind}")
@@ -101,12 +114,13 @@ class Intake:
         return gradient
 
     def gradient_by_sums(self, packet: Packet, has_sums: bool) -> Tensor:
-        """Returns the gradient (E,) by the routers' sums of a packet that has one.
+        """Returns the gradient (E,) by the router sums of a packet that has one.
 
         Raises:
-            SpoiledStep: It is not finite, or the step has no such sums.
+            SpoiledStep: It is not finite, or the step has no router sums.
         """
-        gradient, size = self._decoded(packet, SUMS, EXACT), self._part.experts
+        gradient = self._exact(packet, SUMS)
+        size = self._part.experts
         fits = has_sums and gradient.shape == (size,) and gradient.is_floating_point()
         if not fits or not is_bounded(gradient):
             kind = UnboundedStep if fits else SpoiledStep
@@ -114,47 +128,51 @@ class Intake:
         return gradient
 
     def coefficient(self, packet: Packet, most: float) -> float:
-        """Returns the number that a packet has a step's gradient scaled by.
+        """Returns the clipping coefficient of a packet.
 
         Args:
-            packet: It has one.
-            most: The largest number that can be right, by what the trunk knows of the gradient's norm.
+            packet: The packet.
+            most: Largest coefficient that can be right, by the norm of the trunk's gradient.
 
         Raises:
             SpoiledStep: It is no number from 0 to `most`.
             UnboundedStep: It is not finite.
         """
-        value = self._decoded(packet, "coefficient", EXACT)
+        value = self._exact(packet, "coefficient")
         if value.ndim or not value.is_floating_point() or not 0 <= float(value) <= most:
             words = f"a number from 0 to {most:.6g}, which the trunk's own gradient allows"
             kind = SpoiledStep if value.ndim or torch.isfinite(value) else UnboundedStep
             raise kind(f"{packet.key} sent {value.flatten()[:3].tolist()} to scale its gradient by, not {words}")
         return float(value)
 
-    def _decoded(self, packet: Packet, name: str, codec: Codec) -> Tensor:
+    def _exact(self, packet: Packet, name: str) -> Tensor:
+        """Returns a tensor that crosses as it is, whatever the codec of hidden states and gradients."""
+        return self._decoded(packet, name, EXACT, Role("activation", "up", packet.key))
+
+    def _decoded(self, packet: Packet, name: str, codec: Codec, role: Role) -> Tensor:
         if name not in packet.tensors:
             raise SpoiledStep(f"{packet.key} sent no {name}")
         try:
-            return codec.decode(packet.tensors[name]).to(self._device)
+            return codec.decode(packet.tensors[name], role).to(self._device)
         except MalformedPacket as error:
             raise SpoiledStep(f"{packet.key} sent its {name} in a wrong form: {error}") from None
 
 
 def check_rate(packet: Packet) -> None:
-    """Makes sure that a client asks for no more than the whole learning rate.
+    """Makes sure that a client asks for a share of the learning rate from 0 to 1.
 
     Raises:
-        SpoiledStep: It does.
+        SpoiledStep: It asks for another one.
     """
     if not 0 <= packet.rate <= 1:
         raise SpoiledStep(f"{packet.key} asks for {packet.rate} of the learning rate, not a share from 0 to 1")
 
 
 def check_parts(packet: Packet, settings: TrainSettings) -> None:
-    """Makes sure that a packet is of one of the parts that a step may have by the settings.
+    """Makes sure that a packet has one of the batch and micro-batch numbers that the settings allow.
 
     Raises:
-        SpoiledStep: It is not; keys that no client has would be pending without end.
+        SpoiledStep: It has another one. Steps of keys that no honest client has would be pending without end.
     """
     key = packet.key
     most = settings.micro_batches or settings.batch_size  # 0: planned, a batch has as many sequences at most
@@ -165,14 +183,14 @@ def check_parts(packet: Packet, settings: TrainSettings) -> None:
 
 
 def each(packets: Sequence[Packet], read: Callable[[Packet], T]) -> dict[StepKey, T]:
-    """Reads something of every packet, and looks at all of them before it refuses any.
+    """Reads every packet, and looks at all of them before it refuses any.
 
     Args:
-        packets: Of one step, or of several that are computed as one.
-        read: Reads a packet, or raises why it must not be served.
+        packets: Packets of one step, or of several that are computed as one.
+        read: Reads a packet, or raises the reason why it must not be served.
 
     Returns:
-        By step, what was read.
+        Results of `read` by step.
 
     Raises:
         RefusedStep: The only packet must not be served.
@@ -191,13 +209,13 @@ def each(packets: Sequence[Packet], read: Callable[[Packet], T]) -> dict[StepKey
 
 
 def refusal(refused: Mapping[StepKey, RefusedStep], together: int) -> Exception:
-    """Returns what is to be raised where some steps are refused.
+    """Returns the exception to raise where some steps are refused.
 
     Args:
-        refused: By step, why.
-        together: How many steps are served as one, these among them.
+        refused: Reasons by step.
+        together: Number of steps that are served as one, the refused ones among them.
 
     Returns:
-        The refusal of the only step, or a `SpoiledTogether` where there are several.
+        The reason itself where there is only one step, else a `SpoiledTogether`.
     """
     return next(iter(refused.values())) if together == 1 else SpoiledTogether(refused)

@@ -1,62 +1,115 @@
-"""A trunk in this process."""
+"""A trunk in the process of its caller, without threads: the same requests give the same results, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fedsplit.adaptation.run_adapters import adapt, bare_parts
+from fedsplit.clock import ManualClock
 from fedsplit.config import Config
-from fedsplit.trunk.dispatch import Dispatcher
-from fedsplit.trunk.memory import peak_memory, resident_memory
-from fedsplit.trunk.server import TrunkServer
-from fedsplit.wire.codecs import make_codec
+from fedsplit.trunk.port import Control, Reply, TrunkPort
+from fedsplit.trunk.service import Observer, TrunkService, load_service
 from fedsplit.wire.packets import Packet
+from fedsplit.wire.transport import PendingAnswer, TrunkLost
+
+_FOUND_BY: dict[str, LocalTrunk] = {}
+"""Trunks of this process by the names that clients find them by."""
 
 
-class LocalTrunk:
-    """A dispatcher and its trunk with what their actor and handle add; time passes only when nothing else can."""
+class LocalTrunk(TrunkPort):
+    """A trunk that computes in its caller's thread, whenever an answer is waited for.
 
-    def __init__(self, config: Config, run: str = "") -> None:
-        (part,) = bare_parts(config, ["trunk"])
-        adapt(part, config)
-        self.now = 0.0
-        codec, schedule = make_codec(config.wire.codec), config.trunk.schedule
-        clock, train, seed = lambda: self.now, config.train, config.seed
-        self.server = TrunkServer(
-            part, codec, schedule, train, seed, run=run, incarnation="first", lease=config.trunk.lease, clock=clock
-        )
-        self.dispatcher = Dispatcher(self.server, config.trunk, clock)
-        self.begin, self.leave, self.end_round = self.dispatcher.begin, self.dispatcher.leave, self.dispatcher.end_round
-        self.fold, self.unfold, self.commit = self.server.fold, self.server.unfold, self.server.commit
-        for method in ("assign", "copies", "read", "write", "moments", "restore"):
-            setattr(self, method, getattr(self.server.learners, method))
+    Its clock stands still while there is anything to do, and moves to the next deadline when there is not. So no
+    deadline depends on how fast the machine is. A memory budget is not kept to, since the process is not the trunk's
+    own.
 
-    def send(self, packet: Packet) -> Callable[[], Packet]:
-        """Submits a packet, and returns a function that waits for the answer."""
+    Attributes:
+        service: The service that this is a door to.
+        server: Its trunk.
+    """
+
+    def __init__(
+        self, config: Config, run: str = "", incarnation: str = "first", observers: Sequence[Observer] = ()
+    ) -> None:
+        """Loads the trunk's blocks.
+
+        Args:
+            config: Configuration of the run.
+            run: Name of the run, which packets must carry.
+            incarnation: Id of this life of the trunk, which packets must carry.
+            observers: Observers of packets and answers.
+        """
+        self._clock = ManualClock()
+        self._is_open = True
+        self.service: TrunkService = load_service(config, run, incarnation, observers=observers, clock=self._clock)
+        self.server = self.service.server
+
+    def send(self, packet: Packet) -> PendingAnswer:
+        """Queues a packet; nothing is computed before the answer is waited for."""
+        self._check_open()
         answers: list[Any] = []
-        self.dispatcher.submit(packet, answers.append)
+        self.service.submit(packet, answers.append)
 
         def wait() -> Packet:
             while not answers:
-                if not self.dispatcher.advance():
-                    wakes = self.dispatcher.wakes_at()
-                    assert wakes is not None, "nothing will ever answer"
-                    self.now = max(self.now, wakes)
-            if isinstance(answers[0], Exception):
-                raise answers[0]
-            return answers[0]
+                self._check_open()
+                if not self.service.work_now():
+                    self._pass_time(packet)
+            answer = answers[0]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
 
         return wait
 
-    def status(self) -> dict[str, Any]:
-        """Returns what `TrunkHandle.status` does."""
-        return {
-            "incarnation": "first",
-            "least_memory": 0,
-            "traffic": dict(self.server.traffic),
-            "peak_memory": peak_memory(),
-            "resident_memory": resident_memory(),
-            "pending": len(self.server.steps),
-            "parameters": self.server.count(),
-        }
+    def _pass_time(self, packet: Packet) -> None:
+        """Moves the clock to the next deadline.
+
+        Raises:
+            RuntimeError: There is none: the answer depends on a packet that only this thread could send.
+        """
+        wakes = self.service.wakes_at()
+        if wakes is None:
+            raise RuntimeError(f"{packet.key} waits for another client, which this thread would have to play")
+        self._clock.advance_to(wakes)
+
+    def control(self, message: Control[Reply]) -> Reply:
+        """Carries out a control message, after all packets and messages that came earlier were queued."""
+        self._check_open()
+        replies: list[Any] = []
+        self.service.request(message, replies.append)
+        self.service.take_requests()
+        reply = replies[0]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def close(self) -> None:
+        """Ends the trunk; every later call raises `TrunkLost`."""
+        self._is_open = False
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise TrunkLost("the trunk of this process was closed")
+
+
+@contextlib.contextmanager
+def named(trunk: LocalTrunk, name: str) -> Iterator[LocalTrunk]:
+    """Lets clients of this process find a trunk by a name for as long as the context lasts; then closes it.
+
+    Args:
+        trunk: The trunk.
+        name: Name that `find_trunk` finds it by.
+    """
+    _FOUND_BY[name] = trunk
+    try:
+        yield trunk
+    finally:
+        del _FOUND_BY[name]
+        trunk.close()
+
+
+def find_trunk(name: str) -> LocalTrunk | None:
+    """Returns the trunk of this process with that name; None where there is none."""
+    return _FOUND_BY.get(name)

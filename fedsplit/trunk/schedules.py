@@ -1,6 +1,6 @@
-"""The switch `--trunk.schedule`: whose steps update the trunk's adapter, when, and what they see of it.
+"""Schedules of the trunk (`--trunk.schedule`): whose steps update its adapter, when, and with which snapshot.
 
-Both sides of the wire read it: the client to know what to send, the trunk to know what to do with it.
+Both sides of the wire read them: the client to know what to send, the trunk to know what to do with it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ class Schedule:
     """How clients share the trunk.
 
     Attributes:
-        sees: Which version of the adapter a step is computed with, in words.
-        learns: The trunk's adapter is trained.
-        returns_gradient: Clients send gradients up and get gradients down.
-        gathers: Steps of all clients that are active are computed as one.
-        sums: Gradients are summed over a barrier before one step of the optimiser.
-        personal: Each client has an adapter and moments of its own; the strategy aggregates them.
-        deterministic: The result does not depend on the order in which steps arrive.
+        sees: Snapshot of the adapter that a step is computed with, in words.
+        learns: True if the trunk's adapter is trained.
+        returns_gradient: True if clients send gradients up and get gradients down.
+        gathers: True if the steps of all active clients are computed as one batch.
+        sums: True if gradients are summed until a barrier, before one step of the optimiser.
+        personal: True if each client has its own adapter and optimiser state, and the strategy aggregates the adapters.
+        deterministic: True if the result does not depend on the order in which steps arrive.
+
+    Example:
+        >>> SCHEDULES["frozen"].expects_backward(wants_gradient=True)
+        True
+        >>> SCHEDULES["frozen"].expects_backward(wants_gradient=False)  # nobody would learn from it
+        False
     """
 
     sees: str
@@ -32,30 +38,34 @@ class Schedule:
     deterministic: bool = False
 
     def expects_backward(self, wants_gradient: bool) -> bool:
-        """Whether a training forward is followed by a backward, given whether the client can use a gradient."""
+        """Returns True if a backward follows a training forward.
+
+        Args:
+            wants_gradient: True if the client's bottom can use a gradient.
+        """
         return self.returns_gradient and (self.learns or wants_gradient)
 
 
 SCHEDULES: Mapping[str, Schedule] = {
     # SplitFed v2 (2004.12088), SplitLoRA (2407.00952).
-    "shared": Schedule(sees="the newest version when its forward began; others may step before its backward"),
-    "batched": Schedule(sees="one version for all that are gathered, the newest one", gathers=True),
-    "accumulate": Schedule(sees="the version at the last barrier", sums=True),
+    "shared": Schedule(sees="the newest snapshot when its forward began; others may step before its backward"),
+    "batched": Schedule(sees="the newest snapshot, the same for all that are gathered", gathers=True),
+    "accumulate": Schedule(sees="the snapshot at the last barrier", sums=True),
     # SplitFed v1 (2004.12088).
-    "copies": Schedule(sees="its client's own version, after its step before", personal=True, deterministic=True),
-    "frozen": Schedule(sees="the version at the start, always", learns=False, deterministic=True),
+    "copies": Schedule(sees="its client's snapshot after the step before", personal=True, deterministic=True),
+    "frozen": Schedule(sees="the first snapshot, always", learns=False, deterministic=True),
     "forward-only": Schedule(
-        sees="the version at the start, always", learns=False, returns_gradient=False, deterministic=True
+        sees="the first snapshot, always", learns=False, returns_gradient=False, deterministic=True
     ),
 }
 
 
 def is_deterministic(name: str, every: int) -> bool:
-    """Whether a schedule's result is the same in whatever order steps arrive.
+    """Returns True if a schedule gives the same result in whatever order steps arrive.
 
     Args:
-        name: One of `SCHEDULES`.
-        every: Steps between two barriers; with 0, the whole round, all gradients are of one version, and summed
-            client by client.
+        name: Name of a schedule in `SCHEDULES`.
+        every: Steps between two barriers; 0 for the whole round. All gradients of a round are then computed with one
+            snapshot, and summed client by client.
     """
     return SCHEDULES[name].deterministic or (SCHEDULES[name].sums and every == 0)

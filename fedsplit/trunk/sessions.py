@@ -1,34 +1,34 @@
-"""Texts that clients generate through the trunk: what it remembers of each, how long, and what it must refuse."""
+"""Decoding sessions: texts that clients generate through the trunk, which caches attention keys and values for them."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from fedsplit.clock import Clock
 from fedsplit.model.caches import Past
-from fedsplit.trunk.learner import Version
 from fedsplit.trunk.server import TrunkServer
-from fedsplit.wire.codecs import Codec
+from fedsplit.trunk.status import Bytes
+from fedsplit.trunk.trainable import AdapterSnapshot
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.steps import ExpiredStep, RefusedStep, SpoiledStep, StaleStep, UnknownStep
 
 MOST = 64
-"""Sessions at once."""
+"""Most sessions at once."""
 
 _REMEMBERED = 4096
-"""Sessions that are over, of which is still known why."""
+"""Most sessions whose end is remembered, with its reason."""
 
 
 class EarlyStep(RefusedStep):
-    """A token of a session, where those before it have not come."""
+    """The request is for a token of a session whose earlier tokens have not come."""
 
 
 class FullTrunk(RefusedStep):
-    """A request for which the trunk has no room."""
+    """The trunk has no memory for the request, or too many sessions."""
 
 
 @dataclass(eq=False)
@@ -36,18 +36,18 @@ class _Session:
     """A batch of sequences that grows.
 
     Attributes:
-        client: Whose it is.
-        past: What the trunk remembers of it.
-        version: The version of the adapter that it began with, and goes on with.
-        rows: Sequences.
-        step: The last step that was answered.
-        answer: Its answer.
-        until: When its lease runs out.
+        client: Client that generates.
+        past: Cache of the trunk's blocks.
+        snapshot: Snapshot of the adapter that the session began with, and keeps.
+        rows: Number of sequences.
+        step: Last step that was answered.
+        answer: Answer to that step.
+        until: Time at which the lease runs out.
     """
 
     client: int
     past: Past
-    version: Version
+    snapshot: AdapterSnapshot
     rows: int
     step: int = -1
     answer: Packet | None = None
@@ -55,33 +55,28 @@ class _Session:
 
 
 class Sessions:
-    """Answers clients that generate text: the prompts first, then a token of each sequence at a time.
+    """Answers clients that generate text: the prompts first, then one token of each sequence at a time.
 
-    Every step counts once, as in training: what comes again gets the same answer and is not appended again; what
-    comes too early or too late, or belongs to nothing that is open, is refused by name, and changes nothing. A
-    session is freed when its client ends it or leaves, and when nothing has come of it for as long as a lease.
-    Sessions share nothing but the weights. One whose computation fails is over, since parts of it may have been
-    appended.
+    Every step counts once, as in training. A step that comes again gets the same answer, and is not appended again. A
+    step that comes too early or too late, or belongs to no open session, is refused by name and changes nothing.
+
+    A session is freed when its client ends it or leaves, and when its lease runs out. A session whose computation
+    fails is over, since part of the step may have been appended. Sessions share nothing but the weights.
     """
 
-    def __init__(
-        self,
-        server: TrunkServer,
-        codec: Codec,
-        lease: float,
-        most: int = MOST,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Starts with no session.
+    def __init__(self, server: TrunkServer, lease: float, most: int = MOST, clock: Clock = time.monotonic) -> None:
+        """Starts without sessions.
 
         Args:
-            server: Who has the weights, and counts the bytes: of prompts as "prompt_…", of tokens as "token_…".
-            codec: How tensors are encoded, the same at the clients.
-            lease: Seconds that a session may wait for its next token.
-            most: Sessions at once.
-            clock: Seconds, always growing.
+            server: Trunk that has the weights, and counts the bytes.
+            lease: Seconds for which a session may wait for its next token.
+            most: Most sessions at once.
+            clock: Clock for leases.
         """
-        self._server, self._codec, self._lease, self._most, self._clock = server, codec, lease, most, clock
+        self._server = server
+        self._lease = lease
+        self._most = most
+        self._clock = clock
         self._open: dict[str, _Session] = {}
         self._over: OrderedDict[str, tuple[type[RefusedStep], str]] = OrderedDict()
 
@@ -89,9 +84,9 @@ class Sessions:
         """Answers a step of a session.
 
         Args:
-            packet: Hidden states (B, T, D) of the prompts as step 0, with a mask where they are padded on the left,
-                between virtual tokens and text where there are any; then (B, 1, D) a step. Without tensors, the session
-                is over.
+            packet: Step 0 has the hidden states (B, T, D) of the prompts, with a mask where they are padded on the
+                left (between virtual tokens and text, where there are virtual tokens). Each later step has (B, 1, D).
+                A packet without tensors ends the session.
 
         Returns:
             Hidden states of the same shape.
@@ -101,6 +96,7 @@ class Sessions:
         """
         self._server.steps.check(packet)
         self.expire()
+        packet = replace(packet, training=False)  # whatever it says: generation is no training
         key = packet.key
         session = self._open.get(key.session)
         if session is not None and session.client != key.client:
@@ -112,33 +108,34 @@ class Sessions:
             session = self._begin(packet)
         elif key.step == session.step and session.answer is not None:
             session.until = self._clock() + self._lease
-            return self._count("repeated", packet, session.answer)
+            return self._counted(self._server.traffic.repeated, packet, session.answer)
         elif key.step != session.step + 1:
             refusal = StaleStep if key.step < session.step else EarlyStep
             raise refusal(f"{key} does not follow step {session.step}, the last that came")
         return self._go_on(session, packet)
 
     def _begin(self, packet: Packet) -> _Session:
-        """A session for prompts; it is open once they have been computed."""
+        """Returns a session for prompts, which is open once they have been computed."""
         key = packet.key
         if key.session in self._over:
-            refusal, why = self._over[key.session]
-            raise refusal(f"{key}: the session {why}")
+            refusal, reason = self._over[key.session]
+            raise refusal(f"{key}: the session {reason}")
         if key.step:
             raise UnknownStep(f"{key}: there is no such session")
         if len(self._open) >= self._most:
             raise FullTrunk(f"{key}: there are {self._most} sessions already, as many as there may be")
-        part, version = self._server.inference(key.client)
+        part, snapshot = self._server.inference(key.client)
         intake = self._server.intake
         hidden = intake.hidden(packet)
         mask = intake.mask(packet, hidden) if "mask" in packet.tensors else None
         if mask is not None and not _is_left_padded(mask, part.virtual):
             raise SpoiledStep(f"{key} sent a mask of texts that are not padded on the left")
-        return _Session(key.client, Past(part, mask), version, len(hidden))
+        return _Session(key.client, Past(part, mask), snapshot, len(hidden))
 
     def _go_on(self, session: _Session, packet: Packet) -> Packet:
+        """Computes the next step of a session, and answers it."""
         key = packet.key
-        part, _ = self._server.inference(key.client, session.version)
+        part, _ = self._server.inference(key.client, session.snapshot)
         hidden = self._server.intake.hidden(packet)
         count = 1 if key.step else hidden.shape[1]
         expected = (session.rows, count, part.config.hidden_size)
@@ -148,25 +145,28 @@ class Sessions:
             raise SpoiledStep(f"{key} goes beyond the model's {longest} positions")
         if not self._server.has_room(session.rows * count):
             raise FullTrunk(f"{key}: there is no room for it under the trunk's budget of memory")
+        traffic = self._server.traffic
+        crossed = traffic.token if key.step else traffic.prompt
         try:
             output = session.past.extend(hidden)
+            (answer,) = self._server.answers.with_hidden(crossed, [packet], {key: output}, {})
         except BaseException:
             self._close(key.session, StaleStep, "was given up, since its computation failed")
             raise
-        answer = Packet(key, {"hidden": self._codec.encode(output)}, training=False)
-        session.step, session.answer, session.until = key.step, answer, self._clock() + self._lease
+        session.step = key.step
+        session.answer = answer
+        session.until = self._clock() + self._lease
         self._open[key.session] = session
-        return self._count("token" if key.step else "prompt", packet, answer)
+        return answer
 
-    def _count(self, what: str, up: Packet, down: Packet) -> Packet:
-        self._server.traffic[f"{what}_up"] += up.nbytes
-        self._server.traffic[f"{what}_down"] += down.nbytes
+    def _counted(self, crossed: Bytes, up: Packet, down: Packet) -> Packet:
+        self._server.answers.count(crossed, up, down)
         return down
 
-    def _close(self, name: str, refusal: type[RefusedStep], why: str) -> None:
-        """Frees a session, and remembers for a while why it is over; that it was over before stays as it is."""
+    def _close(self, name: str, refusal: type[RefusedStep], reason: str) -> None:
+        """Frees a session, and remembers for a while why it ended; the reason of an earlier end stays."""
         self._open.pop(name, None)
-        self._over.setdefault(name, (refusal, why))
+        self._over.setdefault(name, (refusal, reason))
         if len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
 
@@ -177,25 +177,25 @@ class Sessions:
             self._close(name, ExpiredStep, "waited for its next token longer than a lease")
 
     def leave(self, client: int | None = None) -> None:
-        """Ends the sessions of a client that is done or dead; everybody's where None."""
+        """Ends the sessions of a client that has ended its round, or is dead; all sessions where it is None."""
         for name in [name for name, session in self._open.items() if client in (None, session.client)]:
             self._close(name, StaleStep, "has ended")
 
     def next_expiry(self) -> float | None:
-        """When the next lease runs out, by the clock."""
+        """Returns the time at which the next lease runs out; None without sessions."""
         return min((session.until for session in self._open.values()), default=None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is remembered."""
+        """Bytes of all caches."""
         return sum(session.past.nbytes for session in self._open.values())
 
     def __len__(self) -> int:
-        """How many sessions are open."""
+        """Returns the number of open sessions."""
         return len(self._open)
 
 
 def _is_left_padded(mask: Tensor, virtual: int) -> bool:
-    """Whether texts behind so many virtual tokens are there, and padded at their beginnings alone."""
+    """Returns True if a mask has texts, after so many virtual tokens, that are padded at their beginnings alone."""
     before, seen = mask.bool().tensor_split([virtual], 1)
     return bool(before.all() and seen.numel() and seen[:, -1].all() and (seen[:, 1:] >= seen[:, :-1]).all())

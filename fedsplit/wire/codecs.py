@@ -1,97 +1,164 @@
-"""Tensor codecs: what a hidden state or a gradient looks like on the wire."""
+"""Codecs turn tensors into the bytes that cross, and back: their interface, their memory, and how one is made.
+
+A codec is a class in a file of its own, such as `fedsplit.wire.casting`, and a line in `fedsplit.allowed.CODECS`.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.wire.packets import Encoded, MalformedPacket
-from fedsplit.wire.scaling import scale_to
+from fedsplit.allowed import CODECS
+from fedsplit.wire.encoded import Encoded
+from fedsplit.wire.packets import StepKey
 
-with warnings.catch_warnings():
-    # torch warns once a process that it cannot protect an array from being written to; nobody here writes to one.
-    warnings.simplefilter("ignore")
-    torch.from_numpy(np.frombuffer(b"0", np.uint8))
+State = TypeVar("State")
 
-_FULL = 2.0**15
-"""What the largest element of a gradient is scaled to at most, half of what float16 can hold."""
-
-_NARROWED: Mapping[torch.dtype, tuple[torch.dtype, ...]] = {
-    torch.bfloat16: (torch.int16,),
-    torch.float16: (torch.int16,),
-    torch.float32: (torch.int16, torch.float16),
-    torch.float64: (torch.int16, torch.float16),
-}
-"""By type: the other types of arrays that an encoder makes of it. The bits of bfloat16 are sent as int16."""
+Stream = tuple[str, str, int, int, int]
+"""Identifies tensors that follow each other step by step: kind, direction, client, batch and micro-batch."""
 
 
 @dataclass(frozen=True)
-class Codec:
-    """Encodes tensors into arrays whose bytes are what crosses, and decodes them.
+class Role:
+    """Place of a tensor in split learning.
 
     Attributes:
-        name: As in the settings.
-        narrow: The type values are rounded to before they cross; None sends them as they are.
+        kind: "activation" for hidden states, "gradient" for the gradient by them.
+        direction: "up" from a client to the trunk, "down" from the trunk to a client.
+        key: Step that the tensor belongs to.
+        training: False for evaluation and for generated text.
+        dtype: Type of the step's hidden states. A gradient may have a wider one: those by float16 hidden states are
+            float32.
+
+    Example:
+        >>> role = Role("gradient", "up", StepKey(round=1, client=3, step=0))
+        >>> role.client
+        3
     """
 
-    name: str
-    narrow: torch.dtype | None = None
+    kind: Literal["activation", "gradient"]
+    direction: Literal["up", "down"]
+    key: StepKey
+    training: bool = True
+    dtype: torch.dtype = torch.float32
 
-    def encode(self, tensor: Tensor) -> Encoded:
-        """A tensor of any shape to what is sent; copies only where it must."""
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        tensor = tensor.detach()
-        if self.narrow is not None and tensor.is_floating_point():
-            tensor = tensor.to(self.narrow)
-        if tensor.dtype == torch.bfloat16:
-            tensor = tensor.view(torch.int16)  # numpy has no bfloat16; the bits cross as integers
-        return Encoded(tensor.contiguous().cpu().numpy(), dtype)
+    @property
+    def client(self) -> int:
+        """Number of the client."""
+        return self.key.client
 
-    def encode_gradient(self, gradient: Tensor, hidden: torch.dtype) -> Encoded:
-        """The gradient of hidden states, in the type that they crossed in.
+    @property
+    def stream(self) -> Stream:
+        """Identifies the tensors of the same kind, direction, client, batch and micro-batch of all steps."""
+        return self.kind, self.direction, self.key.client, self.key.batch, self.key.micro
+
+
+class Codec(ABC):
+    """Encodes tensors into arrays whose bytes cross, and decodes them.
+
+    Each side of a wire has a codec of its own, so that a codec may keep state: `CodecMemory` holds it by role. A step
+    may be encoded or decoded more than once, as when an answer is lost; the result must then be the same.
+    """
+
+    @abstractmethod
+    def encode(self, tensor: Tensor, role: Role) -> Encoded:
+        """Encodes a tensor of any shape; copies it only where it must.
 
         Args:
-            gradient: In their type; in float32 where that is float16, in which it crosses times a power of two.
-            hidden: Their type.
+            tensor: Hidden states or a gradient.
+            role: Place of the tensor.
         """
-        if hidden != torch.float16:
-            return self.encode(gradient)
-        scale = scale_to(_FULL, gradient)
-        return replace(self.encode((gradient * scale).to(hidden)), dtype="float32", scale=scale)
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        """What was sent to a tensor of the sender's shape and type; a view of it where that is possible.
+    @abstractmethod
+    def decode(self, encoded: Encoded, role: Role) -> Tensor:
+        """Decodes what the other side's `encode` returned, to a tensor of the same shape and type.
 
-        What came from elsewhere may lie in memory that must not be written to: use the tensor, do not change it.
+        The tensor may lie in memory that must not be written to: use it, do not change it.
+
+        Args:
+            encoded: Encoded tensor in correct form, which came from elsewhere and may say anything.
+            role: Place of the tensor.
 
         Raises:
-            MalformedPacket: Values of that type are not sent as such an array: nothing is cast that was not cast by
-                an encoder.
+            MalformedPacket: No encoder makes such arrays or such a header.
         """
-        tensor, dtype = torch.from_numpy(encoded.data), getattr(torch, encoded.dtype, None)
-        if not isinstance(dtype, torch.dtype) or tensor.dtype not in {dtype, *_NARROWED.get(dtype, ())}:
-            raise MalformedPacket(f"an array of {tensor.dtype} cannot stand for values of type {encoded.dtype[:40]}")
-        if tensor.dtype == torch.int16 and dtype.is_floating_point:
-            tensor = tensor.view(torch.bfloat16)
-        tensor = tensor.to(dtype)
-        return tensor if encoded.scale == 1 else tensor / encoded.scale
+
+    def forget(self, client: int) -> None:  # noqa: B027  # a codec without state has nothing to do
+        """Drops the state of a client that has ended its round, or is dead."""
 
 
-EXACT = Codec("raw")
-"""For what is small and must cross as it is, whatever the run's codec."""
+@dataclass(frozen=True)
+class _Entry(Generic[State]):
+    """State of one stream, before and after its newest step."""
+
+    key: StepKey
+    before: State | None
+    after: State
 
 
-_CODECS: dict[str, Callable[[], Codec]] = {
-    "raw": lambda: Codec("raw"),
-    "bf16": lambda: Codec("bf16", torch.bfloat16),
-}
+class CodecMemory(Generic[State]):
+    """State that a codec keeps from step to step, such as the residual of error feedback.
+
+    - Each stream has its own: `Role.stream`.
+    - A step that is encoded again finds the state as it was at the first time.
+    - Rounds, and attempts at a round, begin without state, so that a repeated or resumed round gives the same.
+    - Evaluations neither find nor leave any.
+
+    Example:
+        >>> memory = CodecMemory[float]()
+        >>> first, second = (Role("activation", "up", StepKey(1, 0, step)) for step in (0, 1))
+        >>> memory.set_after(first, 0.5)
+        >>> memory.before(second)
+        0.5
+        >>> memory.set_after(second, 0.7)
+        >>> memory.before(second)  # the same step again
+        0.5
+    """
+
+    def __init__(self) -> None:
+        """Starts without state."""
+        self._entries: dict[Stream, _Entry[State]] = {}
+
+    def before(self, role: Role) -> State | None:
+        """Returns the state before a step; None at the first step of a round, and in evaluations."""
+        entry = self._entries.get(role.stream)
+        if entry is None or not role.training:
+            return None
+        if entry.key == role.key:
+            return entry.before
+        is_same_round = (entry.key.round, entry.key.attempt) == (role.key.round, role.key.attempt)
+        return entry.after if is_same_round else None
+
+    def set_after(self, role: Role, state: State) -> None:
+        """Sets the state after a step."""
+        if role.training:
+            self._entries[role.stream] = _Entry(role.key, self.before(role), state)
+
+    def forget(self, client: int) -> None:
+        """Drops all state of a client."""
+        self._entries = {stream: entry for stream, entry in self._entries.items() if entry.key.client != client}
 
 
 def make_codec(name: str) -> Codec:
-    """The codec of that name; one of `fedsplit.allowed.CODECS`."""
-    return _CODECS[name]()
+    """Returns a new codec, for one side of a wire.
+
+    Args:
+        name: One of `fedsplit.allowed.CODECS`.
+
+    Example:
+        >>> codec = make_codec("bf16")
+        >>> role = Role("activation", "up", StepKey(round=1, client=0, step=0))
+        >>> encoded = codec.encode(torch.ones(2, 3), role)
+        >>> encoded.nbytes
+        12
+        >>> codec.decode(encoded, role).dtype
+        torch.float32
+    """
+    module, _, kind = CODECS[name].partition(":")
+    codec: Codec = getattr(importlib.import_module(module), kind)()
+    return codec

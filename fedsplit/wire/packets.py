@@ -1,42 +1,35 @@
-"""What crosses between a client and the trunk at every step."""
+"""Packets: the messages that cross between a client and the trunk at every step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
-
-_LARGEST_NUMBER = 2**63 - 1
-_MOST_DIMENSIONS = 3
+from fedsplit.wire.encoded import Encoded, MalformedPacket, check_encoded, is_count, shown
 
 _TENSORS = frozenset({"hidden", "gradient", "mask", "routers", "coefficient", "norm"})
-"""Names under which tensors cross."""
-
-_ARRAYS = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
-"""Types of the arrays that cross."""
-
-
-class MalformedPacket(ValueError):
-    """A packet with a field of the wrong type, or a value that the field cannot have."""
+"""Names of the tensors that may cross."""
 
 
 @dataclass(frozen=True)
 class StepKey:
-    """Names one step of one client, so that forward and backward find each other, and each counts once.
+    """Identifies one step of one client, so that forward and backward find each other, and each counts once.
 
     Attributes:
-        round: The round, from 1; 0 is the evaluation before the first.
-        client: The client's partition, from 0.
-        step: The step within the round, from 0.
-        attempt: How often the client's round was begun before.
-        micro: The micro-batch within the batch, from 0.
-        run: The run's name.
-        batch: The batch within the step, from 0; above 0 only where gradients are accumulated.
-        session: Where text is generated, which one: `step` counts what was sent of it, from 0, the prompt. Empty
-            elsewhere.
+        round: Number of the round, from 1; 0 is the evaluation before the first one.
+        client: Number of the client's partition, from 0.
+        step: Number of the step within the round, from 0.
+        attempt: How often the client has begun this round before.
+        micro: Number of the micro-batch within the batch, from 0.
+        run: Name of the run.
+        batch: Number of the batch within the step, from 0; above 0 only where gradients are accumulated.
+        session: Id of the decoding session, where text is generated; `step` then counts its packets, the prompt being
+            0. Empty elsewhere.
+
+    Example:
+        >>> str(StepKey(round=2, client=5, step=7))
+        'round 2, client 5, step 7.0, attempt 0'
     """
 
     round: int
@@ -50,12 +43,12 @@ class StepKey:
 
     @property
     def place(self) -> tuple[int, int, int, int]:
-        """Where the batch lies in its client's time: what is smaller came before."""
+        """Order of the batches of one client: a smaller place came earlier."""
         return self.round, self.attempt, self.step, self.batch
 
     @property
     def turn(self) -> tuple[int, int, int]:
-        """Which step of the optimiser it belongs to."""
+        """Identifies the step of the optimiser that this batch belongs to."""
         return self.round, self.attempt, self.step
 
     def __str__(self) -> str:
@@ -66,45 +59,31 @@ class StepKey:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A tensor as it lies on the wire.
-
-    Attributes:
-        data: The encoded values; their bytes are what is counted.
-        dtype: The name of the type to decode into, such as "float32".
-        scale: What the values were multiplied by to fit into a narrow type; a power of two.
-    """
-
-    data: np.ndarray
-    dtype: str
-    scale: float = 1.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the wire."""
-        return self.data.nbytes
-
-
-@dataclass(frozen=True)
 class Packet:
     """One message between a client and the trunk.
 
     Attributes:
-        key: The step it belongs to.
-        tensors: "hidden" or "gradient" (B, T, D), "mask" (B, T) where a batch is padded, and "routers" where there is
-            an auxiliary loss (`fedsplit.model.routers`): the sums (2E + 1,), or the gradient (E,) by them. Empty where
-            an answer carries nothing, as when the client's bottom has nothing to learn, and where a client
-            asks whether there is room for its hidden states. With clipping, "norm" () in the answer to the last
-            gradient of a step, the squared norm of the adapter's gradient; and "coefficient" (), which the client
-            sends then, and which the gradient is scaled by.
-        training: Whether this is a training step, with dropout, or evaluation.
-        wants_gradient: Whether the client's bottom can use a gradient.
-        micros: Micro-batches that the batch consists of.
-        batches: Batches that the step consists of.
-        rate: The share of the learning rate at which the step is made.
-        incarnation: Which life of the trunk it is meant for; a trunk that was started again has another.
-        shape: Of a question for room: that of the hidden states to come.
-        wait: Of an answer: the trunk has no room for the step now; ask again after so many seconds.
+        key: Step that the packet belongs to.
+        tensors: Encoded tensors by name:
+
+            - "hidden" or "gradient" (B, T, D).
+            - "mask" (B, T), where a batch is padded.
+            - "routers", where there is an auxiliary loss (`fedsplit.model.routers`): the sums (2E + 1,), or the
+              gradient (E,) by them.
+            - "norm" (), with clipping, in the answer to the last gradient of a step: the squared norm of the trunk's
+              gradient.
+            - "coefficient" (), with clipping: the client's reply to "norm", which the gradient is scaled by.
+
+            Empty in an admission request, and in an answer that carries nothing, as when the client's bottom has
+            nothing to learn.
+        training: True for a training step, which has dropout; False for evaluation.
+        wants_gradient: True if the client's bottom can use a gradient.
+        micros: Number of micro-batches in the batch.
+        batches: Number of batches in the step.
+        rate: Share of the learning rate at which the step is made.
+        incarnation: Id of the trunk's life that the packet is meant for; a restarted trunk has another one.
+        shape: In an admission request: shape of the hidden states that will follow.
+        wait: In an answer: seconds after which to ask again, where the trunk has no memory for the step now.
     """
 
     key: StepKey
@@ -120,34 +99,34 @@ class Packet:
 
     @property
     def parts(self) -> int:
-        """In how many parts the gradients of a step come."""
+        """Number of parts in which the gradients of a step come."""
         return self.micros * self.batches
 
     @property
     def ends(self) -> bool:
-        """Whether it is of the last part of its step."""
+        """True for the last part of a step."""
         return (self.key.batch, self.key.micro) == (self.batches - 1, self.micros - 1)
 
     @property
     def clipping_key(self) -> StepKey:
-        """Under which key its step's coefficient comes: that of one micro-batch more than the last batch has."""
+        """Key of the packet with the step's clipping coefficient: the last batch's, one micro-batch after its last."""
         return replace(self.key, batch=self.batches - 1, micro=self.micros)
 
     @property
     def clips(self) -> bool:
-        """Whether it tells what a step's gradient is to be scaled by."""
+        """True for the packet with a step's clipping coefficient."""
         return "coefficient" in self.tensors
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, read off the encoded data."""
+        """Bytes of all tensors, read off the encoded arrays."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def check_form(packet: Packet) -> None:
     """Makes sure that every field of a packet has its type, so that nothing behind this has to expect another one.
 
-    Whether the values make sense at this moment is for the trunk to say.
+    The trunk decides later whether the values make sense at this moment.
 
     Raises:
         MalformedPacket: A field does not have its type; the message names it.
@@ -156,50 +135,29 @@ def check_form(packet: Packet) -> None:
         raise MalformedPacket("what came is no packet with the key of a step")
     for record, checks in ((packet.key, _KEY_CHECKS), (packet, _PACKET_CHECKS)):
         for name, kind, fits in checks:
-            if not fits(value := getattr(record, name)):
-                raise MalformedPacket(f"{name} of a packet is {_shown(value)}, not {kind}")
+            value = getattr(record, name)
+            if not fits(value):
+                raise MalformedPacket(f"{name} of a packet is {shown(value)}, not {kind}")
     for name, encoded in packet.tensors.items():
-        _check_encoded(name, encoded)
-
-
-def _check_encoded(name: object, encoded: object) -> None:
-    """As `check_form`, of one tensor."""
-    if not isinstance(name, str) or name not in _TENSORS:
-        raise MalformedPacket(f"{_shown(name)} is no tensor that crosses")
-    if not isinstance(encoded, Encoded) or not isinstance(encoded.data, np.ndarray):
-        raise MalformedPacket(f"{name} of a packet is {_shown(encoded)}, not an array")
-    form = encoded.data.dtype
-    if not may_cross(form) or encoded.data.ndim > _MOST_DIMENSIONS:
-        raise MalformedPacket(f"{name} of a packet is an array of {encoded.data.ndim} dimensions of {form}")
-    if not isinstance(encoded.dtype, str):
-        raise MalformedPacket(f"the type of {name} is {_shown(encoded.dtype)}, not the name of one")
-    if not _is_number(encoded.scale) or not 0 < encoded.scale < math.inf:
-        raise MalformedPacket(f"the scale of {name} is {_shown(encoded.scale)}, not a number above 0")
-
-
-def may_cross(form: np.dtype) -> bool:
-    """Returns whether arrays of that type cross; those of another machine's byte order do not."""
-    return form.name in _ARRAYS and form.isnative
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _LARGEST_NUMBER
+        if not isinstance(name, str) or name not in _TENSORS:
+            raise MalformedPacket(f"{shown(name)} is no tensor that crosses")
+        check_encoded(name, encoded)
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) is float or _is_count(value)
+    return type(value) is float or is_count(value)
 
 
 _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number from 0", _is_count),
+    "int": ("a whole number from 0", is_count),
     "float": ("a number", _is_number),
     "bool": ("true or false", lambda value: type(value) is bool),
     "str": ("a text", lambda value: type(value) is str),
-    "tuple[int, ...]": ("a shape", lambda value: type(value) is tuple and all(map(_is_count, value))),
+    "tuple[int, ...]": ("a shape", lambda value: type(value) is tuple and all(map(is_count, value))),
     "Mapping[str, Encoded]": ("tensors by name", lambda value: isinstance(value, Mapping)),
-    "parts": ("a whole number from 1", lambda value: _is_count(value) and value > 0),
+    "parts": ("a whole number from 1", lambda value: is_count(value) and value > 0),
 }
-"""By the type of a field: a value that it takes in words, and whether a value is one."""
+"""By the type of a field: words for its values, and a check of one."""
 
 _KEY_CHECKS = [(field.name, *_CHECKS[str(field.type)]) for field in fields(StepKey)]
 
@@ -208,9 +166,3 @@ _PACKET_CHECKS = [
     for field in fields(Packet)
     if field.name != "key"
 ]
-
-
-def _shown(value: object) -> str:
-    """Returns a value as a message shows it; of what may be long, or raise an error as text, the type alone."""
-    simple = type(value) in (bool, float) or value is None or _is_count(value)
-    return repr(value) if simple or (type(value) is str and len(value) < 40) else f"a {type(value).__name__}"

@@ -1,14 +1,14 @@
-"""Gradients in float16, which knows nothing between 0 and 6e-8 and nothing above 65504.
+"""Gradient scaling for float16, which has no values between 0 and 6e-8 and none above 65504.
 
 Loss scaling (1710.03740) multiplies the loss by a number so that gradients fall into that range, and divides by it
-before the optimiser steps. Here every part does so for itself: it scales the gradient that its own backward begins
-with, by a power of two that depends on that gradient alone, and divides what comes out in float32. Where something
-overflowed it goes back again with a smaller scale.
+before the optimiser's step. Here every part of the model does so by itself. It scales the gradient that its backward
+begins with, by a power of two that depends on that gradient alone, and divides the results in float32. Where a value
+overflows, it repeats the backward with a smaller scale.
 
-So the scale never leaves a part. What crosses, is summed over micro-batches, clients or a barrier, or comes to an
-optimiser is the gradient itself, under every schedule; no step is skipped by one party and made by another, none is
-lost, and nothing depends on which steps were computed before. The price is a graph that is kept until its backward is
-over. (On the wire a gradient of float16 has a power of two of its own, see `fedsplit.wire.codecs`.)
+So the scale never leaves a part. Under every schedule, the gradient itself crosses, is summed over micro-batches,
+clients or a barrier, and comes to an optimiser. No step is lost, or skipped by one party and made by another, and
+nothing depends on earlier steps. The price is a graph that is kept until its backward is over. (On the wire, a float16
+gradient is multiplied by another power of two; see `fedsplit.wire.casting`.)
 """
 
 from __future__ import annotations
@@ -20,31 +20,35 @@ import torch
 from torch import Tensor
 
 _LOSS = 2.0**15
-"""What a loss is multiplied by at first: a mean over N tokens gives each of them 1/N of it."""
+"""First factor of a loss: a mean over N tokens gives each of them 1/N of it."""
 
 _BEGIN = 2.0**8
-"""What the largest element of a gradient that came over the wire is scaled to at first, at most."""
+"""Largest element, after the first scaling, of a gradient that came over the wire."""
 
 TOO_LARGE = "values exceed 65504, the most that float16 can hold; --dtype bf16 and fp32 can hold more"
-"""What is said of values that float16 cannot hold."""
+"""Message about values that float16 cannot hold."""
 
 _LESS = 2.0**-4
 _ATTEMPTS = 8
 
 
 class Overflow(ArithmeticError):
-    """Values that are too large for float16 at any scale of the gradient."""
+    """Values are too large for float16 at every scale of the gradient."""
 
 
 def scale_to(most: float, tensor: Tensor) -> float:
-    """The power of two that brings the largest element of a tensor between half of `most` and `most`.
+    """Returns the power of two that brings the largest element of a tensor between half of `most` and `most`.
 
     Args:
         most: A power of two.
-        tensor: Of any shape.
+        tensor: Tensor of any shape.
 
     Returns:
-        1 where the tensor is zero, empty, or not finite.
+        The power of two; 1 where the tensor is zero, empty, or not finite.
+
+    Example:
+        >>> scale_to(8.0, torch.tensor([0.5, -1.5]))
+        4.0
     """
     largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
     if not 0 < largest < math.inf:
@@ -54,18 +58,18 @@ def scale_to(most: float, tensor: Tensor) -> float:
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = None) -> list[Tensor | None]:
-    """As `torch.autograd.grad`, of a part that computes in float16.
+    """Computes gradients as `torch.autograd.grad` does, for a part that computes in float16.
 
     Args:
-        output: What the part made: hidden states in float16, or a loss.
+        output: Output of the part: hidden states in float16, or a loss.
         inputs: Leaves of its graph.
-        start: The gradient by the output, not scaled, in float32; None for a loss.
+        start: Gradient by the output, not scaled, in float32; None for a loss.
 
     Returns:
-        The gradients in float32, not scaled, all finite; None for an input that the output does not depend on.
+        Gradients in float32, not scaled, all finite; None for an input that the output does not depend on.
 
     Raises:
-        Overflow: There is no scale at which they are finite.
+        Overflow: They are not finite at any scale.
     """
     wide = torch.ones_like(output) if start is None else start.float()
     scale = _LOSS if start is None else scale_to(_BEGIN, wide)
@@ -82,19 +86,19 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = N
 def backward(
     output: Tensor, learning: Iterable[Tensor], entry: Tensor | None = None, start: Tensor | None = None
 ) -> Tensor | None:
-    """The backward of a client's part; adds the gradients of what learns to their `grad`.
+    """Computes the backward of a client's part, and adds the gradients of its trained parameters to their `grad`.
 
     Args:
-        output: A loss, or the bottom's hidden states.
-        learning: The part's parameters, of which those learn that take a gradient.
-        entry: The hidden states (B, T, D) that went into the part, a leaf; None for the bottom, where tokens went in.
-        start: The gradient by the output; None for a loss.
+        output: A loss, or the hidden states of the bottom.
+        learning: Parameters of the part; those that require a gradient are trained.
+        entry: Hidden states (B, T, D) that went into the part, a leaf; None for the bottom, where tokens went in.
+        start: Gradient by the output; None for a loss.
 
     Returns:
-        The gradient by the entry, in its type, or in float32 where that is float16; None where it takes none.
+        Gradient by the entry, in its type, or in float32 where that is float16; None where it requires none.
 
     Raises:
-        Overflow: As in `gradients`.
+        Overflow: The gradients are not finite at any scale.
     """
     if (output if entry is None else entry).dtype != torch.float16:
         output.backward(start)

@@ -1,61 +1,62 @@
-"""Exactly once: which steps are pending at the trunk, which are answered, and which must be refused."""
+"""Exactly-once delivery: the trunk's list of pending and answered steps, and its reasons to refuse one."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from fedsplit.clock import Clock
 from fedsplit.wire.packets import Packet, StepKey
 
 T = TypeVar("T")
 
 
 class RefusedStep(Exception):
-    """A request that the trunk must not serve; the subclass says why, the message names the step."""
+    """The trunk must not serve a request; the subclass says why, the message names the step."""
 
 
 class UnknownStep(RefusedStep):
-    """A gradient for a step that was never begun."""
+    """The request is a gradient for a step that was never begun."""
 
 
 class StaleStep(RefusedStep):
-    """A request for a step that its client has left behind."""
+    """The request belongs to a step that its client has already finished or given up."""
 
 
 class ExpiredStep(RefusedStep):
-    """A gradient for a step whose lease ran out."""
+    """The request is a gradient for a step whose lease ran out."""
 
 
 class ForeignStep(RefusedStep):
-    """A request for another run, or for another incarnation of the trunk."""
+    """The request is meant for another run, or for another incarnation of the trunk."""
 
 
 class SpoiledStep(RefusedStep):
-    """A request whose tensors have the wrong shape, or values that nothing finite can be computed from."""
+    """The request has tensors of the wrong shape, or values that lead to nothing finite."""
 
 
 class UnboundedStep(SpoiledStep):
-    """A request with values that are not finite or too large, or that lead to such, as when training diverges."""
+    """The request has, or leads to, values that are not finite or too large, as when training diverges."""
 
 
 class SpoiledTogether(Exception):
     """Some of several requests that are served as one must be refused; the others can be served without them.
 
     Attributes:
-        refused: By step, why it is refused.
+        refused: Reasons by step.
     """
 
     def __init__(self, refused: Mapping[StepKey, RefusedStep]) -> None:
-        """Keeps the refusals."""
+        """Keeps the reasons."""
         super().__init__("; ".join(map(str, refused.values())))
         self.refused = refused
 
 
 @dataclass
 class _Client(Generic[T]):
-    """What is kept of a client: its newest step, and nothing of those before."""
+    """State of a client: its newest step, and nothing of earlier ones."""
 
     place: tuple[int, int, int, int] = (-1, -1, -1, -1)
     pending: dict[StepKey, tuple[T, float]] = field(default_factory=dict)
@@ -66,27 +67,39 @@ class _Client(Generic[T]):
 
 
 class Steps(Generic[T]):
-    """The life of every step: begun, pending, answered; or expired, or left behind.
+    """State of every step: pending, answered, expired, or left behind.
 
-    A client has one batch of a step at a time, of one or more micro-batches; beginning the next one ends it. What is
-    repeated gets the answer it got before. What is held for a pending step is the caller's.
+    A client has one batch of a step at a time, of one or more micro-batches; its next batch ends it. A repeated
+    request gets the same answer. The caller chooses an object to hold for each pending step.
 
     Attributes:
-        run: The run whose steps these are; empty where any is taken.
-        incarnation: This life of the trunk; empty where requests need not name it.
+        run: Name of the run that steps must carry.
+        incarnation: Id of the trunk's life that packets must carry.
+
+    Example:
+        >>> steps = Steps[str]("run", "first life", lease=60.0, clock=lambda: 0.0)
+        >>> key = StepKey(round=1, client=0, step=0, run="run")
+        >>> steps.begin(key, "its graph")
+        >>> steps.held(key)
+        'its graph'
+        >>> steps.answer(key, Packet(key))
+        >>> len(steps), steps.answered(key) == Packet(key)
+        (0, True)
     """
 
-    def __init__(self, run: str, incarnation: str, lease: float, clock: Callable[[], float]) -> None:
-        """Starts with no step.
+    def __init__(self, run: str, incarnation: str, lease: float, clock: Clock) -> None:
+        """Starts without steps.
 
         Args:
-            run: The run's name.
-            incarnation: This life of the trunk.
-            lease: Seconds that a step may be pending since its last forward.
-            clock: Seconds, always growing.
+            run: Name of the run.
+            incarnation: Id of this life of the trunk.
+            lease: Seconds for which a step may be pending since its last forward.
+            clock: Clock for leases.
         """
-        self.run, self.incarnation = run, incarnation
-        self._lease, self._clock = lease, clock
+        self.run = run
+        self.incarnation = incarnation
+        self._lease = lease
+        self._clock = clock
         self._clients: defaultdict[int, _Client[T]] = defaultdict(_Client)
 
     def check(self, packet: Packet) -> None:
@@ -101,13 +114,13 @@ class Steps(Generic[T]):
             raise ForeignStep(f"{packet.key} is for another incarnation of the trunk: the trunk was started again")
 
     def moves_on(self, key: StepKey) -> None:
-        """A client has come to a new step: what it was answered before is not asked for again."""
+        """Drops the answers of a client's earlier steps if it has come to a new one: it asks for them no more."""
         client = self._clients[key.client]
         if key.place > client.place:
             client.answers.clear()
 
     def drop_answers(self) -> int:
-        """Forgets answers of clients that have nothing pending; whoever asks for one again is refused."""
+        """Drops the answers of clients without pending steps, and returns how many; requests for them are refused."""
         count = 0
         for client in self._clients.values():
             if not client.pending:
@@ -117,7 +130,7 @@ class Steps(Generic[T]):
         return count
 
     def repeated(self, key: StepKey) -> T | None:
-        """What is held for a forward that came before and is still pending; its lease begins anew."""
+        """Returns the object held for a repeated forward that is still pending, and renews its lease; else None."""
         held = self._clients[key.client].pending.get(key)
         if held is None:
             return None
@@ -125,10 +138,10 @@ class Steps(Generic[T]):
         return held[0]
 
     def begin(self, key: StepKey, held: T) -> None:
-        """Makes a step pending, and its client's older ones things of the past.
+        """Makes a step pending, and ends its client's older ones.
 
         Raises:
-            StaleStep: The client has answered it already, or gone on to a later one, or ended its round.
+            StaleStep: The client has finished the step, has gone on to a later one, or has ended its round.
         """
         self.check_order(key)
         client = self._clients[key.client]
@@ -141,7 +154,7 @@ class Steps(Generic[T]):
         """Makes sure that a step may begin now.
 
         Raises:
-            StaleStep: As in `begin`.
+            StaleStep: It may not, for one of the reasons of `begin`.
         """
         if self._is_past(key) or key in self._clients[key.client].answers:
             raise StaleStep(f"{key} lies behind what its client has done already")
@@ -151,7 +164,7 @@ class Steps(Generic[T]):
         return key.place < client.place or (client.left and key.place == client.place) or key in client.dropped
 
     def held(self, key: StepKey) -> T:
-        """What is held for a pending step.
+        """Returns the object held for a pending step.
 
         Raises:
             UnknownStep, StaleStep, ExpiredStep: It is not pending.
@@ -166,22 +179,23 @@ class Steps(Generic[T]):
         raise UnknownStep(f"no forward is pending for {key}")
 
     def is_pending(self, key: StepKey) -> bool:
-        """Whether a step waits for its gradient."""
+        """Returns True if a step waits for its gradient."""
         return key in self._clients[key.client].pending
 
     def answered(self, key: StepKey) -> Packet | None:
-        """The answer that a gradient got when it came first."""
+        """Returns the answer to a gradient that has come before; else None."""
         return self._clients[key.client].answers.get(key)
 
     def answer(self, key: StepKey, packet: Packet) -> None:
-        """Ends a pending step, and keeps its answer until its client goes on."""
+        """Ends a pending step, and keeps its answer until the client goes on to the next."""
         client = self._clients[key.client]
         del client.pending[key]
         client.answers[key] = packet
 
     def expire(self) -> int:
-        """Frees what is held for steps whose lease has run out; returns how many."""
-        now, count = self._clock(), 0
+        """Drops the steps whose lease has run out, and returns how many."""
+        now = self._clock()
+        count = 0
         for client in self._clients.values():
             late = [key for key, (_, until) in client.pending.items() if until <= now]
             for key in late:
@@ -191,24 +205,24 @@ class Steps(Generic[T]):
         return count
 
     def leave(self, client: int) -> int:
-        """Frees all of a client that is done or dead; returns how many of its steps were pending."""
+        """Drops all steps of a client that has ended its round, or is dead; returns how many were pending."""
         kept = self._clients[client]
         count = len(kept.pending)
         self._clients[client] = _Client(place=kept.place, left=True)
         return count
 
     def pending(self) -> list[T]:
-        """What is held, oldest first for each client."""
+        """Returns the objects held for pending steps, oldest first for each client."""
         return [held for client in self._clients.values() for held, _ in client.pending.values()]
 
     def busy(self) -> set[int]:
-        """The clients of which something is pending."""
+        """Returns the clients with pending steps."""
         return {number for number, client in self._clients.items() if client.pending}
 
     def __len__(self) -> int:
-        """How many steps are pending."""
+        """Returns the number of pending steps."""
         return sum(len(client.pending) for client in self._clients.values())
 
     def next_expiry(self) -> float | None:
-        """When the next lease runs out, by the clock."""
+        """Returns the time at which the next lease runs out; None without pending steps."""
         return min((until for c in self._clients.values() for _, until in c.pending.values()), default=None)

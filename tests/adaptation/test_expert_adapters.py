@@ -17,12 +17,13 @@ from peft.tuners.lora.layer import ParamWrapper
 from test_routers import EXPERTS, ask_for_balance, parts_of, through_split, unsplit
 from test_simulate import TINY, adapter, command
 
-from fedsplit import checks, planning, simulate
+from fedsplit import checks, simulate
 from fedsplit.adaptation import lora
 from fedsplit.adapters import compare, summary
 from fedsplit.allowed import InputError, SettingError
 from fedsplit.config import LoraSettings
 from fedsplit.documents import build, from_document
+from fedsplit.engines import planning
 from fedsplit.evaluate import held_out_loss
 from fedsplit.federation.aggregation_error import measure
 from fedsplit.federation.strategy import load_strategy

@@ -78,7 +78,7 @@ def client_of(config: Config) -> tuple[Client, LocalTrunk]:
     for part in (bottom, top):
         lora.add(part, config.lora, config.seed)
     trunk = LocalTrunk(config)
-    for part in (bottom, trunk.server._part, top):
+    for part in (bottom, trunk.server.part, top):
         without_dropout(part)
     generator = torch.Generator().manual_seed(1)
     blocks = Sequences.packed(torch.randint(1, VOCABULARY, (7, 9), generator=generator))

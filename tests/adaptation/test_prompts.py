@@ -278,7 +278,7 @@ def make_client(path: Path, name: str, schedule: str = "shared", **more: object)
     trunk = LocalTrunk(config)
     for part in (bottom, top):
         adapt(part, config)
-    for part in (bottom, trunk.server._part, top):
+    for part in (bottom, trunk.server.part, top):
         without_dropout(part)
     ids = torch.randint(1, VOCABULARY, (10, 8), generator=torch.Generator().manual_seed(1))
     shard = Shard("ann", Sequences.packed(ids), Sequences.packed(torch.zeros(1, 8, dtype=torch.long)))
@@ -291,10 +291,10 @@ def test_one_client_follows_plain_peft(model_path: Path, name: str) -> None:
     """Six steps of AdamW, through the trunk's versions; equal to the bit where PEFT has the tensors as we have them."""
     client, server, config = make_client(model_path, name)
     given = lora.read(client.bottom, client.top).tensors
-    start = {**given, **server.learners.read().tensors}
+    start = {**given, **server.adapters.read().tensors}
     update = client.train(given, round=1)
-    trained = {**update.adapters.tensors, **server.learners.read().tensors}
-    assert bool(server.learners.read().tensors) == (name == "prefix")
+    trained = {**update.adapters.tensors, **server.adapters.read().tensors}
+    assert bool(server.adapters.read().tensors) == (name == "prefix")
     whole, _ = plain_peft(model_path, name, start)
     without_dropout(whole)
     encoder = whole.train().prompt_encoder["default"]
@@ -344,7 +344,7 @@ def test_the_trunks_prefixes_learn_in_versions(tiny_models: dict[str, Path], sch
         (part,) = load_parts(tiny_models["llama"], (1, 2), ["trunk"])
         prompts.add(part, SETTINGS["prefix"], 0, tiny_models["llama"])
         server = TrunkServer(part, codec, schedule, config, seed=0)
-        start = server.learners.read().tensors
+        start = server.adapters.read().tensors
         server.forward(packet(0, hidden=hidden))
         if others:
             server.forward(packet(1, hidden=hidden * 2))
@@ -352,9 +352,9 @@ def test_the_trunks_prefixes_learn_in_versions(tiny_models: dict[str, Path], sch
         answers.append(codec.decode(server.backward(packet(0, gradient=gradient)).tensors["gradient"]))
         server.end_round([0, 1])
         if schedule == "copies":
-            learned = server.learners.copies()[0].adapters.tensors
+            learned = server.adapters.copies()[0].adapters.tensors
         else:
-            learned = server.learners.read().tensors
+            learned = server.adapters.read().tensors
         assert all(not torch.equal(tensor, learned[n]) for n, tensor in start.items())
     assert torch.equal(*answers)
 

@@ -38,8 +38,8 @@ from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
-from fedsplit.trunk.learners import Start
 from fedsplit.trunk.local import LocalTrunk
+from fedsplit.trunk.registry import Start
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
 from strategies.fedavg import FedAvg
@@ -71,7 +71,7 @@ def client_of(config: Config) -> tuple[Client, LocalTrunk]:
     """A client and its trunk in one process, without the base's dropout."""
     bottom, top = parts_of(config, ("bottom", "top"))
     trunk = LocalTrunk(config)
-    for part in (bottom, trunk.server._part, top):
+    for part in (bottom, trunk.server.part, top):
         without_dropout(part)
     blocks = Sequences.packed(torch.randint(1, VOCABULARY, (7, 9), generator=torch.Generator().manual_seed(1)))
     link = Link(trunk, make_codec("raw"), SCHEDULES[config.trunk.schedule], incarnation="first")

@@ -30,8 +30,10 @@ from fedsplit.seeds import derive_seed
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Task
-from fedsplit.wire.codecs import Codec, make_codec
-from fedsplit.wire.packets import Encoded, StepKey
+from fedsplit.wire.casting import Cast, array_as
+from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.encoded import Encoded
+from fedsplit.wire.packets import StepKey
 from fedsplit.wire.steps import SpoiledStep, StaleStep, UnboundedStep
 
 STEPS = 20
@@ -58,7 +60,7 @@ def make_client(
     trunk = LocalTrunk(config)
     for part in (bottom, top):
         lora.add(part, config.lora, seed)
-    for part in (bottom, trunk.server._part, top):
+    for part in (bottom, trunk.server.part, top):
         without_dropout(part)
     generator = torch.Generator().manual_seed(1)
     shard = Shard(
@@ -131,13 +133,13 @@ def test_all_features_at_once_follow_plain_fine_tuning(model_path: Path, cut: tu
         model_path, "shared", cut, steps=4, micro_batches=micro_batches, train={"weight_decay": 0.01, **FEATURES}
     )
     client = replace(client, rounds=3)
-    start = {**given, **server.learners.read().tensors}
+    start = {**given, **server.adapters.read().tensors}
     tensors, moments = given, {}
     for round in range(1, 4):
         update = client.train(tensors, round, moments=moments)
         tensors, moments = update.adapters.tensors, update.moments
     assert update.examples == 4 * 2 * 3
-    federated = {**tensors, **server.learners.read().tensors}
+    federated = {**tensors, **server.adapters.read().tensors}
     for name, parameter in central(model_path, start, client.shard.train, client.settings, 3).items():
         assert (federated[name] - parameter).abs().max() <= 1e-5, name
         assert (start[name] - parameter).abs().max() > 1e-3, name
@@ -147,9 +149,9 @@ def test_all_features_at_once_follow_plain_fine_tuning(model_path: Path, cut: tu
 def test_one_client_shared_follows_plain_peft_fine_tuning(model_path: Path, cut: tuple[int, int]) -> None:
     """Same order, same AdamW on all three parts: equal adapters after 20 steps."""
     client, server, given = make_client(model_path, "shared", cut)
-    start = {**given, **server.learners.read().tensors}
+    start = {**given, **server.adapters.read().tensors}
     update = client.train(given, round=1)
-    federated = {**update.adapters.tensors, **server.learners.read().tensors}
+    federated = {**update.adapters.tensors, **server.adapters.read().tensors}
 
     trained = fine_tune(model_path, start, client.shard.train, client.settings)
     for name, parameter in trained.items():
@@ -168,21 +170,21 @@ def test_one_client_shared_follows_plain_peft_fine_tuning(model_path: Path, cut:
 )
 def test_which_parts_learn_under_which_schedule(model_path: Path, schedule: str, learning: set[str]) -> None:
     client, server, given = make_client(model_path, schedule, steps=2)
-    trunk_before = server.learners.read().tensors
+    trunk_before = server.adapters.read().tensors
     after = client.train(given, round=1).adapters.tensors
     changed = {
         "bottom": any(not torch.equal(after[n], given[n]) for n in lora.parameters(client.bottom)),
-        "trunk": any(not torch.equal(t, trunk_before[n]) for n, t in server.learners.read().tensors.items()),
+        "trunk": any(not torch.equal(t, trunk_before[n]) for n, t in server.adapters.read().tensors.items()),
         "top": any(not torch.equal(after[n], given[n]) for n in lora.parameters(client.top)),
     }
     assert {part for part, did in changed.items() if did} == learning
-    assert (server.traffic["gradient_up"] == 0) == (schedule == "forward-only")
+    assert (server.traffic.gradient.up == 0) == (schedule == "forward-only")
 
 
 def test_frozen_trunk_without_a_bottom_sends_no_gradient(model_path: Path) -> None:
     client, server, given = make_client(model_path, "frozen", cut=(0, 2), steps=2)
     update = client.train(given, round=1)
-    assert server.traffic["gradient_up"] == 0
+    assert server.traffic.gradient.up == 0
     assert len(server.steps) == 0
     assert any(not torch.equal(update.adapters.tensors[n], given[n]) for n in given)
 
@@ -211,7 +213,7 @@ def test_padding_is_neither_seen_nor_predicted(model_path: Path) -> None:
     short = client.step(ids[:, :5], StepKey(1, 0, 0))
     padded = client.step(ids, StepKey(1, 0, 1), mask)
     assert padded == pytest.approx(float(short), rel=1e-5)
-    assert server.traffic["activation_up"] == (2 * 5 + 2 * 8) * 32 * 4 + 2 * 8
+    assert server.traffic.activation.up == (2 * 5 + 2 * 8) * 32 * 4 + 2 * 8
 
 
 def padded_rows(kind: str) -> Sequences:
@@ -232,9 +234,9 @@ def test_padded_sequences_train_as_the_unsplit_model(model_path: Path, kind: str
     client, server, given = make_client(model_path, "shared", micro_batches=micro_batches)
     rows = padded_rows(kind)
     client = replace(client, shard=Shard("ann", rows, rows))
-    start = {**given, **server.learners.read().tensors}
+    start = {**given, **server.adapters.read().tensors}
     update = client.train(given, round=1)
-    federated = {**update.adapters.tensors, **server.learners.read().tensors}
+    federated = {**update.adapters.tensors, **server.adapters.read().tensors}
     for name, parameter in fine_tune(model_path, start, rows, client.settings).items():
         assert (federated[name] - parameter).abs().max() <= (1e-5 if micro_batches == 1 else 1e-4), name
     batches = [batch(rows, step, 3, derive_seed(0, "client", 0)) for step in range(STEPS)]
@@ -322,7 +324,7 @@ def test_who_diverges_is_told_the_likely_settings(tiny_models: dict[str, Path], 
     with pytest.raises(Diverged, match=r"--train.lr \(1e\+20\) is too large: lower it") as caught:
         client.train(given, round=1)
     assert ("--train.clip" in str(caught.value)) == (not clip)
-    assert all(torch.isfinite(tensor).all() for tensor in server.learners.read().tensors.values())
+    assert all(torch.isfinite(tensor).all() for tensor in server.adapters.read().tensors.values())
 
 
 @pytest.mark.parametrize(("refusal", "error"), [(SpoiledStep, SpoiledStep), (UnboundedStep, Diverged)])
@@ -344,8 +346,8 @@ def test_bf16_on_the_wire_halves_the_bytes_and_stays_close(model_path: Path) -> 
     raw, raw_server, given = make_client(model_path, "shared", steps=5)
     narrow, narrow_server, _ = make_client(model_path, "shared", steps=5, codec="bf16")
     exact, rounded = raw.train(given, 1), narrow.train(given, 1)
-    assert narrow_server.traffic["activation_up"] * 2 == raw_server.traffic["activation_up"]
-    assert narrow_server.traffic["gradient_down"] * 2 == raw_server.traffic["gradient_down"]
+    assert narrow_server.traffic.activation.up * 2 == raw_server.traffic.activation.up
+    assert narrow_server.traffic.gradient.down * 2 == raw_server.traffic.gradient.down
     assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
     assert rounded.loss != exact.loss
 
@@ -360,9 +362,9 @@ def test_micro_batches_are_the_whole_batch(model_path: Path, schedule: str) -> N
     for name, tensor in one.adapters.tensors.items():
         assert torch.allclose(tensor, three.adapters.tensors[name], atol=2e-6), name
     for server in (whole_server, split_server):
-        assert server.end_round([0])["steps"] == (1 if schedule == "accumulate" else 4)
+        assert server.end_round([0]).steps == (1 if schedule == "accumulate" else 4)
     ones, threes = (
-        s.learners.copies()[0].adapters if schedule == "copies" else s.learners.read()
+        s.adapters.copies()[0].adapters if schedule == "copies" else s.adapters.read()
         for s in (whole_server, split_server)
     )
     for name, tensor in ones.tensors.items():
@@ -385,9 +387,9 @@ def test_accumulated_batches_are_one_large_batch(tiny_models: dict[str, Path], s
         pairs = [(one.adapters.tensors, two.adapters.tensors)]
         for server in (whole_server, split_server):
             expected = {"accumulate": 1, "shared": 3, "copies": 3}.get(schedule, 0)
-            assert server.end_round([0]).get("steps", 0) == expected
+            assert server.end_round([0]).steps == expected
         read = [
-            s.learners.copies()[0].adapters if schedule == "copies" else s.learners.read()
+            s.adapters.copies()[0].adapters if schedule == "copies" else s.adapters.read()
             for s in (whole_server, split_server)
         ]
         for ones, twos in [*pairs, (read[0].tensors, read[1].tensors)]:
@@ -417,14 +419,14 @@ def test_clipping_is_by_the_norm_over_all_that_learns(model_path: Path, schedule
     """One step, with plain SGD, which shows the size of a gradient: that of `clip_grad_norm_` on the unsplit model."""
     plain = {"optimizer": "sgd", "lr": 1.0, "clip": 0.1}
     client, server, given = make_client(model_path, schedule, steps=1, micro_batches=3, train=plain)
-    start = {**given, **server.learners.read().tensors}
+    start = {**given, **server.adapters.read().tensors}
     learning = {
         "frozen": set(given),
         "forward-only": set(lora.parameters(client.top)),
     }.get(schedule, set(start))
     update = client.train(given, 1)
     server.end_round([0])
-    after = server.learners.copies()[0].adapters if schedule == "copies" else server.learners.read()
+    after = server.adapters.copies()[0].adapters if schedule == "copies" else server.adapters.read()
     moved = {n: start[n] - t for n, t in {**update.adapters.tensors, **after.tensors}.items()}
     base = load_unsplit(model_path)
     settings_of = LoraSettings(rank=(2,), dropout=0.0)
@@ -448,10 +450,10 @@ def test_clipping_costs_sixteen_bytes_a_step_and_nothing_where_it_is_off(model_p
         client, server, given = make_client(model_path, "shared", steps=3, train={"accumulation": 2, "clip": clip})
         client.train(given, 1)
         traffic.append(server.traffic)
-    assert traffic[0]["gradient_up"] == traffic[0]["gradient_down"] == 3 * 2 * 3 * 8 * 32 * 4
-    for way in ("gradient_up", "gradient_down"):
-        assert traffic[1][way] - traffic[0][way] == 3 * 8
-    assert traffic[1]["activation_up"] == traffic[0]["activation_up"]
+    assert traffic[0].gradient.up == traffic[0].gradient.down == 3 * 2 * 3 * 8 * 32 * 4
+    for way in ("up", "down"):
+        assert getattr(traffic[1].gradient, way) - getattr(traffic[0].gradient, way) == 3 * 8
+    assert traffic[1].activation.up == traffic[0].activation.up
 
 
 def test_a_rate_above_the_whole_is_refused(model_path: Path) -> None:
@@ -494,17 +496,16 @@ def test_nobody_writes_to_what_came_over_the_wire(
 ) -> None:
     """It may lie in memory that others read, or that cannot be written to at all."""
     arrived: list[tuple[Encoded, bytes]] = []
-    decode = Codec.decode
+    decode = Cast.decode
 
-    def watched(self, encoded):
-        sealed = Encoded(
-            np.frombuffer(encoded.data.tobytes(), encoded.data.dtype).reshape(encoded.data.shape), encoded.dtype
-        )
-        arrived.append((sealed, sealed.data.tobytes()))
-        return decode(self, sealed)
+    def watched(self, encoded, role):
+        values = encoded.array("values")
+        sealed = array_as(np.frombuffer(values.tobytes(), values.dtype).reshape(values.shape), encoded.dtype)
+        arrived.append((sealed, values.tobytes()))
+        return decode(self, sealed, role)
 
-    monkeypatch.setattr(Codec, "decode", watched)
+    monkeypatch.setattr(Cast, "decode", watched)
     client, _, given = make_client(model_path, schedule, dropout=0.1, steps=2, kernels=kernels)
     client.train(given, 1)
     assert len(arrived) == 8
-    assert all(sealed.data.tobytes() == before for sealed, before in arrived)
+    assert all(sealed.array("values").tobytes() == before for sealed, before in arrived)

@@ -48,12 +48,12 @@ class Doubler:
 def run(schedule: str, needs_gradient: bool, busy: int = 0) -> tuple[Doubler, torch.Tensor, torch.Tensor]:
     trunk = Doubler(busy)
     start = torch.randn(1, 2, 3, requires_grad=needs_gradient)
-    crossing = Link(trunk, CODEC, SCHEDULES[schedule], "this-run", "first", 4).send(start * 1, KEY)
-    output = crossing.output()
+    step = Link(trunk, CODEC, SCHEDULES[schedule], "this-run", "first", 4).send(start * 1, KEY)
+    output = step.output()
     top = torch.ones(3, requires_grad=True)
     (output * top).sum().backward()
-    crossing.send_back(output.grad)
-    crossing.finish()
+    step.send_back(output.grad)
+    step.finish()
     return trunk, start, output
 
 

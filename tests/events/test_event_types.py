@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from fedsplit.events import Notice, RoundTrained
+from fedsplit.events import Notice, RoundEvaluated, RoundTrained, RunStarted
 from fedsplit.events.event_types import EVENTS, Event, fields_of
 
 TRAINED = {
@@ -20,6 +20,32 @@ TRAINED = {
     "trunk": {"steps": 3},
     "elapsed": 2.0,
 }
+
+
+def started(folder: str) -> RunStarted:
+    return RunStarted(
+        settings={"lora": {"rank": 4}},
+        versions={"torch": "2"},
+        clients=["ann", "bob"],
+        parameters={"trunk": {"total": 2, "trainable": 1}},
+        aggregated_parts=["bottom"],
+        after_round=0,
+        folder=folder,
+    )
+
+
+def evaluated(round: int) -> RoundEvaluated:
+    return RoundEvaluated(
+        round=round,
+        loss=3.0,
+        clients={"ann": 2.5, "bob": 3.5},
+        forgotten={},
+        adapter_bytes={},
+        bytes={},
+        tokens=8,
+        seconds=0.5,
+        elapsed=2.0,
+    )
 
 
 def test_the_form_for_json_has_the_fields_and_what_is_not_there_is_left_out() -> None:

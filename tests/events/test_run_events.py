@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from local_federation import federate
 
 from fedsplit.config import Config
 from fedsplit.documents import as_document, build, from_document
-from fedsplit.events import Event, RoundEnded, RoundEvaluated, RoundTrained, RunEnded, RunStarted
+from fedsplit.events import Event, Progress, RoundEnded, RoundEvaluated, RoundTrained, RunEnded, RunStarted
 from fedsplit.flags import parse
+from fedsplit.reference import events_schema
 from fedsplit.simulate import main
 from strategies.fedavg import FedAvg
 
@@ -48,6 +50,11 @@ def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypat
     assert names == ["run-started", "evaluate", "round-ended", *each, *each, "run-ended"]
     assert sink.events[0].time <= sink.events[-1].time
 
+    # The events of a round come when it is committed, which is after its last client has answered.
+    waiting = [number for number, event in enumerate(sink.events) if isinstance(event, Progress) and event.round == 1]
+    trained = sink.events.index(of_kind(sink.events, RoundTrained)[0])
+    assert waiting[-1] < trained
+
     (started,) = of_kind(sink.events, RunStarted)
     assert started.clients == ["ann", "bob", "cid"] and started.after_round == 0
     assert started.folder == str(tmp_path / "run")
@@ -60,6 +67,10 @@ def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypat
         for event in sink.events
         if event.name in ("train", "aggregate", "evaluate")
     ]
+    validator = Draft202012Validator(events_schema())
+    for event in sink.events:
+        validator.validate(json.loads(json.dumps(event.to_document())))
+
     (ended,) = of_kind(sink.events, RunEnded)
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == ended.summary
 

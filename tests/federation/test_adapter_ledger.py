@@ -12,7 +12,7 @@ from fedsplit.config import Config, LoraSettings, TrunkSettings
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.lowrank import LowRank
 from fedsplit.state.client_store import ClientState, ClientStore
-from fedsplit.trunk.learners import Copy
+from fedsplit.trunk.registry import Copy
 from fedsplit.updates import FACTORS, Adapters, Assignment, ClientUpdate, Layer, Task, Traits
 
 

@@ -79,8 +79,8 @@ def test_every_setting_decides_unless_it_is_named(config: Config) -> None:
     assert manifest.settings_of(options)["strategy.mu"] == 0.5
 
 
-def test_the_page_on_settings_names_all_that_may_change() -> None:
-    page = Path("docs/settings.md").read_text().partition("## Going on with a run")[2]
+def test_the_page_on_training_names_all_that_may_change() -> None:
+    page = Path("docs/training.md").read_text().partition("## Going on with a run")[2]
     assert [name for name in sorted(manifest.MAY_CHANGE - {"resume"}) if f"`{name}`" not in page] == []
 
 

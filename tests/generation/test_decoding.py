@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import BLOCKS, VOCABULARY
-from split_models import NEW, Here, ends_of, parts_of, walked, whole_of
+from split_models import NEW, Here, ends_of, parts_of, shape_of, walked, whole_of
 from torch import Tensor
 
-from fedsplit.generation.decoding import Ends, Pace, Walk, decode, depends_on_neighbours, padded
+from fedsplit.generation.decoding import ClientHalf, DecodingSession, Throughput, decode, depends_on_neighbours, padded
 from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.seeds import derive_seed
 
@@ -44,10 +44,12 @@ def _library(whole: Any, prompts: list[list[int]], count: int = NEW, **how: Any)
     return torch.stack(made.logits, 1), made.sequences[:, ids.shape[1] :]
 
 
-def _decode(ends: Ends, prompts: list[list[int]], count: int = NEW, how: Sampling = GREEDY, **more: Any) -> list[Any]:
+def _decode(
+    ends: ClientHalf, prompts: list[list[int]], count: int = NEW, how: Sampling = GREEDY, **more: Any
+) -> list[Any]:
     """The new tokens of each text."""
     numbers, stops = more.get("numbers", range(len(prompts))), more.get("stops", [])
-    steps = decode(ends, prompts, count, stops, Chooser(how, numbers), more.get("pace", Pace()))
+    steps = decode(ends, prompts, count, stops, Chooser(how, numbers), more.get("pace", Throughput()))
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
@@ -108,16 +110,16 @@ def test_fused_kernels_and_narrow_types_are_close(family: str, tiny_models: dict
 
 def test_one_position_crosses_a_token_and_nothing_else(tiny_models: dict[str, Path]) -> None:
     ends, here = ends_of(parts_of(tiny_models["llama"], (1, 2)))
-    pace = Pace()
+    pace = Throughput()
     _decode(ends, RAGGED, pace=pace)
     first, *others, last = here.sent
-    assert first.tensors["hidden"].data.shape == (3, 13, 32) and first.tensors["mask"].data.shape == (3, 13)
-    assert [p.tensors["hidden"].data.shape for p in others] == [(3, 1, 32)] * (NEW - 1)
+    assert shape_of(first) == (3, 13, 32) and shape_of(first, "mask") == (3, 13)
+    assert [shape_of(p) for p in others] == [(3, 1, 32)] * (NEW - 1)
     assert all(set(packet.tensors) == {"hidden"} for packet in others) and not last.tensors
     assert [packet.key.step for packet in here.sent] == list(range(NEW + 1))
     traffic, position = here.server.traffic, 32 * 4
-    assert traffic["token_up"] == traffic["token_down"] == 3 * (NEW - 1) * position
-    assert traffic["prompt_down"] == 3 * 13 * position and traffic["prompt_up"] == 3 * 13 * (position + 1)
+    assert traffic.token.up == traffic.token.down == 3 * (NEW - 1) * position
+    assert traffic.prompt.down == 3 * 13 * position and traffic.prompt.up == 3 * 13 * (position + 1)
     assert (pace.read, pace.written, pace.passes, pace.texts) == (28, 3 * (NEW - 1), NEW - 1, 3)
     assert pace.read_seconds > 0 and pace.written_seconds > 0
 
@@ -126,7 +128,7 @@ def test_a_text_that_outgrows_its_positions_is_computed_anew_once(tiny_models: d
     """As the library does for Phi-3, whose positions are turned otherwise from the ninth on."""
     ends, here = ends_of(parts_of(tiny_models["phi3"], (1, 2)))
     _decode(ends, RAGGED[1:2])
-    lengths = [packet.tensors["hidden"].data.shape[1] for packet in here.sent if packet.tensors]
+    lengths = [shape_of(packet)[1] for packet in here.sent if packet.tensors]
     assert lengths == [6, 1, 1, 9, *[1] * (NEW - 4)]
     assert len({packet.key.session for packet in here.sent}) == 2 and len(here.sessions) == 0
 
@@ -164,16 +166,16 @@ def test_a_text_ends_at_its_end_token_as_in_the_library(tiny_models: dict[str, P
 
 def test_a_session_ends_with_its_text_however_that_ends(tiny_models: dict[str, Path]) -> None:
     ends, here = ends_of(parts_of(tiny_models["gpt2"], (1, 2)))
-    steps = decode(ends, RAGGED, NEW, [], Chooser(GREEDY, range(3)), Pace())
+    steps = decode(ends, RAGGED, NEW, [], Chooser(GREEDY, range(3)), Throughput())
     next(steps)
     assert len(here.sessions) == 1
     steps.close()
     assert len(here.sessions) == 0
-    with pytest.raises(ZeroDivisionError), Walk(ends) as walk:
-        walk.go(torch.tensor([RAGGED[0]]))
+    with pytest.raises(ZeroDivisionError), DecodingSession(ends) as walk:
+        walk.step(torch.tensor([RAGGED[0]]))
         raise ZeroDivisionError
     assert len(here.sessions) == 1, "the trunk is not asked again where something broke; a lease frees the session"
-    with Walk(ends):
+    with DecodingSession(ends):
         pass
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import BLOCKS, CONFIGS, VOCABULARY, WINDOW
 from peft import PeftModel
-from split_models import NEW, RAW, Here, ends_of, walked
+from split_models import NEW, RAW, Here, ends_of, shape_of, walked
 from torch import Tensor
 
 from fedsplit import generate
@@ -25,8 +25,8 @@ from fedsplit.adaptation import lora, prompts, run_adapters
 from fedsplit.config import PromptSettings
 from fedsplit.documents import build
 from fedsplit.evaluate import evaluate
-from fedsplit.generation.decoding import Ends, depends_on_neighbours, padded
-from fedsplit.generation.transcript import Words
+from fedsplit.generation.decoding import ClientHalf, depends_on_neighbours, padded
+from fedsplit.generation.transcript import Detokeniser
 from fedsplit.model.caches import Past
 from fedsplit.model.split import load_parts
 from fedsplit.model.token_ids import end_tokens
@@ -170,8 +170,8 @@ def test_virtual_tokens_cross_once_and_a_prefix_never(name: str, tiny_models: di
     walked(ends, RAGGED)
     first, *others, last = here.sent
     length = 13 + SETTINGS[name].virtual
-    assert first.tensors["hidden"].data.shape == (3, length, 32) and first.tensors["mask"].data.shape == (3, length)
-    assert [packet.tensors["hidden"].data.shape for packet in others] == [(3, 1, 32)] * (NEW - 1)
+    assert shape_of(first) == (3, length, 32) and shape_of(first, "mask") == (3, length)
+    assert [shape_of(packet) for packet in others] == [(3, 1, 32)] * (NEW - 1)
     assert all(set(packet.tensors) == {"hidden"} for packet in others) and not last.tensors
     past = Past(parts[1])
     past.extend(torch.zeros(3, length, 32))
@@ -214,7 +214,7 @@ def test_the_trunk_refuses_what_cannot_be_virtual_tokens(tiny_models: dict[str, 
     refuses(sessions["prefix"], _step(torch.randn(1, 30, 32)), "beyond the model's 32 positions")
     for name, length in (("prompt", 32), ("prefix", 29)):
         served = sessions[name].serve(_step(torch.randn(1, length, 32)))
-        assert served.tensors["hidden"].data.shape == (1, length, 32)
+        assert shape_of(served) == (1, length, 32)
 
 
 def test_texts_behind_virtual_tokens_are_written_one_at_a_time(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def told(whole: Any, tokenizer: Any, texts: list[str], count: int, stops: list[i
     found = []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
-        words, pieces = Words(tokenizer, ids), [text]
+        words, pieces = Detokeniser(tokenizer, ids), [text]
         for token in generated(whole, [ids], count)[1][0].tolist():
             pieces.append(words.add(token))
             if token in stops:
@@ -264,8 +264,8 @@ def test_a_finished_run_writes_and_is_measured_as_its_exported_adapter(
     ends, here = ends_of(parts)
 
     @contextlib.contextmanager
-    def split(_: object) -> Iterator[tuple[Ends, Any]]:
-        yield ends, Namespace(status=lambda: {"traffic": here.server.traffic})
+    def split(_: object) -> Iterator[tuple[ClientHalf, Any]]:
+        yield ends, Namespace(status=lambda: Namespace(traffic=here.server.traffic))
 
     monkeypatch.setattr(generate, "_split", split)
     lines = generate.generate(job, said.append)

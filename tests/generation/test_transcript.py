@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.generation.transcript import InTurn, Words
+from fedsplit.generation.transcript import Detokeniser, OrderedOutput
 
 
 class Bytes:
@@ -19,7 +19,7 @@ class Bytes:
 
 
 def pieces(prompt: str, text: bytes) -> list[str]:
-    words = Words(Bytes(), list(prompt.encode()))
+    words = Detokeniser(Bytes(), list(prompt.encode()))
     return [*map(words.add, text), words.end()]
 
 
@@ -42,7 +42,7 @@ def test_pieces_are_the_text(prompt: str, text: str) -> None:
 
 def test_texts_are_shown_in_turn() -> None:
     shown: list[str] = []
-    texts = InTurn(["A:", "B:", "C:"], shown.append)
+    texts = OrderedOutput(["A:", "B:", "C:"], shown.append)
     assert shown == ["A:"]
     texts.add(1, "b1")
     texts.add(0, "a1")

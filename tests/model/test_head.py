@@ -176,16 +176,16 @@ def test_one_client_follows_plain_peft(model_path: Path, head: str) -> None:
     trunk = LocalTrunk(config)
     for part in (bottom, top):
         adapt(part, config)
-    for part in (bottom, trunk.server._part, top):
+    for part in (bottom, trunk.server.part, top):
         without_dropout(part)
     ids = torch.randint(1, VOCABULARY, (10, 8), generator=torch.Generator().manual_seed(1))
     link = Link(trunk, make_codec("raw"), SCHEDULES["shared"], incarnation="first")
     shard = Shard("ann", Sequences.packed(ids), Sequences.packed(torch.zeros(1, 8, dtype=torch.long)))
     client = Client(0, shard, bottom, top, link, config.train, 0)
     given = lora.read(bottom, top).tensors
-    start = {**given, **trunk.server.learners.read().tensors}
+    start = {**given, **trunk.server.adapters.read().tensors}
     update = client.train(given, round=1)
-    federated = {**update.adapters.tensors, **trunk.server.learners.read().tensors}
+    federated = {**update.adapters.tensors, **trunk.server.adapters.read().tensors}
     whole, trained = whole_of(model_path, head, start)
     optimizer = make_optimizer(trained.values(), config.train)
     for step in range(8):

@@ -31,7 +31,8 @@ from fedsplit.seeds import derive_seed
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
-from fedsplit.wire.codecs import EXACT, make_codec
+from fedsplit.wire.casting import EXACT
+from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import SpoiledStep
 
@@ -176,7 +177,7 @@ def through_split(
     link = Link(Direct(server), make_codec(codec), SCHEDULES["accumulate"])
     loss = _step(parts, link, padding)
     found = {name: p.grad for part in (parts[0], parts[2]) for name, p in lora.parameters(part).items()}
-    return {"loss": loss, **found, **server.learners._sums[0].gradients}, server
+    return {"loss": loss, **found, **server.adapters._sums[0].gradients}, server
 
 
 @pytest.mark.parametrize(("cut", "padding"), CASES)
@@ -197,7 +198,7 @@ def test_without_the_gradient_by_the_sums_it_would_show(mixtral: Path, monkeypat
     link = Link(Direct(server), make_codec("raw"), SCHEDULES["accumulate"])
     with pytest.raises(AssertionError):
         _step(parts, link, "none")
-    for name, gradient in server.learners._sums[0].gradients.items():
+    for name, gradient in server.adapters._sums[0].gradients.items():
         assert (gradient - expected[name]).norm() > 0.01 * expected[name].norm(), name
 
 
@@ -231,9 +232,9 @@ def test_sums_cross_unrounded_whatever_the_codec(mixtral: Path) -> None:
     experts, tokens = 4, 3 * 9
     _, server = through_split(mixtral, (1, 2), "none", codec="bf16")
     # Up hidden states and sums, down the same; up two gradients, down one.
-    assert server.traffic["activation_up"] == tokens * 32 * 2 + (2 * experts + 1) * 4
-    assert server.traffic["gradient_up"] == tokens * 32 * 2 + experts * 4
-    assert server.traffic["gradient_down"] == tokens * 32 * 4
+    assert server.traffic.activation.up == tokens * 32 * 2 + (2 * experts + 1) * 4
+    assert server.traffic.gradient.up == tokens * 32 * 2 + experts * 4
+    assert server.traffic.gradient.down == tokens * 32 * 4
 
 
 def test_micro_batches_are_the_librarys_accumulation(mixtral: Path) -> None:
@@ -256,7 +257,7 @@ def test_micro_batches_are_the_librarys_accumulation(mixtral: Path) -> None:
     loss = client.step(ids, StepKey(1, 0, 0), mask)
     torch.testing.assert_close(loss, torch.stack(losses).sum(), rtol=1e-6, atol=0)
     found = {name: p.grad for part in (bottom, top) for name, p in lora.parameters(part).items()}
-    found |= server.learners._sums[0].gradients
+    found |= server.adapters._sums[0].gradients
     for name, parameter in trained.items():
         assert (found[name] - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
 
@@ -267,7 +268,7 @@ def test_a_forward_that_is_computed_again_has_the_same_sums(mixtral: Path) -> No
     budget = Budget(10**9, resident=lambda: 0, release=lambda: None)
     budget.room = lambda tokens, kept: "input"  # type: ignore[method-assign]
     found, server = through_split(mixtral, (1, 2), "left", budget=budget)
-    assert server.counts["recomputed"] == 1 and first.counts["recomputed"] == 0
+    assert server.counts.recomputed == 1 and first.counts.recomputed == 0
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     parts = parts_of(mixtral, (1, 2))
     again = _server(parts[1], budget=budget)
@@ -300,7 +301,7 @@ def test_steps_that_are_computed_as_one_have_each_their_own_sums(mixtral: Path) 
     def run(together: bool, order: list[int]):
         server = _server(parts_of(mixtral, (1, 2))[1], "batched")
         learned: dict[str, torch.Tensor] = {}
-        server.learners.learn = lambda *given: learned.update(  # type: ignore[method-assign]
+        server.adapters.learn = lambda *given: learned.update(  # type: ignore[method-assign]
             {name: learned.get(name, 0) + gradient for name, gradient in given[-1].items()}
         )
         chosen = [[packets[n] for n in order]] if together else [[packets[n]] for n in order]
@@ -349,11 +350,11 @@ def test_training_follows_plain_fine_tuning(mixtral: Path, schedule: str) -> Non
     """Five optimiser steps; what does not learn under the schedule does not in the unsplit model either."""
     client, server, start = make_client(mixtral, schedule, steps=5)
     client = replace(client, routers=RouterLoss(COEFFICIENT))
-    whole_start = {**start, **server.learners.read().tensors}
+    whole_start = {**start, **server.adapters.read().tensors}
     update = client.train(start, round=1)
     server.end_round([0])
-    copies = server.learners.copies()
-    trunk = copies[0].adapters if copies else server.learners.read()
+    copies = server.adapters.copies()
+    trunk = copies[0].adapters if copies else server.adapters.read()
     found = {**update.adapters.tensors, **trunk.tensors}
 
     base = load_unsplit(mixtral)
@@ -394,7 +395,7 @@ def test_no_auxiliary_loss_nothing_heard_and_nothing_sent(tiny_models: dict[str,
     update = client.train(start, round=1)
     assert update.router_loss is None
     tokens = 3 * 8 * 32 * 4
-    assert server.traffic["activation_up"] == server.traffic["gradient_up"] == tokens
+    assert server.traffic.activation.up == server.traffic.gradient.up == tokens
     assert not any(router._forward_hooks for router in client.bottom.routers)
 
 

@@ -262,7 +262,7 @@ def test_a_sum_that_peft_gets_wrong_is_refused(
     """Left tied, the head would be changed with the embedding."""
     monkeypatch.setattr(whole, "_untie", lambda base: False)
     folder = peft_adapters.make("qwen2", "on the embedding", tiny_models["qwen2"], tmp_path / "adapter")
-    with pytest.raises(InputError, match="does not compute what it does with it beside"):
+    with pytest.raises(InputError, match="does not compute the same as with the adapter attached"):
         merge(find_adapter(folder), tmp_path / "merged")
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from strategies.example import lora, one_round
@@ -23,3 +28,13 @@ def test_clients_count_by_their_examples(examples: list[int] | None, mean: float
     clients = [lora(A=[[value]], B=[[0]]) for value in (1, 5)]
     a, _ = one_round(FedAvg(), start, clients, examples).factors("layer")
     assert a.item() == mean
+
+
+def test_the_page_on_strategies_shows_one_that_works() -> None:
+    """The class to copy, and the round that is played with it."""
+    code, session = re.findall(r"```python\n(.*?)```", Path("docs/strategies.md").read_text(), flags=re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    example = doctest.DocTestParser().get_doctest(session, names, "strategies.md", None, 0)
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0

@@ -18,12 +18,13 @@ prepare()
 import ray, torch
 from pathlib import Path
 from fedsplit.adaptation import lora
-from fedsplit.trunk.actor import TrunkHandle, TrunkLost, find_trunk, start_trunk
+from fedsplit.trunk.actor import RayTransport, RayTrunk, find_trunk, start_trunk
 from fedsplit.trunk import cluster
 from fedsplit.documents import build
 from fedsplit.model.split import load_parts
 from fedsplit.wire import sockets
 from fedsplit.wire.steps import ForeignStep, UnknownStep
+from fedsplit.wire.transport import TrunkLost
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.codecs import make_codec
@@ -36,10 +37,10 @@ lora.add(part, config.lora, config.seed)
 codec = make_codec("raw")
 started = cluster.running(workers=1)
 started.__enter__()
-handle = start_trunk(config, "t", threads=1, lanes=2)
+handle = start_trunk(config, "t", threads=1, workers=2)
 try:
-    life = handle.status()["incarnation"]
-    assert 10**8 < handle.status()["least_memory"] < 8 * 10**9
+    life = handle.status().incarnation
+    assert 10**8 < handle.status().least_memory < 8 * 10**9
     local = TrunkServer(part, codec, "shared", config.train, config.seed, run="t", incarnation=life)
     handles = {name: find_trunk("t") for name in ("hidden", "gradient")}  # as two processes have them
     for step in range(5):
@@ -50,23 +51,24 @@ try:
             here, there = getattr(local, call)(packet), handles[name].send(packet)()
             assert torch.equal(codec.decode(here.tensors[name]), codec.decode(there.tensors[name])), (step, call)
     weights = handle.read().tensors
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in local.learners.read().tensors.items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in local.adapters.read().tensors.items())
     status = handle.status()
-    assert status["traffic"] == dict(local.traffic)
-    assert status["over_socket"] == (10 if sockets.is_possible() else 0), status
-    through_ray = TrunkHandle(handle._actor)
-    through_ray._asked = True  # as a client on another machine, which finds no socket
+    assert status.traffic == local.traffic
+    assert status.over_socket == (10 if sockets.is_possible() else 0), status
+    actor = handle._calls._actor
+    through_ray = RayTrunk(actor, transport=RayTransport(handle._calls))  # as a client on another machine
     cut_off = find_trunk("t")
     for other in (through_ray, cut_off):
         if other is cut_off:
-            assert other._connect().is_open
-            other._socket._connection.shutdown(socket.SHUT_RDWR)
+            way = other.transport()._first
+            assert way.is_open
+            way._connection.shutdown(socket.SHUT_RDWR)
         again = other.send(packet)()
         assert torch.equal(codec.decode(again.tensors["gradient"]), codec.decode(there.tensors["gradient"]))
-    assert cut_off._connect() is None
-    known = local.learners.read().tensors
+    assert not way.is_open
+    known = local.adapters.read().tensors
     assert all(torch.equal(tensor, known[name]) for name, tensor in handle.read().tensors.items()), "counted twice"
-    assert status["peak_memory"] + 10**6 >= status["resident_memory"] > 10**8
+    assert status.peak_memory + 10**6 >= status.resident_memory > 10**8
     for wrong, refusal in (
         (replace(packet, key=replace(key, step=9)), UnknownStep),
         (replace(packet, incarnation="another"), ForeignStep),
@@ -81,8 +83,8 @@ try:
                                   incarnation=life)) for m in range(3)]
     assert all(answer().tensors for answer in waiting)
     handle.leave(0)
-    assert handle.end_round([0])["abandoned"] == 3
-    assert handle.status()["pending"] == 0
+    assert handle.end_round([0]).abandoned == 3
+    assert handle.status().pending == 0
     handle.write({name: tensor * 0 for name, tensor in weights.items()})
     assert all(not tensor.any() for tensor in handle.read().tensors.values())
     import psutil
@@ -90,7 +92,7 @@ try:
     connections = [connection for process in processes for connection in process.net_connections("inet")]
     addresses = {connection.laddr.ip for connection in connections if connection.status == "LISTEN"}
     print("listening on", sorted(addresses))
-    ray.kill(handle._actor)
+    ray.kill(actor)
     for gone in (handle.status, lambda: find_trunk("nobody").status()):
         for _ in range(100):  # a kill takes a moment
             try:

@@ -1,4 +1,4 @@
-"""Who is admitted: promises, leases, and what must go so that others find room. Numbers are worked by hand."""
+"""Who is admitted: reservations, leases, and what must go so that others find room. Numbers are worked by hand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedsplit.trunk.admission import TRANSIT, Admission
-from fedsplit.trunk.flights import Flight, Output
 from fedsplit.trunk.memory import Budget
+from fedsplit.trunk.pending import Output, PendingBatch
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import Steps
 
@@ -26,46 +26,46 @@ class Desk:
         self.steps: Steps[Any] = Steps("", "", LEASE, lambda: self.now)
         self.admission = Admission(self.budget, self.steps, LEASE, lambda: self.now)
 
-    def promise(self, client: int) -> bool:
-        return self.admission.promise(StepKey(1, client, 0), tokens=4, nbytes=40)
+    def reserve(self, client: int) -> bool:
+        return self.admission.reserve(StepKey(1, client, 0), tokens=4, nbytes=40)
 
-    def fly(self, client: int) -> Flight:
-        """A pending flight with its graph, whose hidden states have 40 bytes."""
-        key, learner = StepKey(1, client, 0), None
-        flight = Flight({key: torch.zeros(1, 4, 10, dtype=torch.int8)}, {}, learner, {}, 0)  # type: ignore[arg-type]
-        flight.output = Output(torch.zeros(1), {})
-        self.steps.begin(key, flight)
-        return flight
+    def pend(self, client: int) -> PendingBatch:
+        """A pending batch with its graph, whose hidden states have 40 bytes."""
+        key, adapter = StepKey(1, client, 0), None
+        batch = PendingBatch({key: torch.zeros(1, 4, 10, dtype=torch.int8)}, {}, adapter, {}, 0)  # type: ignore[arg-type]
+        batch.output = Output(torch.zeros(1), {})
+        self.steps.begin(key, batch)
+        return batch
 
 
-def test_a_promise_counts_for_hidden_states_and_gradient_until_it_is_kept_or_over() -> None:
-    """Computing takes 100; the packet and its gradient 2 * 3 * 40 = 240, and so do those of each promise before."""
+def test_a_reservation_counts_for_hidden_states_and_gradient_until_it_is_kept_or_over() -> None:
+    """Computing takes 100; the packet and its gradient 2 * 3 * 40 = 240, and so do those of each reservation before."""
     assert TRANSIT == 3
     desk = Desk(limit=100 + 2 * 240)
-    assert [desk.promise(client) for client in (0, 1, 2)] == [True, True, False]
-    assert [desk.admission.has_promised(StepKey(1, client, 0)) for client in (0, 1, 2)] == [True, True, False]
+    assert [desk.reserve(client) for client in (0, 1, 2)] == [True, True, False]
+    assert [desk.admission.has_reserved(StepKey(1, client, 0)) for client in (0, 1, 2)] == [True, True, False]
     desk.admission.redeem([StepKey(1, 0, 0), StepKey(1, 7, 0)])
-    assert desk.promise(2)
-    assert not desk.promise(3)
+    assert desk.reserve(2)
+    assert not desk.reserve(3)
     desk.admission.leave(1)
-    assert desk.promise(3)
+    assert desk.reserve(3)
     desk.now = LEASE
     desk.admission.expire()
-    assert [desk.promise(client) for client in (4, 5, 6)] == [True, True, False]
+    assert [desk.reserve(client) for client in (4, 5, 6)] == [True, True, False]
 
 
 def test_the_gradient_of_a_pending_step_has_its_room() -> None:
     """Its hidden states lie there already: 3 * 40 = 120 more are to come."""
-    assert not Desk(limit=100 + 240 - 1).promise(1)
+    assert not Desk(limit=100 + 240 - 1).reserve(1)
     for limit, expected in ((100 + 240 + 120, True), (100 + 240 + 120 - 1, False)):
         desk = Desk(limit)
-        desk.fly(0)
-        assert desk.promise(1) is expected
+        desk.pend(0)
+        assert desk.reserve(1) is expected
 
 
 def test_others_graphs_go_first_but_not_the_own() -> None:
     desk = Desk(limit=200)
-    own, other = desk.fly(0), desk.fly(1)
+    own, other = desk.pend(0), desk.pend(1)
     assert desk.admission.make_room(4, 0.0, own)
     assert own.output is not None and other.output is not None
     desk.resident = 150
@@ -75,7 +75,7 @@ def test_others_graphs_go_first_but_not_the_own() -> None:
 
 def test_answers_that_are_kept_go_where_nothing_is_pending() -> None:
     desk = Desk(limit=200)
-    desk.fly(0)
+    desk.pend(0)
     desk.steps.answer(StepKey(1, 0, 0), Packet(StepKey(1, 0, 0)))
     desk.resident = 150
     assert not desk.admission.make_room(4, 0.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedsplit.trunk import cluster
-from fedsplit.wire.codecs import EXACT
+from fedsplit.wire.casting import EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
@@ -20,7 +20,7 @@ def test_a_tensor_that_has_crossed_may_be_changed(dtype: torch.dtype) -> None:
     """Ray puts arrays into memory that must not be written to."""
     sent = torch.arange(6).reshape(2, 3).to(dtype)
     crossing = EXACT.encode(sent)
-    crossing.data.flags.writeable = False
+    crossing.array("values").flags.writeable = False
     came = cluster.writable(crossing)
     assert came.dtype == dtype and torch.equal(came, sent)
     came += 1

@@ -17,10 +17,11 @@ from test_server import make_server
 
 from fedsplit.config import TrunkSettings
 from fedsplit.trunk.dispatch import Answer, Dispatcher
-from fedsplit.trunk.lanes import BACKWARD, FORWARD, outcome
 from fedsplit.trunk.server import Work
+from fedsplit.trunk.workers import BACKWARD, FORWARD, outcome
 from fedsplit.wire.codecs import make_codec
-from fedsplit.wire.packets import Encoded, MalformedPacket, Packet, StepKey, check_form
+from fedsplit.wire.encoded import Encoded, MalformedPacket
+from fedsplit.wire.packets import Packet, StepKey, check_form
 from fedsplit.wire.steps import SpoiledStep, StaleStep
 
 RAW = make_codec("raw")
@@ -31,18 +32,18 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[int]]] = []
-        self.flights: dict[StepKey, frozenset[StepKey]] = {}
+        self.batches: dict[StepKey, frozenset[StepKey]] = {}
         self.done: dict[StepKey, Packet] = {}
         self.room = True
         self.spoiled: set[int] = set()
         self.broken: set[int] = set()
         self.clips = False
-        self.steps = self.learners = self
+        self.steps = self.adapters = self
 
     def held(self, key: StepKey) -> object:
-        if key not in self.flights:
+        if key not in self.batches:
             raise StaleStep(str(key))
-        return self.flights[key]
+        return self.batches[key]
 
     def next_expiry(self) -> float | None:
         return None
@@ -51,10 +52,10 @@ class Recorder:
         pass
 
     def companions(self, key: StepKey) -> set[int]:
-        return {other.client for other in self.flights.get(key, ()) if other in self.flights}
+        return {other.client for other in self.batches.get(key, ()) if other in self.batches}
 
     def is_repeat(self, packet: Packet) -> bool:
-        return not packet.clips and packet.key in (self.done if "gradient" in packet.tensors else self.flights)
+        return not packet.clips and packet.key in (self.done if "gradient" in packet.tensors else self.batches)
 
     def ask(self, packet: Packet) -> Packet:
         return Packet(packet.key, wait=0.0 if self.room else 0.1)
@@ -78,15 +79,15 @@ class Recorder:
             return [Packet(packet.key, wait=0.1) for packet in packets]
         if self.is_repeat(packets[0]):
             return [Packet(packets[0].key)]
-        flight = frozenset(packet.key for packet in packets)
-        self.flights |= dict.fromkeys(flight, flight)
+        batch = frozenset(packet.key for packet in packets)
+        self.batches |= dict.fromkeys(batch, batch)
         return [Packet(packet.key) for packet in packets]
 
     def _backward(self, packets: Sequence[Packet]) -> list[Packet]:
         what = "scale" if packets[0].clips else "backward"
         self.calls.append((what, [packet.key.client for packet in packets]))
         for packet in packets:
-            self.flights.pop(packet.key, None)
+            self.batches.pop(packet.key, None)
             self.done[packet.key] = Packet(packet.key)
         return [self.done[packet.key] for packet in packets]
 
@@ -94,7 +95,7 @@ class Recorder:
         self.calls.append(("close", []))
 
     def leave(self, client: int) -> None:
-        self.flights = {key: flight for key, flight in self.flights.items() if key.client != client}
+        self.batches = {key: batch for key, batch in self.batches.items() if key.client != client}
 
     def end_round(self, finished: Sequence[int]) -> dict[str, int]:
         return {}
@@ -164,7 +165,7 @@ def test_batched_waits_for_all_that_are_active() -> None:
 
 
 @pytest.mark.parametrize("client", [0, 1])
-def test_of_what_comes_twice_a_flight_has_one_and_the_other_is_a_repeat(client: int) -> None:
+def test_of_what_comes_twice_a_batch_has_one_and_the_other_is_a_repeat(client: int) -> None:
     stage = Stage(schedule="batched")
     stage.dispatcher.begin([0, 1])
     for kind in ("forward", "backward"):
@@ -175,8 +176,8 @@ def test_of_what_comes_twice_a_flight_has_one_and_the_other_is_a_repeat(client: 
         assert all(isinstance(stage.answers[kind, number, 0], Packet) for number in (0, 1))
 
 
-def test_of_a_client_a_flight_has_the_earliest_step() -> None:
-    """A later step would end the earlier one while their flight begins."""
+def test_of_a_client_a_batch_has_the_earliest_step() -> None:
+    """A later step would end the earlier one while their batch begins."""
     stage = Stage(schedule="batched")
     stage.dispatcher.begin([0, 1])
     for client, step in ((1, 1), (1, 0), (0, 0)):
@@ -185,7 +186,7 @@ def test_of_a_client_a_flight_has_the_earliest_step() -> None:
     assert set(stage.answers) == {("forward", 0, 0), ("forward", 1, 0)}
 
 
-def test_hidden_states_of_two_types_are_of_two_flights() -> None:
+def test_hidden_states_of_two_types_are_of_two_batches() -> None:
     stage = Stage(schedule="batched")
     stage.dispatcher.begin([0, 1, 2])
     for client, kind in enumerate((torch.bfloat16, torch.float32, torch.bfloat16)):
@@ -197,7 +198,7 @@ def test_hidden_states_of_two_types_are_of_two_flights() -> None:
     assert stage.serve() == [("forward", [1])]
 
 
-def test_a_coefficient_is_of_no_flight_and_waits_for_nobody() -> None:
+def test_a_coefficient_is_of_no_batch_and_waits_for_nobody() -> None:
     stage = Stage(schedule="batched")
     stage.dispatcher.begin([0, 1])
     for client in (0, 1):
@@ -470,16 +471,16 @@ def test_everybody_is_served_in_the_end(data: st.DataObject, schedule: str, ever
 
 
 class ByHand:
-    """Lanes in which something is through when a test says so."""
+    """WorkerThreads in which something is through when a test says so."""
 
     def __init__(self) -> None:
         self.under_way: dict[str, list[tuple[Callable[[], Any], Callable[[Any], None]]]] = {FORWARD: [], BACKWARD: []}
 
-    def start(self, lane: str, compute: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        self.under_way[lane].append((compute, done))
+    def start(self, worker: str, compute: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        self.under_way[worker].append((compute, done))
 
-    def end(self, lane: str) -> None:
-        compute, done = self.under_way[lane].pop(0)
+    def end(self, worker: str) -> None:
+        compute, done = self.under_way[worker].pop(0)
         done(outcome(compute))
 
     @property
@@ -488,33 +489,33 @@ class ByHand:
 
 
 class Beside(Stage):
-    """A stage with lanes."""
+    """A stage with workers."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.lanes = ByHand()
+        self.workers = ByHand()
         chosen = TrunkSettings(**settings)
-        self.dispatcher = Dispatcher(self.trunk, chosen, lambda: self.now, self.lanes)  # type: ignore[arg-type]
+        self.dispatcher = Dispatcher(self.trunk, chosen, lambda: self.now, self.workers)  # type: ignore[arg-type]
 
 
-def test_in_lanes_one_forward_and_one_backward_are_under_way_at_once() -> None:
+def test_with_workers_one_forward_and_one_backward_are_under_way_at_once() -> None:
     stage = Beside(schedule="shared")
     for client in (1, 2, 3):
         stage.ask("forward", client)
-    assert stage.serve() == [] and stage.lanes.counts == (1, 0)
+    assert stage.serve() == [] and stage.workers.counts == (1, 0)
     assert stage.dispatcher.is_computing
-    stage.lanes.end(FORWARD)
+    stage.workers.end(FORWARD)
     assert set(stage.answers) == {("forward", 1, 0)}
     stage.ask("backward", 1)
     stage.serve()
-    assert stage.lanes.counts == (1, 1)
+    assert stage.workers.counts == (1, 1)
     assert [stage.dispatcher.computes_for(client) for client in (1, 2, 3)] == [True, True, False]
-    stage.lanes.end(BACKWARD)
+    stage.workers.end(BACKWARD)
     assert not stage.dispatcher.computes_for(1)
-    assert ("backward", 1, 0) in stage.answers and stage.lanes.counts == (1, 0)
-    stage.lanes.end(FORWARD)
-    assert stage.serve() == [] and stage.lanes.counts == (1, 0)
-    stage.lanes.end(FORWARD)
+    assert ("backward", 1, 0) in stage.answers and stage.workers.counts == (1, 0)
+    stage.workers.end(FORWARD)
+    assert stage.serve() == [] and stage.workers.counts == (1, 0)
+    stage.workers.end(FORWARD)
     assert not stage.dispatcher.is_computing
     assert stage.trunk.calls == [("forward", [1]), ("backward", [1]), ("forward", [2]), ("forward", [3])]
 
@@ -525,14 +526,14 @@ def test_nothing_expires_while_it_is_being_differentiated() -> None:
     stage.trunk.next_expiry = lambda: 5.0  # type: ignore[method-assign]
     stage.ask("forward", 1)
     stage.serve()
-    stage.lanes.end(FORWARD)
+    stage.workers.end(FORWARD)
     stage.ask("backward", 1)
     stage.serve()
     assert stage.dispatcher.wakes_at() is None
     seen = len(expired)
     stage.serve()
     assert len(expired) == seen
-    stage.lanes.end(BACKWARD)
+    stage.workers.end(BACKWARD)
     stage.serve()
     assert len(expired) == seen + 1
     assert stage.dispatcher.wakes_at() == 5.0
@@ -543,22 +544,22 @@ def test_a_barrier_is_passed_when_all_that_counts_before_it_has_come_back() -> N
     for client in (1, 2):
         stage.ask("forward", client)
         stage.serve()
-        stage.lanes.end(FORWARD)
+        stage.workers.end(FORWARD)
     stage.ask("backward", 1)
     stage.serve()
-    stage.lanes.end(BACKWARD)
+    stage.workers.end(BACKWARD)
     stage.ask("forward", 1, 1)
     stage.ask("backward", 2)
     stage.serve()
-    assert stage.lanes.counts == (0, 1)
+    assert stage.workers.counts == (0, 1)
     stage.now = 1e6  # a deadline that passes meanwhile changes nothing either
-    assert stage.serve() == [] and stage.lanes.counts == (0, 1)
-    stage.lanes.end(BACKWARD)
+    assert stage.serve() == [] and stage.workers.counts == (0, 1)
+    stage.workers.end(BACKWARD)
     assert stage.serve() == [("close", [])]
-    assert stage.lanes.counts == (1, 0)
+    assert stage.workers.counts == (1, 0)
 
 
-def test_in_lanes_who_spoils_it_for_all_is_told_alone() -> None:
+def test_with_workers_who_spoils_it_for_all_is_told_alone() -> None:
     stage = Beside(schedule="batched")
     for client in (1, 2):
         stage.ask("forward", client)
@@ -568,8 +569,8 @@ def test_in_lanes_who_spoils_it_for_all_is_told_alone() -> None:
             for client in (1, 2):
                 stage.ask("backward", client)
         stage.serve()
-        while stage.lanes.under_way[name]:
-            stage.lanes.end(name)
+        while stage.workers.under_way[name]:
+            stage.workers.end(name)
     assert isinstance(stage.answers["backward", 2, 0], SpoiledStep)
     assert isinstance(stage.answers["backward", 1, 0], Packet)
     assert not stage.dispatcher.is_computing
@@ -581,16 +582,16 @@ WIDTH = 32
 
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_in_lanes_the_trunk_does_what_it_does_without(tiny_models: dict[str, Path], data: st.DataObject) -> None:
+def test_with_workers_the_trunk_does_what_it_does_without(tiny_models: dict[str, Path], data: st.DataObject) -> None:
     """Whatever comes back when: as if each forward were made as it begins, and each backward as it comes back.
 
     Answers and adapter are the same to the bit. Clients leave when they have nothing more to send, one of them with a
     forward that is pending; the others' work may be under way then.
     """
     schedule = data.draw(st.sampled_from(["shared", "copies", "accumulate", "frozen"]))
-    lanes = ByHand()
+    workers = ByHand()
     beside, alone = (make_server(tiny_models["gpt2"], schedule, dropout=0.3) for _ in range(2))
-    dispatcher = Dispatcher(beside, TrunkSettings(schedule=schedule), lanes=lanes)
+    dispatcher = Dispatcher(beside, TrunkSettings(schedule=schedule), workers=workers)
     clients = data.draw(st.integers(2, 4))
     tensors = torch.randn(3, clients, 2, 2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
     answers: dict[tuple[str, StepKey], Answer] = {}
@@ -625,9 +626,9 @@ def test_in_lanes_the_trunk_does_what_it_does_without(tiny_models: dict[str, Pat
     for client in range(clients):
         send(client)
     while dispatcher.advance() or dispatcher.is_computing:
-        busy = [lane for lane, found in lanes.under_way.items() if found]
+        busy = [worker for worker, found in workers.under_way.items() if found]
         if busy and (len(busy) == 2 or not dispatcher.advance()):
-            lanes.end(data.draw(st.sampled_from(busy)))
+            workers.end(data.draw(st.sampled_from(busy)))
         through = [client for client in sorted(staying) if next_of[client] == last_of[client]]
         if through and data.draw(st.booleans()):
             leaving = data.draw(st.sampled_from(through))
@@ -643,11 +644,11 @@ def test_in_lanes_the_trunk_does_what_it_does_without(tiny_models: dict[str, Pat
         (expected,) = (alone.forward_together if name == "hidden" else alone.backward_together)([packet])
         got = answers[name, packet.key]
         assert isinstance(got, Packet)
-        assert {n: e.data.tobytes() for n, e in got.tensors.items()} == {
-            n: e.data.tobytes() for n, e in expected.tensors.items()
+        assert {n: e.array("values").tobytes() for n, e in got.tensors.items()} == {
+            n: e.array("values").tobytes() for n, e in expected.tensors.items()
         }
     for trunk in (beside, alone):
         trunk.end_round(range(clients))
-    theirs, ours = beside.learners.read().tensors, alone.learners.read().tensors
+    theirs, ours = beside.adapters.read().tensors, alone.adapters.read().tensors
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert beside.traffic == alone.traffic

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsplit.trunk.intake import Intake, check_rate, each, refusal
-from fedsplit.wire.codecs import EXACT
+from fedsplit.wire.casting import EXACT
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import SpoiledStep, SpoiledTogether, UnboundedStep
 
@@ -28,7 +28,7 @@ def test_what_fits_is_taken_in_to_the_bit() -> None:
     whole = packet(hidden=hidden, mask=mask, gradient=hidden, routers=torch.ones(5))
     assert torch.equal(INTAKE.hidden(whole), hidden)
     assert torch.equal(INTAKE.mask(whole, hidden), mask)
-    assert torch.equal(INTAKE.gradient(whole, hidden.shape), hidden)
+    assert torch.equal(INTAKE.gradient(whole, hidden), hidden)
     assert INTAKE.sums(whole) is not None
     assert torch.equal(INTAKE.gradient_by_sums(packet(routers=torch.ones(2)), has_sums=True), torch.ones(2))
 
@@ -51,9 +51,7 @@ def test_float32_is_taken_in_beside_the_narrow_type_of_the_part_and_nothing_wide
     intake = Intake(narrow, EXACT, torch.device("cpu"))
     for kind in (torch.bfloat16, torch.float32):
         tensor = torch.ones(2, 3, 4, dtype=kind)
-        assert (
-            intake.hidden(packet(hidden=tensor)).dtype == intake.gradient(packet(gradient=tensor), tensor.shape).dtype
-        )
+        assert intake.hidden(packet(hidden=tensor)).dtype == intake.gradient(packet(gradient=tensor), tensor).dtype
         assert intake.hidden(packet(hidden=tensor)).dtype == kind
     for kind in (torch.float16, torch.float64):
         tensor = torch.ones(2, 3, 4, dtype=kind)
@@ -61,7 +59,7 @@ def test_float32_is_taken_in_beside_the_narrow_type_of_the_part_and_nothing_wide
             intake.hidden(packet(hidden=tensor))
         assert not isinstance(caught.value, UnboundedStep)
         with pytest.raises(SpoiledStep, match="gradient of type"):
-            intake.gradient(packet(gradient=tensor), tensor.shape)
+            intake.gradient(packet(gradient=tensor), tensor)
 
 
 def test_what_is_missing_is_named() -> None:

@@ -27,7 +27,7 @@ def packet(
 ) -> Packet:
     tensors = {} if hidden is None else {"hidden": RAW.encode(hidden)}
     if as_type:
-        tensors["hidden"] = replace(tensors["hidden"], dtype=as_type)
+        tensors["hidden"] = replace(tensors["hidden"], header={"dtype": as_type})
     if mask is not None:
         tensors["mask"] = RAW.encode(mask)
     key = StepKey(0, client, step, run="run", session=session)
@@ -61,7 +61,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now, self.names = 0.0, 0
-        self.sessions = Sessions(server_of(self.part), RAW, LEASE, most=3, clock=lambda: self.now)
+        self.sessions = Sessions(server_of(self.part), LEASE, most=3, clock=lambda: self.now)
         self.known: dict[str, Known] = {}
         self.over: dict[str, type[RefusedStep]] = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -198,13 +198,13 @@ def test_every_token_counts_once_and_for_its_own_session(trunk: Trunk) -> None:
 
 def test_bytes_are_counted_once_as_prompt_and_as_token(trunk: Trunk) -> None:
     server = server_of(trunk)
-    sessions = Sessions(server, RAW, LEASE)
+    sessions = Sessions(server, LEASE)
     mask = torch.tensor([[False, True, True], [True, True, True]])
     sessions.serve(packet("s", 0, torch.randn(2, 3, WIDTH), mask=mask))
     for _ in range(2):
         sessions.serve(packet("s", 1, torch.randn(2, 1, WIDTH)))
     position = WIDTH * 4
-    assert server.traffic == {
+    assert server.traffic.document() == {
         "prompt_up": 6 * position + 6,
         "prompt_down": 6 * position,
         "token_up": 2 * position,
@@ -217,9 +217,9 @@ def test_bytes_are_counted_once_as_prompt_and_as_token(trunk: Trunk) -> None:
 def test_a_session_goes_on_with_the_version_that_it_began_with(tiny_models: dict[str, Path]) -> None:
     (_, part, _), (_, old, _) = (parts_of(tiny_models["gpt2"], (1, 2)) for _ in range(2))
     server = server_of(part)
-    sessions, hidden = Sessions(server, RAW, LEASE), torch.randn(1, 4, WIDTH)
+    sessions, hidden = Sessions(server, LEASE), torch.randn(1, 4, WIDTH)
     answer(sessions, "s", 0, hidden[:, :3])
-    server.learners.write({name: tensor * 0 for name, tensor in server.learners.read().tensors.items()})
+    server.adapters.write({name: tensor * 0 for name, tensor in server.adapters.read().tensors.items()})
     after = answer(sessions, "s", 1, hidden[:, 3:])
     with torch.no_grad():
         torch.testing.assert_close(after, old(hidden)[:, 3:], rtol=1e-4, atol=1e-4)
@@ -233,7 +233,7 @@ def test_training_and_texts_do_not_disturb_each_other(tiny_models: dict[str, Pat
     for texts in (False, True):
         _, part, _ = parts_of(tiny_models["gpt2"], (1, 2))
         server = server_of(part)
-        sessions, generator = Sessions(server, RAW, LEASE), torch.Generator().manual_seed(1)
+        sessions, generator = Sessions(server, LEASE), torch.Generator().manual_seed(1)
         for step in range(3):
             key = StepKey(1, 0, step, run="run")
             for name in ("hidden", "gradient"):
@@ -244,12 +244,12 @@ def test_training_and_texts_do_not_disturb_each_other(tiny_models: dict[str, Pat
                 if texts:
                     answer(sessions, f"s{step}{name}", 0, torch.randn(1, 4, WIDTH))
                     answer(sessions, f"s{step}{name}", 1, torch.randn(1, 1, WIDTH))
-        found.append(server.learners.read().tensors)
+        found.append(server.adapters.read().tensors)
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_what_cannot_be_served_is_refused_by_name(trunk: Trunk) -> None:
-    sessions = Sessions(server_of(trunk), RAW, LEASE)
+    sessions = Sessions(server_of(trunk), LEASE)
     for wrong, words in (
         (packet("s", 0, torch.randn(2, WIDTH)), "sent no hidden|not \\(B, T, 32\\)"),
         (packet("s", 0, torch.randn(2, 3, WIDTH + 1)), r"shape \(2, 3, 33\), not \(B, T, 32\)"),
@@ -278,7 +278,7 @@ def test_a_budget_of_memory_holds_for_texts(trunk: Trunk) -> None:
     resident = [0]
     budget = Budget(1000, resident=lambda: resident[0], release=lambda: None)
     budget.learn(tokens=1, graph=10, working=100)
-    sessions = Sessions(server_of(trunk, budget=budget), RAW, LEASE)
+    sessions = Sessions(server_of(trunk, budget=budget), LEASE)
     with pytest.raises(FullTrunk, match="no room"):
         sessions.serve(packet("s", 0, torch.randn(1, 11, WIDTH)))
     first = answer(sessions, "s", 0, torch.randn(1, 5, WIDTH))
@@ -290,7 +290,7 @@ def test_a_budget_of_memory_holds_for_texts(trunk: Trunk) -> None:
 
 
 def test_a_session_whose_computation_fails_is_over(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
-    sessions = Sessions(server_of(trunk), RAW, LEASE)
+    sessions = Sessions(server_of(trunk), LEASE)
     answer(sessions, "s", 0, torch.randn(1, 3, WIDTH))
     with monkeypatch.context() as patch:
         patch.setattr("fedsplit.trunk.sessions.Past.extend", lambda *_: 1 / 0)
@@ -302,7 +302,7 @@ def test_a_session_whose_computation_fails_is_over(trunk: Trunk, monkeypatch: py
 
 def test_why_a_session_is_over_is_known_of_the_newest_only(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsplit.trunk.sessions._REMEMBERED", 2)
-    sessions = Sessions(server_of(trunk), RAW, LEASE)
+    sessions = Sessions(server_of(trunk), LEASE)
     for name in "abc":
         sessions.serve(packet(name, 0, None))
     with pytest.raises(UnknownStep):

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from fedsplit.config import TrainSettings
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.server import TrunkServer
-from fedsplit.wire.codecs import EXACT, make_codec
+from fedsplit.wire.casting import EXACT
+from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import ExpiredStep, ForeignStep, RefusedStep, SpoiledStep, StaleStep, UnknownStep
 
@@ -66,7 +67,7 @@ class Toy(nn.Module):
         return torch.tanh(self.lora_A["default"](hidden))
 
 
-class Learner:
+class TrainableAdapter:
     """What an adapter and its optimiser must do."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -125,9 +126,9 @@ class Trunk(RuleBasedStateMachine):
             budget=budget,
             clock=lambda: self.now,
         )
-        self.server.learners.write({NAME: self.saved})
-        self.shared = Learner(self.saved)
-        self.own: dict[int, Learner] = {}
+        self.server.adapters.write({NAME: self.saved})
+        self.shared = TrainableAdapter(self.saved)
+        self.own: dict[int, TrainableAdapter] = {}
         self.sums: dict[int, Tensor] = {}
         self.partial: dict[int, tuple[tuple[int, int, int], int, Tensor, list[Tensor]]] = {}
         self.held: dict[StepKey, Held] = {}
@@ -139,10 +140,10 @@ class Trunk(RuleBasedStateMachine):
         self.places: dict[int, tuple[int, int, int, int]] = {}
         self.left: set[int] = set()
 
-    def learner(self, client: int) -> Learner:
+    def learner(self, client: int) -> TrainableAdapter:
         if self.schedule != "copies":
             return self.shared
-        return self.own.setdefault(client, Learner(self.shared.weight.detach()))
+        return self.own.setdefault(client, TrainableAdapter(self.shared.weight.detach()))
 
     def forget(self, client: int) -> None:
         self.pending = {key: p for key, p in self.pending.items() if key.client != client}
@@ -358,7 +359,7 @@ class Trunk(RuleBasedStateMachine):
     @rule()
     def barrier(self) -> None:
         """Gradients that are under way now will be of an old version, and count no more."""
-        self.server.learners.close_window()
+        self.server.adapters.close_window()
         if self.sums:
             self.shared.step(torch.stack([self.sums[client] for client in sorted(self.sums)]).sum(0))
         self.sums.clear()
@@ -371,8 +372,8 @@ class Trunk(RuleBasedStateMachine):
         if self.schedule == "accumulate" and (sums := [self.sums[c] for c in (0, 1) if c in self.sums]):
             self.shared.step(torch.stack(sums).sum(0))
         if self.schedule == "copies":
-            assert sorted(self.server.learners.copies()) == sorted(set(self.own) & {0, 1})
-            self.server.learners.write({NAME: self.saved})
+            assert sorted(self.server.adapters.copies()) == sorted(set(self.own) & {0, 1})
+            self.server.adapters.write({NAME: self.saved})
             self.shared.weight.data.copy_(self.saved)
         for client in {key.client for key in (*self.pending, *self.held)}:
             self.forget(client)
@@ -382,7 +383,7 @@ class Trunk(RuleBasedStateMachine):
         self.sums.clear()
         self.own.clear()
         self.round += 1
-        self.saved = self.server.learners.read().tensors[NAME].clone()
+        self.saved = self.server.adapters.read().tensors[NAME].clone()
 
     @rule(luck=LUCK)
     def kill_and_restart(self, luck: int) -> None:
@@ -401,8 +402,8 @@ class Trunk(RuleBasedStateMachine):
         if not hasattr(self, "server"):
             return
         assert len(self.server.steps) == len(self.pending) + len(self.held)
-        assert torch.allclose(self.server.learners.read().tensors[NAME], self.shared.weight, atol=1e-5)
-        for client, copy in self.server.learners.copies().items():
+        assert torch.allclose(self.server.adapters.read().tensors[NAME], self.shared.weight, atol=1e-5)
+        for client, copy in self.server.adapters.copies().items():
             assert torch.allclose(copy.adapters.tensors[NAME], self.own[client].weight, atol=1e-5)
 
 
@@ -439,7 +440,7 @@ MACHINES = [Trunk, Copies, Accumulate, Recomputing, Clipping, ClippingCopies, Cl
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_step_counts_once(machine: type[Trunk], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsplit.trunk.learner.make_optimizer", sgd)
+    monkeypatch.setattr("fedsplit.trunk.trainable.make_optimizer", sgd)
     count = 40 if machine.clip else 120
     run_state_machine_as_test(machine, settings=settings(max_examples=count, stateful_step_count=30, deadline=None))
 

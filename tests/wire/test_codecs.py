@@ -1,97 +1,184 @@
-"""Codecs: what comes out is what went in, and the bytes are those of the data."""
+"""Codecs: made by name, with a role and a memory; and one with state of its own, through client and trunk."""
 
 from __future__ import annotations
 
-import pickle
-import warnings
+import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import VOCABULARY
+from torch import Tensor
 
-from fedsplit.wire.codecs import make_codec
-from fedsplit.wire.packets import Encoded, MalformedPacket
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_raw_returns_the_same_bits(dtype: torch.dtype) -> None:
-    tensor = (torch.randn(3, 4, 5) * 100).to(dtype)
-    encoded = make_codec("raw").encode(tensor.transpose(0, 2))
-    decoded = make_codec("raw").decode(pickle.loads(pickle.dumps(encoded)))
-    assert decoded.dtype == dtype
-    assert torch.equal(decoded, tensor.transpose(0, 2))
-    assert encoded.nbytes == tensor.nbytes
-
-
-@given(st.floats(-(2.0**100), 2.0**100, width=32))
-def test_bf16_rounds_to_eight_bits(value: float) -> None:
-    codec = make_codec("bf16")
-    encoded = codec.encode(torch.tensor([value]))
-    decoded = codec.decode(encoded)
-    assert (encoded.nbytes, decoded.dtype) == (2, torch.float32)
-    # Beside the relative error of the format: below its smallest normal number the error is absolute.
-    assert abs(float(decoded) - value) <= max(abs(value) * 2**-8, 2**-126)
+from fedsplit.adaptation import lora
+from fedsplit.allowed import CODECS
+from fedsplit.client.client import Client
+from fedsplit.client.link import Link
+from fedsplit.corpora.sequences import Sequences
+from fedsplit.corpora.shards import Shard
+from fedsplit.documents import build
+from fedsplit.model.split import load_parts
+from fedsplit.trunk.local import LocalTrunk
+from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.wire.codecs import Codec, CodecMemory, Role, make_codec
+from fedsplit.wire.encoded import Encoded, MalformedPacket
+from fedsplit.wire.packets import Packet, StepKey
 
 
-def test_bf16_leaves_masks_alone() -> None:
-    mask = torch.tensor([[True, False]])
-    assert torch.equal(make_codec("bf16").decode(make_codec("bf16").encode(mask)), mask)
+class TopK(Codec):
+    """Sends the largest tenth of a gradient, and adds the rest to the next one (error feedback, 1809.07599)."""
+
+    def __init__(self) -> None:
+        self._residuals = CodecMemory[Tensor]()
+
+    def encode(self, tensor: Tensor, role: Role) -> Encoded:
+        values = tensor.detach().flatten()
+        header = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": tuple(tensor.shape)}
+        if role.kind == "activation":
+            return Encoded({"values": values.numpy()}, header)
+
+        residual = self._residuals.before(role)
+        if residual is not None and residual.shape == values.shape:
+            values = values + residual
+        places = values.abs().topk(math.ceil(len(values) / 10)).indices
+        kept = torch.zeros_like(values).index_copy(0, places, values[places])
+        self._residuals.set_after(role, values - kept)
+        return Encoded({"values": values[places].numpy(), "places": places.int().numpy()}, header)
+
+    def decode(self, encoded: Encoded, role: Role) -> Tensor:
+        values, shape = torch.from_numpy(encoded.array("values")), encoded.fact("shape", tuple)
+        if role.kind == "activation":
+            return values.reshape(shape)
+        places = torch.from_numpy(encoded.array("places")).long()
+        return torch.zeros(math.prod(shape)).index_copy(0, places, values).reshape(shape)
+
+    def forget(self, client: int) -> None:
+        self._residuals.forget(client)
 
 
-def test_what_arrives_is_not_copied() -> None:
-    """Arrays out of an object store are read-only; nothing is said about it, and nothing is copied."""
-    sent = make_codec("raw").encode(torch.ones(2))
-    arrived = Encoded(np.frombuffer(sent.data.tobytes(), sent.data.dtype), sent.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        decoded = make_codec("raw").decode(arrived)
-    assert decoded.data_ptr() == arrived.data.ctypes.data
+def role_of(step: int, round: int = 1, client: int = 0, training: bool = True, **key: int) -> Role:
+    return Role("gradient", "up", StepKey(round, client, step, **key), training)
 
 
-def test_encoding_takes_no_gradient_along() -> None:
-    encoded = make_codec("raw").encode(torch.ones(2, requires_grad=True) * 2)
-    assert not make_codec("raw").decode(encoded).requires_grad
+@pytest.fixture
+def top_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers the codec: the one line that a codec needs beside its file."""
+    monkeypatch.setitem(CODECS, "top-k", f"{__name__}:TopK")
 
 
-@given(st.floats(2.0**-100, 2.0**100, width=32))
-def test_a_gradient_of_float16_crosses_in_its_bytes_whatever_its_size(size: float) -> None:
-    codec, gradient = make_codec("raw"), torch.tensor([[size, -size / 3, size / 4096, 0.0]])
-    encoded = codec.encode_gradient(gradient, torch.float16)
-    decoded = codec.decode(pickle.loads(pickle.dumps(encoded)))
-    assert (encoded.nbytes, decoded.dtype) == (2 * 4, torch.float32)
-    assert torch.allclose(decoded, gradient, rtol=2**-11, atol=0)
+def train(path: Path, codec: str, steps: int) -> tuple[LocalTrunk, list[Packet], dict[str, Tensor]]:
+    """Trains one client for a round; returns the trunk, all packets that crossed, and the client's adapters."""
+    values = {"model": str(path), "cut": "1:2", "lora.rank": 2, "lora.dropout": 0.0, "train.lr": 0.02}
+    config = build({**values, "train.steps": steps, "train.batch_size": 2, "wire.codec": codec})
+    crossed: list[Packet] = []
+
+    class Watch:
+        def before(self, packet: Packet) -> None:
+            crossed.append(packet)
+
+        def after(self, packet: Packet, answer: object) -> None:
+            assert isinstance(answer, Packet), answer
+            crossed.append(answer)
+
+    bottom, top = load_parts(path, (1, 2), ["bottom", "top"])
+    trunk = LocalTrunk(config, observers=[Watch()])
+    for part in (bottom, top):
+        lora.add(part, config.lora, config.seed)
+    rows = Sequences.packed(torch.randint(1, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(1)))
+    link = Link(trunk, make_codec(config.wire.codec), SCHEDULES["shared"], incarnation="first")
+    client = Client(0, Shard("ann", rows, rows), bottom, top, link, config.train, config.seed)
+    given = lora.read(bottom, top).tensors
+    return trunk, crossed, dict(client.train(given, 1).adapters.tensors)
 
 
-def test_a_gradient_that_is_not_finite_stays_so() -> None:
-    for value in (torch.inf, torch.nan):
-        encoded = make_codec("raw").encode_gradient(torch.tensor([1.0, value]), torch.float16)
-        assert not torch.isfinite(make_codec("raw").decode(encoded)).all()
+def test_every_codec_is_made_anew_each_time() -> None:
+    for name in CODECS:
+        assert isinstance(make_codec(name), Codec)
+        assert make_codec(name) is not make_codec(name)
 
 
-def test_gradients_of_other_types_cross_as_they_are() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        gradient = torch.randn(3).to(dtype)
-        encoded = make_codec("raw").encode_gradient(gradient, dtype)
-        assert encoded.scale == 1
-        assert torch.equal(make_codec("raw").decode(encoded), gradient)
+def test_a_stateful_codec_trains_client_and_trunk(tiny_models: dict[str, Path], top_k: None) -> None:
+    """A file and a line: settings, client and trunk know it, and its own bytes are counted."""
+    trunk, crossed, adapters = train(tiny_models["gpt2"], "top-k", steps=3)
+    sent = [packet.tensors["gradient"] for packet in crossed if "gradient" in packet.tensors]
+    size = 2 * 6 * 32
+    assert [encoded.nbytes for encoded in sent] == [math.ceil(size / 10) * (4 + 4)] * 6
+    traffic = trunk.status().traffic
+    assert traffic.gradient.up == traffic.gradient.down == sum(encoded.nbytes for encoded in sent) // 2
+    assert traffic.activation.up == 3 * size * 4
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in adapters.values())
 
 
-@pytest.mark.parametrize(
-    ("array", "dtype"),
-    [
-        (np.zeros(2, np.int64), "float32"),
-        (np.zeros(2, np.float64), "float32"),
-        (np.zeros(2, np.float32), "int64"),
-        (np.zeros(2, np.float32), "bool"),
-        (np.zeros(2, np.float32), "nn"),
-        (np.zeros(2, np.float32), "no type at all"),
-    ],
-    ids=str,
-)
-def test_what_no_encoder_makes_is_not_cast(array: np.ndarray, dtype: str) -> None:
-    with pytest.raises(MalformedPacket, match="cannot stand for values of type"):
-        make_codec("raw").decode(Encoded(array, dtype))
+def test_what_error_feedback_held_back_crosses_in_the_next_step() -> None:
+    """Two steps together send what was to be sent, but for the last residual."""
+    sender, receiver, total = TopK(), TopK(), torch.zeros(20)
+    gradients = torch.randn(40, 20, generator=torch.Generator().manual_seed(0))
+    for step, gradient in enumerate(gradients):
+        total += receiver.decode(sender.encode(gradient, role_of(step)), role_of(step))
+    held_back = gradients.sum(0) - total
+    last = sender._residuals.before(role_of(40))
+    assert last is not None and torch.allclose(held_back, last, atol=1e-4)
+    assert float(held_back.norm()) < float(gradients.sum(0).norm())
+
+
+def test_a_step_that_is_encoded_again_is_the_same_and_changes_nothing() -> None:
+    """An answer may be lost, and a packet sent again."""
+    once, twice = TopK(), TopK()
+    for step in range(3):
+        gradient = torch.randn(30, generator=torch.Generator().manual_seed(step))
+        first = once.encode(gradient, role_of(step))
+        for _ in range(2):
+            again = twice.encode(gradient, role_of(step))
+            assert all(np.array_equal(first.arrays[name], again.arrays[name]) for name in first.arrays)
+
+
+def test_a_memory_is_of_one_stream_and_one_attempt_at_a_round() -> None:
+    memory = CodecMemory[str]()
+    memory.set_after(role_of(0), "one")
+    assert memory.before(role_of(1)) == "one"
+    assert memory.before(role_of(0)) is None
+    for other in (
+        role_of(1, client=1),
+        role_of(1, micro=1),
+        role_of(1, batch=1),
+        role_of(1, round=2),
+        role_of(1, attempt=1),
+        role_of(1, training=False),
+        Role("activation", "up", StepKey(1, 0, 1)),
+        Role("gradient", "down", StepKey(1, 0, 1)),
+    ):
+        assert memory.before(other) is None, other
+    memory.set_after(role_of(1, training=False), "of an evaluation")
+    assert memory.before(role_of(2)) == "one"
+    memory.set_after(role_of(1), "two")
+    assert (memory.before(role_of(1)), memory.before(role_of(2))) == ("one", "two")
+    memory.forget(1)
+    assert memory.before(role_of(2)) == "two"
+    memory.forget(0)
+    assert memory.before(role_of(2)) is None
+
+
+def test_the_trunk_forgets_a_client_that_leaves(tiny_models: dict[str, Path], top_k: None) -> None:
+    trunk, _, _ = train(tiny_models["gpt2"], "top-k", steps=2)
+    codec = trunk.server.answers.codec
+    assert isinstance(codec, TopK)
+    later = Role("gradient", "down", StepKey(1, 0, 9))
+    assert codec._residuals.before(later) is not None
+    trunk.leave(0)
+    assert codec._residuals.before(later) is None
+
+
+def test_what_no_encoder_of_it_makes_is_refused() -> None:
+    with pytest.raises(MalformedPacket, match="no array 'places'"):
+        TopK().decode(Encoded({"values": np.zeros(2)}, {"dtype": "float32", "shape": (2,)}), role_of(0))
+
+
+def test_the_codec_of_the_documentation_works() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trunk.md").read_text()
+    names: dict[str, Any] = {"Codec": Codec, "Role": Role, "Encoded": Encoded, "Tensor": Tensor, "torch": torch}
+    exec("class Half(" + page.partition("class Half(")[2].partition("```")[0], names)
+    codec, tensor = names["Half"](), torch.tensor([[0.5, -3.0]])
+    encoded = codec.encode(tensor, role_of(0))
+    assert encoded.nbytes == 4 and torch.equal(codec.decode(encoded, role_of(0)), tensor)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsplit.wire.packets import Encoded, Packet, StepKey
+from fedsplit.wire.casting import array_as
+from fedsplit.wire.packets import Packet, StepKey
 
 
 def test_bytes_are_read_off_the_data() -> None:
-    tensors = {"hidden": Encoded(np.zeros((2, 3), np.float32), "float32"), "mask": Encoded(np.ones(5, bool), "bool")}
+    tensors = {"hidden": array_as(np.zeros((2, 3), np.float32), "float32"), "mask": array_as(np.ones(5, bool), "bool")}
     assert Packet(StepKey(1, 0, 0), tensors).nbytes == 24 + 5
 
 

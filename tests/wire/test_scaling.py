@@ -31,7 +31,7 @@ from fedsplit.model.split import load_parts
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
-from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.codecs import Role, make_codec
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.scaling import Overflow, backward, gradients, scale_to
 from fedsplit.wire.steps import SpoiledStep
@@ -106,16 +106,16 @@ def make_client(path: Path, dtype: str, kernels: str, **values: object) -> tuple
     trunk = LocalTrunk(config)
     for part in parts:
         lora.add(part, config.lora, 0)
-    for part in (*parts, trunk.server._part):
+    for part in (*parts, trunk.server.part):
         without_dropout(part)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, VOCABULARY, (9, 8), generator=generator)
     shard = Shard("ann", Sequences.packed(ids), Sequences.packed(torch.zeros(1, 8, dtype=torch.long)))
     link = Link(trunk, RAW, SCHEDULES[config.trunk.schedule], incarnation="first")
     client = Client(0, shard, *parts, link, config.train, 0)
-    start = lora.read(trunk.server._part).tensors
+    start = lora.read(trunk.server.part).tensors
     generator.manual_seed(2)
-    trunk.server.learners.write({n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in start.items()})
+    trunk.server.adapters.write({n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in start.items()})
     return client, trunk.server
 
 
@@ -124,11 +124,11 @@ def changes(path: Path, dtype: str, kernels: str, **values: object) -> Tensor:
     client, server = make_client(path, dtype, kernels, **values)
     generator, given = torch.Generator().manual_seed(3), lora.read(client.bottom, client.top).tensors
     given = {n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in given.items()}
-    before = {**given, **server.learners.read().tensors}
+    before = {**given, **server.adapters.read().tensors}
     update = client.train(given, 1)
     server.end_round([0])
-    copies = server.learners.copies()
-    trunk = copies[0].adapters if copies else server.learners.read()
+    copies = server.adapters.copies()
+    trunk = copies[0].adapters if copies else server.adapters.read()
     after = {**update.adapters.tensors, **trunk.tensors}
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     return torch.cat([(after[name] - before[name]).flatten() for name in sorted(before)])
@@ -167,8 +167,10 @@ def server_of(path: Path, dtype: str) -> TrunkServer:
 
 def packet(client: int, what: str, dtype: torch.dtype, size: float = 1.0) -> Packet:
     tensor = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(client)) * size
-    encoded = RAW.encode(tensor.to(dtype)) if what == "hidden" else RAW.encode_gradient(tensor, dtype)
-    return Packet(StepKey(1, client, 0), {what: encoded})
+    key = StepKey(1, client, 0)
+    gradient = Role("gradient", "up", key, dtype=dtype)
+    encoded = RAW.encode(tensor.to(dtype)) if what == "hidden" else RAW.encode(tensor, gradient)
+    return Packet(key, {what: encoded})
 
 
 def test_gradients_of_different_sizes_meet_in_one_flight(model_path: Path) -> None:
@@ -176,12 +178,12 @@ def test_gradients_of_different_sizes_meet_in_one_flight(model_path: Path) -> No
     sizes, returned, learned = (1e-2, 1e-8), {}, {}
     for name in ("fp32", "fp16"):
         server, dtype = server_of(model_path, name), TYPES[name]
-        before = server.learners.read().tensors
+        before = server.adapters.read().tensors
         server.forward_together([packet(client, "hidden", dtype) for client in (0, 1)])
         answers = server.backward_together([packet(c, "gradient", dtype, size) for c, size in enumerate(sizes)])
         assert answers[0].nbytes == 2 * 5 * 32 * dtype.itemsize
         returned[name] = [RAW.decode(answer.tensors["gradient"]) for answer in answers]
-        after = server.learners.read().tensors
+        after = server.adapters.read().tensors
         learned[name] = torch.cat([(after[n] - before[n]).flatten() for n in sorted(before)])
     for exact, half in zip(returned["fp32"], returned["fp16"], strict=True):
         assert half.dtype == torch.float32
@@ -191,12 +193,12 @@ def test_gradients_of_different_sizes_meet_in_one_flight(model_path: Path) -> No
 
 def test_a_trunk_that_overflows_says_so_and_learns_nothing(model_path: Path) -> None:
     server = server_of(model_path, "fp16")
-    before = server.learners.read().tensors
+    before = server.adapters.read().tensors
     huge = Packet(StepKey(1, 0, 0), {"hidden": RAW.encode(torch.full((1, 3, 32), 6e4, dtype=HALF))})
-    server.learners.write({name: tensor * 1e4 for name, tensor in before.items()})
+    server.adapters.write({name: tensor * 1e4 for name, tensor in before.items()})
     with pytest.raises(SpoiledStep, match="exceed 65504"):
         server.forward(huge)
-    assert len(server.steps) == 0 and server.counts["steps"] == 0
+    assert len(server.steps) == 0 and server.counts.steps == 0
 
 
 def test_the_codec_that_would_round_float16_is_refused(

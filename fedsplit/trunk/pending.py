@@ -1,4 +1,4 @@
-"""Forwards of which some backward has not come: the steps of one client, or of several that are computed as one.
+"""Batches that the trunk has computed forward, and whose gradients have not all come.
 
 Shapes: B sequences of T tokens a step, D the width of hidden states; joined, all rows N and the longest T.
 """
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from fedsplit.model.routers import RouterSums
 from fedsplit.seeds import derive_seed
-from fedsplit.trunk.learner import Learner, Version
+from fedsplit.trunk.trainable import AdapterSnapshot, TrainableAdapter
 from fedsplit.wire.packets import Packet, StepKey
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward makes, with its graph.
+    """Result of a forward, with its autograd graph.
 
     Attributes:
-        hidden: Of all steps (N, T, D).
-        sums: Of the routers, by step, where a step has them.
+        hidden: Hidden states of all steps (N, T, D).
+        sums: Router sums by step, of the steps that have an auxiliary loss.
     """
 
     hidden: Tensor
@@ -32,74 +32,76 @@ class Output:
 
 
 @dataclass(eq=False)
-class Flight:
-    """A forward of one client, or of several at once, of which some backward has not come.
+class PendingBatch:
+    """Steps of one client, or of several, that were computed as one forward and wait for gradients.
 
     Attributes:
-        inputs: Hidden states (B, T, D) as they came, leaves of the graph, by step.
-        masks: Masks (B, T) of those that are padded.
-        learner: Whose adapter it is computed with.
-        version: Which version of it.
-        seed: Of its dropout.
-        sums: Of the bottom's routers, of those that have an auxiliary loss, which is each client's own.
-        output: The result with its graph; None where it must be computed again.
-        spent: A backward has been made; those that come later are late.
-        spoilt: Steps that are left out, since they would spoil the gradient of the others.
+        inputs: Hidden states (B, T, D) by step as they came; leaves of the graph.
+        masks: Masks (B, T) by step, of the steps that have padding.
+        adapter: Adapter that the gradient of this batch trains.
+        snapshot: Snapshot of that adapter which the forward was computed with.
+        seed: Seed of the forward's dropout.
+        sums: Sums of the bottom's routers by step, of the steps that have an auxiliary loss.
+        output: Result with its graph; None where the forward must be computed again.
+        spent: True once one backward was made; gradients that come later are late.
+        spoilt: Steps that are left out, since their values would spoil the gradient of the others.
     """
 
     inputs: dict[StepKey, Tensor]
     masks: dict[StepKey, Tensor]
-    learner: Learner
-    version: Version
+    adapter: TrainableAdapter
+    snapshot: AdapterSnapshot
     seed: int
     sums: dict[StepKey, RouterSums] = field(default_factory=dict)
     output: Output | None = None
     spent: bool = False
     spoilt: set[StepKey] = field(default_factory=set)
 
-    def only(self, key: StepKey) -> Flight:
-        """Returns one of its steps as a flight of its own, with the same version of the adapter."""
+    def only(self, key: StepKey) -> PendingBatch:
+        """Returns one of the steps as a batch of its own, with the same snapshot of the adapter."""
         masks = {key: self.masks[key]} if key in self.masks else {}
         sums = {key: self.sums[key]} if key in self.sums else {}
-        return Flight({key: self.inputs[key]}, masks, self.learner, self.version, self.seed, sums)
+        return PendingBatch({key: self.inputs[key]}, masks, self.adapter, self.snapshot, self.seed, sums)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all steps, each step's own padding included."""
+        """Number of tokens of all steps, the padding within each step included."""
         return sum(hidden.shape[0] * hidden.shape[1] for hidden in self.inputs.values())
 
     def join(self) -> tuple[Tensor, Tensor | None]:
-        """All inputs as one batch, shorter sequences padded at the end, which no earlier token can see.
+        """Joins all inputs, shorter sequences padded at the end, which no earlier token can attend to.
 
         Returns:
             Hidden states (N, T, D); and a mask (N, T), None where no step has one.
         """
         length = max(hidden.shape[1] for hidden in self.inputs.values())
-        rows = [nn.functional.pad(h, (0, 0, 0, length - h.shape[1])) for h in self.inputs.values()]
+        rows = [nn.functional.pad(hidden, (0, 0, 0, length - hidden.shape[1])) for hidden in self.inputs.values()]
         if not self.masks:
             return rows[0] if len(rows) == 1 else torch.cat(rows), None
-        whole = {
+
+        unpadded = {
             key: torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             for key, hidden in self.inputs.items()
         }
-        masks = [nn.functional.pad(m, (0, length - m.shape[1])) for m in {**whole, **self.masks}.values()]
+        by_step = {**unpadded, **self.masks}
+        masks = [nn.functional.pad(mask, (0, length - mask.shape[1])) for mask in by_step.values()]
         return torch.cat(rows), torch.cat(masks)
 
     def cut(self, joined: Tensor) -> dict[StepKey, Tensor]:
-        """A joined tensor (N, T, D) to each step's own (B, T, D)."""
+        """Cuts a joined tensor (N, T, D) into the rows of each step (B, T, D)."""
         rows = joined.split([hidden.shape[0] for hidden in self.inputs.values()])
         return {key: row[:, : hidden.shape[1]] for row, (key, hidden) in zip(rows, self.inputs.items(), strict=True)}
 
     def spread(self, sent: Mapping[StepKey, Tensor], output: Tensor) -> Tensor:
-        """The gradients of some steps as one of the output; zero where none came.
+        """Returns the gradient of the joined output; zero in the rows of steps that sent none.
 
         Args:
-            sent: (B, T, D) by step.
-            output: (N, T, D).
+            sent: Gradients (B, T, D) by step.
+            output: Joined output (N, T, D).
         """
         if len(self.inputs) == 1:
             return next(iter(sent.values()))
-        # The widest of their types: nobody's is rounded to that of another.
+        # The widest of the clients' types: nobody's gradient is rounded to the type of another's.
         widest = functools.reduce(torch.promote_types, (gradient.dtype for gradient in sent.values()))
         whole = torch.zeros_like(output, dtype=widest)
         for key, place in self.cut(whole).items():
@@ -109,6 +111,6 @@ class Flight:
 
 
 def dropout_seed(seed: int, packets: Sequence[Packet]) -> int:
-    """What the dropout of some steps' forward is drawn from: the run's seed and the keys alone."""
+    """Returns the dropout seed of a forward, which depends on the run's seed and the steps' keys alone."""
     path = [(p.key.round, p.key.client, p.key.step, p.key.batch * p.micros + p.key.micro) for p in packets]
     return derive_seed(seed, "trunk", *path)

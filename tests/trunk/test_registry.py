@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 
 from fedsplit.config import TrainSettings
 from fedsplit.optimization.bounds import LARGEST_SHARE
-from fedsplit.trunk.learner import Unusable
-from fedsplit.trunk.learners import Learners, Start, Withheld
+from fedsplit.trunk.registry import AdapterRegistry, Start, UnclippedGradient
 from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.trunk.status import RoundCounts
+from fedsplit.trunk.trainable import Unusable
 from fedsplit.updates import Adapters, Layer, Task
 from fedsplit.wire.packets import Packet, StepKey
 
@@ -19,13 +18,17 @@ A, B = "l.lora_A.weight", "l.lora_B.weight"
 START = Adapters({A: torch.zeros(1, 1), B: torch.zeros(1, 1)}, {"l": Layer(1.0, False)})
 
 
-def learners(schedule: str, **settings) -> Learners:
-    return Learners(START, SCHEDULES[schedule], TrainSettings(optimizer="sgd", lr=1.0, **settings), Counter())
+def registry(schedule: str, **settings) -> AdapterRegistry:
+    return AdapterRegistry(
+        START, SCHEDULES[schedule], TrainSettings(optimizer="sgd", lr=1.0, **settings), RoundCounts()
+    )
 
 
-def learn(those: Learners, clients: list[int], value: float, step: int = 0, micro: int = 0, **more) -> Withheld | None:
+def learn(
+    those: AdapterRegistry, clients: list[int], value: float, step: int = 0, micro: int = 0, **more
+) -> UnclippedGradient | None:
     """A gradient of that value in both factors; SGD with a rate of 1 takes it off."""
-    learner = those.of(clients[0], begins=True)
+    adapter = those.of(clients[0], begins=True)
     parts = {"micros": more.get("micros", 1), "batches": more.get("batches", 1)}
     rates = more.get("rates", [1.0] * len(clients))
     packets = [
@@ -33,7 +36,7 @@ def learn(those: Learners, clients: list[int], value: float, step: int = 0, micr
         for c, rate in zip(clients, rates, strict=True)
     ]
     gradients = {name: torch.full((1, 1), value) for name in START.tensors}
-    return those.learn(learner, more.get("version", learner.version), more.get("spent", False), packets, gradients)
+    return those.learn(adapter, more.get("snapshot", adapter.snapshot), more.get("spent", False), packets, gradients)
 
 
 def value(adapters: Adapters, name: str = A) -> float:
@@ -41,7 +44,7 @@ def value(adapters: Adapters, name: str = A) -> float:
 
 
 def test_shared_steps_at_once_or_when_all_micro_batches_are_there() -> None:
-    those = learners("shared")
+    those = registry("shared")
     learn(those, [0], 1.0)
     assert value(those.read()) == -1.0
     learn(those, [1], 2.0, step=1, micro=0, micros=2)
@@ -49,11 +52,11 @@ def test_shared_steps_at_once_or_when_all_micro_batches_are_there() -> None:
     learn(those, [0], 4.0, step=1)
     learn(those, [1], 8.0, step=1, micro=1, micros=2)
     assert value(those.read()) == -1.0 - 4.0 - 10.0
-    assert those._counts == {"steps": 3}
+    assert those._counts.document() == {"steps": 3}
 
 
 def test_a_step_that_was_given_up_does_not_join_the_next() -> None:
-    those = learners("shared")
+    those = registry("shared")
     learn(those, [0], 1.0, step=0, micro=0, micros=2)
     learn(those, [0], 2.0, step=1, micro=0, micros=2)
     learn(those, [0], 4.0, step=1, micro=1, micros=2)
@@ -65,33 +68,33 @@ def test_a_step_that_was_given_up_does_not_join_the_next() -> None:
 
 
 def test_batched_takes_the_mean_once() -> None:
-    those = learners("batched")
+    those = registry("batched")
     learn(those, [0, 1, 2, 3], 8.0)
     learn(those, [1], 5.0, spent=True)
-    assert value(those.read()) == -2.0 and those._counts == {"steps": 1, "late": 1}
+    assert value(those.read()) == -2.0 and those._counts.document() == {"steps": 1, "late": 1}
 
 
 def test_accumulate_sums_until_the_window_closes_and_knows_old_versions() -> None:
-    those = learners("accumulate")
-    old = those.shared.version
+    those = registry("accumulate")
+    old = those.shared.snapshot
     learn(those, [0], 1.0)
     learn(those, [1], 2.0)
     learn(those, [0], 4.0, step=1)
     assert value(those.read()) == 0.0
     assert those.close_window([0]) and value(those.read()) == -5.0
     assert not those.close_window()
-    learn(those, [1], 7.0, version=old)
-    assert not those.close_window() and those._counts == {"steps": 1, "late": 1}
+    learn(those, [1], 7.0, snapshot=old)
+    assert not those.close_window() and those._counts.document() == {"steps": 1, "late": 1}
 
 
 def test_copies_are_their_clients_own_and_obey_its_task() -> None:
-    those = learners("copies")
+    those = registry("copies")
     moved = {name: torch.ones(1, 1) for name in START.tensors}
     task = Task(trains=frozenset("B"), control={B: torch.full((1, 1), 10.0)})
     those.assign({0: Start(moved, task, {B: torch.full((1, 1), 3.0)})})
-    learner = those.of(0, begins=True)
+    adapter = those.of(0, begins=True)
     packet = [Packet(StepKey(1, 0, 0))]
-    those.learn(learner, learner.version, False, packet, {B: torch.ones(1, 1)})
+    those.learn(adapter, adapter.snapshot, False, packet, {B: torch.ones(1, 1)})
     learn(those, [5], 2.0)
     copies = those.copies()
     assert (value(copies[0].adapters, A), value(copies[0].adapters, B)) == (1.0, 1.0 - (1.0 - 3.0 + 10.0))
@@ -102,39 +105,39 @@ def test_copies_are_their_clients_own_and_obey_its_task() -> None:
 
 
 def test_a_written_adapter_ends_copies_but_for_those_that_are_somebodys_own() -> None:
-    those = learners("copies")
+    those = registry("copies")
     learn(those, [0], 1.0)
     own = {name: torch.full((1, 1), 7.0) for name in START.tensors}
     those.write({name: torch.full((1, 1), 5.0) for name in START.tensors}, {1: own})
     assert value(those.read()) == 5.0
-    evaluated = {client: float(those.of(client, begins=False).version[A].detach()) for client in (0, 1)}
+    evaluated = {client: float(those.of(client, begins=False).snapshot[A].detach()) for client in (0, 1)}
     assert evaluated == {0: 5.0, 1: 7.0}
 
 
 @pytest.mark.parametrize("schedule", ["frozen", "forward-only"])
 def test_what_does_not_learn_takes_no_gradient(schedule: str) -> None:
-    assert not any(tensor.requires_grad for tensor in learners(schedule).shared.version.values())
+    assert not any(tensor.requires_grad for tensor in registry(schedule).shared.snapshot.values())
 
 
 def test_a_step_of_several_batches_waits_for_the_last() -> None:
-    those = learners("shared")
+    those = registry("shared")
     for batch in range(2):
         for micro in range(2):
             assert value(those.read()) == 0.0
             learn(those, [0], 1.0, micro=micro, micros=2, batch=batch, batches=2)
-    assert value(those.read()) == -4.0 and those._counts == {"steps": 1}
+    assert value(those.read()) == -4.0 and those._counts.document() == {"steps": 1}
 
 
 def test_a_gradient_counts_at_the_rate_of_its_own_step() -> None:
     """Under `shared` each at its own, whoever came between; where one step is of several, at their mean rate."""
-    those = learners("shared")
+    those = registry("shared")
     learn(those, [0], 8.0, rates=[0.5])
     learn(those, [1], 8.0, rates=[0.25])
     assert value(those.read()) == -4.0 - 2.0
-    those = learners("batched")
+    those = registry("batched")
     learn(those, [0, 1], 8.0, rates=[0.5, 0.25])
     assert value(those.read()) == -4.0 * 0.375
-    those = learners("accumulate")
+    those = registry("accumulate")
     learn(those, [0], 8.0, rates=[1.0])
     learn(those, [0], 8.0, step=1, micro=0, micros=2, rates=[0.5])
     learn(those, [0], 8.0, step=1, micro=1, micros=2, rates=[0.5])
@@ -143,25 +146,25 @@ def test_a_gradient_counts_at_the_rate_of_its_own_step() -> None:
 
 
 def test_a_gradient_that_is_to_be_clipped_waits_for_its_coefficient() -> None:
-    those = learners("shared", clip=1.0)
+    those = registry("shared", clip=1.0)
     assert learn(those, [0], 3.0, micro=0, micros=2) is None
-    withheld = learn(those, [0], 1.0, micro=1, micros=2, rates=[0.5])
-    assert withheld is not None and withheld.squared == 2 * 4.0**2
+    unclipped = learn(those, [0], 1.0, micro=1, micros=2, rates=[0.5])
+    assert unclipped is not None and unclipped.squared == 2 * 4.0**2
     learn(those, [1], 5.0)
     assert value(those.read()) == 0.0
-    those.release(withheld, 0.25)
-    assert value(those.read()) == -4.0 * 0.25 * 0.5 and those._counts == {"steps": 1}
+    those.release(unclipped, 0.25)
+    assert value(those.read()) == -4.0 * 0.25 * 0.5 and those._counts.document() == {"steps": 1}
 
 
 def test_a_step_that_its_client_left_does_not_join_another() -> None:
-    those = learners("shared", clip=1.0)
+    those = registry("shared", clip=1.0)
     learn(those, [0], 3.0, micro=0, micros=2)
     those.leave(0)
     assert learn(those, [0], 1.0, micro=1, micros=2) is None
 
 
 def test_accumulate_sums_what_has_been_clipped_and_knows_old_versions() -> None:
-    those = learners("accumulate", clip=1.0)
+    those = registry("accumulate", clip=1.0)
     first, second = learn(those, [0], 2.0), learn(those, [1], 4.0)
     learn(those, [2], 8.0, batch=0, batches=2)
     those.release(first, 0.5)
@@ -169,21 +172,21 @@ def test_accumulate_sums_what_has_been_clipped_and_knows_old_versions() -> None:
     mixed = learn(those, [2], 8.0, batch=1, batches=2)
     for late in (second, mixed):
         those.release(late, 1.0)
-    assert not those.close_window() and those._counts == {"steps": 1, "late": 2}
+    assert not those.close_window() and those._counts.document() == {"steps": 1, "late": 2}
 
 
 def test_copies_go_on_from_the_last_round_that_counted() -> None:
     """Momentum by hand: what a round left is there in the next, unless that one starts afresh or has another rank."""
-    those = learners("copies", momentum=0.5, optimizer_state="keep")
+    those = registry("copies", momentum=0.5, optimizer_state="keep")
     start = Start(START.tensors)
 
     def round_of(gradient: float, begin: Start = start, finished: tuple[int, ...] = (0,)) -> float:
         those.assign({0: begin})
-        learner = those.of(0, begins=True)
+        adapter = those.of(0, begins=True)
         packet = [Packet(StepKey(1, 0, 0))]
         gradients = {name: torch.full(tensor.shape, gradient) for name, tensor in begin.tensors.items()}
-        those.learn(learner, learner.version, False, packet, gradients)
-        found = float(learner.version[A].detach()[0, 0])
+        those.learn(adapter, adapter.snapshot, False, packet, gradients)
+        found = float(adapter.snapshot[A].detach()[0, 0])
         those.end_round(finished)
         those.write(START.tensors)
         return found
@@ -199,12 +202,12 @@ def test_copies_go_on_from_the_last_round_that_counted() -> None:
     assert round_of(2.0, Start(wider)) == -2.0
     those.restore(START.tensors, saved)
     assert round_of(0.0) == -1.5
-    assert learners("copies", momentum=0.5).moments() == {}
+    assert registry("copies", momentum=0.5).moments() == {}
 
 
 def test_a_sum_stays_small_enough_to_be_added_to_those_of_others() -> None:
     """One client's share of a barrier is bounded as a whole; the others' step is made without what is too much."""
-    those = learners("accumulate")
+    those = registry("accumulate")
     learn(those, [0], 1.0)
     learn(those, [1], LARGEST_SHARE / 2)
     with pytest.raises(Unusable, match=r"a norm above 1e\+06, too large to be summed"):
@@ -213,6 +216,6 @@ def test_a_sum_stays_small_enough_to_be_added_to_those_of_others() -> None:
 
 
 def test_a_barrier_after_which_nothing_would_be_finite_makes_no_step() -> None:
-    those = Learners(START, SCHEDULES["accumulate"], TrainSettings(optimizer="sgd", lr=1e30), Counter())
+    those = AdapterRegistry(START, SCHEDULES["accumulate"], TrainSettings(optimizer="sgd", lr=1e30), RoundCounts())
     learn(those, [0], 1.0)
-    assert not those.close_window() and value(those.read()) == 0.0 and those._counts == {"unusable": 1}
+    assert not those.close_window() and value(those.read()) == 0.0 and those._counts.document() == {"unusable": 1}

@@ -8,27 +8,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.trunk.flights import Flight, dropout_seed
+from fedsplit.trunk.pending import PendingBatch, dropout_seed
 from fedsplit.wire.packets import Packet, StepKey
 
 WIDTH = 3
 
 
-def flight_of(shapes: list[tuple[int, int]], padded: set[int]) -> Flight:
+def batch_of(shapes: list[tuple[int, int]], padded: set[int]) -> PendingBatch:
     """Steps of so many sequences and tokens; those of some clients have a mask."""
     inputs = {StepKey(1, n, 0): torch.rand(*shape, WIDTH) + 1 for n, shape in enumerate(shapes)}
     masks = {key: torch.rand(hidden.shape[:2]) < 0.5 for key, hidden in inputs.items() if key.client in padded}
-    learner: Any = None  # nothing here computes
-    return Flight(inputs, masks, learner, {}, 0)
+    adapter: Any = None  # nothing here computes
+    return PendingBatch(inputs, masks, adapter, {}, 0)
 
 
 def test_nobodys_gradient_is_rounded_to_the_type_of_another() -> None:
-    flight = flight_of([(1, 2), (1, 2)], set())
-    narrow, wide = flight.inputs
+    batch = batch_of([(1, 2), (1, 2)], set())
+    narrow, wide = batch.inputs
     sent = {narrow: torch.ones(1, 2, WIDTH, dtype=torch.bfloat16), wide: torch.full((1, 2, WIDTH), 1.0009765625)}
-    whole = flight.spread(sent, torch.zeros(2, 2, WIDTH, dtype=torch.bfloat16))
-    assert torch.equal(flight.cut(whole)[wide], sent[wide]) and torch.equal(
-        flight.cut(whole)[narrow], torch.ones(1, 2, WIDTH)
+    whole = batch.spread(sent, torch.zeros(2, 2, WIDTH, dtype=torch.bfloat16))
+    assert torch.equal(batch.cut(whole)[wide], sent[wide]) and torch.equal(
+        batch.cut(whole)[narrow], torch.ones(1, 2, WIDTH)
     )
 
 
@@ -37,28 +37,28 @@ SHAPES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5)), min_size=1, m
 
 @given(SHAPES, st.sets(st.integers(0, 3)))
 def test_what_is_joined_is_cut_again_to_the_bit(shapes: list[tuple[int, int]], padded: set[int]) -> None:
-    flight = flight_of(shapes, padded)
-    hidden, mask = flight.join()
+    batch = batch_of(shapes, padded)
+    hidden, mask = batch.join()
     longest = max(length for _, length in shapes)
     assert hidden.shape == (sum(rows for rows, _ in shapes), longest, WIDTH)
-    assert all(torch.equal(own, flight.inputs[key]) for key, own in flight.cut(hidden).items())
-    assert int((hidden != 0).sum()) == WIDTH * flight.tokens  # padding is zero, and nothing else is
+    assert all(torch.equal(own, batch.inputs[key]) for key, own in batch.cut(hidden).items())
+    assert int((hidden != 0).sum()) == WIDTH * batch.tokens  # padding is zero, and nothing else is
     assert (mask is None) == (not padded & {*range(len(shapes))})
     if mask is not None:
-        seen = flight.cut(mask[:, :, None])
-        for key, own in flight.inputs.items():
-            expected = flight.masks.get(key, torch.ones(own.shape[:2], dtype=torch.bool))
+        seen = batch.cut(mask[:, :, None])
+        for key, own in batch.inputs.items():
+            expected = batch.masks.get(key, torch.ones(own.shape[:2], dtype=torch.bool))
             assert torch.equal(seen[key][:, :, 0], expected)
         assert int(mask.sum()) == sum(int(one.sum()) for one in seen.values())  # False where there is padding
 
 
 @given(SHAPES, st.data())
 def test_gradients_of_some_steps_are_zero_for_the_others(shapes: list[tuple[int, int]], data: st.DataObject) -> None:
-    flight = flight_of(shapes, set())
+    batch = batch_of(shapes, set())
     sent_by = data.draw(st.sets(st.integers(0, len(shapes) - 1), min_size=1))
-    sent = {key: torch.rand(hidden.shape) for key, hidden in flight.inputs.items() if key.client in sent_by}
-    whole = flight.spread(sent, flight.join()[0])
-    for key, own in flight.cut(whole).items():
+    sent = {key: torch.rand(hidden.shape) for key, hidden in batch.inputs.items() if key.client in sent_by}
+    whole = batch.spread(sent, batch.join()[0])
+    for key, own in batch.cut(whole).items():
         assert torch.equal(own, sent.get(key, torch.zeros(own.shape)))
 
 

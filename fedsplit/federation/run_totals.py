@@ -14,7 +14,7 @@ CROSSING = ("activation", "gradient", "adapter", "repeated")
 
 
 @dataclass
-class Tally:
+class RunTotals:
     """Totals of a run.
 
     Attributes:
@@ -29,11 +29,11 @@ class Tally:
             The trunk counts its own.
 
     Example:
-        >>> tally = Tally(time.perf_counter(), tokens=600, train_seconds=2.0)
-        >>> tally.speed
+        >>> totals = RunTotals(time.perf_counter(), tokens=600, train_seconds=2.0)
+        >>> totals.speed
         300.0
-        >>> tally.traffic["adapter_up"] += 5
-        >>> tally.bytes_of_round(trunk={"activation_up": 9})["activation_up"]
+        >>> totals.traffic["adapter_up"] += 5
+        >>> totals.bytes_of_round(trunk={"activation_up": 9})["activation_up"]
         9
     """
 
@@ -68,7 +68,7 @@ class Tally:
         self._reported = totals
         return since
 
-    def copy(self) -> Tally:
+    def copy(self) -> RunTotals:
         """Returns totals that can change without these."""
         return dataclasses.replace(self, traffic=Counter(self.traffic), _reported=dict(self._reported))
 
@@ -82,11 +82,11 @@ class Tally:
         del document["started"], document["_reported"]
         return document | {"earlier_seconds": self.seconds, "traffic": self._with(trunk)}
 
-    def go_on(self, document: Mapping[str, Any]) -> Tally:
+    def go_on(self, document: Mapping[str, Any]) -> RunTotals:
         """Returns the totals of a checkpoint, as `document` returned them, to go on from."""
-        tally = Tally(**{**document, "started": self.started, "traffic": Counter(document["traffic"])})
-        tally.bytes_of_round(trunk={})  # a new trunk counts from 0
-        return tally
+        totals = RunTotals(**{**document, "started": self.started, "traffic": Counter(document["traffic"])})
+        totals.bytes_of_round(trunk={})  # a new trunk counts from 0
+        return totals
 
     def summary(self, trunk: Mapping[str, int]) -> dict[str, Any]:
         """Returns the totals under their keys in summary.json.

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from fedsplit import planning
 from fedsplit.documents import build
+from fedsplit.engines import planning
 
 
 def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

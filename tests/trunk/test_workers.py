@@ -1,4 +1,4 @@
-"""Two lanes compute at the same time, each in order, and what they make comes back to who asked."""
+"""Two workers compute at the same time, each in order, and results come back to the thread that asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedsplit.trunk.lanes import BACKWARD, FORWARD, Lanes
+from fedsplit.trunk.workers import BACKWARD, FORWARD, WorkerThreads
 
 
 def posted(calls: queue.Queue[Callable[[], None]], count: int) -> None:
@@ -17,26 +17,26 @@ def posted(calls: queue.Queue[Callable[[], None]], count: int) -> None:
         calls.get(timeout=10)()
 
 
-def test_the_lanes_compute_at_the_same_time() -> None:
+def test_the_workers_compute_at_the_same_time() -> None:
     """Each waits, within its computation, for the other one to be there, too."""
     calls: queue.Queue[Callable[[], None]] = queue.Queue()
-    lanes, both, made = Lanes([FORWARD, BACKWARD], 1, calls.put), threading.Barrier(2, timeout=10), []
-    for lane in (FORWARD, BACKWARD):
-        lanes.start(lane, both.wait, made.append)
+    workers, both, made = WorkerThreads([FORWARD, BACKWARD], 1, calls.put), threading.Barrier(2, timeout=10), []
+    for worker in (FORWARD, BACKWARD):
+        workers.start(worker, both.wait, made.append)
     assert made == []
     posted(calls, 2)
     assert sorted(made) == [0, 1]
 
 
-def test_a_lane_keeps_the_order_and_tells_what_broke() -> None:
+def test_a_worker_keeps_the_order_and_tells_what_broke() -> None:
     calls: queue.Queue[Callable[[], None]] = queue.Queue()
-    lanes, made = Lanes([FORWARD], 3, calls.put), list[Any]()
+    workers, made = WorkerThreads([FORWARD], 3, calls.put), list[Any]()
 
     def broken() -> None:
         raise MemoryError("no memory is left")
 
     for compute in (lambda: 1, broken, torch.get_num_threads, threading.current_thread):
-        lanes.start(FORWARD, compute, made.append)
+        workers.start(FORWARD, compute, made.append)
     posted(calls, 4)
     assert made[0] == 1
     assert isinstance(made[1], MemoryError)

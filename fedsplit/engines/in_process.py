@@ -20,6 +20,7 @@ import torch
 from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import on_disks
+from fedsplit.engines.planning import Plan
 from fedsplit.events import Sink
 from fedsplit.events.emitter import Emitter
 from fedsplit.events.files import MetricsFile, SummaryFile
@@ -33,7 +34,6 @@ from fedsplit.federation.replies import Introduction, read_introduction
 from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import config_folder, weights_folder
-from fedsplit.planning import Plan
 from fedsplit.trunk.local import LocalTrunk
 
 
@@ -124,14 +124,14 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
         The federation, which has its summary.
     """
     started = time.perf_counter()
-    facts = read_facts(config_folder(config))
+    facts = read_facts(config_folder(config.model))
     shards = shards_of(config)
     with running(config, Plan(1, 1, 1, 1, 1)) as session:
-        content = content_of(shards, config_folder(config), weights_folder(config))
+        content = content_of(shards, config_folder(config.model), weights_folder(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
         job = Job(config, strategy, workloads(config, shards), folder, emit, started)
-        federation = Federation(job, session.trunk, session.name, threads=1)  # type: ignore[arg-type]
+        federation = Federation(job, session.trunk, session.name, threads=1)
         with emit, on_disks(folder.clients, shards):
             session.play(federation)
     return federation

@@ -1,4 +1,4 @@
-"""An adapter of the trunk and its optimiser: every step publishes a version that never changes."""
+"""An adapter that the trunk trains: every step of its optimiser publishes a snapshot that never changes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fedsplit.optimization.local import LocalRule
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.updates import Task
 
-Version = dict[str, Tensor]
-"""An adapter that never changes, by exported name."""
+AdapterSnapshot = dict[str, Tensor]
+"""Tensors of an adapter by exported name, which are never changed in place."""
 
 
 class Unusable(ArithmeticError):
-    """A step of the optimiser that was not made, since it would leave values that are not finite."""
+    """Raised for a step of the optimiser that was not made, since it would leave values that are not finite."""
 
 
-class Learner:
-    """An adapter that learns; older versions of it stay as they are.
+class TrainableAdapter:
+    """An adapter with its optimiser; older snapshots of it stay as they are.
 
     Attributes:
-        version: The newest version. What learns in it takes gradients.
+        snapshot: The newest snapshot. Its trained tensors require gradients.
     """
 
     def __init__(
@@ -45,13 +45,14 @@ class Learner:
         """Starts from an adapter.
 
         Args:
-            start: By exported name.
-            settings: The optimiser's.
-            learns: Whether it learns at all.
-            task: What the strategy asks of it.
-            own: Its client's control variate.
-            device: What it is used on; versions are there, what comes and goes otherwise is on the CPU.
-            budget: Of the ranks that are dealt out after each step; none where not given.
+            start: Tensors by exported name.
+            settings: Settings of the optimiser.
+            learns: False for an adapter that is used and never trained.
+            task: Instructions of the strategy.
+            own: Control variate of the client whose adapter this is.
+            device: Device that computes with it. Snapshots live there; everything else that is passed in or returned
+                is on the CPU.
+            budget: Budget of the ranks that are allocated after each step; None where ranks are fixed.
         """
         start = put(start, device)
         self._rule = LocalRule(task or Task(), start, own or {}, device)
@@ -61,26 +62,26 @@ class Learner:
         self._optimizer = make_optimizer(self._trained.values(), settings)
         self._budget = budget if learns else None
         self._allocation = rank_allocation.begin(self._parameters, self._budget)
-        self._made = (0, 0)  # the round, and steps in it
+        self._made = (0, 0)  # round, and optimiser steps within it
         self._publish()
 
     def _publish(self) -> None:
-        self.version: Version = {
+        self.snapshot: AdapterSnapshot = {
             name: parameter.detach().clone().requires_grad_(name in self._learns)
             for name, parameter in self._parameters.items()
         }
 
     def step(self, gradients: Mapping[str, Tensor], rate: float = 1.0, round: int = 1) -> None:
-        """Makes one step of the optimiser, after which all it knows is finite.
+        """Makes one step of the optimiser, which leaves adapter and moments finite.
 
         Args:
-            gradients: By exported name.
-            rate: The share of the learning rate.
-            round: The round, which counts where ranks are dealt out.
+            gradients: Gradients by exported name.
+            rate: Share of the learning rate.
+            round: Number of the round, by which ranks are allocated.
 
         Raises:
-            Unusable: The step was not made: the gradient is not finite or its square overflows, or the adapter would
-                not be finite after it. With the gradient bounded, the moments stay finite in any case.
+            Unusable: The gradient is not finite or its square overflows, or the adapter would not be finite after the
+                step. The step was not made. (A bounded gradient leaves the moments finite in any case.)
         """
         assert self._optimizer is not None
         corrected = self._rule.correct(gradients, self._parameters)
@@ -91,53 +92,52 @@ class Learner:
             self._parameters[name].grad = gradient.contiguous()
         optim.step(self._optimizer, rate)
         if not is_bounded(*self._parameters.values()):
-            self._return_to_version()
+            self._return_to_snapshot()
             raise Unusable("the trunk's adapter would not be finite after the step: --train.lr is too large")
         if self._allocation is not None:
             self._made = round, self._made[1] + 1 if self._made[0] == round else 1
             self._allocation.allocate(corrected, self._allocation.position(*self._made))
         self._publish()
 
-    def regularised(self, version: Version, gradients: Mapping[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:
-        """The gradient of a part of a step by some version, with what a budget of ranks adds to it.
+    def regularised(
+        self, snapshot: AdapterSnapshot, gradients: Mapping[str, Tensor], share: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Returns a gradient with the regularisation that a rank budget adds.
 
         Args:
-            version: What it is by.
-            gradients: By exported name.
-            share: The share of the step that it is of.
+            snapshot: Snapshot that the gradient was computed with.
+            gradients: Gradients by exported name.
+            share: Share of the optimiser's step that the gradient belongs to, such as 0.5 for one of two batches.
         """
         whole = dict(gradients)
         if self._allocation is not None and self._budget is not None:
-            for name, gradient in rank_allocation.regularisation(version, self._budget, share).items():
+            for name, gradient in rank_allocation.regularisation(snapshot, self._budget, share).items():
                 whole[name] = whole[name] + gradient
         return whole
 
     @torch.no_grad()
-    def _return_to_version(self) -> None:
-        """Undoes what a step has made of the adapter."""
+    def _return_to_snapshot(self) -> None:
+        """Undoes a step: sets the adapter back to its newest snapshot."""
         for name, parameter in self._parameters.items():
-            parameter.copy_(self.version[name])
+            parameter.copy_(self.snapshot[name])
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces the adapter; the moments stay."""
+        """Replaces the adapter; the optimiser keeps its moments."""
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors[name])
         self._publish()
 
     def control_change(self) -> dict[str, Tensor]:
-        """As `LocalRule.control_change`."""
+        """Returns the change of the control variate, as `LocalRule.control_change` does."""
         return self._rule.control_change()
 
     def moments(self) -> dict[str, Tensor]:
-        """What the optimiser remembers, by the parameter's name and what it is: "step", "exp_avg", ….
-
-        Where ranks are dealt out, also what `RankAllocation.moments` tells.
-        """
-        dealt = {} if self._allocation is None else self._allocation.moments()
-        return {**optim.moments(self._optimizer, self._trained), **dealt}
+        """Returns the optimiser's state by parameter and kind ("step", "exp_avg", …), and the rank allocation's."""
+        allocated = {} if self._allocation is None else self._allocation.moments()
+        return {**optim.moments(self._optimizer, self._trained), **allocated}
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
-        """The inverse of `moments`, as far as they fit: see `fedsplit.optimization.optim.restore`."""
+        """Sets the state that `moments` returned, as far as it fits: see `fedsplit.optimization.optim.restore`."""
         optim.restore(self._optimizer, self._trained, moments)
         self._allocation = rank_allocation.begin(self._parameters, self._budget, moments)

@@ -6,38 +6,38 @@ import json
 import time
 from collections import Counter
 
-from fedsplit.federation.tally import Tally
+from fedsplit.federation.run_totals import RunTotals
 
 
 def test_bytes_of_a_round_are_those_since_the_last() -> None:
-    tally = Tally(0.0)
+    totals = RunTotals(0.0)
 
     def crossed(trunk: dict[str, int]) -> dict[str, int]:
-        return {kind: size for kind, size in tally.bytes_of_round(trunk).items() if size}
+        return {kind: size for kind, size in totals.bytes_of_round(trunk).items() if size}
 
-    tally.traffic["adapter_up"] += 5
+    totals.traffic["adapter_up"] += 5
     assert crossed({"gradient_up": 3}) == {"adapter_up": 5, "gradient_up": 3}
-    tally.traffic += Counter(adapter_up=2, adapter_down=7, evaluation_adapter_down=4)
+    totals.traffic += Counter(adapter_up=2, adapter_down=7, evaluation_adapter_down=4)
     trunk = {"gradient_up": 4, "evaluation_activation_down": 6}
     assert crossed(trunk) == {"adapter_up": 2, "adapter_down": 7, "gradient_up": 1, "evaluation_down": 10}
     assert crossed(trunk) == {}
 
 
 def test_the_summary_adds_up_what_both_have_counted() -> None:
-    tally = Tally(time.perf_counter(), tokens=30, train_seconds=2.0)
-    tally.traffic += Counter(adapter_up=4, evaluation_adapter_down=100)
+    totals = RunTotals(time.perf_counter(), tokens=30, train_seconds=2.0)
+    totals.traffic += Counter(adapter_up=4, evaluation_adapter_down=100)
     trunk = {"activation_up": 10, "evaluation_activation_up": 3, "evaluation_activation_down": 6, "repeated_up": 1}
-    found = tally.summary(trunk)
+    found = totals.summary(trunk)
     assert (found["tokens"], found["tokens_per_second"]) == (30, 15.0)
     expected = {"activation_up": 10, "adapter_up": 4, "repeated_up": 1, "evaluation_up": 3, "evaluation_down": 106}
     assert {name: size for name, size in found["bytes"].items() if size} == expected
 
 
 def test_a_run_that_goes_on_adds_to_what_was_there() -> None:
-    first = Tally(time.perf_counter() - 10, tokens=30, train_seconds=2.0, client_memory=9)
+    first = RunTotals(time.perf_counter() - 10, tokens=30, train_seconds=2.0, client_memory=9)
     first.traffic += Counter(adapter_up=4)
     document = json.loads(json.dumps(first.document({"activation_up": 8})))
-    again = Tally(time.perf_counter()).go_on(document)
+    again = RunTotals(time.perf_counter()).go_on(document)
     assert 10 <= again.seconds < 60 and (again.tokens, again.client_memory) == (30, 9)
     assert set(again.bytes_of_round({}).values()) == {0}
     assert again.bytes_of_round({"activation_up": 2})["activation_up"] == 2

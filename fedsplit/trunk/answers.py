@@ -1,0 +1,83 @@
+"""Answers of the trunk: tensors that go back to clients, and the bytes that crossed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fedsplit.model.routers import SUMS, RouterSums
+from fedsplit.trunk.status import Bytes, Traffic
+from fedsplit.wire.casting import EXACT
+from fedsplit.wire.codecs import Codec, Role
+from fedsplit.wire.packets import Packet, StepKey
+
+
+class Answers:
+    """Encodes the trunk's results as packets, and counts the bytes of every request and its answer.
+
+    Attributes:
+        codec: Codec of hidden states and gradients, at the trunk's side.
+        traffic: Bytes so far.
+    """
+
+    def __init__(self, codec: Codec, traffic: Traffic) -> None:
+        """Starts with given counts.
+
+        Args:
+            codec: Codec of hidden states and gradients.
+            traffic: Counts to add to.
+        """
+        self.codec = codec
+        self.traffic = traffic
+
+    def with_hidden(
+        self,
+        crossed: Bytes,
+        packets: Sequence[Packet],
+        hidden: Mapping[StepKey, Tensor],
+        sums: Mapping[StepKey, RouterSums],
+    ) -> list[Packet]:
+        """Returns answers with hidden states.
+
+        Args:
+            crossed: Counts that the bytes of requests and answers are added to.
+            packets: The requests.
+            hidden: Hidden states (B, T, D) by step.
+            sums: Router sums by step, of the steps that have any.
+        """
+        answers = []
+        for packet in packets:
+            tensor = hidden[packet.key]
+            role = Role("activation", "down", packet.key, packet.training, tensor.dtype)
+            tensors = {"hidden": self.codec.encode(tensor, role)}
+            if packet.key in sums:
+                tensors[SUMS] = EXACT.encode(sums[packet.key].packed())
+            answers.append(Packet(packet.key, tensors, packet.training))
+            self.count(crossed, packet, answers[-1])
+        return answers
+
+    def with_gradients(
+        self, packets: Sequence[Packet], gradients: Mapping[StepKey, Tensor], inputs: Mapping[StepKey, Tensor]
+    ) -> list[Packet]:
+        """Returns answers with gradients; without tensors for clients that cannot use any.
+
+        Args:
+            packets: The requests.
+            gradients: Gradients (B, T, D) of the inputs by step.
+            inputs: The inputs (B, T, D) by step, whose types the gradients cross in.
+        """
+        answers = []
+        for packet in packets:
+            tensors = {}
+            if packet.key in gradients:
+                role = Role("gradient", "down", packet.key, packet.training, inputs[packet.key].dtype)
+                tensors["gradient"] = self.codec.encode(gradients[packet.key], role)
+            answers.append(Packet(packet.key, tensors, packet.training))
+            self.count(self.traffic.gradient, packet, answers[-1])
+        return answers
+
+    def count(self, crossed: Bytes, up: Packet, down: Packet) -> None:
+        """Adds the bytes of a request and its answer to some counts."""
+        crossed.up += up.nbytes
+        crossed.down += down.nbytes

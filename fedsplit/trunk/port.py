@@ -1,0 +1,213 @@
+"""The trunk port: everything that clients, the loop over rounds, evaluation and generation ask of a trunk.
+
+Packets carry the steps of clients, and control messages everything else. A trunk is reached by a door, such as a Ray
+actor (`fedsplit.trunk.actor`) or an object in the same process (`fedsplit.trunk.local`). A door implements `send` and
+`control`; all other methods are written once, here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from fedsplit.lowrank import LowRank
+from fedsplit.trunk.registry import Copy, Start
+from fedsplit.trunk.status import RoundCounts, TrunkStatus
+from fedsplit.updates import Adapters
+from fedsplit.wire.packets import Packet
+from fedsplit.wire.transport import PendingAnswer
+
+Reply = TypeVar("Reply")
+
+
+class Control(Generic[Reply]):
+    """A control message; its type parameter is the type of the reply.
+
+    A trunk carries messages out one at a time and between two steps, after all packets and messages that came earlier.
+    """
+
+
+@dataclass(frozen=True)
+class BeginGroup(Control[None]):
+    """Makes clients a group that trains together; until the round ends, the training of others is refused.
+
+    Attributes:
+        clients: The clients, in the order of their turns.
+    """
+
+    clients: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Leave(Control[None]):
+    """Ends the round of a client that has finished it, or is dead; its sessions end, too.
+
+    Attributes:
+        client: Number of the client.
+    """
+
+    client: int
+
+
+@dataclass(frozen=True)
+class EndRound(Control[RoundCounts]):
+    """Ends the round for all clients, and asks for its counts.
+
+    Attributes:
+        finished: Clients whose round counts.
+    """
+
+    finished: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AssignCopies(Control[None]):
+    """Sets, under `copies`, the adapters that clients begin a round with.
+
+    Attributes:
+        starts: Starts by client; other clients begin with the shared adapter.
+    """
+
+    starts: Mapping[int, Start]
+
+
+@dataclass(frozen=True)
+class ReadCopies(Control[dict[int, Copy]]):
+    """Asks, under `copies`, for each client's adapter at the end of the round."""
+
+
+@dataclass(frozen=True)
+class ReadAdapter(Control[Adapters]):
+    """Asks for the shared adapter."""
+
+
+@dataclass(frozen=True)
+class WriteAdapter(Control[None]):
+    """Replaces the shared adapter and all copies.
+
+    Attributes:
+        tensors: Shared adapter by exported name.
+        personal: Personal adapters by client, which those clients' evaluations are computed with.
+    """
+
+    tensors: Mapping[str, Tensor]
+    personal: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fold(Control[None]):
+    """Adds matrices to the base weights; all decoding sessions end.
+
+    Attributes:
+        changes: Matrices by layer; layers of other parts are ignored.
+    """
+
+    changes: Mapping[str, LowRank]
+
+
+@dataclass(frozen=True)
+class Unfold(Control[None]):
+    """Sets the base weights back to their values at the last `Commit`; all decoding sessions end."""
+
+
+@dataclass(frozen=True)
+class Commit(Control[None]):
+    """Makes changes of base weights final: `Unfold` no longer takes them back."""
+
+
+@dataclass(frozen=True)
+class ReadMoments(Control[dict[str, Tensor]]):
+    """Asks for the states of the optimisers."""
+
+
+@dataclass(frozen=True)
+class Restore(Control[None]):
+    """Sets the shared adapter and the optimisers to what `ReadAdapter` and `ReadMoments` returned earlier.
+
+    Attributes:
+        tensors: Shared adapter by exported name.
+        moments: States of the optimisers.
+    """
+
+    tensors: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ReadStatus(Control[TrunkStatus]):
+    """Asks for the state of the trunk and of its process."""
+
+
+class TrunkPort(Protocol):
+    """A trunk, by whatever door.
+
+    Every method raises `fedsplit.wire.transport.TrunkLost` where the trunk is gone. An exception that the trunk raises
+    is raised by the method that caused it.
+    """
+
+    @abstractmethod
+    def send(self, packet: Packet) -> PendingAnswer:
+        """Sends a packet without waiting; the function that is returned waits for the answer.
+
+        That function raises a `RefusedStep` where the trunk must not serve the packet.
+        """
+
+    @abstractmethod
+    def control(self, message: Control[Reply]) -> Reply:
+        """Sends a control message, and waits for the reply."""
+
+    def begin(self, group: Sequence[int]) -> None:
+        """Makes clients a group that trains together, in the order of their turns; see `BeginGroup`."""
+        self.control(BeginGroup(tuple(group)))
+
+    def leave(self, client: int) -> None:
+        """Ends the round of a client that has finished it, or is dead."""
+        self.control(Leave(client))
+
+    def end_round(self, finished: Sequence[int]) -> RoundCounts:
+        """Ends the round for all clients; the rounds of those in `finished` count."""
+        return self.control(EndRound(tuple(finished)))
+
+    def assign(self, starts: Mapping[int, Start]) -> None:
+        """Sets, under `copies`, the adapters that clients begin a round with."""
+        self.control(AssignCopies(dict(starts)))
+
+    def copies(self) -> dict[int, Copy]:
+        """Returns, under `copies`, each client's adapter at the end of the round."""
+        return self.control(ReadCopies())
+
+    def read(self) -> Adapters:
+        """Returns the shared adapter."""
+        return self.control(ReadAdapter())
+
+    def write(self, tensors: Mapping[str, Tensor], personal: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
+        """Replaces the shared adapter, all copies, and the personal adapters of clients."""
+        self.control(WriteAdapter(dict(tensors), dict(personal or {})))
+
+    def fold(self, changes: Mapping[str, LowRank]) -> None:
+        """Adds matrices to the base weights; `unfold` takes them back until the next `commit`."""
+        self.control(Fold(dict(changes)))
+
+    def unfold(self) -> None:
+        """Sets the base weights back to their values at the last `commit`."""
+        self.control(Unfold())
+
+    def commit(self) -> None:
+        """Makes changes of base weights final."""
+        self.control(Commit())
+
+    def moments(self) -> dict[str, Tensor]:
+        """Returns the states of the optimisers."""
+        return self.control(ReadMoments())
+
+    def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Sets the shared adapter and the optimisers to what `read` and `moments` returned earlier."""
+        self.control(Restore(dict(tensors), dict(moments)))
+
+    def status(self) -> TrunkStatus:
+        """Returns the state of the trunk and of its process."""
+        return self.control(ReadStatus())

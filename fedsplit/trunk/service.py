@@ -1,0 +1,336 @@
+"""The trunk as a service: takes packets and control messages from any thread, and decides in one what comes next.
+
+Knows neither Ray nor sockets; a door hands it what comes, and gives it a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedsplit.adaptation import run_adapters
+from fedsplit.clock import Clock
+from fedsplit.config import Config, TrunkSettings
+from fedsplit.lowrank import LowRank
+from fedsplit.trunk import port
+from fedsplit.trunk.dispatch import Answer, Dispatcher, Done
+from fedsplit.trunk.memory import Budget, peak_memory, resident_memory
+from fedsplit.trunk.server import TrunkServer
+from fedsplit.trunk.sessions import Sessions
+from fedsplit.trunk.status import TrunkStatus
+from fedsplit.trunk.workers import BACKWARD, FORWARD, WorkerThreads, outcome
+from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.encoded import MalformedPacket
+from fedsplit.wire.packets import Packet, check_form
+from fedsplit.wire.steps import SpoiledStep
+
+
+class Observer(Protocol):
+    """Sees every packet that comes to a trunk, and every answer that goes out.
+
+    Both methods run on the thread that decides, so they need no locks and should be quick. An exception that one of
+    them raises becomes the answer to the packet; raised by `before`, it keeps the trunk from serving the packet.
+
+    Example:
+        >>> class Counter:
+        ...     packets = 0
+        ...     def before(self, packet):
+        ...         self.packets += 1
+        ...     def after(self, packet, answer):
+        ...         pass
+    """
+
+    def before(self, packet: Packet) -> None:
+        """Called when a packet has come, before it is served or waits for others."""
+        ...
+
+    def after(self, packet: Packet, answer: Answer) -> None:
+        """Called with the answer to a packet, or with the reason why there is none, before it goes out."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Something for the deciding thread to do.
+
+    Attributes:
+        do: Does it.
+        has_to_wait: Returns True while it must wait for workers. Once it waits, nothing new is begun before it.
+    """
+
+    do: Callable[[], None]
+    has_to_wait: Callable[[], bool]
+
+
+class TrunkService:
+    """Runs a dispatcher and decoding sessions on one trunk.
+
+    `submit` and `request` may be called by any thread, and return at once. One thread then does everything: in a
+    process of its own it repeats `work` for ever; in the process of a single caller it calls `work_now` until the
+    caller has its answer. With two workers, forwards and backwards are computed in threads of their own.
+
+    Attributes:
+        server: The trunk.
+    """
+
+    def __init__(
+        self,
+        server: TrunkServer,
+        settings: TrunkSettings,
+        *,
+        threads: int = 1,
+        workers: int = 1,
+        least_memory: int = 0,
+        observers: Sequence[Observer] = (),
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Starts without requests.
+
+        Args:
+            server: The trunk.
+            settings: Settings of the trunk.
+            threads: Threads that torch may use in each worker.
+            workers: 2 to compute a forward and a backward at the same time; 1 to compute in the deciding thread.
+            least_memory: Smallest memory budget in bytes that suffices; 0 where there is no budget.
+            observers: Observers of packets and answers.
+            clock: Clock for leases and deadlines.
+        """
+        self.server = server
+        self._clock = clock
+        self._least_memory = least_memory
+        self._observers = observers
+        self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+        self._held: list[_Call] = []
+        beside = WorkerThreads([FORWARD, BACKWARD], threads, self._post) if workers > 1 else None
+        self._dispatcher = Dispatcher(server, settings, clock, beside)
+        self._sessions = Sessions(server, settings.lease, clock=clock)
+
+    def submit(self, packet: Packet, done: Done) -> None:
+        """Takes a packet.
+
+        Args:
+            packet: The packet, which may come from a stranger and have any form.
+            done: Called by the deciding thread with the answer, or with the reason why there is none.
+        """
+        try:
+            check_form(packet)
+        except MalformedPacket as error:  # refused here: in the deciding thread it could do harm
+            done(SpoiledStep(str(error)))
+            return
+        self._post(lambda: self._serve(packet, done), self._is_busy if packet.key.session else _never)
+
+    def request(self, message: port.Control[Any], done: Callable[[Any], None]) -> None:
+        """Takes a control message.
+
+        Args:
+            message: The message.
+            done: Called by the deciding thread with the reply, or with the exception that was raised.
+        """
+
+        def has_to_wait() -> bool:
+            if isinstance(message, port.Leave):  # work for other clients need not end before
+                return self._dispatcher.computes_for(message.client)
+            return self._is_busy()
+
+        self._post(lambda: done(outcome(lambda: self._carry_out(message))), has_to_wait)
+
+    def work(self) -> None:
+        """Waits for a request, a deadline or a lease, and does all that can be done then."""
+        wakes = None if self._dispatcher.is_computing else self.wakes_at()  # a worker that is done will call
+        timeout = None if wakes is None else max(0.0, wakes - self._clock())
+        with contextlib.suppress(queue.Empty):
+            self._do(self._calls.get(timeout=timeout))
+        self.take_requests()
+        while self._advance():
+            self.take_requests()
+
+    def work_now(self) -> bool:
+        """Does the next thing that can be done without waiting; returns False if there was none."""
+        self.take_requests()
+        return self._advance()
+
+    def take_requests(self) -> None:
+        """Carries out the control messages that have come, and queues the packets."""
+        while not self._calls.empty():
+            self._do(self._calls.get())
+
+    def wakes_at(self) -> float | None:
+        """Returns the time of the next deadline or expiry, at which there may be work without a new request."""
+        times = (self._dispatcher.wakes_at(), self._sessions.next_expiry())
+        return min((time for time in times if time is not None), default=None)
+
+    def _post(self, do: Callable[[], None], has_to_wait: Callable[[], bool] | None = None) -> None:
+        """Queues a call for the deciding thread."""
+        self._calls.put(_Call(do, has_to_wait or _never))
+
+    def _do(self, call: _Call) -> None:
+        if call.has_to_wait():
+            self._held.append(call)
+        else:
+            call.do()
+
+    def _advance(self) -> bool:
+        """Does the next thing that can be done now; returns False if there was none."""
+        if not self._dispatcher.is_computing:
+            self._sessions.expire()
+            held = self._held
+            self._held = []
+            for call in held:
+                call.do()
+        return not self._held and self._dispatcher.advance()
+
+    def _is_busy(self) -> bool:
+        """Returns True while a call that must run alone has to wait: for workers, or behind another one."""
+        return bool(self._held) or self._dispatcher.is_computing
+
+    def _serve(self, packet: Packet, done: Done) -> None:
+        """Gives a packet to the dispatcher or to its session, and shows it to the observers."""
+        if self._observers:
+            done = self._observed(packet, done)
+            refusal = outcome(lambda: self._show_before(packet))
+            if isinstance(refusal, Exception):
+                done(refusal)
+                return
+        if packet.key.session:
+            done(outcome(lambda: self._sessions.serve(packet)))
+        else:
+            self._dispatcher.submit(packet, done)
+
+    def _observed(self, packet: Packet, done: Done) -> Done:
+        """Returns a function that shows an answer to the observers before it passes it on."""
+
+        def show(answer: Answer) -> None:
+            failure = outcome(lambda: self._show_after(packet, answer))
+            done(failure if isinstance(failure, Exception) else answer)
+
+        return show
+
+    def _show_before(self, packet: Packet) -> None:
+        for observer in self._observers:
+            observer.before(packet)
+
+    def _show_after(self, packet: Packet, answer: Answer) -> None:
+        for observer in self._observers:
+            observer.after(packet, answer)
+
+    def _carry_out(self, message: port.Control[Any]) -> Any:
+        """Carries out a control message, and returns the reply."""
+        adapters = self.server.adapters
+        match message:
+            case port.BeginGroup(clients):
+                return self._dispatcher.begin(clients)
+            case port.Leave(client):
+                return self._leave(client)
+            case port.EndRound(finished):
+                return self._dispatcher.end_round(finished)
+            case port.AssignCopies(starts):
+                return adapters.assign(starts)
+            case port.ReadCopies():
+                return adapters.copies()
+            case port.ReadAdapter():
+                return adapters.read()
+            case port.WriteAdapter(tensors, personal):
+                return adapters.write(tensors, personal)
+            case port.Fold(changes):
+                return self._fold(changes)
+            case port.Unfold():
+                return self._unfold()
+            case port.Commit():
+                return self.server.commit()
+            case port.ReadMoments():
+                return adapters.moments()
+            case port.Restore(tensors, moments):
+                return adapters.restore(tensors, moments)
+            case port.ReadStatus():
+                return self._status()
+        raise TypeError(f"a trunk knows no message {type(message).__name__}")
+
+    def _leave(self, client: int) -> None:
+        self._dispatcher.leave(client)
+        self._sessions.leave(client)
+
+    def _fold(self, changes: Mapping[str, LowRank]) -> None:
+        self.server.fold(changes)
+        self._sessions.leave()  # their caches were computed with other weights
+
+    def _unfold(self) -> None:
+        self.server.unfold()
+        self._sessions.leave()
+
+    def _status(self) -> TrunkStatus:
+        return TrunkStatus(
+            incarnation=self.server.steps.incarnation,
+            traffic=self.server.traffic.copy(),
+            resident_memory=resident_memory(),
+            peak_memory=peak_memory(),
+            pending=len(self.server.steps),
+            sessions=len(self._sessions),
+            parameters=self.server.count(),
+            least_memory=self._least_memory,
+        )
+
+
+def _never() -> bool:
+    return False
+
+
+def load_service(
+    config: Config,
+    run: str,
+    incarnation: str,
+    *,
+    threads: int = 1,
+    workers: int = 1,
+    adapter: Path | None = None,
+    memory: int | None = None,
+    observers: Sequence[Observer] = (),
+    clock: Clock = time.monotonic,
+) -> TrunkService:
+    """Loads the trunk's blocks, and no others, with an adapter.
+
+    Args:
+        config: Configuration of the run.
+        run: Name of the run, which packets must carry.
+        incarnation: Id of this life of the trunk, which packets must carry.
+        threads: Threads that torch may use in each worker.
+        workers: 2 to compute a forward and a backward at the same time.
+        adapter: Folder of a finished run's adapter, of which the trunk takes its own layers; a new adapter where not
+            given.
+        memory: Budget of resident memory in bytes; none where not given.
+        observers: Observers of packets and answers.
+        clock: Clock for leases and deadlines.
+    """
+    (part,) = run_adapters.bare_parts(config, ["trunk"])
+    if adapter is None:
+        run_adapters.adapt(part, config)
+    else:
+        run_adapters.adopt(adapter, config, part)
+    server = TrunkServer(
+        part,
+        make_codec(config.wire.codec),
+        config.trunk.schedule,
+        config.train,
+        config.seed,
+        run=run,
+        incarnation=incarnation,
+        lease=config.trunk.lease,
+        budget=Budget(memory),
+        clock=clock,
+    )
+    least = 0
+    if memory is not None:
+        least = server.calibrate(config.train.batch_size, config.train.max_length + config.prompt.virtual)
+    return TrunkService(
+        server,
+        config.trunk,
+        threads=threads,
+        workers=workers,
+        least_memory=least,
+        observers=observers,
+        clock=clock,
+    )

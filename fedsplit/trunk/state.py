@@ -1,0 +1,60 @@
+"""State of a trunk that its forwards and backwards work on together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedsplit.config import TrainSettings
+from fedsplit.trunk.admission import Admission
+from fedsplit.trunk.answers import Answers
+from fedsplit.trunk.blocks import Blocks
+from fedsplit.trunk.intake import Intake
+from fedsplit.trunk.memory import Budget
+from fedsplit.trunk.pending import PendingBatch
+from fedsplit.trunk.registry import AdapterRegistry, UnclippedGradient
+from fedsplit.trunk.schedules import Schedule
+from fedsplit.trunk.status import RoundCounts
+from fedsplit.wire.packets import StepKey
+from fedsplit.wire.steps import Steps, UnknownStep
+
+
+@dataclass(frozen=True)
+class TrunkState:
+    """Everything that the steps of a trunk share; see the classes for what each of them does.
+
+    Attributes:
+        seed: Seed of the run, for dropout.
+        settings: Settings of local training, which the trunk's optimisers share.
+        schedule: How clients share the trunk.
+        blocks: Blocks with adapters.
+        adapters: Trainable adapters.
+        steps: Steps that wait for a gradient, or for the clipping coefficient of theirs.
+        budget: Budget of resident memory.
+        admission: Admission control under that budget.
+        intake: Decodes and checks what clients send.
+        answers: Encodes what goes back, and counts bytes.
+        counts: Events of the round.
+    """
+
+    seed: int
+    settings: TrainSettings
+    schedule: Schedule
+    blocks: Blocks
+    adapters: AdapterRegistry
+    steps: Steps[PendingBatch | UnclippedGradient]
+    budget: Budget
+    admission: Admission
+    intake: Intake
+    answers: Answers
+    counts: RoundCounts
+
+    def pending_batch(self, key: StepKey) -> PendingBatch:
+        """Returns the batch in which a step waits for its gradient.
+
+        Raises:
+            RefusedStep: The step does not wait for a gradient.
+        """
+        held = self.steps.held(key)
+        if isinstance(held, UnclippedGradient):
+            raise UnknownStep(f"no forward is pending for {key}")
+        return held

@@ -1,0 +1,131 @@
+"""Counts that a trunk reports: bytes that crossed, events of a round, and the state of its process."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Bytes:
+    """Bytes of tensors that crossed for one purpose.
+
+    Attributes:
+        up: Bytes from clients to the trunk.
+        down: Bytes from the trunk to clients.
+    """
+
+    up: int = 0
+    down: int = 0
+
+
+@dataclass
+class Traffic:
+    """Bytes of all tensors that crossed, by purpose.
+
+    Attributes:
+        activation: Hidden states of training steps, with their masks.
+        gradient: Gradients of training steps, and what clipping needs.
+        evaluation_activation: Hidden states of evaluations.
+        repeated: Requests that came more than once, and their answers.
+        prompt: Hidden states of prompts, where text is generated.
+        token: Hidden states of generated tokens.
+
+    Example:
+        >>> traffic = Traffic()
+        >>> traffic.activation.up += 1024
+        >>> traffic.document()
+        {'activation_up': 1024}
+    """
+
+    activation: Bytes = field(default_factory=Bytes)
+    gradient: Bytes = field(default_factory=Bytes)
+    evaluation_activation: Bytes = field(default_factory=Bytes)
+    repeated: Bytes = field(default_factory=Bytes)
+    prompt: Bytes = field(default_factory=Bytes)
+    token: Bytes = field(default_factory=Bytes)
+
+    def copy(self) -> Traffic:
+        """Returns the counts as they are now; later traffic does not change them."""
+        return copy.deepcopy(self)
+
+    def document(self) -> dict[str, int]:
+        """Returns the counts above zero by purpose and direction, such as "activation_up", as files name them."""
+        found = {}
+        for purpose, crossed in vars(self).items():
+            found[f"{purpose}_up"] = crossed.up
+            found[f"{purpose}_down"] = crossed.down
+        return {name: count for name, count in found.items() if count}
+
+
+@dataclass
+class RoundCounts:
+    """Events at the trunk since the round began.
+
+    Attributes:
+        steps: Steps that an optimiser made.
+        forwards: Forwards that were computed; several clients' steps in one batch count once.
+        backwards: Backwards that were computed.
+        recomputed: Forwards that were computed a second time, in the backward.
+        waits: Requests that found no memory and were told to ask again.
+        late: Gradients that came too late to count.
+        expired: Pending steps whose lease ran out.
+        abandoned: Steps that were pending when their client left.
+        unusable: Steps at a barrier that were not made, since the adapter would not have been finite after them.
+
+    Example:
+        >>> counts = RoundCounts(steps=3)
+        >>> finished = counts.take()
+        >>> finished.document(), counts.document()
+        ({'steps': 3}, {})
+    """
+
+    steps: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    recomputed: int = 0
+    waits: int = 0
+    late: int = 0
+    expired: int = 0
+    abandoned: int = 0
+    unusable: int = 0
+
+    def take(self) -> RoundCounts:
+        """Returns the counts, and resets them for the next round."""
+        finished = dataclasses.replace(self)
+        for event in dataclasses.fields(self):
+            setattr(self, event.name, 0)
+        return finished
+
+    def document(self) -> dict[str, int]:
+        """Returns the counts above zero by name, as files name them."""
+        return {name: count for name, count in vars(self).items() if count}
+
+
+@dataclass(frozen=True)
+class TrunkStatus:
+    """State of a trunk and of its process.
+
+    Attributes:
+        incarnation: Id of this life of the trunk, which packets must carry; a restarted trunk has another one.
+        traffic: Bytes that have crossed so far.
+        resident_memory: Resident memory of the process, in bytes.
+        peak_memory: Largest resident memory that the process has had, in bytes.
+        pending: Training steps that wait for a gradient or for a clipping coefficient.
+        sessions: Open decoding sessions.
+        parameters: Number of parameters, "total" and "trainable".
+        least_memory: Smallest `--trunk.memory` in bytes that suffices; 0 where no budget is set.
+        over_socket: Packets that came over the local socket.
+    """
+
+    incarnation: str
+    traffic: Traffic
+    resident_memory: int
+    peak_memory: int
+    pending: int
+    sessions: int
+    parameters: Mapping[str, int]
+    least_memory: int = 0
+    over_socket: int = 0

@@ -1,0 +1,121 @@
+"""The codecs `raw` and `bf16`: values as they are, or rounded to a narrower type."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsplit.wire.codecs import Codec, Role
+from fedsplit.wire.encoded import Encoded, Fact, MalformedPacket
+from fedsplit.wire.scaling import scale_to
+
+with warnings.catch_warnings():
+    # torch warns once a process that it cannot protect an array from being written to; nobody here writes to one.
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
+
+_FULL = 2.0**15
+"""Upper bound of the largest element of a scaled gradient; half of what float16 can hold."""
+
+_NARROWED: Mapping[torch.dtype, tuple[torch.dtype, ...]] = {
+    torch.bfloat16: (torch.int16,),
+    torch.float16: (torch.int16,),
+    torch.float32: (torch.int16, torch.float16),
+    torch.float64: (torch.int16, torch.float16),
+}
+"""Other types of arrays that an encoder makes, by the tensor's type. The bits of bfloat16 are sent as int16."""
+
+
+class Cast(Codec):
+    """Sends values as they are, or rounded to a narrower type.
+
+    Attributes:
+        narrow: Type that floating-point values are rounded to; None sends them as they are.
+    """
+
+    narrow: torch.dtype | None = None
+
+    def encode(self, tensor: Tensor, role: Role | None = None) -> Encoded:
+        """Encodes a tensor; the gradient by float16 hidden states as float16 times a power of two."""
+        if role is not None and role.kind == "gradient" and role.dtype == torch.float16:
+            scale = scale_to(_FULL, tensor)
+            return array_as(self._to_array((tensor * scale).to(torch.float16)), "float32", scale)
+        return array_as(self._to_array(tensor), str(tensor.dtype).removeprefix("torch."))
+
+    def _to_array(self, tensor: Tensor) -> np.ndarray:
+        tensor = tensor.detach()
+        if self.narrow is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.narrow)
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.view(torch.int16)  # numpy has no bfloat16; the bits cross as integers
+        return tensor.contiguous().cpu().numpy()
+
+    def decode(self, encoded: Encoded, role: Role | None = None) -> Tensor:
+        """Decodes a tensor; it is a view of the array where that is possible.
+
+        Raises:
+            MalformedPacket: No encoder makes such an array of values of that type; nothing else is cast.
+        """
+        tensor = torch.from_numpy(encoded.array("values"))
+        dtype = getattr(torch, encoded.dtype, None)
+        if not isinstance(dtype, torch.dtype) or tensor.dtype not in {dtype, *_NARROWED.get(dtype, ())}:
+            raise MalformedPacket(f"an array of {tensor.dtype} cannot stand for values of type {encoded.dtype[:40]}")
+        if tensor.dtype == torch.int16 and dtype.is_floating_point:
+            tensor = tensor.view(torch.bfloat16)
+        tensor = tensor.to(dtype)
+        return tensor / _scale(encoded) if "scale" in encoded.header else tensor
+
+
+class Raw(Cast):
+    """Sends values as they are; `--wire.codec raw`.
+
+    Example:
+        >>> Raw().decode(Raw().encode(torch.tensor([0.1]))).item() == torch.tensor(0.1).item()
+        True
+    """
+
+
+class BFloat16(Cast):
+    """Rounds values to 8 bits of precision, which halves the bytes of float32; `--wire.codec bf16`.
+
+    Example:
+        >>> BFloat16().decode(BFloat16().encode(torch.tensor([1.001])))
+        tensor([1.])
+    """
+
+    narrow = torch.bfloat16
+
+
+EXACT = Raw()
+"""Codec of what is small and must cross as it is, such as masks and norms, whatever the run's codec."""
+
+
+def array_as(array: np.ndarray, dtype: str, scale: float = 1.0) -> Encoded:
+    """Returns an array as an encoded tensor.
+
+    Args:
+        array: Values of the tensor, as they cross.
+        dtype: Name of the tensor's type.
+        scale: Factor that the values were multiplied by to fit into a narrow type; a power of two.
+    """
+    header: dict[str, Fact] = {"dtype": dtype}
+    if scale != 1:
+        header["scale"] = scale
+    return Encoded({"values": array}, header)
+
+
+def _scale(encoded: Encoded) -> float:
+    """Returns the factor that values were multiplied by.
+
+    Raises:
+        MalformedPacket: It is not a number above 0.
+    """
+    scale = encoded.fact("scale", float)
+    if not 0 < scale < math.inf:
+        raise MalformedPacket(f"the scale is {scale}, not a number above 0")
+    return scale

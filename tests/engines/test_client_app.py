@@ -1,0 +1,49 @@
+"""Flower's client side is a door: a message in, the service's answer out."""
+
+from __future__ import annotations
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+
+from fedsplit.engines import client_app
+from fedsplit.federation import records
+from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
+
+BRIEFING = Briefing(run="{}", trunk="t", incarnation="first", threads=1, store="/nowhere")
+
+
+class Service:
+    """Remembers what it was asked, and gives one answer."""
+
+    def __init__(self, given: Answer) -> None:
+        self.given = given
+        self.asked: list[Request] = []
+
+    def answer(self, request: Request) -> Answer:
+        self.asked.append(request)
+        return self.given
+
+
+def deliver(request: Request, partition: int) -> Message:
+    message = records.to_message(request, node=77)
+    message.metadata.__dict__["_message_id"] = "one"
+    return client_app.app(message, Context(1, 77, {"partition-id": partition}, RecordDict(), {}))
+
+
+@pytest.mark.parametrize("kind", [Introduce, Train, Evaluate])
+def test_every_kind_of_request_reaches_the_service_as_the_client_of_the_node(
+    kind: type[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The partition says which client is asked, whatever the request says."""
+    service = Service(Reply(3, {"loss": 2.5}))
+    monkeypatch.setattr(client_app, "service", service)
+    reply = deliver(kind(BRIEFING, client=-1), partition=3)
+    assert service.asked == [kind(BRIEFING, client=3)]
+    assert records.to_answer(reply, 3) == Reply(3, {"loss": 2.5})
+    assert reply.metadata.reply_to_message_id == "one"
+
+
+def test_a_failure_goes_back_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = Failure(3, "Diverged", "client 3 diverged at step 5")
+    monkeypatch.setattr(client_app, "service", Service(failure))
+    assert records.to_answer(deliver(Train(BRIEFING, 3), partition=3), 3) == failure

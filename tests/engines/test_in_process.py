@@ -1,0 +1,130 @@
+"""The engine in this process: it needs neither Ray nor Flower, and leaves the same bytes as theirs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsplit.config import Config
+from fedsplit.engines import in_process
+from fedsplit.engines.in_process import LocalClients
+from fedsplit.engines.planning import Plan
+from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted
+from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request
+from fedsplit.federation.replies import Introduction, introduce
+from fedsplit.updates import Adapters
+
+BRIEFING = Briefing(run="{}", trunk="t", incarnation="first", threads=1, store="/nowhere")
+ALONE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Refused(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("ray", "flwr", "datasets"):
+            raise ImportError(f"{name} is not to be imported")
+
+sys.meta_path.insert(0, Refused())
+from fedsplit.simulate import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""A program that runs the command where three libraries cannot be imported."""
+
+SMALL = ["--clients", "2", "--rounds", "1", "--train.steps", "1", "--batch-size", "1", "--max-length", "16"]
+SMALL += ["--eval.samples", "1", "--lora-rank", "2", "--threads", "1", "--trunk.threads", "1"]
+
+
+@pytest.mark.slow
+def test_the_command_needs_neither_ray_nor_flower_nor_datasets(tmp_path: Path) -> None:
+    """With the model and the texts that are bundled."""
+    call = [sys.executable, "-c", ALONE, "--engine", "local", *SMALL, "--out", str(tmp_path / "run")]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["last_round"] == 1
+
+
+def test_the_program_refuses_the_libraries() -> None:
+    """Or the test above could not fail."""
+    refused = subprocess.run(
+        [sys.executable, "-c", ALONE.replace("from fedsplit.simulate import main", "import ray.actor")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 1 and "ImportError: ray is not to be imported" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--trunk.schedule", "copies"], ["--deterministic"]], ids=str)
+def test_both_engines_leave_the_same_adapters_to_the_bit(flags: list[str], tmp_path: Path) -> None:
+    left = {}
+    for engine in ("local", "ray"):
+        out = tmp_path / engine
+        call = [sys.executable, "-m", "fedsplit.simulate", "--engine", engine, *SMALL, *flags, "--out", str(out)]
+        done = subprocess.run(
+            [*call, "--rounds", "2", "--train.steps", "3"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        files = sorted(out.glob("checkpoints/*/*.safetensors")) + sorted(out.glob("*/adapter_model.safetensors"))
+        left[engine] = {str(file.relative_to(out)): load_file(file) for file in files}
+    assert left["local"].keys() == left["ray"].keys() and len(left["ray"]) >= 6
+    for name, tensors in left["local"].items():
+        other = left["ray"][name]
+        assert tensors.keys() == other.keys()
+        assert all(torch.equal(tensor, other[key]) for key, tensor in tensors.items()), name
+
+
+class Service:
+    """Introduces clients, and answers evaluations with the number of the client."""
+
+    def __init__(self, broken: int = -1) -> None:
+        self.broken = broken
+
+    def answer(self, request: Request) -> Answer:
+        if request.client == self.broken:
+            return Failure(request.client, "ValueError", "ValueError: no luck")
+        if isinstance(request, Introduce):
+            nothing = Adapters({}, {})
+            start = {"bottom": nothing, "top": nothing} if request.client == 0 else {}
+            return introduce(Introduction(request.client, f"owner {request.client}", {}, start))
+        return Reply(request.client)
+
+
+def test_clients_answer_one_after_the_other() -> None:
+    clients = LocalClients(Service(), threading.Event())  # type: ignore[arg-type]
+    assert [one.client for one in clients.meet(BRIEFING, 3)] == [0, 1, 2]
+    assert clients.nodes == [ClientNode(1, "owner 0"), ClientNode(2, "owner 1"), ClientNode(3, "owner 2")]
+    assert [answer.client for answer in clients.ask(Evaluate(BRIEFING, client) for client in (2, 0))] == [2, 0]
+
+
+def test_a_client_that_cannot_load_its_parts_ends_the_run() -> None:
+    clients = LocalClients(Service(broken=1), threading.Event())  # type: ignore[arg-type]
+    with pytest.raises(FederationFailed, match=r"client 1 could not load its parts: ValueError: no luck"):
+        list(clients.meet(BRIEFING, 3))
+
+
+def test_a_stop_is_seen_before_the_next_client() -> None:
+    clients = LocalClients(Service(), threading.Event())  # type: ignore[arg-type]
+    answers = clients.ask(Evaluate(BRIEFING, client) for client in range(3))
+    next(answers)
+    clients.stop.set()
+    with pytest.raises(Interrupted):
+        next(answers)
+
+
+def test_the_caller_has_its_threads_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends the run."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(in_process, "LocalTrunk", lambda config, name: None)
+    plan = Plan(workers=1, client_threads=1, trunk_threads=before + 1, micro_batches=1, trunk_lanes=1)
+    with pytest.raises(KeyError), in_process.running(Config(), plan):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before

@@ -1,0 +1,19 @@
+"""The name of an engine decides which one is opened."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedsplit.allowed import ENGINES, SettingError
+from fedsplit.documents import build
+from fedsplit.engines import flower_engine, in_process
+from fedsplit.engines.session import engine_named
+
+
+def test_every_engine_that_may_be_asked_for_is_there() -> None:
+    assert {name: engine_named(name) for name in ENGINES} == {"ray": flower_engine.running, "local": in_process.running}
+
+
+def test_another_engine_is_refused_by_name() -> None:
+    with pytest.raises(SettingError, match=r"^engine: '?spark'? is not possible; allowed: "):
+        build({"engine": "spark"})

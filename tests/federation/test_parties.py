@@ -1,0 +1,55 @@
+"""A question to clients: each reply is handed on as it arrives, and failures are named at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_parties import BRIEFING, gather
+
+from fedsplit.federation.messages import TRUNK_LOST, Answer, Evaluate, Failure, Reply, Request
+from fedsplit.federation.parties import NobodyAnswered
+from fedsplit.wire.transport import TrunkLost
+
+EVERYBODY = [Evaluate(BRIEFING, client) for client in range(3)]
+
+
+def ask(failures: dict[int, Failure], folder: Path) -> tuple[Any, list[tuple[int, int]]]:
+    def play(request: Request) -> Answer:
+        return failures.get(request.client) or Reply(request.client)
+
+    parties, _ = gather(play, folder)
+    heard: list[tuple[int, int]] = []
+    parties.ask(EVERYBODY, lambda reply, done: heard.append((reply.client, done)), "evaluating", 1, 0)
+    return parties, heard
+
+
+def test_replies_are_handed_on_and_failures_are_named_and_not_waited_for(tmp_path: Path) -> None:
+    parties, heard = ask({1: Failure(1, "ValueError", "ValueError: no luck")}, tmp_path)
+    assert heard == [(0, 1), (2, 3)]  # a failure is an answer, too
+    assert parties.emit.lines == ["bob failed and is left out: ValueError: no luck"]
+    assert parties.trunk.left == [1]
+
+
+def test_where_nobody_answers_the_first_reason_is_told(tmp_path: Path) -> None:
+    failures = {client: Failure(client, "ValueError", f"reason {client}") for client in range(3)}
+    with pytest.raises(NobodyAnswered, match="no client answered: reason 0"):
+        ask(failures, tmp_path)
+    parties, _ = gather(lambda request: Reply(request.client), tmp_path)
+    with pytest.raises(NobodyAnswered, match="nobody was asked"):
+        parties.ask([], lambda reply, done: None, "evaluating", 1, 0)
+
+
+def test_a_trunk_that_is_gone_ends_the_run_at_once(tmp_path: Path) -> None:
+    """It is known by the failure's kind, and no other client is asked any more."""
+    lost = Failure(0, TRUNK_LOST, "the trunk's process has died")
+    parties, _ = gather(lambda request: lost, tmp_path)
+    with pytest.raises(TrunkLost, match=r"^the trunk's process has died$"):
+        parties.ask(EVERYBODY, lambda reply, done: None, "evaluating", 1, 0)
+    assert len(parties.clients.asked) == 1  # type: ignore[attr-defined]
+
+
+def test_words_for_messages(tmp_path: Path) -> None:
+    parties, _ = gather(lambda request: Reply(request.client), tmp_path)
+    assert (parties.name(2), parties.sender(2), parties.label(3)) == ("cid", "client 2 (cid)", "round 3/5")

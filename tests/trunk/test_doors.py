@@ -1,0 +1,45 @@
+"""Doors: a trunk of this process is found without Ray, and a budget that does not suffice is refused in a line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedsplit.allowed import SettingError
+from fedsplit.documents import build
+from fedsplit.trunk import actor, doors, local
+
+
+def test_a_trunk_of_this_process_comes_first_and_else_it_is_rays(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: Any = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(actor, "find_trunk", lambda name: f"{name} by Ray")
+    with local.named(ours, "here"):
+        assert doors.find_trunk("here") is ours
+        assert doors.find_trunk("there") == "there by Ray"
+    assert doors.find_trunk("here") == "here by Ray"
+
+
+@pytest.mark.parametrize(("least", "fits"), [(10**9, True), (10**9 + 1, False)])
+def test_a_budget_must_suffice_for_a_step(least: int, fits: bool) -> None:
+    trunk: Any = SimpleNamespace(status=lambda: SimpleNamespace(least_memory=least))
+    config = build({"trunk.memory": "1GB"})
+    if fits:
+        doors.check_memory(config, trunk)
+    else:
+        with pytest.raises(SettingError, match=r"trunk\.memory: 1GB is not possible; allowed: at least 1001MB"):
+            doors.check_memory(config, trunk)
+    without: Any = None
+    doors.check_memory(build({}), without)  # nothing is asked where there is no budget
+
+
+@pytest.mark.slow
+def test_no_ray_is_imported_for_a_trunk_of_this_process(tmp_path: Path) -> None:
+    script = "import sys, fedsplit.federation.client_app, fedsplit.trunk.local; sys.exit('ray' in sys.modules)"
+    root = Path(doors.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = [{str(root)!r}]; {script}"], cwd=tmp_path)
+    assert done.returncode == 0

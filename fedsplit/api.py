@@ -67,15 +67,15 @@ def run(
         named["model"] = model
     if objective is not None:
         (named["objective"],) = _names_of("objective", [objective])
-    if names := _names_of("metrics", metrics):
+    if names := _names_of("metrics", _listed(metrics)):
         named["metric"] = names
-    given_sinks = list(sinks)
+    given_sinks = _listed(sinks)
     if names := [sink for sink in given_sinks if _is_name(sink)]:
         named["sinks"] = names
     observers = [sink for sink in given_sinks if not _is_name(sink)]
     _check_sinks(observers)
     if _is_texts_by_client(dataset):
-        settings = {"clients": len(dataset), "partition": "natural", **settings}
+        settings = {"clients": max(1, len(dataset)), "partition": "natural", **settings}
     asked = _settled(config, {**settings, **named})
 
     objects: dict[str, Any] = {
@@ -124,6 +124,13 @@ def _pair(model: object, tokenizer: object) -> object:
     if model is None or _is_name(model) or isinstance(model, tuple):
         raise SettingError("tokenizer", f"one of {type(tokenizer).__name__}", "one together with a loaded model")
     return model, tokenizer
+
+
+def _listed(values: object) -> list[Any]:
+    """Returns some values as a list; a single name is a list of one."""
+    if _is_name(values) or not isinstance(values, Iterable):
+        return [values]
+    return list(values)
 
 
 def _check_sinks(sinks: Iterable[object]) -> None:

@@ -87,6 +87,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"strategy_options": 3}, "strategy_options: 3 is not possible; allowed: a table"),
     ({"strategy": "fedavgg"}, "strategy: fedavgg is not possible; allowed: "),
     ({"strategy": FedAvg}, "strategy: the class FedAvg is not possible; allowed: a name, an object"),
+    ({"dataset": {}}, "dataset: a dict without a text is not possible; allowed: a name, a file"),
     ({"dataset": 3}, "dataset: 3 is not possible; allowed: a name, a file"),
     ({"model": 3}, "model: 3 is not possible; allowed: a name, a folder"),
     ({"model": "sotu-gpt2", "tokenizer": object()}, "tokenizer: one of object is not possible; allowed: one together"),
@@ -243,7 +244,8 @@ def test_names_and_objects_of_sinks_are_told_apart(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(api, "_run", lambda config, **objects: asked.append((config, objects["sinks"])))
     sink = Losses()
     fedsplit.run(sinks=["mine.py:Sink", sink])
-    assert [(config.sinks, sinks) for config, sinks in asked] == [(("mine.py:Sink",), [sink])]
+    fedsplit.run(sinks="mine.py:Sink")
+    assert [(config.sinks, sinks) for config, sinks in asked] == [(("mine.py:Sink",), [sink]), (("mine.py:Sink",), [])]
 
 
 @pytest.mark.slow

@@ -160,7 +160,9 @@ def _schema_of_type(hint: Any) -> dict[str, Any]:
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin in (types.UnionType, Union):
-        return {"type": [_PLAIN[argument] for argument in arguments]}
+        if all(argument in _PLAIN for argument in arguments):
+            return {"type": [_PLAIN[argument] for argument in arguments]}
+        return {"anyOf": [_schema_of_type(argument) for argument in arguments]}
     if origin is Mapping:
         return {"type": "object", "additionalProperties": _schema_of_type(arguments[1])}
     if origin is Sequence:

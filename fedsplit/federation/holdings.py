@@ -124,9 +124,10 @@ class Holdings:
             shared = {n: t for n, t in copy.adapters.tensors.items() if n not in self._personal}
             self._own[update.client] = {n: t for n, t in copy.adapters.tensors.items() if n in self._personal}
             self._stage[update.client] = dict(copy.kept)
-            if assigned[update.client].task.control is not None:
-                known = self._control.get(update.client, {})
-                self._control[update.client] = {n: known[n] + t if n in known else t for n, t in copy.control.items()}
+            # Without a control variate, what came up is the own stage's, which the server does not add up.
+            changes = {} if assigned[update.client].task.control is None else copy.control
+            known = self._control.get(update.client, {})
+            self._control[update.client] = {n: known[n] + t if n in known else t for n, t in changes.items()}
             whole.append(
                 replace(
                     update,

@@ -120,6 +120,8 @@ class Bench:
 
     def exactness(self, kind: str, dtype: torch.dtype, kernels: str, bits: dict[str, int] | None = None) -> Any:
         """Compares a split with the unsplit model under PEFT: logits, and the gradients of every adapter."""
+        if bits and importlib.util.find_spec("bitsandbytes") is None:
+            return {"skipped": "bitsandbytes is not installed"}
         path = self.scratch / kind
         if not path.exists():
             write_model(path, kind)
@@ -135,10 +137,13 @@ class Bench:
         bottom, trunk, top = parts
         with torch.no_grad():
             logits = top.logits(trunk(bottom(ids, None), None), None)
-            expected_logits = whole(input_ids=ids, use_cache=False).logits
         loss = top(trunk(bottom(ids, None), None), ids, None)
         loss.backward()
-        expected_loss = whole(input_ids=ids, labels=ids, use_cache=False).loss
+        # Parts multiply float32 adapters with 16-bit hidden states in 16 bits, as autocast does for the unsplit model.
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                expected_logits = whole(input_ids=ids, use_cache=False).logits
+            expected_loss = whole(input_ids=ids, labels=ids, use_cache=False).loss
         expected_loss.backward()
 
         expected = {self._exported(name): p.grad for name, p in whole.named_parameters() if p.grad is not None}
@@ -288,16 +293,16 @@ class Bench:
     def _step(self, trunk: LocalTrunk, step: int, size: int) -> None:
         """Serves one step of all clients, so many at a time."""
         sizes, codec = self.sizes, make_codec("raw")
-        width = trunk.server._part.config.hidden_size
+        width = trunk.server.part.config.hidden_size
         shape = (sizes.batch, sizes.length, width)
         incarnation = trunk.status().incarnation
         keys = [StepKey(1, client, step) for client in range(sizes.together)]
         for begin in range(0, len(keys), size):
             group = keys[begin : begin + size]
-            hidden = {"hidden": codec.encode(torch.randn(shape).to(trunk.server._part.dtype))}
+            hidden = {"hidden": codec.encode(torch.randn(shape).to(trunk.server.part.dtype))}
             up = [Packet(key, hidden, True, True, 1, incarnation) for key in group]
             trunk.server.forward_together(up)
-            gradient = {"gradient": codec.encode(torch.randn(shape).to(trunk.server._part.dtype))}
+            gradient = {"gradient": codec.encode(torch.randn(shape).to(trunk.server.part.dtype))}
             back = [Packet(key, gradient, True, True, 1, incarnation) for key in group]
             trunk.server.backward_together(back)
 

@@ -91,14 +91,16 @@ def test_copies_of_the_trunk_join_updates_and_personal_factors_stay(tmp_path: Pa
     traits = Traits(personal=frozenset("B"))
     held = ledger(tmp_path, COPIES, traits)
     update = ClientUpdate(1, held.start.with_tensors(held.rule.crosses(held.start.tensors)), 4)
-    copy = Copy(moved(PARTS["trunk"]), {"t.lora_A.weight": torch.ones(2, 3)})
-    (whole,) = held.with_copies([update], {1: copy}, {1: Assignment(held.start)})
+    copy = Copy(moved(PARTS["trunk"]), {"t.lora_A.weight": torch.ones(2, 3)}, {"h": torch.ones(1)})
+    (whole,) = held.with_copies([update], {1: copy}, {1: Assignment(held.start, Task(control={}))})
     assert set(whole.adapters.tensors) == {name for name in ENDS | TRUNK if "lora_A" in name}
     assert set(whole.control) == {"t.lora_A.weight"}
     assert whole.given is not None and whole.given.tensors.keys() == whole.adapters.tensors.keys()
     start = held.trunk_start(1, Assignment(held.start))
     assert torch.equal(start.tensors["t.lora_B.weight"], copy.adapters.tensors["t.lora_B.weight"])
     assert torch.equal(start.own["t.lora_A.weight"], torch.ones(2, 3))
+    assert torch.equal(start.kept["h"], torch.ones(1)) and held.snapshot()[1]["stage-1"].keys() == {"h"}
+    assert held.trunk_start(0, Assignment(held.start)).kept == {}
     assert torch.equal(held.trunk_start(0, Assignment(held.start)).tensors["t.lora_B.weight"], torch.zeros(4, 2))
     shared, own = held.trunk_end(moved(held.start))
     assert torch.equal(shared["t.lora_A.weight"], PARTS["trunk"].tensors["t.lora_A.weight"] + 1)

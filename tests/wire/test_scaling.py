@@ -173,7 +173,7 @@ def packet(client: int, what: str, dtype: torch.dtype, size: float = 1.0) -> Pac
     return Packet(key, {what: encoded})
 
 
-def test_gradients_of_different_sizes_meet_in_one_flight(model_path: Path) -> None:
+def test_gradients_of_different_sizes_meet_in_one_batch(model_path: Path) -> None:
     """One client's is a millionth of the other's, and below what float16 knows; each gets its own back."""
     sizes, returned, learned = (1e-2, 1e-8), {}, {}
     for name in ("fp32", "fp16"):

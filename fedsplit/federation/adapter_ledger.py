@@ -141,10 +141,10 @@ class AdapterLedger:
     def _with_copy(self, update: ClientUpdate, trunk: Copy, assignment: Assignment) -> ClientUpdate:
         client = update.client
         self._stage[client] = dict(trunk.kept)
-        if assignment.task.control is not None:
-            known = self._control.get(client, {})
-            moved = {name: known[name] + t if name in known else t for name, t in trunk.control.items()}
-            self._control[client] = moved
+        # Without a control variate the tensors are of the strategy's own stage, and do not add up from round to round.
+        changes = {} if assignment.task.control is None else trunk.control
+        known = self._control.get(client, {})
+        self._control[client] = {name: known[name] + t if name in known else t for name, t in changes.items()}
         self._own[client] = {name: t for name, t in trunk.adapters.tensors.items() if name in self._personal}
 
         shared = self._without_personal(trunk.adapters)

@@ -16,6 +16,8 @@ from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
 from fedsplit.documents import dotted, set_by_user
 from fedsplit.environment import prepare
 from fedsplit.flags import Options, settle
+from fedsplit.loading import OBJECT
+from fedsplit.objects import Objects
 from fedsplit.result import Result
 from fedsplit.results.finished import open_run
 
@@ -42,8 +44,9 @@ def run(
         model: Name or folder of a model, a loaded `transformers.PreTrainedModel`, or a pair of one and its tokenizer.
         tokenizer: Tokenizer of a loaded model.
         sinks: Names of sinks, or objects with the methods `handle` and `close` (`fedsplit.events.Sink`).
-        objective: Name of an objective.
-        metrics: Names of metrics.
+        objective: Name of an objective, or a function of logits and labels.
+        metrics: Names of metrics, or functions of logits and labels. Objectives and metrics as objects need
+            `engine="local"`: no object crosses to the processes of `ray`.
         **settings: Any other setting. One of a section is written `train={"lr": 3e-4}` or `train__lr=3e-4`, and a
             keyword argument of a strategy that is given by name `strategy__mu=0.1`.
 
@@ -65,10 +68,11 @@ def run(
     named = {name: value for name, value in (("strategy", strategy), ("dataset", dataset)) if _is_name(value)}
     if _is_name(model) and tokenizer is None:
         named["model"] = model
+    given_metrics = _listed(metrics)
     if objective is not None:
-        (named["objective"],) = _names_of("objective", [objective])
-    if names := _names_of("metrics", _listed(metrics)):
-        named["metric"] = names
+        named["objective"] = _spec_of("objective", objective)
+    if given_metrics:
+        named["metric"] = [_spec_of("metrics", metric) for metric in given_metrics]
     given_sinks = _listed(sinks)
     if names := [sink for sink in given_sinks if _is_name(sink)]:
         named["sinks"] = names
@@ -78,15 +82,19 @@ def run(
         settings = {"clients": max(1, len(dataset)), "partition": "natural", **settings}
     asked = _settled(config, {**settings, **named})
 
-    objects: dict[str, Any] = {
-        "strategy": None if _is_name(strategy) else strategy,
-        "dataset": None if _is_name(dataset) else dataset,
-        "model": _pair(model, tokenizer),
-        "sinks": observers,
-    }
+    objects = Objects(
+        strategy=None if _is_name(strategy) else strategy,
+        objective=None if _is_name(objective) else objective,
+        metrics={_spec_of("metrics", metric): metric for metric in given_metrics if not _is_name(metric)},
+    )
+    if asked.engine != "local" and (objects.objective is not None or objects.metrics):
+        setting = "objective" if objects.objective is not None else "metrics"
+        given = objects.objective if setting == "objective" else next(iter(objects.metrics.values()))
+        allowed = "a name, or an object with engine='local': no object crosses to the processes of the clients"
+        raise SettingError(setting, _kind_of(given), allowed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries, as the command has it
-        return _run(asked, **objects)
+        return _run(asked, objects, None if _is_name(dataset) else dataset, _pair(model, tokenizer), observers)
 
 
 def open(folder: str | os.PathLike[str]) -> Result:
@@ -145,21 +153,22 @@ def _check_sinks(sinks: Iterable[object]) -> None:
             raise SettingError("sinks", _kind_of(sink), allowed)
 
 
-def _names_of(name: str, values: Iterable[object]) -> list[object]:
-    """Returns the names among values that may be names only.
+def _spec_of(name: str, value: Any) -> str:
+    """Returns the name by which the settings know an objective or a metric.
 
     Args:
-        name: Keyword that the values were given by.
-        values: The values.
+        name: Keyword that the value was given by.
+        value: A name, or a function; a function's name ends with `(...)`, which a command refuses.
 
     Raises:
-        SettingError: One is an object.
+        SettingError: The value is neither.
     """
-    names = list(values)
-    for value in names:
-        if not _is_name(value):
-            raise SettingError(name, _kind_of(value), "the name of one: an object cannot cross to the clients")
-    return names
+    if _is_name(value):
+        return os.fspath(value)
+    if isinstance(value, type) or not callable(value):
+        raise SettingError(name, _kind_of(value), "a name, or a function of logits and labels")
+    maker = value if hasattr(value, "__qualname__") else type(value)
+    return f"{maker.__module__}:{maker.__qualname__}{OBJECT}"
 
 
 def _kind_of(value: object) -> str:
@@ -225,22 +234,22 @@ def _set_in(config: Config) -> tuple[dict[str, object], Options]:
     return values, options
 
 
-def _run(config: Config, strategy: object, dataset: object, model: object, sinks: Sequence[Any]) -> Result:
+def _run(config: Config, objects: Objects, dataset: object, model: object, sinks: Sequence[Any]) -> Result:
     """Runs what a configuration asks for, with objects in place of what it names."""
     from fedsplit import inputs, simulate  # not before the environment is prepared
 
-    if strategy is not None:
-        config = replace(config, **inputs.strategy_settings(strategy))
+    if objects.strategy is not None:
+        config = replace(config, **inputs.strategy_settings(objects.strategy))
     if config.resume:
         for name, given in (("dataset", dataset), ("model", model)):
             if given is not None:
                 raise InputError(f"{name} cannot be set for a run that goes on: its folder has it already")
-        simulate.run(config, strategy=strategy, sinks=sinks)
+        simulate.run(config, objects=objects, sinks=sinks)
         return open(config.resume)
     folder = Path(config.out) if config.out else _free_folder()
     with inputs.written(folder, model, dataset) as found:
         config = replace(config, out=str(folder), **found)
-        simulate.run(config, strategy=strategy, sinks=sinks)
+        simulate.run(config, objects=objects, sinks=sinks)
     return open(folder)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from fedsplit.allowed import SettingError
 from fedsplit.federation.checkpoint import INPUTS, check_folder
 from fedsplit.federation.strategy import FlowerLike, Strategy
-from fedsplit.loading import builtin_package
+from fedsplit.loading import OBJECT, builtin_package
 
 _MODELS = "a name, a folder, or a loaded transformers PreTrainedModel together with its tokenizer"
 
@@ -50,7 +50,7 @@ def strategy_settings(strategy: object) -> dict[str, Any]:
     place = f"{cls.__module__}:{cls.__qualname__}"
     options = _options_of(strategy)
     if options is None:
-        return {"strategy": f"{place}(...)", "strategy_options": {}}
+        return {"strategy": place + OBJECT, "strategy_options": {}}
     package: Any = builtin_package()
     names = {place: name for name, place in package.STRATEGIES.items()}
     return {"strategy": names.get(place, place), "strategy_options": options}

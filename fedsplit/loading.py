@@ -24,6 +24,9 @@ BUILTIN = "strategies"
 OWN = "path/to/mine.py:Mine, or module:Class"
 """Form of a user's own name."""
 
+OBJECT = "(...)"
+"""End of the name of an object that was given from Python, and that no other process can make again."""
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -16,14 +16,15 @@ from fedsplit.config import Config
 from fedsplit.environment import prepare
 from fedsplit.events import Sink
 from fedsplit.flags import parse
+from fedsplit.objects import NOTHING, Objects
 
 
-def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
+def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
     """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
 
     Args:
         config: The run's.
-        strategy: An object in place of the strategy that the configuration names.
+        objects: Objects in place of names in the settings.
 
     Returns:
         The run's folder, not made yet, the strategy, and the data as they are dealt out.
@@ -75,12 +76,12 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     check_sinks(config.sinks)
 
     def make_strategy() -> Any:
-        if strategy is not None:
-            return copy.deepcopy(strategy)
+        if objects.strategy is not None:
+            return copy.deepcopy(objects.strategy)
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
-    chosen = make_strategy() if strategy is None else strategy
-    load_measures(config)
+    chosen = make_strategy() if objects.strategy is None else objects.strategy
+    load_measures(config, objects)
     check_strategy(chosen, config)
     checks.check_stacked(chosen, config, facts)
     check_quantization(config)
@@ -91,7 +92,7 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     deal = partition_of(config)
     if deal.classes:
         checks.check_classifier(config)
-    check_measures(config, len(deal.classes))
+    check_measures(config, len(deal.classes), objects)
     checks.check_tokens(config, deal)
     check_initial(config, facts.family, len(deal.classes))
     folder_of_weights = weights_folder(config, tell=print)  # last: they may have to be fetched first
@@ -99,12 +100,12 @@ def check(config: Config, strategy: Any = None) -> tuple[Path, Any, Any]:
     return folder, chosen, deal
 
 
-def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Runs a federation.
 
     Args:
         config: Its settings.
-        strategy: An object in place of the strategy that the settings name; see `fedsplit.run`.
+        objects: Objects in place of names in the settings; see `fedsplit.run`.
         sinks: Receive its events, beside the sinks that the settings name.
 
     Returns:
@@ -116,7 +117,8 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
     """
     started = time.perf_counter()
     prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
-    folder, strategy, deal = check(config, strategy)
+    folder, strategy, deal = check(config, objects)
+    objects = replace(objects, strategy=strategy)
 
     from fedsplit.corpora.data_summary import as_document
     from fedsplit.corpora.shards import on_disks
@@ -124,7 +126,7 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
     from fedsplit.engines.session import engine_named
     from fedsplit.events.emitter import Emitter
     from fedsplit.events.event_types import Notice
-    from fedsplit.events.files import MetricsFile, SummaryFile
+    from fedsplit.events.run_files import MetricsFile, SummaryFile
     from fedsplit.events.screen import make_screen
     from fedsplit.events.user_sinks import make_sinks
     from fedsplit.federation.checkpoint import RunFolder, check_content
@@ -148,7 +150,7 @@ def run(config: Config, *, strategy: Any = None, sinks: Sequence[Sink] = ()) -> 
     with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):
             emit(Notice(text=line))
-        with engine_named(config.engine)(config, shares) as session:
+        with engine_named(config.engine)(config, shares, objects) as session:
             check_memory(config, session.trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(deal))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedsplit.federation.tally import Tally
 
 from fedsplit.config import Config
 from fedsplit.documents import build
@@ -20,6 +19,7 @@ from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.messages import Answer, Briefing, Request
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.run_state import RunState
+from fedsplit.federation.run_totals import RunTotals
 from fedsplit.federation.workload import Workload
 from fedsplit.trunk.status import RoundCounts, Traffic, TrunkStatus
 from fedsplit.updates import Adapters, Layer, Traits
@@ -92,7 +92,7 @@ def gather(play: Callable[[Request], Answer], folder: Path, **settings: Any) -> 
     values = {name.replace("__", "."): value for name, value in settings.items()}
     config: Config = build({"clients": 3, "rounds": 5, "lora.rank": 2} | values)
     ledger = AdapterLedger(config, Traits(), PARTS, folder / "clients", folder / "folds")
-    state = RunState(ledger.start, PARTS["trunk"], {}, ledger, Tally(0.0), EarlyStopping())
+    state = RunState(ledger.start, PARTS["trunk"], {}, ledger, RunTotals(0.0), EarlyStopping())
     parties: Any = Parties(
         config=config,
         briefing=BRIEFING,

@@ -17,12 +17,14 @@ import torch
 from flwr.serverapp.strategy import FedAdam
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedsplit
 from fedsplit import api, flags
 from fedsplit.config import Config, TrainSettings
 from fedsplit.events import Event, RoundEvaluated
+from fedsplit.stages import Gradients, GradientStage, LocalStep
 from fedsplit.updates import Adapters, ClientUpdate
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
@@ -95,7 +97,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"config": "gone.toml"}, "config: gone.toml is not possible; allowed: a TOML file that can be read"),
     ({"resume": "gone"}, "resume: gone is not possible; allowed: the folder of a run"),
     ({"sinks": [object()]}, "sinks: an object of type object is not possible; allowed: the name of a class, or an"),
-    ({"objective": len}, "objective: an object of type builtin_function_or_method is not possible; allowed: the name"),
+    ({"objective": 3}, "objective: an object of type int is not possible; allowed: a name, or a function of logits"),
+    ({"objective": len, "engine": "ray"}, "objective: an object of type builtin_function_or_method is not possible"),
+    ({"metrics": [len], "engine": "ray"}, "metrics: an object of type builtin_function_or_method is not possible"),
 ]
 
 
@@ -181,6 +185,42 @@ def test_a_strategy_of_flowers_as_an_object(small: dict[str, Any]) -> None:
     result = fedsplit.run(**small, strategy=FedAdam(eta=0.01), out="one")
     named = fedsplit.run(**small, strategy="flwr.serverapp.strategy:FedAdam", strategy__eta=0.01, out="two")
     assert same(result.folder, named.folder)
+
+
+def doubled(logits: Tensor, labels: Tensor) -> Tensor:
+    return 2 * functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def share_of_sevens(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    return float((labels == 7).sum()), float((labels >= 0).sum())
+
+
+class Held(FedAvg):
+    """Lets no client move, by a stage that is an object of this program."""
+
+    def __init__(self, by: list[float]) -> None:
+        self.by = by
+
+    def stage(self) -> GradientStage:
+        return Zero()
+
+
+class Zero(GradientStage):
+    def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
+        return {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
+
+
+@pytest.mark.slow
+def test_objective_metric_and_stage_are_objects_too(small: dict[str, Any]) -> None:
+    """In this process; what the settings say of them no command can load."""
+    plain = fedsplit.run(**small, out="plain", train__steps=1)
+    double = fedsplit.run(**small, out="double", train__steps=1, objective=doubled, metrics=[share_of_sevens])
+    first = [result.losses.query("split == 'train' and client == 'all'").loss.item() for result in (plain, double)]
+    assert first[1] == pytest.approx(2 * first[0], rel=1e-5)
+    assert 0 <= double.summary["metrics"]["share_of_sevens"]["after"] < 1
+    assert double.config.objective.endswith(":doubled(...)")
+    held = fedsplit.run(**small, out="held", strategy=Held([1.0]), trunk__schedule="copies")
+    assert held.summary["eval_loss"]["after"] == held.summary["eval_loss"]["before"]
 
 
 class Broken(Remembers):

@@ -30,6 +30,7 @@ GROUND = {
     "tensor_files",
     "stages",
     "loading",
+    "objects",
 }
 """Modules at the top of `fedsplit` that every package may import."""
 

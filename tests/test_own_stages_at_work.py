@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from fedsplit.model.store import ClientStore
 from local_federation import federate as federate_with
 from safetensors.torch import load_file
 from test_client import unsplit
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.client.heldout import shards_of
 from fedsplit.config import Config
+from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import batch
 from fedsplit.documents import build
 from fedsplit.federation.aggregation import sampled, strategy_defaults
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.model.split import load_parts
 from fedsplit.seeds import derive_seed
+from fedsplit.state.client_store import ClientStore
 
 FILE = Path(__file__).with_name("own_stages.py")
 RATE = 0.5

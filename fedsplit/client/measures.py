@@ -7,12 +7,17 @@ from fedsplit.metrics.metric import Metric, load_metrics, try_metrics
 from fedsplit.model.sources import config_folder
 from fedsplit.model.token_ids import embedding_rows
 from fedsplit.objectives.objective import Objective, load_objective, try_objective
+from fedsplit.objects import NOTHING, Objects
 
 
-def load_measures(config: Config) -> tuple[Objective | None, dict[str, Metric]]:
+def load_measures(config: Config, objects: Objects = NOTHING) -> tuple[Objective | None, dict[str, Metric]]:
     """Makes the objective (None: cross-entropy) and the metrics by name, as the settings name them.
 
     A class whose constructor takes `model` is given the folder of the model's configuration and tokenizer.
+
+    Args:
+        config: Configuration of the run.
+        objects: Objects in place of names.
 
     Raises:
         SettingError: One is not there, or does not take its options.
@@ -23,21 +28,22 @@ def load_measures(config: Config) -> tuple[Objective | None, dict[str, Metric]]:
         (True, ['token_accuracy'])
     """
     defaults = {"model": str(config_folder(config.model))}
-    objective = load_objective(config.objective, config.objective_options, defaults)
-    return objective, load_metrics(config.metric, defaults)
+    objective = load_objective(config.objective, config.objective_options, defaults, objects.objective)
+    return objective, load_metrics(config.metric, defaults, objects.metrics)
 
 
-def check_measures(config: Config, classes: int = 0) -> None:
+def check_measures(config: Config, classes: int = 0, objects: Objects = NOTHING) -> None:
     """Makes sure that the objective and the metrics work, by calling each once on invented logits.
 
     Args:
         config: The run's configuration.
         classes: Classes of the texts; 0 where tokens are predicted.
+        objects: Objects in place of names.
 
     Raises:
         SettingError: One does not work.
     """
-    objective, metrics = load_measures(config)
+    objective, metrics = load_measures(config, objects)
     outputs = classes or embedding_rows(config_folder(config.model))
     try_objective(objective, config.objective, outputs, bool(classes))
     try_metrics(metrics, config.metric, outputs, bool(classes))

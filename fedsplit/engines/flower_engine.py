@@ -19,6 +19,7 @@ from fedsplit.engines.flower_clients import FlowerClients
 from fedsplit.engines.planning import Plan
 from fedsplit.engines.stalls import StallWatch
 from fedsplit.federation.federation import Federation
+from fedsplit.objects import NOTHING, Objects
 from fedsplit.shutdown import kill_descendants
 from fedsplit.trunk import cluster
 from fedsplit.trunk.actor import start_trunk
@@ -86,19 +87,20 @@ class FlowerSession:
 
 
 @contextlib.contextmanager
-def running(config: Config, plan: Plan) -> Iterator[FlowerSession]:
+def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[FlowerSession]:
     """Starts Ray and the trunk's actor.
 
     Args:
         config: Configuration of the run.
         plan: Processes, threads and lanes.
+        objects: The strategy; clients and trunk load its stage by its name.
 
     Raises:
         ClusterFailed: Ray does not start.
     """
     name = f"trunk-{os.getpid()}-{time.time_ns()}"
     with cluster.running(plan.workers):
-        trunk = start_trunk(config, name, plan.trunk_threads, plan.trunk_lanes)
+        trunk = start_trunk(config, name, plan.trunk_threads, plan.trunk_lanes, has_stage=objects.has_stage)
         yield FlowerSession(trunk, name, config, plan.workers)
 
 

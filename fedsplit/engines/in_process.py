@@ -23,7 +23,7 @@ from fedsplit.corpora.shards import on_disks
 from fedsplit.engines.planning import Plan
 from fedsplit.events import Sink
 from fedsplit.events.emitter import Emitter
-from fedsplit.events.files import MetricsFile, SummaryFile
+from fedsplit.events.run_files import MetricsFile, SummaryFile
 from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.client_service import ClientService
 from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, check_introductions
@@ -34,6 +34,8 @@ from fedsplit.federation.replies import Introduction, read_introduction
 from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import config_folder, weights_folder
+from fedsplit.objects import NOTHING, Objects
+from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.trunk.local import LocalTrunk
 
 
@@ -84,29 +86,32 @@ class LocalSession:
     Attributes:
         trunk: The trunk.
         name: Name of the run.
+        objects: Strategy, objective and metrics, where they are not to be loaded by their names.
     """
 
     trunk: LocalTrunk
     name: str
+    objects: Objects = NOTHING
 
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end."""
-        federation.run(LocalClients(ClientService(lambda name: self.trunk), federation.stop))
+        federation.run(LocalClients(ClientService(lambda name: self.trunk, self.objects), federation.stop))
 
 
 @contextlib.contextmanager
-def running(config: Config, plan: Plan) -> Iterator[LocalSession]:
+def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[LocalSession]:
     """Loads the trunk in this process; torch has its former number of threads again at the end.
 
     Args:
         config: Configuration of the run.
         plan: Threads of clients and trunk.
+        objects: Strategy, objective and metrics, where they are not to be loaded by their names.
     """
     threads = torch.get_num_threads()
     name = str(uuid4())
     torch.set_num_threads(plan.trunk_threads)
     try:
-        yield LocalSession(LocalTrunk(config, name), name)
+        yield LocalSession(LocalTrunk(config, name, stage=stage_maker(config, objects.strategy)), name, objects)
     finally:
         torch.set_num_threads(threads)
 
@@ -126,7 +131,7 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
     started = time.perf_counter()
     facts = read_facts(config_folder(config.model))
     shards = shards_of(config)
-    with running(config, Plan(1, 1, 1, 1, 1)) as session:
+    with running(config, Plan(1, 1, 1, 1, 1), Objects(strategy)) as session:
         content = content_of(shards, config_folder(config.model), weights_folder(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])

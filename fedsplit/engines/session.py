@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from fedsplit.config import Config
 from fedsplit.engines.planning import Plan
 from fedsplit.federation.federation import Federation
+from fedsplit.objects import Objects
 
 if TYPE_CHECKING:
     from fedsplit.trunk.port import TrunkPort
@@ -36,7 +37,7 @@ class Session(Protocol):
         ...
 
 
-Open = Callable[[Config, Plan], contextlib.AbstractContextManager[Session]]
+Open = Callable[[Config, Plan, Objects], contextlib.AbstractContextManager[Session]]
 """Starts an engine for a run, for as long as the context lasts."""
 
 

@@ -33,6 +33,7 @@ from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
 from fedsplit.model.sources import config_folder
 from fedsplit.objectives.objective import Objective
+from fedsplit.objects import NOTHING, Objects
 from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.scores import pooled
 from fedsplit.stages import RoundStart, StageMaker
@@ -141,13 +142,15 @@ class ClientService:
     Bottom and top are loaded with the first request of a run, and nothing of the trunk.
     """
 
-    def __init__(self, connect: Connect) -> None:
+    def __init__(self, connect: Connect, objects: Objects = NOTHING) -> None:
         """Loads nothing yet.
 
         Args:
             connect: Finds the trunk by the name that requests carry.
+            objects: Strategy, objective and metrics, where they are not to be loaded by their names.
         """
         self._connect = connect
+        self._objects = objects
         self._key: object = None
         self._site: _Site | None = None
 
@@ -183,7 +186,7 @@ class ClientService:
         key = (briefing.run, briefing.trunk, briefing.threads, shard.classes, request.discarded)
         if self._site is None or self._key != key:
             self._site = None  # the old weights go before the new ones come
-            self._site = _load(briefing, shard.classes, self._connect)
+            self._site = _load(briefing, shard.classes, self._connect, self._objects)
             self._key = key
         site = self._site
         site.catch_up(request)
@@ -199,7 +202,7 @@ def _failure(client: int, error: Exception) -> Failure:
     return Failure(client, kind, reason if is_ours and reason else f"{kind}: {reason}")
 
 
-def _load(briefing: Briefing, classes: int, connect: Connect) -> _Site:
+def _load(briefing: Briefing, classes: int, connect: Connect, objects: Objects) -> _Site:
     """Loads bottom and top with their adapters."""
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -209,7 +212,7 @@ def _load(briefing: Briefing, classes: int, connect: Connect) -> _Site:
     for part in (bottom, top):
         adapt(part, config)
     starts = {"bottom": lora.read(bottom), "top": lora.read(top)}
-    objective, metrics = load_measures(config)
+    objective, metrics = load_measures(config, objects)
     return _Site(
         config,
         bottom,
@@ -220,7 +223,7 @@ def _load(briefing: Briefing, classes: int, connect: Connect) -> _Site:
         router_aux_loss=read_facts(config_folder(config.model)).coefficient(config.router_aux_loss),
         objective=objective,
         metrics=metrics,
-        make_stage=stage_maker(config),
+        make_stage=stage_maker(config, objects.strategy) if briefing.stage else None,
     )
 
 

@@ -27,6 +27,7 @@ from fedsplit.federation.run_totals import RunTotals
 from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.training import mean
 from fedsplit.federation.workload import Workload
+from fedsplit.objects import Objects
 from fedsplit.updates import Adapters
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Federation:
             threads=self._threads,
             store=str(job.folder.clients),
             personal="".join(sorted(self._aggregation.traits.personal)),
+            stage=Objects(job.strategy).has_stage,
         )
         return Parties(
             self._config, briefing, self._trunk, clients, job.workloads, self._aggregation, job.folder, job.emit

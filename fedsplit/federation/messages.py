@@ -45,6 +45,7 @@ class Briefing:
         threads: Threads of each client process.
         store: Folder of the clients' disks.
         personal: Factors that stay with their clients, such as "B".
+        stage: True if the strategy has a gradient stage at the clients.
     """
 
     run: str
@@ -53,6 +54,7 @@ class Briefing:
     threads: int
     store: str
     personal: str = ""
+    stage: bool = False
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def to_message(request: Request, node: int) -> Message:
         "threads": briefing.threads,
         "store": briefing.store,
         "personal": briefing.personal,
+        "stage": briefing.stage,
         "client": request.client,
         "attempt": request.attempt,
         "accepted": request.accepted,
@@ -126,6 +127,7 @@ def to_request(message: Message, client: int) -> Request:
         threads=config["threads"],
         store=config["store"],
         personal=config["personal"],
+        stage=config["stage"],
     )
     fields: dict[str, Any] = {name: config[name] for name in ("attempt", "accepted", "folded", "discarded")}
     fields |= {"briefing": briefing, "client": client, "round": config[ROUND]}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.allowed import SettingError
-from fedsplit.loading import OWN, Kind, described, make
+from fedsplit.loading import OBJECT, OWN, Kind, described, make
 from fedsplit.model.kernels import IGNORED
 
 METRICS = {"token_accuracy": "fedsplit.metrics.token_accuracy:TokenAccuracy"}
@@ -85,16 +85,19 @@ def name_of(spec: str) -> str:
         >>> name_of("token_accuracy"), name_of("path/to/mine.py:rouge")
         ('token_accuracy', 'rouge')
     """
-    return spec.rpartition(":")[2]
+    return spec.removesuffix(OBJECT).rpartition(":")[2]
 
 
-def load_metrics(specs: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Metric]:
+def load_metrics(
+    specs: Sequence[str], defaults: Mapping[str, Any], objects: Mapping[str, Any] | None = None
+) -> dict[str, Metric]:
     """Makes metrics by their names.
 
     Args:
         specs: Of each one of `METRICS`, `path/to/mine.py:mine`, or `module:Class`. A function is taken as it is, a
             class is called.
         defaults: Keyword arguments to pass to classes that take them.
+        objects: Metrics that are given as objects, by such a name.
 
     Returns:
         The metrics by the names under which they are reported.
@@ -109,7 +112,7 @@ def load_metrics(specs: Sequence[str], defaults: Mapping[str, Any]) -> dict[str,
     """
     metrics: dict[str, Metric] = {}
     for spec in specs:
-        made = make(METRIC, spec, {}, defaults)
+        made = objects[spec] if objects and spec in objects else make(METRIC, spec, {}, defaults)
         if not callable(made):
             raise SettingError("metric", spec, "a function of logits and labels, or a class with a method __call__")
         if name_of(spec) in metrics:

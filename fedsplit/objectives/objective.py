@@ -99,13 +99,16 @@ def _fault_of(loss: Any, logits: Tensor) -> str:
     return ""
 
 
-def load_objective(spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Objective | None:
+def load_objective(
+    spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any], given: Any = None
+) -> Objective | None:
     """Makes the objective that a name stands for.
 
     Args:
         spec: One of `OBJECTIVES`, `path/to/mine.py:Mine`, or `module:Class`. A function is taken as it is.
         options: Keyword arguments that the user gave.
         defaults: Keyword arguments to pass where the class takes them.
+        given: The objective as an object, whose name is `spec`; None: it is made by its name.
 
     Returns:
         The objective. None for cross-entropy, which the top computes by itself.
@@ -117,7 +120,7 @@ def load_objective(spec: str, options: Mapping[str, Any], defaults: Mapping[str,
         >>> load_objective("label_smoothing", {"smoothing": 0.2}, {}).smoothing
         0.2
     """
-    made = make(OBJECTIVE, spec, options, defaults)
+    made = make(OBJECTIVE, spec, options, defaults) if given is None else given
     if made is cross_entropy:
         return None
     if not callable(made):

@@ -25,25 +25,29 @@ def own_defaults(config: Config) -> dict[str, Any]:
     return {"seed": config.seed, "clients": config.clients}
 
 
-def stage_maker(config: Config) -> StageMaker | None:
+def stage_maker(config: Config, strategy: Any = None) -> StageMaker | None:
     """Returns a function that makes the strategy's own stage, for one party and one round.
 
     Clients and the trunk load the strategy themselves, since code does not cross.
 
     Args:
-        config: The run's configuration.
+        config: Configuration of the run.
+        strategy: The strategy as an object; None: the one that the configuration names.
 
     Returns:
-        The function; None where the strategy's class has no method `stage`.
+        The function; None where the strategy has no method `stage`.
 
     Example:
         >>> stage_maker(Config(strategy="fedavg")) is None
         True
     """
-    found = find(STRATEGY, config.strategy)
-    if not callable(getattr(found, "stage", None)):
+    if strategy is None:
+        found = find(STRATEGY, config.strategy)
+        if not callable(getattr(found, "stage", None)):
+            return None
+        strategy = make(STRATEGY, config.strategy, config.strategy_options, own_defaults(config))
+    elif not callable(getattr(strategy, "stage", None)):
         return None
-    strategy = make(STRATEGY, config.strategy, config.strategy_options, own_defaults(config))
     return lambda: OwnStage(strategy, config.strategy)
 
 

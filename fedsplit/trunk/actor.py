@@ -16,6 +16,7 @@ import ray
 import torch
 
 from fedsplit.config import Config
+from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.trunk.cluster import NAMESPACE, send_tensors_as_arrays
 from fedsplit.trunk.port import Control, Leave, Reply, TrunkPort
 from fedsplit.trunk.service import load_service
@@ -39,7 +40,15 @@ class TrunkActor:
     which works in a thread of its own, so that a call may wait for others without holding them up.
     """
 
-    def __init__(self, config: Config, run: str, threads: int, workers: int = 1, adapter: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: str,
+        threads: int,
+        workers: int = 1,
+        adapter: Path | None = None,
+        has_stage: bool = False,
+    ) -> None:
         """Loads the trunk and starts its thread; see `start_trunk` for the arguments."""
         torch.set_num_threads(threads)
         send_tensors_as_arrays()
@@ -51,6 +60,7 @@ class TrunkActor:
             workers=workers,
             adapter=adapter,
             memory=config.trunk.memory_bytes,
+            stage=stage_maker(config) if has_stage else None,
         )
         self._socket: sockets.PacketServer | None = None
         with contextlib.suppress(OSError):  # where such sockets are forbidden, packets come by Ray
@@ -186,7 +196,14 @@ class RayTrunk(TrunkPort):
         return reply
 
 
-def start_trunk(config: Config, name: str, threads: int, workers: int = 1, adapter: Path | None = None) -> RayTrunk:
+def start_trunk(
+    config: Config,
+    name: str,
+    threads: int,
+    workers: int = 1,
+    adapter: Path | None = None,
+    has_stage: bool = False,
+) -> RayTrunk:
     """Starts the trunk's actor, which loads while the caller goes on.
 
     It asks for no CPU: Flower counts all CPUs of a node as its own, and would wait for ever for one that
@@ -198,9 +215,10 @@ def start_trunk(config: Config, name: str, threads: int, workers: int = 1, adapt
         threads: Threads that torch may use in each worker.
         workers: 2 to compute a forward and a backward at the same time.
         adapter: Folder of a finished run's adapter, of which the trunk takes its own layers.
+        has_stage: True if the strategy has a gradient stage, which the trunk loads by its name.
     """
     remote = ray.remote(num_cpus=0)(TrunkActor).options(name=name, max_concurrency=_AT_ONCE)
-    return RayTrunk(remote.remote(config, name, threads, workers, adapter), config.timeout)
+    return RayTrunk(remote.remote(config, name, threads, workers, adapter, has_stage), config.timeout)
 
 
 def find_trunk(name: str) -> RayTrunk:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedsplit.clock import ManualClock
 from fedsplit.config import Config
+from fedsplit.stages import StageMaker
 from fedsplit.trunk.port import Control, Reply, TrunkPort
 from fedsplit.trunk.service import Observer, TrunkService, load_service
 from fedsplit.wire.packets import Packet
@@ -30,7 +31,12 @@ class LocalTrunk(TrunkPort):
     """
 
     def __init__(
-        self, config: Config, run: str = "", incarnation: str = "first", observers: Sequence[Observer] = ()
+        self,
+        config: Config,
+        run: str = "",
+        incarnation: str = "first",
+        observers: Sequence[Observer] = (),
+        stage: StageMaker | None = None,
     ) -> None:
         """Loads the trunk's blocks.
 
@@ -39,10 +45,13 @@ class LocalTrunk(TrunkPort):
             run: Name of the run, which packets must carry.
             incarnation: Id of this life of the trunk, which packets must carry.
             observers: Observers of packets and answers.
+            stage: Makes the strategy's gradient stage for a client's copy; None where the strategy has none.
         """
         self._clock = ManualClock()
         self._is_open = True
-        self.service: TrunkService = load_service(config, run, incarnation, observers=observers, clock=self._clock)
+        self.service: TrunkService = load_service(
+            config, run, incarnation, stage=stage, observers=observers, clock=self._clock
+        )
         self.server = self.service.server
 
     def send(self, packet: Packet) -> PendingAnswer:

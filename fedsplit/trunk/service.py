@@ -17,7 +17,7 @@ from fedsplit.adaptation import run_adapters
 from fedsplit.clock import Clock
 from fedsplit.config import Config, TrunkSettings
 from fedsplit.lowrank import LowRank
-from fedsplit.optimization.own_stage import stage_maker
+from fedsplit.stages import StageMaker
 from fedsplit.trunk import port
 from fedsplit.trunk.dispatch import Answer, Dispatcher, Done
 from fedsplit.trunk.memory import Budget, peak_memory, resident_memory
@@ -290,6 +290,7 @@ def load_service(
     workers: int = 1,
     adapter: Path | None = None,
     memory: int | None = None,
+    stage: StageMaker | None = None,
     observers: Sequence[Observer] = (),
     clock: Clock = time.monotonic,
 ) -> TrunkService:
@@ -304,6 +305,7 @@ def load_service(
         adapter: Folder of a finished run's adapter, of which the trunk takes its own layers; a new adapter where not
             given.
         memory: Budget of resident memory in bytes; none where not given.
+        stage: Makes the strategy's gradient stage for a client's copy; None where the strategy has none.
         observers: Observers of packets and answers.
         clock: Clock for leases and deadlines.
     """
@@ -323,7 +325,7 @@ def load_service(
         lease=config.trunk.lease,
         budget=Budget(memory),
         clock=clock,
-        stage=stage_maker(config) if SCHEDULES[config.trunk.schedule].personal else None,
+        stage=stage if SCHEDULES[config.trunk.schedule].personal else None,
     )
     least = 0
     if memory is not None:

@@ -38,6 +38,7 @@ from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch
 from fedsplit.documents import build
 from fedsplit.evaluate import evaluate, held_out_loss
+from fedsplit.federation.messages import Train
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
@@ -481,7 +482,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
 
     def crash(message, reply):
         nonlocal trained
-        trained += message.metadata.message_type == "train"
+        trained += isinstance(message, Train)
         if trained > 4:
             raise KeyboardInterrupt
         return reply

@@ -26,7 +26,7 @@ from fedsplit.allowed import SettingError
 from fedsplit.config import Config, DataSettings, LoraSettings, TrainSettings, TrunkSettings
 from fedsplit.durable import NotWritten
 from fedsplit.events import RunEnded
-from fedsplit.events.files import SummaryFile, append_document
+from fedsplit.events.run_files import SummaryFile, append_document
 from fedsplit.federation.checkpoint import (
     RunFolder,
     Snapshot,

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import torch
-from fedsplit.optimization.stopping import Course
 
 from fedsplit.config import Config, LoraSettings
 from fedsplit.federation.adapter_ledger import AdapterLedger
+from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.run_state import RunState
-from fedsplit.federation.tally import Tally
+from fedsplit.federation.run_totals import RunTotals
 from fedsplit.lowrank import LowRank
 from fedsplit.updates import Adapters, Assignment, Layer, Traits
 
@@ -27,7 +27,7 @@ PARTS = {"bottom": part("b"), "trunk": part("t"), "top": part("p")}
 def begun(folder: Path) -> RunState:
     config = Config(lora=LoraSettings(rank=(2,)))
     ledger = AdapterLedger(config, Traits(), PARTS, folder / "clients", folder / "folds")
-    return RunState(ledger.start, PARTS["trunk"], {}, ledger, Tally(0.0), Course(patience=3))
+    return RunState(ledger.start, PARTS["trunk"], {}, ledger, RunTotals(0.0), EarlyStopping(patience=3))
 
 
 def play_on(state: RunState) -> None:

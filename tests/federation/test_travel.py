@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from fedsplit.model.store import Kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +16,7 @@ from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.client_service import assembled, to_keep
 from fedsplit.federation.messages import Briefing, Train
 from fedsplit.federation.travel import TravelRule, draw, is_drawn, is_held, stays, trains
+from fedsplit.state.client_store import ClientState
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Layer, Task, Traits, fresh_factor
 
 RANK = 3
@@ -55,7 +55,7 @@ class Played:
         self.config, self.traits, self.folder = config, traits, folder
         self.ledger = self.new_ledger()
         self.rule = client_rule(config, traits)
-        self.disk: dict[int, Kept] = {0: Kept()}
+        self.disk: dict[int, ClientState] = {0: ClientState()}
         self.own: dict[str, Tensor] = {}
 
     def new_ledger(self) -> AdapterLedger:
@@ -90,7 +90,7 @@ class Played:
         trained = {name: t + round if trains(name, assignment.task) else t for name, t in found.items()}
         update = ClientUpdate(0, ENDS.with_tensors(trained), 1)
         untrained = self.rule.untrained(found, assignment.task)
-        self.disk[round] = to_keep(start, found, update, untrained, self.rule.personal, kept)
+        self.disk[round] = to_keep(start, found, update, untrained, self.rule.personal, kept.control)
         if is_accepted:
             self.ledger.accept(0, round, assignment)
             self.own = {name: trained[name] for name in self.rule.personal}

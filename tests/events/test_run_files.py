@@ -9,7 +9,7 @@ import pytest
 
 from fedsplit.durable import NotWritten
 from fedsplit.events import ClientFailed, Notice, RoundAggregated, RunEnded
-from fedsplit.events.files import MetricsFile, SummaryFile, append_document
+from fedsplit.events.run_files import MetricsFile, SummaryFile, append_document
 
 
 def aggregated(round: int) -> RoundAggregated:

@@ -199,8 +199,8 @@ class RunFolder:
     `config.toml` runs again with `--config`; `data.json` says who holds what; `adapter/` is one PEFT adapter of the
     unsplit model; `bottom_lora/`, `trunk_lora/`, `top_lora/` are the same by part; `metrics.jsonl` and `summary.json`
     are written by the sinks of `fedsplit.events.run_files`; `checkpoints/round-NNNN/` is the adapter after each round,
-    with what `--resume` needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is a client's own
-    adapter where it has one.
+    with what `--resume` needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is the adapter
+    of a client that has one of its own.
 
     Attributes:
         path: The folder.

@@ -533,8 +533,8 @@ def test_what_is_not_finite_is_not_saved(config: Config, tmp_path: Path, monkeyp
         saved = 0
 
         def moments(self) -> dict[str, torch.Tensor]:
-            self.saved += 1
-            return {name: moment * (math.inf if self.saved == 2 else 1) for name, moment in super().moments().items()}
+            self.saved += 1  # before the first round, and at the end of each
+            return {name: moment * (math.inf if self.saved == 3 else 1) for name, moment in super().moments().items()}
 
     monkeypatch.setattr(in_process, "LocalTrunk", BrokenTrunk)
     with pytest.raises(FederationFailed, match="round 2 left NaN or infinite values in"):

@@ -99,12 +99,12 @@ def test_an_objective_changes_training_and_its_loss_but_not_how_held_out_text_is
         (
             "metric",
             "breaks",
-            r"MetricFailed: the metric .*mine.py:breaks failed: ValueError: no references \(mine.py",
+            r"the metric .*mine.py:breaks failed: ValueError: no references \(mine.py",
         ),
         (
             "objective",
             "at_step_two",
-            r"ObjectiveFailed: the objective .*at_step_two returned -1, not a number",
+            r"the objective .*at_step_two returned -1, not a number",
         ),
     ],
 )

@@ -270,14 +270,14 @@ def _train(visit: _Visit, request: Train) -> Reply:
 
 
 def assembled(start: Adapters, request: Train, kept: ClientState) -> dict[str, Tensor]:
-    """Returns the adapters that a client starts from: drawn, held, sent and its own, each in place of those before.
+    """Returns the adapters that a client starts from: held, drawn, sent and its own, each in place of those before.
 
     Args:
         start: Adapters that the run started from, at the client's rank.
         request: Request to train.
         kept: Tensors on the client's disk since the last round that the server accepted.
     """
-    return {**start.tensors, **draw(start, request.drawn), **kept.held, **request.tensors, **kept.personal}
+    return {**start.tensors, **kept.held, **draw(start, request.drawn), **request.tensors, **kept.personal}
 
 
 def to_keep(

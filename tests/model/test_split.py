@@ -226,7 +226,7 @@ def test_hidden_states_and_gradients_cross_in_the_type_of_computation(any_model_
         found.append([parameter.grad for part in (bottom, top) for parameter in lora.parameters(part).values()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     nbytes, sent = ids.numel() * trunk.config.hidden_size * 2, server.traffic
-    assert sent["activation_down"] == sent["gradient_up"] == sent["gradient_down"] == nbytes
+    assert sent.activation.down == sent.gradient.up == sent.gradient.down == nbytes
 
 
 def test_an_adapter_on_the_head_gives_the_same_with_fused_kernels(tiny_models: dict[str, Path]) -> None:

@@ -54,7 +54,7 @@ def small(
 
 def test_keywords_are_the_settings_of_the_command(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(api, "_run", lambda config, **objects: asked.append(config))
+    monkeypatch.setattr(api, "_run", lambda config, *objects: asked.append(config))
     del small["eval"]
     fedsplit.run(**small, strategy="fedprox", strategy__mu=0.5, train__clip=0.1, out="one")
     nested = {**small, "train": {**small["train"], "clip": 0.1}}
@@ -69,7 +69,7 @@ def test_keywords_are_the_settings_of_the_command(small: dict[str, Any], monkeyp
 
 def test_a_config_or_a_file_lies_below_the_keywords(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(api, "_run", lambda config, **objects: asked.append(config))
+    monkeypatch.setattr(api, "_run", lambda config, *objects: asked.append(config))
     Path("run.toml").write_text("rounds = 4\n[train]\nlr = 0.1\nclip = 0.5\n[strategy_options]\nmu = 0.5\n")
     config = Config(rounds=4, train=TrainSettings(lr=0.1, clip=0.5), strategy_options={"mu": 0.5})
     for below in (config, "run.toml", Path("run.toml")):
@@ -281,7 +281,7 @@ def test_a_sink_is_an_object_that_hears_the_run(small: dict[str, Any]) -> None:
 
 def test_names_and_objects_of_sinks_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Config, Any]] = []
-    monkeypatch.setattr(api, "_run", lambda config, **objects: asked.append((config, objects["sinks"])))
+    monkeypatch.setattr(api, "_run", lambda config, *objects: asked.append((config, objects[-1])))
     sink = Losses()
     fedsplit.run(sinks=["mine.py:Sink", sink])
     fedsplit.run(sinks="mine.py:Sink")

@@ -194,7 +194,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", run, "--samples", "-1"], "samples: -1 is not possible"),
         (["--run", run, "--dataset", "nowhere.txt"], "dataset: nowhere.txt is not possible"),
         (["--run", run, "--dataset", short], f"dataset: {short} is not possible; allowed: a text of 16 tokens"),
-        (["--run", own, "--dataset", short], "every client has an adapter of its own"),
+        (["--run", own, "--dataset", short], f"in the run in {own} every client has an adapter of its own"),
         (["--run", run, "--model", "nowhere"], "model: nowhere is not possible"),
         (["--run", run, "--model", added], f"model: {added} (its texts have token 97 (text), its embedding has 97"),
         (

@@ -39,6 +39,7 @@ from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import Run, open_run
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.status import Bytes, Traffic
+from fedsplit.wire.codecs import make_codec
 
 PROMPTS = ["ann wrote", "bob", "text number 3"]
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
@@ -92,7 +93,7 @@ def _through_parts(run: Run, adapter: Path, tokens: list[list[int]], count: int)
     lora.adopt(lora.load(adapter), *parts)
     here = Here(parts[1])
     here.server = server_of(parts[1])
-    ends = ClientHalf(0, parts[0], parts[2], Link(here, here.sessions._codec, SCHEDULES["copies"], "run", "first"))
+    ends = ClientHalf(0, parts[0], parts[2], Link(here, make_codec("raw"), SCHEDULES["copies"], "run", "first"))
     chooser = Chooser(Sampling(), range(len(tokens)))
     steps = decode(ends, tokens, count, stops, chooser, Throughput())
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
@@ -200,7 +201,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", run, "--kernels", "none", *hello], "kernels: none is not possible; allowed: fused | library"),
         (["--run", run, "--client", "0", *hello], "client: 0 is not possible; allowed: none: in this run all"),
         (["--run", own, "--client", "3", *hello], "client: 3 is not possible; allowed: one of 0, 1, 2"),
-        (["--run", own, *hello], "every client has an adapter of its own: say --client, one of 0, 1, 2"),
+        (["--run", own, *hello], f"in the run in {own} every client has an adapter of its own: say --client, one of 0"),
         (["--run", sorts, *hello], f"the run in {sorts} sorts texts into classes"),
         (["--run", own, "--client", "0", "--chat", *hello], "chat: the tokenizer of"),
         (["--run", run, "--model", "nowhere", *hello], "model: nowhere is not possible"),

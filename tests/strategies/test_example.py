@@ -32,7 +32,7 @@ def test_clients_count_by_their_examples(examples: list[int] | None, mean: float
 
 def test_the_page_on_strategies_shows_one_that_works() -> None:
     """The class to copy, and the round that is played with it."""
-    code, session = re.findall(r"```python\n(.*?)```", Path("docs/strategies.md").read_text(), flags=re.S)
+    code, session, *_ = re.findall(r"```python\n(.*?)```", Path("docs/strategies.md").read_text(), flags=re.S)
     names: dict[str, Any] = {}
     exec(code, names)
     example = doctest.DocTestParser().get_doctest(session, names, "strategies.md", None, 0)

@@ -28,6 +28,8 @@ CALLS: dict[str, tuple[tuple[Any, ...], Control[Any]]] = {
     "read": ((), port.ReadAdapter()),
     "write": ((TENSORS, {1: TENSORS}), port.WriteAdapter(TENSORS, {1: TENSORS})),
     "fold": ((CHANGES,), port.Fold(CHANGES)),
+    "unfold": ((), port.Unfold()),
+    "commit": ((), port.Commit()),
     "moments": ((), port.ReadMoments()),
     "restore": ((TENSORS, {}), port.Restore(TENSORS, {})),
     "status": ((), port.ReadStatus()),

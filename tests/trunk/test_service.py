@@ -5,20 +5,24 @@ from __future__ import annotations
 import queue
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import VOCABULARY
+from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.clock import ManualClock
 from fedsplit.config import LoraSettings, TrainSettings, TrunkSettings
+from fedsplit.documents import build
 from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
 from fedsplit.model.split import load_parts
 from fedsplit.trunk import port
 from fedsplit.trunk.dispatch import Answer
+from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.service import Observer, TrunkService
 from fedsplit.trunk.status import RoundCounts
@@ -237,3 +241,28 @@ def test_a_message_waits_for_workers_and_nothing_new_is_begun_before_it(part: Tr
     assert replies[1].pending == 1 and len(workers.waiting) == 1
     workers.end()
     assert len(answers) == 2
+
+
+def test_changes_of_base_weights_are_taken_back_until_they_are_committed(tiny_models: dict[str, Path]) -> None:
+    """To the bit; of what was committed before, nothing is."""
+    trunk = LocalTrunk(build({"model": str(tiny_models["gpt2"]), "cut": "1:2", "lora.rank": 2}))
+    (layer, *_) = trunk.read().complete
+    shape = trunk.read().change(layer).shape
+
+    def weights() -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in trunk.server.part.state_dict().items()}
+
+    def change(size: float) -> dict[str, LowRank]:
+        return {layer: LowRank(torch.full((shape[0], 1), size), torch.ones(1, shape[1]))}
+
+    start = weights()
+    trunk.fold(change(0.3))
+    trunk.commit()
+    committed = weights()
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in committed.items())
+    trunk.fold(change(0.1))
+    trunk.fold(change(0.7))
+    assert any(not torch.equal(tensor, committed[name]) for name, tensor in weights().items())
+    trunk.unfold()
+    trunk.unfold()  # once more changes nothing
+    assert all(torch.equal(tensor, committed[name]) for name, tensor in weights().items())

@@ -52,7 +52,7 @@ class Toy(nn.Module):
     config = SimpleNamespace(hidden_size=WIDTH, max_position_embeddings=16)
     dtype = torch.float32
     adapter = frozenset({"lora_A.default.weight"})
-    budget = None
+    rank_budget = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What crosses once a round: adapters down to the clients, and what they made of them up."""
+"""Adapters, the updates that clients send at the end of a round, and the assignments that they begin one with."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ State = Mapping[str, Tensor]
 
 
 class RefusedUpdate(Exception):
-    """A client's answer that must not be aggregated; says whose it is and what is wrong with it."""
+    """An update that must not be aggregated. The message names the client and the fault."""
 
 
 FACTORS = frozenset("AB")
-"""The names of both factors of a LoRA layer."""
+"""Names of the two factors of a LoRA layer."""
 
 
 def factor_of(name: str) -> str | None:
-    """Which factor of a LoRA layer an exported name stands for: "A", "B", or None if it is something else."""
+    """Returns the factor of a LoRA layer that an exported name stands for: "A", "B", or None for any other tensor.
+
+    Example:
+        >>> factor_of("h.0.attn.c_attn.lora_A.weight"), factor_of("score.weight")
+        ('A', None)
+    """
     for factor in "AB":
         if name.endswith(f".lora_{factor}.weight"):
             return factor
@@ -34,17 +39,21 @@ def factor_of(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a strategy must know of an adapted layer beside its factors.
+    """Facts of an adapted layer beside its factors.
 
     Attributes:
-        alpha: LoRA's alpha, which with the rank r decides the scaling s in the layer's change s * B @ A.
-        transposed: Whether the base stores its weight as (in, out), as GPT-2's Conv1D does; the change
-            to add is then the transpose of s * B @ A.
-        rslora: Whether s is alpha / sqrt(r) (2312.03732), and not alpha / r.
-        experts: How many matrices are stacked in the weight, (E, out, in). The factors are then all experts' in one
-            tensor each, as PEFT has them: A (E * r, in) expert by expert, B (out, r * E) rank by rank. B @ A means
-            nothing; expert e's change is s times the product of its own factors.
-        parameter: The name of the weight within its module, where it is not "weight".
+        alpha: LoRA's alpha. With the rank r it gives the scaling s of the layer's change s * B @ A.
+        transposed: True if the base stores the weight as (in, out), as GPT-2's Conv1D does. The change to add is then
+            the transpose of s * B @ A.
+        rslora: True if s is alpha / sqrt(r) (2312.03732); False if it is alpha / r.
+        experts: Number E of matrices that are stacked in the weight (E, out, in). PEFT keeps the factors of all experts
+            in one tensor each: A (E * r, in) expert by expert, B (out, r * E) rank by rank. Their product B @ A has no
+            meaning. The change of expert e is s times the product of the expert's own factors.
+        parameter: Name of the weight within its module.
+
+    Example:
+        >>> Layer(alpha=16.0, transposed=False).scaling(rank=8)
+        2.0
     """
 
     alpha: float
@@ -54,21 +63,28 @@ class Layer:
     parameter: str = "weight"
 
     def scaling(self, rank: int) -> float:
-        """The factor s at that rank."""
+        """Returns the scaling s for a rank."""
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of one or more parts.
+    """Adapters of one or more parts.
 
     Attributes:
-        tensors: The factors by the names PEFT writes to a file, in the numbering of the unsplit model, e.g.
-            `transformer.h.0.attn.c_attn.lora_A.weight` (r, in) and `….lora_B.weight` (out, r). Clients may differ
-            in r.
-        layers: The adapted layers by module name, e.g. `transformer.h.0.attn.c_attn`.
-        folded: Only of what a strategy returns: matrices (out, in) by layer that are to be added to the base
-            weights for good, at every party, before the next round.
+        tensors: Factors by exported name: the name that PEFT writes to a file, with the layer numbers of the unsplit
+            model. Examples are `transformer.h.0.attn.c_attn.lora_A.weight` (r, in) and `….lora_B.weight` (out, r).
+            Clients may differ in r.
+        layers: Adapted layers by module name, such as `transformer.h.0.attn.c_attn`.
+        folded: Matrices (out, in) by layer, in the result of a strategy alone. Every party adds them to its base
+            weights before the next round.
+
+    Example:
+        >>> a, b = torch.ones(1, 3), torch.ones(2, 1)
+        >>> adapters = Adapters({"h.lora_A.weight": a, "h.lora_B.weight": b}, {"h": Layer(2.0, transposed=False)})
+        >>> change = adapters.change("h")  # s * B @ A, as its factors
+        >>> (change.up @ change.down).tolist()
+        [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
 
     tensors: Mapping[str, Tensor]
@@ -76,26 +92,26 @@ class Adapters:
     folded: Mapping[str, LowRank] = field(default_factory=dict)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """The pair A (r, in), B (out, r) of a layer."""
+        """Returns the factors A (r, in) and B (out, r) of a layer."""
         return self.tensors[f"{layer}.lora_A.weight"], self.tensors[f"{layer}.lora_B.weight"]
 
     def rank(self, layer: str) -> int:
-        """The rank r of a layer, of which one factor at least must be here."""
+        """Returns the rank r of a layer, from whichever of its factors is present."""
         if (a := self.tensors.get(f"{layer}.lora_A.weight")) is not None:
             return a.shape[0] // self.layers[layer].experts
         return self.tensors[f"{layer}.lora_B.weight"].shape[1] // self.layers[layer].experts
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank of the layers of which both factors are here; 0 where there is none."""
+        """Largest rank of the complete layers; 0 without any."""
         return max((self.rank(layer) for layer in self.complete), default=0)
 
     def scaling(self, layer: str) -> float:
-        """The factor s of a layer."""
+        """Returns the scaling s of a layer."""
         return self.layers[layer].scaling(self.rank(layer))
 
     def change(self, layer: str) -> LowRank:
-        """What a layer's adapter adds to its weight, s * B @ A (out, in), in float64; not yet transposed for Conv1D.
+        """Returns the change of a layer's weight, s * B @ A (out, in), in float64; not yet transposed for Conv1D.
 
         Raises:
             ValueError: Several experts' weights are stacked in the layer.
@@ -106,14 +122,14 @@ class Adapters:
         return LowRank(b.double() * self.scaling(layer), a.double())
 
     def changes(self, layer: str) -> list[LowRank]:
-        """What a layer's adapter adds to its weights, as `change`: of each expert where they are stacked, else one."""
+        """Returns the change of each expert's weight, as `change` does; one change for a layer without experts."""
         experts, (a, b) = self.layers[layer].experts, self.factors(layer)
         downs = a.double().unflatten(0, (experts, -1))
         ups = (b.double() * self.scaling(layer)).unflatten(1, (-1, experts))
         return [LowRank(ups[:, :, expert], downs[expert]) for expert in range(experts)]
 
     def weight_name(self, layer: str) -> str:
-        """The name in the unsplit model of the weight that a layer's adapter changes."""
+        """Returns the name, in the unsplit model, of the weight that a layer's adapter changes."""
         module = layer
         while self.layers[layer].parameter != "weight" and module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")  # PEFT wraps a module once for each of its parameters
@@ -124,20 +140,20 @@ class Adapters:
 
     @property
     def complete(self) -> list[str]:
-        """The layers of which both factors are here and are those of one matrix, in order of their names."""
+        """Layers with both factors and a single matrix, ordered by name."""
         return [layer for layer in self._both() if self.layers[layer].experts == 1]
 
     @property
     def stacked(self) -> list[str]:
-        """The layers of which both factors are here and are those of several experts, in order of their names."""
+        """Layers with both factors and several experts, ordered by name."""
         return [layer for layer in self._both() if self.layers[layer].experts > 1]
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapters:
-        """The same layers with other factors, and nothing to fold."""
+        """Returns the same layers with other tensors, and nothing to fold."""
         return Adapters(tensors, self.layers)
 
     def with_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Adapters:
-        """The same with the factors (A, B) of some layers replaced; their types stay."""
+        """Returns a copy in which the factors (A, B) of some layers are replaced; the types of the tensors stay."""
         tensors = dict(self.tensors)
         for layer, pair in factors.items():
             for factor, tensor in zip("AB", pair, strict=True):
@@ -146,13 +162,14 @@ class Adapters:
         return replace(self, tensors=tensors)
 
     def only(self, factors: frozenset[str]) -> Adapters:
-        """Without those factors of LoRA layers that are not named; what is no such factor stays."""
+        """Returns a copy without the LoRA factors that are not named; all other tensors stay."""
         return self.with_tensors({n: t for n, t in self.tensors.items() if factor_of(n) in (None, *factors)})
 
     def with_rank(self, rank: int) -> Adapters:
-        """Cut or filled with zeros to another rank, so that what is kept adds the same to the weights as before.
+        """Returns a copy at another rank: factors are truncated, or padded with zeros.
 
-        B takes up the ratio of the scalings: with alpha / r, a layer of half the rank has twice the scaling.
+        Every rank-one term that remains adds the same to the weights as before. B is multiplied by the ratio of the
+        scalings: with alpha / r, a layer of half the rank has twice the scaling.
         """
         factors = {}
         for layer in self.complete:
@@ -165,22 +182,22 @@ class Adapters:
         return self.with_factors(factors)
 
     def __or__(self, other: Adapters) -> Adapters:
-        """The adapters of the parts of both."""
+        """Returns the adapters of both operands; the right one wins where a name is in both."""
         return Adapters(
             {**self.tensors, **other.tensors}, {**self.layers, **other.layers}, {**self.folded, **other.folded}
         )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors."""
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def check_fits(self, tensors: Mapping[str, Tensor], sender: str) -> None:
-        """Makes sure that factors sent by somebody can take the place of these.
+        """Makes sure that tensors of a client or a strategy can replace these.
 
         Args:
-            tensors: The factors that were sent.
-            sender: Who sent them, for the message.
+            tensors: The tensors by exported name.
+            sender: Name of the client or strategy, for the message.
 
         Raises:
             RefusedUpdate: A name is missing or unknown, a shape differs, or a value is NaN or infinite.
@@ -201,10 +218,10 @@ class Adapters:
                 raise RefusedUpdate(f"{sender} sent NaN or infinite values in {name}")
 
     def check_folded(self, sender: str) -> None:
-        """Makes sure that what is to be folded belongs to layers of these adapters, fits them and is finite.
+        """Makes sure that the matrices to fold belong to adapted layers, have their shapes and are finite.
 
         Raises:
-            RefusedUpdate: It does not.
+            RefusedUpdate: One of them does not.
         """
         for layer, change in self.folded.items():
             if layer not in self.layers:
@@ -218,21 +235,21 @@ class Adapters:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client returns at the end of its local training.
+    """Result of a client's local training in one round.
 
     Attributes:
-        client: The client's partition, from 0.
-        adapters: Its adapters after training; without the factors that stay with it.
-        examples: Training sequences it went through this round.
-        tokens: Tokens among them.
-        loss: Mean training loss, nats a token; what is minimised, so with the routers' where there is one.
-        weight: What it counts beside others, by the run's `--weights`; its examples where not given.
-        given: What it started from; what the strategy gave to all where not given.
-        control: Change of its control variate, by exported name (SCAFFOLD), or the tensors that the strategy's own
-            gradient stage sends; empty otherwise.
-        moments: What its optimiser remembers, where that is kept; it never leaves the client.
-        router_loss: Its routers' mean auxiliary loss, without the coefficient; None where there is none.
-        kept: State of the strategy's own gradient stage; it never leaves the client.
+        client: Number of the client, from 0.
+        adapters: Adapters after training, without the factors that stay at the client.
+        examples: Number of training sequences in the round.
+        tokens: Number of tokens in these sequences.
+        loss: Mean training loss in nats a token, with the routers' auxiliary loss where there is one.
+        weight: Weight of the client in an average, by `--weights`; None for `examples`.
+        given: Adapters that the client started from; None for the adapters that all clients started from.
+        control: Change of the client's control variate by exported name (SCAFFOLD), or the tensors that the strategy's
+            own gradient stage sends; empty otherwise.
+        moments: State of the client's optimiser, where it is kept. It never leaves the client.
+        router_loss: Mean auxiliary loss of the routers, without its coefficient; None without a mixture of experts.
+        kept: State of the strategy's own gradient stage. It never leaves the client.
     """
 
     client: int
@@ -250,11 +267,11 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What a strategy knows of a client before it trains.
+    """Facts of a client that a strategy may use before the client trains.
 
     Attributes:
-        client: Its partition, from 0.
-        rank: The rank that it was assigned by `--lora.rank`.
+        client: Number of the client, from 0.
+        rank: Rank of the client's adapters, by `--lora.rank`.
     """
 
     client: int
@@ -263,14 +280,14 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Task:
-    """How a client trains in a round, beside its settings.
+    """Terms of local training in a round, beside the settings of the run.
 
     Attributes:
-        trains: The factors that train; the others stay as they are, and are not sent back.
-        proximal: FedProx's mu: mu / 2 * ||theta - theta_t||^2 is added to the loss.
-        control: SCAFFOLD's control variate c of the server, by exported name; the client corrects its gradients by
-            its own and this, and returns what its own has changed by. None: no such correction.
-        tail: HetLoRA's gamma: the share of the rank that is sure to stay; the rest is what `decay` acts on.
+        trains: Factors that train. The others stay as they are, and are not sent back.
+        proximal: FedProx's mu: mu / 2 * ||theta - theta_t||^2 is added to the loss (1812.06127).
+        control: SCAFFOLD's control variate c of the server, by exported name (1910.06378). The client adds c - c_i to
+            its gradients, and returns the change of its own c_i. None: no correction.
+        tail: HetLoRA's gamma: the share of the rank that `decay` leaves alone.
         decay: HetLoRA's lambda: lambda * ||A_tail|| * ||B_tail|| of every layer is added to the loss.
     """
 
@@ -281,7 +298,7 @@ class Task:
     decay: float = 0.0
 
     def teaches(self, name: str) -> bool:
-        """Returns whether a tensor trains, by its exported name. A tensor that is no factor of LoRA always does.
+        """Returns True if the tensor of an exported name trains. A tensor that is no LoRA factor always does.
 
         Example:
             >>> task = Task(trains=frozenset("B"))
@@ -293,13 +310,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a strategy gives a client at the beginning of a round.
+    """Start of a client's round, as the strategy decides it.
 
     Attributes:
-        adapters: What it starts from, at the client's rank.
-        task: How it trains.
-        drawn: Where given, A is what `fresh_factor` draws from this seed and B is zero, so that neither needs to
-            be sent.
+        adapters: Adapters that the client starts from, at the client's rank.
+        task: Terms of the training.
+        drawn: Seed from which the client draws A (see `fresh_factor`), with B zero, so that neither is sent; None for
+            factors that are sent.
     """
 
     adapters: Adapters
@@ -309,19 +326,19 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Traits:
-    """What must be known of a strategy before a run.
+    """Facts of a strategy that a run checks before it starts.
 
     Attributes:
-        factors: It needs layers with a pair of factors A and B, as LoRA has them.
-        restarts: Every round starts from A as `fresh_factor` draws it and B zero, the first one, too.
-        mixed_ranks: Clients may have different ranks.
-        folds: It changes base weights.
-        personal: The factors that never leave their client.
-        linear: It needs weighted sums of what clients send, and nothing of a single one; only such a strategy can
-            work under secure aggregation.
-        fewest: The clients that must answer in a round at least.
-        idles: It is asked to aggregate in rounds, too, in which nobody trained, since its clock goes on then.
-        multiplies: It computes with B @ A, or with factors as halves of it, so that it needs layers of one matrix.
+        factors: True if the strategy needs layers with factors A and B, as LoRA has them.
+        restarts: True if every round, the first one included, starts from a drawn A (see `fresh_factor`) and B zero.
+        mixed_ranks: True if clients may have different ranks.
+        folds: True if the strategy changes base weights.
+        personal: Factors that never leave their client.
+        linear: True if the strategy needs weighted sums of the clients' tensors only, and no single client's. Such a
+            strategy can work under secure aggregation.
+        fewest: Smallest number of clients in a round.
+        idles: True if the strategy aggregates in rounds in which no client trained, too, since its clock goes on.
+        multiplies: True if the strategy computes with the product B @ A, so that a layer must have a single matrix.
     """
 
     factors: bool = False
@@ -336,17 +353,27 @@ class Traits:
 
 
 def sure_rank(rank: int, tail: float) -> int:
-    """The rank without its tail (see `Task`): floor(tail * rank), and 1 at least."""
+    """Returns the rank without its tail (see `Task`): floor(tail * rank), at least 1.
+
+    Example:
+        >>> sure_rank(8, 0.5)
+        4
+    """
     return max(1, math.floor(tail * rank + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
 
 def fresh_factor(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """A new factor A (r, in) as PEFT draws it, from a seed and the layer's name alone; B begins at zero.
+    """Draws a new factor A (r, in) with PEFT's distribution, from a seed and the layer's name alone.
 
     Args:
-        name: Its exported name.
-        shape: (r, in).
-        seed: The draw.
+        name: Exported name of the factor.
+        shape: Shape (r, in).
+        seed: Seed of the draw.
+
+    Example:
+        >>> one, again = (fresh_factor("h.lora_A.weight", (2, 3), seed=5) for _ in range(2))
+        >>> torch.equal(one, again)
+        True
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
     tensor = torch.empty(*shape)
@@ -379,9 +406,13 @@ def weighted(updates: Sequence[ClientUpdate]) -> tuple[list[ClientUpdate], list[
 
 
 def average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """The weighted mean, summed in float64 in the given order and rounded once.
+    """Returns the weighted mean of tensors, summed in float64 in the given order and rounded once.
 
-    A single one is returned to the bit.
+    The mean of a single tensor is that tensor, to the bit.
+
+    Example:
+        >>> average([torch.tensor([0.0]), torch.tensor([4.0])], [0.75, 0.25]).tolist()
+        [1.0]
     """
     mean = torch.zeros(tensors[0].shape, dtype=torch.float64)
     for tensor, share in zip(tensors, shares, strict=True):
@@ -392,13 +423,20 @@ def average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 def average_adapters(
     adapters: Adapters, updates: Sequence[ClientUpdate], shares: Sequence[float], factors: frozenset[str] = FACTORS
 ) -> Adapters:
-    """The adapters with what the updates hold replaced by its weighted mean.
+    """Returns adapters in which the tensors of the updates are replaced by their weighted means.
 
     Args:
-        adapters: What stays where there is no mean, to the bit.
-        updates: What is averaged.
-        shares: The weights, which sum to 1.
-        factors: The factors of LoRA layers that are averaged; what is no such factor always is.
+        adapters: Adapters that the clients started from; tensors that no update holds stay, to the bit.
+        updates: Updates to average.
+        shares: Weights of the updates, which sum to 1.
+        factors: LoRA factors that are averaged. Tensors that are no LoRA factor always are.
+
+    Example:
+        >>> start = Adapters({"score.weight": torch.zeros(1)}, {})
+        >>> ends = [start.with_tensors({"score.weight": torch.tensor([value])}) for value in (1.0, 3.0)]
+        >>> updates = [ClientUpdate(client, end, examples=1) for client, end in enumerate(ends)]
+        >>> average_adapters(start, updates, [0.5, 0.5]).tensors["score.weight"].item()
+        2.0
     """
     held = updates[0].adapters.only(factors).tensors
     means = {name: average([update.adapters.tensors[name] for update in updates], shares) for name in held}
@@ -406,7 +444,7 @@ def average_adapters(
 
 
 def mean_changes(updates: Sequence[ClientUpdate], shares: Sequence[float], layer: str) -> list[LowRank]:
-    """As `mean_change`, of each expert of a layer that stacks them."""
+    """Returns the mean change of each expert of a layer, as `mean_change` does for a layer with one matrix."""
     by_client = [update.adapters.changes(layer) for update in updates]
     return [
         total(change.times(share) for change, share in zip(own, shares, strict=True))
@@ -415,5 +453,5 @@ def mean_changes(updates: Sequence[ClientUpdate], shares: Sequence[float], layer
 
 
 def mean_change(updates: Sequence[ClientUpdate], shares: Sequence[float], layer: str) -> LowRank:
-    """What the mean client adds to a layer's weight, sum_i w_i s_i B_i A_i, exactly, as stacked factors."""
+    """Returns the exact mean of the clients' changes of a layer, sum_i w_i s_i B_i A_i, as stacked factors."""
     return total(update.adapters.change(layer).times(share) for update, share in zip(updates, shares, strict=True))

@@ -22,7 +22,7 @@ from fedsplit.federation.aggregation import make_aggregation
 from fedsplit.federation.clients import ClientNode, FederationFailed
 from fedsplit.federation.replies import without_tensors
 from fedsplit.federation.strategy import aggregated_parts
-from fedsplit.federation.travel import stays, trains
+from fedsplit.federation.travel import stays
 from fedsplit.optimization.own_stage import OwnStage, StageFailed
 from fedsplit.scores import Score
 from fedsplit.seeds import derive_seed
@@ -133,7 +133,7 @@ def _update(client: int, assignment: Assignment, personal: frozenset[str]) -> Cl
     """Returns a client's answer: every tensor that trains has changed a little."""
     task, adapters = assignment.task, assignment.adapters
     shared = {name: tensor for name, tensor in adapters.tensors.items() if not stays(name, personal)}
-    trained = {name: tensor + _noise(tensor) for name, tensor in shared.items() if trains(name, task)}
+    trained = {name: tensor + _noise(tensor) for name, tensor in shared.items() if task.teaches(name)}
     control = {name: _noise(tensor) for name, tensor in (task.control or {}).items()}
     given = adapters.with_tensors(shared)
     return ClientUpdate(

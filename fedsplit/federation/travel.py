@@ -56,23 +56,17 @@ class TravelRule:
 
     def returned(self, names: Iterable[str], task: Task) -> set[str]:
         """Returns those of some names that a client sends back: what crosses, and trains under the task."""
-        return {name for name in names if name in self.crossing and trains(name, task)}
+        return {name for name in names if name in self.crossing and task.teaches(name)}
 
     def untrained(self, names: Iterable[str], task: Task) -> set[str]:
         """Returns those of some names that cross and do not train, so that a client goes on holding them."""
-        return {name for name in names if name in self.crossing and not trains(name, task)}
+        return {name for name in names if name in self.crossing and not task.teaches(name)}
 
 
 def stays(name: str, factors: Collection[str]) -> bool:
     """Returns whether a tensor is a factor that stays with its client."""
     factor = factor_of(name)
     return factor is not None and factor in factors
-
-
-def trains(name: str, task: Task) -> bool:
-    """Returns whether a tensor trains under a task; one that is no LoRA factor always does."""
-    factor = factor_of(name)
-    return factor is None or factor in task.trains
 
 
 def is_drawn(name: str, drawn: int | None) -> bool:

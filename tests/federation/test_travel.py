@@ -15,7 +15,7 @@ from fedsplit.config import Config, LoraSettings, TrunkSettings
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.client_service import assembled, to_keep
 from fedsplit.federation.messages import Briefing, Train
-from fedsplit.federation.travel import TravelRule, draw, is_drawn, is_held, stays, trains
+from fedsplit.federation.travel import TravelRule, draw, is_drawn, is_held, stays
 from fedsplit.state.client_store import ClientState
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Layer, Task, Traits, fresh_factor
 
@@ -87,7 +87,7 @@ class Played:
             expected = self.own.get(name, fresh[name])
             assert torch.equal(found[name], expected), f"{name} is not the client's own"
 
-        trained = {name: t + round if trains(name, assignment.task) else t for name, t in found.items()}
+        trained = {name: t + round if assignment.task.teaches(name) else t for name, t in found.items()}
         update = ClientUpdate(0, ENDS.with_tensors(trained), 1)
         untrained = self.rule.untrained(found, assignment.task)
         self.disk[round] = to_keep(start, found, update, untrained, self.rule.personal, kept.control)
@@ -156,7 +156,7 @@ def test_parts_and_factors_decide_what_crosses() -> None:
 
 def test_a_tensor_that_is_no_factor_trains_always_and_is_never_drawn() -> None:
     nothing = Task(trains=frozenset())
-    assert trains("b.bias", nothing) and not trains("b.lora_A.weight", nothing)
+    assert nothing.teaches("b.bias") and not nothing.teaches("b.lora_A.weight")
     assert not stays("b.bias", "AB") and stays("b.lora_B.weight", "B") and not stays("b.lora_A.weight", "B")
     assert is_drawn("b.lora_A.weight", 0) and not is_drawn("b.lora_A.weight", None) and not is_drawn("b.bias", 0)
 

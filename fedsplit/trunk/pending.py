@@ -1,4 +1,4 @@
-"""Batches that the trunk has computed forward, and whose gradients have not all come.
+"""Pending batches: the trunk has computed their forward, and has not received all of their gradients.
 
 Shapes: B sequences of T tokens a step, D the width of hidden states; joined, all rows N and the longest T.
 """

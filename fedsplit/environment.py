@@ -52,6 +52,8 @@ ENVIRONMENT = {
     "RAY_max_direct_call_object_size": str(8 * 2**20),
     # Despite its name this counts on Linux too: with 0 all of Ray's servers bind to the loopback interface.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Else a thread of Flower's that still calls Ray after our `ray.shutdown()` starts a second Ray, open to others.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 """Variables of a command that starts processes, and of these processes: no telemetry, no output, no open port."""
 

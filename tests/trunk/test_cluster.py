@@ -109,3 +109,17 @@ def test_nothing_of_a_session_stays_and_nobody_else_may_enter_it(tmp_path: Path)
     call = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
     assert (done.returncode, done.stdout) == (0, "gone\n"), done.stderr
+
+
+def test_a_call_after_the_end_starts_no_second_ray() -> None:
+    """A thread of Flower's may still call Ray when a run has been stopped."""
+    script = (
+        "from fedsplit.environment import prepare; prepare()\n"
+        "import ray\n"
+        "try:\n    ray.put(1)\n"
+        "except ray.exceptions.RaySystemError:\n    print(ray.is_initialized())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    root = Path(cluster.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -39,7 +39,7 @@ def test_a_budget_must_suffice_for_a_step(least: int, fits: bool) -> None:
 
 @pytest.mark.slow
 def test_no_ray_is_imported_for_a_trunk_of_this_process(tmp_path: Path) -> None:
-    script = "import sys, fedsplit.federation.client_app, fedsplit.trunk.local; sys.exit('ray' in sys.modules)"
+    script = "import sys, fedsplit.engines.in_process, fedsplit.trunk.local; sys.exit('ray' in sys.modules)"
     root = Path(doors.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = [{str(root)!r}]; {script}"], cwd=tmp_path)
     assert done.returncode == 0

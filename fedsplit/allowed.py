@@ -81,6 +81,26 @@ class SettingError(InputError):
         return SettingError, (self.setting, self.value, self.allowed)
 
 
+def first_line(error: BaseException) -> str:
+    r"""Returns the first line of an error's message, or the name of its class where it has none.
+
+    Example:
+        >>> first_line(OSError("disk is full\nat block 7")), first_line(MemoryError())
+        ('disk is full', 'MemoryError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def kind_of(value: object) -> str:
+    """Returns the type of a value in words, for messages.
+
+    Example:
+        >>> kind_of(3), kind_of(int)
+        ('an object of type int', 'the class int')
+    """
+    return f"the class {value.__qualname__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
 @dataclass(frozen=True)
 class Allowed:
     """What values a setting may take, in words and as a test."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from fedsplit.allowed import InputError, SettingError
+from fedsplit.allowed import InputError, SettingError, kind_of
 from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
 from fedsplit.documents import dotted, set_by_user
 from fedsplit.environment import prepare
@@ -91,7 +91,7 @@ def run(
         setting = "objective" if objects.objective is not None else "metrics"
         given = objects.objective if setting == "objective" else next(iter(objects.metrics.values()))
         allowed = "a name, or an object with engine='local': no object crosses to the processes of the clients"
-        raise SettingError(setting, _kind_of(given), allowed)
+        raise SettingError(setting, kind_of(given), allowed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries, as the command has it
         return _run(asked, objects, None if _is_name(dataset) else dataset, _pair(model, tokenizer), observers)
@@ -150,7 +150,7 @@ def _check_sinks(sinks: Iterable[object]) -> None:
     for sink in sinks:
         if isinstance(sink, type) or not (hasattr(sink, "handle") and hasattr(sink, "close")):
             allowed = "the name of a class, or an object with the methods handle and close"
-            raise SettingError("sinks", _kind_of(sink), allowed)
+            raise SettingError("sinks", kind_of(sink), allowed)
 
 
 def _spec_of(name: str, value: Any) -> str:
@@ -166,13 +166,9 @@ def _spec_of(name: str, value: Any) -> str:
     if _is_name(value):
         return os.fspath(value)
     if isinstance(value, type) or not callable(value):
-        raise SettingError(name, _kind_of(value), "a name, or a function of logits and labels")
+        raise SettingError(name, kind_of(value), "a name, or a function of logits and labels")
     maker = value if hasattr(value, "__qualname__") else type(value)
     return f"{maker.__module__}:{maker.__qualname__}{OBJECT}"
-
-
-def _kind_of(value: object) -> str:
-    return f"the class {value.__qualname__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 
 def _settled(config: Config | str | os.PathLike[str] | None, keywords: Mapping[str, Any]) -> Config:
@@ -189,7 +185,7 @@ def _settled(config: Config | str | os.PathLike[str] | None, keywords: Mapping[s
     if config is None or _is_name(config):
         return settle(values, options, None if config is None else Path(config))
     words = "a Config, or the path of a TOML file"
-    raise SettingError("config", _kind_of(config), words)
+    raise SettingError("config", kind_of(config), words)
 
 
 def _by_dotted_name(keywords: Mapping[str, Any]) -> tuple[dict[str, object], Options]:

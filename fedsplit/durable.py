@@ -54,6 +54,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replaces a file in one step by what the context writes. The file is on the disk at the context's end.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The draft to write, beside the file.
+
+    Raises:
+        NotWritten: The file could not be written. The previous version is unchanged.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    with writing(path):
+        try:
+            yield draft
+            sync(draft)
+            draft.rename(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file in one step.
 
@@ -64,15 +88,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         NotWritten: The file could not be written. The previous version is unchanged.
     """
-    draft = path.with_name(f".{path.name}.draft")
-    with writing(path):
-        try:
-            draft.write_text(text, encoding="utf-8")
-            sync(draft)
-            draft.rename(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:

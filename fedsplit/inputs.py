@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import SettingError, first_line, kind_of
 from fedsplit.federation.checkpoint import INPUTS, check_folder
 from fedsplit.federation.strategy import FlowerLike, Strategy
 from fedsplit.loading import OBJECT, builtin_package
@@ -130,7 +130,7 @@ def _write_model(folder: Path, given: object) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # whatever the library makes of a model on no device, or of a full disk
-        words = f"a model that save_pretrained can write ({_reason(error)})"
+        words = f"a model that save_pretrained can write ({first_line(error)})"
         raise SettingError("model", _described(model), words) from error
 
 
@@ -153,7 +153,8 @@ def _write_dataset(folder: Path, given: object) -> None:
     try:
         given.with_format(None).save_to_disk(str(folder))
     except Exception as error:  # whatever the library makes of its columns, or of a full disk
-        raise SettingError("dataset", _described(given), f"what save_to_disk can write ({_reason(error)})") from error
+        words = f"what save_to_disk can write ({first_line(error)})"
+        raise SettingError("dataset", _described(given), words) from error
 
 
 def _columns_by_client(texts: Mapping[Any, Any]) -> dict[str, list[str]]:
@@ -178,10 +179,4 @@ def _described(value: object) -> str:
     """Names an object by its type, and shows a plain value as it is."""
     if value is None or isinstance(value, str | int | float):
         return repr(value) if isinstance(value, str) else str(value)
-    if inspect.isclass(value):
-        return f"the class {value.__qualname__}"
-    return f"an object of type {type(value).__name__}"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return kind_of(value)

@@ -98,7 +98,8 @@ def find(kind: Kind, spec: str) -> Any:
     else:
         names = kind.builtin()
         if spec not in names:
-            raise SettingError(kind.setting, spec, f"{' | '.join(sorted(names))}, {OWN}")
+            builtin = [" | ".join(sorted(names))] if names else []
+            raise SettingError(kind.setting, spec, ", ".join([*builtin, OWN]))
         place, _, name = names[spec].rpartition(":")
         module = _import_module(kind, place, spec)
     if not callable(getattr(module, name, None)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedsplit.durable import sync, writing
+from fedsplit.durable import replacing
 from fedsplit.lowrank import LowRank
 
 
@@ -33,20 +32,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         >>> load_tensors(path)
         {'lora_B': tensor([0., 0.])}
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     # safetensors refuses tensors that share memory, and a strategy may return such. So each one is copied.
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     metadata = None if facts is None else dict(facts)
 
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(copies, draft, metadata=metadata)
-            sync(draft)
-            draft.rename(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+    with replacing(path) as draft:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(copies, draft, metadata=metadata)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fedsplit.allowed import PartitionSpec, SettingError, parse_partition
+from fedsplit.allowed import PartitionSpec, SettingError, first_line, parse_partition
 from fedsplit.config import Config, DataSettings
 from fedsplit.corpora.classes import classes_of
 from fedsplit.corpora.formats import Fitted, Reading, Texts, by_source, fit, format_of, joined, read_rows
@@ -411,7 +411,7 @@ def _divided(
         if spec.kind == "dirichlet":
             needed = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
             raise SettingError("partition", name, needed) from None
-        reason = str(error).splitlines()[0].strip().rstrip(".") if str(error) else type(error).__name__
+        reason = first_line(error).rstrip(".")
         needed = (
             f"a way to divide {len(keys)} sequences of {len(set(keys))} kinds ({partitioner.key}) "
             f"among {clients} clients, {_number(least)} each ({reason})"

@@ -22,8 +22,6 @@ def check_sinks(names: Sequence[str]) -> None:
         SettingError: A name is none, there is no such class, or its module cannot be imported.
     """
     for name in names:
-        if ":" not in name:
-            raise SettingError("sinks", name, OWN)
         find(SINK, name)
 
 
@@ -42,7 +40,6 @@ def make_sinks(names: Sequence[str]) -> list[Sink]:
         fedsplit.allowed.SettingError: sinks: collections:Counter is not possible; allowed: a class with the methods \
 handle and close
     """
-    check_sinks(names)
     sinks = []
     for name in names:
         sink = make(SINK, name, {}, {})

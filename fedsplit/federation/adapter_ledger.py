@@ -16,6 +16,7 @@ from fedsplit.allowed import PARTS
 from fedsplit.config import Config
 from fedsplit.federation.travel import TravelRule, is_drawn, is_held, stays
 from fedsplit.lowrank import LowRank
+from fedsplit.optimization.terms import moved
 from fedsplit.state.client_store import ClientStore
 from fedsplit.state.fold_log import FoldLog
 from fedsplit.trunk.registry import Copy, Start
@@ -143,8 +144,7 @@ class AdapterLedger:
         self._stage[client] = dict(trunk.kept)
         # Without a control variate the tensors are of the strategy's own stage, and do not add up from round to round.
         changes = {} if assignment.task.control is None else trunk.control
-        known = self._control.get(client, {})
-        self._control[client] = {name: known[name] + t if name in known else t for name, t in changes.items()}
+        self._control[client] = moved(self._control.get(client, {}), changes)
         self._own[client] = {name: t for name, t in trunk.adapters.tensors.items() if name in self._personal}
 
         shared = self._without_personal(trunk.adapters)

@@ -35,6 +35,7 @@ from fedsplit.model.sources import config_folder
 from fedsplit.objectives.objective import Objective
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.optimization.own_stage import stage_maker
+from fedsplit.optimization.terms import moved
 from fedsplit.scores import pooled
 from fedsplit.stages import RoundStart, StageMaker
 from fedsplit.state.client_store import ClientState, ClientStore
@@ -292,11 +293,6 @@ def to_keep(
     held = {name: given[name] for name in untrained if not torch.equal(given[name], start.tensors[name])}
     own = {name: update.adapters.tensors[name] for name in sorted(personal)}
     return ClientState(held, own, control, update.moments, update.kept)
-
-
-def moved(control: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a client's control variate after a round that changed it."""
-    return {name: control[name] + change if name in control else change for name, change in changes.items()}
 
 
 def _evaluate(visit: _Visit, request: Evaluate) -> Reply:

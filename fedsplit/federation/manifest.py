@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import SettingError, first_line
 from fedsplit.config import OPTIONS, Config
 from fedsplit.corpora.shards import Shard
 from fedsplit.documents import as_document, dotted
@@ -152,7 +152,7 @@ def read(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise Damaged(f"it has no {NAME}, without which nobody knows whether it is whole") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise Damaged(f"its {NAME} cannot be read ({reason})") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -83,15 +84,8 @@ def array_bytes(content: RecordDict) -> int:
 
 def to_message(request: Request, node: int) -> Message:
     """Returns a request as Flower's message to a node."""
-    briefing = request.briefing
     config: dict[str, Any] = {
-        "run": briefing.run,
-        "trunk": briefing.trunk,
-        "incarnation": briefing.incarnation,
-        "threads": briefing.threads,
-        "store": briefing.store,
-        "personal": briefing.personal,
-        "stage": briefing.stage,
+        **dataclasses.asdict(request.briefing),
         "client": request.client,
         "attempt": request.attempt,
         "accepted": request.accepted,
@@ -120,15 +114,7 @@ def to_request(message: Message, client: int) -> Request:
         client: Number of the client at this node: its partition.
     """
     config: dict[str, Any] = dict(message.content.config_records[CONFIG])
-    briefing = Briefing(
-        run=config["run"],
-        trunk=config["trunk"],
-        incarnation=config["incarnation"],
-        threads=config["threads"],
-        store=config["store"],
-        personal=config["personal"],
-        stage=config["stage"],
-    )
+    briefing = Briefing(**{fact.name: config[fact.name] for fact in dataclasses.fields(Briefing)})
     fields: dict[str, Any] = {name: config[name] for name in ("attempt", "accepted", "folded", "discarded")}
     fields |= {"briefing": briefing, "client": client, "round": config[ROUND]}
     kind = message.metadata.message_type

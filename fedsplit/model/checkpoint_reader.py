@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import SettingError, first_line
 from fedsplit.model.devices import CPU, TYPES
 from fedsplit.model.families import family_of
 from fedsplit.model.parts import SCORE
@@ -249,6 +249,5 @@ def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
     except SettingError:
         raise
     except Exception as error:  # noqa: BLE001  # an impossible config.json raises many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         allowed = "a folder whose config.json and weights are whole and belong together, as transformers loads them"
-        raise SettingError("model", f"{path} ({reason})", allowed) from None
+        raise SettingError("model", f"{path} ({first_line(error)})", allowed) from None

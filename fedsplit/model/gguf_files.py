@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import SettingError, first_line
 from fedsplit.durable import sync
 from fedsplit.model.families import family_of
 
@@ -96,8 +96,7 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
     except SettingError:
         raise
     except Exception as error:  # noqa: BLE001  # the libraries raise many kinds on a broken file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SettingError("model", f"{file} ({reason})", ALLOWED) from None
+        raise SettingError("model", f"{file} ({first_line(error)})", ALLOWED) from None
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import SettingError, first_line
 from fedsplit.model.vocabulary import TOKENIZER_FILES, has_vocabulary
 from fedsplit.model.weight_files import ADAPTER, INDEX, WEIGHTS
 
@@ -75,7 +75,7 @@ def _reason(error: Exception, name: HubName) -> str:
         return "no such folder; not all of it is in the Hub's cache, and HF_HUB_OFFLINE=1 forbids to ask the Hub"
     if isinstance(error, LocalEntryNotFoundError | ConnectionError) or "Connect" in type(error).__name__:
         return "no such folder; not all of it is in the Hub's cache, and the Hub cannot be reached"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _download(name: HubName, revision: str | None, files: Collection[str]) -> Path:

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import SettingError, first_line
 from fedsplit.config import Config
 from fedsplit.model.devices import CPU, TYPES, resolve
 
@@ -70,8 +70,7 @@ def check_quantization(config: Config) -> None:
         try:
             _try(bits, TYPES[config.dtype], device)
         except Exception as error:  # noqa: BLE001  # bitsandbytes raises many kinds where it has no kernel
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            words = f"parts on a device for which bitsandbytes has kernels ({device}: {reason})"
+            words = f"parts on a device for which bitsandbytes has kernels ({device}: {first_line(error)})"
             raise SettingError("quantization", f"{part}:{bits}", words) from None
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import SettingError
+from fedsplit.allowed import SettingError, first_line
 
 TOKENIZER_FILES = (
     "token*",
@@ -203,7 +203,7 @@ class TextTokenizer:
                 encoded += self._encode_some(some, special)
             except Exception as error:  # noqa: BLE001  # the libraries raise nothing narrower
                 allowed = "a model whose tokenizer takes every text"
-                raise SettingError("model", f"{self.library.name_or_path} ({_first_line(error)})", allowed) from None
+                raise SettingError("model", f"{self.library.name_or_path} ({first_line(error)})", allowed) from None
         return encoded
 
     def _encode_some(self, texts: list[str], special: bool) -> list[list[int]]:
@@ -278,16 +278,12 @@ def render_marked(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> tuple[st
     return texts[0], marks[0]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _refused(folder: Path, error: Exception) -> SettingError:
     """Returns the error to raise for a tokenizer that cannot be loaded.
 
     Without the sentencepiece library, transformers asks for another library. The error names the right one.
     """
-    reason = _first_line(error)
+    reason = first_line(error)
     pieces = [file.name for pattern in _PIECES for file in sorted(folder.glob(pattern))]
     missing = find_spec("sentencepiece") is None or "tiktoken" in reason
     if pieces and missing and not (folder / _READY).is_file():

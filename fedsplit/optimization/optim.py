@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedsplit.allowed import OPTIMIZERS, SettingError
+from fedsplit.allowed import OPTIMIZERS, SettingError, first_line
 from fedsplit.config import TrainSettings
 
 _STATES_OF_8_BIT = 4096
@@ -55,17 +55,13 @@ def check_optimizer(settings: TrainSettings) -> None:
         optimizer.step()
         works = bool(torch.isfinite(parameter).all() and (parameter < 1).all())
     except ImportError as error:
-        words = f"{others}, unless bitsandbytes is installed ({_line(error)})"
+        words = f"{others}, unless bitsandbytes is installed ({first_line(error)})"
         raise SettingError("train.optimizer", settings.optimizer, words) from None
     except Exception as error:  # noqa: BLE001  # whatever it is, the user is told, and nothing has begun
-        words = f"{others}; bitsandbytes cannot make a step here ({_line(error)})"
+        words = f"{others}; bitsandbytes cannot make a step here ({first_line(error)})"
         raise SettingError("train.optimizer", settings.optimizer, words) from None
     if not works:
         raise SettingError("train.optimizer", settings.optimizer, f"{others}; bitsandbytes makes no step here")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def step(optimizer: torch.optim.Optimizer, share: float = 1.0) -> None:

@@ -47,6 +47,11 @@ def terms_of(
     return Stages(*stages)
 
 
+def moved(control: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a party's control variate after a round that changed it. A missing tensor was zero."""
+    return {name: control[name] + change if name in control else change for name, change in changes.items()}
+
+
 class ControlVariates(GradientStage):
     """SCAFFOLD's correction (1910.06378): g - c_i + c; the client's c_i becomes the mean of its raw gradients g."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import torch
 
+from fedsplit.allowed import first_line
 from fedsplit.config import Config
 from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.trunk.cluster import NAMESPACE, send_tensors_as_arrays
@@ -137,7 +138,7 @@ class _Calls:
 
 
 def _lost(error: Exception) -> TrunkLost:
-    return TrunkLost(f"the trunk's process is gone ({str(error).strip().splitlines()[0]})")
+    return TrunkLost(f"the trunk's process is gone ({first_line(error)})")
 
 
 class RayTransport:

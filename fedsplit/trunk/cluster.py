@@ -17,6 +17,7 @@ from ray.job_config import JobConfig
 from torch import Tensor
 
 import fedsplit
+from fedsplit.allowed import first_line
 from fedsplit.environment import check_closed
 from fedsplit.shutdown import cleaned_up
 from fedsplit.wire.casting import EXACT
@@ -124,8 +125,7 @@ def _start(workers: int, folder: Path) -> None:
             job_config=_job(),
         )
     except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ClusterFailed(f"Ray does not start: {reason}") from error
+        raise ClusterFailed(f"Ray does not start: {first_line(error)}") from error
 
 
 def send_tensors_as_arrays() -> None:

@@ -81,7 +81,7 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
     chosen = make_strategy() if objects.strategy is None else objects.strategy
-    load_measures(config, objects)
+    measures = load_measures(config, objects)
     check_strategy(chosen, config)
     checks.check_stacked(chosen, config, facts)
     check_quantization(config)
@@ -92,7 +92,7 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
     deal = partition_of(config)
     if deal.classes:
         checks.check_classifier(config)
-    check_measures(config, len(deal.classes), objects)
+    check_measures(config, measures, len(deal.classes))
     checks.check_tokens(config, deal)
     check_initial(config, facts.family, len(deal.classes))
     folder_of_weights = weights_folder(config, tell=print)  # last: they may have to be fetched first

@@ -9,8 +9,11 @@ from fedsplit.model.token_ids import embedding_rows
 from fedsplit.objectives.objective import Objective, load_objective, try_objective
 from fedsplit.objects import NOTHING, Objects
 
+Measures = tuple[Objective | None, dict[str, Metric]]
+"""A run's objective (None: cross-entropy), and its metrics by name."""
 
-def load_measures(config: Config, objects: Objects = NOTHING) -> tuple[Objective | None, dict[str, Metric]]:
+
+def load_measures(config: Config, objects: Objects = NOTHING) -> Measures:
     """Makes the objective (None: cross-entropy) and the metrics by name, as the settings name them.
 
     A class whose constructor takes `model` is given the folder of the model's configuration and tokenizer.
@@ -32,18 +35,18 @@ def load_measures(config: Config, objects: Objects = NOTHING) -> tuple[Objective
     return objective, load_metrics(config.metric, defaults, objects.metrics)
 
 
-def check_measures(config: Config, classes: int = 0, objects: Objects = NOTHING) -> None:
+def check_measures(config: Config, measures: Measures, classes: int = 0) -> None:
     """Makes sure that the objective and the metrics work, by calling each once on invented logits.
 
     Args:
         config: The run's configuration.
+        measures: What `load_measures` made of it.
         classes: Classes of the texts; 0 where tokens are predicted.
-        objects: Objects in place of names.
 
     Raises:
         SettingError: One does not work.
     """
-    objective, metrics = load_measures(config, objects)
+    objective, metrics = measures
     outputs = classes or embedding_rows(config_folder(config.model))
     try_objective(objective, config.objective, outputs, bool(classes))
     try_metrics(metrics, config.metric, outputs, bool(classes))

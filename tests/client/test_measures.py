@@ -32,7 +32,7 @@ def test_the_trial_has_the_models_vocabulary_or_the_datas_classes(tmp_path: Path
     config = build({"model": str(tiny_models["gpt2"]), "metric": f"{tmp_path}/mine.py:Seen"})
     for classes, shape in ((0, r"\(2, 4, \d\d+\)"), (3, r"\(2, 3\)")):
         with pytest.raises(SettingError, match=f"^metric: .*ValueError: {shape}"):
-            check_measures(config, classes)
+            check_measures(config, load_measures(config), classes)
 
 
 def test_options_go_to_the_objective() -> None:

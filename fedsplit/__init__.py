@@ -14,20 +14,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedsplit.allowed import InputError as InputError
-    from fedsplit.allowed import SettingError as SettingError
     from fedsplit.api import open as open
     from fedsplit.api import run as run
-    from fedsplit.config import Config as Config
+    from fedsplit.errors import InputError as InputError
+    from fedsplit.errors import SettingError as SettingError
     from fedsplit.result import Result as Result
+    from fedsplit.settings.config import Config as Config
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Config": "fedsplit.config",
-    "InputError": "fedsplit.allowed",
+    "Config": "fedsplit.settings.config",
+    "InputError": "fedsplit.errors",
     "Result": "fedsplit.result",
-    "SettingError": "fedsplit.allowed",
+    "SettingError": "fedsplit.errors",
     "open": "fedsplit.api",
     "run": "fedsplit.api",
 }

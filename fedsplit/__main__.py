@@ -7,19 +7,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import fedsplit
-from fedsplit.allowed import InputError
-from fedsplit.command import exit_code
-from fedsplit.documents import suggest
-
-COMMANDS = {
-    "simulate": "run a federation on this machine",
-    "evaluate": "measure the model of a finished run",
-    "generate": "write text with the model of a finished run",
-    "adapters": "merge, combine, compare and export adapters of finished runs",
-    "data": "show who would hold which data",
-    "completion": "print a script that completes flags in bash or zsh",
-}
-"""What each command does. The module `fedsplit.NAME` has its `main`."""
+from fedsplit.commands import COMMANDS
+from fedsplit.commands.exit_codes import exit_code
+from fedsplit.errors import InputError
+from fedsplit.settings.documents import suggest
 
 
 def usage() -> str:
@@ -45,7 +36,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; see `fedsplit.command.exit_code` for the exit code.
+    """Runs a command; see `fedsplit.commands.exit_codes.exit_code` for the exit code.
 
     Args:
         argv: The name of the command, and its own arguments; those of the process where None.
@@ -66,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words.insert(0, "simulate")
     if words[0] not in COMMANDS:
         return exit_code(lambda: _refuse(words[0]))
-    module = import_module(f"fedsplit.{words[0]}")
+    module = import_module(f"fedsplit.commands.{words[0]}")
     code: int = module.main(words[1:])
     return code
 

@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from fedsplit.allowed import InputError, SettingError, kind_of
-from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
-from fedsplit.documents import dotted, set_by_user
 from fedsplit.environment import prepare
-from fedsplit.flags import Options, settle
+from fedsplit.errors import InputError, SettingError, kind_of
 from fedsplit.loading import OBJECT
 from fedsplit.objects import Objects
 from fedsplit.result import Result
 from fedsplit.results.finished import open_run
+from fedsplit.settings.config import LEAVES, OPTIONS, SECTIONS, Config
+from fedsplit.settings.documents import dotted, set_by_user
+from fedsplit.settings.flags import Options, settle
 
 
 def run(
@@ -60,7 +60,7 @@ def run(
         >>> import fedsplit
         >>> fedsplit.run(clients=0)
         Traceback (most recent call last):
-        fedsplit.allowed.SettingError: clients: 0 is not possible; allowed: a whole number from 1 to 2147483647
+        fedsplit.errors.SettingError: clients: 0 is not possible; allowed: a whole number from 1 to 2147483647
 
         A run takes half a minute, so that it is no example here; docs/python.md shows one.
     """
@@ -107,7 +107,7 @@ def open(folder: str | os.PathLike[str]) -> Result:
         >>> import fedsplit
         >>> fedsplit.open("nowhere")
         Traceback (most recent call last):
-        fedsplit.allowed.InputError: nowhere is no folder of a run: there is no such folder
+        fedsplit.errors.InputError: nowhere is no folder of a run: there is no such folder
     """
     return Result(open_run(Path(folder)))
 
@@ -232,7 +232,8 @@ def _set_in(config: Config) -> tuple[dict[str, object], Options]:
 
 def _run(config: Config, objects: Objects, dataset: object, model: object, sinks: Sequence[Any]) -> Result:
     """Runs what a configuration asks for, with objects in place of what it names."""
-    from fedsplit import inputs, simulate  # not before the environment is prepared
+    from fedsplit import inputs
+    from fedsplit.commands import simulate  # not before the environment is prepared
 
     if objects.strategy is not None:
         config = replace(config, **inputs.strategy_settings(objects.strategy))

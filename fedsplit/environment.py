@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from fedsplit.allowed import InputError
+from fedsplit.errors import InputError
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",

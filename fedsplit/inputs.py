@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import SettingError, first_line, kind_of
+from fedsplit.errors import SettingError, first_line, kind_of
 from fedsplit.federation.checkpoint import INPUTS, check_folder
 from fedsplit.federation.strategy import FlowerLike, Strategy
 from fedsplit.loading import OBJECT, builtin_package

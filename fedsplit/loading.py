@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import fedsplit
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 
 BUILTIN = "strategies"
 """The package of fedsplit's own strategies."""

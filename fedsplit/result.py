@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.allowed import InputError
-from fedsplit.config import Config
+from fedsplit.errors import InputError
 from fedsplit.report import perplexity
 from fedsplit.results.finished import Run
+from fedsplit.settings.config import Config
 
 if TYPE_CHECKING:
     import pandas

@@ -149,9 +149,9 @@ def main(model: str, corpus: str, folder: str) -> None:
     """Prints the losses of every run on the CPU and elsewhere, and a text of either."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from fedsplit.adaptation import run_adapters
-    from fedsplit.documents import build
     from fedsplit.engines.in_process import federate
     from fedsplit.federation.strategy import load_strategy
+    from fedsplit.settings.documents import build
 
     torch.set_num_threads(1)
     register()

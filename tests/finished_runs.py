@@ -8,8 +8,8 @@ import pytest
 from conftest import write_corpus
 from local_federation import federate
 
-from fedsplit.documents import build
 from fedsplit.federation.strategy import load_strategy
+from fedsplit.settings.documents import build
 
 
 class Runs:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedsplit.config import Config
 from fedsplit.engines import in_process
 from fedsplit.engines.in_process import LocalClients  # as it is before any test replaces it
 from fedsplit.events import Event, Sink
 from fedsplit.events.screen import line_of
 from fedsplit.federation.federation import Federation
 from fedsplit.federation.messages import Answer, Request
+from fedsplit.settings.config import Config
 
 
 class Lines(Sink):

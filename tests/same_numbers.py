@@ -79,10 +79,10 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
     Returns:
         The digest and the norm of each file of tensors that the run left, and the losses of each round.
     """
-    from fedsplit.documents import build
     from fedsplit.engines.in_process import federate
     from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.strategy import load_strategy
+    from fedsplit.settings.documents import build
 
     values = {**BASE, "dataset": str(corpus), **CASES[case]}
     options = {name.partition(".")[2]: values.pop(name) for name in list(values) if name.startswith("strategy.")}

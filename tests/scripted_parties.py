@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from fedsplit.config import Config
-from fedsplit.documents import build
 from fedsplit.events import Event
 from fedsplit.events.screen import line_of
 from fedsplit.federation.adapter_ledger import AdapterLedger
@@ -21,6 +19,8 @@ from fedsplit.federation.parties import Parties
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.run_totals import RunTotals
 from fedsplit.federation.workload import Workload
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 from fedsplit.trunk.status import RoundCounts, Traffic, TrunkStatus
 from fedsplit.updates import Adapters, Layer, Traits
 

@@ -13,11 +13,11 @@ from peft import get_peft_model
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.link import Link
-from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.generation.decoding import ClientHalf, DecodingSession, padded
 from fedsplit.model.parts import Trunk
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.settings.sections import LoraSettings, TrainSettings
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions

@@ -10,7 +10,7 @@ import pytest
 
 import fedsplit
 from fedsplit import __main__ as command
-from fedsplit import simulate
+from fedsplit.commands import simulate
 
 
 def test_help_lists_every_command_and_each_has_a_main(capsys: pytest.CaptureFixture[str]) -> None:

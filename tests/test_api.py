@@ -21,9 +21,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedsplit
-from fedsplit import api, flags
-from fedsplit.config import Config, TrainSettings
+from fedsplit import api
 from fedsplit.events import Event, RoundEvaluated
+from fedsplit.settings import flags
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.stages import Gradients, GradientStage, LocalStep
 from fedsplit.updates import Adapters, ClientUpdate
 from strategies.fedavg import FedAvg
@@ -116,7 +118,7 @@ def test_what_is_asked_wrongly_is_an_input_error_in_one_line(
 
 
 def test_the_error_of_a_setting_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    from fedsplit import simulate
+    from fedsplit.commands import simulate
 
     assert simulate.main(["--train.lr", "fast"]) == 2
     with pytest.raises(fedsplit.InputError) as refused:

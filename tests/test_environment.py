@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedsplit import environment
-from fedsplit.allowed import InputError
 from fedsplit.environment import ENVIRONMENT, QUIET, check_closed, prefer_installed, prepare, quieten
+from fedsplit.errors import InputError
 
 
 @pytest.fixture(autouse=True)

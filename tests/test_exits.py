@@ -18,7 +18,7 @@ from conftest import CONFIGS, write_corpus
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedsplit import simulate
+from fedsplit.commands import simulate
 
 LENGTH, CLIENTS = 16, 2
 

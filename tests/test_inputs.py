@@ -12,11 +12,12 @@ from flwr.serverapp.strategy import FedAdam
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config, DataSettings
 from fedsplit.corpora.tables import read_table
+from fedsplit.errors import SettingError
 from fedsplit.federation.strategy import builtin_package, load_strategy
 from fedsplit.inputs import strategy_settings, written
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import DataSettings
 from strategies.fedavg import FedAvg
 from strategies.fedbuff import FedBuff
 from strategies.fedprox import FedProx

@@ -11,11 +11,11 @@ from conftest import write_corpus
 from safetensors.torch import load_file
 from test_client import central
 
-from fedsplit import simulate
 from fedsplit.adaptation import lora
+from fedsplit.commands import simulate
 from fedsplit.corpora.partition import shards_of
-from fedsplit.documents import build
 from fedsplit.model.split import load_parts
+from fedsplit.settings.documents import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_ray")]
 

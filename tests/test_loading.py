@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.loading import STRATEGY, Kind, described, find, make
 
 THING = Kind("thing", lambda: {"path": "pathlib:Path"}, "path, or module:Class", functions=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from local_federation import federate
 
-from fedsplit.config import Config
-from fedsplit.documents import build
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 from strategies.fedavg import FedAvg
 
 MINE = """

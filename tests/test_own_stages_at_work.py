@@ -15,14 +15,14 @@ from test_client import unsplit
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import batch
-from fedsplit.documents import build
 from fedsplit.federation.aggregation import sampled, strategy_defaults
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.model.split import load_parts
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 from fedsplit.state.client_store import ClientStore
 
 FILE = Path(__file__).with_name("own_stages.py")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fedsplit
-from fedsplit.evaluate import held_out_loss
+from fedsplit.commands.evaluate import held_out_loss
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ COMMAND = """
 import subprocess, sys, threading, time
 from pathlib import Path
 from fedsplit import shutdown
-from fedsplit.command import exit_code
+from fedsplit.commands.exit_codes import exit_code
 
 def work():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

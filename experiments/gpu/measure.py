@@ -35,13 +35,14 @@ from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import Config, LoraSettings
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard
-from fedsplit.documents import build
 from fedsplit.model.families import read_facts
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
+from fedsplit.settings.sections import LoraSettings
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec

@@ -124,8 +124,8 @@ def measure(role: str, model: Mapping[str, Any], name: str, tiny: bool) -> dict[
 
 def _held(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a measuring process answers."""
-    from fedsplit.documents import build
     from fedsplit.model.sources import config_folder
+    from fedsplit.settings.documents import build
 
     config = build({key: asked[key] for key in ("model", "dtype", "cut")})
     document = json.loads((config_folder(config.model) / "config.json").read_text())
@@ -206,8 +206,8 @@ def _named(model: Mapping[str, Any]) -> str:
     """A model's name; the folder it is unpacked into in one type, where it is to be loaded in another."""
     if "stored" not in model:
         return str(model["model"])
-    from fedsplit.documents import build
     from fedsplit.model.sources import weights_folder
+    from fedsplit.settings.documents import build
 
     return str(weights_folder(build({"model": model["model"], "dtype": model["stored"]})))
 

@@ -65,9 +65,9 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     from fedsplit.client.link import Link
     from fedsplit.corpora.sequences import Sequences
     from fedsplit.corpora.shards import Shard
-    from fedsplit.documents import build
     from fedsplit.model.devices import TYPES
     from fedsplit.model.split import load_parts
+    from fedsplit.settings.documents import build
     from fedsplit.trunk import server as trunk
     from fedsplit.trunk import trainable
     from fedsplit.trunk.schedules import SCHEDULES

@@ -16,10 +16,10 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from experiments.speed.whole import Trainer
-from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import Shard, batch
-from fedsplit.flags import parse
+from fedsplit.settings.config import Config
+from fedsplit.settings.flags import parse
 
 app = ClientApp()
 

@@ -40,7 +40,7 @@ def main() -> None:
 
     from experiments.speed.flower_client import app
     from experiments.speed.whole import Trainer
-    from fedsplit.flags import parse
+    from fedsplit.settings.flags import parse
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
     config = parse(args.flags)

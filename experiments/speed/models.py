@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsplit.config import BUNDLED_MODEL, DEFAULT_MODEL
+from fedsplit.settings.config import BUNDLED_MODEL, DEFAULT_MODEL
 
 
 def folder_of(model: Mapping[str, Any], cache: Path) -> str:

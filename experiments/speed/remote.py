@@ -47,9 +47,9 @@ def make_trunk(model: Mapping[str, Any], folder: str) -> Serve:
     import torch
 
     from fedsplit.adaptation import lora
-    from fedsplit.documents import build
     from fedsplit.model.devices import TYPES
     from fedsplit.model.split import load_parts
+    from fedsplit.settings.documents import build
     from fedsplit.trunk.server import TrunkServer
     from fedsplit.wire.codecs import make_codec
 
@@ -77,7 +77,7 @@ def measure(model: Mapping[str, Any], folder: str, seconds: float, repeats: int)
     import ray
     import torch
 
-    from fedsplit.documents import build
+    from fedsplit.settings.documents import build
     from fedsplit.trunk.actor import start_trunk
     from fedsplit.wire.codecs import make_codec
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from fedsplit.adaptation.injection import make_config
-from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import batch
-from fedsplit.flags import parse
 from fedsplit.model.families import read_facts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
+from fedsplit.settings.config import Config
+from fedsplit.settings.flags import parse
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

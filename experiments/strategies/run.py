@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.speed.run import CORES, machine
-from fedsplit.config import Config
-from fedsplit.documents import build
 from fedsplit.environment import prepare
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 
 HERE = Path(__file__).parent
 

@@ -28,9 +28,9 @@ import psutil
 from experiments.speed.models import folder_of
 from experiments.speed.run import machine
 from experiments.speed.watch import Tree
-from fedsplit.config import TrunkSettings
 from fedsplit.engines.planning import plan
 from fedsplit.environment import prepare
+from fedsplit.settings.sections import TrunkSettings
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "speed" / "config.toml"
@@ -123,7 +123,7 @@ class Crowd:
 
 def _use(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, steps: int, patience: float) -> dict[str, Any]:
     """Starts an actor on the cluster there is, and has the case's clients ask it."""
-    from fedsplit.documents import build
+    from fedsplit.settings.documents import build
     from fedsplit.trunk.actor import start_trunk
 
     sizes = {"train.batch_size": model["batch_size"], "train.max_length": model["max_length"]}

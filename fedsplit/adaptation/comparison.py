@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from fedsplit.adaptation.methods import ADAPTER_METHODS
-from fedsplit.config import Config
-from fedsplit.documents import as_document, dotted
 from fedsplit.lowrank import LowRank
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import as_document, dotted
 from fedsplit.updates import Adapters, factor_of
 
 

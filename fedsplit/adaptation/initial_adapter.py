@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora, prompts
 from fedsplit.adaptation.methods import method_of
-from fedsplit.config import Config
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import Part
+from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
 
 HEAD_BASE = f"{HEAD}.base_layer.weight"

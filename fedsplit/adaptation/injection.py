@@ -15,15 +15,16 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.peft_types import PeftType
 
 from fedsplit.adaptation.methods import fields_of, method_of, options_of
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config, LoraSettings
-from fedsplit.documents import suggest
+from fedsplit.errors import SettingError
 from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import Part
 from fedsplit.model.sources import config_folder
 from fedsplit.model.unsplit import empty_model
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import suggest
+from fedsplit.settings.sections import LoraSettings
 
 ADAPTER = "default"
 """PEFT's name of the one adapter that a part has."""
@@ -43,7 +44,7 @@ def make_config(
         family: Record of the model family.
         blocks: Numbers of the adapted blocks of the unsplit model; None for all.
         seed: Seed of the run. Values that are drawn and not trained follow from it.
-        head: How the head trains, one of `fedsplit.allowed.HEADS`; "frozen" for a part without a head.
+        head: How the head trains, one of `fedsplit.settings.choices.HEADS`; "frozen" for a part without a head.
 
     Raises:
         SettingError: A further field does not exist for this method, or has an impossible value.

@@ -24,7 +24,6 @@ from torch.nn import functional
 
 from fedsplit.adaptation.injection import ADAPTER, exported, inject, make_config, trained_names
 from fedsplit.adaptation.methods import draws_fresh, method_of
-from fedsplit.config import LoraSettings
 from fedsplit.lowrank import LowRank
 from fedsplit.model.devices import CPU
 from fedsplit.model.families import STACKED, Family
@@ -34,6 +33,7 @@ from fedsplit.model.parts import SCORE, Part
 from fedsplit.model.quantization import values_in, was_transposed
 from fedsplit.model.sources import to_peft
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.sections import LoraSettings
 from fedsplit.updates import Adapters, Layer, factor_of, fresh_factor
 
 SCORE_WEIGHT = f"{SCORE}.weight"
@@ -113,11 +113,11 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
         part: The part. Its base weights must be frozen already.
         settings: Method, rank, alpha, dropout and targets.
         seed: Seed of the run.
-        head: How the top's head trains, one of `fedsplit.allowed.HEADS`. An embedding that is tied to the head does
+        head: How the top's head trains, one of `choices.HEADS`. An embedding that is tied to the head does
             not change: "lora" adds to the output of the shared weight, and "full" trains a copy of the weight.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> from fedsplit.model.split import load_parts
         >>> (bottom,) = load_parts(BUNDLED_MODEL, (1, 5), ["bottom"])
         >>> add(bottom, LoraSettings(targets=("c_attn",)), seed=0)
@@ -328,7 +328,7 @@ def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
         {"total": base and adapters, "trainable": adapters}.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> from fedsplit.model.split import load_parts
         >>> (trunk,) = load_parts(BUNDLED_MODEL, (1, 5), ["trunk"])
         >>> add(trunk, LoraSettings(), seed=0)
@@ -365,7 +365,7 @@ def save(
         base: Name of the base model, as in the setting `model`.
         blocks: Numbers of the adapted blocks of the unsplit model; None for all.
         seed: Seed of the run.
-        head: How the head was trained, one of `fedsplit.allowed.HEADS`.
+        head: How the head was trained, one of `fedsplit.settings.choices.HEADS`.
     """
     config = make_config(settings, family, blocks, seed, head)
     if method_of(settings).residual:

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fedsplit.allowed import PROMPTED, SettingError
-from fedsplit.config import Config, LoraSettings
+from fedsplit.errors import SettingError
+from fedsplit.settings.choices import PROMPTED
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import LoraSettings
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from fedsplit.allowed import PARTS
-from fedsplit.config import PromptSettings
 from fedsplit.model.caches import PartCache
 from fedsplit.model.devices import device_of
 from fedsplit.model.parts import Bottom, Kind, Part, Top, Trunk
 from fedsplit.model.sources import to_peft
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.choices import PARTS
+from fedsplit.settings.sections import PromptSettings
 from fedsplit.updates import Adapters
 
 SAVED = "prompt_embeddings"
@@ -210,7 +210,7 @@ def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> Non
         tokenizer: Folder of the tokenizer, for virtual tokens that start from a text.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> from fedsplit.model.split import load_parts
         >>> (bottom,) = load_parts(BUNDLED_MODEL, (1, 5), ["bottom"])
         >>> add(bottom, PromptSettings(kind="prompt", tokens=4), seed=0, tokenizer=BUNDLED_MODEL)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fedsplit.adaptation.injection import ADAPTER, make_config
 from fedsplit.adaptation.rank_budget import RankBudget
-from fedsplit.config import Config
 from fedsplit.model.families import Family
 from fedsplit.model.sources import config_folder
 from fedsplit.model.unsplit import empty_model
+from fedsplit.settings.config import Config
 
 _SINGULAR, _BASES = ".lora_E", (".lora_A", ".lora_B")
 """Ends of the exported names of Λ, and of Q and P."""

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.adaptation.methods import method_of, options_of
-from fedsplit.allowed import Allowed, SettingError
-from fedsplit.config import Config, LoraSettings
+from fedsplit.errors import SettingError
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import LoraSettings
+from fedsplit.settings.validators import Validator
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -31,11 +33,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_COUNT = Allowed("a whole number of at least 1", lambda v: _is_whole(v, 1))
-_STEPS = Allowed("a whole number of at least 0", lambda v: _is_whole(v, 0))
-_SHARE = Allowed("a number above 0 and below 1", lambda v: _is_number(v) and 0 < v < 1)
+_COUNT = Validator("a whole number of at least 1", lambda v: _is_whole(v, 1))
+_STEPS = Validator("a whole number of at least 0", lambda v: _is_whole(v, 0))
+_SHARE = Validator("a number above 0 and below 1", lambda v: _is_number(v) and 0 < v < 1)
 
-FIELDS: Mapping[str, Allowed] = {
+FIELDS: Mapping[str, Validator] = {
     "init_r": _COUNT,
     "target_r": _COUNT,
     "tinit": _STEPS,
@@ -43,11 +45,11 @@ FIELDS: Mapping[str, Allowed] = {
     "deltaT": _COUNT,
     "beta1": _SHARE,
     "beta2": _SHARE,
-    "orth_reg_weight": Allowed("a number of at least 0", lambda v: _is_number(v) and v >= 0),
+    "orth_reg_weight": Validator("a number of at least 0", lambda v: _is_number(v) and v >= 0),
 }
 """Fields of PEFT's configuration that `lora.options` may set for a budget."""
 
-_START = Allowed("true | false", lambda v: isinstance(v, bool))
+_START = Validator("true | false", lambda v: isinstance(v, bool))
 """Values of `init_lora_weights`. PEFT's AdaLoRA ignores all others."""
 
 

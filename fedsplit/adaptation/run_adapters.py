@@ -16,14 +16,14 @@ from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.rank_allocation import adapted_layers
 from fedsplit.adaptation.rank_budget import budget_of, for_file
-from fedsplit.allowed import InputError
-from fedsplit.config import Config
+from fedsplit.errors import InputError
 from fedsplit.model.devices import TYPES, resolve
 from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import SCORE, Kind, Part
 from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.model.split import empty_part, load_parts
+from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, Layer
 
 _OF_THE_FILE = frozenset(

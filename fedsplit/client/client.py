@@ -16,7 +16,6 @@ from fedsplit.adaptation import lora, rank_allocation
 from fedsplit.adaptation.rank_allocation import RankAllocation
 from fedsplit.client.link import Link, PendingStep
 from fedsplit.client.micro_batches import MicroBatch, batches_of
-from fedsplit.config import TrainSettings
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch, batch_of_epoch, steps_of_epoch
 from fedsplit.model.devices import CPU, device_of, put
@@ -31,6 +30,7 @@ from fedsplit.optimization.orthogonality import Orthogonality
 from fedsplit.optimization.rates import share_of_rate
 from fedsplit.optimization.terms import terms_of
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.stages import GradientAt, GradientStage, LocalStep, RoundStart, Stages, TrunkShare
 from fedsplit.updates import ClientUpdate, Task
 from fedsplit.wire.packets import StepKey

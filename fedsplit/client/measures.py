@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fedsplit.config import Config
 from fedsplit.metrics.metric import Metric, load_metrics, try_metrics
 from fedsplit.model.sources import config_folder
 from fedsplit.model.token_ids import embedding_rows
 from fedsplit.objectives.objective import Objective, load_objective, try_objective
 from fedsplit.objects import NOTHING, Objects
+from fedsplit.settings.config import Config
 
 Measures = tuple[Objective | None, dict[str, Metric]]
 """A run's objective (None: cross-entropy), and its metrics by name."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsplit.allowed import SettingError
 from fedsplit.corpora.tables import Table
+from fedsplit.errors import SettingError
 
 
 def classes_of(table: Table, column: str) -> tuple[str, ...]:

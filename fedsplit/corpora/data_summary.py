@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import InputError
 from fedsplit.corpora.partition import Partition
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.errors import InputError
 from fedsplit.report import aligned
 
 SHOWN = 4

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import DataSettings
 from fedsplit.corpora.chats import check_chat, read_chat
 from fedsplit.corpora.classes import numbers_of
 from fedsplit.corpora.corpus import chop
 from fedsplit.corpora.sequences import Row
 from fedsplit.corpora.tables import Table
+from fedsplit.errors import SettingError
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.vocabulary import TextTokenizer, is_text, open_tokenizer
+from fedsplit.settings.sections import DataSettings
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 """A function from texts to their token ids."""
@@ -33,7 +33,7 @@ class Reading:
 
     Attributes:
         data: The settings.
-        format: Format of the rows, one of `fedsplit.allowed.FORMATS` except "auto".
+        format: Format of the rows, one of `fedsplit.settings.choices.FORMATS` except "auto".
         column: Column that the data set is partitioned by; empty for the owner.
         model_path: Folder of the model, for its tokenizer.
         end: Id of the token that ends a text.
@@ -101,7 +101,7 @@ def read_rows(table: Table, reading: Reading) -> Texts:
         SettingError: A column is missing, a row lacks a value, or no row has text.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> table = Table("qa.csv", "qa", {"prompt": ["2 + 2 ="], "completion": [" 4"]})
         >>> (row,) = read_rows(table, Reading(DataSettings(), "completion", "", BUNDLED_MODEL, end=0)).rows
         >>> row.labels[0], row.labels[-1]  # nothing is predicted in the prompt; the last label is the end token

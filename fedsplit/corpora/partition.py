@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fedsplit.allowed import PartitionSpec, SettingError, first_line, parse_partition
-from fedsplit.config import Config, DataSettings
 from fedsplit.corpora.classes import classes_of
 from fedsplit.corpora.formats import Fitted, Reading, Texts, by_source, fit, format_of, joined, read_rows
 from fedsplit.corpora.partitioners import divide
 from fedsplit.corpora.sequences import Row, Sequences, stack
 from fedsplit.corpora.shards import Shard
 from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
+from fedsplit.errors import SettingError, first_line
 from fedsplit.model.families import read_facts, read_pad
 from fedsplit.model.sources import config_folder
+from fedsplit.settings.config import Config
+from fedsplit.settings.parsing import PartitionSpec, parse_partition
+from fedsplit.settings.sections import DataSettings
 
 HELD_OUT_DOCUMENTS = 4
 """Every fourth text of an owner, by date, is held out; the last text of an owner who has fewer."""
@@ -35,7 +37,7 @@ class Partition:
 
     Attributes:
         shards: Data of each client.
-        format: Format of the rows, one of `fedsplit.allowed.FORMATS` except "auto".
+        format: Format of the rows, one of `fedsplit.settings.choices.FORMATS` except "auto".
         packed: True if a sequence may hold several texts.
         by: Column whose distribution the data summary reports; "owner" by default.
         cut: Number of texts that lost their end because they were longer than a sequence.
@@ -106,7 +108,7 @@ def make_partition(
     Args:
         dataset: Data set, as `fedsplit.corpora.tables.read_table` takes it.
         partition: "natural" (one owner a client), "iid", "dirichlet:ALPHA" (over the owners), or another form that
-            `fedsplit.allowed.parse_partition` knows. "auto" is natural for the bundled data sets as long as their
+            `parse_partition` knows. "auto" is natural for the bundled data sets as long as their
             owners suffice, and iid otherwise.
         clients: Number of clients.
         length: Largest number of tokens in a sequence.

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fedsplit.allowed import PartitionSpec
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.parsing import PartitionSpec
 
 
 def divide(keys: Sequence[str], spec: PartitionSpec, clients: int, seed: int, least: int) -> list[list[int]]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import DataSettings
 from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, sotu
 from fedsplit.corpora.files import READ_HERE, Columns, doubled_columns, read_rows, read_text
 from fedsplit.corpora.synthetic import make_rows
+from fedsplit.errors import SettingError
+from fedsplit.settings.sections import DataSettings
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 """Endings of the files that can be read, with the name that `datasets` has for each format."""
@@ -100,7 +100,7 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
         >>> check_dataset("synthetic")
         >>> check_dataset("notes.pdf")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        fedsplit.allowed.SettingError: dataset: notes.pdf is not possible; allowed: sotu, synthetic, ...
+        fedsplit.errors.SettingError: dataset: notes.pdf is not possible; allowed: sotu, synthetic, ...
     """
     data = data or DataSettings()
     path = Path(dataset)

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsplit.config import Config
 from fedsplit.engines.flower_clients import FlowerClients
 from fedsplit.engines.planning import Plan
 from fedsplit.engines.stalls import StallWatch
 from fedsplit.federation.federation import Federation
 from fedsplit.objects import NOTHING, Objects
+from fedsplit.settings.config import Config
 from fedsplit.shutdown import kill_descendants
 from fedsplit.trunk import cluster
 from fedsplit.trunk.actor import start_trunk

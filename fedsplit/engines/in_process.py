@@ -17,7 +17,6 @@ from uuid import uuid4
 
 import torch
 
-from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import on_disks
 from fedsplit.engines.planning import Plan
@@ -36,6 +35,7 @@ from fedsplit.model.families import read_facts
 from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.optimization.own_stage import stage_maker
+from fedsplit.settings.config import Config
 from fedsplit.trunk.local import LocalTrunk
 
 

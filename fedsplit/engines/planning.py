@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config
+from fedsplit.errors import SettingError
+from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
 
 LARGE = 2**25

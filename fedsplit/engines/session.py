@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from fedsplit.config import Config
 from fedsplit.engines.planning import Plan
 from fedsplit.federation.federation import Federation
 from fedsplit.objects import Objects
+from fedsplit.settings.config import Config
 
 if TYPE_CHECKING:
     from fedsplit.trunk.port import TrunkPort

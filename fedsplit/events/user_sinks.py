@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.events.sink import Sink
 from fedsplit.loading import OWN, Kind, find, make
 
@@ -37,7 +37,7 @@ def make_sinks(names: Sequence[str]) -> list[Sink]:
     Example:
         >>> make_sinks(["collections:Counter"])
         Traceback (most recent call last):
-        fedsplit.allowed.SettingError: sinks: collections:Counter is not possible; allowed: a class with the methods \
+        fedsplit.errors.SettingError: sinks: collections:Counter is not possible; allowed: a class with the methods \
 handle and close
     """
     sinks = []

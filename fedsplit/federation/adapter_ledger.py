@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedsplit.adaptation.methods import method_of
-from fedsplit.allowed import PARTS
-from fedsplit.config import Config
 from fedsplit.federation.travel import TravelRule, is_drawn, is_held, stays
 from fedsplit.lowrank import LowRank
 from fedsplit.optimization.terms import moved
+from fedsplit.settings.choices import PARTS
+from fedsplit.settings.config import Config
 from fedsplit.state.client_store import ClientStore
 from fedsplit.state.fold_log import FoldLog
 from fedsplit.trunk.registry import Copy, Start

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fedsplit.config import Config
 from fedsplit.federation.clients import FederationFailed, Roster
 from fedsplit.federation.messages import Reply
 from fedsplit.federation.strategy import FlowerLike, State, Strategy, broadcast, named, traits_of
 from fedsplit.optimization.own_stage import own_defaults
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, RefusedUpdate, Traits
 
 

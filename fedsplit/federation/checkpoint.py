@@ -16,13 +16,13 @@ import tomli_w
 from torch import Tensor
 
 from fedsplit.adaptation import run_adapters
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config
-from fedsplit.documents import as_document
 from fedsplit.durable import write_folder, write_text, writing
+from fedsplit.errors import SettingError
 from fedsplit.federation import manifest
 from fedsplit.model.families import Family
 from fedsplit.model.parts import Kind, ranges
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import as_document
 from fedsplit.state.round_names import round_file, round_of
 from fedsplit.tensor_files import load_tensors, pack, unpack, write_tensors
 from fedsplit.updates import Adapters

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from fedsplit.config import Config
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import is_deterministic
 
 

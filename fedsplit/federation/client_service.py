@@ -21,9 +21,7 @@ from fedsplit.client.client import Client
 from fedsplit.client.heldout import held_out_batches, sample, through_split
 from fedsplit.client.link import Link, TrunkLike
 from fedsplit.client.measures import load_measures
-from fedsplit.config import Config
 from fedsplit.corpora.shards import Shard, read_shard
-from fedsplit.documents import from_document
 from fedsplit.federation import messages, replies
 from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
 from fedsplit.federation.travel import TravelRule, draw
@@ -37,6 +35,8 @@ from fedsplit.objects import NOTHING, Objects
 from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.optimization.terms import moved
 from fedsplit.scores import pooled
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import from_document
 from fedsplit.stages import RoundStart, StageMaker
 from fedsplit.state.client_store import ClientState, ClientStore
 from fedsplit.state.fold_log import FoldLog

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.config import Config
-from fedsplit.documents import as_document
 from fedsplit.events.emitter import Emit
 from fedsplit.events.event_types import Notice, Progress, RoundEnded, RunEnded, RunStarted
 from fedsplit.events.versions import versions
@@ -28,6 +26,8 @@ from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.training import mean
 from fedsplit.federation.workload import Workload
 from fedsplit.objects import Objects
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import as_document
 from fedsplit.updates import Adapters
 
 if TYPE_CHECKING:

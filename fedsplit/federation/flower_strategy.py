@@ -11,13 +11,13 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedsplit.config import Config
 from fedsplit.federation import records
 from fedsplit.federation.clients import ClientNode, FederationFailed, Roster
 from fedsplit.federation.messages import ADAPTERS, Reply
 from fedsplit.federation.replies import KEPT_METRICS
 from fedsplit.federation.strategy import State, named
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Task, Traits
 
 WAITING_LOOKS = 3

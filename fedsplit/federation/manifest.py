@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsplit.allowed import SettingError, first_line
-from fedsplit.config import OPTIONS, Config
 from fedsplit.corpora.shards import Shard
-from fedsplit.documents import as_document, dotted
-from fedsplit.flags import MAY_DIFFER
+from fedsplit.errors import SettingError, first_line
 from fedsplit.model.weight_files import find_tensors
+from fedsplit.settings.config import OPTIONS, Config
+from fedsplit.settings.documents import as_document, dotted
+from fedsplit.settings.flags import MAY_DIFFER
 
 NAME = "manifest.json"
 """The manifest's file in a round's folder."""

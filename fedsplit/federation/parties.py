@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedsplit.config import Config
 from fedsplit.events.emitter import Emit
 from fedsplit.events.event_types import ClientFailed, Phase
 from fedsplit.federation.aggregation import Aggregation
@@ -14,6 +13,7 @@ from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.clients import Clients, FederationFailed
 from fedsplit.federation.messages import TRUNK_LOST, Briefing, Failure, Reply, Request
 from fedsplit.federation.workload import Workload
+from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import SCHEDULES, Schedule
 from fedsplit.wire.transport import TrunkLost
 

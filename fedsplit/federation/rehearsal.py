@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.run_adapters import outline
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config
+from fedsplit.errors import SettingError
 from fedsplit.federation import messages
 from fedsplit.federation.aggregation import make_aggregation
 from fedsplit.federation.clients import ClientNode, FederationFailed
@@ -26,6 +25,7 @@ from fedsplit.federation.travel import stays
 from fedsplit.optimization.own_stage import OwnStage, StageFailed
 from fedsplit.scores import Score
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
 from fedsplit.stages import LocalStep, RoundStart
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate, factor_of
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from torch import Tensor
 
 from fedsplit.adaptation.methods import draws_fresh, method_of
-from fedsplit.allowed import PARTS, SettingError
-from fedsplit.config import Config
+from fedsplit.errors import SettingError
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.loading import BUILTIN, STRATEGY, builtin_package, find, make
+from fedsplit.settings.choices import PARTS
+from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Traits
 

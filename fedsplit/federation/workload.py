@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedsplit.config import Config
 from fedsplit.corpora.shards import Shard
+from fedsplit.settings.config import Config
 
 
 @dataclass(frozen=True)

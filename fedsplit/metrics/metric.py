@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.loading import OBJECT, OWN, Kind, described, make
 from fedsplit.model.kernels import IGNORED
 

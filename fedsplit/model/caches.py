@@ -57,7 +57,7 @@ class Past:
     """A part with the key-value cache of a batch of sequences.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> from fedsplit.model.split import load_parts
         >>> (bottom,) = load_parts(BUNDLED_MODEL, (1, 5), ["bottom"])
         >>> past = Past(bottom)

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fedsplit.allowed import SettingError, first_line
+from fedsplit.errors import SettingError, first_line
 from fedsplit.model.devices import CPU, TYPES
 from fedsplit.model.families import family_of
 from fedsplit.model.parts import SCORE
@@ -29,7 +29,7 @@ class CheckpointReader:
     one are stacked, as in the library's models.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> reader = CheckpointReader(BUNDLED_MODEL, empty_model(BUNDLED_MODEL), torch.float32)
         >>> reader.shape("transformer.wte.weight")
         [1024, 128]
@@ -221,7 +221,7 @@ def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
 
     Args:
         path: Folder of the checkpoint.
-        dtype: Type of the run's base weights, one of `fedsplit.allowed.DTYPES`.
+        dtype: Type of the run's base weights, one of `fedsplit.settings.choices.DTYPES`.
         classes: Number of classes of a classifier, whose head is drawn and not read; 0 for a language model.
 
     Raises:
@@ -229,7 +229,7 @@ def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
             or a value is not finite.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> check_checkpoint(BUNDLED_MODEL)
     """
     try:

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config
+from fedsplit.errors import SettingError
+from fedsplit.settings.config import Config
 
 CPU = torch.device("cpu")
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types of base weights and computation, by the names in `fedsplit.allowed.DTYPES`."""
+"""Types of base weights and computation, by the names in `fedsplit.settings.choices.DTYPES`."""
 
 
 def resolve(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.model.token_ids import end_token
 
 
@@ -274,7 +274,7 @@ def read_facts(path: Path) -> Facts:
             the token that ends a text.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> facts = read_facts(BUNDLED_MODEL)
         >>> facts.blocks, facts.positions, facts.width
         (6, 256, 128)

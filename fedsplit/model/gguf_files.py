@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fedsplit.allowed import SettingError, first_line
 from fedsplit.durable import sync
+from fedsplit.errors import SettingError, first_line
 from fedsplit.model.families import family_of
 
 ALLOWED = "a GGUF file of a known family that is whole; the package gguf must be there (pip install gguf)"
@@ -127,7 +127,7 @@ def unpack(file: Path, dtype: str, tell: Callable[[str], object] = lambda line: 
 
     Args:
         file: The GGUF file.
-        dtype: Type of the run's base weights, one of `fedsplit.allowed.DTYPES`. Unpacked weights are stored in it.
+        dtype: Type of the run's base weights, one of `choices.DTYPES`. Unpacked weights are stored in it.
         tell: Called with a line of text before the file is unpacked, which may take long.
 
     Raises:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from fedsplit.allowed import SettingError, first_line
+from fedsplit.errors import SettingError, first_line
 from fedsplit.model.vocabulary import TOKENIZER_FILES, has_vocabulary
 from fedsplit.model.weight_files import ADAPTER, INDEX, WEIGHTS
 

@@ -20,9 +20,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedsplit.allowed import SettingError, first_line
-from fedsplit.config import Config
+from fedsplit.errors import SettingError, first_line
 from fedsplit.model.devices import CPU, TYPES, resolve
+from fedsplit.settings.config import Config
 
 EXTRA = "fedsplit[quantized]"
 """The extra that installs bitsandbytes."""

@@ -11,12 +11,13 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedsplit.allowed import PARTS, SettingError
-from fedsplit.config import Config
+from fedsplit.errors import SettingError
 from fedsplit.model import gguf_files, hub
 from fedsplit.model.families import read_facts
 from fedsplit.model.hub import HubName
 from fedsplit.model.weight_files import check_weight_files
+from fedsplit.settings.choices import PARTS
+from fedsplit.settings.config import Config
 
 ALLOWED = (
     "the name of the bundled model, or a folder with config.json, tokenizer.json and model.safetensors or its shards, a"

@@ -67,7 +67,7 @@ def load_parts(
         ValueError: The checkpoint lacks a tensor, or the cut lies outside the model.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> bottom, trunk, top = load_parts(BUNDLED_MODEL, (1, 5), ["bottom", "trunk", "top"])
         >>> hidden = trunk(bottom(torch.tensor([[3, 4, 5]])))
         >>> hidden.shape

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.model.vocabulary import has_vocabulary, load_tokenizer
 
 _END = "eos_token_id"
@@ -31,7 +31,7 @@ def end_tokens(folder: Path) -> list[int]:
         SettingError: A file cannot be read, or names something that is no token id.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> end_tokens(BUNDLED_MODEL)
         [0]
     """

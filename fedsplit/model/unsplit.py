@@ -32,7 +32,7 @@ def empty_model(path: Path, classes: int = 0) -> Any:
         ValueError: The embedding has no row for the padding token.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> next(empty_model(BUNDLED_MODEL).parameters()).is_meta
         True
     """
@@ -65,7 +65,7 @@ def load_unsplit(path: Path, dtype: torch.dtype = torch.float32, classes: int = 
         pad: Padding token of a classifier.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> load_unsplit(BUNDLED_MODEL).num_parameters()
         1353728
     """

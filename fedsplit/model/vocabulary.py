@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import SettingError, first_line
+from fedsplit.errors import SettingError, first_line
 
 TOKENIZER_FILES = (
     "token*",
@@ -87,7 +87,7 @@ class TextTokenizer:
         library: The transformers tokenizer.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> tokenizer = open_tokenizer(BUNDLED_MODEL)
         >>> (ids,) = tokenizer.encode(["My fellow Americans"])
         >>> tokenizer.library.decode(ids)

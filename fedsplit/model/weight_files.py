@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 
 WEIGHTS = "model.safetensors"
 """File of a model that is not sharded. If a folder has this file and an index, the index is ignored."""
@@ -71,7 +71,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         ValueError: The folder has no weights, or its index cannot be read.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> find_tensors(BUNDLED_MODEL)["transformer.wte.weight"].name
         'model.safetensors'
     """

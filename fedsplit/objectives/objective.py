@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.loading import OWN, Kind, described, make
 from fedsplit.model.kernels import IGNORED
 

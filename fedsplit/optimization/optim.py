@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedsplit.allowed import OPTIMIZERS, SettingError, first_line
-from fedsplit.config import TrainSettings
+from fedsplit.errors import SettingError, first_line
+from fedsplit.settings.choices import OPTIMIZERS
+from fedsplit.settings.sections import TrainSettings
 
 _STATES_OF_8_BIT = 4096
 """From how many values on bitsandbytes keeps a tensor's moments in 8 bits; those of smaller ones stay in 32."""

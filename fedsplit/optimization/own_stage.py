@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsplit.config import Config
 from fedsplit.loading import STRATEGY, described, find, make
 from fedsplit.optimization.bounds import is_bounded
+from fedsplit.settings.config import Config
 from fedsplit.stages import Gradients, GradientStage, LocalStep, Outcome, RoundStart, StageMaker
 from fedsplit.wire.steps import RefusedStep
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fedsplit.config import TrainSettings
+from fedsplit.settings.sections import TrainSettings
 
 
 def warmup_steps(settings: TrainSettings, total: int) -> int:

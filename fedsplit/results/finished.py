@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import PARTS, InputError, SettingError
-from fedsplit.config import Config
-from fedsplit.documents import build
-from fedsplit.flags import read_toml
+from fedsplit.errors import InputError, SettingError
+from fedsplit.settings.choices import PARTS
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
+from fedsplit.settings.flags import read_toml
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Names of the two files of a PEFT adapter."""
@@ -30,7 +31,7 @@ class Adapter:
     Attributes:
         folder: The folder.
         model: Base model, as `--model` names it.
-        dtype: Type of the base model in the run, one of `fedsplit.allowed.DTYPES`.
+        dtype: Type of the base model in the run, one of `fedsplit.settings.choices.DTYPES`.
         name: Name of the adapter on the screen.
         cut: Cut of the run.
         quantization: Parts of the base model that the run held in 4 or 8 bits, as in the settings.
@@ -156,7 +157,7 @@ def check_files(folder: Path) -> None:
     Example:
         >>> check_files(Path("nowhere"))
         Traceback (most recent call last):
-        fedsplit.allowed.InputError: nowhere is no adapter: there is no adapter_config.json in it
+        fedsplit.errors.InputError: nowhere is no adapter: there is no adapter_config.json in it
     """
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
@@ -173,7 +174,7 @@ def open_run(path: Path) -> Run:
     Example:
         >>> open_run(Path("nowhere"))
         Traceback (most recent call last):
-        fedsplit.allowed.InputError: nowhere is no folder of a run: there is no such folder
+        fedsplit.errors.InputError: nowhere is no folder of a run: there is no such folder
     """
     if not path.is_dir():
         raise InputError(f"{path} is no folder of a run: there is no such folder")

@@ -20,7 +20,7 @@ from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
 from fedsplit.adaptation import lora, prompts, run_adapters
-from fedsplit.allowed import InputError, SettingError
+from fedsplit.errors import InputError, SettingError
 from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.parts import SCORE
 from fedsplit.model.unsplit import empty_model, transposed_layers

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fedsplit.adaptation import initial_adapter, lora, run_adapters
 from fedsplit.adaptation.methods import method_of
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config
+from fedsplit.errors import SettingError
 from fedsplit.model.checkpoint_reader import CheckpointReader
 from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD_WEIGHT
@@ -19,6 +18,7 @@ from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.model.unsplit import empty_model
 from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_files
 from fedsplit.results.fitting import classes_in, read_fitting
+from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
 
 

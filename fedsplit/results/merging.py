@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from fedsplit.adaptation.lora import SCORE_WEIGHT
 from fedsplit.adaptation.prompts import SAVED
-from fedsplit.allowed import InputError
 from fedsplit.durable import write_folder
+from fedsplit.errors import InputError
 from fedsplit.model.checkpoint_reader import CheckpointReader
 from fedsplit.model.devices import TYPES
 from fedsplit.model.head import HEAD, HEAD_WEIGHT

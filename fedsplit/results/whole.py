@@ -12,9 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.allowed import InputError, SettingError
-from fedsplit.config import Config
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.errors import InputError, SettingError
 from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.devices import CPU, TYPES, device_of
 from fedsplit.model.families import read_facts, read_pad
@@ -26,6 +25,7 @@ from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
 from fedsplit.results.finished import Adapter
 from fedsplit.results.fitting import classes_in, read_fitting, reason_of
 from fedsplit.scores import Score
+from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
 
 
@@ -34,7 +34,7 @@ def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes:
 
     Args:
         model_path: Folder of the model.
-        dtype: Type of the weights, one of `fedsplit.allowed.DTYPES`.
+        dtype: Type of the weights, one of `fedsplit.settings.choices.DTYPES`.
         device: Device of the model.
         classes: Number of classes, for a classifier of sequences with the head that the run began with; 0 for a
             causal LM.
@@ -44,7 +44,7 @@ def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes:
         SettingError: The folder holds no model, or a broken one.
 
     Example:
-        >>> from fedsplit.config import BUNDLED_MODEL
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> open_base(BUNDLED_MODEL, "fp32").config.model_type
         'gpt2'
     """

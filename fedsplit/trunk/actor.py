@@ -15,9 +15,9 @@ from typing import Any
 import ray
 import torch
 
-from fedsplit.allowed import first_line
-from fedsplit.config import Config
+from fedsplit.errors import first_line
 from fedsplit.optimization.own_stage import stage_maker
+from fedsplit.settings.config import Config
 from fedsplit.trunk.cluster import NAMESPACE, send_tensors_as_arrays
 from fedsplit.trunk.port import Control, Leave, Reply, TrunkPort
 from fedsplit.trunk.service import load_service

@@ -17,8 +17,8 @@ from ray.job_config import JobConfig
 from torch import Tensor
 
 import fedsplit
-from fedsplit.allowed import first_line
 from fedsplit.environment import check_closed
+from fedsplit.errors import first_line
 from fedsplit.shutdown import cleaned_up
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.encoded import Encoded

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.clock import Clock
-from fedsplit.config import TrunkSettings
+from fedsplit.settings.sections import TrunkSettings
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.status import RoundCounts

@@ -5,8 +5,8 @@ A further door is a module with a `TrunkPort`, and one line here.
 
 from __future__ import annotations
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config
+from fedsplit.errors import SettingError
+from fedsplit.settings.config import Config
 from fedsplit.trunk import local
 from fedsplit.trunk.port import TrunkPort
 

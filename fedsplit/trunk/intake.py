@@ -11,10 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedsplit.config import TrainSettings
 from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.optimization.bounds import is_bounded
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.codecs import Codec, Role
 from fedsplit.wire.encoded import MalformedPacket

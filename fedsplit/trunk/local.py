@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedsplit.clock import ManualClock
-from fedsplit.config import Config
+from fedsplit.settings.config import Config
 from fedsplit.stages import StageMaker
 from fedsplit.trunk.port import Control, Reply, TrunkPort
 from fedsplit.trunk.service import Observer, TrunkService, load_service

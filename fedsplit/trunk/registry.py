@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedsplit.adaptation.rank_budget import RankBudget
-from fedsplit.config import TrainSettings
 from fedsplit.model.devices import CPU, put
 from fedsplit.optimization.bounds import LARGEST_SHARE, norm
 from fedsplit.optimization.clipping import coefficient, squared_norm
 from fedsplit.optimization.optim import fitting
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.stages import StageMaker
 from fedsplit.trunk.schedules import Schedule
 from fedsplit.trunk.status import RoundCounts

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.clock import Clock
-from fedsplit.config import TrainSettings
 from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.stages import StageMaker
 from fedsplit.trunk.admission import TRANSIT, Admission
 from fedsplit.trunk.answers import Answers

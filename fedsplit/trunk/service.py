@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 from fedsplit.adaptation import run_adapters
 from fedsplit.clock import Clock
-from fedsplit.config import Config, TrunkSettings
 from fedsplit.lowrank import LowRank
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import TrunkSettings
 from fedsplit.stages import StageMaker
 from fedsplit.trunk import port
 from fedsplit.trunk.dispatch import Answer, Dispatcher, Done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsplit.config import TrainSettings
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.trunk.admission import Admission
 from fedsplit.trunk.answers import Answers
 from fedsplit.trunk.blocks import Blocks

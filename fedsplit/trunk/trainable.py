@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fedsplit.adaptation import rank_allocation
 from fedsplit.adaptation.rank_budget import RankBudget
-from fedsplit.config import TrainSettings
 from fedsplit.model.devices import CPU, put
 from fedsplit.optimization import optim
 from fedsplit.optimization.bounds import is_bounded
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.optimization.orthogonality import Orthogonality
 from fedsplit.optimization.terms import terms_of
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.stages import GradientStage, LocalStep, Outcome, RoundStart
 from fedsplit.updates import Task
 

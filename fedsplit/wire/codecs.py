@@ -1,6 +1,7 @@
 """Codecs turn tensors into the bytes that cross, and back: their interface, their memory, and how one is made.
 
-A codec is a class in a file of its own, such as `fedsplit.wire.casting`, and a line in `fedsplit.allowed.CODECS`.
+A codec is a class in a file of its own, such as `fedsplit.wire.casting`, and a line in
+`fedsplit.settings.choices.CODECS`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from fedsplit.allowed import CODECS
+from fedsplit.settings.choices import CODECS
 from fedsplit.wire.encoded import Encoded
 from fedsplit.wire.packets import StepKey
 
@@ -148,7 +149,7 @@ def make_codec(name: str) -> Codec:
     """Returns a new codec, for one side of a wire.
 
     Args:
-        name: One of `fedsplit.allowed.CODECS`.
+        name: One of `fedsplit.settings.choices.CODECS`.
 
     Example:
         >>> codec = make_codec("bf16")

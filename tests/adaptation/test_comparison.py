@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedsplit.adaptation.comparison import Distance, differing, distances, kind_of, loose, tensor_distances
-from fedsplit.config import Config, LoraSettings, PromptSettings
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import LoraSettings, PromptSettings
 from fedsplit.updates import Adapters, Layer
 
 

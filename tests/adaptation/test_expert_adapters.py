@@ -17,14 +17,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from test_routers import EXPERTS, ask_for_balance, parts_of, through_split, unsplit
 from test_simulate import TINY, adapter, command
 
-from fedsplit import checks, simulate
 from fedsplit.adaptation import lora
-from fedsplit.adapters import compare, summary
-from fedsplit.allowed import InputError, SettingError
-from fedsplit.config import LoraSettings
-from fedsplit.documents import build, from_document
+from fedsplit.commands import checks, simulate
+from fedsplit.commands.adapters import compare, summary
+from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.engines import planning
-from fedsplit.evaluate import held_out_loss
+from fedsplit.errors import InputError, SettingError
 from fedsplit.federation.aggregation_error import measure
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.model.families import read_facts
@@ -32,6 +30,8 @@ from fedsplit.model.parts import ranges
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results.finished import find_adapter, open_run
 from fedsplit.results.merging import combine, merge, unmerge
+from fedsplit.settings.documents import build, from_document
+from fedsplit.settings.sections import LoraSettings
 from fedsplit.updates import Adapters, ClientUpdate, Layer
 
 TARGETS = ("q_proj", "gate_up_proj", "down_proj", "gate")

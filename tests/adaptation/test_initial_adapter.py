@@ -14,7 +14,8 @@ from split_models import batch_of, logits_of
 from transformers import AutoModelForCausalLM
 
 from fedsplit.adaptation import initial_adapter, lora, prompts, run_adapters
-from fedsplit.config import Config, LoraSettings, PromptSettings
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import LoraSettings, PromptSettings
 from fedsplit.updates import Adapters
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

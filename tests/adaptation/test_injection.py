@@ -14,13 +14,11 @@ from peft import PeftModel, get_peft_model
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import check_injection, exported, make_config
 from fedsplit.adaptation.methods import ADAPTER_METHODS
-from fedsplit.allowed import InputError, SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import Config
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch
-from fedsplit.documents import build
+from fedsplit.errors import InputError, SettingError
 from fedsplit.model.families import FAMILIES, read_facts
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
@@ -28,6 +26,8 @@ from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.finished import Adapter
 from fedsplit.results.whole import merged
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec

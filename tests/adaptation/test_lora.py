@@ -12,10 +12,10 @@ from conftest import BLOCKS
 from peft import PeftModel
 
 from fedsplit.adaptation import lora
-from fedsplit.config import LoraSettings
 from fedsplit.model.parts import ranges
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.settings.sections import LoraSettings
 from fedsplit.updates import Adapters
 
 KINDS = ("bottom", "trunk", "top")

@@ -9,9 +9,10 @@ import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from fedsplit.adaptation.methods import ADAPTER_METHODS, REFUSED, check_method, draws_fresh, fields_of, method_of
-from fedsplit.allowed import PROMPTED, SettingError
-from fedsplit.config import LoraSettings
-from fedsplit.documents import as_document, build, from_document
+from fedsplit.errors import SettingError
+from fedsplit.settings.choices import PROMPTED
+from fedsplit.settings.documents import as_document, build, from_document
+from fedsplit.settings.sections import LoraSettings
 
 
 def test_every_kind_that_peft_has_is_offered_or_refused_with_a_reason() -> None:
@@ -102,7 +103,8 @@ def test_defaults_suit_every_kind(method: str) -> None:
 
 def test_nothing_is_imported_to_refuse() -> None:
     code = (
-        "import sys\nfrom fedsplit.documents import build\nfrom fedsplit.adaptation.methods import check_method\n"
+        "import sys\nfrom fedsplit.settings.documents import build\n"
+        "from fedsplit.adaptation.methods import check_method\n"
         "check_method(build({}), True)\n"
         "assert not {'torch', 'peft', 'transformers'} & {*sys.modules}"
     )

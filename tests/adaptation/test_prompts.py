@@ -27,17 +27,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import strategies
-from fedsplit import adapters, simulate
 from fedsplit.adaptation import lora, prompts
 from fedsplit.adaptation.run_adapters import adapt
-from fedsplit.allowed import InputError, SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import Config, PromptSettings
+from fedsplit.commands import adapters, simulate
+from fedsplit.commands.evaluate import evaluate, held_out_loss
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch
-from fedsplit.documents import build
-from fedsplit.evaluate import evaluate, held_out_loss
+from fedsplit.errors import InputError, SettingError
 from fedsplit.federation.messages import Train
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.model.split import load_parts
@@ -48,6 +46,9 @@ from fedsplit.results.finished import find_adapter, open_run
 from fedsplit.results.fitting import read_fitting
 from fedsplit.results.merging import combine, merge
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
+from fedsplit.settings.sections import PromptSettings
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer

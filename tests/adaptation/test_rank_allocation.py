@@ -22,15 +22,13 @@ from fedsplit.adaptation.injection import exported, make_config
 from fedsplit.adaptation.rank_allocation import RankAllocation, adapted_layers, begin, regularisation
 from fedsplit.adaptation.rank_budget import RankBudget
 from fedsplit.adaptation.run_adapters import adapt, adopt, bare_parts
-from fedsplit.adapters import open_run, summary
-from fedsplit.allowed import SettingError
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import Config, LoraSettings
+from fedsplit.commands.adapters import open_run, summary
+from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch
-from fedsplit.documents import build
-from fedsplit.evaluate import held_out_loss
+from fedsplit.errors import SettingError
 from fedsplit.federation.messages import Answer, Request, Train
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.parts import ranges
@@ -38,6 +36,9 @@ from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
+from fedsplit.settings.sections import LoraSettings
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.registry import Start
 from fedsplit.trunk.schedules import SCHEDULES

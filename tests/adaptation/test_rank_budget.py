@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from peft import AdaLoraConfig
 
 from fedsplit.adaptation.rank_budget import FIELDS, RankBudget, budget_of, check_budget, for_file, trunk_steps
-from fedsplit.allowed import SettingError
-from fedsplit.documents import build
+from fedsplit.errors import SettingError
+from fedsplit.settings.documents import build
 
 
 def settings(options: dict[str, object] | None = None, **more: object) -> dict[str, object]:
@@ -119,7 +119,8 @@ def test_what_can_be_is_not_refused() -> None:
 
 def test_nothing_is_imported_to_refuse() -> None:
     code = (
-        "import sys\nfrom fedsplit.documents import build\nfrom fedsplit.adaptation.rank_budget import check_budget\n"
+        "import sys\nfrom fedsplit.settings.documents import build\n"
+        "from fedsplit.adaptation.rank_budget import check_budget\n"
         "check_budget(build({'lora.method': 'adalora'}))\n"
         "assert not {'torch', 'peft', 'transformers'} & {*sys.modules}"
     )

@@ -10,11 +10,11 @@ from conftest import BLOCKS
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.prompts import SAVED
 from fedsplit.adaptation.run_adapters import adapt, load, of_part, save
-from fedsplit.config import Config
-from fedsplit.documents import build
 from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import ranges
 from fedsplit.model.split import load_parts
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 
 KINDS = ("bottom", "trunk", "top")
 

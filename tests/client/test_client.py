@@ -19,10 +19,8 @@ from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.client import Client, Diverged
 from fedsplit.client.link import Link
-from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.corpora.sequences import Row, Sequences, stack
 from fedsplit.corpora.shards import Shard, batch
-from fedsplit.documents import build
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.split import load_parts
@@ -30,6 +28,8 @@ from fedsplit.model.unsplit import load_unsplit
 from fedsplit.objectives.label_smoothing import LabelSmoothing
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.documents import build
+from fedsplit.settings.sections import LoraSettings, TrainSettings
 from fedsplit.stages import Gradients, GradientStage, LocalStep, Outcome, RoundStart
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.allowed import SettingError
 from fedsplit.client.measures import check_measures, load_measures
-from fedsplit.documents import build
+from fedsplit.errors import SettingError
+from fedsplit.settings.documents import build
 
 MINE = """
 class Vocabulary:

@@ -13,7 +13,7 @@ from family_tokenizers import write_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from fedsplit import generate
+from fedsplit.commands import generate
 from fedsplit.corpora.chats import Chat, check_chat, read_chat
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.vocabulary import TextTokenizer, open_tokenizer

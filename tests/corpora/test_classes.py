@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fedsplit.allowed import SettingError
 from fedsplit.corpora.classes import classes_of, numbers_of
 from fedsplit.corpora.tables import Table
+from fedsplit.errors import SettingError
 
 
 def table(labels: list[Any], names: list[str] | None = None) -> Table:

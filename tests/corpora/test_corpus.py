@@ -8,10 +8,11 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.config import BUNDLED_MODEL, DataSettings
 from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, chop, pack, sotu
 from fedsplit.corpora.tables import read_table
 from fedsplit.model.vocabulary import open_tokenizer
+from fedsplit.settings.config import BUNDLED_MODEL
+from fedsplit.settings.sections import DataSettings
 
 
 @given(st.lists(st.lists(st.integers(1, 50)), max_size=8), st.integers(1, 9))

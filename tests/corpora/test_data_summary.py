@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.allowed import InputError
 from fedsplit.corpora.data_summary import as_document, data_notes, plot, table
 from fedsplit.corpora.partition import Partition
 from fedsplit.corpora.sequences import Row, Sequences, stack
 from fedsplit.corpora.shards import Shard
+from fedsplit.errors import InputError
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import DataSettings
 from fedsplit.corpora.formats import Reading, fit, format_of, read_rows
 from fedsplit.corpora.sequences import Row
 from fedsplit.corpora.tables import Table
+from fedsplit.errors import SettingError
 from fedsplit.model.kernels import IGNORED
+from fedsplit.settings.sections import DataSettings
 
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"

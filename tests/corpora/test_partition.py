@@ -13,11 +13,12 @@ import torch
 from chat_templates import QWEN3
 from family_tokenizers import write_tokenizer
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import BUNDLED_MODEL, DataSettings
 from fedsplit.corpora.partition import Partition, all_text, make_partition
 from fedsplit.corpora.shards import Shard
+from fedsplit.errors import SettingError
 from fedsplit.model.vocabulary import open_tokenizer
+from fedsplit.settings.config import BUNDLED_MODEL
+from fedsplit.settings.sections import DataSettings
 
 
 def shards(dataset: str, spec: str, clients: int, length: int = 64, seed: int = 0) -> list[Shard]:

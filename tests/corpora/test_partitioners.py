@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedsplit.allowed import PartitionSpec, parse_partition
 from fedsplit.corpora.partitioners import divide
+from fedsplit.settings.parsing import PartitionSpec, parse_partition
 
 KEYS = ["ann", "bob", "eve"] * 20
 

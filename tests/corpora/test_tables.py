@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import DataSettings
 from fedsplit.corpora.tables import check_dataset, read_held_out, read_table
+from fedsplit.errors import SettingError
+from fedsplit.settings.sections import DataSettings
 
 ROWS = [{"text": "one, two", "owner": "ann"}, {"text": " three\n", "owner": "bob"}, {"text": "", "owner": "ann"}]
 

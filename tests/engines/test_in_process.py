@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsplit.config import Config
 from fedsplit.engines import in_process
 from fedsplit.engines.in_process import LocalClients
 from fedsplit.engines.planning import Plan
 from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted
 from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request
 from fedsplit.federation.replies import Introduction, introduce
+from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
 
 BRIEFING = Briefing(run="{}", trunk="t", incarnation="first", threads=1, store="/nowhere")
@@ -32,7 +32,7 @@ class Refused(MetaPathFinder):
             raise ImportError(f"{name} is not to be imported")
 
 sys.meta_path.insert(0, Refused())
-from fedsplit.simulate import main
+from fedsplit.commands.simulate import main
 sys.exit(main(sys.argv[1:]))
 """
 """A program that runs the command where three libraries cannot be imported."""
@@ -53,7 +53,7 @@ def test_the_command_needs_neither_ray_nor_flower_nor_datasets(tmp_path: Path) -
 def test_the_program_refuses_the_libraries() -> None:
     """Or the test above could not fail."""
     refused = subprocess.run(
-        [sys.executable, "-c", ALONE.replace("from fedsplit.simulate import main", "import ray.actor")],
+        [sys.executable, "-c", ALONE.replace("from fedsplit.commands.simulate import main", "import ray.actor")],
         capture_output=True,
         text=True,
         check=False,

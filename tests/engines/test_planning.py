@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from fedsplit.documents import build
 from fedsplit.engines import planning
+from fedsplit.settings.documents import build
 
 
 def test_threads_never_outnumber_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fedsplit.allowed import ENGINES, SettingError
-from fedsplit.documents import build
 from fedsplit.engines import flower_engine, in_process
 from fedsplit.engines.session import engine_named
+from fedsplit.errors import SettingError
+from fedsplit.settings.choices import ENGINES
+from fedsplit.settings.documents import build
 
 
 def test_every_engine_that_may_be_asked_for_is_there() -> None:

@@ -11,12 +11,12 @@ import pytest
 from jsonschema import Draft202012Validator
 from local_federation import federate
 
-from fedsplit.config import Config
-from fedsplit.documents import as_document, build, from_document
+from fedsplit.commands.reference import events_schema
+from fedsplit.commands.simulate import main
 from fedsplit.events import Event, Progress, RoundEnded, RoundEvaluated, RoundTrained, RunEnded, RunStarted
-from fedsplit.flags import parse
-from fedsplit.reference import events_schema
-from fedsplit.simulate import main
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import as_document, build, from_document
+from fedsplit.settings.flags import parse
 from strategies.fedavg import FedAvg
 
 SETTINGS: dict[str, Any] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.events.user_sinks import check_sinks, make_sinks
 
 CODE = """

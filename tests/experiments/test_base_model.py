@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsplit.config import BUNDLED_MODEL
 from fedsplit.corpora.corpus import pack, sotu
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer, open_tokenizer
+from fedsplit.settings.config import BUNDLED_MODEL
 
 EXPERIMENT = Path("experiments/base_model")
 

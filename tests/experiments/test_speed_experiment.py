@@ -15,7 +15,7 @@ from experiments.speed import report, watch
 from experiments.speed.overhead import PLANS, overhead
 from experiments.speed.run import FLOWER_CLIENTS, Bench
 from experiments.speed.whole import Trainer
-from fedsplit.flags import parse
+from fedsplit.settings.flags import parse
 
 EXPERIMENT = Path("experiments/speed")
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.speed.report import write_between
 from experiments.trunk import memory, report, scale, schedules
-from fedsplit.flags import parse
+from fedsplit.settings.flags import parse
 from fedsplit.trunk.schedules import SCHEDULES
 
 EXPERIMENT = Path("experiments/trunk")

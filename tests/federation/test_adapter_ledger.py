@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsplit.config import Config, LoraSettings, TrunkSettings
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.lowrank import LowRank
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import LoraSettings, TrunkSettings
 from fedsplit.state.client_store import ClientState, ClientStore
 from fedsplit.trunk.registry import Copy
 from fedsplit.updates import FACTORS, Adapters, Assignment, ClientUpdate, Layer, Task, Traits

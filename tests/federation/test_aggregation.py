@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from fedsplit.config import Config
 from fedsplit.federation.aggregation import OwnAggregation, make_aggregation, sampled, strategy_defaults
 from fedsplit.federation.clients import ClientNode, FederationFailed
 from fedsplit.federation.flower_strategy import FlowerAggregation
 from fedsplit.federation.strategy import load_strategy
+from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Layer, RefusedUpdate, Task
 
 START = Adapters({"l.lora_A.weight": torch.zeros(1, 2), "l.lora_B.weight": torch.zeros(2, 1)}, {"l": Layer(1.0, False)})

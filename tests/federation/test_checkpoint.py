@@ -22,9 +22,8 @@ from safetensors.torch import load_file
 from test_lora import adapted
 
 from fedsplit.adaptation import lora
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config, DataSettings, LoraSettings, TrainSettings, TrunkSettings
 from fedsplit.durable import NotWritten
+from fedsplit.errors import SettingError
 from fedsplit.events import RunEnded
 from fedsplit.events.run_files import SummaryFile, append_document
 from fedsplit.federation.checkpoint import (
@@ -36,8 +35,10 @@ from fedsplit.federation.checkpoint import (
     last_round,
 )
 from fedsplit.federation.manifest import Content, Damaged
-from fedsplit.flags import parse
 from fedsplit.lowrank import LowRank
+from fedsplit.settings.config import Config
+from fedsplit.settings.flags import parse
+from fedsplit.settings.sections import DataSettings, LoraSettings, TrainSettings, TrunkSettings
 from fedsplit.state.client_store import ClientState, ClientStore
 from fedsplit.state.fold_log import FoldLog
 

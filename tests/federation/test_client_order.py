@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedsplit.documents import build
 from fedsplit.federation.client_order import groups_of, takes_turns
+from fedsplit.settings.documents import build
 
 
 def order(round: int = 1, clients: object = range(8), **values: Any) -> list[list[int]]:

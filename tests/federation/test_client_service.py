@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from fedsplit.adaptation import lora
-from fedsplit.config import Config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import write_shard
-from fedsplit.documents import as_document, build
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.client_service import ClientService
 from fedsplit.federation.messages import TRUNK_LOST, Briefing, Evaluate, Failure, Introduce, Train
 from fedsplit.federation.replies import read_introduction
 from fedsplit.lowrank import LowRank
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import as_document, build
 from fedsplit.trunk.actor import TrunkLost
 from fedsplit.updates import Traits
 

@@ -19,13 +19,11 @@ from test_client import FEATURES, STEPS, central, fine_tune
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.allowed import PARTS, SettingError
 from fedsplit.client.link import Link, PendingStep
-from fedsplit.config import Config
+from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.corpora.partition import shards_of
-from fedsplit.documents import as_document, build, from_document
 from fedsplit.engines import in_process
-from fedsplit.evaluate import held_out_loss
+from fedsplit.errors import SettingError
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.checkpoint import check_resumable
 from fedsplit.federation.clients import FederationFailed, Interrupted
@@ -34,6 +32,9 @@ from fedsplit.federation.replies import LARGEST_CHANGE
 from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.settings.choices import PARTS
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import as_document, build, from_document
 from fedsplit.updates import Assignment
 from fedsplit.wire.packets import StepKey
 from strategies.fedavg import FedAvg

@@ -11,7 +11,6 @@ import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
 
-from fedsplit.config import Config
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.clients import ClientNode, FederationFailed
 from fedsplit.federation.flower_strategy import FlowerAggregation
@@ -19,6 +18,7 @@ from fedsplit.federation.messages import trained
 from fedsplit.federation.replies import without_tensors
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.scores import Score
+from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, ClientUpdate, Layer
 
 START = Adapters({"l.lora_A.weight": torch.ones(1, 2), "l.lora_B.weight": torch.zeros(2, 1)}, {"l": Layer(1.0, False)})

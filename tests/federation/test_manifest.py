@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import LEAVES, Config
 from fedsplit.corpora.partition import partition_of
 from fedsplit.corpora.shards import Shard
-from fedsplit.documents import build
+from fedsplit.errors import SettingError
 from fedsplit.federation import manifest
 from fedsplit.federation.manifest import Damaged, content_of
+from fedsplit.settings.config import LEAVES, Config
+from fedsplit.settings.documents import build
 
 
 @pytest.fixture

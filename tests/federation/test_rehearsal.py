@@ -20,12 +20,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.run_adapters import adapt, bare_parts, outline
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config
-from fedsplit.documents import build
+from fedsplit.errors import SettingError
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.rehearsal import rehearse
 from fedsplit.federation.strategy import load_strategy
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 from fedsplit.stages import GradientStage
 from strategies import STRATEGIES
 from strategies.fedavg import FedAvg

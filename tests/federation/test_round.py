@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from local_federation import federate
 
-from fedsplit.config import Config
-from fedsplit.documents import build
 from fedsplit.federation import federation as federation_module
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.clients import FederationFailed
@@ -19,6 +17,8 @@ from fedsplit.federation.messages import Answer, Failure, Request, Train
 from fedsplit.federation.round import Round
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.strategy import load_strategy
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 
 STAGES = ("begin", "collect", "aggregate", "evaluate")
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from fedsplit.config import Config, LoraSettings
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.run_totals import RunTotals
 from fedsplit.lowrank import LowRank
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import LoraSettings
 from fedsplit.updates import Adapters, Assignment, Layer, Traits
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import strategies
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config
-from fedsplit.documents import build
+from fedsplit.errors import SettingError
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.strategy import Strategy, check_strategy, is_builtin, load_strategy
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 
 MINE = """
 class Mine:

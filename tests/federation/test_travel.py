@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedsplit.config import Config, LoraSettings, TrunkSettings
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.client_service import assembled, to_keep
 from fedsplit.federation.messages import Briefing, Train
 from fedsplit.federation.travel import TravelRule, draw, is_drawn, is_held, stays
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import LoraSettings, TrunkSettings
 from fedsplit.state.client_store import ClientState
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Layer, Task, Traits, fresh_factor
 

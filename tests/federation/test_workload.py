@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from local_federation import federate
 
-from fedsplit.config import Config
 from fedsplit.corpora.partition import partition_of
-from fedsplit.documents import build
 from fedsplit.federation.workload import Workload, workloads
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 from strategies.fedavg import FedAvg
 
 ROWS: dict[str, dict[str, Any]] = {

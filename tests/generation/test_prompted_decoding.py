@@ -20,11 +20,9 @@ from peft import PeftModel
 from split_models import NEW, RAW, Here, ends_of, shape_of, walked
 from torch import Tensor
 
-from fedsplit import generate
 from fedsplit.adaptation import lora, prompts, run_adapters
-from fedsplit.config import PromptSettings
-from fedsplit.documents import build
-from fedsplit.evaluate import evaluate
+from fedsplit.commands import generate
+from fedsplit.commands.evaluate import evaluate
 from fedsplit.generation.decoding import ClientHalf, depends_on_neighbours, padded
 from fedsplit.generation.transcript import Detokeniser
 from fedsplit.model.caches import Past
@@ -33,6 +31,8 @@ from fedsplit.model.token_ids import end_tokens
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import open_run
+from fedsplit.settings.documents import build
+from fedsplit.settings.sections import PromptSettings
 from fedsplit.trunk.sessions import Sessions
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import SpoiledStep

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.metrics.metric import METRICS, MetricFailed, load_metrics, measure, name_of, try_metrics
 
 MINE = """

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from split_models import batch_of, logits_of
 from transformers import AutoModelForCausalLM
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.model import checkpoint_reader
 from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.families import FAMILIES

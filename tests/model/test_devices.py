@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import write_corpus
 
-from fedsplit import evaluate, simulate
-from fedsplit.allowed import SettingError
-from fedsplit.documents import build
+from fedsplit.commands import evaluate, simulate
+from fedsplit.errors import SettingError
 from fedsplit.model import devices
+from fedsplit.settings.documents import build
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

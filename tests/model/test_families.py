@@ -9,10 +9,10 @@ import pytest
 from conftest import BLOCKS, CONFIGS
 from transformers import MixtralConfig, Qwen3MoeConfig
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import BUNDLED_MODEL
+from fedsplit.errors import SettingError
 from fedsplit.model.families import FAMILIES, family_of, read_facts, read_pad
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.settings.config import BUNDLED_MODEL
 
 
 def test_facts_are_those_of_the_library(any_model_path: Path) -> None:

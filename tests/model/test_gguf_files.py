@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.model import gguf_files
 from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.devices import TYPES

@@ -19,12 +19,10 @@ from transformers import AutoModelForCausalLM
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.run_adapters import adapt
-from fedsplit.allowed import InputError
-from fedsplit.config import LoraSettings
+from fedsplit.commands.evaluate import evaluate, held_out_loss
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import batch
-from fedsplit.documents import build
-from fedsplit.evaluate import evaluate, held_out_loss
+from fedsplit.errors import InputError
 from fedsplit.lowrank import LowRank
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.head import HEAD, HEAD_WEIGHT
@@ -35,6 +33,8 @@ from fedsplit.results.finished import Adapter, find_adapter, open_run
 from fedsplit.results.merging import combine, merge, unmerge
 from fedsplit.results.whole import attach, detach, open_base
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.documents import build
+from fedsplit.settings.sections import LoraSettings
 
 KINDS = ("bottom", "trunk", "top")
 CUTS = [(1, 2), (0, BLOCKS)]

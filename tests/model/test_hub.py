@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from local_hub import COMMIT, LATER, LocalHub, point_at
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.model import hub
 from fedsplit.model.hub import HubName
 from fedsplit.model.unsplit import load_unsplit

@@ -14,10 +14,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from fedsplit.adaptation import lora
-from fedsplit.config import LoraSettings
 from fedsplit.model import kernels
 from fedsplit.model.kernels import IGNORED, causal_loss, keep_mask, lora_linear
 from fedsplit.model.split import load_parts
+from fedsplit.settings.sections import LoraSettings
 
 ROWS, TOKENS, HIDDEN, VOCABULARY = 3, 9, 16, 53
 PROBABILITIES = (0.02, 0.1, 0.5, 0.9)

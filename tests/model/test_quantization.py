@@ -16,13 +16,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fedsplit import simulate
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
-from fedsplit.allowed import SettingError
-from fedsplit.config import LoraSettings
-from fedsplit.documents import build
-from fedsplit.evaluate import evaluate, held_out_loss
+from fedsplit.commands import simulate
+from fedsplit.commands.evaluate import evaluate, held_out_loss
+from fedsplit.errors import SettingError
 from fedsplit.federation.strategy import check_strategy, load_strategy
 from fedsplit.lowrank import LowRank
 from fedsplit.model import quantization
@@ -34,6 +32,8 @@ from fedsplit.results.finished import open_run
 from fedsplit.results.merging import merge
 from fedsplit.results.whole import open_held
 from fedsplit.scores import pooled
+from fedsplit.settings.documents import build
+from fedsplit.settings.sections import LoraSettings
 
 KINDS = ("bottom", "trunk", "top")
 SETTINGS = LoraSettings(rank=(3,), alpha=5.0, dropout=0.0)

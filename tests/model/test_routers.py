@@ -21,13 +21,13 @@ from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.corpora.shards import batch
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.routers import RouterLoss, RouterSums, listening
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.sections import LoraSettings, TrainSettings
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer

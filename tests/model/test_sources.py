@@ -18,16 +18,16 @@ from local_federation import federate
 from local_hub import COMMIT, LocalHub, point_at
 from peft import PeftConfig, PeftModel
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import BUNDLED_MODEL, Config
-from fedsplit.documents import build
-from fedsplit.evaluate import held_out_loss
+from fedsplit.commands.evaluate import held_out_loss
+from fedsplit.errors import SettingError
 from fedsplit.model import sources
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.hub import INDEX
 from fedsplit.model.sources import config_folder, from_peft, pinned, to_peft, weights_folder
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results.finished import find_adapter, open_run
+from fedsplit.settings.config import BUNDLED_MODEL, Config
+from fedsplit.settings.documents import build
 from strategies.fedavg import FedAvg
 
 TINY = {"clients": 2, "rounds": 1, "train.steps": 2, "train.batch_size": 2, "train.max_length": 16, "cut": "1:2"}

@@ -15,9 +15,9 @@ from split_models import batch_of, logits_of
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.client.link import Link
-from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.settings.sections import LoraSettings, TrainSettings
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.codecs import make_codec

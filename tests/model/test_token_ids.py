@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import VOCABULARY, with_added_token
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.model.families import read_facts
 from fedsplit.model.token_ids import check_largest, end_token, end_tokens
 from fedsplit.model.unsplit import load_unsplit

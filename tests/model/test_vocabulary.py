@@ -12,13 +12,14 @@ from family_tokenizers import KINDS, write_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from fedsplit import generate
-from fedsplit.allowed import SettingError
-from fedsplit.config import BUNDLED_MODEL, DataSettings
+from fedsplit.commands import generate
 from fedsplit.corpora.partition import all_text, make_partition
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.errors import SettingError
 from fedsplit.model import vocabulary
 from fedsplit.model.vocabulary import has_vocabulary, load_tokenizer, open_tokenizer
+from fedsplit.settings.config import BUNDLED_MODEL
+from fedsplit.settings.sections import DataSettings
 
 TEXT = "Fellow citizens: naïve café, 你好 \n\t 🦅 <|endoftext|> 1946"
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from split_models import batch_of, logits_of
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import Config
+from fedsplit.errors import SettingError
 from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.sources import weights_folder
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.weight_files import ADAPTER, INDEX, WEIGHTS, check_weight_files, find_tensors
+from fedsplit.settings.config import Config
 
 KINDS = ("bottom", "trunk", "top")
 FIRST = "model.embed_tokens.weight"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.model.kernels import IGNORED
 from fedsplit.objectives.objective import OBJECTIVES, ObjectiveFailed, cross_entropy, load_objective, try_objective
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.config import TrainSettings
 from fedsplit.optimization.bounds import LARGEST_NORM, LARGEST_SHARE, is_bounded, norm
 from fedsplit.optimization.optim import make_optimizer
+from fedsplit.settings.sections import TrainSettings
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=9))

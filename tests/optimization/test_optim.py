@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import TrainSettings
+from fedsplit.errors import SettingError
 from fedsplit.optimization.optim import check_optimizer, make_optimizer, moments, restore, step
+from fedsplit.settings.sections import TrainSettings
 
 
 def steps(settings: TrainSettings, gradients: list[float], shares: list[float] | None = None) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.documents import build
 from fedsplit.optimization.own_stage import OwnStage, StageFailed, stage_maker
+from fedsplit.settings.documents import build
 from fedsplit.stages import GradientStage, LocalStep, Outcome, RoundStart
 from fedsplit.wire.steps import StaleStep
 from strategies.fedavg import FedAvg

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments, get_scheduler
 
-from fedsplit.config import TrainSettings
 from fedsplit.optimization.rates import share_of_rate, warmup_steps
+from fedsplit.settings.sections import TrainSettings
 
 NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.allowed import InputError, SettingError
+from fedsplit.errors import InputError, SettingError
 from fedsplit.results.finished import as_tasks, check_same_base, find_adapter, open_run
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.allowed import InputError
+from fedsplit.errors import InputError
 from fedsplit.results.finished import Adapter, find_adapter
 from fedsplit.results.fitting import classes_in, more_than_factors, read_adapter, read_fitting
 

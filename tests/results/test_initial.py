@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fedsplit
-from fedsplit.allowed import InputError
-from fedsplit.config import Config, LoraSettings, PromptSettings
-from fedsplit.evaluate import held_out_loss
+from fedsplit.commands.evaluate import held_out_loss
+from fedsplit.errors import InputError
 from fedsplit.federation.manifest import content_of
 from fedsplit.model.families import family_of
 from fedsplit.results.initial import check_initial, stated
+from fedsplit.settings.config import Config
+from fedsplit.settings.sections import LoraSettings, PromptSettings
 
 
 def config_for(model: Path, folder: Path, **lora: Any) -> Config:

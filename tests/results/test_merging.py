@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsplit.adaptation import lora
-from fedsplit.allowed import InputError
-from fedsplit.evaluate import held_out_loss
+from fedsplit.commands.evaluate import held_out_loss
+from fedsplit.errors import InputError
 from fedsplit.model.devices import TYPES
 from fedsplit.model.families import read_pad
 from fedsplit.model.token_ids import end_tokens

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rounds import Round, by_hand, start
 
 import strategies
-from fedsplit.allowed import SettingError
+from fedsplit.errors import SettingError
 from fedsplit.federation.strategy import load_strategy, traits_of
 from fedsplit.updates import Assignment, ClientInfo, Task, Traits, average_adapters, weighted
 from strategies.fedavg import FedAvg

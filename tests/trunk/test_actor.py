@@ -20,7 +20,7 @@ from pathlib import Path
 from fedsplit.adaptation import lora
 from fedsplit.trunk.actor import RayTransport, RayTrunk, find_trunk, start_trunk
 from fedsplit.trunk import cluster
-from fedsplit.documents import build
+from fedsplit.settings.documents import build
 from fedsplit.model.split import load_parts
 from fedsplit.wire import sockets
 from fedsplit.wire.steps import ForeignStep, UnknownStep

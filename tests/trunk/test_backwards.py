@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_server import RAW, make_server, packet, unchanged, with_values
 
-from fedsplit.config import TrunkSettings
 from fedsplit.optimization.clipping import coefficient
+from fedsplit.settings.sections import TrunkSettings
 from fedsplit.trunk.dispatch import Dispatcher
 from fedsplit.trunk.memory import Budget
 from fedsplit.wire.casting import EXACT

@@ -9,9 +9,9 @@ import torch
 from conftest import without_dropout
 
 from fedsplit.adaptation import lora
-from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.model.parts import Trunk
 from fedsplit.model.split import load_parts
+from fedsplit.settings.sections import LoraSettings, TrainSettings
 from fedsplit.trunk.blocks import Blocks
 from fedsplit.trunk.pending import PendingBatch
 from fedsplit.trunk.registry import AdapterRegistry

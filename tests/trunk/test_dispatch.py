@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_server import make_server
 
-from fedsplit.config import TrunkSettings
+from fedsplit.settings.sections import TrunkSettings
 from fedsplit.trunk.dispatch import Answer, Dispatcher
 from fedsplit.trunk.server import Work
 from fedsplit.trunk.workers import BACKWARD, FORWARD, outcome

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedsplit.allowed import SettingError
-from fedsplit.documents import build
+from fedsplit.errors import SettingError
+from fedsplit.settings.documents import build
 from fedsplit.trunk import actor, doors, local
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.config import Config
-from fedsplit.documents import build
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import build
 from fedsplit.trunk import local
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.wire.codecs import make_codec

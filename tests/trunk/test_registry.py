@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedsplit.config import TrainSettings
 from fedsplit.optimization.bounds import LARGEST_SHARE
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.trunk.registry import AdapterRegistry, Start, UnclippedGradient
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.status import RoundCounts

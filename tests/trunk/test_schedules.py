@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedsplit import config
+from fedsplit.settings import config
 from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
 
 

@@ -12,8 +12,8 @@ import torch
 from conftest import without_dropout
 
 from fedsplit.adaptation import lora
-from fedsplit.config import LoraSettings, TrainSettings
 from fedsplit.model.split import load_parts
+from fedsplit.settings.sections import LoraSettings, TrainSettings
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.registry import Start
 from fedsplit.trunk.schedules import SCHEDULES

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.clock import ManualClock
-from fedsplit.config import LoraSettings, TrainSettings, TrunkSettings
-from fedsplit.documents import build
 from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
 from fedsplit.model.split import load_parts
+from fedsplit.settings.documents import build
+from fedsplit.settings.sections import LoraSettings, TrainSettings, TrunkSettings
 from fedsplit.trunk import port
 from fedsplit.trunk.dispatch import Answer
 from fedsplit.trunk.local import LocalTrunk

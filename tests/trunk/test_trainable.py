@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedsplit.config import TrainSettings
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.trunk.trainable import TrainableAdapter, Unusable
 from fedsplit.updates import Task
 

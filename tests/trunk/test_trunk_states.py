@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 from torch import Tensor, nn
 
-from fedsplit.config import TrainSettings
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.casting import EXACT

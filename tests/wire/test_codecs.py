@@ -13,13 +13,13 @@ from conftest import VOCABULARY
 from torch import Tensor
 
 from fedsplit.adaptation import lora
-from fedsplit.allowed import CODECS
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard
-from fedsplit.documents import build
 from fedsplit.model.split import load_parts
+from fedsplit.settings.choices import CODECS
+from fedsplit.settings.documents import build
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import Codec, CodecMemory, Role, make_codec

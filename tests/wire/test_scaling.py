@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from local_federation import federate
 from torch import Tensor
 
-from fedsplit import simulate
 from fedsplit.adaptation import lora
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.config import LoraSettings, TrainSettings
+from fedsplit.commands import simulate
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard
-from fedsplit.documents import build
 from fedsplit.federation.strategy import load_strategy
-from fedsplit.flags import parse
 from fedsplit.model.devices import TYPES
 from fedsplit.model.split import load_parts
+from fedsplit.settings.documents import build
+from fedsplit.settings.flags import parse
+from fedsplit.settings.sections import LoraSettings, TrainSettings
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer

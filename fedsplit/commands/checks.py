@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.adaptation.methods import ADAPTER_METHODS, check_method
 from fedsplit.adaptation.rank_budget import check_budget
-from fedsplit.allowed import PARTS, SettingError
-from fedsplit.config import Config, TrainSettings
-from fedsplit.documents import set_by_user
+from fedsplit.errors import SettingError
 from fedsplit.federation.strategy import traits_of
 from fedsplit.model.families import STACKED, Facts
 from fedsplit.model.sources import config_folder
 from fedsplit.model.token_ids import check_largest
 from fedsplit.model.vocabulary import load_tokenizer
+from fedsplit.settings.choices import PARTS
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import set_by_user
+from fedsplit.settings.sections import TrainSettings
 from fedsplit.trunk.schedules import SCHEDULES
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.allowed import PROMPTED, SettingError
-from fedsplit.config import Config
-from fedsplit.documents import as_document, build, from_document
+from fedsplit.errors import SettingError
+from fedsplit.settings.choices import PROMPTED
+from fedsplit.settings.config import Config
+from fedsplit.settings.documents import as_document, build, from_document
 
 
 def test_the_folder_of_a_run_is_not_part_of_its_document() -> None:

@@ -8,21 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedsplit.allowed import SettingError
-from fedsplit.config import LEAVES, SECTIONS, Config, LoraSettings, TrainSettings, words_of
-from fedsplit.documents import as_document, build, from_document
-from fedsplit.trunk.schedules import SCHEDULES
-
-
-def test_the_lists_of_names_are_those_of_the_code() -> None:
-    from fedsplit.allowed import SCHEDULES as NAMES
-
-    assert tuple(SCHEDULES) == NAMES
-
-
-def test_no_budget_is_none_and_another_is_bytes() -> None:
-    assert build({"trunk.memory": ""}).trunk.memory_bytes is None
-    assert build({"trunk.memory": "2GiB"}).trunk.memory_bytes == 2**31
+from fedsplit.errors import SettingError
+from fedsplit.settings.config import LEAVES, SECTIONS, Config
+from fedsplit.settings.documents import as_document, build, from_document
+from fedsplit.settings.fields import words_of
+from fedsplit.settings.sections import LoraSettings, TrainSettings
 
 
 @pytest.mark.parametrize(

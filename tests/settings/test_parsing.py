@@ -1,37 +1,11 @@
-"""What a setting may be."""
+"""Settings that are written in a form of their own."""
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 
-from fedsplit.allowed import (
-    SettingError,
-    above,
-    at_least,
-    below,
-    one_of,
-    parse_cut,
-    parse_memory,
-    parse_partition,
-    parse_quantization,
-)
-
-
-@pytest.mark.parametrize(
-    ("allowed", "inside", "outside"),
-    [
-        (at_least(1), [1, 2.5], [0.99, float("nan"), float("inf")]),
-        (at_least(0, 3), [0, 3], [-1, 3.1]),
-        (above(0), [1e-9], [0, float("inf")]),
-        (below(0, 1), [0, 0.99], [1, -0.1, float("nan")]),
-        (one_of(["a", "b"]), ["a"], ["c", ""]),
-    ],
-)
-def test_bounds_belong_to_it_or_not_as_its_words_say(allowed, inside, outside) -> None:
-    assert all(allowed.test(value) for value in inside)
-    assert not any(allowed.test(value) for value in outside)
+from fedsplit.errors import SettingError
+from fedsplit.settings.parsing import parse_cut, parse_memory, parse_partition, parse_quantization
 
 
 @pytest.mark.parametrize(
@@ -64,8 +38,3 @@ def test_a_partition_that_cannot_be_is_refused_with_those_that_can() -> None:
     assert parse_partition("dirichlet:0.3:topic").column == "topic"
     with pytest.raises(SettingError, match=r"^partition: dirichlet:-1 is not possible; allowed: auto"):
         parse_partition("dirichlet:-1")
-
-
-def test_an_error_survives_the_way_to_another_process() -> None:
-    error = pickle.loads(pickle.dumps(SettingError("cut", "9:9", "LO:HI")))
-    assert (str(error), error.setting) == ("cut: 9:9 is not possible; allowed: LO:HI", "cut")

@@ -12,11 +12,11 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 from test_event_types import evaluated, started
 
-from fedsplit import reference
-from fedsplit.config import LEAVES
+from fedsplit.commands import reference
 from fedsplit.events import Notice, RoundTrained
 from fedsplit.events.event_types import EVENTS, fields_of
-from fedsplit.flags import flag_of
+from fedsplit.settings.config import LEAVES
+from fedsplit.settings.flags import flag_of
 
 RESULTS = Path("docs/results.md")
 

@@ -7,8 +7,8 @@ import logging
 import sys
 from collections.abc import Callable
 
-from fedsplit.allowed import InputError
 from fedsplit.environment import prefer_installed
+from fedsplit.errors import InputError
 from fedsplit.shutdown import Stopped, end_now, stoppable
 
 

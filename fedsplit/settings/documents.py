@@ -10,8 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.allowed import FIELDS, PROMPTED, Allowed, InputError, SettingError
-from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config, LoraSettings, words_of
+from fedsplit.errors import InputError, SettingError
+from fedsplit.settings.choices import PROMPTED
+from fedsplit.settings.config import LEAVES, OPTIONS, SECTIONS, Config
+from fedsplit.settings.fields import words_of
+from fedsplit.settings.sections import LoraSettings
+from fedsplit.settings.validators import FIELDS, Validator
 
 
 def _convert(name: str, value: object, kind: Any) -> Any:
@@ -26,7 +30,7 @@ def _convert(name: str, value: object, kind: Any) -> Any:
         SettingError: The value has another type, or is not allowed.
     """
     leaf = LEAVES[name][0]
-    allowed: Allowed = leaf.metadata["allowed"]
+    allowed: Validator = leaf.metadata["allowed"]
     try:
         converted = _typed(name, value, kind)
         suits = allowed.test(converted)

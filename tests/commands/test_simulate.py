@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsplit import simulate
-from fedsplit.config import Config
+from fedsplit.commands import simulate
+from fedsplit.settings.config import Config
 
 TINY = [
     *("--rounds", "1", "--train.steps", "2", "--batch-size", "2", "--max-length", "32"),
@@ -211,7 +211,7 @@ def test_an_error_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_help_and_refusals_load_no_library(tmp_path: Path) -> None:
     code = (
-        "import sys; from fedsplit.simulate import main\n"
+        "import sys; from fedsplit.commands.simulate import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'peft', 'ray', 'flwr', 'datasets', 'numpy', 'rich'} & sys.modules.keys()\n"
@@ -228,8 +228,8 @@ def test_help_and_refusals_load_no_library(tmp_path: Path) -> None:
 FROM_PYTHON = """
 import os, sys, threading
 import psutil
-from fedsplit.documents import build
-from fedsplit.simulate import run
+from fedsplit.settings.documents import build
+from fedsplit.commands.simulate import run
 
 seen, done = set(), threading.Event()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedsplit.allowed import InputError
-from fedsplit.command import exit_code
+from fedsplit.commands.exit_codes import exit_code
+from fedsplit.errors import InputError
 
 
 class Broke(Exception):

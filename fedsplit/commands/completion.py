@@ -9,21 +9,20 @@ from __future__ import annotations
 import argparse
 import re
 import runpy
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import fedsplit
-from fedsplit.__main__ import COMMANDS
 from fedsplit.adaptation.methods import ADAPTER_METHODS
-from fedsplit.allowed import PROMPTED
-from fedsplit.command import exit_code
-from fedsplit.config import DEFAULT_MODEL, LEAVES
+from fedsplit.commands import COMMANDS
+from fedsplit.commands.exit_codes import exit_code
 from fedsplit.corpora.tables import MADE
-from fedsplit.flags import Parser
-from fedsplit.flags import make_parser as simulate_parser
+from fedsplit.settings.choices import PROMPTED
+from fedsplit.settings.config import DEFAULT_MODEL, LEAVES
+from fedsplit.settings.flags import Parser
+from fedsplit.settings.flags import make_parser as simulate_parser
 
 SHELLS = ("bash", "zsh")
 
@@ -148,13 +147,9 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; see `fedsplit.command.exit_code` for the exit code."""
+    """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> None:
         print(script(make_parser().parse_args(argv).shell))
 
     return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedsplit.allowed import InputError, SettingError
-from fedsplit.config import LEAVES, OPTIONS, SECTIONS, Config
-from fedsplit.documents import build, dotted, suggest
+from fedsplit.errors import InputError, SettingError
+from fedsplit.settings.config import LEAVES, OPTIONS, SECTIONS, Config
+from fedsplit.settings.documents import build, dotted, suggest
 
 MAY_DIFFER = (
     "resume",

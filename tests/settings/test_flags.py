@@ -10,10 +10,10 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.allowed import InputError
-from fedsplit.config import LEAVES
-from fedsplit.documents import as_document, build, from_document
-from fedsplit.flags import parse
+from fedsplit.errors import InputError
+from fedsplit.settings.config import LEAVES
+from fedsplit.settings.documents import as_document, build, from_document
+from fedsplit.settings.flags import parse
 
 
 def test_flag_wins_over_file_wins_over_default(tmp_path: Path) -> None:

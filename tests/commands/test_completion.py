@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit import completion
 from fedsplit.adaptation.methods import ADAPTER_METHODS
-from fedsplit.config import LEAVES
+from fedsplit.commands import completion
 from fedsplit.federation.strategy import builtin_package
-from fedsplit.flags import flag_of
+from fedsplit.settings.config import LEAVES
+from fedsplit.settings.flags import flag_of
 
 
 def bash(line: str, cwd: Path) -> set[str]:

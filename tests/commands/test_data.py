@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import with_added_token
 
-from fedsplit import data, simulate
+from fedsplit.commands import data, simulate
 
 
 def test_the_table_of_a_file(

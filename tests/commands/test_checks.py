@@ -11,8 +11,8 @@ import pytest
 from conftest import with_added_token, write_corpus
 from safetensors.torch import load_file, save_file
 
-from fedsplit import checks, simulate
-from fedsplit.documents import build
+from fedsplit.commands import checks, simulate
+from fedsplit.settings.documents import build
 
 
 def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from test_formats import PLAIN
 from transformers import AutoModelForSequenceClassification
 
-from fedsplit import evaluate, scores
-from fedsplit.config import DataSettings
+from fedsplit import scores
+from fedsplit.commands import evaluate
 from fedsplit.corpora.synthetic import TOPICS
-from fedsplit.flags import flag_of
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results.finished import open_run
 from fedsplit.scores import Score
+from fedsplit.settings.flags import flag_of
+from fedsplit.settings.sections import DataSettings
 
 
 def pooled(results: list[evaluate.Result]) -> Score:

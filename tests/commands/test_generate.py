@@ -26,10 +26,10 @@ from family_tokenizers import write_tokenizer
 from peft import PeftModel
 from split_models import Here, server_of
 
-from fedsplit import generate
 from fedsplit.adaptation import lora, run_adapters
-from fedsplit.allowed import SettingError
 from fedsplit.client.link import Link
+from fedsplit.commands import generate
+from fedsplit.errors import SettingError
 from fedsplit.generation.decoding import ClientHalf, Throughput, decode
 from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.model.split import load_parts

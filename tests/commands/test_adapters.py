@@ -16,10 +16,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from fedsplit import adapters
-from fedsplit.evaluate import evaluate, held_out_loss
-from fedsplit.evaluate import main as evaluate_command
-from fedsplit.generate import main as generate_command
+from fedsplit.commands import adapters
+from fedsplit.commands.evaluate import evaluate, held_out_loss
+from fedsplit.commands.evaluate import main as evaluate_command
+from fedsplit.commands.generate import main as generate_command
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.scores import pooled
 

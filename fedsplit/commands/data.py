@@ -1,0 +1,84 @@
+"""`python -m fedsplit.data`: shows how a federation's data would be divided among clients, without running it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedsplit.commands.exit_codes import exit_code
+from fedsplit.environment import quieten
+from fedsplit.settings.config import Config
+from fedsplit.settings.flags import Parser, parse
+
+if TYPE_CHECKING:
+    from fedsplit.corpora.partition import Partition
+
+
+def look(config: Config) -> Partition:
+    """Divides a federation's data among its clients, after checking the settings that matter for that.
+
+    Args:
+        config: Settings of the federation.
+
+    Raises:
+        SettingError: The model or the data set cannot be found, there is too little text, or the text holds a token
+            that the model does not know.
+
+    Example:
+        >>> look(Config(clients=2, dataset="synthetic")).shards[1].name
+        'owner 1'
+    """
+    from fedsplit.commands.checks import check_lengths, check_tokens
+    from fedsplit.corpora.tables import check_dataset, check_packing
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.sources import config_folder
+
+    check_lengths(config, read_facts(config_folder(config.model)))
+    check_packing(config.data)
+    check_dataset(config.dataset, config.data)
+
+    from fedsplit.corpora.partition import partition_of
+
+    partition = partition_of(config)
+    check_tokens(config, partition)
+    return partition
+
+
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
+    parser = Parser(
+        prog="python -m fedsplit.data",
+        description="Shows the data of each client: numbers of sequences and tokens, to train on and held out, and the "
+        "distribution of their owners or labels.",
+        epilog="Takes all flags of python -m fedsplit.simulate. Those that decide: --dataset, --partition, --clients, "
+        "--model, --max-length, --seed and the --data flags.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--plot", default="", metavar="FILE", help="draw a picture, too; needs matplotlib")
+    parser.add_argument("--json", action="store_true", help="print JSON, as in data.json of a run's folder")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
+
+    def work() -> None:
+        flags, rest = make_parser().parse_known_args(argv)
+        config = parse(rest)
+        quieten(offline=False)
+
+        from fedsplit.corpora.data_summary import as_document, data_notes, plot, table
+
+        partition = look(config)
+        if flags.json:
+            lines = [json.dumps(as_document(partition), indent=2)]
+        else:
+            lines = [*data_notes(partition), *table(partition)]
+        print(*lines, sep="\n")
+
+        if flags.plot:
+            plot(partition, Path(flags.plot))
+
+    return exit_code(work)

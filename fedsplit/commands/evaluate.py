@@ -1,0 +1,366 @@
+"""`python -m fedsplit.evaluate`: measures a finished run's model on text, against the base model without its adapter.
+
+All measurements use the unsplit model: whoever evaluates a finished run holds all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsplit.commands.exit_codes import exit_code
+from fedsplit.environment import quieten
+from fedsplit.errors import SettingError
+from fedsplit.results.finished import Adapter, Run, open_run
+from fedsplit.scores import Score, pooled
+from fedsplit.settings.config import LEAVES, Config
+from fedsplit.settings.documents import build, from_document
+from fedsplit.settings.flags import Parser, add_setting, flag_of
+from fedsplit.settings.sections import DataSettings
+from fedsplit.settings.validators import DEVICE
+
+if TYPE_CHECKING:
+    from fedsplit.corpora.sequences import Sequences
+
+
+Texts = list[tuple[str, list["Sequences"]]]
+"""Names of clients or owners, each with batches of text."""
+
+NOT_INHERITED = ("data.config", "data.split")
+"""Settings of another data set that have the plain defaults, and not the run's values: they belong to the data set."""
+
+READING = tuple(name for name in LEAVES if name.startswith("data.") and name not in ("data.held_out", "data.show"))
+"""Settings that say how to read another data set."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Measurements on the text of one client or owner.
+
+    Attributes:
+        name: Name of the client or owner.
+        base: Score of the base model.
+        tuned: Score of the base model with the adapter.
+    """
+
+    name: str
+    base: Score
+    tuned: Score
+
+
+def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None = None) -> float:
+    """Returns the loss of an unsplit model on the held-out text of a finished run's clients.
+
+    For the run's own model this is `eval_loss.after` of the summary.
+
+    Args:
+        model: A causal LM, or a classifier if the run trained one; for example the base model with the run's adapter,
+            opened by PEFT.
+        run: Folder of the run.
+        clients: Numbers of the clients whose text counts, such as the client of a personal adapter; None for all.
+
+    Returns:
+        Mean loss over all predicted tokens, or sequences, in nats.
+    """
+    from fedsplit.model.families import read_facts, read_pad
+    from fedsplit.model.sources import config_folder
+    from fedsplit.results.whole import score
+
+    config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
+    model.eval()
+    if config.data.format == "classification":  # transformers finds the last token of a sequence by the padding token
+        path = config_folder(config.model)
+        model.config.pad_token_id = read_pad(path, read_facts(path).end)
+
+    scores = []
+    for client, (_, batches) in enumerate(_held_out(config, config.eval.samples)):
+        if clients is None or client in clients:
+            scores.append(score(model, batches))
+    return pooled(scores).loss
+
+
+def _held_out(config: Config, samples: int) -> Texts:
+    """Returns each client's held-out text, in the batches in which the run measured it."""
+    from fedsplit.client.heldout import held_out_batches
+    from fedsplit.corpora.partition import shards_of
+
+    texts = []
+    for shard in shards_of(config):
+        numbered = held_out_batches(shard, samples, config.train.batch_size)
+        texts.append((shard.name, [rows for _, rows in numbered]))
+    return texts
+
+
+def other_data(config: Config, given: Mapping[str, object]) -> DataSettings:
+    """Returns the settings to read another data set: the given ones, and otherwise the run's.
+
+    Args:
+        config: Settings of the run.
+        given: Values of some of the settings `READING`, by dotted name.
+
+    Raises:
+        SettingError: A value is not allowed.
+
+    Example:
+        >>> run = Config(data=DataSettings(text="body", split="test"))
+        >>> data = other_data(run, {"data.owner": "who"})
+        >>> data.text, data.owner, data.split
+        ('body', 'who', 'train')
+    """
+    given_data = build(given).data
+    plain = DataSettings()
+    data = replace(config.data, held_out=plain.held_out, show=plain.show)
+    names = {name.removeprefix("data.") for name in (*NOT_INHERITED, *given)}
+    return replace(data, **{name: getattr(given_data, name) for name in names})
+
+
+def _check_format(config: Config, data: DataSettings) -> None:
+    """Checks that the format of another data set suits the run's model.
+
+    Raises:
+        SettingError: The model predicts tokens and the data set has classes, or the other way round.
+    """
+    classifies = config.data.format == "classification"
+    if classifies and data.format != "classification":
+        raise SettingError("data.format", data.format, "classification, since the run's model tells classes")
+    if not classifies and data.format == "classification":
+        allowed = "auto | text | completion | chat, since the run's model predicts tokens"
+        raise SettingError("data.format", data.format, allowed)
+
+
+def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) -> Texts:
+    """Returns all text of another data set in batches, owner by owner."""
+    from fedsplit.corpora.partition import all_text
+    from fedsplit.corpora.shards import spread
+    from fedsplit.corpora.tables import check_dataset, check_packing
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.sources import config_folder
+
+    _check_format(config, data)
+    check_packing(data)
+    check_dataset(dataset, data)
+    path = config_folder(config.model)
+    end = read_facts(path).end
+    by_owner = all_text(dataset, config.train.max_length, path, end, data, config.seed, _classes(config))
+
+    texts = []
+    for owner, sequences in by_owner.items():
+        chosen = spread(sequences, samples or len(sequences))
+        texts.append((owner, chosen.split(config.train.batch_size)))
+    return texts
+
+
+def _assignments(
+    run: Run, dataset: str, client: int | None, samples: int, data: DataSettings
+) -> list[tuple[Adapter, Texts]]:
+    """Returns the adapters to measure, each with the texts to measure it on.
+
+    Raises:
+        InputError: There is no such client; or another data set is to be measured, and clients have personal adapters.
+    """
+    if client is not None and not 0 <= client < run.config.clients:
+        raise SettingError("client", client, f"0 to {run.config.clients - 1}, the clients of the run")
+    if dataset:
+        if client is None:
+            run.check_shared()
+        adapter = run.adapter(client if run.personal else None)
+        return [(adapter, _other_text(run.config, dataset, samples, data))]
+
+    texts = _held_out(run.config, samples or run.config.eval.samples)
+    chosen = [number for number in range(len(texts)) if client is None or number == client]
+    if run.personal:
+        return [(run.adapter(number), [texts[number]]) for number in chosen]
+    return [(run.adapter(), [texts[number] for number in chosen])]
+
+
+def _check_tokens(run: Run, assignments: list[tuple[Adapter, Texts]]) -> None:
+    """Checks that the model's embedding has a row for every token of the texts.
+
+    Raises:
+        SettingError: A token has none.
+    """
+    from fedsplit.model.sources import config_folder
+    from fedsplit.model.token_ids import check_largest
+
+    all_batches = [rows for _, texts in assignments for _, batches in texts for rows in batches]
+    largest = max(int(rows.ids.max()) for rows in all_batches)
+    check_largest(config_folder(run.config.model), run.config.model, largest)
+
+
+def evaluate(
+    run: Run,
+    dataset: str = "",
+    client: int | None = None,
+    samples: int = 0,
+    data: DataSettings | None = None,
+    device: str = "cpu",
+    tell: Callable[[str, int, int], object] = lambda text, done, of: None,
+) -> list[Result]:
+    """Measures a finished run's model, and its base model for comparison.
+
+    Args:
+        run: The run.
+        dataset: Another data set, as `fedsplit.simulate --dataset` takes it, of which all text counts. Empty: the
+            held-out text of the run's clients.
+        client: Number of the only client whose text, or whose personal adapter, to use; None for all.
+        samples: Largest number of sequences of a client or owner; 0: as in the run, or all of another data set.
+        data: Settings to read another data set; None: as in the run (see `other_data`).
+        device: Device to compute on, as in the setting of that name.
+        tell: Function called before each measurement with its description, the number done and the number in all.
+
+    Returns:
+        A result for every client, or for every owner of another data set.
+
+    Raises:
+        InputError: There is no such client, data set or device, or the run's model is missing.
+    """
+    from fedsplit.model.devices import check_device, resolve
+    from fedsplit.results.fitting import leaves_base
+    from fedsplit.results.whole import attach, detach, open_held, restore_head, score
+
+    check_device("device", device)
+    assignments = _assignments(run, dataset, client, samples, data or other_data(run.config, {}))
+    _check_tokens(run, assignments)
+
+    classes = _classes(run.config)
+    seed = run.config.seed
+    total = 2 * sum(len(texts) for _, texts in assignments)
+    done = itertools.count()
+
+    def measured(model: Any, description: str, name: str, batches: Sequence[Sequences]) -> Score:
+        tell(f"{description}, text of {name}", next(done), total)
+        return score(model, batches)
+
+    def opened(adapter: Adapter) -> Any:
+        return open_held(adapter, resolve(device), classes=len(classes), seed=seed)
+
+    results = []
+    base = opened(assignments[0][0])
+    for number, (adapter, texts) in enumerate(assignments, 1):
+        base_scores = [measured(base, "base model", name, batches) for name, batches in texts]
+        model = attach(base, adapter)
+        for (name, batches), base_score in zip(texts, base_scores, strict=True):
+            results.append(Result(name, base_score, measured(model, "with the adapter", name, batches)))
+
+        if number < len(assignments):  # the next adapter needs the base model again
+            base = detach(model) if leaves_base(adapter) else opened(adapter)
+            if classes:  # PEFT leaves the adapter's head in the model
+                restore_head(base, seed)
+    return results
+
+
+def _classes(config: Config) -> tuple[str, ...]:
+    """Returns the names of a run's classes, under classification; otherwise nothing."""
+    from fedsplit.corpora.partition import partition_of
+
+    return partition_of(config).classes if config.data.format == "classification" else ()
+
+
+def lines(results: Sequence[Result], classifies: bool = False) -> list[str]:
+    """Returns results as the lines of a table, with the total in the last line.
+
+    Args:
+        results: One result or more.
+        classifies: Whether the model predicted the classes of texts, and not tokens.
+
+    Example:
+        >>> result = Result("ann", base=Score(20.0, 10, 1), tuned=Score(10.0, 10, 4))
+        >>> for line in lines([result], classifies=True):
+        ...     print(line)
+             texts              loss          accuracy
+        ann     10  2.0000 -> 1.0000  10.00% -> 40.00%
+        all     10  2.0000 -> 1.0000  10.00% -> 40.00%
+    """
+    from fedsplit.report import aligned, perplexity
+
+    total = Result("all", pooled(result.base for result in results), pooled(result.tuned for result in results))
+    if classifies:
+        rows: list[tuple[str, ...]] = [("", "texts", "loss", "accuracy")]
+    else:
+        rows = [("", "tokens", "loss", "perplexity", "accuracy")]
+    for result in (*results, total):
+        before = result.base
+        after = result.tuned
+        row = [result.name, f"{after.tokens:,}", f"{before.loss:.4f} -> {after.loss:.4f}"]
+        if not classifies:
+            row.append(f"{perplexity(before.loss):.2f} -> {perplexity(after.loss):.2f}")
+        rows.append((*row, f"{before.accuracy:.2%} -> {after.accuracy:.2%}"))
+    return aligned(rows)
+
+
+def make_parser() -> Parser:
+    """Returns the parser of the command's flags."""
+    parser = Parser(
+        prog="python -m fedsplit.evaluate",
+        description="Measures the perplexity and accuracy of a finished run's model: base model -> with the adapter.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, metavar="DIR", help="the folder of a finished run")
+    parser.add_argument(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="another data set, as fedsplit.simulate takes it; all its text counts, owner by owner "
+        "(default: the held-out text of the run's clients)",
+    )
+    parser.add_argument(
+        "--client", type=int, metavar="N", help="use this client alone, with its personal adapter if it has one"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="most sequences of each (default: as in the run, or all)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help=f"device to compute on: {DEVICE.words} (default: cpu)"
+    )
+    parser.add_argument("--model", default="", metavar="DIR", help="folder of the base model, if it was moved")
+    data = parser.add_argument_group("data", "Ways to read the other data set.")
+    for name in READING:
+        add_setting(data, name, None if name in NOT_INHERITED else "the run's")
+    return parser
+
+
+def _given(flags: argparse.Namespace) -> dict[str, object]:
+    """Returns the given settings of another data set.
+
+    Raises:
+        SettingError: A setting is given without another data set.
+    """
+    given = {name: value for name, value in vars(flags).items() if name in READING}
+    if given and not flags.dataset:
+        name, value = next(iter(given.items()))
+        allowed = f"no {flag_of(name)} without --dataset: what the clients held out is read as the run read it"
+        raise SettingError(name, str(value), allowed)
+    return given
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
+
+    def work() -> None:
+        flags = make_parser().parse_args(argv)
+        if flags.samples < 0:
+            raise SettingError("samples", flags.samples, "a whole number of at least 0")
+        if not DEVICE.test(flags.device):
+            raise SettingError("device", flags.device, DEVICE.words)
+        run = open_run(Path(flags.run))
+        if flags.model:
+            run = replace(run, config=replace(run.config, model=flags.model))
+        data = other_data(run.config, _given(flags))
+        quieten(offline=not flags.dataset)
+
+        from fedsplit.events.screen import make_screen
+
+        with make_screen(errors=True) as screen:
+            results = evaluate(run, flags.dataset, flags.client, flags.samples, data, flags.device, screen.phase)
+        print(*lines(results, run.config.data.format == "classification"), sep="\n")
+
+    return exit_code(work)

@@ -1,0 +1,200 @@
+"""`python -m fedsplit.simulate`: the whole federation on one machine, with one command."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedsplit.commands.exit_codes import exit_code
+from fedsplit.environment import prepare
+from fedsplit.events import Sink
+from fedsplit.objects import NOTHING, Objects
+from fedsplit.settings.config import Config
+from fedsplit.settings.flags import parse
+
+
+def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
+    """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
+
+    Args:
+        config: The run's.
+        objects: Objects in place of names in the settings.
+
+    Returns:
+        The run's folder, not made yet, the strategy, and the data as they are dealt out.
+
+    Raises:
+        SettingError: Something was given wrongly.
+    """
+    from fedsplit.commands import checks
+    from fedsplit.corpora.tables import check_dataset, check_packing
+    from fedsplit.engines.planning import plan
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.sources import config_folder, weights_folder
+
+    checks.check_prompt(config)
+    facts = read_facts(config_folder(config.model))
+    checks.check_cut(config, facts)
+    checks.check_training(config)
+    checks.check_trunk(config)
+    plan(config)
+    checks.check_lengths(config, facts)
+    checks.check_adapters(config, facts)
+    checks.check_experts(config, facts)
+    check_packing(config.data)
+    check_dataset(config.dataset, config.data)
+
+    from fedsplit.model.devices import check_devices
+
+    check_devices(config)
+
+    from fedsplit.adaptation.injection import check_injection
+    from fedsplit.client.measures import check_measures, load_measures
+    from fedsplit.corpora.partition import partition_of
+    from fedsplit.events.user_sinks import check_sinks
+    from fedsplit.federation.aggregation import strategy_defaults
+    from fedsplit.federation.checkpoint import check_folder, check_resumable
+    from fedsplit.federation.rehearsal import rehearse
+    from fedsplit.federation.strategy import check_strategy, is_builtin, load_strategy
+    from fedsplit.model.checkpoint_reader import check_checkpoint
+    from fedsplit.model.quantization import check_quantization
+    from fedsplit.optimization.optim import check_optimizer
+    from fedsplit.results.initial import check_initial
+
+    folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    if config.resume:
+        check_resumable(folder, config)
+    else:
+        check_folder(folder)
+    check_optimizer(config.train)
+    check_sinks(config.sinks)
+
+    def make_strategy() -> Any:
+        if objects.strategy is not None:
+            return copy.deepcopy(objects.strategy)
+        return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
+
+    chosen = make_strategy() if objects.strategy is None else objects.strategy
+    measures = load_measures(config, objects)
+    check_strategy(chosen, config)
+    checks.check_stacked(chosen, config, facts)
+    check_quantization(config)
+    if not is_builtin(chosen):
+        rehearse(make_strategy, config)
+    if config.lora.method != "lora" or config.lora.options:
+        check_injection(config, facts.family)
+    deal = partition_of(config)
+    if deal.classes:
+        checks.check_classifier(config)
+    check_measures(config, measures, len(deal.classes))
+    checks.check_tokens(config, deal)
+    check_initial(config, facts.family, len(deal.classes))
+    folder_of_weights = weights_folder(config, tell=print)  # last: they may have to be fetched first
+    check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))
+    return folder, chosen, deal
+
+
+def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+    """Runs a federation.
+
+    Args:
+        config: Its settings.
+        objects: Objects in place of names in the settings; see `fedsplit.run`.
+        sinks: Receive its events, beside the sinks that the settings name.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        InputError: Something was given wrongly; nothing has been written.
+        FederationFailed, RefusedUpdate, TrunkLost: The run broke.
+    """
+    started = time.perf_counter()
+    prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
+    folder, strategy, deal = check(config, objects)
+    objects = replace(objects, strategy=strategy)
+
+    from fedsplit.corpora.data_summary import as_document
+    from fedsplit.corpora.shards import on_disks
+    from fedsplit.engines.planning import plan
+    from fedsplit.engines.session import engine_named
+    from fedsplit.events.emitter import Emitter
+    from fedsplit.events.event_types import Notice
+    from fedsplit.events.run_files import MetricsFile, SummaryFile
+    from fedsplit.events.screen import make_screen
+    from fedsplit.events.user_sinks import make_sinks
+    from fedsplit.federation.checkpoint import RunFolder, check_content
+    from fedsplit.federation.clients import FederationFailed
+    from fedsplit.federation.federation import Federation, Job
+    from fedsplit.federation.manifest import content_of
+    from fedsplit.federation.workload import workloads
+    from fedsplit.model.families import read_facts
+    from fedsplit.model.sources import config_folder, pinned, weights_folder
+    from fedsplit.trunk.doors import check_memory
+
+    content = content_of(deal.shards, config_folder(config.model), weights_folder(config), config.init_adapter)
+    if config.resume:
+        check_content(folder, config, content)
+    facts = read_facts(config_folder(config.model))
+    config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
+    shares = plan(config, facts.width)
+    train = replace(config.train, micro_batches=shares.micro_batches)
+    config = replace(config, model=pinned(config.model), train=train)
+    users = [*make_sinks(config.sinks), *sinks]
+    with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
+        for line in _opening(config, facts, shares, deal):
+            emit(Notice(text=line))
+        with engine_named(config.engine)(config, shares, objects) as session:
+            check_memory(config, session.trunk)
+            results = RunFolder(folder, config, facts.family, facts.blocks, content)
+            results.save_data(as_document(deal))
+            work = workloads(config, deal.shards)
+            job = Job(config, strategy, work, results, emit, started)
+            federation = Federation(job, session.trunk, session.name, shares.client_threads)
+            with on_disks(results.clients, deal.shards):
+                session.play(federation)
+        if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
+            raise FederationFailed("the server stopped before the last round was over; was its output closed?")
+    return federation.summary
+
+
+def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
+    """What is said before a run begins: who has how much of the machine, the model, and the data where there is need.
+
+    Args:
+        config: The run's.
+        facts: The model's `fedsplit.model.families.Facts`.
+        shares: A `fedsplit.engines.planning.Plan`.
+        deal: A `fedsplit.corpora.partition.Partition`.
+    """
+    from fedsplit.corpora.data_summary import data_notes, table
+    from fedsplit.results import initial
+
+    kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
+    return [
+        f"{config.clients} clients in {shares.workers} processes; "
+        f"threads: {shares.client_threads} each, trunk {shares.trunk_lanes} x {shares.trunk_threads}; "
+        f"micro-batches: {shares.micro_batches}",
+        f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
+        f"strategy: {config.strategy}{kind}",
+        *initial.stated(config),
+        *data_notes(deal),
+        *(table(deal) if config.data.show else []),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for what it returns."""
+
+    def work() -> None:
+        config = parse(argv)
+        prepare()
+        warnings.simplefilter("ignore")
+        run(config)
+
+    return exit_code(work)

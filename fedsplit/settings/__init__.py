@@ -1,0 +1,1 @@
+"""Settings of a run: their values, their checks, and their forms as flags and as TOML."""

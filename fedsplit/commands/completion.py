@@ -79,7 +79,7 @@ def _parser_of(name: str) -> Parser:
     """Returns the parser of a command."""
     if name == "simulate":
         return simulate_parser()
-    parser: Parser = import_module(f"fedsplit.{name}").make_parser()
+    parser: Parser = import_module(f"fedsplit.commands.{name}").make_parser()
     return parser
 
 

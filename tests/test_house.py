@@ -17,6 +17,7 @@ GROUND = {
     "durable",
     "environment",
     "errors",
+    "factors",
     "loading",
     "lowrank",
     "objects",
@@ -190,7 +191,9 @@ def test_strategies_need_torch_and_the_lowest_modules_only() -> None:
         for imported in imports(path):
             library = imported.partition(".")[0]
             allowed = library in sys.stdlib_module_names or library in ("torch", "strategies")
-            ours = imported.startswith(("fedsplit.updates", "fedsplit.lowrank", "fedsplit.seeds", "fedsplit.stages"))
+            ours = imported.startswith(
+                ("fedsplit.updates", "fedsplit.factors", "fedsplit.lowrank", "fedsplit.seeds", "fedsplit.stages")
+            )
             assert allowed or ours, f"{path} imports {imported}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from peft import PeftConfig
 from torch import Tensor
 
-from fedsplit.adaptation import lora, prompts
+from fedsplit.adaptation import adapter_files, lora, prompts
 from fedsplit.adaptation.methods import method_of
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import Part
@@ -50,7 +50,7 @@ def read(config: Config, part: Part | None = None) -> Adapters:
     """
     folder = Path(config.init_adapter)
     if config.prompt.kind == "off":
-        return lora.load(folder, skipped=[HEAD_BASE])
+        return adapter_files.load(folder, skipped=[HEAD_BASE])
     saved = prompts.load(folder).tensors[prompts.SAVED]
     if part is None:
         return Adapters({prompts.SAVED: saved}, {})
@@ -94,7 +94,7 @@ def resized(start: Adapters, made: Adapters) -> dict[str, Tensor]:
 def more_than_factors(config: Config) -> str:
     """Names something that the adapter does beside adding s * B @ A to layers; "" where there is nothing."""
     filed = PeftConfig.from_pretrained(config.init_adapter)
-    return lora.beyond_factors(filed, read(config).tensors)
+    return adapter_files.beyond_factors(filed, read(config).tensors)
 
 
 def can_start(config: Config) -> str:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from fedsplit.adaptation import initial_adapter, lora, prompts
+from fedsplit.adaptation import adapter_files, initial_adapter, lora, prompts
 from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.rank_allocation import adapted_layers
@@ -154,12 +154,12 @@ def save(
         prompts.save(folder, adapters.tensors, config.prompt, config_folder(config.model), config.model, blocks)
     else:
         head = config.lm_head if kind in (None, "top") else "frozen"
-        lora.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
+        adapter_files.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
 
 
 def load(folder: Path) -> Adapters:
     """Reads an adapter of the unsplit model that `save` or PEFT wrote."""
-    return lora.load(folder) if prompts.kind_of(folder) is None else prompts.load(folder)
+    return adapter_files.load(folder) if prompts.kind_of(folder) is None else prompts.load(folder)
 
 
 def check_made_by(folder: Path, config: Config, family: Family) -> None:
@@ -203,7 +203,7 @@ def difference(
     else:
         expected_config = make_config(for_file(config), family, None, config.seed, config.lm_head)
         if method_of(config.lora).residual:
-            expected_config.init_lora_weights = True  # as `lora.save` writes it
+            expected_config.init_lora_weights = True  # as `adapter_files.save` writes it
         names = [entry.name for entry in fields(expected_config) if entry.name not in _OF_THE_FILE]
         expected_values = {name: getattr(expected_config, name) for name in names}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import folding, lora
 from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.heldout import held_out_batches, sample, through_split
@@ -123,8 +123,8 @@ class _Site:
             log.append(request.folded, request.changes)
         for round in range(self.folded + 1, request.folded + 1):
             changes = log.read(round)
-            lora.fold(self.bottom, changes)
-            lora.fold(self.top, changes)
+            folding.fold(self.bottom, changes)
+            folding.fold(self.top, changes)
         self.folded = max(self.folded, request.folded)
 
 

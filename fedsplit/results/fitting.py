@@ -19,7 +19,7 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
-from fedsplit.adaptation import lora, prompts, run_adapters
+from fedsplit.adaptation import adapter_files, lora, prompts, run_adapters
 from fedsplit.errors import InputError, SettingError
 from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.parts import SCORE
@@ -121,14 +121,14 @@ def leaves_base(adapter: Adapter) -> bool:
     base_weights = {
         name for name in read_adapter(adapter).tensors if ".lora_" not in name or ".base_layer.weight" in name
     }
-    keeps_base_at_start = config.init_lora_weights in lora.NEUTRAL_STARTS and not config.layer_replication
+    keeps_base_at_start = config.init_lora_weights in adapter_files.NEUTRAL_STARTS and not config.layer_replication
     return keeps_base_at_start and base_weights <= {HEAD_WEIGHT, lora.SCORE_WEIGHT}
 
 
 def more_than_factors(adapter: Adapter) -> str:
     """Returns in words what an adapter does beside adding s * B @ A to layers; "" if it does nothing else."""
     config = PeftConfig.from_pretrained(str(adapter.folder))
-    return lora.beyond_factors(config, read_adapter(adapter).tensors)
+    return adapter_files.beyond_factors(config, read_adapter(adapter).tensors)
 
 
 def classes_in(adapters: Adapters) -> int:

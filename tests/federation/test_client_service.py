@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import folding, lora
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import write_shard
 from fedsplit.federation.adapter_ledger import AdapterLedger
@@ -104,20 +104,20 @@ def test_changes_of_base_weights_are_made_once_and_in_order(config: Config, tmp_
     briefing, service = briefing_of(config, tmp_path), service_at(config, tmp_path)
     site = service.visit(Introduce(briefing, 0)).site
     (layer, *_) = lora.read(site.bottom).layers
-    before = lora.base_weights(site.bottom, [layer])[layer]
+    before = folding.base_weights(site.bottom, [layer])[layer]
     # GPT-2 stores a layer's weights as (in, out); one column and one row are a change of rank 1.
     change = LowRank(torch.ones(before.shape[1], 1), torch.ones(1, before.shape[0]))
     first = Evaluate(briefing, 0, round=1, folded=1, changes={layer: change})
     for _ in range(2):
         service.visit(first)
-    assert torch.equal(lora.base_weights(site.bottom, [layer])[layer], before + 1)
+    assert torch.equal(folding.base_weights(site.bottom, [layer])[layer], before + 1)
 
     other = ClientService(lambda name: None)  # type: ignore[arg-type,return-value]
     late = other.visit(Train(briefing, 0, round=2, folded=1)).site
-    assert torch.equal(lora.base_weights(late.bottom, [layer])[layer], before + 1)
+    assert torch.equal(folding.base_weights(late.bottom, [layer])[layer], before + 1)
 
     (tmp_path / "folds" / "round-0001.safetensors").unlink()
     anew = service.visit(Train(briefing, 0, round=1, attempt=1, discarded=1)).site
     assert anew is not site
-    assert torch.equal(lora.base_weights(anew.bottom, [layer])[layer], before)
+    assert torch.equal(folding.base_weights(anew.bottom, [layer])[layer], before)
     assert service.visit(Train(briefing, 0, round=1, attempt=1, discarded=1)).site is anew

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from fedsplit.adaptation import adapter_files
 from fedsplit.errors import InputError
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.results.combining import combine
 from fedsplit.results.finished import Adapter, find_adapter
-from fedsplit.results.merging import combine, merge
+from fedsplit.results.merging import merge
 
 IDS = torch.arange(40).reshape(2, 20)
 

@@ -59,7 +59,7 @@ def save(
         config.task_type = "SEQ_CLS"
         config.modules_to_save = [SCORE]
 
-    # A layer whose rank is not the configuration's gets an entry in the patterns, with a scaling of 1.
+    # A layer of another rank than the configuration's gets an entry in the patterns, with a scaling of 1.
     tensors = dict(adapters.tensors)
     for layer in adapters.complete:
         change = adapters.change(layer)
@@ -70,7 +70,8 @@ def save(
         key = pattern_name(layer, config)
         config.rank_pattern[key] = change.rank
         config.alpha_pattern[key] = change.rank**0.5 if settings.rslora else change.rank
-        tensors |= {f"{layer}.lora_A.weight": change.down.float(), f"{layer}.lora_B.weight": change.up.float()}
+        tensors[f"{layer}.lora_A.weight"] = change.down.float()
+        tensors[f"{layer}.lora_B.weight"] = change.up.float()
     config.save_pretrained(str(directory))
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -79,7 +80,8 @@ def save(
 def pattern_name(layer: str, config: PeftConfig) -> str:
     """Returns the name of a layer in PEFT's `rank_pattern` and `alpha_pattern`. A router goes by its parameter."""
     parameter = f"{layer}.weight"
-    return parameter if any(parameter.endswith(f".{path}") for path in config.target_parameters or ()) else layer
+    is_adapted_parameter = any(parameter.endswith(f".{path}") for path in config.target_parameters or ())
+    return parameter if is_adapted_parameter else layer
 
 
 _UNDERSTOOD = frozenset(
@@ -90,7 +92,7 @@ _UNDERSTOOD = frozenset(
         *("modules_to_save", "init_lora_weights", "fan_in_fan_out"),
     }
 )
-"""Fields of PEFT's LoraConfig that determine only which layers get s * B @ A, and how large s is."""
+"""Fields of PEFT's LoraConfig that select the layers which get s * B @ A, or set s, and do nothing more."""
 
 
 NEUTRAL_STARTS = (True, False, "gaussian", "orthogonal")
@@ -98,14 +100,14 @@ NEUTRAL_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
-    """Finds out whether an adapter does more than add s * B @ A to layers, or replace the head.
+    """Finds the first effect of an adapter beyond adding s * B @ A to layers, or replacing the head.
 
     Args:
         config: PEFT's configuration of the adapter.
         names: Names of the adapter's tensors.
 
     Returns:
-        A description of the first such thing; "" if there is none.
+        A description of the effect; "" for none.
 
     Example:
         >>> beyond_factors(LoraConfig(use_dora=True), [])
@@ -135,8 +137,8 @@ def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
 def load(directory: Path, skipped: Collection[str] = ()) -> Adapters:
     """Reads an adapter of the unsplit model that `save` or PEFT wrote.
 
-    Folded changes are in the factors. Every layer has the alpha for its rank. The result has no layers, only tensors,
-    for an adapter that does anything but add s * B @ A.
+    Folded changes are in the factors. Every layer has the alpha for its rank. If the adapter does more than add
+    s * B @ A (see `beyond_factors`), the result has tensors and no layers.
 
     Args:
         directory: Folder of the adapter.
@@ -158,24 +160,37 @@ def load(directory: Path, skipped: Collection[str] = ()) -> Adapters:
     tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     if beyond_factors(config, tensors):
         return Adapters(tensors, {})
-    factored = sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)})
-    return Adapters(tensors, {layer: _filed_layer(layer, tensors, config) for layer in factored})
+    names = sorted({name.rpartition(".lora_")[0] for name in tensors if factor_of(name)})
+    return Adapters(tensors, {name: _layer_in_file(name, tensors, config) for name in names})
 
 
-def _filed_layer(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> Layer:
-    """Returns the facts about one layer of an adapter's file."""
-    stacked = name.removesuffix(".base_layer").endswith(".experts")
-    parameter = _wrapped(name, config) if stacked else "weight"
-    place = f"{name.partition('.base_layer')[0]}.{parameter}" if stacked else pattern_name(name, config)
+def _layer_in_file(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> Layer:
+    """Returns the constants of one layer of an adapter's file."""
+    is_stacked = name.removesuffix(".base_layer").endswith(".experts")
+    if is_stacked:
+        parameter = _wrapped_parameter(name, config)
+        place = f"{name.partition('.base_layer')[0]}.{parameter}"
+    else:
+        parameter = "weight"
+        place = pattern_name(name, config)
+
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, place), config.lora_alpha)
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, place), config.r)
-    experts = tensors[f"{name}.lora_A.weight"].shape[0] // rank if stacked else 1
-    transposed = bool(config.fan_in_fan_out) and name != HEAD  # a head is no Conv1D in any family
-    return Layer(float(alpha), transposed, bool(config.use_rslora), experts, parameter)
+    return Layer(
+        alpha=float(alpha),
+        transposed=bool(config.fan_in_fan_out) and name != HEAD,  # a head is no Conv1D in any family
+        rslora=bool(config.use_rslora),
+        experts=tensors[f"{name}.lora_A.weight"].shape[0] // rank if is_stacked else 1,
+        parameter=parameter,
+    )
 
 
-def _wrapped(layer: str, config: PeftConfig) -> str:
-    """Returns the parameter of an experts' module that a file's layer changes. PEFT wraps the first one innermost."""
+def _wrapped_parameter(layer: str, config: PeftConfig) -> str:
+    """Returns the parameter of an experts' module that a file's layer changes.
+
+    PEFT wraps the module once for each parameter, the first parameter innermost. Every wrapper outside of a layer's
+    wrapper adds `.base_layer` to the layer's name.
+    """
     asked = {path.rpartition(".")[2] for path in config.target_parameters or ()}
-    inwards = [name for name in reversed(STACKED) if name in asked]
-    return inwards[layer.count(".base_layer")]
+    from_outside = [name for name in reversed(STACKED) if name in asked]
+    return from_outside[layer.count(".base_layer")]

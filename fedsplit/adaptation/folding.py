@@ -19,17 +19,18 @@ def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
 
     Args:
         part: The part.
-        changes: Matrices (out, in) by layer of the unsplit model. Layers of other parts are ignored.
+        changes: Matrices (out, in) by layer of the unsplit model. Layers of further parts are ignored.
 
     Raises:
-        ValueError: The weights of a layer are quantised. They would have to be quantised again.
+        ValueError: The weights of a layer are quantised, and would have to be quantised again.
     """
     for name, module in part.named_modules():
         layer = part.unsplit_name(name)
         change = changes.get(layer)
         if not isinstance(module, LoraLayer) or change is None:
             continue
-        if name == HEAD:  # an embedding that is tied to the head must not change
+        if name == HEAD:
+            # A head may be tied to the embedding, which must not change: only the head gets the matrix.
             module.base_layer.weight = nn.Parameter(module.base_layer.weight.clone(), requires_grad=False)
         weight = module.base_layer.weight
         if not weight.is_floating_point():
@@ -47,22 +48,25 @@ def base_weights(part: Part, layers: Collection[str]) -> dict[str, Tensor]:
 
     Args:
         part: The part.
-        layers: Layers of the unsplit model; layers of other parts are passed over.
+        layers: Layers of the unsplit model. Layers of further parts are left out.
 
     Returns:
         Weights by layer, as the library stores them: (out, in), or (in, out) for GPT-2's Conv1D.
     """
-    found = {}
+    weights = {}
     for name, module in part.named_modules():
         layer = part.unsplit_name(name)
         if isinstance(module, LoraLayer) and layer in layers:
-            found[layer] = module.base_layer.weight.detach().clone()
-    return found
+            weights[layer] = module.base_layer.weight.detach().clone()
+    return weights
 
 
 @torch.no_grad()
 def put_back(part: Part, weights: Mapping[str, Tensor]) -> None:
-    """Writes weights from `base_weights` back to their layers."""
+    """Writes weights from `base_weights` back to their layers.
+
+    Copies are exact. A matrix that is added and subtracted again would leave rounding errors.
+    """
     for name, module in part.named_modules():
         layer = part.unsplit_name(name)
         if isinstance(module, LoraLayer) and layer in weights:

@@ -1,14 +1,14 @@
-"""Adapters in the layers of a part, by PEFT: adds, reads, writes, counts, saves and loads them.
+"""Adapters in the layers of a part, by PEFT: adds, reads, writes and counts adapters.
 
 A LoRA adapter is a pair of factors A and B for each layer, with a scaling that depends on the rank. An adapter of any
-other method is treated as a set of named tensors.
+further method is treated as a set of named tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from peft.tuners.adalora import AdaLoraLayer
@@ -27,6 +27,9 @@ from fedsplit.model.quantization import values_in, was_transposed
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.sections import LoraSettings
 from fedsplit.updates import Adapters, Layer, fresh_factor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SCORE_WEIGHT = f"{SCORE}.weight"
 """Name of the weight of a head for classes, in a part and in an adapter's file."""
@@ -50,8 +53,10 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
         """Computes the mean next-token loss of a head; see `fedsplit.model.kernels.causal_loss`."""
         weight = self.base_layer.weight
         inputs = self.lora_dropout[ADAPTER](hidden.to(weight.dtype))
-        low = functional.linear(inputs, self.lora_A[ADAPTER].weight.to(weight.dtype)) * self.scaling[ADAPTER]
-        return causal_loss(hidden, weight, labels, cap, low, self.lora_B[ADAPTER].weight.to(weight.dtype))
+        down = self.lora_A[ADAPTER].weight.to(weight.dtype)
+        up = self.lora_B[ADAPTER].weight.to(weight.dtype)
+        low = functional.linear(inputs, down) * self.scaling[ADAPTER]
+        return causal_loss(hidden, weight, labels, cap, low, up)
 
 
 def _fuse(part: Part) -> None:
@@ -65,8 +70,8 @@ def _fuse(part: Part) -> None:
 def _settle_ranks(part: Part) -> None:
     """Restores the ranks by which AdaLoRA's layers divide to frozen float32 constants.
 
-    For a base in 16 bits or on a GPU, PEFT moves them to that type or device, and thereby turns them into trainable
-    parameters. They are in no file of PEFT's, so an adapter that is opened again has the constants.
+    For a base in 16 bits or on a GPU, PEFT moves the ranks to the base's type or device, and thereby makes trainable
+    parameters of them. An adapter that is opened again has the constants, since no file of PEFT has the ranks.
     """
     for module in part.modules():
         if isinstance(module, AdaLoraLayer):
@@ -75,7 +80,7 @@ def _settle_ranks(part: Part) -> None:
 
 
 def fresh_score(shape: Sequence[int], spread: float, seed: int) -> Tensor:
-    """Draws the initial weight (C, D) of a head for classes from the seed of the run. All clients start with it.
+    """Draws the initial weight (C, D) of a head for classes from the seed of the run, equal for all clients.
 
     Args:
         shape: (C, D).
@@ -90,23 +95,27 @@ def fresh_score(shape: Sequence[int], spread: float, seed: int) -> Tensor:
     return torch.empty(*shape).normal_(0.0, spread, generator=generator)
 
 
-def spread_of(config: Any) -> float:
+def spread_of(config: PretrainedConfig) -> float:
     """Returns the standard deviation of a model's new heads, from the library's configuration."""
-    return float(getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02)
+    for key in ("initializer_range", "init_std"):  # OPT has the second
+        spread = getattr(config, key, None)
+        if spread:
+            return float(spread)
+    return 0.02  # the library's default
 
 
 def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> None:
-    """Adds adapters to a part, in place. All other parameters stay frozen.
+    """Adds adapters to a part, in place. All base weights stay frozen.
 
-    The initial values of a layer depend only on the seed, the layer's name and its weight. So they are the same for
-    every client and every cut. LoRA's B starts at zero, except for methods that start from the base weight.
+    The initial values of a layer depend only on the seed, the layer's name and its weight, so that all clients have
+    equal values under every cut. LoRA's B starts at zero, except for methods that start from the base weight.
 
     Args:
         part: The part. Its base weights must be frozen already.
         settings: Method, rank, alpha, dropout and targets.
         seed: Seed of the run.
-        head: How the top's head trains, one of `choices.HEADS`. An embedding that is tied to the head does
-            not change: "lora" adds to the output of the shared weight, and "full" trains a copy of the weight.
+        head: Training of the top's head, one of `choices.HEADS`. An embedding that is tied to the head does not
+            change: "lora" adds to the output of the shared weight, and "full" trains a copy of the weight.
 
     Example:
         >>> from fedsplit.settings.config import BUNDLED_MODEL
@@ -118,11 +127,14 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
     """
     if part.kind != "top":
         head = "frozen"
-    modules = len(settings.targets) > len(part.family.asked(settings.targets)) or not settings.targets
-    if (part.blocks and (modules or part.routers)) or head == "lora":
+    parameters_asked = part.family.asked(settings.targets)
+    asks_for_modules = not settings.targets or len(settings.targets) > len(parameters_asked)
+    # Only blocks with routers have parameters that can be asked for. PEFT fails if it finds nothing to adapt.
+    has_adapted_blocks = bool(part.blocks) and (asks_for_modules or bool(part.routers))
+    if has_adapted_blocks or head == "lora":
         config = make_config(settings, part.family, seed=seed, head="lora" if head == "lora" else "frozen")
         if not part.routers and "target_parameters" in vars(config):
-            config.target_parameters = None  # only blocks with experts have them; PEFT fails if none is there
+            config.target_parameters = None
         inject(part, config, seed)
         _settle_ranks(part)
         part.adapter = trained_names(part)
@@ -136,11 +148,11 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
     part.train(part.training)  # new modules start in training mode, with dropout
     if part.fused:
         _fuse(part)
-    fresh = draws_fresh(settings)
+    is_drawn_by_name = draws_fresh(settings)
     for name, parameter in parameters(part).items():
         # PEFT creates adapters in the type of the base. The fused optimiser requires contiguous memory.
         parameter.data = parameter.data.float().contiguous()
-        if fresh and "lora_A" in name:
+        if is_drawn_by_name and "lora_A" in name:
             parameter.data.copy_(fresh_factor(name, parameter.shape, seed))
 
 
@@ -171,8 +183,11 @@ def _has_factors(module: nn.Module) -> TypeGuard[LoraLayer]:
 
 
 def _layer_of(module: LoraLayer) -> Layer:
-    transposed = bool(module.fan_in_fan_out) or was_transposed(module.base_layer)
-    layer = Layer(float(module.lora_alpha[ADAPTER]), transposed, bool(module.use_rslora[ADAPTER]))
+    layer = Layer(
+        alpha=float(module.lora_alpha[ADAPTER]),
+        transposed=bool(module.fan_in_fan_out) or was_transposed(module.base_layer),
+        rslora=bool(module.use_rslora[ADAPTER]),
+    )
     if isinstance(module, ParamWrapper):
         layer = replace(layer, experts=int(module.num_experts), parameter=str(module.parameter_name))
     return layer
@@ -183,7 +198,8 @@ def read(*parts: Part) -> Adapters:
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
     for part in parts:
-        tensors |= {name: parameter.detach().to(CPU, copy=True) for name, parameter in parameters(part).items()}
+        for name, parameter in parameters(part).items():
+            tensors[name] = parameter.detach().to(CPU, copy=True)
         layers |= layers_of(part)
     return Adapters(tensors, layers)
 
@@ -191,7 +207,7 @@ def read(*parts: Part) -> Adapters:
 def layers_of(part: Part) -> dict[str, Layer]:
     """Returns the layers of a part that have factors A and B, by their names in the unsplit model.
 
-    Layers of LoRA variants are left out, since they do more than add s * B @ A.
+    Layers of LoRA variants are left out, since such layers do more than add s * B @ A.
     """
     return {
         part.unsplit_name(name): _layer_of(module)
@@ -224,21 +240,22 @@ def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
 
 
 def rescale(part: Part) -> None:
-    """Sets the scaling of every LoRA layer of a part to the one for the current rank of its factors."""
+    """Sets the scaling of every LoRA layer of a part by the current rank of the layer's factors."""
     for module in part.modules():
         if _has_factors(module):
             layer = _layer_of(module)
-            module.scaling[ADAPTER] = layer.scaling(module.lora_A[ADAPTER].weight.shape[0] // layer.experts)
+            rank = module.lora_A[ADAPTER].weight.shape[0] // layer.experts
+            module.scaling[ADAPTER] = layer.scaling(rank)
 
 
 def adopt(adapters: Adapters, *parts: Part) -> None:
-    """Copies an adapter of the unsplit model, as `load` reads it, into parts that have an adapter already.
+    """Copies an adapter of the unsplit model, as `adapter_files.load` reads it, into parts that have an adapter.
 
-    Layers take on the rank and the alpha of the file. So the parts compute what PEFT computes with the file.
+    Layers take on the rank and the alpha of the file, so that the parts compute what PEFT computes with the file.
 
     Args:
         adapters: Adapter of the unsplit model.
-        *parts: The parts. Tensors of other parts are ignored.
+        *parts: The parts. Tensors of further parts are ignored.
 
     Raises:
         KeyError: A tensor is missing.
@@ -257,8 +274,7 @@ def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
 
     Args:
         part: The part.
-        elsewhere: Other parts of the same party. Parameters that the part shares with them (a tied head) are not
-            counted.
+        elsewhere: Further parts of the party. Parameters that two parts share (a tied head) are not counted again.
 
     Returns:
         {"total": base and adapters, "trainable": adapters}.
@@ -271,8 +287,8 @@ def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
         >>> count(trunk)
         {'total': 858624, 'trainable': 65536}
     """
-    counted = {id(parameter) for other in elsewhere for parameter in other.parameters()}
-    remaining = [parameter for parameter in part.parameters() if id(parameter) not in counted]
+    counted_elsewhere = {id(parameter) for other in elsewhere for parameter in other.parameters()}
+    remaining = [parameter for parameter in part.parameters() if id(parameter) not in counted_elsewhere]
     return {
         "total": sum(values_in(parameter) for parameter in remaining),
         "trainable": sum(parameter.numel() for parameter in remaining if parameter.requires_grad),

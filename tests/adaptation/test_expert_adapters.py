@@ -95,7 +95,7 @@ def test_changes_are_what_peft_adds_to_the_weights(family: str, tiny_models: dic
     assert seen == (9 if family == "mixtral" else 6)
     assert {layer.rpartition(".")[2] for layer in read.complete} == {"q_proj", "gate"}
     assert len(read.stacked) == seen * 2 // 3
-    with pytest.raises(ValueError, match="stacks the weights of experts"):
+    with pytest.raises(ValueError, match="stacks the weights of several experts"):
         read.change(read.stacked[0])
 
 

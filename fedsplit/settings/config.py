@@ -24,6 +24,7 @@ from fedsplit.settings.choices import (
 from fedsplit.settings.fields import plain, setting, suits, words_of
 from fedsplit.settings.parsing import parse_cut, parse_quantization
 from fedsplit.settings.sections import (
+    CheckpointSettings,
     DataSettings,
     EvalSettings,
     LoraSettings,
@@ -180,11 +181,13 @@ class Config:
     resume: str = setting(
         "",
         Validator("a folder", lambda v: True),
-        "go on with the run of this folder; only rounds, patience, sinks, and what it uses of the machine may differ",
+        "go on with the run of this folder; only rounds, patience, sinks, checkpoints, and what it uses of the machine "
+        "may differ",
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     trunk: TrunkSettings = field(default_factory=TrunkSettings)

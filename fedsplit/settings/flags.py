@@ -17,6 +17,8 @@ MAY_DIFFER = (
     "rounds",
     "patience",
     "sinks",
+    "checkpoint.every",
+    "checkpoint.keep",
     "engine",
     "workers",
     "threads",
@@ -179,7 +181,7 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
     Args:
         values: Settings by dotted name, which win over the file. With `resume`, the file is that of the run.
         options: Keyword arguments by setting, "strategy" or "objective", which win over the file, too.
-        file: A TOML file.
+        file: A TOML file. With `resume`, no other file than that of the run is possible.
 
     Raises:
         InputError: A name is unknown, a value is not allowed, or a setting cannot change in a run that goes on.
@@ -192,8 +194,10 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
         folder = Path(str(run))
         if not (folder / "config.toml").is_file():
             raise SettingError("resume", run, "the folder of a run, with its config.toml")
-        _check_unchanged(values, options, file)
-        file = folder / "config.toml"
+        own_file = folder / "config.toml"
+        is_own = file is not None and file.exists() and file.samefile(own_file)
+        _check_unchanged(values, options, None if is_own else file)
+        file = own_file
     filed, filed_options = read_toml(file) if file is not None else ({}, {})
     merged = {setting: {**filed_options.get(setting, {}), **options.get(setting, {})} for setting in OPTIONS}
     return build({**filed, **values}, merged["strategy"], merged["objective"])

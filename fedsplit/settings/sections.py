@@ -1,4 +1,4 @@
-"""Sections of the settings: `--lora.…`, `--prompt.…`, `--train.…`, `--data.…`, `--eval.…`, `--trunk.…`, `--wire.…`."""
+"""Sections of the settings: `--lora.…`, `--prompt.…`, `--train.…`, `--checkpoint.…`, `--data.…` and so on."""
 
 from __future__ import annotations
 
@@ -165,6 +165,24 @@ class TrainSettings:
         0.0,
         WARMUP,
         "steps over which the learning rate rises from 0: a number of steps, or below 1 a share of all steps",
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints, from which --resume goes on."""
+
+    every: int = setting(
+        1,
+        at_least(1, MOST),
+        "rounds from one checkpoint to the next; the last round has one, and under --keep-best every best round so far",
+        "--checkpoint-every",
+    )
+    keep: int = setting(
+        2,
+        at_least(0, MOST),
+        "number of newest checkpoints to keep, beside the one with the lowest held-out loss; 0: all",
+        "--keep-checkpoints",
     )
 
 

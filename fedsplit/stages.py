@@ -12,7 +12,8 @@ A client runs the whole chain. A copy of the trunk runs the same stages 1 and 4;
 client sends. Terms are not clipped: they are no gradient of the client's data.
 
 A strategy brings a stage of its own by a method `stage()` that returns a new one. The stage works at the clients, and
-under `--trunk.schedule copies` at each client's copy of the trunk, too. See docs/strategies.md.
+under `--trunk.schedule copies` at each client's copy of the trunk, too. At a client it may also add a term to the loss
+itself, before the backward (`GradientStage.loss_term`). See docs/strategies.md.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ Gradients = Mapping[str, Tensor]
 GradientAt = Callable[[Mapping[str, Tensor]], Gradients]
 """Maps an adapter to the gradients of a step's loss there."""
 
+StatesAt = Callable[[Mapping[str, Tensor]], Tensor]
+"""Maps an adapter to the last hidden states (B, T, D) of some rows there."""
+
+LossTerm = Callable[[Tensor], Tensor]
+"""Maps the last hidden states (B, T, D) of some rows to a term of their loss, a scalar in the graph of the states."""
+
 
 @dataclass(frozen=True)
 class RoundStart:
@@ -42,6 +49,28 @@ class RoundStart:
 
     adapters: Mapping[str, Tensor]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a client's step before their forward: one micro-batch.
+
+    Last hidden states are the input of the head: the top's output behind the final norm.
+
+    Attributes:
+        ids: Tokens (B, T).
+        labels: Tokens (B, T), -100 where nothing is predicted; of a classifier, classes (B,).
+        mask: (B, T), 0 on padding; None where there is none. With virtual tokens, labels and mask are as long as the
+            hidden states, in which virtual tokens come first.
+        states_at: Maps an adapter of bottom and top (of the names in `RoundStart.adapters`) to the last hidden states
+            (B, T, D) of these rows there, through the trunk as it is, without dropout and without a graph. Costs one
+            more forward.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    states_at: StatesAt
 
 
 @dataclass(frozen=True)
@@ -65,8 +94,8 @@ class LocalStep:
         parameters: The adapter before the optimiser's step, by exported name. Not to be changed.
         trunk: The trunk's gradient, where the clip stage decides on it; else None.
         gradient_at: Maps an adapter (of all names in `parameters`) to the gradients of this step's loss there, on the
-            same rows, through the trunk as it is. Costs one more forward and backward, from which the trunk does not
-            learn. None at the trunk, and under the schedules `batched` and `accumulate`, which count clients' steps.
+            same rows, through the trunk as it is and without the stages' terms of the loss. Costs one more forward and
+            backward, from which the trunk does not learn. None at the trunk.
     """
 
     parameters: Mapping[str, Tensor]
@@ -91,7 +120,8 @@ class Outcome:
 class GradientStage:
     """A stage that changes nothing, to derive others from.
 
-    A stage serves one party for one round: `begin`, one call a step, `end`.
+    A stage serves one party for one round: `begin`, one call a step, `end`. At a client, `loss_term` comes before the
+    call, once for each micro-batch of the step.
 
     Example:
         >>> class Halve(GradientStage):
@@ -104,6 +134,17 @@ class GradientStage:
 
     def begin(self, start: RoundStart) -> None:
         """Takes the state of the round's beginning."""
+
+    def loss_term(self, rows: Rows) -> LossTerm | None:
+        """Returns a function that adds a term to the loss of some rows; None, the default, adds nothing.
+
+        Called at clients alone, before the rows' forward. The term is added to the mean loss of the rows, and trains
+        all parts as the loss does.
+
+        Args:
+            rows: The rows, and the way to their hidden states at other adapters.
+        """
+        return None
 
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
         """Returns the gradients of a step as the next stage gets them.
@@ -154,6 +195,14 @@ class Stages(GradientStage):
         """Begins each stage."""
         for stage in self._stages:
             stage.begin(start)
+
+    def loss_term(self, rows: Rows) -> LossTerm | None:
+        """Returns the sum of the stages' terms; None where no stage has any."""
+        made = [stage.loss_term(rows) for stage in self._stages]
+        terms = [term for term in made if term is not None]
+        if not terms:
+            return None
+        return lambda states: torch.stack([term(states) for term in terms]).sum()
 
     @torch.no_grad()
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:

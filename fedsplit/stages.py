@@ -12,7 +12,8 @@ A client runs the whole chain. A client's copy of the trunk runs stages 1 and 4;
 clipping coefficient. Terms are not clipped, since they are no gradients of the client's data.
 
 A strategy adds a gradient stage by a method `stage()` that returns a new stage. The stage works at the clients, and
-under `--trunk.schedule copies` at each client's copy of the trunk, too. See docs/strategies.md.
+under `--trunk.schedule copies` at each client's copy of the trunk, too. At a client a stage may also add a term to the
+loss, before the backward (`GradientStage.loss_term`). See docs/strategies.md.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ Gradients = Mapping[str, Tensor]
 
 GradientAt = Callable[[Mapping[str, Tensor]], Gradients]
 """Maps an adapter, by exported name, to the gradients of a step's loss at the adapter."""
+
+StatesAt = Callable[[Mapping[str, Tensor]], Tensor]
+"""Maps an adapter to the last hidden states (B, T, D) of some rows there."""
+
+LossTerm = Callable[[Tensor], Tensor]
+"""Maps the last hidden states (B, T, D) of some rows to a term of their loss, a scalar in the graph of the states."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,28 @@ class RoundStart:
 
     adapters: Mapping[str, Tensor]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a client's step before their forward: one micro-batch.
+
+    Last hidden states are the input of the head: the top's output behind the final norm.
+
+    Attributes:
+        ids: Tokens (B, T).
+        labels: Tokens (B, T), -100 where nothing is predicted; of a classifier, classes (B,).
+        mask: (B, T), 0 on padding; None where there is none. With virtual tokens, labels and mask are as long as the
+            hidden states, in which virtual tokens come first.
+        states_at: Maps an adapter of bottom and top (of the names in `RoundStart.adapters`) to the last hidden states
+            (B, T, D) of these rows there, through the trunk as it is, without dropout and without a graph. Costs one
+            more forward.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    states_at: StatesAt
 
 
 @dataclass(frozen=True)
@@ -70,8 +99,8 @@ class LocalStep:
         parameters: The adapter before the optimiser's step, by exported name. Not to be changed.
         trunk: The trunk's share of the gradient, if the client clips; else None.
         gradient_at: Maps an adapter with all names of `parameters` to the gradients of the step's loss at the adapter,
-            for the step's rows. Costs a forward and a backward through all parts; the trunk does not learn from them.
-            None at the trunk, and under the schedules `batched` and `accumulate`, which count clients' steps.
+            for the step's rows and without the stages' terms of the loss. Costs a forward and a backward through all
+            parts; the trunk does not learn from them. None at the trunk.
     """
 
     parameters: Mapping[str, Tensor]
@@ -96,7 +125,8 @@ class Outcome:
 class GradientStage:
     """Base class of stages. Its methods change nothing.
 
-    A stage serves one party for one round: `begin`, one call a step, `end`.
+    A stage serves one party for one round: `begin`, one call a step, `end`. At a client, `loss_term` comes before the
+    call, once for each micro-batch of the step.
 
     Example:
         >>> class Halve(GradientStage):
@@ -113,6 +143,17 @@ class GradientStage:
         Args:
             start: The adapter, and the state that the stage kept.
         """
+
+    def loss_term(self, rows: Rows) -> LossTerm | None:
+        """Returns a function that adds a term to the loss of some rows; None, the default, adds nothing.
+
+        Called at clients alone, before the rows' forward. The term is added to the mean loss of the rows, and trains
+        all parts as the loss does.
+
+        Args:
+            rows: The rows, and the way to their hidden states at other adapters.
+        """
+        return None
 
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
         """Returns the gradients of a step for the next stage.
@@ -163,6 +204,14 @@ class Stages(GradientStage):
         """Begins each stage."""
         for stage in self._stages:
             stage.begin(start)
+
+    def loss_term(self, rows: Rows) -> LossTerm | None:
+        """Returns the sum of the stages' terms; None where no stage has any."""
+        made = [stage.loss_term(rows) for stage in self._stages]
+        terms = [term for term in made if term is not None]
+        if not terms:
+            return None
+        return lambda states: torch.stack([term(states) for term in terms]).sum()
 
     @torch.no_grad()
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:

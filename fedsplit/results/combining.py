@@ -24,7 +24,7 @@ from fedsplit.updates import Adapters
 
 
 def _check_headless(adapter: Adapter, tensors: Adapters) -> None:
-    """Checks that an adapter has no classification head, which is no pair of factors and so cannot be combined.
+    """Makes sure that an adapter has no classification head. PEFT cannot combine a head, which is no pair of factors.
 
     Raises:
         InputError: The adapter has a classification head.
@@ -35,16 +35,16 @@ def _check_headless(adapter: Adapter, tensors: Adapters) -> None:
 
 
 def _check_linear(all_adapters: Sequence[Adapters]) -> None:
-    """Checks that adapters have factors of equal shapes, as "linear" needs.
+    """Makes sure that adapters have factors of equal shapes, as "linear" needs.
 
     Raises:
-        InputError: A shape differs, or a factor is in one adapter only.
+        InputError: A shape differs, or an adapter lacks a factor.
     """
-    shapes = [{name: tensor.shape for name, tensor in one.tensors.items()} for one in all_adapters]
-    first, *others = shapes
+    first, *others = all_adapters
     for other in others:
-        for name in sorted({*first, *other}):
-            if first.get(name) != other.get(name):
+        for name in sorted({*first.tensors, *other.tensors}):
+            pair = first.tensors.get(name), other.tensors.get(name)
+            if pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape:
                 raise InputError(f"linear needs adapters of the same ranks and layers; {name} differs: use cat or svd")
 
 
@@ -69,8 +69,8 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     Args:
         adapters: Two adapters or more, of one base model.
         weights: Weight of each adapter.
-        how: "cat" stacks the factors, which is exact. "svd" is the best fit of a rank. "linear" adds factor to factor,
-            which is not the sum of the changes.
+        how: "cat" stacks the factors, which is exact. "svd" is the best fit of a rank. "linear" adds the factors, and
+            the result differs from the sum of the changes.
         out: Folder to write.
         rank: Rank of "svd"; None for the largest rank of the adapters.
 
@@ -78,7 +78,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         The largest rank of the written adapter.
 
     Raises:
-        InputError: The adapters belong to different models, do not fit, or cannot be combined this way.
+        InputError: The adapters belong to different models, do not fit, or cannot be combined in the way of `how`.
     """
     check_same_base(adapters)
     all_tensors = [read_fitting(adapter) for adapter in adapters]
@@ -131,9 +131,10 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
 
 
 def _target_alike(configs: Sequence[PeftConfig], layers: Collection[str]) -> None:
-    """Makes all configurations target the layers of all adapters, unless they target the same layers already.
+    """Makes all configurations target the layers of all adapters, unless all target equal layers already.
 
-    PEFT builds the sum for the layers of the first configuration, and would leave out layers that only others have.
+    PEFT builds the sum for the layers of the first configuration, and would leave out layers that only a later adapter
+    has.
     """
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     choices = [[getattr(config, name) for name in fields] for config in configs]

@@ -4,8 +4,8 @@ A merged folder is an ordinary model. It also holds the merged adapter and a rec
 adapter. The sum is computed in float64 and rounded once to float32. So the restored weights differ from the base by one
 rounding at most, and not at all if the base has a narrower type.
 
-An adapter with a classification head makes a classifier of sequences, which has no head for tokens. The base's own head
-for tokens is kept beside the adapter.
+An adapter with a classification head makes a classifier of sequences, which has no head for tokens. The base's head for
+tokens is kept beside the adapter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from fedsplit.results.whole import merged, open_held
 from fedsplit.tensor_files import load_tensors, write_tensors
 from fedsplit.updates import Adapters
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 RECORD = "merged.json"
 """File of a merged folder that records the merge."""
 
@@ -43,10 +46,10 @@ MERGED = "merged_adapter"
 """Subfolder of a merged folder with the adapter."""
 
 BASE_HEAD = "base_head.safetensors"
-"""File beside the merged adapter with the base's head, if the adapter replaced it and it was not tied."""
+"""File beside the merged adapter with the base's head, if the adapter replaced an untied head."""
 
 GENERATION = "generation_config.json"
-"""File with a model's settings for generation; its end tokens take precedence over those of config.json."""
+"""File with a model's settings for generation. Its end tokens win over the end tokens of config.json."""
 
 _NAMED = ("pad_token_id", "id2label", "label2id")
 """Keys of config.json in which a classifier differs from its base."""
@@ -66,11 +69,11 @@ def check_mergeable(adapter: Adapter, tensors: Adapters) -> None:
         raise InputError(f"the adapter in {adapter.folder} is made of {reason}")
 
 
-def _untie(model: Any, changes: Adapters) -> bool:
-    """Gives the head its own copy of a weight shared with the embedding, if an adapter changes the head.
+def _untie(model: PreTrainedModel, changes: Adapters) -> bool:
+    """Gives the head a copy of the weight that it shares with the embedding, if an adapter changes the head.
 
     Returns:
-        Whether the two were separated.
+        True if head and embedding were separated.
     """
     head = model.lm_head
     is_changed = any(name.startswith(f"{HEAD}.") for name in changes.tensors)
@@ -82,7 +85,7 @@ def _untie(model: Any, changes: Adapters) -> bool:
     return True
 
 
-def _replace_head(model: Any, weight: Tensor | None) -> Tensor | None:
+def _replace_head(model: PreTrainedModel, weight: Tensor | None) -> Tensor | None:
     """Replaces the head's weight, if a weight is given, and returns the previous weight."""
     before: Tensor = model.lm_head.weight.detach()
     if weight is None:
@@ -92,7 +95,7 @@ def _replace_head(model: Any, weight: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def _add(model: Any, adapters: Adapters, sign: float) -> None:
+def _add(model: PreTrainedModel, adapters: Adapters, sign: float) -> None:
     """Adds an adapter's changes to the model's weights, each with one rounding.
 
     Args:
@@ -113,19 +116,22 @@ def _add(model: Any, adapters: Adapters, sign: float) -> None:
         weight.copy_(weight.double() + sign * torch.stack(of_experts))
 
 
-def _token_head(adapter: Adapter, classifier: Any) -> Tensor | None:
-    """Returns the base's head for tokens (V, D), in the type of its run; a classifier does not load it.
+def _token_head(adapter: Adapter, classifier: PreTrainedModel) -> Tensor | None:
+    """Reads the base's head for tokens (V, D) from the checkpoint, since a classifier does not load this head.
 
-    Returns None if the head is tied to the embedding, or if the checkpoint has none.
+    Returns:
+        The head, in the type of the adapter's run; None if the head is tied to the embedding, or does not exist.
     """
     if classifier.config.tie_word_embeddings:
         return None
-    stored = CheckpointReader(adapter.model_path, empty_model(adapter.model_path), TYPES[adapter.dtype])
-    return stored.parameter(HEAD_WEIGHT).detach().float() if stored.has(HEAD_WEIGHT) else None
+    checkpoint = CheckpointReader(adapter.model_path, empty_model(adapter.model_path), TYPES[adapter.dtype])
+    if not checkpoint.has(HEAD_WEIGHT):
+        return None
+    return checkpoint.parameter(HEAD_WEIGHT).detach().float()
 
 
 @torch.no_grad()
-def _set_classifier(model: Any, weight: Tensor, names: Sequence[str]) -> None:
+def _set_classifier(model: PreTrainedModel, weight: Tensor, names: Sequence[str]) -> None:
     """Gives a classifier the head (C, D) of an adapter, and the names of its classes if they are known."""
     model.score.weight = nn.Parameter(weight.to(model.score.weight.dtype))
     if len(names) == len(weight):
@@ -142,9 +148,11 @@ def _type_of(weights: Iterable[Tensor]) -> str:
     return "float32"
 
 
-def _base_weights(model: Any, head: Tensor | None) -> Iterable[Tensor]:
-    """Yields the weights of the base: those of the opened model without a classification head, and the given head."""
-    yield from (weight for name, weight in model.named_parameters() if name != SCORE_WEIGHT)
+def _base_weights(model: PreTrainedModel, head: Tensor | None) -> Iterable[Tensor]:
+    """Yields the weights of the base: all weights of the opened model but a classification head, and the given head."""
+    for name, weight in model.named_parameters():
+        if name != SCORE_WEIGHT:
+            yield weight
     if head is not None:
         yield head
 
@@ -159,27 +167,26 @@ def _digests(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _are_as_merged(folder: Path, weights: Mapping[str, str]) -> bool:
-    """Tells whether a merged folder's weights are still those that were written.
+    """Returns True if the weights of a merged folder have not changed since the merge.
 
     Args:
         folder: The merged folder.
-        weights: sha256 of each file of weights when it was written.
+        weights: sha256 of each file of weights at the merge.
     """
     try:
-        unchanged = _digests(folder / name for name in weights) == weights
-        return unchanged and {file.name for file in find_tensors(folder).values()} == weights.keys()
+        are_unchanged = _digests(folder / name for name in weights) == weights
+        # A file that was added later may be loaded in place of the merged weights.
+        are_loaded = {file.name for file in find_tensors(folder).values()} == weights.keys()
+        return are_unchanged and are_loaded
     except (OSError, ValueError):
         return False
 
 
-def _save(model: Any, source: Path, folder: Path) -> None:
-    """Saves a model, with the tokenizer of a source folder.
-
-    A classifier's `save_pretrained` writes no generation_config.json. The source's is copied, for its end tokens.
-    """
+def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Saves a model, with the tokenizer of a source folder."""
     model.save_pretrained(folder)
     files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern)]
-    if not (folder / GENERATION).exists():
+    if not (folder / GENERATION).exists():  # as for a classifier; the file names the end tokens
         files.append(source / GENERATION)
     for file in files:
         if file.is_file():
@@ -190,16 +197,16 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     """Writes the base model with an adapter added to its weights.
 
     Args:
-        adapter: The adapter. With a classification head it makes a classifier, which
+        adapter: The adapter. An adapter with a classification head makes a classifier, which
             `AutoModelForSequenceClassification` opens.
         out: Folder to write.
-        dtype: Type of the weights; any but fp32 rounds a part of the change away.
+        dtype: Type of the weights. A narrower type than fp32 rounds a part of the change away.
 
     Returns:
         The number of classes; 0 for a causal LM.
 
     Raises:
-        InputError: The base model is missing, or the adapter does not fit it or changes no weights.
+        InputError: The base model is missing, or the adapter does not fit the model or changes no weights.
     """
     changes = read_fitting(adapter)
     check_mergeable(adapter, changes)
@@ -235,7 +242,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     return classes
 
 
-def _check_finite(model: Any, dtype: str) -> None:
+def _check_finite(model: PreTrainedModel, dtype: str) -> None:
     """Checks that merged weights are finite: a narrow type can overflow.
 
     Raises:
@@ -252,12 +259,12 @@ def _base_settings(folder: Path) -> dict[str, Any]:
     return {name: document[name] for name in _NAMED if name in document}
 
 
-def _without_classes(config: Any, named: Mapping[str, Any]) -> None:
+def _without_classes(config: PretrainedConfig, named: Mapping[str, Any]) -> None:
     """Restores the keys of a configuration that `merge` overwrote for a classifier.
 
     Args:
         config: The classifier's configuration.
-        named: The base's values of these keys.
+        named: The base's values of the keys.
     """
     config.pad_token_id = None
     config.num_labels = 0  # a change of the number makes transformers reset the names in the next line
@@ -293,7 +300,7 @@ def unmerge(folder: Path, out: Path) -> str:
         out: Folder to write, with the weights of the base up to one rounding.
 
     Returns:
-        The name of the type of the weights, which is that of the base.
+        The name of the type of the base's weights.
 
     Raises:
         InputError: The folder holds no merged model, its weights have changed since, or its adapter does more than add

@@ -18,6 +18,10 @@ class NotWritten(OSError):
     """A file or folder could not be written, for example to a full disk. The message names the path and the reason."""
 
 
+class Postponed(NotWritten):
+    """A file could not be written now, and will be tried again later. The message says so."""
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns every error while a path is written into one error that names the path.
@@ -140,6 +144,49 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         draft.rename(target)
         sync(target.parent)
         shutil.rmtree(before, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder in one step: it is there whole, or its name is gone.
+
+    Raises:
+        NotWritten: The folder could not be removed. It is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> remove_folder(folder)
+        >>> folder.exists()
+        False
+    """
+    removed = path.with_name(f".{path.name}.removed")
+    with writing(path):
+        shutil.rmtree(removed, ignore_errors=True)
+        path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def tidy(root: Path) -> list[Path]:
+    """Removes what calls of this module left unfinished in a folder, at any depth, as a process was killed.
+
+    A previous version that has stepped aside for a new one that never came is put back.
+
+    Args:
+        root: The folder. Nobody may be writing in it.
+
+    Returns:
+        The drafts that were removed.
+    """
+    for before in sorted(root.rglob(".*.before")):
+        _recover(before.with_name(before.name.removeprefix(".").removesuffix(".before")), before)
+    drafts = [path for ending in ("draft", "removed") for path in sorted(root.rglob(f".*.{ending}"))]
+    drafts = [path for path in drafts if not {*path.parents} & {*drafts}]
+    for draft in drafts:
+        if draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink()
+    return drafts
 
 
 def _recover(target: Path, before: Path) -> None:

@@ -52,7 +52,7 @@ PACKAGES = [
 ]
 """Each imports from those before it, and from the ground."""
 
-DOORS = {"simulate", "evaluate", "generate", "adapters", "data", "reference"}
+DOORS = {"simulate", "evaluate", "generate", "adapters", "clean", "data", "reference"}
 """Modules that `python -m` runs: each calls the module of its name in `fedsplit.commands`."""
 
 ROOF = {"__main__", "api", "inputs", "result", *DOORS}

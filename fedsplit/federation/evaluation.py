@@ -100,6 +100,7 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: int) -> dict[in
                 attempt,
                 accepted=ledger.accepted.get(client, 0),
                 folded=ledger.last_fold,
+                folds=ledger.folds_at_clients,
                 discarded=ledger.discarded,
                 tensors=tensors,
                 changes=ledger.news,  # every client needs them, whether it trained or not

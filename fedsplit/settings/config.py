@@ -23,6 +23,7 @@ from fedsplit.settings.choices import (
 from fedsplit.settings.fields import Setting, setting, settings_of
 from fedsplit.settings.parsing import parse_cut, parse_quantization
 from fedsplit.settings.sections import (
+    CheckpointSettings,
     DataSettings,
     EvalSettings,
     LoraSettings,
@@ -187,11 +188,13 @@ class Config:
     resume: str = setting(
         "",
         FOLDER,
-        "continue the run of this folder; only rounds, patience, sinks, and the use of the machine may differ",
+        "continue the run of this folder; only rounds, patience, sinks, checkpoints, and the use of the machine may "
+        "differ",
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     trunk: TrunkSettings = field(default_factory=TrunkSettings)
@@ -280,6 +283,7 @@ SECTIONS: dict[str, type[Section]] = {
     "lora": LoraSettings,
     "prompt": PromptSettings,
     "train": TrainSettings,
+    "checkpoint": CheckpointSettings,
     "data": DataSettings,
     "eval": EvalSettings,
     "trunk": TrunkSettings,

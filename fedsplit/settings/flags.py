@@ -18,6 +18,8 @@ MAY_DIFFER = (
     "rounds",
     "patience",
     "sinks",
+    "checkpoint.every",
+    "checkpoint.keep",
     "engine",
     "workers",
     "threads",
@@ -236,7 +238,7 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
     Args:
         values: Settings by dotted name. They win over the file. With `resume`, the file is the run's `config.toml`.
         options: Keyword arguments by setting, as in `OPTIONS`. They win over the file, too.
-        file: A TOML file; None for the defaults.
+        file: A TOML file; None for the defaults. With `resume`, it may be the run's own.
 
     Raises:
         InputError: A name is unknown, a value is not allowed, or a setting cannot change in a run that goes on.
@@ -247,8 +249,10 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
     """
     run = values.get("resume")
     if run:
-        _check_unchanged(values, options, file, run)
-        file = Path(str(run)) / "config.toml"
+        own_file = Path(str(run)) / "config.toml"
+        is_own = file is not None and file.exists() and own_file.exists() and file.samefile(own_file)
+        _check_unchanged(values, options, None if is_own else file, run)
+        file = own_file
 
     file_values: dict[str, object] = {}
     file_options: Options = {}

@@ -1,4 +1,4 @@
-"""Sections of the settings: `--lora.…`, `--prompt.…`, `--train.…`, `--data.…`, `--eval.…`, `--trunk.…`, `--wire.…`.
+"""Sections of the settings: `--lora.…`, `--prompt.…`, `--train.…`, `--checkpoint.…`, `--data.…` and so on.
 
 The first line of each class heads its section in `--help` and in docs/settings.md.
 """
@@ -174,6 +174,24 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints, from which --resume goes on."""
+
+    every: int = setting(
+        1,
+        at_least(1, MOST),
+        "rounds between two checkpoints; the last round has one, and under --keep-best every best round so far",
+        "--checkpoint-every",
+    )
+    keep: int = setting(
+        2,
+        at_least(0, MOST),
+        "number of newest checkpoints to keep, beside the one with the lowest held-out loss; 0: all",
+        "--keep-checkpoints",
+    )
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Columns of a data set: texts, owners, and the part to predict."""
 
@@ -258,4 +276,13 @@ class WireSettings:
     )
 
 
-Section = LoraSettings | PromptSettings | TrainSettings | DataSettings | EvalSettings | TrunkSettings | WireSettings
+Section = (
+    LoraSettings
+    | PromptSettings
+    | TrainSettings
+    | CheckpointSettings
+    | DataSettings
+    | EvalSettings
+    | TrunkSettings
+    | WireSettings
+)

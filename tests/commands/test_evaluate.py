@@ -261,7 +261,7 @@ def test_the_runs_metrics_are_those_that_the_run_reported(
         assert found[name] == pytest.approx(ends["after"], abs=1e-6)
         if kind != "virtual tokens":  # without which the base model is measured
             assert before[name] == pytest.approx(ends["before"], abs=1e-6)
-    assert 0 < found["Above"] and not left_out
+    assert found["Above"] > 0 and not left_out
     assert all(pooled([result]).accuracy == scores.means(result.tuned.metrics)["token_accuracy"] for result in results)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.lowrank import LowRank
-from fedsplit.settings.config import Config
+from fedsplit.settings.config import OPTIONS, Config
 from fedsplit.settings.documents import as_document, dotted
 from fedsplit.updates import Adapters, factor_of
 
@@ -152,5 +152,7 @@ def differing(first: Config, second: Config) -> dict[str, tuple[object, object]]
 
 def _by_dotted_name(config: Config) -> dict[str, object]:
     document = as_document(config)
-    options: Mapping[str, object] = document.pop("strategy_options")
-    return dotted(document) | {f"strategy.{name}": value for name, value in options.items()}
+    options: dict[str, object] = {}
+    for setting, table in OPTIONS.items():
+        options |= {f"{setting}.{name}": value for name, value in document.pop(table).items()}
+    return dotted(document) | options

@@ -180,7 +180,7 @@ def open_run(path: Path) -> Run:
     if not (path / "config.toml").is_file():
         raise InputError(f"{path} is no folder of a run: there is no config.toml in it")
     values, options = read_toml(path / "config.toml")
-    config = build(values, options["strategy"], options["objective"])
+    config = build(values, *options.values())
 
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))

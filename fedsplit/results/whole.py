@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedsplit.adaptation import lora
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.errors import InputError, SettingError
+from fedsplit.metrics.metric import Metric, measure
 from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.devices import CPU, TYPES, device_of
 from fedsplit.model.families import read_facts, read_pad
@@ -243,13 +244,16 @@ def detach(model: PeftModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel | PeftModel, batches: Iterable[Sequences]) -> Score:
+def score(
+    model: PreTrainedModel | PeftModel, batches: Iterable[Sequences], metrics: Mapping[str, Metric] | None = None
+) -> Score:
     """Measures a causal LM, or a classifier of sequences, on text.
 
     Args:
         model: A model of transformers, with or without an adapter, computing in the type of its weights. A classifier's
             `pad_token_id` must be the token that pads the sequences.
         batches: Batches of sequences. Every predicted token has equal weight.
+        metrics: Metrics by name; None for none.
     """
     dtype = next(model.parameters()).dtype
     device = device_of(model)
@@ -263,8 +267,11 @@ def score(model: PreTrainedModel | PeftModel, batches: Iterable[Sequences]) -> S
         labels = rows.labels
         if labels.ndim > 1:
             # Each token predicts the next token. Logits of virtual tokens, which precede the text, are cut off.
-            logits = logits[:, -labels.shape[1] : -1].flatten(0, 1)
-            labels = labels[:, 1:].flatten()
+            logits = logits[:, -labels.shape[1] : -1]
+            labels = labels[:, 1:]
+        sums = measure(metrics, logits.float(), labels) if metrics else {}
+        logits = logits.flatten(0, -2)
+        labels = labels.flatten()
         is_predicted = labels != IGNORED
         if not bool(is_predicted.all()):
             logits = logits[is_predicted]
@@ -274,5 +281,5 @@ def score(model: PreTrainedModel | PeftModel, batches: Iterable[Sequences]) -> S
         losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         nats = float(losses.double().sum())
         right = int((logits.argmax(-1) == labels).sum())
-        total += Score(nats, labels.numel(), right)
+        total += Score(nats, labels.numel(), right, sums)
     return total

@@ -193,6 +193,10 @@ class AdapterLedger:
         for log in self._logs:
             log.forget(round)
 
+    def past_changes(self, round: int) -> list[dict[str, LowRank]]:
+        """Returns the changes of base weights of every round up to one, in order; empty for a round without any."""
+        return [self._logs[0].read(number) for number in range(1, round + 1)]
+
     def everything(self, adapters: Adapters, trunk: Adapters) -> Adapters:
         """Returns the whole model's adapters with all changes of base weights; unshared ones are those of the start."""
         return replace(trunk | self._clients | adapters, folded=self.folded)
@@ -214,15 +218,10 @@ class AdapterLedger:
         groups |= {f"stage-{client}": stage for client, stage in self._stage.items()}
         return {"accepted": {str(client): round for client, round in self.accepted.items()}}, groups
 
-    def restore(
-        self, round: int, facts: Mapping[str, Any], groups: Mapping[str, dict[str, Tensor]]
-    ) -> list[dict[str, LowRank]]:
+    def restore(self, round: int, facts: Mapping[str, Any], groups: Mapping[str, dict[str, Tensor]]) -> None:
         """Goes on from a checkpoint.
 
         Tensors that clients hold are not in it: they are sent again.
-
-        Returns:
-            Changes of base weights until that round, in order, for the trunk to make again.
         """
         self.accepted = {int(client): accepted for client, accepted in facts["accepted"].items()}
         for name, tensors in groups.items():
@@ -235,11 +234,9 @@ class AdapterLedger:
                 self._stage[int(client)] = tensors
 
         self._forget(round)  # rounds that were not finished
-        past = [self._logs[0].read(number) for number in range(1, round + 1)]
-        for number, changes in enumerate(past, start=1):
+        for number, changes in enumerate(self.past_changes(round), start=1):
             if changes:
                 self._remember(number, changes)
-        return past
 
 
 def _at_rank_of(assignment: Assignment, start: Adapters) -> Mapping[str, Tensor]:

@@ -18,7 +18,7 @@ from fedsplit.environment import quieten
 from fedsplit.errors import SettingError
 from fedsplit.results.finished import Adapter, Run, open_run
 from fedsplit.scores import Score, pooled
-from fedsplit.settings.config import LEAVES, Config
+from fedsplit.settings.config import SETTINGS, Config
 from fedsplit.settings.documents import build, from_document
 from fedsplit.settings.flags import Parser, add_setting, flag_of
 from fedsplit.settings.sections import DataSettings
@@ -34,7 +34,7 @@ Texts = list[tuple[str, list["Sequences"]]]
 NOT_INHERITED = ("data.config", "data.split")
 """Settings of another data set that have the plain defaults, and not the run's values: they belong to the data set."""
 
-READING = tuple(name for name in LEAVES if name.startswith("data.") and name not in ("data.held_out", "data.show"))
+READING = tuple(name for name in SETTINGS if name.startswith("data.") and name not in ("data.held_out", "data.show"))
 """Settings that say how to read another data set."""
 
 

@@ -59,8 +59,9 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
     from fedsplit.corpora.partition import partition_of
     from fedsplit.events.user_sinks import check_sinks
     from fedsplit.federation.aggregation import strategy_defaults
-    from fedsplit.federation.checkpoint import check_folder, check_resumable
+    from fedsplit.federation.checkpoint import check_folder
     from fedsplit.federation.rehearsal import rehearse
+    from fedsplit.federation.resumption import check_resumable
     from fedsplit.federation.strategy import check_strategy, is_builtin, load_strategy
     from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.quantization import check_quantization
@@ -129,10 +130,11 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     from fedsplit.events.run_files import MetricsFile, SummaryFile
     from fedsplit.events.screen import make_screen
     from fedsplit.events.user_sinks import make_sinks
-    from fedsplit.federation.checkpoint import RunFolder, check_content
+    from fedsplit.federation.checkpoint import RunFolder
     from fedsplit.federation.clients import FederationFailed
     from fedsplit.federation.federation import Federation, Job
     from fedsplit.federation.manifest import content_of
+    from fedsplit.federation.resumption import check_content
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder, pinned, weights_folder

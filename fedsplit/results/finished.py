@@ -189,10 +189,11 @@ def open_run(path: Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError):
         rounds = 0
     if not rounds:
-        raise InputError(f"the run in {path} did not end (there is no summary.json of it); --resume goes on")
+        how = "goes on" if any((path / "checkpoints").glob("round-*")) else "begins it again"
+        raise InputError(f"the run in {path} did not end (there is no summary.json of it); --resume {path} {how}")
     if rounds < config.rounds:
         done = f"{rounds} of its {config.rounds} rounds are summed up"
-        raise InputError(f"the run in {path} did not end ({done}); --resume goes on")
+        raise InputError(f"the run in {path} did not end ({done}); --resume {path} goes on")
     _check_summary(path, summary)
     return Run(path, config, summary)
 

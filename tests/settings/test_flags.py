@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsplit.errors import InputError
-from fedsplit.settings.config import LEAVES
+from fedsplit.settings.config import SETTINGS
 from fedsplit.settings.documents import as_document, build, from_document
 from fedsplit.settings.flags import parse
 
@@ -78,9 +78,9 @@ def test_a_kind_of_prompt_by_peft_wins_over_a_file_that_knows_of_none(tmp_path: 
 
 
 def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() -> None:
-    for name, (leaf, _) in LEAVES.items():
-        assert leaf.metadata["allowed"].test(leaf.default), name
-        assert leaf.metadata["help"], name
+    for name, setting in SETTINGS.items():
+        assert setting.allowed.test(setting.default), name
+        assert setting.help, name
 
 
 @pytest.mark.parametrize(

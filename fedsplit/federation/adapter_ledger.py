@@ -216,10 +216,6 @@ class AdapterLedger:
         for log in self._logs:
             log.forget(round)
 
-    def past_changes(self, round: int) -> list[dict[str, LowRank]]:
-        """Returns the changes of base weights of every round up to one, in order; empty for a round without any."""
-        return [self._logs[0].read(number) for number in range(1, round + 1)]
-
     def everything(self, adapters: Adapters, trunk: Adapters) -> Adapters:
         """Returns the whole model's adapters with all changes of base weights; unshared ones are those of the start."""
         return replace(trunk | self._clients | adapters, folded=self.folded)
@@ -257,18 +253,10 @@ class AdapterLedger:
                 self._stage[int(client)] = tensors
 
         self._forget(round)  # rounds that were not finished
-<<<<<<< HEAD
         for number, changes in enumerate(self.past_changes(round), start=1):
             if changes:
                 self._remember(number, changes)
-=======
-        past = self.past_changes(round)
-        for number, changes in enumerate(past, start=1):
-            if changes:
-                self._remember(number, changes)
                 self._logs[1].restore(number, self._at_clients(changes))
-        return past
->>>>>>> main
 
 
 def _at_rank_of(assignment: Assignment, start: Adapters) -> Mapping[str, Tensor]:

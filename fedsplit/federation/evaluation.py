@@ -95,7 +95,6 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dic
     sample = Evaluate(parties.briefing, 0, tensors=tensors, changes=ledger.news)
     change_bytes, adapter_bytes = sample.change_bytes, serialised_bytes(tensors)
 
-<<<<<<< HEAD
     def make(client: int) -> Evaluate:
         totals.traffic["adapter_down"] += change_bytes
         totals.traffic["evaluation_adapter_down"] += adapter_bytes
@@ -106,26 +105,11 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dic
             attempt.of(client),
             accepted=ledger.accepted.get(client, 0),
             folded=ledger.last_fold,
+            folds=ledger.folds_at_clients,
             discarded=ledger.discarded,
             tensors=tensors,
             changes=ledger.news,  # every client needs them, whether it trained or not
         )
-=======
-    def requests() -> Iterator[Evaluate]:
-        for client in range(count):
-            yield Evaluate(
-                parties.briefing,
-                client,
-                round,
-                attempt,
-                accepted=ledger.accepted.get(client, 0),
-                folded=ledger.last_fold,
-                folds=ledger.folds_at_clients,
-                discarded=ledger.discarded,
-                tensors=tensors,
-                changes=ledger.news,  # every client needs them, whether it trained or not
-            )
->>>>>>> main
 
     replies: dict[int, Reply] = {}
 

@@ -119,8 +119,9 @@ class Federation:
         trained = {part: counts["trainable"] for part, counts in parameters.items()}
         self._job.emit(Notice(text=coverage(self._config, trained)))
         snapshot = self._job.folder.snapshot()
-<<<<<<< HEAD
         self._report_start(clients, parameters, snapshot)
+        for line in self._job.folder.notes:
+            self._job.emit(Notice(text=line))
         ended_early = ""
         try:
             state = self._begin_or_resume(clients, state, snapshot)
@@ -132,17 +133,6 @@ class Federation:
                 raise FederationFailed(str(given_up)) from given_up
             ended_early = str(given_up)
         self._leave_result(clients, state, parameters, ended_early)
-=======
-        self._report_start(parties, parameters, snapshot)
-        for line in self._job.folder.notes:
-            self._job.emit(Notice(text=line))
-        state = self._begin_or_resume(parties, state, snapshot)
-        while state.round < self._config.rounds and not state.stopping.is_over:
-            round = Round(parties, state)
-            state = round.play()
-            self._announce(state, round.training_loss)
-        self._leave_result(parties, state, parameters)
->>>>>>> main
 
     def _parties(self, clients: Clients) -> Parties:
         """Returns the parties of the run, with the trunk that it has now."""

@@ -139,15 +139,10 @@ class Round:
         parties, state = self._parties, self.state
         state.trunk = parties.trunk.read()
         state.moments = parties.trunk.moments()
-<<<<<<< HEAD
         state.trunk_traffic = parties.trunk.status().traffic.document()
-        save(parties, state)
+        snapshot = snapshot_of(parties, state)
         with contextlib.suppress(TrunkLost):  # the round counts all the same: another trunk begins after it
             parties.trunk.commit()
-=======
-        snapshot = snapshot_of(parties, state)
-        parties.trunk.commit()
->>>>>>> main
         for event in self._events:
             parties.emit(event)
         save(parties, state, snapshot)
@@ -210,7 +205,6 @@ class Round:
         return any(not torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
 
 
-<<<<<<< HEAD
 def bring_to(trunk: TrunkPort, state: RunState, schedule: Schedule) -> None:
     """Brings a trunk that has just been started to the state after a committed round.
 
@@ -226,12 +220,8 @@ def bring_to(trunk: TrunkPort, state: RunState, schedule: Schedule) -> None:
     trunk.commit()
 
 
-def save(parties: Parties, state: RunState) -> None:
-    """Writes everything that a run needs to go on from a state.
-=======
 def snapshot_of(parties: Parties, state: RunState) -> Snapshot:
     """Returns everything that a run needs to go on from a state.
->>>>>>> main
 
     Raises:
         FederationFailed: A value is NaN or infinite.

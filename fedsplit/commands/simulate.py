@@ -74,7 +74,7 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
     else:
         check_folder(folder)
     check_optimizer(config.train)
-    check_sinks(config.sinks)
+    check_sinks(config.sinks, config.sink_options)
 
     def make_strategy() -> Any:
         if objects.strategy is not None:
@@ -148,7 +148,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     shares = plan(config, facts.width)
     train = replace(config.train, micro_batches=shares.micro_batches)
     config = replace(config, model=pinned(config.model), train=train)
-    users = [*make_sinks(config.sinks), *sinks]
+    users = [*make_sinks(config.sinks, config.sink_options), *sinks]
     with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):
             emit(Notice(text=line))

@@ -13,7 +13,7 @@ from fedsplit.federation.messages import Evaluate, Reply, serialised_bytes
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.replies import memory_of, sample_of, to_score
 from fedsplit.federation.run_state import RunState
-from fedsplit.metrics.metric import name_of
+from fedsplit.loading import name_of
 from fedsplit.report import perplexity
 from fedsplit.scores import Score, means, means_by_metric, pooled
 from fedsplit.updates import RefusedUpdate

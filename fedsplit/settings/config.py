@@ -218,6 +218,8 @@ class Config:
     wire: WireSettings = field(default_factory=WireSettings)
     strategy_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     objective_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    metric_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    sink_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks every setting, for configurations from Python as well as from flags and files.
@@ -282,8 +284,16 @@ class Config:
         return BUNDLED_MODEL if self.model == DEFAULT_MODEL else Path(self.model)
 
 
-OPTIONS = {"strategy": "strategy_options", "objective": "objective_options"}
+OPTIONS = {
+    "strategy": "strategy_options",
+    "objective": "objective_options",
+    "metric": "metric_options",
+    "sinks": "sink_options",
+}
 """Field of the keyword arguments for a class, by the setting that names the class."""
+
+SEVERAL = ("metric", "sinks")
+"""Settings that name several classes. The key of an option is NAME.KEY, such as `rouge.stem`."""
 
 
 SECTIONS: dict[str, type[Section]] = {

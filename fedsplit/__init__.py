@@ -1,12 +1,12 @@
 """Federated split learning of causal language models, simulated faithfully.
 
-The package is also a door from Python. `run` runs a federation, and `open` opens the folder of an earlier run:
+`run` runs a federation, and `open` opens the folder of an earlier run:
 
 >>> import fedsplit
 >>> fedsplit.Config(clients=4).clients
 4
 
-Importing the package loads nothing else. A name below loads its module when it is first used, so that
+`import fedsplit` loads no further module. Each public name loads its module at first use, so that
 `python -m fedsplit --help` answers without torch.
 """
 
@@ -36,7 +36,7 @@ _HOMES = {
 __all__ = ["Config", "InputError", "Result", "SettingError", "__version__", "open", "run"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Any:  # Any, since the names are of many types, which the imports above declare
     """Loads a public name from its module.
 
     Raises:

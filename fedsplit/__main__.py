@@ -1,4 +1,4 @@
-"""`fedsplit`, which is `python -m fedsplit`: one command for all of fedsplit's commands."""
+"""The command `fedsplit`, or `python -m fedsplit`: a single entry to all commands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; see `fedsplit.commands.exit_codes.exit_code` for the exit code.
 
     Args:
-        argv: The name of the command, and its own arguments; those of the process where None.
+        argv: Name and arguments of the command; None for the arguments of the process.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print("fedsplit", fedsplit.__version__)
         return 0
-    if words[0].startswith("-"):  # the command ran federations only, once
+    if words[0].startswith("-"):  # `fedsplit --clients 4` runs a federation
         words.insert(0, "simulate")
     if words[0] not in COMMANDS:
         return exit_code(lambda: _refuse(words[0]))
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(name: str) -> None:
-    """Refuses a command that is not there.
+    """Refuses a command that does not exist.
 
     Raises:
         InputError: Always.

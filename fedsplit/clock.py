@@ -1,15 +1,15 @@
-"""Clocks: where leases, deadlines and timeouts read the time."""
+"""Clocks: sources of the time for leases, deadlines and timeouts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Clock = Callable[[], float]
-"""Returns the time in seconds, which never decreases; `time.monotonic` is one, a `ManualClock` another."""
+"""Returns a time in seconds that never decreases, as `time.monotonic` and `ManualClock` do."""
 
 
 class ManualClock:
-    """A clock that only moves when it is told to, for tests and for a trunk that runs in its caller's thread.
+    """A clock that moves when `advance_to` is called, for tests and for a trunk in its caller's thread.
 
     Example:
         >>> clock = ManualClock()
@@ -28,5 +28,5 @@ class ManualClock:
         return self._now
 
     def advance_to(self, time: float) -> None:
-        """Moves the clock forward to a time; an earlier one leaves it as it is."""
+        """Moves the clock forward to a time. An earlier time changes nothing."""
         self._now = max(self._now, time)

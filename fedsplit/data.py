@@ -1,4 +1,4 @@
-"""`python -m fedsplit.data`: who would hold which data; `fedsplit.commands.data` has the code."""
+"""`python -m fedsplit.data`: the clients' data before a run; `fedsplit.commands.data` has the code."""
 
 import sys
 

@@ -1,7 +1,6 @@
-"""Durable writes: a file or folder is complete on the disk, or the previous version is still there.
+"""Durable writes: after a crash, a file or folder has either its new content or its previous content, complete.
 
-The new content is written to a draft beside its target, synced, and renamed. A rename is atomic, so a crash at any
-point leaves either the old version or the new one.
+The new content is written to a draft beside its target, synced, and renamed, since a rename is atomic.
 """
 
 from __future__ import annotations
@@ -16,7 +15,11 @@ from safetensors import SafetensorError
 
 
 class NotWritten(OSError):
-    """A file or folder could not be written, for example on a full disk. The message names the path and the reason."""
+    """A file or folder could not be written, for example to a full disk. The message names the path and the reason."""
+
+
+class Postponed(NotWritten):
+    """A file could not be written now, and will be tried again later. The message says so."""
 
 
 @contextlib.contextmanager
@@ -46,7 +49,7 @@ before is whole
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or folder to the disk and waits until the flush is done."""
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,7 +59,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Replaces a file in one step by what the context writes. The file is on the disk at the context's end.
+    """Replaces a file in one step. The caller writes the draft; at the end of the context the draft becomes the file.
 
     Args:
         path: The file.
@@ -66,8 +69,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         NotWritten: The file could not be written. The previous version is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "summary.json"
+        >>> with replacing(path) as draft:
+        ...     draft.write_text("{}")
+        2
+        >>> path.read_text()
+        '{}'
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # by process, as several may write the same file
     with writing(path):
         try:
             yield draft
@@ -118,20 +130,63 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         try:
             draft.mkdir(parents=True)
             fill(draft)
-            for file in draft.rglob("*"):
+            for file in draft.rglob("*"):  # the files before the rename, which must never show a file without content
                 sync(file)
             sync(draft)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
 
-        # A folder cannot be renamed onto a non-empty one. The old version steps aside first; if the process dies
-        # between the two renames, the next call brings it back.
+        # A folder cannot be renamed onto a non-empty folder. The old version steps aside first; if the process dies
+        # between the two renames, the next call brings the old version back.
         if target.exists():
             target.rename(before)
         draft.rename(target)
         sync(target.parent)
         shutil.rmtree(before, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder in one step: it is there whole, or its name is gone.
+
+    Raises:
+        NotWritten: The folder could not be removed. It is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> remove_folder(folder)
+        >>> folder.exists()
+        False
+    """
+    removed = path.with_name(f".{path.name}.removed")
+    with writing(path):
+        shutil.rmtree(removed, ignore_errors=True)
+        path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def tidy(root: Path) -> list[Path]:
+    """Removes what calls of this module left unfinished in a folder, at any depth, as a process was killed.
+
+    A previous version that has stepped aside for a new one that never came is put back.
+
+    Args:
+        root: The folder. Nobody may be writing in it.
+
+    Returns:
+        The drafts that were removed.
+    """
+    for before in sorted(root.rglob(".*.before")):
+        _recover(before.with_name(before.name.removeprefix(".").removesuffix(".before")), before)
+    drafts = [path for ending in ("draft", "removed") for path in sorted(root.rglob(f".*.{ending}"))]
+    drafts = [path for path in drafts if not {*path.parents} & {*drafts}]
+    for draft in drafts:
+        if draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink()
+    return drafts
 
 
 def _recover(target: Path, before: Path) -> None:

@@ -1,4 +1,4 @@
-"""Environment variables for the libraries: no output, no telemetry, no access for other users of the machine."""
+"""Environment variables for libraries: no output, no telemetry, no access for further users of the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUIET = {
 
 
 def quieten(offline: bool = True) -> None:
-    """Sets the variables that silence the libraries. Call it before they are imported, since they read them only then.
+    """Sets the variables that silence the libraries. Must be called before the libraries are imported.
 
     Args:
         offline: If true, the Hub is never contacted.
@@ -52,17 +52,18 @@ ENVIRONMENT = {
     "RAY_max_direct_call_object_size": str(8 * 2**20),
     # Despite its name this counts on Linux too: with 0 all of Ray's servers bind to the loopback interface.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Else a thread of Flower's that still calls Ray after our `ray.shutdown()` starts a second Ray, open to others.
+    # Flower has a thread that may call Ray after our `ray.shutdown()`. By default the call would start a second Ray,
+    # without a token.
     "RAY_ENABLE_AUTO_CONNECT": "0",
 }
-"""Variables of a command that starts processes, and of these processes: no telemetry, no output, no open port."""
+"""Variables of a command and of the processes that it starts: no telemetry, no output, no open port."""
 
 
 def prefer_installed() -> None:
     """Moves the working folder to the end of Python's module search path.
 
-    `python -m` puts the working folder first, so that a user's folder `datasets` or file `torch.py` would hide the
-    library of that name. If fedsplit itself was loaded from the working folder, the path stays unchanged.
+    `python -m` puts the working folder first, so that a user's folder `datasets` or file `torch.py` would hide a
+    library. If fedsplit itself was loaded from the working folder, the path stays unchanged.
     """
     here = Path.cwd().resolve()
     package_parent = Path(__file__).resolve().parent.parent
@@ -76,21 +77,22 @@ _ray_is_open = False
 
 
 def check_closed() -> None:
-    """Checks that a Ray cluster started now will require a token.
+    """Makes sure that a Ray cluster started now will require a token.
 
     Raises:
-        InputError: Ray was imported before `prepare` set the token. Ray reads it at import only.
+        InputError: Ray was imported before `prepare` set the token, and reads the variable at import only.
     """
     if _ray_is_open:
         raise InputError("ray was imported before fedsplit could close it: call fedsplit.environment.prepare() first")
 
 
 def prepare() -> None:
-    """Sets the variables of a command that starts Ray. Call it before the libraries are imported.
+    """Sets the variables of a command that starts Ray. Must be called before the libraries are imported.
 
     The variables include a random token. Without a token, any user of the machine could run code in Ray's processes.
     """
     global _ray_is_open
     _ray_is_open |= "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token"
-    for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in {**ENVIRONMENT, **token}.items():
         os.environ.setdefault(name, value)

@@ -1,37 +1,46 @@
-"""Errors of what a user gives, and their words."""
+"""Errors for wrong input from a user, and words for messages."""
 
 from __future__ import annotations
 
 
 class InputError(Exception):
-    """Something that the user asked for wrongly; the message is the one line to show."""
+    """Wrong input from a user. The message is the one line to show."""
 
 
 class SettingError(InputError):
     """A setting with a value that is not possible.
 
     Attributes:
-        setting: The setting's dotted name, as in TOML and flags.
-        value: What was given.
-        allowed: What could have been given instead.
+        setting: Dotted name of the setting, as in TOML and flags.
+        value: The refused value.
+        allowed: The possible values, in words.
+
+    Example:
+        >>> raise SettingError("clients", 0, "a whole number of at least 1")
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: clients: 0 is not possible; allowed: a whole number of at least 1
     """
 
     def __init__(self, setting: str, value: object, allowed: str) -> None:
         super().__init__(f"{setting}: {value} is not possible; allowed: {allowed}")
-        self.setting, self.value, self.allowed = setting, value, allowed
+        self.setting = setting
+        self.value = value
+        self.allowed = allowed
 
+    # Pickle would call the class with the message alone, which is not what the class takes.
     def __reduce__(self) -> tuple[type[SettingError], tuple[str, object, str]]:
         return SettingError, (self.setting, self.value, self.allowed)
 
 
 def first_line(error: BaseException) -> str:
-    r"""Returns the first line of an error's message, or the name of its class where it has none.
+    r"""Returns the first line of an error's message, or the name of the error's class if the message is empty.
 
     Example:
         >>> first_line(OSError("disk is full\nat block 7")), first_line(MemoryError())
         ('disk is full', 'MemoryError')
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def kind_of(value: object) -> str:
@@ -41,4 +50,6 @@ def kind_of(value: object) -> str:
         >>> kind_of(3), kind_of(int)
         ('an object of type int', 'the class int')
     """
-    return f"the class {value.__qualname__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    return f"an object of type {type(value).__name__}"

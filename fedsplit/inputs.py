@@ -1,8 +1,8 @@
-"""Objects that were given from Python, as settings: a run's `config.toml` must say what the run computed with.
+"""Turns objects from Python into settings, so that a run's `config.toml` describes the whole run.
 
 Client processes, a resumed run and `fedsplit.evaluate` know a run by its settings alone. So a model and a data set are
-written into the run's folder, and the settings `model` and `dataset` name those folders. A strategy stays an object,
-since it lives in the server's process; the settings tell its class and its options.
+written into the run's folder, and the settings `model` and `dataset` name the folders of both. A strategy stays an
+object, since the server's process alone needs the strategy. The settings name its class and options.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ _STRATEGIES = "a name, an object with the methods init and aggregate, or a strat
 
 
 def strategy_settings(strategy: object) -> dict[str, Any]:
-    """Returns the settings that tell what a strategy object is.
+    """Returns the settings that describe a strategy object.
 
     Args:
-        strategy: One of ours or of Flower's.
+        strategy: A strategy of fedsplit's form or of Flower's.
 
     Returns:
-        `strategy`, and `strategy_options`. A strategy that its class and plain options make again is told by these. Of
-        any other the class alone is told, with `(...)` behind its name, which a command refuses.
+        The settings `strategy` and `strategy_options`. If the class with plain options makes an equal strategy again,
+        the settings are class and options. Else they are the class alone, with `(...)` behind its name, and a command
+        refuses the name.
 
     Raises:
         SettingError: The object is no strategy.
@@ -51,15 +52,15 @@ def strategy_settings(strategy: object) -> dict[str, Any]:
     options = _options_of(strategy)
     if options is None:
         return {"strategy": place + OBJECT, "strategy_options": {}}
-    package: Any = builtin_package()
-    names = {place: name for name, place in package.STRATEGIES.items()}
+    names = {builtin_place: name for name, builtin_place in builtin_package().STRATEGIES.items()}
     return {"strategy": names.get(place, place), "strategy_options": options}
 
 
 def _options_of(strategy: object) -> dict[str, Any] | None:
-    """Returns the keyword arguments that make a strategy again, or None where plain ones do not suffice.
+    """Returns keyword arguments with which the class makes an equal strategy; None if plain values do not suffice.
 
-    Looks for each argument in the attribute of its name, and tries whether the class makes an equal object of them.
+    An argument is looked for in the attribute of its name, with or without an underscore. A trial shows whether the
+    class makes an equal object from the arguments found.
     """
     cls = type(strategy)
     if cls.__module__ == "__main__" or "<" in cls.__qualname__:  # no other process could import the class
@@ -78,18 +79,18 @@ def _options_of(strategy: object) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def written(out: Path, model: object = None, dataset: object = None) -> Iterator[dict[str, Any]]:
-    """Writes objects into a run's folder for as long as a run needs them, and leaves nothing of a run that never began.
+    """Writes objects into a run's folder. If the run does not begin within the context, the files are removed.
 
     Args:
-        out: The run's folder, which is not there yet, or empty.
-        model: A loaded model with its tokenizer, as a pair; None where the settings name one.
-        dataset: A data set; None where the settings name one.
+        out: The run's folder, which does not exist yet or is empty.
+        model: A loaded model with its tokenizer, as a pair; None if the settings name the model.
+        dataset: A data set; None if the settings name the data set.
 
     Yields:
-        The settings that name what was written.
+        The settings that name the folders written.
 
     Raises:
-        SettingError: The folder is in use, or an object is of no kind that can be written.
+        SettingError: The folder is in use, or an object has a type that cannot be written.
     """
     check_folder(out)
     root = out.absolute() / INPUTS
@@ -103,24 +104,29 @@ def written(out: Path, model: object = None, dataset: object = None) -> Iterator
             settings["dataset"] = str(root / "dataset")
         yield settings
     finally:
-        if not (out / "config.toml").exists():
+        has_begun = (out / "config.toml").exists()
+        if not has_begun:
             shutil.rmtree(root, ignore_errors=True)
-            with contextlib.suppress(OSError):  # there already before, or never made
+            with contextlib.suppress(OSError):  # the folder has files of the user's, or was never made
                 out.rmdir()
 
 
 def _write_model(folder: Path, given: object) -> None:
-    """Writes a model's weights as safetensors, with its configuration and its tokenizer.
+    """Writes a model's weights as safetensors, with configuration and tokenizer.
+
+    Args:
+        folder: The folder to write.
+        given: A pair of a model and its tokenizer. Anything else is refused.
 
     Raises:
-        SettingError: It is no model with a tokenizer, or cannot be written.
+        SettingError: The object is no model with a tokenizer, or cannot be written.
     """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     model, tokenizer = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if not isinstance(model, PreTrainedModel):
         raise SettingError("model", _described(model), _MODELS)
-    if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter would be written
+    if getattr(model, "_hf_peft_config_loaded", False):  # `save_pretrained` would write the adapter alone
         words = "a model without an adapter; a run starts from a PEFT adapter's folder by init_adapter"
         raise SettingError("model", f"{_described(model)} with an adapter", words)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -129,7 +135,7 @@ def _write_model(folder: Path, given: object) -> None:
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # whatever the library makes of a model on no device, or of a full disk
+    except Exception as error:  # the library raises many types: for a model on the meta device, for a full disk, …
         words = f"a model that save_pretrained can write ({first_line(error)})"
         raise SettingError("model", _described(model), words) from error
 
@@ -138,7 +144,7 @@ def _write_dataset(folder: Path, given: object) -> None:
     """Writes a data set as Arrow files.
 
     Raises:
-        SettingError: It is of no kind that can be written, or cannot be written.
+        SettingError: The object has a type that cannot be written, or writing failed.
     """
     import datasets
 
@@ -147,36 +153,37 @@ def _write_dataset(folder: Path, given: object) -> None:
     if not isinstance(given, datasets.Dataset | datasets.DatasetDict):
         raise SettingError("dataset", _described(given), _DATA)
     splits = given.values() if isinstance(given, datasets.DatasetDict) else [given]
-    if any(split.format["type"] == "custom" for split in splits):
+    if any(split.format["type"] == "custom" for split in splits):  # files cannot hold the transform's code
         raise SettingError("dataset", "one with a transform", f"{_DATA}; map() applies a transform for good")
     datasets.disable_progress_bars()
     try:
         given.with_format(None).save_to_disk(str(folder))
-    except Exception as error:  # whatever the library makes of its columns, or of a full disk
+    except Exception as error:  # the library raises many types: for a column of odd objects, for a full disk, …
         words = f"what save_to_disk can write ({first_line(error)})"
         raise SettingError("dataset", _described(given), words) from error
 
 
 def _columns_by_client(texts: Mapping[Any, Any]) -> dict[str, list[str]]:
-    """Returns texts by client as the columns `text` and `owner`.
+    """Converts texts by client to the columns `text` and `owner`.
 
     Raises:
-        SettingError: A client's name is no text, or a client has something else than a list of texts.
+        SettingError: A client's name is no text, a client's value is no list of texts, or there is no text.
     """
     columns: dict[str, list[str]] = {"text": [], "owner": []}
-    for client, own in texts.items():
-        is_list = isinstance(own, list | tuple) and all(isinstance(text, str) for text in own)
-        if not isinstance(client, str) or not is_list:
-            raise SettingError("dataset", f"{_described(own)} for the client {client!r}", _DATA)
-        columns["text"] += own
-        columns["owner"] += [client] * len(own)
+    for client, texts_of_client in texts.items():
+        is_list = isinstance(texts_of_client, list | tuple)
+        is_list_of_texts = is_list and all(isinstance(text, str) for text in texts_of_client)
+        if not isinstance(client, str) or not is_list_of_texts:
+            raise SettingError("dataset", f"{_described(texts_of_client)} for the client {client!r}", _DATA)
+        columns["text"] += texts_of_client
+        columns["owner"] += [client] * len(texts_of_client)
     if not columns["text"]:
         raise SettingError("dataset", "a dict without a text", _DATA)
     return columns
 
 
 def _described(value: object) -> str:
-    """Names an object by its type, and shows a plain value as it is."""
+    """Returns an object's type in words; a text, a number or None is shown as it is."""
     if value is None or isinstance(value, str | int | float):
-        return repr(value) if isinstance(value, str) else str(value)
+        return repr(value)
     return kind_of(value)

@@ -1,4 +1,4 @@
-"""Loads strategies, objectives and metrics by name: fedsplit's own, and a user's from a file or a module."""
+"""Loads strategies, objectives and metrics by name, from fedsplit, from a user's file or from a module."""
 
 from __future__ import annotations
 
@@ -9,34 +9,43 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import fedsplit
 from fedsplit.errors import SettingError
 
 BUILTIN = "strategies"
-"""The package of fedsplit's own strategies."""
+"""Package with the strategies that come with fedsplit."""
 
 OWN = "path/to/mine.py:Mine, or module:Class"
-"""Form of a user's own name."""
+"""Form of the name of a user's class."""
 
 OBJECT = "(...)"
-"""End of the name of an object that was given from Python, and that no other process can make again."""
+"""End of a name that stands for an object from Python, which no further process can make again."""
+
+
+class StrategyPackage(Protocol):
+    """The module `strategies`."""
+
+    @property
+    def STRATEGIES(self) -> Mapping[str, str]:  # a constant of a module
+        """`module:Class` of each strategy, by name."""
+        ...
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing that a setting names.
+    """What a setting's names stand for, such as strategies or metrics.
 
     Attributes:
-        setting: Name of the setting; options are settings below it, such as `strategy.mu`.
-        builtin: Returns fedsplit's own: names, and `module:Class` of each.
+        setting: Name of the setting. Error messages name an option as `setting.option`, such as `strategy.mu`.
+        builtin: Returns `module:Class` by name for everything that comes with fedsplit.
         allowed: All forms of a name in words, for messages.
-        functions: Functions are taken, too, as they are.
+        functions: True if a name may also stand for a function, which is used as it is.
     """
 
     setting: str
@@ -45,13 +54,17 @@ class Kind:
     functions: bool = False
 
 
-def builtin_package() -> ModuleType:
+def builtin_package() -> StrategyPackage:
     """Returns the package `strategies` that was installed beside fedsplit.
 
-    A folder or a file of that name in the working folder does not hide it.
+    A folder or file `strategies` in the working folder cannot hide the package.
 
     Raises:
-        SettingError: The program has imported a module of its own under that name.
+        SettingError: The program has imported a different module named `strategies`.
+
+    Example:
+        >>> builtin_package().STRATEGIES["fedprox"]
+        'strategies.fedprox:FedProx'
     """
     file = Path(fedsplit.__file__).parent.parent / BUILTIN / "__init__.py"
     known = sys.modules.get(BUILTIN)
@@ -59,32 +72,32 @@ def builtin_package() -> ModuleType:
     if known is not None and place is not None:
         if not os.path.samefile(place, file):
             raise SettingError("strategy", place, "no other module named strategies, which would hide fedsplit's own")
-        return known
+        return cast(StrategyPackage, known)
     spec = importlib.util.spec_from_file_location(BUILTIN, file, submodule_search_locations=[str(file.parent)])
     assert spec is not None and spec.loader is not None
-    sys.modules[BUILTIN] = package = importlib.util.module_from_spec(spec)
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[BUILTIN] = package  # before the module runs, as Python's import does it
     spec.loader.exec_module(package)
-    return package
+    return cast(StrategyPackage, package)
 
 
-def _strategies() -> Mapping[str, str]:
-    package: Any = builtin_package()
-    return package.STRATEGIES
-
-
-STRATEGY = Kind("strategy", _strategies, f"a name from the package strategies, {OWN}")
+STRATEGY = Kind(
+    setting="strategy",
+    builtin=lambda: builtin_package().STRATEGIES,
+    allowed=f"a name from the package strategies, {OWN}",
+)
 """Strategies, for `--strategy`."""
 
 
 def find(kind: Kind, spec: str) -> Any:
-    """Returns the class (or function) that a name stands for, without calling it.
+    """Returns the class or function that a name stands for.
 
     Args:
-        kind: The kind of thing.
-        spec: One of fedsplit's own names, `path/to/mine.py:Mine`, or `module:Class`.
+        kind: What the name stands for.
+        spec: The name of a class that comes with fedsplit, `path/to/mine.py:Mine`, or `module:Class`.
 
     Raises:
-        SettingError: There is no such thing, or its module cannot be imported.
+        SettingError: There is no such class, or its module cannot be imported.
 
     Example:
         >>> find(STRATEGY, "fedprox").__name__
@@ -102,28 +115,41 @@ def find(kind: Kind, spec: str) -> Any:
             raise SettingError(kind.setting, spec, ", ".join([*builtin, OWN]))
         place, _, name = names[spec].rpartition(":")
         module = _import_module(kind, place, spec)
-    if not callable(getattr(module, name, None)):
-        there = [n for n, v in vars(module).items() if _is_a(kind, v) and not n.startswith("_")]
+    found = getattr(module, name, None)
+    if not callable(found):
+        candidates = ", ".join(_public_names(kind, module)) or "it has none"
         what = "a class or a function" if kind.functions else "a class"
-        raise SettingError(kind.setting, spec, f"{what} of {place}: {', '.join(there) or 'it has none'}")
-    return getattr(module, name)
+        raise SettingError(kind.setting, spec, f"{what} of {place}: {candidates}")
+    return found
 
 
-def _is_a(kind: Kind, value: object) -> bool:
-    return inspect.isclass(value) or (kind.functions and inspect.isfunction(value))
+def _public_names(kind: Kind, module: ModuleType) -> list[str]:
+    """Returns the names in a module that the setting could have meant."""
+    names = []
+    for name, value in vars(module).items():
+        is_right = inspect.isclass(value) or (kind.functions and inspect.isfunction(value))
+        if is_right and not name.startswith("_"):
+            names.append(name)
+    return names
 
 
 def _import_file(kind: Kind, path: Path) -> ModuleType:
+    """Imports a user's file.
+
+    Raises:
+        SettingError: There is no such file, or an error was raised while it ran.
+    """
+    # Two files of one name in different folders must not become one module.
     digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]
     name = f"fedsplit_user_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not os.path.isfile(path):
         raise SettingError(kind.setting, path, "a Python file that is there")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # a dataclass in the file looks its own module up there
+    sys.modules[name] = module  # before the module runs: a dataclass in the file looks up its module there
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises is the user's to see
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         del sys.modules[name]
         words = f"a Python file that can be imported ({type(error).__name__}: {error})"
         raise SettingError(kind.setting, path, words) from error
@@ -131,55 +157,126 @@ def _import_file(kind: Kind, path: Path) -> ModuleType:
 
 
 def _import_module(kind: Kind, name: str, spec: str) -> ModuleType:
+    """Imports an installed module.
+
+    Raises:
+        SettingError: There is no such module, or an error was raised while it ran.
+    """
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # a name that is none, or whatever the module raises
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise SettingError(kind.setting, spec, f"{kind.allowed} ({type(error).__name__}: {error})") from error
 
 
-def make(kind: Kind, spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
-    """Makes the object that a name stands for.
+def name_of(spec: str) -> str:
+    """Returns the short form of a name: that of the class or function itself.
+
+    Example:
+        >>> name_of("token_accuracy"), name_of("path/to/mine.py:rouge")
+        ('token_accuracy', 'rouge')
+    """
+    return spec.removesuffix(OBJECT).rpartition(":")[2]
+
+
+def options_by_name(kind: Kind, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the keyword arguments of several classes by the short form of their names.
 
     Args:
-        kind: The kind of thing.
-        spec: As for `find`.
-        options: Keyword arguments that the user gave.
-        defaults: Keyword arguments to pass where the class takes them and `options` does not hold them.
+        kind: What the names stand for.
+        specs: The names, as for `find`.
+        options: Keyword arguments from the user, by NAME.KEY.
 
     Raises:
-        SettingError: There is no such thing, or it does not take the options.
+        SettingError: An option is for none of the names.
+
+    Example:
+        >>> options_by_name(STRATEGY, ["fedprox", "krum"], {"fedprox.mu": 0.5})
+        {'fedprox': {'mu': 0.5}, 'krum': {}}
+    """
+    by_name: dict[str, dict[str, Any]] = {name_of(spec): {} for spec in specs}
+    for option, value in options.items():
+        name, _, key = option.partition(".")
+        if name not in by_name:
+            allowed = f"an option of {' | '.join(by_name)}" if by_name else f"no option, since {kind.setting} is empty"
+            raise SettingError(f"{kind.setting}.{option}", value, allowed)
+        by_name[name][key] = value
+    return by_name
+
+
+def make(
+    kind: Kind, spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any], setting: str | None = None
+) -> Any:
+    """Calls the class that a name stands for, and returns the object. A function is returned as it is.
+
+    Args:
+        kind: What the name stands for.
+        spec: The name, as for `find`.
+        options: Keyword arguments from the user.
+        defaults: Further keyword arguments. Each is passed if the class takes it and `options` lacks it.
+        setting: What the user wrote before an option, for messages; None for the setting itself.
+
+    Raises:
+        SettingError: There is no such class, or the class refuses the options.
 
     Example:
         >>> make(STRATEGY, "fedprox", {"mu": 0.5}, {"seed": 0}).mu
         0.5
     """
-    found = find(kind, spec)
+    setting = setting or kind.setting
+    found = check_options(kind, spec, options, setting)
+    if kind.functions and not inspect.isclass(found):
+        return found
     try:
         parameters = inspect.signature(found).parameters
-        if kind.functions and not inspect.isclass(found):
-            if options:
-                name = next(iter(options))
-                raise SettingError(f"{kind.setting}.{name}", options[name], f"no option, since {spec} is a function")
-            return found
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if unknown := [name for name in options if name not in parameters and not takes_any]:
-            known = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-            words = ", ".join(known) or "no option at all"
-            raise SettingError(f"{kind.setting}.{unknown[0]}", options[unknown[0]], words)
-        return found(**{**{name: value for name, value in defaults.items() if name in parameters}, **options})
+        fitting_defaults = {name: value for name, value in defaults.items() if name in parameters}
+        return found(**{**fitting_defaults, **options})
     except SettingError:
         raise
-    except Exception as error:  # whatever the user's class raises
+    except Exception as error:  # a user's class may raise anything
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        named = next((name for name in options if what.startswith(f"{name} ")), None)
-        if named is not None:
+        # A message such as "mu must not be negative" begins with the option at fault.
+        option = next((name for name in options if what.startswith(f"{name} ")), None)
+        if option is not None:
             words = f"what {spec} takes ({what})"
-            raise SettingError(f"{kind.setting}.{named}", options[named], words) from error
+            raise SettingError(f"{setting}.{option}", options[option], words) from error
         raise SettingError(kind.setting, spec, f"options that it takes ({what})") from error
 
 
+def check_options(kind: Kind, spec: str, options: Mapping[str, Any], setting: str) -> Any:
+    """Makes sure that a class takes the user's options, without calling the class.
+
+    Args:
+        kind: What the name stands for.
+        spec: The name, as for `find`.
+        options: Keyword arguments from the user.
+        setting: What the user wrote before an option, for messages.
+
+    Returns:
+        The class or function.
+
+    Raises:
+        SettingError: There is no such class, or an option is no parameter of the class.
+    """
+    found = find(kind, spec)
+    if kind.functions and not inspect.isclass(found):
+        for option, value in options.items():
+            raise SettingError(f"{setting}.{option}", value, f"no option, since {spec} is a function")
+        return found
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except ValueError:  # a class in C may not tell its parameters
+        return found
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = [parameter.name for parameter in parameters if parameter.kind in by_keyword]
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)  # **options
+    for option, value in options.items():
+        if option not in known and not takes_all:
+            raise SettingError(f"{setting}.{option}", value, ", ".join(known) or "no option at all")
+    return found
+
+
 def described(error: BaseException) -> str:
-    """Returns an error of a user's code in one line: its kind, its message, and where it was raised.
+    """Returns an error of a user's code in one line: class, message, and the file and line that raised the error.
 
     Example:
         >>> try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrix `up @ down`.
+    """A matrix (out, in), stored as the factors of `up @ down`.
 
     Attributes:
         up: Left factor (out, q).
@@ -69,26 +69,30 @@ class LowRank:
         return float(torch.linalg.matrix_norm(upper @ lower.T))
 
     def norm_and_distance(self, other: LowRank) -> tuple[float, float]:
-        """Returns the Frobenius norm of this matrix, and of its difference from another matrix of the same shape.
-
-        One QR decomposition a side serves both: the first columns of the triangle are the triangle of this matrix.
-        """
+        """Returns the Frobenius norm of the matrix, and of its difference from another matrix of equal shape."""
         both = total([self, other])
         if both.rank == 0:
             return 0.0, 0.0
+        # One QR decomposition of the stacked factors serves both matrices. Its first columns belong to this matrix.
         upper, lower = both._triangles()
         this_core = upper[:, : self.rank] @ lower[:, : self.rank].T
         other_core = upper[:, self.rank :] @ lower[:, self.rank :].T
-        return float(torch.linalg.matrix_norm(this_core)), float(torch.linalg.matrix_norm(other_core - this_core))
+        norm = torch.linalg.matrix_norm(this_core)
+        distance = torch.linalg.matrix_norm(other_core - this_core)
+        return float(norm), float(distance)
 
     def inner(self, other: LowRank) -> float:
-        """Returns the Frobenius inner product with another matrix of the same shape."""
+        """Returns the Frobenius inner product with another matrix of equal shape."""
+        # <U D, V E> = <U^T V, D E^T>, whose factors are (q, q).
         left = self.up.double().T @ other.up.double()
         right = self.down.double() @ other.down.double().T
         return float((left * right).sum())
 
     def _triangles(self) -> tuple[Tensor, Tensor]:
-        """Returns the triangles (p, q) of the QR decompositions of both factors. Norms do not need the bases."""
+        """Returns the triangles (p, q) of the QR decompositions of both factors.
+
+        A product with an orthonormal basis keeps the Frobenius norm, so that norms need no bases.
+        """
         upper = torch.linalg.qr(self.up.double(), mode="r").R
         lower = torch.linalg.qr(self.down.double().T, mode="r").R
         return upper, lower
@@ -107,12 +111,16 @@ class LowRank:
             entry of each column of U is positive, so that equal matrices have equal factors.
         """
         core, left, right = self._core()
-        u, s, v = torch.linalg.svd(core, full_matrices=False)
-        u, v = left @ u, v @ right.T
+        core_u, s, core_v = torch.linalg.svd(core, full_matrices=False)
+        u = left @ core_u
+        v = core_v @ right.T
         if s.numel():
-            largest = u.gather(0, u.abs().argmax(0, keepdim=True)).squeeze(0)
+            # A singular value decomposition leaves the sign of each pair of vectors open.
+            rows_of_largest = u.abs().argmax(0, keepdim=True)
+            largest = u.gather(0, rows_of_largest).squeeze(0)
             signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
-            u, v = u * signs, v * signs[:, None]
+            u = u * signs
+            v = v * signs[:, None]
         return u, s, v
 
     def compressed(self, relative: float = 1e-12) -> LowRank:
@@ -122,29 +130,39 @@ class LowRank:
             relative: Singular values below this fraction of the largest count as rounding errors and are dropped.
         """
         u, s, v = self.svd()
-        if not s.numel() or float(s[0]) <= 0:
-            return balanced(u, s, v, rank=0)
-        return balanced(u, s, v, rank=int((s > relative * s[0]).sum()))
+        is_zero = not s.numel() or float(s[0]) <= 0
+        rank = 0 if is_zero else int((s > relative * s[0]).sum())
+        return balanced(u, s, v, rank)
 
 
 def balanced(u: Tensor, s: Tensor, v: Tensor, rank: int) -> LowRank:
     """Returns the nearest matrix of at most a given rank (Eckart and Young, 1936).
 
-    It consists of the first terms of a singular value decomposition. The square root of each singular value goes into
-    each factor.
+    The result consists of the first terms of a singular value decomposition. Each factor gets the square root of the
+    singular values.
 
     Args:
         u: U (out, p), as `LowRank.svd` returns it.
         s: S (p,).
         v: V (p, in).
         rank: Number of terms.
+
+    Example:
+        >>> identity = LowRank(torch.eye(3), torch.eye(3))
+        >>> balanced(*identity.svd(), rank=1).rank
+        1
     """
     root = s[:rank].sqrt()
     return LowRank(u[:, :rank] * root, root[:, None] * v[:rank])
 
 
 def total(matrices: Iterable[LowRank]) -> LowRank:
-    """Returns the sum of matrices of one shape. There must be at least one."""
+    """Returns the sum of one or more matrices of equal shape: their factors, side by side.
+
+    Example:
+        >>> total([LowRank(torch.ones(3, 1), torch.ones(1, 4)), LowRank(torch.ones(3, 2), torch.ones(2, 4))]).rank
+        3
+    """
     listed = list(matrices)
     up = torch.cat([matrix.up for matrix in listed], dim=1)
     down = torch.cat([matrix.down for matrix in listed], dim=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,13 @@ from typing import Any
 class Objects:
     """Strategy, objective and metrics of a run, as objects.
 
-    A strategy lives in the server's process. Objectives, metrics and a strategy's gradient stage work at the clients:
-    the engine `local` hands the objects on, and the engine `ray` has each process load them by name.
+    A strategy lives in the server's process. Objectives, metrics and a strategy's gradient stage work at the clients.
+    The engine `local` hands the objects to its clients. Under the engine `ray`, each process loads objectives, metrics
+    and stages by name.
 
     Attributes:
-        strategy: Strategy of ours or of Flower's; None: the one that the settings name.
-        objective: Function of logits and labels; None: the one that the settings name.
+        strategy: Strategy of fedsplit or of Flower; None if the settings name the strategy.
+        objective: Function of logits and labels; None if the settings name the objective.
         metrics: Functions of logits and labels, by their names in the settings.
 
     Example:
@@ -24,9 +25,9 @@ class Objects:
         False
     """
 
-    strategy: Any = None
-    objective: Any = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    strategy: object = None
+    objective: Callable[..., Any] | None = None
+    metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def has_stage(self) -> bool:
@@ -35,4 +36,4 @@ class Objects:
 
 
 NOTHING = Objects()
-"""No object: everything is made by its name."""
+"""No objects: the settings name strategy, objective and metrics."""

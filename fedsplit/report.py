@@ -1,4 +1,4 @@
-"""Numbers and tables as text for people."""
+"""Formats numbers and tables for people."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from collections.abc import Sequence
 
 WIDTH = 80
-"""Columns of a terminal as it opens, and the most that the line of a round takes."""
+"""Columns of a terminal by default, and the greatest length of a round's line."""
 
 
 def perplexity(loss: float) -> float:
-    """Returns the exponential of a mean loss in nats; infinity where it is too large for a float.
+    """Returns the exponential of a mean loss in nats; infinity if the result is too large for a float.
 
     Example:
         >>> perplexity(0.0), perplexity(1000.0)
         (1.0, inf)
     """
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(loss) if loss < 700 else math.inf  # math.exp raises an error above 709
 
 
 def size(nbytes: float) -> str:
@@ -34,7 +34,7 @@ def size(nbytes: float) -> str:
 
 
 def fitted(fields: Sequence[str], width: int = WIDTH) -> str:
-    """Joins the fields of a line, and leaves out those at its end that do not fit.
+    """Joins the fields of a line. Fields at the end that do not fit are left out.
 
     Args:
         fields: Texts, the most important ones first.
@@ -53,7 +53,7 @@ def fitted(fields: Sequence[str], width: int = WIDTH) -> str:
 
 
 def metric_mean(value: float | None) -> str:
-    """Returns a metric's mean for people; a dash where there was nothing to measure.
+    """Returns a metric's mean with four digits; a dash for None.
 
     Example:
         >>> metric_mean(0.123456), metric_mean(None)
@@ -63,10 +63,10 @@ def metric_mean(value: float | None) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table, with its first column to the left and the others to the right.
+    """Returns the lines of a table. The first column is aligned to the left, all further columns to the right.
 
     Args:
-        rows: Cells by row; all rows have the same number.
+        rows: Cells by row. All rows have the same number of cells.
 
     Example:
         >>> aligned([("", "loss"), ("ann", "1"), ("b", "2")])

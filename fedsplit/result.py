@@ -1,4 +1,4 @@
-"""What a finished run left, for Python: losses as a table and as a picture, the model, the summary."""
+"""The result of a finished run, for Python: losses as a table and as a picture, the model, the summary."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from fedsplit.settings.config import Config
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 ALL = "all"
-"""Name under which the table of losses has the loss over all clients."""
+"""Name of the row, in the table of losses, for the loss over all clients."""
 
 SPLITS = {"train": "train", "evaluate": "held_out"}
-"""Name of a split in the table of losses, by the event that tells its loss."""
+"""Name of the split in the table of losses, by the event that reports the loss."""
 
 COLUMNS = ("round", "client", "split", "loss", "perplexity", "accuracy", "tokens", "elapsed")
 """Columns of the table of losses."""
 
 
 class Result:
-    """A run that came to its end.
+    """A finished run. `fedsplit.run` and `fedsplit.open` return it.
 
     Attributes:
         folder: Folder of the run.
@@ -35,7 +37,7 @@ class Result:
     """
 
     def __init__(self, run: Run) -> None:
-        """Wraps a run; `fedsplit.open` makes one from a folder."""
+        """Wraps a finished run."""
         self._run = run
         self.folder = run.path
         self.config: Config = run.config
@@ -47,17 +49,18 @@ class Result:
 
     @property
     def losses(self) -> pandas.DataFrame:
-        """Losses by round, client and split, as `metrics.jsonl` has them.
+        """Losses of `metrics.jsonl` as a table, one row for each round, client and split.
 
         The client `all` stands for the loss over all clients. Columns:
 
         - `round`: 0 is before training.
         - `client`: Name of the client.
         - `split`: "train" or "held_out".
-        - `loss`: Mean loss in nats a token, or a text where texts are sorted into classes.
-        - `perplexity`: exp(loss) where tokens are predicted; missing where the loss has other terms.
-        - `accuracy`: Share of texts whose class was found; for `all` under classification.
-        - `tokens`: Tokens that the loss is of; for `all`.
+        - `loss`: Mean loss in nats a token; under classification, in nats a text.
+        - `perplexity`: exp(loss) of predicted tokens; missing under classification and for a mixture of experts, whose
+          loss has further terms.
+        - `accuracy`: Share of texts with the right class, in rows of `all` under classification.
+        - `tokens`: Number of tokens behind the loss, in rows of `all`.
         - `elapsed`: Seconds since the run began.
         """
         import pandas
@@ -74,24 +77,29 @@ class Result:
                 yield from self._rows_of(event)
 
     def _rows_of(self, event: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yields the rows of an event: one over all clients, and one for each client."""
-        is_plain = self.config.data.format != "classification" and "router_aux_loss" not in event
+        """Yields the rows of an event: a row over all clients, and a row for each client."""
+        has_perplexity = self.config.data.format != "classification" and "router_aux_loss" not in event
 
-        def row(client: str, loss: float, **more: Any) -> dict[str, Any]:
-            shared = {"round": event["round"], "split": SPLITS[event["event"]], "elapsed": event["elapsed"]}
-            measured = {"loss": loss, "perplexity": perplexity(loss) if is_plain else None}
-            return {**shared, **measured, "client": client, **more}
+        def row(client: str, loss: float) -> dict[str, Any]:
+            return {
+                "round": event["round"],
+                "client": client,
+                "split": SPLITS[event["event"]],
+                "loss": loss,
+                "perplexity": perplexity(loss) if has_perplexity else None,
+                "elapsed": event["elapsed"],
+            }
 
-        yield row(ALL, event["loss"], tokens=event["tokens"], accuracy=event.get("accuracy"))
+        yield {**row(ALL, event["loss"]), "tokens": event["tokens"], "accuracy": event.get("accuracy")}
         for client, loss in event["clients"].items():
             name = f"{client} (client)" if client == ALL else client
             yield row(name, loss)
 
     def plot(self) -> Figure:
-        """Draws the losses of all rounds: held-out of each client, and of all together with the training loss.
+        """Draws the losses of all rounds: a thin line for each client, thick lines for all clients together.
 
         Returns:
-            A matplotlib figure. `figure.savefig("losses.png")` writes it.
+            A matplotlib figure. `figure.savefig("losses.png")` writes the figure to a file.
 
         Raises:
             InputError: matplotlib is not installed.
@@ -114,20 +122,20 @@ class Result:
         axes.set_title(f"{self._run.name}: {self.config.strategy}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-        pyplot.close(figure)  # or a notebook would show it twice: as what a cell returns, and as an open figure
+        pyplot.close(figure)  # a notebook shows open figures, and would show this one twice
         return figure
 
-    def model(self, client: int | None = None) -> Any:
+    def model(self, client: int | None = None) -> PeftModel:
         """Opens the unsplit model with the run's adapter.
 
         Args:
-            client: Number of the client whose own adapter it is to be; None for the adapter that all share.
+            client: Number of a client, for the client's personal adapter; None for the adapter that all clients share.
 
         Returns:
-            A `peft.PeftModel` on the CPU, in evaluation mode, with base weights as the run held them.
+            A `peft.PeftModel` on the CPU, in evaluation mode, with base weights as in the run.
 
         Raises:
-            InputError: The client has no adapter of its own, or the base model is not there any more.
+            InputError: The client has no personal adapter, or the base model does not exist any more.
         """
         from fedsplit.results.whole import attach, open_held
 
@@ -135,11 +143,11 @@ class Result:
         base = open_held(adapter, classes=len(adapter.classes), seed=self.config.seed)
         return attach(base, adapter)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """Opens the tokenizer of the run's model.
 
         Raises:
-            InputError: The base model is not there any more.
+            InputError: The base model does not exist any more.
         """
         from fedsplit.model.sources import config_folder
         from fedsplit.model.vocabulary import load_tokenizer

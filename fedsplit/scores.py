@@ -1,4 +1,4 @@
-"""How well text was predicted: one record, measured through the split or on the unsplit model."""
+"""Scores: how well a model, split or not, predicts some text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 Sums = Mapping[str, tuple[float, float]]
-"""By metric, the sum over all that was measured, and its count. Sums of batches and clients add up."""
+"""By metric, the sum of its values and their number. Sums of batches and of clients add up."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Score:
 
     Attributes:
         nats: Sum of the losses of all predictions.
-        tokens: Number of predictions: tokens, or sequences where their classes are predicted.
-        right: Number of right predictions. Through the split only classes are counted.
+        tokens: Number of predictions: of tokens, or of classes, one for each text.
+        right: Number of right predictions. The split model counts right classes only, never tokens.
         metrics: Sums of the metrics that `--metric` names.
 
     Example:
@@ -37,7 +37,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions, where they were counted."""
+        """Share of right predictions."""
         return self.right / self.tokens
 
     def __add__(self, other: Score) -> Score:
@@ -50,12 +50,17 @@ class Score:
 
 
 def pooled(scores: Iterable[Score]) -> Score:
-    """Returns several scores as one; a score of no tokens where there is none."""
+    """Returns the sum of scores. Of none it is a score of no tokens.
+
+    Example:
+        >>> pooled([Score(nats=6.0, tokens=4), Score(nats=2.0, tokens=4)]).tokens
+        8
+    """
     return sum(scores, Score())
 
 
 def added(one: Sums, other: Sums) -> Sums:
-    """Returns the sums of two disjoint sets of text as those of both.
+    """Adds the metrics' sums of two disjoint sets of text.
 
     Example:
         >>> added({"rouge": (1.0, 2.0)}, {"rouge": (3.0, 2.0)})
@@ -69,7 +74,7 @@ def added(one: Sums, other: Sums) -> Sums:
 
 
 def means(sums: Sums) -> dict[str, float | None]:
-    """Returns each metric's mean; None where there was nothing to measure.
+    """Returns the mean of each metric; None for a metric without a value.
 
     Example:
         >>> means({"rouge": (3.0, 4.0), "bleu": (0.0, 0.0)})
@@ -79,14 +84,14 @@ def means(sums: Sums) -> dict[str, float | None]:
 
 
 def means_by_metric(sums: Iterable[tuple[str, Sums]]) -> dict[str, dict[str, float | None]]:
-    """Returns the means of several owners by metric and owner.
+    """Returns the means of several owners' sums, by metric and owner.
 
     Example:
         >>> means_by_metric([("ann", {"rouge": (1.0, 2.0)}), ("bob", {"rouge": (2.0, 2.0)})])
         {'rouge': {'ann': 0.5, 'bob': 1.0}}
     """
-    found: dict[str, dict[str, float | None]] = {}
-    for owner, of_owner in sums:
-        for name, mean in means(of_owner).items():
-            found.setdefault(name, {})[owner] = mean
-    return found
+    by_metric: dict[str, dict[str, float | None]] = {}
+    for owner, sums_of_owner in sums:
+        for metric, mean in means(sums_of_owner).items():
+            by_metric.setdefault(metric, {})[owner] = mean
+    return by_metric

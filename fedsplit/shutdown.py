@@ -1,4 +1,4 @@
-"""Orderly shutdown: a signal becomes an exception, and no process or file of the command stays behind."""
+"""Orderly shutdown: turns a signal into an exception, and leaves no process and no temporary file behind."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that stop a command: Ctrl-C, a request to terminate, and a closed terminal."""
 
 GRACE_SECONDS = 8.0
-"""Time for an orderly end after a signal. After it the process is ended by force."""
+"""Time for an orderly end after a signal, before the process is ended by force."""
 
 _KILL_SECONDS = 2.0
+"""Time to wait for killed processes to disappear."""
 
 _cleanups: list[Callable[[], object]] = []
 
 
 class Stopped(KeyboardInterrupt):
-    """The command was asked to stop.
+    """A signal asked the command to stop.
+
+    Derived from KeyboardInterrupt, since libraries catch `Exception` and would go on.
 
     Attributes:
         signal: Number of the signal.
+
+    Example:
+        >>> Stopped(signal.SIGTERM).exit_code
+        143
     """
 
     def __init__(self, signal: int) -> None:
@@ -95,12 +102,12 @@ def stoppable() -> Iterator[None]:
 
 
 def kill_descendants(name: str = "") -> None:
-    """Kills the descendants of this process, and waits until they are gone.
+    """Kills the descendants of the process, and waits until all are gone.
 
     Args:
         name: Beginning of the command lines of the processes to kill; empty for all.
     """
-    import psutil  # at the top it would be imported before `prefer_installed` has changed the search path
+    import psutil  # not at the top: `prefer_installed` must have changed the search path before
 
     killed = []
     for process in psutil.Process().children(recursive=True):
@@ -116,7 +123,7 @@ def end_now(exit_code: int) -> None:
 
     Descendants are killed, clean-ups are run, and threads of libraries are not waited for.
     """
-    kill_descendants()  # first, since they may write into folders that are removed next
+    kill_descendants()  # first, since descendants may write into folders that the clean-ups remove
     while _cleanups:
         with contextlib.suppress(Exception):  # the process ends anyway
             _cleanups.pop()()
@@ -127,5 +134,6 @@ def end_now(exit_code: int) -> None:
 
 
 def _end_later(exit_code: int) -> None:
+    """Waits for the orderly end, and ends the process if the end does not come in time."""
     threading.Event().wait(GRACE_SECONDS)
     end_now(exit_code)

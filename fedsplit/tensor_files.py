@@ -32,8 +32,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         >>> load_tensors(path)
         {'lora_B': tensor([0., 0.])}
     """
-    # safetensors refuses tensors that share memory, and a strategy may return such. So each one is copied.
-    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    # safetensors refuses tensors that share memory or have gaps. A strategy may return both, so every tensor is copied.
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
     metadata = None if facts is None else dict(facts)
 
     with replacing(path) as draft:
@@ -65,11 +67,20 @@ def pack(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         >>> list(pack({"personal": {"l.lora_A": torch.ones(1)}, "control": {"l.lora_A": torch.ones(1)}}))
         ['personal/l.lora_A', 'control/l.lora_A']
     """
-    return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+    flat = {}
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            flat[f"{group}/{name}"] = tensor
+    return flat
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Restores the groups that `pack` flattened. Empty groups are lost."""
+    """Restores the groups that `pack` flattened. Empty groups are lost.
+
+    Example:
+        >>> unpack({"control/l.lora_A": torch.ones(1)})
+        {'control': {'l.lora_A': tensor([1.])}}
+    """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         group, _, name = key.partition("/")

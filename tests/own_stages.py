@@ -1,4 +1,4 @@
-"""FedDyn and Ditto as a user writes them: one file, nothing of fedsplit touched.
+"""FedDyn, Ditto and MOON as a user writes them: one file, nothing of fedsplit touched.
 
 `--strategy tests/own_stages.py:FedDyn --strategy.alpha 0.1`
 """
@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fedsplit.stages import Gradients, GradientStage, LocalStep, Outcome, RoundStart
+from fedsplit.stages import Gradients, GradientStage, LocalStep, LossTerm, Outcome, RoundStart, Rows
 from fedsplit.updates import Adapters, ClientUpdate, average
 from strategies.fedavg import FedAvg
 
@@ -92,3 +93,50 @@ class Ditto(FedAvg):
 
     def stage(self) -> GradientStage:
         return PersonalModel(self.rate, self.pull)
+
+
+def representation(states: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean last hidden state (B, D) of each sequence, padding left out."""
+    if mask is None:
+        return states.mean(1)
+    seen = mask.unsqueeze(-1).to(states.dtype)
+    return (states * seen).sum(1) / seen.sum(1)
+
+
+class Contrast(GradientStage):
+    """MOON's half at a client: mu times the contrastive loss of its representation z.
+
+    -log(exp(sim(z, z_global) / t) / (exp(sim(z, z_global) / t) + exp(sim(z, z_previous) / t))): z_global comes from the
+    model that the round begins with, z_previous from the model that the client ended its last round with.
+    """
+
+    def __init__(self, mu: float, temperature: float) -> None:
+        self.mu, self.temperature = mu, temperature
+
+    def begin(self, start: RoundStart) -> None:
+        self.given = start.adapters
+        self.previous = {name: start.kept.get(name, tensor) for name, tensor in start.adapters.items()}
+
+    def loss_term(self, rows: Rows) -> LossTerm:
+        near = representation(rows.states_at(self.given), rows.mask)
+        far = representation(rows.states_at(self.previous), rows.mask)
+
+        def contrast(states: Tensor) -> Tensor:
+            z = representation(states, rows.mask)
+            likeness = torch.stack([torch.cosine_similarity(z, near), torch.cosine_similarity(z, far)])
+            return -self.mu * functional.log_softmax(likeness / self.temperature, 0)[0].mean()
+
+        return contrast
+
+    def end(self, parameters: Mapping[str, Tensor]) -> Outcome:
+        return Outcome(kept=parameters)
+
+
+class Moon(FedAvg):
+    """MOON (2103.10257): FedAvg, with clients held near the global model's representations."""
+
+    def __init__(self, mu: float = 1.0, temperature: float = 0.5) -> None:
+        self.mu, self.temperature = mu, temperature
+
+    def stage(self) -> GradientStage:
+        return Contrast(self.mu, self.temperature)

@@ -75,6 +75,13 @@ class NotedTrunk:
         return TrunkStatus("first", Traffic(), resident_memory=5, peak_memory=6, pending=0, sessions=0, parameters={})
 
 
+class NoFolder:
+    """A run's folder without checkpoints."""
+
+    def rounds_needed(self, client: int) -> tuple[int, ...]:
+        return ()
+
+
 class Reported(list[Event]):
     """Events of a run, in order."""
 
@@ -100,7 +107,7 @@ def gather(play: Callable[[Request], Answer], folder: Path, **settings: Any) -> 
         clients=ScriptedClients(play),  # type: ignore[arg-type]
         workloads=[WORK] * 3,
         aggregation=None,  # type: ignore[arg-type]
-        folder=None,  # type: ignore[arg-type]
+        folder=NoFolder(),  # type: ignore[arg-type]
         emit=Reported(),
     )
     return parties, state

@@ -18,7 +18,8 @@ def test_help_lists_every_command_and_each_has_a_main(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     for name in command.COMMANDS:
         assert f"\n  {name} " in shown
-        code = f"import sys, fedsplit.commands.{name} as module; sys.exit(not callable(module.main) or 'torch' in sys.modules)"
+        imported = f"import sys, fedsplit.commands.{name} as module"
+        code = f"{imported}; sys.exit(not callable(module.main) or 'torch' in sys.modules)"
         subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,10 +1,10 @@
-"""FedDyn and Ditto, written as a user writes them, against the papers' algorithms on the unsplit model."""
+"""FedDyn, Ditto and MOON, written as a user writes them, against the papers' algorithms on the unsplit model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.corpora.partition import shards_of
+from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import batch
 from fedsplit.federation.aggregation import sampled, strategy_defaults
+from fedsplit.federation.client_order import groups_of
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.model.split import load_parts
 from fedsplit.seeds import derive_seed
@@ -56,6 +58,16 @@ def start_of(config: Config) -> Tensors:
     return {name: tensor for part in parts for name, tensor in lora.read(part).tensors.items()}
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """MOON's term: the adapters of the models that representations are compared with, and its settings."""
+
+    near: Tensors
+    far: Tensors
+    mu: float
+    temperature: float
+
+
 class Reference:
     """The unsplit model's gradients, on the rows that a client of a run sees."""
 
@@ -63,14 +75,29 @@ class Reference:
         self.start, self.shards = start_of(config), shards_of(config)
         self._config, (self._whole, self._parameters) = config, unsplit(config.model_path, self.start)
 
-    def gradients(self, theta: Mapping[str, Tensor], client: int, round: int, step: int) -> Tensors:
+    def gradients(
+        self, theta: Mapping[str, Tensor], client: int, round: int, step: int, contrast: Contrast | None = None
+    ) -> Tensors:
         settings = self._config.train
         done = (round - 1) * settings.steps + step
-        rows = batch(self.shards[client].train, done, settings.batch_size, derive_seed(0, "client", client))
+        sequences = settings.batch_size * settings.accumulation
+        rows = batch(self.shards[client].train, done, sequences, derive_seed(0, "client", client))
+        if contrast is not None:
+            with torch.no_grad():
+                near, far = (self._run(point, rows)[1] for point in (contrast.near, contrast.far))
+        loss, z = self._run(theta, rows)
+        if contrast is not None:
+            to_near, to_far = (torch.cosine_similarity(z, other) / contrast.temperature for other in (near, far))
+            loss = loss - contrast.mu * (to_near.exp() / (to_near.exp() + to_far.exp())).log().mean()
+        loss.backward()
+        return {name: parameter.grad for name, parameter in self._parameters.items() if parameter.grad is not None}
+
+    def _run(self, theta: Mapping[str, Tensor], rows: Sequences) -> tuple[Tensor, Tensor]:
+        """Loss, and mean last hidden state (B, D) of each sequence; no sequence of these tests is padded."""
         for name, parameter in self._parameters.items():
             parameter.data, parameter.grad = theta[name].clone(), None
-        self._whole(input_ids=rows.ids, labels=rows.labels, attention_mask=rows.mask).loss.backward()
-        return {name: parameter.grad for name, parameter in self._parameters.items() if parameter.grad is not None}
+        out = self._whole(input_ids=rows.ids, labels=rows.labels, output_hidden_states=True)
+        return out.loss, out.hidden_states[-1].mean(1)
 
 
 def feddyn(config: Config, alpha: float) -> Tensors:
@@ -152,13 +179,17 @@ def test_dittos_personal_models_are_the_papers(config: Config, tmp_path: Path, m
             assert float((tensor - theta[name]).abs().max()) > 1e-5, name
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize(
+    ("schedule", "clip"), [("shared", 0.0), ("shared", 0.05), ("batched", 0.0), ("accumulate", 0.05)]
+)
 def test_dittos_global_model_is_fedavgs_to_the_bit(
-    config: Config, clip: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, schedule: str, clip: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the trunk learns, and answers twice as many steps: it learns nothing from the personal ones."""
     config = replace(
-        config, trunk=replace(config.trunk, schedule="shared"), train=replace(config.train, clip=clip, accumulation=2)
+        config,
+        trunk=replace(config.trunk, schedule=schedule, every=2),
+        train=replace(config.train, clip=clip, accumulation=2),
     )
     plain = replace(config, strategy="fedavg", strategy_options={})
     ditto = replace(config, strategy=f"{FILE}:Ditto", strategy_options={})
@@ -172,3 +203,60 @@ def test_dittos_global_model_is_fedavgs_to_the_bit(
 def evaluated(out: Path) -> list[float]:
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [event["loss"] for event in events if event["event"] == "evaluate"]
+
+
+def moon(config: Config, of_client: set[str], mu: float, temperature: float) -> Tensors:
+    """Algorithm 1 of 2103.10257, with the clients that the run samples and the trunk that all of them use.
+
+    Args:
+        config: The run's configuration.
+        of_client: Names of the tensors that lie in bottom and top.
+        mu: Weight of the term.
+        temperature: Temperature of the term.
+    """
+    reference = Reference(config)
+    theta = {name: reference.start[name] for name in of_client}
+    trunk = {name: tensor for name, tensor in reference.start.items() if name not in of_client}
+    previous = {client: theta for client in range(config.clients)}
+    for round in range(1, config.rounds + 1):
+        ends = []
+        for client in groups_of(config, round, sampled(config, round))[0]:
+            local = theta
+            for step in range(config.train.steps):
+                contrast = Contrast({**theta, **trunk}, {**previous[client], **trunk}, mu, temperature)
+                found = reference.gradients({**local, **trunk}, client, round, step, contrast)
+                local = {name: tensor - config.train.lr * found[name] for name, tensor in local.items()}
+                if config.trunk.schedule == "shared":
+                    trunk = {name: tensor - config.train.lr * found[name] for name, tensor in trunk.items()}
+            previous[client] = local
+            ends.append(local)
+        theta = {name: sum(end[name] for end in ends) / len(ends) for name in theta}
+    return {**theta, **trunk}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parts"),
+    [
+        ("frozen", {}),  # the trunk is the same for all models, as their other frozen weights are
+        ("frozen", {"accumulation": 2, "micro_batches": 2}),
+        ("shared", {}),  # the trunk learns from the term, too: here client by client
+    ],
+)
+def test_moon_is_the_papers(
+    config: Config, schedule: str, parts: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(
+        config,
+        strategy=f"{FILE}:Moon",
+        strategy_options={"mu": 0.5, "temperature": 0.3},
+        trunk=replace(config.trunk, schedule=schedule),
+        train=replace(config.train, lr=0.1, **parts),
+    )
+    found = federate(config, tmp_path, monkeypatch)
+    of_client = set(kept_of(tmp_path, 0, config.rounds))
+    expected = moon(config, of_client, mu=0.5, temperature=0.3)
+    plain = federate(replace(config, strategy="fedavg", strategy_options={}), tmp_path / "plain", monkeypatch)
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=2e-5), name
+    assert of_client and of_client < expected.keys()
+    assert max(float((plain[name] - tensor).abs().max()) for name, tensor in expected.items()) > 1e-3

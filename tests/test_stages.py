@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedsplit.stages import GradientStage, LocalStep, Outcome, RoundStart, Stages
+from fedsplit.stages import GradientStage, LocalStep, Outcome, RoundStart, Rows, Stages
 
 START = {"w": torch.tensor([1.0, 2.0])}
 
@@ -63,3 +63,18 @@ def test_a_chain_records_no_graph() -> None:
 
     found = Stages(Decay())({"w": torch.zeros(2)}, LocalStep({"w": weight}))
     assert not found["w"].requires_grad
+
+
+def test_terms_of_the_loss_are_summed_and_none_is_none() -> None:
+    class Norm(GradientStage):
+        def loss_term(self, rows):
+            return lambda states: states.square().sum()
+
+    ids = torch.ones(1, 2, dtype=torch.long)
+    rows = Rows(ids, ids, None, states_at=lambda adapter: torch.zeros(1, 2, 3))
+    assert Stages(Counting(), Stages()).loss_term(rows) is None
+    states = torch.ones(1, 2, 3, requires_grad=True)
+    term = Stages(Norm(), Counting(), Norm()).loss_term(rows)
+    assert term is not None
+    term(states).backward()
+    assert term(states).item() == 12 and states.grad.unique().tolist() == [4]

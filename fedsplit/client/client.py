@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -19,7 +20,7 @@ from fedsplit.client.micro_batches import MicroBatch, batches_of
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch, batch_of_epoch, steps_of_epoch
 from fedsplit.model.devices import CPU, device_of, put
-from fedsplit.model.parts import Bottom, Top
+from fedsplit.model.parts import Bottom, Part, Top
 from fedsplit.model.routers import RouterLoss
 from fedsplit.objectives.objective import Objective
 from fedsplit.optimization import optim
@@ -31,7 +32,7 @@ from fedsplit.optimization.rates import share_of_rate
 from fedsplit.optimization.terms import terms_of
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.sections import TrainSettings
-from fedsplit.stages import GradientAt, GradientStage, LocalStep, RoundStart, Stages, TrunkShare
+from fedsplit.stages import GradientAt, GradientStage, LocalStep, LossTerm, RoundStart, Rows, Stages, TrunkShare
 from fedsplit.updates import ClientUpdate, Task
 from fedsplit.wire.packets import StepKey
 from fedsplit.wire.scaling import backward
@@ -136,24 +137,23 @@ class Client:
             mask: (B, T), 0 on padding, which is not predicted.
             labels: The tokens (B, T), -100 where they are not predicted; all but padding are where not given.
             rate: The share of the learning rate at which the trunk makes the step.
-            terms: The strategy's terms, the last stages of the step; none where not given.
+            terms: The strategy's stages, the last ones of the step; none where not given.
             keys: Numbers of further steps, for stages that ask for gradients elsewhere. None: they cannot.
 
         Returns:
-            The mean loss in nats, a scalar; with that of the routers, where there is one.
+            The mean loss in nats, a scalar; with that of the routers and the stages' terms, where there are any.
         """
+        terms = terms or Stages()
         settings = self.settings
         batches = batches_of(ids, labels, mask, settings.accumulation, settings.micro_batches, self.bottom.virtual)
         losses = []
         for number, parts in enumerate(batches):
-            loss, crossings = self._cross(parts, replace(key, batch=number), len(batches), rate)
+            added = [terms.loss_term(self._rows_before(part, key)) for part in parts]
+            loss, crossings = self._cross(parts, replace(key, batch=number), len(batches), rate, added)
             losses.append(loss)
 
-        gradient_at = None
-        schedule = self.link.schedule
-        if keys is not None and not (schedule.gathers or schedule.sums):  # under these, clients' steps are counted
-            gradient_at = functools.partial(self._gradient_at, batches, key, keys)
-        self._run_stages(terms or Stages(), crossings, gradient_at)
+        gradient_at = None if keys is None else functools.partial(self._gradient_at, batches, key, keys)
+        self._run_stages(terms, crossings, gradient_at)
         return torch.stack(losses).sum()
 
     def _run_stages(
@@ -199,31 +199,91 @@ class Client:
         Raises:
             ValueError: The adapter has other names.
         """
+        routers_seen = len(self.routers.seen)
+        key = replace(key, step=next(keys))
+        try:
+            with self._placed(adapter) as parameters, torch.enable_grad():
+                for number, parts in enumerate(batches):
+                    nothing = [None] * len(parts)
+                    self._cross(parts, replace(key, batch=number), len(batches), 1.0, nothing, learns=False)
+                return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        finally:
+            del self.routers.seen[routers_seen:]
+
+    def _rows_before(self, part: MicroBatch, key: StepKey) -> Rows:
+        """Returns a micro-batch as stages see it before its forward."""
+        return Rows(part.ids, part.labels, part.mask, functools.partial(self._states_at, part, key))
+
+    @torch.no_grad()
+    def _states_at(self, rows: MicroBatch, key: StepKey, adapter: Mapping[str, Tensor]) -> Tensor:
+        """Returns the last hidden states (B, T, D) of a micro-batch at another adapter; leaves all else as it is.
+
+        Args:
+            rows: The micro-batch, which must not be under way.
+            key: The step.
+            adapter: The other adapter of bottom and top, by exported name.
+
+        Raises:
+            ValueError: The adapter has other names.
+        """
+        both: tuple[Part, ...] = (self.bottom, self.top)
+        modes = [part.training for part in both]
+        try:
+            for part in both:
+                part.eval()
+            with self._placed(adapter):
+                hidden = self.link.evaluate(self.bottom(rows.ids, rows.mask), key, rows.mask)
+                return self.top.read(hidden, rows.mask)
+        finally:
+            for part, mode in zip(both, modes, strict=True):
+                part.train(mode)
+
+    @contextlib.contextmanager
+    def _placed(self, adapter: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
+        """Gives both parts another adapter, without gradients, while the context lasts.
+
+        Args:
+            adapter: The adapter, by exported name.
+
+        Yields:
+            The parameters, by exported name.
+
+        Raises:
+            ValueError: The adapter has other names.
+        """
         parameters = self._adapter()
         if strange := sorted(adapter.keys() ^ parameters.keys()):
             raise ValueError(f"an adapter needs the names of the step's parameters; {strange[0]} is missing or unknown")
         values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         gradients = {name: parameter.grad for name, parameter in parameters.items()}
-        routers_seen = len(self.routers.seen)
-        key = replace(key, step=next(keys))
         try:
             _place(parameters, adapter, {})
-            with torch.enable_grad():
-                for number, parts in enumerate(batches):
-                    self._cross(parts, replace(key, batch=number), len(batches), rate=1.0, learns=False)
-            return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+            yield parameters
         finally:
             _place(parameters, values, gradients)
-            del self.routers.seen[routers_seen:]
 
     def _adapter(self) -> dict[str, nn.Parameter]:
         """Returns the parameters of the adapters of both parts, by exported name."""
         return {**lora.parameters(self.bottom), **lora.parameters(self.top)}
 
     def _cross(
-        self, parts: Sequence[MicroBatch], key: StepKey, batches: int, rate: float, learns: bool = True
+        self,
+        parts: Sequence[MicroBatch],
+        key: StepKey,
+        batches: int,
+        rate: float,
+        terms: Sequence[LossTerm | None],
+        learns: bool = True,
     ) -> tuple[Tensor, list[PendingStep]]:
         """Takes one batch of a step through all parts and back, as micro-batches.
+
+        Args:
+            parts: The micro-batches.
+            key: Names the batch to the trunk.
+            batches: Number of batches in the step.
+            rate: The share of the learning rate at which the trunk makes the step.
+            terms: The stages' term of the loss of each micro-batch; None where there is none.
+            learns: False where the trunk's adapter must not learn from the step.
 
         Returns:
             The batch's share of the step's loss, and its crossings.
@@ -236,10 +296,10 @@ class Client:
             how: dict[str, Any] = {"micros": len(parts), "batches": batches, "rate": rate, "learns": learns}
             crossings.append(self.link.send(hidden, replace(key, micro=micro), part.mask, sums=seen.sums, **how))
         # 2. Down, through the top to the loss; and its gradient up.
-        for crossing, part in zip(crossings, parts, strict=True):
+        for crossing, part, term in zip(crossings, parts, terms, strict=True):
             hidden = crossing.output()
             with self.routers.through(self.top, part.mask, crossing.sums) as seen:
-                loss = self.top(hidden, part.labels, part.mask, self.objective)
+                loss = self.top(hidden, part.labels, part.mask, self.objective, term)
             loss = self.routers.added(loss, seen, part.share)
             crossing.send_back(backward(loss, self.top.parameters(), hidden))
             losses.append(loss.detach())

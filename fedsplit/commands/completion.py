@@ -20,7 +20,7 @@ from fedsplit.commands import COMMANDS
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.corpora.tables import MADE
 from fedsplit.settings.choices import PROMPTED
-from fedsplit.settings.config import DEFAULT_MODEL, LEAVES
+from fedsplit.settings.config import DEFAULT_MODEL, SETTINGS
 from fedsplit.settings.flags import Parser
 from fedsplit.settings.flags import make_parser as simulate_parser
 
@@ -49,8 +49,7 @@ def values_of(name: str) -> list[str]:
         return _strategies()
     if name == "lora.method":
         return [*ADAPTER_METHODS, *PROMPTED]
-    leaf, _ = LEAVES[name]
-    words = [word.partition("[")[0] for word in leaf.metadata["allowed"].words.split(" | ")]
+    words = [word.partition("[")[0] for word in SETTINGS[name].allowed.words.split(" | ")]
     # Of the pattern of a value, such as cuda:N, a shell would complete the letters.
     return [word for word in words if re.fullmatch(r"[a-z0-9_-]+", word)] if len(words) > 1 else []
 
@@ -91,7 +90,7 @@ def _annotate(parser: argparse.ArgumentParser) -> None:
                 _annotate(below)
         elif completed := _completion_of(action.dest):
             action.complete = completed  # type: ignore[attr-defined]  # where shtab looks
-        elif action.dest in LEAVES:
+        elif action.dest in SETTINGS:
             action.choices = values_of(action.dest) or None
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fedsplit.events.event_types import EVENTS, Event, fields_of
-from fedsplit.settings.config import LEAVES, SECTIONS
-from fedsplit.settings.fields import words_of
+from fedsplit.settings.config import SECTIONS, SETTINGS
+from fedsplit.settings.fields import Setting
 from fedsplit.settings.flags import MAY_DIFFER, flag_of
 
 SETTINGS_HEAD = f"""# Settings
@@ -37,7 +37,10 @@ $ python -m fedsplit.simulate --config mine.toml      # a file
 
 - A list is separated by commas on the command line, and is a list in TOML. `--sink` may be given several times.
 - A flag of a `true | false` setting needs no value: `--keep-best` is `--keep-best true`.
-- `--strategy.KEY VALUE`, or the table `[strategy_options]` in TOML, gives keyword arguments to the strategy.
+- `--strategy.KEY VALUE`, or the table `[strategy_options]` in TOML, gives keyword arguments to the strategy;
+  `--objective.KEY VALUE`, or `[objective_options]`, to the objective.
+- `--metric.NAME.KEY VALUE`, or the table `[metric_options.NAME]`, gives them to the metric NAME, such as `rouge` of
+  `path/to/mine.py:rouge`; `--sink.NAME.KEY VALUE`, or `[sink_options.NAME]`, to a sink.
 - With `--resume`, the file is that of the run, and only these flags may be given:
   {", ".join(f"`{name}`" for name in MAY_DIFFER[1:])}.
 """
@@ -60,23 +63,22 @@ def settings_page() -> str:
             parts.append(f"\n## `[{section}]`\n\n{SECTIONS[section].__doc__}\n")
         else:
             parts.append(f"\n## {HEADINGS[section]}\n")
-        rows = [_setting_row(name) for name in LEAVES if name.rpartition(".")[0] == section]
+        rows = [_setting_row(setting) for setting in SETTINGS.values() if setting.section == section]
         parts.append(_table(("name", "flag", "default", "allowed", ""), rows))
     return "\n".join(parts).replace("\n\n\n", "\n\n")
 
 
-def _setting_row(name: str) -> list[str]:
+def _setting_row(setting: Setting) -> list[str]:
     """Returns the cells of a setting's row."""
-    leaf, kind = LEAVES[name]
-    flags = [flag_of(name)]
-    if leaf.metadata["alias"]:
-        flags.append(leaf.metadata["alias"])
+    flags = [flag_of(setting.name)]
+    if setting.alias:
+        flags.append(setting.alias)
     return [
-        _code(name.rpartition(".")[2]),
+        _code(setting.field),
         ", ".join(map(_code, flags)),
-        _default(leaf.default),
-        _allowed(words_of(leaf, kind)),
-        leaf.metadata["help"],
+        _default(setting.default),
+        _allowed(setting.words),
+        setting.help,
     ]
 
 

@@ -58,8 +58,9 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
     from fedsplit.corpora.partition import partition_of
     from fedsplit.events.user_sinks import check_sinks
     from fedsplit.federation.aggregation import strategy_defaults
-    from fedsplit.federation.checkpoint import check_folder, check_resumable
+    from fedsplit.federation.checkpoint import check_folder
     from fedsplit.federation.rehearsal import rehearse
+    from fedsplit.federation.resumption import check_resumable
     from fedsplit.federation.strategy import check_strategy, is_builtin, load_strategy
     from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.quantization import check_quantization
@@ -72,7 +73,7 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
     else:
         check_folder(folder)
     check_optimizer(config.train)
-    check_sinks(config.sinks)
+    check_sinks(config.sinks, config.sink_options)
 
     def make_strategy() -> Any:
         if objects.strategy is not None:
@@ -128,10 +129,11 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     from fedsplit.events.run_files import MetricsFile, SummaryFile
     from fedsplit.events.screen import make_screen
     from fedsplit.events.user_sinks import make_sinks
-    from fedsplit.federation.checkpoint import RunFolder, check_content
+    from fedsplit.federation.checkpoint import RunFolder
     from fedsplit.federation.clients import FederationFailed
     from fedsplit.federation.federation import Federation, Job
     from fedsplit.federation.manifest import content_of
+    from fedsplit.federation.resumption import check_content
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder, pinned, weights_folder
@@ -145,7 +147,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     shares = plan(config, facts.width)
     train = replace(config.train, micro_batches=shares.micro_batches)
     config = replace(config, model=pinned(config.model), train=train)
-    users = [*make_sinks(config.sinks), *sinks]
+    users = [*make_sinks(config.sinks, config.sink_options), *sinks]
     with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):
             emit(Notice(text=line))

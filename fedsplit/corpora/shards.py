@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.durable import writing
 from fedsplit.seeds import derive_seed
 from fedsplit.shutdown import cleaned_up
 from fedsplit.state.client_store import LostState
@@ -62,8 +64,12 @@ def _sequences(tensors: Mapping[str, Tensor]) -> Sequences:
     return Sequences(tensors["ids"], tensors.get("labels", tensors["ids"]), tensors.get("lengths"))
 
 
+def _folder(root: Path) -> Path:
+    return root / "data"
+
+
 def _path(root: Path, client: int) -> Path:
-    return root / "data" / f"{client:04d}.safetensors"
+    return _folder(root) / f"{client:04d}.safetensors"
 
 
 def write_shard(root: Path, client: int, shard: Shard) -> None:
@@ -108,11 +114,37 @@ def read_shard(root: Path, client: int) -> Shard:
     return Shard(train=_sequences(groups["train"]), held_out=_sequences(groups["held_out"]), **description)
 
 
+def remove_left(root: Path) -> int:
+    """Removes the data of clients that a killed command left on their disks.
+
+    Args:
+        root: Folder of the clients' disks.
+
+    Returns:
+        Number of clients whose data were there. A symbolic link counts as one and is removed; what it leads to stays.
+
+    Raises:
+        NotWritten: The data could not be removed.
+    """
+    folder = _folder(root)
+    with writing(folder):
+        if folder.is_symlink():
+            folder.unlink()
+            return 1
+        if not folder.is_dir():
+            return 0
+        clients = {re.sub(r"\D", "", path.name.partition(".safetensors")[0]) for path in folder.iterdir()}
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # the folder also holds state that clients keep for longer
+            root.rmdir()
+    return len(clients)
+
+
 @contextlib.contextmanager
 def on_disks(root: Path, shards: Sequence[Shard]) -> Iterator[None]:
     """Keeps each client's data on its disk while the context lasts, so that a run's folder retains no text.
 
-    Data left behind by a killed command is replaced.
+    Data left behind by a killed command is replaced. `remove_left` removes such data without a run.
 
     Args:
         root: Folder of the clients' disks.
@@ -120,7 +152,7 @@ def on_disks(root: Path, shards: Sequence[Shard]) -> Iterator[None]:
     """
 
     def remove() -> None:
-        shutil.rmtree(root / "data", ignore_errors=True)
+        shutil.rmtree(_folder(root), ignore_errors=True)
         with contextlib.suppress(OSError):  # the folder also holds state that clients keep for longer
             root.rmdir()
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, sotu
+from fedsplit.corpora.datasets_library import (
+    FILE_TYPES,
+    class_names,
+    is_saved,
+    load,
+    quiet_datasets,
+    without_patterns,
+)
 from fedsplit.corpora.files import READ_HERE, Columns, doubled_columns, read_rows, read_text
 from fedsplit.corpora.synthetic import make_rows
 from fedsplit.errors import SettingError
 from fedsplit.settings.sections import DataSettings
-
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-"""Endings of the files that can be read, with the name that `datasets` has for each format."""
 
 MADE = ("sotu", "synthetic")
 """Bundled data sets: they are made here, not read from a user's file."""
@@ -112,7 +115,7 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
         if dataset in MADE and data.split != "train":
             raise SettingError("data.split", data.split, f"train, since {dataset} has no other split")
     elif path.is_dir():
-        if not (_is_saved(path) or _data_files(path)):
+        if not (is_saved(path) or _data_files(path)):
             raise SettingError("dataset", f"{dataset} (no data files in it)", ALLOWED)
         _check_kind(dataset, path)
     elif not _may_be_on_hub(dataset):
@@ -136,11 +139,6 @@ def _may_be_on_hub(dataset: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", dataset)) and not ends_like_a_file
 
 
-def _is_saved(path: Path) -> bool:
-    """Tells whether `datasets.save_to_disk` wrote a folder."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
 def _data_files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.suffix in FILE_TYPES and file.is_file())
 
@@ -151,7 +149,7 @@ def _check_kind(dataset: str, path: Path) -> None:
     Raises:
         SettingError: The files have several types, and no README.md tells which to read.
     """
-    if _is_saved(path) or _readme_names_files(path):
+    if is_saved(path) or _readme_names_files(path):
         return
 
     # The first file of each type, but for the files that `datasets` ignores.
@@ -243,18 +241,18 @@ def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
     if path.is_file() and path.suffix in READ_HERE:
         return _table_of_rows(dataset, path.stem, {"train": [path]}, data)
 
-    datasets = _quiet_datasets()
-    with _without_patterns(path) as (plain, cache):
-        if plain.is_dir() and not _is_saved(plain):
+    datasets = quiet_datasets()
+    with without_patterns(path) as (plain, cache):
+        if plain.is_dir() and not is_saved(plain):
             builder = datasets.load_dataset_builder(str(plain), data.config or None)
             if files := _files_read_here(builder):
                 return _table_of_rows(dataset, path.stem, files, data, builder.info.features or {})
-        return _as_table(dataset, path.stem, _load(str(plain), plain, data, cache))
+        return _as_table(dataset, path.stem, load(str(plain), plain, data, cache))
 
 
 def _is_folder_of_texts(path: Path, data: DataSettings) -> bool:
     """Tells whether a folder holds text files alone, without settings by which `datasets` should read their lines."""
-    if not path.is_dir() or _is_saved(path) or data.config or (path / "README.md").exists():
+    if not path.is_dir() or is_saved(path) or data.config or (path / "README.md").exists():
         return False
     return all(file.suffix == ".txt" for file in _data_files(path))
 
@@ -287,7 +285,7 @@ def _table_of_rows(
     Raises:
         ValueError: A file cannot be read, or a class has no name.
     """
-    classes = _classes(features)
+    classes = class_names(features)
     number_columns = {data.label} - classes.keys()
 
     def read(paths: Sequence[Path]) -> Columns:
@@ -345,7 +343,7 @@ def _of_split(
     if split == "all":
         split = "+".join(files)
 
-    datasets = _quiet_datasets()
+    datasets = quiet_datasets()
     by_split = {name: read(paths) for name, paths in files.items()}
     lengths = {name: len(next(iter(columns.values()), ())) for name, columns in by_split.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
@@ -358,74 +356,14 @@ def _of_split(
     return dict(joined)
 
 
-_PATTERN = re.compile(r"[*?\[\]]|::")
-"""Characters of a path that `datasets` mistakes for a pattern, or for a path inside of an archive."""
-
-
-@contextlib.contextmanager
-def _without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
-    """Yields a path at which `datasets` finds the files of `path`, and the cache folder to use.
-
-    If a file's name looks like a pattern, the path is a temporary folder of links and the cache is temporary, too.
-    Otherwise these are the path itself and None, the default cache.
-    """
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    if not any(_PATTERN.search(str(file.absolute())) for file in files):
-        yield path, None
-        return
-    with tempfile.TemporaryDirectory(prefix="fedsplit-") as folder:
-        root = Path(folder) / "data"
-        for number, file in enumerate(files):
-            inner = file.relative_to(path).parts if path.is_dir() else (file.name,)
-            link = root.joinpath(*(_PATTERN.sub("_", name) for name in inner))
-            if link.exists():  # two names differ only in the characters that were replaced
-                link = link.with_name(f"{link.stem}_{number}{link.suffix}")
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(file.absolute())
-        yield root if path.is_dir() else link, str(Path(folder) / "cache")
-
-
 def _read_hub(dataset: str, data: DataSettings) -> Table:
     path = Path(dataset)
-    return _as_table(dataset, path.stem, _load(dataset, path, data))
-
-
-def _quiet_datasets() -> Any:
-    """Imports `datasets` and silences it. The import takes seconds, and the bundled corpus does not need it."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    return datasets
+    return _as_table(dataset, path.stem, load(dataset, path, data))
 
 
 def _as_table(dataset: str, name: str, rows: Any) -> Table:
     """Returns a `datasets.Dataset` as a table."""
-    return Table(dataset, name, {column: rows[column][:] for column in rows.column_names}, _classes(rows.features))
-
-
-def _classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the class names of each column whose type in `datasets` has them."""
-    return {column: list(feature.names) for column, feature in features.items() if hasattr(feature, "names")}
-
-
-def _load(dataset: str, path: Path, data: DataSettings, cache: str | None = None) -> Any:
-    """Reads a data set by `datasets`, as a `datasets.Dataset`."""
-    datasets = _quiet_datasets()
-    if path.is_dir() and _is_saved(path):
-        saved = datasets.load_from_disk(str(path))
-        if not isinstance(saved, datasets.DatasetDict):
-            if data.split != "train" or data.config:
-                raise ValueError("it has neither splits nor configurations")
-            return saved
-        if data.config or data.split not in saved:
-            raise ValueError(f"its splits are {', '.join(saved)}, and it has no configurations")
-        return saved[data.split]
-
-    if path.is_file():
-        kind = FILE_TYPES[path.suffix]
-        return datasets.load_dataset(kind, data_files=str(path), split=data.split, cache_dir=cache)
-    return datasets.load_dataset(dataset, data.config or None, split=data.split, cache_dir=cache)
+    return Table(dataset, name, {column: rows[column][:] for column in rows.column_names}, class_names(rows.features))
 
 
 def _kind(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from fedsplit.durable import Postponed
 from fedsplit.events.event_types import Event, Notice, RunFailed
 from fedsplit.events.sink import Sink
 from fedsplit.loading import described
@@ -31,7 +32,8 @@ class Emitter:
         """Takes the sinks.
 
         Args:
-            own: Sinks of fedsplit, such as files and the screen. The run needs them: whatever they raise ends it.
+            own: Sinks of fedsplit, such as files and the screen. The run needs them: whatever they raise ends it, but
+                for a file that is written later.
             users: Sinks of the user's, called after those. One that raises is left out from then on.
         """
         self._own = list(own)
@@ -40,7 +42,10 @@ class Emitter:
     def __call__(self, event: Event) -> None:
         """Hands an event to all sinks."""
         for sink in self._own:
-            sink.handle(event)
+            try:
+                sink.handle(event)
+            except Postponed as postponed:
+                self(Notice(text=str(postponed)))
         for sink in list(self._users):
             self._try(sink, lambda sink=sink: sink.handle(event))  # type: ignore[misc]
 

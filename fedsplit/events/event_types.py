@@ -154,7 +154,7 @@ class RoundEvaluated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundEnded(Event):
-    """A round is over and, after round 0, saved as a checkpoint."""
+    """A round is over; its checkpoint, where one is due, has been written or tried."""
 
     name: ClassVar[str] = "round-ended"
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.durable import write_text, writing
+from fedsplit.durable import NotWritten, Postponed, write_text, writing
 from fedsplit.events.event_types import (
     ClientFailed,
     Event,
@@ -24,6 +25,8 @@ SUMMARY = "summary.json"
 class MetricsFile:
     """Appends the events of the rounds to metrics.jsonl, a JSON object a line.
 
+    Lines that cannot be written, such as on a full disk, wait in memory and are written before the next one.
+
     Attributes:
         KINDS: Events that are written.
     """
@@ -33,18 +36,35 @@ class MetricsFile:
     def __init__(self, folder: Path) -> None:
         """Takes the run's folder, which need not be there before the first event of a round."""
         self._path = folder / METRICS
+        self._waiting: list[bytes] = []
 
     def handle(self, event: Event) -> None:
         """Appends an event of a round.
 
         Raises:
-            NotWritten: It could not be written, such as on a full disk.
+            Postponed: It could not be written, the first one in a row.
+            NotWritten: The run has ended, and lines of it still cannot be written.
         """
-        if isinstance(event, self.KINDS):
-            append_document(self._path, event.to_document())
+        if isinstance(event, RunEnded) and self._waiting:
+            append_lines(self._path, self._waiting)
+            self._waiting = []
+        if not isinstance(event, self.KINDS):
+            return
+        is_first = not self._waiting
+        self._waiting.append(_line(event.to_document()))
+        try:
+            append_lines(self._path, self._waiting)
+        except NotWritten as error:
+            if is_first:
+                raise Postponed(f"{error}; lines of {METRICS} wait in memory until they can be written") from error
+            return
+        self._waiting = []
 
     def close(self) -> None:
-        """Has nothing to do: the file is open only while an event is written."""
+        """Tries once more to write lines that wait."""
+        with contextlib.suppress(NotWritten):  # it was reported when they had to wait
+            append_lines(self._path, self._waiting)
+            self._waiting = []
 
 
 class SummaryFile:
@@ -67,11 +87,24 @@ class SummaryFile:
         """Has nothing to do."""
 
 
-def append_document(path: Path, document: Mapping[str, Any]) -> None:
-    """Appends a document to a file as one line of JSON.
+def append_lines(path: Path, lines: Sequence[bytes]) -> None:
+    """Appends lines to a file, all or none of them.
 
     Raises:
-        NotWritten: It could not be written.
+        NotWritten: They could not be written. The file is as it was.
     """
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(document) + "\n")
+    if not lines:
+        return
+    with writing(path), open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        content = b"".join(lines)
+        try:
+            while content:  # a disk that fills up takes a part
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _line(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document).encode() + b"\n"

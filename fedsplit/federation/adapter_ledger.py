@@ -37,6 +37,7 @@ class AdapterLedger:
         folded: Sum of all changes of base weights, by layer.
         news: Changes of the last round in layers at the clients, which all of them must receive.
         last_fold: Last round in which base weights changed.
+        folds_at_clients: Number of rounds in which base weights changed at the clients.
         discarded: Number of discarded rounds that had changed base weights.
     """
 
@@ -71,7 +72,9 @@ class AdapterLedger:
                     self.folded[layer] = part.change(layer).times(-1.0).to(torch.float32)
         self.news: dict[str, LowRank] = {}
         self.last_fold = 0
+        self.folds_at_clients = 0
         self.discarded = 0
+        self._unwritten: dict[int, Mapping[str, LowRank]] = {}  # changes of base weights by round
         self._held: dict[int, dict[str, Tensor]] = {}
         self._own: dict[int, dict[str, Tensor]] = {}
         self._control: dict[int, dict[str, Tensor]] = {}
@@ -80,7 +83,7 @@ class AdapterLedger:
     def copy(self) -> AdapterLedger:
         """Returns a ledger that can change without this one; tensors are shared, since none is written to."""
         twin = copy(self)
-        for name in ("accepted", "folded", "news", "_held", "_own", "_control", "_stage"):
+        for name in ("accepted", "folded", "news", "_unwritten", "_held", "_own", "_control", "_stage"):
             setattr(twin, name, dict(getattr(self, name)))
         return twin
 
@@ -167,15 +170,35 @@ class AdapterLedger:
         return shared, {client: {**shared, **own} for client, own in self._own.items() if own}
 
     def fold(self, round: int, changes: Mapping[str, LowRank]) -> None:
-        """Records the changes of base weights at the end of a round."""
+        """Records the changes of base weights at the end of a round; `write_folds` writes them to the disk."""
         sent = {layer: change.to(torch.float32) for layer, change in changes.items()}
-        self.news = {layer: change for layer, change in sent.items() if layer in self._clients.layers}
+        self.news = self._at_clients(sent)
         if sent:
-            self._logs[0].append(round, sent)
+            self._unwritten[round] = sent
             self._remember(round, sent)
+
+    def write_folds(self) -> None:
+        """Writes the changes of base weights that are not on the server's disk yet.
+
+        Raises:
+            NotWritten: They could not be written; the next call tries again.
+        """
+        for round, changes in sorted(self._unwritten.items()):
+            self._logs[0].append(round, changes)
+            del self._unwritten[round]
+
+    def past_changes(self, round: int) -> list[dict[str, LowRank]]:
+        """Returns the changes of base weights of every round up to one, in order; empty for a round without any."""
+        numbers = range(1, round + 1)
+        unwritten = self._unwritten
+        return [dict(unwritten[n]) if n in unwritten else self._logs[0].read(n) for n in numbers]
+
+    def _at_clients(self, changes: Mapping[str, LowRank]) -> dict[str, LowRank]:
+        return {layer: change for layer, change in changes.items() if layer in self._clients.layers}
 
     def _remember(self, round: int, changes: Mapping[str, LowRank]) -> None:
         self.last_fold = round
+        self.folds_at_clients += bool(self._at_clients(changes))
         for layer, change in changes.items():
             total = self.folded[layer] + change if layer in self.folded else change
             self.folded[layer] = total.compressed().to(torch.float32) if total.rank > min(total.shape) else total
@@ -235,10 +258,11 @@ class AdapterLedger:
                 self._stage[int(client)] = tensors
 
         self._forget(round)  # rounds that were not finished
-        past = [self._logs[0].read(number) for number in range(1, round + 1)]
+        past = self.past_changes(round)
         for number, changes in enumerate(past, start=1):
             if changes:
                 self._remember(number, changes)
+                self._logs[1].restore(number, self._at_clients(changes))
         return past
 
 

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import tomli_w
 from torch import Tensor
 
 from fedsplit.adaptation import run_adapters
-from fedsplit.durable import write_folder, write_text, writing
+from fedsplit.corpora.shards import remove_left
+from fedsplit.durable import remove_folder, sync, tidy, write_folder, write_text, writing
 from fedsplit.errors import SettingError
 from fedsplit.federation import manifest
+from fedsplit.federation.resumption import (
+    CHECKPOINTS,
+    FACTS,
+    Checkpoint,
+    checkpoint_folder,
+    checkpoints_of,
+    find_checkpoint,
+    is_event,
+    notes_on,
+)
 from fedsplit.model.families import Family
 from fedsplit.model.parts import Kind, ranges
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document
 from fedsplit.state.round_names import round_file, round_of
+from fedsplit.state.run_lock import lock
 from fedsplit.tensor_files import load_tensors, pack, unpack, write_tensors
 from fedsplit.updates import Adapters
 
@@ -39,8 +51,8 @@ def check_folder(path: Path) -> None:
     """
     nearest = path
     try:
-        if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= {INPUTS}):
-            raise SettingError("out", f"{path} (there already)", _FREE)
+        if path.exists() and not (path.is_dir() and _is_free(path)):
+            raise SettingError("out", f"{path} ({_described(path)})", _FREE)
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:
         raise SettingError("out", f"{path} ({error.strerror})", _FREE) from None
@@ -50,132 +62,20 @@ def check_folder(path: Path) -> None:
         raise SettingError("out", f"{path} ({error.strerror} in {nearest})", _FREE) from None
 
 
-def check_resumable(path: Path, config: Config) -> None:
-    """Makes sure that a run can go on, from what it wrote itself and with the settings that it began with.
-
-    Args:
-        path: Its folder.
-        config: The settings that it is to go on with.
-
-    Raises:
-        SettingError: There is no round in its folder, a file that it goes on from is not as it was written, a setting
-            that decides the result has changed, no round is left to do and what came of them is summed up, or the run
-            has stopped because its patience ran out, and is given no more.
-    """
-    last = last_round(path)
-    if last is None or not (path / "metrics.jsonl").is_file():
-        raise SettingError("resume", path, "the folder of a run that ended one round at least")
-    written = _written(path, last)
-    _check_elsewhere(path, written)
-    facts = _facts_of(path, last)
-    _check_metrics(path)
-    manifest.check_settings(written, config, path)
-    done, course = int(facts["round"]), facts.get("course", {})
-    if config.keep_best and course.get("best", done) != done:  # what the run may leave in the end
-        _written(path, _round_folder(path, int(course["best"])))
-    if done > config.rounds or (done == config.rounds and _summed_up(path) == done):
-        raise SettingError("rounds", config.rounds, f"more than {done}, the rounds that the run in {path} has done")
-    waited = int(course.get("waited", 0))
-    if 0 < config.patience <= waited and _summed_up(path) == done:
-        words = f"more than {waited}, the rounds in a row that did not better the held-out loss, or 0"
-        raise SettingError("patience", config.patience, words)
+def _is_free(path: Path) -> bool:
+    """Tells whether a folder has nothing of a run but what a kill in the run's first moment leaves."""
+    names = {entry.name for entry in path.iterdir()}
+    visible = {name for name in names if not name.endswith(".draft")}
+    return visible <= {INPUTS, CHECKPOINTS} and not checkpoints_of(path)
 
 
-def check_content(path: Path, config: Config, content: manifest.Content) -> None:
-    """Makes sure that a run that can go on has the data and the model that it began with.
-
-    Raises:
-        SettingError: It has not.
-    """
-    last = last_round(path)
-    if last is not None:
-        manifest.check_content(manifest.read(last), content, config, path)
-
-
-def _written(path: Path, folder: Path) -> manifest.Manifest:
-    """The manifest of a round's folder, all of whose files are as it says.
-
-    Raises:
-        SettingError: They are not.
-    """
-    number = round_of(folder)
-    assert number is not None
-    try:
-        found = manifest.check_whole(folder, number)
-    except manifest.Damaged as damaged:
-        words = f"a run whose last round is whole; remove {folder} to go on from the round before"
-        raise SettingError("resume", f"{path} ({folder.name} is damaged: {damaged})", words) from None
-    return found
-
-
-def _check_elsewhere(path: Path, written: manifest.Manifest) -> None:
-    """Makes sure that the files outside the last round's folder, from which a run goes on, are as its manifest says.
-
-    Raises:
-        SettingError: They are not.
-    """
-    try:
-        manifest.check_elsewhere(path, written)
-    except manifest.Damaged as damaged:
-        words = f"a run whose files are as they were at the end of round {written.round}"
-        raise SettingError("resume", f"{path} ({damaged})", words) from None
-
-
-def _facts_of(path: Path, last: Path) -> dict[str, Any]:
-    """The plain values of the last round.
-
-    Raises:
-        SettingError: They cannot be read.
-    """
-    try:
-        facts: dict[str, Any] = json.loads((last / _FACTS).read_text(encoding="utf-8"))
-        int(facts["round"]), int(facts.get("course", {}).get("waited", 0))
-        return facts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{last.name} is damaged: {_FACTS}: {error}"
-        words = f"a run whose last round is whole; remove {last} to go on from the round before"
-        raise SettingError("resume", f"{path} ({reason})", words) from None
-
-
-def _check_metrics(path: Path) -> None:
-    """Makes sure that the events of a run can be read, but for a last line that was cut off as it was written.
-
-    Raises:
-        SettingError: A line is no event.
-    """
-    try:
-        lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise SettingError("resume", f"{path} (metrics.jsonl: {error.strerror})", "a folder that can be read") from None
-    for number, line in enumerate(lines, 1):
-        if not _is_event(line) and (number < len(lines) or line.endswith(b"\n")):
-            words = "a run whose events are JSON objects with a round, a line each"
-            raise SettingError("resume", f"{path} (metrics.jsonl, line {number}, is damaged)", words)
-
-
-def _summed_up(path: Path) -> int | None:
-    """After which round a run was summed up; None where it was not."""
-    try:
-        return int(json.loads((path / "summary.json").read_text(encoding="utf-8"))["last_round"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """Keeps other processes out of a run's folder until this one ends, however it ends: the system frees it.
-
-    Raises:
-        SettingError: Another one is at work in it.
-    """
-    file = open(path / "checkpoints" / ".lock", "wb")  # noqa: SIM115  # open for as long as the run lasts
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise SettingError("resume", str(path), "the folder of a run that is not at work any more") from None
-        raise
-    return file
+def _described(path: Path) -> str:
+    """Returns what a folder holds that is there already."""
+    if not ((path / "config.toml").is_file() and (path / CHECKPOINTS).is_dir()):
+        return "there already"
+    if checkpoints_of(path):
+        return f"there already, with a run that --resume {path} goes on with"
+    return f"there already, with a run stopped before its first checkpoint, which --resume {path} begins again"
 
 
 @dataclass(frozen=True)
@@ -193,12 +93,34 @@ class Snapshot:
     groups: Mapping[str, dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What is known of a checkpoint in the run's folder.
+
+    Attributes:
+        loss: Held-out loss after its round, in nats; infinite where it is not finite or not known.
+        accepted: By client, the last round until then of which the server accepted the client's update.
+    """
+
+    loss: float = math.inf
+    accepted: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Unwritten:
+    """The checkpoint of the best round, as long as it could not be written."""
+
+    snapshot: Snapshot
+    adapters: Adapters
+    personal: Mapping[int, Adapters]
+
+
 class RunFolder:
     """Everything a run leaves behind.
 
     `config.toml` runs again with `--config`; `data.json` says who holds what; `adapter/` is one PEFT adapter of the
     unsplit model; `bottom_lora/`, `trunk_lora/`, `top_lora/` are the same by part; `metrics.jsonl` and `summary.json`
-    are written by the sinks of `fedsplit.events.run_files`; `checkpoints/round-NNNN/` is the adapter after each round,
+    are written by the sinks of `fedsplit.events.run_files`; `checkpoints/round-NNNN/` is the adapter after a round,
     with what `--resume` needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is the adapter
     of a client that has one of its own.
 
@@ -206,10 +128,13 @@ class RunFolder:
         path: The folder.
         clients: The clients' disks.
         folds: Where the server remembers what was folded into base weights.
+        notes: Lines for the user about how the run goes on; empty for a new run.
     """
 
     def __init__(self, path: Path, config: Config, family: Family, blocks: int, content: manifest.Content) -> None:
         """Makes the folder, or opens that of a run that goes on, and writes the configuration.
+
+        Text of clients and drafts that a killed run has left in the folder are removed.
 
         Args:
             path: Where.
@@ -219,21 +144,44 @@ class RunFolder:
             content: The run's data and model, for the manifests.
 
         Raises:
-            SettingError: Another run has made the folder since it was checked, or is still at work in it.
+            SettingError: Another run has made the folder since it was checked, or is still at work in it, or none of
+                its checkpoints is valid.
             NotWritten: It cannot be written.
         """
         self.path, self._config, self._family, self._content = path, config, family, content
         self._digests: dict[tuple[Path, int, int], str] = {}
         self._ranges = ranges(blocks, config.bounds)
-        self._rounds = path / "checkpoints"
-        self.clients, self.folds = path.absolute() / "clients", path / "checkpoints" / "folds"
+        self.clients, self.folds = path.absolute() / "clients", path / CHECKPOINTS / "folds"
+        self.notes: list[str] = []
+        self._resumed: Checkpoint | None = None
+        self._kept: dict[int, _Kept] = {}
+        self._unwritten: _Unwritten | None = None
         with writing(path):
-            try:
-                self._rounds.mkdir(parents=True, exist_ok=bool(config.resume))
-            except FileExistsError:  # it was not there when it was checked: a run that began meanwhile has it
-                raise SettingError("out", f"{path} (there already)", _FREE) from None
-            self._lock = _lock(path)
+            if not config.resume and (path / "config.toml").exists():
+                # It was not there when it was checked: a run that began meanwhile has it.
+                raise SettingError("out", f"{path} (there already)", _FREE)
+            (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            self._lock = lock(path)
+        if config.resume:
+            self._go_on()
         write_text(path / "config.toml", tomli_w.dumps(as_document(config)))
+
+    def _go_on(self) -> None:
+        """Finds the checkpoint to go on from, and removes what a killed run has left."""
+        with writing(self.path):
+            tidy(self.path)
+            search = find_checkpoint(self.path, self._config.keep_best)
+            self._resumed = search.newest
+            self.notes += notes_on(search)
+            if count := remove_left(self.clients):
+                self.notes.append(f"removed the text of {count} clients, which a killed run had left in {self.clients}")
+            if search.newest is None:  # nothing of a first round that was not finished may be taken for a state
+                shutil.rmtree(self.clients, ignore_errors=True)
+                shutil.rmtree(self.folds, ignore_errors=True)
+                (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        for number, folder in checkpoints_of(self.path).items():
+            if self._resumed is not None and number <= self._resumed.round:
+                self._kept[number] = _kept_in(folder)
 
     def save_data(self, document: Mapping[str, Any]) -> None:
         """Writes who holds what."""
@@ -241,39 +189,101 @@ class RunFolder:
 
     def snapshot(self) -> Snapshot | None:
         """Where a run that goes on was; None for one that begins. Events of later rounds are dropped."""
-        last = last_round(self.path)
-        if not self._config.resume or last is None:
+        if self._resumed is None:
             return None
-        facts = json.loads((last / _FACTS).read_text(encoding="utf-8"))
+        facts, folder = self._resumed.facts, self._resumed.folder
         metrics = self.path / "metrics.jsonl"
-        events = [line for line in metrics.read_bytes().splitlines(keepends=True) if _is_event(line)]
+        events = [line for line in metrics.read_bytes().splitlines(keepends=True) if is_event(line)]
         kept = [line.decode() for line in events if json.loads(line)["round"] <= facts["round"]]
         write_text(metrics, "".join(kept))
-        return Snapshot(facts["round"], facts, unpack(load_tensors(last / _TENSORS)))
+        return Snapshot(facts["round"], facts, unpack(load_tensors(folder / _TENSORS)))
+
+    def is_due(self, round: int, is_last: bool, is_best: bool) -> bool:
+        """Tells whether a round gets a checkpoint.
+
+        Args:
+            round: The round.
+            is_last: The run ends with the round.
+            is_best: The round is the best so far.
+        """
+        config = self._config
+        return round % config.checkpoint.every == 0 or is_last or (config.keep_best and is_best)
+
+    def rounds_needed(self, client: int) -> tuple[int, ...]:
+        """Returns the rounds of a client's own state that the kept checkpoints go back to."""
+        accepted = [kept.accepted for kept in self._kept.values()]
+        if self._unwritten is not None:
+            accepted.append(_kept_of(self._unwritten.snapshot.facts).accepted)
+        return tuple(sorted({rounds[client] for rounds in accepted if client in rounds} - {0}))
 
     def save_round(
         self, snapshot: Snapshot, adapters: Adapters, personal: Mapping[int, Adapters] | None = None
     ) -> None:
-        """Writes the adapter of the whole model after a round, and what it takes to go on from there.
+        """Writes a checkpoint, and then removes those that are no longer to be kept.
 
         Args:
-            snapshot: What it takes.
+            snapshot: What it takes to go on from the round.
             adapters: The adapter that all share.
             personal: Clients' own, where the round may be the one whose adapters a run leaves.
+
+        Raises:
+            NotWritten: The checkpoint could not be written; the earlier ones are as they were. The best round of a run
+                with `keep_best` stays in memory, and is written before the next checkpoint.
         """
+        this = _Unwritten(snapshot, adapters, personal or {})
+        best = snapshot.facts.get("course", {}).get("best")
+        if self._unwritten is not None and self._unwritten.snapshot.round == best != snapshot.round:
+            self._write(self._unwritten)
+        self._unwritten = this if self._config.keep_best and best == snapshot.round else None
+        self._write(this)
+        self._unwritten = None
+        with writing(self.path):
+            (self.path / "summary.json").unlink(missing_ok=True)  # of a run that ended, and goes on
+        self._prune(snapshot.round, best)
+
+    def _write(self, checkpoint: _Unwritten) -> None:
+        """Writes a checkpoint in one step: its folder appears when all its files, the manifest last, are on the disk.
+
+        Raises:
+            NotWritten: It could not be written.
+        """
+        snapshot = checkpoint.snapshot
 
         def fill(folder: Path) -> None:
-            self._save(folder, adapters)
-            for client, own in (personal or {}).items():
+            self._save(folder, checkpoint.adapters)
+            for client, own in checkpoint.personal.items():
                 self._save(folder / _PERSONAL / f"{client:04d}", own)
             write_tensors(folder / _TENSORS, pack(snapshot.groups))
             facts = {**snapshot.facts, "round": snapshot.round}
-            (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             manifest.write(folder, snapshot.round, self._config, self._content, self._elsewhere(snapshot))
 
-        write_folder(_round_folder(self.path, snapshot.round), fill)
-        with writing(self.path):
-            (self.path / "summary.json").unlink(missing_ok=True)  # of a run that ended, and goes on
+        metrics = self.path / "metrics.jsonl"
+        with writing(metrics):
+            if metrics.exists():  # the events until this round must not be younger than its checkpoint
+                sync(metrics)
+        write_folder(checkpoint_folder(self.path, snapshot.round), fill)
+        self._kept[snapshot.round] = _kept_of(snapshot.facts)
+
+    def _prune(self, newest: int, best: int | None) -> None:
+        """Removes the checkpoints that are not to be kept, and those of rounds that the run has not come to again.
+
+        Args:
+            newest: Round of the checkpoint that has just been written.
+            best: The best round so far; None where it is not known.
+
+        Raises:
+            NotWritten: A checkpoint could not be removed.
+        """
+        folders = checkpoints_of(self.path)
+        done = [number for number in folders if number <= newest]
+        keep = self._config.checkpoint.keep
+        wanted = {*(done[-keep:] if keep else done), best}
+        wanted.add(min(done, key=lambda number: (self._kept.get(number, _Kept()).loss, number)))
+        for number, folder in folders.items():
+            if number not in wanted:
+                self._kept.pop(number, None)
+                remove_folder(folder)
 
     def _elsewhere(self, snapshot: Snapshot) -> dict[str, str]:
         """Digests of the files outside a round's folder from which a run goes on, by their path in the run's folder.
@@ -301,7 +311,9 @@ class RunFolder:
         Raises:
             Damaged: They are not as they were written.
         """
-        folder = _round_folder(self.path, round)
+        if self._unwritten is not None and self._unwritten.snapshot.round == round:
+            return self._unwritten.adapters, dict(self._unwritten.personal)
+        folder = checkpoint_folder(self.path, round)
         try:
             written = manifest.check_whole(folder, round)
         except manifest.Damaged as damaged:
@@ -314,7 +326,9 @@ class RunFolder:
 
     def read_facts(self, round: int) -> dict[str, Any]:
         """The plain values that `save_round` wrote."""
-        text = (_round_folder(self.path, round) / _FACTS).read_text(encoding="utf-8")
+        if self._unwritten is not None and self._unwritten.snapshot.round == round:
+            return dict(self._unwritten.snapshot.facts)
+        text = (checkpoint_folder(self.path, round) / FACTS).read_text(encoding="utf-8")
         facts: dict[str, Any] = json.loads(text)
         return facts
 
@@ -335,15 +349,9 @@ class RunFolder:
         run_adapters.save(folder, whole, self._config, self._family, kind, blocks)
 
 
-_FACTS, _TENSORS, _PERSONAL = "state.json", "state.safetensors", "personal"
+_TENSORS, _PERSONAL = "state.safetensors", "personal"
 
 _FREE = "a folder that is not there yet or is empty, where files can be written"
-
-
-def last_round(run: Path) -> Path | None:
-    """The folder of the last round of a run that is whole; None where there is none."""
-    rounds = {number: folder for folder in (run / "checkpoints").glob("round-*") if (number := round_of(folder))}
-    return rounds[max(rounds)] if rounds else None
 
 
 def _personal_in(written: manifest.Manifest) -> list[str]:
@@ -352,14 +360,15 @@ def _personal_in(written: manifest.Manifest) -> list[str]:
     return sorted({parts[1] for parts in places if parts[0] == _PERSONAL})
 
 
-def _round_folder(run: Path, round: int) -> Path:
-    return run / "checkpoints" / f"round-{round:04d}"
-
-
-def _is_event(line: bytes) -> bool:
-    """Whether a line of metrics.jsonl is an event that was written to its end."""
+def _kept_in(folder: Path) -> _Kept:
+    """Reads what is known of a checkpoint, of which nobody has checked whether it is valid."""
     try:
-        event = json.loads(line)
-        return line.endswith(b"\n") and isinstance(event, dict) and isinstance(event["round"], int)
-    except (ValueError, KeyError):
-        return False
+        return _kept_of(json.loads((folder / FACTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return _Kept()
+
+
+def _kept_of(facts: Mapping[str, Any]) -> _Kept:
+    loss = float(facts.get("after", math.inf))
+    accepted = {int(client): int(round) for client, round in facts.get("accepted", {}).items()}
+    return _Kept(loss if math.isfinite(loss) else math.inf, accepted)

@@ -5,6 +5,7 @@ All clients of a process share one copy of the frozen base.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import warnings
@@ -15,16 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import folding, lora
 from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.heldout import held_out_batches, sample, through_split
 from fedsplit.client.link import Link, TrunkLike
 from fedsplit.client.measures import load_measures
 from fedsplit.corpora.shards import Shard, read_shard
+from fedsplit.durable import NotWritten
 from fedsplit.federation import messages, replies
 from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
 from fedsplit.federation.travel import TravelRule, draw
+from fedsplit.lowrank import LowRank
 from fedsplit.metrics.metric import Metric
 from fedsplit.model.families import read_facts
 from fedsplit.model.parts import Bottom, Top
@@ -38,7 +41,7 @@ from fedsplit.scores import pooled
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import from_document
 from fedsplit.stages import RoundStart, StageMaker
-from fedsplit.state.client_store import ClientState, ClientStore
+from fedsplit.state.client_store import ClientState, ClientStore, LostState
 from fedsplit.state.fold_log import FoldLog
 from fedsplit.trunk.memory import peak_memory
 from fedsplit.trunk.schedules import SCHEDULES
@@ -65,6 +68,8 @@ class _Site:
         metrics: Metrics of the held-out text, by name.
         make_stage: Makes the strategy's own gradient stage; None where the strategy has none.
         folded: Last round whose changes of base weights have been made here.
+        folds: Number of rounds whose changes have been made here.
+        unwritten: Changes by round that could not be written to the log yet.
         discarded: Number of discarded attempts that the server had counted as the base weights were loaded.
     """
 
@@ -79,6 +84,8 @@ class _Site:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     make_stage: StageMaker | None = None
     folded: int = 0
+    folds: int = 0
+    unwritten: dict[int, Mapping[str, LowRank]] = field(default_factory=dict)
     discarded: int = 0
 
     def client(self, request: Request, shard: Shard) -> Client:
@@ -117,15 +124,36 @@ class _Site:
         return given if self.make_stage is None else self.make_stage().personalise(RoundStart(given, kept))
 
     def catch_up(self, request: Request) -> None:
-        """Makes the changes of base weights that were not made here yet, in the order of the rounds."""
+        """Makes the changes of base weights that were not made here yet, in the order of the rounds.
+
+        Raises:
+            LostState: The log lacks changes, without which the weights would be others than at the other clients.
+        """
         log = FoldLog(Path(request.briefing.store) / "folds")
         if isinstance(request, Evaluate) and request.changes:
-            log.append(request.folded, request.changes)
-        for round in range(self.folded + 1, request.folded + 1):
-            changes = log.read(round)
-            lora.fold(self.bottom, changes)
-            lora.fold(self.top, changes)
+            self.unwritten[request.folded] = request.changes
+        self._write_down(log)
+        rounds = range(self.folded + 1, request.folded + 1)
+        missing = [self.unwritten.get(round) or log.read(round) for round in rounds]
+        folds = self.folds + sum(map(bool, missing))
+        if rounds and folds < request.folds:
+            reason = f"only {folds} of {request.folds} rounds that changed base weights until round {request.folded}"
+            raise LostState(f"{request.briefing.store}/folds has {reason}")
+        for changes in missing:
+            folding.fold(self.bottom, changes)
+            folding.fold(self.top, changes)
+        self.folds = folds
         self.folded = max(self.folded, request.folded)
+
+    def _write_down(self, log: FoldLog) -> None:
+        """Writes changes of base weights to the log, from which other processes read them.
+
+        On a full disk they wait here for the next request. A process that lacks them fails, and says so.
+        """
+        with contextlib.suppress(NotWritten):
+            for round in sorted(self.unwritten):
+                log.append(round, self.unwritten[round])
+                del self.unwritten[round]
 
 
 @dataclass(frozen=True)
@@ -265,7 +293,7 @@ def _train(visit: _Visit, request: Train) -> Reply:
     untrained = rule.untrained(given, task)
     control = moved(kept.control, update.control) if task.control is not None else {}
     state = to_keep(start, given, update, untrained, rule.personal, control)
-    store.save(request.round, state, request.accepted)
+    store.save(request.round, state, request.accepted, request.kept)
     returned = rule.returned(update.adapters.tensors, task)
     return messages.trained(update, returned, own, peak_memory())
 

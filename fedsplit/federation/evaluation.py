@@ -12,7 +12,7 @@ from fedsplit.federation.messages import Evaluate, Reply, serialised_bytes
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.replies import memory_of, sample_of, to_score
 from fedsplit.federation.run_state import RunState
-from fedsplit.metrics.metric import name_of
+from fedsplit.loading import name_of
 from fedsplit.report import perplexity
 from fedsplit.scores import Score, means, means_by_metric, pooled
 from fedsplit.updates import RefusedUpdate
@@ -100,6 +100,7 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: int) -> dict[in
                 attempt,
                 accepted=ledger.accepted.get(client, 0),
                 folded=ledger.last_fold,
+                folds=ledger.folds_at_clients,
                 discarded=ledger.discarded,
                 tensors=tensors,
                 changes=ledger.news,  # every client needs them, whether it trained or not

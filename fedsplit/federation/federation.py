@@ -98,6 +98,8 @@ class Federation:
         self._job.emit(Notice(text=coverage(self._config, trained)))
         snapshot = self._job.folder.snapshot()
         self._report_start(parties, parameters, snapshot)
+        for line in self._job.folder.notes:
+            self._job.emit(Notice(text=line))
         state = self._begin_or_resume(parties, state, snapshot)
         while state.round < self._config.rounds and not state.stopping.is_over:
             round = Round(parties, state)

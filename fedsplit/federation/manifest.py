@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: of which run and which round it is, and a digest of every file that the run goes on from.
+"""A checkpoint's manifest: its run and its round, versions, and a digest of every file that the run goes on from.
 
 A run may go on only from what it wrote itself. Damaged files, files of another round, and a run whose settings, data or
 model have become others are told apart by name.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedsplit.corpora.shards import Shard
 from fedsplit.errors import SettingError, first_line
+from fedsplit.events.versions import versions
 from fedsplit.model.weight_files import find_tensors
 from fedsplit.settings.config import OPTIONS, Config
 from fedsplit.settings.documents import as_document, dotted
@@ -62,6 +63,7 @@ class Manifest:
         content: What the run computes with.
         files: Digests of the files in the round's folder, by their path in it.
         elsewhere: Digests of the other files that the run goes on from, by their path in the run's folder.
+        versions: Versions of what computed the round, by name.
     """
 
     round: int
@@ -69,6 +71,7 @@ class Manifest:
     content: Content
     files: Mapping[str, str]
     elsewhere: Mapping[str, str]
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def digest(path: Path) -> str:
@@ -113,7 +116,12 @@ def settings_of(config: Config) -> dict[str, Any]:
         f"{setting}.{name}": value for setting, table in OPTIONS.items() for name, value in document.pop(table).items()
     }
     plain = {**dotted(document), **options}
-    decide = {name: value for name, value in plain.items() if name not in MAY_CHANGE | BY_CONTENT}
+    may_change = MAY_CHANGE | BY_CONTENT
+    decide = {
+        name: value
+        for name, value in plain.items()
+        if name not in may_change and name.partition(".")[0] not in may_change  # such as sinks.MySink.project
+    }
     settings: dict[str, Any] = json.loads(json.dumps(decide))  # as they will be read again
     return settings
 
@@ -127,8 +135,16 @@ def write(folder: Path, round: int, config: Config, content: Content, elsewhere:
         "content": {"data": content.data, "model": dict(content.model), "init_adapter": dict(content.start)},
         "files": files,
         "elsewhere": dict(elsewhere),
+        "versions": versions(),
     }
+    document["sha256"] = _digest_of_itself(document)
     (folder / NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _digest_of_itself(document: Mapping[str, Any]) -> str:
+    """Returns the digest of a manifest's other values, so that damage to the manifest itself is found, too."""
+    values = {name: value for name, value in document.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -148,12 +164,17 @@ def read(folder: Path) -> Manifest:
         held = document["content"]
         content = Content(str(held["data"]), dict(held["model"]), dict(held.get("init_adapter", {})))
         files, elsewhere = dict(document["files"]), dict(document["elsewhere"])
-        return Manifest(int(document["round"]), dict(document["settings"]), content, files, elsewhere)
+        settings, found = dict(document["settings"]), dict(document["versions"])
+        is_whole = document["sha256"] == _digest_of_itself(document)
+        written = Manifest(int(document["round"]), settings, content, files, elsewhere, found)
     except FileNotFoundError:
         raise Damaged(f"it has no {NAME}, without which nobody knows whether it is whole") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = first_line(error)
         raise Damaged(f"its {NAME} cannot be read ({reason})") from None
+    if not is_whole:
+        raise Damaged(f"{NAME} is not as it was written")
+    return written
 
 
 def check_whole(folder: Path, round: int) -> Manifest:

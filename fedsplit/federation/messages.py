@@ -68,6 +68,7 @@ class Request:
         attempt: Number of earlier attempts at this round.
         accepted: Last round of which the server accepted this client's update; 0: none.
         folded: Last round that changed base weights.
+        folds: Number of rounds until then that changed base weights at the clients.
         discarded: Attempts discarded so far whose changes of base weights a client may have made.
     """
 
@@ -77,6 +78,7 @@ class Request:
     attempt: int = 0
     accepted: int = 0
     folded: int = 0
+    folds: int = 0
     discarded: int = 0
 
     @property
@@ -99,12 +101,14 @@ class Train(Request):
         task: Terms of the strategy, with the server's control variate.
         drawn: Seed from which the client draws its factors; None: the factors are sent or held.
         rank: Rank of the client's adapters.
+        kept: Rounds whose state the client keeps on its disk, since checkpoints of the server go back to them.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     task: Task = field(default_factory=Task)
     drawn: int | None = None
     rank: int = 1
+    kept: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:

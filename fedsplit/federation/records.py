@@ -90,6 +90,7 @@ def to_message(request: Request, node: int) -> Message:
         "attempt": request.attempt,
         "accepted": request.accepted,
         "folded": request.folded,
+        "folds": request.folds,
         "discarded": request.discarded,
         ROUND: request.round,
     }
@@ -115,7 +116,8 @@ def to_request(message: Message, client: int) -> Request:
     """
     config: dict[str, Any] = dict(message.content.config_records[CONFIG])
     briefing = Briefing(**{fact.name: config[fact.name] for fact in dataclasses.fields(Briefing)})
-    fields: dict[str, Any] = {name: config[name] for name in ("attempt", "accepted", "folded", "discarded")}
+    names = ("attempt", "accepted", "folded", "folds", "discarded")
+    fields: dict[str, Any] = {name: config[name] for name in names}
     fields |= {"briefing": briefing, "client": client, "round": config[ROUND]}
     kind = message.metadata.message_type
     if kind == MessageType.TRAIN:
@@ -147,6 +149,7 @@ def _task_record(request: Train) -> ConfigRecord:
             "controlled": task.control is not None,
             "drawn": -1 if request.drawn is None else request.drawn,
             "rank": request.rank,
+            "kept": list(request.kept),
         }
     )
 
@@ -157,7 +160,7 @@ def _task_fields(message: Message) -> dict[str, Any]:
     control = _tensors(message, CONTROL) if terms["controlled"] else None
     task = Task(frozenset(terms["trains"]), terms["proximal"], control, terms["tail"], terms["decay"])
     drawn = None if terms["drawn"] < 0 else terms["drawn"]
-    return {"task": task, "drawn": drawn, "rank": terms["rank"]}
+    return {"task": task, "drawn": drawn, "rank": terms["rank"], "kept": tuple(terms["kept"])}
 
 
 def to_content(answer: Answer) -> RecordDict:

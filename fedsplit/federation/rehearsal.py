@@ -22,11 +22,13 @@ from fedsplit.federation.clients import ClientNode, FederationFailed
 from fedsplit.federation.replies import without_tensors
 from fedsplit.federation.strategy import aggregated_parts
 from fedsplit.federation.travel import stays
+from fedsplit.model.families import read_facts
+from fedsplit.model.sources import config_folder
 from fedsplit.optimization.own_stage import OwnStage, StageFailed
 from fedsplit.scores import Score
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.config import Config
-from fedsplit.stages import LocalStep, RoundStart
+from fedsplit.stages import LocalStep, RoundStart, Rows
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate, factor_of
 
 _EXAMPLES, _TOKENS = 4, 64
@@ -106,24 +108,30 @@ def _play(strategy: Any, config: Config, start: Adapters) -> None:
     personal = aggregation.traits.personal
     updates = [_update(client, assigned[client], personal) for client in sorted(assigned)]
     if callable(getattr(strategy, "stage", None)):
-        _try_stage(OwnStage(strategy, config.strategy), updates[0])
+        _try_stage(OwnStage(strategy, config.strategy), updates[0], read_facts(config_folder(config.model)).width)
     replies = [without_tensors(messages.trained(update, (), Score(), peak_memory=0)) for update in updates]
     aggregation.aggregate(1, start, updates, replies)
 
 
-def _try_stage(stage: OwnStage, update: ClientUpdate) -> None:
+def _try_stage(stage: OwnStage, update: ClientUpdate, width: int) -> None:
     """Has a strategy's own stage take one step of a round, and measure after it.
 
     Args:
         stage: The stage.
         update: A client's answer, for names and shapes.
+        width: Size of a hidden state.
 
     Raises:
         StageFailed: The stage raises an error, or returns an unusable value.
     """
     start, parameters = update.given or update.adapters, update.adapters.tensors
     gradients = {name: _noise(tensor) for name, tensor in parameters.items()}
+    ids = torch.ones(2, 4, dtype=torch.long)
+    states = torch.randn(2, 4, width, requires_grad=True)
     stage.begin(RoundStart(start.tensors))
+    term = stage.loss_term(Rows(ids, ids, None, states_at=lambda adapter: torch.randn(states.shape)))
+    if term is not None:
+        term(states)
     stage(gradients, LocalStep(parameters, gradient_at=lambda adapter: gradients))
     outcome = stage.end(parameters)
     stage.personalise(RoundStart(start.tensors, outcome.kept))

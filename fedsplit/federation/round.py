@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsplit.events.event_types import Event, RoundAggregated
+from fedsplit.durable import NotWritten
+from fedsplit.events.event_types import Event, Notice, RoundAggregated
 from fedsplit.federation import evaluation, training
 from fedsplit.federation.aggregation_error import measure
 from fedsplit.federation.checkpoint import Snapshot
@@ -120,19 +121,21 @@ class Round:
         self.state.stopping.note(self.number, found.total.loss, changed)
 
     def commit(self) -> RunState:
-        """Writes the checkpoint, and reports the round.
+        """Reports the round, and writes its checkpoint where one is due.
+
+        The events come first: a run that is killed in between drops them when it goes on from the checkpoint before.
 
         Raises:
-            FederationFailed: The checkpoint would hold values that are not finite.
-            NotWritten: The checkpoint could not be written.
+            FederationFailed: The state has values that are not finite.
         """
         parties, state = self._parties, self.state
         state.trunk = parties.trunk.read()
         state.moments = parties.trunk.moments()
-        save(parties, state)
+        snapshot = snapshot_of(parties, state)
         parties.trunk.commit()
         for event in self._events:
             parties.emit(event)
+        save(parties, state, snapshot)
         return state
 
     def discard(self) -> RunState:
@@ -173,12 +176,11 @@ class Round:
         return any(not torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
 
 
-def save(parties: Parties, state: RunState) -> None:
-    """Writes everything that a run needs to go on from a state.
+def snapshot_of(parties: Parties, state: RunState) -> Snapshot:
+    """Returns everything that a run needs to go on from a state.
 
     Raises:
         FederationFailed: A value is NaN or infinite.
-        NotWritten: A file could not be written.
     """
     facts, groups = state.ledger.snapshot()
     facts |= state.facts(parties.trunk.status().traffic.document())
@@ -189,10 +191,28 @@ def save(parties: Parties, state: RunState) -> None:
         "moments": dict(state.moments),
     }
     _check_finite(state.round, {name: groups[name] for name in ("adapters", "trunk", "moments")})
-    is_candidate = parties.config.keep_best and state.stopping.is_best
-    personal = personal_of(state) if is_candidate else {}
+    return Snapshot(state.round, facts, groups)
+
+
+def save(parties: Parties, state: RunState, snapshot: Snapshot) -> None:
+    """Writes the checkpoint of a round where one is due. One that cannot be written is reported, and the run goes on.
+
+    Args:
+        parties: The parties.
+        state: State after the round.
+        snapshot: The same, as a checkpoint holds it.
+    """
+    folder, stopping = parties.folder, state.stopping
+    is_last = state.round == parties.config.rounds or stopping.is_over
+    if not folder.is_due(state.round, is_last, stopping.is_best):
+        return
+    personal = personal_of(state) if parties.config.keep_best and stopping.is_best else {}
     whole = state.ledger.everything(state.adapters, state.trunk)
-    parties.folder.save_round(Snapshot(state.round, facts, groups), whole, personal)
+    try:
+        state.ledger.write_folds()
+        folder.save_round(snapshot, whole, personal)
+    except NotWritten as error:
+        parties.emit(Notice(text=f"{parties.label(state.round)}  no checkpoint, and the run goes on: {error}"))
 
 
 def personal_of(state: RunState) -> dict[int, Adapters]:

@@ -148,11 +148,13 @@ class _Collection:
             self._attempt,
             accepted=ledger.accepted.get(client, 0),
             folded=ledger.last_fold,
+            folds=ledger.folds_at_clients,
             discarded=ledger.discarded,
             tensors=ledger.lacking(client, assignment),
             task=task,
             drawn=assignment.drawn,
             rank=assignment.adapters.largest_rank or self._parties.config.lora.rank_of(client),
+            kept=self._parties.folder.rounds_needed(client),
         )
 
     def _heard(self, reply: Reply, _: int) -> None:

@@ -252,6 +252,7 @@ class Top(Part):
         labels: Tensor,
         mask: Tensor | None = None,
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
+        term: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Computes the loss, a scalar, from hidden states (B, T, D) and labels (B, T).
 
@@ -264,11 +265,14 @@ class Top(Part):
             mask: (B, T), 0 on padding.
             objective: The loss of logits and labels as `aligned` returns them; the mean cross-entropy in nats where not
                 given, without all logits at once where the kernels are fused.
+            term: A term that is added to the loss, computed from the input of the head (B, T, D); none where not given.
         """
         states = self.read(hidden, mask)
         if objective is None:
-            return self.cross_entropy(states, labels, mask)
-        return objective(*self.aligned(states, labels, mask))
+            loss = self.cross_entropy(states, labels, mask)
+        else:
+            loss = objective(*self.aligned(states, labels, mask))
+        return loss if term is None else loss + term(states)
 
 
 PARTS: dict[Kind, type[Part]] = {"bottom": Bottom, "trunk": Trunk, "top": Top}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch import Tensor
 from fedsplit.loading import STRATEGY, described, find, make
 from fedsplit.optimization.bounds import is_bounded
 from fedsplit.settings.config import Config
-from fedsplit.stages import Gradients, GradientStage, LocalStep, Outcome, RoundStart, StageMaker
-from fedsplit.wire.steps import RefusedStep
+from fedsplit.stages import Gradients, GradientStage, LocalStep, LossTerm, Outcome, RoundStart, Rows, StageMaker
 
 
 class StageFailed(Exception):
@@ -75,6 +75,32 @@ class OwnStage(GradientStage):
         with self._named("failed at the round's begin"):
             self._stage.begin(start)
 
+    def loss_term(self, rows: Rows) -> LossTerm | None:
+        """Returns the stage's term of the loss, each value of which is checked."""
+        with self._named("failed to make a term of the loss"):
+            term: Any = self._stage.loss_term(rows)
+        if term is None:
+            return None
+        if not callable(term):
+            raise self._failed(f"made a {type(term).__name__} as its term of the loss, not a function or None")
+        return functools.partial(self._checked_term, term)
+
+    def _checked_term(self, term: LossTerm, states: Tensor) -> Tensor:
+        """Returns a term of the loss, if it can be added to the loss."""
+        with self._named("failed in its term of the loss"):
+            value: Any = term(states)
+        if not isinstance(value, Tensor):
+            raise self._failed(f"returned a {type(value).__name__} as its term of the loss, not a tensor")
+        if value.ndim or not value.is_floating_point():
+            words = f"a tensor of {value.dtype} with the shape {tuple(value.shape)}"
+            raise self._failed(f"returned {words} as its term of the loss, not a scalar of floating-point type")
+        if states.requires_grad and not value.requires_grad:
+            raise self._failed("returned a term of the loss without a gradient: it does not depend on the states")
+        # NaN for states that are not finite is no fault of the stage: training has diverged.
+        if not bool(torch.isfinite(value.detach())) and bool(torch.isfinite(states.detach()).all()):
+            raise self._failed(f"returned {float(value.detach()):g} as its term of the loss")
+        return value
+
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
         """Returns the stage's gradients, if they can take the place of those it was given."""
         with self._named("failed in a step"):
@@ -126,10 +152,10 @@ class OwnStage(GradientStage):
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
-        """Names the strategy in an error of its code. A step that the trunk refuses is no such error."""
+        """Names the strategy in an error of its code. A refused step or a lost trunk is no such error."""
         try:
             yield
-        except RefusedStep:
-            raise
         except Exception as error:
+            if type(error).__module__.partition(".")[0] == "fedsplit":
+                raise
             raise self._failed(f"{what}: {described(error)}") from error

@@ -1,1 +1,1 @@
-"""Settings of a run: their values, their checks, and their forms as flags and as TOML."""
+"""Settings of a run: values, checks, flags and TOML files."""

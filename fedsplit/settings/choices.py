@@ -1,22 +1,32 @@
-"""Names that settings choose among."""
+"""Names among which a setting chooses."""
 
 ENGINES = ("ray", "local")
 
+# The model and its parts.
+PARTS = ("bottom", "trunk", "top")
+KERNELS = ("fused", "library")
+DTYPES = ("fp32", "bf16", "fp16")
+HEADS = ("frozen", "lora", "full")
+
+# The trunk and the wire.
 SCHEDULES = ("shared", "batched", "accumulate", "copies", "frozen", "forward-only")
 ORDERS = ("random", "cyclic")
 CODECS = {"raw": "fedsplit.wire.casting:Raw", "bf16": "fedsplit.wire.casting:BFloat16"}
 """Codecs by name: module and class, which `fedsplit.wire.codecs.make_codec` imports."""
-KERNELS = ("fused", "library")
-DTYPES = ("fp32", "bf16", "fp16")
+
+# Training and aggregation.
 OPTIMIZERS = ("adamw", "sgd", "adamw8bit")
 RATES = ("constant", "linear", "cosine")
 OPTIMIZER_STATES = ("reset", "keep")
 WEIGHTS = ("examples", "tokens", "equal")
-PARTS = ("bottom", "trunk", "top")
+
+# Data.
 FORMATS = ("auto", "text", "completion", "chat", "classification")
 PACKING = ("auto", "true", "false")
+
+# Virtual tokens and prefixes.
 PROMPTED = ("prompt", "ptuning", "prefix")
+"""Kinds of virtual tokens and prefixes, by PEFT's names for them."""
 PROMPTS = ("off", *PROMPTED)
 STARTS = ("random", "vocab", "text", "zero")
 ENCODERS = ("mlp", "lstm")
-HEADS = ("frozen", "lora", "full")

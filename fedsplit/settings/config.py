@@ -1,16 +1,15 @@
-"""Every setting of a run: a frozen configuration.
+"""The configuration of a run, with every setting.
 
-The dataclasses below are the only list of settings there is: flags, TOML keys, help texts
-and checks are all read off their fields. Precedence: default < `--config file.toml` < flag.
+These dataclasses, and those of `fedsplit.settings.sections`, are the only list of settings: flags, TOML keys, help
+texts, checks and docs/settings.md are made from their fields. A flag wins over `--config file.toml`, and a file over
+the default.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
 
 from fedsplit.errors import SettingError
 from fedsplit.settings.choices import (
@@ -21,13 +20,15 @@ from fedsplit.settings.choices import (
     PARTS,
     WEIGHTS,
 )
-from fedsplit.settings.fields import plain, setting, suits, words_of
+from fedsplit.settings.fields import Setting, setting, settings_of
 from fedsplit.settings.parsing import parse_cut, parse_quantization
 from fedsplit.settings.sections import (
+    CheckpointSettings,
     DataSettings,
     EvalSettings,
     LoraSettings,
     PromptSettings,
+    Section,
     TrainSettings,
     TrunkSettings,
     WireSettings,
@@ -36,6 +37,7 @@ from fedsplit.settings.validators import (
     COEFFICIENT,
     CUT,
     DEVICE,
+    FOLDER,
     MOST,
     MOST_AT_ONCE,
     NAMES,
@@ -50,22 +52,29 @@ from fedsplit.settings.validators import (
 )
 
 DEFAULT_MODEL = "sotu-gpt2"
-"""The name of the base model that ships with the package."""
+"""Name of the base model that ships with the package."""
 
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "base"
-"""The folder of the base model that ships with the package."""
+"""Folder of the base model that ships with the package."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """Settings of a run.
+
+    Example:
+        >>> config = Config(clients=4, lora=LoraSettings(rank=(16,)))
+        >>> config.bounds, config.lora.rank
+        ((1, 5), (16,))
+        >>> Config(clients=0)
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: clients: 0 (int) is not possible; allowed: a whole number from 1 to 2147483647
+    """
 
     clients: int = setting(8, at_least(1, MOST), "clients in the federation")
     rounds: int = setting(5, at_least(1, MOST), "rounds of training and aggregation")
-    seed: int = setting(
-        0, at_least(0, 2**32 - 1), "seed of the data's order, of dropout, and of the adapters at the start"
-    )
+    seed: int = setting(0, at_least(0, 2**32 - 1), "seed of the data's order, of dropout, and of the initial adapters")
     model: str = setting(
         DEFAULT_MODEL,
         TEXT,
@@ -73,8 +82,9 @@ class Config:
     )
     init_adapter: str = setting(
         "",
-        Validator("a folder", lambda v: True),
-        "start from the PEFT adapter of the unsplit model in this folder; another rank is cut or filled with zeros",
+        FOLDER,
+        "start from the PEFT adapter of the unsplit model in this folder; a different rank is truncated or padded with "
+        "zeros",
     )
     cut: str = setting(
         "1:5", CUT, "the trunk is blocks LO to HI - 1, from 0 to the number of blocks; bottom and top are the rest"
@@ -88,7 +98,7 @@ class Config:
     partition: str = setting(
         "auto",
         PARTITION,
-        "how data are dealt to clients; auto: by owner, such as a president, or iid if there are too few owners",
+        "division of the data among clients; auto: by owner, such as a president, or iid if there are too few owners",
     )
     strategy: str = setting(
         "fedavg",
@@ -99,7 +109,7 @@ class Config:
         "cross_entropy",
         TEXT,
         "loss that training minimises: cross_entropy, label_smoothing, or path/to/mine.py:Mine; the held-out loss is "
-        "cross-entropy in any case",
+        "always cross-entropy",
     )
     metric: tuple[str, ...] = setting(
         (),
@@ -126,8 +136,8 @@ class Config:
     share: tuple[str, ...] = setting(
         PARTS,
         SHARES,
-        "parts whose adapters are aggregated; other parts stay each client's own, which the trunk may under copies "
-        "only",
+        "parts whose adapters are aggregated; each client keeps its own adapter of the remaining parts; the trunk may "
+        "remain under trunk.schedule copies only",
     )
     kernels: str = setting(
         "fused",
@@ -152,7 +162,7 @@ class Config:
     engine: str = setting(
         "ray",
         one_of(ENGINES),
-        "ray: clients and trunk in processes of their own; local: all in this process, one client after the other",
+        "ray: clients and trunk in separate processes; local: all in this process, one client after the other",
     )
     workers: int = setting(0, at_least(0, MOST_AT_ONCE), "processes that play the clients; 0: one for each core")
     threads: int = setting(
@@ -166,7 +176,7 @@ class Config:
     deterministic: bool = setting(
         False,
         YES_OR_NO,
-        "the same seed gives the same result under any schedule; for that, only trunk.group clients train at a time",
+        "make the result depend on the seed alone under any schedule; only trunk.group clients train at a time",
     )
     sinks: tuple[str, ...] = setting(
         (),
@@ -174,48 +184,59 @@ class Config:
         "classes that receive the events of the run, such as path/to/mine.py:MySink; may be given several times",
         "--sink",
     )
-    out: str = setting(
-        "", Validator("a folder", lambda v: True), "the run's folder (default: runs/<time>)", "--save-dir"
-    )
+    out: str = setting("", FOLDER, "the run's folder (default: runs/<time>)", "--save-dir")
     resume: str = setting(
         "",
-        Validator("a folder", lambda v: True),
-        "go on with the run of this folder; only rounds, patience, sinks, and what it uses of the machine may differ",
+        FOLDER,
+        "continue the run of this folder; only rounds, patience, sinks, checkpoints, and the use of the machine may "
+        "differ",
     )
     lora: LoraSettings = field(default_factory=LoraSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     trunk: TrunkSettings = field(default_factory=TrunkSettings)
     wire: WireSettings = field(default_factory=WireSettings)
     strategy_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     objective_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    metric_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    sink_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks every setting, whoever makes the configuration.
+        """Checks every setting, for configurations from Python as well as from flags and files.
 
-        Numbers of other libraries, paths and lists become Python's own numbers, texts and tuples.
+        Numbers of NumPy and the like, paths and lists become Python's numbers, texts and tuples.
 
         Raises:
-            SettingError: A setting has a value of another type, or one that is not possible.
+            SettingError: A setting has a value of another type, or a value that is not possible.
         """
         for name, cls in SECTIONS.items():
             if not isinstance(getattr(self, name), cls):
                 raise SettingError(name, getattr(self, name), f"a {cls.__name__}")
-        for name, (leaf, kind) in LEAVES.items():
-            section, _, field = name.rpartition(".")
-            owner = getattr(self, section) if section else self
-            given = getattr(owner, field)
-            value = plain(kind, given)
-            if not suits(leaf, kind, value):
-                raise SettingError(name, f"{given} ({type(given).__name__})", words_of(leaf, kind))
+        for each in SETTINGS.values():
+            given = self.value_of(each)
+            value = each.in_python_type(given)
+            if not each.accepts(value):
+                raise SettingError(each.name, f"{given} ({type(given).__name__})", each.words)
             if value is not given:
-                object.__setattr__(owner, field, value)
+                owner = getattr(self, each.section) if each.section else self
+                object.__setattr__(owner, each.field, value)  # a frozen dataclass has no other way
+
+    def value_of(self, setting: Setting) -> object:
+        """Returns the value of a setting.
+
+        Example:
+            >>> Config().value_of(SETTINGS["lora.rank"])
+            (8,)
+        """
+        owner = getattr(self, setting.section) if setting.section else self
+        return getattr(owner, setting.field)
 
     @property
     def sampled(self) -> int:
-        """How many clients train in a round."""
+        """Number of clients that train in a round."""
         return max(1, int(self.fraction * self.clients + 0.5))
 
     @property
@@ -228,37 +249,55 @@ class Config:
 
     @property
     def bits(self) -> dict[str, int]:
-        """By part, the bits of its base weights; parts that are not quantised are left out."""
+        """Bits of the base weights by part, without the parts that are not quantised."""
         return parse_quantization(self.quantization) or {}
 
     def device_of(self, part: str) -> str:
-        """What a part computes on, as the settings name it."""
-        return (part == "trunk" and self.trunk.device) or self.device
+        """Returns the device of a part, as the settings name the device."""
+        if part == "trunk" and self.trunk.device:
+            return self.trunk.device
+        return self.device
 
     @property
     def model_path(self) -> Path:
-        """The bundled model's folder, or the one that the name is; `fedsplit.model.sources` finds every model."""
+        """Folder of the bundled model, or the folder that the setting `model` names.
+
+        `fedsplit.model.sources` finds models of every source.
+        """
         return BUNDLED_MODEL if self.model == DEFAULT_MODEL else Path(self.model)
 
 
-OPTIONS = {"strategy": "strategy_options", "objective": "objective_options"}
-"""By setting that names a class, the field of the keyword arguments for the class."""
-
-
-SECTIONS = {
-    f.name: get_type_hints(Config)[f.name]
-    for f in dataclasses.fields(Config)
-    if not f.metadata and f.name not in OPTIONS.values()
+OPTIONS = {
+    "strategy": "strategy_options",
+    "objective": "objective_options",
+    "metric": "metric_options",
+    "sinks": "sink_options",
 }
+"""Field of the keyword arguments for a class, by the setting that names the class."""
+
+SEVERAL = ("metric", "sinks")
+"""Settings that name several classes. The key of an option is NAME.KEY, such as `rouge.stem`."""
 
 
-def _leaves() -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
-    """Every setting: its dotted name, its field and its type."""
-    for owner, cls in {"": Config, **SECTIONS}.items():
-        hints = get_type_hints(cls)
-        for leaf in dataclasses.fields(cls):
-            if leaf.metadata:
-                yield f"{owner}.{leaf.name}".lstrip("."), leaf, hints[leaf.name]
+SECTIONS: dict[str, type[Section]] = {
+    "lora": LoraSettings,
+    "prompt": PromptSettings,
+    "train": TrainSettings,
+    "checkpoint": CheckpointSettings,
+    "data": DataSettings,
+    "eval": EvalSettings,
+    "trunk": TrunkSettings,
+    "wire": WireSettings,
+}
+"""Class of each section, by the section's name."""
 
 
-LEAVES = {name: (leaf, kind) for name, leaf, kind in _leaves()}
+def _all_settings() -> dict[str, Setting]:
+    settings = list(settings_of(Config))
+    for section, cls in SECTIONS.items():
+        settings += settings_of(cls, section)
+    return {setting.name: setting for setting in settings}
+
+
+SETTINGS = _all_settings()
+"""Every setting, by dotted name, in the order of the help text."""

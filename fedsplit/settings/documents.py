@@ -1,4 +1,4 @@
-"""Converts plain values, as from TOML and flags, into a configuration, and a configuration into plain values."""
+"""Converts plain values, as TOML files and flags have them, into a configuration, and back."""
 
 from __future__ import annotations
 
@@ -12,60 +12,58 @@ from typing import Any
 
 from fedsplit.errors import InputError, SettingError
 from fedsplit.settings.choices import PROMPTED
-from fedsplit.settings.config import LEAVES, OPTIONS, SECTIONS, Config
-from fedsplit.settings.fields import words_of
-from fedsplit.settings.sections import LoraSettings
-from fedsplit.settings.validators import FIELDS, Validator
+from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
+from fedsplit.settings.fields import Setting
+from fedsplit.settings.sections import LoraSettings, Section
+from fedsplit.settings.validators import FIELDS
 
 
-def _convert(name: str, value: object, kind: Any) -> Any:
+def _convert(setting: Setting, value: object) -> Any:
     """Converts a flag's text or a TOML value to the type of a setting, and checks the value.
 
     Args:
-        name: Dotted name of the setting.
+        setting: The setting.
         value: The text or the TOML value.
-        kind: Type of the setting.
 
     Raises:
         SettingError: The value has another type, or is not allowed.
     """
-    leaf = LEAVES[name][0]
-    allowed: Validator = leaf.metadata["allowed"]
     try:
-        converted = _typed(name, value, kind)
-        suits = allowed.test(converted)
+        converted = _typed(setting, value)
+        is_allowed = setting.allowed.test(converted)
     except (TypeError, ValueError, OverflowError):
-        suits = False
-    if not suits:
-        raise SettingError(name, _short(value), words_of(leaf, kind))
+        is_allowed = False
+    if not is_allowed:
+        raise SettingError(setting.name, _short(value), setting.words)
     return converted
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
+def _typed(setting: Setting, value: Any) -> Any:
     """Converts a value to the type of a setting.
 
     Raises:
         TypeError, ValueError, OverflowError: The value has another type, or is not exactly a value of the type.
     """
-    if kind == tuple[str, ...]:
+    if setting.item_type is str:
         items = tuple(value.split(",") if isinstance(value, str) else value)
         if not all(isinstance(item, str) for item in items):
             raise TypeError
         return items
-    if kind == tuple[int, ...]:
+    if setting.item_type is int:
         return _whole_numbers(value)
-    if LEAVES[name][0].metadata["allowed"] is FIELDS:
+    if setting.allowed is FIELDS:
         return _object(value)
-    if kind is bool:
+    if setting.python_type is bool:
         return _switch(value)
-    if name == "data.packing" and isinstance(value, bool):  # a text: true, false or auto
+    if setting.name == "data.packing" and isinstance(value, bool):  # a text: true, false or auto
         return str(value).lower()
 
-    # TOML has types of its own: true is no number, and a number is no text.
-    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+    # TOML has types: true is no number, and a number is no text. Python would convert both without a word.
+    if isinstance(value, bool) or (setting.python_type is str and not isinstance(value, str)):
         raise TypeError
-    converted = kind(value)
-    if kind is int and not isinstance(value, str) and value != converted:  # such as 2.5
+    converted = setting.python_type(value)
+    is_rounded = setting.python_type is int and not isinstance(value, str) and value != converted  # such as 2.5
+    if is_rounded:
         raise ValueError
     return converted
 
@@ -88,21 +86,26 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
     Raises:
         ValueError, TypeError: The value is none of these.
     """
-    if isinstance(value, str) and not re.fullmatch(r"[\d,\s+-]*", value):
-        try:
-            value = ",".join(Path(value).read_text(encoding="utf-8").replace(",", " ").split())
-        except OSError as error:
-            raise ValueError from error
-    items: Sequence[Any] = value.split(",") if isinstance(value, str) else [value]
+    items: Sequence[Any]
     if isinstance(value, list | tuple):
         items = value
+    elif not isinstance(value, str):
+        items = [value]
+    elif re.fullmatch(r"[\d,\s+-]*", value):
+        items = value.split(",")
+    else:
+        try:
+            text = Path(value).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError from error
+        items = text.replace(",", " ").split()
     if any(isinstance(item, bool) or not isinstance(item, int | str) for item in items):
         raise TypeError
     return tuple(int(item) for item in items)
 
 
 def _object(value: object) -> str:
-    """Reads a JSON object from its text, from a file that the text names, or from a TOML table.
+    """Reads a JSON object from a text, from a file that the text names, or from a TOML table.
 
     Returns:
         The object as one line of JSON; "" if it is empty.
@@ -137,6 +140,8 @@ def build(
     values: Mapping[str, object],
     options: Mapping[str, Any] | None = None,
     objective_options: Mapping[str, Any] | None = None,
+    metric_options: Mapping[str, Any] | None = None,
+    sink_options: Mapping[str, Any] | None = None,
 ) -> Config:
     """Builds a configuration from settings by dotted name.
 
@@ -146,6 +151,8 @@ def build(
         values: Settings by dotted name. Settings that are not named keep their defaults.
         options: Keyword arguments for the strategy.
         objective_options: Keyword arguments for the objective.
+        metric_options: Keyword arguments for metrics, by NAME.KEY or as a table by name.
+        sink_options: Keyword arguments for sinks, by NAME.KEY or as a table by name.
 
     Raises:
         InputError: A name is unknown, a value is not allowed, or two kinds of prompts are asked for.
@@ -154,40 +161,80 @@ def build(
         >>> build({"clients": 4, "lora.rank": "4,8"}).lora.rank
         (4, 8)
     """
-    top: dict[str, Any] = {}
-    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    fields: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
-        if name not in LEAVES:
-            raise InputError(f"there is no setting {name}; {suggest(name, LEAVES)}")
-        section, _, leaf = name.rpartition(".")
-        target = sections[section] if section else top
-        target[leaf] = _convert(name, value, LEAVES[name][1])
+        if name not in SETTINGS:
+            raise InputError(f"there is no setting {name}; {suggest(name, SETTINGS)}")
+        setting = SETTINGS[name]
+        fields[setting.section][setting.field] = _convert(setting, value)
 
-    keywords = {"strategy": dict(options or {}), "objective": dict(objective_options or {})}
-    for setting, of_setting in keywords.items():
-        for name, value in of_setting.items():
-            if not isinstance(value, str | int | float):
-                raise SettingError(f"{setting}.{name}", value, "a text, a number, true or false")
+    given = {
+        "strategy": options or {},
+        "objective": objective_options or {},
+        "metric": by_key(metric_options or {}),
+        "sinks": by_key(sink_options or {}),
+    }
+    for name, keywords in given.items():
+        _check_options(name, keywords)
+    tables: dict[str, Any] = {OPTIONS[name]: dict(keywords) for name, keywords in given.items()}
 
-    _settle_peft(sections["lora"], sections["prompt"])
-    settings = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
-    tables: dict[str, Any] = {OPTIONS[setting]: of_setting for setting, of_setting in keywords.items()}
-    return Config(**top, **settings, **tables)
+    _settle_peft(fields["lora"], fields["prompt"])
+    sections: dict[str, Any] = {name: cls(**fields[name]) for name, cls in SECTIONS.items()}
+    return Config(**fields[""], **sections, **tables)
+
+
+def _check_options(setting: str, options: Mapping[str, Any]) -> None:
+    """Makes sure that keyword arguments can be written as TOML.
+
+    Args:
+        setting: Name of the setting that the arguments belong to.
+        options: The keyword arguments.
+
+    Raises:
+        SettingError: A value is no text, number or truth value; or an option does not say which class it is for.
+    """
+    for name, value in options.items():
+        if setting in SEVERAL and "." not in name:
+            allowed = f"an option with a name before it, as in {setting}.NAME.{name}"
+            raise SettingError(f"{setting}.{name}", value, allowed)
+        if not isinstance(value, str | int | float):
+            raise SettingError(f"{setting}.{name}", value, "a text, a number, true or false")
+
+
+def by_key(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of several classes by NAME.KEY, of which some may be given as a table by name.
+
+    Example:
+        >>> by_key({"rouge": {"stem": True}, "bleu.order": 4})
+        {'rouge.stem': True, 'bleu.order': 4}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _settle_peft(lora: dict[str, Any], prompt: dict[str, Any]) -> None:
-    """Moves a kind of prompts from `lora.method` to `prompt.kind`, the form in which files keep it.
+    """Moves a kind of prompts from `lora.method` to `prompt.kind`, since `config.toml` has kinds of prompts there.
+
+    Args:
+        lora: Values of the section `lora`; changed in place.
+        prompt: Values of the section `prompt`; changed in place.
 
     Raises:
         SettingError: `prompt.kind` names another kind.
     """
     method = lora.get("method")
-    kind = prompt.get("kind", "off")
     if method not in PROMPTED:
         return
+    kind = prompt.get("kind", "off")
     if kind not in ("off", method):
         raise SettingError("prompt.kind", kind, f"{method} with --peft {method}")
-    lora["method"], prompt["kind"] = LoraSettings.method, method
+    lora["method"] = LoraSettings.method
+    prompt["kind"] = method
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -198,11 +245,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
         'did you mean clients?'
     """
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return "did you mean " + " or ".join(close) + "?" if close else "see --help for the list"
+    if not close:
+        return "see --help for the list"
+    return f"did you mean {' or '.join(close)}?"
 
 
 def dotted(document: Mapping[str, Any]) -> dict[str, object]:
-    """Flattens nested values, as a TOML file has them, to values by dotted name.
+    """Flattens nested values, as in a TOML file, to values by dotted name.
 
     Example:
         >>> dotted({"clients": 4, "lora": {"rank": 8}})
@@ -211,31 +260,40 @@ def dotted(document: Mapping[str, Any]) -> dict[str, object]:
     values: dict[str, object] = {}
     for key, value in document.items():
         if key in SECTIONS and isinstance(value, dict):
-            values |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
+            values |= {f"{key}.{field}": inner for field, inner in value.items()}
         else:
             values[key] = value
     return values
 
 
-def set_by_user(section: Any) -> dict[str, Any]:
-    """Returns the settings of a section that differ from their defaults, by the names of the section's fields."""
-    values = {leaf.name: (getattr(section, leaf.name), leaf.default) for leaf in dataclasses.fields(section)}
-    return {name: value for name, (value, default) in values.items() if value != default}
+def set_by_user(section: Section) -> dict[str, Any]:
+    """Returns the settings of a section that differ from their defaults, by the names of the section's fields.
+
+    Example:
+        >>> set_by_user(LoraSettings(alpha=8.0))
+        {'alpha': 8.0}
+    """
+    changed = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if value != field.default:
+            changed[field.name] = value
+    return changed
 
 
 def as_document(config: Config) -> dict[str, Any]:
-    """Returns the configuration as nested plain values, which can be written as TOML.
+    """Returns a configuration as nested plain values, which can be written as TOML.
 
-    The run's folder is left out, so that another run from the file gets its own folder.
+    The run's folder is left out, so that a second run from the file gets a folder of its own.
     """
     document = dataclasses.asdict(config)
     del document["out"], document["resume"]
-    document["share"] = list(config.share)
-    document["sinks"] = list(config.sinks)
-    document["metric"] = list(config.metric)
-    document["lora"]["targets"] = list(config.lora.targets)
-    ranks = list(config.lora.rank)
-    document["lora"]["rank"] = ranks if len(ranks) > 1 else ranks[0]
+    for setting in SETTINGS.values():
+        table = document[setting.section] if setting.section else document
+        if setting.item_type is not None:
+            table[setting.field] = list(table[setting.field])
+    if len(config.lora.rank) == 1:
+        document["lora"]["rank"] = config.lora.rank[0]
     return document
 
 
@@ -247,5 +305,4 @@ def from_document(document: Mapping[str, Any]) -> Config:
         4
     """
     settings = {key: value for key, value in document.items() if key not in OPTIONS.values()}
-    options, objective_options = (document.get(table) for table in OPTIONS.values())
-    return build(dotted(settings), options, objective_options)
+    return build(dotted(settings), *(document.get(table) for table in OPTIONS.values()))

@@ -1,22 +1,25 @@
-"""Command line: turns flags, and the settings file that they name, into a configuration."""
+"""Flags: parses the command line, and the settings file that it names, into a configuration."""
 
 from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from fedsplit.errors import InputError, SettingError
-from fedsplit.settings.config import LEAVES, OPTIONS, SECTIONS, Config
-from fedsplit.settings.documents import build, dotted, suggest
+from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
+from fedsplit.settings.documents import build, by_key, dotted, suggest
+from fedsplit.settings.fields import Setting
 
 MAY_DIFFER = (
     "resume",
     "rounds",
     "patience",
     "sinks",
+    "checkpoint.every",
+    "checkpoint.keep",
     "engine",
     "workers",
     "threads",
@@ -28,11 +31,18 @@ MAY_DIFFER = (
 """Settings that may change when a run is resumed."""
 
 REPEATABLE = ("sinks", "metric")
-"""Lists whose flag may be given several times, each adding to the list."""
+"""Lists whose flag may be given several times. Each flag adds to the list."""
 
 
 Options = dict[str, dict[str, Any]]
-"""By setting that names a class, keyword arguments for the class."""
+"""Keyword arguments for a class, by the setting that names the class."""
+
+
+class TakesArguments(Protocol):
+    """A parser of argparse, or a group of arguments in one."""
+
+    def add_argument(self, *flags: str, **keywords: Any) -> argparse.Action:
+        """Adds an argument."""
 
 
 def read_toml(path: Path) -> tuple[dict[str, object], Options]:
@@ -42,10 +52,16 @@ def read_toml(path: Path) -> tuple[dict[str, object], Options]:
         path: A TOML file.
 
     Returns:
-        The settings by dotted name, and the options of strategy and objective.
+        The settings by dotted name, and the options of strategy, objective, metrics and sinks.
 
     Raises:
-        SettingError: The file cannot be read or is not TOML.
+        SettingError: The file cannot be read, or is not TOML.
+
+    Example:
+        >>> read_toml(Path("nowhere.toml"))
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: config: nowhere.toml is not possible; allowed: a TOML file that can be read \
+(No such file or directory)
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -57,11 +73,13 @@ def read_toml(path: Path) -> tuple[dict[str, object], Options]:
     for setting, values in options.items():
         if not isinstance(values, dict):
             raise SettingError(OPTIONS[setting], values, "a table")
+        if setting in SEVERAL:
+            options[setting] = by_key(values)
     return dotted(document), options
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that raises errors of one line, and does not print its usage."""
+    """Argument parser that raises an error of one line, where argparse prints its usage and exits."""
 
     def error(self, message: str) -> NoReturn:
         """Raises an `InputError`."""
@@ -78,34 +96,51 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_setting(group: Any, name: str, default: str | None = None) -> None:
+def add_setting(group: TakesArguments, name: str, default: str | None = None) -> None:
     """Adds the flag of a setting to a parser.
 
-    The parsed text is stored under the setting's dotted name. A flag that is not given is not stored.
+    The parsed text is stored under the setting's dotted name. Flags that are not on the command line store nothing.
 
     Args:
         group: A parser, or an argument group.
         name: Dotted name of the setting.
         default: Default to show in the help text; None for the default of the setting.
-    """
-    leaf, kind = LEAVES[name]
-    flags = [flag_of(name)]
-    if leaf.metadata["alias"]:
-        flags.append(leaf.metadata["alias"])
 
-    shown = leaf.default if default is None else default
+    Example:
+        >>> parser = Parser()
+        >>> add_setting(parser, "train.batch_size")
+        >>> vars(parser.parse_args(["--batch-size", "8"]))
+        {'train.batch_size': '8'}
+    """
+    setting = SETTINGS[name]
+    flags = [flag_of(name)]
+    if setting.alias:
+        flags.append(setting.alias)
+
+    keywords: dict[str, Any] = {}
+    if name in REPEATABLE:
+        keywords = {"action": "extend", "type": lambda text: text.split(",")}
+    elif setting.python_type is bool:
+        keywords = {"nargs": "?", "const": "true"}  # a switch needs no value
+    group.add_argument(
+        *flags,
+        dest=name,
+        metavar={int: "N", float: "X"}.get(setting.python_type, "NAME"),
+        help=_help_of(setting, default),
+        default=argparse.SUPPRESS,
+        **keywords,
+    )
+
+
+def _help_of(setting: Setting, default: str | None) -> str:
+    """Returns the help text of a flag, with the values to choose among and the default, as argparse takes it."""
+    shown = setting.default if default is None else default
     if isinstance(shown, tuple):
         shown = ",".join(map(str, shown))
-    allowed = leaf.metadata["allowed"].words
-    choices = f": {allowed}" if " | " in allowed else ""
+    choices = f": {setting.allowed.words}" if " | " in setting.allowed.words else ""
     default_text = "" if shown == "" or shown is False else f" (default: {shown})"
-    text = (leaf.metadata["help"] + choices + default_text).replace("%", "%%")
-
-    metavar = {int: "N", float: "X"}.get(kind, "NAME")
-    switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
-    if name in REPEATABLE:
-        switch = {"action": "extend", "type": lambda text: text.split(",")}
-    group.add_argument(*flags, dest=name, metavar=metavar, help=text, default=argparse.SUPPRESS, **switch)
+    text = f"{setting.help}{choices}{default_text}"
+    return text.replace("%", "%%")  # argparse formats help texts with %
 
 
 def make_parser() -> Parser:
@@ -116,41 +151,64 @@ def make_parser() -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings; flags win over it")
-    groups: dict[str, Any] = {"": parser}
-    for name in LEAVES:
-        section = name.rpartition(".")[0]
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section, SECTIONS[section].__doc__)
-        add_setting(groups[section], name)
-    groups["lora"].description = (groups["lora"].description or "") + " A list is separated by commas."
-    parser.epilog = " ".join(f"--{setting}.KEY VALUE sets a keyword argument of the {setting}." for setting in OPTIONS)
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings; flags win over the file")
+    groups: dict[str, TakesArguments] = {"": parser}
+    for section, cls in SECTIONS.items():
+        description = cls.__doc__ or ""
+        if section == "lora":
+            description += " A list is separated by commas."
+        groups[section] = parser.add_argument_group(section, description)
+    for name, setting in SETTINGS.items():
+        add_setting(groups[setting.section], name)
+    one = [
+        f"--{setting}.KEY VALUE sets a keyword argument of the {setting}."
+        for setting in OPTIONS
+        if setting not in SEVERAL
+    ]
+    several = [f"--{setting}.NAME.KEY VALUE sets one of the {setting} called NAME." for setting in SEVERAL]
+    parser.epilog = " ".join([*one, *several])
     return parser
 
 
-def _options(rest: list[str]) -> Options:
-    """Parses flags such as `--strategy.KEY VALUE` from the arguments that no other flag has taken.
+_BY_ALIAS = {setting.alias.removeprefix("--"): name for name, setting in SETTINGS.items() if setting.alias}
+"""Settings by their second flags, such as `sinks` by `sink`."""
+
+
+def options_of(rest: Sequence[str], parser: Parser, settings: Collection[str] = tuple(OPTIONS)) -> Options:
+    """Parses flags such as `--strategy.KEY VALUE`.
+
+    Args:
+        rest: Arguments of the command line that are no flags of the parser.
+        parser: The parser, whose flags an error suggests.
+        settings: Settings whose options the command takes.
 
     Raises:
-        InputError: An argument is no such flag, or a flag has no value.
+        InputError: A flag is unknown, or a flag has no value.
     """
-    options: Options = {setting: {} for setting in OPTIONS}
-    words = [word for item in rest for word in (item.split("=", 1) if item.startswith("--") else [item])]
+    words = []
+    for argument in rest:
+        words += argument.split("=", 1) if argument.startswith("--") else [argument]
+
+    options: Options = {setting: {} for setting in settings}
     while words:
         flag = words.pop(0)
-        setting, _, key = flag.removeprefix("--").partition(".")
-        if not flag.startswith("--") or not key or setting not in OPTIONS:
-            known = [flag_of(name) for name in LEAVES]
+        given, _, key = flag.removeprefix("--").partition(".")
+        setting = _BY_ALIAS.get(given, given)
+        if not flag.startswith("--") or not key or setting not in settings:
+            known = [flag for action in parser._actions for flag in action.option_strings]
             raise InputError(f"there is no flag {flag}; {suggest(flag, known)}")
         if not words:
             raise InputError(f"{flag}: expected a value after it")
-        text = words.pop(0)
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except (ValueError, RecursionError):
-            value = text
-        options[setting][key] = value
+        options[setting][key] = _toml_value(words.pop(0))
     return options
+
+
+def _toml_value(text: str) -> object:
+    """Returns the value that a text stands for in TOML, such as 0.5 or true; the text itself if it is no TOML."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
@@ -167,19 +225,20 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         >>> config.clients, config.lora.rank
         (4, (16,))
     """
-    known, rest = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    known, rest = parser.parse_known_args(argv)
     values = vars(known)
     file = values.pop("config", None)
-    return settle(values, _options(rest), Path(file) if file is not None else None)
+    return settle(values, options_of(rest, parser), Path(file) if file is not None else None)
 
 
 def settle(values: Mapping[str, object], options: Options, file: Path | None = None) -> Config:
-    """Makes a checked configuration from values, and from the file below them.
+    """Makes a checked configuration from values and a file.
 
     Args:
-        values: Settings by dotted name, which win over the file. With `resume`, the file is that of the run.
-        options: Keyword arguments by setting, "strategy" or "objective", which win over the file, too.
-        file: A TOML file.
+        values: Settings by dotted name. They win over the file. With `resume`, the file is the run's `config.toml`.
+        options: Keyword arguments by setting, as in `OPTIONS`. They win over the file, too.
+        file: A TOML file; None for the defaults. With `resume`, it may be the run's own.
 
     Raises:
         InputError: A name is unknown, a value is not allowed, or a setting cannot change in a run that goes on.
@@ -188,25 +247,34 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
         >>> settle({"clients": 4, "train.lr": "3e-4"}, {}).train.lr
         0.0003
     """
-    if run := values.get("resume"):
-        folder = Path(str(run))
-        if not (folder / "config.toml").is_file():
-            raise SettingError("resume", run, "the folder of a run, with its config.toml")
-        _check_unchanged(values, options, file)
-        file = folder / "config.toml"
-    filed, filed_options = read_toml(file) if file is not None else ({}, {})
-    merged = {setting: {**filed_options.get(setting, {}), **options.get(setting, {})} for setting in OPTIONS}
-    return build({**filed, **values}, merged["strategy"], merged["objective"])
+    run = values.get("resume")
+    if run:
+        own_file = Path(str(run)) / "config.toml"
+        is_own = file is not None and file.exists() and own_file.exists() and file.samefile(own_file)
+        _check_unchanged(values, options, None if is_own else file, run)
+        file = own_file
+
+    file_values: dict[str, object] = {}
+    file_options: Options = {}
+    if file is not None:
+        file_values, file_options = read_toml(file)
+    if run and "sinks" in values:  # other sinks than those that the run had, which take other options
+        file_options["sinks"] = {}
+    merged = {setting: {**file_options.get(setting, {}), **options.get(setting, {})} for setting in OPTIONS}
+    return build({**file_values, **values}, *merged.values())
 
 
-def _check_unchanged(values: Mapping[str, object], options: Options, file: Path | None) -> None:
-    """Makes sure that nothing is set of a run that goes on but what may differ.
+def _check_unchanged(values: Mapping[str, object], options: Options, file: Path | None, run: object) -> None:
+    """Makes sure that a run can go on, and that only settings are set that may differ.
 
     Raises:
-        InputError: Something else is set.
+        InputError: There is no such run, or another setting is set.
     """
+    if not (Path(str(run)) / "config.toml").is_file():
+        raise SettingError("resume", run, "the folder of a run, with its config.toml")
     changed = [name for name in values if name not in MAY_DIFFER]
-    changed += [f"{setting}.{name}" for setting, keywords in options.items() for name in keywords]
+    fixed = {setting: keywords for setting, keywords in options.items() if setting not in MAY_DIFFER}
+    changed += [f"{setting}.{name}" for setting, keywords in fixed.items() for name in keywords]
     if file is not None:
         changed.insert(0, "config")
     if changed:

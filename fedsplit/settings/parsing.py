@@ -1,4 +1,4 @@
-"""Settings that are written in a form of their own: memory, cut, quantisation, partition."""
+"""Parsers of settings with a special form: memory, cut, quantisation, partition."""
 
 from __future__ import annotations
 
@@ -19,26 +19,36 @@ PARTITION_FORMS = (
 
 
 def parse_memory(value: str) -> int | None:
-    """Bytes; units are powers of 1000, those with an i of 1024."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT])(i?)B\s*", value)
-    if found is None or len(value) > 20:
+    """Parses a size in memory.
+
+    Returns:
+        The size in bytes; None if the text is no size, or less than a byte.
+
+    Example:
+        >>> parse_memory("1.5GB"), parse_memory("2kiB"), parse_memory("2")
+        (1500000000, 2048, None)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT])(i?)B\s*", value)
+    if match is None or len(value) > 20:  # more digits than any memory has
         return None
-    power = "kMGT".index(found[2]) + 1
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    power = "kMGT".index(prefix) + 1
+    size = int(float(number) * base**power)
     return size or None
 
 
 @dataclass(frozen=True)
 class PartitionSpec:
-    """A way to deal data out, read from `--partition`.
+    """A rule that divides a data set among clients, parsed from `--partition`.
 
     Attributes:
         kind: "auto", "natural", "iid", "dirichlet", "inner-dirichlet", "pathological", "shard", "linear", "square",
             "exponential" or "size".
-        alpha: The concentration of the Dirichlet kinds.
-        number: The classes of a pathological client, or the shards of each client.
-        sizes: Sequences a client, of "size" and "inner-dirichlet".
-        column: The column whose values are dealt by; empty for the usual one.
+        alpha: Concentration of the Dirichlet distribution, for "dirichlet" and "inner-dirichlet".
+        number: Classes of a client for "pathological", shards of a client for "shard".
+        sizes: Number of sequences of each client, for "size" and "inner-dirichlet".
+        column: Column whose values group the rows; empty for the column of owners or classes.
     """
 
     kind: str
@@ -61,34 +71,46 @@ _PARTITIONS: Mapping[str, tuple[str, ...]] = {
     "exponential": (),
     "size": ("sizes",),
 }
-"""What follows the name of each, between colons; the column may be left out."""
+"""Arguments that follow the name of each rule, between colons. The column may be left out."""
 
 
 def find_partition(value: str) -> PartitionSpec | None:
-    """Reads a way to deal data out; None where there is no such way."""
-    kind, *given = value.split(":")
-    wanted = _PARTITIONS.get(kind)
-    if wanted is None or not len(wanted) - ("column" in wanted) <= len(given) <= len(wanted) or "" in given:
+    """Parses a rule that divides data; returns None if there is no such rule.
+
+    Example:
+        >>> find_partition("dirichlet:0.3:topic").alpha
+        0.3
+    """
+    kind, *texts = value.split(":")
+    names = _PARTITIONS.get(kind)
+    if names is None or "" in texts:
         return None
-    found: dict[str, Any] = dict(zip(wanted, given, strict=False))
+    required = len(names) - ("column" in names)
+    if not required <= len(texts) <= len(names):
+        return None
+
+    arguments: dict[str, Any] = dict(zip(names, texts, strict=False))
     try:
-        if "alpha" in found:
-            found["alpha"] = float(found["alpha"])
-        if "number" in found:
-            found["number"] = int(found["number"])
-        if "sizes" in found:
-            found["sizes"] = tuple(int(size) for size in found["sizes"].split(","))
+        if "alpha" in arguments:
+            arguments["alpha"] = float(arguments["alpha"])
+        if "number" in arguments:
+            arguments["number"] = int(arguments["number"])
+        if "sizes" in arguments:
+            arguments["sizes"] = tuple(int(size) for size in arguments["sizes"].split(","))
     except ValueError:
         return None
-    possible = math.isfinite(found.get("alpha", 1.0)) and found.get("alpha", 1.0) > 0 and found.get("number", 1) > 0
-    return PartitionSpec(kind, **found) if possible and min(found.get("sizes", (1,))) > 0 else None
+
+    alpha = arguments.get("alpha", 1.0)
+    sizes = arguments.get("sizes", (1,))
+    is_possible = math.isfinite(alpha) and alpha > 0 and arguments.get("number", 1) > 0 and min(sizes) > 0
+    return PartitionSpec(kind, **arguments) if is_possible else None
 
 
 def parse_partition(value: str) -> PartitionSpec:
-    """Reads a way to deal data out.
+    """Parses a rule that divides data.
 
     Raises:
-        SettingError: There is no such way.
+        SettingError: There is no such rule.
     """
     spec = find_partition(value)
     if spec is None:
@@ -97,15 +119,36 @@ def parse_partition(value: str) -> PartitionSpec:
 
 
 def parse_cut(value: str) -> tuple[int, int] | None:
-    """LO and HI; None where it is no cut."""
+    """Parses a cut into LO and HI; returns None if the text is no cut.
+
+    Example:
+        >>> parse_cut("1:5"), parse_cut("5:1")
+        ((1, 5), None)
+    """
     low, colon, high = value.partition(":")
-    if not (colon and low.isdecimal() and high.isdecimal()) or len(value) > 20 or int(low) >= int(high):
+    if not (colon and low.isdecimal() and high.isdecimal()):
+        return None
+    if len(value) > 20 or int(low) >= int(high):  # int() raises an error for thousands of digits
         return None
     return int(low), int(high)
 
 
 def parse_quantization(value: str) -> dict[str, int] | None:
-    """Bits by part, in the order of the parts."""
-    found = [re.fullmatch(rf"({'|'.join(PARTS)}):([48])", item) for item in value.split(",")] if value else []
-    bits = {match[1]: int(match[2]) for match in found if match}
-    return {part: bits[part] for part in PARTS if part in bits} if len(bits) == len(found) else None
+    """Parses the bits of quantised parts.
+
+    Returns:
+        Bits by part, in the order of the parts; None if the text is malformed, or names a part twice.
+
+    Example:
+        >>> parse_quantization("top:8,trunk:4")
+        {'trunk': 4, 'top': 8}
+    """
+    if not value:
+        return {}
+    bits = {}
+    for item in value.split(","):
+        match = re.fullmatch(rf"({'|'.join(PARTS)}):([48])", item)
+        if match is None or match[1] in bits:
+            return None
+        bits[match[1]] = int(match[2])
+    return {part: bits[part] for part in PARTS if part in bits}

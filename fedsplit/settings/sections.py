@@ -1,4 +1,7 @@
-"""Sections of the settings: `--lora.…`, `--prompt.…`, `--train.…`, `--data.…`, `--eval.…`, `--trunk.…`, `--wire.…`."""
+"""Sections of the settings: `--lora.…`, `--prompt.…`, `--train.…`, `--checkpoint.…`, `--data.…` and so on.
+
+The first line of each class heads its section in `--help` and in docs/settings.md.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,6 @@ from fedsplit.settings.validators import (
     TEXT,
     WARMUP,
     YES_OR_NO,
-    Validator,
     above,
     at_least,
     below,
@@ -41,12 +43,12 @@ from fedsplit.settings.validators import (
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The adapters on all three parts."""
+    """Adapters of all three parts."""
 
     rank: tuple[int, ...] = setting(
         (8,),
         RANKS,
-        "rank r of every adapter; of several, or of a file of them, clients take one each in turn",
+        "rank r of every adapter; a list of ranks, or a file with a list, is dealt to the clients in turn",
         "--lora-rank",
     )
     alpha: float = setting(16.0, above(0), "adapters are scaled by alpha / rank", "--lora-alpha")
@@ -58,8 +60,7 @@ class LoraSettings:
     method: str = setting(
         "lora",
         TEXT,
-        "kind of adapter, by PEFT's name for it; docs/adapters.md lists them; prompt, ptuning and prefix set "
-        "--prompt.kind",
+        "kind of adapter, by PEFT's name (see docs/adapters.md); prompt, ptuning and prefix set --prompt.kind",
         "--peft",
     )
     options: str = setting(
@@ -68,11 +69,16 @@ class LoraSettings:
 
     @property
     def top_rank(self) -> int:
-        """The largest rank of any client; that of a trunk which all share."""
+        """Largest rank of any client; also the rank of a trunk that all clients share."""
         return max(self.rank)
 
     def rank_of(self, client: int) -> int:
-        """A client's rank."""
+        """Returns the rank of a client, whose number counts from 0.
+
+        Example:
+            >>> LoraSettings(rank=(4, 8)).rank_of(client=2)
+            4
+        """
         return self.rank[client % len(self.rank)]
 
 
@@ -96,8 +102,8 @@ class PromptSettings:
     )
     text: str = setting(
         "",
-        Validator("a text", lambda v: True),
-        "prompt with init text: the text, which is repeated or cut to the number of virtual tokens",
+        ANYTHING,
+        "prompt with init text: the text, repeated or cut to the number of virtual tokens",
     )
     encoder: str = setting("mlp", one_of(ENCODERS), "ptuning: network that produces the virtual tokens")
     hidden: int = setting(
@@ -113,12 +119,12 @@ class PromptSettings:
 
     @property
     def virtual(self) -> int:
-        """Positions that cross before those of the text."""
+        """Number of virtual tokens that a client sends through the trunk, before the text."""
         return self.tokens if self.kind in ("prompt", "ptuning") else 0
 
     @property
     def positions(self) -> int:
-        """Positions of the model that are not the text's."""
+        """Number of the model's positions that the text cannot use."""
         return 0 if self.kind == "off" else self.tokens
 
 
@@ -136,12 +142,11 @@ class TrainSettings:
     micro_batches: int = setting(
         0,
         at_least(0, MOST_AT_ONCE),
-        "parts of a batch that are under way at once, so that client and trunk work at the same time; "
-        "0: chosen by the plan",
+        "parts of a batch that cross separately, so that client and trunk work at the same time; 0: chosen by the plan",
         "--micro-batches",
     )
     accumulation: int = setting(
-        1, at_least(1, MOST_AT_ONCE), "batches a step; their gradients are summed as those of one large batch"
+        1, at_least(1, MOST_AT_ONCE), "batches a step; their gradients are summed, as for one large batch"
     )
     clip: float = setting(
         0.0, at_least(0), "largest norm of a step's gradient, over the adapters of all parts; 0: no clipping"
@@ -154,7 +159,7 @@ class TrainSettings:
     momentum: float = setting(0.0, below(0, 1), "sgd: momentum")
     beta1: float = setting(0.9, below(0, 1), "adamw, adamw8bit: decay of the mean gradient")
     beta2: float = setting(0.999, below(0, 1), "adamw, adamw8bit: decay of the mean squared gradient")
-    eps: float = setting(1e-8, above(0), "adamw, adamw8bit: added to the root of the mean squared gradient")
+    eps: float = setting(1e-8, above(0), "adamw, adamw8bit: epsilon in the denominator of the update")
     optimizer_state: str = setting(
         "reset",
         one_of(OPTIMIZER_STATES),
@@ -164,25 +169,43 @@ class TrainSettings:
     warmup: float = setting(
         0.0,
         WARMUP,
-        "steps over which the learning rate rises from 0: a number of steps, or below 1 a share of all steps",
+        "steps over which the learning rate rises from 0; a value below 1 is a share of all steps",
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints, from which --resume goes on."""
+
+    every: int = setting(
+        1,
+        at_least(1, MOST),
+        "rounds between two checkpoints; the last round has one, and under --keep-best every best round so far",
+        "--checkpoint-every",
+    )
+    keep: int = setting(
+        2,
+        at_least(0, MOST),
+        "number of newest checkpoints to keep, beside the one with the lowest held-out loss; 0: all",
+        "--keep-checkpoints",
     )
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where a data set has its texts, their owners, and the part to predict."""
+    """Columns of a data set: texts, owners, and the part to predict."""
 
     format: str = setting(
         "auto", one_of(FORMATS), "kind of rows; auto: text if there is a column of that name, else chat or completion"
     )
-    config: str = setting("", ANYTHING, "configuration, for a data set that has several, such as wikitext-2-raw-v1")
-    split: str = setting("train", TEXT, "split, for a data set that has several, such as train or train[:10%]")
+    config: str = setting("", ANYTHING, "configuration of a data set with several, such as wikitext-2-raw-v1")
+    split: str = setting("train", TEXT, "split of a data set with several, such as train or train[:10%]")
     held_out: str = setting(
-        "", ANYTHING, "held-out texts: another split, a file or a folder (default: a part of each client's own texts)"
+        "", ANYTHING, "held-out texts: another split, a file or a folder (default: a part of each client's texts)"
     )
     text: str = setting("text", TEXT, "column with the text")
     owner: str = setting("owner", TEXT, "column with the owner of a row")
-    prompt: str = setting("prompt", TEXT, "column with the prompt, of which nothing is predicted")
+    prompt: str = setting("prompt", TEXT, "column with the prompt, which is not predicted")
     completion: str = setting("completion", TEXT, "column with the completion, which is predicted after the prompt")
     messages: str = setting("messages", TEXT, "column with chats: lists of messages with role and content")
     label: str = setting("label", TEXT, "column with the class of a text, for the format classification")
@@ -203,13 +226,14 @@ class EvalSettings:
     after: int = setting(
         8,
         at_least(0, MOST),
-        "of these, sequences that are also measured right after the client's own steps, to report what it forgets",
+        "number of these sequences that are measured right after the client's steps, too, to report what the client "
+        "forgets",
     )
 
 
 @dataclass(frozen=True)
 class TrunkSettings:
-    """The shared middle of the model."""
+    """The trunk: the middle of the model, which all clients share."""
 
     schedule: str = setting(
         "shared", one_of(SCHEDULES), "how clients share the trunk's adapter; docs/trunk.md explains each"
@@ -220,14 +244,14 @@ class TrunkSettings:
     every: int = setting(
         0, at_least(0, MOST), "accumulate: steps of a client between two barriers; 0: all steps of the round"
     )
-    deadline: float = setting(30.0, above(0), "batched, accumulate: seconds that clients wait for one that is late")
+    deadline: float = setting(30.0, above(0), "batched, accumulate: seconds that clients wait for a late client")
     group: int = setting(1, at_least(1, MOST_AT_ONCE), "with --deterministic: number of clients that train at once")
     memory: str = setting(
         "", MEMORY, "largest resident memory of the trunk's process, such as 800MB (default: no limit)"
     )
     lease: float = setting(600.0, above(0), "seconds for which the trunk keeps a forward whose gradient has not come")
     threads: int = setting(
-        0, at_least(0, MOST_AT_ONCE), "threads with which each of the trunk's lanes computes; 0: chosen by the plan"
+        0, at_least(0, MOST_AT_ONCE), "threads with which each lane of the trunk computes; 0: chosen by the plan"
     )
     lanes: int = setting(
         0,
@@ -239,14 +263,26 @@ class TrunkSettings:
 
     @property
     def memory_bytes(self) -> int | None:
-        """The budget in bytes; None where there is none."""
+        """Largest resident memory in bytes; None for no limit."""
         return parse_memory(self.memory) if self.memory else None
 
 
 @dataclass(frozen=True)
 class WireSettings:
-    """How tensors cross between client and trunk."""
+    """Encoding of tensors between client and trunk."""
 
     codec: str = setting(
         "raw", one_of(CODECS), "encoding of hidden states and gradients; raw is exact; bf16 halves the bytes"
     )
+
+
+Section = (
+    LoraSettings
+    | PromptSettings
+    | TrainSettings
+    | CheckpointSettings
+    | DataSettings
+    | EvalSettings
+    | TrunkSettings
+    | WireSettings
+)

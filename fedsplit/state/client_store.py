@@ -6,7 +6,7 @@ In a simulation the disks of all clients lie in the run's folder. No client read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +40,9 @@ class ClientState:
 
 
 class ClientStore:
-    """Folder of one client, with at most two files: its newest round, and the last round that the server accepted.
+    """Folder of one client, with the files of a few rounds.
+
+    These are the newest round, the last round that the server accepted, and those that kept checkpoints go back to.
 
     Example:
         >>> import tempfile, torch
@@ -72,24 +74,27 @@ class ClientStore:
             raise LostState(f"{self._folder} has nothing of round {round}, which the server has accepted")
         return ClientState()
 
-    def save(self, round: int, state: ClientState, accepted: int) -> None:
-        """Saves the state after a round, and deletes the files of all rounds but this one and the accepted one.
+    def save(self, round: int, state: ClientState, accepted: int, kept: Collection[int] = ()) -> None:
+        """Saves the state after a round, and deletes the files of rounds that nobody goes back to.
 
         Args:
             round: The round that has just been trained.
             state: The client's state after it.
             accepted: The last round that the server accepted. Its file stays, since this round may be repeated.
+            kept: Rounds that were the last accepted ones at the server's kept checkpoints. Their files stay, too.
         """
         tensors = pack({group.name: getattr(state, group.name) for group in dataclasses.fields(ClientState)})
 
-        # An accepted round without a file had an empty state. It gets an empty file, so that `load` does not take
+        # An earlier round without a file had an empty state. It gets an empty file, so that `load` does not take
         # it for a lost one once the folder exists.
-        if tensors and accepted and not self._folder.exists():
-            write_tensors(round_file(self._folder, accepted), {})
+        earlier = {accepted, *kept} - {0}
+        if tensors and not self._folder.exists():
+            for needed in sorted(earlier):
+                write_tensors(round_file(self._folder, needed), {})
         if tensors or self._folder.exists():
             write_tensors(round_file(self._folder, round), tensors)
 
-        current = (round_file(self._folder, round), round_file(self._folder, accepted))
+        current = {round_file(self._folder, needed) for needed in (*earlier, round)}
         for path in self._folder.glob("round-*.safetensors"):
             if path not in current:
                 path.unlink()

@@ -29,6 +29,11 @@ class FoldLog:
         """Writes the changes (out, in) of a round by layer. A repeated round replaces its first attempt."""
         write_tensors(round_file(self._folder, round), pack_changes(changes))
 
+    def restore(self, round: int, changes: Mapping[str, LowRank]) -> None:
+        """Writes the changes of a round that should be there, unless they are."""
+        if changes and not round_file(self._folder, round).exists():
+            self.append(round, changes)
+
     def forget(self, after: int) -> None:
         """Deletes the changes of all rounds later than `after`."""
         for path in self._folder.glob("round-*.safetensors"):

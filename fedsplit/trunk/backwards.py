@@ -176,14 +176,15 @@ class Backwards:
         state.counts.backwards += 1
         state.budget.freed()
         unclipped = None
+        learns = any(packet.learns for packet in packets)
         try:
-            if of_adapter and any(packet.learns for packet in packets):
+            if of_adapter and learns:
                 unclipped = state.adapters.learn(batch.adapter, batch.snapshot, batch.spent, packets, of_adapter)
         except Unusable as error:
             unmade = {packet.key: UnboundedStep(f"{packet.key}: {error}") for packet in packets}
             raise refusal(unmade, len(packets)) from None
 
-        batch.spent = True
+        batch.spent = batch.spent or learns
         answers = state.answers.with_gradients(packets, of_inputs, batch.inputs)
         if unclipped is not None:
             norm = EXACT.encode(torch.tensor(unclipped.squared, dtype=torch.float64))

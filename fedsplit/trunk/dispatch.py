@@ -64,15 +64,20 @@ class _Request:
 
     @property
     def is_step(self) -> bool:
-        """True for a part of a training step, whose order matters."""
+        """True for a part of a training step."""
         return (self.is_backward or self.packet.training) and not self.is_admission
+
+    @property
+    def teaches(self) -> bool:
+        """True for a part of a step that the trunk learns from, whose order matters."""
+        return self.is_step and self.packet.learns
 
 
 class Dispatcher:
     """Decides in which order the trunk serves the requests of its clients.
 
-    Repeats, evaluations and admission requests are served as they come, and gradients before new forwards, since a
-    gradient frees memory. Beyond that the schedule decides:
+    Repeats, evaluations, admission requests and steps from which the trunk does not learn are served as they come,
+    and gradients before new forwards, since a gradient frees memory. Beyond that the schedule decides:
 
     - `batched`: a forward waits until every active client has one, a gradient until all of its batch have come;
     - `accumulate`: a client that has done `every` steps since the last barrier waits there for the other active ones;
@@ -233,7 +238,7 @@ class Dispatcher:
         """Returns the requests to serve next, as one batch; none where all have to wait."""
         for request in self._ready:
             request.repeats = self.server.is_repeat(request.packet)
-            waits_for_nobody = request.is_admission or not (request.is_step or request.client in self._turns)
+            waits_for_nobody = request.is_admission or not (request.teaches or request.client in self._turns)
             if waits_for_nobody or request.repeats:
                 return [request]
         if self._turns:
@@ -244,14 +249,14 @@ class Dispatcher:
 
     def _first_step(self) -> list[_Request]:
         """Returns the first part of a step that need not wait at the barrier, gradients first."""
-        steps = [request for request in self._ready if request.is_step]
+        steps = [request for request in self._ready if request.teaches]
         steps.sort(key=lambda request: not request.is_backward)
         for request in steps:
             if request.is_backward or not self._at_barrier(request):
                 return [request]
         if self.is_computing:  # the result may count before the barrier
             return []
-        if steps and (self._everybody_contributed() or self._deadline(steps) <= self._clock()):
+        if steps and (self._everybody_contributed(steps) or self._deadline(steps) <= self._clock()):
             self._pass_barrier()
             return [steps[0]]
         return []
@@ -270,7 +275,7 @@ class Dispatcher:
         Of gathered requests, a group has each step once, and one forward of a client. A request that comes again
         waits, and is a repeat as soon as the first one is answered.
         """
-        steps = [request for request in self._ready if request.is_step]
+        steps = [request for request in self._ready if request.teaches]
         if self._schedule.gathers:
             return [*self._gradients_by_batch(steps), self._first_forwards(steps)]
         return [steps] if self._schedule.sums else []
@@ -330,7 +335,14 @@ class Dispatcher:
     def _at_barrier(self, request: _Request) -> bool:
         return self._schedule.sums and self._every > 0 and self._contributed[request.client] >= self._every
 
-    def _everybody_contributed(self) -> bool:
+    def _everybody_contributed(self, waiting: Sequence[_Request]) -> bool:
+        """Returns True if each active client has contributed to the barrier.
+
+        In a group each must also have come to the barrier. Requests that wait for nobody then see the snapshot before
+        it, whatever their time.
+        """
+        if self._grouped and self._active - {request.client for request in waiting}:
+            return False
         return all(self._contributed[client] >= self._every for client in self._active)
 
     def _pass_barrier(self) -> None:
@@ -398,7 +410,7 @@ class Dispatcher:
             return
         packet = request.packet
         ends_step = packet.clips if self.server.adapters.clips else request.is_backward and packet.ends
-        if ends_step:
+        if ends_step and packet.learns:
             self._contributed[request.client] += 1
 
 

@@ -30,7 +30,7 @@ from fedsplit.optimization.optim import make_optimizer
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.documents import build
 from fedsplit.settings.sections import LoraSettings, TrainSettings
-from fedsplit.stages import Gradients, GradientStage, LocalStep, Outcome, RoundStart
+from fedsplit.stages import Gradients, GradientStage, LocalStep, LossTerm, Outcome, RoundStart, Rows
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Task
@@ -605,18 +605,98 @@ def test_a_stage_may_ask_for_gradients_elsewhere_and_changes_nothing_by_it(tiny_
     assert stage.same and all(stage.same) and not any(stage.other)
 
 
-@pytest.mark.parametrize("schedule", ["batched", "accumulate"])
-def test_where_clients_steps_are_counted_no_stage_asks_for_more(tiny_models: dict[str, Path], schedule: str) -> None:
+@pytest.mark.parametrize("schedule", ["batched", "accumulate", "copies"])
+def test_gradients_elsewhere_teach_the_trunk_nothing(tiny_models: dict[str, Path], schedule: str) -> None:
+    results = []
+    for stage in (None, Elsewhere()):
+        client, server, given = make_client(tiny_models["llama"], schedule, steps=3, train={"accumulation": 2})
+        update = client.train(given, 1, stage=stage)
+        server.leave(0)
+        server.end_round([0])
+        of_trunk = [server.adapters.read(), *(copy.adapters for copy in server.adapters.copies().values())]
+        results.append({**update.adapters.tensors, **of_trunk[-1].tensors})
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+class Watches(GradientStage):
+    """Adds half the mean square of the states, and remembers how the rows' states at its start compare with them."""
+
+    def begin(self, start: RoundStart) -> None:
+        self.start = start.adapters
+        self.equal: list[bool] = []
+
+    def loss_term(self, rows: Rows) -> LossTerm:
+        there = rows.states_at(self.start)
+        assert not there.requires_grad
+        other = rows.states_at({name: tensor + 0.1 for name, tensor in self.start.items()})
+        assert not torch.allclose(there, other)
+
+        def term(states: torch.Tensor) -> torch.Tensor:
+            self.equal.append(torch.allclose(states, there, atol=1e-6))
+            return states.square().mean() / 2
+
+        return term
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "forward-only"])
+def test_a_stages_term_of_the_loss_trains_all_three_parts(tiny_models: dict[str, Path], schedule: str) -> None:
+    """The gradients of one step, with accumulation and micro-batches, are the unsplit model's."""
+    rate = 0.25
+    parts = 1 if schedule == "batched" else 2  # under which the trunk steps after each part
+    train = {"accumulation": parts, "batch_size": 8 // parts, "optimizer": "sgd", "lr": rate}
+    client, server, given = make_client(tiny_models["llama"], schedule, steps=1, micro_batches=parts, train=train)
+    trunk = server.adapters.read().tensors
+    stage = Watches()
+    update = client.train(given, 1, stage=stage)
+    assert stage.equal == [True] * parts**2
+    server.leave(0)
+    server.end_round([0])
+    copies = server.adapters.copies()
+    of_trunk = copies[0].adapters if copies else server.adapters.read()
+    found = {**update.adapters.tensors, **of_trunk.tensors}
+
+    whole, parameters = unsplit(tiny_models["llama"], {**given, **trunk})
+    rows = batch(client.shard.train, 0, 8, derive_seed(0, "client", 0))
+    out = whole(input_ids=rows.ids, labels=rows.labels, output_hidden_states=True)
+    loss = out.loss + out.hidden_states[-1].square().mean() / 2
+    loss.backward()
+    assert update.loss == pytest.approx(loss.item(), rel=1e-5)
+    moved = given if schedule == "frozen" else parameters
+    for name, parameter in parameters.items():
+        expected = parameter - rate * parameter.grad if name in moved else parameter
+        assert torch.allclose(found[name], expected, atol=1e-6), name
+
+
+def test_where_no_stage_has_a_term_no_further_step_crosses(tiny_models: dict[str, Path]) -> None:
+    client, server, given = make_client(tiny_models["gpt2"], "shared", steps=2)
+    client.train(given, 1, stage=GradientStage())
+    assert server.traffic.evaluation_activation.up == 0
+    client.train(given, 2, stage=Watches())
+    assert server.traffic.evaluation_activation.up > 0
+
+
+def test_a_model_in_training_stays_so_behind_states_elsewhere(tiny_models: dict[str, Path]) -> None:
+    """Weights, gradients of the batch before, and dropout are as they were; an adapter of other names is refused."""
     seen = []
 
     class Looks(GradientStage):
-        def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
-            seen.append(step.gradient_at)
-            return gradients
+        def begin(self, start: RoundStart) -> None:
+            self.start = start.adapters
 
-    client, _, given = make_client(tiny_models["gpt2"], schedule, steps=2)
+        def loss_term(self, rows: Rows) -> None:
+            before = {n: (p.clone(), None if p.grad is None else p.grad.clone()) for n, p in client._adapter().items()}
+            rows.states_at({name: tensor + 1 for name, tensor in self.start.items()})
+            for name, parameter in client._adapter().items():
+                weight, gradient = before[name]
+                assert torch.equal(parameter, weight)
+                assert gradient is None if parameter.grad is None else torch.equal(parameter.grad, gradient)
+            seen.append(client.bottom.training and client.top.training)
+            with pytest.raises(ValueError, match="missing or unknown"):
+                rows.states_at({})
+
+    client, _, given = make_client(tiny_models["gpt2"], "shared", steps=1, train={"accumulation": 2})
     client.train(given, 1, stage=Looks())
-    assert seen == [None, None]
+    assert seen == [True, True]
 
 
 def test_a_stages_state_goes_with_the_update(tiny_models: dict[str, Path]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.commands import completion
 from fedsplit.federation.strategy import builtin_package
-from fedsplit.settings.config import LEAVES
+from fedsplit.settings.config import SETTINGS
 from fedsplit.settings.flags import flag_of
 
 
@@ -31,7 +31,7 @@ def test_bash_completes_commands_and_the_flags_of_each(tmp_path: Path) -> None:
     assert bash("fedsplit ev", tmp_path) == {"evaluate"}
     assert bash("fedsplit adapters me", tmp_path) == {"merge"}
     flags = bash("fedsplit simulate --", tmp_path)
-    assert {flag_of(name) for name in LEAVES} | {"--config", "--lr", "--peft"} <= flags
+    assert {flag_of(name) for name in SETTINGS} | {"--config", "--lr", "--peft"} <= flags
     assert "--plot" in bash("fedsplit data --", tmp_path) and "--clients" in bash("fedsplit data --", tmp_path)
     assert "--run" in bash("fedsplit evaluate --", tmp_path) and "--clients" not in bash(
         "fedsplit evaluate --", tmp_path
@@ -47,10 +47,11 @@ def test_bash_completes_what_a_setting_may_be(name: str, tmp_path: Path) -> None
 def test_values_are_those_that_the_settings_allow() -> None:
     assert completion.values_of("strategy") == sorted(builtin_package().STRATEGIES)
     assert {*ADAPTER_METHODS} < {*completion.values_of("lora.method")}
-    for name, (leaf, kind) in LEAVES.items():
-        for value in completion.values_of(name):
-            assert leaf.metadata["allowed"].test({"true": True, "false": False}[value] if kind is bool else value), name
-    several = [name for name, (leaf, _) in LEAVES.items() if " | " in leaf.metadata["allowed"].words]
+    for name, setting in SETTINGS.items():
+        for text in completion.values_of(name):
+            value = {"true": True, "false": False}[text] if setting.python_type is bool else text
+            assert setting.allowed.test(value), name
+    several = [name for name, setting in SETTINGS.items() if " | " in setting.allowed.words]
     assert several and all(len(completion.values_of(name)) > 1 for name in several)
 
 

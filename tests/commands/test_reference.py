@@ -15,7 +15,7 @@ from test_event_types import evaluated, started
 from fedsplit.commands import reference
 from fedsplit.events import Notice, RoundTrained
 from fedsplit.events.event_types import EVENTS, fields_of
-from fedsplit.settings.config import LEAVES
+from fedsplit.settings.config import SETTINGS
 from fedsplit.settings.flags import flag_of
 
 RESULTS = Path("docs/results.md")
@@ -30,7 +30,7 @@ def test_every_setting_is_on_the_page_with_all_its_flags() -> None:
     lines = [line for line in reference.settings_page().splitlines() if line.startswith("| `")]
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     flags = [flag for _, flag_cell, *_ in rows for flag in flag_cell.split(", ")]
-    known = [flag_of(name) for name in LEAVES] + [leaf.metadata["alias"] for leaf, _ in LEAVES.values()]
+    known = [flag_of(name) for name in SETTINGS] + [setting.alias for setting in SETTINGS.values()]
     assert sorted(flags) == sorted(f"`{flag}`" for flag in known if flag)
     assert {len(row) for row in rows} == {5}
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from fedsplit.durable import NotWritten, Postponed
 from fedsplit.events import Event, Notice, RunFailed, Sink
 from fedsplit.events.emitter import Emitter
 
@@ -100,3 +101,14 @@ def test_events_after_the_end_are_dropped() -> None:
     emit(Notice(text="late"))
     emit.close()
     assert (own.events, own.closed) == ([], 1)
+
+
+def test_a_file_that_is_written_later_is_a_line_and_not_the_end_of_the_run() -> None:
+    own, full, other = Memory(), Broken(Postponed("metrics.jsonl waits")), Broken(NotWritten("summary.json"))
+    with Emitter([full, own]) as emit:
+        for text in "abc":
+            emit(Notice(text=text))
+    assert own.texts == ["a", "metrics.jsonl waits", "b", "c"]
+    with pytest.raises(NotWritten, match=r"^summary\.json$"), Emitter([other]) as emit:
+        emit(Notice(text="a"))
+        emit(Notice(text="b"))

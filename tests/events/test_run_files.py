@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fedsplit.durable import NotWritten
+from fedsplit.durable import NotWritten, Postponed
 from fedsplit.events import ClientFailed, Notice, RoundAggregated, RunEnded
-from fedsplit.events.run_files import MetricsFile, SummaryFile, append_document
+from fedsplit.events.run_files import MetricsFile, SummaryFile, append_lines
 
 
 def aggregated(round: int) -> RoundAggregated:
@@ -45,6 +48,43 @@ def test_the_summary_is_written_when_a_run_has_ended(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotWritten, match=r"metrics\.jsonl could not be written \(No such file"):
-        append_document(tmp_path / "nowhere" / "metrics.jsonl", {})
+        append_lines(tmp_path / "nowhere" / "metrics.jsonl", [b"{}\n"])
     with pytest.raises(NotWritten, match=r"summary\.json could not be written"):
         SummaryFile(tmp_path / "nowhere").handle(RunEnded(summary={}, folder=""))
+
+
+@contextlib.contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """Lets no file grow beyond some bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def rounds_in(folder: Path) -> list[int]:
+    return [json.loads(line)["round"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_events_wait_while_a_disk_is_full_and_lose_neither_lines_nor_order(tmp_path: Path, room: int) -> None:
+    """Not even a part of a line is left of one that does not fit; the first one that has to wait is reported."""
+    sink = MetricsFile(tmp_path)
+    sink.handle(aggregated(1))
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with no_room_beyond(size + room):
+        with pytest.raises(Postponed, match=r"metrics\.jsonl could not be written \(File too large\).*wait in memory"):
+            sink.handle(aggregated(2))
+        sink.handle(aggregated(3))
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+        with pytest.raises(NotWritten):  # a run whose events are not written has not come to its end
+            sink.handle(RunEnded(summary={}, folder=str(tmp_path)))
+    assert rounds_in(tmp_path) == [1]
+    sink.handle(aggregated(4))
+    assert rounds_in(tmp_path) == [1, 2, 3, 4]
+    with no_room_beyond(size), pytest.raises(Postponed):
+        sink.handle(aggregated(5))
+    sink.close()
+    assert rounds_in(tmp_path) == [1, 2, 3, 4, 5]

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsplit.durable import NotWritten
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.lowrank import LowRank
 from fedsplit.settings.config import Config
 from fedsplit.settings.sections import LoraSettings, TrunkSettings
 from fedsplit.state.client_store import ClientState, ClientStore
+from fedsplit.state.fold_log import FoldLog
 from fedsplit.trunk.registry import Copy
 from fedsplit.updates import FACTORS, Adapters, Assignment, ClientUpdate, Layer, Task, Traits
 
@@ -128,6 +130,7 @@ def test_a_run_that_goes_on_knows_what_it_knew(tmp_path: Path) -> None:
     held.with_copies([update], copies, {1: Assignment(held.start)})
     change = LowRank(torch.randn(4, 1), torch.randn(1, 3))
     held.fold(1, {"t": change})
+    held.write_folds()
     held.accept(1, 2, Assignment(held.start))
     own = ClientState(personal={"b.lora_B.weight": torch.ones(4, 2)})
     ClientStore(tmp_path / "clients", 1).save(2, own, accepted=0)
@@ -144,3 +147,40 @@ def test_a_run_that_goes_on_knows_what_it_knew(tmp_path: Path) -> None:
     # Nobody remembers what client 1 holds: it is sent everything, even what is as at the start.
     assert set(again.lacking(1, Assignment(again.start))) == {n for n in ENDS if "lora_A" in n}
     assert again.lacking(0, Assignment(again.start)) == {}
+
+
+def test_changes_of_base_weights_wait_for_a_disk_that_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are known all the same, and written with the next try; a discarded round's are never written."""
+    held = ledger(tmp_path, COPIES)
+    change = LowRank(torch.randn(4, 1), torch.randn(1, 3))
+    held.fold(1, {"b": change})
+    with monkeypatch.context() as patch:
+        patch.setattr(FoldLog, "append", full_disk)
+        with pytest.raises(NotWritten):
+            held.write_folds()
+    attempt = held.copy()
+    attempt.fold(2, {"t": change})
+    assert [list(changes) for changes in attempt.past_changes(2)] == [["b"], ["t"]]
+    held.write_folds()
+    assert [path.name for path in (tmp_path / "folds").iterdir()] == ["round-0001.safetensors"]
+    assert [list(changes) for changes in held.past_changes(2)] == [["b"], []]
+
+
+def full_disk(*_: object) -> None:
+    raise NotWritten("no room")
+
+
+def test_changes_that_clients_could_not_write_down_are_there_when_a_run_goes_on(tmp_path: Path) -> None:
+    held = ledger(tmp_path, COPIES)
+    change = LowRank(torch.randn(4, 1), torch.randn(1, 3))
+    for round, layer in ((1, "b"), (2, "t"), (3, "b")):
+        held.fold(round, {layer: change})
+    held.write_folds()
+    FoldLog(tmp_path / "clients" / "folds").append(1, {"b": change.times(2.0)})  # as they have it
+    again = ledger(tmp_path, COPIES)
+    again.restore(3, *held.snapshot())
+    assert again.folds_at_clients == held.folds_at_clients == 2
+    log = FoldLog(tmp_path / "clients" / "folds")
+    assert torch.equal(log.read(1)["b"].up, change.times(2.0).up) and log.read(2) == {} and log.read(3).keys() == {"b"}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
-import re
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,58 +16,30 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BLOCKS
-from safetensors.torch import load_file
-from test_lora import adapted
+from run_folders import again, checkpoints, config_of, going, log, opened, play, snapshot
+from safetensors.torch import load_file, save_file
 
-from fedsplit.adaptation import lora
 from fedsplit.durable import NotWritten
 from fedsplit.errors import SettingError
 from fedsplit.events import RunEnded
-from fedsplit.events.run_files import SummaryFile, append_document
-from fedsplit.federation.checkpoint import (
-    RunFolder,
-    Snapshot,
-    check_content,
-    check_folder,
-    check_resumable,
-    last_round,
-)
-from fedsplit.federation.manifest import Content, Damaged
+from fedsplit.events.run_files import SummaryFile
+from fedsplit.federation.checkpoint import RunFolder, Snapshot, check_folder
+from fedsplit.federation.manifest import Damaged
+from fedsplit.federation.resumption import check_resumable, newest_checkpoint
 from fedsplit.lowrank import LowRank
-from fedsplit.settings.config import Config
 from fedsplit.settings.flags import parse
-from fedsplit.settings.sections import DataSettings, LoraSettings, TrainSettings, TrunkSettings
+from fedsplit.settings.sections import CheckpointSettings
 from fedsplit.state.client_store import ClientState, ClientStore
-from fedsplit.state.fold_log import FoldLog
-
-CONTENT = Content("data", {"config.json": "one", "model.safetensors": "two"})
+from fedsplit.tensor_files import write_tensors
 
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_models: dict[str, Path]) -> RunFolder:
-    config = Config(model=str(tiny_models["gpt2"]), cut="1:2", lora=LoraSettings(rank=(3,), alpha=6.0))
-    parts = adapted(tiny_models["gpt2"], (1, 2))
-    made = RunFolder(tmp_path / "run", config, parts[0].family, BLOCKS, CONTENT)
-    made.whole = lora.read(*parts)  # type: ignore[attr-defined]
-    return made
-
-
-def log(folder: RunFolder, document: dict[str, Any]) -> None:
-    append_document(folder.path / "metrics.jsonl", document)
+    return opened(tmp_path / "run", config_of(tiny_models["gpt2"]))
 
 
 def sum_up(folder: RunFolder, summary: dict[str, Any]) -> None:
     SummaryFile(folder.path).handle(RunEnded(summary=summary, folder=str(folder.path)))
-
-
-def going(folder: RunFolder, rounds: int) -> Config:
-    """The settings of a run that is to go on."""
-    return dataclasses.replace(folder._config, rounds=rounds, resume=str(folder.path))
-
-
-def snapshot(round: int) -> Snapshot:
-    return Snapshot(round, {"after": 1.5 + round}, {"adapters": {"x": torch.full((2,), float(round))}})
 
 
 def test_the_configuration_written_is_the_one_that_ran(folder: RunFolder) -> None:
@@ -78,7 +49,7 @@ def test_the_configuration_written_is_the_one_that_ran(folder: RunFolder) -> Non
 def test_a_folder_that_another_run_made_meanwhile_is_refused_and_left_as_it_is(folder: RunFolder) -> None:
     before = (folder.path / "config.toml").read_text()
     with pytest.raises(SettingError, match="there already"):
-        RunFolder(folder.path, dataclasses.replace(folder._config, rounds=9), folder._family, BLOCKS, CONTENT)
+        opened(folder.path, dataclasses.replace(folder._config, rounds=9))
     assert (folder.path / "config.toml").read_text() == before
 
 
@@ -124,31 +95,13 @@ def test_a_run_goes_on_from_its_last_whole_round(folder: RunFolder) -> None:
     (folder.path / "checkpoints" / ".round-0003.draft").mkdir()
     with open(folder.path / "metrics.jsonl", "a") as file:
         file.write('{"event": "evaluate", "rou')
-    config = dataclasses.replace(folder._config, resume=str(folder.path), rounds=9)
-    again = RunFolder(folder.path, config, folder._family, BLOCKS, CONTENT)
-    found = again.snapshot()
+    found = again(folder).snapshot()
     assert found is not None
     assert (found.round, found.facts["after"]) == (2, 3.5)
     assert torch.equal(found.groups["adapters"]["x"], torch.full((2,), 2.0))
     events = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert [event["round"] for event in events] == [1, 2]
     assert parse(["--config", str(folder.path / "config.toml")]).rounds == 9
-
-
-def test_what_cannot_go_on_is_refused(folder: RunFolder, tmp_path: Path) -> None:
-    for path in (folder.path, tmp_path / "nowhere"):
-        with pytest.raises(SettingError, match=r"^resume: .*allowed: the folder of a run that ended one round"):
-            check_resumable(path, going(folder, 5))
-    log(folder, {"round": 1})
-    folder.save_round(snapshot(1), folder.whole)
-    folder.save_round(snapshot(2), folder.whole)
-    check_resumable(folder.path, going(folder, 3))
-    check_resumable(folder.path, going(folder, 2))  # killed before it was summed up
-    with pytest.raises(SettingError, match=r"^rounds: 1 is not possible; allowed: more than 2"):
-        check_resumable(folder.path, going(folder, 1))
-    (folder.path / "summary.json").write_text('{"last_round": 2}')
-    with pytest.raises(SettingError, match=r"^rounds: 2 is not possible; allowed: more than 2"):
-        check_resumable(folder.path, going(folder, 2))
 
 
 def test_a_round_is_read_as_it_was_written(folder: RunFolder) -> None:
@@ -185,19 +138,6 @@ def _leave_more_in(round: Path) -> None:
         (round / "personal" / "0009" / name).write_bytes(content)
 
 
-def test_files_that_nobody_reads_stop_nobody(folder: RunFolder) -> None:
-    """Neither a run that goes on nor one that comes to its end; the adapters are those that were written."""
-    log(folder, {"round": 1})
-    folder.save_round(snapshot(1), folder.whole)
-    _leave_more_in(folder.path / "checkpoints" / "round-0001")
-    check_resumable(folder.path, going(folder, 5))
-    back, personal = folder.read_round(1)
-    assert back.tensors.keys() == folder.whole.tensors.keys() and personal == {}
-    (folder.path / "checkpoints" / "round-0001" / "adapter_config.json").unlink()
-    with pytest.raises(SettingError, match=r"round-0001 is damaged: adapter_config\.json is not there"):
-        check_resumable(folder.path, going(folder, 5))
-
-
 def test_folders_that_cannot_be_used_are_refused_and_left_alone(tmp_path: Path) -> None:
     check_folder(tmp_path / "new" / "deep")
     (tmp_path / "empty").mkdir()
@@ -216,138 +156,12 @@ def test_a_folder_that_cannot_be_written_is_refused() -> None:
         check_folder(Path("/proc/run"))
 
 
-def two_rounds(folder: RunFolder) -> None:
-    for round in (1, 2):
-        log(folder, {"round": round})
-        folder.save_round(snapshot(round), folder.whole)
-
-
-@pytest.mark.parametrize("file", ["state.safetensors", "adapter_model.safetensors", "state.json"])
-def test_one_flipped_bit_is_found(folder: RunFolder, file: str) -> None:
-    two_rounds(folder)
-    path = folder.path / "checkpoints" / "round-0002" / file
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(SettingError, match=rf"round-0002 is damaged: {re.escape(file)} is not as it was written"):
-        check_resumable(folder.path, going(folder, 5))
-
-
-def test_another_rounds_files_are_found(folder: RunFolder) -> None:
-    """Its tensors alone, or all of it under a larger number."""
-    two_rounds(folder)
-    rounds = folder.path / "checkpoints"
-    kept = (rounds / "round-0002" / "state.safetensors").read_bytes()
-    shutil.copy(rounds / "round-0001" / "state.safetensors", rounds / "round-0002" / "state.safetensors")
-    with pytest.raises(SettingError, match=r"round-0002 is damaged: state\.safetensors is not as it was written"):
-        check_resumable(folder.path, going(folder, 5))
-    (rounds / "round-0002" / "state.safetensors").write_bytes(kept)
-    check_resumable(folder.path, going(folder, 5))
-    shutil.copytree(rounds / "round-0001", rounds / "round-0003")
-    with pytest.raises(SettingError, match=r"round-0003 is damaged: it is that of round 1\).*remove .*round-0003"):
-        check_resumable(folder.path, going(folder, 5))
-
-
-def test_what_clients_and_the_server_keep_elsewhere_is_known_too(folder: RunFolder) -> None:
-    """Of the round that the server accepted; what a later attempt left is nothing of it."""
-    log(folder, {"round": 1})
-    FoldLog(folder.folds).append(1, {"x": LowRank(torch.ones(2, 1), torch.ones(1, 2))})
-    store = ClientStore(folder.clients, 3)
-    store.save(1, ClientState(personal={"y": torch.ones(2)}), 0)
-    facts = {"after": 2.5, "accepted": {"3": 1, "4": 1}}
-    folder.save_round(Snapshot(1, facts, {}), folder.whole)
-    store.save(2, ClientState(personal={"y": torch.zeros(2)}), 1)
-    FoldLog(folder.folds).append(2, {})
-    check_resumable(folder.path, going(folder, 5))
-    moved = folder.path.with_name("moved")
-    shutil.copytree(folder.path, moved)
-    check_resumable(moved, going(folder, 5))
-    for name in ("clients/0003/round-0001.safetensors", "checkpoints/folds/round-0001.safetensors"):
-        path = folder.path / name
-        kept = path.read_bytes()
-        path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-        with pytest.raises(SettingError, match=rf"^resume: .*\({name} is not as it was written\)"):
-            check_resumable(folder.path, going(folder, 5))
-        path.unlink()
-        with pytest.raises(SettingError, match=rf"^resume: .*\({name} cannot be read"):
-            check_resumable(folder.path, going(folder, 5))
-        path.write_bytes(kept)
-    check_resumable(folder.path, going(folder, 5))
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("seed", {"seed": 1}),
-        ("cut", {"cut": "1:3"}),
-        ("clients", {"clients": 4}),
-        ("strategy", {"strategy": "flora"}),
-        ("strategy.mu", {"strategy_options": {"mu": 0.5}}),
-        ("trunk.schedule", {"trunk": TrunkSettings(schedule="copies")}),
-        ("train.lr", {"train": TrainSettings(lr=0.5)}),
-        ("lora.rank", {"lora": LoraSettings(rank=(2,), alpha=6.0)}),
-        ("keep_best", {"keep_best": True}),
-        ("data.text", {"data": DataSettings(text="body")}),
-    ],
-)
-def test_a_setting_that_decides_the_result_is_named(folder: RunFolder, name: str, change: dict[str, Any]) -> None:
-    two_rounds(folder)
-    with pytest.raises(SettingError, match=rf"^{re.escape(name)}: .* is not possible; allowed: .*, with which the run"):
-        check_resumable(folder.path, dataclasses.replace(going(folder, 5), **change))
-
-
-def test_what_does_not_decide_the_result_may_change(folder: RunFolder) -> None:
-    """How long the run lasts, what of the machine it uses, and where the same files lie."""
-    two_rounds(folder)
-    trunk = TrunkSettings(threads=2, lanes=2, memory="1GB", lease=9.0, device="cpu")
-    other = dataclasses.replace(going(folder, 7), patience=3, workers=2, threads=3, device="auto", trunk=trunk)
-    other = dataclasses.replace(other, data=DataSettings(show=True, held_out="elsewhere"), model="elsewhere")
-    check_resumable(folder.path, other)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (Content("others", CONTENT.model), r"^dataset: sotu \(other texts, or other tokens\) is not possible"),
-        (Content("data", {**CONTENT.model, "model.safetensors": "x"}), r"^model: .* \(another model\.safetensors\)"),
-        (Content("data", {"config.json": "one"}), r"^model: .* \(another model\.safetensors\)"),
-        (Content("data", {**CONTENT.model, "more.safetensors": "x"}), r"^model: .* \(another more\.safetensors\)"),
-    ],
-)
-def test_other_data_or_another_model_are_named(folder: RunFolder, content: Content, words: str) -> None:
-    two_rounds(folder)
-    check_content(folder.path, going(folder, 5), CONTENT)
-    with pytest.raises(SettingError, match=words):
-        check_content(folder.path, going(folder, 5), content)
-
-
 def test_a_damaged_best_round_is_not_left_as_the_result(folder: RunFolder) -> None:
-    """Nor does a run go on that may have to leave it."""
-    log(folder, {"round": 1})
-    folder._config = dataclasses.replace(folder._config, keep_best=True)
-    for round in (1, 2):
-        ClientStore(folder.clients, 0).save(round, ClientState(personal={"y": torch.ones(2)}), round)
-        facts = {"after": float(round), "course": {"best": 1, "waited": 1}, "accepted": {"0": round}}
-        folder.save_round(Snapshot(round, facts, {}), folder.whole)
-    check_resumable(folder.path, going(folder, 5))  # what clients kept of the best round is gone, as it should be
+    play(folder, 1, 2)
     path = folder.path / "checkpoints" / "round-0001" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(Damaged, match=r"round-0001, the best round, is damaged: adapter_model\.safetensors is not"):
         folder.read_round(1)
-    with pytest.raises(SettingError, match=r"round-0001 is damaged: adapter_model\.safetensors is not as it was"):
-        check_resumable(folder.path, going(folder, 5))
-
-
-@pytest.mark.parametrize("line", [b"{}\n", b'{"round": "x"}\n', b'{"rou\n', b"\xff\xfe\n", b"[1]\n", b"\n"])
-def test_a_damaged_event_is_named_by_its_line(folder: RunFolder, line: bytes) -> None:
-    two_rounds(folder)
-    metrics = folder.path / "metrics.jsonl"
-    first, second = metrics.read_bytes().splitlines(keepends=True)
-    metrics.write_bytes(first + line + second)
-    with pytest.raises(SettingError, match=r"^resume: .* \(metrics\.jsonl, line 2, is damaged\)"):
-        check_resumable(folder.path, going(folder, 5))
-    metrics.write_bytes(first + second + line.rstrip(b"\n") + b'{"ev')  # cut off as it was written
-    check_resumable(folder.path, going(folder, 5))
 
 
 @contextlib.contextmanager
@@ -363,7 +177,7 @@ def full_disk(limit: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("limit", [0, 700, 6000])
 def test_what_there_was_before_a_full_disk_stays_whole(folder: RunFolder, limit: int) -> None:
-    two_rounds(folder)
+    play(folder, 1, 2)
     folder.save_result(folder.whole)
     sum_up(folder, {"last_round": 2})
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
@@ -381,39 +195,6 @@ def test_what_there_was_before_a_full_disk_stays_whole(folder: RunFolder, limit:
     check_resumable(folder.path, going(folder, 5))
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("state.json", b'{"rou'),
-        ("state.json", b"{}"),
-        ("state.safetensors", b"x" * 30),
-        ("state.json", None),
-        ("adapter_model.safetensors", None),
-        ("manifest.json", None),
-        ("manifest.json", b"[]"),
-        ("manifest.json", b'{"round": 2}'),
-    ],
-)
-def test_a_damaged_checkpoint_is_named(folder: RunFolder, file: str, content: bytes | None) -> None:
-    two_rounds(folder)
-    path = folder.path / "checkpoints" / "round-0002" / file
-    path.write_bytes(content) if content is not None else path.unlink()
-    with pytest.raises(SettingError, match=r"round-0002 is damaged: .*remove .*round-0002 to go on") as caught:
-        check_resumable(folder.path, going(folder, 5))
-    assert "\n" not in str(caught.value)
-    for inside in path.parent.iterdir():
-        inside.unlink()
-    path.parent.rmdir()
-    check_resumable(folder.path, going(folder, 5))
-
-
-def test_the_last_round_is_the_one_with_the_largest_number(tmp_path: Path) -> None:
-    for number in ("0001", "9999", "10000", "x", "99999-old", "²"):
-        (tmp_path / "checkpoints" / f"round-{number}").mkdir(parents=True)
-    last = last_round(tmp_path)
-    assert last is not None and last.name == "round-10000"
-
-
 def test_a_folder_that_a_run_is_at_work_in_is_refused_until_that_run_is_gone(folder: RunFolder) -> None:
     """However it ends: nothing of it has to be removed."""
     hold = "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -423,6 +204,204 @@ def test_a_folder_that_a_run_is_at_work_in_is_refused_until_that_run_is_gone(fol
     with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
         with pytest.raises(SettingError, match=r"^resume: .* is not possible; allowed: .* not at work any more$"):
-            RunFolder(folder.path, config, folder._family, BLOCKS, CONTENT)
+            opened(folder.path, config)
         other.kill()
-    RunFolder(folder.path, config, folder._family, BLOCKS, CONTENT)
+    opened(folder.path, config)
+
+
+def kept(path: Path, model: Path, **checkpoint: int) -> RunFolder:
+    """Returns a run's folder with settings of its checkpoints."""
+    return opened(path, config_of(model, checkpoint=CheckpointSettings(**checkpoint)))
+
+
+def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """500 rounds do not fill a disk: the number of checkpoints stays the same."""
+    for keep in (1, 2, 3):
+        folder = kept(tmp_path / f"run-{keep}", tiny_models["gpt2"], keep=keep)
+        losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 1.0, 6: 4.0}
+        for round, loss in losses.items():
+            play(folder, round, after=loss)
+            newest = [number for number in range(1, round + 1)][-keep:]
+            best = 1 if round == 1 else 2
+            assert checkpoints(folder) == sorted({*newest, best}), (keep, round)
+        assert list((folder.path / "checkpoints").glob(".*.removed")) == []
+    assert [*CheckpointSettings().__dict__.values()] == [1, 2]
+
+
+def test_what_is_best_is_known_when_a_run_goes_on(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    folder = kept(tmp_path / "run", tiny_models["gpt2"], keep=1)
+    play(folder, 1, after=1.0)
+    play(folder, 2, 3, after=2.0)
+    assert checkpoints(folder) == [1, 3]
+    on = again(folder)
+    play(on, 4, after=2.0)
+    assert checkpoints(on) == [1, 4]
+
+
+def test_all_checkpoints_are_kept_where_a_run_says_so(folder: RunFolder) -> None:
+    play(folder, *range(1, 6))
+    assert checkpoints(folder) == [1, 2, 3, 4, 5]
+
+
+def test_rounds_with_a_checkpoint(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """Every N rounds, the last one, and the best one where a run may leave it."""
+    folder = kept(tmp_path / "run", tiny_models["gpt2"], every=3)
+    assert [round for round in range(1, 9) if folder.is_due(round, round == 8, round == 2)] == [3, 6, 8]
+    config = config_of(tiny_models["gpt2"], checkpoint=CheckpointSettings(every=3), keep_best=True)
+    folder = opened(tmp_path / "best", config)
+    assert [round for round in range(1, 9) if folder.is_due(round, round == 8, round == 2)] == [2, 3, 6, 8]
+
+
+def test_clients_keep_what_kept_checkpoints_go_back_to_and_nothing_else(
+    tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    """A client that trains in every second round only, with two checkpoints and the best one, which is the third."""
+    folder = kept(tmp_path / "run", tiny_models["gpt2"], keep=2)
+    store = ClientStore(folder.clients, 0)
+    accepted = 0
+    for round in range(1, 10):
+        if round % 2:
+            store.save(round, ClientState(personal={"y": torch.full((2,), round)}), accepted, folder.rounds_needed(0))
+            accepted = round
+        log(folder, {"event": "train", "round": round})
+        facts = {"after": abs(round - 3.0), "accepted": {"0": accepted}}
+        folder.save_round(Snapshot(round, facts, {}), folder.whole)
+        for number in checkpoints(folder):  # each of them could be gone on from
+            going_back = number if number % 2 else number - 1
+            assert store.load(going_back).personal["y"][0] == going_back, (round, number)
+    assert checkpoints(folder) == [3, 8, 9]
+    assert folder.rounds_needed(0) == (3, 7, 9) and folder.rounds_needed(1) == ()
+    store.save(11, ClientState(personal={"y": torch.ones(2)}), 9, folder.rounds_needed(0))
+    assert sorted(path.name[6:10] for path in (folder.clients / "0000").iterdir()) == ["0003", "0007", "0009", "0011"]
+    on = again(folder, going(folder, 20))
+    assert on.rounds_needed(0) == (3, 7, 9)
+
+
+class FullDisk:
+    """Fails from the n-th change of the disk on, as a full or a read-only one does.
+
+    The system reports each change that Python makes; what safetensors writes counts as one more.
+    """
+
+    CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        self.root = ""
+        self.left: int | None = None
+        self.seen: list[str] = []
+        sys.addaudithook(self.hear)  # there is no way to remove it; it rests unless `left` is set
+
+    def hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.left is None:
+            return
+        is_write = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if (is_write or event in self.CHANGES) and str(args[0]).startswith(self.root):
+            self.change(f"{event} {args[0]}")
+
+    def change(self, what: str) -> None:
+        self.seen.append(what)
+        if self.left == 0:
+            raise OSError(self.code, os.strerror(self.code))
+        assert self.left is not None
+        self.left -= 1
+
+    @contextlib.contextmanager
+    def after(self, changes: int, root: Path) -> Iterator[None]:
+        """Allows some changes below a folder, and none after them."""
+        self.root = str(root)
+        self.left = changes
+        self.seen = []
+        try:
+            yield
+        finally:
+            self.left = None
+
+
+DISKS = {code: FullDisk(code) for code in (errno.ENOSPC, errno.EROFS)}
+
+
+@pytest.mark.parametrize("code", DISKS)
+def test_a_disk_that_fails_at_any_change_costs_the_checkpoint_and_nothing_else(
+    code: int, tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first change fails, then the second, and so on; what the folder has is valid each time, and goes on."""
+    disk = DISKS[code]
+
+    def save(tensors: Any, path: Any, metadata: Any = None) -> None:
+        if disk.left is not None:
+            disk.change(f"save {path}")
+        save_file(tensors, path, metadata)
+
+    for module in ("fedsplit.tensor_files", "fedsplit.adaptation.lora"):
+        monkeypatch.setattr(f"{module}.save_file", save)
+    folder = kept(tmp_path / "run", tiny_models["gpt2"], keep=1)
+    play(folder, 1, 2, after=1.0)
+    facts = {"after": 0.5, "course": {"best": 3, "waited": 0}}
+    for allowed in range(100):
+        before = newest_checkpoint(folder.path, False).newest
+        assert before is not None
+        with disk.after(allowed, folder.path):
+            try:
+                folder.save_round(snapshot(before.round + 1, **facts), folder.whole, {0: folder.whole})
+            except NotWritten as error:
+                assert os.strerror(code) in str(error) and str(folder.path) in str(error)
+            else:
+                break
+        found = newest_checkpoint(folder.path, False)
+        assert found.newest is not None and found.skipped == (), disk.seen[-1]
+        assert found.newest.round >= before.round
+    assert 15 < allowed < 99, "a checkpoint makes this many changes of the disk"
+    assert checkpoints(folder)[-1] == before.round + 1
+
+
+def test_the_best_round_is_left_though_its_checkpoint_could_not_be_written(
+    tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    """It stays in memory, and is written before the next checkpoint, which needs it."""
+    folder = opened(tmp_path / "run", config_of(tiny_models["gpt2"], keep=1, keep_best=True))
+    play(folder, 1, course={"best": 1})
+    best = {"course": {"best": 2}, "accepted": {"0": 2}}
+    with full_disk(700), pytest.raises(NotWritten):
+        folder.save_round(snapshot(2, **best), folder.whole, {0: folder.whole})
+    back, personal = folder.read_round(2)
+    assert back is folder.whole and list(personal) == [0] and folder.read_facts(2)["after"] == 3.5
+    assert folder.rounds_needed(0) == (2,)
+    with full_disk(700), pytest.raises(NotWritten):
+        folder.save_round(snapshot(3, course={"best": 2}), folder.whole)
+    assert checkpoints(folder) == [1]
+    folder.save_round(snapshot(4, course={"best": 2}), folder.whole)
+    assert checkpoints(folder) == [1, 2, 4]
+    assert folder.read_round(2)[0].tensors.keys() == folder.whole.tensors.keys()
+    assert newest_checkpoint(folder.path, True).newest is not None
+
+
+def test_text_and_drafts_that_a_killed_run_left_are_removed(folder: RunFolder) -> None:
+    play(folder, 1)
+    for client in range(3):
+        write_tensors(folder.clients / "data" / f"{client:04d}.safetensors", {"ids": torch.zeros(2)})
+    (folder.clients / "data" / f".{2:04d}.safetensors.77.draft").write_text("half of it")
+    (folder.path / "checkpoints" / ".round-0002.draft").mkdir()
+    (folder.path / "checkpoints" / ".round-0002.draft" / "state.json").write_text("{}")
+    (folder.path / "checkpoints" / ".round-0001.removed").mkdir()
+    (folder.path / ".summary.json.5.draft").write_text("")
+    on = again(folder)
+    assert on.notes == [f"removed the text of 3 clients, which a killed run had left in {folder.clients}"]
+    assert not on.clients.exists()
+    assert [path.name for path in folder.path.rglob(".*")] == [".lock"]
+
+
+def test_a_folder_that_is_there_says_how_its_run_goes_on(folder: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"stopped before its first checkpoint, which --resume \S+ begins again"):
+        check_folder(folder.path)
+    play(folder, 1)
+    with pytest.raises(SettingError, match=r"^out: \S+ \(there already, with a run that --resume \S+ goes on with\)"):
+        check_folder(folder.path)
+
+
+def test_what_a_kill_in_the_first_moment_leaves_is_free(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / ".lock").touch()
+    (tmp_path / "run" / ".config.toml.7.draft").touch()
+    check_folder(tmp_path / "run")
+    play(opened(tmp_path / "run", config_of(tiny_models["gpt2"])), 1)

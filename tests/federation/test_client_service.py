@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import folding, lora
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import write_shard
+from fedsplit.durable import NotWritten
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.client_service import ClientService
 from fedsplit.federation.messages import TRUNK_LOST, Briefing, Evaluate, Failure, Introduce, Train
@@ -20,6 +21,8 @@ from fedsplit.federation.replies import read_introduction
 from fedsplit.lowrank import LowRank
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document, build
+from fedsplit.state.client_store import LostState
+from fedsplit.state.fold_log import FoldLog
 from fedsplit.trunk.actor import TrunkLost
 from fedsplit.updates import Traits
 
@@ -104,20 +107,47 @@ def test_changes_of_base_weights_are_made_once_and_in_order(config: Config, tmp_
     briefing, service = briefing_of(config, tmp_path), service_at(config, tmp_path)
     site = service.visit(Introduce(briefing, 0)).site
     (layer, *_) = lora.read(site.bottom).layers
-    before = lora.base_weights(site.bottom, [layer])[layer]
+    before = folding.base_weights(site.bottom, [layer])[layer]
     # GPT-2 stores a layer's weights as (in, out); one column and one row are a change of rank 1.
     change = LowRank(torch.ones(before.shape[1], 1), torch.ones(1, before.shape[0]))
     first = Evaluate(briefing, 0, round=1, folded=1, changes={layer: change})
     for _ in range(2):
         service.visit(first)
-    assert torch.equal(lora.base_weights(site.bottom, [layer])[layer], before + 1)
+    assert torch.equal(folding.base_weights(site.bottom, [layer])[layer], before + 1)
 
     other = ClientService(lambda name: None)  # type: ignore[arg-type,return-value]
     late = other.visit(Train(briefing, 0, round=2, folded=1)).site
-    assert torch.equal(lora.base_weights(late.bottom, [layer])[layer], before + 1)
+    assert torch.equal(folding.base_weights(late.bottom, [layer])[layer], before + 1)
 
     (tmp_path / "folds" / "round-0001.safetensors").unlink()
     anew = service.visit(Train(briefing, 0, round=1, attempt=1, discarded=1)).site
     assert anew is not site
-    assert torch.equal(lora.base_weights(anew.bottom, [layer])[layer], before)
+    assert torch.equal(folding.base_weights(anew.bottom, [layer])[layer], before)
     assert service.visit(Train(briefing, 0, round=1, attempt=1, discarded=1)).site is anew
+
+
+def test_changes_of_base_weights_that_cannot_be_written_down_are_made_and_never_missed_in_silence(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that was sent them makes them; another one fails until they are in the log."""
+    briefing, service = briefing_of(config, tmp_path), service_at(config, tmp_path)
+    site = service.visit(Introduce(briefing, 0)).site
+    (layer, *_) = lora.read(site.bottom).layers
+    before = folding.base_weights(site.bottom, [layer])[layer]
+    change = LowRank(torch.ones(before.shape[1], 1), torch.ones(1, before.shape[0]))
+    other = ClientService(lambda name: None)  # type: ignore[arg-type,return-value]
+    train = Train(briefing, 0, round=2, folded=1, folds=1)
+
+    def full_disk(*_: object) -> None:
+        raise NotWritten("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FoldLog, "append", full_disk)
+        service.visit(Evaluate(briefing, 0, round=1, folded=1, folds=1, changes={layer: change}))
+        assert torch.equal(folding.base_weights(site.bottom, [layer])[layer], before + 1)
+        with pytest.raises(LostState, match=r"folds has only 0 of 1 rounds that changed base weights until round 1"):
+            other.visit(train)
+    service.visit(train)
+    assert torch.equal(folding.base_weights(site.bottom, [layer])[layer], before + 1)
+    late = other.visit(train).site
+    assert torch.equal(folding.base_weights(late.bottom, [layer])[layer], before + 1)

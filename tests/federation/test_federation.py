@@ -25,10 +25,10 @@ from fedsplit.corpora.partition import shards_of
 from fedsplit.engines import in_process
 from fedsplit.errors import SettingError
 from fedsplit.federation.aggregation import strategy_defaults
-from fedsplit.federation.checkpoint import check_resumable
 from fedsplit.federation.clients import FederationFailed, Interrupted
 from fedsplit.federation.messages import ADAPTERS, Answer, Evaluate, Failure, Reply, Request, Train
 from fedsplit.federation.replies import LARGEST_CHANGE
+from fedsplit.federation.resumption import check_resumable
 from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit

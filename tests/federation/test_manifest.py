@@ -15,7 +15,7 @@ from fedsplit.corpora.shards import Shard
 from fedsplit.errors import SettingError
 from fedsplit.federation import manifest
 from fedsplit.federation.manifest import Damaged, content_of
-from fedsplit.settings.config import LEAVES, Config
+from fedsplit.settings.config import SETTINGS, Config
 from fedsplit.settings.documents import build
 
 
@@ -73,8 +73,8 @@ def test_every_part_of_the_data_counts(config: Config) -> None:
 
 def test_every_setting_decides_unless_it_is_named(config: Config) -> None:
     free = manifest.MAY_CHANGE | manifest.BY_CONTENT | {"out", "resume"}
-    assert manifest.settings_of(config).keys() == LEAVES.keys() - free
-    assert free <= LEAVES.keys()
+    assert manifest.settings_of(config).keys() == SETTINGS.keys() - free
+    assert free <= SETTINGS.keys()
     options = dataclasses.replace(config, strategy_options={"mu": 0.5})
     assert manifest.settings_of(options)["strategy.mu"] == 0.5
 
@@ -115,3 +115,10 @@ def test_a_manifest_is_read_as_it_was_written(config: Config, tmp_path: Path) ->
     (folder / manifest.NAME).unlink()
     with pytest.raises(Damaged, match=r"^it has no manifest\.json"):
         manifest.read(folder)
+
+
+def test_options_of_sinks_decide_nothing_and_those_of_metrics_do() -> None:
+    named = Config(sinks=("m:Mine",), sink_options={"Mine.project": "a"}, metric_options={"rouge.stem": True})
+    settings = manifest.settings_of(named)
+    assert not any(name.startswith("sink") for name in settings)
+    assert settings["metric.rouge.stem"] is True

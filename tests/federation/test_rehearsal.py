@@ -24,6 +24,7 @@ from fedsplit.errors import SettingError
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.rehearsal import rehearse
 from fedsplit.federation.strategy import load_strategy
+from fedsplit.model.families import read_facts
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
 from fedsplit.stages import GradientStage
@@ -169,3 +170,22 @@ def test_a_strategys_own_stage_takes_a_step(config: Config) -> None:
         rehearse(Staged, config)
     Stage.__call__ = GradientStage.__call__  # type: ignore[method-assign]
     rehearse(Staged, config)
+
+
+def test_a_stages_term_of_the_loss_is_tried_on_states_of_the_models_width(config: Config) -> None:
+    class Staged(FedAvg):
+        def stage(self) -> GradientStage:
+            return Stage()
+
+    class Stage(GradientStage):
+        def loss_term(self, rows: Any) -> Any:
+            there = rows.states_at({})
+            width = read_facts(config.model_path).width
+            assert there.shape == (*rows.ids.shape, width)
+            return lambda states: (states - there).square().mean() if fits else states
+
+    fits = True
+    rehearse(Staged, config)
+    fits = False
+    with pytest.raises(SettingError, match=r"^strategy: .*returned a tensor .* as its term of the loss"):
+        rehearse(Staged, config)

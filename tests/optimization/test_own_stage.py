@@ -10,12 +10,15 @@ import torch
 
 from fedsplit.optimization.own_stage import OwnStage, StageFailed, stage_maker
 from fedsplit.settings.documents import build
-from fedsplit.stages import GradientStage, LocalStep, Outcome, RoundStart
+from fedsplit.stages import GradientStage, LocalStep, Outcome, RoundStart, Rows
 from fedsplit.wire.steps import StaleStep
+from fedsplit.wire.transport import TrunkLost
 from strategies.fedavg import FedAvg
 
 W = {"w": torch.tensor([1.0, 2.0])}
 STEP = LocalStep(W)
+IDS = torch.ones(1, 2, dtype=torch.long)
+ROWS = Rows(IDS, IDS, None, states_at=lambda adapter: torch.zeros(1, 2, 3))
 FILE = Path(__file__).parent.parent / "own_stages.py"
 
 
@@ -61,6 +64,16 @@ def returning(value: Any) -> Any:
     ("methods", "message"),
     [
         ({"__call__": failing(KeyError("w"))}, r"failed in a step: KeyError: 'w' \(test_own_stage.py, line \d+\)"),
+        ({"loss_term": failing(ValueError("no"))}, "failed to make a term of the loss: ValueError: no"),
+        ({"loss_term": returning(3.0)}, "made a float as its term of the loss, not a function or None"),
+        ({"loss_term": returning(lambda states: 1 / 0)}, "failed in its term of the loss: ZeroDivisionError"),
+        ({"loss_term": returning(lambda states: 3.0)}, "returned a float as its term of the loss, not a tensor"),
+        (
+            {"loss_term": returning(lambda states: states)},
+            r"returned a tensor of .* with the shape \(1, 2, 3\)",
+        ),
+        ({"loss_term": returning(lambda states: states.detach().sum())}, "returned a term of the loss without a grad"),
+        ({"loss_term": returning(lambda states: states.sum().log())}, "returned -inf as its term of the loss"),
         ({"begin": failing(ValueError("no"))}, "failed at the round's begin: ValueError: no"),
         ({"end": failing(ValueError("no"))}, "failed at the round's end: ValueError: no"),
         ({"personalise": failing(ValueError("no"))}, "failed to personalise an adapter: ValueError: no"),
@@ -86,6 +99,9 @@ def test_an_error_or_an_unusable_value_names_the_strategy(methods: dict[str, Any
     with pytest.raises(StageFailed, match=f"^the stage of the strategy mine.py:Mine {message}") as caught:
         stage = OwnStage(Maker(**methods), "mine.py:Mine")
         stage.begin(RoundStart(W))
+        term = stage.loss_term(ROWS)
+        if term is not None:
+            term(torch.zeros(1, 2, 3, requires_grad=True))
         stage(W, STEP)
         stage.end(W)
         stage.personalise(RoundStart(W))
@@ -102,6 +118,14 @@ def test_a_gradient_that_was_not_finite_before_is_no_fault_of_the_stage() -> Non
     assert OwnStage(Maker(), "m")(spoilt, STEP)["w"].isinf().all()
 
 
-def test_a_step_that_the_trunk_refuses_stays_what_it_is() -> None:
-    with pytest.raises(StaleStep, match="late"):
-        OwnStage(Maker(__call__=failing(StaleStep("late"))), "m")(W, STEP)
+@pytest.mark.parametrize("error", [StaleStep("late"), TrunkLost("gone")])
+def test_an_error_of_the_trunk_stays_what_it_is(error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        OwnStage(Maker(__call__=failing(error)), "m")(W, STEP)
+    with pytest.raises(type(error), match=str(error)):
+        OwnStage(Maker(loss_term=failing(error)), "m").loss_term(ROWS)
+
+
+def test_a_term_of_states_that_are_not_finite_is_no_fault_of_the_stage() -> None:
+    term = OwnStage(Maker(loss_term=returning(torch.sum)), "m").loss_term(ROWS)
+    assert term is not None and term(torch.full((1, 2, 3), torch.nan)).isnan()

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from fedsplit.errors import SettingError
-from fedsplit.settings.config import LEAVES, SECTIONS, Config
+from fedsplit.settings.config import SECTIONS, SETTINGS, Config
 from fedsplit.settings.documents import as_document, build, from_document
-from fedsplit.settings.fields import words_of
 from fedsplit.settings.sections import LoraSettings, TrainSettings
 
 
@@ -43,10 +42,10 @@ def test_whoever_makes_a_configuration_its_values_are_checked(name: str, value: 
     with pytest.raises(SettingError) as caught:
         Config(**({section: SECTIONS[section](**{leaf: value})} if section else {leaf: value}))
     assert caught.value.setting == name
-    assert caught.value.allowed == words_of(*LEAVES[name])
+    assert caught.value.allowed == SETTINGS[name].words
 
 
-@pytest.mark.parametrize("name", [name for name, (_, kind) in LEAVES.items() if kind is int])
+@pytest.mark.parametrize("name", [setting.name for setting in SETTINGS.values() if setting.python_type is int])
 def test_no_whole_number_is_without_a_limit(name: str) -> None:
     """Thirty digits would be tried for ever, or break a library."""
     with pytest.raises(SettingError, match=f"{name}: 9+ is not possible"):

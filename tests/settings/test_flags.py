@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsplit.errors import InputError
-from fedsplit.settings.config import LEAVES
+from fedsplit.settings.config import SETTINGS
 from fedsplit.settings.documents import as_document, build, from_document
 from fedsplit.settings.flags import parse
 
@@ -32,6 +32,48 @@ def test_an_objective_has_options_of_its_own_and_metrics_are_a_list(tmp_path: Pa
     assert config.objective == "label_smoothing" and config.metric == ("token_accuracy", "m:f")
     assert (config.objective_options, config.strategy_options) == ({"smoothing": 0.3, "base": "a"}, {"mu": 1})
     assert from_document(as_document(config)) == config
+
+
+def test_metrics_and_sinks_have_options_by_their_names(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    tables = "[metric_options.rouge]\nstem = true\norder = 1\n[sink_options.Mine]\nproject = 'a'\n"
+    file.write_text("metric = ['m:rouge']\nsinks = ['m:Mine']\n" + tables)
+    flags = ["--metric.rouge.order", "2", "--sink.Mine.project", "b", "--sinks.Mine.tags=x"]
+    config = parse(["--config", str(file), *flags])
+    assert config.metric_options == {"rouge.stem": True, "rouge.order": 2}
+    assert config.sink_options == {"Mine.project": "b", "Mine.tags": "x"}
+    (tmp_path / "again.toml").write_text(tomli_w.dumps(as_document(config)))
+    assert parse(["--config", str(tmp_path / "again.toml")]) == config
+    assert from_document(as_document(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--metric.stem", "1"],
+            "metric.stem: 1 is not possible; allowed: an option with a name before it, as in metr",
+        ),
+        (["--sinks.Mine", "1"], "sinks.Mine: 1 is not possible; allowed: an option with a name before it"),
+        (["--metric.rouge.stem"], "--metric.rouge.stem: expected a value"),
+        (["--metrics.rouge.stem", "1"], "there is no flag --metrics.rouge.stem"),
+    ],
+)
+def test_an_option_of_one_of_several_says_which(flags: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(flags)
+
+
+def test_a_run_that_goes_on_may_have_other_sinks_with_other_options(tmp_path: Path) -> None:
+    tables = "[metric_options.rouge]\nstem = true\n[sink_options.Old]\nproject = 'a'\n"
+    (tmp_path / "config.toml").write_text("metric = ['m:rouge']\nsinks = ['m:Old']\n" + tables)
+    goes_on = ["--resume", str(tmp_path)]
+    assert parse(goes_on).sink_options == {"Old.project": "a"}
+    assert parse([*goes_on, "--sink.Old.project", "b"]).sink_options == {"Old.project": "b"}
+    other = parse([*goes_on, "--sink", "m:New", "--sink.New.key", "1"])
+    assert (other.sink_options, other.metric_options) == ({"New.key": 1}, {"rouge.stem": True})
+    with pytest.raises(InputError, match=r"metric.rouge.stem cannot be set for a run that goes on"):
+        parse([*goes_on, "--metric.rouge.stem", "false"])
 
 
 @pytest.mark.parametrize(
@@ -78,9 +120,9 @@ def test_a_kind_of_prompt_by_peft_wins_over_a_file_that_knows_of_none(tmp_path: 
 
 
 def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() -> None:
-    for name, (leaf, _) in LEAVES.items():
-        assert leaf.metadata["allowed"].test(leaf.default), name
-        assert leaf.metadata["help"], name
+    for name, setting in SETTINGS.items():
+        assert setting.allowed.test(setting.default), name
+        assert setting.help, name
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,10 @@ class Stage:
         self.dispatcher = Dispatcher(self.trunk, TrunkSettings(**settings), lambda: self.now)  # type: ignore[arg-type]
         self.answers: dict[tuple[str, int, int], Answer] = {}
 
-    def ask(self, kind: str, client: int, step: int = 0) -> None:
+    def ask(self, kind: str, client: int, step: int = 0, learns: bool = True) -> None:
         name = {"backward": "gradient", "scale": "coefficient"}.get(kind, "hidden")
         tensors = {} if kind == "ask" else {name: RAW.encode(torch.zeros(1))}
-        packet = Packet(StepKey(1, client, step), tensors, training=kind != "evaluate")
+        packet = Packet(StepKey(1, client, step), tensors, training=kind != "evaluate", learns=learns)
         self.dispatcher.submit(packet, lambda answer: self.answers.__setitem__((kind, client, step), answer))
 
     def serve(self) -> list[tuple[str, list[int]]]:
@@ -342,6 +342,42 @@ def test_a_gradient_that_is_clipped_contributes_with_its_coefficient() -> None:
     assert stage.serve() == [("scale", [0])]
     stage.ask("scale", 1)
     assert stage.serve() == [("scale", [1]), ("close", []), ("forward", [0])]
+
+
+@pytest.mark.parametrize("schedule", ["batched", "accumulate"])
+def test_a_step_that_teaches_the_trunk_nothing_waits_for_nobody_and_counts_for_nothing(schedule: str) -> None:
+    stage = Stage(schedule=schedule, every=1)
+    stage.dispatcher.begin([0, 1])
+    for kind in ("forward", "backward"):
+        stage.ask(kind, 0)
+        stage.ask(kind, 1)
+        stage.serve()
+    stage.ask("forward", 1, step=1)
+    assert stage.serve() == []  # waits for client 0, be it for its batch or at the barrier
+    for kind in ("forward", "backward"):
+        stage.ask(kind, 0, step=1, learns=False)
+        assert stage.serve() == [(kind, [0])]
+    stage.ask("forward", 0, step=2)
+    together = [("forward", [0, 1])] if schedule == "batched" else [("close", []), ("forward", [1]), ("forward", [0])]
+    assert stage.serve() == together
+
+
+def test_in_a_group_a_barrier_waits_until_each_client_has_come_or_left() -> None:
+    """So that what a client asks for before it comes is computed with the snapshot before the barrier."""
+    stage = Stage(schedule="accumulate", every=1)
+    stage.dispatcher.begin([0, 1, 2])
+    for client in (0, 1, 2):
+        for kind in ("forward", "backward"):
+            stage.ask(kind, client)
+            assert stage.serve() == [(kind, [client])]
+    stage.ask("forward", 1, step=1)
+    assert stage.serve() == []
+    stage.ask("evaluate", 0)
+    assert stage.serve() == [("evaluate", [0])]
+    stage.ask("forward", 0, step=1)
+    assert stage.serve() == []
+    stage.dispatcher.leave(2)
+    assert stage.serve() == [("close", []), ("forward", [1]), ("forward", [0])]
 
 
 def test_accumulate_over_the_round_holds_nobody() -> None:

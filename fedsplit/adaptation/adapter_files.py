@@ -146,6 +146,7 @@ def load(directory: Path, skipped: Collection[str] = ()) -> Adapters:
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> from fedsplit.model.families import FAMILIES
         >>> folder = Path(tempfile.mkdtemp())
         >>> tensors = {"model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 4)}

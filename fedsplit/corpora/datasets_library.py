@@ -1,4 +1,4 @@
-"""The library `datasets` of Hugging Face: imports it when it is needed, and opens data sets with it."""
+"""Opens data sets with the library `datasets` of Hugging Face, whose import waits until a data set needs it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ from fedsplit.settings.sections import DataSettings
 if TYPE_CHECKING:
     from datasets import Dataset
 
-if TYPE_CHECKING:
-    pass
-
 
 def is_saved(path: Path) -> bool:
-    """Tells whether `datasets.save_to_disk` wrote a folder."""
+    """Returns True if `datasets.save_to_disk` wrote a folder."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
@@ -33,10 +30,11 @@ _PATTERN = re.compile(r"[*?\[\]]|::")
 
 @contextlib.contextmanager
 def without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
-    """Yields a path at which `datasets` finds the files of `path`, and the cache folder to use.
+    """Makes a path readable for `datasets`, which would take special characters in names for a pattern.
 
-    If a file's name looks like a pattern, the path is a temporary folder of links and the cache is temporary, too.
-    Otherwise these are the path itself and None, the default cache.
+    Yields:
+        The path to read, and the folder of the cache. If a file's name looks like a pattern, these are a temporary
+        folder of links and a temporary cache; else the path itself and None, for the default cache.
     """
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     if not any(_PATTERN.search(str(file.absolute())) for file in files):
@@ -45,8 +43,8 @@ def without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
     with tempfile.TemporaryDirectory(prefix="fedsplit-") as folder:
         root = Path(folder) / "data"
         for number, file in enumerate(files):
-            inner = file.relative_to(path).parts if path.is_dir() else (file.name,)
-            link = root.joinpath(*(_PATTERN.sub("_", name) for name in inner))
+            names = file.relative_to(path).parts if path.is_dir() else (file.name,)
+            link = root.joinpath(*(_PATTERN.sub("_", name) for name in names))
             if link.exists():  # two names differ only in the characters that were replaced
                 link = link.with_name(f"{link.stem}_{number}{link.suffix}")
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +53,7 @@ def without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def quiet_datasets() -> ModuleType:
-    """Imports `datasets` and silences it. The import takes seconds, and the bundled corpus does not need it."""
+    """Imports `datasets`, which takes seconds, and silences the library."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -64,12 +62,26 @@ def quiet_datasets() -> ModuleType:
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the class names of each column whose type in `datasets` has them."""
+    """Returns the class names of columns that hold class numbers, by column.
+
+    Args:
+        features: Types of the columns, as `datasets` has them.
+    """
     return {column: list(feature.names) for column, feature in features.items() if hasattr(feature, "names")}
 
 
 def load(dataset: str, path: Path, data: DataSettings, cache: str | None = None) -> Dataset:
-    """Reads a data set by `datasets`, as a `datasets.Dataset`."""
+    """Reads a data set.
+
+    Args:
+        dataset: Path of a folder, or name on the Hub.
+        path: The path that the name stands for, if it is a path.
+        data: Configuration and split.
+        cache: Folder of the library's cache; None for the default.
+
+    Raises:
+        ValueError: A saved data set has no such configuration or split. The library raises many further errors.
+    """
     datasets = quiet_datasets()
     if path.is_dir() and is_saved(path):
         saved = datasets.load_from_disk(str(path))

@@ -75,9 +75,9 @@ def make_partition(
 
     Args:
         dataset: Data set, as `fedsplit.corpora.tables.read_table` takes it.
-        partition: "natural" (one owner a client), "iid", "dirichlet:ALPHA" (over the owners), or another form that
-            `parse_partition` knows. "auto" is natural for the bundled data sets as long as their
-            owners suffice, and iid otherwise.
+        partition: "natural" (one owner a client), "iid", "dirichlet:ALPHA" (over the owners), or a further form of
+            `PARTITION_FORMS`. "auto" is natural for the bundled data sets if there are enough owners, and iid
+            otherwise.
         clients: Number of clients.
         length: Largest number of tokens in a sequence.
         seed: Seed of every partition but "natural".
@@ -86,7 +86,7 @@ def make_partition(
         data: Columns and format.
 
     Raises:
-        SettingError: The data set has too little text for so many clients, or an error.
+        SettingError: The data set has too little text for so many clients, or cannot be read.
     """
     data = data or DataSettings()
     spec = parse_partition(partition)
@@ -120,7 +120,7 @@ def all_text(
     seed: int = 0,
     classes: tuple[str, ...] = (),
 ) -> dict[str, Sequences]:
-    """Returns all sequences of a data set by owner, for evaluation: none is held out, and none is left to a client.
+    """Returns all sequences of a data set by owner, for evaluation.
 
     Args:
         dataset: Data set, as `fedsplit.corpora.tables.read_table` takes it.
@@ -144,7 +144,8 @@ def all_text(
 
     sequences = {}
     for owner, texts in by_key(sharder.texts.rows).items():
-        if rows := sharder.fit(texts).rows:
+        rows = sharder.fit(texts).rows
+        if rows:
             sequences[owner] = stack(rows, reading.pad)
     if not sequences:
         needed = f"a text of {length} tokens or more" if reading.packs else "a text of which something is predicted"

@@ -1,4 +1,4 @@
-"""Shards: makes the clients' training and held-out sequences from a table, by owner or by a random partition."""
+"""Divides the sequences of a table among clients, by owner or at random, and holds some of each client's out."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Partition:
         format: Format of the rows, one of `fedsplit.settings.choices.FORMATS` except "auto".
         packed: True if a sequence may hold several texts.
         by: Column whose distribution the data summary reports; "owner" by default.
-        cut: Number of texts that lost their end because they were longer than a sequence.
-        dropped: Number of texts left out because nothing was left to predict after the cut.
+        cut: Number of texts that were longer than a sequence, and lost their end.
+        dropped: Number of texts with nothing left to predict after the cut, which are left out.
         classes: Names of the classes, under classification.
-        empty: Number of rows left out because they hold no text.
+        empty: Number of rows without text, which are left out.
     """
 
     shards: list[Shard]
@@ -62,9 +62,9 @@ class Sharder:
 
     Attributes:
         table: The data set.
-        reading: Way to read its rows.
+        reading: Way to read the rows of the table.
         length: Largest number of tokens in a sequence.
-        held_out: Separate table of held-out texts; None if each client holds out a part of its own texts.
+        held_out: Separate table of held-out texts; None if each client holds out a part of its texts.
     """
 
     table: Table
@@ -84,7 +84,7 @@ class Sharder:
 
     @property
     def least(self) -> int:
-        """Number of sequences that a client needs: one to train on, and one to hold out."""
+        """Number of sequences that a client needs: one to train on, and without a separate table one to hold out."""
         return 1 if self.held_out else 2
 
     @property
@@ -103,7 +103,7 @@ class Sharder:
         return read_rows(self.held_out, self.reading) if self.held_out else Texts([])
 
     def fit(self, texts: Sequence[Row]) -> Fitted:
-        """Cuts or packs texts into sequences; no sequence mixes two keys."""
+        """Cuts or packs texts into sequences. No sequence mixes two keys."""
         return joined([fit(group, self.reading, self.length) for group in by_key(texts).values()])
 
     def fit_held_out(self) -> Fitted | None:
@@ -146,7 +146,10 @@ class Sharder:
 def reading_of(
     table: Table, data: DataSettings, model_path: Path, end: int, spec: PartitionSpec, classes: tuple[str, ...] = ()
 ) -> Reading:
-    """Returns the way to read a table; skewed partitions of classified texts are by class unless a column is named."""
+    """Returns the way to read a table.
+
+    Skewed partitions of classified texts are by class, unless `--partition` names a column.
+    """
     format = format_of(table, data)
     column = spec.column
     if format == "classification":
@@ -200,16 +203,18 @@ def shards_by_owner(sharder: Sharder) -> tuple[list[Shard], list[str], list[Fitt
 
 
 def _split_documents(texts: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Splits an owner's texts into those to train on and those to hold out; the turns of a chat stay together."""
+    """Splits an owner's texts into training texts and held-out texts. The turns of a chat stay together."""
     documents = by_source(texts)
     last = len(documents) - 1
-    held_out = range(HELD_OUT_DOCUMENTS - 1, len(documents), HELD_OUT_DOCUMENTS) or range(last, last + 1)
-    train = (document for place, document in enumerate(documents) if place not in held_out)
-    return _flat(train), _flat(documents[place] for place in held_out)
+    every_fourth = range(HELD_OUT_DOCUMENTS - 1, len(documents), HELD_OUT_DOCUMENTS)
+    held_out_places = every_fourth or range(last, last + 1)
+    train = [document for place, document in enumerate(documents) if place not in held_out_places]
+    held_out = [documents[place] for place in held_out_places]
+    return _flat(train), _flat(held_out)
 
 
 def _held_out_of_owner(sharder: Sharder, held_out: list[Row], owner: str, number: int, owners: int) -> list[Row]:
-    """Returns an owner's part of the separate held-out table: its own rows, or an even part if no column says."""
+    """Returns an owner's part of the separate held-out table: the owner's rows, or without owners an even part."""
     assert sharder.held_out is not None
     owner_column = sharder.reading.column or sharder.reading.data.owner
     if owner_column in sharder.held_out.columns:
@@ -227,7 +232,7 @@ def too_few_owners(sharder: Sharder, clients: int, owners: int, lacking: Sequenc
 
 
 def partition_by_sequence(sharder: Sharder, spec: PartitionSpec, name: str, clients: int, seed: int) -> Partition:
-    """Divides single sequences among clients, regardless of who wrote them."""
+    """Divides single sequences among clients, regardless of their owners."""
     fitted = sharder.fit(sharder.texts.rows)
     separate = sharder.fit_held_out()
     blocks = by_source(fitted.rows)  # sequences of one chat stay with one client
@@ -247,9 +252,10 @@ def partition_by_sequence(sharder: Sharder, spec: PartitionSpec, name: str, clie
 
 
 def _split_blocks(blocks: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
-    """Splits a client's sequences into those to train on and those to hold out."""
-    train = _flat(block for place, block in enumerate(blocks) if place % HELD_OUT_BLOCKS)
-    return train, _flat(blocks[::HELD_OUT_BLOCKS])
+    """Splits a client's sequences into training sequences and held-out sequences."""
+    train = [block for place, block in enumerate(blocks) if place % HELD_OUT_BLOCKS]
+    held_out = blocks[::HELD_OUT_BLOCKS]
+    return _flat(train), _flat(held_out)
 
 
 def _check_enough(sharder: Sharder, blocks: int, clients: int) -> None:
@@ -302,7 +308,7 @@ def _number(sequences: int) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names the first three in words, each shortened: a column may hold whole texts."""
+    """Lists the first three names, each shortened: a column may hold whole texts."""
     shown = ", ".join(name if len(name) <= 40 else f"{name[:40]}…" for name in names[:3])
     more = len(names) - 3
     return f"{shown} and {more} more" if more > 0 else shown

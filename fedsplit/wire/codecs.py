@@ -108,9 +108,9 @@ class Codec(ABC):
 
 @dataclass(frozen=True)
 class _Entry(Generic[State]):
-    """State of one stream, before and after its newest step; no step in this round where the key is None."""
+    """State of one stream, before and after its newest step."""
 
-    key: StepKey | None
+    key: StepKey
     before: State | None
     after: State
 
@@ -120,8 +120,8 @@ class CodecMemory(Generic[State]):
 
     - Each stream has its own: `Role.stream`.
     - A step that is encoded again finds the state as it was at the first time.
-    - A round begins with the state at the end of the client's last round that counted: both sides call `restore`
-      between rounds, with what `states` returned then. So a repeated or resumed round gives the same.
+    - Every attempt at a round begins with the state at the end of the client's last round that counted: both sides call
+      `restore` between rounds, with what `states` returned then. So a repeated or resumed round gives the same.
     - Evaluations neither find nor leave any.
 
     Example:
@@ -137,14 +137,19 @@ class CodecMemory(Generic[State]):
 
     def __init__(self) -> None:
         """Starts without state."""
-        self._entries: dict[Stream, _Entry[State]] = {}
+        self._start: dict[Stream, State] = {}
+        self._entries: dict[Stream, _Entry[State]] = {}  # of this round
 
     def before(self, role: Role) -> State | None:
         """Returns the state before a step; None at a client's first step, and in evaluations."""
-        entry = self._entries.get(role.stream)
-        if entry is None or not role.training:
+        if not role.training:
             return None
-        return entry.before if entry.key == role.key else entry.after
+        entry = self._entries.get(role.stream)
+        if entry is not None and entry.key == role.key:
+            return entry.before
+        if entry is not None and (entry.key.round, entry.key.attempt) == (role.key.round, role.key.attempt):
+            return entry.after
+        return self._start.get(role.stream)
 
     def set_after(self, role: Role, state: State) -> None:
         """Sets the state after a step."""
@@ -153,19 +158,20 @@ class CodecMemory(Generic[State]):
 
     def states(self) -> dict[int, dict[str, State]]:
         """Returns the newest state of all streams, by client and the rest of the stream, such as "gradient/up/0/0"."""
+        newest = {**self._start, **{stream: entry.after for stream, entry in self._entries.items()}}
         found: dict[int, dict[str, State]] = {}
-        for (kind, direction, client, batch, micro), entry in self._entries.items():
-            found.setdefault(client, {})[f"{kind}/{direction}/{batch}/{micro}"] = entry.after
+        for (kind, direction, client, batch, micro), state in newest.items():
+            found.setdefault(client, {})[f"{kind}/{direction}/{batch}/{micro}"] = state
         return found
 
     def restore(self, states: Mapping[int, Mapping[str, State]]) -> None:
         """Replaces all state by what `states` returned earlier."""
         self._entries = {}
+        self._start = {}
         for client, by_stream in states.items():
             for name, state in by_stream.items():
                 kind, direction, batch, micro = name.split("/")
-                stream = (kind, direction, client, int(batch), int(micro))
-                self._entries[stream] = _Entry(None, None, state)
+                self._start[kind, direction, client, int(batch), int(micro)] = state
 
 
 def copy_of_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

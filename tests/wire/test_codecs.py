@@ -108,7 +108,7 @@ def test_a_step_that_is_encoded_again_is_the_same_and_changes_nothing() -> None:
             assert all(np.array_equal(first.arrays[name], again.arrays[name]) for name in first.arrays)
 
 
-def test_a_memory_is_of_one_stream_and_goes_on_over_rounds() -> None:
+def test_a_memory_is_of_one_stream_and_of_one_attempt_at_a_round() -> None:
     memory = CodecMemory[str]()
     memory.set_after(role_of(0), "one")
     assert memory.before(role_of(1)) == "one"
@@ -116,6 +116,8 @@ def test_a_memory_is_of_one_stream_and_goes_on_over_rounds() -> None:
     for other in (
         role_of(1, client=1),
         role_of(1, micro=1),
+        role_of(1, round=2),
+        role_of(1, attempt=1),
         role_of(1, batch=1),
         role_of(1, training=False),
         Role("activation", "up", StepKey(1, 0, 1)),
@@ -126,13 +128,15 @@ def test_a_memory_is_of_one_stream_and_goes_on_over_rounds() -> None:
     assert memory.before(role_of(2)) == "one"
     memory.set_after(role_of(1), "two")
     assert (memory.before(role_of(1)), memory.before(role_of(2))) == ("one", "two")
-    assert memory.before(role_of(0, round=2)) == "two"
     memory.set_after(role_of(0, client=1, batch=2, micro=3), "other")
     states = memory.states()
     assert states == {0: {"gradient/up/0/0": "two"}, 1: {"gradient/up/2/3": "other"}}
-    memory.set_after(role_of(2), "three")
     memory.restore(states)
-    assert memory.before(role_of(2)) == memory.before(role_of(0, round=2)) == "two"
+    assert memory.before(role_of(0, round=2)) == "two"
+    memory.set_after(role_of(0, round=2), "three")
+    assert memory.before(role_of(1, round=2)) == "three"
+    assert memory.before(role_of(0, round=2, attempt=1)) == "two"  # the round, or this client's part in it, once more
+    assert memory.states()[0] == {"gradient/up/0/0": "three"}
     assert memory.before(role_of(0, client=1, batch=2, micro=3)) == "other"
     memory.restore({})
     assert memory.before(role_of(2)) is None
@@ -146,7 +150,7 @@ def test_the_trunk_keeps_the_state_of_a_client_whose_round_counts(
     codec = trunk.server.answers.codec
     assert isinstance(codec, TopK)
     later = Role("gradient", "down", StepKey(2, 0, 0))
-    residual = codec._residuals.before(later)
+    residual = codec._residuals.before(Role("gradient", "down", StepKey(1, 0, 9)))
     assert residual is not None
     trunk.leave(0)
     trunk.end_round([0] if counts else [])

@@ -15,7 +15,7 @@ from test_round import without_times
 
 from fedsplit.engines.in_process import federate
 from fedsplit.errors import SettingError
-from fedsplit.events import Event, Notice, RoundEnded, Sink
+from fedsplit.events import Event, Notice, Progress, RoundEnded, Sink
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.resumption import check_resumable
 from fedsplit.federation.strategy import load_strategy
@@ -197,3 +197,23 @@ def test_a_run_keeps_few_checkpoints(tiny_models: dict[str, Path], corpus_file: 
     for client in ("0000", "0001"):
         names = {path.name for path in (tmp_path / "run" / "clients" / client).iterdir()}
         assert {"round-0006.safetensors", "round-0007.safetensors"} <= names and len(names) <= 4
+
+
+def test_clients_still_have_what_an_older_checkpoint_needs(
+    tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    """Killed when both clients had trained in round 3, with the checkpoint of round 2 damaged: on from round 1."""
+    config = config_of("personal", tiny_models["gpt2"], corpus_file)
+    straight, out = tmp_path / "straight", tmp_path / "killed"
+
+    class Copies(Sink):
+        def handle(self, event: Event) -> None:
+            if isinstance(event, Progress) and (event.phase, event.round, event.done) == ("training", 3, 2):
+                shutil.copytree(straight, out)
+
+    run(config, straight, Copies())
+    (out / "checkpoints" / "round-0002" / "manifest.json").write_text("{}")
+    told = After(lambda round: None)
+    run(replace(config, resume=str(out)), out, told)
+    assert any(text.startswith("goes on after round 1 ") for text in told.notices)
+    assert_same(out, left(straight))

@@ -24,7 +24,7 @@ import torch
 
 from fedsplit.durable import NotWritten, tidy
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
-from fedsplit.federation.manifest import Content
+from fedsplit.federation.manifest import Content, Damaged, check_whole
 from fedsplit.federation.resumption import checkpoints_of, newest_checkpoint
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import config_folder
@@ -82,14 +82,18 @@ def write_for_ever(out: Path, width: int, told: int) -> NoReturn:
 
 def torn(out: Path) -> list[str]:
     """Returns what is wrong in a run's folder after a kill; empty where all is well."""
-    search = newest_checkpoint(out, keep_best=False)
-    wrong = list(search.skipped)
-    if search.newest is None:
-        return [*wrong, "no valid checkpoint"]
+    wrong = []
     for round, folder in checkpoints_of(out).items():
+        try:
+            check_whole(folder, round)
+        except Damaged as damaged:
+            wrong.append(f"{folder.name} is damaged: {damaged}")
+            continue
         values = load_tensors(folder / "state.safetensors")["adapters/x"]
         if not bool((values == round).all()):
             wrong.append(f"{folder.name} holds values of another round")
+    if newest_checkpoint(out, keep_best=False).newest is None:
+        wrong.append("no valid checkpoint")
     return wrong
 
 

@@ -17,8 +17,8 @@ from fedsplit.loading import OBJECT
 from fedsplit.objects import Objects
 from fedsplit.result import Result
 from fedsplit.results.finished import open_run
-from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, Config
-from fedsplit.settings.documents import dotted, set_by_user
+from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
+from fedsplit.settings.documents import by_key, dotted, set_by_user
 from fedsplit.settings.flags import Options, settle
 
 
@@ -49,7 +49,8 @@ def run(
         metrics: Names of metrics, or functions of logits and labels. Objectives and metrics as functions need
             `engine="local"`, since no object crosses to the processes of the engine `ray`.
         **settings: Any other setting. A setting of a section is written `train={"lr": 3e-4}` or `train__lr=3e-4`, a
-            keyword argument of a named strategy `strategy__mu=0.1`.
+            keyword argument of a named strategy `strategy__mu=0.1`, that of a named metric or sink
+            `metric__rouge__stem=True` or `metric_options={"rouge": {"stem": True}}`.
 
     Returns:
         Losses, adapter, summary and folder of the run.
@@ -225,7 +226,7 @@ def _settled(config: Config | str | os.PathLike[str] | None, keywords: Mapping[s
 
 
 def _by_dotted_name(keywords: Mapping[str, Any]) -> tuple[dict[str, object], Options]:
-    """Returns the settings among keywords by dotted name, and the options of strategy and objective.
+    """Returns the settings among keywords by dotted name, and the options of the classes that they name.
 
     Raises:
         SettingError: The options are no mapping.
@@ -235,14 +236,16 @@ def _by_dotted_name(keywords: Mapping[str, Any]) -> tuple[dict[str, object], Opt
         given = keywords.get(table, {})
         if not isinstance(given, Mapping):
             raise SettingError(table, given, "a table")
-        options[setting] = dict(given)
+        options[setting] = by_key(given) if setting in SEVERAL else dict(given)
 
     values: dict[str, Any] = {}
     for keyword, value in keywords.items():
         section, _, field = keyword.partition("__")
         if keyword in OPTIONS.values():
             continue
-        if section in OPTIONS and field:  # strategy__mu
+        if section in SEVERAL and field:  # metric__rouge__stem
+            options[section][field.replace("__", ".", 1)] = value
+        elif section in OPTIONS and field:  # strategy__mu
             options[section][field] = value
         elif field:  # train__lr
             values[f"{section}.{field}"] = value

@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -168,7 +168,44 @@ def _import_module(kind: Kind, name: str, spec: str) -> ModuleType:
         raise SettingError(kind.setting, spec, f"{kind.allowed} ({type(error).__name__}: {error})") from error
 
 
-def make(kind: Kind, spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+def name_of(spec: str) -> str:
+    """Returns the short form of a name: that of the class or function itself.
+
+    Example:
+        >>> name_of("token_accuracy"), name_of("path/to/mine.py:rouge")
+        ('token_accuracy', 'rouge')
+    """
+    return spec.removesuffix(OBJECT).rpartition(":")[2]
+
+
+def options_by_name(kind: Kind, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the keyword arguments of several classes by the short form of their names.
+
+    Args:
+        kind: What the names stand for.
+        specs: The names, as for `find`.
+        options: Keyword arguments from the user, by NAME.KEY.
+
+    Raises:
+        SettingError: An option is for none of the names.
+
+    Example:
+        >>> options_by_name(STRATEGY, ["fedprox", "krum"], {"fedprox.mu": 0.5})
+        {'fedprox': {'mu': 0.5}, 'krum': {}}
+    """
+    by_name: dict[str, dict[str, Any]] = {name_of(spec): {} for spec in specs}
+    for option, value in options.items():
+        name, _, key = option.partition(".")
+        if name not in by_name:
+            allowed = f"an option of {' | '.join(by_name)}" if by_name else f"no option, since {kind.setting} is empty"
+            raise SettingError(f"{kind.setting}.{option}", value, allowed)
+        by_name[name][key] = value
+    return by_name
+
+
+def make(
+    kind: Kind, spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any], setting: str | None = None
+) -> Any:
     """Calls the class that a name stands for, and returns the object. A function is returned as it is.
 
     Args:
@@ -176,6 +213,7 @@ def make(kind: Kind, spec: str, options: Mapping[str, Any], defaults: Mapping[st
         spec: The name, as for `find`.
         options: Keyword arguments from the user.
         defaults: Further keyword arguments. Each is passed if the class takes it and `options` lacks it.
+        setting: What the user wrote before an option, for messages; None for the setting itself.
 
     Raises:
         SettingError: There is no such class, or the class refuses the options.
@@ -184,15 +222,12 @@ def make(kind: Kind, spec: str, options: Mapping[str, Any], defaults: Mapping[st
         >>> make(STRATEGY, "fedprox", {"mu": 0.5}, {"seed": 0}).mu
         0.5
     """
-    found = find(kind, spec)
+    setting = setting or kind.setting
+    found = check_options(kind, spec, options, setting)
+    if kind.functions and not inspect.isclass(found):
+        return found
     try:
         parameters = inspect.signature(found).parameters
-        if kind.functions and not inspect.isclass(found):
-            if options:
-                name = next(iter(options))
-                raise SettingError(f"{kind.setting}.{name}", options[name], f"no option, since {spec} is a function")
-            return found
-        _check_options(kind, options, parameters)
         fitting_defaults = {name: value for name, value in defaults.items() if name in parameters}
         return found(**{**fitting_defaults, **options})
     except SettingError:
@@ -203,23 +238,41 @@ def make(kind: Kind, spec: str, options: Mapping[str, Any], defaults: Mapping[st
         option = next((name for name in options if what.startswith(f"{name} ")), None)
         if option is not None:
             words = f"what {spec} takes ({what})"
-            raise SettingError(f"{kind.setting}.{option}", options[option], words) from error
+            raise SettingError(f"{setting}.{option}", options[option], words) from error
         raise SettingError(kind.setting, spec, f"options that it takes ({what})") from error
 
 
-def _check_options(kind: Kind, options: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Makes sure that a class takes the user's options.
+def check_options(kind: Kind, spec: str, options: Mapping[str, Any], setting: str) -> Any:
+    """Makes sure that a class takes the user's options, without calling the class.
+
+    Args:
+        kind: What the name stands for.
+        spec: The name, as for `find`.
+        options: Keyword arguments from the user.
+        setting: What the user wrote before an option, for messages.
+
+    Returns:
+        The class or function.
 
     Raises:
-        SettingError: An option is no parameter of the class.
+        SettingError: There is no such class, or an option is no parameter of the class.
     """
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):  # **options takes all
-        return
+    found = find(kind, spec)
+    if kind.functions and not inspect.isclass(found):
+        for option, value in options.items():
+            raise SettingError(f"{setting}.{option}", value, f"no option, since {spec} is a function")
+        return found
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except ValueError:  # a class in C may not tell its parameters
+        return found
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = [parameter.name for parameter in parameters if parameter.kind in by_keyword]
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)  # **options
     for option, value in options.items():
-        if option not in parameters:
-            by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-            known = [name for name, parameter in parameters.items() if parameter.kind in by_keyword]
-            raise SettingError(f"{kind.setting}.{option}", value, ", ".join(known) or "no option at all")
+        if option not in known and not takes_all:
+            raise SettingError(f"{setting}.{option}", value, ", ".join(known) or "no option at all")
+    return found
 
 
 def described(error: BaseException) -> str:

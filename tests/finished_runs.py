@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import write_corpus
@@ -25,7 +26,7 @@ class Runs:
         Args:
             model: A family's name, or a folder.
             strategy: A strategy's name.
-            **settings: Settings by dotted name, two underscores for a dot.
+            **settings: Settings by dotted name, two underscores for a dot; and `metric_options`.
         """
         words = [model.rpartition("/")[2], strategy, *(f"{name}={value}" for name, value in settings.items())]
         out = self._folder / "_".join(words).replace(" ", "")
@@ -39,7 +40,9 @@ class Runs:
         }
         values |= {"lora.rank": 2, "lora.alpha": 3.0, "lora.dropout": 0.0, "train.lr": 0.02, "strategy": strategy}
         values |= {"train.steps": 3, "train.batch_size": 2, "train.max_length": 16}
-        config = build(values | {name.replace("__", "."): value for name, value in settings.items()})
+        metric_options: Any = settings.pop("metric_options", None)
+        values |= {name.replace("__", "."): value for name, value in settings.items()}
+        config = build(values, metric_options=metric_options)
         rule = load_strategy(strategy, {}, {"seed": config.seed, "clients": config.clients})
         with pytest.MonkeyPatch.context() as patch:
             federate(config, out, rule, patch)

@@ -81,6 +81,17 @@ def test_a_config_or_a_file_lies_below_the_keywords(small: dict[str, Any], monke
     assert asked == [expected] * 4
 
 
+def test_metrics_and_sinks_by_name_have_options(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Config] = []
+    monkeypatch.setattr(api, "_run", lambda config, *objects: asked.append(config))
+    named: dict[str, Any] = {**small, "metrics": ["m:rouge"], "sinks": ["m:Mine"]}
+    fedsplit.run(**named, metric__rouge__stem=True, sinks__Mine__project="a")
+    fedsplit.run(**named, metric_options={"rouge": {"stem": True}}, sink_options={"Mine.project": "a"})
+    fedsplit.run(asked[0], sinks__Mine__project="b")
+    assert [config.metric_options for config in asked] == [{"rouge.stem": True}] * 3
+    assert [config.sink_options for config in asked] == [{"Mine.project": project} for project in "aab"]
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"clients": 0}, "clients: 0 is not possible; allowed: a whole number from 1 to 2147483647"),
     ({"clientz": 2}, "there is no setting clientz; did you mean clients"),

@@ -60,7 +60,7 @@ ROOF = {"__main__", "api", "inputs", "result", *DOORS}
 
 HOMES = {
     "bitsandbytes": {"optimization.optim", "model.quantization"},
-    "datasets": {"corpora.tables", "corpora.partitioners", "inputs"},
+    "datasets": {"corpora.datasets_library", "corpora.partitioners", "inputs"},
     "flwr": {
         "federation.records",
         "federation.flower_strategy",
@@ -83,12 +83,15 @@ HOMES = {
     "peft": {
         "adaptation.initial_adapter",
         "adaptation.run_adapters",
+        "adaptation.adapter_files",
+        "adaptation.folding",
         "adaptation.injection",
         "adaptation.lora",
         "adaptation.prompts",
         "adaptation.rank_allocation",
         "results.fitting",
         "results.whole",
+        "results.combining",
         "results.merging",
     },
     "psutil": {"trunk.memory", "shutdown"},
@@ -98,7 +101,7 @@ HOMES = {
     "safetensors": {
         "model.checkpoint_reader",
         "model.weight_files",
-        "adaptation.lora",
+        "adaptation.adapter_files",
         "adaptation.prompts",
         "durable",
         "tensor_files",

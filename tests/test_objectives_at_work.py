@@ -71,7 +71,7 @@ def test_the_best_rounds_metrics_are_reported_with_its_adapter(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training at a rate that is too large: the first round is the best, and not the last."""
-    train = replace(config.train, lr=0.5)
+    train = replace(config.train, lr=5.0)
     config = replace(config, metric=("token_accuracy",), keep_best=True, rounds=3, train=train)
     federate(config, tmp_path, FedAvg(), monkeypatch)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -5,26 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.lowrank import LowRank
-from fedsplit.settings.config import Config
+from fedsplit.settings.config import OPTIONS, Config
 from fedsplit.settings.documents import as_document, dotted
 from fedsplit.updates import Adapters, factor_of
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Distance between two changes of the same weights, or between two tensors of the same shape.
+    """Distance between two changes of equal weights, or between two tensors of equal shape.
 
     Attributes:
-        first: Frobenius norm of the first.
-        second: Frobenius norm of the second.
+        first: Frobenius norm of the first change.
+        second: Frobenius norm of the second change.
         apart: Frobenius norm of the difference.
-        inner: Frobenius inner product of the two.
+        inner: Frobenius inner product of both changes.
 
     Example:
         >>> Distance(first=3.0, second=4.0, apart=5.0, inner=0.0).cosine
@@ -38,19 +37,25 @@ class Distance:
 
     @property
     def relative(self) -> float | None:
-        """Norm of the difference divided by the norm of the first; None if the first is zero."""
+        """Norm of the difference divided by the norm of the first change; None if the first change is zero."""
         return self.apart / self.first if self.first else None
 
     @property
     def cosine(self) -> float | None:
-        """Cosine of the angle between the two; None if one of them is zero."""
+        """Cosine of the angle between both changes; None if either is zero."""
         length = self.first * self.second
-        return max(-1.0, min(1.0, self.inner / length)) if length else None
+        if not length:
+            return None
+        return max(-1.0, min(1.0, self.inner / length))  # rounding can push the quotient beyond 1
 
     def __add__(self, other: Distance) -> Distance:
-        """Returns the distance over both weights together, as if they were one vector."""
-        norms = [math.hypot(getattr(self, key), getattr(other, key)) for key in ("first", "second", "apart")]
-        return Distance(norms[0], norms[1], norms[2], self.inner + other.inner)
+        """Returns the distance over several weights together, as if the weights were one vector."""
+        return Distance(
+            first=math.hypot(self.first, other.first),
+            second=math.hypot(self.second, other.second),
+            apart=math.hypot(self.apart, other.apart),
+            inner=self.inner + other.inner,
+        )
 
 
 def distance(first: LowRank, second: LowRank) -> Distance:
@@ -66,26 +71,26 @@ def distance(first: LowRank, second: LowRank) -> Distance:
 
 
 def distances(first: Adapters, second: Adapters) -> dict[str, Distance]:
-    """Returns the distance at every layer that both adapters have in the same shape."""
+    """Returns the distance at every layer that both adapters have in equal shapes."""
     by_layer = {}
     for layer in first.complete:
         if layer not in second.complete:
             continue
-        one = first.change(layer)
-        two = second.change(layer)
-        if one.shape == two.shape:
-            by_layer[layer] = distance(one, two)
+        first_change = first.change(layer)
+        second_change = second.change(layer)
+        if first_change.shape == second_change.shape:
+            by_layer[layer] = distance(first_change, second_change)
 
     for layer in first.stacked:
         if layer in second.stacked and _shapes(first, layer) == _shapes(second, layer):
             pairs = zip(first.changes(layer), second.changes(layer), strict=True)
-            expert, *more_experts = (distance(one, two) for one, two in pairs)
-            by_layer[layer] = sum(more_experts, expert)
+            first_expert, *more_experts = [distance(one, two) for one, two in pairs]
+            by_layer[layer] = sum(more_experts, first_expert)
     return by_layer
 
 
 def kind_of(config: Config) -> str:
-    """Returns the kind of a run's adapter. It is "lora" for every method whose result is a pair of factors."""
+    """Returns the kind of a run's adapter: "lora" for every method whose result is a pair of factors."""
     if config.prompt.kind != "off":
         return config.prompt.kind
     method = ADAPTER_METHODS[config.lora.method]
@@ -93,18 +98,19 @@ def kind_of(config: Config) -> str:
 
 
 def loose(adapters: Adapters) -> dict[str, Tensor]:
-    """Returns the tensors that are not LoRA factors: full heads, and all tensors of other kinds of adapters."""
-    return {
-        name: tensor
-        for name, tensor in adapters.tensors.items()
-        if factor_of(name) is None or name.rpartition(".lora_")[0] not in adapters.layers
-    }
+    """Returns the tensors that are no LoRA factors: full heads, and all tensors of further kinds of adapters."""
+    tensors = {}
+    for name, tensor in adapters.tensors.items():
+        layer = name.rpartition(".lora_")[0]
+        if factor_of(name) is None or layer not in adapters.layers:
+            tensors[name] = tensor
+    return tensors
 
 
 def tensor_distances(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Distance]:
-    """Returns the distance between tensors of the same name and shape.
+    """Returns the distance between tensors of equal name and shape.
 
-    Different tensors do not mean different adapters: they may change the weights in the same way.
+    Different tensors do not mean different adapters: both may change the weights alike.
     """
     by_name = {}
     for name, tensor in first.items():
@@ -120,7 +126,7 @@ def tensor_distances(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
 
 
 def _shapes(adapters: Adapters, layer: str) -> tuple[str, int, tuple[int, int]]:
-    """Returns the weight that a layer of stacked experts changes, the number of experts, and each one's (out, in)."""
+    """Returns the weight that a layer of stacked experts changes, the number of experts, and an expert's (out, in)."""
     changes = adapters.changes(layer)
     return adapters.weight_name(layer), len(changes), changes[0].shape
 
@@ -134,13 +140,19 @@ def differing(first: Config, second: Config) -> dict[str, tuple[object, object]]
         >>> differing(Config(clients=4), Config(clients=8))
         {'clients': (4, 8)}
     """
-    one = _flat(first)
-    two = _flat(second)
-    pairs = {name: (one.get(name), two.get(name)) for name in {**one, **two}}
-    return {name: (value, other) for name, (value, other) in pairs.items() if value != other}
+    first_values = _by_dotted_name(first)
+    second_values = _by_dotted_name(second)
+    differences = {}
+    for name in {**first_values, **second_values}:  # a dict keeps the order of the settings; a set would not
+        pair = first_values.get(name), second_values.get(name)
+        if pair[0] != pair[1]:
+            differences[name] = pair
+    return differences
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def _by_dotted_name(config: Config) -> dict[str, object]:
     document = as_document(config)
-    options: Mapping[str, Any] = document.pop("strategy_options")
-    return dotted(document) | {f"strategy.{name}": value for name, value in options.items()}
+    options: dict[str, object] = {}
+    for setting, table in OPTIONS.items():
+        options |= {f"{setting}.{name}": value for name, value in document.pop(table).items()}
+    return dotted(document) | options

@@ -1,7 +1,7 @@
-"""The adapter that a run starts from: a PEFT adapter of the unsplit model, given to each part at the run's ranks.
+"""The initial adapter of a run: a PEFT adapter of the unsplit model, written into each part at the run's ranks.
 
-Every party reads the same folder, so that all start from the same values and nothing more has to cross. The starting
-adapter comes to the run's rank and scaling by the rule for clients of mixed ranks (`Adapters.with_rank`).
+Every party reads the folder of the adapter, so that all parties start from equal values and nothing has to cross. The
+initial adapter comes to the run's rank and scaling by the rule for clients of mixed ranks (`Adapters.with_rank`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from peft import PeftConfig
 from torch import Tensor
 
-from fedsplit.adaptation import lora, prompts
+from fedsplit.adaptation import adapter_files, lora, prompts
 from fedsplit.adaptation.methods import method_of
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import Part
@@ -20,11 +20,11 @@ from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
 
 HEAD_BASE = f"{HEAD}.base_layer.weight"
-"""Base weight of the head, which PEFT writes beside an adapter on the head. A run has it already."""
+"""Base weight of the head, which PEFT writes beside an adapter on the head. A run reads it from the checkpoint."""
 
 
 def place(part: Part, config: Config) -> None:
-    """Gives a part's adapter the values that the run starts from, in place.
+    """Writes the initial values of the run into a part's adapter.
 
     Args:
         part: The part, with an adapter of the run's kind on it.
@@ -33,9 +33,9 @@ def place(part: Part, config: Config) -> None:
     Raises:
         KeyError: The folder lacks a tensor of the part.
     """
-    made = lora.read(part)
-    start = resized(read(config, part), made)
-    lora.write({name: start[name] for name in made.tensors}, part)
+    drawn = lora.read(part)
+    initial = resized(read(config, part), drawn)
+    lora.write({name: initial[name] for name in drawn.tensors}, part)
 
 
 def read(config: Config, part: Part | None = None) -> Adapters:
@@ -43,14 +43,15 @@ def read(config: Config, part: Part | None = None) -> Adapters:
 
     Args:
         config: Settings of the run.
-        part: Any part of the model, whose configuration tells the sizes of past keys and values; only for prompts.
+        part: Part of the model, any of the three. Its configuration has the sizes of past keys and values; None for
+            adapters other than prompts.
 
     Returns:
-        The whole model's adapter by exported name, at the ranks that the file has.
+        The whole model's adapter by exported name, at the ranks of the file.
     """
     folder = Path(config.init_adapter)
     if config.prompt.kind == "off":
-        return lora.load(folder, skipped=[HEAD_BASE])
+        return adapter_files.load(folder, skipped=[HEAD_BASE])
     saved = prompts.load(folder).tensors[prompts.SAVED]
     if part is None:
         return Adapters({prompts.SAVED: saved}, {})
@@ -59,14 +60,14 @@ def read(config: Config, part: Part | None = None) -> Adapters:
 
 
 def resized(start: Adapters, made: Adapters) -> dict[str, Tensor]:
-    """Returns an adapter at the ranks and scalings of another one.
+    """Returns an adapter at the ranks and scalings of a second adapter.
 
-    A larger rank is cut and a smaller one filled with zeros. B takes up the ratio of the scalings, so that s * B @ A
-    stays as it is, but for what was cut. At equal ranks and scalings, every value stays to the bit.
+    A larger rank is truncated, and a smaller rank padded with zeros. B is multiplied by the ratio of the scalings, so
+    that s * B @ A keeps every term that remains. At equal ranks and scalings, every value stays to the bit.
 
     Args:
         start: The adapter.
-        made: Adapter whose layers have the ranks and scalings that are wanted.
+        made: Adapter that has the ranks and scalings to take on.
 
     Example:
         A layer of rank 1 with alpha 4 becomes one of rank 2 with alpha 2: a quarter of the scaling, four times B.
@@ -92,13 +93,13 @@ def resized(start: Adapters, made: Adapters) -> dict[str, Tensor]:
 
 
 def more_than_factors(config: Config) -> str:
-    """Names something that the adapter does beside adding s * B @ A to layers; "" where there is nothing."""
+    """Describes an effect of the initial adapter beyond adding s * B @ A to layers; "" for none."""
     filed = PeftConfig.from_pretrained(config.init_adapter)
-    return lora.beyond_factors(filed, read(config).tensors)
+    return adapter_files.beyond_factors(filed, read(config).tensors)
 
 
 def can_start(config: Config) -> str:
-    """Says why adapters of a run's kind cannot start from a file; "" where they can."""
+    """Returns the reason why adapters of a run's kind cannot start from a file; "" if they can."""
     method = method_of(config.lora)
     if method.residual:
         return f"{config.lora.method} starts from the base weights themselves"
@@ -106,5 +107,5 @@ def can_start(config: Config) -> str:
         return f"{config.lora.method} begins with more ranks than its file keeps"
     encoded = config.prompt.kind == "ptuning" or config.prompt.projection
     if encoded:
-        return "a file has what the encoder of such virtual tokens made, and not the encoder"
+        return "a file has the output of such an encoder, and not the encoder"
     return ""

@@ -7,9 +7,10 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.utils.peft_types import PeftType
@@ -26,8 +27,11 @@ from fedsplit.settings.config import Config
 from fedsplit.settings.documents import suggest
 from fedsplit.settings.sections import LoraSettings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ADAPTER = "default"
-"""PEFT's name of the one adapter that a part has."""
+"""PEFT's name of a part's adapter. A part has a single one."""
 
 
 def make_config(
@@ -36,7 +40,7 @@ def make_config(
     blocks: Sequence[int] | None = None,
     seed: int = 0,
     head: str = "frozen",
-) -> Any:
+) -> PeftConfig:
     """Returns PEFT's configuration of the adapters that settings ask for.
 
     Args:
@@ -44,7 +48,7 @@ def make_config(
         family: Record of the model family.
         blocks: Numbers of the adapted blocks of the unsplit model; None for all.
         seed: Seed of the run. Values that are drawn and not trained follow from it.
-        head: How the head trains, one of `fedsplit.settings.choices.HEADS`; "frozen" for a part without a head.
+        head: Training of the head, one of `fedsplit.settings.choices.HEADS`; "frozen" for a part without a head.
 
     Raises:
         SettingError: A further field does not exist for this method, or has an impossible value.
@@ -58,11 +62,14 @@ def make_config(
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method_of(settings).kind)]
     known = {entry.name for entry in dataclasses.fields(cls) if entry.init}
     if method_of(settings).allocates:
-        known.discard("target_parameters")  # a field of LoRA's that PEFT's AdaLoRA ignores
+        known.discard("target_parameters")  # AdaLoRA inherits the field from LoRA, and PEFT ignores it there
     for name in options_of(settings):
         if name not in known:
             raise SettingError("lora.options", name, f"a field of PEFT's {cls.__name__}; {suggest(name, known)}")
-    values = {**fields_of(settings, seed), **_where(settings, family, blocks, known, head), "task_type": "CAUSAL_LM"}
+
+    values = fields_of(settings, seed)
+    values |= _adapted_layers(settings, family, blocks, known, head)
+    values["task_type"] = "CAUSAL_LM"
     if "fan_in_fan_out" in known:
         values["fan_in_fan_out"] = family.transposed
     try:
@@ -74,22 +81,25 @@ def make_config(
 
 
 def _refused(settings: LoraSettings, error: Exception) -> SettingError:
-    """Returns the error to raise for an error of PEFT's, in one line."""
+    """Converts an error of PEFT's to an error of one line."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    setting, value = ("lora.options", settings.options) if settings.options else ("lora.method", settings.method)
-    return SettingError(setting, value, f"what PEFT takes ({reason})")
+    allowed = f"what PEFT takes ({reason})"
+    if settings.options:
+        return SettingError("lora.options", settings.options, allowed)
+    return SettingError("lora.method", settings.method, allowed)
 
 
-def _where(
+def _adapted_layers(
     settings: LoraSettings, family: Family, blocks: Sequence[int] | None, known: set[str], head: str
 ) -> dict[str, Any]:
     """Returns the fields of PEFT's configuration that select the adapted layers."""
-    norms = method_of(settings).norms
-    feeds = "feedforward_modules" in known
-    chosen = settings.targets or (family.norms if norms else family.targets)
+    is_for_norms = method_of(settings).norms
+    names_feedforward = "feedforward_modules" in known  # as IA3 does
+    chosen = settings.targets or (family.norms if is_for_norms else family.targets)
     names = [name for name in chosen if name not in family.parameters]
     if head == "lora":
-        names = [*(names if blocks is None or len(blocks) else []), HEAD]
+        has_blocks = blocks is None or len(blocks) > 0
+        names = [*(names if has_blocks else []), HEAD]
     where: dict[str, Any] = {"modules_to_save": [HEAD]} if head == "full" else {}
 
     asked = family.asked(chosen)
@@ -103,14 +113,17 @@ def _where(
         if blocks is not None:  # `layers_to_transform` selects blocks for modules only
             paths = [f"{family.blocks}.{block}.{path}" for block in blocks for path in paths]
         where["target_parameters"] = paths
-    if not (norms or feeds) and (blocks is None or {"layers_to_transform", "layers_pattern"} <= known):
-        numbered = {} if blocks is None else {"layers_to_transform": list(blocks), "layers_pattern": family.blocks}
-        return {**where, "target_modules": names, **numbered}
+    can_select_blocks = blocks is None or {"layers_to_transform", "layers_pattern"} <= known
+    if can_select_blocks and not is_for_norms and not names_feedforward:
+        where["target_modules"] = names
+        if blocks is not None:
+            where |= {"layers_to_transform": list(blocks), "layers_pattern": family.blocks}
+        return where
 
-    # The other methods get a pattern: a bare name may match modules outside the blocks, or in both MLP and attention.
+    # All further methods get a pattern: a bare name may match modules outside the blocks, or in both MLP and attention.
     numbers = r"\d+" if blocks is None else "|".join(map(str, blocks))
     where["target_modules"] = rf".*\.{family.blocks}\.({numbers})\.(.*\.)?({_either(names)})"
-    if feeds:
+    if names_feedforward:
         where["feedforward_modules"] = rf".*\.({_either(family.narrows)})"
     return where
 
@@ -122,16 +135,17 @@ def _either(names: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's generator inside the context, and restores the generator's state after it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
-def inject(part: Any, config: Any, seed: int) -> None:
-    """Injects adapters into a part, in place, and freezes everything else.
+def inject(part: Part | PreTrainedModel, config: PeftConfig, seed: int) -> None:
+    """Injects adapters into a part, in place, and freezes all parameters but the adapters'.
 
-    The random values of a layer depend only on the seed and the layer's name in the unsplit model. So they are the
-    same for every client and every cut.
+    The random values of a layer depend only on the seed and the layer's name in the unsplit model, so that all clients
+    have equal values under every cut.
 
     Args:
         part: A part, or an unsplit model. Its base weights must be frozen already.
@@ -145,7 +159,8 @@ def inject(part: Any, config: Any, seed: int) -> None:
     unsplit_name = part.unsplit_name if isinstance(part, Part) else str
 
     class Seeded(tuner):  # type: ignore[misc, valid-type]  # PEFT has no types
-        def _create_and_replace(self, config: Any, name: str, *args: Any, current_key: str, **more: Any) -> None:
+        # PEFT calls this method once for each layer, and draws the layer's initial values in it.
+        def _create_and_replace(self, config: PeftConfig, name: str, *args: Any, current_key: str, **more: Any) -> None:
             with _seeded(derive_seed(seed, "adapter", unsplit_name(current_key))):
                 super()._create_and_replace(config, name, *args, current_key=current_key, **more)
 
@@ -174,7 +189,7 @@ def check_injection(config: Config, family: Family) -> None:
         family: Record of the model family.
 
     Raises:
-        SettingError: A layer does not suit them, such as a layer whose size a block size does not divide.
+        SettingError: A layer does not suit the adapters, for example since a block size does not divide its size.
     """
     if method_of(config.lora).residual:
         _check_rank(config, family)
@@ -210,5 +225,5 @@ def _check_rank(config: Config, family: Family) -> None:
 
 
 def trained_names(part: Part) -> frozenset[str]:
-    """Returns the names of a part's trainable parameters: right after `inject`, those of the adapters."""
+    """Returns the names of a part's trainable parameters. Right after `inject`, only adapters are trainable."""
     return frozenset(name for name, parameter in part.named_parameters() if parameter.requires_grad)

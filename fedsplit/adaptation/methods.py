@@ -1,4 +1,4 @@
-"""Adapter methods: the PEFT methods that work on a part, and how fedsplit's settings map to PEFT's fields.
+"""Adapter methods: PEFT's methods that work on a part, and PEFT's fields for fedsplit's settings.
 
 This module contains PEFT's names and no PEFT code, so that settings can be checked before any library is loaded.
 `fedsplit.adaptation.injection` creates the adapters.
@@ -24,10 +24,10 @@ class Method:
     Attributes:
         kind: PEFT's type of the adapter.
         rank: PEFT's field for `lora.rank`; None for a method without a rank.
-        alpha: PEFT's field for `lora.alpha`; None for a method without it.
-        dropout: PEFT's field for `lora.dropout`; None for a method without it.
-        seed: PEFT's field for the seed of values that are drawn and not trained; None for a method without such
-            values. It is set to the seed of the run, so that all parties draw the same values.
+        alpha: PEFT's field for `lora.alpha`; None for a method without alpha.
+        dropout: PEFT's field for `lora.dropout`; None for a method without dropout.
+        seed: PEFT's field for the seed of values that are drawn and not trained; None for a method that draws none.
+            The field gets the seed of the run, so that all parties draw equal values.
         preset: Fields of PEFT's configuration that the method's name implies.
         transposed: True if the method works on `Conv1D`, which stores weights as (in, out).
         factors: True if the method does nothing to a layer but add s * B @ A.
@@ -51,7 +51,14 @@ class Method:
 
 def _lora(factors: bool = True, residual: bool = False, transposed: bool = True, **preset: object) -> Method:
     return Method(
-        "LORA", "r", "lora_alpha", "lora_dropout", None, preset, transposed, factors=factors, residual=residual
+        kind="LORA",
+        rank="r",
+        alpha="lora_alpha",
+        dropout="lora_dropout",
+        preset=preset,
+        transposed=transposed,
+        factors=factors,
+        residual=residual,
     )
 
 
@@ -141,7 +148,7 @@ REFUSED: Mapping[str, str] = {
     "prompt_tuning": "it is called prompt here",
     **dict.fromkeys(PROMPTED, "it is not in the layers: prompt.kind says so"),
 }
-"""PEFT's other methods, and why each is not offered under this name."""
+"""Reason why fedsplit does not offer a method of PEFT's, by the method's name."""
 
 _OURS = "what fedsplit says itself"
 _NUMBERED = "one for all layers"
@@ -165,7 +172,7 @@ RESERVED: Mapping[str, str] = {
     **dict.fromkeys(("megatron_config", "megatron_core", "runtime_config"), "for another runtime"),
     **dict.fromkeys(("layer_replication", "ensure_weight_tying"), "the model's own blocks, each once"),
 }
-"""Fields of PEFT's configurations that `lora.options` may not have, and the reason."""
+"""Reason why `lora.options` may not have a field of PEFT's configurations, by the field's name."""
 
 _STARTS = ("gaussian", "orthogonal", True, False)
 """Values of `init_lora_weights` that leave the base weights unchanged."""
@@ -175,7 +182,7 @@ def method_of(settings: LoraSettings) -> Method:
     """Returns the adapter method that settings ask for.
 
     Raises:
-        SettingError: There is no method of that name, or it cannot work on a part.
+        SettingError: There is no method of that name, or the method cannot work on a part.
 
     Example:
         >>> method_of(LoraSettings(method="dora")).preset
@@ -218,14 +225,14 @@ def fields_of(settings: LoraSettings, seed: int) -> dict[str, Any]:
 
 
 def check_method(config: Config, transposed: bool) -> None:
-    """Checks that the adapter method of a run can do what the settings ask.
+    """Makes sure that the adapter method of a run suits the model and the settings.
 
     Args:
         config: Settings of the run.
         transposed: True if the model's projections are `Conv1D`.
 
     Raises:
-        SettingError: The method cannot do it, or lacks a setting.
+        SettingError: The method does not work on the model, or lacks a setting that is set.
     """
     settings = config.lora
     method = method_of(settings)
@@ -245,22 +252,34 @@ def check_method(config: Config, transposed: bool) -> None:
 
 
 def _check_unused(settings: LoraSettings, method: Method) -> None:
-    """Refuses a setting that is not at its default although the method has no such setting."""
-    field_of = {"rank": method.rank, "alpha": method.alpha, "dropout": method.dropout}
-    field_of["rslora"] = "use_rslora" if method.kind == "LORA" else None
-    for leaf in fields(LoraSettings):
-        unused = leaf.name in field_of and field_of[leaf.name] is None
-        value = getattr(settings, leaf.name)
-        # A method without dropout may be asked for none.
-        if not unused or value == leaf.default or (leaf.name == "dropout" and value == 0):
+    """Makes sure that settings which the method lacks have their defaults.
+
+    Raises:
+        SettingError: A setting is set that the method lacks.
+    """
+    peft_fields = {
+        "rank": method.rank,
+        "alpha": method.alpha,
+        "dropout": method.dropout,
+        "rslora": "use_rslora" if method.kind == "LORA" else None,
+    }
+    for entry in fields(LoraSettings):
+        is_used = peft_fields.get(entry.name, entry.name) is not None
+        value = getattr(settings, entry.name)
+        is_no_dropout = entry.name == "dropout" and value == 0  # a method without dropout may be asked for none
+        if is_used or value == entry.default or is_no_dropout:
             continue
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         allowed = f"the default with the method {settings.method}, which has no such setting"
-        raise SettingError(f"lora.{leaf.name}", shown, allowed)
+        raise SettingError(f"lora.{entry.name}", shown, allowed)
 
 
 def _check_options(settings: LoraSettings, method: Method) -> None:
-    """Refuses options that are settings of fedsplit's, reserved, or implied by the method."""
+    """Makes sure that `lora.options` has no field that is set elsewhere.
+
+    Raises:
+        SettingError: A field is a setting of fedsplit's, reserved, or implied by the method.
+    """
     setting_of = {
         method.rank: "lora.rank",
         method.alpha: "lora.alpha",

@@ -13,7 +13,7 @@ import contextlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import (
@@ -38,14 +38,20 @@ from fedsplit.settings.choices import PARTS
 from fedsplit.settings.sections import PromptSettings
 from fedsplit.updates import Adapters
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 SAVED = "prompt_embeddings"
 """Name of the one tensor in a PEFT file: virtual tokens (P, D), or past keys and values (P, L * 2 * H * W)."""
 
 PEFT_TYPES = {"prompt": "PROMPT_TUNING", "ptuning": "P_TUNING", "prefix": "PREFIX_TUNING"}
 """PEFT's types in adapter_config.json, by the setting `prompt.kind`."""
 
-_PLACE, _NAME = "prompt_encoder", "default"
-"""Names of the module and of the encoder in PEFT's models."""
+_PLACE = "prompt_encoder"
+"""Name of the module with the encoders, in PEFT's models."""
+
+_NAME = "default"
+"""Name of the encoder in the module."""
 
 _STARTS = {"random": "RANDOM", "vocab": "SAMPLE_VOCAB", "text": "TEXT"}
 """PEFT's names of the initial values of prompt tuning, by the setting `prompt.init`."""
@@ -58,21 +64,23 @@ class _Prompted(Bottom):
         """Computes hidden states (B, P + T, D) from tokens (B, T). `mask` (B, P + T) is 0 on padding."""
         return self._decode(mask, inputs_embeds=self._embedded(ids))
 
-    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
+    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PartCache) -> Tensor:
         """Continues sequences like any part. The first call returns hidden states (B, P + T, D) for tokens (B, T)."""
-        inputs = start if cache.length else self._embedded(start)
+        is_first_call = cache.length == 0
+        inputs = self._embedded(start) if is_first_call else start
         return super().extend(inputs, mask, positions, cache)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         """Returns virtual tokens and embedded text (B, P + T, D)."""
-        embedded = getattr(self.decoder, self.family.embedding)(ids)
-        tokens = self.get_submodule(f"{_PLACE}.{_NAME}")(torch.arange(self.virtual, device=ids.device)[None])
-        tokens = tokens.repeat(ids.shape[0], 1, 1).to(embedded.dtype)
-        return torch.cat([tokens, embedded], 1)
+        text = getattr(self.decoder, self.family.embedding)(ids)
+        encoder = self.get_submodule(f"{_PLACE}.{_NAME}")
+        numbers = torch.arange(self.virtual, device=ids.device)[None]
+        tokens = encoder(numbers).repeat(ids.shape[0], 1, 1)
+        return torch.cat([tokens.to(text.dtype), text], 1)
 
 
 class _Prefixes(nn.ModuleDict):
-    """Encoders of the trained past: one for each block of a part, or with projection one for the whole part."""
+    """Encoders of the trained past: an encoder for each block of a part, or with projection for the whole part."""
 
     def __init__(self, encoders: Mapping[str, nn.Module], tokens: int, heads: int, width: int) -> None:
         """Stores the encoders.
@@ -105,17 +113,17 @@ class _Prefixed(Part):
 
     def past(self, rows: int) -> list[tuple[Tensor, Tensor]]:
         """Returns the trained keys and values (rows, H, P, W) of each block."""
-        prefixes: Any = self.get_submodule(f"{_PLACE}.{_NAME}")
-        pairs: list[tuple[Tensor, Tensor]] = prefixes.pairs(rows, self.dtype, device_of(self))
-        return pairs
+        prefixes = self.get_submodule(f"{_PLACE}.{_NAME}")
+        assert isinstance(prefixes, _Prefixes)
+        return prefixes.pairs(rows, self.dtype, device_of(self))
 
-    def _decode(self, mask: Tensor | None, **start: Any) -> Tensor:
-        if "past_key_values" in start:  # from `extend`, whose mask and cache contain the prefix already
-            return super()._decode(mask, **start)
-        rows = len(next(iter(start.values())))
+    def _decode(self, mask: Tensor | None, **inputs: Any) -> Tensor:
+        if "past_key_values" in inputs:  # from `extend`, whose mask and cache contain the prefix already
+            return super()._decode(mask, **inputs)
+        rows = len(next(iter(inputs.values())))
         if mask is not None:
             mask = torch.cat([mask.new_ones(rows, self.ahead), mask], 1)
-        return super()._decode(mask, **start, past_key_values=PartCache(self, rows))
+        return super()._decode(mask, **inputs, past_key_values=PartCache(self, rows))
 
 
 class _PrefixedBottom(_Prefixed, Bottom):
@@ -133,24 +141,29 @@ class _PrefixedTop(_Prefixed, Top):
 _PREFIXED: Mapping[Kind, type[Part]] = {"bottom": _PrefixedBottom, "trunk": _PrefixedTrunk, "top": _PrefixedTop}
 
 
-def _sizes(model: Any) -> tuple[int, int]:
-    """Returns H and W of a model from its configuration."""
+def _sizes(model: PretrainedConfig) -> tuple[int, int]:
+    """Returns H and W of a model, given its configuration. Not every family has keys for both."""
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    return heads, getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    return heads, width
 
 
-def saved_width(kind: str, model: Any) -> int:
+def saved_width(kind: str, model: PretrainedConfig) -> int:
     """Returns the second dimension of the tensor in a PEFT file.
 
     Args:
         kind: The setting `prompt.kind`.
         model: Configuration of the unsplit model.
     """
+    if kind != "prefix":
+        return int(model.hidden_size)
     heads, width = _sizes(model)
-    return int(model.num_hidden_layers * 2 * heads * width if kind == "prefix" else model.hidden_size)
+    return int(model.num_hidden_layers * 2 * heads * width)
 
 
-def peft_config(settings: PromptSettings, model: Any, layers: int | None = None, tokenizer: str = "") -> Any:
+def peft_config(
+    settings: PromptSettings, model: PretrainedConfig, layers: int | None = None, tokenizer: str = ""
+) -> PeftConfig:
     """Returns PEFT's configuration of virtual tokens or prefixes.
 
     Args:
@@ -159,7 +172,7 @@ def peft_config(settings: PromptSettings, model: Any, layers: int | None = None,
         layers: Number L of blocks; None for the number in the configuration.
         tokenizer: Folder of the tokenizer, for prompt tuning that starts from a text.
     """
-    facts: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "num_virtual_tokens": settings.tokens,
         "num_transformer_submodules": 1,
@@ -169,39 +182,39 @@ def peft_config(settings: PromptSettings, model: Any, layers: int | None = None,
     }
     if settings.kind == "prefix":
         heads, width = _sizes(model)
-        facts |= {"num_attention_heads": heads, "token_dim": heads * width}
+        fields |= {"num_attention_heads": heads, "token_dim": heads * width}
         return PrefixTuningConfig(
-            **facts,
+            **fields,
             encoder_hidden_size=settings.hidden or heads * width,
             prefix_projection=settings.projection,
             init_weights="zero" if settings.init == "zero" else None,
         )
     if settings.kind == "ptuning":
         return PromptEncoderConfig(
-            **facts,
+            **fields,
             encoder_reparameterization_type=settings.encoder.upper(),
             encoder_hidden_size=settings.hidden or model.hidden_size,
             encoder_num_layers=settings.layers,
             encoder_dropout=settings.dropout,
         )
     if settings.init == "text":
-        facts |= {"prompt_tuning_init_text": settings.text, "tokenizer_name_or_path": tokenizer}
-    return PromptTuningConfig(**facts, prompt_tuning_init=_STARTS[settings.init])
+        fields |= {"prompt_tuning_init_text": settings.text, "tokenizer_name_or_path": tokenizer}
+    return PromptTuningConfig(**fields, prompt_tuning_init=_STARTS[settings.init])
 
 
 @contextlib.contextmanager
 def _drawn(seed: int, what: str) -> Iterator[None]:
-    """Seeds torch's generator inside the context by the run's seed and a name, so that draws before do not matter."""
+    """Seeds torch's generator inside the context by the run's seed and a name. Earlier draws do not matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, _PLACE, what))
         yield
 
 
 def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> None:
-    """Adds a part's share of virtual tokens or prefixes, in place. All other parameters stay frozen.
+    """Adds a part's share of virtual tokens or prefixes, in place. All base weights stay frozen.
 
     The initial values depend only on the seed, and for `prefix` on the number of the block, or with projection on the
-    part. So they are the same for every client and, without projection, for every cut.
+    part. So all clients have equal values, and without projection under every cut.
 
     Args:
         part: The part. Its base weights must be frozen already.
@@ -222,21 +235,23 @@ def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> Non
     part.ahead = settings.positions - settings.virtual
     if settings.kind == "prefix":
         heads, width = _sizes(part.config)
-        layers = {part.kind: len(part.blocks)} if settings.projection else {str(block): 1 for block in part.blocks}
+        blocks_by_encoder: dict[str, int] = {str(block): 1 for block in part.blocks}
+        if settings.projection:
+            blocks_by_encoder = {part.kind: len(part.blocks)}
         encoders = {}
-        for name, count in layers.items():
+        for name, count in blocks_by_encoder.items():
             with _drawn(seed, name):
-                if count:
-                    encoders[str(name)] = PrefixEncoder(peft_config(settings, part.config, count))
+                if count:  # a part may have no block
+                    encoders[name] = PrefixEncoder(peft_config(settings, part.config, count))
         encoder: nn.Module = _Prefixes(encoders, settings.tokens, heads, width)
         part.__class__ = _PREFIXED[part.kind]
     elif part.kind == "bottom":
         config = peft_config(settings, part.config, tokenizer=str(tokenizer))
         with _drawn(seed, settings.kind):
-            words = getattr(part.decoder, part.family.embedding)
-            encoder = PromptEncoder(config) if settings.kind == "ptuning" else PromptEmbedding(config, words)
+            embedding = getattr(part.decoder, part.family.embedding)
+            encoder = PromptEncoder(config) if settings.kind == "ptuning" else PromptEmbedding(config, embedding)
         part.__class__ = _Prompted
-    else:
+    else:  # virtual tokens are the bottom's alone
         return
     part.add_module(_PLACE, nn.ModuleDict({_NAME: encoder.to(device)}))
     part.adapter = frozenset(name for name, _ in part.named_parameters() if name.startswith(f"{_PLACE}."))
@@ -255,7 +270,7 @@ def of_part(tensors: Mapping[str, Tensor], kind: Kind, blocks: Collection[int]) 
 
 
 @torch.no_grad()
-def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Any) -> Tensor:
+def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: PretrainedConfig) -> Tensor:
     """Computes the output of the encoders, (P, D) or (P, L * 2 * H * W), which PEFT saves instead of the encoders.
 
     Args:
@@ -264,7 +279,7 @@ def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: An
         model: Configuration of the unsplit model.
 
     Returns:
-        The output. It is empty, (0, D) or (P, 0), for a part without encoders.
+        The output; for a part without encoders an empty tensor, (0, D) or (P, 0).
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -272,14 +287,17 @@ def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: An
         prefix = f"{_PLACE}." if owner is None else f"{_PLACE}.{owner}."
         groups.setdefault(owner or "0", {})[name.removeprefix(prefix)] = tensor
     if not groups:
-        return torch.zeros(settings.tokens, 0) if settings.kind == "prefix" else torch.zeros(0, model.hidden_size)
-    order = sorted(groups, key=lambda owner: PARTS.index(owner) if owner in PARTS else int(owner))
-    outputs = [_encode(groups[owner], settings, model) for owner in order]
+        is_prefix = settings.kind == "prefix"
+        return torch.zeros(settings.tokens, 0) if is_prefix else torch.zeros(0, model.hidden_size)
+    in_order_of_blocks = sorted(groups, key=lambda owner: PARTS.index(owner) if owner in PARTS else int(owner))
+    outputs = [_encode(groups[owner], settings, model) for owner in in_order_of_blocks]
     return torch.cat(outputs, 1).contiguous()
 
 
-def embeddings(output: Tensor, settings: PromptSettings, model: Any) -> tuple[PromptSettings, dict[str, Tensor]]:
-    """Turns the output of encoders into plain embeddings, which compute the same and replace the encoders.
+def embeddings(
+    output: Tensor, settings: PromptSettings, model: PretrainedConfig
+) -> tuple[PromptSettings, dict[str, Tensor]]:
+    """Converts the output of encoders to plain embeddings with an equal output, which replace the encoders.
 
     Args:
         output: Output of the encoders of the unsplit model, as `flattened` returns it and PEFT saves it.
@@ -297,7 +315,7 @@ def embeddings(output: Tensor, settings: PromptSettings, model: Any) -> tuple[Pr
     return PromptSettings(kind="prefix", tokens=len(output)), named
 
 
-def _encode(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Any) -> Tensor:
+def _encode(tensors: Mapping[str, Tensor], settings: PromptSettings, model: PretrainedConfig) -> Tensor:
     """Computes the output of one encoder, given its tensors."""
     if settings.kind == "prompt" or tensors.keys() == {"embedding.weight"}:
         return tensors["embedding.weight"]
@@ -320,7 +338,9 @@ def save(
     base: str,
     blocks: Collection[int] | None = None,
 ) -> None:
-    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model. PEFT does not save encoders.
+    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
+
+    The file has the output of the encoders, and not the encoders, as PEFT's files do.
 
     Args:
         directory: Folder to write to. It is created if needed.
@@ -328,8 +348,8 @@ def save(
         settings: Settings of the virtual tokens or prefixes.
         model_path: Folder of the base model.
         base: Name of the base model, as in the setting `model`.
-        blocks: Numbers of the blocks that the tensors belong to; None for all. A file with the prefixes of some blocks
-            opens on a model with this number of blocks.
+        blocks: Numbers of the blocks that the tensors belong to; None for all. A file with the prefixes of n blocks
+            opens on a model of n blocks.
     """
     model = AutoConfig.from_pretrained(model_path)
     output = flattened(tensors, settings, model)
@@ -342,11 +362,11 @@ def save(
 
 
 def load(directory: Path) -> Adapters:
-    """Reads an adapter of the unsplit model that `save` or PEFT wrote. It has one tensor and no layer."""
+    """Reads an adapter of the unsplit model that `save` or PEFT wrote. The result has one tensor and no layers."""
     return Adapters(load_file(directory / "adapter_model.safetensors"), {})
 
 
 def kind_of(directory: Path) -> str | None:
-    """Returns the kind of an adapter in a folder, a key of `PEFT_TYPES`; None for any other adapter."""
+    """Returns the kind of an adapter in a folder, a key of `PEFT_TYPES`; None for adapters in the layers."""
     peft_type = PeftConfig.from_pretrained(str(directory)).peft_type
     return next((kind for kind, name in PEFT_TYPES.items() if name == peft_type), None)

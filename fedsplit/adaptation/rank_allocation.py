@@ -23,11 +23,16 @@ from fedsplit.model.sources import config_folder
 from fedsplit.model.unsplit import empty_model
 from fedsplit.settings.config import Config
 
-_SINGULAR, _BASES = ".lora_E", (".lora_A", ".lora_B")
-"""Ends of the exported names of Λ, and of Q and P."""
+_SINGULAR = ".lora_E"
+"""End of the exported name of Λ."""
 
-_MEAN, _UNCERTAINTY, _MASK = "#importance", "#uncertainty", "#kept"
-"""Suffixes of a parameter's name in the saved state. No optimiser moment uses them."""
+_BASES = (".lora_A", ".lora_B")
+"""Ends of the exported names of Q and P."""
+
+# Suffixes of a parameter's name in the saved state. No optimiser moment has one of them.
+_MEAN = "#importance"
+_UNCERTAINTY = "#uncertainty"
+_MASK = "#kept"
 
 
 def adapted_layers(config: Config, family: Family) -> int:
@@ -38,16 +43,20 @@ def adapted_layers(config: Config, family: Family) -> int:
 
 
 def _distance(name: str, factor: Tensor) -> Tensor:
-    """Returns how far the rows of Q (r, in), or the columns of P (out, r), are from orthonormal: a Frobenius norm."""
+    """Returns the distance of the rows of Q (r, in), or of the columns of P (out, r), from orthonormal vectors.
+
+    The distance is the Frobenius norm of the Gram matrix minus the identity.
+    """
     gram = factor @ factor.T if name.endswith(".lora_A") else factor.T @ factor
-    return torch.linalg.vector_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.vector_norm(gram - identity)
 
 
 def regularisation(tensors: Mapping[str, Tensor], budget: RankBudget, share: float = 1.0) -> dict[str, Tensor]:
-    """Computes the gradient of the regularisation that keeps P and Q orthogonal, by a part's own factors.
+    """Computes the gradient of the regularisation that keeps P and Q orthogonal, by the factors of a part.
 
-    PEFT's regularisation is a mean over all factors of a model. Here each factor has its weight in the mean of the
-    unsplit model, so that each factor's gradient is the unsplit model's.
+    PEFT's regularisation is a mean over all factors of a model. Each factor keeps its weight in the mean of the unsplit
+    model, so that its gradient equals the gradient in the unsplit model.
 
     Args:
         tensors: The part's adapter, by exported name.
@@ -57,16 +66,18 @@ def regularisation(tensors: Mapping[str, Tensor], budget: RankBudget, share: flo
     Returns:
         Gradients of P and Q by name; empty if the regularisation has no weight.
     """
-    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if name.endswith(_BASES)}
-    if not leaves or not budget.orth_reg_weight:
+    factors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name.endswith(_BASES)}
+    if not factors or not budget.orth_reg_weight:
         return {}
-    with torch.enable_grad():
-        total = torch.stack([_distance(name, leaf) for name, leaf in leaves.items()]).sum()
-        loss = budget.orth_reg_weight * share * (total / (2 * budget.layers))
-    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    with torch.enable_grad():  # stages run without autograd
+        distances = [_distance(name, factor) for name, factor in factors.items()]
+        mean = torch.stack(distances).sum() / (2 * budget.layers)  # two factors a layer
+        loss = budget.orth_reg_weight * share * mean
+    gradients = torch.autograd.grad(loss, list(factors.values()))
+    return dict(zip(factors, gradients, strict=True))
 
 
-class _Named:
+class _NamedParameters:
     """Stands for a model in PEFT's allocator, which reads named parameters only."""
 
     def __init__(self, factors: Mapping[str, nn.Parameter]) -> None:
@@ -85,17 +96,21 @@ class RankAllocation:
         """Starts anew, or from a saved state.
 
         Args:
-            adapter: The part's adapter by exported name, as it is before the next step. Parameters other than P, Λ and
-                Q are ignored.
+            adapter: The part's adapter by exported name, before the next step. Only P, Λ and Q are used.
             budget: Rank budget of the part.
-            state: State that `moments` returned; None to start anew. Tensors with other names are ignored.
+            state: State that `moments` returned; None to start anew. Tensors of optimiser moments are ignored.
         """
-        self._factors = {name: p for name, p in adapter.items() if name.endswith((_SINGULAR, *_BASES))}
+        self._factors: dict[str, nn.Parameter] = {}
+        self._nonzero: dict[str, Tensor] = {}
+        for name, parameter in adapter.items():
+            if name.endswith((_SINGULAR, *_BASES)):
+                self._factors[name] = parameter
+            if name.endswith(_SINGULAR):
+                self._nonzero[name] = parameter.detach() != 0
         self._budget = budget
-        self._model = _Named(self._factors)
+        self._model = _NamedParameters(self._factors)
         self._config = AdaLoraConfig(**budget.fields)
         self._allocator = RankAllocator(self._model, self._config, ADAPTER)
-        self._nonzero = {name: p.detach() != 0 for name, p in self._factors.items() if name.endswith(_SINGULAR)}
         self._restore(state or {})
 
     def allocate(self, gradients: Mapping[str, Tensor], position: int) -> None:
@@ -125,11 +140,11 @@ class RankAllocation:
     def _peft_step(self, position: int) -> int:
         """Returns the step number to pass to PEFT, and prepares the state that PEFT needs at this step.
 
-        PEFT expects one allocator to see every step. Here two things may differ:
+        PEFT expects one allocator to see every step. A part may miss steps, or lose its state:
 
-        - The last allocation was missed. It is made now, from the saved importance.
-        - All state was lost between two rounds. The last allocation is then made from the gradient of this step, and
-          after it values of Λ that are zero stay zero. (If all are zero, no allocation has been made yet.)
+        - If the last allocation was missed, it is made now, from the saved importance.
+        - If all state was lost between two rounds, the last allocation is made from the gradient of this step. After
+          the last allocation, values of Λ that are zero stay zero. (If all are zero, nothing was allocated yet.)
         """
         last = self._budget.last
         if position < last or self._allocator.exp_avg_ipt:
@@ -145,11 +160,12 @@ class RankAllocation:
     def moments(self) -> dict[str, Tensor]:
         """Returns the state on the CPU: smoothed importance, its uncertainty, and the mask of the remaining ranks."""
         state: dict[str, Tensor] = {}
-        for suffix, averages in ((_MEAN, self._allocator.exp_avg_ipt), (_UNCERTAINTY, self._allocator.exp_avg_unc)):
-            for name, average in averages.items():
-                state[f"{name.removesuffix(f'.{ADAPTER}')}{suffix}"] = average.to("cpu", copy=True)
-        for name, mask in (self._config.rank_pattern or {}).items():
-            state[f"{name.removesuffix(f'.{ADAPTER}')}{_MASK}"] = torch.tensor(mask)
+        for local, average in self._allocator.exp_avg_ipt.items():
+            state[f"{_exported(local)}{_MEAN}"] = average.to("cpu", copy=True)
+        for local, average in self._allocator.exp_avg_unc.items():
+            state[f"{_exported(local)}{_UNCERTAINTY}"] = average.to("cpu", copy=True)
+        for local, mask in (self._config.rank_pattern or {}).items():
+            state[f"{_exported(local)}{_MASK}"] = torch.tensor(mask)
         return state
 
     def position(self, round: int, step: int) -> int:
@@ -170,6 +186,11 @@ class RankAllocation:
             if mask is not None:
                 masks[local] = mask.tolist()
         self._config.rank_pattern = masks or None
+
+
+def _exported(local: str) -> str:
+    """Returns the exported name of a parameter, given its name in PEFT's allocator."""
+    return local.removesuffix(f".{ADAPTER}")
 
 
 def begin(

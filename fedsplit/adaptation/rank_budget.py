@@ -1,11 +1,11 @@
 """Rank budget of one part under AdaLoRA (2303.10512): the number of ranks, and the schedule of their reallocation.
 
 AdaLoRA distributes one budget of ranks over all layers of a model, by the importance of each rank to the loss. No
-party has all layers. So each part distributes a budget of its own over its own layers, by the gradients that it sees:
+party has all layers. So each part distributes a budget over the part's layers, by the gradients of the part:
 `target_r` ranks a layer on average. The result differs from AdaLoRA on the unsplit model if ranks would have moved
-from one part to another.
+between parts.
 
-This module needs no library, so that settings can be checked before any is loaded.
+This module needs no library, so that settings can be checked before any library is loaded.
 `fedsplit.adaptation.rank_allocation` allocates the ranks.
 """
 
@@ -50,7 +50,7 @@ FIELDS: Mapping[str, Validator] = {
 """Fields of PEFT's configuration that `lora.options` may set for a budget."""
 
 _START = Validator("true | false", lambda v: isinstance(v, bool))
-"""Values of `init_lora_weights`. PEFT's AdaLoRA ignores all others."""
+"""Values of `init_lora_weights`. PEFT's AdaLoRA ignores any further value."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class RankBudget:
         return (round - 1) * self.steps + min(step, self.steps)
 
     def stretched(self, steps: int) -> RankBudget:
-        """Returns the same schedule over another number of steps a round, with the phases at the same times."""
+        """Returns the schedule over a new number of steps a round, with the phases at the former times."""
         tinit = self.tinit * steps // self.steps
         tfinal = self.tfinal * steps // self.steps
         return dataclasses.replace(self, tinit=tinit, tfinal=tfinal, steps=steps)
@@ -184,9 +184,8 @@ def check_budget(config: Config) -> None:
     assert budget is not None
     if budget.target_r >= budget.init_r:
         possible = f"1 to {budget.init_r - 1}, below init_r" if budget.init_r > 1 else "none below init_r 1: raise that"
-        raise SettingError(
-            "lora.options", f"target_r {budget.target_r}", f"{possible}, so that ranks can be taken away"
-        )
+        words = f"{possible}, so that ranks can be taken away"
+        raise SettingError("lora.options", f"target_r {budget.target_r}", words)
     if budget.tinit >= budget.last:
         words = f"less than {budget.total} in all, a client's steps in all rounds, so that the budget can fall"
         raise SettingError("lora.options", f"tinit {budget.tinit} and tfinal {budget.tfinal}", words)

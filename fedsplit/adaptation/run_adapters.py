@@ -1,4 +1,4 @@
-"""Parts and adapters of a run, as its settings ask for them: LoRA and its kin, or virtual tokens and prefixes."""
+"""Parts and adapters by the settings of a run: adapters in the layers, or virtual tokens and prefixes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from fedsplit.adaptation import initial_adapter, lora, prompts
+from fedsplit.adaptation import adapter_files, initial_adapter, lora, prompts
 from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.rank_allocation import adapted_layers
@@ -26,7 +26,7 @@ from fedsplit.model.split import empty_part, load_parts
 from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, Layer
 
-_OF_THE_FILE = frozenset(
+_FILE_FIELDS = frozenset(
     {
         *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),
         *("rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters", "runtime_config"),
@@ -36,11 +36,11 @@ _OF_THE_FILE = frozenset(
 
 
 def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[Any]:
-    """Loads parts as a run's settings ask, without adapters.
+    """Loads parts by the settings of a run, without adapters.
 
     Args:
         config: Settings of the run.
-        kinds: Parts of one party. They are on one device.
+        kinds: Parts of one party, which share a device.
         classes: Number of classes, as for `fedsplit.model.split.load_parts`.
 
     Raises:
@@ -67,8 +67,8 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
     """Returns the adapters that parts will have, without values. No weight of the model is read.
 
     Args:
-        config: Settings of the run. They must ask neither for virtual tokens or prefixes, nor for adapters that are
-            computed from the base weights.
+        config: Settings of the run, without virtual tokens or prefixes, and without adapters that are computed from the
+            base weights.
         kinds: The parts.
 
     Returns:
@@ -88,9 +88,9 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
 
 
 def adapt(part: Part, config: Config) -> None:
-    """Adds the adapters that a run's settings ask for to a part, in place.
+    """Adds adapters by the settings of a run to a part, in place.
 
-    Training starts from the adapter that the settings name, if they name one.
+    With `--init-adapter`, the adapters start from the values of the initial adapter.
 
     Args:
         part: The part. Its base weights must be frozen already.
@@ -112,7 +112,7 @@ def _add(part: Part, config: Config) -> None:
 
 
 def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
-    """Selects the adapters of one part from those of the unsplit model.
+    """Selects the adapters of one part from the adapters of the unsplit model.
 
     Args:
         adapters: Adapters of the unsplit model.
@@ -126,10 +126,11 @@ def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, bloc
     prefixes = tuple(f"{family.decoder}.{family.blocks}.{block}." for block in blocks)
     if kind == "top":
         prefixes += (HEAD, SCORE)
-    folded = {layer: change for layer, change in adapters.folded.items() if layer.startswith(prefixes)}
-    layers = {layer: facts for layer, facts in adapters.layers.items() if layer.startswith(prefixes)}
-    tensors = {name: tensor for name, tensor in adapters.tensors.items() if name.startswith(prefixes)}
-    return Adapters(tensors, layers, folded)
+    return Adapters(
+        tensors={name: tensor for name, tensor in adapters.tensors.items() if name.startswith(prefixes)},
+        layers={name: layer for name, layer in adapters.layers.items() if name.startswith(prefixes)},
+        folded={name: change for name, change in adapters.folded.items() if name.startswith(prefixes)},
+    )
 
 
 def save(
@@ -154,12 +155,13 @@ def save(
         prompts.save(folder, adapters.tensors, config.prompt, config_folder(config.model), config.model, blocks)
     else:
         head = config.lm_head if kind in (None, "top") else "frozen"
-        lora.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
+        adapter_files.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
 
 
 def load(folder: Path) -> Adapters:
     """Reads an adapter of the unsplit model that `save` or PEFT wrote."""
-    return lora.load(folder) if prompts.kind_of(folder) is None else prompts.load(folder)
+    is_in_layers = prompts.kind_of(folder) is None
+    return adapter_files.load(folder) if is_in_layers else prompts.load(folder)
 
 
 def check_made_by(folder: Path, config: Config, family: Family) -> None:
@@ -183,7 +185,7 @@ def check_made_by(folder: Path, config: Config, family: Family) -> None:
 def difference(
     folder: Path, config: Config, family: Family, ignored: Collection[str | None] = ()
 ) -> tuple[str, object, object] | None:
-    """Returns the first field in which an adapter's configuration differs from the one that settings lead to.
+    """Returns the first field of an adapter's configuration that does not follow from settings.
 
     Args:
         folder: Folder of the adapter.
@@ -192,7 +194,7 @@ def difference(
         ignored: Names of fields that may differ.
 
     Returns:
-        Name of the field, its value in the file, and its value by the settings; None where no field differs.
+        Name of the field, its value in the file, and its value by the settings; None if no field differs.
     """
     actual_config = PeftConfig.from_pretrained(str(folder))
     if config.prompt.kind != "off":
@@ -203,8 +205,8 @@ def difference(
     else:
         expected_config = make_config(for_file(config), family, None, config.seed, config.lm_head)
         if method_of(config.lora).residual:
-            expected_config.init_lora_weights = True  # as `lora.save` writes it
-        names = [entry.name for entry in fields(expected_config) if entry.name not in _OF_THE_FILE]
+            expected_config.init_lora_weights = True  # as `adapter_files.save` writes it
+        names = [entry.name for entry in fields(expected_config) if entry.name not in _FILE_FIELDS]
         expected_values = {name: getattr(expected_config, name) for name in names}
 
     for name, expected in expected_values.items():
@@ -229,9 +231,9 @@ def adopt(folder: Path, config: Config, *parts: Part) -> None:
 
     Args:
         folder: Folder of the adapter of the unsplit model.
-        config: Settings of the run. The file of virtual tokens or prefixes has the output of the encoders, which
-            replaces the encoders.
-        *parts: The parts, with base weights as they were loaded. Adapters of other parts are ignored.
+        config: Settings of the run. For virtual tokens or prefixes, embeddings with the output of the encoders take the
+            place of the encoders.
+        *parts: The parts, with base weights as they were loaded. Adapters of further parts are ignored.
     """
     adapters = load(folder)
     if config.prompt.kind != "off":

@@ -32,7 +32,7 @@ def load_measures(config: Config, objects: Objects = NOTHING) -> Measures:
     """
     defaults = {"model": str(config_folder(config.model))}
     objective = load_objective(config.objective, config.objective_options, defaults, objects.objective)
-    return objective, load_metrics(config.metric, defaults, objects.metrics)
+    return objective, load_metrics(config.metric, defaults, objects.metrics, config.metric_options)
 
 
 def check_measures(config: Config, measures: Measures, classes: int = 0) -> None:

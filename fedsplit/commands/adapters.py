@@ -237,7 +237,7 @@ def _combine(flags: argparse.Namespace) -> list[str]:
     adapters = [_with_base(find_adapter(folder), flags.model) for folder in flags.runs]
     check_same_base(adapters)
     _check_out(flags.out)
-    from fedsplit.results.merging import combine
+    from fedsplit.results.combining import combine
 
     rank = combine(adapters, weights, flags.how, flags.out, flags.rank)
     terms = " + ".join(f"{weight:g} * {adapter.name}" for weight, adapter in zip(weights, adapters, strict=True))

@@ -22,7 +22,7 @@ from fedsplit.settings.sections import TrainSettings
 from fedsplit.trunk.schedules import SCHEDULES
 
 if TYPE_CHECKING:
-    from fedsplit.corpora.partition import Partition
+    from fedsplit.corpora.sharding import Partition
 
 
 def learning_parts(config: Config, blocks: int) -> list[str]:

@@ -13,7 +13,7 @@ from fedsplit.settings.config import Config
 from fedsplit.settings.flags import Parser, parse
 
 if TYPE_CHECKING:
-    from fedsplit.corpora.partition import Partition
+    from fedsplit.corpora.sharding import Partition
 
 
 def look(config: Config) -> Partition:

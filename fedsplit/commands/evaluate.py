@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
 from fedsplit.errors import SettingError
+from fedsplit.loading import OBJECT, name_of
 from fedsplit.results.finished import Adapter, Run, open_run
-from fedsplit.scores import Score, pooled
+from fedsplit.scores import Score, means, pooled
 from fedsplit.settings.config import SETTINGS, Config
 from fedsplit.settings.documents import build, from_document
-from fedsplit.settings.flags import Parser, add_setting, flag_of
+from fedsplit.settings.flags import Parser, add_setting, flag_of, options_of
 from fedsplit.settings.sections import DataSettings
 from fedsplit.settings.validators import DEVICE
 
 if TYPE_CHECKING:
     from fedsplit.corpora.sequences import Sequences
+    from fedsplit.metrics.metric import Metric
 
 
 Texts = list[tuple[str, list["Sequences"]]]
@@ -200,6 +202,7 @@ def evaluate(
     data: DataSettings | None = None,
     device: str = "cpu",
     tell: Callable[[str, int, int], object] = lambda text, done, of: None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> list[Result]:
     """Measures a finished run's model, and its base model for comparison.
 
@@ -212,6 +215,7 @@ def evaluate(
         data: Settings to read another data set; None: as in the run (see `other_data`).
         device: Device to compute on, as in the setting of that name.
         tell: Function called before each measurement with its description, the number done and the number in all.
+        metrics: Metrics by name; none where not given. See `metrics_of`.
 
     Returns:
         A result for every client, or for every owner of another data set.
@@ -234,7 +238,7 @@ def evaluate(
 
     def measured(model: Any, description: str, name: str, batches: Sequence[Sequences]) -> Score:
         tell(f"{description}, text of {name}", next(done), total)
-        return score(model, batches)
+        return score(model, batches, metrics)
 
     def opened(adapter: Adapter) -> Any:
         return open_held(adapter, resolve(device), classes=len(classes), seed=seed)
@@ -261,6 +265,54 @@ def _classes(config: Config) -> tuple[str, ...]:
     return partition_of(config).classes if config.data.format == "classification" else ()
 
 
+def metrics_of(config: Config, specs: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Metric], list[str]]:
+    """Makes the metrics of a run, and further ones.
+
+    Args:
+        config: Settings of the run. A metric of the run that cannot be made any more is left out.
+        specs: Names of further metrics, as `fedsplit.simulate --metric` takes them. A further metric replaces a metric
+            of the run that is reported under the same name.
+        options: Keyword arguments, by NAME.KEY. They win over the run's.
+
+    Returns:
+        The metrics by name, and a line about each metric that is left out.
+
+    Raises:
+        SettingError: A further metric cannot be made, or an option is for no metric.
+    """
+    from fedsplit.client.measures import check_measures, load_measures
+
+    replaced = {name_of(spec) for spec in specs}
+    merged = {key: value for key, value in config.metric_options.items() if key.partition(".")[0] not in replaced}
+    merged |= options
+    loaded: dict[str, Metric] = {}
+    left_out = []
+    chosen = [spec for spec in config.metric if name_of(spec) not in replaced]
+    names = {name_of(spec) for spec in (*chosen, *specs)}
+    for key, value in options.items():
+        if key.partition(".")[0] not in names:
+            allowed = f"an option of {' | '.join(sorted(names))}" if names else "no option without --metric"
+            raise SettingError(f"metric.{key}", value, allowed)
+
+    for spec in (*chosen, *specs):
+        of_metric = {key: value for key, value in merged.items() if key.partition(".")[0] == name_of(spec)}
+        alone = replace(
+            config, objective="cross_entropy", objective_options={}, metric=(spec,), metric_options=of_metric
+        )
+        try:
+            if spec.endswith(OBJECT):
+                raise SettingError("metric", spec, "a name; this metric was an object of a program")
+            measures = load_measures(alone)
+            check_measures(alone, measures, len(_classes(config)))
+        except SettingError as error:
+            if spec in specs:
+                raise
+            left_out.append(f"without the run's metric {name_of(spec)}: {error}")
+        else:
+            loaded |= measures[1]
+    return loaded, left_out
+
+
 def lines(results: Sequence[Result], classifies: bool = False) -> list[str]:
     """Returns results as the lines of a table, with the total in the last line.
 
@@ -283,14 +335,25 @@ def lines(results: Sequence[Result], classifies: bool = False) -> list[str]:
         rows: list[tuple[str, ...]] = [("", "texts", "loss", "accuracy")]
     else:
         rows = [("", "tokens", "loss", "perplexity", "accuracy")]
+    names = list(total.tuned.metrics)
+    rows[0] = (*rows[0], *names)
     for result in (*results, total):
         before = result.base
         after = result.tuned
         row = [result.name, f"{after.tokens:,}", f"{before.loss:.4f} -> {after.loss:.4f}"]
         if not classifies:
             row.append(f"{perplexity(before.loss):.2f} -> {perplexity(after.loss):.2f}")
-        rows.append((*row, f"{before.accuracy:.2%} -> {after.accuracy:.2%}"))
+        row.append(f"{before.accuracy:.2%} -> {after.accuracy:.2%}")
+        means_before = means(before.metrics)
+        means_after = means(after.metrics)
+        row += [f"{_mean(means_before[name])} -> {_mean(means_after[name])}" for name in names]
+        rows.append(tuple(row))
     return aligned(rows)
+
+
+def _mean(value: float | None) -> str:
+    """Returns the mean of a metric as the table shows it; a dash for a mean of nothing."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def make_parser() -> Parser:
@@ -322,6 +385,8 @@ def make_parser() -> Parser:
         "--device", default="cpu", metavar="NAME", help=f"device to compute on: {DEVICE.words} (default: cpu)"
     )
     parser.add_argument("--model", default="", metavar="DIR", help="folder of the base model, if it was moved")
+    add_setting(parser, "metric", "the run's")
+    parser.epilog = "--metric.NAME.KEY VALUE sets a keyword argument of the metric called NAME."
     data = parser.add_argument_group("data", "Ways to read the other data set.")
     for name in READING:
         add_setting(data, name, None if name in NOT_INHERITED else "the run's")
@@ -346,7 +411,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> None:
-        flags = make_parser().parse_args(argv)
+        parser = make_parser()
+        flags, rest = parser.parse_known_args(argv)
+        options = build({}, metric_options=options_of(rest, parser, ["metric"])["metric"]).metric_options
         if flags.samples < 0:
             raise SettingError("samples", flags.samples, "a whole number of at least 0")
         if not DEVICE.test(flags.device):
@@ -356,11 +423,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = replace(run, config=replace(run.config, model=flags.model))
         data = other_data(run.config, _given(flags))
         quieten(offline=not flags.dataset)
+        further = getattr(flags, "metric", [])
+        metrics, left_out = metrics_of(run.config, build({"metric": further}).metric, options)
 
         from fedsplit.events.screen import make_screen
 
         with make_screen(errors=True) as screen:
-            results = evaluate(run, flags.dataset, flags.client, flags.samples, data, flags.device, screen.phase)
-        print(*lines(results, run.config.data.format == "classification"), sep="\n")
+            results = evaluate(
+                run, flags.dataset, flags.client, flags.samples, data, flags.device, screen.phase, metrics
+            )
+        print(*lines(results, run.config.data.format == "classification"), *left_out, sep="\n")
 
     return exit_code(work)

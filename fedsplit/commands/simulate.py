@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedsplit.commands.exit_codes import exit_code
+from fedsplit.commands.exit_codes import ENDED_EARLY, exit_code
 from fedsplit.environment import prepare
 from fedsplit.events import Sink
 from fedsplit.objects import NOTHING, Objects
@@ -73,7 +74,7 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
     else:
         check_folder(folder)
     check_optimizer(config.train)
-    check_sinks(config.sinks)
+    check_sinks(config.sinks, config.sink_options)
 
     def make_strategy() -> Any:
         if objects.strategy is not None:
@@ -147,7 +148,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     shares = plan(config, facts.width)
     train = replace(config.train, micro_batches=shares.micro_batches)
     config = replace(config, model=pinned(config.model), train=train)
-    users = [*make_sinks(config.sinks), *sinks]
+    users = [*make_sinks(config.sinks, config.sink_options), *sinks]
     with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
         for line in _opening(config, facts, shares, deal):
             emit(Notice(text=line))
@@ -157,7 +158,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
             results.save_data(as_document(deal))
             work = workloads(config, deal.shards)
             job = Job(config, strategy, work, results, emit, started)
-            federation = Federation(job, session.trunk, session.name, shares.client_threads)
+            federation = Federation(job, session, shares.client_threads)
             with on_disks(results.clients, deal.shards):
                 session.play(federation)
         if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
@@ -193,10 +194,14 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for what it returns."""
 
-    def work() -> None:
+    def work() -> int:
         config = parse(argv)
         prepare()
         warnings.simplefilter("ignore")
-        run(config)
+        summary = run(config)
+        if summary["complete"]:
+            return 0
+        print(f"fedsplit: the run ended early: {summary['ended']}", file=sys.stderr)
+        return ENDED_EARLY
 
     return exit_code(work)

@@ -1,4 +1,4 @@
-"""From chats to tokens by the tokenizer's template, with labels on the assistant's turns.
+"""Encodes chats by the tokenizer's template, with labels on the assistant's turns.
 
 Every label is proved against the text. The text of a chat is cut into pieces where the assistant begins and ends to
 speak. A token is predicted if it belongs to a piece of the assistant's. No token lies in two pieces.
@@ -52,11 +52,11 @@ class _Turn:
         return self.start, len(self.text)
 
 
-def check_chat(chat: Any) -> Chat:
-    """Checks that a value is a chat, and returns it.
+def check_chat(chat: object) -> Chat:
+    """Makes sure that a value is a chat, and returns it.
 
     Raises:
-        ValueError: The value is no chat, or the assistant has no turn. The message tells what is allowed.
+        ValueError: The value is no chat, or the assistant has no turn. The message describes possible values.
 
     Example:
         >>> check_chat([{"role": "user", "content": "hello"}])
@@ -76,9 +76,9 @@ def check_chat(chat: Any) -> Chat:
 def read_chat(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[list[int], list[int]]]:
     """Returns the tokens of a chat, with labels on the assistant's turns.
 
-    Most templates only add to the text of earlier turns; then the chat is one sequence. Templates of reasoning models
-    leave out the reasoning of earlier turns; then every turn of the assistant's is a separate sequence, behind the
-    prompt that the model reads when it writes that turn.
+    Most templates only add to the text of earlier turns, so that the chat is one sequence. Templates of reasoning
+    models leave out the reasoning of earlier turns. Every turn of the assistant's is then a separate sequence, behind
+    the prompt that the model reads when it writes the turn.
 
     Args:
         tokenizer: Tokenizer of the model, with a chat template.
@@ -88,7 +88,7 @@ def read_chat(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[list[int], lis
         Token ids and labels of each sequence.
 
     Raises:
-        ValueError: The template refuses the chat, or the assistant's words cannot be located in its text.
+        ValueError: The template refuses the chat, or the assistant's words cannot be located in the text.
     """
     try:
         texts = _texts_with_spans(tokenizer, chat)
@@ -112,7 +112,7 @@ def _texts_with_spans(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[str, l
             return [(full_text, _marked(tokenizer, chat, turns))]
         return [(full_text, [_without_trailing_space(tokenizer, turn) for turn in turns])]
 
-    # The template rewrites earlier turns: each turn has a text of its own.
+    # The template rewrites earlier turns: each turn gets a separate text.
     texts = []
     for turn, end in zip(turns, ends, strict=True):
         if has_marks:
@@ -152,7 +152,7 @@ def _prompt(tokenizer: TextTokenizer, chat: Chat) -> str:
 
 
 def _first_prompt(tokenizer: TextTokenizer, chat: Chat) -> str:
-    """Returns the text before the words of an assistant who speaks first: templates have no prompt for that."""
+    """Returns the text before the words of an assistant who speaks first. Templates have no prompt for this case."""
     head = _head(tokenizer, chat)
     text = render(tokenizer.library, chat)
     text_and_prompt = render(tokenizer.library, chat, prompt=True)
@@ -163,11 +163,11 @@ def _first_prompt(tokenizer: TextTokenizer, chat: Chat) -> str:
 
 
 def _head(tokenizer: TextTokenizer, chat: Chat) -> str:
-    """Returns the text before the words of a chat's last message: the part that is the same for any words."""
+    """Returns the text before the words of a chat's last message."""
     last = chat[-1]
     texts_of_message = [key for key, value in last.items() if key != "role" and isinstance(value, str)]
     rendered = []
-    for words in ("A", "B"):
+    for words in ("A", "B"):  # the text before the words is common to both
         message = last | dict.fromkeys(texts_of_message, words)
         rendered.append(render(tokenizer.library, [*chat[:-1], message]))
     return rendered[0][: _common_length(*rendered)]
@@ -182,7 +182,7 @@ def _common_length(left: str, right: str) -> int:
 
 
 def _shown(text: str, other: str) -> str:
-    """Returns the characters of a text around the first difference from another text."""
+    """Returns the characters of a text around the first difference from a second text."""
     place = _common_length(text, other)
     return repr(text[max(0, place - 20) : place + 20])
 
@@ -202,7 +202,7 @@ def _marked(tokenizer: TextTokenizer, chat: Chat, turns: Sequence[_Turn], since:
         tokenizer: Tokenizer of the model.
         chat: Messages of the chat.
         turns: The turns to look at.
-        since: Place in the text from which marks must belong to these turns; earlier marks belong to other turns.
+        since: Place in the text from which marks must belong to the turns. Earlier marks belong to further turns.
 
     Raises:
         _UnclearError: A mark lies outside of the turns, or the marks leave out some of a turn's words.
@@ -234,7 +234,10 @@ def _labelled(tokenizer: TextTokenizer, text: str, spans: Sequence[Span]) -> tup
     """
     if not is_text(text):
         raise _UnclearError("a chat in whole characters (it has half of one, which UTF-8 cannot write)")
-    bounds = sorted({0, len(text), *(place for span in spans for place in span)})
+    places = {0, len(text)}
+    for start, end in spans:
+        places |= {start, end}
+    bounds = sorted(places)
     pieces = _pieces(tokenizer, text, bounds)
     ids: list[int] = []
     labels: list[int] = []
@@ -248,8 +251,8 @@ def _labelled(tokenizer: TextTokenizer, text: str, spans: Sequence[Span]) -> tup
 def _pieces(tokenizer: TextTokenizer, text: str, bounds: Sequence[int]) -> list[list[int]]:
     """Returns the token ids of each piece of a text.
 
-    These are the tokens of the undivided text if no token lies in two pieces. Otherwise each piece is encoded alone, as
-    a prompt is when the model continues from it.
+    If no token lies in two pieces, the tokens are those of the undivided text. Otherwise each piece is encoded alone,
+    as a prompt is before the model continues it.
     """
     texts = [text[start:end] for start, end in pairwise(bounds)]
     undivided, first = tokenizer.encode_verbatim([text, texts[0]])
@@ -257,7 +260,7 @@ def _pieces(tokenizer: TextTokenizer, text: str, bounds: Sequence[int]) -> list[
     if [token for piece in alone for token in piece] == undivided:
         return alone
 
-    # Beginnings of the text whose tokens begin the undivided tokens show where to cut these.
+    # If the tokens of every beginning of the text begin the undivided tokens, their numbers show where to cut.
     beginnings = tokenizer.encode_verbatim([text[:end] for end in bounds[1:]])
     if all(undivided[: len(ids)] == ids for ids in beginnings):
         ends = [len(ids) for ids in beginnings]

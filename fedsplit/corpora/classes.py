@@ -11,8 +11,8 @@ from fedsplit.errors import SettingError
 def classes_of(table: Table, column: str) -> tuple[str, ...]:
     """Returns the names of all classes, in the order of their numbers.
 
-    Whole numbers in the column are class numbers, from 0 to the largest. Any other values are class names, numbered in
-    alphabetical order.
+    Whole numbers in the column are class numbers, from 0 to the largest. Values of any further type are class names,
+    numbered in alphabetical order.
 
     Args:
         table: The data set.
@@ -26,14 +26,16 @@ def classes_of(table: Table, column: str) -> tuple[str, ...]:
         ('glad', 'sad')
     """
     values = table.column("data.label", column)
-    if names := table.classes.get(column):
+    names = table.classes.get(column)
+    if names:
         return tuple(names)
 
     numbers = [value for value in values if _is_number(value)]
     for row, value in enumerate(values, 1):
-        is_invalid = value is None or isinstance(value, float | list | dict) or (isinstance(value, int) and value < 0)
+        is_negative = isinstance(value, int) and value < 0
+        is_invalid = value is None or isinstance(value, float | list | dict)
         is_mixed = bool(numbers) and not _is_number(value)
-        if is_invalid or is_mixed:
+        if is_invalid or is_negative or is_mixed:
             raise _bad_label(table, row, value, "rows whose labels are all names, or all whole numbers from 0 on")
 
     count = max(numbers, default=-1) + 1
@@ -42,7 +44,8 @@ def classes_of(table: Table, column: str) -> tuple[str, ...]:
         row = values.index(max(numbers)) + 1
         raise _bad_label(table, row, max(numbers), "rows whose labels number few classes, from 0 on")
 
-    classes = tuple(map(str, range(count))) if numbers else tuple(sorted(map(str, set(values))))
+    named = sorted(str(value) for value in set(values))
+    classes = tuple(map(str, range(count))) if numbers else tuple(named)
     if len(classes) < 2:
         needed = f"a column of labels of two classes or more, unlike {column} of {table.dataset}"
         raise SettingError("data.label", column, needed)
@@ -53,7 +56,7 @@ def numbers_of(table: Table, column: str, classes: Sequence[str]) -> list[int]:
     """Returns the class number of every row.
 
     Args:
-        table: A data set: the one that the classes come from, or another.
+        table: The data set that the classes come from, or a further data set with these classes.
         column: Column of the labels.
         classes: Names of the classes.
 

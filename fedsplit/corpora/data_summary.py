@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsplit.corpora.partition import Partition
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.corpora.sharding import Partition
 from fedsplit.errors import InputError
 from fedsplit.report import aligned
 

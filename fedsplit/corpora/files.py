@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 Columns = Mapping[str, Sequence[Any]]
-"""Values of each column; all columns have the same length."""
+"""Values of each column. All columns have equal lengths."""
 
 READ_HERE = (".csv", ".json", ".jsonl")
 """Endings of the files that `read_rows` reads."""
 
 _ENCODING = "utf-8-sig"
-"""UTF-8; a byte order mark at the beginning is skipped."""
+"""UTF-8 without the byte order mark that may precede the text."""
 
 _WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")
 
@@ -42,14 +42,14 @@ def read_rows(paths: Sequence[Path], numbers: Collection[str] = ()) -> Columns:
 
     Args:
         paths: Files that end in one of `READ_HERE`.
-        numbers: Columns of CSV files to read as whole numbers, if all their values look like whole numbers.
+        numbers: Columns of CSV files to read as whole numbers, if all values of the column look like whole numbers.
 
     Returns:
-        All columns of all files, with None for missing values. Of two columns of one name (see `doubled_columns`) only
-        one is returned.
+        All columns of all files, with None for missing values. Of two columns with one name (see `doubled_columns`),
+        only the second is returned.
 
     Raises:
-        ValueError: A file cannot be read. The message is one line and tells the line of the file.
+        ValueError: A file cannot be read. The message is one line, with the line of the file.
 
     Example:
         >>> import tempfile
@@ -86,7 +86,7 @@ def doubled_columns(paths: Sequence[Path]) -> frozenset[str]:
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a CSV file, all values as they are written; an empty or missing value is None."""
+    """Reads the rows of a CSV file. All values are texts; an empty or missing value is None."""
     csv.field_size_limit(sys.maxsize)  # a text may be longer than the library's limit of 128 KiB
     rows: list[dict[str, Any]] = []
     with path.open(encoding=_ENCODING, newline="") as file:
@@ -110,7 +110,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _header(values: Sequence[str]) -> list[str]:
-    """Returns the names of the columns; an empty name, such as that of pandas' index, becomes `column N`."""
+    """Returns the names of the columns. An empty name, which pandas gives its index, becomes `column N`."""
     return [value or f"column {place}" for place, value in enumerate(values, 1)]
 
 
@@ -149,8 +149,10 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _fault(error: ValueError) -> str:
-    """Returns the reason of an error and its column; json's line number counts within the parsed text, not the file."""
-    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
+    """Describes an error of a line, without json's line number, which counts within the line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (column {error.colno})"
+    return str(error)
 
 
 def _rows_of_list(path: Path) -> list[dict[str, Any]]:
@@ -170,7 +172,7 @@ def _rows_of_list(path: Path) -> list[dict[str, Any]]:
 
 
 def _single_object(path: Path) -> dict[str, Any] | None:
-    """Reads a file that holds one object, written over several lines; returns None if the file holds anything else."""
+    """Reads a file that holds one object, written over several lines. Returns None for any further file."""
     try:
         row = json.loads(path.read_text(encoding=_ENCODING))
     except ValueError:

@@ -1,4 +1,4 @@
-"""From rows of a table to tokens and labels, for four formats: text, completion, chat and classification.
+"""Encodes rows of a table as tokens and labels, for four formats: text, completion, chat and classification.
 
 `read_rows` turns rows into tokens, one or more sequences a row. `fit` then cuts or packs them to a length.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fedsplit.corpora.chats import check_chat, read_chat
 from fedsplit.corpora.classes import numbers_of
@@ -21,10 +20,10 @@ from fedsplit.model.vocabulary import TextTokenizer, is_text, open_tokenizer
 from fedsplit.settings.sections import DataSettings
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
-"""A function from texts to their token ids."""
+"""Returns the token ids of texts."""
 
 Tokens = list[tuple[int, Sequence[int], Sequence[int]]]
-"""Number of a row, from 0, with token ids and labels; a row may appear several times, once for each sequence."""
+"""Number of the row, from 0, token ids and labels of each sequence. A row may have several sequences."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,12 @@ class Reading:
 
     @property
     def packs(self) -> bool:
-        """Tells whether a sequence may hold several texts."""
+        """True if a sequence may hold several texts."""
         return self.data.packing == "true" or (self.data.packing == "auto" and self.format == "text")
 
 
 def format_of(table: Table, data: DataSettings) -> str:
-    """Returns the format of a table's rows: the one that is set, or else the one that the columns tell.
+    """Returns the format of a table's rows, by the setting `data.format`, or under "auto" by the columns.
 
     Raises:
         SettingError: The columns fit no format.
@@ -83,7 +82,7 @@ class Texts:
 
     Attributes:
         rows: A sequence for each text; several for some chats.
-        empty: Number of rows left out because they hold no text.
+        empty: Number of rows without text, which are left out.
     """
 
     rows: list[Row]
@@ -91,11 +90,11 @@ class Texts:
 
 
 def read_rows(table: Table, reading: Reading) -> Texts:
-    """Turns every row of a table into tokens and labels; leaves out rows without text.
+    """Encodes every row of a table as tokens and labels. Rows without text are left out.
 
     Args:
         table: The data set.
-        reading: The way to read it.
+        reading: The way to read the table.
 
     Raises:
         SettingError: A column is missing, a row lacks a value, or no row has text.
@@ -122,7 +121,7 @@ def read_rows(table: Table, reading: Reading) -> Texts:
 
 
 def _with_classes(rows: Sequence[Row], class_numbers: Sequence[int], classes: Sequence[str]) -> list[Row]:
-    """Returns rows with their class: its number to predict, and its name for the data summary."""
+    """Adds the class to each row: the number to predict, and the name for the data summary."""
     classified = []
     for row in rows:
         number = class_numbers[row.source]
@@ -131,7 +130,11 @@ def _with_classes(rows: Sequence[Row], class_numbers: Sequence[int], classes: Se
 
 
 def _keys(table: Table, reading: Reading) -> Sequence[str]:
-    """Returns the key that each row is partitioned by: its owner, or the value of another column."""
+    """Returns the key that each row is partitioned by: the owner, or the value of the column that `--partition` names.
+
+    Raises:
+        SettingError: The column is missing, or a row has no value.
+    """
     column = reading.column or reading.data.owner
     default = DataSettings().owner
     if not reading.column and column == default and column not in table.columns:
@@ -148,7 +151,7 @@ def _keys(table: Table, reading: Reading) -> Sequence[str]:
 
 
 def _texts(table: Table, setting: str, name: str) -> dict[int, str]:
-    """Returns the texts of a column by row number; rows without a value are left out.
+    """Returns the texts of a column by row number. Rows without a value are left out.
 
     Raises:
         SettingError: The column is missing, or holds a value that is no text.
@@ -167,16 +170,17 @@ def _texts(table: Table, setting: str, name: str) -> dict[int, str]:
     return texts
 
 
-def _shortened_value(value: Any) -> str:
+def _shortened_value(value: object) -> str:
     text = str(value)
     return f"{text[:40]}…" if len(text) > 40 else text
 
 
 def _encoded(table: Table, reading: Reading, encode: Encode) -> dict[int, list[int]]:
-    """Returns the token ids of each text by row number; strips white space first and leaves out empty texts."""
+    """Returns the token ids of each text by row number. Texts are stripped, and empty texts left out."""
     texts = {}
     for number, text in _texts(table, "data.text", reading.data.text).items():
-        if stripped := text.strip():
+        stripped = text.strip()
+        if stripped:
             texts[number] = stripped
     encoded = zip(texts, encode(list(texts.values())), strict=True)
     return {number: ids for number, ids in encoded if ids}
@@ -186,14 +190,15 @@ def _text(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
     """Returns texts with the end token; every token is predicted."""
     tokens: Tokens = []
     for number, ids in _encoded(table, reading, tokenizer.encode_prompt).items():
-        if len(ids) > len(tokenizer.beginning):  # else the text has no tokens beside the tokenizer's special ones
+        has_tokens = len(ids) > len(tokenizer.beginning)  # beside the special tokens that the tokenizer adds
+        if has_tokens:
             ended = tokenizer.end_text(ids, reading.end)
             tokens.append((number, ended, ended))
     return tokens
 
 
 def _classified(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
-    """Returns texts with the tokenizer's special tokens at both ends; the class is read off the last token."""
+    """Returns texts with the tokenizer's special tokens at both ends. The last token predicts the class."""
     return [(number, ids, ids) for number, ids in _encoded(table, reading, tokenizer.encode).items()]
 
 
@@ -209,7 +214,7 @@ def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
 
     tokens: Tokens = []
     for number, (before, after) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-        if not prompts[number]:  # then the completion is the beginning of the text
+        if not prompts[number]:  # without a prompt, the completion begins the text
             (after,) = tokenizer.encode_verbatim([completions[number]])
         ended = tokenizer.end_text(after, reading.end)
         ignored = [IGNORED] * len(before)
@@ -218,7 +223,11 @@ def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
 
 
 def _complete_column(table: Table, setting: str, name: str) -> list[str]:
-    """Returns the texts of a column in which no row lacks one."""
+    """Returns the texts of a column.
+
+    Raises:
+        SettingError: A row has no text.
+    """
     texts = _texts(table, setting, name)
     for number in range(len(table)):
         if number not in texts:
@@ -228,7 +237,7 @@ def _complete_column(table: Table, setting: str, name: str) -> list[str]:
 
 
 def _chat(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
-    """Returns chats as the chat template writes them; only the assistant's turns, with their ends, are predicted."""
+    """Returns chats as the chat template writes them. Only the assistant's turns, with their ends, are predicted."""
     chats = table.column("data.messages", reading.data.messages)
     if not getattr(tokenizer.library, "chat_template", None):
         needed = "a model whose tokenizer has a chat template, which --data.format chat needs"
@@ -250,8 +259,8 @@ class Fitted:
 
     Attributes:
         rows: The sequences.
-        cut: Number of texts that lost their end because they were longer.
-        dropped: Number of texts left out because nothing was left to predict after the cut.
+        cut: Number of texts that were too long, and lost their end.
+        dropped: Number of texts with nothing left to predict after the cut, which are left out.
     """
 
     rows: list[Row]
@@ -260,21 +269,24 @@ class Fitted:
 
 
 def joined(parts: Sequence[Fitted]) -> Fitted:
-    """Returns the sequences of several results, with their counts added."""
-    rows = [row for part in parts for row in part.rows]
-    return Fitted(rows, sum(part.cut for part in parts), sum(part.dropped for part in parts))
+    """Joins several results: all sequences, and the sums of the counts."""
+    return Fitted(
+        rows=[row for part in parts for row in part.rows],
+        cut=sum(part.cut for part in parts),
+        dropped=sum(part.dropped for part in parts),
+    )
 
 
 def fit(rows: Sequence[Row], reading: Reading, length: int) -> Fitted:
     """Cuts or packs texts of one owner into sequences of at most `length` tokens.
 
     Packed text is one stream, cut into full sequences: nothing is padded, and the incomplete last sequence is dropped.
-    Packed texts of other formats are put into a sequence whole, as long as they fit. Either way a token attends to all
-    tokens before it in its sequence, even to those of earlier texts.
+    Packed texts of further formats are put into a sequence whole, as long as they fit. A token attends to all earlier
+    tokens of the sequence, even to tokens of earlier texts.
 
     Args:
         rows: The texts.
-        reading: The way they were read, which says whether to pack them.
+        reading: The way to read the table, with the setting `data.packing`.
         length: Largest number of tokens in a sequence.
 
     Example:
@@ -297,12 +309,10 @@ def fit(rows: Sequence[Row], reading: Reading, length: int) -> Fitted:
 
 
 def _shortened(row: Row, length: int, pad: int) -> Row:
-    """Returns a text cut to a length; a classified text also loses padding tokens at its end.
-
-    transformers reads the class off the last token that is no padding token.
-    """
+    """Cuts a text to a length. A classified text also loses padding tokens at its end."""
     end = min(len(row.ids), length)
     if row.target is not None:
+        # transformers takes the class from the last token that is no padding token.
         while end and row.ids[end - 1] == pad:
             end -= 1
     if len(row.ids) == end:
@@ -332,8 +342,8 @@ def by_source(rows: Sequence[Row]) -> list[list[Row]]:
 def _packed(rows: Sequence[Row], length: int) -> list[Row]:
     """Packs whole texts, in their order, into sequences of at most `length` tokens.
 
-    A chat of several sequences follows earlier texts only if all of the chat fits there; otherwise it begins a new
-    sequence. So two packed sequences share a chat only if both begin with it, and both carry its number as source.
+    A chat of several sequences follows earlier texts only if the whole chat fits there. Otherwise the chat begins a new
+    sequence. So two packed sequences share a chat only if both begin with the chat, and have its number as source.
     """
     packed: list[Row] = []
     for text in by_source(rows):
@@ -350,5 +360,5 @@ def _packed(rows: Sequence[Row], length: int) -> list[Row]:
 
 
 def _appended(before: Row, row: Row) -> Row:
-    """Joins two texts. The first token of the second is not predicted, just as when that text stands alone."""
+    """Joins two texts. The first token of the second text is not predicted, as in a sequence without earlier texts."""
     return replace(before, ids=[*before.ids, *row.ids], labels=[*before.labels, IGNORED, *row.labels[1:]])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.parsing import PartitionSpec
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 
 def divide(keys: Sequence[str], spec: PartitionSpec, clients: int, seed: int, least: int) -> list[list[int]]:
@@ -17,10 +20,11 @@ def divide(keys: Sequence[str], spec: PartitionSpec, clients: int, seed: int, le
 
     Args:
         keys: Key of each sequence: its owner, class or column value. Skewed partitioners draw by these keys.
-        spec: The partitioner and its parameters; any but "natural" and "auto".
+        spec: The partitioner and its parameters; not "natural" or "auto".
         clients: Number of clients.
         seed: Seed of the draw.
-        least: Number of sequences that each client needs. Only "dirichlet" heeds it; it draws until each has enough.
+        least: Number of sequences that each client needs. Only "dirichlet" uses the number, and draws until each client
+            has enough.
 
     Returns:
         Indices into `keys` for each client.
@@ -33,7 +37,7 @@ def divide(keys: Sequence[str], spec: PartitionSpec, clients: int, seed: int, le
         >>> [len(part) for part in parts], sorted(parts[0] + parts[1])
         ([4, 2], [0, 1, 2, 3, 4, 5])
     """
-    import datasets  # takes seconds to import, as does flwr_datasets; the default run needs neither
+    import datasets  # not at the top: the imports of both libraries take seconds, and the default run needs neither
 
     datasets.disable_progress_bars()
     generator = torch.Generator().manual_seed(derive_seed(seed, "partition"))
@@ -42,14 +46,18 @@ def divide(keys: Sequence[str], spec: PartitionSpec, clients: int, seed: int, le
     key_numbers = {key: number for number, key in enumerate(sorted(set(keys)))}
 
     partitioner = _partitioner(spec, clients, seed, least)
-    columns = {"index": order, "key": shuffled_keys, "key_number": [key_numbers[key] for key in shuffled_keys]}
+    columns = {
+        "index": order,
+        "key": shuffled_keys,
+        "key_number": [key_numbers[key] for key in shuffled_keys],  # one partitioner takes numbers only
+    }
     partitioner.dataset = datasets.Dataset.from_dict(columns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # flwr-datasets warns of every draw that leaves a client too little
         return [list(partitioner.load_partition(client)["index"]) for client in range(clients)]
 
 
-def _partitioner(spec: PartitionSpec, clients: int, seed: int, least: int) -> Any:
+def _partitioner(spec: PartitionSpec, clients: int, seed: int, least: int) -> Partitioner:
     """Returns the partitioner of flwr-datasets for a specification."""
     from flwr_datasets import partitioner
 

@@ -19,12 +19,12 @@ from fedsplit.model.kernels import IGNORED
 
 @dataclass(frozen=True)
 class Row:
-    """A sequence as plain lists, before `stack` makes tensors of several.
+    """A sequence as plain lists, before `stack` joins rows as tensors.
 
     Attributes:
         ids: Token ids.
         labels: Token ids that are predicted, `IGNORED` elsewhere.
-        key: Value that the data set is partitioned by: the owner, or another column's value.
+        key: Value that the data set is partitioned by: the owner, or a column's value.
         target: Number of the class, under classification; None otherwise.
         share: Group name used in the data summary. Defaults to `key`.
         source: Number of the table's row that the sequence comes from, counted from 0. For packed texts: row of the
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def predicted(self) -> int:
-        """Number of predicted tokens. The first token is never predicted; a class counts as one."""
+        """Number of predicted tokens, without the first token, which nothing predicts. A class counts as one token."""
         if self.target is not None:
             return 1
         return sum(label != IGNORED for label in self.labels[1:])
@@ -50,7 +50,7 @@ def predicted(labels: Tensor) -> int:
     """Returns the number of predictions that labels ask for.
 
     Args:
-        labels: Token labels (B, T), whose first column is never predicted, or classes (B,), which all are.
+        labels: Classes (B,), or token labels (B, T). The first column of token labels is never predicted.
 
     Example:
         >>> predicted(torch.tensor([[5, 6, 7], [5, 6, IGNORED]]))
@@ -67,8 +67,8 @@ class Sequences:
 
     Attributes:
         ids: Token ids (n, T).
-        labels: The token ids (n, T) where they are predicted, `IGNORED` elsewhere; not shifted, as transformers
-            expects them. Under classification: the class of each sequence (n,).
+        labels: Predicted token ids (n, T), `IGNORED` elsewhere. They are not shifted, as transformers expects labels.
+            Under classification: the class of each sequence (n,).
         lengths: Length of each sequence (n,); None if there is no padding.
 
     Example:
@@ -87,7 +87,7 @@ class Sequences:
 
     @classmethod
     def packed(cls, ids: Tensor) -> Sequences:
-        """Returns sequences without padding, of which every token is predicted.
+        """Returns sequences without padding, in which every token is predicted.
 
         Args:
             ids: Token ids (n, T).
@@ -98,7 +98,7 @@ class Sequences:
         return len(self.ids)
 
     def __getitem__(self, which: Sequence[int] | slice) -> Sequences:
-        """Returns some of the sequences, without the padding that all of these share."""
+        """Returns some of the sequences, without the padding that all selected sequences share."""
         ids = self.ids[which]
         labels = self.labels[which]
         if self.lengths is None:
@@ -110,7 +110,7 @@ class Sequences:
         return Sequences(ids[:, :longest], labels, lengths if padded else None)
 
     def split(self, size: int) -> list[Sequences]:
-        """Returns batches of `size` sequences, in order; the last may have fewer."""
+        """Returns batches of `size` sequences, in order. The last batch may be smaller."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> Sequences:

@@ -32,10 +32,10 @@ class Shard:
     """The data of one client.
 
     Attributes:
-        name: Name of the client: its owner's, or "client N".
+        name: Name of the client: the owner's name, or "client N".
         train: Sequences to train on.
         held_out: Sequences never trained on.
-        shares: Number of sequences, held-out ones included, by owner or by another column's value.
+        shares: Number of sequences, including held-out sequences, by owner or by a column's value.
         classes: Number of classes, under classification; 0 if tokens are predicted.
     """
 
@@ -49,7 +49,7 @@ class Shard:
 def _tensors(rows: Sequences) -> dict[str, Tensor]:
     """Returns sequences as tensors by name; `_sequences` is the inverse.
 
-    Labels that are the tokens themselves are left out, and so are lengths without padding.
+    Labels that equal the tokens, and lengths of sequences without padding, are left out.
     """
     tensors = {"ids": rows.ids}
     if rows.labels is not rows.ids:
@@ -121,7 +121,7 @@ def remove_left(root: Path) -> int:
         root: Folder of the clients' disks.
 
     Returns:
-        Number of clients whose data were there. A symbolic link counts as one and is removed; what it leads to stays.
+        Number of clients with data. A symbolic link counts as one client, and is removed without its target.
 
     Raises:
         NotWritten: The data could not be removed.
@@ -142,7 +142,7 @@ def remove_left(root: Path) -> int:
 
 @contextlib.contextmanager
 def on_disks(root: Path, shards: Sequence[Shard]) -> Iterator[None]:
-    """Keeps each client's data on its disk while the context lasts, so that a run's folder retains no text.
+    """Keeps each client's data on the client's disk inside the context, so that a run's folder retains no text.
 
     Data left behind by a killed command is replaced. `remove_left` removes such data without a run.
 
@@ -187,11 +187,15 @@ def batch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
     # A batch may cross the end of a pass, and a small data set may be passed several times in one batch.
     epochs = {position // len(blocks) for position in positions}
     orders = {epoch: _shuffled(len(blocks), seed, epoch) for epoch in epochs}
-    return blocks[[orders[position // len(blocks)][position % len(blocks)] for position in positions]]
+    chosen = []
+    for position in positions:
+        epoch, place = divmod(position, len(blocks))
+        chosen.append(orders[epoch][place])
+    return blocks[chosen]
 
 
 def steps_of_epoch(count: int, size: int) -> int:
-    """Returns the number of steps in a pass over `count` sequences; the last step may have fewer than `size`.
+    """Returns the number of steps in a pass over `count` sequences. The last step may have fewer than `size`.
 
     Example:
         >>> steps_of_epoch(count=5, size=2)
@@ -212,7 +216,7 @@ def batch_of_epoch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
         seed: Seed of the order.
 
     Returns:
-        `size` sequences; the last batch of a pass may have fewer.
+        `size` sequences; fewer in the last batch of a pass.
 
     Example:
         >>> blocks = torch.arange(3)[:, None]
@@ -232,7 +236,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def spread(blocks: Rows, most: int) -> Rows:
-    """Returns at most `most` sequences, evenly spaced over all of them, so that no text is favoured.
+    """Returns at most `most` sequences, evenly spaced over all sequences, so that no text is favoured.
 
     Example:
         >>> spread(torch.arange(10), 3).tolist()

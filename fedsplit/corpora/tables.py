@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsplit.corpora.corpus import FIRST_CLIENT_YEAR, sotu
+from fedsplit.corpora.datasets_library import (
+    FILE_TYPES,
+    class_names,
+    is_saved,
+    load,
+    quiet_datasets,
+    without_patterns,
+)
 from fedsplit.corpora.files import READ_HERE, Columns, doubled_columns, read_rows, read_text
 from fedsplit.corpora.synthetic import make_rows
 from fedsplit.errors import SettingError
 from fedsplit.settings.sections import DataSettings
 
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-"""Endings of the files that can be read, with the name that `datasets` has for each format."""
+if TYPE_CHECKING:
+    from datasets import ClassLabel, Dataset, DatasetBuilder
 
 MADE = ("sotu", "synthetic")
-"""Bundled data sets: they are made here, not read from a user's file."""
+"""Data sets that fedsplit contains or generates."""
 
 ALLOWED = (
     f"sotu, synthetic, a Hub id such as wikitext, a file that is there, ending in {' | '.join(FILE_TYPES)}, "
@@ -30,10 +36,10 @@ ALLOWED = (
 
 
 _ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""Files beside the data that hold no data; `datasets` ignores them."""
+"""Files beside the data that hold no data, and that `datasets` ignores."""
 
 _LAYOUT = re.compile(r"---\n(?:(?!---).*\n)*?configs:")
-"""Beginning of a README.md that tells, as on the Hub, which files hold the data."""
+"""Beginning of a README.md that names the files with the data, as on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,10 @@ class Table:
 
     Attributes:
         dataset: Name of the data set in the settings.
-        name: Name of the owner if no column tells the owners.
+        name: Name of the owner, for a table without a column of owners.
         columns: Values of each column.
         classes: Class names of columns that hold class numbers.
-        doubled: Names that two columns share: a setting cannot refer to either.
+        doubled: Names that two columns share. A setting cannot name such a column.
 
     Example:
         >>> table = Table("notes.csv", "notes", {"text": ["a", "b"], "owner": ["ann", "bob"]})
@@ -75,7 +81,7 @@ class Table:
             name: Name of the column.
 
         Raises:
-            SettingError: No column has that name, or two have.
+            SettingError: No column has the name, or two columns have it.
         """
         if name not in self.columns:
             raise SettingError(setting, name, f"a column of {self.dataset}: {self.listed}")
@@ -85,7 +91,7 @@ class Table:
 
 
 def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
-    """Checks, without reading a data set or asking the Hub, that it can exist.
+    """Makes sure that a data set can exist, without reading a file or asking the Hub.
 
     Args:
         dataset: Name of the data set in the settings.
@@ -93,8 +99,8 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
 
     Raises:
         SettingError: The name is no bundled data set, no existing file of a known type, no existing folder and no
-            possible name on the Hub; or the data set cannot have such a configuration or split; or it is a folder of
-            files of several types, of which `datasets` would read one.
+            possible name on the Hub; or the data set cannot have such a configuration or split; or the folder has files
+            of several types, of which `datasets` would read only one.
 
     Example:
         >>> check_dataset("synthetic")
@@ -112,7 +118,7 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
         if dataset in MADE and data.split != "train":
             raise SettingError("data.split", data.split, f"train, since {dataset} has no other split")
     elif path.is_dir():
-        if not (_is_saved(path) or _data_files(path)):
+        if not (is_saved(path) or _data_files(path)):
             raise SettingError("dataset", f"{dataset} (no data files in it)", ALLOWED)
         _check_kind(dataset, path)
     elif not _may_be_on_hub(dataset):
@@ -131,14 +137,9 @@ def check_packing(data: DataSettings) -> None:
 
 
 def _may_be_on_hub(dataset: str) -> bool:
-    """Tells whether a name has the form of a Hub id, such as `user/name`, and not that of a file."""
+    """Returns True if a name has the form of a Hub id, such as `user/name`, and not the form of a file's name."""
     ends_like_a_file = re.search(r"\.[a-z]{2,8}$", dataset)
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", dataset)) and not ends_like_a_file
-
-
-def _is_saved(path: Path) -> bool:
-    """Tells whether `datasets.save_to_disk` wrote a folder."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _data_files(path: Path) -> list[Path]:
@@ -146,12 +147,12 @@ def _data_files(path: Path) -> list[Path]:
 
 
 def _check_kind(dataset: str, path: Path) -> None:
-    """Checks that all data files of a folder have one type: `datasets` would read the most frequent type alone.
+    """Makes sure that all data files of a folder have one type: `datasets` would read the most frequent type alone.
 
     Raises:
-        SettingError: The files have several types, and no README.md tells which to read.
+        SettingError: The files have several types, and no README.md names the files to read.
     """
-    if _is_saved(path) or _readme_names_files(path):
+    if is_saved(path) or _readme_names_files(path):
         return
 
     # The first file of each type, but for the files that `datasets` ignores.
@@ -169,7 +170,7 @@ def _check_kind(dataset: str, path: Path) -> None:
 
 
 def _readme_names_files(path: Path) -> bool:
-    """Tells whether a folder's README.md says which files hold the data."""
+    """Returns True if a folder's README.md names the files that hold the data."""
     readme = path / "README.md"
     return readme.is_file() and bool(_LAYOUT.match(readme.read_text(encoding="utf-8", errors="replace")))
 
@@ -205,7 +206,7 @@ def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int =
         table = _read_local(dataset, path, data) if path.exists() else _read_hub(dataset, data)
     except SettingError:
         raise
-    except Exception as error:  # noqa: BLE001  # the library raises a dozen kinds, the Hub's and the network's among them
+    except Exception as error:  # noqa: BLE001  # the library raises a dozen types, among them the Hub's and the network's
         raise SettingError("dataset", dataset, f"{_kind(path)} ({_reason(error, path)})") from None
     if not len(table):
         raise SettingError("dataset", dataset, "a data set with at least one row (it is empty)")
@@ -220,7 +221,7 @@ def read_held_out(dataset: str, data: DataSettings) -> Table:
         data: The settings. `data.held_out` is a path if such a file or folder exists, else a split of `dataset`.
 
     Raises:
-        SettingError: Neither a path nor a split has that name.
+        SettingError: Neither a path nor a split has the name.
     """
     if Path(data.held_out).exists():
         try:
@@ -234,7 +235,7 @@ def read_held_out(dataset: str, data: DataSettings) -> Table:
 
 
 def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
-    """Reads a file or a folder; `datasets` tells the splits of a folder's files."""
+    """Reads a file or a folder. For a folder, `datasets` finds out which file belongs to which split."""
     is_text_file = path.is_file() and path.suffix == ".txt"
     if is_text_file or _is_folder_of_texts(path, data):
         files = {"train": [path] if is_text_file else _data_files(path)}
@@ -243,24 +244,25 @@ def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
     if path.is_file() and path.suffix in READ_HERE:
         return _table_of_rows(dataset, path.stem, {"train": [path]}, data)
 
-    datasets = _quiet_datasets()
-    with _without_patterns(path) as (plain, cache):
-        if plain.is_dir() and not _is_saved(plain):
+    datasets = quiet_datasets()
+    with without_patterns(path) as (plain, cache):
+        if plain.is_dir() and not is_saved(plain):
             builder = datasets.load_dataset_builder(str(plain), data.config or None)
-            if files := _files_read_here(builder):
+            files = _files_read_here(builder)
+            if files:
                 return _table_of_rows(dataset, path.stem, files, data, builder.info.features or {})
-        return _as_table(dataset, path.stem, _load(str(plain), plain, data, cache))
+        return _as_table(dataset, path.stem, load(str(plain), plain, data, cache))
 
 
 def _is_folder_of_texts(path: Path, data: DataSettings) -> bool:
-    """Tells whether a folder holds text files alone, without settings by which `datasets` should read their lines."""
-    if not path.is_dir() or _is_saved(path) or data.config or (path / "README.md").exists():
+    """Returns True if a folder holds text files alone, and nothing that asks `datasets` to read them by lines."""
+    if not path.is_dir() or is_saved(path) or data.config or (path / "README.md").exists():
         return False
     return all(file.suffix == ".txt" for file in _data_files(path))
 
 
 def _texts(root: Path, files: Sequence[Path]) -> Columns:
-    """Reads each file as one text. Its owner is the name of its folder or, for files in `root`, of the file."""
+    """Reads each file as one text. The owner of a text is the name of the file's folder; in `root`, of the file."""
     texts = []
     owners = []
     for file in files:
@@ -287,7 +289,7 @@ def _table_of_rows(
     Raises:
         ValueError: A file cannot be read, or a class has no name.
     """
-    classes = _classes(features)
+    classes = class_names(features)
     number_columns = {data.label} - classes.keys()
 
     def read(paths: Sequence[Path]) -> Columns:
@@ -301,16 +303,16 @@ def _table_of_rows(
     return Table(dataset, name, columns, classes_here, doubled_columns(all_paths))
 
 
-def _class_numbers(values: Sequence[Any], label: Any) -> list[int | None]:
+def _class_numbers(values: Sequence[Any], label: ClassLabel) -> list[int | None]:
     """Returns class numbers for values that are class names or numbers; None for a missing value."""
     return [None if value is None else label.encode_example(value) for value in values]
 
 
-def _files_read_here(builder: Any) -> dict[str, list[Path]]:
-    """Returns a folder's files by split if all are CSV or JSON and this module can read them; else nothing.
+def _files_read_here(builder: DatasetBuilder) -> dict[str, list[Path]]:
+    """Returns a folder's files by split, if `fedsplit.corpora.files` reads them as `datasets` would; else nothing.
 
-    A README.md may ask `datasets` for another way to read them, such as another delimiter; then `datasets` must read
-    them. Types of columns do not count: values are read as they are written.
+    All files must be CSV or JSON. A README.md may set options of the reader, such as a delimiter, which only `datasets`
+    knows. Types of columns do not matter: values are read as they are written.
     """
     config = builder.config
     splits = config.data_files or {}
@@ -323,8 +325,8 @@ def _files_read_here(builder: Any) -> dict[str, list[Path]]:
         description=config.description,
     )
     all_paths = [path for paths in files.values() for path in paths]
-    readable = all(path.suffix in READ_HERE and path.is_file() for path in all_paths)
-    return files if readable and config == plain_config else {}
+    are_readable = all(path.suffix in READ_HERE and path.is_file() for path in all_paths)
+    return files if are_readable and config == plain_config else {}
 
 
 def _of_split(
@@ -345,87 +347,30 @@ def _of_split(
     if split == "all":
         split = "+".join(files)
 
-    datasets = _quiet_datasets()
+    datasets = quiet_datasets()
     by_split = {name: read(paths) for name, paths in files.items()}
     lengths = {name: len(next(iter(columns.values()), ())) for name, columns in by_split.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
 
-    joined: dict[str, list[Any]] = {name: [] for part in parts for name in by_split[part.splitname]}
+    names = dict.fromkeys(name for part in parts for name in by_split[part.splitname])
+    joined: dict[str, list[Any]] = {name: [] for name in names}
     for part in parts:
-        missing = [None] * lengths[part.splitname]
+        columns = by_split[part.splitname]
+        missing = [None] * lengths[part.splitname]  # for a column that only a further split has
         for name, values in joined.items():
-            values += by_split[part.splitname].get(name, missing)[part.from_ : part.to]
+            values += columns.get(name, missing)[part.from_ : part.to]
     return dict(joined)
-
-
-_PATTERN = re.compile(r"[*?\[\]]|::")
-"""Characters of a path that `datasets` mistakes for a pattern, or for a path inside of an archive."""
-
-
-@contextlib.contextmanager
-def _without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
-    """Yields a path at which `datasets` finds the files of `path`, and the cache folder to use.
-
-    If a file's name looks like a pattern, the path is a temporary folder of links and the cache is temporary, too.
-    Otherwise these are the path itself and None, the default cache.
-    """
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    if not any(_PATTERN.search(str(file.absolute())) for file in files):
-        yield path, None
-        return
-    with tempfile.TemporaryDirectory(prefix="fedsplit-") as folder:
-        root = Path(folder) / "data"
-        for number, file in enumerate(files):
-            inner = file.relative_to(path).parts if path.is_dir() else (file.name,)
-            link = root.joinpath(*(_PATTERN.sub("_", name) for name in inner))
-            if link.exists():  # two names differ only in the characters that were replaced
-                link = link.with_name(f"{link.stem}_{number}{link.suffix}")
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(file.absolute())
-        yield root if path.is_dir() else link, str(Path(folder) / "cache")
 
 
 def _read_hub(dataset: str, data: DataSettings) -> Table:
     path = Path(dataset)
-    return _as_table(dataset, path.stem, _load(dataset, path, data))
+    return _as_table(dataset, path.stem, load(dataset, path, data))
 
 
-def _quiet_datasets() -> Any:
-    """Imports `datasets` and silences it. The import takes seconds, and the bundled corpus does not need it."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    return datasets
-
-
-def _as_table(dataset: str, name: str, rows: Any) -> Table:
+def _as_table(dataset: str, name: str, rows: Dataset) -> Table:
     """Returns a `datasets.Dataset` as a table."""
-    return Table(dataset, name, {column: rows[column][:] for column in rows.column_names}, _classes(rows.features))
-
-
-def _classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the class names of each column whose type in `datasets` has them."""
-    return {column: list(feature.names) for column, feature in features.items() if hasattr(feature, "names")}
-
-
-def _load(dataset: str, path: Path, data: DataSettings, cache: str | None = None) -> Any:
-    """Reads a data set by `datasets`, as a `datasets.Dataset`."""
-    datasets = _quiet_datasets()
-    if path.is_dir() and _is_saved(path):
-        saved = datasets.load_from_disk(str(path))
-        if not isinstance(saved, datasets.DatasetDict):
-            if data.split != "train" or data.config:
-                raise ValueError("it has neither splits nor configurations")
-            return saved
-        if data.config or data.split not in saved:
-            raise ValueError(f"its splits are {', '.join(saved)}, and it has no configurations")
-        return saved[data.split]
-
-    if path.is_file():
-        kind = FILE_TYPES[path.suffix]
-        return datasets.load_dataset(kind, data_files=str(path), split=data.split, cache_dir=cache)
-    return datasets.load_dataset(dataset, data.config or None, split=data.split, cache_dir=cache)
+    columns = {column: rows[column][:] for column in rows.column_names}
+    return Table(dataset, name, columns, class_names(rows.features))
 
 
 def _kind(path: Path) -> str:
@@ -441,7 +386,7 @@ def _reason(error: Exception, path: Path) -> str:
         return "it is empty"
     cause: BaseException = error
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__:
-        cause = error.__cause__  # the error itself only says that something went wrong
+        cause = error.__cause__  # this type only says that something went wrong
     message = " ".join(str(cause).split()) or type(cause).__name__
     if message.endswith("corresponds to no data!"):
         return "it is empty"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import folding, lora
 from fedsplit.adaptation.run_adapters import adapt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.heldout import held_out_batches, sample, through_split
@@ -140,8 +140,8 @@ class _Site:
             reason = f"only {folds} of {request.folds} rounds that changed base weights until round {request.folded}"
             raise LostState(f"{request.briefing.store}/folds has {reason}")
         for changes in missing:
-            lora.fold(self.bottom, changes)
-            lora.fold(self.top, changes)
+            folding.fold(self.bottom, changes)
+            folding.fold(self.top, changes)
         self.folds = folds
         self.folded = max(self.folded, request.folded)
 

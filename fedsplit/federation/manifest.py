@@ -116,7 +116,12 @@ def settings_of(config: Config) -> dict[str, Any]:
         f"{setting}.{name}": value for setting, table in OPTIONS.items() for name, value in document.pop(table).items()
     }
     plain = {**dotted(document), **options}
-    decide = {name: value for name, value in plain.items() if name not in MAY_CHANGE | BY_CONTENT}
+    may_change = MAY_CHANGE | BY_CONTENT
+    decide = {
+        name: value
+        for name, value in plain.items()
+        if name not in may_change and name.partition(".")[0] not in may_change  # such as sinks.MySink.project
+    }
     settings: dict[str, Any] = json.loads(json.dumps(decide))  # as they will be read again
     return settings
 

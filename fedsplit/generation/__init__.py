@@ -1,1 +1,1 @@
-"""Text generation with the split model, token by token through its three parts."""
+"""Text generation with the split model, token by token through bottom, trunk and top."""

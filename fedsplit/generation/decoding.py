@@ -1,4 +1,4 @@
-"""Text generation by a client: the prompts pass through bottom, trunk and top once, then each new token does.
+"""Text generation by a client. The prompts pass through bottom, trunk and top, and after them each new token.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -44,9 +44,9 @@ class Throughput:
     Attributes:
         read: Number of prompt tokens.
         read_seconds: Seconds until the first token after each prompt was known.
-        written: Number of new tokens after the first of each text; the first belongs to the prompt's pass.
-        written_seconds: Seconds that these took.
-        passes: Number of passes through the three parts for these, each for a whole batch.
+        written: Number of new tokens, without the first token of each text, which belongs to the prompt's pass.
+        written_seconds: Seconds for the tokens in `written`.
+        passes: Number of passes through the three parts for the tokens in `written`. A pass serves a whole batch.
         texts: Number of texts begun.
     """
 
@@ -61,7 +61,7 @@ class Throughput:
         """Adds a pass through the three parts.
 
         Args:
-            of_prompts: Whether the pass read the prompts; otherwise it wrote a token of each text.
+            of_prompts: True if the pass read the prompts, False if it wrote a token of each text.
             tokens: Number of tokens read or written.
             seconds: Seconds that the pass took.
 
@@ -82,9 +82,9 @@ class Throughput:
 
 
 class DecodingSession:
-    """A batch of texts being written; client and trunk keep the keys and values of all earlier tokens.
+    """A batch of texts being written. Client and trunk keep the keys and values of all earlier tokens.
 
-    A session is a context manager. At its end the trunk frees its share.
+    A session is a context manager. At the end of the context the trunk frees its keys and values.
     """
 
     def __init__(self, half: ClientHalf, mask: Tensor | None = None) -> None:
@@ -101,7 +101,7 @@ class DecodingSession:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # After any other error the link itself may be broken; then the lease of the session frees the trunk's share.
+        # After an error the link itself may be broken. The lease of the session then frees the trunk's share.
         if error in (None, GeneratorExit):
             self._end()
 
@@ -145,7 +145,7 @@ class DecodingSession:
         return self._half.top.predict(self._top.extend(hidden)[:, -1:])[:, -1]
 
     def _outgrows_cache(self, ids: Tensor) -> bool:
-        """Tells whether rotary positions change from here on, so that cached keys become useless.
+        """Returns True if rotary positions change with these tokens, so that cached keys become useless.
 
         transformers compares the length of the text with the length of the cache. With virtual tokens or a prefix
         before the text, the cache is always longer, so that under PEFT nothing is ever recomputed.
@@ -187,10 +187,10 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
 
 
 def depends_on_neighbours(bottom: Bottom) -> bool:
-    """Tells whether the text of a sequence depends on the longest prompt of its batch.
+    """Returns True if the text of a sequence depends on the longest prompt of the batch.
 
-    The longest prompt decides the rotary positions of all under LongRoPE (2402.13753), and the padding between virtual
-    tokens and the text.
+    The longest prompt decides the rotary positions of all sequences under LongRoPE (2402.13753), and the padding
+    between virtual tokens and the text.
     """
     if bottom.virtual:
         return True
@@ -236,10 +236,12 @@ def decode(
             throughput.add_pass(of_prompts=is_first, tokens=count, seconds=seconds)
 
             tokens = chosen.tolist()
-            yield [token if runs else None for token, runs in zip(tokens, running, strict=True)]
+            yield [token if is_running else None for token, is_running in zip(tokens, running, strict=True)]
 
-            running = [runs and token not in stops for token, runs in zip(tokens, running, strict=True)]
+            next_ids = []
+            for row, token in enumerate(tokens):
+                running[row] = running[row] and token not in stops
+                next_ids.append([token if running[row] else stops[0]])  # an ended text gets a stop token, as padding
             if not any(running):
                 return
-            # A text that has ended is fed a stop token, as padding.
-            ids = torch.tensor([[token if runs else stops[0]] for token, runs in zip(tokens, running, strict=True)])
+            ids = torch.tensor(next_ids)

@@ -1,4 +1,4 @@
-"""The choice of the next token: the likeliest one, or one drawn at random."""
+"""Chooses the next token of a text: the likeliest token, or a token drawn at random."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedsplit.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Sampling:
-    """Options of the choice.
+    """Options for the choice of tokens.
 
     Attributes:
         temperature: Divisor of the logits before a token is drawn; 0: always take the likeliest token.
@@ -32,7 +32,7 @@ class Sampling:
 class Chooser:
     """Chooses the next token of each sequence in a batch.
 
-    Each sequence has its own random generator, so that its text does not depend on the other sequences.
+    Each sequence has a random generator, so that its text does not depend on further sequences of the batch.
 
     Example:
         >>> choose = Chooser(Sampling(temperature=0.0), prompts=[0])
@@ -45,7 +45,7 @@ class Chooser:
 
         Args:
             sampling: Options of the choice.
-            prompts: Number of each sequence's prompt among all prompts; it seeds the sequence's generator.
+            prompts: Number of each sequence's prompt among all prompts, from which the generator's seed is derived.
         """
         self._draws = sampling.temperature > 0
         self._warp = LogitsProcessorList()
@@ -64,11 +64,10 @@ class Chooser:
         if not self._draws:
             return scores.argmax(-1)
 
-        # The warpers want the tokens so far as well, but none of these three looks at them.
+        # The library's warpers take the tokens so far, too, but none of the three warpers above uses them.
         no_tokens = torch.empty(len(scores), 0, dtype=torch.long)
         probabilities = torch.softmax(self._warp(no_tokens, scores), -1)
-        drawn = [
-            torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(probabilities.split(1), self._generators, strict=True)
-        ]
+        drawn = []
+        for row, generator in zip(probabilities.split(1), self._generators, strict=True):
+            drawn.append(torch.multinomial(row, 1, generator=generator))
         return torch.cat(drawn).squeeze(1)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""Character that tokenizers decode half a character to."""
+"""Character that tokenizers return for half a character."""
 
 _CONTEXT = 8
-"""Number of prompt tokens to decode with: some tokenizers decode a token otherwise at the beginning of a text."""
+"""Number of prompt tokens to decode with. Some tokenizers decode a token differently at the beginning of a text."""
 
 
 class Detokeniser:
     """Decodes the tokens of a text one by one. Half a character waits for the token that completes it."""
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
         """Begins behind a prompt.
 
         Args:
@@ -31,13 +34,13 @@ class Detokeniser:
         return text
 
     def add(self, token: int) -> str:
-        """Adds a token and returns the text that has become certain."""
+        """Adds a token, and returns the new characters that are complete."""
         self._ids.append(token)
         text = self._decode()
         return "" if text.endswith(_BROKEN) else self._new_part(text)
 
     def end(self) -> str:
-        """Returns the text that still waits for a token, although none follows."""
+        """Returns the characters that are still incomplete. No token follows."""
         return self._new_part(self._decode())
 
     def _new_part(self, text: str) -> str:
@@ -47,9 +50,9 @@ class Detokeniser:
 
 
 class OrderedOutput:
-    r"""Shows several texts in order, although they are written at the same time.
+    r"""Shows several texts in order that are written at the same time.
 
-    The first unfinished text is shown piece by piece. Later texts wait until it ends.
+    The first unfinished text is shown piece by piece. Later texts wait for its end.
 
     Example:
         >>> output = OrderedOutput(["One:", "Two:"], write=lambda piece: print(repr(piece)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import SettingError
-from fedsplit.loading import OBJECT, OWN, Kind, described, make
+from fedsplit.loading import OWN, Kind, described, make, name_of, options_by_name
 from fedsplit.model.kernels import IGNORED
 
 METRICS = {"token_accuracy": "fedsplit.metrics.token_accuracy:TokenAccuracy"}
@@ -78,18 +78,11 @@ def _shown(value: object) -> str:
     return f"{value!r}" if isinstance(value, int | float) or value is None else f"a {type(value).__name__}"
 
 
-def name_of(spec: str) -> str:
-    """Returns the name under which a metric is reported.
-
-    Example:
-        >>> name_of("token_accuracy"), name_of("path/to/mine.py:rouge")
-        ('token_accuracy', 'rouge')
-    """
-    return spec.removesuffix(OBJECT).rpartition(":")[2]
-
-
 def load_metrics(
-    specs: Sequence[str], defaults: Mapping[str, Any], objects: Mapping[str, Any] | None = None
+    specs: Sequence[str],
+    defaults: Mapping[str, Any],
+    objects: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Metric]:
     """Makes metrics by their names.
 
@@ -98,12 +91,13 @@ def load_metrics(
             class is called.
         defaults: Keyword arguments to pass to classes that take them.
         objects: Metrics that are given as objects, by such a name.
+        options: Keyword arguments from the user, by NAME.KEY.
 
     Returns:
         The metrics by the names under which they are reported.
 
     Raises:
-        SettingError: There is no such metric, or two would have one name.
+        SettingError: There is no such metric, two would have one name, or one does not take its options.
 
     Example:
         >>> metrics = load_metrics(["token_accuracy"], {})
@@ -111,8 +105,15 @@ def load_metrics(
         (1.0, 2.0)
     """
     metrics: dict[str, Metric] = {}
+    by_name = options_by_name(METRIC, specs, options or {})
     for spec in specs:
-        made = objects[spec] if objects and spec in objects else make(METRIC, spec, {}, defaults)
+        keywords = by_name[name_of(spec)]
+        if objects and spec in objects:
+            for key, value in keywords.items():
+                raise SettingError(f"metric.{name_of(spec)}.{key}", value, "no option, since the metric is an object")
+            made = objects[spec]
+        else:
+            made = make(METRIC, spec, keywords, defaults, f"metric.{name_of(spec)}")
         if not callable(made):
             raise SettingError("metric", spec, "a function of logits and labels, or a class with a method __call__")
         if name_of(spec) in metrics:

@@ -21,7 +21,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Names of the two files of a PEFT adapter."""
 
 PICKLED = "adapter_model.bin"
-"""Former name of the second file; it is a pickle, which may hold code."""
+"""Former name of the second file, which was a pickle and may hold code."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,8 @@ class Adapter:
         Raises:
             SettingError: There is no such model, or it cannot be fetched.
         """
-        from fedsplit.model.sources import (
-            weights_folder,  # late: its libraries read the environment, which is set first
-        )
+        # Not at the top: the libraries read the environment at their import, which commands set first.
+        from fedsplit.model.sources import weights_folder
 
         return weights_folder(Config(model=self.model, dtype=self.dtype))
 
@@ -66,7 +65,7 @@ class Adapter:
         Raises:
             SettingError: There is no such model, or it cannot be fetched.
         """
-        from fedsplit.model.sources import config_folder  # as above
+        from fedsplit.model.sources import config_folder  # as in `model_path`
 
         return config_folder(self.model)
 
@@ -135,7 +134,7 @@ class Run:
         return Adapter(folder, config.model, config.dtype, name, config.cut, config.quantization, self._classes())
 
     def _classes(self) -> tuple[str, ...]:
-        """Returns the names of the classes from the run's data.json; nothing if it holds none."""
+        """Returns the names of the classes from the run's data.json; nothing if the file holds no classes."""
         if self.config.data.format != "classification":
             return ()
         try:
@@ -169,7 +168,7 @@ def open_run(path: Path) -> Run:
     """Opens the folder of a finished run.
 
     Raises:
-        InputError: There is no such folder, it holds no run, or the run did not end.
+        InputError: There is no such folder, the folder holds no run, or the run did not end.
 
     Example:
         >>> open_run(Path("nowhere"))
@@ -181,7 +180,7 @@ def open_run(path: Path) -> Run:
     if not (path / "config.toml").is_file():
         raise InputError(f"{path} is no folder of a run: there is no config.toml in it")
     values, options = read_toml(path / "config.toml")
-    config = build(values, options["strategy"], options["objective"])
+    config = build(values, *options.values())
 
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
@@ -224,7 +223,7 @@ def find_adapter(path: Path, client: int | None = None) -> Adapter:
         client: In a run: number of the client whose personal adapter to return; None for the shared adapter.
 
     Raises:
-        InputError: The folder does not exist or holds neither, or the client has no personal adapter.
+        InputError: The folder does not exist or holds no adapter, or the client has no personal adapter.
     """
     if not (path / ADAPTER_FILES[0]).is_file():
         _check_one_adapter(path)
@@ -254,10 +253,10 @@ def _check_one_adapter(path: Path) -> None:
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """Checks that adapters belong to one base model: to one folder, or to folders with equal weights.
+    """Makes sure that adapters belong to one base model: to one folder, or to folders with equal weights.
 
     Raises:
-        InputError: The adapters belong to different base models, or were trained on different types of one.
+        InputError: The adapters belong to different base models, or were trained on different types of a base model.
     """
     first = adapters[0]
     for other in adapters[1:]:
@@ -276,7 +275,7 @@ def _types_of_base(adapter: Adapter) -> str:
 
 
 def _same_weights(left: Path, right: Path) -> bool:
-    """Tells whether two models' folders hold the same weights, byte by byte."""
+    """Returns True if the folders of two models hold equal weights, byte by byte."""
     if left.resolve() == right.resolve():
         return True
     from fedsplit.model.weight_files import find_tensors  # takes a while to import
@@ -303,7 +302,7 @@ def as_tasks(adapters: Sequence[Adapter], names: Sequence[str] = ()) -> dict[str
         names: Name of each adapter. By default the names of their runs, with - for characters that PEFT refuses.
 
     Raises:
-        InputError: There are not as many names as adapters, two names are equal, or PEFT refuses one.
+        InputError: There are not as many names as adapters, two names are equal, or PEFT refuses a name.
 
     Example:
         >>> adapters = [Adapter(Path(folder), "gpt2", "fp32", name=folder) for folder in ("run 1", "run 2")]

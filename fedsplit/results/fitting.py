@@ -1,7 +1,7 @@
 """Checks an adapter's file against its configuration and its base model, before any command uses the adapter.
 
-PEFT only warns of a missing tensor, and is silent about a tensor without a place in the model. Either changes what the
-model computes. The check asks PEFT where each tensor belongs, on a model without weights, which costs no memory.
+PEFT only warns of a missing tensor, and is silent about a tensor without a place in the model. Both change the output
+of the model. The check asks PEFT where each tensor belongs, on a model without weights, which costs no memory.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
-from fedsplit.adaptation import lora, prompts, run_adapters
+from fedsplit.adaptation import adapter_files, lora, prompts, run_adapters
 from fedsplit.errors import InputError, SettingError
 from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.parts import SCORE
@@ -28,11 +28,14 @@ from fedsplit.results.finished import ADAPTER_FILES, Adapter
 from fedsplit.tensor_files import load_tensors
 from fedsplit.updates import Adapters
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 PREFIX = "base_model.model."
 """Beginning of every tensor name in a file that PEFT wrote."""
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
-"""PEFT's names of the tasks that are supported; None in a configuration leaves the task open."""
+"""PEFT's names of the supported tasks. None in a configuration leaves the task open."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ def read_fitting(adapter: Adapter) -> Adapters:
     """Reads an adapter, and checks that it is complete and fits its base model.
 
     Returns:
-        The adapter's tensors and layers. The model tells which layers store their weight transposed: the file cannot,
-        since PEFT writes one answer for all layers, that of the last.
+        The adapter's tensors and layers. `Layer.transposed` comes from the model, since PEFT writes a single value for
+        all layers, the value of the last layer.
 
     Raises:
         InputError: The file cannot be read; or a tensor has no place in the model, is missing, or has another shape.
@@ -110,9 +113,9 @@ def read_known(adapter: Adapter) -> tuple[Adapters, bool]:
 
 
 def leaves_base(adapter: Adapter) -> bool:
-    """Tells whether the base model is unchanged after PEFT has attached an adapter and taken it off again.
+    """Returns True if PEFT leaves the base model unchanged after attaching an adapter and taking it off again.
 
-    Some adapters hold weights of the base model, such as biases. PEFT writes these into the model for good.
+    Some adapters hold weights of the base model, such as biases. PEFT writes such weights into the model for good.
     """
     config = PeftConfig.from_pretrained(str(adapter.folder))
     if config.peft_type != "LORA":
@@ -121,14 +124,14 @@ def leaves_base(adapter: Adapter) -> bool:
     base_weights = {
         name for name in read_adapter(adapter).tensors if ".lora_" not in name or ".base_layer.weight" in name
     }
-    keeps_base_at_start = config.init_lora_weights in lora.NEUTRAL_STARTS and not config.layer_replication
+    keeps_base_at_start = config.init_lora_weights in adapter_files.NEUTRAL_STARTS and not config.layer_replication
     return keeps_base_at_start and base_weights <= {HEAD_WEIGHT, lora.SCORE_WEIGHT}
 
 
 def more_than_factors(adapter: Adapter) -> str:
-    """Returns in words what an adapter does beside adding s * B @ A to layers; "" if it does nothing else."""
+    """Describes an effect of an adapter beyond adding s * B @ A to layers; "" for none."""
     config = PeftConfig.from_pretrained(str(adapter.folder))
-    return lora.beyond_factors(config, read_adapter(adapter).tensors)
+    return adapter_files.beyond_factors(config, read_adapter(adapter).tensors)
 
 
 def classes_in(adapters: Adapters) -> int:
@@ -142,7 +145,7 @@ def classes_in(adapters: Adapters) -> int:
     return 0 if head is None else len(head)
 
 
-def _check_prompt(adapter: Adapter, adapters: Adapters, model_config: Any) -> None:
+def _check_prompt(adapter: Adapter, adapters: Adapters, model_config: PretrainedConfig) -> None:
     """Checks the number and width of virtual tokens or prefixes against the configuration and the model.
 
     Raises:
@@ -155,8 +158,8 @@ def _check_prompt(adapter: Adapter, adapters: Adapters, model_config: Any) -> No
     _check_names(adapter, {prompts.SAVED: shape}, adapters.tensors)
 
 
-def _check_placed(adapter: Adapter, model: Any, path: Path, classes: int) -> None:
-    """Checks that each tensor of an adapter's file has a place in the model, and that none is missing.
+def _check_placed(adapter: Adapter, model: PreTrainedModel, path: Path, classes: int) -> None:
+    """Makes sure that each tensor of an adapter's file has a place in the model, and that no tensor is missing.
 
     Args:
         adapter: The adapter.
@@ -193,7 +196,7 @@ def _check_placed(adapter: Adapter, model: Any, path: Path, classes: int) -> Non
         raise InputError(f"the adapter in {adapter.folder} is not whole: {reason}")
 
 
-def _placed(config: Any, tensors: Mapping[str, Tensor], model: Any, device: str) -> Placed:
+def _placed(config: PeftConfig, tensors: Mapping[str, Tensor], model: PreTrainedModel, device: str) -> Placed:
     """Loads an adapter's tensors into a model by PEFT.
 
     Args:
@@ -220,12 +223,13 @@ def _placed(config: Any, tensors: Mapping[str, Tensor], model: Any, device: str)
         # PEFT saves the same tensor objects under other names: match the two kinds of names by the objects.
         saved_names = {id(tensor): name for name, tensor in saved.items()}
         parameters = {name for name, _ in tuned.named_parameters(remove_duplicate=False)}
-        expected = {  # parameters alone: buffers are computed, not loaded
-            name: saved_names[id(tensor)]
-            for name, tensor in state.items()
-            if id(tensor) in saved_names and name in parameters
-        }
-        _check_shapes({saved_name: tuple(state[name].shape) for name, saved_name in expected.items()}, tensors)
+        expected: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in state.items():
+            if id(tensor) in saved_names and name in parameters:  # not buffers, which are computed and not loaded
+                expected[name] = saved_names[id(tensor)]
+                shapes[expected[name]] = tuple(tensor.shape)
+        _check_shapes(shapes, tensors)
         result = set_peft_model_state_dict(tuned, dict(tensors))
 
     missing = {expected[name].removeprefix(PREFIX) for name in result.missing_keys if name in expected}
@@ -234,10 +238,10 @@ def _placed(config: Any, tensors: Mapping[str, Tensor], model: Any, device: str)
 
 
 def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """Checks the shapes of tensors; names that are not expected are ignored.
+    """Checks the shapes of tensors. Names that are not expected are ignored.
 
     Raises:
-        ValueError: A tensor has another shape than expected.
+        ValueError: A tensor has a wrong shape.
     """
     for name, tensor in tensors.items():
         if name in expected and tuple(tensor.shape) != expected[name]:
@@ -245,10 +249,10 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
 
 
 def _check_names(adapter: Adapter, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """Checks that a file holds the expected tensors, and no others.
+    """Makes sure that a file holds exactly the expected tensors.
 
     Raises:
-        InputError: A tensor is missing, not expected, or of another shape.
+        InputError: A tensor is missing, not expected, or of a wrong shape.
     """
     begin = f"the adapter in {adapter.folder}"
     if extra := sorted(tensors.keys() - expected.keys()):
@@ -275,6 +279,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it lacks {str(error.args[0]).removeprefix(PREFIX)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # torch lists every mismatch below a first line that only says that there are some.
     mismatches = [line for line in lines if line.startswith("size mismatch")]
     line = (mismatches or lines or [type(error).__name__])[0]
     return re.sub(r"torch\.Size\((\[[^]]*\])\)", r"\1", line).rstrip(".")

@@ -1,4 +1,4 @@
-"""Checks the adapter that a run is to start from, before anything is loaded: it must fit the model and the settings."""
+"""Checks the initial adapter of a run against the model and the settings, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def check_initial(config: Config, family: Family, classes: int = 0) -> None:
 
     Args:
         config: Settings of the run.
-        family: Family of its model.
-        classes: Classes of texts that the run tells; 0 where it predicts tokens.
+        family: Record of the model family.
+        classes: Number of classes of a run that classifies texts; 0 for a run that predicts tokens.
 
     Raises:
-        InputError: The folder has no adapter, one that does not fit the model, or one that the settings do not make.
+        InputError: The folder has no adapter, or the adapter does not fit the model or the settings.
     """
     if not config.init_adapter:
         return
@@ -42,42 +42,43 @@ def check_initial(config: Config, family: Family, classes: int = 0) -> None:
         words = "the folder of a PEFT adapter of the unsplit model, such as RUN/adapter"
         raise SettingError("init_adapter", f"{folder} (it has no {ADAPTER_FILES[0]})", words)
     check_files(folder)
-    filed = read_fitting(Adapter(folder, config.model, config.dtype, folder.name))
+    stored = read_fitting(Adapter(folder, config.model, config.dtype, folder.name))
     _check_kind(config, family)
-    _check_head(config, filed, classes)
-    made = _outline(config)
-    if made is not None:
-        _check_layers(config, initial_adapter.read(config), made)
+    _check_head(config, stored, classes)
+    outline = _outline(config)
+    if outline is not None:
+        _check_layers(config, initial_adapter.read(config), outline)
 
 
 def stated(config: Config) -> list[str]:
-    """Returns the lines that tell what a run starts from; none where it starts from the seed alone."""
+    """Returns lines for the screen about the initial adapter; no line for a run that starts from the seed alone."""
     if not config.init_adapter:
         return []
-    made = _outline(config)
-    resizing = _resizing(initial_adapter.read(config), made) if made is not None else ""
+    outline = _outline(config)
+    resizing = _resizing(initial_adapter.read(config), outline) if outline is not None else ""
     return [f"starts from the adapter in {config.init_adapter}{resizing}"]
 
 
 def _outline(config: Config) -> Adapters | None:
-    """Returns the adapter that a run trains, without values; None where it cannot be told before weights are loaded."""
+    """Returns the adapter that a run trains, without values; None if its shapes depend on the base weights."""
     if config.prompt.kind != "off":
         return None
     try:
         return run_adapters.outline(config, ["bottom", "trunk", "top"])
-    except (NotImplementedError, RuntimeError):  # a kind that looks at the weights
+    except (NotImplementedError, RuntimeError):  # PEFT computed with weights on the meta device
         return None
 
 
 def _check_kind(config: Config, family: Family) -> None:
-    """Makes sure that an adapter is of the kind that the run trains.
+    """Makes sure that the initial adapter is of the kind that the run trains.
 
-    LoRA's may differ in rank and scaling, since these can be changed. Of another kind every field must be equal.
+    A LoRA may differ in rank and scaling, which can be changed. For any further kind, every field must be equal.
 
     Raises:
-        SettingError: It is of another kind.
+        SettingError: The adapter is of a different kind.
     """
-    folder, method = Path(config.init_adapter), method_of(config.lora)
+    folder = Path(config.init_adapter)
+    method = method_of(config.lora)
     if config.prompt.kind == "off" and method.factors:
         if more := initial_adapter.more_than_factors(config):
             words = "one that adds s * B @ A to layers, and does nothing else, as the run's adapters do"
@@ -90,17 +91,17 @@ def _check_kind(config: Config, family: Family) -> None:
         raise SettingError("init_adapter", f"{folder} (its {name} is {value})", words)
 
 
-def _check_head(config: Config, filed: Adapters, classes: int) -> None:
-    """Makes sure that an adapter has a head of as many classes as the run tells, and the base weight of its model.
+def _check_head(config: Config, stored: Adapters, classes: int) -> None:
+    """Makes sure that the initial adapter has a head of the run's number of classes, on the base weight of the model.
 
     Raises:
-        SettingError: It has another head, or none.
+        SettingError: The adapter has a different head, or lacks a head.
     """
-    found = classes_in(filed)
+    found = classes_in(stored)
     if found != classes:
         given = f"{config.init_adapter} ({_tells(found)})"
         raise SettingError("init_adapter", given, f"an adapter that {_tells(classes)}, as the run does")
-    base = filed.tensors.get(initial_adapter.HEAD_BASE)
+    base = stored.tensors.get(initial_adapter.HEAD_BASE)
     if base is None:
         return
     model = CheckpointReader(weights_folder(config), empty_model(config_folder(config.model)), base.dtype)
@@ -113,38 +114,47 @@ def _tells(classes: int) -> str:
     return f"tells {classes} classes" if classes else "predicts tokens"
 
 
-def _check_layers(config: Config, start: Adapters, made: Adapters) -> None:
-    """Makes sure that an adapter has the layers that the run trains, and no others.
+def _check_layers(config: Config, initial: Adapters, outline: Adapters) -> None:
+    """Makes sure that the initial adapter has exactly the layers that the run trains.
+
+    Args:
+        config: Settings of the run.
+        initial: The initial adapter.
+        outline: The adapter that the run trains, without values.
 
     Raises:
-        SettingError: It has other layers, or factors whose rank cannot be changed.
+        SettingError: The layers differ, or a rank cannot be changed.
     """
     folder = config.init_adapter
-    resized = initial_adapter.resized(start, made)
-    resized.pop(lora.SCORE_WEIGHT, None)
+    resized = initial_adapter.resized(initial, outline)
+    resized.pop(lora.SCORE_WEIGHT, None)  # `_check_head` has checked the head
     words = "an adapter with the layers that the run trains; see --lora.targets and --lm-head"
-    if missing := sorted(made.tensors.keys() - resized.keys()):
+    missing = sorted(outline.tensors.keys() - resized.keys())
+    if missing:
         raise SettingError("init_adapter", f"{folder} (it lacks {missing[0]})", words)
-    if more := sorted(resized.keys() - made.tensors.keys()):
+    more = sorted(resized.keys() - outline.tensors.keys())
+    if more:
         raise SettingError("init_adapter", f"{folder} (it has {more[0]})", words)
-    _check_shapes(folder, resized, made.tensors)
+    _check_shapes(folder, resized, outline.tensors)
 
 
-def _check_shapes(folder: str, resized: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> None:
-    """Makes sure that tensors have the shapes of the run's.
+def _check_shapes(folder: str, resized: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Makes sure that tensors have the shapes of the tensors that the run trains.
 
     Raises:
-        SettingError: One has another, since its rank cannot be changed.
+        SettingError: A shape differs, since `resized` could not change the rank.
     """
-    for name, shape in ((name, tuple(tensor.shape)) for name, tensor in made.items()):
-        if tuple(resized[name].shape) != shape:
-            given = f"{folder} ({name} is {tuple(resized[name].shape)})"
+    for name, tensor in expected.items():
+        shape = tuple(tensor.shape)
+        resized_shape = tuple(resized[name].shape)
+        if resized_shape != shape:
+            given = f"{folder} ({name} is {resized_shape})"
             raise SettingError("init_adapter", given, f"an adapter in which it is {shape}")
 
 
-def _resizing(start: Adapters, made: Adapters) -> str:
-    """Says in words how the ranks of an adapter change; "" where they stay."""
-    changes = {(start.rank(name), made.rank(name)) for name in made.layers}
+def _resizing(initial: Adapters, outline: Adapters) -> str:
+    """Describes how the ranks of the initial adapter change; "" if no rank changes."""
+    changes = {(initial.rank(name), outline.rank(name)) for name in outline.layers}
     changed = sorted((old, new) for old, new in changes if old != new)
     if not changed:
         return ""

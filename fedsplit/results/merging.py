@@ -4,8 +4,8 @@ A merged folder is an ordinary model. It also holds the merged adapter and a rec
 adapter. The sum is computed in float64 and rounded once to float32. So the restored weights differ from the base by one
 rounding at most, and not at all if the base has a narrower type.
 
-An adapter with a classification head makes a classifier of sequences, which has no head for tokens. The base's own head
-for tokens is kept beside the adapter.
+An adapter with a classification head makes a classifier of sequences, which has no head for tokens. The base's head for
+tokens is kept beside the adapter.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from fedsplit.adaptation.lora import SCORE_WEIGHT
@@ -29,15 +27,17 @@ from fedsplit.errors import InputError
 from fedsplit.model.checkpoint_reader import CheckpointReader
 from fedsplit.model.devices import TYPES
 from fedsplit.model.head import HEAD, HEAD_WEIGHT
-from fedsplit.model.sources import to_peft
 from fedsplit.model.unsplit import empty_model, load_unsplit
 from fedsplit.model.vocabulary import TOKENIZER_FILES
 from fedsplit.model.weight_files import find_tensors
-from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base, copy_adapter
-from fedsplit.results.fitting import classes_in, more_than_factors, read_fitting, reason_of
-from fedsplit.results.whole import merged, open_base, open_held
+from fedsplit.results.finished import ADAPTER_FILES, Adapter, copy_adapter
+from fedsplit.results.fitting import classes_in, more_than_factors, read_fitting
+from fedsplit.results.whole import merged, open_held
 from fedsplit.tensor_files import load_tensors, write_tensors
 from fedsplit.updates import Adapters
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 RECORD = "merged.json"
 """File of a merged folder that records the merge."""
@@ -46,10 +46,10 @@ MERGED = "merged_adapter"
 """Subfolder of a merged folder with the adapter."""
 
 BASE_HEAD = "base_head.safetensors"
-"""File beside the merged adapter with the base's head, if the adapter replaced it and it was not tied."""
+"""File beside the merged adapter with the base's head, if the adapter replaced an untied head."""
 
 GENERATION = "generation_config.json"
-"""File with a model's settings for generation; its end tokens take precedence over those of config.json."""
+"""File with a model's settings for generation. Its end tokens win over the end tokens of config.json."""
 
 _NAMED = ("pad_token_id", "id2label", "label2id")
 """Keys of config.json in which a classifier differs from its base."""
@@ -58,7 +58,7 @@ _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types narrower than float32, by name."""
 
 
-def _check_mergeable(adapter: Adapter, tensors: Adapters) -> None:
+def check_mergeable(adapter: Adapter, tensors: Adapters) -> None:
     """Checks that an adapter changes weights.
 
     Raises:
@@ -69,11 +69,11 @@ def _check_mergeable(adapter: Adapter, tensors: Adapters) -> None:
         raise InputError(f"the adapter in {adapter.folder} is made of {reason}")
 
 
-def _untie(model: Any, changes: Adapters) -> bool:
-    """Gives the head its own copy of a weight shared with the embedding, if an adapter changes the head.
+def _untie(model: PreTrainedModel, changes: Adapters) -> bool:
+    """Gives the head a copy of the weight that it shares with the embedding, if an adapter changes the head.
 
     Returns:
-        Whether the two were separated.
+        True if head and embedding were separated.
     """
     head = model.lm_head
     is_changed = any(name.startswith(f"{HEAD}.") for name in changes.tensors)
@@ -85,7 +85,7 @@ def _untie(model: Any, changes: Adapters) -> bool:
     return True
 
 
-def _replace_head(model: Any, weight: Tensor | None) -> Tensor | None:
+def _replace_head(model: PreTrainedModel, weight: Tensor | None) -> Tensor | None:
     """Replaces the head's weight, if a weight is given, and returns the previous weight."""
     before: Tensor = model.lm_head.weight.detach()
     if weight is None:
@@ -95,7 +95,7 @@ def _replace_head(model: Any, weight: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def _add(model: Any, adapters: Adapters, sign: float) -> None:
+def _add(model: PreTrainedModel, adapters: Adapters, sign: float) -> None:
     """Adds an adapter's changes to the model's weights, each with one rounding.
 
     Args:
@@ -116,30 +116,22 @@ def _add(model: Any, adapters: Adapters, sign: float) -> None:
         weight.copy_(weight.double() + sign * torch.stack(of_experts))
 
 
-def _check_headless(adapter: Adapter, tensors: Adapters) -> None:
-    """Checks that an adapter has no classification head, which is no pair of factors and so cannot be combined.
+def _token_head(adapter: Adapter, classifier: PreTrainedModel) -> Tensor | None:
+    """Reads the base's head for tokens (V, D) from the checkpoint, since a classifier does not load this head.
 
-    Raises:
-        InputError: The adapter has a classification head.
-    """
-    if SCORE_WEIGHT in tensors.tensors:
-        reason = "which PEFT cannot combine: merge it alone"
-        raise InputError(f"the adapter in {adapter.folder} has a head of classes, {reason}")
-
-
-def _token_head(adapter: Adapter, classifier: Any) -> Tensor | None:
-    """Returns the base's head for tokens (V, D), in the type of its run; a classifier does not load it.
-
-    Returns None if the head is tied to the embedding, or if the checkpoint has none.
+    Returns:
+        The head, in the type of the adapter's run; None if the head is tied to the embedding, or does not exist.
     """
     if classifier.config.tie_word_embeddings:
         return None
-    stored = CheckpointReader(adapter.model_path, empty_model(adapter.model_path), TYPES[adapter.dtype])
-    return stored.parameter(HEAD_WEIGHT).detach().float() if stored.has(HEAD_WEIGHT) else None
+    checkpoint = CheckpointReader(adapter.model_path, empty_model(adapter.model_path), TYPES[adapter.dtype])
+    if not checkpoint.has(HEAD_WEIGHT):
+        return None
+    return checkpoint.parameter(HEAD_WEIGHT).detach().float()
 
 
 @torch.no_grad()
-def _set_classifier(model: Any, weight: Tensor, names: Sequence[str]) -> None:
+def _set_classifier(model: PreTrainedModel, weight: Tensor, names: Sequence[str]) -> None:
     """Gives a classifier the head (C, D) of an adapter, and the names of its classes if they are known."""
     model.score.weight = nn.Parameter(weight.to(model.score.weight.dtype))
     if len(names) == len(weight):
@@ -156,9 +148,11 @@ def _type_of(weights: Iterable[Tensor]) -> str:
     return "float32"
 
 
-def _base_weights(model: Any, head: Tensor | None) -> Iterable[Tensor]:
-    """Yields the weights of the base: those of the opened model without a classification head, and the given head."""
-    yield from (weight for name, weight in model.named_parameters() if name != SCORE_WEIGHT)
+def _base_weights(model: PreTrainedModel, head: Tensor | None) -> Iterable[Tensor]:
+    """Yields the weights of the base: all weights of the opened model but a classification head, and the given head."""
+    for name, weight in model.named_parameters():
+        if name != SCORE_WEIGHT:
+            yield weight
     if head is not None:
         yield head
 
@@ -173,27 +167,26 @@ def _digests(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _are_as_merged(folder: Path, weights: Mapping[str, str]) -> bool:
-    """Tells whether a merged folder's weights are still those that were written.
+    """Returns True if the weights of a merged folder have not changed since the merge.
 
     Args:
         folder: The merged folder.
-        weights: sha256 of each file of weights when it was written.
+        weights: sha256 of each file of weights at the merge.
     """
     try:
-        unchanged = _digests(folder / name for name in weights) == weights
-        return unchanged and {file.name for file in find_tensors(folder).values()} == weights.keys()
+        are_unchanged = _digests(folder / name for name in weights) == weights
+        # A file that was added later may be loaded in place of the merged weights.
+        are_loaded = {file.name for file in find_tensors(folder).values()} == weights.keys()
+        return are_unchanged and are_loaded
     except (OSError, ValueError):
         return False
 
 
-def _save(model: Any, source: Path, folder: Path) -> None:
-    """Saves a model, with the tokenizer of a source folder.
-
-    A classifier's `save_pretrained` writes no generation_config.json. The source's is copied, for its end tokens.
-    """
+def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Saves a model, with the tokenizer of a source folder."""
     model.save_pretrained(folder)
     files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern)]
-    if not (folder / GENERATION).exists():
+    if not (folder / GENERATION).exists():  # as for a classifier; the file names the end tokens
         files.append(source / GENERATION)
     for file in files:
         if file.is_file():
@@ -204,19 +197,19 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     """Writes the base model with an adapter added to its weights.
 
     Args:
-        adapter: The adapter. With a classification head it makes a classifier, which
+        adapter: The adapter. An adapter with a classification head makes a classifier, which
             `AutoModelForSequenceClassification` opens.
         out: Folder to write.
-        dtype: Type of the weights; any but fp32 rounds a part of the change away.
+        dtype: Type of the weights. A narrower type than fp32 rounds a part of the change away.
 
     Returns:
         The number of classes; 0 for a causal LM.
 
     Raises:
-        InputError: The base model is missing, or the adapter does not fit it or changes no weights.
+        InputError: The base model is missing, or the adapter does not fit the model or changes no weights.
     """
     changes = read_fitting(adapter)
-    _check_mergeable(adapter, changes)
+    check_mergeable(adapter, changes)
     classes = classes_in(changes)
     base = open_held(adapter, dense=True, classes=classes).float()
     base_head = _token_head(adapter, base) if classes else None
@@ -249,7 +242,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     return classes
 
 
-def _check_finite(model: Any, dtype: str) -> None:
+def _check_finite(model: PreTrainedModel, dtype: str) -> None:
     """Checks that merged weights are finite: a narrow type can overflow.
 
     Raises:
@@ -266,12 +259,12 @@ def _base_settings(folder: Path) -> dict[str, Any]:
     return {name: document[name] for name in _NAMED if name in document}
 
 
-def _without_classes(config: Any, named: Mapping[str, Any]) -> None:
+def _without_classes(config: PretrainedConfig, named: Mapping[str, Any]) -> None:
     """Restores the keys of a configuration that `merge` overwrote for a classifier.
 
     Args:
         config: The classifier's configuration.
-        named: The base's values of these keys.
+        named: The base's values of the keys.
     """
     config.pad_token_id = None
     config.num_labels = 0  # a change of the number makes transformers reset the names in the next line
@@ -307,7 +300,7 @@ def unmerge(folder: Path, out: Path) -> str:
         out: Folder to write, with the weights of the base up to one rounding.
 
     Returns:
-        The name of the type of the weights, which is that of the base.
+        The name of the type of the base's weights.
 
     Raises:
         InputError: The folder holds no merged model, its weights have changed since, or its adapter does more than add
@@ -335,137 +328,3 @@ def unmerge(folder: Path, out: Path) -> str:
     model.to(_NARROW.get(base_type, torch.float32))
     write_folder(out, lambda draft: _save(model, folder, draft))
     return base_type
-
-
-def _check_linear(all_adapters: Sequence[Adapters]) -> None:
-    """Checks that adapters have factors of equal shapes, as "linear" needs.
-
-    Raises:
-        InputError: A shape differs, or a factor is in one adapter only.
-    """
-    shapes = [{name: tensor.shape for name, tensor in one.tensors.items()} for one in all_adapters]
-    first, *others = shapes
-    for other in others:
-        for name in sorted({*first, *other}):
-            if first.get(name) != other.get(name):
-                raise InputError(f"linear needs adapters of the same ranks and layers; {name} differs: use cat or svd")
-
-
-def _check_combinable(adapter: Adapter, tensors: Adapters) -> None:
-    """Checks that an adapter is a LoRA, whose factors PEFT can add up.
-
-    Raises:
-        InputError: The adapter is of another kind, or holds more than factors.
-    """
-    _check_headless(adapter, tensors)
-    _check_mergeable(adapter, tensors)
-    if not tensors.layers:
-        reason = f"it is no LoRA, whose factors add up, or more than that ({more_than_factors(adapter)})"
-        raise InputError(f"{adapter.folder} cannot be combined: {reason}")
-    if HEAD_WEIGHT in tensors.tensors:
-        raise InputError(f"the adapter in {adapter.folder} holds a whole head, which PEFT cannot combine")
-
-
-def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out: Path, rank: int | None = None) -> int:
-    """Writes the weighted sum of adapters as one adapter, by PEFT's `add_weighted_adapter`.
-
-    Args:
-        adapters: Two adapters or more, of one base model.
-        weights: Weight of each adapter.
-        how: "cat" stacks the factors, which is exact. "svd" is the best fit of a rank. "linear" adds factor to factor,
-            which is not the sum of the changes.
-        out: Folder to write.
-        rank: Rank of "svd"; None for the largest rank of the adapters.
-
-    Returns:
-        The largest rank of the written adapter.
-
-    Raises:
-        InputError: The adapters belong to different models, do not fit, or cannot be combined this way.
-    """
-    check_same_base(adapters)
-    all_tensors = [read_fitting(adapter) for adapter in adapters]
-    for adapter, tensors in zip(adapters, all_tensors, strict=True):
-        _check_combinable(adapter, tensors)
-    if how == "linear":
-        _check_linear(all_tensors)
-    if any(json.loads((one.folder / ADAPTER_FILES[0]).read_text()).get("target_parameters") for one in adapters):
-        reason = "nor on routers: PEFT adds up no such factors"
-        raise InputError(f"adapters on the experts' stacked weights cannot be combined, {reason}")
-
-    base = open_base(adapters[0].model_path, adapters[0].dtype).float()
-    names = [f"number{index}" for index in range(len(adapters))]
-    model = PeftModel.from_pretrained(base, str(adapters[0].folder), adapter_name=names[0])
-    for name, adapter in zip(names[1:], adapters[1:], strict=True):
-        model.load_adapter(str(adapter.folder), adapter_name=name)
-    layers = {layer for tensors in all_tensors for layer in tensors.complete}
-    _target_alike(list(model.peft_config.values()), layers)
-    try:
-        model.add_weighted_adapter(names, list(weights), "combined", combination_type=how, svd_rank=rank)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise InputError(f"the adapters cannot be combined ({reason_of(error)})") from None
-
-    factors, ranks = _trimmed(get_peft_model_state_dict(model, adapter_name="combined"))
-    if lost := sorted(layers ^ ranks.keys()):
-        raise InputError(f"the adapters cannot be combined: PEFT leaves out {lost[0]}")
-    largest = max(ranks.values())
-    smaller = {layer: layer_rank for layer, layer_rank in ranks.items() if layer_rank != largest}
-    name, revision = to_peft(adapters[0].model)
-    config = replace(
-        model.peft_config["combined"],
-        r=largest,
-        lora_alpha=largest,  # a scaling of 1 in every layer: PEFT has put the adapters' scalings into the factors
-        use_rslora=False,
-        rank_pattern=smaller,
-        alpha_pattern=dict(smaller),
-        base_model_name_or_path=name,
-        revision=revision,
-        inference_mode=True,
-        # PEFT would write the answer of the last layer alone.
-        fan_in_fan_out=any(layer.transposed for layer in all_tensors[0].layers.values()),
-    )
-
-    def fill(draft: Path) -> None:
-        config.save_pretrained(str(draft))
-        write_tensors(draft / ADAPTER_FILES[1], factors)
-
-    write_folder(out, fill)
-    return largest
-
-
-def _target_alike(configs: Sequence[Any], layers: Collection[str]) -> None:
-    """Makes all configurations target the layers of all adapters, unless they target the same layers already.
-
-    PEFT builds the sum for the layers of the first configuration, and would leave out layers that only others have.
-    """
-    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    choices = [[getattr(config, name) for name in fields] for config in configs]
-    if all(choice == choices[0] for choice in choices):
-        return
-    for config in configs:
-        config.target_modules = set(layers)
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-
-
-def _trimmed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Cuts off the zeros with which PEFT pads factors to the largest rank.
-
-    Returns:
-        The factors by name, and the rank of each layer.
-    """
-    trimmed: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for a_name in tensors:
-        layer, is_factor_a, _ = a_name.partition(".lora_A.")
-        if not is_factor_a:
-            continue
-        b_name = f"{layer}.lora_B.weight"
-        a = tensors[a_name]
-        b = tensors[b_name]
-
-        is_used = (a != 0).any(1) | (b != 0).any(0)
-        rank = int(is_used.nonzero().max()) + 1 if bool(is_used.any()) else 1
-        trimmed[a_name] = a[:rank]
-        trimmed[b_name] = b[:, :rank]
-        ranks[layer.removeprefix("base_model.model.")] = rank
-    return trimmed, ranks

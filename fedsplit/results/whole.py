@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit.adaptation import lora
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.errors import InputError, SettingError
+from fedsplit.metrics.metric import Metric, measure
 from fedsplit.model.checkpoint_reader import check_checkpoint
 from fedsplit.model.devices import CPU, TYPES, device_of
 from fedsplit.model.families import read_facts, read_pad
@@ -28,17 +29,21 @@ from fedsplit.scores import Score
 from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0) -> Any:
+
+def open_base(
+    model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0
+) -> PreTrainedModel:
     """Opens the base model in the type of a run.
 
     Args:
         model_path: Folder of the model.
         dtype: Type of the weights, one of `fedsplit.settings.choices.DTYPES`.
         device: Device of the model.
-        classes: Number of classes, for a classifier of sequences with the head that the run began with; 0 for a
-            causal LM.
-        seed: Seed of the run, which that head is drawn from.
+        classes: Number of classes, for a classifier of sequences with the run's initial head; 0 for a causal LM.
+        seed: Seed of the run, from which the initial head is drawn.
 
     Raises:
         SettingError: The folder holds no model, or a broken one.
@@ -56,14 +61,15 @@ def open_base(model_path: Path, dtype: str, device: torch.device = CPU, classes:
     return base.to(device)
 
 
-def restore_head(base: Any, seed: int) -> None:
-    """Replaces a classifier's head by the head that a run of the given seed began with."""
+def restore_head(base: PreTrainedModel, seed: int) -> None:
+    """Replaces a classifier's head by the initial head of a run with the given seed."""
     head = base.get_submodule(SCORE)
-    head.weight = torch.nn.Parameter(lora.fresh_score(head.weight.shape, lora.spread_of(base.config), seed))
+    initial = lora.fresh_score(head.weight.shape, lora.spread_of(base.config), seed)
+    head.weight = torch.nn.Parameter(initial)
 
 
 def check_same_head(adapters: Mapping[Path, Adapters]) -> int:
-    """Checks that one base model, opened with one head, suits all of some adapters.
+    """Makes sure that one base model with one head suits several adapters.
 
     Args:
         adapters: Tensors of each adapter, by folder.
@@ -74,10 +80,11 @@ def check_same_head(adapters: Mapping[Path, Adapters]) -> int:
     Raises:
         InputError: The adapters have different numbers of classes.
     """
-    (first, classes), *others = ((folder, classes_in(tensors)) for folder, tensors in adapters.items())
-    for folder, number in others:
-        if number != classes:
-            both = f"{first} {_task(classes)}, {folder} {_task(number)}"
+    by_folder = {folder: classes_in(tensors) for folder, tensors in adapters.items()}
+    (first, classes), *others = by_folder.items()
+    for folder, other_classes in others:
+        if other_classes != classes:
+            both = f"{first} {_task(classes)}, {folder} {_task(other_classes)}"
             raise InputError(f"the adapters belong on models with different heads: {both}")
     return classes
 
@@ -88,13 +95,13 @@ def _task(classes: int) -> str:
 
 def open_held(
     adapter: Adapter, device: torch.device = CPU, dense: bool = False, classes: int = 0, seed: int = 0
-) -> Any:
-    """Opens the base model as the run of an adapter held it, with the same parts quantised.
+) -> PreTrainedModel:
+    """Opens the base model of an adapter's run, with the parts quantised that the run quantised.
 
     Args:
         adapter: The adapter.
         device: Device of the model.
-        dense: Whether to decode quantised weights to the run's type, so that an adapter can be added to them.
+        dense: If true, quantised weights are decoded to the run's type, so that an adapter can be added to them.
         classes: As in `open_base`.
         seed: As in `open_base`.
 
@@ -111,7 +118,7 @@ def open_held(
     return quantize_unsplit(base, run.bounds, run.bits, device, dense) if run.bits else base
 
 
-def attach(base: Any, adapter: Adapter) -> Any:
+def attach(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """Attaches an adapter to a base model by PEFT, and returns the PEFT model.
 
     Raises:
@@ -119,18 +126,19 @@ def attach(base: Any, adapter: Adapter) -> Any:
     """
     read_fitting(adapter)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of tensors not in the file; those drawn from a seed need not be
+        # PEFT warns of tensors that the file lacks. Tensors that are drawn from a seed need not be in the file.
+        warnings.simplefilter("ignore")
         try:
             return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
         except (RuntimeError, ValueError, TypeError, NotImplementedError, LookupError) as error:
             raise InputError(f"the adapter in {adapter.folder} does not fit the model ({reason_of(error)})") from None
 
 
-def merged(base: Any, adapter: Adapter) -> Any:
-    """Merges an adapter of any kind into a base model's weights by PEFT, and returns the model; the base is changed.
+def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """Merges an adapter of any kind into a base model's weights by PEFT, and returns the model. The base is changed.
 
-    The merged model is compared with the attached adapter on a few tokens, since PEFT does not always refuse an adapter
-    that it cannot merge.
+    PEFT does not always refuse an adapter that it cannot merge. So the merged model is compared with the attached
+    adapter on a few tokens.
 
     Raises:
         InputError: The adapter does not fit the model, or cannot be merged.
@@ -147,7 +155,8 @@ def merged(base: Any, adapter: Adapter) -> Any:
             result = model.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"{begin} ({' '.join(str(error).split())})") from None
-    for name, module in list(result.named_modules()):  # after LN tuning, PEFT leaves its wrappers in the model
+    # After LN tuning, PEFT leaves its wrappers in the model.
+    for name, module in list(result.named_modules()):
         for trained in getattr(module, "modules_to_save", {}).values():
             result.set_submodule(name, trained)
     if was_tied:
@@ -162,7 +171,7 @@ def merged(base: Any, adapter: Adapter) -> Any:
 
 
 @torch.no_grad()
-def _probe(model: Any) -> Tensor:
+def _probe(model: PreTrainedModel | PeftModel) -> Tensor:
     """Returns a model's logits for the first and last few tokens of its vocabulary."""
     size = model.get_input_embeddings().weight.shape[0]
     first = torch.arange(min(8, size))
@@ -173,24 +182,24 @@ def _probe(model: Any) -> Tensor:
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Tells whether two results differ by rounding alone."""
-    largest = float(expected.abs().max())
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=1e-3 * max(1.0, largest))
+    """Returns True if two results differ by rounding alone."""
+    largest = max(1.0, float(expected.abs().max()))
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=1e-3 * largest)
 
 
-def _unwrapped(module: Any) -> Any:
+def _unwrapped(module: nn.Module) -> Any:
     """Returns the base model's module inside PEFT's wrappers."""
     for name in ("base_layer", "original_module"):
         if hasattr(module, name):
-            return _unwrapped(getattr(module, name))
+            return _unwrapped(module.get_submodule(name))
     return module
 
 
-def _untie(base: Any) -> bool:
-    """Gives the head its own copy of the weight if it shares the embedding's, so that each is merged separately.
+def _untie(base: PreTrainedModel) -> bool:
+    """Gives the head a copy of a weight that it shares with the embedding, so that PEFT merges both separately.
 
     Returns:
-        Whether head and embedding shared a weight.
+        True if head and embedding shared a weight.
     """
     if base.get_output_embeddings() is None:
         return False
@@ -202,8 +211,8 @@ def _untie(base: Any) -> bool:
     return True
 
 
-def _tie_if_equal(model: Any) -> None:
-    """Ties the head to the embedding again if the two are still equal, and records the answer in the configuration."""
+def _tie_if_equal(model: PreTrainedModel) -> None:
+    """Ties the head to the embedding again if both are still equal, and records the tie in the configuration."""
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     is_equal = torch.equal(embedding.weight, head.weight)
@@ -212,7 +221,7 @@ def _tie_if_equal(model: Any) -> None:
         head.weight = embedding.weight
 
 
-def detach(model: Any) -> Any:
+def detach(model: PeftModel) -> PreTrainedModel:
     """Takes the adapter off a model that `attach` returned, and returns the base model.
 
     See `fedsplit.results.fitting.leaves_base` for adapters that change the base model for good.
@@ -235,13 +244,16 @@ def detach(model: Any) -> Any:
 
 
 @torch.no_grad()
-def score(model: Any, batches: Iterable[Sequences]) -> Score:
+def score(
+    model: PreTrainedModel | PeftModel, batches: Iterable[Sequences], metrics: Mapping[str, Metric] | None = None
+) -> Score:
     """Measures a causal LM, or a classifier of sequences, on text.
 
     Args:
         model: A model of transformers, with or without an adapter, computing in the type of its weights. A classifier's
             `pad_token_id` must be the token that pads the sequences.
-        batches: Batches of sequences; every predicted token counts the same.
+        batches: Batches of sequences. Every predicted token has equal weight.
+        metrics: Metrics by name; None for none.
     """
     dtype = next(model.parameters()).dtype
     device = device_of(model)
@@ -254,15 +266,20 @@ def score(model: Any, batches: Iterable[Sequences]) -> Score:
 
         labels = rows.labels
         if labels.ndim > 1:
-            # Each token predicts the next; logits of virtual tokens, before the text, predict nothing that counts.
-            logits = logits[:, -labels.shape[1] : -1].flatten(0, 1)
-            labels = labels[:, 1:].flatten()
+            # Each token predicts the next token. Logits of virtual tokens, which precede the text, are cut off.
+            logits = logits[:, -labels.shape[1] : -1]
+            labels = labels[:, 1:]
+        sums = measure(metrics, logits.float(), labels) if metrics else {}
+        logits = logits.flatten(0, -2)
+        labels = labels.flatten()
         is_predicted = labels != IGNORED
         if not bool(is_predicted.all()):
             logits = logits[is_predicted]
             labels = labels[is_predicted]
 
-        nats = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
+        # Summed in float64: a float32 sum over many tokens would lose digits.
+        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        nats = float(losses.double().sum())
         right = int((logits.argmax(-1) == labels).sum())
-        total += Score(float(nats), labels.numel(), right)
+        total += Score(nats, labels.numel(), right, sums)
     return total

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedsplit.errors import InputError, SettingError
 from fedsplit.settings.choices import PROMPTED
-from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, Config
+from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
 from fedsplit.settings.fields import Setting
 from fedsplit.settings.sections import LoraSettings, Section
 from fedsplit.settings.validators import FIELDS
@@ -140,6 +140,8 @@ def build(
     values: Mapping[str, object],
     options: Mapping[str, Any] | None = None,
     objective_options: Mapping[str, Any] | None = None,
+    metric_options: Mapping[str, Any] | None = None,
+    sink_options: Mapping[str, Any] | None = None,
 ) -> Config:
     """Builds a configuration from settings by dotted name.
 
@@ -149,6 +151,8 @@ def build(
         values: Settings by dotted name. Settings that are not named keep their defaults.
         options: Keyword arguments for the strategy.
         objective_options: Keyword arguments for the objective.
+        metric_options: Keyword arguments for metrics, by NAME.KEY or as a table by name.
+        sink_options: Keyword arguments for sinks, by NAME.KEY or as a table by name.
 
     Raises:
         InputError: A name is unknown, a value is not allowed, or two kinds of prompts are asked for.
@@ -164,12 +168,15 @@ def build(
         setting = SETTINGS[name]
         fields[setting.section][setting.field] = _convert(setting, value)
 
-    _check_options("strategy", options or {})
-    _check_options("objective", objective_options or {})
-    tables: dict[str, Any] = {
-        OPTIONS["strategy"]: dict(options or {}),
-        OPTIONS["objective"]: dict(objective_options or {}),
+    given = {
+        "strategy": options or {},
+        "objective": objective_options or {},
+        "metric": by_key(metric_options or {}),
+        "sinks": by_key(sink_options or {}),
     }
+    for name, keywords in given.items():
+        _check_options(name, keywords)
+    tables: dict[str, Any] = {OPTIONS[name]: dict(keywords) for name, keywords in given.items()}
 
     _settle_peft(fields["lora"], fields["prompt"])
     sections: dict[str, Any] = {name: cls(**fields[name]) for name, cls in SECTIONS.items()}
@@ -184,11 +191,30 @@ def _check_options(setting: str, options: Mapping[str, Any]) -> None:
         options: The keyword arguments.
 
     Raises:
-        SettingError: A value is no text, number or truth value.
+        SettingError: A value is no text, number or truth value; or an option does not say which class it is for.
     """
     for name, value in options.items():
+        if setting in SEVERAL and "." not in name:
+            allowed = f"an option with a name before it, as in {setting}.NAME.{name}"
+            raise SettingError(f"{setting}.{name}", value, allowed)
         if not isinstance(value, str | int | float):
             raise SettingError(f"{setting}.{name}", value, "a text, a number, true or false")
+
+
+def by_key(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of several classes by NAME.KEY, of which some may be given as a table by name.
+
+    Example:
+        >>> by_key({"rouge": {"stem": True}, "bleu.order": 4})
+        {'rouge.stem': True, 'bleu.order': 4}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _settle_peft(lora: dict[str, Any], prompt: dict[str, Any]) -> None:
@@ -279,6 +305,4 @@ def from_document(document: Mapping[str, Any]) -> Config:
         4
     """
     settings = {key: value for key, value in document.items() if key not in OPTIONS.values()}
-    options = document.get(OPTIONS["strategy"])
-    objective_options = document.get(OPTIONS["objective"])
-    return build(dotted(settings), options, objective_options)
+    return build(dotted(settings), *(document.get(table) for table in OPTIONS.values()))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from fedsplit.errors import InputError, SettingError
-from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, Config
-from fedsplit.settings.documents import build, dotted, suggest
+from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
+from fedsplit.settings.documents import build, by_key, dotted, suggest
 from fedsplit.settings.fields import Setting
 
 MAY_DIFFER = (
@@ -24,6 +24,9 @@ MAY_DIFFER = (
     "workers",
     "threads",
     "timeout",
+    "quorum",
+    "max_failures",
+    "round_deadline",
     "device",
     "trunk.threads",
     "trunk.device",
@@ -52,7 +55,7 @@ def read_toml(path: Path) -> tuple[dict[str, object], Options]:
         path: A TOML file.
 
     Returns:
-        The settings by dotted name, and the options of strategy and objective.
+        The settings by dotted name, and the options of strategy, objective, metrics and sinks.
 
     Raises:
         SettingError: The file cannot be read, or is not TOML.
@@ -73,6 +76,8 @@ def read_toml(path: Path) -> tuple[dict[str, object], Options]:
     for setting, values in options.items():
         if not isinstance(values, dict):
             raise SettingError(OPTIONS[setting], values, "a table")
+        if setting in SEVERAL:
+            options[setting] = by_key(values)
     return dotted(document), options
 
 
@@ -158,15 +163,27 @@ def make_parser() -> Parser:
         groups[section] = parser.add_argument_group(section, description)
     for name, setting in SETTINGS.items():
         add_setting(groups[setting.section], name)
-    parser.epilog = " ".join(f"--{setting}.KEY VALUE sets a keyword argument of the {setting}." for setting in OPTIONS)
+    one = [
+        f"--{setting}.KEY VALUE sets a keyword argument of the {setting}."
+        for setting in OPTIONS
+        if setting not in SEVERAL
+    ]
+    several = [f"--{setting}.NAME.KEY VALUE sets one of the {setting} called NAME." for setting in SEVERAL]
+    parser.epilog = " ".join([*one, *several])
     return parser
 
 
-def _options(rest: list[str]) -> Options:
+_BY_ALIAS = {setting.alias.removeprefix("--"): name for name, setting in SETTINGS.items() if setting.alias}
+"""Settings by their second flags, such as `sinks` by `sink`."""
+
+
+def options_of(rest: Sequence[str], parser: Parser, settings: Collection[str] = tuple(OPTIONS)) -> Options:
     """Parses flags such as `--strategy.KEY VALUE`.
 
     Args:
-        rest: Arguments of the command line that are no flags of settings.
+        rest: Arguments of the command line that are no flags of the parser.
+        parser: The parser, whose flags an error suggests.
+        settings: Settings whose options the command takes.
 
     Raises:
         InputError: A flag is unknown, or a flag has no value.
@@ -175,12 +192,13 @@ def _options(rest: list[str]) -> Options:
     for argument in rest:
         words += argument.split("=", 1) if argument.startswith("--") else [argument]
 
-    options: Options = {setting: {} for setting in OPTIONS}
+    options: Options = {setting: {} for setting in settings}
     while words:
         flag = words.pop(0)
-        setting, _, key = flag.removeprefix("--").partition(".")
-        if not flag.startswith("--") or not key or setting not in OPTIONS:
-            known = [flag_of(name) for name in SETTINGS]
+        given, _, key = flag.removeprefix("--").partition(".")
+        setting = _BY_ALIAS.get(given, given)
+        if not flag.startswith("--") or not key or setting not in settings:
+            known = [flag for action in parser._actions for flag in action.option_strings]
             raise InputError(f"there is no flag {flag}; {suggest(flag, known)}")
         if not words:
             raise InputError(f"{flag}: expected a value after it")
@@ -210,10 +228,11 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         >>> config.clients, config.lora.rank
         (4, (16,))
     """
-    known, rest = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    known, rest = parser.parse_known_args(argv)
     values = vars(known)
     file = values.pop("config", None)
-    return settle(values, _options(rest), Path(file) if file is not None else None)
+    return settle(values, options_of(rest, parser), Path(file) if file is not None else None)
 
 
 def settle(values: Mapping[str, object], options: Options, file: Path | None = None) -> Config:
@@ -221,7 +240,7 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
 
     Args:
         values: Settings by dotted name. They win over the file. With `resume`, the file is the run's `config.toml`.
-        options: Keyword arguments by setting, "strategy" or "objective". They win over the file, too.
+        options: Keyword arguments by setting, as in `OPTIONS`. They win over the file, too.
         file: A TOML file; None for the defaults. With `resume`, it may be the run's own.
 
     Raises:
@@ -242,8 +261,10 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
     file_options: Options = {}
     if file is not None:
         file_values, file_options = read_toml(file)
+    if run and "sinks" in values:  # other sinks than those that the run had, which take other options
+        file_options["sinks"] = {}
     merged = {setting: {**file_options.get(setting, {}), **options.get(setting, {})} for setting in OPTIONS}
-    return build({**file_values, **values}, merged["strategy"], merged["objective"])
+    return build({**file_values, **values}, *merged.values())
 
 
 def _check_unchanged(values: Mapping[str, object], options: Options, file: Path | None, run: object) -> None:
@@ -255,7 +276,8 @@ def _check_unchanged(values: Mapping[str, object], options: Options, file: Path 
     if not (Path(str(run)) / "config.toml").is_file():
         raise SettingError("resume", run, "the folder of a run, with its config.toml")
     changed = [name for name in values if name not in MAY_DIFFER]
-    changed += [f"{setting}.{name}" for setting, keywords in options.items() for name in keywords]
+    fixed = {setting: keywords for setting, keywords in options.items() if setting not in MAY_DIFFER}
+    changed += [f"{setting}.{name}" for setting, keywords in fixed.items() for name in keywords]
     if file is not None:
         changed.insert(0, "config")
     if changed:

@@ -76,6 +76,19 @@ class AssignCopies(Control[None]):
 
 
 @dataclass(frozen=True)
+class AssignAgain(Control[None]):
+    """Sets, under `copies`, the adapter of one client that begins its round once more.
+
+    Attributes:
+        client: Number of the client; its steps of an earlier attempt at the round no longer count.
+        start: Start of its copy.
+    """
+
+    client: int
+    start: Start
+
+
+@dataclass(frozen=True)
 class ReadCopies(Control[dict[int, Copy]]):
     """Asks, under `copies`, for each client's adapter at the end of the round."""
 
@@ -175,6 +188,10 @@ class TrunkPort(Protocol):
     def assign(self, starts: Mapping[int, Start]) -> None:
         """Sets, under `copies`, the adapters that clients begin a round with."""
         self.control(AssignCopies(dict(starts)))
+
+    def assign_again(self, client: int, start: Start) -> None:
+        """Sets, under `copies`, the adapter of one client that begins its round once more."""
+        self.control(AssignAgain(client, start))
 
     def copies(self) -> dict[int, Copy]:
         """Returns, under `copies`, each client's adapter at the end of the round."""

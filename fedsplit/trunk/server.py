@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import folding, lora
 from fedsplit.clock import Clock
 from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
@@ -207,12 +207,12 @@ class TrunkServer:
             changes: Matrices by layer; layers of other parts are ignored.
         """
         new = changes.keys() - self._committed.keys()
-        self._committed |= lora.base_weights(self.part, new)
-        lora.fold(self.part, changes)
+        self._committed |= folding.base_weights(self.part, new)
+        folding.fold(self.part, changes)
 
     def unfold(self) -> None:
         """Sets the base weights back to their values at the last `commit`."""
-        lora.put_back(self.part, self._committed)
+        folding.put_back(self.part, self._committed)
         self._committed = {}
 
     def commit(self) -> None:

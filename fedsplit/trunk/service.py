@@ -233,6 +233,8 @@ class TrunkService:
                 return self._dispatcher.end_round(finished)
             case port.AssignCopies(starts):
                 return adapters.assign(starts)
+            case port.AssignAgain(client, start):
+                return adapters.assign_again(client, start)
             case port.ReadCopies():
                 return adapters.copies()
             case port.ReadAdapter():

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from test_routers import EXPERTS, ask_for_balance, parts_of, through_split, unsplit
 from test_simulate import TINY, adapter, command
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import adapter_files, lora
 from fedsplit.commands import checks, simulate
 from fedsplit.commands.adapters import compare, summary
 from fedsplit.commands.evaluate import held_out_loss
@@ -28,8 +28,9 @@ from fedsplit.federation.strategy import load_strategy
 from fedsplit.model.families import read_facts
 from fedsplit.model.parts import ranges
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.results.combining import combine
 from fedsplit.results.finished import find_adapter, open_run
-from fedsplit.results.merging import combine, merge, unmerge
+from fedsplit.results.merging import merge, unmerge
 from fedsplit.settings.documents import build, from_document
 from fedsplit.settings.sections import LoraSettings
 from fedsplit.updates import Adapters, ClientUpdate, Layer
@@ -64,14 +65,14 @@ def test_peft_opens_what_is_saved_and_so_do_we(tmp_path: Path, family: str, tiny
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.simplefilter("error", RuntimeWarning)
-        lora.save(tmp_path / "adapter", whole, SETTINGS, bottom.family, "base")
+        adapter_files.save(tmp_path / "adapter", whole, SETTINGS, bottom.family, "base")
         opened = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / "adapter"))
     assert torch.equal(opened(input_ids=IDS).logits, expected)
-    read = lora.load(tmp_path / "adapter")
+    read = adapter_files.load(tmp_path / "adapter")
     assert read.layers == whole.layers
     assert all(torch.equal(read.tensors[name], tensor) for name, tensor in whole.tensors.items())
     for part in parts:
-        lora.save(
+        adapter_files.save(
             tmp_path / part.kind, lora.read(part), SETTINGS, part.family, "base", ranges(BLOCKS, (1, 2))[part.kind]
         )
         alone = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / part.kind))
@@ -94,7 +95,7 @@ def test_changes_are_what_peft_adds_to_the_weights(family: str, tiny_models: dic
     assert seen == (9 if family == "mixtral" else 6)
     assert {layer.rpartition(".")[2] for layer in read.complete} == {"q_proj", "gate"}
     assert len(read.stacked) == seen * 2 // 3
-    with pytest.raises(ValueError, match="stacks the weights of experts"):
+    with pytest.raises(ValueError, match="stacks the weights of several experts"):
         read.change(read.stacked[0])
 
 
@@ -141,7 +142,7 @@ def test_a_federation_with_adapters_on_experts(
     assert all(2 < event["router_aux_loss"] < 4 for event in trained)
     aggregated = [event for event in events if event["event"] == "aggregate"]
     assert any("experts" in layer for event in aggregated for layer in event["layers"])
-    moved = lora.load(run / "adapter")
+    moved = adapter_files.load(run / "adapter")
     assert all(moved.tensors[f"{layer}.lora_B.weight"].any() for layer in moved.stacked)
 
     merge(find_adapter(run), tmp_path / "merged")

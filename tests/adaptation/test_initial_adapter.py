@@ -13,7 +13,7 @@ from peft_adapters import PLACES, make, opened
 from split_models import batch_of, logits_of
 from transformers import AutoModelForCausalLM
 
-from fedsplit.adaptation import initial_adapter, lora, prompts, run_adapters
+from fedsplit.adaptation import adapter_files, initial_adapter, lora, prompts, run_adapters
 from fedsplit.settings.config import Config
 from fedsplit.settings.sections import LoraSettings, PromptSettings
 from fedsplit.updates import Adapters
@@ -79,7 +79,7 @@ def test_a_larger_rank_adds_the_same_and_a_smaller_one_what_is_left(
     """Rank 4 and alpha 6 in the file; the run has others, and another rule for the scaling."""
     config = settings_for("llama", "plain", tiny_models["llama"], tmp_path)
     make("llama", "plain", tiny_models["llama"], Path(config.init_adapter))
-    filed = lora.load(Path(config.init_adapter))
+    filed = adapter_files.load(Path(config.init_adapter))
     for rank in (4, 7, 2):
         given = replace(config.lora, rank=(rank,), alpha=5.0, rslora=rslora)
         started = lora.read(*parts_of(replace(config, lora=given)))
@@ -93,7 +93,7 @@ def test_a_larger_rank_adds_the_same_and_a_smaller_one_what_is_left(
 def test_ranks_by_layer_come_to_the_runs(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     config = settings_for("gpt2", "plain", tiny_models["gpt2"], tmp_path)
     make("gpt2", "ranks by layer", tiny_models["gpt2"], Path(config.init_adapter))
-    filed, started = lora.load(Path(config.init_adapter)), lora.read(*parts_of(config))
+    filed, started = adapter_files.load(Path(config.init_adapter)), lora.read(*parts_of(config))
     assert len({filed.rank(layer) for layer in filed.layers}) == 2
     for layer, change in changes(filed).items():
         torch.testing.assert_close(changes(started)[layer], change, rtol=1e-5, atol=1e-7)

@@ -11,7 +11,7 @@ import torch
 from conftest import VOCABULARY, without_dropout
 from peft import PeftModel, get_peft_model
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import adapter_files, lora
 from fedsplit.adaptation.injection import check_injection, exported, make_config
 from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.client.client import Client
@@ -91,7 +91,7 @@ def unsplit(config: Config, folder: Path, start: lora.Adapters) -> Any:
     base, family = load_unsplit(config.model_path), read_facts(config.model_path).family
     if ADAPTER_METHODS[config.lora.method].residual:
         return get_peft_model(base, make_config(config.lora, family, seed=config.seed)).eval()
-    lora.save(folder, start, config.lora, family, "base", seed=config.seed)
+    adapter_files.save(folder, start, config.lora, family, "base", seed=config.seed)
     return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval()
 
 
@@ -144,7 +144,7 @@ def test_a_client_and_its_trunk_train_as_the_unsplit_model_does(
         facts = read_facts(config.model_path).family
         if ADAPTER_METHODS[method].residual:
             after = replace(after, folded={layer: start.change(layer).times(-1.0) for layer in start.complete})
-        lora.save(saved, after, config.lora, facts, str(config.model_path), seed=config.seed)
+        adapter_files.save(saved, after, config.lora, facts, str(config.model_path), seed=config.seed)
         opened = PeftModel.from_pretrained(load_unsplit(config.model_path), str(saved)).eval()
         close = {"rtol": 1e-4, "atol": 1e-4} if ADAPTER_METHODS[method].residual else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(opened(input_ids=ids).logits, expected, **close)
@@ -229,7 +229,7 @@ def test_a_part_of_an_adapter_is_an_adapter_of_its_blocks(tiny_models: dict[str,
         config = config_of(tiny_models[family], method)
         _, trunk, _ = parts_of(config)
         facts, saved = read_facts(config.model_path).family, tmp_path / family
-        lora.save(saved, lora.read(trunk), config.lora, facts, "base", trunk.blocks, config.seed)
+        adapter_files.save(saved, lora.read(trunk), config.lora, facts, "base", trunk.blocks, config.seed)
         opened = PeftModel.from_pretrained(load_unsplit(config.model_path), str(saved), is_trainable=True)
         assert trained(opened).keys() == lora.parameters(trunk).keys()
 

@@ -42,9 +42,10 @@ from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.optimization.optim import make_optimizer
+from fedsplit.results.combining import combine
 from fedsplit.results.finished import find_adapter, open_run
 from fedsplit.results.fitting import read_fitting
-from fedsplit.results.merging import combine, merge
+from fedsplit.results.merging import merge
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build

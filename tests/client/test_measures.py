@@ -35,6 +35,15 @@ def test_the_trial_has_the_models_vocabulary_or_the_datas_classes(tmp_path: Path
             check_measures(config, load_measures(config), classes)
 
 
+def test_options_go_to_the_metrics_that_they_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    named = {"metric": f"token_accuracy,{tmp_path}/mine.py:Vocabulary"}
+    _, metrics = load_measures(build(named, metric_options={"Vocabulary": {"model": "other"}}))
+    assert metrics["Vocabulary"]._metric.model == "other"  # type: ignore[attr-defined]
+    with pytest.raises(SettingError, match=r"^metric.Vocabulary.size: 1 is not possible; allowed: model"):
+        load_measures(build(named, metric_options={"Vocabulary.size": 1}))
+
+
 def test_options_go_to_the_objective() -> None:
     objective, _ = load_measures(build({"objective": "label_smoothing"}, {}, {"smoothing": 0.3}))
     assert objective.smoothing == 0.3  # type: ignore[union-attr]

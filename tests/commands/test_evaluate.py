@@ -225,3 +225,66 @@ def test_what_is_measured_is_told(finished_run: Callable[..., Path]) -> None:
     evaluate.evaluate(open_run(finished_run("gpt2", "fedavg")), tell=lambda *now: told.append(now))
     assert [(done, of) for _, done, of in told] == [(number, 6) for number in range(6)]
     assert told[0][0].startswith("base model, text of ") and told[-1][0].startswith("with the adapter, text of ")
+
+
+MINE = """
+class Above:
+    '''Share of labels with a probability above a threshold.'''
+    def __init__(self, least: float = 0.5) -> None:
+        self.least = least
+    def __call__(self, logits, labels):
+        seen = labels != -100
+        right = logits.softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return ((right > self.least) & seen).sum(), seen.sum()
+"""
+
+
+@pytest.mark.parametrize("kind", ["tokens", "virtual tokens", "classes"])
+def test_the_runs_metrics_are_those_that_the_run_reported(
+    kind: str, finished_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    how: dict[str, object] = {
+        "tokens": {},
+        "virtual tokens": {"prompt__kind": "prompt", "prompt__tokens": 3},
+        "classes": {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32},
+    }[kind]  # type: ignore[assignment]
+    named = {"metric": f"token_accuracy,{tmp_path}/mine.py:Above", "metric_options": {"Above.least": 0.02}}
+    run = open_run(finished_run("gpt2", **how, **named))
+    metrics, left_out = evaluate.metrics_of(run.config, [], {})
+    results = evaluate.evaluate(run, metrics=metrics)
+    summary = json.loads((run.path / "summary.json").read_text())["metrics"]
+    found = scores.means(pooled(results).metrics)
+    before = scores.means(scores.pooled(result.base for result in results).metrics)
+    assert list(found) == list(summary) == ["token_accuracy", "Above"]
+    for name, ends in summary.items():
+        assert found[name] == pytest.approx(ends["after"], abs=1e-6)
+        if kind != "virtual tokens":  # without which the base model is measured
+            assert before[name] == pytest.approx(ends["before"], abs=1e-6)
+    assert found["Above"] > 0 and not left_out
+    assert all(pooled([result]).accuracy == scores.means(result.tuned.metrics)["token_accuracy"] for result in results)
+
+
+def test_further_metrics_stand_beside_the_loss(
+    finished_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    gone = tmp_path / "gone.py"
+    gone.write_text("def length(logits, labels):\n    return 1, 1\n")
+    run = finished_run("gpt2", metric=f"token_accuracy,{gone}:length")
+    gone.unlink()
+    asked = ["--run", str(run), "--client", "0", "--metric", f"{tmp_path}/mine.py:Above"]
+    assert evaluate.main([*asked, "--metric.Above.least", "0"]) == 0
+    head, *_, last, note = capsys.readouterr().out.splitlines()
+    assert head.split() == ["tokens", "loss", "perplexity", "accuracy", "token_accuracy", "Above"]
+    assert last.endswith("1.0000 -> 1.0000")
+    assert note.startswith("without the run's metric length: metric: ")
+    for wrong, words in (
+        (["--metric.Above.most", "1"], "metric.Above.most: 1 is not possible; allowed: least"),
+        (["--metric.rouge.stem", "1"], "metric.rouge.stem: 1 is not possible; allowed: an option of Above | "),
+        (["--metric", "rouge"], "metric: rouge is not possible; allowed: "),
+        (["--strategy.mu", "1"], "there is no flag --strategy.mu"),
+        (["--sampels", "1"], "there is no flag --sampels; did you mean --samples"),
+    ):
+        assert evaluate.main([*asked, *wrong]) == 2
+        assert words in capsys.readouterr().err

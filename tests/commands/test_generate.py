@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -22,14 +21,12 @@ import pytest
 import tomli_w
 import torch
 from conftest import with_added_token
-from family_tokenizers import write_tokenizer
 from peft import PeftModel
 from split_models import Here, server_of
 
-from fedsplit.adaptation import lora, run_adapters
+from fedsplit.adaptation import adapter_files, lora, run_adapters
 from fedsplit.client.link import Link
-from fedsplit.commands import generate
-from fedsplit.errors import SettingError
+from fedsplit.commands import generate, generation_job
 from fedsplit.generation.decoding import ClientHalf, Throughput, decode
 from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.model.split import load_parts
@@ -90,7 +87,7 @@ def _through_parts(run: Run, adapter: Path, tokens: list[list[int]], count: int)
     parts = load_parts(config.model_path, config.bounds, ["bottom", "trunk", "top"])
     for part in parts:
         lora.add(part, config.lora, config.seed)
-    lora.adopt(lora.load(adapter), *parts)
+    lora.adopt(adapter_files.load(adapter), *parts)
     here = Here(parts[1])
     here.server = server_of(parts[1])
     ends = ClientHalf(0, parts[0], parts[2], Link(here, make_codec("raw"), SCHEDULES["copies"], "run", "first"))
@@ -127,7 +124,7 @@ def test_the_client_holds_its_parts_as_the_run_did(talking: Talking, monkeypatch
 
     monkeypatch.setattr(run_adapters, "load_parts", load)
     config = replace(run.config, quantization="bottom:4,trunk:4,top:8")
-    job = generate.Job(config, run.adapter(), 0, None, [], [], 1, [], Sampling(), 1)
+    job = generation_job.Job(config, run.adapter(), 0, None, [], [], 1, [], Sampling(), 1)
     generate._load_client_parts(job)
     assert asked["bits"] == {"bottom": 4, "trunk": 4, "top": 8}
 
@@ -135,7 +132,7 @@ def test_the_client_holds_its_parts_as_the_run_did(talking: Talking, monkeypatch
 def test_prompts_become_tokens(talking: Talking) -> None:
     model = open_run(_folded(talking)).config.model_path
     tokenizer = load_tokenizer(model)
-    plain, said = (generate._tokenise(tokenizer, ["ab", "c"], chat, "m") for chat in (False, True))
+    plain, said = (generation_job.tokenise(tokenizer, ["ab", "c"], chat, "m") for chat in (False, True))
     assert [tokenizer.decode(ids) for ids in plain] == ["ab", "c"]
     assert ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in said] == ["<ab>:", "<c>:"]
     assert end_tokens(model) == [96, 95]
@@ -217,17 +214,6 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         assert said.out == ""
 
 
-def test_a_model_that_was_moved_is_read_where_it_lies_now(
-    finished_run: Callable[..., Path], tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_models["gpt2"], tmp_path / "before")
-    run = finished_run(str(tmp_path / "before"))
-    (tmp_path / "before").rename(tmp_path / "now")
-    flags = ["--run", str(run), "--model", str(tmp_path / "now"), "--prompt", "ab"]
-    job = generate.check(generate.make_parser().parse_args(flags))
-    assert job.config.model == job.adapter.model == str(tmp_path / "now")
-
-
 def _command(run: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "fedsplit.generate", "--run", str(run), *flags]
 
@@ -286,19 +272,3 @@ def test_ctrl_c_ends_the_trunk_too(talking: Talking) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("something of it still runs")
-
-
-def test_a_file_of_prompts_has_one_a_line(tmp_path: Path) -> None:
-    """A byte order mark is none of the first prompt, and only a line break ends one."""
-    (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028still one\r\n\r\ntwo\x0c\n".encode())
-    asked = argparse.Namespace(prompt=[], prompts=str(tmp_path / "prompts.txt"))
-    assert generate._read_prompts(asked) == ["one\u2028still one", "two\x0c"]
-
-
-def test_a_prompt_goes_on_and_has_whole_characters(tmp_path: Path) -> None:
-    """A tokenizer may end every text, and a prompt is not over."""
-    end = write_tokenizer(tmp_path, "mixtral")
-    library = load_tokenizer(tmp_path)
-    assert [*generate._tokenise(library, ["hello"], False, "")[0], end] == library("hello")["input_ids"]
-    with pytest.raises(SettingError, match=r"^prompt: number 2 .* is not possible; allowed: a text in UTF-8$"):
-        generate._tokenise(library, ["hello", "\udcff"], False, "")

@@ -13,7 +13,7 @@ from family_tokenizers import write_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from fedsplit.commands import generate
+from fedsplit.commands import generation_job
 from fedsplit.corpora.chats import Chat, check_chat, read_chat
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.vocabulary import TextTokenizer, open_tokenizer
@@ -79,7 +79,7 @@ def test_words_and_end_tokens_are_predicted(kind: str, template: str, end: str, 
     (found,) = predicted(tokenizer, PLAIN)
     assert [words.removeprefix(" ") for words in found] == [f"yes or no{end}", f"the peace{end}"]
     assert ids == tokenizer.library.apply_chat_template(PLAIN)["input_ids"]
-    (prompt,) = generate._tokenise(tokenizer.library, [PLAIN[0]["content"]], True, "")
+    (prompt,) = generation_job.tokenise(tokenizer.library, [PLAIN[0]["content"]], True, "")
     (unasked, before), *_ = parts(ids, labels)
     assert not unasked and before == prompt
     if tokenizer.beginning and kind != "phi3":
@@ -169,7 +169,7 @@ def test_no_token_is_in_two_turns(opened: Any) -> None:
     assert ids != tokenizer.encode_verbatim(["the people of"])[0]
     (_, before), (said, after) = parts(ids, labels)
     assert said and tokenizer.library.decode(after) == "ople of"
-    assert before == generate._tokenise(tokenizer.library, ["the pe"], True, "")[0]
+    assert before == generation_job.tokenise(tokenizer.library, ["the pe"], True, "")[0]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fedsplit.corpora.data_summary import as_document, data_notes, plot, table
-from fedsplit.corpora.partition import Partition
 from fedsplit.corpora.sequences import Row, Sequences, stack
+from fedsplit.corpora.sharding import Partition
 from fedsplit.corpora.shards import Shard
 from fedsplit.errors import InputError
 

@@ -25,8 +25,11 @@ class Deaf:
     def close(self):
         pass
 
-class Wants:
+class Wants(Sink):
     def __init__(self, key):
+        self.key = key
+
+    def handle(self, event):
         pass
 
 class Breaks(Mine):
@@ -45,6 +48,27 @@ def test_sinks_are_made_in_their_order_and_not_by_the_check(file: Path) -> None:
     check_sinks([f"{file}:Breaks"])
     one, two = make_sinks([f"{file}:Mine", f"{file}:Mine"])
     assert type(one).__name__ == type(two).__name__ == "Mine" and one is not two
+
+
+def test_a_sink_takes_options(file: Path) -> None:
+    names, options = [f"{file}:Mine", f"{file}:Wants"], {"Wants.key": "secret"}
+    check_sinks(names, options)
+    assert vars(make_sinks(names, options)[1]) == {"key": "secret"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"Wants.lock": 1}, "sinks.Wants.lock: 1 is not possible; allowed: key"),
+        ({"Mine.key": 1}, "sinks.Mine.key: 1 is not possible; allowed: no option at all"),
+        ({"Other.key": 1}, r"sinks.Other.key: 1 is not possible; allowed: an option of Mine \| Wants"),
+    ],
+)
+def test_options_that_a_sink_does_not_take_are_refused_by_the_check(
+    file: Path, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(SettingError, match=f"^{words}"):
+        check_sinks([f"{file}:Mine", f"{file}:Wants"], options)
 
 
 @pytest.mark.parametrize(

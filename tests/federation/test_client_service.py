@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import folding, lora
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import write_shard
 from fedsplit.durable import NotWritten
@@ -107,22 +107,22 @@ def test_changes_of_base_weights_are_made_once_and_in_order(config: Config, tmp_
     briefing, service = briefing_of(config, tmp_path), service_at(config, tmp_path)
     site = service.visit(Introduce(briefing, 0)).site
     (layer, *_) = lora.read(site.bottom).layers
-    before = lora.base_weights(site.bottom, [layer])[layer]
+    before = folding.base_weights(site.bottom, [layer])[layer]
     # GPT-2 stores a layer's weights as (in, out); one column and one row are a change of rank 1.
     change = LowRank(torch.ones(before.shape[1], 1), torch.ones(1, before.shape[0]))
     first = Evaluate(briefing, 0, round=1, folded=1, changes={layer: change})
     for _ in range(2):
         service.visit(first)
-    assert torch.equal(lora.base_weights(site.bottom, [layer])[layer], before + 1)
+    assert torch.equal(folding.base_weights(site.bottom, [layer])[layer], before + 1)
 
     other = ClientService(lambda name: None)  # type: ignore[arg-type,return-value]
     late = other.visit(Train(briefing, 0, round=2, folded=1)).site
-    assert torch.equal(lora.base_weights(late.bottom, [layer])[layer], before + 1)
+    assert torch.equal(folding.base_weights(late.bottom, [layer])[layer], before + 1)
 
     (tmp_path / "folds" / "round-0001.safetensors").unlink()
     anew = service.visit(Train(briefing, 0, round=1, attempt=1, discarded=1)).site
     assert anew is not site
-    assert torch.equal(lora.base_weights(anew.bottom, [layer])[layer], before)
+    assert torch.equal(folding.base_weights(anew.bottom, [layer])[layer], before)
     assert service.visit(Train(briefing, 0, round=1, attempt=1, discarded=1)).site is anew
 
 
@@ -133,7 +133,7 @@ def test_changes_of_base_weights_that_cannot_be_written_down_are_made_and_never_
     briefing, service = briefing_of(config, tmp_path), service_at(config, tmp_path)
     site = service.visit(Introduce(briefing, 0)).site
     (layer, *_) = lora.read(site.bottom).layers
-    before = lora.base_weights(site.bottom, [layer])[layer]
+    before = folding.base_weights(site.bottom, [layer])[layer]
     change = LowRank(torch.ones(before.shape[1], 1), torch.ones(1, before.shape[0]))
     other = ClientService(lambda name: None)  # type: ignore[arg-type,return-value]
     train = Train(briefing, 0, round=2, folded=1, folds=1)
@@ -144,10 +144,10 @@ def test_changes_of_base_weights_that_cannot_be_written_down_are_made_and_never_
     with monkeypatch.context() as patch:
         patch.setattr(FoldLog, "append", full_disk)
         service.visit(Evaluate(briefing, 0, round=1, folded=1, folds=1, changes={layer: change}))
-        assert torch.equal(lora.base_weights(site.bottom, [layer])[layer], before + 1)
+        assert torch.equal(folding.base_weights(site.bottom, [layer])[layer], before + 1)
         with pytest.raises(LostState, match=r"folds has only 0 of 1 rounds that changed base weights until round 1"):
             other.visit(train)
     service.visit(train)
-    assert torch.equal(lora.base_weights(site.bottom, [layer])[layer], before + 1)
+    assert torch.equal(folding.base_weights(site.bottom, [layer])[layer], before + 1)
     late = other.visit(train).site
-    assert torch.equal(lora.base_weights(late.bottom, [layer])[layer], before + 1)
+    assert torch.equal(folding.base_weights(late.bottom, [layer])[layer], before + 1)

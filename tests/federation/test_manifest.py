@@ -115,3 +115,10 @@ def test_a_manifest_is_read_as_it_was_written(config: Config, tmp_path: Path) ->
     (folder / manifest.NAME).unlink()
     with pytest.raises(Damaged, match=r"^it has no manifest\.json"):
         manifest.read(folder)
+
+
+def test_options_of_sinks_decide_nothing_and_those_of_metrics_do() -> None:
+    named = Config(sinks=("m:Mine",), sink_options={"Mine.project": "a"}, metric_options={"rouge.stem": True})
+    settings = manifest.settings_of(named)
+    assert not any(name.startswith("sink") for name in settings)
+    assert settings["metric.rouge.stem"] is True

@@ -21,7 +21,7 @@ from split_models import NEW, RAW, Here, ends_of, shape_of, walked
 from torch import Tensor
 
 from fedsplit.adaptation import lora, prompts, run_adapters
-from fedsplit.commands import generate
+from fedsplit.commands import generate, generation_job
 from fedsplit.commands.evaluate import evaluate
 from fedsplit.generation.decoding import ClientHalf, depends_on_neighbours, padded
 from fedsplit.generation.transcript import Detokeniser
@@ -258,7 +258,7 @@ def test_a_finished_run_writes_and_is_measured_as_its_exported_adapter(
     """The command without its processes: trained, exported, and opened by PEFT."""
     path = finished_run("llama", prompt__kind=name, prompt__tokens=TOKENS, train__lr=0.1)
     run, said = open_run(path), []
-    job = generate.check(_asked(path))
+    job = generation_job.check(_asked(path))
     parts = load_parts(run.config.model_path, run.config.bounds, KINDS, kernels="library")
     run_adapters.adopt(job.adapter.folder, job.config, *parts)
     ends, here = ends_of(parts)
@@ -295,7 +295,7 @@ def test_positions_that_were_trained_are_not_the_texts(
     ):
         assert generate.main(["--run", str(path), *more]) == 2
         assert capsys.readouterr().err == f"fedsplit: {words}\n"
-    assert generate.check(_asked(path, prompt=["x" * 20], max_new_tokens=None)).most == 9
+    assert generation_job.check(_asked(path, prompt=["x" * 20], max_new_tokens=None)).most == 9
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fedsplit.errors import SettingError
-from fedsplit.metrics.metric import METRICS, MetricFailed, load_metrics, measure, name_of, try_metrics
+from fedsplit.loading import name_of
+from fedsplit.metrics.metric import METRICS, MetricFailed, load_metrics, measure, try_metrics
 
 MINE = """
 def length(logits, labels):
@@ -49,6 +50,34 @@ def file(tmp_path: Path) -> Path:
 def test_every_name_is_a_metric_that_works_on_tokens_and_on_classes() -> None:
     for classifies in (False, True):
         try_metrics(load_metrics([*METRICS], {}), [*METRICS], 7, classifies)
+
+
+def test_a_class_takes_options(file: Path) -> None:
+    metrics = load_metrics([f"{file}:Named", f"{file}:length"], {"model": "abc"}, options={"Named.model": "abcde"})
+    assert measure(metrics, torch.zeros(1, 1, 5), torch.zeros(1, 1, dtype=torch.long))["Named"] == (5.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"Named.stem": 1}, "metric.Named.stem: 1 is not possible; allowed: model"),
+        ({"length.stem": 1}, "metric.length.stem: 1 is not possible; allowed: no option, since .*length is a function"),
+        ({"rouge.stem": 1}, r"metric.rouge.stem: 1 is not possible; allowed: an option of Named \| length"),
+        ({"Named.model": 3}, r"metric: .*Named is not possible; allowed: options that it takes \(TypeError"),
+    ],
+)
+def test_options_that_a_metric_does_not_take_are_refused(file: Path, options: dict[str, object], words: str) -> None:
+    code = file.read_text().replace("self.model = model", "self.model = model + ''")
+    file.write_text(code)
+    with pytest.raises(SettingError, match=f"^{words}"):
+        load_metrics([f"{file}:Named", f"{file}:length"], {"model": "abc"}, options=options)
+
+
+def test_an_object_takes_no_options() -> None:
+    with pytest.raises(SettingError, match=r"metric.mine.x: 1 .* allowed: no option, since the metric is"):
+        load_metrics(["m:mine(...)"], {}, {"m:mine(...)": len}, {"mine.x": 1})
+    with pytest.raises(SettingError, match=r"metric.mine.x: 1 .* allowed: no option, since metric is emp"):
+        load_metrics([], {}, options={"mine.x": 1})
 
 
 def test_functions_and_classes_are_reported_under_their_names(file: Path) -> None:

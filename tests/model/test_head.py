@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import adapter_files, folding, lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.run_adapters import adapt
 from fedsplit.commands.evaluate import evaluate, held_out_loss
@@ -29,8 +29,9 @@ from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
+from fedsplit.results.combining import combine
 from fedsplit.results.finished import Adapter, find_adapter, open_run
-from fedsplit.results.merging import combine, merge, unmerge
+from fedsplit.results.merging import merge, unmerge
 from fedsplit.results.whole import attach, detach, open_base
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.documents import build
@@ -135,7 +136,7 @@ def test_an_embedding_that_was_tied_stays_as_it_is(tiny_models: dict[str, Path],
     if head == "lora":
         logits = top.logits(trunk(bottom(IDS)))
         change = LowRank(torch.randn(VOCABULARY, 2), torch.randn(2, 32))
-        lora.fold(top, {HEAD: change})
+        folding.fold(top, {HEAD: change})
         assert not torch.allclose(top.logits(trunk(bottom(IDS))), logits)
         assert torch.allclose(top.lm_head.base_layer.weight, shared.detach() + change.up @ change.down, atol=1e-5)
     assert torch.equal(words, before) and not words.requires_grad
@@ -207,17 +208,19 @@ def test_peft_opens_what_is_saved_whole_and_by_part(
     bottom, trunk, top = parts = parts_of(path, (1, 2), head)
     with torch.no_grad():
         expected = top.logits(trunk(bottom(IDS)))
-    lora.save(tmp_path / "whole", lora.read(*parts), SETTINGS, top.family, str(path), head=head)
+    adapter_files.save(tmp_path / "whole", lora.read(*parts), SETTINGS, top.family, str(path), head=head)
     opened = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / "whole")).eval()
     assert torch.equal(opened(input_ids=IDS).logits, expected)
     words = opened.get_base_model().get_input_embeddings().weight
     assert torch.equal(words, load_unsplit(path).get_input_embeddings().weight)
-    read = lora.load(tmp_path / "whole")
+    read = adapter_files.load(tmp_path / "whole")
     assert all(torch.equal(t, read.tensors[n]) for n, t in lora.read(*parts).tensors.items())
     assert read.layers == lora.read(*parts).layers
     for part in parts:
         own = head if part.kind == "top" else "frozen"
-        lora.save(tmp_path / part.kind, lora.read(part), SETTINGS, top.family, str(path), part.blocks, head=own)
+        adapter_files.save(
+            tmp_path / part.kind, lora.read(part), SETTINGS, top.family, str(path), part.blocks, head=own
+        )
         alone = PeftModel.from_pretrained(load_unsplit(path), str(tmp_path / part.kind))
         found = {n for n, p in alone.named_parameters() if "lora_" in n or "modules_to_save" in n}
         assert len(found) == len(lora.parameters(part))
@@ -269,7 +272,7 @@ def test_a_merged_head_is_the_adapter_on_its_base_and_comes_apart_again(
 ) -> None:
     path = tiny_models[family]
     parts = parts_of(path, (1, 2), head)
-    lora.save(tmp_path / "own", lora.read(*parts), SETTINGS, parts[0].family, str(path), head=head)
+    adapter_files.save(tmp_path / "own", lora.read(*parts), SETTINGS, parts[0].family, str(path), head=head)
     adapter = Adapter(tmp_path / "own", str(path), "fp32", "own")
     base = load_unsplit(path).eval()
     plain = base(input_ids=IDS).logits
@@ -288,7 +291,7 @@ def test_a_merged_head_is_the_adapter_on_its_base_and_comes_apart_again(
 def test_heads_are_combined_where_they_have_factors(finished_run: Callable[..., Path], tmp_path: Path) -> None:
     one, two = (find_adapter(finished(finished_run, "lora", strategy=name)) for name in ("fedavg", "fedex"))
     combine([one, two], [0.7, 0.3], "cat", tmp_path / "both")
-    read = [lora.load(folder) for folder in (one.folder, two.folder, tmp_path / "both")]
+    read = [adapter_files.load(folder) for folder in (one.folder, two.folder, tmp_path / "both")]
     assert HEAD in read[2].complete and read[2].layers[HEAD].transposed is False
     for layer in read[2].complete:
         dense = [change.up @ change.down for change in (adapters.change(layer) for adapters in read)]

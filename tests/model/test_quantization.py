@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import folding, lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.commands import simulate
 from fedsplit.commands.evaluate import evaluate, held_out_loss
@@ -202,7 +202,7 @@ def test_a_change_is_not_folded_into_quantised_weights(tiny_models: dict[str, Pa
     lora.add(trunk, SETTINGS, 0)
     layer = "model.layers.1.self_attn.q_proj"
     with pytest.raises(ValueError, match=f"nothing can be folded into {layer}"):
-        lora.fold(trunk, {layer: LowRank(torch.ones(32, 1), torch.ones(1, 32))})
+        folding.fold(trunk, {layer: LowRank(torch.ones(32, 1), torch.ones(1, 32))})
 
 
 @needed

@@ -12,7 +12,7 @@ from family_tokenizers import KINDS, write_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from fedsplit.commands import generate
+from fedsplit.commands import generation_job
 from fedsplit.corpora.partition import all_text, make_partition
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.errors import SettingError
@@ -119,7 +119,7 @@ def test_training_evaluation_and_generation_see_the_same_tokens(kind: str, tmp_p
     (shard,) = make_partition(str(file), "natural", 1, 500, 0, tmp_path, end, data).shards
     assert sorted(rows_of(shard.train) + rows_of(shard.held_out)) == sorted(expected)
     assert rows_of(all_text(str(file), 500, tmp_path, end, data)["ann"]) == expected
-    read = generate._tokenise(load_tokenizer(tmp_path), texts, False, "")
+    read = generation_job.tokenise(load_tokenizer(tmp_path), texts, False, "")
     assert [[*ids, end] for ids in read] == expected
     stream = [token for ids in expected for token in ids]
     assert rows_of(all_text(str(file), len(stream), tmp_path, end)["ann"]) == [stream]
@@ -140,7 +140,7 @@ def test_a_completion_goes_on_where_generation_would(kind: str, tmp_path: Path) 
     found = all_text(str(file), 500, tmp_path, end)["pairs"]
     library = load_tokenizer(tmp_path)
     prompts = open_tokenizer(tmp_path).encode_prompt([prompt for prompt, _ in pairs])
-    assert prompts[:3] == generate._tokenise(library, [prompt for prompt, _ in pairs[:3]], False, "")
+    assert prompts[:3] == generation_job.tokenise(library, [prompt for prompt, _ in pairs[:3]], False, "")
     for (prompt, said), before, ids, labels in zip(pairs, prompts, rows_of(found), found.labels.tolist(), strict=True):
         assert ids[: len(before)] == before and ids[-1] == end
         assert labels[: len(ids)] == [-100] * len(before) + ids[len(before) :]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedsplit.adaptation import lora
+from fedsplit.adaptation import adapter_files
 from fedsplit.errors import InputError
 from fedsplit.results.finished import Adapter, find_adapter
 from fedsplit.results.fitting import classes_in, more_than_factors, read_adapter, read_fitting
@@ -169,7 +169,7 @@ def test_experts_have_ranks_and_alphas_of_their_own(tiny_models: dict[str, Path]
     )
     tuned = get_peft_model(load_unsplit(tiny_models["mixtral"]), config)
     tuned.save_pretrained(tmp_path)
-    read = lora.load(tmp_path)
+    read = adapter_files.load(tmp_path)
     found = {read.weight_name(name): (read.rank(name), read.layers[name].alpha) for name in read.stacked}
     assert found["model.layers.0.mlp.experts.gate_up_proj"] == (2, 12.0)
     assert found["model.layers.0.mlp.experts.down_proj"] == (4, 6.0)

@@ -34,6 +34,48 @@ def test_an_objective_has_options_of_its_own_and_metrics_are_a_list(tmp_path: Pa
     assert from_document(as_document(config)) == config
 
 
+def test_metrics_and_sinks_have_options_by_their_names(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    tables = "[metric_options.rouge]\nstem = true\norder = 1\n[sink_options.Mine]\nproject = 'a'\n"
+    file.write_text("metric = ['m:rouge']\nsinks = ['m:Mine']\n" + tables)
+    flags = ["--metric.rouge.order", "2", "--sink.Mine.project", "b", "--sinks.Mine.tags=x"]
+    config = parse(["--config", str(file), *flags])
+    assert config.metric_options == {"rouge.stem": True, "rouge.order": 2}
+    assert config.sink_options == {"Mine.project": "b", "Mine.tags": "x"}
+    (tmp_path / "again.toml").write_text(tomli_w.dumps(as_document(config)))
+    assert parse(["--config", str(tmp_path / "again.toml")]) == config
+    assert from_document(as_document(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--metric.stem", "1"],
+            "metric.stem: 1 is not possible; allowed: an option with a name before it, as in metr",
+        ),
+        (["--sinks.Mine", "1"], "sinks.Mine: 1 is not possible; allowed: an option with a name before it"),
+        (["--metric.rouge.stem"], "--metric.rouge.stem: expected a value"),
+        (["--metrics.rouge.stem", "1"], "there is no flag --metrics.rouge.stem"),
+    ],
+)
+def test_an_option_of_one_of_several_says_which(flags: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(flags)
+
+
+def test_a_run_that_goes_on_may_have_other_sinks_with_other_options(tmp_path: Path) -> None:
+    tables = "[metric_options.rouge]\nstem = true\n[sink_options.Old]\nproject = 'a'\n"
+    (tmp_path / "config.toml").write_text("metric = ['m:rouge']\nsinks = ['m:Old']\n" + tables)
+    goes_on = ["--resume", str(tmp_path)]
+    assert parse(goes_on).sink_options == {"Old.project": "a"}
+    assert parse([*goes_on, "--sink.Old.project", "b"]).sink_options == {"Old.project": "b"}
+    other = parse([*goes_on, "--sink", "m:New", "--sink.New.key", "1"])
+    assert (other.sink_options, other.metric_options) == ({"New.key": 1}, {"rouge.stem": True})
+    with pytest.raises(InputError, match=r"metric.rouge.stem cannot be set for a run that goes on"):
+        parse([*goes_on, "--metric.rouge.stem", "false"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,0 +1,169 @@
+"""Combines several LoRA adapters into one, by PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor
+
+from fedsplit.adaptation.lora import SCORE_WEIGHT
+from fedsplit.durable import write_folder
+from fedsplit.errors import InputError
+from fedsplit.model.head import HEAD_WEIGHT
+from fedsplit.model.sources import to_peft
+from fedsplit.results.finished import ADAPTER_FILES, Adapter, check_same_base
+from fedsplit.results.fitting import more_than_factors, read_fitting, reason_of
+from fedsplit.results.merging import check_mergeable
+from fedsplit.results.whole import open_base
+from fedsplit.tensor_files import write_tensors
+from fedsplit.updates import Adapters
+
+
+def _check_headless(adapter: Adapter, tensors: Adapters) -> None:
+    """Makes sure that an adapter has no classification head. PEFT cannot combine a head, which is no pair of factors.
+
+    Raises:
+        InputError: The adapter has a classification head.
+    """
+    if SCORE_WEIGHT in tensors.tensors:
+        reason = "which PEFT cannot combine: merge it alone"
+        raise InputError(f"the adapter in {adapter.folder} has a head of classes, {reason}")
+
+
+def _check_linear(all_adapters: Sequence[Adapters]) -> None:
+    """Makes sure that adapters have factors of equal shapes, as "linear" needs.
+
+    Raises:
+        InputError: A shape differs, or an adapter lacks a factor.
+    """
+    first, *others = all_adapters
+    for other in others:
+        for name in sorted({*first.tensors, *other.tensors}):
+            pair = first.tensors.get(name), other.tensors.get(name)
+            if pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape:
+                raise InputError(f"linear needs adapters of the same ranks and layers; {name} differs: use cat or svd")
+
+
+def _check_combinable(adapter: Adapter, tensors: Adapters) -> None:
+    """Checks that an adapter is a LoRA, whose factors PEFT can add up.
+
+    Raises:
+        InputError: The adapter is of another kind, or holds more than factors.
+    """
+    _check_headless(adapter, tensors)
+    check_mergeable(adapter, tensors)
+    if not tensors.layers:
+        reason = f"it is no LoRA, whose factors add up, or more than that ({more_than_factors(adapter)})"
+        raise InputError(f"{adapter.folder} cannot be combined: {reason}")
+    if HEAD_WEIGHT in tensors.tensors:
+        raise InputError(f"the adapter in {adapter.folder} holds a whole head, which PEFT cannot combine")
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out: Path, rank: int | None = None) -> int:
+    """Writes the weighted sum of adapters as one adapter, by PEFT's `add_weighted_adapter`.
+
+    Args:
+        adapters: Two adapters or more, of one base model.
+        weights: Weight of each adapter.
+        how: "cat" stacks the factors, which is exact. "svd" is the best fit of a rank. "linear" adds the factors, and
+            the result differs from the sum of the changes.
+        out: Folder to write.
+        rank: Rank of "svd"; None for the largest rank of the adapters.
+
+    Returns:
+        The largest rank of the written adapter.
+
+    Raises:
+        InputError: The adapters belong to different models, do not fit, or cannot be combined in the way of `how`.
+    """
+    check_same_base(adapters)
+    all_tensors = [read_fitting(adapter) for adapter in adapters]
+    for adapter, tensors in zip(adapters, all_tensors, strict=True):
+        _check_combinable(adapter, tensors)
+    if how == "linear":
+        _check_linear(all_tensors)
+    if any(json.loads((one.folder / ADAPTER_FILES[0]).read_text()).get("target_parameters") for one in adapters):
+        reason = "nor on routers: PEFT adds up no such factors"
+        raise InputError(f"adapters on the experts' stacked weights cannot be combined, {reason}")
+
+    base = open_base(adapters[0].model_path, adapters[0].dtype).float()
+    names = [f"number{index}" for index in range(len(adapters))]
+    model = PeftModel.from_pretrained(base, str(adapters[0].folder), adapter_name=names[0])
+    for name, adapter in zip(names[1:], adapters[1:], strict=True):
+        model.load_adapter(str(adapter.folder), adapter_name=name)
+    layers = {layer for tensors in all_tensors for layer in tensors.complete}
+    _target_alike(list(model.peft_config.values()), layers)
+    try:
+        model.add_weighted_adapter(names, list(weights), "combined", combination_type=how, svd_rank=rank)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"the adapters cannot be combined ({reason_of(error)})") from None
+
+    factors, ranks = _trimmed(get_peft_model_state_dict(model, adapter_name="combined"))
+    if lost := sorted(layers ^ ranks.keys()):
+        raise InputError(f"the adapters cannot be combined: PEFT leaves out {lost[0]}")
+    largest = max(ranks.values())
+    smaller = {layer: layer_rank for layer, layer_rank in ranks.items() if layer_rank != largest}
+    name, revision = to_peft(adapters[0].model)
+    config = replace(
+        model.peft_config["combined"],
+        r=largest,
+        lora_alpha=largest,  # a scaling of 1 in every layer: PEFT has put the adapters' scalings into the factors
+        use_rslora=False,
+        rank_pattern=smaller,
+        alpha_pattern=dict(smaller),
+        base_model_name_or_path=name,
+        revision=revision,
+        inference_mode=True,
+        # PEFT would write the answer of the last layer alone.
+        fan_in_fan_out=any(layer.transposed for layer in all_tensors[0].layers.values()),
+    )
+
+    def fill(draft: Path) -> None:
+        config.save_pretrained(str(draft))
+        write_tensors(draft / ADAPTER_FILES[1], factors)
+
+    write_folder(out, fill)
+    return largest
+
+
+def _target_alike(configs: Sequence[PeftConfig], layers: Collection[str]) -> None:
+    """Makes all configurations target the layers of all adapters, unless all target equal layers already.
+
+    PEFT builds the sum for the layers of the first configuration, and would leave out layers that only a later adapter
+    has.
+    """
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    choices = [[getattr(config, name) for name in fields] for config in configs]
+    if all(choice == choices[0] for choice in choices):
+        return
+    for config in configs:
+        config.target_modules = set(layers)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def _trimmed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Cuts off the zeros with which PEFT pads factors to the largest rank.
+
+    Returns:
+        The factors by name, and the rank of each layer.
+    """
+    trimmed: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for a_name in tensors:
+        layer, is_factor_a, _ = a_name.partition(".lora_A.")
+        if not is_factor_a:
+            continue
+        b_name = f"{layer}.lora_B.weight"
+        a = tensors[a_name]
+        b = tensors[b_name]
+
+        is_used = (a != 0).any(1) | (b != 0).any(0)
+        rank = int(is_used.nonzero().max()) + 1 if bool(is_used.any()) else 1
+        trimmed[a_name] = a[:rank]
+        trimmed[b_name] = b[:, :rank]
+        ranks[layer.removeprefix("base_model.model.")] = rank
+    return trimmed, ranks

@@ -62,9 +62,16 @@ CASES: dict[str, dict[str, object]] = {
 
 
 def machine() -> dict[str, str]:
-    """What decides how sums are rounded: another processor or torch gives other last bits."""
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {"torch": torch.__version__, "cpu": cpu.partition(":")[2].strip() or platform.machine()}
+    """What decides how sums are rounded: another processor or torch gives other last bits.
+
+    Processors of one name may differ in model and in instructions, as virtual machines do.
+    """
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = dict(reversed([line.partition(":")[::2] for line in lines if ":" in line]))  # the first processor's
+    cpu = {name.strip(): value.strip() for name, value in facts.items()}
+    kind = " ".join(cpu.get(name, "") for name in ("model name", "cpu family", "model", "stepping"))
+    instructions = " ".join(sorted(flag for flag in cpu.get("flags", "").split() if "avx" in flag or "fma" in flag))
+    return {"torch": torch.__version__, "cpu": kind.strip() or platform.machine(), "instructions": instructions}
 
 
 def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict[str, Any]:

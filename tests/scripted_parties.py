@@ -46,7 +46,7 @@ class ScriptedClients:
     asked: list[Request] = field(default_factory=list)
     grid: None = None
 
-    def ask(self, requests: Iterable[Request]) -> Iterator[Answer]:
+    def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
         for request in requests:
             self.asked.append(request)
             yield self.play(request)

@@ -11,6 +11,9 @@ from fedsplit.environment import prefer_installed
 from fedsplit.errors import InputError
 from fedsplit.shutdown import Stopped, end_now, stoppable
 
+ENDED_EARLY = 3
+"""Exit code of a run that has left a result, though not all of its rounds could be played."""
+
 
 def exit_code(work: Callable[[], object]) -> int:
     """Does the work of a command. An error is reported in one line on stderr.
@@ -18,10 +21,11 @@ def exit_code(work: Callable[[], object]) -> int:
     If a signal stops the command, the process ends here.
 
     Args:
-        work: The work. Its result is ignored.
+        work: The work. A number that it returns is the exit code.
 
     Returns:
-        0 for success, 1 for a failure, 2 for wrong input, 130 for Ctrl-C.
+        0 for success, 1 for a failure, 2 for wrong input, `ENDED_EARLY` for a run that has left a result before its
+        last round, 130 for Ctrl-C.
 
     Example:
         >>> exit_code(lambda: None)
@@ -32,7 +36,7 @@ def exit_code(work: Callable[[], object]) -> int:
     _write_what_the_terminal_can()
     try:
         with stoppable():
-            work()
+            result = work()
     except InputError as error:
         _report(str(error))
         return 2
@@ -46,7 +50,7 @@ def exit_code(work: Callable[[], object]) -> int:
             raise
         _report(str(error))
         return 1
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 def _report(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fedsplit.commands.exit_codes import exit_code
+from fedsplit.commands.exit_codes import ENDED_EARLY, exit_code
 from fedsplit.environment import prepare
 from fedsplit.events import Sink
 from fedsplit.objects import NOTHING, Objects
@@ -168,7 +169,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
             results.save_data(as_document(partition))
             work = workloads(config, partition.shards)
             job = Job(config, strategy, work, results, emit, started)
-            federation = Federation(job, session.trunk, session.name, shares.client_threads)
+            federation = Federation(job, session, shares.client_threads)
             with on_disks(results.clients, partition.shards):
                 session.play(federation)
         if federation.summary is None:  # rich ends the server's thread without an error if the output is closed
@@ -204,10 +205,14 @@ def _opening(config: Config, facts: Facts, shares: Plan, partition: Partition) -
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
-    def work() -> None:
+    def work() -> int:
         config = parse(argv)
         prepare()
         warnings.simplefilter("ignore")
-        run(config)
+        summary = run(config)
+        if summary["complete"]:
+            return 0
+        print(f"fedsplit: the run ended early: {summary['ended']}", file=sys.stderr)
+        return ENDED_EARLY
 
     return exit_code(work)

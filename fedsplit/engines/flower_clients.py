@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedsplit.federation import records
 from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, check_introductions
-from fedsplit.federation.messages import Answer, Briefing, Failure, Introduce, Request
+from fedsplit.federation.messages import CLIENT_LOST, Answer, Briefing, Failure, Introduce, Request
 from fedsplit.federation.replies import Introduction, read_introduction
 
 POLL_SECONDS = 0.01
@@ -29,6 +29,16 @@ once would lie in memory at once, and for each node Flower looks through all of 
 """
 
 
+RESTART_SECONDS = 0.5
+"""Time after which a process that was just being started again is asked once more."""
+
+_RESTARTING = "The actor is restarting"
+"""Words of Ray for a process that is being started again; the call was not made."""
+
+_LOST_PROCESS = "<class 'ray.exceptions."
+"""Beginning of what Flower says of a process that is gone; errors of a client's own have other classes."""
+
+
 class Watch(Protocol):
     """Notices that nothing goes on any more; `fedsplit.engines.stalls.StallWatch` is one."""
 
@@ -40,6 +50,10 @@ class Watch(Protocol):
         """Acts if there was no sign of life for too long."""
         ...
 
+    def kill(self) -> None:
+        """Kills the processes that play clients and have not answered."""
+        ...
+
 
 class FlowerClients:
     """The clients of a federation behind Flower's grid.
@@ -49,7 +63,7 @@ class FlowerClients:
         grid: Flower's grid.
     """
 
-    def __init__(self, grid: Grid, stop: threading.Event, workers: int, stalls: Watch) -> None:
+    def __init__(self, grid: Grid, stop: threading.Event, workers: int, stalls: Watch, patience: float = 600.0) -> None:
         """Knows no client yet.
 
         Args:
@@ -57,13 +71,16 @@ class FlowerClients:
             stop: Ends the run at the next look at what has arrived.
             workers: Processes that play the clients.
             stalls: Ends a wait in which nothing goes on.
+            patience: Seconds that a process may take to start again.
         """
+        self._patience = patience
         self.grid = grid
         self.nodes: list[ClientNode] = []
         self._stop = stop
         self._stalls = stalls
         self._most = max(LEAST_UNDER_WAY, UNDER_WAY_EACH * workers)
         self._numbers: dict[int, int] = {}  # client by node
+        self._waiting = set[str]()  # ids of messages without a reply
 
     def know(self, nodes: Iterable[ClientNode]) -> None:
         """Sets the clients by number."""
@@ -94,35 +111,63 @@ class FlowerClients:
         by_client = {one.client: ClientNode(node, one.name) for node, one in found.items()}
         self.know(by_client[client] for client in sorted(by_client))
 
-    def ask(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Sends requests, and yields the answers as they arrive."""
-        messages = (records.to_message(request, self.nodes[request.client].node) for request in requests)
-        for message in self._replies(messages):
-            node = message.metadata.src_node_id
-            if node not in self._numbers:
-                raise FederationFailed(f"a reply came from node {node}, at which no client is")
-            answer = records.to_answer(message, self._numbers[node])
-            if isinstance(answer, Failure):
-                answer = replace(answer, reason=_reason(answer))
-            yield answer
+    def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
+        """Sends requests, and yields the answers as they arrive.
 
-    def _replies(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """Sends messages, some at a time, and yields the replies as they arrive."""
-        left = iter(messages)
-        waiting = set[str]()
-        self._stalls.heard()
+        A request that met a process which was just being started again is sent once more: it has not been carried out.
+        """
+        under_way: dict[int, Request] = {}  # by client
+
+        def message_of(request: Request) -> Message:
+            under_way[request.client] = request
+            return records.to_message(request, self.nodes[request.client].node)
+
+        started = time.monotonic()
+        left: Iterable[Request] = requests
         while True:
+            turned_away = []
+            for message in self._replies(map(message_of, left), until):
+                node = message.metadata.src_node_id
+                if node not in self._numbers:
+                    raise FederationFailed(f"a reply came from node {node}, at which no client is")
+                answer = records.to_answer(message, self._numbers[node])
+                request = under_way.pop(self._numbers[node])
+                if isinstance(answer, Failure):
+                    kind = CLIENT_LOST if _LOST_PROCESS in answer.reason and not answer.kind else answer.kind
+                    if _RESTARTING in answer.reason and time.monotonic() < started + self._patience:
+                        turned_away.append(request)
+                        continue
+                    answer = replace(answer, kind=kind, reason=_reason(answer))
+                yield answer
+            if not turned_away:
+                break
+            time.sleep(RESTART_SECONDS)
+            left = turned_away
+        if self._waiting:  # the deadline has passed
+            self._stalls.kill()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Waits for the replies to all messages that are under way, and drops them."""
+        for _ in self._replies([]):
+            pass
+
+    def _replies(self, messages: Iterable[Message], until: float | None = None) -> Iterator[Message]:
+        """Sends messages, some at a time, and yields the replies as they arrive, until a deadline."""
+        left = iter(messages)
+        self._stalls.heard()
+        while until is None or time.monotonic() < until:
             self._look()
-            more = list(itertools.islice(left, self._most - len(waiting)))
+            more = list(itertools.islice(left, self._most - len(self._waiting)))
             if more:
-                waiting.update(self.grid.push_messages(more))
-            if not waiting:
+                self._waiting.update(self.grid.push_messages(more))
+            if not self._waiting:
                 return
-            for reply in self.grid.pull_messages(waiting):
+            for reply in self.grid.pull_messages(self._waiting):
                 self._stalls.heard()
-                waiting.discard(reply.metadata.reply_to_message_id)
+                self._waiting.discard(reply.metadata.reply_to_message_id)
                 yield reply
-            if waiting:
+            if self._waiting:
                 time.sleep(POLL_SECONDS)
 
     def _look(self) -> None:

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flwr.app import Context
@@ -23,7 +22,6 @@ from fedsplit.settings.config import Config
 from fedsplit.shutdown import kill_descendants
 from fedsplit.trunk import cluster
 from fedsplit.trunk.actor import start_trunk
-from fedsplit.trunk.port import TrunkPort
 
 _BUSY_WORKER = "ray::ClientAppActor.run"
 """Beginning of the command line of a process that plays a client now, as Ray names it."""
@@ -50,25 +48,42 @@ class Stoppable(Protocol):
     stop: threading.Event
 
 
-@dataclass(frozen=True)
 class FlowerSession:
     """A Ray on this machine with the trunk's actor.
 
     Attributes:
         trunk: The trunk.
-        name: Name of the trunk's actor.
-        config: Configuration of the run.
-        workers: Processes that play the clients.
+        name: Name of the trunk's actor; names the run, too.
     """
 
-    trunk: TrunkPort
-    name: str
-    config: Config
-    workers: int
+    def __init__(self, config: Config, plan: Plan, has_stage: bool) -> None:
+        """Starts the trunk's actor, which loads while the caller goes on.
+
+        Args:
+            config: Configuration of the run.
+            plan: Processes, threads and lanes.
+            has_stage: True if the strategy has a gradient stage, which the trunk loads by its name.
+        """
+        self._config = config
+        self._plan = plan
+        self._has_stage = has_stage
+        self._start()
+
+    def _start(self) -> None:
+        plan = self._plan
+        self.name = f"trunk-{os.getpid()}-{time.time_ns()}"
+        self.trunk = start_trunk(
+            self._config, self.name, plan.trunk_threads, plan.trunk_lanes, has_stage=self._has_stage
+        )
+
+    def renew(self) -> None:
+        """Kills the trunk's actor, if it is not dead already, and starts another one."""
+        self.trunk.kill()
+        self._start()
 
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end."""
-        simulate(federation, self._app(federation), self.config.clients)
+        simulate(federation, self._app(federation), self._config.clients)
 
     def _app(self, federation: Federation) -> ServerApp:
         """Returns the ServerApp that runs a federation."""
@@ -76,9 +91,9 @@ class FlowerSession:
 
         @app.main()
         def main(grid: Grid, context: Context) -> None:
-            stalls = StallWatch(self.config.timeout, lambda: self.trunk.status().traffic, kill_busy_workers)
+            stalls = StallWatch(self._config.timeout, lambda: self.trunk.status().traffic, kill_busy_workers)
             try:
-                federation.run(FlowerClients(grid, federation.stop, self.workers, stalls))
+                federation.run(FlowerClients(grid, federation.stop, self._plan.workers, stalls, self._config.timeout))
             except BaseException:
                 kill_busy_workers()  # Flower waits for their answers, which may never come
                 raise
@@ -98,10 +113,8 @@ def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[
     Raises:
         ClusterFailed: Ray does not start.
     """
-    name = f"trunk-{os.getpid()}-{time.time_ns()}"
     with cluster.running(plan.workers):
-        trunk = start_trunk(config, name, plan.trunk_threads, plan.trunk_lanes, has_stage=objects.has_stage)
-        yield FlowerSession(trunk, name, config, plan.workers)
+        yield FlowerSession(config, plan, objects.has_stage)
 
 
 class _Engine(threading.Thread):
@@ -121,8 +134,8 @@ class _Engine(threading.Thread):
 
         from fedsplit.engines.client_app import app
 
-        # A worker that dies is started again; otherwise its slot fails every client it is given from then on.
-        resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": 3}
+        # A worker that dies is started again, as often as it takes: its slot would fail every client from then on.
+        resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}
         try:
             run_simulation(self._server, app, self._clients, backend_config={"client_resources": resources})
         except BaseException as error:  # noqa: BLE001  # the main thread raises it

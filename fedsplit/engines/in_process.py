@@ -67,10 +67,17 @@ class LocalClients:
         check_introductions(found, count)
         self.nodes[:] = [ClientNode(one.client + 1, one.name) for one in found]
 
-    def ask(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Answers each request in turn."""
-        for request in requests:
+    def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
+        """Answers each request in turn; after the deadline no client begins."""
+        left = iter(requests)
+        while until is None or time.monotonic() < until:
+            request = next(left, None)
+            if request is None:
+                return
             yield self.answer(request)
+
+    def abandon(self) -> None:
+        """Does nothing: no request is under way between two calls."""
 
     def answer(self, request: Request) -> Answer:
         """Answers one request."""
@@ -79,23 +86,39 @@ class LocalClients:
         return self.service.answer(request)
 
 
-@dataclass(frozen=True)
 class LocalSession:
     """The trunk and the clients of a run in this process.
 
     Attributes:
         trunk: The trunk.
-        name: Name of the run.
-        objects: Strategy, objective and metrics, where they are not to be loaded by their names.
+        name: Name of the trunk and of the run.
     """
 
-    trunk: LocalTrunk
-    name: str
-    objects: Objects = NOTHING
+    def __init__(self, config: Config, objects: Objects = NOTHING) -> None:
+        """Loads the trunk.
+
+        Args:
+            config: Configuration of the run.
+            objects: Strategy, objective and metrics, where they are not to be loaded by their names.
+        """
+        self._config = config
+        self._objects = objects
+        self.name = str(uuid4())
+        self.trunk = self._load()
+
+    def _load(self) -> LocalTrunk:
+        stage = stage_maker(self._config, self._objects.strategy)
+        return LocalTrunk(self._config, self.name, incarnation=self.name, stage=stage)
+
+    def renew(self) -> None:
+        """Closes the trunk, and loads another one."""
+        self.trunk.close()
+        self.name = str(uuid4())
+        self.trunk = self._load()
 
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end."""
-        federation.run(LocalClients(ClientService(lambda name: self.trunk, self.objects), federation.stop))
+        federation.run(LocalClients(ClientService(lambda name: self.trunk, self._objects), federation.stop))
 
 
 @contextlib.contextmanager
@@ -108,10 +131,9 @@ def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[
         objects: Strategy, objective and metrics, where they are not to be loaded by their names.
     """
     threads = torch.get_num_threads()
-    name = str(uuid4())
     torch.set_num_threads(plan.trunk_threads)
     try:
-        yield LocalSession(LocalTrunk(config, name, stage=stage_maker(config, objects.strategy)), name, objects)
+        yield LocalSession(config, objects)
     finally:
         torch.set_num_threads(threads)
 
@@ -136,7 +158,7 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
         job = Job(config, strategy, workloads(config, shards), folder, emit, started)
-        federation = Federation(job, session.trunk, session.name, threads=1)
+        federation = Federation(job, session, threads=1)
         with emit, on_disks(folder.clients, shards):
             session.play(federation)
     return federation

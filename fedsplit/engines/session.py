@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from fedsplit.engines.planning import Plan
 from fedsplit.federation.federation import Federation
+from fedsplit.federation.parties import TrunkHost
 from fedsplit.objects import Objects
 from fedsplit.settings.config import Config
 
-if TYPE_CHECKING:
-    from fedsplit.trunk.port import TrunkPort
 
-
-class Session(Protocol):
-    """An engine that has started."""
-
-    @property
-    def trunk(self) -> TrunkPort:
-        """The trunk, which may still be loading."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """Name by which clients find the trunk; names the run, too."""
-        ...
+class Session(TrunkHost, Protocol):
+    """An engine that has started, with the trunk of the run."""
 
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end.

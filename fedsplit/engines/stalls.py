@@ -56,4 +56,8 @@ class StallWatch:
         if self._killed:
             raise FederationFailed(f"no client has answered, and no packet has come, for {self._seconds:g} seconds")
         self._killed = True
+        self.kill()
+
+    def kill(self) -> None:
+        """Kills the processes that play clients and have not answered."""
         self._kill()

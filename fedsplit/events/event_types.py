@@ -99,7 +99,10 @@ class RoundTrained(Event):
         "Mean auxiliary loss of a mixture of experts, without its coefficient", default=None, omitted=True
     )
     learning_rate: float | None = reported(
-        "Learning rate of the last local step of the round; left out under epochs", default=None, omitted=True
+        "Learning rate of the last local step of the round; under epochs the mean over the clients that trained, whose "
+        "numbers of steps differ",
+        default=None,
+        omitted=True,
     )
     tokens: int = reported("Tokens that the clients trained on")
     seconds: float = reported("Duration of the training, from the first message to the last reply", "seconds")
@@ -186,6 +189,34 @@ class ClientFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClientLost(Event):
+    """The process of a client was lost; the client begins the phase again, with the same seeds."""
+
+    name: ClassVar[str] = "client-lost"
+
+    round: int = reported("Number of the round; 0 before training")
+    phase: Phase = reported("`loading`, `training` or `evaluating`")  # noqa: RUF009  # a field
+    client: int = reported("Number of the client")
+    client_name: str = reported("Name of the client")
+    reason: str = reported("Reason in one line")
+    attempt: int = reported("Number of earlier attempts at this round", default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundDiscarded(Event):
+    """A round could not stand, and leaves no trace; it is played again, or the run ends early."""
+
+    name: ClassVar[str] = "round-discarded"
+
+    round: int = reported("Number of the round; 0 for the evaluation before training")
+    rounds: int = reported("Rounds of the run")
+    attempt: int = reported("Number of earlier attempts at this round")
+    reason: str = reported("Reason in one line")
+    again: bool = reported("True if the round is played again, false if the run ends early")
+    elapsed: float = reported("Time since the command began, earlier commands of a resumed run included", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress(Event):
     """A client has replied, or a phase has begun."""
 
@@ -211,7 +242,7 @@ class Notice(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
-    """All rounds are done, and the adapters are written."""
+    """The run is over, and the adapters are written: all rounds are done, or the run has ended early."""
 
     name: ClassVar[str] = "run-ended"
 
@@ -232,7 +263,9 @@ EVENTS: tuple[type[Event], ...] = (
     RunStarted,
     Progress,
     Notice,
+    ClientLost,
     ClientFailed,
+    RoundDiscarded,
     RoundTrained,
     RoundAggregated,
     RoundEvaluated,

@@ -11,8 +11,10 @@ from typing import Any
 from fedsplit.durable import NotWritten, Postponed, write_text, writing
 from fedsplit.events.event_types import (
     ClientFailed,
+    ClientLost,
     Event,
     RoundAggregated,
+    RoundDiscarded,
     RoundEvaluated,
     RoundTrained,
     RunEnded,
@@ -31,7 +33,7 @@ class MetricsFile:
         KINDS: Events that are written.
     """
 
-    KINDS = (RoundTrained, RoundAggregated, RoundEvaluated, ClientFailed)
+    KINDS = (RoundTrained, RoundAggregated, RoundEvaluated, ClientFailed, ClientLost, RoundDiscarded)
 
     def __init__(self, folder: Path) -> None:
         """Takes the run's folder, which need not be there before the first event of a round."""

@@ -11,7 +11,16 @@ from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from fedsplit.events.event_types import ClientFailed, Event, Notice, Progress, RoundEnded, RunEnded
+from fedsplit.events.event_types import (
+    ClientFailed,
+    ClientLost,
+    Event,
+    Notice,
+    Progress,
+    RoundDiscarded,
+    RoundEnded,
+    RunEnded,
+)
 from fedsplit.events.final_table import final_table
 from fedsplit.report import fitted, metric_mean, perplexity
 
@@ -32,6 +41,11 @@ def line_of(event: Event) -> str | None:
         if event.refused:
             return f"{event.reason}; it is left out"
         return f"{event.client_name} failed and is left out: {event.reason}"
+    if isinstance(event, ClientLost):
+        return f"{event.client_name} begins again: {event.reason}"
+    if isinstance(event, RoundDiscarded):
+        label = f"round {event.round}/{event.rounds}"
+        return f"{label} {'is played again' if event.again else 'is given up'}: {event.reason}"
     if isinstance(event, RoundEnded):
         return round_line(event)
     return None

@@ -237,15 +237,10 @@ class AdapterLedger:
         groups |= {f"stage-{client}": stage for client, stage in self._stage.items()}
         return {"accepted": {str(client): round for client, round in self.accepted.items()}}, groups
 
-    def restore(
-        self, round: int, facts: Mapping[str, Any], groups: Mapping[str, dict[str, Tensor]]
-    ) -> list[dict[str, LowRank]]:
+    def restore(self, round: int, facts: Mapping[str, Any], groups: Mapping[str, dict[str, Tensor]]) -> None:
         """Goes on from a checkpoint.
 
         Tensors that clients hold are not in it: they are sent again.
-
-        Returns:
-            Changes of base weights until that round, in order, for the trunk to make again.
         """
         self.accepted = {int(client): accepted for client, accepted in facts["accepted"].items()}
         for name, tensors in groups.items():
@@ -258,12 +253,10 @@ class AdapterLedger:
                 self._stage[int(client)] = tensors
 
         self._forget(round)  # rounds that were not finished
-        past = self.past_changes(round)
-        for number, changes in enumerate(past, start=1):
+        for number, changes in enumerate(self.past_changes(round), start=1):
             if changes:
                 self._remember(number, changes)
                 self._logs[1].restore(number, self._at_clients(changes))
-        return past
 
 
 def _at_rank_of(assignment: Assignment, start: Adapters) -> Mapping[str, Tensor]:

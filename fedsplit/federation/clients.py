@@ -74,14 +74,25 @@ class Clients(Protocol):
         """
         ...
 
-    def ask(self, requests: Iterable[Request]) -> Iterator[Answer]:
+    def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
         """Sends requests, and yields the answers as they arrive.
 
         Args:
             requests: One to each client that is asked. An engine takes them one by one as it has room.
+            until: Time by `time.monotonic` at which nobody is waited for any more; None to wait for all.
 
         Yields:
-            One answer for each request, in any order.
+            One answer for each request, in any order; none for clients that are not waited for any more, whose work is
+            ended. The answer of a client whose process was lost is a failure of the kind `CLIENT_LOST`.
+
+        Raises:
+            FederationFailed: Nothing goes on any more.
+            Interrupted: The run was asked to stop.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """Waits for all requests that are under way, and drops the answers.
 
         Raises:
             FederationFailed: Nothing goes on any more.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedsplit.events.event_types import Progress, RoundEvaluated
+from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Evaluate, Reply, serialised_bytes
 from fedsplit.federation.parties import Parties
@@ -35,7 +36,7 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Score], attempt: int = 0) -> Evaluation:
+def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Score], attempt: Attempt) -> Evaluation:
     """Has every client measure the adapters of a state, and enters the result there.
 
     Args:
@@ -43,9 +44,10 @@ def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Sc
         state: State with the adapters; its losses, accuracy, sums and best round are brought up to date.
         round: Round that the adapters are of; 0 before the first one.
         own: Scores of clients on their sample, right after their own steps.
-        attempt: Number of earlier attempts at this round.
+        attempt: Attempt at this round.
 
     Raises:
+        RoundLost: All clients were lost, or late.
         FederationFailed: No client measured anything that can be used.
     """
     started = time.perf_counter()
@@ -60,7 +62,7 @@ def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Sc
             scores[client] = to_score(reply, parties.sender(client), parties.workloads[client], metric_names)
         except RefusedUpdate as refused:
             reason = str(refused)
-            parties.report_failure("evaluating", round, attempt, client, reason, refused=True)
+            parties.report_failure("evaluating", round, attempt.number, client, reason, refused=True)
         else:
             usable[client] = reply
             state.totals.client_memory = max(state.totals.client_memory, memory_of(reply))
@@ -85,26 +87,29 @@ def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Sc
     return Evaluation(total, scores, forgotten, time.perf_counter() - started)
 
 
-def _ask(parties: Parties, state: RunState, round: int, attempt: int) -> dict[int, Reply]:
+def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dict[int, Reply]:
     """Sends the shared adapters to all clients, and counts their bytes; replies by client."""
     ledger, totals = state.ledger, state.totals
     count = len(parties.clients.nodes)
     tensors = ledger.rule.crosses(state.adapters.tensors)
+    sample = Evaluate(parties.briefing, 0, tensors=tensors, changes=ledger.news)
+    change_bytes, adapter_bytes = sample.change_bytes, serialised_bytes(tensors)
 
-    def requests() -> Iterator[Evaluate]:
-        for client in range(count):
-            yield Evaluate(
-                parties.briefing,
-                client,
-                round,
-                attempt,
-                accepted=ledger.accepted.get(client, 0),
-                folded=ledger.last_fold,
-                folds=ledger.folds_at_clients,
-                discarded=ledger.discarded,
-                tensors=tensors,
-                changes=ledger.news,  # every client needs them, whether it trained or not
-            )
+    def make(client: int) -> Evaluate:
+        totals.traffic["adapter_down"] += change_bytes
+        totals.traffic["evaluation_adapter_down"] += adapter_bytes
+        return Evaluate(
+            parties.briefing,
+            client,
+            round,
+            attempt.of(client),
+            accepted=ledger.accepted.get(client, 0),
+            folded=ledger.last_fold,
+            folds=ledger.folds_at_clients,
+            discarded=ledger.discarded,
+            tensors=tensors,
+            changes=ledger.news,  # every client needs them, whether it trained or not
+        )
 
     replies: dict[int, Reply] = {}
 
@@ -113,10 +118,10 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: int) -> dict[in
         rounds = parties.config.rounds
         parties.emit(Progress(phase="evaluating", round=round, rounds=rounds, done=done, of=count))
 
-    parties.ask(requests(), heard, "evaluating", round, attempt)
-    sample = Evaluate(parties.briefing, 0, tensors=tensors, changes=ledger.news)
-    totals.traffic["adapter_down"] += sample.change_bytes * count
-    totals.traffic["evaluation_adapter_down"] += serialised_bytes(tensors) * count
+    def prepare_again(client: int) -> None:
+        """Forgets nothing: an evaluation changes nothing at the trunk."""
+
+    parties.ask(range(count), make, heard, "evaluating", round, attempt, prepare_again)
     return replies
 
 

@@ -33,6 +33,12 @@ METRIC = "metric."
 TRUNK_LOST = TrunkLost.__name__
 """Kind of a failure whose cause is that the trunk is gone."""
 
+CLIENT_LOST = "ClientLost"
+"""Kind of a failure whose cause is that the client's process, or its node, is gone."""
+
+LATE = "Late"
+"""Kind of a failure whose cause is that the client has not answered before the deadline of the round."""
+
 
 @dataclass(frozen=True)
 class Briefing:

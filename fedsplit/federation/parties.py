@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fedsplit.events.emitter import Emit
-from fedsplit.events.event_types import ClientFailed, Phase
+from fedsplit.events.event_types import ClientFailed, ClientLost, Phase
 from fedsplit.federation.aggregation import Aggregation
+from fedsplit.federation.attempts import Attempt, RoundLost
 from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.clients import Clients, FederationFailed
-from fedsplit.federation.messages import TRUNK_LOST, Briefing, Failure, Reply, Request
+from fedsplit.federation.messages import CLIENT_LOST, LATE, TRUNK_LOST, Briefing, Failure, Reply, Request
 from fedsplit.federation.workload import Workload
 from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import SCHEDULES, Schedule
@@ -21,7 +23,29 @@ if TYPE_CHECKING:
     from fedsplit.trunk.port import TrunkPort
 
 Heard = Callable[[Reply, int], None]
-"""Takes a reply, and the number of answers that have arrived with it."""
+"""Takes a reply, and the number of clients that have answered with it."""
+
+MakeRequest = Callable[[int], Request]
+"""Makes the request to a client; called as the request is sent, once more where the client begins again."""
+
+
+class TrunkHost(Protocol):
+    """The place where a run's trunk lives; starts another trunk where the first one is lost.
+
+    Attributes:
+        trunk: The trunk, which may still be loading.
+        name: Name by which clients find the trunk; names the run, too.
+    """
+
+    @property
+    def trunk(self) -> TrunkPort: ...  # noqa: D102  # above
+
+    @property
+    def name(self) -> str: ...  # noqa: D102  # above
+
+    def renew(self) -> None:
+        """Ends the trunk, if there is anything left to end, and starts another one under another name."""
+        ...
 
 
 class NobodyAnswered(FederationFailed):
@@ -69,40 +93,92 @@ class Parties:
         """Returns a client's name."""
         return self.clients.nodes[client].name
 
-    def ask(self, requests: Iterable[Request], heard: Heard, phase: Phase, round: int, attempt: int) -> None:
+    def ask(
+        self,
+        clients: Iterable[int],
+        make: MakeRequest,
+        heard: Heard,
+        phase: Phase,
+        round: int,
+        attempt: Attempt,
+        prepare_again: Callable[[int], None] | None,
+    ) -> None:
         """Asks clients, and hands on each reply as it arrives; clients that fail are reported at the end.
 
+        A client whose process was lost is asked again, after the others, up to `TRIES` times in all.
+
         Args:
-            requests: One to each client that is asked.
+            clients: Numbers of the clients that are asked.
+            make: Makes the request to a client.
             heard: Takes the replies.
             phase: Phase that the requests belong to.
             round: Round that they belong to.
-            attempt: Number of earlier attempts at this round.
+            attempt: Attempt at this round.
+            prepare_again: Makes the trunk forget what a lost client has done in this phase. None where the trunk
+                cannot forget it, so that a lost client means a lost round.
 
         Raises:
             NobodyAnswered: All clients failed.
+            RoundLost: A client's process was lost and its steps cannot be forgotten, or all clients were lost or late.
             TrunkLost: The trunk is gone.
             FederationFailed: Nothing goes on any more.
             Interrupted: The run was asked to stop.
         """
         failures: list[Failure] = []
         count = replied = 0
-        for answer in self.clients.ask(requests):
-            count += 1
-            if isinstance(answer, Reply):
-                replied += 1
-                heard(answer, count)
-                continue
-            failures.append(answer)
-            if answer.kind == TRUNK_LOST:
-                raise TrunkLost(answer.reason)
-            self.trunk.leave(answer.client)
+        limit = self.config.round_deadline
+        until = time.monotonic() + limit if limit else None
+        asked = list(clients)
+        while asked:
+            again = []
+            silent = dict.fromkeys(asked)
+            for answer in self.clients.ask(map(make, asked), until):
+                client = answer.client
+                silent.pop(client, None)
+                if isinstance(answer, Reply):
+                    count += 1
+                    replied += 1
+                    heard(answer, count)
+                    continue
+                if answer.kind == TRUNK_LOST:
+                    raise TrunkLost(answer.reason)
+                if answer.kind == CLIENT_LOST and prepare_again is None:
+                    raise RoundLost(f"the process of {self.sender(client)} was lost: {answer.reason}", [client])
+                self.trunk.leave(client)
+                if answer.kind == CLIENT_LOST and attempt.begin_again(client):
+                    self._report_again(phase, round, attempt, answer)
+                    again.append(client)
+                    continue
+                count += 1
+                failures.append(answer)
+            for client in silent:
+                self.trunk.leave(client)
+                failures.append(Failure(client, LATE, f"it has not answered within {limit:g} seconds"))
+            for client in again:
+                assert prepare_again is not None
+                prepare_again(client)
+            asked = again
 
         for failure in failures:
-            self.report_failure(phase, round, attempt, failure.client, failure.reason)
-        if not replied:
-            reason = failures[0].reason if failures else "nobody was asked"
-            raise NobodyAnswered(f"no client answered: {reason}")
+            self.report_failure(phase, round, attempt.number, failure.client, failure.reason)
+        if replied:
+            return
+        reason = f"no client answered: {failures[0].reason if failures else 'nobody was asked'}"
+        if any(failure.kind in (CLIENT_LOST, LATE) for failure in failures):
+            raise RoundLost(reason, [failure.client for failure in failures if failure.kind == CLIENT_LOST])
+        raise NobodyAnswered(reason)
+
+    def _report_again(self, phase: Phase, round: int, attempt: Attempt, lost: Failure) -> None:
+        """Reports a client that begins again, since its process was lost."""
+        event = ClientLost(
+            round=round,
+            attempt=attempt.number,
+            phase=phase,
+            client=lost.client,
+            client_name=self.name(lost.client),
+            reason=lost.reason,
+        )
+        self.emit(event)
 
     def report_failure(
         self, phase: Phase, round: int, attempt: int, client: int, reason: str, refused: bool = False

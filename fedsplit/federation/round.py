@@ -7,8 +7,10 @@ same seeds and the next attempt's number.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,13 +19,19 @@ from fedsplit.durable import NotWritten
 from fedsplit.events.event_types import Event, Notice, RoundAggregated
 from fedsplit.federation import evaluation, training
 from fedsplit.federation.aggregation_error import measure
+from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.checkpoint import Snapshot
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.parties import Parties
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.training import Training
 from fedsplit.scores import Score
+from fedsplit.trunk.schedules import Schedule
 from fedsplit.updates import Adapters, Assignment
+from fedsplit.wire.transport import TrunkLost
+
+if TYPE_CHECKING:
+    from fedsplit.trunk.port import TrunkPort
 
 
 class Round:
@@ -31,17 +39,17 @@ class Round:
 
     Attributes:
         number: The round, from 1.
-        attempt: Number of earlier attempts at this round.
+        attempt: This attempt at the round.
         state: State of the run as this round changes it.
     """
 
-    def __init__(self, parties: Parties, state: RunState, attempt: int = 0) -> None:
+    def __init__(self, parties: Parties, state: RunState, attempt: Attempt | None = None) -> None:
         """Changes nothing yet.
 
         Args:
             parties: The parties.
             state: State after the last committed round, which stays as it is.
-            attempt: Number of earlier attempts at this round.
+            attempt: Attempt at this round; the first one where not given.
         """
         self._parties = parties
         self._before = state
@@ -51,7 +59,7 @@ class Round:
         self._loss: float | None = None
         self._events: list[Event] = []  # reported when the round commits
         self.number = state.round + 1
-        self.attempt = attempt
+        self.attempt = attempt or Attempt()
         self.state = state.copy()
         self.state.round = self.number
 
@@ -131,12 +139,21 @@ class Round:
         parties, state = self._parties, self.state
         state.trunk = parties.trunk.read()
         state.moments = parties.trunk.moments()
+        state.trunk_traffic = parties.trunk.status().traffic.document()
         snapshot = snapshot_of(parties, state)
-        parties.trunk.commit()
+        with contextlib.suppress(TrunkLost):  # the round counts all the same: another trunk begins after it
+            parties.trunk.commit()
         for event in self._events:
             parties.emit(event)
         save(parties, state, snapshot)
         return state
+
+    def refuse_steps(self) -> None:
+        """Makes the trunk refuse every further step of the round, so that clients which still train end soon."""
+        trunk = self._parties.trunk
+        trunk.begin([])
+        for client in self._assigned:
+            trunk.leave(client)
 
     def discard(self) -> RunState:
         """Takes back what the round has changed at the strategy and at the trunk.
@@ -146,15 +163,27 @@ class Round:
         """
         parties, before = self._parties, self._before
         parties.trunk.end_round([])
-        parties.aggregation.recall(self._strategy)
         parties.trunk.restore(before.trunk.tensors, before.moments)
         if parties.schedule.personal:
             parties.trunk.write(*before.ledger.trunk_end(before.adapters))
-        if self.state.ledger.last_fold == self.number:
-            before.ledger.discard(before.round)
-            if parties.schedule.personal:
+            if self._has_folded:
                 parties.trunk.unfold()
-        return before
+        return self.discard_without_trunk()
+
+    def discard_without_trunk(self) -> RunState:
+        """Takes back what the round has changed at the strategy alone, as the trunk is gone.
+
+        Returns:
+            The state after the last committed round.
+        """
+        self._parties.aggregation.recall(self._strategy)
+        if self._has_folded:
+            self._before.ledger.discard(self._before.round)
+        return self._before
+
+    @property
+    def _has_folded(self) -> bool:
+        return self.state.ledger.last_fold == self.number
 
     @property
     def training_loss(self) -> float | None:
@@ -171,9 +200,24 @@ class Round:
         trunk_learns = schedule.learns and not schedule.personal  # at every step, beside the strategy
         if self._training.updates and (trunk_learns or self.state.ledger.has_personal):
             return True
-        if self.state.ledger.last_fold == self.number:
+        if self._has_folded:
             return True
         return any(not torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
+
+
+def bring_to(trunk: TrunkPort, state: RunState, schedule: Schedule) -> None:
+    """Brings a trunk that has just been started to the state after a committed round.
+
+    Raises:
+        TrunkLost: The trunk is gone.
+    """
+    if schedule.personal:
+        for changes in state.ledger.past_changes(state.round):
+            trunk.fold(changes)
+    trunk.restore(state.trunk.tensors, state.moments)
+    if schedule.personal:
+        trunk.write(*state.ledger.trunk_end(state.adapters))
+    trunk.commit()
 
 
 def snapshot_of(parties: Parties, state: RunState) -> Snapshot:
@@ -183,7 +227,7 @@ def snapshot_of(parties: Parties, state: RunState) -> Snapshot:
         FederationFailed: A value is NaN or infinite.
     """
     facts, groups = state.ledger.snapshot()
-    facts |= state.facts(parties.trunk.status().traffic.document())
+    facts |= state.facts(state.trunk_traffic)
     groups |= {
         "adapters": dict(state.adapters.tensors),
         "strategy": dict(parties.aggregation.state()),

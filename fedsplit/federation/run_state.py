@@ -22,7 +22,7 @@ class RunState:
         round: Last committed round; 0 before the first one.
         adapters: Adapters that the strategy's next round starts from.
         trunk: Adapter of the trunk.
-        moments: State of the trunk's optimisers.
+        moments: State of the trunk's optimisers and of its codec.
         ledger: Who has which adapters.
         totals: Sums over the run.
         stopping: Best round and patience.
@@ -32,6 +32,7 @@ class RunState:
         error: Aggregation error of the last round; None where nothing was aggregated.
         accuracy: Accuracy of a classifier, before and after; empty where tokens are predicted.
         metrics: Means of the user's metrics over all clients by name, before and after.
+        trunk_traffic: Bytes that the trunk of this state has counted, by kind and direction.
     """
 
     adapters: Adapters
@@ -47,6 +48,7 @@ class RunState:
     error: float | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    trunk_traffic: Mapping[str, int] = field(default_factory=dict)
 
     def copy(self) -> RunState:
         """Returns a state that can change without this one; tensors are shared, since none is written to."""
@@ -59,6 +61,11 @@ class RunState:
             accuracy=dict(self.accuracy),
             metrics=dict(self.metrics),
         )
+
+    def take_over_traffic(self) -> None:
+        """Keeps the bytes that the trunk has counted, since another trunk takes its place and counts from 0."""
+        self.totals.traffic.update(self.trunk_traffic)
+        self.trunk_traffic = {}
 
     def facts(self, traffic: Mapping[str, int]) -> dict[str, Any]:
         """Returns the plain values of a checkpoint.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedsplit.events.event_types import Notice, Progress, RoundTrained
+from fedsplit.federation.attempts import TRIES, Attempt, RoundLost
 from fedsplit.federation.client_order import groups_of, takes_turns
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Reply, Train
@@ -50,7 +52,9 @@ class Training:
         return {reply.client: sample_of(reply) for reply in self.replies}
 
 
-def train(parties: Parties, state: RunState, round: int, assigned: Mapping[int, Assignment], attempt: int) -> Training:
+def train(
+    parties: Parties, state: RunState, round: int, assigned: Mapping[int, Assignment], attempt: Attempt
+) -> Training:
     """Has clients train, group by group, and collects their updates.
 
     Args:
@@ -58,10 +62,12 @@ def train(parties: Parties, state: RunState, round: int, assigned: Mapping[int, 
         state: State of the round; its ledger and sums are brought up to date.
         round: The round.
         assigned: Assignments by client.
-        attempt: Number of earlier attempts at this round.
+        attempt: Attempt at this round.
 
     Raises:
         FederationFailed: No update can be used.
+        RoundLost: Too few updates can be used, or a client's process was lost under a schedule whose trunk cannot
+            forget the steps of one client.
     """
     started = time.perf_counter()
     ledger, trunk, schedule = state.ledger, parties.trunk, parties.schedule
@@ -97,7 +103,7 @@ class _Collection:
         state: RunState,
         round: int,
         assigned: Mapping[int, Assignment],
-        attempt: int,
+        attempt: Attempt,
         started: float,
     ) -> None:
         self._parties = parties
@@ -106,7 +112,8 @@ class _Collection:
         self._assigned = assigned
         self._attempt = attempt
         self._started = started
-        self._groups = groups_of(parties.config, round, assigned)
+        playing = [client for client in assigned if client not in attempt.excluded]
+        self._groups = groups_of(parties.config, round, playing)
         self._alternates = len(self._groups) > 1 or takes_turns(parties.config)
         self._used: dict[int, tuple[Reply, ClientUpdate]] = {}
         self._tokens = 0
@@ -115,37 +122,61 @@ class _Collection:
         """Asks all groups, one after the other."""
         parties = self._parties
         self._show()
+        for client in sorted(self._assigned.keys() & self._attempt.excluded):
+            reason = f"its process was lost {TRIES} times"
+            parties.report_failure("training", self._round, self._attempt.number, client, reason)
         reason = "no client sent anything that can be used"
         for group in self._groups:
             if self._alternates:
                 parties.trunk.begin(group)
             try:
-                parties.ask(self._requests(group), self._heard, "training", self._round, self._attempt)
+                parties.ask(
+                    group, self._request, self._heard, "training", self._round, self._attempt, self._prepare_again
+                )
             except NobodyAnswered as failed:  # clients of other groups may
                 reason = str(failed)
         if self._groups and not self._used:
             raise FederationFailed(reason)
+        self._check_quorum()
         in_order = [self._used[client] for client in sorted(self._used)]
         replies = [reply for reply, _ in in_order]
         updates = [update for _, update in in_order]
         return Training(self._assigned, updates, replies, tokens=self._tokens)
 
-    def _requests(self, group: Sequence[int]) -> Iterator[Train]:
-        for client in group:
-            request = self._request(client, self._assigned[client])
-            self._state.totals.traffic["adapter_down"] += request.nbytes
-            yield request
+    def _check_quorum(self) -> None:
+        """Makes sure that enough of the clients that were asked have sent an update.
 
-    def _request(self, client: int, assignment: Assignment) -> Train:
+        Raises:
+            RoundLost: Too few have.
+        """
+        asked, used = len(self._assigned), len(self._used)
+        needed = math.ceil(self._parties.config.quorum * asked)
+        if used < needed:
+            raise RoundLost(f"{used} of {asked} clients have sent an update that can be used, {needed} are needed")
+
+    @property
+    def _prepare_again(self) -> Callable[[int], None] | None:
+        """Makes the trunk forget the steps of one client; None where they have changed what others train from."""
+        schedule = self._parties.schedule
+        if schedule.personal:
+            return self._assign_again
+        return None if schedule.learns else _do_nothing
+
+    def _assign_again(self, client: int) -> None:
+        start = self._state.ledger.trunk_start(client, self._assigned[client])
+        self._parties.trunk.assign_again(client, start)
+
+    def _request(self, client: int) -> Train:
         """Returns the request to train: the task, and those adapters that the client does not have."""
-        ledger, task = self._state.ledger, assignment.task
+        ledger, assignment = self._state.ledger, self._assigned[client]
+        task = assignment.task
         if task.control is not None:
             task = replace(task, control=ledger.rule.crosses(task.control))
-        return Train(
+        request = Train(
             self._parties.briefing,
             client,
             self._round,
-            self._attempt,
+            self._attempt.of(client),
             accepted=ledger.accepted.get(client, 0),
             folded=ledger.last_fold,
             folds=ledger.folds_at_clients,
@@ -156,6 +187,8 @@ class _Collection:
             rank=assignment.adapters.largest_rank or self._parties.config.lora.rank_of(client),
             kept=self._parties.folder.rounds_needed(client),
         )
+        self._state.totals.traffic["adapter_down"] += request.nbytes
+        return request
 
     def _heard(self, reply: Reply, _: int) -> None:
         """Takes a reply."""
@@ -195,9 +228,13 @@ class _Collection:
         try:
             update = to_update(reply, given, returned, parties.sender(client), parties.workloads[client])
         except RefusedUpdate as refused:
-            parties.report_failure("training", self._round, self._attempt, client, str(refused), refused=True)
+            parties.report_failure("training", self._round, self._attempt.number, client, str(refused), refused=True)
             return None
         return replace(update, weight=_weight(update, parties.config.weights))
+
+
+def _do_nothing(client: int) -> None:
+    """Forgets nothing, where the trunk has learnt nothing."""
 
 
 def _weight(update: ClientUpdate, by: str) -> float:
@@ -223,12 +260,26 @@ def event_of(parties: Parties, state: RunState, round: int, training: Training) 
         loss=training.loss,
         clients={parties.name(update.client): update.loss for update in training.updates},
         router_aux_loss=mean(router_losses) if router_losses else None,
-        learning_rate=last_rate(parties.config.train, round, parties.config.rounds),
+        learning_rate=_learning_rate(parties, round, training),
         tokens=training.tokens,
         seconds=training.seconds,
         trunk={**training.counts.document(), "resident_memory": resident},
         elapsed=state.totals.seconds,
     )
+
+
+def _learning_rate(parties: Parties, round: int, training: Training) -> float | None:
+    """Returns the learning rate of a round's last local step.
+
+    Under epochs clients make different numbers of steps, so that their rates differ, too. Their mean is returned then;
+    None where nobody trained.
+    """
+    train, rounds = parties.config.train, parties.config.rounds
+    if not train.epochs:
+        return last_rate(train, train.steps, round, rounds)
+    steps = [parties.workloads[update.client].steps for update in training.updates]
+    rates = [last_rate(train, count, round, rounds) for count in steps if count]
+    return mean(rates) if rates else None
 
 
 def mean(values: Sequence[float]) -> float:

@@ -173,6 +173,23 @@ class Config:
         at_least(1, MOST),
         "seconds without any sign of life after which a process counts as dead",
     )
+    quorum: float = setting(
+        0.0,
+        Validator("a number from 0 to 1", lambda v: 0 <= v <= 1),
+        "share of the clients asked whose updates a round needs; with fewer it is discarded and played again; "
+        "0: one update is enough",
+    )
+    max_failures: int = setting(
+        5,
+        at_least(0, MOST_AT_ONCE),
+        "attempts at one round that may be lost; after one more the run ends early, with exit code 3",
+    )
+    round_deadline: float = setting(
+        0.0,
+        at_least(0, MOST),
+        "seconds that clients have for the training of a round, and for its evaluation; who is late counts as failed; "
+        "0: no limit",
+    )
     deterministic: bool = setting(
         False,
         YES_OR_NO,

@@ -123,6 +123,11 @@ class _Calls:
             raise _lost(error) from error
         return lambda: self._wait(answer, method, *args)
 
+    def kill(self) -> None:
+        """Ends the actor's process; does nothing if it is gone already."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self._actor, no_restart=True)
+
     def _wait(self, answer: ray.ObjectRef, method: str, *args: Any) -> Any:
         for attempt in range(_ATTEMPTS):
             try:
@@ -178,6 +183,10 @@ class RayTrunk(TrunkPort):
         """
         self._calls = _Calls(actor, timeout)
         self._transport = transport
+
+    def kill(self) -> None:
+        """Ends the actor's process; does nothing if it is gone already."""
+        self._calls.kill()
 
     def transport(self) -> PacketTransport:
         """Returns the transport of packets: a socket with Ray to fall back on, or Ray alone."""

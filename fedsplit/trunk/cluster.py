@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray._private import utils
 from ray.job_config import JobConfig
 from torch import Tensor
 
@@ -96,14 +97,26 @@ def running(workers: int) -> Iterator[None]:
     with _session_folder() as folder:
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
-            _start(workers, folder)
+            with _keeping_sigterm():
+                _start(workers, folder)
             if threading.current_thread() is threading.main_thread() and on_terminate is not None:
-                signal.signal(signal.SIGTERM, on_terminate)  # Ray puts one of its own there, which aborts the process
+                signal.signal(signal.SIGTERM, on_terminate)  # Ray's native code puts one there that aborts the process
             send_tensors_as_arrays()
             yield
         finally:
             if ray.is_initialized():
                 ray.shutdown()
+
+
+@contextlib.contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Keeps Ray from replacing the handler of SIGTERM: a start takes seconds, and Ray's exits with 15 or never ends."""
+    set_handler = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = set_handler
 
 
 def _start(workers: int, folder: Path) -> None:

@@ -76,6 +76,19 @@ class AssignCopies(Control[None]):
 
 
 @dataclass(frozen=True)
+class AssignAgain(Control[None]):
+    """Sets, under `copies`, the adapter of one client that begins its round once more.
+
+    Attributes:
+        client: Number of the client; its steps of an earlier attempt at the round no longer count.
+        start: Start of its copy.
+    """
+
+    client: int
+    start: Start
+
+
+@dataclass(frozen=True)
 class ReadCopies(Control[dict[int, Copy]]):
     """Asks, under `copies`, for each client's adapter at the end of the round."""
 
@@ -121,16 +134,16 @@ class Commit(Control[None]):
 
 @dataclass(frozen=True)
 class ReadMoments(Control[dict[str, Tensor]]):
-    """Asks for the states of the optimisers."""
+    """Asks for the states of the optimisers and of the codec."""
 
 
 @dataclass(frozen=True)
 class Restore(Control[None]):
-    """Sets the shared adapter and the optimisers to what `ReadAdapter` and `ReadMoments` returned earlier.
+    """Sets the shared adapter, the optimisers and the codec to what `ReadAdapter` and `ReadMoments` returned earlier.
 
     Attributes:
         tensors: Shared adapter by exported name.
-        moments: States of the optimisers.
+        moments: States of the optimisers and of the codec.
     """
 
     tensors: Mapping[str, Tensor]
@@ -176,6 +189,10 @@ class TrunkPort(Protocol):
         """Sets, under `copies`, the adapters that clients begin a round with."""
         self.control(AssignCopies(dict(starts)))
 
+    def assign_again(self, client: int, start: Start) -> None:
+        """Sets, under `copies`, the adapter of one client that begins its round once more."""
+        self.control(AssignAgain(client, start))
+
     def copies(self) -> dict[int, Copy]:
         """Returns, under `copies`, each client's adapter at the end of the round."""
         return self.control(ReadCopies())
@@ -201,11 +218,11 @@ class TrunkPort(Protocol):
         self.control(Commit())
 
     def moments(self) -> dict[str, Tensor]:
-        """Returns the states of the optimisers."""
+        """Returns the states of the optimisers and of the codec."""
         return self.control(ReadMoments())
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Sets the shared adapter and the optimisers to what `read` and `moments` returned earlier."""
+        """Sets the shared adapter, the optimisers and the codec to what `read` and `moments` returned earlier."""
         self.control(Restore(dict(tensors), dict(moments)))
 
     def status(self) -> TrunkStatus:

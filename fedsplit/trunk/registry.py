@@ -372,11 +372,22 @@ class AdapterRegistry:
         Args:
             starts: Starts by client.
         """
-        self._copies = {client: self._new(start) for client, start in starts.items()}
-        for client, copy in self._copies.items():
-            if starts[client].afresh:
-                self._moments.pop(client, None)
-            copy.restore(self._moments.get(client, {}))
+        self._copies.clear()
+        for client, start in starts.items():
+            self.assign_again(client, start)
+
+    def assign_again(self, client: int, start: Start) -> None:
+        """Under `copies`, sets the copy of one client, which begins the round or begins it once more.
+
+        Args:
+            client: Number of the client; its steps of an earlier attempt at the round no longer count.
+            start: State in which its copy begins.
+        """
+        copy = self._new(start)
+        if start.afresh:
+            self._moments.pop(client, None)
+        copy.restore(self._moments.get(client, {}))
+        self._copies[client] = copy
 
     def copies(self) -> dict[int, Copy]:
         """Returns, under `copies`, each client's copy of the adapter at the end of the round."""

@@ -233,6 +233,8 @@ class TrunkService:
                 return self._dispatcher.end_round(finished)
             case port.AssignCopies(starts):
                 return adapters.assign(starts)
+            case port.AssignAgain(client, start):
+                return adapters.assign_again(client, start)
             case port.ReadCopies():
                 return adapters.copies()
             case port.ReadAdapter():
@@ -246,9 +248,9 @@ class TrunkService:
             case port.Commit():
                 return self.server.commit()
             case port.ReadMoments():
-                return adapters.moments()
+                return self.server.moments()
             case port.Restore(tensors, moments):
-                return adapters.restore(tensors, moments)
+                return self.server.restore(tensors, moments)
             case port.ReadStatus():
                 return self._status()
         raise TypeError(f"a trunk knows no message {type(message).__name__}")

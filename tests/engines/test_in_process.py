@@ -122,7 +122,7 @@ def test_a_stop_is_seen_before_the_next_client() -> None:
 def test_the_caller_has_its_threads_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ends the run."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(in_process, "LocalTrunk", lambda config, name, stage: None)
+    monkeypatch.setattr(in_process, "LocalTrunk", lambda *_, **__: None)
     plan = Plan(workers=1, client_threads=1, trunk_threads=before + 1, micro_batches=1, trunk_lanes=1)
     with pytest.raises(KeyError), in_process.running(Config(), plan):
         assert torch.get_num_threads() == before + 1

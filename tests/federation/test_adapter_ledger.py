@@ -135,8 +135,8 @@ def test_a_run_that_goes_on_knows_what_it_knew(tmp_path: Path) -> None:
     own = ClientState(personal={"b.lora_B.weight": torch.ones(4, 2)})
     ClientStore(tmp_path / "clients", 1).save(2, own, accepted=0)
     again = ledger(tmp_path, COPIES, Traits(personal=frozenset("B")))
-    past = again.restore(2, *held.snapshot())
-    assert [list(changes) for changes in past] == [["t"], []] and again.last_fold == 1
+    again.restore(2, *held.snapshot())
+    assert [list(changes) for changes in again.past_changes(2)] == [["t"], []] and again.last_fold == 1
     assert torch.equal(again.folded["t"].up, held.folded["t"].up) and again.accepted == {1: 2}
     for one, other in zip(
         (held.trunk_start(1, Assignment(held.start)),), (again.trunk_start(1, Assignment(again.start)),), strict=True

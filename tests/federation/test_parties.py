@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from scripted_parties import BRIEFING, gather
 
+from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.messages import TRUNK_LOST, Answer, Evaluate, Failure, Reply, Request
 from fedsplit.federation.parties import NobodyAnswered
 from fedsplit.wire.transport import TrunkLost
 
-EVERYBODY = [Evaluate(BRIEFING, client) for client in range(3)]
+
+def evaluate(client: int) -> Request:
+    return Evaluate(BRIEFING, client)
 
 
 def ask(failures: dict[int, Failure], folder: Path) -> tuple[Any, list[tuple[int, int]]]:
@@ -21,7 +24,9 @@ def ask(failures: dict[int, Failure], folder: Path) -> tuple[Any, list[tuple[int
 
     parties, _ = gather(play, folder)
     heard: list[tuple[int, int]] = []
-    parties.ask(EVERYBODY, lambda reply, done: heard.append((reply.client, done)), "evaluating", 1, 0)
+    parties.ask(
+        range(3), evaluate, lambda reply, done: heard.append((reply.client, done)), "evaluating", 1, Attempt(), None
+    )
     return parties, heard
 
 
@@ -38,7 +43,7 @@ def test_where_nobody_answers_the_first_reason_is_told(tmp_path: Path) -> None:
         ask(failures, tmp_path)
     parties, _ = gather(lambda request: Reply(request.client), tmp_path)
     with pytest.raises(NobodyAnswered, match="nobody was asked"):
-        parties.ask([], lambda reply, done: None, "evaluating", 1, 0)
+        parties.ask([], evaluate, lambda reply, done: None, "evaluating", 1, Attempt(), None)
 
 
 def test_a_trunk_that_is_gone_ends_the_run_at_once(tmp_path: Path) -> None:
@@ -46,7 +51,7 @@ def test_a_trunk_that_is_gone_ends_the_run_at_once(tmp_path: Path) -> None:
     lost = Failure(0, TRUNK_LOST, "the trunk's process has died")
     parties, _ = gather(lambda request: lost, tmp_path)
     with pytest.raises(TrunkLost, match=r"^the trunk's process has died$"):
-        parties.ask(EVERYBODY, lambda reply, done: None, "evaluating", 1, 0)
+        parties.ask(range(3), evaluate, lambda reply, done: None, "evaluating", 1, Attempt(), None)
     assert len(parties.clients.asked) == 1  # type: ignore[attr-defined]
 
 

@@ -12,11 +12,13 @@ from local_federation import federate
 
 from fedsplit.federation import federation as federation_module
 from fedsplit.federation.aggregation import strategy_defaults
+from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Answer, Failure, Request, Train
 from fedsplit.federation.round import Round
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.strategy import load_strategy
+from fedsplit.settings.choices import CODECS
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
 
@@ -27,7 +29,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "folds": ("flora", {"trunk.schedule": "copies"}),  # base weights change at the clients and at the trunk
     "control": ("scaffold", {"trunk.schedule": "copies"}),  # clients keep state of their own
     "personal": ("fedsa", {"trunk.schedule": "copies", "share": "bottom,trunk"}),
+    "exact": ("fedex", {"trunk.schedule": "copies"}),  # averages, and folds what averaging misses
+    "adaptive": ("fedadam", {}),  # moments at the server
     "flower": ("flwr.serverapp.strategy:FedAdam", {"strategy.eta": 0.01}),  # a strategy that remembers by itself
+    "codec": ("fedavg", {"wire.codec": "top-k"}),  # clients and trunk remember what they held back
 }
 """Strategies by what of them a round changes."""
 
@@ -38,16 +43,17 @@ WORK = ("forwards", "activation", "gradient", "evaluation_activation", "evaluati
 """Beginnings of names of the trunk's work and traffic, which a discarded attempt has caused, too."""
 
 ALWAYS = ("evaluate-shared", "evaluate-folds", "evaluate-control", "evaluate-personal", "evaluate-flower")
+ALWAYS += ("collect-codec", "evaluate-codec")
 ALWAYS += ("begin-folds", "collect-folds", "aggregate-folds")
 """Stages and cases that the fast tests play; the last stage has changed all that any stage changes."""
 
 
-def config_of(case: str, model: Path, corpus: Path) -> tuple[Config, Any]:
+def config_of(case: str, model: Path, corpus: Path, **more: Any) -> tuple[Config, Any]:
     """Returns a case's configuration, and its strategy, which has done nothing yet."""
     name, settings = CASES[case]
     values: dict[str, Any] = {"clients": 2, "rounds": 2, "model": str(model), "cut": "1:2", "dataset": str(corpus)}
     values |= {"partition": "iid", "lora.rank": 2, "train.steps": 2, "train.batch_size": 2, "train.max_length": 16}
-    values |= {"train.lr": 0.02, "eval.samples": 2, "eval.after": 1, "strategy": name} | settings
+    values |= {"train.lr": 0.02, "eval.samples": 2, "eval.after": 1, "strategy": name} | settings | more
     options = {key.partition(".")[2]: values.pop(key) for key in list(values) if key.startswith("strategy.")}
     config = build(values, options)
     return config, load_strategy(name, options, strategy_defaults(config))
@@ -88,12 +94,12 @@ def discarding(stage: str, out: Path) -> type[Round]:
 
     class Discarding(Round):
         def play(self) -> RunState:
-            if self.attempt:
+            if self.attempt.number:
                 return super().play()
             before = written(out)
             for name in STAGES[: 1 + STAGES.index(stage)]:
                 getattr(self, name)()
-            again = type(self)(self._parties, self.discard(), attempt=1)
+            again = type(self)(self._parties, self.discard(), Attempt(1))
             assert written(out) == before, "a round that did not commit has written something"
             state = again.play()
             assert written(out) != before
@@ -101,6 +107,12 @@ def discarding(stage: str, out: Path) -> type[Round]:
             return state
 
     return Discarding
+
+
+@pytest.fixture(autouse=True)
+def top_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers the codec."""
+    monkeypatch.setitem(CODECS, "top-k", "top_k:TopK")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +213,7 @@ def test_the_attempt_travels_with_every_request(
     config, strategy = config_of("shared", tiny_models["gpt2"], corpus_file)
     federate(config, out, strategy, monkeypatch, note)
     kinds = [one for one in dict.fromkeys(asked) if one[1] == 2]
-    assert kinds == [("Train", 2, 0), ("Evaluate", 2, 0), ("Train", 2, 1), ("Evaluate", 2, 1)]
+    assert kinds == [("Train", 2, 0), ("Evaluate", 2, 0), ("Train", 2, 3), ("Evaluate", 2, 3)]
 
 
 def test_a_round_that_fails_writes_nothing(

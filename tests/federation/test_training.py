@@ -11,6 +11,7 @@ import pytest
 from scripted_parties import gather
 
 from fedsplit.federation import training
+from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Answer, Failure, Request, Train, trained
 from fedsplit.scores import Score
@@ -32,11 +33,15 @@ def play(spoilt: dict[int, Any], folder: Path, clients: tuple[int, ...] = (0, 1,
 
     def answers(request: Request) -> Answer:
         how = spoilt.get(request.client, {})
-        return how if isinstance(how, Failure) else answer(request, state.ledger.start, **how)
+        return (
+            replace(how, client=request.client)
+            if isinstance(how, Failure)
+            else answer(request, state.ledger.start, **how)
+        )
 
     parties, state = gather(answers, folder, **settings)
     assigned = {client: Assignment(state.ledger.start) for client in clients}
-    return training.train(parties, state, 1, assigned, attempt=0), parties, state
+    return training.train(parties, state, 1, assigned, Attempt()), parties, state
 
 
 def test_updates_come_in_the_order_of_the_clients(tmp_path: Path) -> None:
@@ -92,10 +97,10 @@ def test_a_request_says_all_that_a_client_must_know(tmp_path: Path) -> None:
     parties, state = gather(lambda request: answer(request, state.ledger.start), tmp_path)
     state.ledger.accepted[2] = 3
     moved = state.ledger.start.with_tensors({n: t + 1 for n, t in state.ledger.start.tensors.items()})
-    training.train(parties, state, 4, {1: Assignment(moved, drawn=None), 2: Assignment(moved, drawn=9)}, attempt=2)
+    training.train(parties, state, 4, {1: Assignment(moved, drawn=None), 2: Assignment(moved, drawn=9)}, Attempt(2))
     for asked in parties.clients.asked:  # type: ignore[attr-defined]
         assert isinstance(asked, Train)
-        assert (asked.round, asked.attempt, asked.rank) == (4, 2, 2)
+        assert (asked.round, asked.attempt, asked.rank) == (4, Attempt(2).of(asked.client), 2)
         assert (asked.accepted, asked.drawn) == ((0, None) if asked.client == 1 else (3, 9))
         assert set(asked.tensors) == (set(moved.tensors) if asked.client == 1 else set())
 

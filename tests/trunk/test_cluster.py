@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -109,6 +111,41 @@ def test_nothing_of_a_session_stays_and_nobody_else_may_enter_it(tmp_path: Path)
     call = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
     assert (done.returncode, done.stdout) == (0, "gone\n"), done.stderr
+
+
+STARTS = """
+import sys
+from fedsplit.environment import prepare
+prepare()
+from fedsplit.commands.exit_codes import exit_code
+from fedsplit.trunk import cluster
+
+def work():
+    print("starting", flush=True)
+    with cluster.running(workers=1):
+        print("started", flush=True)
+
+sys.exit(exit_code(work))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_is_heard_while_ray_starts(tmp_path: Path) -> None:
+    """Ray's own handlers would end the process with 15 or a native stack trace, or would not end it at all."""
+    root = Path(cluster.__file__).parents[2]
+    call = [sys.executable, "-c", STARTS]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as command:
+        assert command.stdout is not None and command.stderr is not None
+        assert command.stdout.readline() == "starting\n"
+        process = psutil.Process(command.pid)
+        while not (servers := process.children(recursive=True)):
+            assert command.poll() is None
+            time.sleep(0.01)
+        command.terminate()
+        assert command.wait(timeout=30) == 143
+        assert (command.stdout.read(), command.stderr.read()) == ("", "fedsplit: stopped\n")
+    psutil.wait_procs(servers, timeout=10)
+    assert [server for server in servers if server.is_running()] == []
 
 
 def test_a_call_after_the_end_starts_no_second_ray() -> None:

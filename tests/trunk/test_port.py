@@ -24,6 +24,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], Control[Any]]] = {
     "leave": ((4,), port.Leave(4)),
     "end_round": (([2],), port.EndRound((2,))),
     "assign": ((STARTS,), port.AssignCopies(STARTS)),
+    "assign_again": ((3, STARTS[3]), port.AssignAgain(3, STARTS[3])),
     "copies": ((), port.ReadCopies()),
     "read": ((), port.ReadAdapter()),
     "write": ((TENSORS, {1: TENSORS}), port.WriteAdapter(TENSORS, {1: TENSORS})),

@@ -17,6 +17,7 @@ from fedsplit.events import Sink
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
 from fedsplit.settings.flags import parse
+from fedsplit.watchdog import Watchdog
 
 
 def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
@@ -86,11 +87,14 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
     check_strategy(chosen, config)
     checks.check_stacked(chosen, config, facts)
     check_quantization(config)
+    watchdog = Watchdog(config.startup_deadline)
     if not is_builtin(chosen):
-        rehearse(make_strategy, config)
+        with watchdog.looking(), watchdog.doing("the strategy, in its trial round,"):
+            rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
-    deal = partition_of(config)
+    with watchdog.looking(), watchdog.doing("the data set"):
+        deal = partition_of(config)
     if deal.classes:
         checks.check_classifier(config)
     check_measures(config, measures, len(deal.classes))
@@ -157,7 +161,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(deal))
             work = workloads(config, deal.shards)
-            job = Job(config, strategy, work, results, emit, started)
+            job = Job(config, strategy, work, results, emit, started, Watchdog(config.timeout))
             federation = Federation(job, session, shares.client_threads)
             with on_disks(results.clients, deal.shards):
                 session.play(federation)

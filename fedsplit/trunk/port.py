@@ -134,16 +134,16 @@ class Commit(Control[None]):
 
 @dataclass(frozen=True)
 class ReadMoments(Control[dict[str, Tensor]]):
-    """Asks for the states of the optimisers."""
+    """Asks for the states of the optimisers and of the codec."""
 
 
 @dataclass(frozen=True)
 class Restore(Control[None]):
-    """Sets the shared adapter and the optimisers to what `ReadAdapter` and `ReadMoments` returned earlier.
+    """Sets the shared adapter, the optimisers and the codec to what `ReadAdapter` and `ReadMoments` returned earlier.
 
     Attributes:
         tensors: Shared adapter by exported name.
-        moments: States of the optimisers.
+        moments: States of the optimisers and of the codec.
     """
 
     tensors: Mapping[str, Tensor]
@@ -218,11 +218,11 @@ class TrunkPort(Protocol):
         self.control(Commit())
 
     def moments(self) -> dict[str, Tensor]:
-        """Returns the states of the optimisers."""
+        """Returns the states of the optimisers and of the codec."""
         return self.control(ReadMoments())
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Sets the shared adapter and the optimisers to what `read` and `moments` returned earlier."""
+        """Sets the shared adapter, the optimisers and the codec to what `read` and `moments` returned earlier."""
         self.control(Restore(dict(tensors), dict(moments)))
 
     def status(self) -> TrunkStatus:

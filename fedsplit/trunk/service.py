@@ -248,9 +248,9 @@ class TrunkService:
             case port.Commit():
                 return self.server.commit()
             case port.ReadMoments():
-                return adapters.moments()
+                return self.server.moments()
             case port.Restore(tensors, moments):
-                return adapters.restore(tensors, moments)
+                return self.server.restore(tensors, moments)
             case port.ReadStatus():
                 return self._status()
         raise TypeError(f"a trunk knows no message {type(message).__name__}")

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedsplit.clock import Clock
 from fedsplit.settings.sections import TrunkSettings
@@ -366,10 +365,11 @@ class Dispatcher:
             self._under_way.append(chosen)
             self._workers.start(chosen[0].worker, work.compute, lambda result: self._finish(chosen, work, result))
 
-    def _finish(self, chosen: Sequence[_Request], work: Work, result: Any) -> None:
+    def _finish(self, chosen: Sequence[_Request], work: Work, result: object) -> None:
         """Finishes work that a worker has computed."""
         self._under_way.remove(chosen)
-        self._settle(chosen, result if isinstance(result, Exception) else outcome(lambda: work.finish(result)))
+        answers = result if isinstance(result, Exception) else outcome(lambda: work.finish(result))
+        self._settle(chosen, answers)
 
     def _settle(self, chosen: Sequence[_Request], answers: Sequence[Answer] | Exception) -> None:
         """Gives each request its answer, or the reason why there is none."""

@@ -196,6 +196,15 @@ class Sessions:
 
 
 def _is_left_padded(mask: Tensor, virtual: int) -> bool:
-    """Returns True if a mask has texts, after so many virtual tokens, that are padded at their beginnings alone."""
-    before, seen = mask.bool().tensor_split([virtual], 1)
-    return bool(before.all() and seen.numel() and seen[:, -1].all() and (seen[:, 1:] >= seen[:, :-1]).all())
+    """Returns True if a mask has padding at the beginnings of the texts alone.
+
+    Args:
+        mask: (B, P + T), 0 on padding.
+        virtual: P, the number of virtual tokens, which precede the text and are never padding.
+    """
+    of_virtual_tokens, of_text = mask.bool().tensor_split([virtual], 1)
+    if not of_text.numel():
+        return False
+    ends_in_text = of_text[:, -1].all()
+    never_falls = (of_text[:, 1:] >= of_text[:, :-1]).all()  # padding, then text, and no padding again
+    return bool(of_virtual_tokens.all() and ends_in_text and never_falls)

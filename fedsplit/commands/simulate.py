@@ -17,6 +17,7 @@ from fedsplit.events import Sink
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
 from fedsplit.settings.flags import parse
+from fedsplit.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from fedsplit.corpora.sharding import Partition
@@ -95,11 +96,14 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy
     check_strategy(strategy, config)
     checks.check_stacked(strategy, config, facts)
     check_quantization(config)
+    watchdog = Watchdog(config.startup_deadline)
     if not is_builtin(strategy):
-        rehearse(make_strategy, config)
+        with watchdog.looking(), watchdog.doing("the strategy, in its trial round,"):
+            rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
-    partition = partition_of(config)
+    with watchdog.looking(), watchdog.doing("the data set"):
+        partition = partition_of(config)
     classes = len(partition.classes)
     if classes:
         checks.check_classifier(config)
@@ -168,7 +172,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(partition))
             work = workloads(config, partition.shards)
-            job = Job(config, strategy, work, results, emit, started)
+            job = Job(config, strategy, work, results, emit, started, Watchdog(config.timeout))
             federation = Federation(job, session, shares.client_threads)
             with on_disks(results.clients, partition.shards):
                 session.play(federation)

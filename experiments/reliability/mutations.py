@@ -1,6 +1,6 @@
 """Would the tests notice a mistake in recovery? Seeds one mistake after another, and runs the fast tests of recovery.
 
-$ python -m experiments.reliability.mutations            # writes mutations.json beside this file; ten minutes on two cores
+$ python -m experiments.reliability.mutations            # writes mutations.json beside this file
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ MUTATIONS = (
     Mutation(
         "a client's disk forgets the last round that the server has accepted",
         "fedsplit/state/client_store.py",
-        "current = (round_file(self._folder, round), round_file(self._folder, accepted))",
-        "current = (round_file(self._folder, round),)",
+        "        earlier = {accepted, *kept} - {0}\n",
+        "        earlier = {*kept} - {0, accepted}\n",
         (RECOVERY, "tests/state/test_client_store.py"),
     ),
     Mutation(

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from fedsplit.durable import NotWritten, remove_folder, tidy, write_folder, write_text
+from fedsplit.durable import NotWritten, remove_folder, tidy, write_folder, write_text, writing
 
 
 def crash(*_: object) -> None:
@@ -61,3 +62,16 @@ def test_what_killed_processes_left_unfinished_is_removed_or_put_back(tmp_path: 
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {".lock", "draft", "my.draft", "one/lost/file"}  # the last one was the only version
     assert tidy(tmp_path) == []
+
+
+def test_a_full_disk_is_named_alike_whoever_finds_it() -> None:
+    errors = [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ]
+    for error in errors:
+        with (
+            pytest.raises(NotWritten, match=r"^x could not be written \(No space left on device\); what"),
+            writing(Path("x")),
+        ):
+            raise error

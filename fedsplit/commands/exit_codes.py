@@ -15,6 +15,7 @@ from fedsplit.environment import prefer_installed
 from fedsplit.errors import InputError
 from fedsplit.settings.flags import DEBUG
 from fedsplit.shutdown import Stopped, end_now, stoppable
+from fedsplit.watchdog import Hung
 
 ENDED_EARLY = 3
 """Exit code of a run that has left a result, though not all of its rounds could be played."""
@@ -49,6 +50,8 @@ def exit_code(work: Callable[[], object], argv: Sequence[str] | None = None) -> 
                 sys.stdout.flush()  # here, where a closed output is still an error that can be reported
         except Stopped as stopped:
             end_now(stopped.exit_code)
+        except Hung as hung:
+            end_now(1, str(hung))  # its thread cannot be ended, and would be waited for
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # nobody above reports it
             if shows_tracebacks:
                 traceback.print_exc()

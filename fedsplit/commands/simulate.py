@@ -18,6 +18,7 @@ from fedsplit.events import Sink
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
 from fedsplit.settings.flags import parse
+from fedsplit.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from fedsplit.corpora.sharding import Partition
@@ -119,13 +120,14 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy
     from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.results.initial import check_initial
 
+    watchdog = Watchdog(config.startup_deadline)
     if not is_builtin(strategy):
-        with collector.collecting():
+        with collector.collecting(), watchdog.looking(), watchdog.doing("the strategy, in its trial round,"):
             rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         with collector.collecting():
             check_injection(config, facts.family)
-    with collector.collecting():
+    with collector.collecting(), watchdog.looking(), watchdog.doing("the data set"):
         partition = partition_of(config)
     collector.check()
 
@@ -202,7 +204,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(partition))
             work = workloads(config, partition.shards)
-            job = Job(config, strategy, work, results, emit, started)
+            job = Job(config, strategy, work, results, emit, started, Watchdog(config.timeout))
             federation = Federation(job, session, shares.client_threads)
             with on_disks(results.clients, partition.shards):
                 session.play(federation)

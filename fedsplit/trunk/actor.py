@@ -1,4 +1,4 @@
-"""The trunk in a process of its own: a Ray actor as a door to the service, and the port that calls it."""
+"""The trunk as a Ray actor: the actor with the service, and the port by which clients call the actor."""
 
 from __future__ import annotations
 
@@ -225,10 +225,10 @@ def start_trunk(
 
     Args:
         config: Configuration of the run.
-        name: Name that clients find it by; also the name of the run, which their steps carry.
+        name: Name by which clients find the trunk. It is also the name of the run in the steps of clients.
         threads: Threads that torch may use in each worker.
         workers: 2 to compute a forward and a backward at the same time.
-        adapter: Folder of a finished run's adapter, of which the trunk takes its own layers.
+        adapter: Folder of a finished run's adapter, from which the trunk reads the layers of its blocks.
         has_stage: True if the strategy has a gradient stage, which the trunk loads by its name.
     """
     remote = ray.remote(num_cpus=0)(TrunkActor).options(name=name, max_concurrency=_AT_ONCE)

@@ -80,7 +80,7 @@ class TrunkServer:
             settings: Settings of the optimisers, and of the parts that a step may have.
             seed: Seed of the run, for dropout.
             run: Name of the run, which packets must carry.
-            incarnation: Id of this life of the trunk, which packets must carry.
+            incarnation: Identity of one start of the trunk, which packets must carry.
             lease: Seconds for which a forward may wait for its backward.
             budget: Budget of resident memory; none where not given.
             clock: Clock for leases.
@@ -128,7 +128,7 @@ class TrunkServer:
         return self.begin_forward(packets).done()
 
     def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
-        """Computes one backward of steps whose forward was one, and returns their answers."""
+        """Computes the backward of steps that had a common forward, and returns the answers."""
         return self.begin_backward(packets).done()
 
     def begin_forward(self, packets: Sequence[Packet]) -> Work:
@@ -150,7 +150,7 @@ class TrunkServer:
         return packet.training and self.steps.repeated(packet.key) is not None
 
     def companions(self, key: StepKey) -> set[int]:
-        """Returns the clients whose steps are pending in the same batch as a step; none where it is not pending."""
+        """Returns the clients with a step in the pending batch of a given step; none if no batch has the step."""
         try:
             batch = self._state.pending_batch(key)
         except RefusedStep:
@@ -158,7 +158,7 @@ class TrunkServer:
         return {other.client for other in batch.inputs if self.steps.is_pending(other)}
 
     def leave(self, client: int) -> None:
-        """Frees all that is kept for a client that has ended its round, or is dead."""
+        """Frees everything kept for a client that has ended its round, or is dead."""
         self.counts.abandoned += self.steps.leave(client)
         self._state.admission.leave(client)
         self._state.budget.freed()
@@ -175,7 +175,7 @@ class TrunkServer:
         """Ends the round for all clients.
 
         Args:
-            finished: Clients whose round counts; of the others nothing is kept.
+            finished: Clients whose round counts. State of further clients is dropped.
 
         Returns:
             Counts of the round.
@@ -187,7 +187,7 @@ class TrunkServer:
         return self.counts.take()
 
     def _settle_codec(self, finished: Sequence[int]) -> None:
-        """Keeps the codec's state of the clients whose round counts, and takes that of the others back."""
+        """Keeps the codec's state for clients whose round counts, and restores the earlier state for the rest."""
         live = self.answers.codec.state()
         if not (live or self._codec_states):
             return

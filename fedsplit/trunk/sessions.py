@@ -1,4 +1,4 @@
-"""Decoding sessions: texts that clients generate through the trunk, which caches attention keys and values for them."""
+"""Decoding sessions: the trunk's key-value caches for texts that clients generate."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Sessions:
 
         Args:
             server: Trunk that has the weights, and counts the bytes.
-            lease: Seconds for which a session may wait for its next token.
+            lease: Seconds for which a session waits for the next token.
             most: Most sessions at once.
             clock: Clock for leases.
         """
@@ -115,7 +115,7 @@ class Sessions:
         return self._go_on(session, packet)
 
     def _begin(self, packet: Packet) -> _Session:
-        """Returns a session for prompts, which is open once they have been computed."""
+        """Returns a new session for prompts. The session is open after the computation of the prompts."""
         key = packet.key
         if key.session in self._over:
             refusal, reason = self._over[key.session]
@@ -177,7 +177,7 @@ class Sessions:
             self._close(name, ExpiredStep, "waited for its next token longer than a lease")
 
     def leave(self, client: int | None = None) -> None:
-        """Ends the sessions of a client that has ended its round, or is dead; all sessions where it is None."""
+        """Ends the sessions of a client that has ended its round or is dead; for None all sessions."""
         for name in [name for name, session in self._open.items() if client in (None, session.client)]:
             self._close(name, StaleStep, "has ended")
 

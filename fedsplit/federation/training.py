@@ -13,7 +13,7 @@ from fedsplit.federation.client_order import groups_of, takes_turns
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Reply, Train
 from fedsplit.federation.parties import NobodyAnswered, Parties
-from fedsplit.federation.replies import memory_of, sample_of, to_update, without_tensors
+from fedsplit.federation.replies import Control, memory_of, sample_of, to_update, without_tensors
 from fedsplit.federation.run_state import RunState
 from fedsplit.optimization.rates import last_rate
 from fedsplit.scores import Score
@@ -226,11 +226,20 @@ class _Collection:
         given = self._state.ledger.given(self._assigned[client])
         returned = self._state.ledger.rule.returned(given.tensors, self._assigned[client].task)
         try:
-            update = to_update(reply, given, returned, parties.sender(client), parties.workloads[client])
+            update = to_update(
+                reply, given, returned, parties.sender(client), parties.workloads[client], self._control_of(client)
+            )
         except RefusedUpdate as refused:
             parties.report_failure("training", self._round, self._attempt.number, client, str(refused), refused=True)
             return None
         return replace(update, weight=_weight(update, parties.config.weights))
+
+
+    def _control_of(self, client: int) -> Control:
+        """Returns whether a client has to send a control variate, or may send tensors of the strategy's stage."""
+        if self._assigned[client].task.control is not None:
+            return "required"
+        return "optional" if self._parties.briefing.stage else "none"
 
 
 def _do_nothing(client: int) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedsplit.corpora.shards import Shard
+from fedsplit.model.families import read_facts
+from fedsplit.model.sources import config_folder
 from fedsplit.settings.config import Config
 
 
@@ -18,12 +20,14 @@ class Workload:
         tokens: Tokens of these sequences, at most.
         held_out: Predictions in an evaluation, at most: tokens, or classes of sequences.
         sample: Predictions right after its own steps, at most.
+        routers: True if the model has routers that an auxiliary loss balances, which the client then reports.
     """
 
     examples: int
     tokens: int
     held_out: int
     sample: int
+    routers: bool = False
 
 
 def workloads(config: Config, shards: Iterable[Shard]) -> list[Workload]:
@@ -33,10 +37,11 @@ def workloads(config: Config, shards: Iterable[Shard]) -> list[Workload]:
         config: The run's configuration.
         shards: Data by client, of which only the numbers of sequences are used.
     """
-    return [_workload(config, shard) for shard in shards]
+    routers = bool(read_facts(config_folder(config.model)).coefficient(config.router_aux_loss))
+    return [_workload(config, shard, routers) for shard in shards]
 
 
-def _workload(config: Config, shard: Shard) -> Workload:
+def _workload(config: Config, shard: Shard, routers: bool) -> Workload:
     train, size = config.train, config.train.batch_size
     examples = train.steps * size * train.accumulation
     if train.epochs:
@@ -46,4 +51,4 @@ def _workload(config: Config, shard: Shard) -> Workload:
     held_out = min(len(shard.held_out), config.eval.samples)
     sample = min(held_out, -(-config.eval.after // size) * size)  # whole batches are drawn
     predictions = 1 if shard.classes else train.max_length - 1  # the first token of a sequence is not predicted
-    return Workload(examples, examples * train.max_length, held_out * predictions, sample * predictions)
+    return Workload(examples, examples * train.max_length, held_out * predictions, sample * predictions, routers)

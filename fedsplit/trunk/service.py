@@ -329,6 +329,8 @@ def load_service(
         budget=Budget(memory),
         clock=clock,
         stage=stage if SCHEDULES[config.trunk.schedule].personal else None,
+        clients=config.clients,
+        rounds=config.rounds,
     )
     least = 0
     if memory is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ before is whole
         raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = re.sub(r"^.*I/O error: |\s*\(os error \d+\)$", "", reason)  # as safetensors reports a full disk
         raise NotWritten(f"{path} could not be written ({reason}); what was there before is whole") from error
 
 

@@ -118,10 +118,14 @@ def kill_descendants(name: str = "") -> None:
     psutil.wait_procs(killed, timeout=_KILL_SECONDS)
 
 
-def end_now(exit_code: int) -> None:
-    """Reports that the command was stopped, and ends the process at once.
+def end_now(exit_code: int, reason: str = "stopped") -> None:
+    """Reports why the command ends, and ends the process at once.
 
     Descendants are killed, clean-ups are run, and threads of libraries are not waited for.
+
+    Args:
+        exit_code: Exit code of the process.
+        reason: One line for the reader.
     """
     kill_descendants()  # first, since descendants may write into folders that the clean-ups remove
     while _cleanups:
@@ -129,7 +133,7 @@ def end_now(exit_code: int) -> None:
             _cleanups.pop()()
     with contextlib.suppress(OSError, ValueError):  # the reader of the output may be gone
         sys.stdout.flush()
-        print("fedsplit: stopped", file=sys.stderr, flush=True)
+        print(f"fedsplit: {reason}", file=sys.stderr, flush=True)
     os._exit(exit_code)
 
 

@@ -45,11 +45,11 @@ def make(name: str, defaults: Mapping[str, Any] | None = None, /, **options: Any
 
     Args:
         name: A key of `STRATEGIES`.
-        defaults: Keyword arguments for the class; those that it does not take are ignored.
+        defaults: Keyword arguments for the class. Arguments that the class does not take are ignored.
         options: Keyword arguments that the class must take. They take precedence over `defaults`.
 
     Raises:
-        ValueError: There is no such strategy, or it does not take an option.
+        ValueError: There is no such strategy, or the strategy does not take an option.
 
     Example:
         >>> make("fedprox", mu=0.5).mu
@@ -61,7 +61,8 @@ def make(name: str, defaults: Mapping[str, Any] | None = None, /, **options: Any
     strategy_class = getattr(importlib.import_module(module), class_name)
 
     parameters = inspect.signature(strategy_class).parameters
-    if unknown := sorted(options.keys() - parameters.keys()):
+    unknown = sorted(options.keys() - parameters.keys())
+    if unknown:
         known = ", ".join(parameters) or "no option at all"
         raise ValueError(f"{name} does not take the option {unknown[0]!r}, but {known}")
 

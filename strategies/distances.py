@@ -28,7 +28,7 @@ def check_kind(on: str) -> None:
 
 
 class Distances:
-    """Squared distances from any adapters to those of several clients of equal rank.
+    """Squared distances from any adapters to the adapters of several clients of equal rank.
 
     On "product" the squared distance is sum_layers ||s B A - s B' A'||_F^2. Inner products of thin matrices give it
     without building any matrix (out, in). A tensor outside of the pairs of factors adds its own squared difference.
@@ -60,23 +60,27 @@ class Distances:
     def squared(self, adapters: Adapters) -> Tensor:
         """Returns the squared distance to each client (n,), in float64 and in the order of the clients."""
         point = self._stack([adapters])
+        # ||x - y||^2 = <x, x> + <y, y> - 2 <x, y>
         squares = self._squared_norms + self._inner(point, point) - 2 * self._inner(self._clients, point)
         squares = squares.clamp(min=0.0)  # rounding can push a distance of zero below zero
         for name in self._unpaired:
-            squares = squares + ((self._clients[name] - point[name]) ** 2).flatten(1).sum(1)
+            difference = self._clients[name] - point[name]
+            squares = squares + (difference**2).flatten(1).sum(1)
         return squares
 
     def _stack(self, adapters: Sequence[Adapters]) -> dict[str, Tensor]:
-        """Returns the tensors that distances need; the first dimension counts the given adapters."""
-        stacked = {name: torch.stack([one.tensors[name].double() for one in adapters]) for name in self._unpaired}
+        """Returns the tensors that distances need. The first dimension counts the given adapters."""
+        stacked = {}
+        for name in self._unpaired:
+            stacked[name] = torch.stack([each.tensors[name].double() for each in adapters])
         for layer in self._layers:
-            changes = [one.change(layer) for one in adapters]
+            changes = [each.change(layer) for each in adapters]
             stacked[f"{layer}.up"] = torch.stack([change.up for change in changes])
             stacked[f"{layer}.down"] = torch.stack([change.down for change in changes])
         return stacked
 
     def _inner(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
-        """Returns sum_layers <left, right> of the changes, pair by pair; a single `right` pairs with every `left`."""
+        """Returns sum_layers <left, right> of the changes, pair by pair. A single `right` pairs with every `left`."""
         total = torch.zeros(1, dtype=torch.float64)
         for layer in self._layers:
             # <U D, U' D'> = sum((U^T U') * (D D'^T)): matrices (r, r) in place of (out, in)

@@ -156,12 +156,12 @@ class FedBuff:
         This is the current round if one of the N clients has no pending change. With N unknown (0), the clients with
         pending changes count as all clients.
         """
-        arrivals: dict[int, int] = {}
+        last_arrivals: dict[int, int] = {}
         for change in pending:
-            arrivals[change.client] = max(arrivals.get(change.client, 0), change.arrives)
-        if len(arrivals) < self.clients:
+            last_arrivals[change.client] = max(last_arrivals.get(change.client, 0), change.arrives)
+        if len(last_arrivals) < self.clients:
             return now
-        return min(arrivals.values())
+        return min(last_arrivals.values())
 
     def _step(self, arrived: Sequence[Pending], version: int) -> dict[str, Tensor]:
         """Returns eta times the weighted mean of the changes, each divided by sqrt(1 + tau)."""

@@ -43,7 +43,7 @@ def procrustes(cross: Tensor) -> Tensor:
     """Returns the orthogonal R (r, r) with the largest trace(R^T cross); of several, the nearest to the identity.
 
     Args:
-        cross: A matrix (r, r), in float64.
+        cross: The matrix (r, r), in float64.
 
     Example:
         >>> procrustes(torch.tensor([[0.0, -2.0], [1.0, 0.0]]).double()).tolist()
@@ -54,8 +54,10 @@ def procrustes(cross: Tensor) -> Tensor:
     rotation = u[:, ~free] @ v[~free]
     if bool(free.any()):
         # `cross` says nothing on these directions: solve the same problem there, with the identity for `cross`.
-        left, _, right = torch.linalg.svd(u[:, free].T @ v[free].T)
-        rotation = rotation + u[:, free] @ left @ right @ v[free]
+        free_u = u[:, free]
+        free_v = v[free]
+        left, _, right = torch.linalg.svd(free_u.T @ free_v.T)
+        rotation = rotation + free_u @ left @ right @ free_v
     return rotation
 
 
@@ -78,7 +80,8 @@ def rotation_to(reference: tuple[Tensor, Tensor], a: Tensor, b: Tensor, align: s
     reference_a, reference_b = reference
     cross_a = a.double() @ reference_a.double().T
     cross_b = b.double().T @ reference_b.double()
-    full = procrustes({"A": cross_a, "B": cross_b, "both": cross_a + cross_b}[align])
+    cross = {"A": cross_a, "B": cross_b, "both": cross_a + cross_b}
+    full = procrustes(cross[align])
 
     identity = torch.eye(full.shape[0], dtype=full.dtype)
     return procrustes((1 - strength) * identity + strength * full)
@@ -130,7 +133,9 @@ class FedRotLoRA:
         if align == "alternate":
             align = "BA"[int(state["rounds"]) % 2]
 
-        rotated = [replace(update, adapters=self._rotate(adapters, update.adapters, align)) for update in updates]
+        rotated = []
+        for update in updates:
+            rotated.append(replace(update, adapters=self._rotate(adapters, update.adapters, align)))
         mean = average_adapters(adapters, rotated, weights)
 
         # The rotated factors were in float64, so that the average is rounded here, once.

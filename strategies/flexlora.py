@@ -67,7 +67,8 @@ def best_factors(change: LowRank, scaling: float, previous: Tensor) -> tuple[Ten
 
 def _orthogonal_part(rows: Tensor, basis: Tensor) -> Tensor:
     """Returns the principal directions, with their lengths, of the part of `rows` orthogonal to orthonormal rows."""
-    _, lengths, directions = torch.linalg.svd(rows - rows @ basis.T @ basis, full_matrices=False)
+    orthogonal = rows - rows @ basis.T @ basis
+    _, lengths, directions = torch.linalg.svd(orthogonal, full_matrices=False)
     return lengths[:, None] * directions
 
 

@@ -98,6 +98,8 @@ def _in_float64(adapters: Adapters) -> Adapters:
 
 def _betas(weights: Sequence[float], distances: Tensor, nu: float) -> list[float]:
     """Returns the b_i = w_i / max(nu, distance_i), normalised to sum to 1."""
-    betas = [weight / max(nu, distance) for weight, distance in zip(weights, distances.tolist(), strict=True)]
+    betas = []
+    for weight, distance in zip(weights, distances.tolist(), strict=True):
+        betas.append(weight / max(nu, distance))
     total = math.fsum(betas)
     return [beta / total for beta in betas]

@@ -50,7 +50,9 @@ def tail_norm(adapters: Adapters, gamma: float) -> float:
     for layer in adapters.complete:
         a, b = adapters.factors(layer)
         kept = sure_rank(a.shape[0], gamma)
-        norms.append(float(a[kept:].double().norm() * b[:, kept:].double().norm()))
+        norm_a = a[kept:].double().norm()
+        norm_b = b[:, kept:].double().norm()
+        norms.append(float(norm_a * norm_b))
     return math.fsum(norms)
 
 
@@ -78,7 +80,7 @@ class HetLoRA:
 
         Args:
             gamma: Share of its rank that a client keeps in any case.
-            decay: Weight of the tail's norm in a client's loss; 0: nothing is ever pruned.
+            decay: Weight of the tail's norm in a client's loss; 0 for no pruning.
 
         Raises:
             ValueError: gamma is not above 0 and at most 1, or decay is negative.
@@ -130,6 +132,7 @@ class HetLoRA:
         """Returns the update without its tail if the tail shrank, else the update itself."""
         rank = rank_of(update.adapters)
         given = update.given or adapters.with_rank(rank)
-        if not self._decay or tail_norm(update.adapters, self._gamma) >= tail_norm(given, self._gamma):
+        tail_shrank = tail_norm(update.adapters, self._gamma) < tail_norm(given, self._gamma)
+        if not self._decay or not tail_shrank:
             return update
         return replace(update, adapters=update.adapters.with_rank(sure_rank(rank, self._gamma)))

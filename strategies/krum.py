@@ -27,7 +27,7 @@ from strategies.distances import Distances, check_kind
 
 
 def scores(clients: Sequence[Adapters], malicious: int, on: str) -> Tensor:
-    """Returns Krum's score of each client (n,); the lower, the nearer to the neighbours.
+    """Returns Krum's score of each client (n,). A low score means a client near to its neighbours.
 
     Args:
         clients: Each client's adapters.
@@ -55,7 +55,7 @@ def scores(clients: Sequence[Adapters], malicious: int, on: str) -> Tensor:
     result = []
     for number, client in enumerate(clients):
         squares = distances.squared(client)
-        neighbours = torch.cat([squares[:number], squares[number + 1 :]])
+        neighbours = torch.cat([squares[:number], squares[number + 1 :]])  # without the client itself
         result.append(neighbours.sort().values[:nearest].sum())
     return torch.stack(result)
 

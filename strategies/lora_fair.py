@@ -50,8 +50,10 @@ def correction(missing: LowRank, a: Tensor, ridge: float) -> Tensor:
     if mean_squared_norm == 0:  # A is zero: no B changes the product
         return missing.up.new_zeros(missing.shape[0], a.shape[0])
 
-    regularised = gram + ridge * mean_squared_norm * torch.eye(a.shape[0], dtype=a.dtype)
-    return torch.linalg.solve(regularised, missing.up @ (missing.down @ a.T), left=False)
+    identity = torch.eye(a.shape[0], dtype=a.dtype)
+    regularised = gram + ridge * mean_squared_norm * identity
+    target = missing.up @ (missing.down @ a.T)  # in this order no matrix (out, in) is built
+    return torch.linalg.solve(regularised, target, left=False)
 
 
 class LoRAFAIR:

@@ -105,13 +105,14 @@ def clipped(update: ClientUpdate, adapters: Adapters, norm: float) -> ClientUpda
     before = {name: given[name].double() for name in update.adapters.tensors}
     change = {name: tensor.double() - before[name] for name, tensor in update.adapters.tensors.items()}
     # One norm over all tensors, as if the change were one vector.
-    change_norm = math.sqrt(math.fsum(float((tensor**2).sum()) for tensor in change.values()))
+    squares = [float((tensor**2).sum()) for tensor in change.values()]
+    change_norm = math.sqrt(math.fsum(squares))
     if change_norm <= norm:
         return update
 
     factor = norm / change_norm
-    tensors = {
-        name: (before[name] + factor * change[name]).to(tensor.dtype)
-        for name, tensor in update.adapters.tensors.items()
-    }
+    tensors = {}
+    for name, tensor in update.adapters.tensors.items():
+        shortened = before[name] + factor * change[name]
+        tensors[name] = shortened.to(tensor.dtype)
     return replace(update, adapters=update.adapters.with_tensors(tensors))

@@ -76,8 +76,9 @@ class Scaffold:
         step = {}
         for name, change in mean_step(adapters, updates).items():
             step[name] = self.eta * change
-            # c is a mean over all N clients; the variates of those that did not answer changed by zero.
-            new_state[f"c.{name}"] = state[f"c.{name}"] + _sum_of_changes(updates, name) / clients
+            # c is a mean over all N clients. The variates of clients that did not answer changed by zero.
+            mean_change = _sum_of_changes(updates, name) / clients
+            new_state[f"c.{name}"] = state[f"c.{name}"] + mean_change
         return new_state, add_step(adapters, step)
 
 

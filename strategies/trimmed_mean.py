@@ -32,9 +32,9 @@ def trimmed_means(updates: Sequence[ClientUpdate], k: int) -> dict[str, Tensor]:
     """
     means = {}
     for name, tensor in updates[0].adapters.tensors.items():
-        # n values of every entry (n, …), in rising order
-        values = torch.stack([update.adapters.tensors[name] for update in updates])
-        middle = values.sort(dim=0).values[k : len(updates) - k]
+        values = torch.stack([update.adapters.tensors[name] for update in updates])  # (n, …)
+        rising = values.sort(dim=0).values
+        middle = rising[k : len(updates) - k]
         means[name] = middle.double().mean(0).to(tensor.dtype)
     return means
 

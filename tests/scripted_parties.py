@@ -23,6 +23,7 @@ from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
 from fedsplit.trunk.status import RoundCounts, Traffic, TrunkStatus
 from fedsplit.updates import Adapters, Layer, Traits
+from fedsplit.watchdog import Watchdog
 
 NAMES = ("ann", "bob", "cid")
 BRIEFING = Briefing(run="{}", trunk="t", incarnation="first", threads=1, store="/nowhere")
@@ -109,5 +110,6 @@ def gather(play: Callable[[Request], Answer], folder: Path, **settings: Any) -> 
         aggregation=None,  # type: ignore[arg-type]
         folder=NoFolder(),  # type: ignore[arg-type]
         emit=Reported(),
+        watchdog=Watchdog(600),
     )
     return parties, state

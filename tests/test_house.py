@@ -29,6 +29,7 @@ GROUND = {
     "stages",
     "tensor_files",
     "updates",
+    "watchdog",
 }
 """Modules at the top of `fedsplit`, and the settings, that every package may import."""
 

@@ -222,6 +222,5 @@ class Link:
         self.trunk.send(Packet(replace(key, run=self.run), training=False, incarnation=self.incarnation))()
 
     def leave(self, client: int) -> None:
-        """Tells the trunk that a client's round is over, and drops the codec's state for it."""
-        self.codec.forget(client)
+        """Tells the trunk that a client's round is over."""
         self.trunk.leave(client)

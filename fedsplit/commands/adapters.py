@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
@@ -307,7 +307,7 @@ def make_parser() -> Parser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, work: Any, help: str) -> argparse.ArgumentParser:
+    def command(name: str, work: Callable[[argparse.Namespace], object], help: str) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         added.set_defaults(work=work)
         return added

@@ -1,11 +1,11 @@
-"""Checks that settings fit each other and the model, before anything is loaded.
+"""Checks that settings fit together and suit the model, before any weight is loaded.
 
 Checks that concern one module only are `check_` functions in that module.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedsplit.adaptation.methods import ADAPTER_METHODS, check_method
 from fedsplit.adaptation.rank_budget import check_budget
@@ -88,7 +88,7 @@ def check_training(config: Config) -> None:
 
 
 def _check_optimizer(train: TrainSettings) -> None:
-    """Refuses settings of an optimiser other than the run's."""
+    """Makes sure that settings which the run's optimiser lacks have their defaults."""
     if train.momentum and train.optimizer != "sgd":
         raise SettingError("train.momentum", train.momentum, f"0 under {train.optimizer}; it is sgd's")
     if train.optimizer != "sgd":
@@ -107,7 +107,7 @@ def check_trunk(config: Config) -> None:
     """Checks that settings of the trunk and of the wire have a meaning under the trunk's schedule.
 
     Raises:
-        SettingError: A setting has no meaning under it, or excludes another one.
+        SettingError: A setting has no meaning under the schedule, or excludes a further setting.
     """
     schedule = SCHEDULES[config.trunk.schedule]
     trunk = config.trunk
@@ -153,7 +153,7 @@ def check_prompt(config: Config) -> None:
     """Checks that settings of prompts, LoRA and the head fit together. PEFT allows one method for an adapter.
 
     Raises:
-        SettingError: A setting has no meaning, or excludes another one.
+        SettingError: A setting has no meaning, or excludes a further setting.
     """
     prompt = config.prompt
     kind = prompt.kind
@@ -203,28 +203,30 @@ def check_lengths(config: Config, facts: Facts) -> None:
         raise SettingError("prompt.tokens", positions, allowed)
 
 
-def check_tokens(config: Config, deal: Partition) -> None:
+def check_tokens(config: Config, partition: Partition) -> None:
     """Checks that the model's embedding has a row for every token of the clients' texts and of the prompt's text.
 
     Args:
         config: Settings of the run.
-        deal: The clients' data.
+        partition: The clients' data.
 
     Raises:
         SettingError: The embedding has fewer rows.
     """
     folder = config_folder(config.model)
-    ids = [int(rows.ids.max()) for shard in deal.shards for rows in (shard.train, shard.held_out)]
+    largest = []
+    for shard in partition.shards:
+        largest += [int(shard.train.ids.max()), int(shard.held_out.ids.max())]
     if config.prompt.text:
-        ids += load_tokenizer(folder)(config.prompt.text)["input_ids"]
-    check_largest(folder, config.model, max(ids))
+        largest += load_tokenizer(folder)(config.prompt.text)["input_ids"]
+    check_largest(folder, config.model, max(largest))
 
 
 def check_adapters(config: Config, facts: Facts) -> None:
     """Checks that the adapter method works with the targets, the head and the quantisation of the run.
 
     Raises:
-        SettingError: The method does not work with one of them.
+        SettingError: The method does not work with the targets, the head or the quantisation.
     """
     check_method(config, facts.family.transposed)
     check_budget(config)
@@ -293,7 +295,7 @@ def check_experts(config: Config, facts: Facts) -> None:
         raise SettingError("lora.targets", ",".join(asked), allowed)
 
 
-def check_stacked(strategy: Any, config: Config, facts: Facts) -> None:
+def check_stacked(strategy: object, config: Config, facts: Facts) -> None:
     """Checks that a strategy can aggregate adapters on the experts' stacked weights, if the run asks for them.
 
     Args:

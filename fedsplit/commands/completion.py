@@ -1,7 +1,7 @@
-"""`fedsplit completion bash|zsh`: prints a script by which a shell completes commands, flags and their values.
+"""`fedsplit completion bash|zsh`: prints a script by which a shell completes commands, flags and values of flags.
 
-The flags come from the commands' own parsers, and the values from the settings, so that there is no second list. shtab
-makes the script of them. The shell runs it without starting Python.
+The flags come from the parsers of the commands, and the values from the settings, so that there is no second list.
+shtab makes a script of flags and values, which the shell runs without starting Python.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FOLDERS = ("out", "resume", "run", "runs", "first", "second", "init_adapter")
 
 
 def values_of(name: str) -> list[str]:
-    """Returns the values that a setting may have, as far as they are words.
+    """Returns the values of a setting that chooses among words; nothing for any further setting.
 
     Args:
         name: Dotted name of the setting.
@@ -50,8 +50,10 @@ def values_of(name: str) -> list[str]:
     if name == "lora.method":
         return [*ADAPTER_METHODS, *PROMPTED]
     words = [word.partition("[")[0] for word in SETTINGS[name].allowed.words.split(" | ")]
-    # Of the pattern of a value, such as cuda:N, a shell would complete the letters.
-    return [word for word in words if re.fullmatch(r"[a-z0-9_-]+", word)] if len(words) > 1 else []
+    if len(words) == 1:
+        return []
+    # Without patterns such as cuda:N, whose letters a shell would complete.
+    return [word for word in words if re.fullmatch(r"[a-z0-9_-]+", word)]
 
 
 def _strategies() -> list[str]:
@@ -61,7 +63,7 @@ def _strategies() -> list[str]:
 
 
 def all_parsers() -> Parser:
-    """Returns one parser with every command, whose arguments tell what may complete them."""
+    """Returns a parser with every command. Each argument is annotated with its completion."""
     parser = Parser(prog="fedsplit", description="Federated split learning of causal language models.")
     parser.add_argument("--version", action="version", version=fedsplit.__version__, help="show the version")
     commands = parser.add_subparsers(parser_class=Parser)
@@ -83,7 +85,7 @@ def _parser_of(name: str) -> Parser:
 
 
 def _annotate(parser: argparse.ArgumentParser) -> None:
-    """Gives the arguments of a parser, and of those below it, what completes their values."""
+    """Annotates the arguments of a parser and of its subparsers with the completion of their values."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
@@ -95,7 +97,7 @@ def _annotate(parser: argparse.ArgumentParser) -> None:
 
 
 def _completion_of(argument: str) -> Mapping[str, Any] | None:
-    """Returns what completes an argument whose value is a path, as shtab takes it; None for any other."""
+    """Returns the completion of an argument whose value is a path, as shtab takes it; None for further arguments."""
     import shtab
 
     if argument == "model":
@@ -108,10 +110,10 @@ def _completion_of(argument: str) -> Mapping[str, Any] | None:
 
 
 def _names_or_files(what: str, names: Sequence[str]) -> dict[str, Any]:
-    """Returns what completes a name among a few, or else a path.
+    """Returns the completion of an argument whose value is a name or a path.
 
     Args:
-        what: Name of the shell's function.
+        what: Last part of the name of the shell's function.
         names: The names.
     """
     words = " ".join(names)

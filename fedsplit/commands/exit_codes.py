@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fedsplit.environment import prefer_installed
 from fedsplit.errors import InputError
 from fedsplit.shutdown import Stopped, end_now, stoppable
+from fedsplit.watchdog import Hung
 
 ENDED_EARLY = 3
 """Exit code of a run that has left a result, though not all of its rounds could be played."""
@@ -42,6 +43,8 @@ def exit_code(work: Callable[[], object]) -> int:
         return 2
     except Stopped as stopped:
         end_now(stopped.exit_code)
+    except Hung as hung:
+        end_now(1, str(hung))  # its thread cannot be ended, and would be waited for
     except KeyboardInterrupt:
         _report("stopped")
         return 130

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.commands.generation_job import NEW_TOKENS, Job, check
@@ -22,6 +22,7 @@ from fedsplit.settings.validators import DEVICE
 
 if TYPE_CHECKING:
     from fedsplit.generation.decoding import ClientHalf, Throughput
+    from fedsplit.model.parts import Bottom, Top
     from fedsplit.trunk.port import TrunkPort
     from fedsplit.trunk.status import Bytes, Traffic
 
@@ -30,18 +31,18 @@ class GenerationFailed(Exception):
     """The trunk refused a step."""
 
 
-def _load_client_parts(job: Job) -> list[Any]:
+def _load_client_parts(job: Job) -> tuple[Bottom, Top]:
     """Loads bottom and top with their adapters, in as many bits as in the run."""
     from fedsplit.adaptation import run_adapters
 
-    parts = run_adapters.bare_parts(job.config, ["bottom", "top"])
-    run_adapters.adopt(job.adapter.folder, job.config, *parts)
-    return parts
+    bottom, top = run_adapters.bare_parts(job.config, ["bottom", "top"])
+    run_adapters.adopt(job.adapter.folder, job.config, bottom, top)
+    return bottom, top
 
 
 @contextlib.contextmanager
 def _split(job: Job) -> Iterator[tuple[ClientHalf, TrunkPort]]:
-    """Starts the trunk and loads the client's half at the same time; stops the trunk when the context ends."""
+    """Starts the trunk and loads the client's half at the same time. At the end of the context the trunk stops."""
     import torch
 
     from fedsplit.client.link import Link
@@ -131,8 +132,8 @@ def _write_batch(
                     running[row] = False
                     end(row)
 
-    for row, runs in enumerate(running):
-        if runs:  # its last token is no stop token: the text has as many tokens as it may have
+    for row, is_running in enumerate(running):
+        if is_running:  # the text has the largest number of tokens, and no stop token at its end
             end(row)
 
 

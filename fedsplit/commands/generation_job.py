@@ -1,4 +1,4 @@
-"""The texts that `python -m fedsplit.generate` is to write: reads its flags, and checks all inputs."""
+"""Checks the flags of `python -m fedsplit.generate`, and returns the texts to write as a `Job`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _check_value(name: str, value: float | str, allowed: Validator) -> None:
 
 
 def _check_values(flags: argparse.Namespace) -> None:
-    """Checks the ranges of the flags.
+    """Makes sure that flags are in their ranges.
 
     Raises:
         SettingError: A value is out of its range, or a flag for drawing is given without a temperature.
@@ -117,10 +117,10 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
 
 
 def _trunk_device(flags: argparse.Namespace, config: Config) -> str:
-    """Returns the device of the trunk: the one of `--trunk.device`, else the run's. The client uses the CPU.
+    """Returns the device of the trunk, by `--trunk.device`, else by the run. The client uses the CPU.
 
     Raises:
-        SettingError: There is no device of that name.
+        SettingError: There is no device of the name.
     """
     name: str = flags.trunk_device or config.device_of("trunk")
     _check_value("trunk.device", name, DEVICE)
@@ -133,7 +133,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: b
     Args:
         tokenizer: Tokenizer of transformers.
         prompts: The prompts.
-        chat: Whether to put each prompt into the chat template, as a user's message.
+        chat: If true, each prompt is put into the chat template, as a user's message.
         model: Name of the model, for messages.
 
     Raises:

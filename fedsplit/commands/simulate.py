@@ -1,4 +1,4 @@
-"""`python -m fedsplit.simulate`: the whole federation on one machine, with one command."""
+"""`python -m fedsplit.simulate`: runs a whole federation on one machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedsplit.commands.exit_codes import ENDED_EARLY, exit_code
 from fedsplit.environment import prepare
@@ -17,20 +17,29 @@ from fedsplit.events import Sink
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
 from fedsplit.settings.flags import parse
+from fedsplit.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from fedsplit.corpora.sharding import Partition
+    from fedsplit.engines.planning import Plan
+    from fedsplit.federation.strategy import FlowerLike, Strategy
+    from fedsplit.model.families import Facts
+
+    AnyStrategy = Strategy | FlowerLike
 
 
-def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
-    """Everything that can be found wrong before a model is loaded or a file is written; cheapest first.
+def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy, Partition]:
+    """Checks everything that can be checked before a model is loaded or a file is written, the cheapest first.
 
     Args:
-        config: The run's.
+        config: Settings of the run.
         objects: Objects in place of names in the settings.
 
     Returns:
-        The run's folder, not made yet, the strategy, and the data as they are dealt out.
+        The run's folder, which does not exist yet, the strategy, and the data of all clients.
 
     Raises:
-        SettingError: Something was given wrongly.
+        SettingError: A setting is wrong, or does not fit the model, the data or the machine.
     """
     from fedsplit.commands import checks
     from fedsplit.corpora.tables import check_dataset, check_packing
@@ -76,49 +85,55 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, Any, Any]:
     check_optimizer(config.train)
     check_sinks(config.sinks, config.sink_options)
 
-    def make_strategy() -> Any:
+    def make_strategy() -> AnyStrategy:
+        # A copy, since a rehearsal may leave state in the object.
         if objects.strategy is not None:
-            return copy.deepcopy(objects.strategy)
+            return copy.deepcopy(cast("AnyStrategy", objects.strategy))
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
-    chosen = make_strategy() if objects.strategy is None else objects.strategy
+    strategy = make_strategy() if objects.strategy is None else cast("AnyStrategy", objects.strategy)
     measures = load_measures(config, objects)
-    check_strategy(chosen, config)
-    checks.check_stacked(chosen, config, facts)
+    check_strategy(strategy, config)
+    checks.check_stacked(strategy, config, facts)
     check_quantization(config)
-    if not is_builtin(chosen):
-        rehearse(make_strategy, config)
+    watchdog = Watchdog(config.startup_deadline)
+    if not is_builtin(strategy):
+        with watchdog.looking(), watchdog.doing("the strategy, in its trial round,"):
+            rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
         check_injection(config, facts.family)
-    deal = partition_of(config)
-    if deal.classes:
+    with watchdog.looking(), watchdog.doing("the data set"):
+        partition = partition_of(config)
+    classes = len(partition.classes)
+    if classes:
         checks.check_classifier(config)
-    check_measures(config, measures, len(deal.classes))
-    checks.check_tokens(config, deal)
-    check_initial(config, facts.family, len(deal.classes))
-    folder_of_weights = weights_folder(config, tell=print)  # last: they may have to be fetched first
-    check_checkpoint(folder_of_weights, config.dtype, len(deal.classes))
-    return folder, chosen, deal
+    check_measures(config, measures, classes)
+    checks.check_tokens(config, partition)
+    check_initial(config, facts.family, classes)
+    # Last, since the weights may have to be fetched, and all their values are read.
+    folder_of_weights = weights_folder(config, tell=print)
+    check_checkpoint(folder_of_weights, config.dtype, classes)
+    return folder, strategy, partition
 
 
 def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Runs a federation.
 
     Args:
-        config: Its settings.
+        config: Settings of the run.
         objects: Objects in place of names in the settings; see `fedsplit.run`.
-        sinks: Receive its events, beside the sinks that the settings name.
+        sinks: Sinks that receive the events, beside the sinks that the settings name.
 
     Returns:
         The summary, as in summary.json.
 
     Raises:
-        InputError: Something was given wrongly; nothing has been written.
+        InputError: A setting is wrong. Nothing has been written.
         FederationFailed, RefusedUpdate, TrunkLost: The run broke.
     """
     started = time.perf_counter()
-    prepare()  # again, for who calls this from Python: Ray would listen on all interfaces, without a token
-    folder, strategy, deal = check(config, objects)
+    prepare()  # again, for callers from Python: without it Ray would listen on all interfaces, without a token
+    folder, strategy, partition = check(config, objects)
     objects = replace(objects, strategy=strategy)
 
     from fedsplit.corpora.data_summary import as_document
@@ -140,7 +155,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     from fedsplit.model.sources import config_folder, pinned, weights_folder
     from fedsplit.trunk.doors import check_memory
 
-    content = content_of(deal.shards, config_folder(config.model), weights_folder(config), config.init_adapter)
+    content = content_of(partition.shards, config_folder(config.model), weights_folder(config), config.init_adapter)
     if config.resume:
         check_content(folder, config, content)
     facts = read_facts(config_folder(config.model))
@@ -150,30 +165,30 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     config = replace(config, model=pinned(config.model), train=train)
     users = [*make_sinks(config.sinks, config.sink_options), *sinks]
     with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
-        for line in _opening(config, facts, shares, deal):
+        for line in _opening(config, facts, shares, partition):
             emit(Notice(text=line))
         with engine_named(config.engine)(config, shares, objects) as session:
             check_memory(config, session.trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
-            results.save_data(as_document(deal))
-            work = workloads(config, deal.shards)
-            job = Job(config, strategy, work, results, emit, started)
+            results.save_data(as_document(partition))
+            work = workloads(config, partition.shards)
+            job = Job(config, strategy, work, results, emit, started, Watchdog(config.timeout))
             federation = Federation(job, session, shares.client_threads)
-            with on_disks(results.clients, deal.shards):
+            with on_disks(results.clients, partition.shards):
                 session.play(federation)
-        if federation.summary is None:  # rich ends the server's thread without an error when nobody reads on
+        if federation.summary is None:  # rich ends the server's thread without an error if the output is closed
             raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     return federation.summary
 
 
-def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
-    """What is said before a run begins: who has how much of the machine, the model, and the data where there is need.
+def _opening(config: Config, facts: Facts, shares: Plan, partition: Partition) -> list[str]:
+    """Returns the lines on the screen before a run begins: the use of the machine, the model, and notes on the data.
 
     Args:
-        config: The run's.
-        facts: The model's `fedsplit.model.families.Facts`.
-        shares: A `fedsplit.engines.planning.Plan`.
-        deal: A `fedsplit.corpora.partition.Partition`.
+        config: Settings of the run.
+        facts: Facts about the model.
+        shares: Use of the machine.
+        partition: The data of all clients.
     """
     from fedsplit.corpora.data_summary import data_notes, table
     from fedsplit.results import initial
@@ -186,13 +201,13 @@ def _opening(config: Config, facts: Any, shares: Any, deal: Any) -> list[str]:
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "
         f"strategy: {config.strategy}{kind}",
         *initial.stated(config),
-        *data_notes(deal),
-        *(table(deal) if config.data.show else []),
+        *data_notes(partition),
+        *(table(partition) if config.data.show else []),
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for what it returns."""
+    """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> int:
         config = parse(argv)

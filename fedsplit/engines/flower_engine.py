@@ -22,6 +22,7 @@ from fedsplit.settings.config import Config
 from fedsplit.shutdown import kill_descendants
 from fedsplit.trunk import cluster
 from fedsplit.trunk.actor import start_trunk
+from fedsplit.watchdog import Watchdog
 
 _BUSY_WORKER = "ray::ClientAppActor.run"
 """Beginning of the command line of a process that plays a client now, as Ray names it."""
@@ -43,9 +44,11 @@ class Stoppable(Protocol):
 
     Attributes:
         stop: Ends the server's loop at its next look.
+        watchdog: Tells whether the server's thread hangs.
     """
 
     stop: threading.Event
+    watchdog: Watchdog
 
 
 class FlowerSession:
@@ -152,6 +155,7 @@ def simulate(federation: Stoppable, server: ServerApp, clients: int) -> None:
 
     Raises:
         Exception: Whatever ended the server's loop.
+        Hung: Code of the user's does not return; no client works any more then.
         KeyboardInterrupt: The caller was interrupted; no client works any more then.
     """
     engine = _Engine(server, clients)
@@ -159,6 +163,7 @@ def simulate(federation: Stoppable, server: ServerApp, clients: int) -> None:
         engine.start()
         while engine.is_alive():
             engine.join(_LOOK_SECONDS)
+            federation.watchdog.check()
     except BaseException:
         federation.stop.set()
         # Flower waits for its clients, and the server may wait for the trunk: neither would ever look at `stop`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ from fedsplit.objects import NOTHING, Objects
 from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.settings.config import Config
 from fedsplit.trunk.local import LocalTrunk
+from fedsplit.watchdog import Watchdog
+from fedsplit.wire.packets import Packet
+from fedsplit.wire.transport import PendingAnswer
 
 
 @dataclass
@@ -46,11 +49,13 @@ class LocalClients:
     Attributes:
         service: Answers requests.
         stop: Ends the run before the next client.
+        watchdog: Ends the wait for a client that hangs.
         nodes: The clients by number; empty before `meet`.
     """
 
     service: ClientService
     stop: threading.Event
+    watchdog: Watchdog
     nodes: list[ClientNode] = field(default_factory=list)
     grid: None = None
 
@@ -83,7 +88,30 @@ class LocalClients:
         """Answers one request."""
         if self.stop.is_set():
             raise Interrupted
-        return self.service.answer(request)
+        with self.watchdog.doing(f"client {request.client}"):
+            return self.service.answer(request)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A client's way to the trunk, on which every packet is a sign of life.
+
+    Attributes:
+        trunk: The trunk.
+        beat: Notes a sign of life.
+    """
+
+    trunk: LocalTrunk
+    beat: Callable[[], None]
+
+    def send(self, packet: Packet) -> PendingAnswer:
+        """Sends a packet without waiting; the function that is returned waits for the answer."""
+        self.beat()
+        return self.trunk.send(packet)
+
+    def leave(self, client: int) -> None:
+        """Ends the round of a client."""
+        self.trunk.leave(client)
 
 
 class LocalSession:
@@ -117,8 +145,15 @@ class LocalSession:
         self.trunk = self._load()
 
     def play(self, federation: Federation) -> None:
-        """Runs a federation to its end."""
-        federation.run(LocalClients(ClientService(lambda name: self.trunk, self._objects), federation.stop))
+        """Runs a federation to its end.
+
+        Raises:
+            Hung: A client, or the strategy, gives no sign of life.
+        """
+        watchdog = federation.watchdog
+        service = ClientService(lambda name: Heard(self.trunk, watchdog.beat), self._objects)
+        with watchdog.looking():
+            federation.run(LocalClients(service, federation.stop, watchdog))
 
 
 @contextlib.contextmanager
@@ -157,7 +192,7 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
         content = content_of(shards, config_folder(config.model), weights_folder(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
-        job = Job(config, strategy, workloads(config, shards), folder, emit, started)
+        job = Job(config, strategy, workloads(config, shards), folder, emit, started, Watchdog(config.timeout))
         federation = Federation(job, session, threads=1)
         with emit, on_disks(folder.clients, shards):
             session.play(federation)

@@ -99,7 +99,10 @@ class RoundTrained(Event):
         "Mean auxiliary loss of a mixture of experts, without its coefficient", default=None, omitted=True
     )
     learning_rate: float | None = reported(
-        "Learning rate of the last local step of the round; left out under epochs", default=None, omitted=True
+        "Learning rate of the last local step of the round; under epochs the mean over the clients that trained, whose "
+        "numbers of steps differ",
+        default=None,
+        omitted=True,
     )
     tokens: int = reported("Tokens that the clients trained on")
     seconds: float = reported("Duration of the training, from the first message to the last reply", "seconds")

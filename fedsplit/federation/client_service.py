@@ -46,7 +46,7 @@ from fedsplit.state.fold_log import FoldLog
 from fedsplit.trunk.memory import peak_memory
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, ClientUpdate
-from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.codecs import copy_of_state, make_codec
 
 Connect = Callable[[str], TrunkLike]
 """Finds a trunk by its name."""
@@ -278,7 +278,9 @@ def _train(visit: _Visit, request: Train) -> Reply:
     given = assembled(start, request, kept)
     moments = kept.moments if request.drawn is None else {}  # a new draw has no history
     stage = None if site.make_stage is None else site.make_stage()
+    client.link.codec.restore({client.number: kept.codec})
     update = client.train(given, request.round, task, kept.control, moments, stage, kept.stage)
+    codec = copy_of_state(client.link.codec.state().get(client.number, {}))
 
     # Under --deterministic the others wait until this client has measured, or its score would depend on their steps.
     if not config.deterministic:
@@ -292,7 +294,7 @@ def _train(visit: _Visit, request: Train) -> Reply:
 
     untrained = rule.untrained(given, task)
     control = moved(kept.control, update.control) if task.control is not None else {}
-    state = to_keep(start, given, update, untrained, rule.personal, control)
+    state = to_keep(start, given, update, untrained, rule.personal, control, codec)
     store.save(request.round, state, request.accepted, request.kept)
     returned = rule.returned(update.adapters.tensors, task)
     return messages.trained(update, returned, own, peak_memory())
@@ -316,11 +318,12 @@ def to_keep(
     untrained: set[str],
     personal: frozenset[str],
     control: Mapping[str, Tensor],
+    codec: Mapping[str, Tensor],
 ) -> ClientState:
     """Returns what a client writes to its disk at the end of a round."""
     held = {name: given[name] for name in untrained if not torch.equal(given[name], start.tensors[name])}
     own = {name: update.adapters.tensors[name] for name in sorted(personal)}
-    return ClientState(held, own, control, update.moments, update.kept)
+    return ClientState(held, own, control, update.moments, update.kept, codec)
 
 
 def _evaluate(visit: _Visit, request: Evaluate) -> Reply:

@@ -34,6 +34,7 @@ from fedsplit.settings.documents import as_document
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.status import TrunkStatus
 from fedsplit.updates import Adapters
+from fedsplit.watchdog import Watchdog
 from fedsplit.wire.transport import TrunkLost
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Job:
         folder: Folder of the run; holds the checkpoint of a run that goes on.
         emit: Reports the events of the run.
         started: Start of the command, by `time.perf_counter`.
+        watchdog: Ends waits for code of the user's that hangs.
     """
 
     config: Config
@@ -59,6 +61,7 @@ class Job:
     folder: RunFolder
     emit: Emit
     started: float
+    watchdog: Watchdog
 
 
 class _GivenUp(Exception):
@@ -78,6 +81,7 @@ class Federation:
 
     Attributes:
         stop: Set from another thread to end the run at the next look at what has arrived.
+        watchdog: Ends waits for code of the user's that hangs.
         summary: The result, once there is one.
     """
 
@@ -95,6 +99,7 @@ class Federation:
         self._aggregation = make_aggregation(job.strategy, job.config)
         self._threads = threads
         self.stop = threading.Event()
+        self.watchdog = job.watchdog
         self.summary: dict[str, Any] | None = None
 
     @property
@@ -147,7 +152,15 @@ class Federation:
             stage=Objects(job.strategy).has_stage,
         )
         return Parties(
-            self._config, briefing, self._trunk, clients, job.workloads, self._aggregation, job.folder, job.emit
+            self._config,
+            briefing,
+            self._trunk,
+            clients,
+            job.workloads,
+            self._aggregation,
+            job.folder,
+            job.emit,
+            job.watchdog,
         )
 
     def _play_round(self, clients: Clients, state: RunState) -> RunState:

@@ -17,6 +17,7 @@ from fedsplit.federation.messages import CLIENT_LOST, LATE, TRUNK_LOST, Briefing
 from fedsplit.federation.workload import Workload
 from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import SCHEDULES, Schedule
+from fedsplit.watchdog import Watchdog
 from fedsplit.wire.transport import TrunkLost
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Parties:
         aggregation: The strategy at work.
         folder: Folder of the run.
         emit: Reports the events of the run.
+        watchdog: Ends waits for code of the user's that hangs.
     """
 
     config: Config
@@ -75,6 +77,7 @@ class Parties:
     aggregation: Aggregation
     folder: RunFolder
     emit: Emit
+    watchdog: Watchdog
 
     @property
     def schedule(self) -> Schedule:

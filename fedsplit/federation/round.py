@@ -78,7 +78,8 @@ class Round:
     def begin(self) -> None:
         """Has the strategy decide who trains, and from what."""
         parties = self._parties
-        self._assigned = parties.aggregation.assign(self.number, self.state.adapters, parties.clients)
+        with parties.watchdog.doing("the strategy, which chooses the clients of a round,"):
+            self._assigned = parties.aggregation.assign(self.number, self.state.adapters, parties.clients)
 
     def collect(self) -> None:
         """Has the clients train, and the trunk with them; collects their updates."""
@@ -95,7 +96,8 @@ class Round:
             return
 
         started = time.perf_counter()
-        result = parties.aggregation.aggregate(self.number, state.adapters, updates, self._training.replies)
+        with parties.watchdog.doing("the strategy, which aggregates the updates of a round,"):
+            result = parties.aggregation.aggregate(self.number, state.adapters, updates, self._training.replies)
         seconds = time.perf_counter() - started
         state.ledger.fold(self.number, result.folded)
         if parties.schedule.personal:

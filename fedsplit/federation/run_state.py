@@ -22,7 +22,7 @@ class RunState:
         round: Last committed round; 0 before the first one.
         adapters: Adapters that the strategy's next round starts from.
         trunk: Adapter of the trunk.
-        moments: State of the trunk's optimisers.
+        moments: State of the trunk's optimisers and of its codec.
         ledger: Who has which adapters.
         totals: Sums over the run.
         stopping: Best round and patience.

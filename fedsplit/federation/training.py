@@ -269,12 +269,26 @@ def event_of(parties: Parties, state: RunState, round: int, training: Training) 
         loss=training.loss,
         clients={parties.name(update.client): update.loss for update in training.updates},
         router_aux_loss=mean(router_losses) if router_losses else None,
-        learning_rate=last_rate(parties.config.train, round, parties.config.rounds),
+        learning_rate=_learning_rate(parties, round, training),
         tokens=training.tokens,
         seconds=training.seconds,
         trunk={**training.counts.document(), "resident_memory": resident},
         elapsed=state.totals.seconds,
     )
+
+
+def _learning_rate(parties: Parties, round: int, training: Training) -> float | None:
+    """Returns the learning rate of a round's last local step.
+
+    Under epochs clients make different numbers of steps, so that their rates differ, too. Their mean is returned then;
+    None where nobody trained.
+    """
+    train, rounds = parties.config.train, parties.config.rounds
+    if not train.epochs:
+        return last_rate(train, train.steps, round, rounds)
+    steps = [parties.workloads[update.client].steps for update in training.updates]
+    rates = [last_rate(train, count, round, rounds) for count in steps if count]
+    return mean(rates) if rates else None
 
 
 def mean(values: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedsplit.corpora.shards import Shard
+from fedsplit.corpora.shards import Shard, steps_of_epoch
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import config_folder
 from fedsplit.settings.config import Config
@@ -20,6 +20,7 @@ class Workload:
         tokens: Tokens of these sequences, at most.
         held_out: Predictions in an evaluation, at most: tokens, or classes of sequences.
         sample: Predictions right after its own steps, at most.
+        steps: Local steps that it makes in a round.
         routers: True if the model has routers that an auxiliary loss balances, which the client then reports.
     """
 
@@ -27,6 +28,7 @@ class Workload:
     tokens: int
     held_out: int
     sample: int
+    steps: int = 0
     routers: bool = False
 
 
@@ -43,12 +45,16 @@ def workloads(config: Config, shards: Iterable[Shard]) -> list[Workload]:
 
 def _workload(config: Config, shard: Shard, routers: bool) -> Workload:
     train, size = config.train, config.train.batch_size
-    examples = train.steps * size * train.accumulation
+    steps = train.steps
+    examples = steps * size * train.accumulation
     if train.epochs:
         available = len(shard.train)
-        examples = train.epochs * (min(available, train.samples) if train.samples else available)
+        in_epoch = min(available, train.samples) if train.samples else available
+        steps = train.epochs * steps_of_epoch(in_epoch, size * train.accumulation)
+        examples = train.epochs * in_epoch
 
     held_out = min(len(shard.held_out), config.eval.samples)
     sample = min(held_out, -(-config.eval.after // size) * size)  # whole batches are drawn
     predictions = 1 if shard.classes else train.max_length - 1  # the first token of a sequence is not predicted
-    return Workload(examples, examples * train.max_length, held_out * predictions, sample * predictions, routers)
+    predicted = held_out * predictions
+    return Workload(examples, examples * train.max_length, predicted, sample * predictions, steps, routers)

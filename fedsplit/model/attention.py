@@ -1,4 +1,4 @@
-"""Replaces two functions of the library by faster ones: 16-bit attention on a CPU, and an activation."""
+"""Replaces two functions of the library by faster functions: 16-bit attention on a CPU, and an activation."""
 
 from __future__ import annotations
 
@@ -9,36 +9,41 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    PretrainedConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **how: Any) -> Any:
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
     """Computes the library's attention; on a CPU always in float32.
 
     The backward pass of torch's 16-bit attention on a CPU takes twice as long.
     """
     if query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, *rest, **how)
-    with torch.autocast("cpu", enabled=False):
-        output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *rest, **how)
+        return sdpa_attention_forward(module, query, key, value, *args, **options)
+    with torch.autocast("cpu", enabled=False):  # autocast would convert the float32 tensors back
+        output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **options)
     return output.to(query.dtype), weights
 
 
 _WIDE = "fedsplit_wide"
+"""Name under which the library knows `_attention`."""
+
 AttentionInterface.register(_WIDE, _attention)
 AttentionMaskInterface.register(_WIDE, sdpa_mask)
 
 
-def use_tanh_gelu(config: Any) -> None:
+def use_tanh_gelu(config: PretrainedConfig) -> None:
     """Selects torch's tanh GELU, one fused function, in place of the library's formula in Python."""
     for key in ("activation_function", "hidden_act"):
         if getattr(config, key, None) == "gelu_new":
             setattr(config, key, "gelu_pytorch_tanh")
 
 
-def use_float32_attention(config: Any, dtype: torch.dtype) -> None:
+def use_float32_attention(config: PretrainedConfig, dtype: torch.dtype) -> None:
     """Selects float32 attention for a 16-bit model that uses torch's attention. Other models are left unchanged."""
     if dtype != torch.float32 and config._attn_implementation == "sdpa":
         config._attn_implementation = _WIDE

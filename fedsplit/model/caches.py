@@ -20,11 +20,13 @@ _WINDOWED = ("gemma2", "gemma3_text")
 class PartCache(DynamicCache):  # type: ignore[misc]  # the library has no types
     """Keys and values of a part's blocks.
 
-    Attention modules use the block's number in the unsplit model, since some scale by it. The part's configuration,
-    from which the library derives windows and masks, counts blocks from 0. This class translates between the two.
+    Attention modules use the block's number in the unsplit model, since some modules scale by the number. The part's
+    configuration, from which the library derives windows and masks, counts blocks from 0. `PartCache` converts between
+    both numbers.
 
     Attributes:
-        length: Number of positions so far. `Past` sets it, since the cache of a part without blocks cannot count.
+        length: Number of positions so far. `Past` sets the number, since the cache of a part without blocks cannot
+            count.
     """
 
     def __init__(self, part: Part, rows: int = 1) -> None:
@@ -32,7 +34,7 @@ class PartCache(DynamicCache):  # type: ignore[misc]  # the library has no types
 
         Args:
             part: The part.
-            rows: Number B of sequences. Only a trained past needs it.
+            rows: Number B of sequences, for a part with a trained past.
         """
         windows = not part.ahead or part.config.model_type in _WINDOWED
         super().__init__(config=part.config if windows else None)
@@ -41,7 +43,9 @@ class PartCache(DynamicCache):  # type: ignore[misc]  # the library has no types
         for block, (keys, values) in enumerate(part.past(rows), self._first):
             self.update(keys, values, block)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Adds keys and values of a block, and returns all keys and values that the block may attend to.
 
         `layer_idx` is the block's number in the unsplit model.

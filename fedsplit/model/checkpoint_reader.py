@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -17,6 +17,9 @@ from fedsplit.model.families import family_of
 from fedsplit.model.parts import SCORE
 from fedsplit.model.unsplit import empty_model
 from fedsplit.model.weight_files import INDEX, find_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _AT_ONCE = 32 * 2**20
 """Number of bytes of a tensor that are read at a time."""
@@ -37,13 +40,13 @@ class CheckpointReader:
         True
     """
 
-    def __init__(self, path: Path, model: Any, dtype: torch.dtype, device: torch.device = CPU) -> None:
+    def __init__(self, path: Path, model: PreTrainedModel, dtype: torch.dtype, device: torch.device = CPU) -> None:
         """Finds the file of each tensor.
 
         Args:
             path: Folder of the checkpoint.
-            model: The model that the tensors are for, without weights (`fedsplit.model.unsplit.empty_model`). It knows
-                which parameters are tied.
+            model: The model that the tensors are for, without weights (`fedsplit.model.unsplit.empty_model`). Its class
+                names the tied parameters.
             dtype: Type of the parameters that are read.
             device: Device of the parameters that are read.
         """
@@ -58,7 +61,7 @@ class CheckpointReader:
         self._could_be_tied = {*(getattr(model, "_tied_weights_keys", None) or ())} - ties.keys()
 
     def _known(self, pattern: str) -> str | None:
-        """Returns the name of a piece in the files: the library's name, or the same without the decoder's prefix."""
+        """Returns the name of a piece in the files: the library's name, with or without the decoder's prefix."""
         candidates = dict.fromkeys((pattern, pattern.removeprefix(self._prefix)))
         names = [name for name in candidates if name.replace("*", "0") in self._files]
         if len(names) > 1:
@@ -83,10 +86,10 @@ class CheckpointReader:
     def _find(self, name: str) -> list[str]:
         """Returns the names of a parameter's pieces in the files, with `*` for the number of an expert.
 
-        For a parameter that the files lack, these are the names of the parameter that it is tied to.
+        If the files lack the parameter, the pieces of the tied parameter are returned.
 
         Raises:
-            ValueError: The files have neither.
+            ValueError: The files lack the parameter, and a parameter tied to it.
         """
         partner = self._partners.get(name)
         pieces = self._pieces(name)
@@ -110,13 +113,13 @@ class CheckpointReader:
             return list(file.get_slice(pattern).get_shape())
 
     def _mapped(self, name: str) -> Tensor | None:
-        """Returns a tensor mapped from the file, whose pages processes share; None if it has another type."""
+        """Maps a tensor from the file, so that processes share its pages. Returns None if the tensor needs a cast."""
         with safe_open(self._files[name], framework="pt") as file:
             tensor = file.get_tensor(name)
         return tensor if tensor.dtype == self._dtype else None
 
     def _slices(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Yields a tensor of the files some rows at a time, with their place, to keep memory small."""
+        """Yields slices of a tensor in the files, with the values, some rows at a time to keep memory small."""
         length, *row_shape = self._shape(name)
         rows = max(1, _AT_ONCE // max(1, 4 * torch.Size(row_shape).numel()))
         for begin in range(0, length, rows):
@@ -187,14 +190,18 @@ class CheckpointReader:
             ValueError: The files hold a NaN or an infinity.
             SettingError: A value is too large for the type.
         """
-        patterns = dict.fromkeys(pattern for name in names for pattern in self._find(name))
+        patterns = dict.fromkeys(pattern for name in names for pattern in self._find(name))  # each piece once
         for pattern in patterns:
-            for stored in self._experts(pattern) if "*" in pattern else [pattern]:
-                for _, values in self._slices(stored):
-                    self._check_finite(values, stored)
+            names_in_files = self._experts(pattern) if "*" in pattern else [pattern]
+            for name in names_in_files:
+                for _, values in self._slices(name):
+                    self._check_finite(values, name)
 
     def _check_finite(self, values: Tensor, stored: str) -> None:
-        """Checks the smallest and the largest value. A NaN would be both, and a cast keeps the order of values."""
+        """Makes sure that the smallest and the largest value are finite, before and after the cast.
+
+        If a tensor holds a NaN, torch returns the NaN as its extremes. A cast keeps the order of values.
+        """
         if not values.numel():
             return
         wide = values.float() if values.element_size() == 1 else values  # torch finds no extremes of float8
@@ -208,7 +215,7 @@ class CheckpointReader:
             raise SettingError("dtype", name, allowed)
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops parameters from memory. They would otherwise be kept for parameters that are tied to them."""
+        """Drops parameters from memory, which would otherwise be kept for tied parameters."""
         dropped = {id(parameter) for parameter in parameters}
         self._parameters = {key: value for key, value in self._parameters.items() if id(value) not in dropped}
 
@@ -236,11 +243,11 @@ def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
         model = empty_model(path, classes)
         checkpoint = CheckpointReader(path, model, TYPES[dtype])
         checkpoint.check_files()
-        shapes = {
-            name: list(parameter.shape)
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if not (classes and name.partition(".")[0] == SCORE)
-        }
+        shapes = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            is_new_head = classes > 0 and name.partition(".")[0] == SCORE
+            if not is_new_head:
+                shapes[name] = list(parameter.shape)
         for name, shape in shapes.items():
             stored_shape = checkpoint.shape(name)
             if stored_shape != shape:

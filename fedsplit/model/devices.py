@@ -37,10 +37,11 @@ def resolve(name: str) -> torch.device:
 
 
 def available_devices() -> str:
-    """Describes, for error messages, which devices a setting may name on this machine."""
+    """Describes the devices of this machine that a setting may name, for error messages."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
-        return f"auto | cpu | cuda | {' | '.join(f'cuda:{number}' for number in range(count))}, which torch sees here"
+        numbered = " | ".join(f"cuda:{number}" for number in range(count))
+        return f"auto | cpu | cuda | {numbered}, which torch sees here"
     why = "torch sees no GPU here" if torch.backends.cuda.is_built() else "this torch is built for the CPU alone"
     return f"auto | cpu ({why})"
 
@@ -56,7 +57,10 @@ def check_device(setting: str, name: str) -> None:
         SettingError: The machine has no such device.
     """
     device = resolve(name)
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+    if device.type != "cuda":
+        return
+    exists = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    if not exists:
         raise SettingError(setting, name, available_devices())
 
 

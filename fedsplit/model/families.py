@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,10 +236,10 @@ def family_of(model_type: str) -> Family:
 
 
 _CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
-"""Required of every family. A token that attends to later ones could not be a target of training."""
+"""Required of every family. A token that attends to later tokens could not be a target of training."""
 
 
-def _is_needed(entry: Any) -> bool:
+def _is_needed(entry: Field[object]) -> bool:
     return entry.default is MISSING and entry.default_factory is MISSING
 
 
@@ -299,7 +299,7 @@ def read_facts(path: Path) -> Facts:
 
     family = family_of(str(document.get("model_type")))
     _check_required(family, document, allowed)
-    numbers = []
+    numbers = []  # of blocks and of positions
     for key in (family.layers_key, family.positions_key):
         value = document.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -13,13 +13,16 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedsplit.durable import sync
 from fedsplit.errors import SettingError, first_line
 from fedsplit.model.families import family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALLOWED = "a GGUF file of a known family that is whole; the package gguf must be there (pip install gguf)"
 """Describes the GGUF files that can be read, for error messages."""
@@ -141,19 +144,18 @@ def unpack(file: Path, dtype: str, tell: Callable[[str], object] = lambda line: 
 
     def fill(draft: Path) -> None:
         _load(draft, stored).save_pretrained(draft)
-        for (
-            small
-        ) in described.iterdir():  # replaces the config.json that save_pretrained wrote, which names a quantisation
+        # Replaces the config.json that save_pretrained wrote, which names a quantisation.
+        for small in described.iterdir():
             shutil.copyfile(small, draft / small.name)
 
     return _write_once(target, file, fill)
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
+def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Loads the model of the GGUF file in a folder, with all weights unpacked.
 
     Raises:
-        ValueError: The file lacks a tensor. transformers would fill it with random values.
+        ValueError: The file lacks a tensor, for which transformers would draw random values.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 

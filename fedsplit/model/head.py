@@ -1,4 +1,4 @@
-"""A language model head that trains all of its weights. It is not tied to the embedding any more."""
+"""A language model head in which all weights train. The head is not tied to the embedding."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ HEAD_WEIGHT = f"{HEAD}.weight"
 
 
 class WholeHead(nn.Linear):
-    """Head whose weights all train, in float32 for a base model of any type. It starts as a copy of the base's head."""
+    """Head with trainable weights in float32, for a base model of any type. Starts as a copy of the base's head."""
 
     def __init__(self, base: nn.Linear) -> None:
         """Copies the head of the base model.
 
         Args:
-            base: The head. It must have no bias, and is not changed.
+            base: The head of the base model, without a bias. The call does not change the head.
         """
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = nn.Parameter(base.weight.detach().to(torch.float32, copy=True))

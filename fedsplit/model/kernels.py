@@ -1,7 +1,7 @@
 """Faster versions of the two most expensive functions of a step: the loss, and a projection with a LoRA adapter.
 
-They compute the same functions as the libraries, and sum in another order. They save memory traffic: no gradient is
-computed for frozen weights, and the forward keeps only what the backward needs.
+Results equal the libraries' up to the order of sums. Memory traffic is saved: frozen weights get no gradient, and the
+forward keeps only the tensors that the backward needs.
 
 Shapes: N rows (tokens), D hidden, V vocabulary, I and O inputs and outputs of a projection, R rank of an adapter.
 """
@@ -301,7 +301,9 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtypes = x.dtype, down.dtype
         kind = _factor_type(weight)
-        x, down, up = x.to(weight.dtype), down.to(kind), up.to(kind)
+        x = x.to(weight.dtype)
+        down = down.to(kind)
+        up = up.to(kind)
         if kind == weight.dtype:
             return _LoraLinear._project(ctx, x, weight, bias, down, up, scaling, dropout)
         with torch.autocast("cpu", enabled=False):  # autocast would compute the products in 16 bits

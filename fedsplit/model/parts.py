@@ -1,7 +1,7 @@
-"""Parts of a causal language model: bottom, trunk and top. Each computes exactly what the unsplit model computes there.
+"""Parts of a causal language model: bottom, trunk and top. Chained, they compute exactly what the unsplit model does.
 
-A part is an object of the library's own model class, with all other blocks removed. So attention masks, rotary
-positions and sliding windows remain the library's code.
+A part is an object of the library's model class, with only the part's blocks. So attention masks, rotary positions and
+sliding windows remain the library's code.
 
 Shapes: B sequences, T tokens, D hidden, V vocabulary, C classes.
 """
@@ -27,7 +27,7 @@ SCORE = "score"
 
 
 class _NoPositions(nn.Module):
-    """Replaces learned position embeddings in trunk and top, where the hidden states contain the positions already."""
+    """Replaces learned position embeddings in trunk and top, whose hidden states contain the positions already."""
 
     def forward(self, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros((), device=positions.device)
@@ -44,11 +44,11 @@ class Part(nn.Module):
         family: Record of the model family.
         blocks: Numbers of the part's blocks in the unsplit model.
         config: Configuration of the model, cut down to the part.
-        fused: Whether the part computes with `fedsplit.model.kernels` where possible, or with the library's code alone.
+        fused: True if the part computes with `fedsplit.model.kernels`, False for the library's code alone.
         dtype: Type of base weights and computation. Adapters are always float32.
         adapter: Names, in the part, of the parameters that belong to the adapter.
-        virtual: Number P of virtual tokens that the bottom puts before the text. They are sent with the hidden states.
-            See `fedsplit.adaptation.prompts`, which sets this attribute and the next one.
+        virtual: Number P of virtual tokens that the bottom puts before the text and sends with the hidden states.
+            `fedsplit.adaptation.prompts` sets `virtual` and `ahead`.
         ahead: Length of the trained past: positions of keys and values that precede the input of every block.
         rank_budget: The part's `fedsplit.adaptation.rank_budget.RankBudget`; None if ranks are not reallocated.
     """
@@ -56,7 +56,7 @@ class Part(nn.Module):
     adapter: frozenset[str] = frozenset()
     virtual: int = 0
     ahead: int = 0
-    rank_budget: Any = None
+    rank_budget: Any = None  # of a package above this one, whose types are unknown here
 
     def __init__(
         self, kind: Kind, family: Family, blocks: range, model: PreTrainedModel, fused: bool, dtype: torch.dtype
@@ -68,7 +68,7 @@ class Part(nn.Module):
             family: Record of the model family.
             blocks: Numbers of the blocks to keep.
             model: A causal language model or sequence classifier on the meta device. The call takes it apart.
-            fused: Whether to compute with `fedsplit.model.kernels`.
+            fused: If true, the part computes with `fedsplit.model.kernels`.
             dtype: Type of base weights and computation.
         """
         super().__init__()
@@ -105,7 +105,7 @@ class Part(nn.Module):
         self.base_model_prefix = outermost  # PEFT reads this attribute of every model
 
     @property
-    def decoder(self) -> Any:
+    def decoder(self) -> Any:  # a class of the library, with attributes by the names in the family's record
         """The library's decoder, with the part's blocks."""
         return self.get_submodule(self.family.decoder)
 
@@ -115,10 +115,12 @@ class Part(nn.Module):
         if self.family.router is None:
             return []
         outer, _, inner = self.family.router.partition(".")
-        candidates = (
-            getattr(getattr(block, outer), inner, None) for block in getattr(self.decoder, self.family.blocks)
-        )
-        return [router for router in candidates if router is not None]
+        routers = []
+        for block in getattr(self.decoder, self.family.blocks):
+            router = getattr(getattr(block, outer), inner, None)  # a dense block of a sparse model has none
+            if router is not None:
+                routers.append(router)
+        return routers
 
     @property
     def experts(self) -> int:
@@ -140,9 +142,12 @@ class Part(nn.Module):
         """Returns a context in which float32 adapters are multiplied with 16-bit hidden states in 16 bits."""
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _decode(self, mask: Tensor | None, **start: Any) -> Tensor:
-        with self._computing(next(iter(start.values())).device):
-            return self.decoder(attention_mask=mask, **{"use_cache": False, **start}).last_hidden_state
+    def _decode(self, mask: Tensor | None, **inputs: Any) -> Tensor:
+        """Runs the library's decoder. `inputs` are keyword arguments for it, first the tokens or hidden states."""
+        first_input: Tensor = next(iter(inputs.values()))
+        options = {"use_cache": False, **inputs}
+        with self._computing(first_input.device):
+            return self.decoder(attention_mask=mask, **options).last_hidden_state
 
     def past(self, rows: int) -> list[tuple[Tensor, Tensor]]:
         """Returns the trained keys and values (rows, H, `ahead`, W) of each block. Empty without prefix tuning."""
@@ -239,10 +244,10 @@ class Top(Part):
         if self.classifies:
             return functional.cross_entropy(self.classify(states, mask).float(), labels)
         head = self.lm_head
-        if self.fused and hasattr(head, "causal_loss"):  # a head that learns
+        if self.fused and hasattr(head, "causal_loss"):  # a head that trains, fully or by LoRA
             return head.causal_loss(states, labels, self.cap)
-        bare = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-        if self.fused and bare:
+        is_plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+        if self.fused and is_plain:
             return causal_loss(states, head.weight, labels, self.cap)
         return ForCausalLMLoss(self.predict(states), labels, head.out_features)
 
@@ -256,16 +261,13 @@ class Top(Part):
     ) -> Tensor:
         """Computes the loss, a scalar, from hidden states (B, T, D) and labels (B, T).
 
-        Labels are the tokens themselves, -100 where no loss is wanted; they are shifted here. Of a part that classifies
-        they are classes (B,), and the loss is that of the sequences; padding must be at the right.
-
         Args:
             hidden: The trunk's output.
-            labels: The labels.
-            mask: (B, T), 0 on padding.
-            objective: The loss of logits and labels as `aligned` returns them; the mean cross-entropy in nats where not
-                given, without all logits at once where the kernels are fused.
-            term: A term that is added to the loss, computed from the input of the head (B, T, D); none where not given.
+            labels: Tokens (B, T) that are not shifted, -100 for tokens without a loss; for a classifier classes (B,).
+            mask: (B, T), 0 on padding. A classifier needs padding on the right.
+            objective: Function from logits and labels, as `aligned` returns them, to the loss. None: the mean
+                cross-entropy in nats, which the fused kernels compute without holding all logits.
+            term: Function from the input of the head (B, T, D) to a term of the loss; None for no term.
         """
         states = self.read(hidden, mask)
         if objective is None:

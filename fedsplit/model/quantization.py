@@ -15,7 +15,8 @@ import importlib.util
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any, cast
+from types import ModuleType
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from fedsplit.errors import SettingError, first_line
 from fedsplit.model.devices import CPU, TYPES, resolve
 from fedsplit.settings.config import Config
+
+Model = TypeVar("Model", bound=nn.Module)
 
 EXTRA = "fedsplit[quantized]"
 """The extra that installs bitsandbytes."""
@@ -34,23 +37,24 @@ _MARK = "stood_transposed"
 """Attribute of every quantised projection: True if the original projection stores its weight as (in, out)."""
 
 
-def _library() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every step
+def _library() -> ModuleType:
+    """Imports bitsandbytes, an optional dependency."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # the library warns at every step
     import bitsandbytes
 
     return bitsandbytes
 
 
 @functools.cache
-def _steady() -> Any:
+def _steady() -> type[nn.Module]:
     """Returns a variant of the library's 8-bit layer that computes alike in training and in evaluation.
 
-    On a CPU the library's layer quantises its inputs in evaluation mode only, so that the evaluated model would not be
-    the trained one. The variant always stays in training mode, in which the weight is decoded.
+    On a CPU the library's layer quantises its inputs in evaluation mode only, so that the evaluated model would differ
+    from the trained model. The variant always stays in training mode, in which the weight is decoded.
     """
 
     class Steady(_library().nn.Linear8bitLt):  # type: ignore[misc]  # the library has no types
-        def train(self, mode: bool = True) -> Any:
+        def train(self, mode: bool = True) -> Self:
             return self
 
     return Steady
@@ -119,7 +123,8 @@ def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.dev
 
 def dequantize(module: nn.Module) -> Tensor:
     """Returns the weight (out, in) that a quantised projection computes with, in float32."""
-    functional, weight = _library().functional, cast(Any, module.weight)
+    functional = _library().functional
+    weight = cast(Any, module.weight)
     if hasattr(weight, "quant_state"):
         return functional.dequantize_4bit(weight.data, weight.quant_state).float()
     scale = weight.SCB if weight.SCB is not None else cast(Any, module.state).SCB  # moved by the first forward
@@ -142,8 +147,8 @@ def values_in(parameter: Tensor) -> int:
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def mark_quantized(model: Any, bits: Iterable[int]) -> Any:
-    """Sets the attributes from which PEFT learns that a model has weights in 4 or 8 bits, and returns the model."""
+def mark_quantized(model: Model, bits: Iterable[int]) -> Model:
+    """Sets the attributes by which PEFT recognises a model with weights in 4 or 8 bits, and returns the model."""
     for number in bits:
         setattr(model, f"is_loaded_in_{number}bit", True)
     return model

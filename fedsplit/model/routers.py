@@ -3,11 +3,11 @@
 The loss is E * sum_e (counts_e / rows) * (probabilities_e / rows). `counts_e` is how often expert e was chosen and
 `probabilities_e` the sum of its probabilities, both over all layers and tokens; `rows` is tokens times layers.
 
-The loss is neither a sum over layers nor linear in the batch, but it depends on 2E + 1 sums only. So parties send
-these sums, and not the routers' output for every token. Each party continues the sums of the party before it, layer by
-layer in the library's order, so that the result equals the library's to the bit. The client's top has the complete
-sums and computes the loss. Its gradient by `probabilities` (E,) is the same for all layers, so it is sent back to the
-other parties.
+The loss is neither a sum over layers nor linear in the batch, but depends on 2E + 1 sums only. So parties send the
+sums, and not the routers' output for every token. Each party continues the sums of the party before, layer by layer in
+the library's order, so that the result equals the library's to the bit. The client's top has the complete sums and
+computes the loss. The gradient of the loss by `probabilities` (E,) is equal for all layers, so it is sent back to all
+parties.
 
 Shapes: E experts, N tokens of a batch including padding.
 """
@@ -17,10 +17,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SUMS = "routers"
 """Name of the sums, and of the gradient by them, in a packet."""
@@ -35,7 +38,7 @@ class Routed(Protocol):
         ...
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PretrainedConfig:
         """The library's configuration, with `num_experts` and `num_experts_per_tok`."""
         ...
 
@@ -76,7 +79,7 @@ class RouterSums:
         return torch.cat([self.probabilities.detach(), self.counts, self.rows[None]])
 
     def as_leaf(self, takes_gradient: bool) -> RouterSums:
-        """Returns the same sums with `probabilities` as a leaf of the autograd graph."""
+        """Returns equal sums with `probabilities` as a leaf of the autograd graph."""
         return replace(self, probabilities=self.probabilities.detach().requires_grad_(takes_gradient))
 
     def after(self, heard: Sequence[Tensor], chosen: int, mask: Tensor | None = None) -> RouterSums:
@@ -122,8 +125,9 @@ def listening(part: Routed) -> Iterator[list[Tensor]]:
     """
     heard: list[Tensor] = []
 
-    def hear(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
-        heard.append(torch.softmax(outputs[0], dim=-1))
+    def hear(_module: nn.Module, _inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+        logits = outputs[0]
+        heard.append(torch.softmax(logits, dim=-1))
 
     handles = [router.register_forward_hook(hear) for router in part.routers]
     try:
@@ -167,7 +171,7 @@ class RouterLoss:
             before: Sums of the parts before this one; None for the bottom.
 
         Yields:
-            A `Passage`, whose sums are set when the context ends.
+            A `Passage`. Its sums are set at the end of the context.
         """
         passage = Passage()
         if not self.coefficient:
@@ -196,7 +200,7 @@ class RouterLoss:
         return (loss + self.coefficient * auxiliary) * share
 
     def mean(self, steps: int) -> float | None:
-        """Returns the mean auxiliary loss, without the coefficient, of the steps since the last call, and resets it.
+        """Returns the mean auxiliary loss of the steps since the last call, without the coefficient.
 
         Args:
             steps: Number of steps since the last call.

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -24,10 +25,11 @@ from fedsplit.model.quantization import mark_quantized, quantize
 from fedsplit.model.unsplit import empty_model
 
 
-def _restore_scale(decoder: Any, embedding: nn.Module, device: torch.device) -> None:
-    """Restores the scaling factor of an embedding that has one, as Gemma's has.
+def _restore_scale(decoder: PreTrainedModel, embedding: nn.Module, device: torch.device) -> None:
+    """Restores the scaling factor of an embedding, such as Gemma's.
 
-    The factor is a buffer that checkpoints do not store. The library computes it when it initialises the module.
+    The factor is a buffer that checkpoints do not store. The library computes the factor when it initialises the
+    module.
     """
     for name, buffer in list(embedding.named_buffers()):
         setattr(embedding, name, nn.Buffer(torch.empty_like(buffer, device=device), persistent=False))
@@ -44,7 +46,7 @@ def load_parts(
     device: torch.device = CPU,
     bits: Mapping[str, int] | None = None,
 ) -> list[Any]:
-    """Loads parts of a model. No other tensors of the checkpoint are read.
+    """Loads parts of a model. Only the parts' tensors are read from the checkpoint.
 
     All base weights are frozen. Parts that are loaded together share tied tensors.
 
@@ -52,13 +54,13 @@ def load_parts(
         path: Folder with config.json and safetensors files.
         bounds: The cut as (LO, HI): the trunk has the blocks from LO to HI - 1.
         kinds: The parts to load.
-        dtype: Type of the base weights and of computation. Weights that are stored in another type are cast.
+        dtype: Type of the base weights and of computation. Weights of a different type in the file are cast.
         kernels: "library" computes with the library's code alone, and is bit-equal to the unsplit model. "fused"
             computes with `fedsplit.model.kernels`, and is equal up to rounding.
         classes: Number of classes of sequences. If above 0, the top gets a new head `score`, without values:
             `fedsplit.adaptation.lora.add` draws them.
         device: Device of the parts.
-        bits: Bits (4 or 8) for the base weights in a part's blocks, by part. A part that is not named keeps `dtype`.
+        bits: Bits (4 or 8) for the base weights in a part's blocks, by part. A part without bits keeps `dtype`.
 
     Returns:
         The parts, in the order of `kinds`, in evaluation mode.
@@ -89,7 +91,7 @@ def load_parts(
         if kind == "bottom":
             _restore_scale(part.decoder, getattr(part.decoder, family.embedding), device)
         _fill(part, checkpoint, dtype, device, part_bits)
-        # The rotary frequencies are buffers too. They are computed anew, since no checkpoint has them.
+        # The rotary frequencies are buffers, too. No checkpoint has them, so they are computed anew.
         if family.rotary:
             rotary = type(getattr(part.decoder, family.rotary))
             setattr(part.decoder, family.rotary, rotary(config=part.config).to(device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +21,7 @@ from fedsplit.model.parts import ranges
 from fedsplit.model.quantization import dequantize, mark_quantized, quantize
 
 
-def empty_model(path: Path, classes: int = 0) -> Any:
+def empty_model(path: Path, classes: int = 0) -> PreTrainedModel:
     """Returns the unsplit model without weights, on the meta device.
 
     Args:
@@ -51,11 +51,13 @@ def empty_model(path: Path, classes: int = 0) -> Any:
 
 
 def transposed_layers(model: nn.Module) -> frozenset[str]:
-    """Returns the names of the layers that store their weights as (in, out), as GPT-2's projections do."""
+    """Returns the names of the layers that store weights as (in, out), as GPT-2's projections do."""
     return frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
 
 
-def load_unsplit(path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None) -> Any:
+def load_unsplit(
+    path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None
+) -> PreTrainedModel:
     """Loads the unsplit model.
 
     Args:
@@ -78,9 +80,13 @@ def load_unsplit(path: Path, dtype: torch.dtype = torch.float32, classes: int = 
 
 @torch.no_grad()
 def quantize_unsplit(
-    model: Any, bounds: tuple[int, int], bits: Mapping[str, int], device: torch.device = CPU, dense: bool = False
-) -> Any:
-    """Quantises the base weights of the unsplit model as the parts of a run quantise theirs.
+    model: PreTrainedModel,
+    bounds: tuple[int, int],
+    bits: Mapping[str, int],
+    device: torch.device = CPU,
+    dense: bool = False,
+) -> PreTrainedModel:
+    """Quantises the base weights of the unsplit model as a run quantises the weights of its parts.
 
     Args:
         model: A causal language model in the run's type. The call changes it.

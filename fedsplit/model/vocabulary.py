@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsplit.errors import SettingError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = (
     "token*",
@@ -49,11 +52,11 @@ def has_vocabulary(folder: Path) -> bool:
     return (folder / _READY).is_file() or any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern))
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Loads the transformers tokenizer of a model's folder.
 
     Raises:
-        SettingError: The folder has no tokenizer, or it cannot be read.
+        SettingError: The folder has no tokenizer, or the tokenizer cannot be read.
     """
     try:
         if not has_vocabulary(path):
@@ -72,7 +75,7 @@ def open_tokenizer(folder: Path) -> TextTokenizer:
         folder: Folder of the model.
 
     Raises:
-        SettingError: The folder has no tokenizer, or it cannot be read.
+        SettingError: The folder has no tokenizer, or the tokenizer cannot be read.
     """
     return TextTokenizer(load_tokenizer(folder))
 
@@ -94,7 +97,7 @@ class TextTokenizer:
         'My fellow Americans'
     """
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: PreTrainedTokenizerBase) -> None:
         """Wraps a transformers tokenizer."""
         self.library = library
 
@@ -131,7 +134,7 @@ class TextTokenizer:
         return [encoded[number] for number in range(len(texts))]
 
     def end_text(self, ids: Sequence[int], end: int) -> list[int]:
-        """Appends the tokenizer's closing special tokens to a text, and the end token if they do not end with it.
+        """Appends the tokenizer's closing special tokens to a text, and the end token if the text does not end with it.
 
         Args:
             ids: Tokens from `encode_prompt` or `encode_continuation`.
@@ -158,7 +161,7 @@ class TextTokenizer:
 
     @cached_property
     def _known_characters(self) -> list[str]:
-        """Those of the characters to try that the tokenizer accepts."""
+        """Characters of `_CHARACTERS` that the tokenizer accepts."""
         known = []
         for character in _CHARACTERS:
             with contextlib.suppress(SettingError):  # a tokenizer may have no token for unknown text
@@ -244,7 +247,7 @@ def is_text(text: str) -> bool:
     return text.isascii() or not _HALF.search(text)
 
 
-def render(tokenizer: Any, chat: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
     """Renders a chat as text with the tokenizer's template.
 
     Args:
@@ -256,15 +259,17 @@ def render(tokenizer: Any, chat: Sequence[Mapping[str, Any]], prompt: bool = Fal
     return text
 
 
-def render_marked(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """Renders a chat as text with the tokenizer's template, and finds the assistant's text in it.
+def render_marked(
+    tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Renders a chat as text with the tokenizer's template, and finds the assistant's words in the text.
 
     Args:
-        tokenizer: The transformers tokenizer. Its template must have generation marks.
+        tokenizer: The transformers tokenizer, with a template that has generation marks.
         chat: The messages.
 
     Returns:
-        The text, and the (start, end) of each marked span in it.
+        The text, and the (start, end) of each marked span.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -281,7 +286,7 @@ def render_marked(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> tuple[st
 def _refused(folder: Path, error: Exception) -> SettingError:
     """Returns the error to raise for a tokenizer that cannot be loaded.
 
-    Without the sentencepiece library, transformers asks for another library. The error names the right one.
+    Without the sentencepiece library, transformers asks for a different library. The error names the right library.
     """
     reason = first_line(error)
     pieces = [file.name for pattern in _PIECES for file in sorted(folder.glob(pattern))]

@@ -36,23 +36,17 @@ def share_of_rate(settings: TrainSettings, step: int, total: int) -> float:
     return 1.0
 
 
-def last_rate(settings: TrainSettings, round: int, rounds: int) -> float | None:
-    """Returns the learning rate of a round's last local step.
+def last_rate(settings: TrainSettings, steps: int, round: int, rounds: int) -> float:
+    """Returns the learning rate of a client's last local step of a round.
 
     Args:
         settings: Settings of the training.
+        steps: The client's local steps in a round.
         round: Number of the round, from 1.
         rounds: Rounds of the run.
 
-    Returns:
-        The learning rate. None if it falls or rises over epochs, whose number of steps differs between clients.
-
     Example:
-        >>> last_rate(TrainSettings(lr=0.01, steps=10, schedule="linear"), round=1, rounds=2)
+        >>> last_rate(TrainSettings(lr=0.01, schedule="linear"), steps=10, round=1, rounds=2)
         0.0055000000000000005
     """
-    if settings.schedule == "constant" and not settings.warmup:
-        return settings.lr
-    if settings.epochs:
-        return None
-    return settings.lr * share_of_rate(settings, round * settings.steps - 1, rounds * settings.steps)
+    return settings.lr * share_of_rate(settings, round * steps - 1, rounds * steps)

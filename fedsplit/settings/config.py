@@ -171,7 +171,12 @@ class Config:
     timeout: float = setting(
         600.0,
         at_least(1, MOST),
-        "seconds without any sign of life after which a process counts as dead",
+        "seconds without any sign of life after which a process counts as dead, and code of the user's as hung",
+    )
+    startup_deadline: float = setting(
+        3600.0,
+        at_least(1, MOST),
+        "seconds in which the data set must be read, and the trial round of a strategy of the user's played",
     )
     quorum: float = setting(
         0.0,

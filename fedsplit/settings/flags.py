@@ -24,6 +24,7 @@ MAY_DIFFER = (
     "workers",
     "threads",
     "timeout",
+    "startup_deadline",
     "quorum",
     "max_failures",
     "round_deadline",

@@ -30,6 +30,7 @@ class ClientState:
         control: The client's control variate.
         moments: State of the client's optimiser.
         stage: State of the strategy's own gradient stage.
+        codec: State of the client's codec.
     """
 
     held: Mapping[str, Tensor] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class ClientState:
     control: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     stage: Mapping[str, Tensor] = field(default_factory=dict)
+    codec: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ClientStore:

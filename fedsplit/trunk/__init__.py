@@ -1,1 +1,1 @@
-"""The trunk: what is computed when and by which version, in how much memory, in a process of its own."""
+"""The trunk: the service behind all doors, its schedules, adapters, workers and memory."""

@@ -1,4 +1,4 @@
-"""The trunk in a process of its own: a Ray actor as a door to the service, and the port that calls it."""
+"""The trunk as a Ray actor: the actor with the service, and the port by which clients call the actor."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.actor import ActorHandle
 
 from fedsplit.errors import first_line
 from fedsplit.optimization.own_stage import stage_maker
@@ -31,14 +32,14 @@ _AT_ONCE = 4096
 """Calls that may wait in the actor at the same time."""
 
 _ATTEMPTS = 5
-"""How often a call is repeated when its answer was lost on the way."""
+"""Number of times that a call is repeated if its answer is lost on the way."""
 
 
 class TrunkActor:
     """A `TrunkService` in the process of a Ray actor.
 
-    Ray's event loop takes calls, and a socket takes packets of clients on this machine. Both hand them to the service,
-    which works in a thread of its own, so that a call may wait for others without holding them up.
+    Ray's event loop takes calls, and a socket takes packets of clients on this machine. Both pass packets to the
+    service, which works in a separate thread, so that a waiting call does not block later calls.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class TrunkActor:
         answer: Packet = await _settled(lambda done: self._service.submit(packet, done))
         return answer
 
-    async def control(self, message: Control[Any]) -> Any:
+    async def control(self, message: Control[Reply]) -> Reply:
         """Carries out a control message."""
-        reply = await _settled(lambda done: self._service.request(message, done))
+        reply: Any = await _settled(lambda done: self._service.request(message, done))
         if isinstance(reply, TrunkStatus) and self._socket:
-            return replace(reply, over_socket=self._socket.taken)
+            reply = replace(reply, over_socket=self._socket.taken)
         return reply
 
 
@@ -94,6 +95,7 @@ async def _settled(begin: Callable[[Callable[[Any], None]], None]) -> Any:
     loop = asyncio.get_running_loop()
     future = loop.create_future()
 
+    # Called in the service's thread, and an event loop's futures belong to the loop's thread.
     def done(result: Any) -> None:
         settle = future.set_exception if isinstance(result, Exception) else future.set_result
         loop.call_soon_threadsafe(settle, result)
@@ -105,15 +107,15 @@ async def _settled(begin: Callable[[Callable[[Any], None]], None]) -> Any:
 class _Calls:
     """Calls of an actor's methods. A call whose answer was lost is repeated: the trunk counts every step once."""
 
-    def __init__(self, actor: Any, timeout: float | None) -> None:
+    def __init__(self, actor: ActorHandle, timeout: float | None) -> None:
         self._actor = actor
         self._timeout = timeout
 
     def begin(self, method: str, *args: Any) -> Callable[[], Any]:
-        """Calls a method; the function that is returned waits for its result.
+        """Calls a method, and returns a function that waits for the result.
 
         Raises:
-            TrunkLost: The actor is gone; here, or where the result is waited for.
+            TrunkLost: The actor is gone. The returned function may raise the error, too.
         """
         try:
             answer = getattr(self._actor, method).remote(*args)
@@ -126,7 +128,7 @@ class _Calls:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self._actor, no_restart=True)
 
-    def _wait(self, answer: Any, method: str, *args: Any) -> Any:
+    def _wait(self, answer: ray.ObjectRef, method: str, *args: Any) -> Any:
         for attempt in range(_ATTEMPTS):
             try:
                 return ray.get(answer, timeout=self._timeout)
@@ -168,7 +170,9 @@ class RayTrunk(TrunkPort):
     packets without an answer are repeated through Ray, which knows what is wrong.
     """
 
-    def __init__(self, actor: Any, timeout: float | None = None, transport: PacketTransport | None = None) -> None:
+    def __init__(
+        self, actor: ActorHandle, timeout: float | None = None, transport: PacketTransport | None = None
+    ) -> None:
         """Wraps Ray's handle of the actor.
 
         Args:
@@ -221,10 +225,10 @@ def start_trunk(
 
     Args:
         config: Configuration of the run.
-        name: Name that clients find it by; also the name of the run, which their steps carry.
+        name: Name by which clients find the trunk. It is also the name of the run in the steps of clients.
         threads: Threads that torch may use in each worker.
         workers: 2 to compute a forward and a backward at the same time.
-        adapter: Folder of a finished run's adapter, of which the trunk takes its own layers.
+        adapter: Folder of a finished run's adapter, from which the trunk reads the layers of its blocks.
         has_stage: True if the strategy has a gradient stage, which the trunk loads by its name.
     """
     remote = ray.remote(num_cpus=0)(TrunkActor).options(name=name, max_concurrency=_AT_ONCE)

@@ -1,4 +1,4 @@
-"""Answers of the trunk: tensors that go back to clients, and the bytes that crossed for them."""
+"""Answers of the trunk: tensors for clients, and counts of the bytes on the wire."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Backwards:
         self._state = state
 
     def begin(self, packets: Sequence[Packet]) -> Work:
-        """Begins one backward for steps whose forward was one.
+        """Begins the backward of steps that had a common forward.
 
         Where the schedule learns, the gradient of the adapter goes to its optimiser: at once under `shared` and
         `copies` (after the last part of the step), averaged over the clients under `batched`, and at `close_window`
@@ -114,7 +114,7 @@ class Backwards:
 
         Args:
             batch: The batch.
-            output: Result of its forward, which is computed again where it is None.
+            output: Result of the forward; None to compute the forward again.
             sent: Gradients by step.
         """
         blocks = self._state.blocks
@@ -142,7 +142,7 @@ class Backwards:
             sent: Gradients that have come, by step.
 
         Raises:
-            UnboundedStep, SpoiledTogether: There are such steps among those that sent a gradient.
+            UnboundedStep, SpoiledTogether: Such steps are among the steps with a gradient.
         """
         kind = next(iter(sent.values())).by_output.dtype
         for key, hidden in batch.inputs.items():

@@ -55,7 +55,7 @@ class Blocks:
         self._placed = snapshot
 
     def run(self, batch: PendingBatch, keeps_graph: bool, training: bool = True) -> Output:
-        """Computes a batch forward, with its own snapshot and dropout; a second time gives the same, bit for bit."""
+        """Computes the forward of a batch, with its snapshot and dropout. A repetition gives equal bits."""
         hidden, mask = batch.join()
         with self._running, torch.set_grad_enabled(keeps_graph), _seeded(batch.seed, self.device):
             if self.part.training != training:
@@ -131,7 +131,7 @@ class Blocks:
             adapter: Adapter to compute it with.
 
         Returns:
-            Bytes that the graph of the step holds, and the most bytes that computing it added to resident memory.
+            Bytes in the graph of the step, and the largest growth of resident memory during the computation.
         """
         key = StepKey(0, 0, 0)
         shape = sequences, length, self.part.config.hidden_size

@@ -1,4 +1,4 @@
-"""Starts and stops a private Ray on this machine: closed to other users, with its own folder, removed at the end."""
+"""Starts and stops a private Ray on this machine, closed to further users, in a folder that is removed at the end."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def running(workers: int) -> Iterator[None]:
         workers: Number of client processes to have room for.
 
     Raises:
-        ClusterFailed: Ray cannot be started here, or this process is connected to another one.
+        ClusterFailed: Ray cannot be started here, or this process is connected to a different Ray.
         InputError: Ray was imported before it could be closed to others.
     """
     check_closed()
@@ -147,5 +147,5 @@ def send_tensors_as_arrays() -> None:
 
 
 def writable(encoded: Encoded) -> Tensor:
-    """Returns a tensor in memory of its own, which may be written to, unlike the memory that the array came in."""
+    """Returns a copy of an array as a tensor. Ray's memory, in which the array arrived, may not be written to."""
     return EXACT.decode(encoded).clone()

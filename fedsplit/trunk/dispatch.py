@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedsplit.clock import Clock
 from fedsplit.settings.sections import TrunkSettings
@@ -169,7 +168,7 @@ class Dispatcher:
             self._active.add(request.client)
 
     def _check_group(self, packet: Packet) -> None:
-        """Makes sure that while a group trains no other client does, whose turn would never come.
+        """Makes sure that only clients of the group train. The turn of a further client would never come.
 
         Raises:
             StaleStep: The packet trains for a client that is not in the group, or has left it.
@@ -179,7 +178,7 @@ class Dispatcher:
             raise StaleStep(f"{packet.key}: its client does not train now")
 
     def leave(self, client: int) -> None:
-        """Ends the round of a client that has finished it, or is dead; nobody waits for it any more."""
+        """Ends the round of a client that has finished or is dead. No request waits for the client any more."""
         self._active.discard(client)
         self._group.discard(client)
         self._contributed.pop(client, None)
@@ -306,7 +305,7 @@ class Dispatcher:
             return request
 
     def _gather(self) -> list[_Request]:
-        """Returns all requests of a batch, once they are there or the others are late.
+        """Returns all requests of a batch, once all clients have sent theirs or the deadline has passed.
 
         A clipping coefficient belongs to no batch, and waits for nobody.
         """
@@ -366,10 +365,11 @@ class Dispatcher:
             self._under_way.append(chosen)
             self._workers.start(chosen[0].worker, work.compute, lambda result: self._finish(chosen, work, result))
 
-    def _finish(self, chosen: Sequence[_Request], work: Work, result: Any) -> None:
+    def _finish(self, chosen: Sequence[_Request], work: Work, result: object) -> None:
         """Finishes work that a worker has computed."""
         self._under_way.remove(chosen)
-        self._settle(chosen, result if isinstance(result, Exception) else outcome(lambda: work.finish(result)))
+        answers = result if isinstance(result, Exception) else outcome(lambda: work.finish(result))
+        self._settle(chosen, answers)
 
     def _settle(self, chosen: Sequence[_Request], answers: Sequence[Answer] | Exception) -> None:
         """Gives each request its answer, or the reason why there is none."""
@@ -400,7 +400,7 @@ class Dispatcher:
             self._serve(rest)
 
     def _remember(self, request: _Request, answer: Packet) -> None:
-        """Notes what an answer means for the others: who was sent away, and who has contributed to the barrier."""
+        """Records an answer for the groups: clients that were refused, and clients that contributed to the barrier."""
         if answer.wait:
             self._sent_away[request.client] += 1
             self._active.discard(request.client)  # the clients that wait for it may hold the memory that it waits for

@@ -1,6 +1,6 @@
-"""Doors to a trunk: how clients find the trunk of their run, wherever it is.
+"""Doors to a trunk: finds the trunk of a run by its name, in this process or in a Ray cluster.
 
-A further door is a module with a `TrunkPort`, and one line here.
+To add a door, write a module with a `TrunkPort` and add a line to `find_trunk`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from fedsplit.trunk.port import TrunkPort
 
 
 def find_trunk(name: str) -> TrunkPort:
-    """Returns the trunk of that name: one of this process, or else one of the Ray cluster.
+    """Returns the trunk with a name, from this process or else from the Ray cluster.
 
     Raises:
-        TrunkLost: There is none.
+        TrunkLost: There is no such trunk.
     """
-    if (trunk := local.find_trunk(name)) is not None:
+    trunk = local.find_trunk(name)
+    if trunk is not None:
         return trunk
 
-    from fedsplit.trunk import actor  # Ray is imported only where it is needed
+    from fedsplit.trunk import actor  # not at the top: only the engine `ray` needs Ray
 
     return actor.find_trunk(name)
 
 
 def check_memory(config: Config, trunk: TrunkPort) -> None:
-    """Makes sure that the trunk's memory budget suffices; only a trunk that is loaded knows what it needs.
+    """Makes sure that the trunk's memory budget suffices for a step. Only a loaded trunk knows its need for memory.
 
     Raises:
-        SettingError: It does not suffice for a single step.
+        SettingError: The budget does not suffice for a single step.
     """
     limit = config.trunk.memory_bytes
     if limit is None:

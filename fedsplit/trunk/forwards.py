@@ -127,7 +127,7 @@ class Forwards:
         return Work(compute, finish)
 
     def _repeat(self, packet: Packet, pending: PendingBatch | UnclippedGradient) -> Work:
-        """Answers a step that comes again while it is pending, with the same values as before."""
+        """Answers a pending step that is sent again, with the values of the first answer."""
         if isinstance(pending, UnclippedGradient):
             raise StaleStep(f"{packet.key}: its gradient has come already")
         answers = self._state.answers
@@ -179,7 +179,7 @@ def _refuse_unbounded(batch: PendingBatch, output: Output, together: int) -> Non
     Args:
         batch: The batch.
         output: Result of its forward.
-        together: Number of packets that were to be served as one, those without memory included.
+        together: Number of packets to be served together, including packets without memory.
 
     Raises:
         UnboundedStep, SpoiledTogether: There are such steps.
@@ -193,5 +193,5 @@ def _refuse_unbounded(batch: PendingBatch, output: Output, together: int) -> Non
 
 
 def beyond(kind: torch.dtype) -> str:
-    """Returns advice for values that are not finite, by the type that they were computed in."""
+    """Returns advice about values that are not finite, by the type of computation."""
     return f": {TOO_LARGE}" if kind == torch.float16 else ""

@@ -200,10 +200,10 @@ def check_rate(packet: Packet) -> None:
 
 
 def check_parts(packet: Packet, settings: TrainSettings) -> None:
-    """Makes sure that a packet has one of the batch and micro-batch numbers that the settings allow.
+    """Makes sure that the settings allow the batch and micro-batch numbers of a packet.
 
     Raises:
-        SpoiledStep: It has another one. Steps of keys that no honest client has would be pending without end.
+        SpoiledStep: A number is not allowed. Steps with keys that no honest client has would be pending without end.
     """
     key = packet.key
     most = settings.micro_batches or settings.batch_size  # 0: planned, a batch has as many sequences at most
@@ -217,7 +217,7 @@ def each(packets: Sequence[Packet], read: Callable[[Packet], T]) -> dict[StepKey
     """Reads every packet, and looks at all of them before it refuses any.
 
     Args:
-        packets: Packets of one step, or of several that are computed as one.
+        packets: Packets of one or more steps that are computed together.
         read: Reads a packet, or raises the reason why it must not be served.
 
     Returns:
@@ -244,7 +244,7 @@ def refusal(refused: Mapping[StepKey, RefusedStep], together: int) -> Exception:
 
     Args:
         refused: Reasons by step.
-        together: Number of steps that are served as one, the refused ones among them.
+        together: Number of steps that are served together, including refused steps.
 
     Returns:
         The reason itself where there is only one step, else a `SpoiledTogether`.

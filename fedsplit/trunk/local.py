@@ -1,4 +1,4 @@
-"""A trunk in the process of its caller, without threads: the same requests give the same results, bit for bit."""
+"""A trunk in the process of the caller, without threads: equal requests give equal results, bit for bit."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class LocalTrunk(TrunkPort):
         """Moves the clock to the next deadline.
 
         Raises:
-            RuntimeError: There is none: the answer depends on a packet that only this thread could send.
+            RuntimeError: There is no answer yet, and only this thread could send the packet that the answer waits for.
         """
         wakes = self.service.wakes_at()
         if wakes is None:
@@ -105,7 +105,7 @@ class LocalTrunk(TrunkPort):
 
 @contextlib.contextmanager
 def named(trunk: LocalTrunk, name: str) -> Iterator[LocalTrunk]:
-    """Lets clients of this process find a trunk by a name for as long as the context lasts; then closes it.
+    """Registers a trunk under a name inside the context, so that clients of this process find it; then closes it.
 
     Args:
         trunk: The trunk.
@@ -120,5 +120,5 @@ def named(trunk: LocalTrunk, name: str) -> Iterator[LocalTrunk]:
 
 
 def find_trunk(name: str) -> LocalTrunk | None:
-    """Returns the trunk of this process with that name; None where there is none."""
+    """Returns the trunk of this process with a name; None if there is no such trunk."""
     return _FOUND_BY.get(name)

@@ -76,7 +76,7 @@ class Budget:
         self._working = max(self._working, working / tokens)
 
     def freed(self) -> None:
-        """Notes that memory was freed, so that there may be pages to return to the system."""
+        """Records that memory was freed, so that pages may be returned to the system."""
         self._freed = True
 
     def least(self, tokens: int, kept: int) -> int:
@@ -85,7 +85,7 @@ class Budget:
         return self._resident() + int(kept + self._need(tokens))
 
     def _need(self, tokens: int) -> float:
-        """Returns the bytes that computing a step takes, beside those that other steps keep."""
+        """Returns the bytes needed to compute a step, without the bytes that pending steps keep."""
         return max(self._working, self._graph) * tokens
 
     def graph(self, tokens: int) -> float:

@@ -33,18 +33,18 @@ class Output:
 
 @dataclass(eq=False)
 class PendingBatch:
-    """Steps of one client, or of several, that were computed as one forward and wait for gradients.
+    """Steps of one or more clients that were computed as one forward, and wait for gradients.
 
     Attributes:
-        inputs: Hidden states (B, T, D) by step as they came; leaves of the graph.
-        masks: Masks (B, T) by step, of the steps that have padding.
-        adapter: Adapter that the gradient of this batch trains.
-        snapshot: Snapshot of that adapter which the forward was computed with.
+        inputs: Hidden states (B, T, D) from the clients, by step; leaves of the graph.
+        masks: Masks (B, T) by step, for steps with padding.
+        adapter: Adapter that the gradient of the batch trains.
+        snapshot: Snapshot of the adapter at the forward.
         seed: Seed of the forward's dropout.
-        sums: Sums of the bottom's routers by step, of the steps that have an auxiliary loss.
-        output: Result with its graph; None where the forward must be computed again.
-        spent: True once one backward was made; gradients that come later are late.
-        spoilt: Steps that are left out, since their values would spoil the gradient of the others.
+        sums: Sums of the bottom's routers by step, for steps with an auxiliary loss.
+        output: Result with its graph; None if the backward must compute the forward again.
+        spent: True after a backward. Gradients that arrive later are refused.
+        spoilt: Steps that are left out, since their values would spoil the gradient of the whole batch.
     """
 
     inputs: dict[StepKey, Tensor]
@@ -58,42 +58,48 @@ class PendingBatch:
     spoilt: set[StepKey] = field(default_factory=set)
 
     def only(self, key: StepKey) -> PendingBatch:
-        """Returns one of the steps as a batch of its own, with the same snapshot of the adapter."""
+        """Returns one step as a separate batch, with the snapshot of the adapter."""
         masks = {key: self.masks[key]} if key in self.masks else {}
         sums = {key: self.sums[key]} if key in self.sums else {}
         return PendingBatch({key: self.inputs[key]}, masks, self.adapter, self.snapshot, self.seed, sums)
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all steps, the padding within each step included."""
+        """Number of tokens of all steps, including the padding within each step."""
         return sum(hidden.shape[0] * hidden.shape[1] for hidden in self.inputs.values())
 
     def join(self) -> tuple[Tensor, Tensor | None]:
-        """Joins all inputs, shorter sequences padded at the end, which no earlier token can attend to.
+        """Joins all inputs. Shorter sequences are padded at the end, where no earlier token can attend to.
 
         Returns:
-            Hidden states (N, T, D); and a mask (N, T), None where no step has one.
+            Hidden states (N, T, D), and a mask (N, T); None in place of the mask if no step has a mask.
         """
         length = max(hidden.shape[1] for hidden in self.inputs.values())
-        rows = [nn.functional.pad(hidden, (0, 0, 0, length - hidden.shape[1])) for hidden in self.inputs.values()]
+        rows = []
+        for hidden in self.inputs.values():
+            missing = length - hidden.shape[1]
+            rows.append(nn.functional.pad(hidden, (0, 0, 0, missing)))
         if not self.masks:
             return rows[0] if len(rows) == 1 else torch.cat(rows), None
 
-        unpadded = {
-            key: torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            for key, hidden in self.inputs.items()
-        }
-        by_step = {**unpadded, **self.masks}
-        masks = [nn.functional.pad(mask, (0, length - mask.shape[1])) for mask in by_step.values()]
+        masks = []
+        for key, hidden in self.inputs.items():
+            mask = self.masks.get(key)
+            if mask is None:
+                mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            masks.append(nn.functional.pad(mask, (0, length - mask.shape[1])))
         return torch.cat(rows), torch.cat(masks)
 
     def cut(self, joined: Tensor) -> dict[StepKey, Tensor]:
         """Cuts a joined tensor (N, T, D) into the rows of each step (B, T, D)."""
-        rows = joined.split([hidden.shape[0] for hidden in self.inputs.values()])
-        return {key: row[:, : hidden.shape[1]] for row, (key, hidden) in zip(rows, self.inputs.items(), strict=True)}
+        pieces = joined.split([hidden.shape[0] for hidden in self.inputs.values()])
+        by_step = {}
+        for piece, (key, hidden) in zip(pieces, self.inputs.items(), strict=True):
+            by_step[key] = piece[:, : hidden.shape[1]]
+        return by_step
 
     def spread(self, sent: Mapping[StepKey, Tensor], output: Tensor) -> Tensor:
-        """Returns the gradient of the joined output; zero in the rows of steps that sent none.
+        """Returns the gradient of the joined output, with zeros for steps without a gradient.
 
         Args:
             sent: Gradients (B, T, D) by step.
@@ -101,7 +107,7 @@ class PendingBatch:
         """
         if len(self.inputs) == 1:
             return next(iter(sent.values()))
-        # The widest of the clients' types: nobody's gradient is rounded to the type of another's.
+        # The widest of the clients' types, so that no client's gradient is rounded to the type of a second client's.
         widest = functools.reduce(torch.promote_types, (gradient.dtype for gradient in sent.values()))
         whole = torch.zeros_like(output, dtype=widest)
         for key, place in self.cut(whole).items():
@@ -112,5 +118,9 @@ class PendingBatch:
 
 def dropout_seed(seed: int, packets: Sequence[Packet]) -> int:
     """Returns the dropout seed of a forward, which depends on the run's seed and the steps' keys alone."""
-    path = [(p.key.round, p.key.client, p.key.step, p.key.batch * p.micros + p.key.micro) for p in packets]
+    path = []
+    for packet in packets:
+        key = packet.key
+        micro_batch = key.batch * packet.micros + key.micro  # counted over all batches of the step
+        path.append((key.round, key.client, key.step, micro_batch))
     return derive_seed(seed, "trunk", *path)

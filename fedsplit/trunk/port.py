@@ -25,15 +25,15 @@ Reply = TypeVar("Reply")
 
 
 class Control(Generic[Reply]):
-    """A control message; its type parameter is the type of the reply.
+    """A control message. The type parameter is the type of the reply.
 
-    A trunk carries messages out one at a time and between two steps, after all packets and messages that came earlier.
+    A trunk carries messages out one by one, between two steps, after all earlier packets and messages.
     """
 
 
 @dataclass(frozen=True)
 class BeginGroup(Control[None]):
-    """Makes clients a group that trains together; until the round ends, the training of others is refused.
+    """Begins a group of clients that train together. Until the round ends, training of further clients is refused.
 
     Attributes:
         clients: The clients, in the order of their turns.
@@ -44,7 +44,7 @@ class BeginGroup(Control[None]):
 
 @dataclass(frozen=True)
 class Leave(Control[None]):
-    """Ends the round of a client that has finished it, or is dead; its sessions end, too.
+    """Ends the round and the sessions of a client that has finished or is dead.
 
     Attributes:
         client: Number of the client.
@@ -77,7 +77,7 @@ class AssignCopies(Control[None]):
 
 @dataclass(frozen=True)
 class AssignAgain(Control[None]):
-    """Sets, under `copies`, the adapter of one client that begins its round once more.
+    """Under `copies`, sets the adapter of a client that repeats its round.
 
     Attributes:
         client: Number of the client; its steps of an earlier attempt at the round no longer count.
@@ -134,16 +134,16 @@ class Commit(Control[None]):
 
 @dataclass(frozen=True)
 class ReadMoments(Control[dict[str, Tensor]]):
-    """Asks for the states of the optimisers."""
+    """Asks for the states of the optimisers and of the codec."""
 
 
 @dataclass(frozen=True)
 class Restore(Control[None]):
-    """Sets the shared adapter and the optimisers to what `ReadAdapter` and `ReadMoments` returned earlier.
+    """Sets the shared adapter, the optimisers and the codec to what `ReadAdapter` and `ReadMoments` returned earlier.
 
     Attributes:
         tensors: Shared adapter by exported name.
-        moments: States of the optimisers.
+        moments: States of the optimisers and of the codec.
     """
 
     tensors: Mapping[str, Tensor]
@@ -190,7 +190,7 @@ class TrunkPort(Protocol):
         self.control(AssignCopies(dict(starts)))
 
     def assign_again(self, client: int, start: Start) -> None:
-        """Sets, under `copies`, the adapter of one client that begins its round once more."""
+        """Under `copies`, sets the adapter of a client that repeats its round."""
         self.control(AssignAgain(client, start))
 
     def copies(self) -> dict[int, Copy]:
@@ -218,11 +218,11 @@ class TrunkPort(Protocol):
         self.control(Commit())
 
     def moments(self) -> dict[str, Tensor]:
-        """Returns the states of the optimisers."""
+        """Returns the states of the optimisers and of the codec."""
         return self.control(ReadMoments())
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Sets the shared adapter and the optimisers to what `read` and `moments` returned earlier."""
+        """Sets the shared adapter, the optimisers and the codec to what `read` and `moments` returned earlier."""
         self.control(Restore(dict(tensors), dict(moments)))
 
     def status(self) -> TrunkStatus:

@@ -209,7 +209,7 @@ class AdapterRegistry:
         packets: Sequence[Packet],
         gradients: Mapping[str, Tensor],
     ) -> UnclippedGradient | None:
-        """Uses the gradient of one backward: makes a step now, adds it to a sum, or drops it as too late.
+        """Uses the gradient of a backward: makes a step now, adds the gradient to a sum, or drops a late gradient.
 
         A step is made at the learning rate of the client's step that the gradient belongs to. A step for several
         clients, as under `batched` and `accumulate`, is made at the mean of their rates.
@@ -263,7 +263,7 @@ class AdapterRegistry:
     def _joined(
         self, sums: dict[int, _GradientSum], packet: Packet, snapshot: AdapterSnapshot, gradients: Mapping[str, Tensor]
     ) -> _GradientSum | None:
-        """Adds a part of a client's step to the others, and returns their sum once all are there."""
+        """Adds a part of a client's step, and returns the sum of all parts after the last part."""
         key = packet.key
         whole = sums.get(key.client)
         if whole is None or key.turn not in whole.parts:  # a step that was given up does not join the next one
@@ -377,7 +377,7 @@ class AdapterRegistry:
             self.assign_again(client, start)
 
     def assign_again(self, client: int, start: Start) -> None:
-        """Under `copies`, sets the copy of one client, which begins the round or begins it once more.
+        """Under `copies`, sets the copy of a client that begins or repeats the round.
 
         Args:
             client: Number of the client; its steps of an earlier attempt at the round no longer count.
@@ -410,7 +410,7 @@ class AdapterRegistry:
 
         Args:
             tensors: Shared adapter by exported name.
-            own: Personal adapters by client, which those clients' evaluations are computed with.
+            own: Personal adapters by client, for the evaluation of these clients.
         """
         self.shared.write(tensors)
         self.assign({client: Start(dict(personal)) for client, personal in (own or {}).items()})

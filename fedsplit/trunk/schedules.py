@@ -1,6 +1,6 @@
 """Schedules of the trunk (`--trunk.schedule`): whose steps update its adapter, when, and with which snapshot.
 
-Both sides of the wire read them: the client to know what to send, the trunk to know what to do with it.
+Both sides of the wire read the schedule: the client before it sends, the trunk when it serves a packet.
 """
 
 from __future__ import annotations

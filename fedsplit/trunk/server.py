@@ -31,9 +31,12 @@ from fedsplit.trunk.state import TrunkState
 from fedsplit.trunk.status import RoundCounts, Traffic
 from fedsplit.trunk.trainable import AdapterSnapshot
 from fedsplit.trunk.workers import Work
-from fedsplit.wire.codecs import Codec
+from fedsplit.wire.codecs import Codec, copy_of_state
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import RefusedStep, Steps
+
+_CODEC = "codec/"
+"""Prefix of the codec's state among the moments."""
 
 
 class TrunkServer:
@@ -79,7 +82,7 @@ class TrunkServer:
             settings: Settings of the optimisers, and of the parts that a step may have.
             seed: Seed of the run, for dropout.
             run: Name of the run, which packets must carry.
-            incarnation: Id of this life of the trunk, which packets must carry.
+            incarnation: Identity of one start of the trunk, which packets must carry.
             lease: Seconds for which a forward may wait for its backward.
             budget: Budget of resident memory; none where not given.
             clock: Clock for leases.
@@ -90,6 +93,7 @@ class TrunkServer:
         blocks = Blocks(part)
         self.part = part
         self._committed: dict[str, Tensor] = {}  # former base weights of layers that changed since the last commit
+        self._codec_states: dict[int, dict[str, Tensor]] = {}  # after each client's last round that counted
         self.traffic = Traffic()
         self.counts = RoundCounts()
         self.answers = Answers(codec, self.traffic)
@@ -130,7 +134,7 @@ class TrunkServer:
         return self.begin_forward(packets).done()
 
     def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
-        """Computes one backward of steps whose forward was one, and returns their answers."""
+        """Computes the backward of steps that had a common forward, and returns the answers."""
         return self.begin_backward(packets).done()
 
     def begin_forward(self, packets: Sequence[Packet]) -> Work:
@@ -152,7 +156,7 @@ class TrunkServer:
         return packet.training and self.steps.repeated(packet.key) is not None
 
     def companions(self, key: StepKey) -> set[int]:
-        """Returns the clients whose steps are pending in the same batch as a step; none where it is not pending."""
+        """Returns the clients with a step in the pending batch of a given step; none if no batch has the step."""
         try:
             batch = self._state.pending_batch(key)
         except RefusedStep:
@@ -160,12 +164,11 @@ class TrunkServer:
         return {other.client for other in batch.inputs if self.steps.is_pending(other)}
 
     def leave(self, client: int) -> None:
-        """Frees all that is kept for a client that has ended its round, or is dead."""
+        """Frees everything kept for a client that has ended its round, or is dead."""
         self.counts.abandoned += self.steps.leave(client)
         self._state.admission.leave(client)
         self._state.budget.freed()
         self.adapters.leave(client)
-        self.answers.codec.forget(client)
 
     def expire(self) -> None:
         """Frees forwards and reservations whose lease has run out."""
@@ -178,7 +181,7 @@ class TrunkServer:
         """Ends the round for all clients.
 
         Args:
-            finished: Clients whose round counts; of the others nothing is kept.
+            finished: Clients whose round counts. State of further clients is dropped.
 
         Returns:
             Counts of the round.
@@ -186,7 +189,40 @@ class TrunkServer:
         for client in self.steps.busy():
             self.leave(client)
         self.adapters.end_round(finished)
+        self._settle_codec(finished)
         return self.counts.take()
+
+    def _settle_codec(self, finished: Sequence[int]) -> None:
+        """Keeps the codec's state for clients whose round counts, and restores the earlier state for the rest."""
+        live = self.answers.codec.state()
+        if not (live or self._codec_states):
+            return
+        self._codec_states |= {client: copy_of_state(live[client]) for client in finished if client in live}
+        self.answers.codec.restore(self._codec_states)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Returns the state of the optimisers, and after a prefix the codec's state of each client."""
+        of_codec = {
+            f"{_CODEC}{client}/{name}": tensor
+            for client, state in self._codec_states.items()
+            for name, tensor in state.items()
+        }
+        return {**self.adapters.moments(), **of_codec}
+
+    def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Sets the shared adapter, the optimisers and the codec to what `adapters.read` and `moments` returned earlier.
+
+        Args:
+            tensors: Shared adapter by exported name.
+            moments: Result of `moments`.
+        """
+        of_optimizers = {name: value for name, value in moments.items() if not name.startswith(_CODEC)}
+        self.adapters.restore(tensors, of_optimizers)
+        self._codec_states = {}
+        for full_name in moments.keys() - of_optimizers.keys():
+            client, _, name = full_name.removeprefix(_CODEC).partition("/")
+            self._codec_states.setdefault(int(client), {})[name] = moments[full_name]
+        self.answers.codec.restore(self._codec_states)
 
     def inference(self, client: int, snapshot: AdapterSnapshot | None = None) -> tuple[Trunk, AdapterSnapshot]:
         """Returns the part without dropout, ready to compute until the next call of this object.

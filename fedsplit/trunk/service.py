@@ -1,6 +1,6 @@
 """The trunk as a service: takes packets and control messages from any thread, and decides in one what comes next.
 
-Knows neither Ray nor sockets; a door hands it what comes, and gives it a thread.
+The service knows neither Ray nor sockets. A door passes packets and messages in, and provides the thread.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fedsplit.wire.steps import SpoiledStep
 
 
 class Observer(Protocol):
-    """Sees every packet that comes to a trunk, and every answer that goes out.
+    """Observer of all packets that reach a trunk, and of all answers.
 
     Both methods run on the thread that decides, so they need no locks and should be quick. An exception that one of
     them raises becomes the answer to the packet; raised by `before`, it keeps the trunk from serving the packet.
@@ -49,11 +49,11 @@ class Observer(Protocol):
     """
 
     def before(self, packet: Packet) -> None:
-        """Called when a packet has come, before it is served or waits for others."""
+        """Receives a packet on arrival, before the packet is served or waits."""
         ...
 
     def after(self, packet: Packet, answer: Answer) -> None:
-        """Called with the answer to a packet, or with the reason why there is none, before it goes out."""
+        """Receives the answer to a packet, or the error in place of an answer, before it is sent."""
         ...
 
 
@@ -63,7 +63,7 @@ class _Call:
 
     Attributes:
         do: Does it.
-        has_to_wait: Returns True while it must wait for workers. Once it waits, nothing new is begun before it.
+        has_to_wait: Returns True while the call must wait for workers. No later work begins before a waiting call.
     """
 
     do: Callable[[], None]
@@ -99,7 +99,7 @@ class TrunkService:
             settings: Settings of the trunk.
             threads: Threads that torch may use in each worker.
             workers: 2 to compute a forward and a backward at the same time; 1 to compute in the deciding thread.
-            least_memory: Smallest memory budget in bytes that suffices; 0 where there is no budget.
+            least_memory: Smallest sufficient memory budget in bytes; 0 without a budget.
             observers: Observers of packets and answers.
             clock: Clock for leases and deadlines.
         """
@@ -143,7 +143,7 @@ class TrunkService:
         self._post(lambda: done(outcome(lambda: self._carry_out(message))), has_to_wait)
 
     def work(self) -> None:
-        """Waits for a request, a deadline or a lease, and does all that can be done then."""
+        """Waits for a request, a deadline or the end of a lease, and does all work that is then ready."""
         wakes = None if self._dispatcher.is_computing else self.wakes_at()  # a worker that is done will call
         timeout = None if wakes is None else max(0.0, wakes - self._clock())
         with contextlib.suppress(queue.Empty):
@@ -153,7 +153,7 @@ class TrunkService:
             self.take_requests()
 
     def work_now(self) -> bool:
-        """Does the next thing that can be done without waiting; returns False if there was none."""
+        """Does the next piece of work that needs no waiting. Returns False if there was no such work."""
         self.take_requests()
         return self._advance()
 
@@ -163,7 +163,7 @@ class TrunkService:
             self._do(self._calls.get())
 
     def wakes_at(self) -> float | None:
-        """Returns the time of the next deadline or expiry, at which there may be work without a new request."""
+        """Returns the time of the next deadline or expiry, which may bring work without a request."""
         times = (self._dispatcher.wakes_at(), self._sessions.next_expiry())
         return min((time for time in times if time is not None), default=None)
 
@@ -178,7 +178,7 @@ class TrunkService:
             call.do()
 
     def _advance(self) -> bool:
-        """Does the next thing that can be done now; returns False if there was none."""
+        """Does the next piece of work that is ready. Returns False if nothing was ready."""
         if not self._dispatcher.is_computing:
             self._sessions.expire()
             held = self._held
@@ -188,11 +188,11 @@ class TrunkService:
         return not self._held and self._dispatcher.advance()
 
     def _is_busy(self) -> bool:
-        """Returns True while a call that must run alone has to wait: for workers, or behind another one."""
+        """Returns True while an exclusive call has to wait, for workers or for an earlier exclusive call."""
         return bool(self._held) or self._dispatcher.is_computing
 
     def _serve(self, packet: Packet, done: Done) -> None:
-        """Gives a packet to the dispatcher or to its session, and shows it to the observers."""
+        """Shows a packet to the observers, and passes the packet to the dispatcher or to a session."""
         if self._observers:
             done = self._observed(packet, done)
             refusal = outcome(lambda: self._show_before(packet))
@@ -205,7 +205,7 @@ class TrunkService:
             self._dispatcher.submit(packet, done)
 
     def _observed(self, packet: Packet, done: Done) -> Done:
-        """Returns a function that shows an answer to the observers before it passes it on."""
+        """Returns a function that shows an answer to the observers, and then passes the answer on."""
 
         def show(answer: Answer) -> None:
             failure = outcome(lambda: self._show_after(packet, answer))
@@ -248,9 +248,9 @@ class TrunkService:
             case port.Commit():
                 return self.server.commit()
             case port.ReadMoments():
-                return adapters.moments()
+                return self.server.moments()
             case port.Restore(tensors, moments):
-                return adapters.restore(tensors, moments)
+                return self.server.restore(tensors, moments)
             case port.ReadStatus():
                 return self._status()
         raise TypeError(f"a trunk knows no message {type(message).__name__}")
@@ -302,7 +302,7 @@ def load_service(
     Args:
         config: Configuration of the run.
         run: Name of the run, which packets must carry.
-        incarnation: Id of this life of the trunk, which packets must carry.
+        incarnation: Identity of one start of the trunk, which packets must carry.
         threads: Threads that torch may use in each worker.
         workers: 2 to compute a forward and a backward at the same time.
         adapter: Folder of a finished run's adapter, of which the trunk takes its own layers; a new adapter where not

@@ -1,4 +1,4 @@
-"""Decoding sessions: texts that clients generate through the trunk, which caches attention keys and values for them."""
+"""Decoding sessions: the trunk's key-value caches for texts that clients generate."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Sessions:
 
         Args:
             server: Trunk that has the weights, and counts the bytes.
-            lease: Seconds for which a session may wait for its next token.
+            lease: Seconds for which a session waits for the next token.
             most: Most sessions at once.
             clock: Clock for leases.
         """
@@ -115,7 +115,7 @@ class Sessions:
         return self._go_on(session, packet)
 
     def _begin(self, packet: Packet) -> _Session:
-        """Returns a session for prompts, which is open once they have been computed."""
+        """Returns a new session for prompts. The session is open after the computation of the prompts."""
         key = packet.key
         if key.session in self._over:
             refusal, reason = self._over[key.session]
@@ -179,7 +179,7 @@ class Sessions:
             self._close(name, ExpiredStep, "waited for its next token longer than a lease")
 
     def leave(self, client: int | None = None) -> None:
-        """Ends the sessions of a client that has ended its round, or is dead; all sessions where it is None."""
+        """Ends the sessions of a client that has ended its round or is dead; for None all sessions."""
         for name in [name for name, session in self._open.items() if client in (None, session.client)]:
             self._close(name, StaleStep, "has ended")
 
@@ -198,6 +198,15 @@ class Sessions:
 
 
 def _is_left_padded(mask: Tensor, virtual: int) -> bool:
-    """Returns True if a mask has texts, after so many virtual tokens, that are padded at their beginnings alone."""
-    before, seen = mask.bool().tensor_split([virtual], 1)
-    return bool(before.all() and seen.numel() and seen[:, -1].all() and (seen[:, 1:] >= seen[:, :-1]).all())
+    """Returns True if a mask has padding at the beginnings of the texts alone.
+
+    Args:
+        mask: (B, P + T), 0 on padding.
+        virtual: P, the number of virtual tokens, which precede the text and are never padding.
+    """
+    of_virtual_tokens, of_text = mask.bool().tensor_split([virtual], 1)
+    if not of_text.numel():
+        return False
+    ends_in_text = of_text[:, -1].all()
+    never_falls = (of_text[:, 1:] >= of_text[:, :-1]).all()  # padding, then text, and no padding again
+    return bool(of_virtual_tokens.all() and ends_in_text and never_falls)

@@ -1,4 +1,4 @@
-"""State of a trunk that its forwards and backwards work on together."""
+"""State of a trunk that forwards and backwards share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedsplit.wire.steps import Steps, UnknownStep
 
 @dataclass(frozen=True)
 class TrunkState:
-    """Everything that the steps of a trunk share; see the classes for what each of them does.
+    """Objects that all steps of a trunk share. Each class documents its object.
 
     Attributes:
         seed: Seed of the run, for dropout.

@@ -1,4 +1,4 @@
-"""Counts that a trunk reports: bytes that crossed, events of a round, and the state of its process."""
+"""Reports of a trunk: bytes on the wire, events of a round, and the state of the process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Bytes:
-    """Bytes of tensors that crossed for one purpose.
+    """Bytes of tensors on the wire for one purpose.
 
     Attributes:
         up: Bytes from clients to the trunk.
@@ -29,7 +29,7 @@ class Traffic:
         activation: Hidden states of training steps, with their masks.
         gradient: Gradients of training steps, and what clipping needs.
         evaluation_activation: Hidden states of evaluations.
-        repeated: Requests that came more than once, and their answers.
+        repeated: Bytes of repeated requests and of the answers to them.
         prompt: Hidden states of prompts, where text is generated.
         token: Hidden states of generated tokens.
 
@@ -48,7 +48,7 @@ class Traffic:
     token: Bytes = field(default_factory=Bytes)
 
     def copy(self) -> Traffic:
-        """Returns the counts as they are now; later traffic does not change them."""
+        """Returns a copy of the counts, which later traffic does not change."""
         return copy.deepcopy(self)
 
     def document(self) -> dict[str, int]:
@@ -66,13 +66,13 @@ class RoundCounts:
 
     Attributes:
         steps: Steps that an optimiser made.
-        forwards: Forwards that were computed; several clients' steps in one batch count once.
+        forwards: Number of computed forwards. Steps of several clients in one batch count once.
         backwards: Backwards that were computed.
         recomputed: Forwards that were computed a second time, in the backward.
         waits: Requests that found no memory and were told to ask again.
         late: Gradients that came too late to count.
         expired: Pending steps whose lease ran out.
-        abandoned: Steps that were pending when their client left.
+        abandoned: Number of steps that were pending at the end of the client's round.
         unusable: Steps at a barrier that were not made, since the adapter would not have been finite after them.
 
     Example:
@@ -109,7 +109,7 @@ class TrunkStatus:
     """State of a trunk and of its process.
 
     Attributes:
-        incarnation: Id of this life of the trunk, which packets must carry; a restarted trunk has another one.
+        incarnation: Identity of one start of the trunk, which packets must carry. A restart changes the identity.
         traffic: Bytes that have crossed so far.
         resident_memory: Resident memory of the process, in bytes.
         peak_memory: Largest resident memory that the process has had, in bytes.

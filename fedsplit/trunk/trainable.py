@@ -1,4 +1,4 @@
-"""An adapter that the trunk trains: every step of its optimiser publishes a snapshot that never changes."""
+"""Trainable adapters of the trunk: every step of the optimiser makes a snapshot, which never changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AdapterSnapshot = dict[str, Tensor]
 
 
 class Unusable(ArithmeticError):
-    """Raised for a step of the optimiser that was not made, since it would leave values that are not finite."""
+    """A step of the optimiser was not made, since the adapter would hold values that are not finite."""
 
 
 class TrainableAdapter:
@@ -53,11 +53,11 @@ class TrainableAdapter:
             settings: Settings of the optimiser.
             learns: False for an adapter that is used and never trained.
             task: Instructions of the strategy.
-            own: Control variate of the client whose adapter this is.
+            own: Control variate of the client that the adapter belongs to.
             device: Device that computes with it. Snapshots live there; everything else that is passed in or returned
                 is on the CPU.
             budget: Budget of the ranks that are allocated after each step; None where ranks are fixed.
-            stage: Gradient stage of the strategy, for this adapter and this round alone.
+            stage: Gradient stage of the strategy, for the adapter and one round.
             kept: State that the stage kept of the client's last round.
         """
         start, task = put(start, device), task or Task()

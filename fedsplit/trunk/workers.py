@@ -46,12 +46,12 @@ class Workers(Protocol):
     """Computes elsewhere, while the thread that asked goes on."""
 
     def start(self, worker: str, compute: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Has a worker compute; `done` is then called with the result, or with the exception that was raised."""
+        """Starts a computation on a worker, and calls `done` with the result or the exception."""
         ...
 
 
 def outcome(compute: Callable[[], Any]) -> Any:
-    """Returns the result of a computation, or the exception that it raises.
+    """Returns the result of a computation, or its exception.
 
     Example:
         >>> outcome(lambda: 1 + 1), outcome(lambda: 1 / 0)
@@ -70,8 +70,8 @@ def run_until_defect(work: Callable[[], object], threads: int) -> None:
     that is gone they would wait for ever.
 
     Args:
-        work: One piece of work, such as one call out of a queue.
-        threads: Threads that torch may use for it.
+        work: Function that does one piece of work, such as a call from a queue.
+        threads: Number of threads that torch may use for the work.
     """
     torch.set_num_threads(threads)  # OpenMP keeps the number separately for each thread that asks
     try:
@@ -83,14 +83,14 @@ def run_until_defect(work: Callable[[], object], threads: int) -> None:
 
 
 class WorkerThreads:
-    """Threads by name, each of which computes what is queued for it, in order."""
+    """Threads by name. Each thread computes the calls in its queue, in order."""
 
     def __init__(self, names: Iterable[str], threads: int, post: Callable[[Callable[[], None]], None]) -> None:
         """Starts the threads; they end with the process.
 
         Args:
             names: Names of the workers.
-            threads: Threads that torch may use in each of them.
+            threads: Number of threads that torch may use in each thread.
             post: Hands a call to the thread that asked.
         """
         self._post = post

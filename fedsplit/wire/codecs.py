@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -89,8 +90,20 @@ class Codec(ABC):
             MalformedPacket: No encoder makes such arrays or such a header.
         """
 
-    def forget(self, client: int) -> None:  # noqa: B027  # a codec without state has nothing to do
-        """Drops the state of a client that has ended its round, or is dead."""
+    def state(self) -> Mapping[int, Mapping[str, Tensor]]:
+        """Returns the state of each client, by any names; nothing for a codec without state.
+
+        Called between rounds. Each side keeps the state of a client whose round counts: a client on its disk, the trunk
+        in the run's checkpoint.
+        """
+        return {}
+
+    def restore(self, states: Mapping[int, Mapping[str, Tensor]]) -> None:  # noqa: B027  # nothing without state
+        """Replaces the state of all clients by what `state` returned after an earlier round.
+
+        Args:
+            states: State by client, with tensors on the CPU. Clients that are missing have none.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,8 @@ class CodecMemory(Generic[State]):
 
     - Each stream has its own: `Role.stream`.
     - A step that is encoded again finds the state as it was at the first time.
-    - Rounds, and attempts at a round, begin without state, so that a repeated or resumed round gives the same.
+    - Every attempt at a round begins with the state at the end of the client's last round that counted: both sides call
+      `restore` between rounds, with what `states` returned then. So a repeated or resumed round gives the same.
     - Evaluations neither find nor leave any.
 
     Example:
@@ -123,26 +137,46 @@ class CodecMemory(Generic[State]):
 
     def __init__(self) -> None:
         """Starts without state."""
-        self._entries: dict[Stream, _Entry[State]] = {}
+        self._start: dict[Stream, State] = {}
+        self._entries: dict[Stream, _Entry[State]] = {}  # of this round
 
     def before(self, role: Role) -> State | None:
-        """Returns the state before a step; None at the first step of a round, and in evaluations."""
-        entry = self._entries.get(role.stream)
-        if entry is None or not role.training:
+        """Returns the state before a step; None at a client's first step, and in evaluations."""
+        if not role.training:
             return None
-        if entry.key == role.key:
+        entry = self._entries.get(role.stream)
+        if entry is not None and entry.key == role.key:
             return entry.before
-        is_same_round = (entry.key.round, entry.key.attempt) == (role.key.round, role.key.attempt)
-        return entry.after if is_same_round else None
+        if entry is not None and (entry.key.round, entry.key.attempt) == (role.key.round, role.key.attempt):
+            return entry.after
+        return self._start.get(role.stream)
 
     def set_after(self, role: Role, state: State) -> None:
         """Sets the state after a step."""
         if role.training:
             self._entries[role.stream] = _Entry(role.key, self.before(role), state)
 
-    def forget(self, client: int) -> None:
-        """Drops all state of a client."""
-        self._entries = {stream: entry for stream, entry in self._entries.items() if entry.key.client != client}
+    def states(self) -> dict[int, dict[str, State]]:
+        """Returns the newest state of all streams, by client and the rest of the stream, such as "gradient/up/0/0"."""
+        newest = {**self._start, **{stream: entry.after for stream, entry in self._entries.items()}}
+        found: dict[int, dict[str, State]] = {}
+        for (kind, direction, client, batch, micro), state in newest.items():
+            found.setdefault(client, {})[f"{kind}/{direction}/{batch}/{micro}"] = state
+        return found
+
+    def restore(self, states: Mapping[int, Mapping[str, State]]) -> None:
+        """Replaces all state by what `states` returned earlier."""
+        self._entries = {}
+        self._start = {}
+        for client, by_stream in states.items():
+            for name, state in by_stream.items():
+                kind, direction, batch, micro = name.split("/")
+                self._start[kind, direction, client, int(batch), int(micro)] = state
+
+
+def copy_of_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a copy of a client's state, on the CPU, which can be written to a file."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
 def make_codec(name: str) -> Codec:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -109,6 +110,28 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path: Path) -> None:
     before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "killed"))
     assert before["eval_loss"] == after["eval_loss"] and before["tokens"] == after["tokens"]
     assert command("--resume", "killed", cwd=tmp_path).stderr.startswith("fedsplit: rounds: 4 is not possible")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_first_round_begins_again(tmp_path: Path) -> None:
+    """SIGKILL as clients' text lies on their disks: it is named and removed, and the run is as one never killed."""
+    argv = [*TINY, "--clients", "2", "--rounds", "1", "--engine", "local"]
+    call = [sys.executable, "-m", "fedsplit.simulate", *argv, "--out", "killed"]
+    text = tmp_path / "killed" / "clients" / "data" / "0001.safetensors"
+    with subprocess.Popen(call, stdout=subprocess.DEVNULL, cwd=tmp_path) as run:
+        while not text.exists() and run.poll() is None:
+            time.sleep(0.01)
+        run.kill()
+    refused = command(*argv, "--out", "killed", cwd=tmp_path)
+    assert refused.returncode == 2 and "which --resume killed begins again" in refused.stderr
+    done = command("--resume", "killed", "--config", "killed/config.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the run was stopped before its first checkpoint, and begins again\n" in done.stdout
+    assert "removed the text of 2 clients, which a killed run had left in" in done.stdout
+    assert not text.parent.exists()
+    assert command(*argv, "--out", "straight", cwd=tmp_path).returncode == 0
+    one, two = (adapter(tmp_path / name) for name in ("straight", "killed"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 @pytest.mark.slow

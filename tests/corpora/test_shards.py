@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsplit.corpora.sequences import Sequences
-from fedsplit.corpora.shards import Shard, batch, on_disks, read_shard, spread, write_shard
+from fedsplit.corpora.shards import Shard, batch, on_disks, read_shard, remove_left, spread, write_shard
 from fedsplit.state.client_store import LostState
 
 IDS = torch.arange(12).reshape(3, 4)
@@ -78,3 +78,15 @@ def test_spread_covers_evenly(n: int, most: int) -> None:
     assert len(chosen) == min(n, most) == len(set(chosen))
     gaps = [after - before for before, after in zip(chosen, [*chosen[1:], n], strict=True)]
     assert max(gaps) - min(gaps) <= 1
+
+
+def test_data_that_a_killed_command_left_are_counted_and_removed(tmp_path: Path) -> None:
+    """With what was being written; state that a client keeps stays."""
+    assert remove_left(tmp_path) == 0
+    shard = Shard("ann", KINDS["packed"], KINDS["packed"])
+    for client in (0, 3):
+        write_shard(tmp_path, client, shard)
+    (tmp_path / "data" / ".0004.safetensors.88.draft").write_text("half")
+    (tmp_path / "0003").mkdir()
+    assert remove_left(tmp_path) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["0003"]

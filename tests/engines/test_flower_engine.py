@@ -17,6 +17,7 @@ import pytest
 from flwr.serverapp import ServerApp
 
 from fedsplit.engines import flower_engine
+from fedsplit.watchdog import Hung, Watchdog
 
 
 class Federation:
@@ -24,6 +25,7 @@ class Federation:
 
     def __init__(self) -> None:
         self.stop = threading.Event()
+        self.watchdog = Watchdog(0.0)
 
 
 def test_what_ends_the_engine_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +55,22 @@ def test_an_interrupt_is_heard_while_the_engine_runs(monkeypatch: pytest.MonkeyP
 
 RUN = ["--clients", "3", "--rounds", "2", "--train.steps", "20", "--batch-size", "2", "--max-length", "32"]
 RUN += ["--eval.samples", "4", "--lora-rank", "2", "--deterministic", "--workers", "2", "--out", "run"]
+
+
+def test_a_servers_thread_that_hangs_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a strategy never returns: the thread cannot be ended, and is not waited for."""
+    federation = Federation()
+
+    def hangs(*_: object, **__: object) -> None:
+        with federation.watchdog.doing("the strategy"):
+            threading.Event().wait(60)
+
+    monkeypatch.setattr(flower_engine, "_END_SECONDS", 0.1)
+    monkeypatch.setattr(flwr.simulation, "run_simulation", hangs)
+    with pytest.raises(Hung, match=r"^the strategy has not returned"):
+        flower_engine.simulate(federation, ServerApp(), 2)
+    assert federation.stop.is_set()
+
 
 WORKER, TRUNK = "ray::ClientAppActor", "ray::TrunkActor"
 

@@ -20,6 +20,7 @@ from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, In
 from fedsplit.federation.replies import Introduction, introduce
 from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
+from fedsplit.watchdog import Watchdog
 
 BRIEFING = Briefing(run="{}", trunk="t", incarnation="first", threads=1, store="/nowhere")
 ALONE = """
@@ -98,20 +99,20 @@ class Service:
 
 
 def test_clients_answer_one_after_the_other() -> None:
-    clients = LocalClients(Service(), threading.Event())  # type: ignore[arg-type]
+    clients = LocalClients(Service(), threading.Event(), Watchdog(60))  # type: ignore[arg-type]
     assert [one.client for one in clients.meet(BRIEFING, 3)] == [0, 1, 2]
     assert clients.nodes == [ClientNode(1, "owner 0"), ClientNode(2, "owner 1"), ClientNode(3, "owner 2")]
     assert [answer.client for answer in clients.ask(Evaluate(BRIEFING, client) for client in (2, 0))] == [2, 0]
 
 
 def test_a_client_that_cannot_load_its_parts_ends_the_run() -> None:
-    clients = LocalClients(Service(broken=1), threading.Event())  # type: ignore[arg-type]
+    clients = LocalClients(Service(broken=1), threading.Event(), Watchdog(60))  # type: ignore[arg-type]
     with pytest.raises(FederationFailed, match=r"client 1 could not load its parts: ValueError: no luck"):
         list(clients.meet(BRIEFING, 3))
 
 
 def test_a_stop_is_seen_before_the_next_client() -> None:
-    clients = LocalClients(Service(), threading.Event())  # type: ignore[arg-type]
+    clients = LocalClients(Service(), threading.Event(), Watchdog(60))  # type: ignore[arg-type]
     answers = clients.ask(Evaluate(BRIEFING, client) for client in range(3))
     next(answers)
     clients.stop.set()

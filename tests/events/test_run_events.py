@@ -85,6 +85,29 @@ def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypat
     assert [event.round for event in of_kind(sink.events, RoundEnded)] == [0, 1, 2]
 
 
+def test_under_epochs_the_learning_rate_is_the_mean_of_the_clients(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients make different numbers of steps; the rate falls along a line, and is 0 behind the last step."""
+    rows = [{"text": "x" * 40, "president": owner} for owner in "aaaaabb"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values: dict[str, Any] = {
+        "clients": 2,
+        "rounds": 2,
+        "model": str(tiny_models["gpt2"]),
+        "cut": "1:2",
+        "lora.rank": 2,
+    }
+    values |= {"dataset": str(tmp_path / "rows.jsonl"), "partition": "natural", "data.owner": "president"}
+    values |= {"data.packing": "false", "train.max_length": 16, "train.batch_size": 1, "train.epochs": 1}
+    config = build(values | {"train.schedule": "linear", "train.lr": 0.06})
+    federation, lines = federate(config, tmp_path / "run", FedAvg(), monkeypatch)
+    steps = [work.steps for work in federation._job.workloads]
+    assert len(set(steps)) == 2
+    expected = [sum(0.06 * (2 * n - (round * n - 1)) / (2 * n) for n in steps) / 2 for round in (1, 2)]
+    assert [event.learning_rate for event in of_kind(lines.events, RoundTrained)] == pytest.approx(expected)
+
+
 MINE = """
 import json
 from pathlib import Path

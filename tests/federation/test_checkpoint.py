@@ -333,7 +333,7 @@ def test_a_disk_that_fails_at_any_change_costs_the_checkpoint_and_nothing_else(
             disk.change(f"save {path}")
         save_file(tensors, path, metadata)
 
-    for module in ("fedsplit.tensor_files", "fedsplit.adaptation.lora"):
+    for module in ("fedsplit.tensor_files", "fedsplit.adaptation.adapter_files"):
         monkeypatch.setattr(f"{module}.save_file", save)
     folder = kept(tmp_path / "run", tiny_models["gpt2"], keep=1)
     play(folder, 1, 2, after=1.0)

@@ -18,6 +18,7 @@ from fedsplit.federation.messages import Answer, Failure, Request, Train
 from fedsplit.federation.round import Round
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.strategy import load_strategy
+from fedsplit.settings.choices import CODECS
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
 
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("fedex", {"trunk.schedule": "copies"}),  # averages, and folds what averaging misses
     "adaptive": ("fedadam", {}),  # moments at the server
     "flower": ("flwr.serverapp.strategy:FedAdam", {"strategy.eta": 0.01}),  # a strategy that remembers by itself
+    "codec": ("fedavg", {"wire.codec": "top-k"}),  # clients and trunk remember what they held back
 }
 """Strategies by what of them a round changes."""
 
@@ -41,6 +43,7 @@ WORK = ("forwards", "activation", "gradient", "evaluation_activation", "evaluati
 """Beginnings of names of the trunk's work and traffic, which a discarded attempt has caused, too."""
 
 ALWAYS = ("evaluate-shared", "evaluate-folds", "evaluate-control", "evaluate-personal", "evaluate-flower")
+ALWAYS += ("collect-codec", "evaluate-codec")
 ALWAYS += ("begin-folds", "collect-folds", "aggregate-folds")
 """Stages and cases that the fast tests play; the last stage has changed all that any stage changes."""
 
@@ -104,6 +107,12 @@ def discarding(stage: str, out: Path) -> type[Round]:
             return state
 
     return Discarding
+
+
+@pytest.fixture(autouse=True)
+def top_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers the codec."""
+    monkeypatch.setitem(CODECS, "top-k", "top_k:TopK")
 
 
 @pytest.fixture(scope="module")

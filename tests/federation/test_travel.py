@@ -91,7 +91,7 @@ class Played:
         trained = {name: t + round if assignment.task.teaches(name) else t for name, t in found.items()}
         update = ClientUpdate(0, ENDS.with_tensors(trained), 1)
         untrained = self.rule.untrained(found, assignment.task)
-        self.disk[round] = to_keep(start, found, update, untrained, self.rule.personal, kept.control)
+        self.disk[round] = to_keep(start, found, update, untrained, self.rule.personal, kept.control, {})
         if is_accepted:
             self.ledger.accept(0, round, assignment)
             self.own = {name: trained[name] for name in self.rule.personal}

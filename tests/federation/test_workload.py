@@ -67,10 +67,10 @@ def test_predictions_are_those_of_the_sequences_that_are_evaluated(
     config = config_of(tiny_models["gpt2"], tmp_path)
     (shard, _) = partition_of(config).shards
     shard = replace(shard, held_out=shard.train[[0] * 5])
-    assert workloads(config, [shard]) == [Workload(4, 4 * 32, 3 * 31, 2 * 31)]
-    assert workloads(config, [replace(shard, classes=2)]) == [Workload(4, 4 * 32, 3, 2)]
+    assert workloads(config, [shard]) == [Workload(4, 4 * 32, 3 * 31, 2 * 31, 2)]
+    assert workloads(config, [replace(shard, classes=2)]) == [Workload(4, 4 * 32, 3, 2, 2)]
     none = replace(config, eval=replace(config.eval, samples=9, after=0))
-    assert workloads(none, [shard]) == [Workload(4, 4 * 32, 5 * 31, 0)]
+    assert workloads(none, [shard]) == [Workload(4, 4 * 32, 5 * 31, 0, 2)]
 
 
 @pytest.mark.parametrize(

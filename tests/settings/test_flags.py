@@ -243,3 +243,29 @@ def test_a_run_that_goes_on_may_have_more_rounds_and_patience_and_nothing_else(t
     for flags in (["--seed", "4"], ["--config", "x.toml"], ["--strategy.eta", "1"], ["--lr", "0.1"]):
         with pytest.raises(InputError, match=f"{flags[0].lstrip('-').split('-')[-1]}.* cannot be set for a run that"):
             parse(["--resume", str(tmp_path), *flags])
+
+
+def test_a_run_that_goes_on_may_be_given_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However its path is written; a file of the same content is another one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("seed = 3\n")
+    (tmp_path / "other.toml").write_text("seed = 3\n")
+    monkeypatch.chdir(tmp_path)
+    for file in ("run/config.toml", "./run/../run/config.toml", str(tmp_path / "run" / "config.toml")):
+        config = parse(["--resume", "run", "--config", file, "--rounds", "9"])
+        assert (config.seed, config.rounds, config.resume) == (3, 9, "run")
+    for file in ("other.toml", "nowhere.toml"):
+        with pytest.raises(InputError, match=r"^config cannot be set for a run that goes on"):
+            parse(["--resume", "run", "--config", file])
+
+
+def test_checkpoints_have_the_names_people_know() -> None:
+    config = parse(["--checkpoint-every", "5", "--keep-checkpoints", "3"])
+    assert config.checkpoint == parse(["--checkpoint.every", "5", "--checkpoint.keep", "3"]).checkpoint
+    assert (config.checkpoint.every, config.checkpoint.keep) == (5, 3)
+    for flags, name in (
+        (["--checkpoint-every", "0"], "checkpoint.every"),
+        (["--keep-checkpoints", "-1"], "checkpoint.keep"),
+    ):
+        with pytest.raises(InputError, match=rf"^{name}: .* is not possible; allowed: a whole number"):
+            parse(flags)

@@ -40,3 +40,14 @@ def test_who_never_has_anything_to_keep_leaves_no_file(tmp_path: Path) -> None:
     late.save(1, ClientState(), accepted=0)
     late.save(2, ClientState(held=ONE), accepted=1)
     assert late.load(1) == ClientState()
+
+
+def test_rounds_that_checkpoints_go_back_to_stay(tmp_path: Path) -> None:
+    """Those without a file, too: their state was empty, and is not lost."""
+    store = ClientStore(tmp_path, 0)
+    store.save(3, ClientState(), accepted=2, kept=(1, 2))
+    store.save(5, ClientState(held=ONE), accepted=3, kept=(1, 2, 3))
+    assert sorted(path.name[6:10] for path in (tmp_path / "0000").iterdir()) == ["0001", "0002", "0003", "0005"]
+    assert store.load(1) == store.load(3) == ClientState()
+    store.save(6, ClientState(held=ONE), accepted=5, kept=(0, 2))
+    assert sorted(path.name[6:10] for path in (tmp_path / "0000").iterdir()) == ["0002", "0005", "0006"]

@@ -32,3 +32,14 @@ def test_only_files_of_later_rounds_are_forgotten(tmp_path: Path) -> None:
     (tmp_path / "round-x.safetensors").write_text("mine")
     log.forget(9999)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-9999.safetensors", "round-x.safetensors"]
+
+
+def test_changes_are_restored_only_where_they_are_missing(tmp_path: Path) -> None:
+    log = FoldLog(tmp_path)
+    change = LowRank(torch.randn(3, 2), torch.randn(2, 4))
+    log.append(1, {"l": change})
+    log.restore(1, {"l": change.times(2.0)})
+    log.restore(2, {"l": change})
+    log.restore(3, {})
+    assert torch.equal(log.read(1)["l"].up, change.up) and log.read(2).keys() == {"l"}
+    assert not (tmp_path / "round-0003.safetensors").exists()

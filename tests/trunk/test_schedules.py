@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedsplit.settings import config
+from fedsplit.settings import choices
 from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
 
 
@@ -25,7 +25,7 @@ def test_who_waits_for_a_backward(name: str, with_bottom: bool, without_bottom: 
 
 
 def test_the_settings_know_all_schedules() -> None:
-    assert set(config.SCHEDULES) == set(SCHEDULES)
+    assert set(choices.SCHEDULES) == set(SCHEDULES)
 
 
 def test_which_results_do_not_depend_on_who_comes_first() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY
+from local_federation import federate
+from safetensors.torch import load_file
+from top_k import TopK
 from torch import Tensor
 
 from fedsplit.adaptation import lora
@@ -25,37 +29,7 @@ from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import Codec, CodecMemory, Role, make_codec
 from fedsplit.wire.encoded import Encoded, MalformedPacket
 from fedsplit.wire.packets import Packet, StepKey
-
-
-class TopK(Codec):
-    """Sends the largest tenth of a gradient, and adds the rest to the next one (error feedback, 1809.07599)."""
-
-    def __init__(self) -> None:
-        self._residuals = CodecMemory[Tensor]()
-
-    def encode(self, tensor: Tensor, role: Role) -> Encoded:
-        values = tensor.detach().flatten()
-        header = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": tuple(tensor.shape)}
-        if role.kind == "activation":
-            return Encoded({"values": values.numpy()}, header)
-
-        residual = self._residuals.before(role)
-        if residual is not None and residual.shape == values.shape:
-            values = values + residual
-        places = values.abs().topk(math.ceil(len(values) / 10)).indices
-        kept = torch.zeros_like(values).index_copy(0, places, values[places])
-        self._residuals.set_after(role, values - kept)
-        return Encoded({"values": values[places].numpy(), "places": places.int().numpy()}, header)
-
-    def decode(self, encoded: Encoded, role: Role) -> Tensor:
-        values, shape = torch.from_numpy(encoded.array("values")), encoded.fact("shape", tuple)
-        if role.kind == "activation":
-            return values.reshape(shape)
-        places = torch.from_numpy(encoded.array("places")).long()
-        return torch.zeros(math.prod(shape)).index_copy(0, places, values).reshape(shape)
-
-    def forget(self, client: int) -> None:
-        self._residuals.forget(client)
+from strategies.fedavg import FedAvg
 
 
 def role_of(step: int, round: int = 1, client: int = 0, training: bool = True, **key: int) -> Role:
@@ -65,7 +39,7 @@ def role_of(step: int, round: int = 1, client: int = 0, training: bool = True, *
 @pytest.fixture
 def top_k(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers the codec: the one line that a codec needs beside its file."""
-    monkeypatch.setitem(CODECS, "top-k", f"{__name__}:TopK")
+    monkeypatch.setitem(CODECS, "top-k", "top_k:TopK")
 
 
 def train(path: Path, codec: str, steps: int) -> tuple[LocalTrunk, list[Packet], dict[str, Tensor]]:
@@ -134,7 +108,7 @@ def test_a_step_that_is_encoded_again_is_the_same_and_changes_nothing() -> None:
             assert all(np.array_equal(first.arrays[name], again.arrays[name]) for name in first.arrays)
 
 
-def test_a_memory_is_of_one_stream_and_one_attempt_at_a_round() -> None:
+def test_a_memory_is_of_one_stream_and_of_one_attempt_at_a_round() -> None:
     memory = CodecMemory[str]()
     memory.set_after(role_of(0), "one")
     assert memory.before(role_of(1)) == "one"
@@ -142,9 +116,9 @@ def test_a_memory_is_of_one_stream_and_one_attempt_at_a_round() -> None:
     for other in (
         role_of(1, client=1),
         role_of(1, micro=1),
-        role_of(1, batch=1),
         role_of(1, round=2),
         role_of(1, attempt=1),
+        role_of(1, batch=1),
         role_of(1, training=False),
         Role("activation", "up", StepKey(1, 0, 1)),
         Role("gradient", "down", StepKey(1, 0, 1)),
@@ -154,20 +128,75 @@ def test_a_memory_is_of_one_stream_and_one_attempt_at_a_round() -> None:
     assert memory.before(role_of(2)) == "one"
     memory.set_after(role_of(1), "two")
     assert (memory.before(role_of(1)), memory.before(role_of(2))) == ("one", "two")
-    memory.forget(1)
-    assert memory.before(role_of(2)) == "two"
-    memory.forget(0)
+    memory.set_after(role_of(0, client=1, batch=2, micro=3), "other")
+    states = memory.states()
+    assert states == {0: {"gradient/up/0/0": "two"}, 1: {"gradient/up/2/3": "other"}}
+    memory.restore(states)
+    assert memory.before(role_of(0, round=2)) == "two"
+    memory.set_after(role_of(0, round=2), "three")
+    assert memory.before(role_of(1, round=2)) == "three"
+    assert memory.before(role_of(0, round=2, attempt=1)) == "two"  # the round, or this client's part in it, once more
+    assert memory.states()[0] == {"gradient/up/0/0": "three"}
+    assert memory.before(role_of(0, client=1, batch=2, micro=3)) == "other"
+    memory.restore({})
     assert memory.before(role_of(2)) is None
 
 
-def test_the_trunk_forgets_a_client_that_leaves(tiny_models: dict[str, Path], top_k: None) -> None:
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_trunk_keeps_the_state_of_a_client_whose_round_counts(
+    tiny_models: dict[str, Path], top_k: None, counts: bool
+) -> None:
     trunk, _, _ = train(tiny_models["gpt2"], "top-k", steps=2)
     codec = trunk.server.answers.codec
     assert isinstance(codec, TopK)
-    later = Role("gradient", "down", StepKey(1, 0, 9))
-    assert codec._residuals.before(later) is not None
+    later = Role("gradient", "down", StepKey(2, 0, 0))
+    residual = codec._residuals.before(Role("gradient", "down", StepKey(1, 0, 9)))
+    assert residual is not None
     trunk.leave(0)
-    assert codec._residuals.before(later) is None
+    trunk.end_round([0] if counts else [])
+    found = codec._residuals.before(later)
+    moments = trunk.moments()
+    assert ("codec/0/gradient/down/0/0" in moments) == counts
+    if not counts:
+        assert found is None
+        return
+    assert found is not None and torch.equal(found, residual)
+    codec.restore({})
+    trunk.restore(trunk.read().tensors, moments)
+    again = codec._residuals.before(later)
+    assert again is not None and torch.equal(again, residual)
+    trunk.restore(trunk.read().tensors, {name: value for name, value in moments.items() if "codec" not in name})
+    assert codec._residuals.before(later) is None and trunk.moments().keys().isdisjoint({"codec/0/gradient/down/0/0"})
+
+
+@pytest.mark.parametrize("schedule", ["shared", "copies"])
+def test_a_run_resumed_after_each_round_is_the_uninterrupted_one_to_the_bit(
+    tiny_models: dict[str, Path],
+    corpus_file: Path,
+    top_k: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    schedule: str,
+) -> None:
+    """Residuals of both sides go on from round to round; without them the run would be another."""
+    values = {"model": str(tiny_models["gpt2"]), "clients": 3, "rounds": 3, "cut": "1:2", "dataset": str(corpus_file)}
+    values |= {"partition": "natural", "lora.rank": 2, "train.max_length": 16, "train.steps": 2, "train.lr": 0.05}
+    values |= {"train.batch_size": 2, "wire.codec": "top-k", "trunk.schedule": schedule, "fraction": 0.7}
+    config = build(values)
+    federate(config, tmp_path / "straight", FedAvg(), monkeypatch)
+    for rounds in (1, 2, 3):
+        resume = str(tmp_path / "stopped") if rounds > 1 else ""
+        federate(replace(config, rounds=rounds, resume=resume), tmp_path / "stopped", FedAvg(), monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(TopK, "state", Codec.state)
+        patch.setattr(TopK, "restore", lambda self, states: self._residuals.restore({}))
+        federate(config, tmp_path / "forgetful", FedAvg(), monkeypatch)
+    straight, stopped, forgetful = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("straight", "stopped", "forgetful")
+    )
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+    assert not all(torch.equal(tensor, forgetful[name]) for name, tensor in straight.items())
 
 
 def test_what_no_encoder_of_it_makes_is_refused() -> None:

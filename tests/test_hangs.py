@@ -1,0 +1,77 @@
+"""Code of the user's that hangs ends the command with its name, through the real command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedsplit import watchdog
+from fedsplit.commands import simulate
+from fedsplit.corpora import partition
+from fedsplit.settings.documents import build
+
+MINE = """
+import time
+import torch
+from strategies.fedavg import FedAvg
+
+
+class Strategy(FedAvg):
+    def __init__(self, until):
+        self.until = until
+
+    def aggregate(self, state, adapters, updates):
+        self.until -= 1
+        if self.until < 0:
+            time.sleep(600)
+        return super().aggregate(state, adapters, updates)
+
+
+class Objective:
+    calls = 0
+
+    def __call__(self, logits, labels):
+        Objective.calls += 1
+        if Objective.calls > 8:
+            time.sleep(600)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+"""
+
+TINY = ["--clients", "3", "--rounds", "4", "--train.steps", "2", "--batch-size", "2", "--max-length", "32"]
+TINY += ["--eval.samples", "4", "--lora-rank", "2", "--out", "run"]
+
+CASES = {
+    "strategy in its trial": (
+        ("--strategy", "mine.py:Strategy", "--strategy.until", "0", "--startup-deadline", "3"),
+        "the strategy, in its trial round, has not returned for 3 seconds",
+    ),
+    "strategy in the run": (
+        ("--strategy", "mine.py:Strategy", "--strategy.until", "2", "--timeout", "5"),
+        "the strategy, which aggregates the updates of a round, has not returned for 5 seconds",
+    ),
+    "objective": (("--objective", "mine.py:Objective", "--timeout", "5"), "client 2 has not returned for 5 seconds"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_what_hangs_ends_the_command_with_its_name(case: str, tmp_path: Path) -> None:
+    flags, words = CASES[case]
+    (tmp_path / "mine.py").write_text(MINE)
+    call = [sys.executable, "-m", "fedsplit.simulate", "--engine", "local", *TINY, *flags]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr) == (1, f"fedsplit: {words}\n"), done.stdout
+
+
+def test_a_data_set_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def hangs(*_: object) -> None:
+        time.sleep(600)
+
+    monkeypatch.setattr(partition, "partition_of", hangs)
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.05)
+    with pytest.raises(watchdog.Hung, match=r"^the data set has not returned for 1 seconds$"):
+        simulate.check(build({"startup_deadline": 1.0, "out": str(tmp_path / "run")}))

@@ -229,7 +229,7 @@ def to_update(
     report.check_client(reply.client)
     examples = report.count(EXAMPLES, "its number of examples")
     if examples != workload.examples:
-        raise RefusedUpdate(f"{sender} sent {examples} as its number of examples, not {workload.examples}")
+        raise RefusedUpdate(f"{sender} sent {_shown(examples)} as its number of examples, not {workload.examples}")
     report.check_sample(workload)
     report.check_memory()
     router_loss = report.amount("router-loss") if workload.routers else None
@@ -265,7 +265,7 @@ def to_score(reply: Reply, sender: str, workload: Workload, metrics: Collection[
     tokens = report.count(EXAMPLES, "its number of tokens", most=workload.held_out)
     right = report.count("right")
     if not tokens or right > tokens:
-        raise RefusedUpdate(f"{sender} measured {tokens} tokens, {right} of them predicted rightly")
+        raise RefusedUpdate(f"{sender} measured {tokens} tokens, {_shown(right)} of them predicted rightly")
     report.check_sample(workload)
     report.check_memory()
     sums = {name: report.sum_and_count(name) for name in metrics}
@@ -362,7 +362,7 @@ class _Report:
             RefusedUpdate: The client does.
         """
         claimed = self._metrics.get("client")
-        if claimed != client:
+        if type(claimed) is not int or claimed != client:
             raise RefusedUpdate(f"{self._sender} says that it is client {_shown(claimed)}")
 
     def check_memory(self) -> None:

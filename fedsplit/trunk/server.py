@@ -98,9 +98,7 @@ class TrunkServer:
         self.counts = RoundCounts()
         self.answers = Answers(codec, self.traffic)
         self.intake = Intake(part, codec, blocks.device)
-        self.steps: Steps[PendingBatch | UnclippedGradient] = Steps(
-            run, incarnation, lease, clock, clients, rounds
-        )
+        self.steps: Steps[PendingBatch | UnclippedGradient] = Steps(run, incarnation, lease, clock, clients, rounds)
         self.adapters = AdapterRegistry(
             lora.read(part), SCHEDULES[schedule], settings, self.counts, blocks.device, part.rank_budget, stage
         )

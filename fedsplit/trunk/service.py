@@ -235,8 +235,8 @@ class TrunkService:
                 return adapters.assign(starts)
             case port.AssignAgain(client, start):
                 return adapters.assign_again(client, start)
-            case port.ReadCopies():
-                return adapters.copies()
+            case port.ReadCopies(clients):
+                return adapters.copies(clients)
             case port.ReadAdapter():
                 return adapters.read()
             case port.WriteAdapter(tensors, personal):

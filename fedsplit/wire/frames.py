@@ -25,7 +25,7 @@ _LONGEST_HEADER = 2**16
 _LONGEST_WORDS = 2**12
 
 LARGEST_PACKET = 2**34
-"""Most bytes of all arrays of a packet together. Memory is used up only as the bytes arrive, not as they are claimed."""
+"""Most bytes of all arrays of a packet together. Memory is used up as bytes arrive, not as they are announced."""
 
 BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError)
 """Errors that `receive` raises where the other side has hung up, or where what came is no frame."""

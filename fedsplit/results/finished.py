@@ -314,8 +314,8 @@ def as_tasks(adapters: Sequence[Adapter], names: Sequence[str] = ()) -> dict[str
         raise InputError(f"names: {len(names)} for {len(adapters)} adapters ({', '.join(a.name for a in adapters)})")
     chosen = list(names) or [re.sub(r"[^\w-]", "-", adapter.name) for adapter in adapters]
     for name in chosen:
-        if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII) or "lora_" in name:  # PEFT's own names begin so
-            allowed = "up to 64 letters, digits, - and _, without lora_"
+        if not re.fullmatch(r"[\w-]{1,200}", name, re.ASCII) or "lora_" in name:  # PEFT's own names begin so
+            allowed = "up to 200 letters, digits, - and _, without lora_"
             raise InputError(f"names: {shortened(name)} is not possible; allowed: {allowed}")
     folders = [name.lower() for name in chosen]  # names that differ in case only are one folder on some disks
     doubled = [name for name, folder in zip(chosen, folders, strict=True) if folders.count(folder) > 1]

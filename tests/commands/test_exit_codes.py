@@ -212,7 +212,7 @@ def bad_calls(folder: Path, run: Path) -> list[tuple[str, str]]:
         (f"adapters combine {run} {run} --weights 1,nan --out both", "weights: 1,nan is not possible"),
         (f"adapters combine {run} {run} --rank 0 --how svd --out both", "rank: 0 is not possible; " + whole),
         (f"adapters combine {run} {run} --how mean --out both", "argument --how: invalid choice: 'mean'"),
-        (f"adapters export {run} --names ../x --out tasks", "names: ../x is not possible; allowed: up to 64"),
+        (f"adapters export {run} --names ../x --out tasks", "names: ../x is not possible; allowed: up to 200"),
         (f"adapters export {run} {run} --names a,a --out tasks", "names: a is there twice"),
         (f"adapters export {run} {run} --names a,A --out tasks", "names: A is there twice"),
         (f"adapters export {run} --names {'x' * 300} --out tasks", "names: xxx"),

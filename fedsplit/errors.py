@@ -6,6 +6,9 @@ from __future__ import annotations
 class InputError(Exception):
     """Wrong input from a user. The message is the one line to show."""
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
+
 
 class SettingError(InputError):
     """A setting with a value that is not possible.
@@ -30,6 +33,18 @@ class SettingError(InputError):
     # Pickle would call the class with the message alone, which is not what the class takes.
     def __reduce__(self) -> tuple[type[SettingError], tuple[str, object, str]]:
         return SettingError, (self.setting, self.value, self.allowed)
+
+
+def printable(text: str) -> str:
+    r"""Returns a text in which control characters, such as line feeds and escapes, are spaces.
+
+    Texts of a user's files and of clients reach the screen in messages.
+
+    Example:
+        >>> printable("one\n\x1b[31mline")
+        'one  [31mline'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedsplit.errors import printable
 from fedsplit.federation import messages
 from fedsplit.federation.messages import ADAPTERS, CONTROL, EXAMPLES, METRIC, Reply
 from fedsplit.federation.workload import Workload
@@ -134,9 +135,7 @@ def _parsed(reply: Reply) -> Introduction:
         raise TypeError("its client is no number")
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         raise TypeError(f"its name is no text of 1 to {LONGEST_NAME} characters")
-    # A line feed or an escape sequence in a name would reach the screen with the name.
-    printable = "".join(character if character.isprintable() else " " for character in name)
-    return Introduction(client, printable, _counts_of(about["parameters"]), start)
+    return Introduction(client, printable(name), _counts_of(about["parameters"]), start)
 
 
 def _counts_of(parameters: Any) -> Mapping[str, Mapping[str, int]]:

@@ -34,7 +34,7 @@ def _convert(setting: Setting, value: object) -> Any:
     except (TypeError, ValueError, OverflowError):
         is_allowed = False
     if not is_allowed:
-        raise SettingError(setting.name, _short(value), setting.words)
+        raise SettingError(setting.name, short(value), setting.words)
     return converted
 
 
@@ -126,7 +126,7 @@ def _object(value: object) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """Returns a value as error messages show it."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of many digits"
@@ -164,10 +164,13 @@ def build(
     fields: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
         if name not in SETTINGS:
-            raise InputError(f"there is no setting {name}; {suggest(name, SETTINGS)}")
+            raise InputError(f"there is no setting {short(name)}; {suggest(name, SETTINGS)}")
         setting = SETTINGS[name]
         fields[setting.section][setting.field] = _convert(setting, value)
 
+    for name, table in zip(OPTIONS, (options, objective_options, metric_options, sink_options), strict=True):
+        if table is not None and not isinstance(table, Mapping):
+            raise SettingError(OPTIONS[name], short(table), "a table of options")
     given = {
         "strategy": options or {},
         "objective": objective_options or {},

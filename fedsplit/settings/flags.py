@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol
 
 from fedsplit.errors import InputError, SettingError
 from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
-from fedsplit.settings.documents import build, by_key, dotted, suggest
+from fedsplit.settings.documents import build, by_key, dotted, short, suggest
 from fedsplit.settings.fields import Setting
 
 MAY_DIFFER = (
@@ -200,7 +200,7 @@ def options_of(rest: Sequence[str], parser: Parser, settings: Collection[str] = 
         setting = _BY_ALIAS.get(given, given)
         if not flag.startswith("--") or not key or setting not in settings:
             known = [flag for action in parser._actions for flag in action.option_strings]
-            raise InputError(f"there is no flag {flag}; {suggest(flag, known)}")
+            raise InputError(f"there is no flag {short(flag)}; {suggest(flag, known)}")
         if not words:
             raise InputError(f"{flag}: expected a value after it")
         options[setting][key] = _toml_value(words.pop(0))

@@ -279,8 +279,9 @@ VALUES = st.recursive(
 NAMES = st.sampled_from([*SETTINGS, *SECTIONS, *OPTIONS.values()]) | st.text(max_size=9)
 
 
-def one_line(error: Exception) -> bool:
-    return bool(str(error)) and len(str(error).splitlines()) == 1 and len(str(error)) < 1500
+def one_line(refused: InputError) -> bool:
+    """Returns True if each of the errors has one line for the screen."""
+    return all(str(error).isprintable() and 0 < len(str(error)) < 1500 for error in refused.errors)
 
 
 @settings(max_examples=100)

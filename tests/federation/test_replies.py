@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.federation import replies
-from fedsplit.federation.messages import ADAPTERS, Reply, measured, trained
+from fedsplit.federation.messages import ADAPTERS, CLIENT_LOST, LATE, TRUNK_LOST, Failure, Reply, measured, trained
 from fedsplit.federation.replies import LARGEST_CHANGE, Control, Introduction
 from fedsplit.federation.workload import Workload
 from fedsplit.scores import Score, means
@@ -338,3 +338,12 @@ def test_whatever_numbers_a_client_reports_they_are_usable_or_refused(metrics: d
         assert all(mean is None or math.isfinite(mean) for mean in means(score.metrics).values())
     except RefusedUpdate as refused:
         assert str(refused).startswith("client 2 (bob) ") and len(str(refused)) < 300
+
+
+def test_a_failure_is_one_line_and_only_the_engine_knows_who_is_lost_or_late() -> None:
+    """A client that says so of itself would have the round of all played again."""
+    for kind in (CLIENT_LOST, LATE, "", "no name", "x\ny"):
+        assert replies.reported_failure(3, kind, "a\nb\x1b[2J") == Failure(3, "Failed", "a b [2J")
+    assert replies.reported_failure(3, TRUNK_LOST, "gone") == Failure(3, TRUNK_LOST, "gone")
+    long = replies.reported_failure(3, "x" * 10**6, "y" * 10**6)
+    assert (len(long.kind), len(long.reason)) == (100, 2000)

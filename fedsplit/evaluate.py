@@ -7,9 +7,9 @@ from fedsplit.shutdown import listen
 if __name__ == "__main__":
     listen()
 
-from fedsplit.commands.evaluate import main
+from fedsplit.commands.evaluate import held_out_loss, main
 
-__all__ = ["main"]
+__all__ = ["held_out_loss", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -59,6 +59,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_here(path: str, flags: int) -> int:
+    """Opens a file for `open(..., opener=open_here)`. A symbolic link is not followed, and is an OSError.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "link").symlink_to(folder / "elsewhere")
+        >>> open(folder / "link", "w", opener=open_here)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        OSError: [Errno 40] Too many levels of symbolic links: ...
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Replaces a file in one step. The caller writes the draft; at the end of the context the draft becomes the file.
@@ -84,6 +98,7 @@ def replacing(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # by process, as several may write the same file
     with writing(path):
         try:
+            draft.unlink(missing_ok=True)  # a symbolic link would be followed
             yield draft
             sync(draft)
             draft.rename(path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedsplit.errors import InputError
@@ -36,6 +38,27 @@ def quieten(offline: bool = True) -> None:
     for name, value in variables.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Makes files and folders that are written inside the context accessible to their user alone.
+
+    Processes that are started inside the context inherit this. A umask that is stricter stays as strict. All threads of
+    the process have the same umask.
+
+    Example:
+        >>> with private_files():
+        ...     inside = os.umask(0o077)
+        >>> inside & 0o077 == 0o077
+        True
+    """
+    before = os.umask(0o077)
+    os.umask(before | 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 ENVIRONMENT = {

@@ -75,3 +75,11 @@ def test_a_full_disk_is_named_alike_whoever_finds_it() -> None:
             writing(Path("x")),
         ):
             raise error
+
+
+def test_a_draft_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / f".summary.json.{os.getpid()}.draft").symlink_to(tmp_path / "mine")
+    write_text(tmp_path / "summary.json", "{}")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "summary.json").is_symlink() and (tmp_path / "summary.json").read_text() == "{}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedsplit import environment
-from fedsplit.environment import ENVIRONMENT, QUIET, check_closed, prefer_installed, prepare, quieten
+from fedsplit.environment import ENVIRONMENT, QUIET, check_closed, prefer_installed, prepare, private_files, quieten
 from fedsplit.errors import InputError
 
 
@@ -82,3 +82,14 @@ def test_the_hub_is_asked_only_where_that_may_be(offline: bool) -> None:
     assert heard == []
     assert os.environ.items() >= QUIET.items()
     assert ("HF_HUB_OFFLINE" in os.environ) == offline
+
+
+@pytest.mark.parametrize(("umask", "inside"), [(0o022, 0o077), (0o000, 0o077), (0o277, 0o277)])
+def test_files_are_the_users_alone_or_as_the_umask_if_stricter(umask: int, inside: int) -> None:
+    before = os.umask(umask)
+    try:
+        with private_files():
+            assert os.umask(inside) == inside
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)

@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
-from fedsplit.environment import prefer_installed
+from fedsplit.environment import prefer_installed, private_files
 from fedsplit.errors import InputError
 from fedsplit.settings.flags import DEBUG
 from fedsplit.shutdown import Stopped, end_now, stoppable
@@ -45,7 +45,7 @@ def exit_code(work: Callable[[], object], argv: Sequence[str] | None = None) -> 
     _write_what_the_terminal_can()
     with contextlib.nullcontext() if shows_tracebacks else _without_tracebacks():
         try:
-            with stoppable():
+            with stoppable(), private_files():
                 result = work()
                 sys.stdout.flush()  # here, where a closed output is still an error that can be reported
         except Stopped as stopped:

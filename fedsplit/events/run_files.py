@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.durable import NotWritten, Postponed, write_text, writing
+from fedsplit.durable import NotWritten, Postponed, open_here, write_text, writing
 from fedsplit.events.event_types import (
     ClientFailed,
     ClientLost,
@@ -97,7 +97,7 @@ def append_lines(path: Path, lines: Sequence[bytes]) -> None:
     """
     if not lines:
         return
-    with writing(path), open(path, "ab", buffering=0) as file:
+    with writing(path), open(path, "ab", buffering=0, opener=open_here) as file:
         size = file.tell()
         content = b"".join(lines)
         try:

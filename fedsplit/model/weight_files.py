@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from fedsplit.errors import SettingError
+from fedsplit.errors import SettingError, shortened
 
 WEIGHTS = "model.safetensors"
 """File of a model that is not sharded. If a folder has this file and an index, the index is ignored."""
@@ -89,17 +89,21 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     """Returns the shard of each tensor according to the index. transformers reads the index.
 
     Raises:
-        ValueError: The index cannot be read.
+        ValueError: The index cannot be read, or names a file elsewhere.
     """
     from transformers.utils.hub import get_checkpoint_shard_files  # takes a second to import
 
     try:
         _, facts = get_checkpoint_shard_files(str(folder), str(folder / INDEX))
-        return {tensor: folder / shard for tensor, shard in facts["weight_map"].items()}
+        shards = facts["weight_map"]
+        outside = sorted(shard for shard in shards.values() if Path(shard).is_absolute() or ".." in Path(shard).parts)
+        if not outside:
+            return {tensor: folder / shard for tensor, shard in shards.items()}
     except KeyError as error:
         raise ValueError(f"its {INDEX} has no {error.args[0]}") from None
     except (TypeError, AttributeError, ValueError):
         raise ValueError(f"its {INDEX} cannot be read") from None
+    raise ValueError(f"its {INDEX} names {shortened(outside[0])}, which is not in the folder")
 
 
 def _names(file: Path) -> list[str]:

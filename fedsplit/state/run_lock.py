@@ -7,6 +7,7 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
+from fedsplit.durable import open_here
 from fedsplit.errors import SettingError
 
 
@@ -21,10 +22,15 @@ def lock(run: Path, setting: str = "resume") -> IO[bytes]:
         The open file that holds the lock. Closing it frees the lock.
 
     Raises:
-        SettingError: Another process is at work in the folder.
+        SettingError: Another process is at work in the folder, or a folder in it is a symbolic link, so that files
+            elsewhere would be written or removed.
         OSError: The lock's file cannot be opened.
     """
-    file = open(run / "checkpoints" / ".lock", "wb")  # noqa: SIM115  # open for as long as the run lasts
+    folders = [path for path in run.glob("[!.]*") if path.is_dir()]  # drafts are removed without what they point to
+    linked = sorted(path.name for path in folders if path.is_symlink())
+    if linked:
+        raise SettingError(setting, f"{run} ({linked[0]} is a symbolic link)", "a run whose folders are all its own")
+    file = open(run / "checkpoints" / ".lock", "wb", opener=open_here)  # noqa: SIM115  # open for as long as the run lasts
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

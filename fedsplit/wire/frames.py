@@ -6,11 +6,12 @@ the order in which the header names them. An answer has the number of its reques
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,11 +22,15 @@ from fedsplit.wire.packets import Packet, StepKey, check_form
 from fedsplit.wire.steps import RefusedStep
 
 _PREFIX = struct.Struct("<QI")
+_PAUSE = struct.Struct("@ll")
 _LONGEST_HEADER = 2**16
 _LONGEST_WORDS = 2**12
 
 LARGEST_PACKET = 2**34
 """Most bytes of all arrays of a packet together. Memory is used up as bytes arrive, not as they are announced."""
+
+LONGEST_PAUSE = 600.0
+"""Seconds in which a frame that has begun must go on. Between frames a connection may be silent for ever."""
 
 BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError)
 """Errors that `receive` raises where the other side has hung up, or where what came is no frame."""
@@ -125,9 +130,34 @@ def receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
     number, length = _PREFIX.unpack(read(connection, _PREFIX.size))
     if length > _LONGEST_HEADER:
         raise ValueError("a header is too long")
+    with _without_long_pauses(connection):
+        return number, _rest(connection, length)
+
+
+@contextlib.contextmanager
+def _without_long_pauses(connection: socket.socket) -> Iterator[None]:
+    """Makes reading fail where no byte comes for `LONGEST_PAUSE` seconds. Sending, by other threads, is not limited."""
+    seconds, fraction = divmod(LONGEST_PAUSE, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PAUSE.pack(int(seconds), int(fraction * 1e6)))
+    try:
+        yield
+    finally:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PAUSE.pack(0, 0))
+
+
+def _rest(connection: socket.socket, length: int) -> Packet | Exception:
+    """Reads what follows the prefix of a frame.
+
+    Args:
+        connection: Where from.
+        length: Bytes of the header.
+
+    Raises:
+        Others of `BROKEN`: The bytes that came are no frame, or stopped coming.
+    """
     header = json.loads(read(connection, length))
     if "error" in header:
-        return number, _error_named(header["error"])(str(header["words"]))
+        return _error_named(header["error"])(str(header["words"]))
 
     forms = {name: _forms(tensor["arrays"]) for name, tensor in header["tensors"].items()}
     if sum(nbytes for arrays in forms.values() for _, _, nbytes in arrays.values()) > LARGEST_PACKET:
@@ -139,7 +169,7 @@ def receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
     for encoded in tensors.values():
         for array in encoded.arrays.values():
             _fill(connection, _bytes_of(array))
-    return number, packet
+    return packet
 
 
 def _forms(arrays: Mapping[str, Sequence[Any]]) -> dict[str, tuple[np.dtype, list[int], int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -323,3 +324,43 @@ def test_all_errors_of_a_call_are_reported_together(
     assert len(lines) == len(messages), lines
     for line, message in zip(lines, messages, strict=True):
         assert line.startswith(f"fedsplit: {message}"), lines
+
+
+def test_whatever_a_command_writes_is_for_its_user_alone(
+    corpus_file: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The umask would let everybody read it. Clients' text is looked at while the run trains."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(LOOKS)
+    run = f"simulate --engine local --model {tiny_models['gpt2']} --dataset {corpus_file} --clients 2 --rounds 1"
+    run += " --cut 1:2"
+    run += " --train.steps 1 --batch-size 1 --max-length 16 --partition natural --out run --sink mine.py:Looks"
+    before = os.umask(0o022)
+    try:
+        assert main(run.split()) == 0
+        assert main(["adapters", "merge", "run", "--out", "merged"]) == 0
+        assert main(["adapters", "export", "run", "--out", "tasks"]) == 0
+    finally:
+        os.umask(before)
+    text = [line.rpartition(" ") for line in (tmp_path / "seen").read_text().splitlines()]
+    assert {name for name, _, _ in text} >= {"run/clients", "run/clients/data/0000.safetensors"}
+    modes = {name: int(mode, 8) for name, _, mode in text}
+    for folder in ("run", "merged", "tasks"):
+        paths = [tmp_path / folder, *(tmp_path / folder).rglob("*")]
+        modes |= {str(path): path.stat().st_mode & 0o777 for path in paths}
+    assert len(modes) > 20
+    assert {name: oct(mode) for name, mode in modes.items() if mode & 0o077} == {}
+
+
+LOOKS = """
+from pathlib import Path
+
+class Looks:
+    def handle(self, event):
+        paths = [path for path in Path("run").rglob("*") if path.exists()]
+        with open("seen", "a") as seen:
+            seen.writelines(f"{path} {path.stat().st_mode & 0o777:o}\\n" for path in paths)
+
+    def close(self):
+        pass
+"""

@@ -88,3 +88,11 @@ def test_events_wait_while_a_disk_is_full_and_lose_neither_lines_nor_order(tmp_p
         sink.handle(aggregated(5))
     sink.close()
     assert rounds_in(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_events_are_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "mine")
+    with pytest.raises(NotWritten, match="symbolic links"):
+        append_lines(tmp_path / "metrics.jsonl", [b"{}\n"])
+    assert (tmp_path / "mine").read_text() == "mine"

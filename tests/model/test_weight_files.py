@@ -148,6 +148,14 @@ def has_a_broken_index(folder: Path) -> str:
     return r"its model\.safetensors\.index\.json cannot be read"
 
 
+def has_an_index_that_leaves_the_folder(folder: Path) -> str:
+    shard(folder)
+    document = index_of(folder)
+    document["weight_map"][FIRST] = "../elsewhere.safetensors"
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, **document}))
+    return r"its model\.safetensors\.index\.json names \.\./elsewhere\.safetensors, which is not in the folder"
+
+
 def has_names_in_its_index_that_are_no_text(folder: Path) -> str:
     shard(folder)
     (folder / INDEX).write_text('{"metadata": {}, "weight_map": {"a": 1}}')
@@ -161,6 +169,7 @@ def has_names_in_its_index_that_are_no_text(folder: Path) -> str:
         has_a_part_of_the_weights_in_the_single_file,
         has_an_index_without_metadata,
         has_a_broken_index,
+        has_an_index_that_leaves_the_folder,
         has_names_in_its_index_that_are_no_text,
     ],
 )

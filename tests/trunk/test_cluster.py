@@ -86,6 +86,7 @@ from pathlib import Path
 from fedsplit.environment import prepare
 prepare()
 from fedsplit.trunk import cluster
+import psutil
 import ray
 
 @ray.remote
@@ -98,6 +99,11 @@ for _ in range(2):  # a second cluster in the same process
         outer = session.parent.parent
         assert outer.parent == Path("/tmp"), outer
         assert outer.stat().st_mode & 0o777 == 0o700, oct(outer.stat().st_mode)
+        token = os.environ["RAY_AUTH_TOKEN"]
+        commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+        assert commands and not [command for command in commands if token in command]
+        logs = [path for path in outer.rglob("*") if path.is_file()]
+        assert logs and not [path for path in logs if token.encode() in path.read_bytes()]
     assert not outer.exists()
 print("gone")
 """

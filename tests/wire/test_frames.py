@@ -226,3 +226,16 @@ def test_a_header_that_claims_to_be_long_is_not_waited_for(length: int) -> None:
     with here, there, pytest.raises(ValueError, match="a header is too long"):
         here.sendall(PREFIX.pack(0, length))
         frames.receive(there)
+
+
+@pytest.mark.parametrize("begun", [PREFIX.pack(7, 100), PREFIX.pack(7, 100) + b"{"])
+def test_a_frame_that_stops_halfway_is_given_up(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "LONGEST_PAUSE", 0.01)
+    here, there = socket.socketpair()
+    with here, there:
+        here.sendall(begun)
+        with pytest.raises(frames.BROKEN):
+            frames.receive(there)
+        assert there.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == bytes(
+            16
+        )  # between frames there is no limit

@@ -279,6 +279,7 @@ def test_who_did_not_train_its_copy_of_the_trunk_is_left_out(tmp_path: Path) -> 
     assigned = {client: Assignment(state.ledger.start) for client in range(3)}
     found = training.train(parties, state, 1, assigned, Attempt())
     assert is_left_out_alone(found, parties.emit.lines)  # type: ignore[attr-defined]
+    assert parties.trunk.left == [1]  # type: ignore[attr-defined]
     assert "trained its copy of the trunk for 0 steps, not 2" in parties.emit.lines[0]  # type: ignore[attr-defined]
 
 

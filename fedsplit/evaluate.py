@@ -2,6 +2,11 @@
 
 import sys
 
+from fedsplit.shutdown import listen
+
+if __name__ == "__main__":
+    listen()
+
 from fedsplit.commands.evaluate import held_out_loss, main
 
 __all__ = ["held_out_loss", "main"]

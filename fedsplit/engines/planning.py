@@ -89,8 +89,6 @@ def _plan_local(config: Config, width: int) -> Plan:
         raise SettingError(
             "trunk.group", config.trunk.group, "1 with the engine local, which plays one client at a time"
         )
-    if config.workers > 1:
-        raise SettingError("workers", config.workers, "0 or 1 with the engine local")
     if config.trunk.memory:
         allowed = "no limit with the engine local, where the trunk has no process of its own"
         raise SettingError("trunk.memory", config.trunk.memory, allowed)
@@ -98,6 +96,8 @@ def _plan_local(config: Config, width: int) -> Plan:
     if config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every):
         return replace(alike, workers=1, trunk_lanes=1)  # threads and micro-batches decide how sums are rounded
     cores = _available_cores()
+    if config.workers != 1 and alike.workers > 1:
+        return replace(alike, trunk_lanes=1)
     return Plan(
         workers=1,
         client_threads=config.threads or cores,

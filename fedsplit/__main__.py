@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0].startswith("-"):  # `fedsplit --clients 4` runs a federation
         words.insert(0, "simulate")
     if words[0] not in COMMANDS:
-        return exit_code(lambda: _refuse(words[0]))
+        return exit_code(lambda: _refuse(words[0]), words)
     module = import_module(f"fedsplit.commands.{words[0]}")
     code: int = module.main(words[1:])
     return code

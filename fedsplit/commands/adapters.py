@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
-from fedsplit.errors import InputError, SettingError
+from fedsplit.errors import ErrorCollector, InputError, SettingError
 from fedsplit.results.finished import (
     ADAPTER_FILES,
     Adapter,
@@ -229,14 +229,22 @@ def _unmerge(flags: argparse.Namespace) -> list[str]:
 
 def _combine(flags: argparse.Namespace) -> list[str]:
     """Writes the weighted sum of adapters, and returns the line to show."""
+    collector = ErrorCollector()
     if len(flags.runs) < 2:
-        raise InputError("combine: one adapter is not possible; allowed: two or more")
-    weights = _weights(flags.weights, len(flags.runs))
+        collector.extend([InputError("combine: one adapter is not possible; allowed: two or more")])
+    with collector.collecting():
+        weights = _weights(flags.weights, len(flags.runs))
     if flags.rank is not None and (flags.how != "svd" or flags.rank < 1):
-        raise SettingError("rank", flags.rank, "a whole number of at least 1, with --how svd")
-    adapters = [_with_base(find_adapter(folder), flags.model) for folder in flags.runs]
+        collector.extend([SettingError("rank", flags.rank, "a whole number of at least 1, with --how svd")])
+    adapters = []
+    for folder in flags.runs:
+        with collector.collecting():
+            adapters.append(_with_base(find_adapter(folder), flags.model))
+    with collector.collecting():
+        _check_out(flags.out)
+    collector.check()
+
     check_same_base(adapters)
-    _check_out(flags.out)
     from fedsplit.results.combining import combine
 
     rank = combine(adapters, weights, flags.how, flags.out, flags.rank)
@@ -247,15 +255,20 @@ def _combine(flags: argparse.Namespace) -> list[str]:
 def _export(flags: argparse.Namespace) -> list[str]:
     """Writes a folder of adapters for PEFT, and returns the Python lines that open them."""
     adapters = []
+    collector = ErrorCollector()
     for folder in flags.runs:
-        adapters.append(find_adapter(folder))
-        is_run = not (folder / ADAPTER_FILES[0]).is_file()
-        if is_run:
-            run = open_run(folder)
-            adapters += [run.adapter(client) for client in run.personal]
+        with collector.collecting():
+            adapters.append(find_adapter(folder))
+            is_run = not (folder / ADAPTER_FILES[0]).is_file()
+            if is_run:
+                run = open_run(folder)
+                adapters += [run.adapter(client) for client in run.personal]
+    with collector.collecting():
+        _check_out(flags.out)
+    collector.check()
+
     check_same_base(adapters)
     tasks = as_tasks(adapters, flags.names.split(",") if flags.names else ())
-    _check_out(flags.out)
     from fedsplit.durable import write_folder
     from fedsplit.results.fitting import read_known
     from fedsplit.results.whole import check_same_head
@@ -368,4 +381,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         quieten()
         print(*flags.work(flags), sep="\n")
 
-    return exit_code(work)
+    return exit_code(work, argv)

@@ -5,11 +5,12 @@ Checks that concern one module only are `check_` functions in that module.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fedsplit.adaptation.methods import ADAPTER_METHODS, check_method
 from fedsplit.adaptation.rank_budget import check_budget
-from fedsplit.errors import SettingError
+from fedsplit.errors import SettingError, check_all
 from fedsplit.federation.strategy import traits_of
 from fedsplit.model.families import STACKED, Facts
 from fedsplit.model.sources import config_folder
@@ -69,72 +70,83 @@ def check_training(config: Config) -> None:
     """Checks that no setting of local training is given where it would have no effect.
 
     Raises:
-        SettingError: A setting would have no effect.
+        InputError: A setting would have no effect. All errors are reported together.
     """
+    check_all(_wrong_training(config))
+
+
+def _wrong_training(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting of local training that would have no effect."""
     train = config.train
     if config.trunk.schedule == "batched":
         reason = "under the trunk schedule batched, where the trunk's gradient is of no single client's step"
         if train.accumulation > 1:
-            raise SettingError("train.accumulation", train.accumulation, f"1 {reason}")
+            yield SettingError("train.accumulation", train.accumulation, f"1 {reason}")
         if train.clip:
-            raise SettingError("train.clip", train.clip, f"0 {reason}")
+            yield SettingError("train.clip", train.clip, f"0 {reason}")
 
     total_steps = config.rounds * train.steps
     if train.warmup >= 1 and not train.epochs and train.warmup > total_steps:
-        raise SettingError("train.warmup", f"{train.warmup:g}", f"up to {total_steps}, a client's steps in all rounds")
-    _check_optimizer(train)
+        yield SettingError("train.warmup", f"{train.warmup:g}", f"up to {total_steps}, a client's steps in all rounds")
+    yield from _wrong_optimizer(train)
     if config.min_delta and not (config.patience or config.resume):
-        raise SettingError("min_delta", config.min_delta, "0 without --patience")
+        yield SettingError("min_delta", config.min_delta, "0 without --patience")
 
 
-def _check_optimizer(train: TrainSettings) -> None:
-    """Makes sure that settings which the run's optimiser lacks have their defaults."""
+def _wrong_optimizer(train: TrainSettings) -> Iterator[SettingError]:
+    """Yields an error for each setting that the run's optimiser lacks, and that has not its default."""
     if train.momentum and train.optimizer != "sgd":
-        raise SettingError("train.momentum", train.momentum, f"0 under {train.optimizer}; it is sgd's")
+        yield SettingError("train.momentum", train.momentum, f"0 under {train.optimizer}; it is sgd's")
     if train.optimizer != "sgd":
         return
     for name in ("beta1", "beta2", "eps"):
         value = getattr(train, name)
         default = getattr(TrainSettings(), name)
         if value != default:
-            raise SettingError(f"train.{name}", value, f"{default:g}, the default, under sgd, which has none")
+            yield SettingError(f"train.{name}", value, f"{default:g}, the default, under sgd, which has none")
     if train.optimizer_state == "keep" and not train.momentum:
         allowed = "reset under sgd without momentum, which remembers nothing"
-        raise SettingError("train.optimizer_state", "keep", allowed)
+        yield SettingError("train.optimizer_state", "keep", allowed)
 
 
 def check_trunk(config: Config) -> None:
     """Checks that settings of the trunk and of the wire have a meaning under the trunk's schedule.
 
     Raises:
-        SettingError: A setting has no meaning under the schedule, or excludes a further setting.
+        InputError: A setting has no meaning under the schedule, or excludes a further setting. All errors are reported
+            together.
     """
+    check_all(_wrong_trunk(config))
+
+
+def _wrong_trunk(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting of the trunk and of the wire that does not fit the others."""
     schedule = SCHEDULES[config.trunk.schedule]
     trunk = config.trunk
     train = config.train
     if schedule.gathers and train.micro_batches > 1:
         allowed = f"1 under the trunk schedule {trunk.schedule}, which computes the steps of all clients as one"
-        raise SettingError("train.micro_batches", train.micro_batches, allowed)
+        yield SettingError("train.micro_batches", train.micro_batches, allowed)
     if trunk.every and not schedule.sums:
         allowed = f"0 under the trunk schedule {trunk.schedule}, which sums nothing over a barrier"
-        raise SettingError("trunk.every", trunk.every, allowed)
+        yield SettingError("trunk.every", trunk.every, allowed)
     if config.dtype == "fp16" and config.wire.codec == "bf16":
         allowed = "raw with --dtype fp16: what crosses has 16 bits already, and would lose three of them"
-        raise SettingError("wire.codec", config.wire.codec, allowed)
+        yield SettingError("wire.codec", config.wire.codec, allowed)
     if train.micro_batches > train.batch_size:
         allowed = f"0 to {train.batch_size}, the sequences of a batch"
-        raise SettingError("train.micro_batches", train.micro_batches, allowed)
+        yield SettingError("train.micro_batches", train.micro_batches, allowed)
     if trunk.group > 1 and not config.deterministic:
-        raise SettingError("trunk.group", trunk.group, "1 without --deterministic, under which groups take turns")
+        yield SettingError("trunk.group", trunk.group, "1 without --deterministic, under which groups take turns")
     if config.deterministic and trunk.memory and trunk.group > 1:
         allowed = "none with --deterministic and groups: who finds no room would decide the result"
-        raise SettingError("trunk.memory", trunk.memory, allowed)
+        yield SettingError("trunk.memory", trunk.memory, allowed)
     if trunk.lanes > 1 and (config.deterministic or trunk.memory):
         allowed = "0 or 1 with --deterministic and with --trunk.memory, under which one thing is computed at a time"
-        raise SettingError("trunk.lanes", trunk.lanes, allowed)
+        yield SettingError("trunk.lanes", trunk.lanes, allowed)
     if "trunk" not in config.share and not schedule.personal:
         allowed = "trunk among them, unless each client has one of its own (--trunk.schedule copies)"
-        raise SettingError("share", ",".join(config.share), allowed)
+        yield SettingError("share", ",".join(config.share), allowed)
 
 
 PROMPT_SETTINGS = {
@@ -153,39 +165,44 @@ def check_prompt(config: Config) -> None:
     """Checks that settings of prompts, LoRA and the head fit together. PEFT allows one method for an adapter.
 
     Raises:
-        SettingError: A setting has no meaning, or excludes a further setting.
+        InputError: A setting has no meaning, or excludes a further setting. All errors are reported together.
     """
+    check_all(_wrong_prompt(config))
+
+
+def _wrong_prompt(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting of prompts, LoRA and the head that does not fit the others."""
     prompt = config.prompt
     kind = prompt.kind
     for name, value in set_by_user(prompt).items():
         if name != "kind" and name not in PROMPT_SETTINGS[kind]:
             uses = " | ".join(other for other, names in PROMPT_SETTINGS.items() if name in names)
-            raise SettingError(f"prompt.{name}", value, f"its default, except with --prompt.kind {uses}")
+            yield SettingError(f"prompt.{name}", value, f"its default, except with --prompt.kind {uses}")
     if kind == "off":
         return
     for name, value in set_by_user(config.lora).items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        raise SettingError(f"lora.{name}", shown, f"its default: with --prompt.kind {kind} there are no LoRA adapters")
+        yield SettingError(f"lora.{name}", shown, f"its default: with --prompt.kind {kind} there are no LoRA adapters")
     if config.keep_best and {*config.share} != {*PARTS}:
         both = f"--prompt.kind {kind} and --keep-best"
         allowed = f"all parts with {both}, for which no client keeps its own of every round"
-        raise SettingError("share", ",".join(config.share), allowed)
+        yield SettingError("share", ",".join(config.share), allowed)
     if config.lm_head != "frozen":
-        raise SettingError("lm_head", config.lm_head, f"frozen with --prompt.kind {kind}")
+        yield SettingError("lm_head", config.lm_head, f"frozen with --prompt.kind {kind}")
     starts = PROMPT_STARTS.get(kind, ("random",))
     if prompt.init not in starts:
-        raise SettingError("prompt.init", prompt.init, f"{' | '.join(starts)} with --prompt.kind {kind}")
+        yield SettingError("prompt.init", prompt.init, f"{' | '.join(starts)} with --prompt.kind {kind}")
     if (prompt.init == "text") != bool(prompt.text.strip()):
         allowed = "a text that is not empty with --prompt.init text, and none otherwise"
-        raise SettingError("prompt.text", prompt.text or "nothing", allowed)
+        yield SettingError("prompt.text", prompt.text or "nothing", allowed)
     only_lstm = sorted({"layers", "dropout"} & set_by_user(prompt).keys())
     if only_lstm and prompt.encoder == "mlp":
         name = only_lstm[0]
-        raise SettingError(f"prompt.{name}", getattr(prompt, name), "its default, except with --prompt.encoder lstm")
+        yield SettingError(f"prompt.{name}", getattr(prompt, name), "its default, except with --prompt.encoder lstm")
     if prompt.dropout and prompt.layers == 1:
-        raise SettingError("prompt.dropout", prompt.dropout, "0 with one layer: it works between layers")
+        yield SettingError("prompt.dropout", prompt.dropout, "0 with one layer: it works between layers")
     if kind == "prefix" and prompt.hidden and not prompt.projection:
-        raise SettingError("prompt.hidden", prompt.hidden, "0, except with --prompt.projection")
+        yield SettingError("prompt.hidden", prompt.hidden, "0, except with --prompt.projection")
 
 
 def check_lengths(config: Config, facts: Facts) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
-from fedsplit.errors import InputError, SettingError
+from fedsplit.errors import ErrorCollector, InputError, SettingError
 from fedsplit.settings.flags import Parser
 
 
@@ -67,10 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         flags = make_parser().parse_args(argv)
+        collector = ErrorCollector()
         for run in flags.runs:  # all of them, before anything is removed
-            check(run)
+            with collector.collecting():
+                check(run)
+        collector.check()
         quieten(offline=True)
         for run in flags.runs:
             print(*(clean(run) or [f"nothing was left in {run}"]), sep="\n")
 
-    return exit_code(work)
+    return exit_code(work, argv)

@@ -153,4 +153,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         print(script(make_parser().parse_args(argv).shell))
 
-    return exit_code(work)
+    return exit_code(work, argv)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
+from fedsplit.errors import ErrorCollector
 from fedsplit.settings.config import Config
 from fedsplit.settings.flags import Parser, parse
 
@@ -25,6 +26,7 @@ def look(config: Config) -> Partition:
     Raises:
         SettingError: The model or the data set cannot be found, there is too little text, or the text holds a token
             that the model does not know.
+        InputErrors: Several settings are wrong.
 
     Example:
         >>> look(Config(clients=2, dataset="synthetic")).shards[1].name
@@ -35,9 +37,14 @@ def look(config: Config) -> Partition:
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder
 
-    check_lengths(config, read_facts(config_folder(config.model)))
-    check_packing(config.data)
-    check_dataset(config.dataset, config.data)
+    collector = ErrorCollector()
+    with collector.collecting():
+        check_lengths(config, read_facts(config_folder(config.model)))
+    with collector.collecting():
+        check_packing(config.data)
+    with collector.collecting():
+        check_dataset(config.dataset, config.data)
+    collector.check()
 
     from fedsplit.corpora.partition import partition_of
 
@@ -76,9 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = [json.dumps(as_document(partition), indent=2)]
         else:
             lines = [*data_notes(partition), *table(partition)]
+        if flags.plot:  # before the table, so that a picture that cannot be drawn is all that is shown
+            plot(partition, Path(flags.plot))
         print(*lines, sep="\n")
 
-        if flags.plot:
-            plot(partition, Path(flags.plot))
-
-    return exit_code(work)
+    return exit_code(work, argv)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
-from fedsplit.errors import SettingError
+from fedsplit.errors import ErrorCollector, SettingError
 from fedsplit.loading import OBJECT, name_of
 from fedsplit.results.finished import Adapter, Run, open_run
 from fedsplit.scores import Score, means, pooled
@@ -413,15 +413,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         parser = make_parser()
         flags, rest = parser.parse_known_args(argv)
-        options = build({}, metric_options=options_of(rest, parser, ["metric"])["metric"]).metric_options
+        collector = ErrorCollector()
+        with collector.collecting():
+            options = build({}, metric_options=options_of(rest, parser, ["metric"])["metric"]).metric_options
         if flags.samples < 0:
-            raise SettingError("samples", flags.samples, "a whole number of at least 0")
+            collector.extend([SettingError("samples", flags.samples, "a whole number of at least 0")])
         if not DEVICE.test(flags.device):
-            raise SettingError("device", flags.device, DEVICE.words)
-        run = open_run(Path(flags.run))
+            collector.extend([SettingError("device", flags.device, DEVICE.words)])
+        with collector.collecting():
+            given = _given(flags)
+        with collector.collecting():
+            run = open_run(Path(flags.run))
+        collector.check()
+
         if flags.model:
             run = replace(run, config=replace(run.config, model=flags.model))
-        data = other_data(run.config, _given(flags))
+        data = other_data(run.config, given)
         quieten(offline=not flags.dataset)
         further = getattr(flags, "metric", [])
         metrics, left_out = metrics_of(run.config, build({"metric": further}).metric, options)
@@ -434,4 +441,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print(*lines(results, run.config.data.format == "classification"), *left_out, sep="\n")
 
-    return exit_code(work)
+    return exit_code(work, argv)

@@ -217,4 +217,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in generate(job, lambda piece: print(piece, end="", flush=True)):
             print(line, file=sys.stderr)
 
-    return exit_code(work)
+    return exit_code(work, argv)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsplit.errors import InputError, SettingError
+from fedsplit.errors import ErrorCollector, InputError, SettingError
 from fedsplit.results.finished import Adapter, open_run
 from fedsplit.settings.choices import KERNELS
 from fedsplit.settings.config import Config
@@ -53,30 +53,24 @@ class Job:
     batch_size: int
 
 
-def _check_value(name: str, value: float | str, allowed: Validator) -> None:
-    """Makes sure that the value of a flag is allowed.
-
-    Raises:
-        SettingError: The value is not allowed.
-    """
+def _wrong_value(name: str, value: float | str, allowed: Validator) -> Iterator[SettingError]:
+    """Yields an error if the value of a flag is not allowed."""
     if not allowed.test(value):
         words = allowed.words.replace("a number", "a whole number") if isinstance(value, int) else allowed.words
-        raise SettingError(name, value, words)
+        yield SettingError(name, value, words)
 
 
-def _check_values(flags: argparse.Namespace) -> None:
-    """Makes sure that flags are in their ranges.
-
-    Raises:
-        SettingError: A value is out of its range, or a flag for drawing is given without a temperature.
-    """
+def _wrong_values(flags: argparse.Namespace) -> Iterator[SettingError]:
+    """Yields an error for each flag that is out of its range, and for each flag for drawing without a temperature."""
     temperature = Validator("0, which takes the likeliest token, or a number from 0.01 to 100", _is_temperature)
-    _check_value("temperature", flags.temperature, temperature)
-    _check_value("batch_size", flags.batch_size, at_least(1))
+    yield from _wrong_value("temperature", flags.temperature, temperature)
+    yield from _wrong_value("batch_size", flags.batch_size, at_least(1))
     if flags.max_new_tokens is not None:
-        _check_value("max_new_tokens", flags.max_new_tokens, at_least(1))
+        yield from _wrong_value("max_new_tokens", flags.max_new_tokens, at_least(1))
     if flags.kernels:
-        _check_value("kernels", flags.kernels, one_of(KERNELS))
+        yield from _wrong_value("kernels", flags.kernels, one_of(KERNELS))
+    if flags.trunk_device:
+        yield from _wrong_value("trunk.device", flags.trunk_device, DEVICE)
 
     probability = Validator("a number above 0, up to 1", lambda value: 0 < value <= 1)
     ranges = {"top_k": at_least(1), "top_p": probability, "seed": at_least(0, 2**32 - 1)}
@@ -84,9 +78,10 @@ def _check_values(flags: argparse.Namespace) -> None:
         value = getattr(flags, name)
         if value is None:
             continue
-        _check_value(name, value, allowed)
-        if not flags.temperature:
-            raise SettingError(name, value, "none without --temperature, since then nothing is drawn")
+        if not allowed.test(value):
+            yield from _wrong_value(name, value, allowed)
+        elif not flags.temperature:
+            yield SettingError(name, value, "none without --temperature, since then nothing is drawn")
 
 
 def _is_temperature(value: float) -> bool:
@@ -114,17 +109,6 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
     if not prompts:
         raise InputError("no prompt is given: say --prompt TEXT, or --prompts FILE; see --help")
     return prompts
-
-
-def _trunk_device(flags: argparse.Namespace, config: Config) -> str:
-    """Returns the device of the trunk, by `--trunk.device`, else by the run. The client uses the CPU.
-
-    Raises:
-        SettingError: There is no device of the name.
-    """
-    name: str = flags.trunk_device or config.device_of("trunk")
-    _check_value("trunk.device", name, DEVICE)
-    return name
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool, model: str) -> list[list[int]]:
@@ -190,11 +174,16 @@ def check(flags: argparse.Namespace) -> Job:
     """Checks all inputs before a model is loaded or a process is started, the cheapest first.
 
     Raises:
-        InputError: An input is wrong.
+        InputError: An input is wrong. Wrong flags, prompts and a wrong run are reported together.
     """
-    _check_values(flags)
-    prompts = read_prompts(flags)
-    run = open_run(Path(flags.run))
+    collector = ErrorCollector()
+    collector.extend(_wrong_values(flags))
+    with collector.collecting():
+        prompts = read_prompts(flags)
+    with collector.collecting():
+        run = open_run(Path(flags.run))
+    collector.check()
+
     model_name = flags.model or run.config.model
     config = replace(run.config, model=model_name, kernels=flags.kernels or run.config.kernels)
     if flags.client is None:
@@ -208,7 +197,8 @@ def check(flags: argparse.Namespace) -> Job:
     from fedsplit.model.quantization import check_quantization
     from fedsplit.model.sources import config_folder, weights_folder
 
-    config = replace(config, device="cpu", trunk=replace(config.trunk, device=_trunk_device(flags, config)))
+    trunk_device = flags.trunk_device or config.device_of("trunk")
+    config = replace(config, device="cpu", trunk=replace(config.trunk, device=trunk_device))
     check_devices(config)
     check_quantization(config)
     model = config_folder(config.model)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fedsplit.commands.exit_codes import ENDED_EARLY, exit_code
 from fedsplit.environment import prepare
+from fedsplit.errors import ErrorCollector
 from fedsplit.events import Sink
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 
 def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy, Partition]:
-    """Checks everything that can be checked before a model is loaded or a file is written, the cheapest first.
+    """Checks everything that can be checked before a model is loaded or a file is written.
+
+    All errors that are found without reading data are reported together. The data are read only if there are none.
 
     Args:
         config: Settings of the run.
@@ -40,6 +43,7 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy
 
     Raises:
         SettingError: A setting is wrong, or does not fit the model, the data or the machine.
+        InputErrors: Several settings are wrong. Settings are reported together, then what the data show.
     """
     from fedsplit.commands import checks
     from fedsplit.corpora.tables import check_dataset, check_packing
@@ -47,43 +51,52 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder, weights_folder
 
-    checks.check_prompt(config)
-    facts = read_facts(config_folder(config.model))
-    checks.check_cut(config, facts)
-    checks.check_training(config)
-    checks.check_trunk(config)
-    plan(config)
-    checks.check_lengths(config, facts)
-    checks.check_adapters(config, facts)
-    checks.check_experts(config, facts)
-    check_packing(config.data)
-    check_dataset(config.dataset, config.data)
+    collector = ErrorCollector()
+    facts = None
+    with collector.collecting():
+        facts = read_facts(config_folder(config.model))
+    with collector.collecting():
+        checks.check_prompt(config)
+    with collector.collecting():
+        checks.check_training(config)
+    with collector.collecting():
+        checks.check_trunk(config)
+    with collector.collecting():
+        plan(config)
+    if facts is not None:
+        for check_facts in (checks.check_cut, checks.check_lengths, checks.check_adapters, checks.check_experts):
+            with collector.collecting():
+                check_facts(config, facts)
+    with collector.collecting():
+        check_packing(config.data)
+    with collector.collecting():
+        check_dataset(config.dataset, config.data)
 
-    from fedsplit.model.devices import check_devices
-
-    check_devices(config)
-
-    from fedsplit.adaptation.injection import check_injection
-    from fedsplit.client.measures import check_measures, load_measures
-    from fedsplit.corpora.partition import partition_of
     from fedsplit.events.user_sinks import check_sinks
-    from fedsplit.federation.aggregation import strategy_defaults
     from fedsplit.federation.checkpoint import check_folder
-    from fedsplit.federation.rehearsal import rehearse
     from fedsplit.federation.resumption import check_resumable
-    from fedsplit.federation.strategy import check_strategy, is_builtin, load_strategy
-    from fedsplit.model.checkpoint_reader import check_checkpoint
+    from fedsplit.model.devices import check_devices
     from fedsplit.model.quantization import check_quantization
     from fedsplit.optimization.optim import check_optimizer
-    from fedsplit.results.initial import check_initial
 
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    if config.resume:
-        check_resumable(folder, config)
-    else:
-        check_folder(folder)
-    check_optimizer(config.train)
-    check_sinks(config.sinks, config.sink_options)
+    with collector.collecting():
+        check_devices(config)
+    with collector.collecting():
+        if config.resume:
+            check_resumable(folder, config)
+        else:
+            check_folder(folder)
+    with collector.collecting():
+        check_optimizer(config.train)
+    with collector.collecting():
+        check_sinks(config.sinks, config.sink_options)
+    with collector.collecting():
+        check_quantization(config)
+
+    from fedsplit.client.measures import check_measures, load_measures
+    from fedsplit.federation.aggregation import strategy_defaults
+    from fedsplit.federation.strategy import check_strategy, is_builtin, load_strategy
 
     def make_strategy() -> AnyStrategy:
         # A copy, since a rehearsal may leave state in the object.
@@ -91,25 +104,44 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy
             return copy.deepcopy(cast("AnyStrategy", objects.strategy))
         return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
-    strategy = make_strategy() if objects.strategy is None else cast("AnyStrategy", objects.strategy)
-    measures = load_measures(config, objects)
-    check_strategy(strategy, config)
-    checks.check_stacked(strategy, config, facts)
-    check_quantization(config)
+    with collector.collecting():
+        strategy = make_strategy() if objects.strategy is None else cast("AnyStrategy", objects.strategy)
+        check_strategy(strategy, config)
+        if facts is not None:
+            checks.check_stacked(strategy, config, facts)
+    with collector.collecting():
+        measures = load_measures(config, objects)
+    collector.check()
+    assert facts is not None  # else the collector has raised an error
+
+    from fedsplit.adaptation.injection import check_injection
+    from fedsplit.corpora.partition import partition_of
+    from fedsplit.federation.rehearsal import rehearse
+    from fedsplit.model.checkpoint_reader import check_checkpoint
+    from fedsplit.results.initial import check_initial
+
     watchdog = Watchdog(config.startup_deadline)
     if not is_builtin(strategy):
-        with watchdog.looking(), watchdog.doing("the strategy, in its trial round,"):
+        with collector.collecting(), watchdog.looking(), watchdog.doing("the strategy, in its trial round,"):
             rehearse(make_strategy, config)
     if config.lora.method != "lora" or config.lora.options:
-        check_injection(config, facts.family)
-    with watchdog.looking(), watchdog.doing("the data set"):
+        with collector.collecting():
+            check_injection(config, facts.family)
+    with collector.collecting(), watchdog.looking(), watchdog.doing("the data set"):
         partition = partition_of(config)
+    collector.check()
+
     classes = len(partition.classes)
     if classes:
-        checks.check_classifier(config)
-    check_measures(config, measures, classes)
-    checks.check_tokens(config, partition)
-    check_initial(config, facts.family, classes)
+        with collector.collecting():
+            checks.check_classifier(config)
+    with collector.collecting():
+        check_measures(config, measures, classes)
+    with collector.collecting():
+        checks.check_tokens(config, partition)
+    with collector.collecting():
+        check_initial(config, facts.family, classes)
+    collector.check()
     # Last, since the weights may have to be fetched, and all their values are read.
     folder_of_weights = weights_folder(config, tell=print)
     check_checkpoint(folder_of_weights, config.dtype, classes)
@@ -219,4 +251,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fedsplit: the run ended early: {summary['ended']}", file=sys.stderr)
         return ENDED_EARLY
 
-    return exit_code(work)
+    return exit_code(work, argv)

@@ -51,7 +51,8 @@ def check_folder(path: Path) -> None:
     """
     nearest = path
     try:
-        if path.exists() and not (path.is_dir() and _is_free(path)):
+        is_dangling = path.is_symlink() and not path.exists()
+        if is_dangling or (path.exists() and not (path.is_dir() and _is_free(path))):
             raise SettingError("out", f"{path} ({_described(path)})", _FREE)
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:

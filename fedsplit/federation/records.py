@@ -63,18 +63,39 @@ def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         RefusedUpdate: An array cannot be read, or does not hold floating-point numbers. Integers are not cast.
     """
-    return {name: torch.from_numpy(_floats(name, array)) for name, array in record.items()}
+    with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite
+        return {name: torch.from_numpy(np.array(_floats(name, array), np.float32)) for name, array in record.items()}
+
+
+def _as_sent(record: ArrayRecord) -> dict[str, Tensor]:
+    """Returns a client's arrays as tensors of their types, which are checked where they are used.
+
+    Raises:
+        RefusedUpdate: As from `from_arrays`; or torch has no such type.
+    """
+    tensors = {}
+    for name, array in record.items():
+        values = _floats(name, array)
+        try:
+            tensors[name] = torch.from_numpy(np.array(values, order="C"))
+        except (TypeError, ValueError) as error:
+            raise RefusedUpdate(f"{name} is of type {values.dtype}, which no client sends") from error
+    return tensors
 
 
 def _floats(name: str, array: Array) -> np.ndarray:
+    """Returns the values of an array.
+
+    Raises:
+        RefusedUpdate: They cannot be read, or are no floating-point numbers.
+    """
     try:
         values = array.numpy()
     except Exception as error:  # numpy raises many kinds for bytes that are no array
         raise RefusedUpdate(f"{name} is no array ({type(error).__name__})") from error
     if values.dtype.kind != "f":
         raise RefusedUpdate(f"{name} is of type {values.dtype}, not of numbers with a fraction")
-    with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite, which is refused by name
-        return np.array(values, np.float32)
+    return values
 
 
 def array_bytes(content: RecordDict) -> int:
@@ -194,7 +215,7 @@ def to_answer(message: Message, client: int) -> Answer:
     malformed = ""
     try:
         for group, record in content.array_records.items():
-            tensors[group] = from_arrays(record)
+            tensors[group] = _as_sent(record)
     except RefusedUpdate as refused:
         malformed = str(refused)
     return Reply(client, metrics, tensors, about, malformed, array_bytes(content))

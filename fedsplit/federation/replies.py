@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fedsplit.federation import messages
 from fedsplit.federation.messages import ADAPTERS, CONTROL, EXAMPLES, METRIC, Reply
 from fedsplit.federation.workload import Workload
 from fedsplit.scores import Score
+from fedsplit.settings.choices import PARTS
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate
 
 LARGEST_CHANGE = 1e4
@@ -34,6 +35,27 @@ A guess at random costs ln(vocabulary), about 12 nats. A prediction that is wron
 its logits, which an update within `LARGEST_CHANGE` may drive far up for honest clients, too. A mean in float64 over
 losses up to this bound still shows differences of 1e-6.
 """
+
+LARGEST_SUM = 1e15
+"""Bound of the sum and of the count of a user's metric, which keeps sums over all clients finite and exact."""
+
+LEAST_COUNT = 1e-9
+"""Smallest count of a user's metric beside 0, which keeps the mean finite."""
+
+LARGEST_MEMORY = 2**50
+"""Resident memory in bytes above which a client's report is refused: a million gigabytes."""
+
+LARGEST_COUNT = 2**53
+"""Number of parameters above which an introduction is refused; a float holds every whole number up to it."""
+
+LONGEST_NAME = 4096
+"""Most characters in the name of a client."""
+
+LONGEST_INTRODUCTION = 2**24
+"""Most characters in an introduction; the layers of a model with 100 blocks take some 10**5."""
+
+Control = Literal["none", "required", "optional"]
+"""Whether an update has tensors beside the adapters: "required" under a control variate, "optional" under a stage."""
 
 KEPT_METRICS = ("client", EXAMPLES, "tokens", "loss", "sample-nats", "sample-tokens", "peak-memory")
 """Metrics of a client's training that are kept until the end of the round, the same for every client."""
@@ -79,22 +101,102 @@ def read_introduction(reply: Reply) -> Introduction:
     Raises:
         RefusedUpdate: The reply is no introduction.
     """
-    if reply.malformed:
-        raise RefusedUpdate(f"a client introduced itself in a wrong form: {reply.malformed}")
+    sender = "a client" if reply.client < 0 else f"client {reply.client}"
     try:
-        about: dict[str, Any] = json.loads(reply.about)
-        start = {}
-        for part, tensors in reply.tensors.items():
-            layers = {name: Layer(**facts) for name, facts in about.pop(part).items()}
-            start[part] = Adapters(dict(tensors), layers)
-        if type(about["client"]) is not int or not isinstance(about["parameters"], dict):
-            raise TypeError("its client is no number, or its parameters are not counted")
-        return Introduction(about["client"], str(about["name"]), about["parameters"], start)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise RefusedUpdate(f"a client introduced itself in a wrong form: {type(error).__name__}: {error}") from error
+        if reply.malformed:
+            raise ValueError(reply.malformed)
+        introduced = _parsed(reply)
+        if reply.client not in (-1, introduced.client):
+            raise ValueError(f"it says that it is client {introduced.client}")
+        return introduced
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RefusedUpdate) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RefusedUpdate(f"{sender} introduced itself in a wrong form: {type(error).__name__}: {reason}") from error
 
 
-def to_update(reply: Reply, given: Adapters, trained: Collection[str], sender: str, workload: Workload) -> ClientUpdate:
+def _parsed(reply: Reply) -> Introduction:
+    """Returns the introduction that a reply holds.
+
+    Raises:
+        Several: The reply is no introduction, or a value of it is not possible.
+    """
+    if len(reply.about) > LONGEST_INTRODUCTION:
+        raise ValueError(f"it has {len(reply.about)} characters, more than {LONGEST_INTRODUCTION}")
+    about = json.loads(reply.about)
+    if not isinstance(about, dict):
+        raise TypeError("it is no object")
+    start = {part: _start_of(part, about.pop(part), tensors) for part, tensors in reply.tensors.items()}
+    if about.keys() != {"client", "name", "parameters"}:
+        raise ValueError(f"it has {', '.join(map(str, sorted(about)))[:80]}, not client, name and parameters")
+
+    client, name = about["client"], about["name"]
+    if type(client) is not int or not 0 <= client < LARGEST_COUNT:
+        raise TypeError("its client is no number")
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+        raise TypeError(f"its name is no text of 1 to {LONGEST_NAME} characters")
+    # A line feed or an escape sequence in a name would reach the screen with the name.
+    printable = "".join(character if character.isprintable() else " " for character in name)
+    return Introduction(client, printable, _counts_of(about["parameters"]), start)
+
+
+def _counts_of(parameters: Any) -> Mapping[str, Mapping[str, int]]:
+    """Returns counts of parameters by part.
+
+    Raises:
+        TypeError: They are none.
+    """
+    if not isinstance(parameters, dict) or not parameters.keys() <= {*PARTS}:
+        raise TypeError("its parameters are not counted by part")
+    for counts in parameters.values():
+        if not isinstance(counts, dict) or counts.keys() != {"total", "trainable"}:
+            raise TypeError("its parameters are not counted as total and trainable")
+        if not all(type(count) is int and 0 <= count < LARGEST_COUNT for count in counts.values()):
+            raise TypeError("its counts of parameters are no numbers from 0")
+    return parameters
+
+
+def _start_of(part: str, layers: Any, tensors: Mapping[str, Tensor]) -> Adapters:
+    """Returns the adapters that a part starts from.
+
+    Raises:
+        ValueError, TypeError, RefusedUpdate: They are none.
+    """
+    if part not in PARTS:
+        raise ValueError(f"there is no part {part[:40]!r}")
+    named = {name: _layer_of(name, facts) for name, facts in layers.items()}
+    adapters = Adapters(dict(tensors), named)
+    adapters.check_fits(adapters.tensors, f"its {part}")
+    _check_types(adapters.tensors, dict.fromkeys(tensors, torch.float32), f"its {part}")
+    for layer in [*adapters.complete, *adapters.stacked]:
+        a, b = adapters.factors(layer)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % named[layer].experts:
+            raise ValueError(f"the factors of {layer} do not fit each other")
+    return adapters
+
+
+def _layer_of(name: str, facts: Any) -> Layer:
+    """Returns the constants of a layer.
+
+    Raises:
+        TypeError: They are none.
+    """
+    layer = Layer(**facts)
+    is_number = type(layer.alpha) in (int, float) and math.isfinite(layer.alpha)
+    is_count = type(layer.experts) is int and 0 < layer.experts < LARGEST_COUNT
+    are_switches = type(layer.transposed) is bool and type(layer.rslora) is bool
+    if not (is_number and is_count and are_switches and isinstance(layer.parameter, str)):
+        raise TypeError(f"the constants of {name[:80]} have other types")
+    return layer
+
+
+def to_update(
+    reply: Reply,
+    given: Adapters,
+    trained: Collection[str],
+    sender: str,
+    workload: Workload,
+    control: Control = "none",
+) -> ClientUpdate:
     """Turns a client's reply into an update.
 
     Args:
@@ -103,28 +205,36 @@ def to_update(reply: Reply, given: Adapters, trained: Collection[str], sender: s
         trained: Names of the tensors that the client had to send.
         sender: Number and name of the client, for messages.
         workload: Bounds of the counts that the client may report.
+        control: Whether the client had to send a control variate, or might send tensors of the strategy's stage.
 
     Raises:
-        RefusedUpdate: Names, shapes, values or counts are not possible.
+        RefusedUpdate: Names, shapes, types, values or counts are not possible.
     """
     expected = given.with_tensors({name: tensor for name, tensor in given.tensors.items() if name in trained})
     tensors = _sent_tensors(reply, ADAPTERS, sender)
+    _check_groups(reply, control if trained else "none", sender)
+    types = {name: tensor.dtype for name, tensor in expected.tensors.items()}
     expected.check_fits(tensors, sender)
+    _check_types(tensors, types, sender)
     _check_size([tensor - given.tensors[name] for name, tensor in tensors.items()], "adapters that changed", sender)
 
-    control: Mapping[str, Tensor] = {}
+    sent_control: Mapping[str, Tensor] = {}
     if CONTROL in reply.tensors:
-        control = _sent_tensors(reply, CONTROL, sender)
-        expected.check_fits(control, f"{sender}, as its control variate,")
-        _check_size(control.values(), "a control variate that changed", sender)
+        sent_control = _sent_tensors(reply, CONTROL, sender)
+        expected.check_fits(sent_control, f"{sender}, as its control variate,")
+        _check_types(sent_control, types, f"{sender}, as its control variate,")
+        _check_size(sent_control.values(), "a control variate that changed", sender)
 
     report = _Report(reply, sender)
     report.check_client(reply.client)
     examples = report.count(EXAMPLES, "its number of examples")
     if examples != workload.examples:
-        raise RefusedUpdate(f"{sender} sent {examples} as its number of examples, not {workload.examples}")
+        raise RefusedUpdate(f"{sender} sent {_shown(examples)} as its number of examples, not {workload.examples}")
     report.check_sample(workload)
-    report.count("peak-memory")
+    report.check_memory()
+    router_loss = report.amount("router-loss") if workload.routers else None
+    if router_loss is None and "router-loss" in reply.metrics:
+        raise RefusedUpdate(f"{sender} sent a router-loss, and the model has no routers that are balanced")
     return ClientUpdate(
         client=reply.client,
         adapters=given.with_tensors({**given.tensors, **tensors}),
@@ -132,8 +242,8 @@ def to_update(reply: Reply, given: Adapters, trained: Collection[str], sender: s
         tokens=report.count("tokens", least=1, most=workload.tokens),
         loss=report.amount("loss"),
         given=given,
-        control=control,
-        router_loss=report.amount("router-loss") if "router-loss" in reply.metrics else None,
+        control=sent_control,
+        router_loss=router_loss,
     )
 
 
@@ -155,9 +265,9 @@ def to_score(reply: Reply, sender: str, workload: Workload, metrics: Collection[
     tokens = report.count(EXAMPLES, "its number of tokens", most=workload.held_out)
     right = report.count("right")
     if not tokens or right > tokens:
-        raise RefusedUpdate(f"{sender} measured {tokens} tokens, {right} of them predicted rightly")
+        raise RefusedUpdate(f"{sender} measured {tokens} tokens, {_shown(right)} of them predicted rightly")
     report.check_sample(workload)
-    report.count("peak-memory")
+    report.check_memory()
     sums = {name: report.sum_and_count(name) for name in metrics}
     return Score(report.amount("nats", most=LARGEST_LOSS * tokens), tokens, right, sums)
 
@@ -198,6 +308,30 @@ def _sent_tensors(reply: Reply, group: str, sender: str) -> Mapping[str, Tensor]
     return reply.tensors[group]
 
 
+def _check_groups(reply: Reply, control: Control, sender: str) -> None:
+    """Makes sure that a reply has all groups of tensors that were asked for, and no others.
+
+    Raises:
+        RefusedUpdate: It has not.
+    """
+    if control == "required" and CONTROL not in reply.tensors:
+        raise RefusedUpdate(f"{sender} sent no {CONTROL} variate, which the strategy asks for")
+    asked = {ADAPTERS} if control == "none" else {ADAPTERS, CONTROL}
+    if more := sorted(reply.tensors.keys() - asked):
+        raise RefusedUpdate(f"{sender} sent tensors that nobody asked for: {more[0][:80]}")
+
+
+def _check_types(tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype], sender: str) -> None:
+    """Makes sure that tensors have their types: a cast would round, and others compute in the wider type.
+
+    Raises:
+        RefusedUpdate: One has another type.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype != types[name]:
+            raise RefusedUpdate(f"{sender} sent {name} as {tensor.dtype}, not as {types[name]}")
+
+
 def _check_size(changes: Iterable[Tensor], what: str, sender: str) -> None:
     """Makes sure that a client's change is small enough for others to compute with.
 
@@ -228,8 +362,16 @@ class _Report:
             RefusedUpdate: The client does.
         """
         claimed = self._metrics.get("client")
-        if claimed != client:
+        if type(claimed) is not int or claimed != client:
             raise RefusedUpdate(f"{self._sender} says that it is client {_shown(claimed)}")
+
+    def check_memory(self) -> None:
+        """Makes sure that the memory of the client's process is possible.
+
+        Raises:
+            RefusedUpdate: It is missing or out of range.
+        """
+        self.count("peak-memory", most=LARGEST_MEMORY)
 
     def check_sample(self, workload: Workload) -> None:
         """Makes sure that a score on the client's sample is possible.
@@ -274,13 +416,13 @@ class _Report:
         """Returns the sum and the count of a metric.
 
         Raises:
-            RefusedUpdate: They are missing, or no two finite numbers, the second of 0 or more.
+            RefusedUpdate: They are missing, or no two numbers of a possible size; nothing of nothing sums up to 0.
         """
         value: Any = self._metrics.get(f"{METRIC}{metric}")
         numbers = list(value) if isinstance(value, list) else []
-        usable = len(numbers) == 2 and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-        if not usable or numbers[1] < 0:
-            sent = f"{numbers}" if numbers else _shown(value)
+        usable = len(numbers) == 2 and all(type(n) in (int, float) and abs(n) <= LARGEST_SUM for n in numbers)
+        if not usable or not (numbers[1] >= LEAST_COUNT or numbers == [0, 0]):
+            sent = " and ".join(map(_shown, numbers[:2])) or _shown(value)
             raise RefusedUpdate(f"{self._sender} sent {sent} as its metric {metric}, not a sum and a count")
         return float(numbers[0]), float(numbers[1])
 
@@ -289,4 +431,6 @@ def _shown(value: object) -> str:
     """Returns a value for a message: a single number as it is, nothing of a list."""
     if value is None:
         return "nothing"
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a number of more than 20 digits"
     return f"{value}" if isinstance(value, int | float) else f"a {type(value).__name__}"

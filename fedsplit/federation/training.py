@@ -8,15 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedsplit.events.event_types import Notice, Progress, RoundTrained
+from fedsplit.federation import quarantine
 from fedsplit.federation.attempts import TRIES, Attempt, RoundLost
 from fedsplit.federation.client_order import groups_of, takes_turns
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Reply, Train
 from fedsplit.federation.parties import NobodyAnswered, Parties
-from fedsplit.federation.replies import memory_of, sample_of, to_update, without_tensors
+from fedsplit.federation.replies import Control, memory_of, sample_of, to_update, without_tensors
 from fedsplit.federation.run_state import RunState
 from fedsplit.optimization.rates import last_rate
 from fedsplit.scores import Score
+from fedsplit.trunk.registry import Copy
 from fedsplit.trunk.status import RoundCounts
 from fedsplit.updates import Assignment, ClientUpdate, RefusedUpdate
 
@@ -30,6 +32,7 @@ class Training:
         updates: Updates that can be used, by client.
         replies: Replies that the updates were read from, without their tensors.
         counts: Counts of the trunk: steps, forwards, backwards, …
+        copies: Copies of the trunk's adapter by client, under `copies`, of the clients with an update.
         tokens: Tokens that were trained on.
         seconds: Time from the first request to the end of the trunk's round.
     """
@@ -38,6 +41,7 @@ class Training:
     updates: list[ClientUpdate] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     counts: RoundCounts = field(default_factory=RoundCounts)
+    copies: Mapping[int, Copy] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
 
@@ -80,7 +84,7 @@ def train(
         reason = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
         parties.emit(Notice(text=f"{parties.label(round)}  {reason} ({parties.config.train.lr:g})"))
     if schedule.personal:
-        training.updates = ledger.with_copies(training.updates, trunk.copies(), assigned)
+        training.updates = ledger.with_copies(training.updates, training.copies, assigned)
     for update in training.updates:
         ledger.accept(update.client, round, assigned[update.client])
 
@@ -137,11 +141,48 @@ class _Collection:
                 reason = str(failed)
         if self._groups and not self._used:
             raise FederationFailed(reason)
+        copies = parties.trunk.copies(sorted(self._used)) if parties.schedule.personal else {}
+        self._leave_out_misfits(copies)
         self._check_quorum()
         in_order = [self._used[client] for client in sorted(self._used)]
         replies = [reply for reply, _ in in_order]
         updates = [update for _, update in in_order]
-        return Training(self._assigned, updates, replies, tokens=self._tokens)
+        return Training(self._assigned, updates, replies, copies=copies, tokens=self._tokens)
+
+    def _leave_out_misfits(self, copies: Mapping[int, Copy]) -> None:
+        """Leaves out the clients whose updates differ too much from those of the others, and names them.
+
+        Args:
+            copies: Copies of the trunk's adapter by client, under `copies`.
+        """
+        parties = self._parties
+        updates = [update for _, update in self._used.values()]
+        misfits = {
+            client: f"trained its copy of the trunk for {copy.steps} steps, not {parties.workloads[client].steps}"
+            for client, copy in copies.items()
+            if copy.steps not in (None, parties.workloads[client].steps)
+        }
+        updates = [update for update in updates if update.client not in misfits]
+        if parties.config.max_update_norm:
+            norms = {update.client: self._norm_of(update, copies.get(update.client)) for update in updates}
+            misfits |= quarantine.too_large(norms, parties.config.max_update_norm)
+        if parties.briefing.stage:
+            misfits |= quarantine.without_their_share([one for one in updates if one.client not in misfits])
+        for client, reason in sorted(misfits.items()):
+            words = f"{parties.sender(client)} {reason}"
+            parties.report_failure("training", self._round, self._attempt.number, client, words, refused=True)
+            parties.trunk.leave(client)
+            _, update = self._used.pop(client)
+            self._tokens -= update.tokens
+
+    def _norm_of(self, update: ClientUpdate, copy: Copy | None) -> float:
+        """Returns the norm of a client's change, that of its copy of the trunk's adapter included."""
+        assert update.given is not None
+        own = update.adapters.tensors, update.given.tensors
+        if copy is None:
+            return quarantine.change_norm(own)
+        start = self._state.ledger.trunk_start(update.client, self._assigned[update.client])
+        return quarantine.change_norm(own, (copy.adapters.tensors, start.tensors))
 
     def _check_quorum(self) -> None:
         """Makes sure that enough of the clients that were asked have sent an update.
@@ -226,11 +267,19 @@ class _Collection:
         given = self._state.ledger.given(self._assigned[client])
         returned = self._state.ledger.rule.returned(given.tensors, self._assigned[client].task)
         try:
-            update = to_update(reply, given, returned, parties.sender(client), parties.workloads[client])
+            update = to_update(
+                reply, given, returned, parties.sender(client), parties.workloads[client], self._control_of(client)
+            )
         except RefusedUpdate as refused:
             parties.report_failure("training", self._round, self._attempt.number, client, str(refused), refused=True)
             return None
         return replace(update, weight=_weight(update, parties.config.weights))
+
+    def _control_of(self, client: int) -> Control:
+        """Returns whether a client has to send a control variate, or may send tensors of the strategy's stage."""
+        if self._assigned[client].task.control is not None:
+            return "required"
+        return "optional" if self._parties.briefing.stage else "none"
 
 
 def _do_nothing(client: int) -> None:

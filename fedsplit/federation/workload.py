@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedsplit.corpora.shards import Shard, steps_of_epoch
+from fedsplit.model.families import read_facts
+from fedsplit.model.sources import config_folder
 from fedsplit.settings.config import Config
 
 
@@ -19,6 +21,7 @@ class Workload:
         held_out: Predictions in an evaluation, at most: tokens, or classes of sequences.
         sample: Predictions right after its own steps, at most.
         steps: Local steps that it makes in a round.
+        routers: True if the model has routers that an auxiliary loss balances, which the client then reports.
     """
 
     examples: int
@@ -26,6 +29,7 @@ class Workload:
     held_out: int
     sample: int
     steps: int = 0
+    routers: bool = False
 
 
 def workloads(config: Config, shards: Iterable[Shard]) -> list[Workload]:
@@ -35,10 +39,11 @@ def workloads(config: Config, shards: Iterable[Shard]) -> list[Workload]:
         config: The run's configuration.
         shards: Data by client, of which only the numbers of sequences are used.
     """
-    return [_workload(config, shard) for shard in shards]
+    routers = bool(read_facts(config_folder(config.model)).coefficient(config.router_aux_loss))
+    return [_workload(config, shard, routers) for shard in shards]
 
 
-def _workload(config: Config, shard: Shard) -> Workload:
+def _workload(config: Config, shard: Shard, routers: bool) -> Workload:
     train, size = config.train, config.train.batch_size
     steps = train.steps
     examples = steps * size * train.accumulation
@@ -51,4 +56,5 @@ def _workload(config: Config, shard: Shard) -> Workload:
     held_out = min(len(shard.held_out), config.eval.samples)
     sample = min(held_out, -(-config.eval.after // size) * size)  # whole batches are drawn
     predictions = 1 if shard.classes else train.max_length - 1  # the first token of a sequence is not predicted
-    return Workload(examples, examples * train.max_length, held_out * predictions, sample * predictions, steps)
+    predicted = held_out * predictions
+    return Workload(examples, examples * train.max_length, predicted, sample * predictions, steps, routers)

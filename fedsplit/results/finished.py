@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsplit.errors import InputError, SettingError
+from fedsplit.errors import InputError, SettingError, shortened
 from fedsplit.settings.choices import PARTS
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
@@ -302,7 +302,8 @@ def as_tasks(adapters: Sequence[Adapter], names: Sequence[str] = ()) -> dict[str
         names: Name of each adapter. By default the names of their runs, with - for characters that PEFT refuses.
 
     Raises:
-        InputError: There are not as many names as adapters, two names are equal, or PEFT refuses a name.
+        InputError: There are not as many names as adapters, two names are the same folder on some disk, or PEFT refuses
+            a name.
 
     Example:
         >>> adapters = [Adapter(Path(folder), "gpt2", "fp32", name=folder) for folder in ("run 1", "run 2")]
@@ -313,8 +314,11 @@ def as_tasks(adapters: Sequence[Adapter], names: Sequence[str] = ()) -> dict[str
         raise InputError(f"names: {len(names)} for {len(adapters)} adapters ({', '.join(a.name for a in adapters)})")
     chosen = list(names) or [re.sub(r"[^\w-]", "-", adapter.name) for adapter in adapters]
     for name in chosen:
-        if not re.fullmatch(r"[\w-]+", name, re.ASCII) or "lora_" in name:  # PEFT's own names begin so
-            raise InputError(f"names: {name!r} is not possible; allowed: letters, digits, - and _, without lora_")
-    if doubled := [name for name in chosen if chosen.count(name) > 1]:
-        raise InputError(f"names: {doubled[0]} is there twice; give every adapter a name of its own with --names")
+        if not re.fullmatch(r"[\w-]{1,200}", name, re.ASCII) or "lora_" in name:  # PEFT's own names begin so
+            allowed = "up to 200 letters, digits, - and _, without lora_"
+            raise InputError(f"names: {shortened(name)} is not possible; allowed: {allowed}")
+    folders = [name.lower() for name in chosen]  # names that differ in case only are one folder on some disks
+    doubled = [name for name, folder in zip(chosen, folders, strict=True) if folders.count(folder) > 1]
+    if doubled:
+        raise InputError(f"names: {doubled[-1]} is there twice; give every adapter a name of its own with --names")
     return dict(zip(chosen, adapters, strict=True))

@@ -7,6 +7,7 @@ the default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,12 @@ class Config:
         Validator("a number from 0 to 1", lambda v: 0 <= v <= 1),
         "share of the clients asked whose updates a round needs; with fewer it is discarded and played again; "
         "0: one update is enough",
+    )
+    max_update_norm: float = setting(
+        0.0,
+        Validator("0, or a number of at least 1", lambda v: v == 0 or (math.isfinite(v) and v >= 1)),
+        "a client is left out of a round of three updates or more if the norm of its update is above this multiple of "
+        "the round's median; 0: no limit",
     )
     max_failures: int = setting(
         5,

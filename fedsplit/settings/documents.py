@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.errors import InputError, SettingError
+from fedsplit.errors import ErrorCollector, InputError, SettingError, shortened
 from fedsplit.settings.choices import PROMPTED
 from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
 from fedsplit.settings.fields import Setting
@@ -34,7 +34,7 @@ def _convert(setting: Setting, value: object) -> Any:
     except (TypeError, ValueError, OverflowError):
         is_allowed = False
     if not is_allowed:
-        raise SettingError(setting.name, _short(value), setting.words)
+        raise SettingError(setting.name, shortened(value), setting.words)
     return converted
 
 
@@ -126,16 +126,6 @@ def _object(value: object) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
-def _short(value: object) -> str:
-    """Returns a value as error messages show it."""
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return "a number of many digits"
-    text = str(value)
-    if text == "":
-        return "nothing"
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
 def build(
     values: Mapping[str, object],
     options: Mapping[str, Any] | None = None,
@@ -155,18 +145,19 @@ def build(
         sink_options: Keyword arguments for sinks, by NAME.KEY or as a table by name.
 
     Raises:
-        InputError: A name is unknown, a value is not allowed, or two kinds of prompts are asked for.
+        InputError: A name is unknown, a value is not allowed, or two kinds of prompts are asked for. All errors are
+            reported together.
 
     Example:
         >>> build({"clients": 4, "lora.rank": "4,8"}).lora.rank
         (4, 8)
     """
+    collector = ErrorCollector()
     fields: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
-        if name not in SETTINGS:
-            raise InputError(f"there is no setting {name}; {suggest(name, SETTINGS)}")
-        setting = SETTINGS[name]
-        fields[setting.section][setting.field] = _convert(setting, value)
+        with collector.collecting():
+            setting = _setting_named(name)
+            fields[setting.section][setting.field] = _convert(setting, value)
 
     given = {
         "strategy": options or {},
@@ -175,30 +166,40 @@ def build(
         "sinks": by_key(sink_options or {}),
     }
     for name, keywords in given.items():
-        _check_options(name, keywords)
+        collector.extend(_wrong_options(name, keywords))
     tables: dict[str, Any] = {OPTIONS[name]: dict(keywords) for name, keywords in given.items()}
 
-    _settle_peft(fields["lora"], fields["prompt"])
+    with collector.collecting():
+        _settle_peft(fields["lora"], fields["prompt"])
+    collector.check()
     sections: dict[str, Any] = {name: cls(**fields[name]) for name, cls in SECTIONS.items()}
     return Config(**fields[""], **sections, **tables)
 
 
-def _check_options(setting: str, options: Mapping[str, Any]) -> None:
-    """Makes sure that keyword arguments can be written as TOML.
+def _setting_named(name: str) -> Setting:
+    """Returns the setting of a dotted name.
+
+    Raises:
+        InputError: There is no such setting.
+    """
+    if name not in SETTINGS:
+        raise InputError(f"there is no setting {name}; {suggest(name, SETTINGS)}")
+    return SETTINGS[name]
+
+
+def _wrong_options(setting: str, options: Mapping[str, Any]) -> Iterator[InputError]:
+    """Yields an error for each keyword argument that cannot be written as TOML, or does not name its class.
 
     Args:
         setting: Name of the setting that the arguments belong to.
         options: The keyword arguments.
-
-    Raises:
-        SettingError: A value is no text, number or truth value; or an option does not say which class it is for.
     """
     for name, value in options.items():
         if setting in SEVERAL and "." not in name:
             allowed = f"an option with a name before it, as in {setting}.NAME.{name}"
-            raise SettingError(f"{setting}.{name}", value, allowed)
-        if not isinstance(value, str | int | float):
-            raise SettingError(f"{setting}.{name}", value, "a text, a number, true or false")
+            yield SettingError(f"{setting}.{name}", value, allowed)
+        elif not isinstance(value, str | int | float):
+            yield SettingError(f"{setting}.{name}", value, "a text, a number, true or false")
 
 
 def by_key(options: Mapping[str, Any]) -> dict[str, Any]:

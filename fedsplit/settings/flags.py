@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from fedsplit.errors import InputError, SettingError
+from fedsplit.errors import ErrorCollector, InputError, SettingError, check_all
 from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
 from fedsplit.settings.documents import build, by_key, dotted, suggest
 from fedsplit.settings.fields import Setting
@@ -37,6 +37,9 @@ MAY_DIFFER = (
 REPEATABLE = ("sinks", "metric")
 """Lists whose flag may be given several times. Each flag adds to the list."""
 
+
+DEBUG = "--debug"
+"""Flag of every command: an error is shown with its traceback."""
 
 Options = dict[str, dict[str, Any]]
 """Keyword arguments for a class, by the setting that names the class."""
@@ -83,7 +86,16 @@ def read_toml(path: Path) -> tuple[dict[str, object], Options]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that raises an error of one line, where argparse prints its usage and exits."""
+    """Argument parser that raises an error of one line, where argparse prints its usage and exits.
+
+    Every parser has the flag `--debug`, which `fedsplit.commands.exit_codes.exit_code` looks for.
+    """
+
+    def __init__(self, **keywords: Any) -> None:
+        """Makes a parser; see `argparse.ArgumentParser` for the keyword arguments."""
+        super().__init__(**keywords)
+        # Without a default, as a parser of a subcommand would overwrite what the parser above it has read.
+        self.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
 
     def error(self, message: str) -> NoReturn:
         """Raises an `InputError`."""
@@ -187,8 +199,9 @@ def options_of(rest: Sequence[str], parser: Parser, settings: Collection[str] = 
         settings: Settings whose options the command takes.
 
     Raises:
-        InputError: A flag is unknown, or a flag has no value.
+        InputError: A flag is unknown, or a flag has no value. All errors are reported together.
     """
+    collector = ErrorCollector()
     words = []
     for argument in rest:
         words += argument.split("=", 1) if argument.startswith("--") else [argument]
@@ -198,12 +211,17 @@ def options_of(rest: Sequence[str], parser: Parser, settings: Collection[str] = 
         flag = words.pop(0)
         given, _, key = flag.removeprefix("--").partition(".")
         setting = _BY_ALIAS.get(given, given)
+        has_value = bool(words) and not words[0].startswith("--")
         if not flag.startswith("--") or not key or setting not in settings:
             known = [flag for action in parser._actions for flag in action.option_strings]
-            raise InputError(f"there is no flag {flag}; {suggest(flag, known)}")
-        if not words:
-            raise InputError(f"{flag}: expected a value after it")
-        options[setting][key] = _toml_value(words.pop(0))
+            collector.extend([InputError(f"there is no flag {flag}; {suggest(flag, known)}")])
+            if flag.startswith("--") and has_value:  # the value of a flag that is unknown is no error of its own
+                words.pop(0)
+        elif not words:
+            collector.extend([InputError(f"{flag}: expected a value after it")])
+        else:
+            options[setting][key] = _toml_value(words.pop(0))
+    collector.check()
     return options
 
 
@@ -222,7 +240,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         argv: Arguments; None for those of the process.
 
     Raises:
-        InputError: A flag or a setting is unknown, or a value is not allowed.
+        InputError: A flag or a setting is unknown, or a value is not allowed. All errors are reported together.
 
     Example:
         >>> config = parse(["--clients", "4", "--lora.rank", "16"])
@@ -232,8 +250,17 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     parser = make_parser()
     known, rest = parser.parse_known_args(argv)
     values = vars(known)
+    values.pop("debug", None)
     file = values.pop("config", None)
-    return settle(values, options_of(rest, parser), Path(file) if file is not None else None)
+
+    collector = ErrorCollector()
+    options: Options = {}
+    with collector.collecting():
+        options = options_of(rest, parser)
+    with collector.collecting():
+        config = settle(values, options, Path(file) if file is not None else None)
+    collector.check()
+    return config
 
 
 def settle(values: Mapping[str, object], options: Options, file: Path | None = None) -> Config:
@@ -245,7 +272,8 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
         file: A TOML file; None for the defaults. With `resume`, it may be the run's own.
 
     Raises:
-        InputError: A name is unknown, a value is not allowed, or a setting cannot change in a run that goes on.
+        InputError: A name is unknown, a value is not allowed, or a setting cannot change in a run that goes on. All
+            errors are reported together.
 
     Example:
         >>> settle({"clients": 4, "train.lr": "3e-4"}, {}).train.lr
@@ -258,14 +286,19 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
         _check_unchanged(values, options, None if is_own else file, run)
         file = own_file
 
+    collector = ErrorCollector()
     file_values: dict[str, object] = {}
     file_options: Options = {}
     if file is not None:
-        file_values, file_options = read_toml(file)
+        with collector.collecting():
+            file_values, file_options = read_toml(file)
     if run and "sinks" in values:  # other sinks than those that the run had, which take other options
         file_options["sinks"] = {}
     merged = {setting: {**file_options.get(setting, {}), **options.get(setting, {})} for setting in OPTIONS}
-    return build({**file_values, **values}, *merged.values())
+    with collector.collecting():
+        config = build({**file_values, **values}, *merged.values())
+    collector.check()
+    return config
 
 
 def _check_unchanged(values: Mapping[str, object], options: Options, file: Path | None, run: object) -> None:
@@ -281,6 +314,5 @@ def _check_unchanged(values: Mapping[str, object], options: Options, file: Path 
     changed += [f"{setting}.{name}" for setting, keywords in fixed.items() for name in keywords]
     if file is not None:
         changed.insert(0, "config")
-    if changed:
-        may = ", ".join(MAY_DIFFER[1:])
-        raise InputError(f"{changed[0]} cannot be set for a run that goes on; only {may} may differ")
+    may = ", ".join(MAY_DIFFER[1:])
+    check_all(InputError(f"{name} cannot be set for a run that goes on; only {may} may differ") for name in changed)

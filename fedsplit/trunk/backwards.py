@@ -102,6 +102,7 @@ class Backwards:
         check_rate(packet)
         check_parts(packet, self._state.settings)
         intake = self._state.intake
+        intake.check_tensors(packet, "gradient", SUMS)
         gradient = intake.gradient(packet, batch.inputs[packet.key])
         by_sums = intake.gradient_by_sums(packet, packet.key in batch.sums) if SUMS in packet.tensors else None
         return _Gradient(gradient, by_sums)
@@ -201,6 +202,7 @@ class Backwards:
         unclipped = state.steps.held(packet.key)
         if not isinstance(unclipped, UnclippedGradient):
             raise UnknownStep(f"{packet.key} waits for a gradient, not for what it is scaled by")
+        state.intake.check_tensors(packet, "coefficient")
         value = state.intake.coefficient(packet, state.adapters.largest_coefficient(unclipped))
         try:
             state.adapters.release(unclipped, value)

@@ -21,7 +21,7 @@ from fedsplit.trunk.state import TrunkState
 from fedsplit.trunk.workers import Work
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.scaling import TOO_LARGE
-from fedsplit.wire.steps import SpoiledStep, StaleStep, UnboundedStep
+from fedsplit.wire.steps import StaleStep, UnboundedStep
 
 WAIT_SECONDS = 0.05
 """Seconds after which a client that found no memory may ask again."""
@@ -59,9 +59,7 @@ class Forwards:
         state.steps.check(packet)
         check_parts(packet, state.settings)
         part = state.blocks.part
-        width = part.config.hidden_size
-        if len(packet.shape) != 3 or packet.shape[2] != width or not math.prod(packet.shape):
-            raise SpoiledStep(f"{packet.key} asks for room for the shape {packet.shape}, not (B, T, {width})")
+        state.intake.check_shape(packet.key, packet.shape, state.settings.batch_size)
         if state.steps.repeated(packet.key) is not None or state.admission.has_reserved(packet.key):
             return Packet(packet.key)
 
@@ -154,7 +152,8 @@ class Forwards:
         check_parts(packet, state.settings)
         if keeps:
             state.steps.check_order(packet.key)
-        hidden = state.intake.hidden(packet)
+        state.intake.check_tensors(packet, "hidden", "mask", SUMS)
+        hidden = state.intake.hidden(packet, state.settings.batch_size)
         mask = state.intake.mask(packet, hidden) if "mask" in packet.tensors else None
         sums = state.intake.sums(packet) if SUMS in packet.tensors else None
         returns_gradient = packet.training and packet.wants_gradient and state.schedule.returns_gradient

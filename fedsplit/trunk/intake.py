@@ -5,6 +5,7 @@ Shapes: B sequences of T tokens a step, D the width of hidden states, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -39,11 +40,45 @@ class Intake:
         self._codec = codec
         self._device = device
 
-    def hidden(self, packet: Packet) -> Tensor:
+    def check_tensors(self, packet: Packet, *names: str) -> None:
+        """Makes sure that a packet has no tensors beside those that a request of its kind may have.
+
+        Raises:
+            SpoiledStep: It has others, or router sums for a part without experts.
+        """
+        if more := sorted(packet.tensors.keys() - {*names}):
+            raise SpoiledStep(f"{packet.key} sent its {more[0]} where nobody asked for it")
+        if SUMS in packet.tensors and not self._part.experts:
+            raise SpoiledStep(f"{packet.key} sent something of routers, which the model does not have")
+
+    def check_shape(self, key: StepKey, shape: Sequence[int], rows: int | None = None) -> None:
+        """Makes sure that hidden states of a shape can be computed with.
+
+        Args:
+            key: The step.
+            shape: The shape.
+            rows: Most sequences; None for any number.
+
+        Raises:
+            SpoiledStep: They cannot.
+        """
+        width, longest = self._part.config.hidden_size, self._part.config.max_position_embeddings
+        if len(shape) != 3 or shape[2] != width or not math.prod(shape):
+            raise SpoiledStep(f"{key} sent hidden states of shape {tuple(shape)}, not (B, T, {width})")
+        if shape[1] > longest:
+            raise SpoiledStep(f"{key} sent {shape[1]} positions, beyond the model's {longest}")
+        if rows is not None and shape[0] > rows:
+            raise SpoiledStep(f"{key} sent {shape[0]} sequences, more than the {rows} of a batch")
+
+    def hidden(self, packet: Packet, rows: int | None = None) -> Tensor:
         """Returns the hidden states (B, T, D) of a packet, in the part's type or in float32.
 
         They are float32 where float32 adapters lie in the path of the hidden states themselves, as in the norms of a
         mixture of experts. There the unsplit model carries float32 from block to block, too.
+
+        Args:
+            packet: The packet.
+            rows: Most sequences; None for any number.
 
         Raises:
             SpoiledStep: They are missing, or nothing can be computed with them.
@@ -52,11 +87,7 @@ class Intake:
         kind = self._part.dtype
         role = Role("activation", "up", packet.key, packet.training, kind)
         hidden = self._decoded(packet, "hidden", self._codec, role)
-        width = self._part.config.hidden_size
-        if hidden.ndim != 3 or hidden.shape[2] != width or not hidden.numel():
-            raise SpoiledStep(f"{packet.key} sent hidden states of shape {tuple(hidden.shape)}, not (B, T, {width})")
-        if hidden.shape[1] > (longest := self._part.config.max_position_embeddings):
-            raise SpoiledStep(f"{packet.key} sent {hidden.shape[1]} positions, beyond the model's {longest}")
+        self.check_shape(packet.key, hidden.shape, rows)
         if hidden.dtype not in (kind, torch.float32):
             raise SpoiledStep(f"{packet.key} sent hidden states of type {hidden.dtype}, not {kind}")
         if not is_bounded(hidden):

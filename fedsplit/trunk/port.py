@@ -8,7 +8,7 @@ actor (`fedsplit.trunk.actor`) or an object in the same process (`fedsplit.trunk
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -90,7 +90,13 @@ class AssignAgain(Control[None]):
 
 @dataclass(frozen=True)
 class ReadCopies(Control[dict[int, Copy]]):
-    """Asks, under `copies`, for each client's adapter at the end of the round."""
+    """Asks, under `copies`, for the adapters of some clients at the end of their round.
+
+    Attributes:
+        clients: The clients; those without a copy have none in the reply.
+    """
+
+    clients: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -193,9 +199,9 @@ class TrunkPort(Protocol):
         """Under `copies`, sets the adapter of a client that repeats its round."""
         self.control(AssignAgain(client, start))
 
-    def copies(self) -> dict[int, Copy]:
-        """Returns, under `copies`, each client's adapter at the end of the round."""
-        return self.control(ReadCopies())
+    def copies(self, clients: Iterable[int]) -> dict[int, Copy]:
+        """Returns, under `copies`, the adapters of some clients at the end of their round."""
+        return self.control(ReadCopies(tuple(clients)))
 
     def read(self) -> Adapters:
         """Returns the shared adapter."""

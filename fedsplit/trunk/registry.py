@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from fedsplit.optimization.bounds import LARGEST_SHARE, norm
 from fedsplit.optimization.clipping import coefficient, squared_norm
 from fedsplit.optimization.optim import fitting
 from fedsplit.settings.sections import TrainSettings
-from fedsplit.stages import StageMaker
+from fedsplit.stages import Outcome, StageMaker
 from fedsplit.trunk.schedules import Schedule
 from fedsplit.trunk.status import RoundCounts
 from fedsplit.trunk.trainable import AdapterSnapshot, TrainableAdapter, Unusable
@@ -53,11 +53,13 @@ class Copy:
         adapters: Adapter after the client's last step.
         control: Change of the client's control variate.
         kept: State that the strategy's gradient stage keeps of the round.
+        steps: Number of steps that trained it; None where nothing of it learns.
     """
 
     adapters: Adapters
     control: Mapping[str, Tensor]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    steps: int | None = None
 
 
 @dataclass
@@ -389,12 +391,22 @@ class AdapterRegistry:
         copy.restore(self._moments.get(client, {}))
         self._copies[client] = copy
 
-    def copies(self) -> dict[int, Copy]:
-        """Returns, under `copies`, each client's copy of the adapter at the end of the round."""
+    def copies(self, clients: Collection[int] | None = None) -> dict[int, Copy]:
+        """Returns, under `copies`, the clients' copies of the adapter at the end of the round.
+
+        A copy that should have been trained, and was not, has neither control variate nor state: a stage that has seen
+        no step has nothing to say of the round.
+
+        Args:
+            clients: Clients whose copies are returned; all clients where not given.
+        """
         copies = {}
         for client, copy in sorted(self._copies.items()):
-            outcome = copy.outcome()
-            copies[client] = Copy(self._named(copy.snapshot), outcome.sent, outcome.kept)
+            if clients is not None and client not in clients:
+                continue  # its round may have ended in the middle, where a stage has no result
+            steps = copy.steps if copy.learns else None
+            outcome = Outcome() if steps == 0 else copy.outcome()
+            copies[client] = Copy(self._named(copy.snapshot), outcome.sent, outcome.kept, steps)
         return copies
 
     def read(self) -> Adapters:

@@ -70,6 +70,8 @@ class TrunkServer:
         budget: Budget | None = None,
         clock: Clock = time.monotonic,
         stage: StageMaker | None = None,
+        clients: int | None = None,
+        rounds: int | None = None,
     ) -> None:
         """Takes over a part.
 
@@ -85,6 +87,8 @@ class TrunkServer:
             budget: Budget of resident memory; none where not given.
             clock: Clock for leases.
             stage: Makes the strategy's gradient stage for a client's copy; None where the strategy has none.
+            clients: Number of clients in the run; packets of others are refused. None: any number may come.
+            rounds: Number of rounds in the run; packets of later ones are refused. None: any number may come.
         """
         blocks = Blocks(part)
         self.part = part
@@ -94,7 +98,7 @@ class TrunkServer:
         self.counts = RoundCounts()
         self.answers = Answers(codec, self.traffic)
         self.intake = Intake(part, codec, blocks.device)
-        self.steps: Steps[PendingBatch | UnclippedGradient] = Steps(run, incarnation, lease, clock)
+        self.steps: Steps[PendingBatch | UnclippedGradient] = Steps(run, incarnation, lease, clock, clients, rounds)
         self.adapters = AdapterRegistry(
             lora.read(part), SCHEDULES[schedule], settings, self.counts, blocks.device, part.rank_budget, stage
         )

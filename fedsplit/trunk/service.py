@@ -235,8 +235,8 @@ class TrunkService:
                 return adapters.assign(starts)
             case port.AssignAgain(client, start):
                 return adapters.assign_again(client, start)
-            case port.ReadCopies():
-                return adapters.copies()
+            case port.ReadCopies(clients):
+                return adapters.copies(clients)
             case port.ReadAdapter():
                 return adapters.read()
             case port.WriteAdapter(tensors, personal):
@@ -329,6 +329,8 @@ def load_service(
         budget=Budget(memory),
         clock=clock,
         stage=stage if SCHEDULES[config.trunk.schedule].personal else None,
+        clients=config.clients,
+        rounds=config.rounds,
     )
     least = 0
     if memory is not None:

@@ -126,6 +126,7 @@ class Sessions:
             raise FullTrunk(f"{key}: there are {self._most} sessions already, as many as there may be")
         part, snapshot = self._server.inference(key.client)
         intake = self._server.intake
+        intake.check_tensors(packet, "hidden", "mask")
         hidden = intake.hidden(packet)
         mask = intake.mask(packet, hidden) if "mask" in packet.tensors else None
         if mask is not None and not _is_left_padded(mask, part.virtual):
@@ -136,6 +137,7 @@ class Sessions:
         """Computes the next step of a session, and answers it."""
         key = packet.key
         part, _ = self._server.inference(key.client, session.snapshot)
+        self._server.intake.check_tensors(packet, "hidden", "mask")
         hidden = self._server.intake.hidden(packet)
         count = 1 if key.step else hidden.shape[1]
         expected = (session.rows, count, part.config.hidden_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,7 @@ from fedsplit.adaptation import rank_allocation
 from fedsplit.adaptation.rank_budget import RankBudget
 from fedsplit.model.devices import CPU, put
 from fedsplit.optimization import optim
-from fedsplit.optimization.bounds import is_bounded
+from fedsplit.optimization.bounds import norm
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.optimization.orthogonality import Orthogonality
 from fedsplit.optimization.terms import terms_of
@@ -27,11 +28,25 @@ class Unusable(ArithmeticError):
     """A step of the optimiser was not made, since the adapter would hold values that are not finite."""
 
 
+_SAFE_NORM = 1e9
+"""Norm of adapter and gradient up to which one step at settings that are not extreme stays below `LARGEST_NORM`."""
+
+
+def _may_overflow(settings: TrainSettings) -> bool:
+    """Returns True where one step may take an adapter of norm `_SAFE_NORM` to values that are not finite.
+
+    With settings below these, no optimiser moves a coordinate by more than `_SAFE_NORM` and a factor of a thousand.
+    Elsewhere the moments are copied before each step, since a step that is not made must not leave its trace there.
+    """
+    return settings.lr > 1 or settings.weight_decay > 1 or settings.eps < 1e-12 or settings.momentum > 0.999
+
+
 class TrainableAdapter:
     """An adapter with its optimiser; older snapshots of it stay as they are.
 
     Attributes:
         snapshot: The newest snapshot. Its trained tensors require gradients.
+        steps: Number of steps that the optimiser has made.
     """
 
     def __init__(
@@ -69,8 +84,16 @@ class TrainableAdapter:
         self._optimizer = make_optimizer(self._trained.values(), settings)
         self._budget = budget if learns else None
         self._allocation = rank_allocation.begin(self._parameters, self._budget)
+        self._size = norm(self._parameters.values())
+        self._keeps_moments = _may_overflow(settings)
+        self.steps = 0
         self._made = (0, 0)  # round, and optimiser steps within it
         self._publish()
+
+    @property
+    def learns(self) -> bool:
+        """True if any tensor of the adapter is trained."""
+        return bool(self._learns)
 
     def _publish(self) -> None:
         self.snapshot: AdapterSnapshot = {
@@ -79,7 +102,7 @@ class TrainableAdapter:
         }
 
     def step(self, gradients: Mapping[str, Tensor], rate: float = 1.0, round: int = 1) -> None:
-        """Makes one step of the optimiser, which leaves adapter and moments finite.
+        """Makes one step of the optimiser, which leaves adapter and moments finite; or none, which changes neither.
 
         Args:
             gradients: Gradients by exported name.
@@ -92,18 +115,24 @@ class TrainableAdapter:
         """
         assert self._optimizer is not None
         corrected = self._terms(gradients, LocalStep(self._parameters))
-        if not is_bounded(*corrected.values()):
+        size = norm(corrected.values())
+        if not math.isfinite(size):
             raise Unusable("the gradient of the trunk's adapter is NaN, infinite or too large to be squared")
         for name, gradient in corrected.items():
             # The fused optimiser pairs elements by their place in memory: a transposed gradient would be scrambled.
             self._parameters[name].grad = gradient.contiguous()
+        keeps_moments = self._keeps_moments or max(size, self._size) > _SAFE_NORM
+        moments = optim.moments(self._optimizer, self._trained) if keeps_moments else {}
         optim.step(self._optimizer, rate)
-        if not is_bounded(*self._parameters.values()):
+        self._size = norm(self._parameters.values())
+        if not math.isfinite(self._size):
             self._return_to_snapshot()
+            optim.restore(self._optimizer, self._trained, moments)
             raise Unusable("the trunk's adapter would not be finite after the step: --train.lr is too large")
         if self._allocation is not None:
             self._made = round, self._made[1] + 1 if self._made[0] == round else 1
             self._allocation.allocate(corrected, self._allocation.position(*self._made))
+        self.steps += 1
         self._publish()
 
     def regularised(
@@ -124,12 +153,14 @@ class TrainableAdapter:
         """Undoes a step: sets the adapter back to its newest snapshot."""
         for name, parameter in self._parameters.items():
             parameter.copy_(self.snapshot[name])
+        self._size = norm(self._parameters.values())
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Replaces the adapter; the optimiser keeps its moments."""
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors[name])
+        self._size = norm(self._parameters.values())
         self._publish()
 
     def outcome(self) -> Outcome:

@@ -10,20 +10,22 @@ import json
 import math
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from fedsplit.wire.encoded import Encoded, Fact, may_cross
+from fedsplit.wire.encoded import Encoded, Fact, is_count, may_cross
 from fedsplit.wire.packets import Packet, StepKey, check_form
 from fedsplit.wire.steps import RefusedStep
 
 _PREFIX = struct.Struct("<QI")
 _LONGEST_HEADER = 2**16
 _LONGEST_WORDS = 2**12
-_LARGEST_ARRAY = 2**34
+
+LARGEST_PACKET = 2**34
+"""Most bytes of all arrays of a packet together. Memory is used up as bytes arrive, not as they are announced."""
 
 BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError)
 """Errors that `receive` raises where the other side has hung up, or where what came is no frame."""
@@ -127,7 +129,10 @@ def receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
     if "error" in header:
         return number, _error_named(header["error"])(str(header["words"]))
 
-    tensors = {name: _empty(form["arrays"], form["header"]) for name, form in header["tensors"].items()}
+    forms = {name: _forms(tensor["arrays"]) for name, tensor in header["tensors"].items()}
+    if sum(nbytes for arrays in forms.values() for _, _, nbytes in arrays.values()) > LARGEST_PACKET:
+        raise ValueError("a packet is too large")
+    tensors = {name: _empty(arrays, header["tensors"][name]["header"]) for name, arrays in forms.items()}
     plain = {**header, "key": StepKey(**header["key"]), "tensors": tensors, "shape": tuple(header["shape"])}
     packet = Packet(**plain)
     check_form(packet)  # before any bytes are read for a packet that nobody can use
@@ -137,17 +142,23 @@ def receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
     return number, packet
 
 
-def _empty(arrays: Mapping[str, tuple[str, list[int]]], header: Mapping[str, Any]) -> Encoded:
-    """Allocates the arrays that a header announces.
+def _forms(arrays: Mapping[str, Sequence[Any]]) -> dict[str, tuple[np.dtype, list[int], int]]:
+    """Returns type, shape and bytes of the arrays that a header announces.
 
     Raises:
-        ValueError, TypeError: One is of a type or size that may not cross.
+        ValueError, TypeError: One is of a type or shape that may not cross.
     """
-    allocated = {}
+    forms = {}
     for name, (kind, shape) in arrays.items():
         form = np.dtype(str(kind))
-        if not may_cross(form) or math.prod(shape) * form.itemsize > _LARGEST_ARRAY:
-            raise ValueError("an array is of a type or size that may not cross")
-        allocated[name] = np.empty(shape, form)
+        if not may_cross(form) or type(shape) is not list or not all(map(is_count, shape)):
+            raise ValueError("an array is of a type or shape that may not cross")
+        forms[name] = form, shape, math.prod(shape) * form.itemsize
+    return forms
+
+
+def _empty(arrays: Mapping[str, tuple[np.dtype, list[int], int]], header: Mapping[str, Any]) -> Encoded:
+    """Allocates arrays of given forms, and reads the facts of a tensor's header."""
+    allocated = {name: np.empty(shape, form) for name, (form, shape, _) in arrays.items()}
     facts: dict[str, Fact] = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in header.items()}
     return Encoded(allocated, facts)

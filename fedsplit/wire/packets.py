@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fedsplit.wire.encoded import Encoded, MalformedPacket, check_encoded, is_count, shown
+
+_LONGEST_TEXT = 256
+_MOST_DIMENSIONS = 8
 
 _TENSORS = frozenset({"hidden", "gradient", "mask", "routers", "coefficient", "norm"})
 """Names of the tensors that may cross."""
@@ -147,15 +151,23 @@ def check_form(packet: Packet) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) is float or is_count(value)
+    return is_count(value) or (type(value) is float and math.isfinite(value))
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= _LONGEST_TEXT
+
+
+def _is_shape(value: Any) -> bool:
+    return type(value) is tuple and len(value) <= _MOST_DIMENSIONS and all(map(is_count, value))
 
 
 _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("a whole number from 0", is_count),
-    "float": ("a number", _is_number),
+    "float": ("a finite number", _is_number),
     "bool": ("true or false", lambda value: type(value) is bool),
-    "str": ("a text", lambda value: type(value) is str),
-    "tuple[int, ...]": ("a shape", lambda value: type(value) is tuple and all(map(is_count, value))),
+    "str": (f"a text of up to {_LONGEST_TEXT} characters", _is_text),
+    "tuple[int, ...]": ("a shape", _is_shape),
     "Mapping[str, Encoded]": ("tensors by name", lambda value: isinstance(value, Mapping)),
     "parts": ("a whole number from 1", lambda value: is_count(value) and value > 0),
 }

@@ -33,6 +33,9 @@ MOST_UNREAD = 64
 MOST_UNREAD_BYTES = 64 * 2**20
 """Most bytes of these packets and answers; `_ALWAYS` packets may be larger."""
 
+_MOST_STRANGERS = 64
+"""Most connections at once that have not sent the token yet; further ones are closed."""
+
 _ALWAYS = 2
 """Packets that may be under way whatever their size, so that client and trunk can work at the same time."""
 
@@ -156,6 +159,7 @@ class PacketServer:
         self.address = Address(f"fedsplit-{secrets.token_hex(8)}", secrets.token_bytes(32))
         self.taken = 0
         self._serve = serve
+        self._strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(_place(self.address))
         listener.listen()
@@ -165,21 +169,34 @@ class PacketServer:
         while True:
             try:
                 connection, _ = listener.accept()
-                if _user_of(connection) != os.geteuid():
-                    connection.close()
-                    continue
-                threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
+                self._admit(connection)
             except (OSError, RuntimeError):  # no descriptor or thread is left: there may be one later
                 time.sleep(_PAUSE_SECONDS)
+
+    def _admit(self, connection: socket.socket) -> None:
+        """Gives a connection its thread; closes one of another user, or one too many that has not sent the token."""
+        if _user_of(connection) != os.geteuid() or not self._strangers.acquire(blocking=False):
+            connection.close()
+            return
+        try:
+            threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
+        except RuntimeError:
+            self._strangers.release()
+            connection.close()
+            raise
 
     def _attend(self, connection: socket.socket) -> None:
         outbox = _Outbox()
         # The server hangs up on a client that breaks the rules or is gone; the others do not notice.
         with connection, contextlib.suppress(*frames.BROKEN):
-            connection.settimeout(_GREETING_SECONDS)
-            if not hmac.compare_digest(frames.read(connection, len(self.address.token)), self.address.token):
-                return
-            connection.settimeout(None)
+            try:
+                connection.settimeout(_GREETING_SECONDS)
+                token = frames.read(connection, len(self.address.token))
+                if not hmac.compare_digest(token, self.address.token):
+                    return
+                connection.settimeout(None)
+            finally:
+                self._strangers.release()
             threading.Thread(target=self._answer, args=(connection, outbox), daemon=True).start()
             try:
                 while outbox.wait_for_room() and self._take_one(connection, outbox):

@@ -87,7 +87,15 @@ class Steps(Generic[T]):
         (0, True)
     """
 
-    def __init__(self, run: str, incarnation: str, lease: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        run: str,
+        incarnation: str,
+        lease: float,
+        clock: Clock,
+        clients: int | None = None,
+        rounds: int | None = None,
+    ) -> None:
         """Starts without steps.
 
         Args:
@@ -95,9 +103,13 @@ class Steps(Generic[T]):
             incarnation: Id of this life of the trunk.
             lease: Seconds for which a step may be pending since its last forward.
             clock: Clock for leases.
+            clients: Number of clients in the run; None: any number may come.
+            rounds: Number of rounds in the run; None: any number may come.
         """
         self.run = run
         self.incarnation = incarnation
+        self._most_clients = clients
+        self._most_rounds = rounds
         self._lease = lease
         self._clock = clock
         self._clients: defaultdict[int, _Client[T]] = defaultdict(_Client)
@@ -106,12 +118,17 @@ class Steps(Generic[T]):
         """Makes sure that a packet is meant for this trunk.
 
         Raises:
-            ForeignStep: It is of another run or for another incarnation.
+            ForeignStep: It is of another run, for another incarnation, or of a client or round that the run does not
+                have: every client's number takes memory, and the round decides about the ranks of an adapter.
         """
         if packet.key.run != self.run:
             raise ForeignStep(f"{packet.key} is of run {packet.key.run!r}, this trunk serves {self.run!r}")
         if packet.incarnation != self.incarnation:
             raise ForeignStep(f"{packet.key} is for another incarnation of the trunk: the trunk was started again")
+        if self._most_clients is not None and packet.key.client >= self._most_clients:
+            raise ForeignStep(f"{packet.key} is of a client that is none of the run's {self._most_clients}")
+        if self._most_rounds is not None and packet.key.round > self._most_rounds:
+            raise ForeignStep(f"{packet.key} is of a round that is none of the run's {self._most_rounds}")
 
     def moves_on(self, key: StepKey) -> None:
         """Drops the answers of a client's earlier steps if it has come to a new one: it asks for them no more."""

@@ -159,7 +159,7 @@ def test_a_part_is_pefts_adalora_on_its_layers(
         tensors, moments = update.adapters.tensors, update.moments
         trunk.end_round([0])
         if schedule == "copies":
-            trunk.write(trunk.copies()[0].adapters.tensors)
+            trunk.write(trunk.copies([0])[0].adapters.tensors)
         for step in range((round - 1) * STEPS, round * STEPS):
             ids = batch(client.shard.train, step, config.train.batch_size, derive_seed(config.seed, "client", 0)).ids
             whole(input_ids=ids, labels=ids).loss.backward()

@@ -153,9 +153,10 @@ def test_float64_of_a_flower_strategy_becomes_float32() -> None:
     [
         (Array(np.ones((2, 3), np.int64)), "l.lora_A.weight is of type int64, not of numbers with a fraction"),
         (Array("float32", (2, 3), "numpy.ndarray", b"no array"), "l.lora_A.weight is no array"),
-        (Array(np.full((2, 3), 1e300)), "sent NaN or infinite values in l.lora_A.weight"),
+        (Array(np.full((2, 3), 1e300)), "sent l.lora_A.weight as torch.float64, not as torch.float32"),
+        (Array(np.ones((2, 3), np.longdouble)), "l.lora_A.weight is of type float128, which no client sends"),
     ],
-    ids=["integers", "garbage", "too large"],
+    ids=["integers", "garbage", "wide", "wider"],
 )
 @pytest.mark.parametrize("group", [ADAPTERS, CONTROL])
 def test_arrays_are_looked_at_before_they_are_cast(array: Array, words: str, group: str) -> None:
@@ -168,15 +169,15 @@ def test_arrays_are_looked_at_before_they_are_cast(array: Array, words: str, gro
     answer = records.to_answer(Message(content, reply_to=question), 3)
     assert isinstance(answer, Reply)
     with pytest.raises(RefusedUpdate, match=words):
-        to_update(answer, START, set(START.tensors), "ann", Workload(8, 1024, 20, 4))
+        to_update(answer, START, set(START.tensors), "ann", Workload(8, 1024, 20, 4), "required")
 
 
 def test_an_introduction_comes_back_over_the_wire() -> None:
-    introduced = Introduction(0, "Ann", {"bottom": {"total": 1}}, {"bottom": START, "top": START})
+    introduced = Introduction(0, "Ann", {"bottom": {"total": 1, "trainable": 1}}, {"bottom": START, "top": START})
     reply = answered(introduce(introduced))
     assert isinstance(reply, Reply)
     back = read_introduction(reply)
-    assert (back.client, back.name, back.parameters) == (0, "Ann", {"bottom": {"total": 1}})
+    assert (back.client, back.name, back.parameters) == (0, "Ann", {"bottom": {"total": 1, "trainable": 1}})
     assert {part: adapters.layers for part, adapters in back.start.items()} == {
         "bottom": START.layers,
         "top": START.layers,

@@ -13,16 +13,13 @@ from conftest import write_corpus
 from local_federation import federate
 from test_round import config_of, left
 
+from experiments.reliability.mortal import MortalTrunk
 from fedsplit.engines import in_process
 from fedsplit.events import Event
 from fedsplit.events.event_types import ClientFailed, ClientLost, RoundDiscarded
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.federation import Federation
 from fedsplit.federation.messages import CLIENT_LOST, Answer, Evaluate, Failure, Request, Train
-from fedsplit.trunk.local import LocalTrunk
-from fedsplit.trunk.port import Control
-from fedsplit.wire.packets import Packet
-from fedsplit.wire.transport import PendingAnswer, TrunkLost
 
 CASES = ("shared", "folds", "control", "personal", "flower", "exact", "adaptive")
 """Cases of `test_round.CASES`."""
@@ -34,57 +31,6 @@ def cases_with_fast(*fast: str) -> list[Any]:
 
 
 Spoil = Callable[[Request, Answer], Answer]
-
-
-class MortalTrunk(LocalTrunk):
-    """A trunk that dies before or after it has done something, and is gone from then on.
-
-    Attributes:
-        deaths: Numbers of the calls at which a trunk dies, of all calls to all trunks of a run; a half means that the
-            call is carried out, and its answer lost.
-        calls: Number of calls so far.
-        handled: Names of what was called.
-    """
-
-    deaths: set[float] = set()  # noqa: RUF012  # set by each test
-    calls = itertools.count()
-    handled: list[str] = []  # noqa: RUF012
-
-    def send(self, packet: Packet) -> PendingAnswer:
-        kind = "gradient" if "gradient" in packet.tensors else "forward"
-        number = self._count(f"{kind} of {'training' if packet.training else 'evaluation'}")
-        wait = super().send(packet)
-
-        def dies() -> Packet:
-            answer = wait()
-            self._die_at(number + 0.5)
-            return answer
-
-        return dies
-
-    def control(self, message: Control[Any]) -> Any:
-        number = self._count(type(message).__name__)
-        reply = super().control(message)
-        self._die_at(number + 0.5)
-        return reply
-
-    def _count(self, name: str) -> int:
-        number = next(self.calls)
-        self.handled.append(name)
-        self._die_at(number)
-        return number
-
-    def _die_at(self, point: float) -> None:
-        if point in self.deaths:
-            self.deaths.discard(point)
-            self.close()
-            raise TrunkLost("the trunk's process is gone (killed by a test)")
-
-    @classmethod
-    def reset(cls, deaths: set[float]) -> None:
-        cls.deaths = deaths
-        cls.calls = itertools.count()
-        cls.handled = []
 
 
 def numbers(out: Path) -> dict[str, Any]:

@@ -11,17 +11,18 @@ import torch
 
 from fedsplit.federation import replies
 from fedsplit.federation.messages import ADAPTERS, Reply, measured, trained
-from fedsplit.federation.replies import LARGEST_CHANGE, Introduction
+from fedsplit.federation.replies import LARGEST_CHANGE, Control, Introduction
 from fedsplit.federation.workload import Workload
 from fedsplit.scores import Score
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate
 
 START = Adapters({"l.lora_A.weight": torch.randn(2, 3), "l.lora_B.weight": torch.randn(4, 2)}, {"l": Layer(2.0, True)})
 NAMES = set(START.tensors)
+COUNTS = {"bottom": {"total": 9, "trainable": 2}}
 
 
-def work(examples: int = 1) -> Workload:
-    return Workload(examples, tokens=128 * examples, held_out=20, sample=4)
+def work(examples: int = 1, routers: bool = False) -> Workload:
+    return Workload(examples, tokens=128 * examples, held_out=20, sample=4, routers=routers)
 
 
 def with_metrics(reply: Reply, changes: dict[str, object]) -> Reply:
@@ -36,13 +37,15 @@ def told(**metrics: object) -> Reply:
     return with_metrics(trained(update, NAMES, Score(2.5, 3), peak_memory=7), metrics)
 
 
-def read(reply: Reply, given: Adapters = START, examples: int = 8) -> ClientUpdate:
-    return replies.to_update(reply, given, NAMES, "client 3 (ann)", work(examples))
+def read(
+    reply: Reply, given: Adapters = START, examples: int = 8, control: Control = "none", routers: bool = False
+) -> ClientUpdate:
+    return replies.to_update(reply, given, NAMES, "client 3 (ann)", work(examples, routers), control)
 
 
 def test_updates_come_back() -> None:
     update = ClientUpdate(3, START, examples=40, tokens=5120, loss=3.25, router_loss=0.25)
-    back = read(trained(update, NAMES, Score(2.5, 3), peak_memory=7), examples=40)
+    back = read(trained(update, NAMES, Score(2.5, 3), peak_memory=7), examples=40, routers=True)
     assert (back.client, back.examples, back.tokens, back.loss) == (3, 40, 5120, 3.25)
     assert back.router_loss == 0.25
     assert back.adapters.layers == START.layers
@@ -54,12 +57,12 @@ def test_only_what_is_shared_goes_up_and_the_rest_is_what_was_given() -> None:
     control = {name: 2 * tensor for name, tensor in START.tensors.items()}
     names = {"l.lora_B.weight"}
     reply = trained(ClientUpdate(0, changed, 1, 16, control=control), names, Score(0.0, 0), 0)
-    back = replies.to_update(reply, START, names, "ann", work())
+    back = replies.to_update(reply, START, names, "ann", work(), "required")
     assert torch.equal(back.adapters.tensors["l.lora_A.weight"], START.tensors["l.lora_A.weight"])
     assert torch.equal(back.adapters.tensors["l.lora_B.weight"], changed.tensors["l.lora_B.weight"])
     assert list(back.control) == ["l.lora_B.weight"]
     with pytest.raises(RefusedUpdate, match="ann sent other layers"):
-        replies.to_update(reply, START, NAMES, "ann", work())
+        replies.to_update(reply, START, NAMES, "ann", work(), "required")
 
 
 @pytest.mark.parametrize(
@@ -99,14 +102,14 @@ def test_what_others_cannot_compute_with_is_refused_by_name(norm: float) -> None
         control = {} if kind == "adapters" else changed_by(norm)
         spoilt = ClientUpdate(3, START.with_tensors(adapters), 8, 16, control=control)
         with pytest.raises(RefusedUpdate, match=rf"^client 3 \(ann\) sent {kind} that changed by a norm of "):
-            read(trained(spoilt, NAMES, Score(), 0))
+            read(trained(spoilt, NAMES, Score(), 0), control="optional")
 
 
 def test_a_control_variate_that_is_not_finite_is_refused() -> None:
     control = {name: tensor * math.inf for name, tensor in START.tensors.items()}
     spoilt = ClientUpdate(3, START, 8, 16, control=control)
     with pytest.raises(RefusedUpdate, match=r"client 3 \(ann\), as its control variate, sent NaN or infinite values"):
-        read(trained(spoilt, NAMES, Score(), 0))
+        read(trained(spoilt, NAMES, Score(), 0), control="required")
 
 
 def test_measurements_come_back() -> None:
@@ -150,7 +153,7 @@ def test_measurements_come_back() -> None:
 def test_what_a_client_says_of_itself_is_not_believed(metrics: dict[str, object], words: str) -> None:
     assert read(told(tokens=1024)).tokens == 1024
     with pytest.raises(RefusedUpdate, match=rf"^client 3 \(ann\) {words}"):
-        read(told(**metrics))
+        read(told(**metrics), routers="router-loss" in metrics)
 
 
 def test_a_reply_without_readable_tensors_is_refused() -> None:
@@ -194,9 +197,9 @@ def test_no_strategy_sees_metrics_that_others_do_not_send() -> None:
 
 
 def test_introductions_come_back() -> None:
-    introduced = Introduction(4, "Ann", {"bottom": {"total": 1}}, {"top": START})
+    introduced = Introduction(4, "Ann", COUNTS, {"top": START})
     back = replies.read_introduction(replies.introduce(introduced))
-    assert (back.client, back.name, back.parameters) == (4, "Ann", {"bottom": {"total": 1}})
+    assert (back.client, back.name, back.parameters) == (4, "Ann", COUNTS)
     assert list(back.start) == ["top"]
     assert back.start["top"].layers == START.layers
     assert all(torch.equal(tensor, back.start["top"].tensors[name]) for name, tensor in START.tensors.items())
@@ -221,13 +224,13 @@ def test_introductions_come_back() -> None:
 )
 def test_an_introduction_in_a_wrong_form_is_refused(about: str) -> None:
     good = replies.introduce(Introduction(4, "Ann", {}, {"top": START}))
-    with pytest.raises(RefusedUpdate, match=r"^a client introduced itself in a wrong form: ") as caught:
+    with pytest.raises(RefusedUpdate, match=r"^client 4 introduced itself in a wrong form: ") as caught:
         replies.read_introduction(replace(good, about=about))
     assert "\n" not in str(caught.value)
 
 
 def test_an_introduction_whose_tensors_cannot_be_read_is_refused() -> None:
     good = replies.introduce(Introduction(4, "Ann", {}, {"top": START}))
-    with pytest.raises(RefusedUpdate, match="introduced itself in a wrong form: x is no array"):
+    with pytest.raises(RefusedUpdate, match="introduced itself in a wrong form: ValueError: x is no array"):
         replies.read_introduction(replace(good, malformed="x is no array"))
     assert ADAPTERS not in good.tensors

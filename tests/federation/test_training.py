@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_parties import gather
+from scripted_parties import WORK, gather
 
 from fedsplit.federation import training
 from fedsplit.federation.attempts import Attempt
@@ -105,8 +105,9 @@ def test_a_request_says_all_that_a_client_must_know(tmp_path: Path) -> None:
         assert set(asked.tensors) == (set(moved.tensors) if asked.client == 1 else set())
 
 
-def test_the_event_names_clients_and_counts(tmp_path: Path) -> None:
-    found, parties, state = play({1: {"router-loss": 0.5}}, tmp_path)
+def test_the_event_names_clients_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripted_parties.WORK", replace(WORK, routers=True))
+    found, parties, state = play({client: {"router-loss": 0.5} for client in range(3)}, tmp_path)
     event = training.event_of(parties, state, 1, found).to_document()
     assert {name: event[name] for name in ("event", "round", "loss", "clients", "router_aux_loss", "tokens")} == {
         "event": "train",

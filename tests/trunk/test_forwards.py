@@ -166,7 +166,7 @@ def test_room_is_promised_for_shapes_alone(tiny_models: dict[str, Path]) -> None
     """Of a negative size there would be room for everything."""
     server = make_server(tiny_models["gpt2"], "shared", budget=Budget(10**12))
     for shape in ((), (2, 5), (2, 5, 31), (0, 5, 32)):
-        with pytest.raises(SpoiledStep, match="asks for room for the shape"):
+        with pytest.raises(SpoiledStep, match="sent hidden states of shape"):
             server.ask(Packet(StepKey(1, 0, 0), shape=shape))
 
 

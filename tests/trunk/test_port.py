@@ -25,7 +25,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], Control[Any]]] = {
     "end_round": (([2],), port.EndRound((2,))),
     "assign": ((STARTS,), port.AssignCopies(STARTS)),
     "assign_again": ((3, STARTS[3]), port.AssignAgain(3, STARTS[3])),
-    "copies": ((), port.ReadCopies()),
+    "copies": (([2],), port.ReadCopies((2,))),
     "read": ((), port.ReadAdapter()),
     "write": ((TENSORS, {1: TENSORS}), port.WriteAdapter(TENSORS, {1: TENSORS})),
     "fold": ((CHANGES,), port.Fold(CHANGES)),

@@ -134,7 +134,7 @@ def test_each_message_does_what_it_says(part: Trunk) -> None:
     assert all(torch.equal(t, start.tensors[n]) for n, t in asked(service, port.ReadAdapter()).tensors.items())
     asked(service, port.Restore(learned.tensors, moments))
     assert all(torch.equal(t, learned.tensors[n]) for n, t in asked(service, port.ReadAdapter()).tensors.items())
-    assert asked(service, port.ReadCopies()) == {}
+    assert asked(service, port.ReadCopies((0, 1))) == {}
 
     asked(service, port.BeginGroup((1,)))
     assert isinstance(sent(service, packet(2)), StaleStep)

@@ -28,6 +28,36 @@ def test_a_step_publishes_a_version_and_leaves_the_older_ones() -> None:
     assert not any(torch.equal(adapter.snapshot[name], START[name]) for name in START)
 
 
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        (TrainSettings(lr=1e25), 1.0),
+        (TrainSettings(lr=0.5, weight_decay=1e25), 1.0),
+        (TrainSettings(lr=1.0, optimizer="sgd", momentum=0.9), 1.2e19),
+    ],
+    ids=["rate", "decay", "gradient"],
+)
+def test_a_step_that_is_not_made_leaves_neither_adapter_nor_moments_changed(
+    settings: TrainSettings, size: float
+) -> None:
+    """The next step is that of an adapter which has never seen the one that was not made."""
+    disturbed, calm = (TrainableAdapter(START, settings, learns=True) for _ in range(2))
+    for adapter in (disturbed, calm):
+        adapter.step({name: tensor * 1e-3 for name, tensor in gradients(0).items()}, rate=1e-30)
+    whole = math.sqrt(sum(float((tensor**2).sum()) for tensor in gradients(1).values()))
+    for _ in range(2):
+        with pytest.raises(Unusable, match="would not be finite after the step"):
+            for _ in range(3):  # a momentum grows
+                disturbed.step({name: tensor * (size / whole) for name, tensor in gradients(1).items()})
+                calm.step({name: tensor * (size / whole) for name, tensor in gradients(1).items()})
+    assert disturbed.steps == calm.steps
+    for name, tensor in calm.snapshot.items():
+        assert torch.equal(disturbed.snapshot[name], tensor)
+    expected = calm.moments()
+    assert expected
+    assert all(torch.equal(value, expected[name]) for name, value in disturbed.moments().items())
+
+
 def test_a_transposed_gradient_is_not_scrambled() -> None:
     plain, transposed = (TrainableAdapter(START, TrainSettings(lr=0.1), learns=True) for _ in range(2))
     for seed in range(3):

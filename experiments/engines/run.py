@@ -9,6 +9,7 @@ and a side that was disturbed is run again. Writes `result.json` after every run
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -46,7 +47,7 @@ def measure(flags: Sequence[str]) -> dict[str, Any]:
     cpu = sum(tree.cpu.values())
     first = next(event for event in events if event["event"] == "evaluate")
     rounds = []
-    for earlier, event in zip(events, events[1:], strict=False):
+    for earlier, event in itertools.pairwise(events):
         if event["event"] == "train" and event["round"] > 1:
             rounds.append((event["tokens"], event["seconds"], event["cpu"] - earlier["cpu"]))
     tokens = sum(round[0] for round in rounds)
@@ -67,7 +68,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         runs = [record for record in records if record["side"] == side]
         names = ("start_seconds", "start_cpu_seconds", "tokens_per_second", "cpu_seconds_per_1000_tokens", "others")
         start, start_cpu, speed, cpu, others = (statistics.median(run[name] for run in runs) for name in names)
-        lines.append(f"| {side} | {len(runs)} | {start:.1f} | {start_cpu:.1f} | {speed:,.0f} | {cpu:.3f} | {others:.0%} |")
+        lines.append(
+            f"| {side} | {len(runs)} | {start:.1f} | {start_cpu:.1f} | {speed:,.0f} | {cpu:.3f} | {others:.0%} |"
+        )
     return "\n".join(lines)
 
 

@@ -44,6 +44,9 @@ from fedsplit.watchdog import Watchdog
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.transport import PendingAnswer
 
+_END_SECONDS = 5.0
+"""Time that a thread has to end with the run; a step of its client ends as soon as it asks the trunk."""
+
 
 class _Player(threading.Thread):
     """A thread that plays clients, one after the other, with a bottom and a top of its own.
@@ -65,9 +68,10 @@ class _Player(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Answers requests until there is a None."""
+        """Answers requests until a None comes."""
         while (request := self.requests.get()) is not None:
             self._answers.put(self._service.answer(request))
+
 
 class LocalClients:
     """The clients of a federation, played one after the other, or several at once in threads.
@@ -88,12 +92,13 @@ class LocalClients:
             watchdog: Ends the wait for a client that hangs.
         """
         self.nodes: list[ClientNode] = []
+        self.stop = stop
         self._services = services
-        self._stop = stop
         self._watchdog = watchdog
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self._players = [_Player(service, self._answers) for service in services] if len(services) > 1 else []
+        self._idle = list(self._players)
         self._under_way: dict[int, _Player] = {}  # by client
-        self._idle = [_Player(service, self._answers) for service in services] if len(services) > 1 else []
 
     def meet(self, briefing: Briefing, count: int) -> Iterator[Introduction]:
         """Has each client introduce itself."""
@@ -111,26 +116,39 @@ class LocalClients:
     def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
         """Answers requests, in turn or several at once; after the deadline no client begins."""
         left = iter(requests)
-        has_more = True
-        while has_more or self._under_way:
-            has_more = has_more and (until is None or time.monotonic() < until)
-            request = next(left, None) if has_more and (self._idle or len(self._services) == 1) else None
-            if request is None:
-                has_more = has_more and bool(self._under_way) and not self._idle
-            elif len(self._services) == 1:
-                yield self._answer(request)
-                continue
-            else:
-                self._begin(request)
-                continue
-            if self._under_way:
+        while True:
+            may_begin = until is None or time.monotonic() < until
+            has_room = bool(self._idle) or not self._players
+            request = next(left, None) if may_begin and has_room else None
+            if request is not None:
+                if self._players:
+                    self._begin(request)
+                else:
+                    yield self._answer(request)
+            elif self._under_way:
                 yield self._finished()
+            else:
+                return
+
+    def abandon(self) -> None:
+        """Waits for all requests that are under way, and drops the answers."""
+        while self._under_way:
+            self._finished()
+
+    def close(self) -> None:
+        """Ends the threads, each after its request."""
+        for player in self._players:
+            player.requests.put(None)
+        for player in self._players:
+            player.join(_END_SECONDS)
 
     def _begin(self, request: Request) -> None:
         """Gives a request to an idle thread."""
-        if self._stop.is_set():
+        if self.stop.is_set():
             raise Interrupted
-        if not self._under_way:  # loading draws from the random state that clients have in common
+        # Parts are loaded while no client trains: both draw from the process's only random state. An error is raised
+        # again where the request is answered.
+        if not self._under_way:
             for service in self._services:
                 outcome(functools.partial(service.visit, request))
         player = self._idle.pop()
@@ -139,25 +157,15 @@ class LocalClients:
 
     def _finished(self) -> Answer:
         """Waits for the next answer."""
-        clients = ", ".join(map(str, self._under_way))
-        with self._watchdog.doing(f"client {clients}"):
+        names = " and ".join(f"client {client}" for client in self._under_way)
+        with self._watchdog.doing(names):
             answer = self._answers.get()
         self._idle.append(self._under_way.pop(answer.client))
         return answer
 
-    def abandon(self) -> None:
-        """Waits for all requests that are under way, and drops the answers."""
-        while self._under_way:
-            self._finished()
-
-    def close(self) -> None:
-        """Ends the threads, after the request that each of them is at."""
-        for player in (*self._idle, *self._under_way.values()):
-            player.requests.put(None)
-
     def _answer(self, request: Request) -> Answer:
-        """Answers one request in this thread."""
-        if self._stop.is_set():
+        """Answers a request in this thread."""
+        if self.stop.is_set():
             raise Interrupted
         with self._watchdog.doing(f"client {request.client}"):
             return self._services[0].answer(request)
@@ -224,7 +232,11 @@ class LocalSession:
             Hung: A client, or the strategy, gives no sign of life.
         """
         watchdog = federation.watchdog
-        services = [ClientService(lambda name: Heard(self.trunk, watchdog.beat), self._objects) for _ in range(self._workers)]
+
+        def connect(name: str) -> Heard:
+            return Heard(self.trunk, watchdog.beat)
+
+        services = [ClientService(connect, self._objects) for _ in range(self._workers)]
         clients = LocalClients(services, federation.stop, watchdog)
         with watchdog.looking():
             try:

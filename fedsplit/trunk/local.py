@@ -53,13 +53,13 @@ class LocalTrunk(TrunkPort):
             stage: Makes the strategy's gradient stage for a client's copy; None where the strategy has none.
             callers: Number of threads that send packets.
         """
-        self._manual = ManualClock() if callers == 1 else None
+        self._clock = ManualClock() if callers == 1 else None
         self._is_open = True
         self._deciding = threading.Lock()
         self._news = threading.Condition()
         self._sent = 0
         self.service: TrunkService = load_service(
-            config, run, incarnation, stage=stage, observers=observers, clock=self._manual or time.monotonic
+            config, run, incarnation, stage=stage, observers=observers, clock=self._clock or time.monotonic
         )
         self.server = self.service.server
 
@@ -91,7 +91,7 @@ class LocalTrunk(TrunkPort):
                 self._tell()
                 return
             wakes = self.service.wakes_at()
-        if self._manual is not None:
+        if self._clock is not None:
             self._pass_time(packet, wakes)
             return
         with self._news:
@@ -110,10 +110,10 @@ class LocalTrunk(TrunkPort):
         Raises:
             RuntimeError: There is none: the answer depends on a packet that only this thread could send.
         """
-        assert self._manual is not None
+        assert self._clock is not None
         if wakes is None:
             raise RuntimeError(f"{packet.key} waits for another client, which this thread would have to play")
-        self._manual.advance_to(wakes)
+        self._clock.advance_to(wakes)
 
     def control(self, message: Control[Reply]) -> Reply:
         """Carries out a control message, after all packets and messages that came earlier were queued."""

@@ -157,7 +157,7 @@ class LocalClients:
 
     def _finished(self) -> Answer:
         """Waits for the next answer."""
-        names = " and ".join(f"client {client}" for client in self._under_way)
+        names = " or ".join(f"client {client}" for client in self._under_way)
         with self._watchdog.doing(names):
             answer = self._answers.get()
         self._idle.append(self._under_way.pop(answer.client))

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 SIDES = {
     "ray": ["--engine", "ray"],
-    "local": ["--engine", "local"],
+    "local": ["--engine", "local", "--workers", "2"],
     "local --workers 1": ["--engine", "local", "--workers", "1"],
 }
 """Flags of each side, by its name."""

@@ -1,7 +1,7 @@
 """The engine in this process: no Ray, and no Flower unless one of Flower's own strategies is asked for.
 
-Where a schedule is deterministic, clients train one after the other, the trunk computes in between, and the adapters
-are those of every other engine, to the bit. Elsewhere several clients train at once, each in a thread.
+Clients train one after the other, and the trunk computes in between. Where a schedule is deterministic, the adapters
+are those of every other engine, to the bit. Elsewhere `--workers` clients can train at once, each in a thread.
 """
 
 from __future__ import annotations

@@ -12,9 +12,6 @@ from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
 LARGE = 2**25
 """Tokens of half a batch times the square of the width, from which on computing it outweighs its messages by far."""
 
-LOCAL_CLIENTS = 2
-"""Clients that train at once on the engine `local`, where results may depend on their order."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -87,9 +84,8 @@ def _plan_local(config: Config, width: int) -> Plan:
 
     - **Deterministic results.** One client trains at a time, with threads and micro-batches as on Ray, since they
       decide how sums are rounded.
-    - **Several clients on a CPU.** Two train at once, with half of the cores each. At the bundled model's shape a
-      product is too small to be worth a second core. A third client would wait for Python's lock.
-    - **A GPU, or one client.** One trains at a time, with all cores.
+    - **Elsewhere.** `--workers` clients train at once, each in a thread, with an equal share of the cores. The default
+      is one client with all cores: a run that is repeated gives the same numbers then, whatever the schedule.
 
     Raises:
         SettingError: The settings ask for more clients at once than the engine plays.
@@ -108,8 +104,7 @@ def _plan_local(config: Config, width: int) -> Plan:
     if is_fixed:
         return replace(plan(replace(config, engine="ray"), width), workers=1, trunk_lanes=1)
     cores = _available_cores()
-    on_cpu = config.device_of("bottom") == config.device_of("trunk") == "cpu"
-    workers = min(config.workers or (LOCAL_CLIENTS if on_cpu else 1), config.clients)
+    workers = min(config.workers or 1, config.clients)
     threads = max(1, cores // workers)
     return Plan(
         workers=workers,

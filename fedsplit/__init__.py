@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from fedsplit.errors import InputError as InputError
     from fedsplit.errors import SettingError as SettingError
     from fedsplit.result import Result as Result
+    from fedsplit.settings.config import BUNDLED_MODEL as BUNDLED_MODEL
     from fedsplit.settings.config import Config as Config
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BUNDLED_MODEL": "fedsplit.settings.config",
     "Config": "fedsplit.settings.config",
     "InputError": "fedsplit.errors",
     "Result": "fedsplit.result",
@@ -33,7 +35,7 @@ _HOMES = {
 }
 """Module of each public name."""
 
-__all__ = ["Config", "InputError", "Result", "SettingError", "__version__", "open", "run"]
+__all__ = ["BUNDLED_MODEL", "Config", "InputError", "Result", "SettingError", "__version__", "open", "run"]
 
 
 def __getattr__(name: str) -> Any:  # Any, since the names are of many types, which the imports above declare

@@ -8,9 +8,8 @@ from importlib import import_module
 
 import fedsplit
 from fedsplit.commands import COMMANDS
-from fedsplit.commands.exit_codes import exit_code
 from fedsplit.errors import InputError
-from fedsplit.settings.documents import suggest
+from fedsplit.shutdown import listen
 
 
 def usage() -> str:
@@ -46,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         fedsplit ...
         0
     """
+    if argv is None:
+        listen()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0].startswith("-"):  # `fedsplit --clients 4` runs a federation
         words.insert(0, "simulate")
     if words[0] not in COMMANDS:
+        from fedsplit.commands.exit_codes import exit_code
+
         return exit_code(lambda: _refuse(words[0]), words)
     module = import_module(f"fedsplit.commands.{words[0]}")
     code: int = module.main(words[1:])
@@ -68,6 +71,8 @@ def _refuse(name: str) -> None:
     Raises:
         InputError: Always.
     """
+    from fedsplit.settings.documents import suggest
+
     raise InputError(f"there is no command {name}; {suggest(name, COMMANDS)}")
 
 

@@ -2,6 +2,11 @@
 
 import sys
 
+from fedsplit.shutdown import listen
+
+if __name__ == "__main__":
+    listen()
+
 from fedsplit.commands.adapters import main
 
 __all__ = ["main"]

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 class InputError(Exception):
     """Wrong input from a user. The message is the one line to show."""
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
+
     @property
     def errors(self) -> tuple[InputError, ...]:
         """The errors to show, each in a line of its own: this one, or those that `InputErrors` holds."""
@@ -29,7 +32,7 @@ class InputErrors(InputError):
         Args:
             errors: The errors, in the order in which a user reads them.
         """
-        super().__init__("\n".join(map(str, errors)))
+        Exception.__init__(self, "\n".join(map(str, errors)))  # each is printable by itself
         self._errors = tuple(errors)
 
     @property
@@ -129,6 +132,18 @@ class SettingError(InputError):
     # Pickle would call the class with the message alone, which is not what the class takes.
     def __reduce__(self) -> tuple[type[SettingError], tuple[str, object, str]]:
         return SettingError, (self.setting, self.value, self.allowed)
+
+
+def printable(text: str) -> str:
+    r"""Returns a text in which control characters, such as line feeds and escapes, are spaces.
+
+    Texts of a user's files and of clients reach the screen in messages.
+
+    Example:
+        >>> printable("one\n\x1b[31mline")
+        'one  [31mline'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -2,9 +2,14 @@
 
 import sys
 
-from fedsplit.commands.evaluate import main
+from fedsplit.shutdown import listen
 
-__all__ = ["main"]
+if __name__ == "__main__":
+    listen()
+
+from fedsplit.commands.evaluate import held_out_loss, main
+
+__all__ = ["held_out_loss", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,17 +9,22 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that stop a command: Ctrl-C, a request to terminate, and a closed terminal."""
 
-GRACE_SECONDS = 8.0
+GRACE_SECONDS = 6.0
 """Time for an orderly end after a signal, before the process is ended by force."""
 
 _KILL_SECONDS = 2.0
 """Time to wait for killed processes to disappear."""
 
+_SPEAK_SECONDS = 1.0
+"""Time for the last line, since nobody may read the output."""
+
 _cleanups: list[Callable[[], object]] = []
+_advice: list[Callable[[], str]] = []
 
 
 class Stopped(KeyboardInterrupt):
@@ -29,6 +34,7 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         signal: Number of the signal.
+        advice: What the user can do next; empty where nothing is to be said.
 
     Example:
         >>> Stopped(signal.SIGTERM).exit_code
@@ -38,11 +44,26 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
         self.signal = signal
+        self.advice = ""
+
+    @property
+    def reason(self) -> str:
+        """The line to show.
+
+        Example:
+            >>> Stopped(signal.SIGTERM).reason
+            'stopped'
+        """
+        return "; ".join(filter(None, ("stopped", self.advice)))
 
     @property
     def exit_code(self) -> int:
         """Exit code by the shell's convention: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signal
+
+
+_heard: Stopped | None = None
+"""What the first signal raised."""
 
 
 @contextlib.contextmanager
@@ -69,8 +90,48 @@ def cleaned_up(cleanup: Callable[[], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def advised(advice: Callable[[], str]) -> Iterator[None]:
+    """Adds advice to the line that is shown if a signal ends the command inside the context.
+
+    Args:
+        advice: Returns what the user can do next. It is called once the signal has come. The innermost context counts.
+
+    Example:
+        >>> with contextlib.suppress(Stopped), advised(lambda: "nothing is saved yet"):
+        ...     raise Stopped(signal.SIGTERM)
+    """
+    _advice.append(advice)
+    try:
+        yield
+    except BaseException as error:
+        stopped = error if isinstance(error, Stopped) else _heard
+        if stopped is not None:
+            stopped.advice = stopped.advice or advice()
+        raise
+    finally:
+        _advice.remove(advice)
+
+
+def listen() -> None:
+    """Makes a signal end the process at once, in one line, until `stoppable` installs its handlers.
+
+    The modules that start a command call this function before their imports, which take a second in which Python would
+    show a traceback. A signal that is ignored, as under nohup, stays ignored.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"fedsplit: stopped\n")  # not by print, which a signal may have interrupted
+        os._exit(Stopped(number).exit_code)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            signal.signal(number, stop)
+
+
+@contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Turns the first signal into `Stopped`, raised in the main thread; later signals are ignored.
+    """Turns the first signal into `Stopped`, raised in the main thread. A second signal ends the process at once.
 
     A library may swallow the exception, or never return. So a thread ends the process by force after `GRACE_SECONDS`.
     Outside the main thread no handler is installed, since Python delivers signals to the main thread only. A signal
@@ -79,15 +140,18 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stopped = False
+    import psutil  # noqa: F401  # for `end_now`, since a signal may interrupt an import
+
+    global _heard
+    _heard = None
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        if stopped:
-            return
-        stopped = True
-        threading.Thread(target=_end_later, args=(Stopped(number).exit_code,), daemon=True).start()
-        raise Stopped(number)
+        global _heard
+        if _heard is not None:
+            end_now(_heard.exit_code, _stopped())
+        _heard = Stopped(number)
+        threading.Thread(target=_end_later, args=(_heard.exit_code,), daemon=True).start()
+        raise _heard
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     handled = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
@@ -95,8 +159,14 @@ def stoppable() -> Iterator[None]:
         signal.signal(number, stop)
     try:
         yield
+    except BaseException as error:
+        if _heard is not None and error is not _heard:
+            raise _heard from error  # a clean-up failed on the way, as where the terminal is gone
+        raise
     finally:
-        if not stopped:  # after a signal the handlers stay, so that a second Ctrl-C does not interrupt the end
+        if (
+            _heard is None
+        ):  # after a signal the handlers stay, so that a second Ctrl-C kills at once during the end, too
             for number in handled:
                 signal.signal(number, before[number])
 
@@ -118,7 +188,7 @@ def kill_descendants(name: str = "") -> None:
     psutil.wait_procs(killed, timeout=_KILL_SECONDS)
 
 
-def end_now(exit_code: int, reason: str = "stopped") -> None:
+def end_now(exit_code: int, reason: str) -> NoReturn:
     """Reports why the command ends, and ends the process at once.
 
     Descendants are killed, clean-ups are run, and threads of libraries are not waited for.
@@ -131,13 +201,28 @@ def end_now(exit_code: int, reason: str = "stopped") -> None:
     while _cleanups:
         with contextlib.suppress(Exception):  # the process ends anyway
             _cleanups.pop()()
-    with contextlib.suppress(OSError, ValueError):  # the reader of the output may be gone
-        sys.stdout.flush()
-        print(f"fedsplit: {reason}", file=sys.stderr, flush=True)
+    speaker = threading.Thread(target=_say, args=(reason,), daemon=True)
+    speaker.start()
+    speaker.join(_SPEAK_SECONDS)
     os._exit(exit_code)
+
+
+def _say(reason: str) -> None:
+    """Shows the last line of the command."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # the reader of the output may be gone
+        print(f"fedsplit: {reason}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+
+
+def _stopped() -> str:
+    """Returns the reason of an end by force: a signal, and what the user can do next."""
+    advice = ""
+    with contextlib.suppress(Exception):  # the process ends anyway
+        advice = _advice[-1]() if _advice else ""
+    return "; ".join(filter(None, ("stopped", advice)))
 
 
 def _end_later(exit_code: int) -> None:
     """Waits for the orderly end, and ends the process if the end does not come in time."""
     threading.Event().wait(GRACE_SECONDS)
-    end_now(exit_code)
+    end_now(exit_code, _stopped())

@@ -24,6 +24,7 @@ from fedsplit.settings.documents import build
 from fedsplit.trunk.status import RoundCounts, Traffic, TrunkStatus
 from fedsplit.updates import Adapters, Layer, Traits
 from fedsplit.watchdog import Watchdog
+from fedsplit.wire.transport import TrunkLost
 
 NAMES = ("ann", "bob", "cid")
 BRIEFING = Briefing(run="{}", trunk="t", incarnation="first", threads=1, store="/nowhere")
@@ -61,6 +62,11 @@ class NotedTrunk:
         self.groups: list[list[int]] = []
         self.finished: list[int] = []
         self.counts = RoundCounts(steps=4)
+        self._is_lost = False
+
+    def lose(self) -> None:
+        """Is gone from now on."""
+        self._is_lost = True
 
     def leave(self, client: int) -> None:
         self.left.append(client)
@@ -73,6 +79,8 @@ class NotedTrunk:
         return self.counts
 
     def status(self) -> TrunkStatus:
+        if self._is_lost:
+            raise TrunkLost("the trunk was lost")
         return TrunkStatus("first", Traffic(), resident_memory=5, peak_memory=6, pending=0, sessions=0, parameters={})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -15,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsplit.shutdown import Stopped, cleaned_up, kill_descendants, stoppable
+import fedsplit
+from fedsplit.shutdown import Stopped, advised, cleaned_up, kill_descendants, stoppable
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -76,7 +78,7 @@ WAITS = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("wait", list(WAITS))
 def test_a_command_that_is_stopped_leaves_nothing(wait: str, number: int, tmp_path: Path) -> None:
     private = tmp_path / "private"
@@ -90,6 +92,88 @@ def test_a_command_that_is_stopped_leaves_nothing(wait: str, number: int, tmp_pa
         assert command.stderr.read() == "fedsplit: stopped\n"
     assert not private.exists()
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_second_signal_ends_a_command_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    """The orderly end would never come, and the end by force only after minutes."""
+    private = tmp_path / "private"
+    script = COMMAND.format(wait=WAITS["a library that loses the exception"]).replace("1.0", "600.0")
+    call = [sys.executable, "-c", script, str(private)]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None and command.stderr is not None
+        child = psutil.Process(int(command.stdout.readline()))
+        for _ in range(2):
+            command.terminate()
+            time.sleep(0.5)  # else both would be one signal
+        assert command.wait(timeout=30) == 143
+        assert command.stderr.read() == "fedsplit: stopped\n"
+    assert not private.exists()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_closed_terminal_is_ignored_under_nohup(tmp_path: Path) -> None:
+    script = COMMAND.format(wait="signal.raise_signal(signal.SIGHUP); print('goes on'); child.kill()").replace(
+        "import", "import signal,", 1
+    )
+    call = ["nohup", sys.executable, "-c", script, str(tmp_path / "private")]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=60, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout.splitlines()[1:]) == (0, ["goes on"])
+
+
+def test_advice_is_that_of_the_innermost_context_and_for_signals_alone() -> None:
+    with pytest.raises(Stopped) as caught, advised(lambda: "outer"), advised(lambda: "inner"):
+        raise Stopped(signal.SIGTERM)
+    assert caught.value.reason == "stopped; inner"
+    asked: list[str] = []
+    with pytest.raises(KeyError), advised(lambda: asked.append("in vain") or ""):
+        raise KeyError
+    assert asked == []
+
+
+@pytest.mark.parametrize("wait", list(WAITS))
+def test_advice_is_shown_however_the_command_ends(wait: str, tmp_path: Path) -> None:
+    script = COMMAND.format(
+        wait="with shutdown.advised(lambda: 'go on'):\n            " + WAITS[wait].replace("\n", "\n    ")
+    )
+    call = [sys.executable, "-c", script, str(tmp_path / "private")]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None and command.stderr is not None
+        command.stdout.readline()
+        command.terminate()
+        assert command.wait(timeout=30) == 143
+        assert command.stderr.read() == "fedsplit: stopped; go on\n"
+
+
+HANGS = """
+import sys, time
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fedsplit.commands":
+            print("importing", flush=True)
+            time.sleep(600)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+DOORS = ["simulate", "evaluate", "generate", "adapters", "data", "reference", "clean"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_signal_while_python_imports_is_one_line(door: str, number: int, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HANGS)
+    root = Path(fedsplit.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"}
+    call = [sys.executable, "-m", f"fedsplit.{door}", "--help"]
+    with subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    ) as command:
+        assert command.stdout is not None and command.stderr is not None
+        assert command.stdout.readline() == "importing\n"
+        command.send_signal(number)
+        assert command.wait(timeout=30) == 128 + number
+        assert command.stderr.read() == "fedsplit: stopped\n"
 
 
 class Terminal:
@@ -108,6 +192,10 @@ class Terminal:
 
     def press(self, key: bytes) -> None:
         os.write(self._terminal, key)
+
+    def close(self) -> None:
+        """Closes the terminal, as a window or a lost connection does."""
+        os.close(self._terminal)
 
     def exit_code(self, seconds: float) -> int:
         """Reads to the end; the exit code."""
@@ -131,6 +219,70 @@ class Terminal:
                 self.shown += data.decode(errors="replace")
 
 
+LOCAL = ["-m", "fedsplit.simulate", "--engine", "local", "--clients", "2", "--rounds", "500", "--train.steps", "2"]
+LOCAL += ["--batch-size", "2", "--max-length", "32", "--eval.samples", "2", "--out", "run"]
+
+
+def plain(shown: str) -> str:
+    """Returns what a terminal shows, without colours and movements."""
+    return re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown).strip()
+
+
+@pytest.mark.slow
+def test_ctrl_c_names_the_last_checkpoint_and_the_command_that_goes_on(tmp_path: Path) -> None:
+    """Which does go on."""
+    terminal = Terminal(*LOCAL, cwd=tmp_path)
+    terminal.read_until("round 2/500  evaluating", seconds=120)
+    terminal.press(b"\x03")
+    assert terminal.exit_code(seconds=10) == 130
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("round-*"))
+    words = f"fedsplit: stopped; the last checkpoint is run/checkpoints/{names[-1]}: "
+    last = plain(terminal.shown).splitlines()[-1]
+    assert last == f"{words}python -m fedsplit.simulate --resume run goes on"
+    assert not (tmp_path / "run" / "clients").exists()
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    call = [sys.executable, *last.partition(": python ")[2].removesuffix(" goes on").split()]
+    rounds = int(names[-1].removeprefix("round-")) + 1
+    done = subprocess.run([*call, "--rounds", str(rounds)], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_round_says_that_nothing_is_saved(tmp_path: Path) -> None:
+    terminal = Terminal(*LOCAL, cwd=tmp_path)
+    terminal.read_until("round 0/500  evaluating", seconds=120)
+    terminal.press(b"\x03")
+    assert terminal.exit_code(seconds=10) == 130
+    advice = "nothing is saved yet: python -m fedsplit.simulate --resume run begins again"
+    assert plain(terminal.shown).endswith(f"fedsplit: stopped; {advice}")
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_ends_a_run_with_129(tmp_path: Path) -> None:
+    terminal = Terminal(*LOCAL, cwd=tmp_path)
+    terminal.read_until("round 1/500", seconds=120)
+    terminal.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 129
+    assert not (tmp_path / "run" / "clients").exists()
+    assert not list((tmp_path / "run").rglob("*.draft"))
+
+
+@pytest.mark.slow
+def test_a_closed_output_ends_a_run_with_a_word(tmp_path: Path) -> None:
+    call = [sys.executable, *LOCAL]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as run:
+        assert run.stdout is not None and run.stderr is not None
+        for line in run.stdout:
+            if line.startswith("round 1/500"):
+                break
+        run.stdout.close()
+        said = run.stderr.read()
+    assert run.returncode == 1
+    assert said.startswith("fedsplit: ") and "output was closed" in said and said.count("\n") == 1
+    assert not (tmp_path / "run" / "clients").exists()
+
+
 RUN = ["--clients", "3", "--rounds", "50", "--train.steps", "4", "--batch-size", "2", "--max-length", "32"]
 
 
@@ -146,7 +298,7 @@ def test_ctrl_c_in_a_terminal_ends_a_run_and_leaves_nothing(words: str, presses:
         terminal.press(b"\x03")
     assert terminal.exit_code(seconds=30) == 130
     if presses == 1:  # a second Ctrl-C throws away what the terminal has not shown yet
-        assert re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", terminal.shown).strip().endswith("fedsplit: stopped")
+        assert plain(terminal.shown).splitlines()[-1].startswith("fedsplit: stopped; ")
     psutil.wait_procs(started, timeout=10)
     assert [process for process in started if process.is_running()] == []
     assert not (tmp_path / "run" / "clients").exists()
@@ -162,7 +314,9 @@ def test_sigterm_ends_a_run_with_143(tmp_path: Path) -> None:
                 started = psutil.Process(run.pid).children(recursive=True)
                 run.terminate()
         assert run.wait(timeout=30) == 143
-        assert run.stderr.read() == "fedsplit: stopped\n"
+        said = run.stderr.read()
+        assert said.startswith("fedsplit: stopped; the last checkpoint is run/checkpoints/round-0001: ")
+        assert said.count("\n") == 1
     psutil.wait_procs(started, timeout=10)
     assert [process for process in started if process.is_running()] == []
     assert not (tmp_path / "run" / "clients").exists()

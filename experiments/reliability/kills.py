@@ -1,8 +1,8 @@
-"""Do deaths at random change the result? Kills trunks and client processes in the middle of runs, and compares adapters.
+"""Do deaths at random change the result? Kills trunks and client processes in the middle of runs.
 
 $ python -m experiments.reliability.kills --seeds 12            # writes kills.json beside this file
 
-All parties are in one process: a trunk that dies is closed and gone with all it knew, a client process that dies loses its
+All parties are in one process: a trunk that dies is gone with all it knew, and a client process that dies loses its
 answer after its work, or before. `tests/engines/test_flower_engine.py` kills real processes of the engine on Ray.
 """
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 RESULT = Path(__file__).with_suffix(".json")
 
-RECOVERY = "tests/federation/test_recovery.py"
+RECOVERY = "tests/federation/test_supervision.py"
 ROUND = "tests/federation/test_round.py"
 RESUMPTION = "tests/federation/test_resumption.py"
 

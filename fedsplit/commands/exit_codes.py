@@ -49,7 +49,7 @@ def exit_code(work: Callable[[], object], argv: Sequence[str] | None = None) -> 
                 result = work()
                 sys.stdout.flush()  # here, where a closed output is still an error that can be reported
         except Stopped as stopped:
-            end_now(stopped.exit_code)
+            end_now(stopped.exit_code, stopped.reason)
         except Hung as hung:
             end_now(1, str(hung))  # its thread cannot be ended, and would be waited for
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # nobody above reports it

@@ -18,6 +18,7 @@ from fedsplit.events import Sink
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
 from fedsplit.settings.flags import parse
+from fedsplit.shutdown import advised
 from fedsplit.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -165,7 +166,10 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     """
     started = time.perf_counter()
     prepare()  # again, for callers from Python: without it Ray would listen on all interfaces, without a token
-    folder, strategy, partition = check(config, objects)
+    from fedsplit.federation.resumption import how_to_go_on
+
+    with advised(lambda: how_to_go_on(Path(config.resume) if config.resume else None)):
+        folder, strategy, partition = check(config, objects)
     objects = replace(objects, strategy=strategy)
 
     from fedsplit.corpora.data_summary import as_document
@@ -196,7 +200,10 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     train = replace(config.train, micro_batches=shares.micro_batches)
     config = replace(config, model=pinned(config.model), train=train)
     users = [*make_sinks(config.sinks, config.sink_options), *sinks]
-    with Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit:
+    with (
+        advised(lambda: how_to_go_on(folder)),
+        Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit,
+    ):
         for line in _opening(config, facts, shares, partition):
             emit(Notice(text=line))
         with engine_named(config.engine)(config, shares, objects) as session:

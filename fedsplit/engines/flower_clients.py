@@ -134,7 +134,7 @@ class FlowerClients:
                 request = under_way.pop(self._numbers[node])
                 if isinstance(answer, Failure):
                     kind = CLIENT_LOST if _LOST_PROCESS in answer.reason and not answer.kind else answer.kind
-                    if _RESTARTING in answer.reason and time.monotonic() < started + self._patience:
+                    if _RESTARTING in answer.reason and not answer.kind and time.monotonic() < started + self._patience:
                         turned_away.append(request)
                         continue
                     answer = replace(answer, kind=kind, reason=_reason(answer))

@@ -20,7 +20,14 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    rows = [*_quality(summary), *_parameters(summary), *_traffic(summary), *_machine(summary), ("files", folder)]
+    rows = [
+        *_quality(summary),
+        *_parameters(summary),
+        *_traffic(summary),
+        *_machine(summary),
+        ("files", folder),
+        *_failures(summary),
+    ]
     for name, value in rows:
         table.add_row(name, value)
     return table
@@ -73,14 +80,18 @@ def _traffic(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _machine(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns rows on memory, failures and time."""
+    """Returns rows on memory and time."""
     memory = summary["peak_memory"]
     rows = [("peak memory", f"client process {size(memory['client'])}, trunk {size(memory['trunk'])}")]
-
-    counts = summary.get("client_rounds", {})
-    if failed := counts.get("failed"):
-        rows.append(("failures", f"{failed} of {counts['asked']} client-rounds failed"))
 
     speed = f"{summary['tokens']:,} tokens trained, {summary['tokens_per_second']:,.0f} a second"
     rows.append(("time", f"{summary['wall_seconds']:.1f} s; {speed}"))
     return rows
+
+
+def _failures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the last row of a run in which clients failed."""
+    counts = summary.get("client_rounds", {})
+    if not counts.get("failed"):
+        return []
+    return [("failures", f"{counts['failed']} of {counts['asked']} client-rounds failed")]

@@ -92,6 +92,15 @@ def status_of(event: Progress) -> str:
     return f"{label}  {event.done}/{event.of} trained  loss {event.loss:.4f}  {speed}"
 
 
+class _Console(Console):
+    """A console whose reader may go away. rich would exit the program then, in silence."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises the error on, once: what is shown later is dropped."""
+        self.quiet = True
+        raise  # rich calls this while it handles the error
+
+
 class PlainScreen:
     """A sink for output that is no terminal: a line a round, nothing that moves.
 
@@ -191,7 +200,7 @@ def make_screen(console: Console | None = None, errors: bool = False) -> PlainSc
         console: Console to write to; standard output if None.
         errors: Writes to standard error instead, for a command whose standard output is its result alone.
     """
-    console = console or Console(stderr=errors)
+    console = console or _Console(stderr=errors)
     # In a notebook rich moves its bar by way of ipywidgets, and warns where these are not installed.
     moves = console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
     return LiveScreen(console) if moves else PlainScreen(console)

@@ -15,14 +15,12 @@ class RoundLost(Exception):
 
     Attributes:
         clients: Clients whose processes were lost, by which the round was lost.
-        may_help: False where the next attempt would end in the same way, since no process was lost or late.
     """
 
-    def __init__(self, reason: str, clients: Collection[int] = (), may_help: bool = True) -> None:
+    def __init__(self, reason: str, clients: Collection[int] = ()) -> None:
         """Keeps the reason, one line for the reader."""
         super().__init__(reason)
         self.clients = tuple(clients)
-        self.may_help = may_help
 
 
 @dataclass

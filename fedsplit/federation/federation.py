@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.events.emitter import Emit
-from fedsplit.events.event_types import Notice, Progress, RoundDiscarded, RoundEnded, RunEnded, RunStarted
+from fedsplit.events.event_types import Notice, Progress, RoundEnded, RunEnded, RunStarted
 from fedsplit.events.versions import versions
 from fedsplit.federation import evaluation
 from fedsplit.federation.adapter_ledger import AdapterLedger
@@ -22,11 +20,12 @@ from fedsplit.federation.clients import Clients, FederationFailed
 from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.messages import Briefing
 from fedsplit.federation.parties import Parties, TrunkHost
-from fedsplit.federation.round import Round, bring_to, personal_of
+from fedsplit.federation.round import bring_to, personal_of
 from fedsplit.federation.run_state import RunState
+from fedsplit.federation.run_summary import summarise
 from fedsplit.federation.run_totals import RunTotals
 from fedsplit.federation.strategy import aggregated_parts, coverage
-from fedsplit.federation.training import mean
+from fedsplit.federation.supervision import GivenUp, Supervisor
 from fedsplit.federation.workload import Workload
 from fedsplit.objects import Objects
 from fedsplit.settings.config import Config
@@ -62,18 +61,6 @@ class Job:
     emit: Emit
     started: float
     watchdog: Watchdog
-
-
-class _GivenUp(Exception):
-    """No further attempt is made at a round; the run ends early.
-
-    Attributes:
-        state: State after the last committed round.
-    """
-
-    def __init__(self, reason: str, state: RunState) -> None:
-        super().__init__(reason)
-        self.state = state
 
 
 class Federation:
@@ -120,6 +107,7 @@ class Federation:
             RefusedUpdate: The strategy returned something that cannot be used.
             Interrupted: `stop` was set.
         """
+        supervisor = Supervisor(self._host, clients, self._config, self._job.emit, lambda: self._parties(clients))
         state, parameters = self._meet_steadily(clients)
         trained = {part: counts["trainable"] for part, counts in parameters.items()}
         self._job.emit(Notice(text=coverage(self._config, trained)))
@@ -129,15 +117,16 @@ class Federation:
             self._job.emit(Notice(text=line))
         ended_early = ""
         try:
-            state = self._begin_or_resume(clients, state, snapshot)
+            state = self._begin_or_resume(supervisor, state, snapshot)
             while state.round < self._config.rounds and not state.stopping.is_over:
-                state = self._play_round(clients, state)
-        except _GivenUp as given_up:
+                state, training_loss = supervisor.play(state)
+                self._announce(state, training_loss)
+        except GivenUp as given_up:
             state = given_up.state
             if not state.round:
                 raise FederationFailed(str(given_up)) from given_up
             ended_early = str(given_up)
-        self._leave_result(clients, state, parameters, ended_early)
+        self._leave_result(supervisor, state, parameters, ended_early)
 
     def _parties(self, clients: Clients) -> Parties:
         """Returns the parties of the run, with the trunk that it has now."""
@@ -162,97 +151,6 @@ class Federation:
             job.emit,
             job.watchdog,
         )
-
-    def _play_round(self, clients: Clients, state: RunState) -> RunState:
-        """Plays the next round, as often as it is lost.
-
-        Returns:
-            The state after it.
-
-        Raises:
-            _GivenUp: Too many attempts were lost.
-        """
-        attempt = Attempt()
-        lost_clients: Counter[int] = Counter()
-        while True:
-            round = None
-            try:
-                round = Round(self._parties(clients), state, attempt)
-                state = round.play()
-            except (TrunkLost, RoundLost) as lost:
-                state = self._take_back(clients, state, round, lost)
-                if isinstance(lost, RoundLost):
-                    lost_clients.update(lost.clients)
-                excluded = frozenset(client for client, times in lost_clients.items() if times >= TRIES)
-                attempt = self._next_attempt(state, attempt, lost, excluded)
-            else:
-                self._announce(state, round.training_loss)
-                return state
-
-    def _next_attempt(
-        self, state: RunState, attempt: Attempt, lost: TrunkLost | RoundLost, excluded: frozenset[int]
-    ) -> Attempt:
-        """Reports a lost attempt at the round after a state, and returns the next one.
-
-        Raises:
-            _GivenUp: There is none.
-        """
-        again = attempt.number < self._config.max_failures and not (isinstance(lost, RoundLost) and not lost.may_help)
-        event = RoundDiscarded(
-            round=state.round + 1,
-            rounds=self._config.rounds,
-            attempt=attempt.number,
-            reason=str(lost),
-            again=again,
-            elapsed=state.totals.seconds,
-        )
-        self._job.emit(event)
-        if not again:
-            raise _GivenUp(f"round {state.round + 1} was lost {attempt.number + 1} times: {lost}", state)
-        return Attempt(attempt.number + 1, excluded)
-
-    def _take_back(
-        self, clients: Clients, state: RunState, round: Round | None, lost: TrunkLost | RoundLost
-    ) -> RunState:
-        """Brings all parties back to the last committed round.
-
-        Args:
-            clients: Way to the clients.
-            state: State after the last committed round.
-            round: The round that is discarded; None where the trunk was lost before it was made.
-            lost: Error that ended the round.
-
-        Returns:
-            The state after the last committed round.
-        """
-        if isinstance(lost, RoundLost) and round is not None:
-            with contextlib.suppress(TrunkLost):
-                round.refuse_steps()
-                clients.abandon()
-                return round.discard()
-        if round is not None:
-            round.discard_without_trunk()
-        self._renew_trunk(clients, state)
-        return state
-
-    def _renew_trunk(self, clients: Clients, state: RunState) -> None:
-        """Starts another trunk, and brings it to the state after the last committed round.
-
-        Raises:
-            FederationFailed: The new trunk is lost again and again.
-        """
-        reason = ""
-        for _ in range(TRIES):
-            self._host.renew()
-            state.take_over_traffic()
-            try:
-                clients.abandon()
-                bring_to(self._trunk, state, SCHEDULES[self._config.trunk.schedule])
-            except TrunkLost as lost:
-                reason = str(lost)
-            else:
-                return
-        raise FederationFailed(f"the trunk was started {TRIES} times, and was lost each time: {reason}")
 
     def _meet_steadily(self, clients: Clients) -> tuple[RunState, dict[str, Any]]:
         """Has all clients introduce themselves, with another trunk where the first one is lost."""
@@ -320,35 +218,34 @@ class Federation:
         )
         self._job.emit(event)
 
-    def _begin_or_resume(self, clients: Clients, state: RunState, snapshot: Snapshot | None) -> RunState:
+    def _begin_or_resume(self, supervisor: Supervisor, state: RunState, snapshot: Snapshot | None) -> RunState:
         """Measures the model as it is before the first round, or brings back the last committed round.
 
         Raises:
-            _GivenUp: The model could not be measured in several attempts.
+            GivenUp: The model could not be measured in several attempts.
         """
         if snapshot is not None:
             self._restore(state, snapshot)
             try:
                 bring_to(self._trunk, state, SCHEDULES[self._config.trunk.schedule])
             except TrunkLost:
-                self._renew_trunk(clients, state)
+                supervisor.renew_trunk(state)
             self._job.emit(Notice(text=f"goes on after round {snapshot.round}  held-out loss {state.after:.4f}"))
             return state
         attempt = 0
         while True:
             try:
-                return self._measure(clients, state.copy(), attempt)
+                return self._measure(supervisor.gather(), state.copy(), attempt)
             except (TrunkLost, RoundLost) as lost:
                 attempt += 1
                 self._job.emit(Notice(text=f"the model is measured again: {lost}"))
                 if attempt > self._config.max_failures:
-                    raise _GivenUp(f"the model could not be measured: {lost}", state) from lost
+                    raise GivenUp(f"the model could not be measured: {lost}", state) from lost
                 if isinstance(lost, TrunkLost):
-                    self._renew_trunk(clients, state)
+                    supervisor.renew_trunk(state)
 
-    def _measure(self, clients: Clients, state: RunState, attempt: int) -> RunState:
+    def _measure(self, parties: Parties, state: RunState, attempt: int) -> RunState:
         """Measures the model as it is before the first round."""
-        parties = self._parties(clients)
         found = evaluation.evaluate(parties, state, 0, {}, Attempt(attempt))
         state.before = found.total.loss
         parties.emit(evaluation.event_of(parties, state, 0, found))
@@ -380,16 +277,18 @@ class Federation:
         )
         self._job.emit(event)
 
-    def _leave_result(self, clients: Clients, state: RunState, parameters: Mapping[str, Any], ended_early: str) -> None:
+    def _leave_result(
+        self, supervisor: Supervisor, state: RunState, parameters: Mapping[str, Any], ended_early: str
+    ) -> None:
         """Writes the adapters that the run leaves, of its last round or of its best, and the summary.
 
         Args:
-            clients: Way to the clients.
+            supervisor: Starts another trunk where the run's is lost.
             state: State after the last committed round.
             parameters: Counts of parameters by part.
             ended_early: Reason why the run ends before its last round; empty for a run that is complete.
         """
-        trunk = self._final_status(clients, state)
+        trunk = self._final_status(supervisor, state)
         stopping, folder = state.stopping, self._job.folder
         leaves_best = self._config.keep_best and not stopping.is_best
         if stopping.is_over or leaves_best:
@@ -409,53 +308,16 @@ class Federation:
             whole = state.ledger.everything(state.adapters, state.trunk)
             personal = personal_of(state)
 
-        self.summary = self._summarise(state, parameters, left, trunk, ended_early)
+        self.summary = summarise(self._config, state, parameters, left, trunk, ended_early)
         for client, adapters in personal.items():  # before the summary, which says that a run is complete
             folder.save_personal(client, adapters)
         folder.save_result(whole)
         self._job.emit(RunEnded(summary=self.summary, folder=str(folder.path)))
 
-    def _final_status(self, clients: Clients, state: RunState) -> TrunkStatus:
+    def _final_status(self, supervisor: Supervisor, state: RunState) -> TrunkStatus:
         """Returns the status of the trunk; of another one where the trunk was lost after the last round."""
         try:
             return self._trunk.status()
         except TrunkLost:
-            self._renew_trunk(clients, state)
+            supervisor.renew_trunk(state)
             return self._trunk.status()
-
-    def _summarise(
-        self, state: RunState, parameters: Mapping[str, Any], left: int, trunk: TrunkStatus, ended_early: str
-    ) -> dict[str, Any]:
-        """Returns the content of summary.json.
-
-        Args:
-            state: State at the end of the run.
-            parameters: Counts of parameters by part.
-            left: Round whose adapters the run leaves.
-            trunk: Status of the trunk.
-            ended_early: Reason why the run ends before its last round; empty for a run that is complete.
-        """
-        config = self._config
-        return {
-            "seed": config.seed,
-            "model": config.model,
-            "clients": config.clients,
-            "rounds": config.rounds,
-            "last_round": state.stopping.last,
-            "best_round": state.stopping.best,
-            "adapter_round": left,
-            "complete": not ended_early,
-            "ended": ended_early or state.stopping.reason,
-            "strategy": config.strategy,
-            "aggregated_parts": aggregated_parts(config),
-            "schedule": config.trunk.schedule,
-            "cut": config.cut,
-            "parameters": dict(parameters),
-            "eval_loss": {"before": state.before, "after": state.after},
-            **({"accuracy": state.accuracy} if state.accuracy else {}),
-            **({"metrics": state.metrics} if state.metrics else {}),
-            "forgotten": mean(list(state.forgotten.values())) if state.forgotten else None,
-            "aggregation_error": state.error,
-            **state.totals.summary(trunk.traffic.document()),
-            "peak_memory": {"client": state.totals.client_memory, "trunk": trunk.peak_memory},
-        }

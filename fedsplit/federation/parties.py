@@ -143,7 +143,7 @@ class Parties:
                     replied += 1
                     heard(answer, count)
                     continue
-                if answer.kind == TRUNK_LOST:
+                if answer.kind == TRUNK_LOST and self._has_lost_trunk():
                     raise TrunkLost(answer.reason)
                 if answer.kind == CLIENT_LOST and prepare_again is None:
                     raise RoundLost(f"the process of {self.sender(client)} was lost: {answer.reason}", [client])
@@ -170,6 +170,13 @@ class Parties:
         if any(failure.kind in (CLIENT_LOST, LATE) for failure in failures):
             raise RoundLost(reason, [failure.client for failure in failures if failure.kind == CLIENT_LOST])
         raise NobodyAnswered(reason)
+
+    def _has_lost_trunk(self) -> bool:
+        """Returns True if the trunk that clients were told of is gone: a client may also say so that is wrong."""
+        try:
+            return self.trunk.status().incarnation != self.briefing.incarnation
+        except TrunkLost:
+            return True
 
     def _report_again(self, phase: Phase, round: int, attempt: Attempt, lost: Failure) -> None:
         """Reports a client that begins again, since its process was lost."""

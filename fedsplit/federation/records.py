@@ -26,6 +26,7 @@ from fedsplit.federation.messages import (
     Request,
     Train,
 )
+from fedsplit.federation.replies import reported_failure
 from fedsplit.lowrank import LowRank
 from fedsplit.tensor_files import pack_changes, unpack_changes
 from fedsplit.updates import RefusedUpdate, Task
@@ -208,7 +209,7 @@ def to_answer(message: Message, client: int) -> Answer:
     content = message.content
     if FAILURE in content.config_records:
         failure = content.config_records[FAILURE]
-        return Failure(client, str(failure.get("kind", "")), str(failure.get("reason", "")))
+        return reported_failure(client, str(failure.get("kind", "")), str(failure.get("reason", "")))
     about = str(content.config_records[CONFIG].get("about", "")) if CONFIG in content.config_records else ""
     metrics = dict(content.metric_records.get(METRICS, {}))
     tensors: dict[str, dict[str, Tensor]] = {}

@@ -11,8 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedsplit.errors import printable
 from fedsplit.federation import messages
-from fedsplit.federation.messages import ADAPTERS, CONTROL, EXAMPLES, METRIC, Reply
+from fedsplit.federation.messages import (
+    ADAPTERS,
+    CLIENT_LOST,
+    CONTROL,
+    EXAMPLES,
+    LATE,
+    METRIC,
+    Failure,
+    Reply,
+)
 from fedsplit.federation.workload import Workload
 from fedsplit.scores import Score
 from fedsplit.settings.choices import PARTS
@@ -50,6 +60,10 @@ LARGEST_COUNT = 2**53
 
 LONGEST_NAME = 4096
 """Most characters in the name of a client."""
+
+LONGEST_KIND = 100
+LONGEST_REASON = 2000
+"""Most characters of the kind and of the reason of a failure that a client reports."""
 
 LONGEST_INTRODUCTION = 2**24
 """Most characters in an introduction; the layers of a model with 100 blocks take some 10**5."""
@@ -134,9 +148,7 @@ def _parsed(reply: Reply) -> Introduction:
         raise TypeError("its client is no number")
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         raise TypeError(f"its name is no text of 1 to {LONGEST_NAME} characters")
-    # A line feed or an escape sequence in a name would reach the screen with the name.
-    printable = "".join(character if character.isprintable() else " " for character in name)
-    return Introduction(client, printable, _counts_of(about["parameters"]), start)
+    return Introduction(client, printable(name), _counts_of(about["parameters"]), start)
 
 
 def _counts_of(parameters: Any) -> Mapping[str, Mapping[str, int]]:
@@ -187,6 +199,17 @@ def _layer_of(name: str, facts: Any) -> Layer:
     if not (is_number and is_count and are_switches and isinstance(layer.parameter, str)):
         raise TypeError(f"the constants of {name[:80]} have other types")
     return layer
+
+
+def reported_failure(client: int, kind: str, reason: str) -> Failure:
+    """Returns a failure that a client reports itself.
+
+    Whether a client's process was lost, or is late, the engine knows and not the client: each would have the round
+    played again. The reason is cut to a line.
+    """
+    is_possible = kind.isidentifier() and kind not in (CLIENT_LOST, LATE)
+    believed = kind[:LONGEST_KIND] if is_possible else "Failed"  # without a kind it would seem to be the engine's
+    return Failure(client, believed, printable(reason)[:LONGEST_REASON])
 
 
 def to_update(

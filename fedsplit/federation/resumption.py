@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,26 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     """
     folders = {number: folder for folder in (run / CHECKPOINTS).glob("round-*") if (number := round_of(folder))}
     return dict(sorted(folders.items()))
+
+
+def how_to_go_on(run: Path | None) -> str:
+    """Returns the last checkpoint of a run that was stopped, and the command by which the run goes on.
+
+    Args:
+        run: The run's folder, which need not be there; None for a run that has no folder yet.
+
+    Example:
+        >>> how_to_go_on(Path("nowhere"))
+        'nothing is saved yet'
+    """
+    if run is None or not (run / "config.toml").is_file():
+        return "nothing is saved yet"
+    command = f"python -m fedsplit.simulate --resume {shlex.quote(str(run))}"
+    checkpoints = checkpoints_of(run)
+    if not checkpoints:
+        return f"nothing is saved yet: {command} begins again"
+    last = checkpoints[max(checkpoints)]
+    return f"the last checkpoint is {last}: {command} goes on"
 
 
 def checkpoint_folder(run: Path, round: int) -> Path:

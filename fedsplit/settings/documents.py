@@ -159,12 +159,11 @@ def build(
             setting = _setting_named(name)
             fields[setting.section][setting.field] = _convert(setting, value)
 
-    given = {
-        "strategy": options or {},
-        "objective": objective_options or {},
-        "metric": by_key(metric_options or {}),
-        "sinks": by_key(sink_options or {}),
-    }
+    given: dict[str, Mapping[str, Any]] = {}
+    tables_given = (options, objective_options, metric_options, sink_options)
+    for name, table in zip(OPTIONS, tables_given, strict=True):
+        with collector.collecting():
+            given[name] = _table(name, table)
     for name, keywords in given.items():
         collector.extend(_wrong_options(name, keywords))
     tables: dict[str, Any] = {OPTIONS[name]: dict(keywords) for name, keywords in given.items()}
@@ -183,8 +182,21 @@ def _setting_named(name: str) -> Setting:
         InputError: There is no such setting.
     """
     if name not in SETTINGS:
-        raise InputError(f"there is no setting {name}; {suggest(name, SETTINGS)}")
+        raise InputError(f"there is no setting {shortened(name)}; {suggest(name, SETTINGS)}")
     return SETTINGS[name]
+
+
+def _table(setting: str, options: object) -> Mapping[str, Any]:
+    """Returns the keyword arguments that belong to a setting; none where nothing is given.
+
+    Raises:
+        SettingError: They are no table.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise SettingError(OPTIONS[setting], shortened(options), "a table")
+    return by_key(options) if setting in SEVERAL else options
 
 
 def _wrong_options(setting: str, options: Mapping[str, Any]) -> Iterator[InputError]:

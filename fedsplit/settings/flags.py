@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from fedsplit.errors import ErrorCollector, InputError, SettingError, check_all
+from fedsplit.errors import ErrorCollector, InputError, SettingError, check_all, shortened
 from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
 from fedsplit.settings.documents import build, by_key, dotted, suggest
 from fedsplit.settings.fields import Setting
@@ -214,7 +214,7 @@ def options_of(rest: Sequence[str], parser: Parser, settings: Collection[str] = 
         has_value = bool(words) and not words[0].startswith("--")
         if not flag.startswith("--") or not key or setting not in settings:
             known = [flag for action in parser._actions for flag in action.option_strings]
-            collector.extend([InputError(f"there is no flag {flag}; {suggest(flag, known)}")])
+            collector.extend([InputError(f"there is no flag {shortened(flag)}; {suggest(flag, known)}")])
             if flag.startswith("--") and has_value:  # the value of a flag that is unknown is no error of its own
                 words.pop(0)
         elif not words:

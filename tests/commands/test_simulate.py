@@ -67,22 +67,24 @@ def test_eight_presidents_and_the_same_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "argv",
+    ("workers", "argv"),
     [
-        ("--trunk.schedule", "copies", "--workers", "{}"),
-        ("--trunk.schedule", "shared", "--deterministic", "--trunk.group", "2"),
-        ("--trunk.schedule", "batched", "--deterministic", "--trunk.group", "2"),
+        ("4", ("--trunk.schedule", "copies")),
+        ("2", ("--trunk.schedule", "shared", "--deterministic")),
+        ("2", ("--trunk.schedule", "batched", "--deterministic", "--trunk.group", "2")),
     ],
 )
-def test_what_is_called_deterministic_is_so_to_the_bit(argv: tuple[str, ...], tmp_path: Path) -> None:
-    """Whatever the number of workers where the schedule is so by nature; with turns taken elsewhere."""
-    for workers in ("1", "2"):
-        run = [word.format(workers) for word in argv]
-        done = command("--clients", "4", *run, "--out", workers, *TINY, cwd=tmp_path)
+def test_what_is_called_deterministic_is_so_to_the_bit(
+    workers: str, argv: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of workers, and the order of Python's sets."""
+    for seed, number in (("0", "1"), ("1", workers)):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        done = command("--clients", "4", *argv, "--workers", number, "--out", number, *TINY, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    one, two = (adapter(tmp_path / workers) for workers in ("1", "2"))
+    one, two = (adapter(tmp_path / number) for number in ("1", workers))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
-    losses = [json.loads((tmp_path / workers / "summary.json").read_text()) for workers in ("1", "2")]
+    losses = [json.loads((tmp_path / number / "summary.json").read_text()) for number in ("1", workers)]
     assert losses[0]["eval_loss"] == losses[1]["eval_loss"]
     assert losses[0]["forgotten"] == losses[1]["forgotten"]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from flwr.app import Error, Message, RecordDict
 
+from fedsplit.engines import flower_clients
 from fedsplit.engines.flower_clients import LEAST_UNDER_WAY, UNDER_WAY_EACH, FlowerClients, _reason
 from fedsplit.engines.stalls import StallWatch
 from fedsplit.federation import records, replies
@@ -214,3 +215,10 @@ def test_what_a_client_says_reaches_the_server_by_its_node_and_not_by_its_claim(
 def test_the_reason_of_a_failure_is_one_line(reason: str, line: str) -> None:
     assert _reason(Failure(0, "", reason)) == line
     assert _reason(Failure(0, "Diverged", reason)) == reason
+
+
+@pytest.mark.parametrize("words", [flower_clients._RESTARTING, flower_clients._LOST_PROCESS])
+def test_words_of_the_engine_in_a_clients_own_failure_are_not_believed(words: str) -> None:
+    """The request is neither sent again, nor is the process taken for lost."""
+    grid = Slow(lambda message: Message(records.to_content(Failure(1, "", words)), reply_to=message))
+    assert list(clients_behind(grid).ask([request(1)])) == [Failure(1, "Failed", words)]

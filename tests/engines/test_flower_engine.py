@@ -170,6 +170,6 @@ def test_a_run_that_is_given_up_leaves_the_last_round_that_counts(tmp_path: Path
         run.processes(TRUNK)[0].kill()
         code, error = run.end()
     assert code == 3, run.shown
-    assert error.startswith("fedsplit: the run ended early: round 2 was lost 1 times: the trunk's process is gone")
+    assert error.startswith("fedsplit: the run ended early: round 2 was lost once: the trunk's process is gone")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["complete"], summary["last_round"], summary["adapter_round"]) == (False, 1, 1)

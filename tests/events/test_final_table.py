@@ -55,9 +55,9 @@ def test_the_table_to_the_letter() -> None:
         "adapters           1.5 MB up, 1.5 MB down",
         "for evaluation     1.5 MB up, 1.5 MB down",
         "peak memory        client process 700.0 MB, trunk 500.0 MB",
-        "failures           2 of 8 client-rounds failed",
         "time               12.3 s; 12,345 tokens trained, 679 a second",
         "files              runs/x",
+        "failures           2 of 8 client-rounds failed",
     ]
 
 

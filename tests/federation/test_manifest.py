@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedsplit.corpora.partition import partition_of
 from fedsplit.corpora.shards import Shard
@@ -122,3 +124,40 @@ def test_options_of_sinks_decide_nothing_and_those_of_metrics_do() -> None:
     settings = manifest.settings_of(named)
     assert not any(name.startswith("sink") for name in settings)
     assert settings["metric.rouge.stem"] is True
+
+
+DOCUMENTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def manifests(draw: st.DrawFn, whole: bytes) -> bytes:
+    """A manifest with another value, whose digest of itself is right or not; or with other bytes."""
+    if draw(st.booleans()):
+        document = json.loads(whole)
+        document[draw(st.sampled_from(sorted(document)))] = draw(DOCUMENTS)
+        if draw(st.booleans()):
+            document["sha256"] = manifest._digest_of_itself(document)
+        return json.dumps(document).encode()
+    changed = bytearray(whole)
+    place = draw(st.integers(0, len(changed)))
+    changed[place : place + draw(st.integers(0, 12))] = draw(st.binary(max_size=12))
+    return bytes(changed)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_manifest_says_it_is_read_or_damaged(tmp_path: Path, data: st.DataObject) -> None:
+    (tmp_path / "state.safetensors").write_bytes(b"tensors")
+    nothing = manifest.Content({"train": "1"}, {"config.json": "2"})
+    manifest.write(tmp_path, 3, Config(), nothing, {})
+    file = tmp_path / manifest.NAME
+    whole = file.read_bytes()
+    file.write_bytes(data.draw(manifests(whole) | st.binary(max_size=60)))
+    try:
+        manifest.check_whole(tmp_path, 3)
+    except Damaged as damaged:
+        assert str(damaged) and len(str(damaged)) < 1500

@@ -50,9 +50,17 @@ def test_a_trunk_that_is_gone_ends_the_run_at_once(tmp_path: Path) -> None:
     """It is known by the failure's kind, and no other client is asked any more."""
     lost = Failure(0, TRUNK_LOST, "the trunk's process has died")
     parties, _ = gather(lambda request: lost, tmp_path)
+    parties.trunk.lose()  # type: ignore[attr-defined]
     with pytest.raises(TrunkLost, match=r"^the trunk's process has died$"):
         parties.ask(range(3), evaluate, lambda reply, done: None, "evaluating", 1, Attempt(), None)
     assert len(parties.clients.asked) == 1  # type: ignore[attr-defined]
+
+
+def test_a_client_that_says_the_trunk_is_gone_while_it_is_there_fails_alone(tmp_path: Path) -> None:
+    """One client must not have the round of all played again."""
+    parties, heard = ask({1: Failure(1, TRUNK_LOST, "the trunk's process has died")}, tmp_path)
+    assert heard == [(0, 1), (2, 3)]
+    assert parties.emit.lines == ["bob failed and is left out: the trunk's process has died"]
 
 
 def test_words_for_messages(tmp_path: Path) -> None:

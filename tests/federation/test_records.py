@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MessageType, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.federation import records
@@ -192,3 +193,43 @@ def test_messages_can_be_made_where_no_run_has_a_name_and_the_names_come_back(mo
         assert records.to_message(Introduce(BRIEFING, 0), 7).metadata.src_node_id == 5
         raise KeyError
     assert [getattr(TaskIdentity, name) for name in names] == [None, 5, None]
+
+
+@st.composite
+def array_bytes_of(draw: st.DrawFn) -> bytes:
+    """An array as numpy writes it, in which bytes are changed, left out, doubled or added."""
+    written = io.BytesIO()
+    np.save(written, np.zeros((2, 3), np.float32))
+    mutated = bytearray(written.getvalue())
+    for _ in range(draw(st.integers(0, 4))):
+        place = draw(st.integers(0, len(mutated)))
+        end = min(len(mutated), place + draw(st.integers(0, 12)))
+        mutated[place:end] = draw(st.sampled_from([b"", bytes(mutated[place:end]) * 2]) | st.binary(max_size=12))
+    return bytes(mutated)
+
+
+CLAIMS = st.sampled_from(["(2305843009213693952,)", "(2147483648, 2147483648, 2147483648)", "(-1, 3)", "(2, 3, 'x')"])
+
+
+def claiming(shape: str, kind: str = "<f4") -> bytes:
+    """Returns the bytes of an array whose header claims a shape, with no values behind it."""
+    words = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(words).to_bytes(2, "little") + words.encode()
+
+
+@settings(max_examples=100)
+@given(array_bytes_of() | st.binary(max_size=200) | CLAIMS.map(claiming) | st.just(claiming("(3,)", "|O")))
+def test_whatever_bytes_an_array_has_the_reply_is_an_update_or_is_refused(data: bytes) -> None:
+    """Nothing is unpickled, and no memory is taken for what a header claims."""
+    update = ClientUpdate(3, START, examples=8, tokens=64, loss=2.5)
+    content = records.to_content(trained(update, START.tensors, Score(2.5, 3), 7))
+    content.array_records[ADAPTERS]["l.lora_A.weight"] = Array("float32", (2, 3), "numpy.ndarray", data)
+    question = Message(RecordDict(), dst_node_id=7, message_type=MessageType.TRAIN)
+    answer = records.to_answer(Message(content, reply_to=question), 3)
+    assert isinstance(answer, Reply)
+    try:
+        found = to_update(answer, START, set(START.tensors), "ann", Workload(8, 1024, 20, 4))
+    except RefusedUpdate as refused:
+        assert str(refused).startswith("ann sent ") and "\n" not in str(refused) and len(str(refused)) < 300
+    else:
+        assert all(torch.isfinite(tensor).all() for tensor in found.adapters.tensors.values())

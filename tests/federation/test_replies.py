@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedsplit.federation import replies
-from fedsplit.federation.messages import ADAPTERS, Reply, measured, trained
+from fedsplit.federation.messages import ADAPTERS, CLIENT_LOST, LATE, TRUNK_LOST, Failure, Reply, measured, trained
 from fedsplit.federation.replies import LARGEST_CHANGE, Control, Introduction
 from fedsplit.federation.workload import Workload
-from fedsplit.scores import Score
+from fedsplit.scores import Score, means
 from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate
 
 START = Adapters({"l.lora_A.weight": torch.randn(2, 3), "l.lora_B.weight": torch.randn(4, 2)}, {"l": Layer(2.0, True)})
@@ -234,3 +237,113 @@ def test_an_introduction_whose_tensors_cannot_be_read_is_refused() -> None:
     with pytest.raises(RefusedUpdate, match="introduced itself in a wrong form: ValueError: x is no array"):
         replies.read_introduction(replace(good, malformed="x is no array"))
     assert ADAPTERS not in good.tensors
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just("x" * 5000),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+PLACES = (
+    ("client",),
+    ("name",),
+    ("parameters",),
+    ("parameters", "bottom"),
+    ("parameters", "bottom", "total"),
+    ("parameters", "bottom", "more"),
+    ("top",),
+    ("top", "l"),
+    ("top", "x"),
+    *(("top", "l", name) for name in ("alpha", "transposed", "rslora", "experts", "parameter", "more")),
+    ("bottom",),
+    ("more",),
+)
+
+
+@settings(max_examples=100)
+@given(place=st.sampled_from(PLACES), value=JSON, removed=st.booleans())
+def test_whatever_an_introduction_says_it_is_one_or_is_refused(
+    place: tuple[str, ...], value: Any, removed: bool
+) -> None:
+    good = replies.introduce(Introduction(4, "Ann", COUNTS, {"top": START}))
+    about = json.loads(good.about)
+    owner = about
+    for name in place[:-1]:
+        owner = owner[name]
+    if removed:
+        owner.pop(place[-1], None)
+    else:
+        owner[place[-1]] = value
+    try:
+        found = replies.read_introduction(replace(good, about=json.dumps(about)))
+    except RefusedUpdate as refused:
+        assert str(refused).startswith("client 4 introduced itself in a wrong form: ")
+        assert "\n" not in str(refused) and len(str(refused)) < 400
+        return
+    assert found.client == 4 and found.name.isprintable() and len(found.name) <= 4096
+    assert all(type(count) is int for counts in found.parameters.values() for count in counts.values())
+    for adapters in found.start.values():
+        for layer in adapters.layers:
+            if layer in adapters.complete:
+                assert math.isfinite(adapters.scaling(layer))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"top": {"l.lora_A.weight": torch.full((2, 3), math.nan), "l.lora_B.weight": torch.zeros(4, 2)}},
+        {"top": {"l.lora_A.weight": torch.ones(2, 3).double(), "l.lora_B.weight": torch.zeros(4, 2)}},
+        {"top": {"l.lora_A.weight": torch.ones(2, 3), "l.lora_B.weight": torch.zeros(4, 3)}},
+        {"top": {"l.lora_A.weight": torch.ones(2), "l.lora_B.weight": torch.zeros(4, 2)}},
+        {"top": {"l.lora_A.weight": "ones"}},
+        {"../top": {}},
+    ],
+    ids=["nan", "float64", "ranks", "dimensions", "text", "another part"],
+)
+def test_an_introduction_with_a_start_that_cannot_be_is_refused(tensors: dict[str, Any]) -> None:
+    good = replies.introduce(Introduction(4, "Ann", COUNTS, {"top": START}))
+    with pytest.raises(RefusedUpdate, match=r"^client 4 introduced itself in a wrong form: "):
+        replies.read_introduction(replace(good, tensors=tensors))
+
+
+def test_a_client_that_introduces_itself_as_another_is_refused_by_its_own_number() -> None:
+    other = replies.introduce(Introduction(4, "Ann", COUNTS, {}))
+    with pytest.raises(RefusedUpdate, match=r"^client 2 introduced itself .*: it says that it is client 4$"):
+        replies.read_introduction(replace(other, client=2))
+    assert replies.read_introduction(replace(other, client=-1)).client == 4  # a node whose client is not known yet
+
+
+def test_a_name_reaches_the_screen_in_one_line() -> None:
+    back = replies.read_introduction(replies.introduce(Introduction(4, "Ann\n\x1b[31m", COUNTS, {})))
+    assert back.name == "Ann  [31m"
+
+
+NUMBERS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.floats(), max_size=3)
+)
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(st.sampled_from([*replies.KEPT_METRICS, "router-loss", "nats", "right", "metric.m"]), NUMBERS))
+def test_whatever_numbers_a_client_reports_they_are_usable_or_refused(metrics: dict[str, object]) -> None:
+    try:
+        update = read(told(**metrics), routers=True)
+        assert math.isfinite(update.loss) and update.examples == 8 and 0 < update.tokens <= 1024
+    except RefusedUpdate as refused:
+        assert str(refused).startswith("client 3 (ann) ") and len(str(refused)) < 300
+    reply = with_metrics(measured(2, Score(12.5, 5, 4, {"m": (1.0, 2.0)}), Score(4.5, 2), 7), metrics)
+    try:
+        score = replies.to_score(reply, "client 2 (bob)", work(), ["m"])
+        assert math.isfinite(score.loss) and 0 < score.tokens <= 20 and 0 <= score.accuracy <= 1
+        assert all(mean is None or math.isfinite(mean) for mean in means(score.metrics).values())
+    except RefusedUpdate as refused:
+        assert str(refused).startswith("client 2 (bob) ") and len(str(refused)) < 300
+
+
+def test_a_failure_is_one_line_and_only_the_engine_knows_who_is_lost_or_late() -> None:
+    """A client that says so of itself would have the round of all played again."""
+    for kind in (CLIENT_LOST, LATE, "", "no name", "x\ny"):
+        assert replies.reported_failure(3, kind, "a\nb\x1b[2J") == Failure(3, "Failed", "a b [2J")
+    assert replies.reported_failure(3, TRUNK_LOST, "gone") == Failure(3, TRUNK_LOST, "gone")
+    long = replies.reported_failure(3, "x" * 10**6, "y" * 10**6)
+    assert (len(long.kind), len(long.reason)) == (100, 2000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import shutil
@@ -16,8 +17,11 @@ from test_round import without_times
 from fedsplit.engines.in_process import federate
 from fedsplit.errors import SettingError
 from fedsplit.events import Event, Notice, Progress, RoundEnded, Sink
+from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.aggregation import strategy_defaults
+from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.resumption import check_resumable
+from fedsplit.federation.round import Round
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
@@ -217,3 +221,49 @@ def test_clients_still_have_what_an_older_checkpoint_needs(
     run(replace(config, resume=str(out)), out, told)
     assert any(text.startswith("goes on after round 1 ") for text in told.notices)
     assert_same(out, left(straight))
+
+
+class Killed(BaseException):
+    """Ends the command wherever it is, as kill -9 does: nothing catches it."""
+
+
+STAGES = ("begin", "collect", "aggregate", "evaluate", "commit")
+
+
+def points_of_death() -> list[tuple[str, bool]]:
+    """Returns each stage of a round, before and after it, and each step of a checkpoint."""
+    return [(stage, after) for stage in (*STAGES, "save_round", "write_folds") for after in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "case", [case if case == "personal" else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_a_command_that_dies_at_any_stage_goes_on_to_the_bit(
+    case: str, tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    config = replace(config_of(case, tiny_models["gpt2"], corpus_file), rounds=3, patience=0, keep_best=False)
+    run(config, tmp_path / "straight")
+    expected = left(tmp_path / "straight")
+    for stage, after in points_of_death():
+        out = tmp_path / f"{stage}-{after}"
+        owner: Any = {"save_round": RunFolder, "write_folds": AdapterLedger}.get(stage, Round)
+        work = getattr(owner, stage)
+        calls = []
+
+        def dies(*args: Any, work: Any = work, after: bool = after, calls: list[Any] = calls) -> Any:
+            calls.append(args)
+            if len(calls) == 2 and not after:
+                raise Killed
+            result = work(*args)
+            if len(calls) == 2:
+                raise Killed
+            return result
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(owner, stage, dies)
+            run(config, out)
+        assert len(calls) >= 1
+        if not (out / "summary.json").exists():
+            check_resumable(out, config)
+            run(replace(config, resume=str(out)), out)
+        assert_same(out, expected)

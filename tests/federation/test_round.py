@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from local_federation import federate
 
-from fedsplit.federation import federation as federation_module
+from fedsplit.federation import supervision
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.clients import FederationFailed
@@ -162,7 +162,7 @@ def test_a_round_that_was_discarded_and_played_again_is_the_round_to_the_bit(
     """Adapters, moments, checkpoints and events; each of two rounds is discarded once."""
     corpus, expected = undisturbed(case)
     out = tmp_path / "run"
-    monkeypatch.setattr(federation_module, "Round", discarding(stage, out))
+    monkeypatch.setattr(supervision, "Round", discarding(stage, out))
     federate(*in_order(case, tiny_models["gpt2"], corpus, out), monkeypatch)
     found = left(out)
     assert found.keys() == expected.keys()
@@ -195,7 +195,7 @@ def test_a_round_leaves_the_state_before_it_as_it_was(
             assert state.round == before.round + 1 and state is not before
             return state
 
-    monkeypatch.setattr(federation_module, "Round", Looking)
+    monkeypatch.setattr(supervision, "Round", Looking)
     federate(*in_order("personal", tiny_models["gpt2"], corpus_file, tmp_path / "run"), monkeypatch)
 
 
@@ -209,7 +209,7 @@ def test_the_attempt_travels_with_every_request(
         return answer
 
     out = tmp_path / "run"
-    monkeypatch.setattr(federation_module, "Round", discarding("evaluate", out))
+    monkeypatch.setattr(supervision, "Round", discarding("evaluate", out))
     config, strategy = config_of("shared", tiny_models["gpt2"], corpus_file)
     federate(config, out, strategy, monkeypatch, note)
     kinds = [one for one in dict.fromkeys(asked) if one[1] == 2]

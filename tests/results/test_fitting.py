@@ -11,6 +11,8 @@ from pathlib import Path
 import peft_adapters
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from fedsplit.adaptation import adapter_files
 from fedsplit.errors import InputError
 from fedsplit.results.finished import Adapter, find_adapter
 from fedsplit.results.fitting import classes_in, more_than_factors, read_adapter, read_fitting
+from fedsplit.trunk.memory import resident_memory
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -176,3 +179,86 @@ def test_experts_have_ranks_and_alphas_of_their_own(tiny_models: dict[str, Path]
     for name, module in tuned.named_modules():
         if (stacked := name.removeprefix(PREFIX)) in read.stacked:
             assert module.scaling["default"] == read.layers[stacked].scaling(read.rank(stacked))
+
+
+def mutated(draw: st.DrawFn, content: bytes, near: int) -> bytes:
+    """Changes, leaves out, doubles or adds some bytes, most of them near the beginning."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.integers(0, min(near, len(changed))) | st.integers(0, len(changed)))
+        end = min(len(changed), place + draw(st.integers(0, 12)))
+        changed[place:end] = draw(st.sampled_from([b"", bytes(changed[place:end]) * 2]) | st.binary(max_size=12))
+    return bytes(changed)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(
+    [
+        *("peft_type", "task_type", "r", "lora_alpha", "target_modules", "modules_to_save", "rank_pattern", "x"),
+        *("alpha_pattern", "layers_to_transform", "use_dora", "bias", "base_model_name_or_path", "fan_in_fan_out"),
+    ]
+)
+
+
+def read_or_refused(adapter: Adapter) -> None:
+    """Reads an adapter, or has it refused in one line by an error of ours."""
+    try:
+        read = read_fitting(adapter)
+    except InputError as refused:
+        assert "\n" not in str(refused) and len(str(refused)) < 1500
+    else:
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in read.tensors.values())
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_bytes_an_adapter_has_it_is_read_or_refused(adapter: Adapter, data: st.DataObject) -> None:
+    whole = {name: (adapter.folder / name).read_bytes() for name in (FILE, "adapter_config.json")}
+    name = data.draw(st.sampled_from(sorted(whole)))
+    try:
+        (adapter.folder / name).write_bytes(data.draw(st.composite(mutated)(whole[name], 3000)))
+        read_or_refused(adapter)
+    finally:
+        (adapter.folder / name).write_bytes(whole[name])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(field=FIELDS, value=JSON)
+def test_whatever_an_adapters_configuration_says_it_is_read_or_refused(
+    adapter: Adapter, field: str, value: object
+) -> None:
+    file = adapter.folder / "adapter_config.json"
+    whole = file.read_text()
+    try:
+        file.write_text(json.dumps({**json.loads(whole), field: value}))
+        read_or_refused(adapter)
+    finally:
+        file.write_text(whole)
+
+
+CLAIMS: dict[str, bytes] = {
+    "a header of all memory": (2**60).to_bytes(8, "little") + b"{}",
+    "a header beyond the file": (10**6).to_bytes(8, "little") + b"{}",
+    "nothing": b"",
+    "a tensor beyond the file": b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}',
+    "a shape that overflows": b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}',
+    "a negative shape": b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+    "deep": b"[" * 10**5,
+}
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_what_an_adapters_file_claims_takes_no_memory(kind: str, adapter: Adapter) -> None:
+    content = CLAIMS[kind]
+    if content[:1] in (b"{", b"["):
+        content = len(content).to_bytes(8, "little") + content
+    (adapter.folder / FILE).write_bytes(content)
+    before = resident_memory()
+    with pytest.raises(InputError) as refused:
+        read_fitting(adapter)
+    assert "\n" not in str(refused.value)
+    assert resident_memory() - before < 2**28

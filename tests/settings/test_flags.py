@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsplit.errors import InputError
-from fedsplit.settings.config import SETTINGS
+from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, Config
 from fedsplit.settings.documents import as_document, build, from_document
 from fedsplit.settings.flags import parse
 
@@ -269,3 +269,63 @@ def test_checkpoints_have_the_names_people_know() -> None:
     ):
         with pytest.raises(InputError, match=rf"^{name}: .* is not possible; allowed: a whole number"):
             parse(flags)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from([*SETTINGS, *SECTIONS, *OPTIONS.values()]) | st.text(max_size=9)
+
+
+def one_line(refused: InputError) -> bool:
+    """Returns True if each of the errors has one line for the screen."""
+    return all(str(error).isprintable() and 0 < len(str(error)) < 1500 for error in refused.errors)
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(NAMES, VALUES, max_size=3))
+def test_whatever_a_document_says_it_is_a_configuration_or_is_refused(document: dict[str, object]) -> None:
+    for read in (from_document, lambda values: build(values)):
+        try:
+            config = read(document)
+        except InputError as refused:
+            assert one_line(refused)
+        else:
+            assert from_document(as_document(config)) == config
+
+
+@st.composite
+def tomls(draw: st.DrawFn) -> bytes:
+    """A configuration's file in which bytes are changed, left out or added."""
+    content = bytearray(tomli_w.dumps(as_document(Config())).encode())
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.integers(0, len(content)))
+        content[place : place + draw(st.integers(0, 12))] = draw(st.binary(max_size=12))
+    return bytes(content)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tomls() | st.binary(max_size=60) | st.just(b"[" * 10**5) | st.just(b"clients = " + b"9" * 10**5))
+def test_whatever_a_file_holds_it_is_a_configuration_or_is_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(content)
+    try:
+        parse(["--config", str(file)])
+    except InputError as refused:
+        assert one_line(refused)
+
+
+FLAGS = st.sampled_from([f"--{name}" for name in SETTINGS] + ["--strategy.mu", "--metric.a.b", "--", "-x", "--lr"])
+
+
+@settings(max_examples=100)
+@given(st.lists(FLAGS | st.text(max_size=9) | st.sampled_from(["1", "-1", "nan", "1e999", "9" * 5000]), max_size=5))
+def test_whatever_flags_there_are_they_are_a_configuration_or_are_refused(argv: list[str]) -> None:
+    try:
+        parse(argv)
+    except InputError as refused:
+        assert one_line(refused)
+    except SystemExit as ended:  # --help, --version
+        assert not ended.code

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from fedsplit.wire.casting import array_as
 from fedsplit.wire.codecs import Role, make_codec
-from fedsplit.wire.encoded import Encoded, MalformedPacket
+from fedsplit.wire.encoded import Encoded, MalformedPacket, check_encoded
 from fedsplit.wire.packets import StepKey
 
 
@@ -110,3 +112,28 @@ def test_what_no_encoder_makes_is_not_cast(array: np.ndarray, dtype: str) -> Non
 def test_a_scale_that_is_no_number_above_zero_is_refused(scale: float) -> None:
     with pytest.raises(MalformedPacket, match="scale"):
         make_codec("raw").decode(Encoded({"values": np.ones(2, np.float16)}, {"dtype": "float32", "scale": scale}))
+
+
+ARRAYS = arrays.arrays(
+    st.sampled_from(["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?"]), arrays.array_shapes(min_dims=0, min_side=0)
+)
+FACTS = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=9)
+NAMES = st.sampled_from(["float32", "float16", "bfloat16", "int64", "bool", "dtype", "nn", "load", "complex64", ""])
+
+
+@settings(max_examples=100)
+@given(
+    st.dictionaries(st.sampled_from(["values", "more"]), ARRAYS, max_size=2),
+    st.dictionaries(st.sampled_from(["scale", "dtype", "x"]), FACTS | NAMES, max_size=3),
+    st.sampled_from(["raw", "bf16"]),
+)
+def test_whatever_is_encoded_a_tensor_comes_out_or_a_refusal(
+    values: dict[str, np.ndarray], header: dict[str, Any], codec: str
+) -> None:
+    encoded = Encoded(values, header)
+    try:
+        check_encoded("hidden", encoded)
+        decoded = make_codec(codec).decode(encoded, gradient_in(torch.float32))
+    except MalformedPacket:
+        return
+    assert decoded.shape == values["values"].shape and str(decoded.dtype) == f"torch.{header['dtype']}"

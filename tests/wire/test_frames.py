@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from fedsplit.trunk.memory import resident_memory
 from fedsplit.trunk.sessions import FullTrunk
 from fedsplit.wire import frames, sockets
 from fedsplit.wire.encoded import Encoded
@@ -139,4 +140,89 @@ def test_a_frame_nested_too_deep_is_no_frame() -> None:
     here, there = socket.socketpair()
     with here, there, pytest.raises(frames.BROKEN):
         here.sendall(PREFIX.pack(0, len(deep)) + deep)
+        frames.receive(there)
+
+
+def frame_of(packet: Packet) -> bytes:
+    """Returns the bytes of a packet's frame."""
+    here, there = socket.socketpair()
+    with here, there:
+        frames.send(here, 7, packet)
+        here.shutdown(socket.SHUT_WR)
+        return there.makefile("rb").read()
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> bytes:
+    """A valid frame in which bytes are changed, left out, doubled or added."""
+    frame = bytearray(frame_of(draw(PACKETS)))
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(frame)))
+        end = min(len(frame), place + draw(st.integers(0, 12)))
+        frame[place:end] = draw(st.sampled_from([b"", bytes(frame[place:end]) * 2]) | st.binary(max_size=12))
+    return bytes(frame)
+
+
+@settings(max_examples=100)
+@given(mutations() | st.binary(max_size=200))
+def test_whatever_bytes_come_only_packets_and_expected_errors_come_out(sent: bytes) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        here.sendall(sent)
+        here.shutdown(socket.SHUT_WR)
+        try:
+            while True:
+                _, came = frames.receive(there)
+                if isinstance(came, Packet):
+                    check_form(came)
+                else:
+                    assert isinstance(came, RefusedStep | TrunkFailed)
+        except frames.BROKEN:
+            pass
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [[2**60]],
+        [[2**31, 2**31, 2**31]],
+        [[2**62, 2**62]],
+        [[2**30]] * 8,
+        [[0, 2**63]],
+        [[-1, -(2**40)]],
+        [[2**31, 1.5]],
+    ],
+    ids=str,
+)
+def test_what_a_frame_claims_takes_no_memory(shapes: list[list[Any]]) -> None:
+    """A product that would overflow, and several arrays that are too large together, are refused before any is made."""
+    arrays_of = {str(number): ["<f8", shape] for number, shape in enumerate(shapes)}
+    header = json.dumps({**GOOD, "tensors": {"hidden": {"arrays": arrays_of, "header": {"dtype": "float64"}}}}).encode()
+    here, there = socket.socketpair()
+    with here, there, pytest.MonkeyPatch.context() as patch, pytest.raises((ValueError, EOFError)):
+        if shapes != [[0, 2**63]]:
+            patch.setattr(np, "empty", lambda *args: pytest.fail("memory was taken"))
+        here.sendall(PREFIX.pack(7, len(header)) + header)
+        here.shutdown(socket.SHUT_WR)
+        frames.receive(there)
+
+
+def test_memory_is_used_as_bytes_come_and_not_as_they_are_claimed() -> None:
+    shape = [2**28]  # 2 GiB
+    tensors = {"hidden": {"arrays": {"values": ["<f8", shape]}, "header": {"dtype": "float64"}}}
+    header = json.dumps({**GOOD, "tensors": tensors}).encode()
+    here, there = socket.socketpair()
+    before = resident_memory()
+    with here, there, pytest.raises(EOFError):
+        here.sendall(PREFIX.pack(7, len(header)) + header + b"x" * 1000)
+        here.shutdown(socket.SHUT_WR)
+        frames.receive(there)
+    assert resident_memory() - before < 2**28
+
+
+@pytest.mark.parametrize("length", [2**16 + 1, 2**32 - 1])
+def test_a_header_that_claims_to_be_long_is_not_waited_for(length: int) -> None:
+    here, there = socket.socketpair()
+    with here, there, pytest.raises(ValueError, match="a header is too long"):
+        here.sendall(PREFIX.pack(0, length))
         frames.receive(there)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -14,6 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedsplit.wire import frames, sockets
 from fedsplit.wire.casting import array_as
@@ -252,3 +255,49 @@ def test_whoever_is_interrupted_in_the_middle_of_an_answer_hangs_up(monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         answer()
     assert not client.is_open
+
+
+@pytest.fixture(scope="module")
+def echo() -> PacketServer:
+    return PacketServer(lambda packet, done: done(packet))
+
+
+@settings(max_examples=50)
+@given(knows_token=st.booleans(), sent=st.binary(max_size=300))
+def test_whatever_a_connection_sends_the_others_are_served(echo: PacketServer, knows_token: bool, sent: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect("\0" + echo.address.name)
+        stranger.sendall((echo.address.token if knows_token else b"") + sent)
+        stranger.shutdown(socket.SHUT_WR)
+        client = PacketClient(echo.address)
+        assert client.send(Packet(KEY))() == Packet(KEY)
+        client.close()
+        stranger.settimeout(60)
+        with contextlib.suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""  # the server hangs up, and sends nothing
+
+
+def test_strangers_take_only_so_many_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One connection too many without the token is closed at once; a place is free again where one goes."""
+    monkeypatch.setattr(sockets, "_MOST_STRANGERS", 2)
+    server = PacketServer(lambda packet, done: done(packet))
+
+    def connect() -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(60)
+        connection.connect("\0" + server.address.name)
+        return connection
+
+    first, second, third = (connect() for _ in range(3))
+    assert third.recv(1) == b""
+    second.close()
+    client = None
+    while client is None:  # until the server has seen that it is gone
+        try:
+            client = PacketClient(server.address)
+            assert client.send(Packet(KEY))() == Packet(KEY)
+        except (OSError, TrunkLost):
+            client = None
+    client.close()
+    first.close()
+    third.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,25 @@ def test_a_worker_that_dies_after_its_work_changes_no_number(
     assert len(lost) == times
     assert not any(isinstance(event, ClientFailed) for event in events)
     assert federation.summary is not None and federation.summary["complete"]
+
+
+@pytest.mark.parametrize("case", ["folds", "control", "exact"])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_order_of_arrival_changes_no_number(
+    case: str, seed: int, scenes: Callable[[str], Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a schedule that is deterministic by nature."""
+    scene = scenes(case)
+    draw = random.Random(seed)
+
+    def ask(clients: Any, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
+        shuffled = list(requests)
+        draw.shuffle(shuffled)
+        yield from map(clients.answer, shuffled)
+
+    monkeypatch.setattr(in_process.LocalClients, "ask", ask)
+    found, _, _ = scene.play()
+    assert found == scene.whole
 
 
 @pytest.mark.parametrize("case", ["shared", "control"])

@@ -53,7 +53,25 @@ CASES = {
         ("--strategy", "mine.py:Strategy", "--strategy.until", "2", "--timeout", "5"),
         "the strategy, which aggregates the updates of a round, has not returned for 5 seconds",
     ),
-    "objective": (("--objective", "mine.py:Objective", "--timeout", "5"), "client 2 has not returned for 5 seconds"),
+    "objective": (
+        ("--objective", "mine.py:Objective", "--timeout", "5"),
+        "client 2 has not returned for 5 seconds",
+    ),
+    "objective in a thread": (
+        (
+            "--objective",
+            "mine.py:Objective",
+            "--timeout",
+            "5",
+            "--clients",
+            "2",
+            "--workers",
+            "2",
+            "--train.steps",
+            "100",
+        ),
+        "client 0 or client 1 has not returned for 5 seconds",
+    ),
 }
 
 
@@ -62,7 +80,15 @@ CASES = {
 def test_what_hangs_ends_the_command_with_its_name(case: str, tmp_path: Path) -> None:
     flags, words = CASES[case]
     (tmp_path / "mine.py").write_text(MINE)
-    call = [sys.executable, "-m", "fedsplit.simulate", "--engine", "local", *TINY, *flags]
+    call = [
+        sys.executable,
+        "-m",
+        "fedsplit.simulate",
+        "--engine",
+        "local",
+        *TINY,
+        *flags,
+    ]  # a flag that comes twice counts as it comes last
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert (done.returncode, done.stderr) == (1, f"fedsplit: {words}\n"), done.stdout
 

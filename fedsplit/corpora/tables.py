@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,23 @@ class Table:
         if name in self.doubled:
             raise SettingError(setting, name, f"a column whose name no other column of {self.dataset} has")
         return self.columns[name]
+
+    def of_first(self, count: int, column: str) -> Table:
+        """Returns the rows with one of the first values of a column, in order of first appearance.
+
+        Args:
+            count: Number of different values.
+            column: Name of the column.
+
+        Example:
+            >>> table = Table("notes.csv", "notes", {"text": ["a", "b", "c"], "owner": ["ann", "bob", "ann"]})
+            >>> table.of_first(1, "owner").columns["text"]
+            ['a', 'c']
+        """
+        values = self.columns[column]
+        wanted = set(list(dict.fromkeys(values))[:count])
+        rows = [row for row, value in enumerate(values) if value in wanted]
+        return replace(self, columns={name: [cells[row] for row in rows] for name, cells in self.columns.items()})
 
 
 def check_dataset(dataset: str, data: DataSettings | None = None) -> None:

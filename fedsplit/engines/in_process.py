@@ -1,16 +1,18 @@
 """The engine in this process: no Ray, and no Flower unless one of Flower's own strategies is asked for.
 
 Clients train one after the other, and the trunk computes in between. Where a schedule is deterministic, the adapters
-are those of every other engine, to the bit.
+are those of every other engine, to the bit. Elsewhere `--workers` clients can train at once, each in a thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -37,33 +39,72 @@ from fedsplit.objects import NOTHING, Objects
 from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.settings.config import Config
 from fedsplit.trunk.local import LocalTrunk
+from fedsplit.trunk.workers import outcome
 from fedsplit.watchdog import Watchdog
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.transport import PendingAnswer
 
+_END_SECONDS = 5.0
+"""Time that a thread has to end with the run; a step of its client ends as soon as it asks the trunk."""
 
-@dataclass
-class LocalClients:
-    """The clients of a federation, played one after the other.
 
-    Attributes:
-        service: Answers requests.
-        stop: Ends the run before the next client.
-        watchdog: Ends the wait for a client that hangs.
-        nodes: The clients by number; empty before `meet`.
+class _Player(threading.Thread):
+    """A thread that plays clients, one after the other, with a bottom and a top of its own.
+
+    It does not keep the process from ending: code of the user's that hangs cannot be ended.
     """
 
-    service: ClientService
-    stop: threading.Event
-    watchdog: Watchdog
-    nodes: list[ClientNode] = field(default_factory=list)
+    def __init__(self, service: ClientService, answers: queue.SimpleQueue[Answer]) -> None:
+        """Starts the thread.
+
+        Args:
+            service: Answers requests.
+            answers: Takes the answers.
+        """
+        super().__init__(name="client", daemon=True)
+        self.requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._service = service
+        self._answers = answers
+        self.start()
+
+    def run(self) -> None:
+        """Answers requests until a None comes."""
+        while (request := self.requests.get()) is not None:
+            self._answers.put(self._service.answer(request))
+
+
+class LocalClients:
+    """The clients of a federation, played one after the other, or several at once in threads.
+
+    Attributes:
+        nodes: The clients by number; empty before `meet`.
+        grid: None, as no Flower runs.
+    """
+
     grid: None = None
+
+    def __init__(self, services: Sequence[ClientService], stop: threading.Event, watchdog: Watchdog) -> None:
+        """Knows no client yet.
+
+        Args:
+            services: One for each client that is played at a time. A single one answers in the caller's thread.
+            stop: Ends the run before the next client.
+            watchdog: Ends the wait for a client that hangs.
+        """
+        self.nodes: list[ClientNode] = []
+        self.stop = stop
+        self._services = services
+        self._watchdog = watchdog
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self._players = [_Player(service, self._answers) for service in services] if len(services) > 1 else []
+        self._idle = list(self._players)
+        self._under_way: dict[int, _Player] = {}  # by client
 
     def meet(self, briefing: Briefing, count: int) -> Iterator[Introduction]:
         """Has each client introduce itself."""
         found = []
         for client in range(count):
-            answer = self.answer(Introduce(briefing, client))
+            answer = self._answer(Introduce(briefing, client))
             if isinstance(answer, Failure):
                 raise FederationFailed(f"client {client} could not load its parts: {answer.reason}")
             introduction = read_introduction(answer)
@@ -73,23 +114,61 @@ class LocalClients:
         self.nodes[:] = [ClientNode(one.client + 1, one.name) for one in found]
 
     def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
-        """Answers each request in turn; after the deadline no client begins."""
+        """Answers requests, in turn or several at once; after the deadline no client begins."""
         left = iter(requests)
-        while until is None or time.monotonic() < until:
-            request = next(left, None)
-            if request is None:
+        while True:
+            may_begin = until is None or time.monotonic() < until
+            has_room = bool(self._idle) or not self._players
+            request = next(left, None) if may_begin and has_room else None
+            if request is not None:
+                if self._players:
+                    self._begin(request)
+                else:
+                    yield self._answer(request)
+            elif self._under_way:
+                yield self._finished()
+            else:
                 return
-            yield self.answer(request)
 
     def abandon(self) -> None:
-        """Does nothing: no request is under way between two calls."""
+        """Waits for all requests that are under way, and drops the answers."""
+        while self._under_way:
+            self._finished()
 
-    def answer(self, request: Request) -> Answer:
-        """Answers one request."""
+    def close(self) -> None:
+        """Ends the threads, each after its request."""
+        for player in self._players:
+            player.requests.put(None)
+        for player in self._players:
+            player.join(_END_SECONDS)
+
+    def _begin(self, request: Request) -> None:
+        """Gives a request to an idle thread."""
         if self.stop.is_set():
             raise Interrupted
-        with self.watchdog.doing(f"client {request.client}"):
-            return self.service.answer(request)
+        # Parts are loaded while no client trains: both draw from the process's only random state. An error is raised
+        # again where the request is answered.
+        if not self._under_way:
+            for service in self._services:
+                outcome(functools.partial(service.visit, request))
+        player = self._idle.pop()
+        self._under_way[request.client] = player
+        player.requests.put(request)
+
+    def _finished(self) -> Answer:
+        """Waits for the next answer."""
+        names = " or ".join(f"client {client}" for client in self._under_way)
+        with self._watchdog.doing(names):
+            answer = self._answers.get()
+        self._idle.append(self._under_way.pop(answer.client))
+        return answer
+
+    def _answer(self, request: Request) -> Answer:
+        """Answers a request in this thread."""
+        if self.stop.is_set():
+            raise Interrupted
+        with self._watchdog.doing(f"client {request.client}"):
+            return self._services[0].answer(request)
 
 
 @dataclass(frozen=True)
@@ -122,21 +201,23 @@ class LocalSession:
         name: Name of the trunk and of the run.
     """
 
-    def __init__(self, config: Config, objects: Objects = NOTHING) -> None:
+    def __init__(self, config: Config, objects: Objects = NOTHING, workers: int = 1) -> None:
         """Loads the trunk.
 
         Args:
             config: Configuration of the run.
             objects: Strategy, objective and metrics, where they are not to be loaded by their names.
+            workers: Number of clients that are played at once.
         """
         self._config = config
+        self._workers = workers
         self._objects = objects
         self.name = str(uuid4())
         self.trunk = self._load()
 
     def _load(self) -> LocalTrunk:
         stage = stage_maker(self._config, self._objects.strategy)
-        return LocalTrunk(self._config, self.name, incarnation=self.name, stage=stage)
+        return LocalTrunk(self._config, self.name, incarnation=self.name, stage=stage, callers=self._workers)
 
     def renew(self) -> None:
         """Closes the trunk, and loads another one."""
@@ -151,9 +232,20 @@ class LocalSession:
             Hung: A client, or the strategy, gives no sign of life.
         """
         watchdog = federation.watchdog
-        service = ClientService(lambda name: Heard(self.trunk, watchdog.beat), self._objects)
+
+        def connect(name: str) -> Heard:
+            return Heard(self.trunk, watchdog.beat)
+
+        services = [ClientService(connect, self._objects) for _ in range(self._workers)]
+        clients = LocalClients(services, federation.stop, watchdog)
         with watchdog.looking():
-            federation.run(LocalClients(service, federation.stop, watchdog))
+            try:
+                federation.run(clients)
+            except BaseException:
+                self.trunk.close()  # ends the steps of clients that are under way
+                raise
+            finally:
+                clients.close()
 
 
 @contextlib.contextmanager
@@ -168,7 +260,7 @@ def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.trunk_threads)
     try:
-        yield LocalSession(config, objects)
+        yield LocalSession(config, objects, plan.workers)
     finally:
         torch.set_num_threads(threads)
 

@@ -18,8 +18,8 @@ class Plan:
     """Use of the machine by clients and trunk.
 
     Attributes:
-        workers: Number of processes that simulate the clients.
-        client_threads: Number of threads of each such process.
+        workers: Number of processes that simulate the clients; on the engine `local`, of threads.
+        client_threads: Number of torch's threads of each of them.
         trunk_threads: Number of threads of each lane of the trunk.
         micro_batches: Number of micro-batches that each client processes at once.
         trunk_lanes: 2 if the trunk computes a forward and a backward at the same time, else 1.
@@ -80,28 +80,36 @@ def plan(config: Config, width: int = 0) -> Plan:
 
 
 def _plan_local(config: Config, width: int) -> Plan:
-    """Plans a run in one process, in which clients and trunk compute in turns.
+    """Plans a run in one process, in which the trunk computes in the threads of the clients.
+
+    - **Deterministic results.** One client trains at a time, with threads and micro-batches as on Ray, since they
+      decide how sums are rounded.
+    - **Elsewhere.** `--workers` clients train at once, each in a thread, with an equal share of the cores. The default
+      is one client with all cores: a run that is repeated gives the same numbers then, whatever the schedule.
 
     Raises:
-        SettingError: The settings ask for more than one client at a time.
+        SettingError: The settings ask for more clients at once than the engine plays.
     """
     if config.deterministic and config.trunk.group > 1:
         raise SettingError(
             "trunk.group", config.trunk.group, "1 with the engine local, which plays one client at a time"
         )
-    if config.workers > 1:
-        raise SettingError("workers", config.workers, "0 or 1 with the engine local")
+    is_fixed = config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every)
+    if is_fixed and config.workers > 1:
+        allowed = "0 or 1 with the engine local, where results do not depend on the order of the clients"
+        raise SettingError("workers", config.workers, allowed)
     if config.trunk.memory:
         allowed = "no limit with the engine local, where the trunk has no process of its own"
         raise SettingError("trunk.memory", config.trunk.memory, allowed)
-    alike = plan(replace(config, engine="ray"), width)
-    if config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every):
-        return replace(alike, workers=1, trunk_lanes=1)  # threads and micro-batches decide how sums are rounded
+    if is_fixed:
+        return replace(plan(replace(config, engine="ray"), width), workers=1, trunk_lanes=1)
     cores = _available_cores()
+    workers = min(config.workers or 1, config.clients)
+    threads = max(1, cores // workers)
     return Plan(
-        workers=1,
-        client_threads=config.threads or cores,
-        trunk_threads=config.trunk.threads or config.threads or cores,
+        workers=workers,
+        client_threads=config.threads or threads,
+        trunk_threads=config.trunk.threads or config.threads or threads,
         micro_batches=config.train.micro_batches or 1,
         trunk_lanes=1,
     )

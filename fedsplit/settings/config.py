@@ -165,7 +165,9 @@ class Config:
         one_of(ENGINES),
         "ray: clients and trunk in separate processes; local: all in this process, one client after the other",
     )
-    workers: int = setting(0, at_least(0, MOST_AT_ONCE), "processes that play the clients; 0: one for each core")
+    workers: int = setting(
+        0, at_least(0, MOST_AT_ONCE), "processes that play the clients; threads on the engine local; 0: as planned"
+    )
     threads: int = setting(
         0, at_least(0, MOST_AT_ONCE), "threads of each client process; 0: chosen by the plan, so that the cores suffice"
     )

@@ -57,6 +57,17 @@ def test_the_first_eight_presidents_after_1945() -> None:
     ]
 
 
+@pytest.mark.parametrize("dataset", ["sotu", "synthetic"])
+def test_owners_without_a_client_need_not_be_read(dataset: str) -> None:
+    """The first ones' data is the same, and bundled texts are never empty, cut or dropped."""
+    few, all_owners = (make_partition(dataset, "natural", count, 64, 0, BUNDLED_MODEL, end=0) for count in (2, 14))
+    for one, other in zip(few.shards, all_owners.shards, strict=False):
+        if dataset == "sotu":  # the synthetic texts depend on the number of owners
+            assert one.name == other.name and torch.equal(one.train.ids, other.train.ids)
+            assert torch.equal(one.held_out.ids, other.held_out.ids)
+    assert (few.cut, few.dropped, few.empty) == (all_owners.cut, all_owners.dropped, all_owners.empty) == (0, 0, 0)
+
+
 def test_dirichlet_skews_what_iid_does_not() -> None:
     sizes = {spec: [len(shard.train) for shard in shards("sotu", spec, 5)] for spec in ("iid", "dirichlet:0.1")}
     assert max(sizes["iid"]) - min(sizes["iid"]) <= 2

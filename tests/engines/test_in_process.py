@@ -99,25 +99,82 @@ class Service:
 
 
 def test_clients_answer_one_after_the_other() -> None:
-    clients = LocalClients(Service(), threading.Event(), Watchdog(60))  # type: ignore[arg-type]
+    clients = LocalClients([Service()], threading.Event(), Watchdog(60))  # type: ignore[list-item]
     assert [one.client for one in clients.meet(BRIEFING, 3)] == [0, 1, 2]
     assert clients.nodes == [ClientNode(1, "owner 0"), ClientNode(2, "owner 1"), ClientNode(3, "owner 2")]
     assert [answer.client for answer in clients.ask(Evaluate(BRIEFING, client) for client in (2, 0))] == [2, 0]
 
 
 def test_a_client_that_cannot_load_its_parts_ends_the_run() -> None:
-    clients = LocalClients(Service(broken=1), threading.Event(), Watchdog(60))  # type: ignore[arg-type]
+    clients = LocalClients([Service(broken=1)], threading.Event(), Watchdog(60))  # type: ignore[list-item]
     with pytest.raises(FederationFailed, match=r"client 1 could not load its parts: ValueError: no luck"):
         list(clients.meet(BRIEFING, 3))
 
 
 def test_a_stop_is_seen_before_the_next_client() -> None:
-    clients = LocalClients(Service(), threading.Event(), Watchdog(60))  # type: ignore[arg-type]
+    clients = LocalClients([Service()], threading.Event(), Watchdog(60))  # type: ignore[list-item]
     answers = clients.ask(Evaluate(BRIEFING, client) for client in range(3))
     next(answers)
     clients.stop.set()
     with pytest.raises(Interrupted):
         next(answers)
+
+
+class Together(Service):
+    """Answers when a second client is under way, too."""
+
+    def __init__(self, barrier: threading.Barrier) -> None:
+        super().__init__()
+        self.barrier = barrier
+        self.visits: list[str] = []
+
+    def visit(self, request: Request) -> None:
+        self.visits.append(threading.current_thread().name)
+
+    def answer(self, request: Request) -> Answer:
+        if isinstance(request, Evaluate):
+            self.barrier.wait(timeout=60)
+        return super().answer(request)
+
+
+def pair() -> tuple[LocalClients, list[Together]]:
+    """Clients of which two are played at once."""
+    barrier = threading.Barrier(2)
+    services = [Together(barrier), Together(barrier)]
+    return LocalClients(services, threading.Event(), Watchdog(60)), services  # type: ignore[arg-type]
+
+
+def test_two_clients_are_played_at_once_where_there_are_two_services() -> None:
+    clients, services = pair()
+    assert [one.client for one in clients.meet(BRIEFING, 4)] == [0, 1, 2, 3]
+    answers = list(clients.ask(Evaluate(BRIEFING, client) for client in range(4)))
+    clients.close()
+    assert sorted(answer.client for answer in answers) == [0, 1, 2, 3]
+    assert all(isinstance(answer, Reply) for answer in answers)
+    # Parts are loaded in the caller's thread, since loading and training draw from the same random state.
+    assert {name for service in services for name in service.visits} == {threading.current_thread().name}
+    assert not any(thread.name == "client" for thread in threading.enumerate())
+
+
+def test_requests_that_are_under_way_can_be_abandoned() -> None:
+    clients, _ = pair()
+    answers = clients.ask(Evaluate(BRIEFING, client) for client in range(2))
+    next(answers)
+    clients.abandon()
+    assert list(answers) == []
+    assert len(list(clients.ask(Evaluate(BRIEFING, client) for client in range(2)))) == 2
+    clients.close()
+
+
+def test_a_stop_is_seen_before_the_next_client_of_several() -> None:
+    clients, _ = pair()
+    answers = clients.ask(Evaluate(BRIEFING, client) for client in range(4))
+    next(answers)
+    clients.stop.set()
+    with pytest.raises(Interrupted):
+        next(answers)
+    clients.abandon()
+    clients.close()
 
 
 def test_the_caller_has_its_threads_again(monkeypatch: pytest.MonkeyPatch) -> None:

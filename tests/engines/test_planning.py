@@ -7,6 +7,7 @@ import os
 import pytest
 
 from fedsplit.engines import planning
+from fedsplit.errors import SettingError
 from fedsplit.settings.documents import build
 
 
@@ -55,3 +56,17 @@ def test_threads_do_not_depend_on_workers_where_the_result_must_not(
     plans = [planning.plan(build({"clients": 4, "workers": workers, **values})) for workers in (1, 2, 4)]
     assert [plan.workers for plan in plans] == [1, 2, 4]
     assert {(plan.client_threads, plan.trunk_threads, plan.micro_batches) for plan in plans} == {(1, 4, 2)}
+
+
+def test_workers_of_the_local_engine_train_at_once_where_the_order_of_clients_may_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    local = {"engine": "local", "clients": 4}
+    assert planning.plan(build(local)) == planning.Plan(1, 8, 8, 1, 1)
+    assert planning.plan(build({**local, "workers": 4})) == planning.Plan(4, 2, 2, 1, 1)
+    assert planning.plan(build({**local, "workers": 4, "clients": 1})) == planning.Plan(1, 8, 8, 1, 1)
+    for fixed in ({"deterministic": True}, {"trunk.schedule": "copies"}):
+        assert planning.plan(build({**local, **fixed})).workers == 1
+        with pytest.raises(SettingError, match="workers: 2 is not possible; allowed: 0 or 1"):
+            planning.plan(build({**local, **fixed, "workers": 2}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,7 +279,23 @@ def test_who_did_not_train_its_copy_of_the_trunk_is_left_out(tmp_path: Path) -> 
     assigned = {client: Assignment(state.ledger.start) for client in range(3)}
     found = training.train(parties, state, 1, assigned, Attempt())
     assert is_left_out_alone(found, parties.emit.lines)  # type: ignore[attr-defined]
+    assert parties.trunk.left == [1]  # type: ignore[attr-defined]
     assert "trained its copy of the trunk for 0 steps, not 2" in parties.emit.lines[0]  # type: ignore[attr-defined]
+
+
+def test_the_norm_of_an_update_has_the_copy_of_the_trunk_in_it(tmp_path: Path) -> None:
+    def answer(request: Request) -> Answer:
+        return honest(request.client, state.ledger.given(Assignment(state.ledger.start)))
+
+    parties, state = gather(answer, tmp_path, trunk__schedule="copies", max_update_norm=3.0)
+    trunk = {"t.lora_A.weight": torch.ones(2, 3), "t.lora_B.weight": torch.zeros(4, 2)}
+    parties.trunk.assign = lambda starts: None  # type: ignore[method-assign]
+    parties.trunk.copies = lambda clients: {  # type: ignore[method-assign]
+        client: Copy(Adapters({name: t + (5.0 if client == 1 else 0.1) for name, t in trunk.items()}, {}), {})
+        for client in clients
+    }
+    found = training.train(parties, state, 1, dict.fromkeys(range(3), Assignment(state.ledger.start)), Attempt())
+    assert is_left_out_alone(found, parties.emit.lines)  # type: ignore[attr-defined]
 
 
 # -------------------- the run as if the client had just failed
@@ -292,8 +308,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "batched": {"deterministic": True},
     "frozen": {},
 }
-POINTS = ("hidden states 0", "gradient 0", "gradient 1", "update")
-"""What client 1 spoils in round 1, and at which step."""
+POINTS = ("hidden states 0", "gradient 0", "gradient 1", "update", "size")
+"""What client 1 spoils in round 1, and at which step; the last is an update that is finite and too large."""
 
 OUT_OF_LUCK = "out of luck"
 
@@ -322,12 +338,16 @@ def spoil_at(point: str, fails: bool, patch: pytest.MonkeyPatch) -> Callable[[Re
         send_back(self, gradient)
 
     def spoil(request: Request, answer: Answer) -> Answer:
-        if point != "update" or not isinstance(request, Train) or (request.round, request.client) != (1, 1):
+        if (
+            point not in ("update", "size")
+            or not isinstance(request, Train)
+            or (request.round, request.client) != (1, 1)
+        ):
             return answer
         if fails:
             return Failure(1, "RuntimeError", OUT_OF_LUCK)
         assert isinstance(answer, Reply)
-        return with_all(answer, lambda tensor: tensor * math.nan)
+        return with_all(answer, lambda tensor: tensor + (5.0 if point == "size" else math.nan))
 
     patch.setattr(Link, "send", send_spoilt)
     patch.setattr(PendingStep, "send_back", send_back_spoilt)
@@ -351,14 +371,22 @@ def numbers_of(out: Path) -> dict[str, Any]:
     return {**tensors, "events": measured}
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", pytest.param("scaffold", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+def cases() -> Iterator[Any]:
+    """Yields schedules and strategies; those of which the others are variations are fast tests."""
+    for schedule in SCHEDULES:
+        for strategy in ("fedavg", "scaffold"):
+            is_fast = strategy == "fedavg" and schedule in ("copies", "shared")
+            yield pytest.param(schedule, strategy, marks=() if is_fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("schedule", "strategy"), cases())
 def test_a_client_that_sends_nan_leaves_the_run_as_one_that_fails(
-    strategy: str, schedule: str, tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path
+    schedule: str, strategy: str, tiny_models: dict[str, Path], corpus_file: Path, tmp_path: Path
 ) -> None:
     """To the bit, wherever it sends it: adapters, moments, trunk, losses, of both rounds."""
     case = "control" if strategy == "scaffold" else "shared"
     settings: dict[str, Any] = {"clients": 3, "train.steps": STEPS, "trunk.schedule": schedule, **SCHEDULES[schedule]}
+    settings["max_update_norm"] = 3.0
     config, _ = config_of(case, tiny_models["gpt2"], corpus_file, **settings)
     plain = {}
     for point in POINTS:

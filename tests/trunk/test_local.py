@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,30 @@ def test_observers_see_packets(config: Config) -> None:
     trunk = LocalTrunk(config, "run", observers=[Watch()])
     answer = trunk.send(packet(0))()
     assert [seen[0].key, seen[1]] == [packet(0).key, answer]
+
+
+def test_several_threads_share_a_trunk(tiny_models: dict[str, Path]) -> None:
+    """A batch waits for a thread that is late, and is computed once, whichever thread does it."""
+    config = config_of(tiny_models, trunk__schedule="batched", trunk__deadline=60.0)
+    trunk = LocalTrunk(config, "run", callers=2)
+    trunk.begin([0, 1])
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(lambda: trunk.send(packet(0))())
+        with pytest.raises(TimeoutError):
+            first.result(timeout=0.2)  # the batch is not complete
+        second = threads.submit(lambda: trunk.send(packet(1))())
+        answers = [future.result(timeout=60) for future in (first, second)]
+    assert [answer.key.client for answer in answers] == [0, 1]
+    assert trunk.end_round([]).forwards == 1
+
+
+def test_a_thread_that_waits_sees_the_end_of_the_trunk(tiny_models: dict[str, Path]) -> None:
+    trunk = LocalTrunk(config_of(tiny_models, trunk__schedule="batched"), "run", callers=2)
+    trunk.begin([0, 1])
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: trunk.send(packet(0))())
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        trunk.close()
+        with pytest.raises(TrunkLost):
+            waiting.result(timeout=60)

@@ -162,6 +162,8 @@ def fields() -> Iterator[Any]:
         yield pytest.param(with_fields(shape=value), id=f"shape-{kind}")
     for kind, value in {"list": [], "none": None, "text": "hidden"}.items():
         yield pytest.param(with_fields(tensors=value), id=f"tensors-{kind}")
+    yield pytest.param(with_fields(tensors={}, shape=(ROWS + 1, LENGTH, WIDTH)), id="shape-more sequences")
+    yield pytest.param(with_fields(tensors={}, shape=(ROWS, 10**6, WIDTH)), id="shape-more positions")
     yield pytest.param(with_fields(key=None), id="key-none")
 
 
@@ -250,6 +252,15 @@ def test_tensors_that_cannot_be_are_refused_and_change_nothing(
     spoils = {name: with_tensor(name, TENSORS[kind]) for name in ("hidden", "gradient")}
     found = train(trunk_of(tiny_models, schedule), spoils)
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_a_batch_has_no_more_sequences_than_the_settings_say(
+    tiny_models: dict[str, Path], undisturbed: Undisturbed
+) -> None:
+    """With a mask or without one."""
+    larger = {"hidden": EXACT.encode(torch.ones(ROWS + 1, LENGTH, WIDTH))}
+    found = train(trunk_of(tiny_models), {"hidden": with_fields(tensors=larger)})
+    assert all(torch.equal(one, other) for one, other in zip(undisturbed(), found, strict=True))
 
 
 MASKS: dict[str, Callable[[Tensor], Any]] = {

@@ -284,7 +284,7 @@ def test_strangers_take_only_so_many_places(monkeypatch: pytest.MonkeyPatch) -> 
 
     def connect() -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(60)
+        connection.settimeout(20)
         connection.connect("\0" + server.address.name)
         return connection
 

@@ -225,13 +225,17 @@ def test_ctrl_c_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == "fedsplit: stopped\n"
 
 
-def test_an_error_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_our_own_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def wrong(config: Config) -> None:
-        raise ZeroDivisionError
+        raise ZeroDivisionError("no luck")
 
     monkeypatch.setattr(simulate, "run", wrong)
-    with pytest.raises(ZeroDivisionError):
-        simulate.main([])
+    assert simulate.main([]) == 1
+    assert capsys.readouterr().err == "fedsplit: ZeroDivisionError: no luck; --debug shows more\n"
+    assert simulate.main(["--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_help_and_refusals_load_no_library(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class LocalClients:
         """Has each client introduce itself."""
         found = []
         for client in range(count):
-            answer = self._answer(Introduce(briefing, client))
+            answer = self.answer(Introduce(briefing, client))
             if isinstance(answer, Failure):
                 raise FederationFailed(f"client {client} could not load its parts: {answer.reason}")
             introduction = read_introduction(answer)
@@ -124,7 +124,7 @@ class LocalClients:
                 if self._players:
                     self._begin(request)
                 else:
-                    yield self._answer(request)
+                    yield self.answer(request)
             elif self._under_way:
                 yield self._finished()
             else:
@@ -163,7 +163,7 @@ class LocalClients:
         self._idle.append(self._under_way.pop(answer.client))
         return answer
 
-    def _answer(self, request: Request) -> Answer:
+    def answer(self, request: Request) -> Answer:
         """Answers a request in this thread."""
         if self.stop.is_set():
             raise Interrupted

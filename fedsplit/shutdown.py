@@ -164,9 +164,7 @@ def stoppable() -> Iterator[None]:
             raise _heard from error  # a clean-up failed on the way, as where the terminal is gone
         raise
     finally:
-        if (
-            _heard is None
-        ):  # after a signal the handlers stay, so that a second Ctrl-C kills at once during the end, too
+        if _heard is None:  # after a signal the handlers stay: a second one kills at once during the end, too
             for number in handled:
                 signal.signal(number, before[number])
 

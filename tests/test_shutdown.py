@@ -132,13 +132,13 @@ def test_advice_is_that_of_the_innermost_context_and_for_signals_alone() -> None
 
 @pytest.mark.parametrize("wait", list(WAITS))
 def test_advice_is_shown_however_the_command_ends(wait: str, tmp_path: Path) -> None:
-    script = COMMAND.format(
-        wait="with shutdown.advised(lambda: 'go on'):\n            " + WAITS[wait].replace("\n", "\n    ")
-    )
+    advised = "with shutdown.advised(lambda: 'go on'):\n            print('advised', flush=True)\n            "
+    script = COMMAND.format(wait=advised + WAITS[wait].replace("\n", "\n    "))
     call = [sys.executable, "-c", script, str(tmp_path / "private")]
     with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
         assert command.stdout is not None and command.stderr is not None
-        command.stdout.readline()
+        while command.stdout.readline() != "advised\n":
+            assert command.poll() is None
         command.terminate()
         assert command.wait(timeout=30) == 143
         assert command.stderr.read() == "fedsplit: stopped; go on\n"

@@ -521,7 +521,7 @@ def test_clipping_costs_sixteen_bytes_a_step_and_nothing_where_it_is_off(model_p
 def test_a_rate_above_the_whole_is_refused(model_path: Path) -> None:
     client, _, _ = make_client(model_path, "shared")
     for step, rate in enumerate((1.5, -0.1, float("nan"))):
-        with pytest.raises(SpoiledStep, match="of the learning rate, not a share from 0 to 1|rate of a packet is nan"):
+        with pytest.raises(SpoiledStep, match=r"not a share from 0 to 1|rate of a packet is nan"):
             client.step(client.shard.train[:3].ids, StepKey(1, 0, step), rate=rate)
 
 

@@ -174,32 +174,31 @@ class RoundEnded(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientFailed(Event):
+class _OfClient:
+    """Fields of the events in which a client drops out of a phase."""
+
+    round: int = reported("Number of the round; 0 before training")
+    phase: Phase = reported("`loading`, `training` or `evaluating`")  # noqa: RUF009  # a field
+    client: int = reported("Number of the client")
+    client_name: str = reported("Name of the client")
+    reason: str = reported("Reason in one line")
+    attempt: int = reported("Number of earlier attempts at this round", default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientFailed(_OfClient, Event):
     """A client failed, or sent a reply that cannot be used; the phase goes on without it."""
 
     name: ClassVar[str] = "client-failed"
 
-    round: int = reported("Number of the round; 0 before training")
-    phase: Phase = reported("`loading`, `training` or `evaluating`")  # noqa: RUF009  # a field
-    client: int = reported("Number of the client")
-    client_name: str = reported("Name of the client")
-    reason: str = reported("Reason in one line")
-    attempt: int = reported("Number of earlier attempts at this round", default=0)
     refused: bool = reported("True for a reply that cannot be used, false for a client that failed", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientLost(Event):
+class ClientLost(_OfClient, Event):
     """The process of a client was lost; the client begins the phase again, with the same seeds."""
 
     name: ClassVar[str] = "client-lost"
-
-    round: int = reported("Number of the round; 0 before training")
-    phase: Phase = reported("`loading`, `training` or `evaluating`")  # noqa: RUF009  # a field
-    client: int = reported("Number of the client")
-    client_name: str = reported("Name of the client")
-    reason: str = reported("Reason in one line")
-    attempt: int = reported("Number of earlier attempts at this round", default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from small_partitions import deal, rows, shards, write, write_mixed
 
 from fedsplit.corpora.partition import all_text, make_partition
-from fedsplit.corpora.sharding import Partition
-from fedsplit.corpora.shards import Shard
 from fedsplit.errors import SettingError
 from fedsplit.settings.config import BUNDLED_MODEL
 from fedsplit.settings.sections import DataSettings
 
 
-def shards(dataset: str, spec: str, clients: int, length: int = 64, seed: int = 0) -> list[Shard]:
-    return make_partition(dataset, spec, clients, length, seed, BUNDLED_MODEL, end=0).shards
-
-
-def deal(path: Path, spec: str, clients: int, model: Path, length: int = 16, **settings: str) -> Partition:
-    return make_partition(str(path), spec, clients, length, 0, model, 0, DataSettings(**settings))
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Sixty short texts that differ, of three owners and two topics."""
-    rows = [
-        {"text": f"text {n:02} " * 2, "owner": "abc"[n % 3], "topic": ["sun", "sea"][n // 30], "n": str(n)}
-        for n in range(60)
-    ]
-    return write(tmp_path / "mixed.jsonl", rows)
-
-
-def rows(*tensors: torch.Tensor) -> list[tuple[int, ...]]:
-    return [tuple(row) for tensor in tensors for row in tensor.tolist()]
+    return write_mixed(tmp_path)
 
 
 def test_the_first_eight_presidents_after_1945() -> None:

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from chat_templates import QWEN3
 from family_tokenizers import write_tokenizer
+from small_partitions import deal, rows, shards, write, write_mixed
 
 from fedsplit.corpora.partition import make_partition
-from fedsplit.corpora.sharding import Partition
-from fedsplit.corpora.shards import Shard
 from fedsplit.errors import SettingError
 from fedsplit.model.vocabulary import open_tokenizer
-from fedsplit.settings.config import BUNDLED_MODEL
 from fedsplit.settings.sections import DataSettings
-
-
-def shards(dataset: str, spec: str, clients: int, length: int = 64, seed: int = 0) -> list[Shard]:
-    return make_partition(dataset, spec, clients, length, seed, BUNDLED_MODEL, end=0).shards
-
-
-def deal(path: Path, spec: str, clients: int, model: Path, length: int = 16, **settings: str) -> Partition:
-    return make_partition(str(path), spec, clients, length, 0, model, 0, DataSettings(**settings))
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Sixty short texts that differ, of three owners and two topics."""
-    rows = [
-        {"text": f"text {n:02} " * 2, "owner": "abc"[n % 3], "topic": ["sun", "sea"][n // 30], "n": str(n)}
-        for n in range(60)
-    ]
-    return write(tmp_path / "mixed.jsonl", rows)
-
-
-def rows(*tensors: torch.Tensor) -> list[tuple[int, ...]]:
-    return [tuple(row) for tensor in tensors for row in tensor.tolist()]
+    return write_mixed(tmp_path)
 
 
 @pytest.mark.parametrize(("spec", "clients"), [("auto", 8), ("natural", 14), ("auto", 15), ("dirichlet:0.5", 4)])

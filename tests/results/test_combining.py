@@ -8,35 +8,16 @@ from pathlib import Path
 import peft_adapters
 import pytest
 import torch
+from measured_adapters import base_of, changes, logits
 from peft import PeftModel
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedsplit.adaptation import adapter_files
 from fedsplit.errors import InputError
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results.combining import combine
-from fedsplit.results.finished import Adapter, find_adapter
+from fedsplit.results.finished import find_adapter
 from fedsplit.results.merging import merge
-
-IDS = torch.arange(40).reshape(2, 20)
-
-
-def base_of(adapter: Adapter) -> torch.nn.Module:
-    base = load_unsplit(adapter.model_path)
-    return base.bfloat16().float() if adapter.dtype == "bf16" else base
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
-
-
-def changes(folder: Path) -> dict[str, Tensor]:
-    """What an adapter adds, multiplied out: (out, in) by layer."""
-    read = adapter_files.load(folder)
-    return {layer: (change := read.change(layer)).up @ change.down for layer in read.complete}
-
 
 CLASSES = {"dataset": "synthetic", "data__format": "classification", "train__max_length": 32}
 

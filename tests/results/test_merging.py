@@ -10,12 +10,11 @@ from pathlib import Path
 import peft_adapters
 import pytest
 import torch
+from measured_adapters import base_of, logits
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedsplit.adaptation import adapter_files
 from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.errors import InputError
 from fedsplit.model.devices import TYPES
@@ -26,8 +25,6 @@ from fedsplit.results import merging, whole
 from fedsplit.results.finished import Adapter, find_adapter, open_run
 from fedsplit.results.merging import merge, unmerge
 from fedsplit.results.whole import attach
-
-IDS = torch.arange(40).reshape(2, 20)
 
 
 @pytest.fixture(scope="session")
@@ -51,22 +48,6 @@ def adapter(request: pytest.FixtureRequest, finished_run: Callable[..., Path], n
     pattern = json.loads((run / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
     assert bool(pattern) == (request.param in ("fedex", "mixed"))
     return find_adapter(run)
-
-
-def base_of(adapter: Adapter) -> torch.nn.Module:
-    base = load_unsplit(adapter.model_path)
-    return base.bfloat16().float() if adapter.dtype == "bf16" else base
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
-
-
-def changes(folder: Path) -> dict[str, Tensor]:
-    """What an adapter adds, multiplied out: (out, in) by layer."""
-    read = adapter_files.load(folder)
-    return {layer: (change := read.change(layer)).up @ change.down for layer in read.complete}
 
 
 def test_a_merged_model_is_the_adapter_on_its_base_and_comes_apart_again(adapter: Adapter, tmp_path: Path) -> None:

@@ -33,6 +33,20 @@ def command(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(call, capture_output=True, text=True, cwd=cwd, timeout=550, env=dict(os.environ))
 
 
+def kill_and_resume(*argv: str, after: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Kills a run, in the folder `killed`, once it has shown a line that begins so, and goes on with it."""
+    call = [sys.executable, "-m", "fedsplit.simulate", *argv, "--out", "killed"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=cwd) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith(after):
+                run.kill()
+    assert not (cwd / "killed" / "summary.json").exists()
+    done = command("--resume", "killed", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def adapter(folder: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
     return load_file(folder / name / "adapter_model.safetensors")
 
@@ -96,15 +110,7 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path: Path) -> None:
     argv += ["--share", "bottom,trunk", "--trunk.schedule", "copies"]
     done = command(*argv, "--out", "straight", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    call = [sys.executable, "-m", "fedsplit.simulate", *argv, "--out", "killed"]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if line.startswith("round 2/4"):
-                run.kill()
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    done = command("--resume", "killed", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = kill_and_resume(*argv, after="round 2/4", cwd=tmp_path)
     assert "goes on after round " in done.stdout
     for where in ("adapter", "personal/0000", "personal/0002"):
         one, two = (adapter(tmp_path / name, where) for name in ("straight", "killed"))
@@ -144,15 +150,7 @@ def test_a_run_that_was_killed_goes_on_with_what_its_optimisers_remember(tmp_pat
     argv += ["--train.optimizer-state", "keep", *LOCAL]
     done = command(*argv, "--out", "straight", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    call = [sys.executable, "-m", "fedsplit.simulate", *argv, "--out", "killed"]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if line.startswith("round 1/3"):
-                run.kill()
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    done = command("--resume", "killed", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    kill_and_resume(*argv, after="round 1/3", cwd=tmp_path)
     for where in ("adapter", "checkpoints/round-0003"):  # the first may be that of a round before the kill
         one, two = (adapter(tmp_path / name, where) for name in ("straight", "killed"))
         assert all(torch.equal(tensor, two[name]) for name, tensor in one.items()), where

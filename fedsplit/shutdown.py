@@ -195,14 +195,16 @@ def end_now(exit_code: int, reason: str) -> NoReturn:
         exit_code: Exit code of the process.
         reason: One line for the reader.
     """
-    kill_descendants()  # first, since descendants may write into folders that the clean-ups remove
-    while _cleanups:
-        with contextlib.suppress(Exception):  # the process ends anyway
-            _cleanups.pop()()
-    speaker = threading.Thread(target=_say, args=(reason,), daemon=True)
-    speaker.start()
-    speaker.join(_SPEAK_SECONDS)
-    os._exit(exit_code)
+    try:
+        kill_descendants()  # first, since descendants may write into folders that the clean-ups remove
+        while _cleanups:
+            with contextlib.suppress(Exception):  # the process ends anyway
+                _cleanups.pop()()
+        speaker = threading.Thread(target=_say, args=(reason,), daemon=True)
+        speaker.start()
+        speaker.join(_SPEAK_SECONDS)
+    finally:  # whatever goes wrong on the way, the caller is told why the command ended
+        os._exit(exit_code)
 
 
 def _say(reason: str) -> None:

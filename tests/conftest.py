@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -217,7 +219,10 @@ def without_dropout(part: torch.nn.Module) -> None:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command as it is, planned for processes, but played in this one."""
+    """The command as it is, planned for processes, but played in this one, a client at a time."""
     from fedsplit.engines import in_process, session
 
-    monkeypatch.setattr(session, "engine_named", lambda name: in_process.running)
+    def running(config: Any, plan: Any, *rest: Any) -> Any:
+        return in_process.running(config, replace(plan, workers=1), *rest)
+
+    monkeypatch.setattr(session, "engine_named", lambda name: running)

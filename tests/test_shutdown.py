@@ -296,7 +296,7 @@ def test_ctrl_c_in_a_terminal_ends_a_run_and_leaves_nothing(words: str, presses:
     assert started and (tmp_path / "run" / "clients" / "data").is_dir()
     for _ in range(presses):
         terminal.press(b"\x03")
-    assert terminal.exit_code(seconds=30) == 130
+    assert terminal.exit_code(seconds=30) == 130, terminal.shown
     if presses == 1:  # a second Ctrl-C throws away what the terminal has not shown yet
         assert plain(terminal.shown).splitlines()[-1].startswith("fedsplit: stopped; ")
     psutil.wait_procs(started, timeout=10)
@@ -320,3 +320,10 @@ def test_sigterm_ends_a_run_with_143(tmp_path: Path) -> None:
     psutil.wait_procs(started, timeout=10)
     assert [process for process in started if process.is_running()] == []
     assert not (tmp_path / "run" / "clients").exists()
+
+
+def test_the_exit_code_of_an_end_by_force_stands_whatever_fails_on_the_way() -> None:
+    code = "from fedsplit import shutdown\n"
+    code += "def fails(): raise OSError('no processes to be seen')\n"
+    code += "shutdown.kill_descendants = fails\nshutdown.end_now(130, 'stopped')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 130

@@ -83,22 +83,22 @@ def test_eight_presidents_and_the_same_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("workers", "argv"),
     [
-        ("4", ("--trunk.schedule", "copies")),
-        ("2", ("--trunk.schedule", "shared", "--deterministic")),
-        ("2", ("--trunk.schedule", "batched", "--deterministic", "--trunk.group", "2")),
+        (("1", "4"), ("--trunk.schedule", "copies")),
+        (("1", "2"), ("--trunk.schedule", "shared", "--deterministic")),
+        (("2", "4"), ("--trunk.schedule", "batched", "--deterministic", "--trunk.group", "2")),
     ],
 )
 def test_what_is_called_deterministic_is_so_to_the_bit(
-    workers: str, argv: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: tuple[str, str], argv: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the number of workers, and the order of Python's sets."""
-    for seed, number in (("0", "1"), ("1", workers)):
+    for seed, number in zip(("0", "1"), workers, strict=True):
         monkeypatch.setenv("PYTHONHASHSEED", seed)
         done = command("--clients", "4", *argv, "--workers", number, "--out", number, *TINY, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    one, two = (adapter(tmp_path / number) for number in ("1", workers))
+    one, two = (adapter(tmp_path / number) for number in workers)
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
-    losses = [json.loads((tmp_path / number / "summary.json").read_text()) for number in ("1", workers)]
+    losses = [json.loads((tmp_path / number / "summary.json").read_text()) for number in workers]
     assert losses[0]["eval_loss"] == losses[1]["eval_loss"]
     assert losses[0]["forgotten"] == losses[1]["forgotten"]
 

@@ -214,7 +214,8 @@ def test_the_command_on_a_model_of_the_hub(sharded: Path, tmp_path: Path) -> Non
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("fetching the weights of org/tiny: ")
         assert len([path for path in hub.asked if path.startswith("GET") and path.endswith("/config.json")]) == 1
-        assert command("simulate", "--model", "org/none", *settings).stderr.count("\n") == 1
+        refused = command("simulate", "--model", "org/none", *settings, "--out", "another")
+        assert refused.stderr.startswith("fedsplit: model: org/none") and refused.stderr.count("\n") == 1
     environment["HF_HUB_OFFLINE"] = "1"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["model"] == f"org/tiny@{COMMIT}"

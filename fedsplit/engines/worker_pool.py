@@ -105,7 +105,7 @@ class _Worker(threading.Thread):
             self._look()
             return ray.get(self._actor.play.remote(*work.arguments))
         except ray.exceptions.RayActorError as error:
-            reason = first_line(error)
+            reason = self._reason(error)
         except ray.exceptions.RayError as error:
             return error
         if self._pool.is_closed:
@@ -118,6 +118,11 @@ class _Worker(threading.Thread):
             self._place = None
             self._actor = self._start_actor()
         return WorkerLost(reason)
+
+    def _reason(self, error: Exception) -> str:
+        """Returns why the actor is gone, in a line: of an error as it loaded, Ray tells the whole traceback."""
+        lines = str(error).split("\n")
+        return lines[-1] if self._place is None and len(lines) > 1 else first_line(error)
 
     def _look(self) -> None:
         """Waits until the actor has started."""

@@ -117,7 +117,7 @@ class _Collection:
         self._attempt = attempt
         self._started = started
         playing = [client for client in assigned if client not in attempt.excluded]
-        self._groups = groups_of(parties.config, round, playing)
+        self._groups = groups_of(parties.config, round, playing, lambda client: parties.workloads[client].steps)
         self._alternates = len(self._groups) > 1 or takes_turns(parties.config)
         self._used: dict[int, tuple[Reply, ClientUpdate]] = {}
         self._tokens = 0

@@ -109,11 +109,39 @@ MUTATIONS = (
         "        if used < 0:\n",
     ),
     Mutation(
-        "a checkpoint is used without a look at its manifest",
+        "a checkpoint is used without a look at the digests of its files",
         "fedsplit/federation/manifest.py",
-        "def check_whole(",
-        "def check_whole(*_: object, **__: object) -> None:\n    pass\n\n\ndef _unused(",
+        "        if found != expected:\n",
+        "        if not found:\n",
         (RESUMPTION,),
+    ),
+    Mutation(
+        "a manifest is believed without a look at its own digest",
+        "fedsplit/federation/manifest.py",
+        "    if not is_whole:\n",
+        "    if not written.files:\n",
+        (RESUMPTION,),
+    ),
+    Mutation(
+        "gradients are not cleared by the step that they were summed for",
+        "fedsplit/trunk/registry.py",
+        "        self._sums.clear()\n        if not sums:",
+        "        if not sums:",
+        ("tests/trunk/test_registry.py",),
+    ),
+    Mutation(
+        "the parts of a step that a client gave up join its next one",
+        "fedsplit/trunk/registry.py",
+        "        if whole is None or key.turn not in whole.parts:",
+        "        if whole is None:",
+        ("tests/trunk/test_registry.py",),
+    ),
+    Mutation(
+        "the weights of updates are ignored",
+        "fedsplit/federation/training.py",
+        "        return float(update.examples)\n",
+        "        return 1.0\n",
+        ("tests/federation/test_training.py",),
     ),
     Mutation(
         "a client that is lost again and again is asked for ever",
@@ -127,7 +155,12 @@ MUTATIONS = (
 
 
 def failing_test(mutation: Mutation) -> str:
-    """Returns the first test that fails with a mistake in a copy of the repository; empty where none does."""
+    """Returns the first test that fails with a mistake in a copy of the repository; empty where none does.
+
+    Raises:
+        ValueError: The text that the mistake replaces is not in the file, or more than once.
+        RuntimeError: The tests could not be run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name in ("fedsplit", "strategies", "tests", "experiments", "docs", "pyproject.toml", "README.md"):
             source = ROOT / name
@@ -136,7 +169,10 @@ def failing_test(mutation: Mutation) -> str:
             else:
                 shutil.copy(source, folder)
         file = Path(folder, mutation.file)
-        file.write_text(file.read_text().replace(mutation.right, mutation.wrong))
+        text = file.read_text()
+        if text.count(mutation.right) != 1:
+            raise ValueError(f"{mutation.file} does not have this text once: {mutation.right}")
+        file.write_text(text.replace(mutation.right, mutation.wrong))
         call = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *mutation.tests]
         environment = {**os.environ, "PYTHONPATH": folder}
         done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,8 +155,12 @@ MUTATIONS = (
 """One for each thing that recovery must do."""
 
 
-def failing_test(mutation: Mutation) -> str:
-    """Returns the first test that fails with a mistake in a copy of the repository; empty where none does.
+def failing_test(tests: Iterable[str], mutation: Mutation | None = None) -> str:
+    """Returns the first test that fails in a copy of the repository; empty where none does.
+
+    Args:
+        tests: Files of tests that are run.
+        mutation: Mistake that the copy has; None for none.
 
     Raises:
         ValueError: The text that the mistake replaces is not in the file, or more than once.
@@ -168,12 +173,9 @@ def failing_test(mutation: Mutation) -> str:
                 shutil.copytree(source, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, folder)
-        file = Path(folder, mutation.file)
-        text = file.read_text()
-        if text.count(mutation.right) != 1:
-            raise ValueError(f"{mutation.file} does not have this text once: {mutation.right}")
-        file.write_text(text.replace(mutation.right, mutation.wrong))
-        call = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *mutation.tests]
+        if mutation is not None:
+            _seed(mutation, Path(folder))
+        call = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
         environment = {**os.environ, "PYTHONPATH": folder}
         done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
@@ -182,11 +184,27 @@ def failing_test(mutation: Mutation) -> str:
     return found[1] if found else ""
 
 
+def _seed(mutation: Mutation, folder: Path) -> None:
+    """Puts a mistake into a copy of the repository.
+
+    Raises:
+        ValueError: The text that it replaces is not there, or more than once.
+    """
+    file = folder / mutation.file
+    text = file.read_text()
+    if text.count(mutation.right) != 1:
+        raise ValueError(f"{mutation.file} does not have this text once: {mutation.right}")
+    file.write_text(text.replace(mutation.right, mutation.wrong))
+
+
 def main() -> int:
     """Tries every mistake; the exit code is 1 where one went unnoticed."""
+    if failed := failing_test(sorted({file for mutation in MUTATIONS for file in mutation.tests})):
+        print(f"without any mistake {failed} fails")
+        return 1
     caught = {}
     for mutation in MUTATIONS:
-        caught[mutation.mistake] = failing_test(mutation)
+        caught[mutation.mistake] = failing_test(mutation.tests, mutation)
         print(f"{mutation.mistake}: {caught[mutation.mistake] or 'UNNOTICED'}", flush=True)
     RESULT.write_text(json.dumps(caught, indent=1) + "\n")
     return 0 if all(caught.values()) else 1

@@ -29,7 +29,7 @@ from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.client_service import ClientService
 from fedsplit.federation.clients import ClientNode, Interrupted, RollCall
 from fedsplit.federation.federation import Federation, Job
-from fedsplit.federation.manifest import content_of
+from fedsplit.federation.manifest import code_of, content_of
 from fedsplit.federation.messages import Answer, Briefing, Introduce, Request
 from fedsplit.federation.replies import Introduction
 from fedsplit.federation.workload import workloads
@@ -277,7 +277,7 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
     facts = read_facts(config_folder(config.model))
     shards = shards_of(config)
     with running(config, Plan(1, 1, 1, 1, 1), Objects(strategy)) as session:
-        content = content_of(shards, config_folder(config.model), weights_folder(config))
+        content = content_of(shards, config_folder(config.model), weights_folder(config), code=code_of(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
         job = Job(config, strategy, workloads(config, shards), folder, emit, started, Watchdog(config.timeout))

@@ -20,6 +20,7 @@ import numpy as np
 from fedsplit.wire.encoded import Encoded, Fact, is_count, may_cross
 from fedsplit.wire.packets import Packet, StepKey, check_form
 from fedsplit.wire.steps import RefusedStep
+from fedsplit.wire.transport import Unanswered
 
 _PREFIX = struct.Struct("<QI")
 _PAUSE = struct.Struct("@ll")
@@ -42,7 +43,7 @@ class TrunkFailed(Exception):
 
 def _error_named(name: str) -> type[Exception]:
     """Returns the refusal of that name, or `TrunkFailed` for anything else."""
-    known = list(RefusedStep.__subclasses__())
+    known: list[type[Exception]] = [Unanswered, *RefusedStep.__subclasses__()]
     for refusal in known:  # the list grows while it is read: a subclass has subclasses
         known += refusal.__subclasses__()
     return {refusal.__name__: refusal for refusal in known}.get(name, TrunkFailed)

@@ -67,6 +67,7 @@ HOMES = {
         "federation.flower_strategy",
         "engines.flower_engine",
         "engines.flower_clients",
+        "engines.pool_grid",
         "engines.client_app",
     },
     "flwr_datasets": {"corpora.partitioners"},
@@ -96,7 +97,7 @@ HOMES = {
         "results.merging",
     },
     "psutil": {"trunk.memory", "shutdown"},
-    "ray": {"trunk.actor", "trunk.cluster"},
+    "ray": {"engines.worker_pool", "trunk.actor", "trunk.cluster"},
     "rich": {"events.screen", "events.final_table"},
     "shtab": {"commands.completion"},
     "safetensors": {

@@ -3,7 +3,7 @@
 $ python -m experiments.reliability.kills --seeds 12            # writes kills.json beside this file
 
 All parties are in one process: a trunk that dies is gone with all it knew, and a client process that dies loses its
-answer after its work, or before. `tests/engines/test_flower_engine.py` kills real processes of the engine on Ray.
+answer after its work, or before. `tests/engines/test_ray_engine.py` kills real processes of the engine `ray`.
 """
 
 from __future__ import annotations

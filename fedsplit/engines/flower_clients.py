@@ -6,7 +6,7 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,6 +21,9 @@ from fedsplit.federation.replies import Introduction
 
 POLL_SECONDS = 0.01
 """Time to sleep between two looks at what has arrived."""
+
+LOOK_SECONDS = 0.2
+"""Longest wait for a reply, between two looks at whether the run is stopped or hangs."""
 
 LEAST_UNDER_WAY, UNDER_WAY_EACH = 16, 8
 """Messages that may be without a reply: at least, and for each process that plays clients.
@@ -64,7 +67,15 @@ class FlowerClients:
         grid: Flower's grid.
     """
 
-    def __init__(self, grid: Grid, stop: threading.Event, workers: int, stalls: Watch, patience: float = 600.0) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        stop: threading.Event,
+        workers: int,
+        stalls: Watch,
+        patience: float = 600.0,
+        wait: Callable[[float], object] | None = None,
+    ) -> None:
         """Knows no client yet.
 
         Args:
@@ -73,7 +84,10 @@ class FlowerClients:
             workers: Processes that play the clients.
             stalls: Ends a wait in which nothing goes on.
             patience: Seconds that a process may take to start again.
+            wait: Waits until a reply is there, or the seconds have passed. None where the grid cannot tell: then the
+                grid is asked every `POLL_SECONDS`.
         """
+        self._wait = wait
         self._patience = patience
         self.grid = grid
         self.nodes: list[ClientNode] = []
@@ -168,7 +182,15 @@ class FlowerClients:
                 self._waiting.discard(reply.metadata.reply_to_message_id)
                 yield reply
             if self._waiting:
-                time.sleep(POLL_SECONDS)
+                self._pause(until)
+
+    def _pause(self, until: float | None) -> None:
+        """Waits for a reply, but not for long: the run may be stopped, and clients may hang."""
+        if self._wait is None:
+            time.sleep(POLL_SECONDS)
+        else:
+            left = LOOK_SECONDS if until is None else until - time.monotonic()
+            self._wait(max(0.0, min(left, LOOK_SECONDS)))
 
     def _look(self) -> None:
         if self._stop.is_set():

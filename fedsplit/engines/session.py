@@ -33,12 +33,17 @@ def engine_named(name: str) -> Open:
     """Returns the engine of a name.
 
     Args:
-        name: "ray" or "local".
+        name: "ray", "local" or "flower".
     """
+    # Imported here: two of them import Ray and Flower, which the third one does without.
     if name == "local":
         from fedsplit.engines import in_process
 
         return in_process.running
-    from fedsplit.engines import flower_engine  # imports Ray and Flower
+    if name == "flower":
+        from fedsplit.engines import flower_engine
 
-    return flower_engine.running
+        return flower_engine.running
+    from fedsplit.engines import ray_engine
+
+    return ray_engine.running

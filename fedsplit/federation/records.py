@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from fedsplit.federation.messages import (
     ADAPTERS,
+    CLIENT_LOST,
     CONTROL,
     EXAMPLES,
     Answer,
@@ -207,7 +209,8 @@ def to_answer(message: Message, client: int) -> Answer:
         client: Number of the client at that node.
     """
     if message.has_error():
-        return Failure(client, "", message.error.reason or "")
+        is_lost = message.error.code == ErrorCode.NODE_UNAVAILABLE
+        return Failure(client, CLIENT_LOST if is_lost else "", message.error.reason or "")
     content = message.content
     if FAILURE in content.config_records:
         failure = content.config_records[FAILURE]

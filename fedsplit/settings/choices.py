@@ -1,6 +1,6 @@
 """Names among which a setting chooses."""
 
-ENGINES = ("ray", "local")
+ENGINES = ("ray", "local", "flower")
 
 # The model and its parts.
 PARTS = ("bottom", "trunk", "top")

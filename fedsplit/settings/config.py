@@ -163,7 +163,8 @@ class Config:
     engine: str = setting(
         "ray",
         one_of(ENGINES),
-        "ray: clients and trunk in separate processes; local: all in this process, one client after the other",
+        "ray: clients and trunk in separate processes; local: all in this process, one client after the other; "
+        "flower: as ray, with Flower's own simulation engine",
     )
     workers: int = setting(
         0, at_least(0, MOST_AT_ONCE), "processes that play the clients; threads on the engine local; 0: as planned"

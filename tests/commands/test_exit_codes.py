@@ -136,7 +136,7 @@ def bad_calls(folder: Path, run: Path) -> list[tuple[str, str]]:
         ("simulate --clients 0x10", "clients: 0x10 is not possible; " + whole),
         ("simulate --seed 4294967296", "seed: 4294967296 is not possible; " + whole),
         ("simulate --lr 1e999", "train.lr: 1e999 is not possible; allowed: a finite number"),
-        ("simulate --engine rays", "engine: rays is not possible; allowed: ray | local"),
+        ("simulate --engine rays", "engine: rays is not possible; allowed: ray | local | flower"),
         ("simulate --workers -1", "workers: -1 is not possible; " + whole),
         ("simulate --threads many", "threads: many is not possible; " + whole),
         ("simulate --timeout 0", "timeout: 0 is not possible; allowed: "),

@@ -1,0 +1,132 @@
+"""Flower's `Grid` over a pool of workers: messages to nodes, each the place of one client."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedsplit.engines.worker_pool import Work, WorkerLost, WorkerPool
+from fedsplit.federation import records
+
+RUN_ID = 1
+"""Id of the only run of a grid."""
+
+Played = tuple[Message, RecordDict]
+"""What a worker returns: the reply, and the state of the node's context."""
+
+
+def load_client() -> Callable[[Message, Context], Played]:
+    """Loads our ClientApp; called in a worker."""
+    from fedsplit.engines.client_app import app
+
+    def play(message: Message, context: Context) -> Played:
+        with records.named_run():
+            return app(message, context), context.state
+
+    return play
+
+
+class PoolGrid(Grid):
+    """A grid whose nodes are played by the workers of a pool.
+
+    Node `n` has the client `n - 1`. What mods keep in the context of a node is kept here between two messages.
+    """
+
+    def __init__(self, pool: WorkerPool, clients: int) -> None:
+        """Knows the nodes from the beginning.
+
+        Args:
+            pool: Plays the clients.
+            clients: Number of clients.
+        """
+        self._pool = pool
+        self._clients = clients
+        self._run = Run.create_empty(RUN_ID)
+        self._states: dict[int, RecordDict] = {}  # by node; of those that keep anything
+        self._replies: dict[str, Message] = {}  # by the id of the message that they answer
+        self._arrived = threading.Condition()
+
+    def set_run(self, run: Run) -> None:
+        """Sets the facts of the run that `run` returns."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Facts of the run."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Returns a message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Returns the ids of all nodes."""
+        return list(range(1, self._clients + 1))
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Sends messages, in their order.
+
+        Returns:
+            Ids by which the replies are pulled.
+        """
+        return [self._push(message) for message in messages]
+
+    def _push(self, message: Message) -> str:
+        node = message.metadata.dst_node_id
+        identifier = str(uuid4())
+        # Flower's own grids set the id so; there is no public way.
+        message.metadata.__dict__["_message_id"] = identifier
+        facts = {"partition-id": node - 1, "num-partitions": self._clients}
+        context = Context(RUN_ID, node, dict(facts), self._states.get(node, RecordDict()), run_config={})
+        self._pool.submit(Work((message, context), lambda result: self._take(message, result)))
+        return identifier
+
+    def _take(self, message: Message, result: Played | Exception) -> None:
+        """Takes the result of a worker; called in a thread of the pool."""
+        if isinstance(result, Exception):
+            is_lost = isinstance(result, WorkerLost)
+            code = ErrorCode.NODE_UNAVAILABLE if is_lost else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            reply = Message(Error(code, str(result)), reply_to=message)
+            state = None
+        else:
+            reply, state = result
+        with self._arrived:
+            if state:
+                self._states[message.metadata.dst_node_id] = state
+            self._replies[message.metadata.message_id] = reply
+            self._arrived.notify_all()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Returns the replies that have arrived to some messages, each once."""
+        with self._arrived:
+            there = [identifier for identifier in message_ids if identifier in self._replies]
+            return [self._replies.pop(identifier) for identifier in there]
+
+    def wait(self, seconds: float) -> None:
+        """Waits until there is a reply to be pulled, or a time has passed."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: self._replies, seconds)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Sends messages, and returns the replies that arrive in time."""
+        waiting = set(self.push_messages(messages))
+        until = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting:
+            left = 1.0 if until is None else until - time.monotonic()
+            if left <= 0:
+                break
+            self.wait(left)
+            for reply in self.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+        return replies

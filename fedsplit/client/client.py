@@ -1,4 +1,4 @@
-"""One client's local training: its data, the bottom and the top of the model, and the link between."""
+"""One client's local training: the client's data, the bottom and the top of the model, and the link between."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,53 +39,71 @@ from fedsplit.wire.steps import UnboundedStep
 
 
 class Diverged(ArithmeticError):
-    """A client's training has come to values that are not finite. The message names the settings to change."""
+    """A client's training has led to values that are not finite. The message names the settings to change."""
 
 
 def _weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
-    """Returns the mean loss over all predictions; the plain mean to the bit where steps have equally many."""
+    """Returns the mean loss over all predictions.
+
+    For equal counts the result is the plain mean, to the bit.
+
+    Args:
+        losses: Mean loss of each step.
+        counts: Number of predictions of each step.
+
+    Example:
+        >>> _weighted_mean([torch.tensor(1.0), torch.tensor(4.0)], counts=[2, 1])
+        2.0
+    """
     weights = torch.tensor(counts, dtype=torch.float64) * len(counts) / sum(counts)
     return float((torch.stack(list(losses)).cpu() * weights.float()).mean())
+
+
+def _gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Returns the gradients of parameters by name. A parameter without a gradient is left out."""
+    return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
 
 @torch.no_grad()
 def _place(
     parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
 ) -> None:
-    """Gives parameters other values and gradients; no gradient where none is named."""
+    """Sets values and gradients of parameters. A parameter that is missing in `gradients` gets no gradient."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
         parameter.grad = gradients.get(name)
 
 
-def _trunk_share(crossings: Sequence[PendingStep]) -> TrunkShare | None:
-    """Returns the trunk's gradient of a step, where it waits for clipping.
+def _trunk_share(pending: Sequence[PendingStep]) -> TrunkShare | None:
+    """Returns the trunk's share of a step's gradient; None unless the trunk waits for a clipping coefficient.
 
     Args:
-        crossings: Those of the step's last batch.
+        pending: Micro-batches of the step's last batch.
     """
-    norms = [crossing.norm for crossing in crossings if crossing.norm is not None]
-    return TrunkShare(sum(norms), crossings[-1].scale) if norms else None
+    norms = [micro.norm for micro in pending if micro.norm is not None]
+    if not norms:
+        return None
+    return TrunkShare(sum(norms), pending[-1].scale)
 
 
 @dataclass(frozen=True)
 class Client:
     """A party of the federation.
 
-    Clients of one process share `bottom` and `top`. Clients differ in their data and in their adapters, which are
+    Clients of one process share `bottom` and `top`. Clients differ in data and adapters. A client's adapters are
     written into the parts before every use.
 
     Attributes:
-        number: The client's partition, from 0.
-        shard: The client's data.
-        bottom: The first blocks, with adapters.
-        top: The last blocks and the head, with adapters.
-        link: The way through the trunk.
+        number: Number of the client's partition, from 0.
+        shard: Data of the client.
+        bottom: First blocks, with adapters.
+        top: Last blocks and the head, with adapters.
+        link: Way through the trunk.
         settings: Settings of local training.
-        seed: The run's seed.
-        rounds: Rounds of the run, over which the learning rate follows its schedule.
-        routers: The loss that balances a mixture of experts; none by default.
-        objective: The loss of the top's logits; cross-entropy where not given.
+        seed: Seed of the run.
+        rounds: Rounds of the run, for the schedule of the learning rate.
+        routers: Loss that balances a mixture of experts; by default no loss.
+        objective: Loss of the top's logits; None for cross-entropy.
     """
 
     number: int
@@ -109,11 +126,12 @@ class Client:
 
     @property
     def _sequences(self) -> int:
-        """Number of sequences in a step; the last step of an epoch may have fewer."""
+        """Number of sequences in a step. The last step of an epoch may have fewer."""
         return self.settings.batch_size * self.settings.accumulation
 
     @property
     def _train(self) -> Sequences:
+        """Sequences to train on: all, or the first `--train.samples`."""
         return self.shard.train[: self.settings.samples or None]
 
     def step(
@@ -126,44 +144,44 @@ class Client:
         terms: GradientStage | None = None,
         keys: Iterator[int] | None = None,
     ) -> Tensor:
-        """Forward and backward of one step, and its gradient stages; leaves gradients on the adapters of both parts.
+        """Computes forward and backward of one step, and runs the gradient stages.
 
-        With several micro-batches, this client and the trunk work at the same time, each on another one. Where
-        gradients are accumulated, batches follow each other, so that no more than one is ever under way.
+        The gradients are on the adapters of both parts afterwards. With several micro-batches, client and trunk work
+        at the same time, on different micro-batches. Batches of accumulated gradients follow each other, so the trunk
+        never holds more than one batch of the client.
 
         Args:
             ids: Tokens (B, T) of all batches.
-            key: Names the step to the trunk.
-            mask: (B, T), 0 on padding, which is not predicted.
-            labels: The tokens (B, T), -100 where they are not predicted; all but padding are where not given.
-            rate: The share of the learning rate at which the trunk makes the step.
-            terms: The strategy's stages, the last ones of the step; none where not given.
-            keys: Numbers of further steps, for stages that ask for gradients elsewhere. None: they cannot.
+            key: Name of the step for the trunk.
+            mask: (B, T), 0 on padding. Padding is not predicted.
+            labels: Tokens (B, T), -100 for tokens that are not predicted; None predicts all tokens but padding.
+            rate: Share of the learning rate for the trunk's step.
+            terms: The strategy's stages, which run last; None for no stage.
+            keys: Numbers of further steps, for stages that ask for gradients at a second adapter; None forbids them.
 
         Returns:
-            The mean loss in nats, a scalar; with that of the routers and the stages' terms, where there are any.
+            Mean loss in nats, a scalar, including the routers' loss and the stages' terms.
         """
         terms = terms or Stages()
         settings = self.settings
         batches = batches_of(ids, labels, mask, settings.accumulation, settings.micro_batches, self.bottom.virtual)
         losses = []
         for number, parts in enumerate(batches):
+            # Before the forward: a term may compute with a second adapter, which must not replace this one midway.
             added = [terms.loss_term(self._rows_before(part, key)) for part in parts]
-            loss, crossings = self._cross(parts, replace(key, batch=number), len(batches), rate, added)
+            loss, pending = self._cross(parts, replace(key, batch=number), len(batches), rate, added)
             losses.append(loss)
 
         gradient_at = None if keys is None else functools.partial(self._gradient_at, batches, key, keys)
-        self._run_stages(terms, crossings, gradient_at)
+        self._run_stages(terms, pending, gradient_at)
         return torch.stack(losses).sum()
 
-    def _run_stages(
-        self, terms: GradientStage, crossings: Sequence[PendingStep], gradient_at: GradientAt | None
-    ) -> None:
-        """Replaces the gradients on the adapters by what the stages make of them; `fedsplit.stages` has their order.
+    def _run_stages(self, terms: GradientStage, pending: Sequence[PendingStep], gradient_at: GradientAt | None) -> None:
+        """Replaces the gradients on the adapters by the results of the stages; `fedsplit.stages` has the order.
 
         Args:
             terms: The strategy's terms.
-            crossings: Those of the step's last batch, one of which knows the norm of the trunk's gradient if it learns.
+            pending: Micro-batches of the step's last batch. One has the norm of the trunk's gradient, with clipping.
             gradient_at: As in `LocalStep`.
         """
         parameters = self._adapter()
@@ -174,9 +192,8 @@ class Client:
             stages.append(Clip(self.settings.clip))
         stages.append(terms)
 
-        gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-        step = LocalStep(parameters, _trunk_share(crossings), gradient_at)
-        for name, gradient in Stages(*stages)(gradients, step).items():
+        step = LocalStep(parameters, _trunk_share(pending), gradient_at)
+        for name, gradient in Stages(*stages)(_gradients(parameters), step).items():
             parameters[name].grad = gradient
 
     def _gradient_at(
@@ -186,45 +203,46 @@ class Client:
         keys: Iterator[int],
         adapter: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Returns the gradients of a step's loss at another adapter; leaves all else as it is.
+        """Returns the gradients of a step's loss at a second adapter. All state stays unchanged.
 
-        Dropout is drawn anew. The trunk computes with its own adapter as it is now, and does not learn.
+        Dropout is drawn anew. The trunk computes with the newest snapshot of its adapter, and does not learn.
 
         Args:
-            batches: The step's rows.
+            batches: Rows of the step.
             key: The step.
             keys: Numbers of further steps.
-            adapter: The other adapter of bottom and top, by exported name.
+            adapter: The second adapter of bottom and top, by exported name.
 
         Raises:
-            ValueError: The adapter has other names.
+            ValueError: The names of the adapter are not those of the step's parameters.
         """
         routers_seen = len(self.routers.seen)
+        # A number of its own, since the trunk answers a repeated number with the answer of the first time.
         key = replace(key, step=next(keys))
         try:
             with self._placed(adapter) as parameters, torch.enable_grad():
                 for number, parts in enumerate(batches):
-                    nothing = [None] * len(parts)
-                    self._cross(parts, replace(key, batch=number), len(batches), 1.0, nothing, learns=False)
-                return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+                    no_terms = [None] * len(parts)
+                    self._cross(parts, replace(key, batch=number), len(batches), 1.0, no_terms, learns=False)
+                return _gradients(parameters)
         finally:
-            del self.routers.seen[routers_seen:]
+            del self.routers.seen[routers_seen:]  # the report of the round counts the step once
 
     def _rows_before(self, part: MicroBatch, key: StepKey) -> Rows:
-        """Returns a micro-batch as stages see it before its forward."""
+        """Returns a micro-batch for the stages, before the forward."""
         return Rows(part.ids, part.labels, part.mask, functools.partial(self._states_at, part, key))
 
     @torch.no_grad()
     def _states_at(self, rows: MicroBatch, key: StepKey, adapter: Mapping[str, Tensor]) -> Tensor:
-        """Returns the last hidden states (B, T, D) of a micro-batch at another adapter; leaves all else as it is.
+        """Returns the last hidden states (B, T, D) of a micro-batch at a second adapter. All state stays unchanged.
 
         Args:
-            rows: The micro-batch, which must not be under way.
+            rows: The micro-batch. Its forward must not have begun.
             key: The step.
-            adapter: The other adapter of bottom and top, by exported name.
+            adapter: The second adapter of bottom and top, by exported name.
 
         Raises:
-            ValueError: The adapter has other names.
+            ValueError: The names of the adapter are not those of the step's parameters.
         """
         both: tuple[Part, ...] = (self.bottom, self.top)
         modes = [part.training for part in both]
@@ -240,19 +258,20 @@ class Client:
 
     @contextlib.contextmanager
     def _placed(self, adapter: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-        """Gives both parts another adapter, without gradients, while the context lasts.
+        """Writes a second adapter without gradients into both parts. The first adapter returns after the context.
 
         Args:
-            adapter: The adapter, by exported name.
+            adapter: The second adapter, by exported name.
 
         Yields:
             The parameters, by exported name.
 
         Raises:
-            ValueError: The adapter has other names.
+            ValueError: The names of the adapter are not those of the step's parameters.
         """
         parameters = self._adapter()
-        if strange := sorted(adapter.keys() ^ parameters.keys()):
+        strange = sorted(adapter.keys() ^ parameters.keys())
+        if strange:
             raise ValueError(f"an adapter needs the names of the step's parameters; {strange[0]} is missing or unknown")
         values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         gradients = {name: parameter.grad for name, parameter in parameters.items()}
@@ -275,38 +294,50 @@ class Client:
         terms: Sequence[LossTerm | None],
         learns: bool = True,
     ) -> tuple[Tensor, list[PendingStep]]:
-        """Takes one batch of a step through all parts and back, as micro-batches.
+        """Takes one batch of a step through all parts and back, in micro-batches.
 
         Args:
             parts: The micro-batches.
-            key: Names the batch to the trunk.
+            key: Name of the batch for the trunk.
             batches: Number of batches in the step.
-            rate: The share of the learning rate at which the trunk makes the step.
-            terms: The stages' term of the loss of each micro-batch; None where there is none.
-            learns: False where the trunk's adapter must not learn from the step.
+            rate: Share of the learning rate for the trunk's step.
+            terms: The stages' term of the loss, for each micro-batch; None for no term.
+            learns: False if the trunk's adapter must not learn from the step.
 
         Returns:
-            The batch's share of the step's loss, and its crossings.
+            The batch's share of the step's loss, and the finished micro-batches.
         """
-        crossings, losses = [], []
-        # 1. Up: what the bottom makes of the tokens.
+        # 1. Up: the bottom's hidden states. Nothing waits here, so the trunk begins with the first micro-batch while
+        # the bottom computes the second.
+        pending = []
         for micro, part in enumerate(parts):
             with self.routers.through(self.bottom, part.mask) as seen:
                 hidden = self.bottom(part.ids, part.mask)
-            how: dict[str, Any] = {"micros": len(parts), "batches": batches, "rate": rate, "learns": learns}
-            crossings.append(self.link.send(hidden, replace(key, micro=micro), part.mask, sums=seen.sums, **how))
-        # 2. Down, through the top to the loss; and its gradient up.
-        for crossing, part, term in zip(crossings, parts, terms, strict=True):
+            pending.append(
+                self.link.send(
+                    hidden,
+                    replace(key, micro=micro),
+                    part.mask,
+                    micros=len(parts),
+                    batches=batches,
+                    rate=rate,
+                    sums=seen.sums,
+                    learns=learns,
+                )
+            )
+        # 2. Down, through the top to the loss; then up: the gradient of the loss.
+        losses = []
+        for crossing, part, term in zip(pending, parts, terms, strict=True):
             hidden = crossing.output()
             with self.routers.through(self.top, part.mask, crossing.sums) as seen:
                 loss = self.top(hidden, part.labels, part.mask, self.objective, term)
             loss = self.routers.added(loss, seen, part.share)
             crossing.send_back(backward(loss, self.top.parameters(), hidden))
             losses.append(loss.detach())
-        # 3. Down: the gradient of what the bottom made.
-        for crossing in crossings:
+        # 3. Down: the gradient of the bottom's hidden states, and through the bottom.
+        for crossing in pending:
             crossing.finish(self.bottom.parameters())
-        return torch.stack(losses).sum(), crossings
+        return torch.stack(losses).sum(), pending
 
     def train(
         self,
@@ -320,21 +351,26 @@ class Client:
     ) -> ClientUpdate:
         """Trains for a round.
 
-        Everything that decides the outcome is set here anew: weights, moments, gradients, order, dropout.
+        The method sets all state that decides on the outcome: weights, moments, gradients, order, dropout. So a
+        repeated round gives equal bits, whatever this process did before.
 
         Args:
-            given: The adapters to start from, by exported name.
-            round: The round, from 1.
-            task: The strategy's task; the settings alone where not given.
-            own: This client's control variate.
-            moments: State of its optimiser after an earlier round; a new optimiser where not given.
-            stage: The strategy's own gradient stage, new; none where not given.
-            kept: State that the stage kept of this client's last round.
+            given: Adapters at the start, by exported name.
+            round: Number of the round, from 1.
+            task: Task of the strategy; None for the settings alone.
+            own: Control variate of the client.
+            moments: State of the client's optimiser after an earlier round; None for a new optimiser.
+            stage: New gradient stage of the strategy; None for no stage.
+            kept: State of the stage after the client's last round.
 
         Returns:
-            The adapters it ends with, and what it went through.
+            The adapters at the end, with counts, loss and state.
+
+        Raises:
+            Diverged: The loss or the adapters are not finite.
         """
-        task, moments = task or Task(), moments or {}
+        task = task or Task()
+        moments = moments or {}
         device = device_of(self.bottom)
         parameters = self._start(given, task)
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
@@ -344,24 +380,7 @@ class Client:
         optim.restore(optimizer, trained, moments)
         allocations = self._allocations(moments)
 
-        keys = itertools.count()
-        losses: list[Tensor] = []
-        batches: list[Sequences] = []
-        for step in range(self.steps):
-            rows = self._rows(round, step).to(device)
-            rate = share_of_rate(self.settings, self._done(round, step), self.rounds * self.steps)
-            torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
-            try:
-                key = StepKey(round, self.number, next(keys))
-                losses.append(self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys))
-            except UnboundedStep as error:
-                raise self._diverged(str(error)) from error
-            batches.append(rows)
-            if optimizer is not None:
-                gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
-                optim.step(optimizer, rate)
-                for allocation in allocations:
-                    allocation.allocate(gradients, allocation.position(round, step + 1))
+        losses, batches = self._run_steps(round, terms, optimizer, trained, allocations)
 
         adapters = lora.read(self.bottom, self.top)
         loss = _weighted_mean(losses, [rows.predicted for rows in batches])
@@ -380,12 +399,56 @@ class Client:
             kept=put(outcome.kept, CPU),
         )
 
-    def _start(self, given: Mapping[str, Tensor], task: Task) -> dict[str, nn.Parameter]:
-        """Makes both parts ready for a round.
+    def _run_steps(
+        self,
+        round: int,
+        terms: GradientStage,
+        optimizer: torch.optim.Optimizer | None,
+        trained: Mapping[str, nn.Parameter],
+        allocations: Sequence[RankAllocation],
+    ) -> tuple[list[Tensor], list[Sequences]]:
+        """Makes all steps of a round.
 
         Args:
-            given: The adapters to start from, by exported name.
-            task: Decides which of them train.
+            round: Number of the round, from 1.
+            terms: The strategy's stages.
+            optimizer: Optimiser of the adapters; None if nothing is trained.
+            trained: Trained parameters by exported name.
+            allocations: Rank allocators of the parts.
+
+        Returns:
+            The loss and the rows of each step.
+
+        Raises:
+            Diverged: The trunk refused values that are not finite.
+        """
+        device = device_of(self.bottom)
+        keys = itertools.count()  # not the number of the step: a stage may add steps of its own
+        losses: list[Tensor] = []
+        batches: list[Sequences] = []
+        for step in range(self.steps):
+            rows = self._rows(round, step).to(device)
+            rate = share_of_rate(self.settings, self._done(round, step), self.rounds * self.steps)
+            torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
+            key = StepKey(round, self.number, next(keys))
+            try:
+                losses.append(self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys))
+            except UnboundedStep as error:
+                raise self._diverged(str(error)) from error
+            batches.append(rows)
+            if optimizer is not None:
+                gradients = _gradients(trained)  # the optimiser's step drops the gradients
+                optim.step(optimizer, rate)
+                for allocation in allocations:
+                    allocation.allocate(gradients, allocation.position(round, step + 1))
+        return losses, batches
+
+    def _start(self, given: Mapping[str, Tensor], task: Task) -> dict[str, nn.Parameter]:
+        """Prepares both parts for a round.
+
+        Args:
+            given: Adapters at the start, by exported name.
+            task: Task of the strategy, with the choice of trained tensors.
 
         Returns:
             The parameters of the adapters, by exported name.
@@ -400,7 +463,10 @@ class Client:
         return parameters
 
     def _done(self, round: int, step: int) -> int:
-        """Returns how many steps of its own came before a step, as if the client had trained in every round."""
+        """Returns the number of steps before a step, as if the client had trained in every round.
+
+        So rate and order of the data do not depend on the rounds in which the client was sampled.
+        """
         return (round - 1) * self.steps + step
 
     def _rows(self, round: int, step: int) -> Sequences:
@@ -410,16 +476,20 @@ class Client:
         return of_step(self._train, self._done(round, step), self._sequences, order)
 
     def _diverged(self, reason: str) -> Diverged:
-        """Returns what to raise where a value is not finite, with the settings that are the likely cause."""
-        rate, clip = f"--train.lr ({self.settings.lr:g})", f"--train.clip ({self.settings.clip:g})"
+        """Returns the error about a value that is not finite, with the settings that are the likely cause."""
+        rate = f"--train.lr ({self.settings.lr:g})"
+        clip = f"--train.clip ({self.settings.clip:g})"
         advice = "lower it" if self.settings.clip else f"lower it, or bound a step's gradient by {clip}, such as 1"
         return Diverged(f"{reason}; most likely training has diverged, as {rate} is too large: {advice}")
 
     def _allocations(self, moments: Mapping[str, Tensor]) -> list[RankAllocation]:
-        """Returns the rank allocator of each part that has a budget of ranks."""
-        parts = (self.bottom, self.top)
-        begun = (rank_allocation.begin(lora.parameters(part), part.rank_budget, moments) for part in parts)
-        return [allocation for allocation in begun if allocation is not None]
+        """Returns the rank allocators of bottom and top. A part without a budget of ranks has no allocator."""
+        allocations = []
+        for part in (self.bottom, self.top):
+            allocation = rank_allocation.begin(lora.parameters(part), part.rank_budget, moments)
+            if allocation is not None:
+                allocations.append(allocation)
+        return allocations
 
     def _remembered(
         self,
@@ -429,8 +499,18 @@ class Client:
         before: Mapping[str, Tensor],
         allocations: Sequence[RankAllocation],
     ) -> dict[str, Tensor]:
-        """Returns the optimiser's state for the next round; a tensor that did not train keeps its earlier state."""
+        """Returns the optimiser's state for the next round. The earlier state of untrained tensors stays.
+
+        Args:
+            optimizer: Optimiser of the round; None if nothing was trained.
+            parameters: All parameters of the adapters by exported name.
+            trained: The trained parameters by exported name.
+            before: State after an earlier round.
+            allocations: Rank allocators of the round.
+        """
         if self.settings.optimizer_state == "reset":
             return {}
-        dealt = {name: value for allocation in allocations for name, value in allocation.moments().items()}
-        return {**optim.fitting(before, parameters), **optim.moments(optimizer, trained), **dealt}
+        state = {**optim.fitting(before, parameters), **optim.moments(optimizer, trained)}
+        for allocation in allocations:
+            state |= allocation.moments()
+        return state

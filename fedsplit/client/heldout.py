@@ -24,16 +24,31 @@ def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int
     """Returns a client's held-out text in numbered batches.
 
     Args:
-        shard: The client's data.
-        most: Sequences at most, spread evenly over all it has.
-        batch_size: Sequences a batch.
+        shard: Data of the client.
+        most: Largest number of sequences, spread evenly over all held-out sequences.
+        batch_size: Sequences in a batch.
     """
-    return list(enumerate(spread(shard.held_out, most).split(batch_size)))
+    chosen = spread(shard.held_out, most)
+    return list(enumerate(chosen.split(batch_size)))
 
 
 def sample(batches: Batches, sequences: int, batch_size: int) -> list[tuple[int, Sequences]]:
-    """Returns some of the batches, spread evenly: as many as it takes for a number of sequences."""
-    chosen = spread(torch.arange(len(batches)), -(-sequences // batch_size))
+    """Returns some of the batches, spread evenly.
+
+    Args:
+        batches: Numbers of batches, with sequences.
+        sequences: Number of sequences to reach.
+        batch_size: Sequences in a batch.
+
+    Example:
+        >>> from fedsplit.corpora.sequences import Sequences
+        >>> ids = torch.ones(2, 3, dtype=torch.long)
+        >>> batches = list(enumerate([Sequences(ids, labels=ids)] * 5))
+        >>> [number for number, _ in sample(batches, sequences=3, batch_size=2)]
+        [0, 2]
+    """
+    count = -(-sequences // batch_size)  # rounded up
+    chosen = spread(torch.arange(len(batches)), count)
     return [batches[number] for number in chosen.tolist()]
 
 
@@ -45,47 +60,53 @@ def through_split(
     batches: Batches,
     metrics: Mapping[str, Metric] | None = None,
 ) -> list[Score]:
-    """Measures each of some batches with the given adapters, and the trunk as it is now.
+    """Measures batches with the given adapters and the trunk's newest snapshot.
 
-    The loss is cross-entropy whatever the objective of training is, so that runs can be compared.
+    The loss is cross-entropy for every objective of training, so that runs can be compared.
 
     Args:
-        client: The client, whose parts are used.
+        client: The client with the parts.
         given: Adapters of bottom and top by exported name.
-        round: The round, for the step's key.
-        batches: Numbers and sequences.
-        metrics: Metrics by name; none where not given.
+        round: Number of the round, for the step's key.
+        batches: Numbers of batches, with sequences.
+        metrics: Metrics by name; None for no metrics.
+
+    Returns:
+        A score for each batch.
     """
     lora.write(given, client.bottom, client.top)
     client.bottom.eval()
     client.top.eval()
     measure_batch = _measure_classes if client.top.classifies else _measure_tokens
     device = device_of(client.bottom)
-    return [
-        measure_batch(client, StepKey(round, client.number, number), rows.to(device), metrics or {})
-        for number, rows in batches
-    ]
+    scores = []
+    for number, rows in batches:
+        key = StepKey(round, client.number, number)
+        scores.append(measure_batch(client, key, rows.to(device), metrics or {}))
+    return scores
 
 
 def _measure_tokens(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
     """Measures how well a client predicts the tokens of a batch."""
     virtual = client.bottom.virtual
-    # The first token is not asked for, which only virtual tokens could predict: the same text counts for all.
+    # Only virtual tokens could predict the first token. Without it, the same tokens count for all adapter methods.
     labels, _ = behind(virtual + 1, rows.labels[:, 1:], None)
     _, mask = behind(virtual, rows.labels, rows.mask)
 
     hidden = client.link.evaluate(client.bottom(rows.ids, mask), key, mask)
     states = client.top.read(hidden, mask)
     nats = float(client.top.cross_entropy(states, labels, mask)) * rows.predicted
-    # Without metrics no logits are made.
-    sums = measure(metrics, *client.top.aligned(states, labels, mask)) if metrics else {}
-    return Score(nats, rows.predicted, metrics=sums)
+    if not metrics:  # logits (B, T, vocabulary) are the largest tensor of an evaluation, and only metrics need them
+        return Score(nats, rows.predicted)
+    logits, aligned_labels = client.top.aligned(states, labels, mask)
+    return Score(nats, rows.predicted, metrics=measure(metrics, logits, aligned_labels))
 
 
 def _measure_classes(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
     """Measures how well a client predicts the classes of a batch."""
     hidden = client.link.evaluate(client.bottom(rows.ids, rows.mask), key, rows.mask)
-    logits, labels = client.top.aligned(client.top.read(hidden, rows.mask), rows.labels, rows.mask)
+    states = client.top.read(hidden, rows.mask)
+    logits, labels = client.top.aligned(states, rows.labels, rows.mask)
     nats = torch.nn.functional.cross_entropy(logits, labels) * len(rows)
     right = int((logits.argmax(-1) == labels).sum())
     return Score(float(nats), len(rows), right, measure(metrics, logits, labels))

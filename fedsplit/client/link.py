@@ -1,4 +1,4 @@
-"""A client's view of the trunk: hidden states go up and come back down, and gradients take the same road.
+"""A client's view of the trunk: hidden states go up and come back down, and so do gradients.
 
 Shapes: B sequences of T tokens, D the width of hidden states.
 """
@@ -17,16 +17,17 @@ from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.trunk.schedules import Schedule
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.codecs import Codec, Role
+from fedsplit.wire.encoded import Encoded
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.scaling import backward
 from fedsplit.wire.transport import PendingAnswer
 
 
 class TrunkLike(Protocol):
-    """The part of `fedsplit.trunk.port.TrunkPort` that a client's link needs."""
+    """Part of `fedsplit.trunk.port.TrunkPort` for a client's link."""
 
     def send(self, packet: Packet) -> PendingAnswer:
-        """Sends a packet; the function that is returned waits for the answer."""
+        """Sends a packet, and returns a function that waits for the answer."""
         ...
 
     def leave(self, client: int) -> None:
@@ -37,14 +38,14 @@ class TrunkLike(Protocol):
 class PendingStep:
     """One micro-batch on its way through the trunk and back.
 
-    Call `output`, then `send_back` with the gradient of the loss by it, then `finish`. Between these calls the client
-    may do other work, while the trunk works on this micro-batch.
+    Call `output`, then `send_back` with the gradient by the output, then `finish`. Between the calls the client may
+    work on further micro-batches, while the trunk works on this micro-batch.
 
     Attributes:
-        sums: Router sums behind the trunk, once `output` has returned; they require a gradient as the output does.
-            None where none were sent.
-        norm: With clipping, squared norm of the step's gradient by the trunk's adapter, once the last part of the step
-            has finished; None where the trunk does not learn. The trunk then waits for `scale`.
+        sums: Router sums behind the trunk, after `output`. The sums require a gradient if the output does. None
+            without an auxiliary loss.
+        norm: With clipping, squared norm of the step's gradient by the trunk's adapter, after `finish` of the last
+            part of the step. The trunk then waits for `scale`. None if the trunk does not learn.
     """
 
     def __init__(self, link: Link, packet: Packet, hidden: Tensor, sums: RouterSums | None = None) -> None:
@@ -53,8 +54,8 @@ class PendingStep:
         Args:
             link: Link to the trunk.
             packet: Packet with the hidden states.
-            hidden: Output of the bottom (B, T, D), with its graph.
-            sums: Sums of the bottom's routers, with their graph.
+            hidden: Output of the bottom (B, T, D), with the bottom's graph.
+            sums: Sums of the bottom's routers, with the bottom's graph.
         """
         self._link = link
         self._packet = packet
@@ -63,15 +64,19 @@ class PendingStep:
         self.sums: RouterSums | None = None
         self.norm: float | None = None
         self._returns = packet.training and link.schedule.expects_backward(packet.wants_gradient)
+        # Only a step that stays pending is asked for. Hidden states that wait at a full trunk would fill its memory.
         self._asks = link.asks and self._returns
         admission = replace(packet, tensors={}, shape=tuple(hidden.shape))
         self._first = admission if self._asks else packet
         self._answer = link.trunk.send(self._first)
 
     def output(self) -> Tensor:
-        """Waits for the trunk's output (B, T, D): a leaf that requires a gradient where the trunk expects one.
+        """Waits for the trunk's output (B, T, D).
 
-        A trunk that has no memory now is asked again, as often as it takes.
+        A trunk with too little memory is asked again until memory suffices.
+
+        Returns:
+            A leaf of the top's graph. The leaf requires a gradient if the trunk expects a gradient.
         """
         answer = self._settled()
         if self._asks:
@@ -88,7 +93,7 @@ class PendingStep:
         return Role(kind, direction, self._packet.key, self._packet.training, self._hidden.dtype)
 
     def _settled(self) -> Packet:
-        """Waits for an answer that does not ask to wait."""
+        """Waits until the trunk has served the first packet."""
         answer = self._answer()
         while answer.wait:
             time.sleep(answer.wait)
@@ -96,37 +101,41 @@ class PendingStep:
         return answer
 
     def send_back(self, gradient: Tensor | None) -> None:
-        """Sends the gradient of the loss by the output (B, T, D) and by the router sums, where the trunk expects it."""
-        if self._returns and gradient is not None:
-            tensors = {"gradient": self._link.codec.encode(gradient, self._role("gradient", "up"))}
-            if self.sums is not None and self.sums.probabilities.grad is not None:
-                tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
-            self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
+        """Sends the gradients by the output (B, T, D) and by the router sums, if the trunk expects gradients."""
+        if not self._returns or gradient is None:
+            return
+        tensors = {"gradient": self._link.codec.encode(gradient, self._role("gradient", "up"))}
+        if self.sums is not None and self.sums.probabilities.grad is not None:
+            tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
+        self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
 
     def finish(self, below: Iterable[Tensor] = ()) -> None:
-        """Waits for the gradient of the bottom's output, and backpropagates it through the bottom.
+        """Waits for the gradient by the bottom's output, and computes the bottom's backward.
 
         Args:
-            below: Parameters of the bottom; used in float16 alone, where their gradients are scaled back.
+            below: Parameters of the bottom. Only float16 needs the parameters, to scale gradients back.
         """
         if not self._returns:
             return
         answer = self._answer()
         if "gradient" in answer.tensors:
-            encoded = answer.tensors["gradient"]
-            gradient = self._link.codec.decode(encoded, self._role("gradient", "down")).to(self._hidden.device)
-            if self._bottom_sums is not None and self._bottom_sums.probabilities.requires_grad:
-                assert self.sums is not None and self.sums.probabilities.grad is not None
-                # Sums only grow on their way, so the gradient of the loss by them is the same here as at the top.
-                both = [self._hidden, self._bottom_sums.probabilities]
-                torch.autograd.backward(both, [gradient, self.sums.probabilities.grad])
-            else:
-                backward(self._hidden, below, start=gradient)
+            self._differentiate_bottom(answer.tensors["gradient"], below)
         if "norm" in answer.tensors:
             self.norm = float(EXACT.decode(answer.tensors["norm"]))
 
+    def _differentiate_bottom(self, encoded: Encoded, below: Iterable[Tensor]) -> None:
+        """Computes the backward of the bottom, with the trunk's gradient."""
+        gradient = self._link.codec.decode(encoded, self._role("gradient", "down")).to(self._hidden.device)
+        if self._bottom_sums is None or not self._bottom_sums.probabilities.requires_grad:
+            backward(self._hidden, below, start=gradient)
+            return
+        assert self.sums is not None and self.sums.probabilities.grad is not None
+        # The trunk and the top only add to the bottom's sums, so the gradient by the sums is the same at every part.
+        both = [self._hidden, self._bottom_sums.probabilities]
+        torch.autograd.backward(both, [gradient, self.sums.probabilities.grad])
+
     def scale(self, coefficient: float) -> None:
-        """Sends the clipping coefficient of the whole step, and waits until the trunk has used it."""
+        """Sends the clipping coefficient of the whole step, and waits until the trunk has used the coefficient."""
         value = EXACT.encode(torch.tensor(coefficient, dtype=torch.float64))
         packet = replace(self._packet, key=self._packet.clipping_key, tensors={"coefficient": value})
         self._link.trunk.send(packet)()
@@ -137,13 +146,13 @@ class Link:
     """A client's link to the trunk.
 
     Attributes:
-        trunk: The trunk, by whatever door.
-        codec: Codec of hidden states and gradients, a new one of the kind that the trunk uses.
-        schedule: Schedule of the trunk, which decides whether gradients are sent.
-        run: Name of the run, which steps carry.
-        incarnation: Id of the trunk's life, which packets carry.
-        attempt: How often this round was begun before.
-        asks: True if the trunk has a memory budget, and must be asked before hidden states are sent.
+        trunk: The trunk behind a door.
+        codec: New codec of hidden states and gradients, of the same kind as the trunk's codec.
+        schedule: Schedule of the trunk. Some schedules need no gradients.
+        run: Name of the run, for the keys of steps.
+        incarnation: Identity of the trunk's start, for packets.
+        attempt: Number of times that the client began the round before.
+        asks: True if the trunk has a memory budget. Hidden states are then sent after an admission request.
 
     Example:
         >>> from fedsplit.trunk.schedules import SCHEDULES
@@ -179,18 +188,18 @@ class Link:
         sums: RouterSums | None = None,
         learns: bool = True,
     ) -> PendingStep:
-        """Sends hidden states (B, T, D) to the trunk, and does not wait.
+        """Sends hidden states (B, T, D) to the trunk without waiting.
 
         Args:
             hidden: Output of the bottom.
             key: Step, with batch and micro-batch.
-            mask: Mask (B, T), 0 on padding; sent only where there is padding.
+            mask: Mask (B, T), 0 on padding. A mask without padding is not sent.
             micros: Number of micro-batches in the batch.
-            training: True for a training step, with dropout and a way back; False for evaluation.
+            training: True for a training step, with dropout and gradients; False for evaluation.
             batches: Number of batches in the step.
-            rate: Share of the learning rate at which the step is made.
-            sums: Sums of the bottom's routers, where there is an auxiliary loss.
-            learns: False where the client wants a gradient, and the trunk's adapter must not learn from the step.
+            rate: Share of the learning rate for the step.
+            sums: Sums of the bottom's routers; None without an auxiliary loss.
+            learns: False if the trunk's adapter must not learn from the step.
         """
         key = replace(key, run=self.run, attempt=self.attempt)
         role = Role("activation", "up", key, training, hidden.dtype)
@@ -214,11 +223,11 @@ class Link:
 
     @torch.no_grad()
     def evaluate(self, hidden: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:
-        """Sends hidden states (B, T, D) through the trunk without dropout, and waits for its output."""
+        """Sends hidden states (B, T, D) through the trunk without dropout, and waits for the output."""
         return self.send(hidden, key, mask, training=False).output()
 
     def end(self, key: StepKey) -> None:
-        """Ends a decoding session, which the trunk then frees."""
+        """Ends a decoding session. The trunk frees the session's memory."""
         self.trunk.send(Packet(replace(key, run=self.run), training=False, incarnation=self.incarnation))()
 
     def leave(self, client: int) -> None:

@@ -1,4 +1,4 @@
-"""A run's objective and metrics: loaded by its settings at every client, and tried before the run begins."""
+"""A run's objective and metrics: loaded at every client by the settings, and tried before the run begins."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
 
 Measures = tuple[Objective | None, dict[str, Metric]]
-"""A run's objective (None: cross-entropy), and its metrics by name."""
+"""A run's objective (None: cross-entropy), and the metrics by name."""
 
 
 def load_measures(config: Config, objects: Objects = NOTHING) -> Measures:
-    """Makes the objective (None: cross-entropy) and the metrics by name, as the settings name them.
+    """Makes the objective and the metrics in the settings.
 
-    A class whose constructor takes `model` is given the folder of the model's configuration and tokenizer.
+    A constructor with a parameter `model` gets the folder of the model's configuration and tokenizer.
 
     Args:
         config: Configuration of the run.
-        objects: Objects in place of names.
+        objects: Objects in place of names in the settings.
+
+    Returns:
+        The objective (None: cross-entropy), and the metrics by name.
 
     Raises:
-        SettingError: One is not there, or does not take its options.
+        SettingError: An objective or metric does not exist, or does not take the options.
 
     Example:
         >>> objective, metrics = load_measures(Config(metric=("token_accuracy",)))
@@ -36,15 +39,19 @@ def load_measures(config: Config, objects: Objects = NOTHING) -> Measures:
 
 
 def check_measures(config: Config, measures: Measures, classes: int = 0) -> None:
-    """Makes sure that the objective and the metrics work, by calling each once on invented logits.
+    """Checks that the objective and the metrics work, by one call of each on invented logits.
 
     Args:
-        config: The run's configuration.
-        measures: What `load_measures` made of it.
-        classes: Classes of the texts; 0 where tokens are predicted.
+        config: Configuration of the run.
+        measures: Result of `load_measures`.
+        classes: Number of classes of the texts; 0 for a model that predicts tokens.
 
     Raises:
-        SettingError: One does not work.
+        SettingError: The objective or a metric does not work.
+
+    Example:
+        >>> config = Config(metric=("token_accuracy",))
+        >>> check_measures(config, load_measures(config))
     """
     objective, metrics = measures
     outputs = classes or embedding_rows(config_folder(config.model))

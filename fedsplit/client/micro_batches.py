@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,7 +18,7 @@ class MicroBatch:
     Attributes:
         ids: Tokens (B, T).
         labels: Labels (B, virtual tokens + T), or classes (B,).
-        mask: (B, virtual tokens + T), 0 on padding; None where there is none.
+        mask: (B, virtual tokens + T), 0 on padding; None without padding.
         share: Weight of the rows' mean loss in the mean loss of the step.
     """
 
@@ -30,16 +31,18 @@ class MicroBatch:
 def batches_of(
     ids: Tensor, labels: Tensor | None, mask: Tensor | None, batches: int, micros: int, virtual: int
 ) -> list[list[MicroBatch]]:
-    """Returns a step's rows as batches that follow each other, each as micro-batches that are under way at once.
+    """Cuts the rows of a step into batches, and each batch into micro-batches.
 
-    Labels and mask also have the positions of virtual tokens, of which only the last predicts.
+    Batches follow each other, and micro-batches of one batch are on the way at the same time. Labels and mask also have
+    the positions of virtual tokens. Only the last virtual token predicts a token of the text.
 
     Args:
         ids: Tokens (B, T) of the step.
-        labels: The tokens (B, T), -100 where they are not predicted; all but padding are where None. Or classes (B,).
-        mask: (B, T), 0 on padding; None where there is none.
-        batches: Number of batches, if there are as many rows.
-        micros: Number of micro-batches of each batch, if it has as many rows.
+        labels: Tokens (B, T), -100 for tokens that are not predicted; None predicts all tokens but padding. Or classes
+            (B,).
+        mask: (B, T), 0 on padding; None without padding.
+        batches: Number of batches, at most the number of rows.
+        micros: Number of micro-batches of each batch, at most the number of rows.
         virtual: Number of virtual tokens before the text.
 
     Example:
@@ -53,16 +56,23 @@ def batches_of(
     labels, mask = behind(virtual, labels, mask)
     whole = predicted(labels)
     batches = min(batches, len(ids))
-    micros = min(micros, len(ids) // batches)  # as many in each, since the trunk counts them
-    masks = [None] * batches if mask is None else mask.tensor_split(batches)
-    return [
-        _micro_batches(rows, wanted, seen, micros, whole)
-        for rows, wanted, seen in zip(ids.tensor_split(batches), labels.tensor_split(batches), masks, strict=True)
-    ]
+    # The same number in each batch: the trunk knows the last part of a step by the number of all parts.
+    micros = min(micros, len(ids) // batches)
+    return [_micro_batches(*rows, micros, whole) for rows in _split(ids, labels, mask, batches)]
 
 
 def _micro_batches(ids: Tensor, labels: Tensor, mask: Tensor | None, count: int, whole: int) -> list[MicroBatch]:
+    """Cuts a batch into micro-batches. The losses of a step are weighted by predictions, of which `whole` has all."""
     count = min(max(1, count), len(ids))
+    return [
+        MicroBatch(part_ids, part_labels, part_mask, predicted(part_labels) / whole)
+        for part_ids, part_labels, part_mask in _split(ids, labels, mask, count)
+    ]
+
+
+def _split(
+    ids: Tensor, labels: Tensor, mask: Tensor | None, count: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Cuts rows, with labels and mask, into parts of almost equal size."""
     masks = [None] * count if mask is None else mask.tensor_split(count)
-    split = zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
-    return [MicroBatch(rows, wanted, seen, predicted(wanted) / whole) for rows, wanted, seen in split]
+    return zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)

@@ -6,8 +6,9 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from fedsplit.shutdown import advised
 from fedsplit.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from fedsplit.client.measures import Measures
     from fedsplit.corpora.sharding import Partition
     from fedsplit.engines.planning import Plan
     from fedsplit.federation.strategy import FlowerLike, Strategy
@@ -46,67 +48,88 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy
         SettingError: A setting is wrong, or does not fit the model, the data or the machine.
         InputErrors: Several settings are wrong. Settings are reported together, then what the data show.
     """
+    folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    facts, strategy, measures = _check_settings(config, objects, folder)
+    partition = _check_code_and_data(config, objects, facts, strategy)
+    _check_with_data(config, facts, measures, partition)
+
+    from fedsplit.model.checkpoint_reader import check_checkpoint
+    from fedsplit.model.sources import weights_folder
+
+    # Last, since the weights may have to be fetched, and all their values are read.
+    folder_of_weights = weights_folder(config, tell=print)
+    check_checkpoint(folder_of_weights, config.dtype, len(partition.classes))
+    return folder, strategy, partition
+
+
+def _collect(collector: ErrorCollector, checks: Iterable[Callable[[], object]]) -> None:
+    """Calls all checks in order. A check that finds an error does not keep the later checks from being called."""
+    for find_errors in checks:
+        with collector.collecting():
+            find_errors()
+
+
+def _check_settings(config: Config, objects: Objects, folder: Path) -> tuple[Facts, AnyStrategy, Measures]:
+    """Checks the settings by themselves, and against the model's configuration and the machine.
+
+    Args:
+        config: Settings of the run.
+        objects: Objects in place of names in the settings.
+        folder: Folder of the run.
+
+    Returns:
+        Facts about the model, the strategy, and the objective with the metrics.
+
+    Raises:
+        InputError: A setting is wrong. All errors are reported together.
+    """
+    from fedsplit.client.measures import load_measures
     from fedsplit.commands import checks
     from fedsplit.corpora.tables import check_dataset, check_packing
     from fedsplit.engines.planning import plan
+    from fedsplit.events.user_sinks import check_sinks
+    from fedsplit.federation.checkpoint import check_folder
+    from fedsplit.federation.resumption import check_resumable
+    from fedsplit.federation.strategy import check_strategy
+    from fedsplit.model.devices import check_devices
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import config_folder, weights_folder
+    from fedsplit.model.quantization import check_quantization
+    from fedsplit.model.sources import config_folder
+    from fedsplit.optimization.optim import check_optimizer
 
     collector = ErrorCollector()
     facts = None
     with collector.collecting():
         facts = read_facts(config_folder(config.model))
-    with collector.collecting():
-        checks.check_prompt(config)
-    with collector.collecting():
-        checks.check_training(config)
-    with collector.collecting():
-        checks.check_trunk(config)
-    with collector.collecting():
-        plan(config)
+
+    # The order is the order of the messages; and of two errors about one value, the first alone is shown.
+    about_settings: list[Callable[[], object]] = [
+        partial(checks.check_prompt, config),
+        partial(checks.check_training, config),
+        partial(checks.check_trunk, config),
+        partial(plan, config),
+    ]
     if facts is not None:
-        for check_facts in (checks.check_cut, checks.check_lengths, checks.check_adapters, checks.check_experts):
-            with collector.collecting():
-                check_facts(config, facts)
-    with collector.collecting():
-        check_packing(config.data)
-    with collector.collecting():
-        check_dataset(config.dataset, config.data)
-
-    from fedsplit.events.user_sinks import check_sinks
-    from fedsplit.federation.checkpoint import check_folder
-    from fedsplit.federation.resumption import check_resumable
-    from fedsplit.model.devices import check_devices
-    from fedsplit.model.quantization import check_quantization
-    from fedsplit.optimization.optim import check_optimizer
-
-    folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    with collector.collecting():
-        check_devices(config)
-    with collector.collecting():
-        if config.resume:
-            check_resumable(folder, config)
-        else:
-            check_folder(folder)
-    with collector.collecting():
-        check_optimizer(config.train)
-    with collector.collecting():
-        check_sinks(config.sinks, config.sink_options)
-    with collector.collecting():
-        check_quantization(config)
-
-    from fedsplit.client.measures import check_measures, load_measures
-    from fedsplit.federation.aggregation import strategy_defaults
-    from fedsplit.federation.strategy import check_strategy, is_builtin, load_strategy
-
-    def make_strategy() -> AnyStrategy:
-        # A copy, since a rehearsal may leave state in the object.
-        if objects.strategy is not None:
-            return copy.deepcopy(cast("AnyStrategy", objects.strategy))
-        return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
+        about_settings += [
+            partial(checks.check_cut, config, facts),
+            partial(checks.check_lengths, config, facts),
+            partial(checks.check_adapters, config, facts),
+            partial(checks.check_experts, config, facts),
+        ]
+    about_settings += [
+        partial(check_packing, config.data),
+        partial(check_dataset, config.dataset, config.data),
+        partial(check_devices, config),
+        partial(check_resumable, folder, config) if config.resume else partial(check_folder, folder),
+        partial(check_optimizer, config.train),
+        partial(check_sinks, config.sinks, config.sink_options),
+        partial(check_quantization, config),
+    ]
+    _collect(collector, about_settings)
 
     with collector.collecting():
-        strategy = make_strategy() if objects.strategy is None else cast("AnyStrategy", objects.strategy)
+        given = _given_strategy(objects)
+        strategy = given if given is not None else _make_strategy(config, objects)
         check_strategy(strategy, config)
         if facts is not None:
             checks.check_stacked(strategy, config, facts)
@@ -114,39 +137,89 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy
         measures = load_measures(config, objects)
     collector.check()
     assert facts is not None  # else the collector has raised an error
+    return facts, strategy, measures
 
+
+def _given_strategy(objects: Objects) -> AnyStrategy | None:
+    """Returns the strategy that a program passed as an object."""
+    return cast("AnyStrategy | None", objects.strategy)
+
+
+def _make_strategy(config: Config, objects: Objects) -> AnyStrategy:
+    """Returns a fresh strategy. A strategy that was given as an object is copied."""
+    from fedsplit.federation.aggregation import strategy_defaults
+    from fedsplit.federation.strategy import load_strategy
+
+    given = _given_strategy(objects)
+    if given is not None:
+        return copy.deepcopy(given)
+    return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
+
+
+def _check_code_and_data(config: Config, objects: Objects, facts: Facts, strategy: AnyStrategy) -> Partition:
+    """Tries the user's strategy and the adapter method, and reads the data.
+
+    Args:
+        config: Settings of the run.
+        objects: Objects in place of names in the settings.
+        facts: Facts about the model.
+        strategy: The strategy.
+
+    Returns:
+        The data of all clients.
+
+    Raises:
+        InputError: The strategy, the adapter method or the data cannot be used. All errors are reported together.
+    """
+    # PEFT alone takes seconds to import. A wrong setting has been reported before.
     from fedsplit.adaptation.injection import check_injection
     from fedsplit.corpora.partition import partition_of
     from fedsplit.federation.rehearsal import rehearse
-    from fedsplit.model.checkpoint_reader import check_checkpoint
-    from fedsplit.results.initial import check_initial
+    from fedsplit.federation.strategy import is_builtin
 
+    collector = ErrorCollector()
     watchdog = Watchdog(config.startup_deadline)
     if not is_builtin(strategy):
         with collector.collecting(), watchdog.looking(), watchdog.doing("the strategy, in its trial round,"):
-            rehearse(make_strategy, config)
+            # Each rehearsal makes its strategies anew: a trial round may leave state in the object.
+            rehearse(lambda: _make_strategy(config, objects), config)
     if config.lora.method != "lora" or config.lora.options:
         with collector.collecting():
             check_injection(config, facts.family)
     with collector.collecting(), watchdog.looking(), watchdog.doing("the data set"):
         partition = partition_of(config)
     collector.check()
+    return partition
+
+
+def _check_with_data(config: Config, facts: Facts, measures: Measures, partition: Partition) -> None:
+    """Checks the settings against the data.
+
+    Args:
+        config: Settings of the run.
+        facts: Facts about the model.
+        measures: Objective and metrics.
+        partition: The data of all clients.
+
+    Raises:
+        InputError: A setting does not fit the data. All errors are reported together.
+    """
+    from fedsplit.client.measures import check_measures
+    from fedsplit.commands import checks
+    from fedsplit.results.initial import check_initial
 
     classes = len(partition.classes)
+    about_data: list[Callable[[], object]] = []
     if classes:
-        with collector.collecting():
-            checks.check_classifier(config)
-    with collector.collecting():
-        check_measures(config, measures, classes)
-    with collector.collecting():
-        checks.check_tokens(config, partition)
-    with collector.collecting():
-        check_initial(config, facts.family, classes)
+        about_data.append(partial(checks.check_classifier, config))
+    about_data += [
+        partial(check_measures, config, measures, classes),
+        partial(checks.check_tokens, config, partition),
+        partial(check_initial, config, facts.family, classes),
+    ]
+    collector = ErrorCollector()
+    _collect(collector, about_data)
     collector.check()
-    # Last, since the weights may have to be fetched, and all their values are read.
-    folder_of_weights = weights_folder(config, tell=print)
-    check_checkpoint(folder_of_weights, config.dtype, classes)
-    return folder, strategy, partition
 
 
 def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
@@ -184,14 +257,16 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     from fedsplit.federation.checkpoint import RunFolder
     from fedsplit.federation.clients import FederationFailed
     from fedsplit.federation.federation import Federation, Job
-    from fedsplit.federation.manifest import content_of
+    from fedsplit.federation.manifest import code_of, content_of
     from fedsplit.federation.resumption import check_content
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder, pinned, weights_folder
     from fedsplit.trunk.doors import check_memory
 
-    content = content_of(partition.shards, config_folder(config.model), weights_folder(config), config.init_adapter)
+    content = content_of(
+        partition.shards, config_folder(config.model), weights_folder(config), config.init_adapter, code_of(config)
+    )
     if config.resume:
         check_content(folder, config, content)
     facts = read_facts(config_folder(config.model))

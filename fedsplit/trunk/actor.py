@@ -29,17 +29,17 @@ from fedsplit.wire.packets import Packet
 from fedsplit.wire.transport import FallbackTransport, PacketTransport, PendingAnswer, TrunkLost
 
 _AT_ONCE = 4096
-"""Calls that may wait in the actor at the same time."""
+"""Calls that may wait in the actor at the same time. A packet of a gathering schedule waits for all other clients'."""
 
 _ATTEMPTS = 5
-"""Number of times that a call is repeated if its answer is lost on the way."""
+"""Number of times that a call is made in all if answers are lost on the way."""
 
 
 class TrunkActor:
     """A `TrunkService` in the process of a Ray actor.
 
-    Ray's event loop takes calls, and a socket takes packets of clients on this machine. Both pass packets to the
-    service, which works in a separate thread, so that a waiting call does not block later calls.
+    Ray's event loop takes calls, and a socket takes packets from clients on this machine. Both pass packets to the
+    service. The service works in a separate thread, so that a waiting call does not block later calls.
     """
 
     def __init__(
@@ -65,12 +65,13 @@ class TrunkActor:
             stage=stage_maker(config) if has_stage else None,
         )
         self._socket: sockets.PacketServer | None = None
-        with contextlib.suppress(OSError):  # where such sockets are forbidden, packets come by Ray
-            self._socket = sockets.PacketServer(self._service.submit) if sockets.is_possible() else None
+        if sockets.is_possible():
+            with contextlib.suppress(OSError):  # a sandbox may forbid sockets; packets then come through Ray
+                self._socket = sockets.PacketServer(self._service.submit)
         threading.Thread(target=run_until_defect, args=(self._service.work, threads), daemon=True).start()
 
     async def address(self) -> sockets.Address | None:
-        """Returns the address at which processes of this machine may send packets without Ray."""
+        """Returns the address for packets from processes of this machine. None where sockets are not possible."""
         return self._socket.address if self._socket else None
 
     async def serve(self, packet: Packet) -> Packet:
@@ -87,7 +88,7 @@ class TrunkActor:
 
 
 async def _settled(begin: Callable[[Callable[[Any], None]], None]) -> Any:
-    """Waits in an event loop for a result that comes from another thread.
+    """Waits in an event loop for a result from a second thread.
 
     Args:
         begin: Called with a function that takes the result, or an exception to raise.
@@ -95,7 +96,7 @@ async def _settled(begin: Callable[[Callable[[Any], None]], None]) -> Any:
     loop = asyncio.get_running_loop()
     future = loop.create_future()
 
-    # Called in the service's thread, and an event loop's futures belong to the loop's thread.
+    # The service's thread calls `done`, but only the thread of the event loop may touch the future.
     def done(result: Any) -> None:
         settle = future.set_exception if isinstance(result, Exception) else future.set_result
         loop.call_soon_threadsafe(settle, result)
@@ -105,9 +106,13 @@ async def _settled(begin: Callable[[Callable[[Any], None]], None]) -> Any:
 
 
 class _Calls:
-    """Calls of an actor's methods. A call whose answer was lost is repeated: the trunk counts every step once."""
+    """Calls of an actor's methods.
+
+    A call with a lost answer is repeated. The repetition is harmless, since the trunk counts every step once.
+    """
 
     def __init__(self, actor: ActorHandle, timeout: float | None) -> None:
+        """Calls an actor; `timeout` is in seconds, None waits for ever."""
         self._actor = actor
         self._timeout = timeout
 
@@ -115,7 +120,7 @@ class _Calls:
         """Calls a method, and returns a function that waits for the result.
 
         Raises:
-            TrunkLost: The actor is gone. The returned function may raise the error, too.
+            TrunkLost: The actor is gone. The returned function raises the error if the actor ends later.
         """
         try:
             answer = getattr(self._actor, method).remote(*args)
@@ -124,11 +129,12 @@ class _Calls:
         return lambda: self._wait(answer, method, *args)
 
     def kill(self) -> None:
-        """Ends the actor's process; does nothing if it is gone already."""
+        """Ends the actor's process. Does nothing if the process is gone already."""
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self._actor, no_restart=True)
 
     def _wait(self, answer: ray.ObjectRef, method: str, *args: Any) -> Any:
+        """Waits for the result of a call, and repeats the call while the actor cannot be reached."""
         for attempt in range(_ATTEMPTS):
             try:
                 return ray.get(answer, timeout=self._timeout)
@@ -137,7 +143,7 @@ class _Calls:
             except ray.exceptions.ActorUnavailableError as error:
                 if attempt == _ATTEMPTS - 1:
                     raise _lost(error) from error
-                time.sleep(2**attempt / 10)
+                time.sleep(2**attempt / 10)  # 0.1 to 0.8 seconds: a connection that was cut comes back meanwhile
                 answer = getattr(self._actor, method).remote(*args)
             except ray.exceptions.RayActorError as error:
                 raise _lost(error) from error
@@ -149,10 +155,10 @@ def _lost(error: Exception) -> TrunkLost:
 
 
 class RayTransport:
-    """Sends packets as calls of an actor: between machines, and where there is no socket."""
+    """Sends packets as calls of an actor, between machines or without a socket."""
 
     def __init__(self, calls: _Calls) -> None:
-        """Sends by some calls."""
+        """Sends packets by the calls of an actor."""
         self._calls = calls
 
     def send(self, packet: Packet) -> PendingAnswer:
@@ -160,14 +166,14 @@ class RayTransport:
         return self._calls.begin("serve", packet)
 
     def forget(self) -> None:
-        """Does nothing: Ray drops the answers that nobody waits for."""
+        """Does nothing, since Ray drops an answer when nobody waits for the answer."""
 
 
 class RayTrunk(TrunkPort):
-    """A trunk in a Ray actor, called as if it were here.
+    """A trunk in a Ray actor, called like a local trunk.
 
-    Packets go over a socket where the trunk is on this machine, and else through Ray. Where the connection breaks,
-    packets without an answer are repeated through Ray, which knows what is wrong.
+    Packets go over a socket to a trunk on this machine, and through Ray to any other machine. After a broken
+    connection, unanswered packets are repeated through Ray. Ray's error then names the cause.
     """
 
     def __init__(
@@ -177,15 +183,15 @@ class RayTrunk(TrunkPort):
 
         Args:
             actor: The handle.
-            timeout: Seconds after which a trunk that does not answer counts as lost. Without it, calls wait for ever,
-                as those of a client must, whose packet may have to wait for other clients'.
-            transport: Transport of packets; found out at the first packet where not given.
+            timeout: Seconds after which a silent trunk counts as lost; None waits for ever. Clients must wait for ever,
+                since the answer to a packet may depend on packets of slower clients.
+            transport: Transport of packets; None chooses at the first packet.
         """
         self._calls = _Calls(actor, timeout)
         self._transport = transport
 
     def kill(self) -> None:
-        """Ends the actor's process; does nothing if it is gone already."""
+        """Ends the actor's process. Does nothing if the process is gone already."""
         self._calls.kill()
 
     def transport(self) -> PacketTransport:
@@ -199,7 +205,7 @@ class RayTrunk(TrunkPort):
         return self._transport
 
     def send(self, packet: Packet) -> PendingAnswer:
-        """Sends a packet; the function that is returned waits for the answer."""
+        """Sends a packet, and returns a function that waits for the answer."""
         return self.transport().send(packet)
 
     def control(self, message: Control[Reply]) -> Reply:
@@ -218,28 +224,27 @@ def start_trunk(
     adapter: Path | None = None,
     has_stage: bool = False,
 ) -> RayTrunk:
-    """Starts the trunk's actor, which loads while the caller goes on.
-
-    It asks for no CPU: Flower counts all CPUs of a node as its own, and would wait for ever for one that
-    the trunk has.
+    """Starts the trunk's actor. The actor loads the model while the caller goes on.
 
     Args:
         config: Configuration of the run.
-        name: Name by which clients find the trunk. It is also the name of the run in the steps of clients.
+        name: Name of the run. Clients find the trunk by the name, and steps carry the name.
         threads: Threads that torch may use in each worker.
         workers: 2 to compute a forward and a backward at the same time.
-        adapter: Folder of a finished run's adapter, from which the trunk reads the layers of its blocks.
-        has_stage: True if the strategy has a gradient stage, which the trunk loads by its name.
+        adapter: Folder of a finished run's adapter. The trunk reads the layers of the trunk's blocks.
+        has_stage: True if the strategy has a gradient stage. The trunk loads the strategy by name.
     """
+    # No CPU: Flower counts all CPUs of a node as its own, and would wait for ever for a CPU of the trunk.
     remote = ray.remote(num_cpus=0)(TrunkActor).options(name=name, max_concurrency=_AT_ONCE)
-    return RayTrunk(remote.remote(config, name, threads, workers, adapter, has_stage), config.timeout)
+    actor = remote.remote(config, name, threads, workers, adapter, has_stage)
+    return RayTrunk(actor, config.timeout)
 
 
 def find_trunk(name: str) -> RayTrunk:
-    """Returns the trunk of that name, from any process of the cluster.
+    """Returns the trunk with a name, from any process of the cluster.
 
     Raises:
-        TrunkLost: There is none.
+        TrunkLost: No actor has the name.
     """
     try:
         return RayTrunk(ray.get_actor(name, namespace=NAMESPACE))

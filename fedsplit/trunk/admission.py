@@ -14,14 +14,14 @@ from fedsplit.wire.packets import StepKey
 from fedsplit.wire.steps import Steps
 
 TRANSIT = 3
-"""Multiple of its own bytes that a packet takes while it arrives, in the buffers of the transport and as a tensor."""
+"""Memory of an arriving packet, as a multiple of the packet's bytes: buffers of the transport, and the tensor."""
 
 
 class Admission:
-    """Accepts steps under a memory budget, and reserves memory for what they will send.
+    """Accepts steps under a memory budget, and reserves memory for the tensors to come.
 
-    Where nothing else helps, it frees the graphs of pending batches, which are then computed again in the backward,
-    and answers that are kept in case they are asked for again.
+    If nothing else helps, graphs of pending batches and kept answers are freed. A batch without a graph is computed
+    again in the backward. A freed answer can no longer be repeated, so a repeated request is then refused.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Admission:
         Args:
             budget: Budget of resident memory.
             steps: The pending steps.
-            lease: Seconds for which a reservation holds.
+            lease: Seconds until an unused reservation ends.
             clock: Clock for leases.
         """
         self._budget = budget
@@ -46,50 +46,58 @@ class Admission:
         return key in self._reserved
 
     def reserve(self, key: StepKey, tokens: int, nbytes: int) -> bool:
-        """Reserves memory for a step whose hidden states have not been sent; returns False where there is too little.
+        """Reserves memory for a step before the client sends hidden states. Returns False if memory is too short.
 
         Args:
             key: The step.
             tokens: Tokens of the step, B * T.
-            nbytes: Bytes of its hidden states.
+            nbytes: Bytes of the step's hidden states.
         """
+        # Twice: a gradient of the same size follows the hidden states.
         if not self.make_room(tokens, self._bytes_to_come() + 2 * TRANSIT * nbytes):
             return False
-        self._reserved[key] = TRANSIT * nbytes, self._clock() + self._lease
+        until = self._clock() + self._lease
+        self._reserved[key] = TRANSIT * nbytes, until
         return True
 
     def redeem(self, keys: Iterable[StepKey]) -> None:
-        """Ends the reservations of steps whose hidden states have come."""
+        """Ends the reservations of steps at the arrival of the hidden states."""
         for key in keys:
             self._reserved.pop(key, None)
 
     def leave(self, client: int) -> None:
-        """Ends the reservations of a client that has ended its round, or is dead."""
-        self._reserved = {key: reserved for key, reserved in self._reserved.items() if key.client != client}
+        """Ends the reservations of a client that has left the round, or is dead."""
+        for key in [key for key in self._reserved if key.client == client]:
+            del self._reserved[key]
 
     def expire(self) -> None:
-        """Ends the reservations whose lease has run out."""
+        """Ends the reservations after the end of the lease."""
         now = self._clock()
-        self._reserved = {key: reserved for key, reserved in self._reserved.items() if reserved[1] > now}
+        for key in [key for key, (_, until) in self._reserved.items() if until <= now]:
+            del self._reserved[key]
 
     def _bytes_to_come(self) -> int:
         """Returns the bytes that may come at any time: hidden states with a reservation, and pending gradients."""
         hidden = sum(size for size, _ in self._reserved.values())
-        batches = {id(batch): batch for batch in self._batches()}.values()
-        inputs = ((key, tensor) for batch in batches for key, tensor in batch.inputs.items())
-        gradients = sum(tensor.nbytes for key, tensor in inputs if self._steps.is_pending(key))
+        gradients = 0
+        # A batch of several steps is held once for each step, and must be counted once.
+        batches = {id(batch): batch for batch in self._batches()}
+        for batch in batches.values():
+            for key, tensor in batch.inputs.items():
+                if self._steps.is_pending(key):
+                    gradients += tensor.nbytes  # a gradient has the size of its hidden states
         return 2 * hidden + TRANSIT * gradients
 
     def _batches(self) -> list[PendingBatch]:
         return [held for held in self._steps.pending() if isinstance(held, PendingBatch)]
 
     def make_room(self, tokens: int, kept: float, own: PendingBatch | None = None) -> bool:
-        """Returns True if a step can be computed while some bytes are kept; frees the graphs of others where needed.
+        """Returns True if a step can be computed while some bytes are kept. Frees graphs of pending batches if needed.
 
         Args:
             tokens: Tokens of the step, B * T.
-            kept: Bytes that are kept; negative where as many are there already.
-            own: Batch whose graph is not freed.
+            kept: Bytes to keep; negative if resident memory already includes as many.
+            own: Batch with a graph to keep.
         """
         if self._budget.fits(tokens, kept):
             return True
@@ -103,7 +111,7 @@ class Admission:
         return self._budget.fits(tokens, kept)
 
     def room(self, inputs: Sequence[Tensor]) -> tuple[Room, int]:
-        """Returns how much of a batch may be kept, and how many of its steps fit.
+        """Returns how much of a batch may be kept, and how many steps of the batch fit.
 
         Args:
             inputs: Hidden states (B, T, D) of each step.
@@ -114,10 +122,15 @@ class Admission:
         to_come = self._bytes_to_come()
         while count:
             chosen = inputs[:count]
-            tokens = sum(hidden.shape[0] for hidden in chosen) * max(hidden.shape[1] for hidden in chosen)
+            rows = sum(hidden.shape[0] for hidden in chosen)
+            longest = max(hidden.shape[1] for hidden in chosen)
+            tokens = rows * longest  # shorter sequences are padded to the longest
             kept = to_come + (1 + TRANSIT) * sum(hidden.nbytes for hidden in chosen)
             room = self._budget.room(tokens, kept)
-            if room != "none" or (count == 1 and self.make_room(tokens, kept)):
+            if room != "none":
+                return room, count
+            # Graphs are freed for a single step only: for several, a smaller batch is the cheaper way.
+            if count == 1 and self.make_room(tokens, kept):
                 return room, count
             count //= 2
         return "none", 0

@@ -44,7 +44,7 @@ class Answers:
             crossed: Counts that the bytes of requests and answers are added to.
             packets: The requests.
             hidden: Hidden states (B, T, D) by step.
-            sums: Router sums by step, of the steps that have any.
+            sums: Router sums by step, of the steps with an auxiliary loss.
         """
         answers = []
         for packet in packets:
@@ -53,19 +53,20 @@ class Answers:
             tensors = {"hidden": self.codec.encode(tensor, role)}
             if packet.key in sums:
                 tensors[SUMS] = EXACT.encode(sums[packet.key].packed())
-            answers.append(Packet(packet.key, tensors, packet.training))
-            self.count(crossed, packet, answers[-1])
+            answer = Packet(packet.key, tensors, packet.training)
+            self.count(crossed, packet, answer)
+            answers.append(answer)
         return answers
 
     def with_gradients(
         self, packets: Sequence[Packet], gradients: Mapping[StepKey, Tensor], inputs: Mapping[StepKey, Tensor]
     ) -> list[Packet]:
-        """Returns answers with gradients; without tensors for clients that cannot use any.
+        """Returns answers with gradients. The answer to a client that cannot use a gradient has no tensors.
 
         Args:
             packets: The requests.
             gradients: Gradients (B, T, D) of the inputs by step.
-            inputs: The inputs (B, T, D) by step, whose types the gradients cross in.
+            inputs: The inputs (B, T, D) by step. A gradient crosses in the type of the input.
         """
         answers = []
         for packet in packets:
@@ -73,11 +74,12 @@ class Answers:
             if packet.key in gradients:
                 role = Role("gradient", "down", packet.key, packet.training, inputs[packet.key].dtype)
                 tensors["gradient"] = self.codec.encode(gradients[packet.key], role)
-            answers.append(Packet(packet.key, tensors, packet.training))
-            self.count(self.traffic.gradient, packet, answers[-1])
+            answer = Packet(packet.key, tensors, packet.training)
+            self.count(self.traffic.gradient, packet, answer)
+            answers.append(answer)
         return answers
 
     def count(self, crossed: Bytes, up: Packet, down: Packet) -> None:
-        """Adds the bytes of a request and its answer to some counts."""
+        """Adds the bytes of a request and of the answer to some counts."""
         crossed.up += up.nbytes
         crossed.down += down.nbytes

@@ -29,7 +29,12 @@ from fedsplit.wire.steps import UnboundedStep, UnknownStep
 
 @dataclass(frozen=True)
 class _Gradient:
-    """Tensors of a backward request: the gradient by the output (B, T, D), and by the routers' sums (E,)."""
+    """Tensors of a backward request.
+
+    Attributes:
+        by_output: Gradient by the output of the trunk (B, T, D).
+        by_sums: Gradient by the router sums (E,); None without an auxiliary loss.
+    """
 
     by_output: Tensor
     by_sums: Tensor | None = None
@@ -43,18 +48,17 @@ class Backwards:
         self._state = state
 
     def begin(self, packets: Sequence[Packet]) -> Work:
-        """Begins the backward of steps that had a common forward.
+        """Begins the backward of steps with a common forward.
 
-        Where the schedule learns, the gradient of the adapter goes to its optimiser: at once under `shared` and
+        Under a schedule that learns, the gradient of the adapter goes to the optimiser: at once under `shared` and
         `copies` (after the last part of the step), averaged over the clients under `batched`, and at `close_window`
-        under `accumulate`; see `AdapterRegistry`. A gradient that comes again gets the same answer, and does not count
-        again.
+        under `accumulate`; see `AdapterRegistry`. A repeated gradient gets the same answer, and counts once.
 
-        With clipping, the gradient waits until the client has sent its coefficient, which comes under the packet's
-        `clipping_key`. Until then the step is pending: its lease runs, and the client's next step ends it.
+        With clipping, the gradient waits for the client's coefficient, which comes under the packet's `clipping_key`.
+        Until then the step is pending: the lease runs, and the next step of the client ends this step.
 
         Args:
-            packets: Gradients (B, T, D) of one batch; or one clipping coefficient.
+            packets: Gradients (B, T, D) of one batch, or one clipping coefficient.
 
         Raises:
             RefusedStep: A packet must not be served; nothing was done.
@@ -62,7 +66,8 @@ class Backwards:
         state = self._state
         each(packets, state.steps.check)
         first = packets[0]
-        if (known := state.steps.answered(first.key)) is not None:
+        known = state.steps.answered(first.key)
+        if known is not None:
             state.answers.count(state.answers.traffic.repeated, first, known)
             return Work.answered([known])
         if first.clips:
@@ -70,29 +75,52 @@ class Backwards:
 
         batch = state.pending_batch(first.key)
         sent = each(packets, lambda packet: self._arrive(packet, batch))
-        graph_freed = 0.0 if batch.output is None else -state.budget.graph(batch.tokens)
-        state.admission.make_room(batch.tokens, graph_freed, batch)
-        kept = batch.output
+        self._make_room(batch)
+        # The batch lets go of the graph: a backward uses the graph up, and a repetition must compute the forward again.
+        output = batch.output
         batch.output = None
 
         def compute() -> Gradients:
-            found = self._differentiate(batch, kept, sent)
-            if found is not None and self._accepts(found):
-                return found
-            self._leave_out_spoilers(batch, sent)
-            found = self._differentiate(batch, None, sent)
-            if found is not None and _is_finite(found):
-                return found
-            raise refusal({key: self._spoilt(key) for key in sent}, len(sent))  # only their sum is too large
+            return self._usable_gradients(batch, output, sent)
 
-        def finish(found: Gradients) -> list[Packet]:
-            state.counts.recomputed += kept is None
-            return self._answer(batch, packets, *found)
+        def finish(gradients: Gradients) -> list[Packet]:
+            state.counts.recomputed += output is None
+            return self._answer(batch, packets, *gradients)
 
         return Work(compute, finish)
 
+    def _make_room(self, batch: PendingBatch) -> None:
+        """Makes room for a backward, at best. The backward runs in any case: only a backward ends a pending step."""
+        budget = self._state.budget
+        has_graph = batch.output is not None
+        already_there = budget.graph(batch.tokens) if has_graph else 0.0
+        self._state.admission.make_room(batch.tokens, -already_there, batch)
+
+    def _usable_gradients(
+        self, batch: PendingBatch, output: Output | None, sent: Mapping[StepKey, _Gradient]
+    ) -> Gradients:
+        """Returns the gradients of a batch, without the steps that would spoil the gradient of the whole batch.
+
+        Args:
+            batch: The batch.
+            output: Result of the forward; None to compute the forward again.
+            sent: Gradients by step.
+
+        Raises:
+            UnboundedStep, SpoiledTogether: Some steps, or all, cannot be used.
+        """
+        gradients = self._differentiate(batch, output, sent)
+        if gradients is not None and self._accepts(gradients):
+            return gradients
+        self._leave_out_spoilers(batch, sent)
+        gradients = self._differentiate(batch, None, sent)
+        if gradients is not None and _is_finite(gradients):
+            return gradients
+        # Each step alone is usable, and only the sum is too large. No step is more to blame than the rest.
+        raise refusal({key: self._spoilt(key) for key in sent}, len(sent))
+
     def _arrive(self, packet: Packet, batch: PendingBatch) -> _Gradient:
-        """Decodes and checks what a client sent for a backward.
+        """Decodes and checks the tensors of a backward request.
 
         Raises:
             RefusedStep: The packet must not be served.
@@ -104,13 +132,15 @@ class Backwards:
         intake = self._state.intake
         intake.check_tensors(packet, "gradient", SUMS)
         gradient = intake.gradient(packet, batch.inputs[packet.key])
-        by_sums = intake.gradient_by_sums(packet, packet.key in batch.sums) if SUMS in packet.tensors else None
+        by_sums = None
+        if SUMS in packet.tensors:
+            by_sums = intake.gradient_by_sums(packet, has_sums=packet.key in batch.sums)
         return _Gradient(gradient, by_sums)
 
     def _differentiate(
         self, batch: PendingBatch, output: Output | None, sent: Mapping[StepKey, _Gradient]
     ) -> Gradients | None:
-        """Returns the gradients of a batch's adapter and inputs; None where float16 cannot hold them.
+        """Returns the gradients of a batch's adapter and inputs, or None if float16 cannot hold the gradients.
 
         Args:
             batch: The batch.
@@ -126,40 +156,44 @@ class Backwards:
         except Overflow:
             return None
 
-    def _accepts(self, found: Gradients) -> bool:
-        """Returns True if gradients can be used for training, and be sent back."""
-        of_adapter, of_inputs = found
+    def _accepts(self, gradients: Gradients) -> bool:
+        """Returns True if the optimiser can use the gradients of the adapter, and clients the gradients of inputs."""
+        of_adapter, of_inputs = gradients
         return self._state.adapters.accepts(of_adapter) and is_bounded(*of_inputs.values())
 
     def _leave_out_spoilers(self, batch: PendingBatch, sent: Mapping[StepKey, _Gradient]) -> None:
-        """Finds the steps of a batch whose gradients, each computed alone, cannot be used, and leaves them out.
+        """Finds the steps of a batch with unusable gradients, and leaves these steps out of the batch.
 
-        A single such step spoils the sum over the batch for all clients, even a step with finite hidden states that
-        has sent no gradient. Zeros take the place of its hidden states, so that the other rows are computed as before.
+        A single spoiler spoils the sum over the batch for all clients. Even a step with finite hidden states and no
+        gradient can be a spoiler: zero times an infinite value is NaN. Zeros take the place of the spoiler's hidden
+        states, so that the remaining rows are computed as before.
 
         Args:
             batch: The batch.
             sent: Gradients that have come, by step.
 
         Raises:
-            UnboundedStep, SpoiledTogether: Such steps are among the steps with a gradient.
+            UnboundedStep, SpoiledTogether: Steps with a gradient are among the spoilers.
         """
         kind = next(iter(sent.values())).by_output.dtype
         for key, hidden in batch.inputs.items():
-            if len(batch.inputs) > 1:
-                gradient = sent.get(key, _Gradient(torch.zeros_like(hidden, dtype=kind)))
-                found = self._differentiate(batch.only(key), None, {key: gradient})
-                if found is not None and self._accepts(found):
-                    continue
-            batch.spoilt.add(key)
+            gradient = sent.get(key, _Gradient(torch.zeros_like(hidden, dtype=kind)))
+            if len(batch.inputs) == 1 or not self._is_usable_alone(batch, key, gradient):
+                batch.spoilt.add(key)
         for key in batch.spoilt:
             hidden = batch.inputs[key]
             batch.inputs[key] = torch.zeros_like(hidden, requires_grad=hidden.requires_grad)
-        if spoilt := {key: self._spoilt(key) for key in sent if key in batch.spoilt}:
+        spoilt = {key: self._spoilt(key) for key in sent if key in batch.spoilt}
+        if spoilt:
             raise refusal(spoilt, len(sent))
 
+    def _is_usable_alone(self, batch: PendingBatch, key: StepKey, gradient: _Gradient) -> bool:
+        """Returns True if the gradients of one step of a batch, computed without the rest, can be used."""
+        gradients = self._differentiate(batch.only(key), None, {key: gradient})
+        return gradients is not None and self._accepts(gradients)
+
     def _spoilt(self, key: StepKey) -> UnboundedStep:
-        """Returns the refusal of a step whose gradients cannot be used."""
+        """Returns the refusal of a step with unusable gradients."""
         words = "the gradients that follow from its hidden states and its gradient are not finite"
         if not self._state.adapters.clips:
             words += f", or that of the adapter has a norm above {LARGEST_SHARE:g}, the most without --train.clip"
@@ -172,7 +206,17 @@ class Backwards:
         of_adapter: Mapping[str, Tensor],
         of_inputs: Mapping[StepKey, Tensor],
     ) -> list[Packet]:
-        """Trains the adapter with its gradient, or keeps that for clipping; answers with the inputs' gradients."""
+        """Trains the adapter with the gradient, or keeps the gradient for clipping. Answers with inputs' gradients.
+
+        Args:
+            batch: The batch.
+            packets: The requests.
+            of_adapter: Gradients of the adapter by exported name.
+            of_inputs: Gradients (B, T, D) of the inputs by step.
+
+        Raises:
+            UnboundedStep, SpoiledTogether: The optimiser cannot make a step with the gradient.
+        """
         state = self._state
         state.counts.backwards += 1
         state.budget.freed()
@@ -188,16 +232,22 @@ class Backwards:
         batch.spent = batch.spent or learns
         answers = state.answers.with_gradients(packets, of_inputs, batch.inputs)
         if unclipped is not None:
-            norm = EXACT.encode(torch.tensor(unclipped.squared, dtype=torch.float64))
-            state.answers.traffic.gradient.down += norm.nbytes
-            answers = [replace(answers[0], tensors={**answers[0].tensors, "norm": norm})]
+            # With clipping no schedule joins clients, so there is a single answer.
+            answers = [self._with_norm(answers[0], unclipped)]
             state.steps.begin(packets[0].clipping_key, unclipped)
         for packet, answer in zip(packets, answers, strict=True):
             state.steps.answer(packet.key, answer)
         return answers
 
+    def _with_norm(self, answer: Packet, unclipped: UnclippedGradient) -> Packet:
+        """Returns an answer with the squared norm of the trunk's gradient, for the client's clipping coefficient."""
+        # In float64: the client adds squares of all parts, and float32 would lose the small ones.
+        norm = EXACT.encode(torch.tensor(unclipped.squared, dtype=torch.float64))
+        self._state.answers.traffic.gradient.down += norm.nbytes
+        return replace(answer, tensors={**answer.tensors, "norm": norm})
+
     def _clip(self, packet: Packet) -> Packet:
-        """Uses a step's gradient, scaled by the clipping coefficient that has come."""
+        """Uses the gradient of a step, scaled by the clipping coefficient in a packet."""
         state = self._state
         unclipped = state.steps.held(packet.key)
         if not isinstance(unclipped, UnclippedGradient):
@@ -214,7 +264,7 @@ class Backwards:
         return answer
 
 
-def _is_finite(found: Gradients) -> bool:
-    """Returns True if gradients of an adapter and of inputs are finite, and their squares, too."""
-    of_adapter, of_inputs = found
+def _is_finite(gradients: Gradients) -> bool:
+    """Returns True if gradients of an adapter and of inputs are finite, and the squares of the gradients, too."""
+    of_adapter, of_inputs = gradients
     return is_bounded(*of_adapter.values()) and is_bounded(*of_inputs.values())

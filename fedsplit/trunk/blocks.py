@@ -1,6 +1,6 @@
-"""Forward and backward through the trunk's blocks, with one snapshot of an adapter after another.
+"""Forward and backward through the trunk's blocks, with any snapshot of an adapter.
 
-Shapes: B sequences of T tokens a step, D the width of hidden states; joined, all rows N and the longest T.
+Shapes: B sequences of T tokens a step, D the width of hidden states. A joined batch has all N rows, and the longest T.
 """
 
 from __future__ import annotations
@@ -27,38 +27,46 @@ Gradients = tuple[dict[str, Tensor], dict[StepKey, Tensor]]
 
 
 class Blocks:
-    """A part of the model that computes with any snapshot of its adapter.
+    """A part of the model that computes with any snapshot of the adapter.
 
-    `run` may be called by several threads, of which one computes at a time; `differentiate` may run beside it.
+    Several threads may call `run`; one of the calls computes at a time. `differentiate` may run beside `run`.
 
     Attributes:
         part: The trunk's blocks, with adapters.
-        device: Device that they compute on.
+        device: Device of the blocks.
     """
 
     def __init__(self, part: Trunk) -> None:
-        """Takes over a part, with its adapters."""
+        """Takes over a part with adapters."""
         self.part = part
         self.device = device_of(part)
-        # Where the tensors of a snapshot are put before it computes. `torch.func.functional_call` does the same, but
-        # looks at every parameter of the part each time, which takes 3 % of a step of the bundled model.
+        # The places for the tensors of a snapshot. `torch.func.functional_call` would find the places, too, but looks
+        # at every parameter of the part for each call, which takes 3 % of a step of the bundled model.
         self._slots = {lora.exported_name(part, name): _slot(part, name) for name in lora.local_parameters(part)}
-        self._placed: AdapterSnapshot = dict(lora.parameters(part))  # the part's own tensors have a rank, too
+        self._placed: AdapterSnapshot = dict(lora.parameters(part))
+        # A snapshot is put into the modules themselves, so two forwards at once would mix their adapters.
         self._running = threading.Lock()
 
     def _place(self, snapshot: AdapterSnapshot) -> None:
-        """Puts the tensors of a snapshot where the part's layers look for them."""
+        """Puts the tensors of a snapshot into the layers of the part."""
         for name, (module, leaf) in self._slots.items():
             module._parameters[leaf] = snapshot[name]  # type: ignore[assignment]  # a leaf that is no nn.Parameter
+        # PEFT keeps alpha / rank as a number in each layer, and clients may differ in rank.
         if any(tensor.shape != snapshot[name].shape for name, tensor in self._placed.items()):
             lora.rescale(self.part)
         self._placed = snapshot
 
     def run(self, batch: PendingBatch, keeps_graph: bool, training: bool = True) -> Output:
-        """Computes the forward of a batch, with its snapshot and dropout. A repetition gives equal bits."""
+        """Computes the forward of a batch, with the batch's snapshot and dropout. A repetition gives equal bits.
+
+        Args:
+            batch: The batch.
+            keeps_graph: True to keep the autograd graph for `differentiate`.
+            training: True for dropout.
+        """
         hidden, mask = batch.join()
         with self._running, torch.set_grad_enabled(keeps_graph), _seeded(batch.seed, self.device):
-            if self.part.training != training:
+            if self.part.training != training:  # `train` visits every module of the part
                 self.part.train(training)
             self._place(batch.snapshot)
             if not batch.sums:
@@ -70,7 +78,7 @@ class Blocks:
     def _sums_behind(
         self, batch: PendingBatch, heard: Sequence[Tensor], shape: Sequence[int]
     ) -> dict[StepKey, RouterSums]:
-        """Adds to each step's sums what the routers said of its rows.
+        """Returns each step's router sums behind the trunk: the bottom's sums, and the trunk's routers added.
 
         Args:
             batch: The batch.
@@ -79,56 +87,58 @@ class Blocks:
         """
         by_layer = [batch.cut(probabilities.unflatten(0, tuple(shape))) for probabilities in heard]
         chosen = self.part.config.num_experts_per_tok
-        return {
-            key: sums.after([layer[key].flatten(0, 1) for layer in by_layer], chosen, batch.masks.get(key))
-            for key, sums in batch.sums.items()
-        }
+        sums_behind = {}
+        for key, sums in batch.sums.items():
+            probabilities = [layer[key].flatten(0, 1) for layer in by_layer]
+            sums_behind[key] = sums.after(probabilities, chosen, batch.masks.get(key))
+        return sums_behind
 
     def differentiate(
         self, batch: PendingBatch, output: Output, sent: Mapping[StepKey, Tensor], by_sums: Mapping[StepKey, Tensor]
     ) -> Gradients:
-        """Computes a batch backward.
+        """Computes the backward of a batch.
 
         Args:
             batch: The batch.
-            output: Result of its forward, whose graph is used up.
+            output: Result of the batch's forward. The graph is used up.
             sent: Gradients (B, T, D) by the output, of some or all steps.
-            by_sums: Gradients (E,) by the routers' sums, of the steps that have any.
+            by_sums: Gradients (E,) by the router sums, of the steps with an auxiliary loss.
 
         Returns:
-            Gradients of the adapter by exported name, empty where it does not learn; and of the inputs (B, T, D), for
-            those steps in `sent` whose client can use them.
+            Gradients of the adapter by exported name (none for an adapter that does not learn), and gradients of the
+            inputs (B, T, D) by step, for the steps in `sent` with a client that can use a gradient.
 
         Raises:
-            Overflow: float16 cannot hold them.
+            Overflow: float16 cannot hold the gradients.
         """
         learned = {name: tensor for name, tensor in batch.snapshot.items() if tensor.requires_grad}
         wanted = {key: batch.inputs[key] for key in sent if batch.inputs[key].requires_grad}
         sums = {key: output.sums[key].probabilities for key in by_sums}
         routed = [key for key, probabilities in sums.items() if probabilities.requires_grad]
-        found = _gradients(
-            [output.hidden, *(sums[key] for key in routed)],
-            [*learned.values(), *wanted.values()],
-            [batch.spread(sent, output.hidden), *(by_sums[key] for key in routed)],
-        )
-        of_adapter = dict(zip(learned, found, strict=False))
-        of_inputs = dict(zip(wanted, found[len(learned) :], strict=True))
+
+        outputs = [output.hidden, *(sums[key] for key in routed)]
+        starts = [batch.spread(sent, output.hidden), *(by_sums[key] for key in routed)]
+        leaves = [*learned.values(), *wanted.values()]
+        gradients = _gradients(outputs, leaves, starts)
+
+        of_adapter = dict(zip(learned, gradients, strict=False))
+        of_inputs = dict(zip(wanted, gradients[len(learned) :], strict=True))
         return of_adapter, of_inputs
 
     def inference(self, snapshot: AdapterSnapshot) -> Trunk:
-        """Returns the part with a snapshot and without dropout, ready to compute until the next call of this object."""
+        """Returns the part with a snapshot and without dropout. The next call of any method may change the part."""
         if self.part.training:
             self.part.eval()
         self._place(snapshot)
         return self.part
 
     def weigh(self, sequences: int, length: int, adapter: TrainableAdapter) -> tuple[int, int]:
-        """Measures the memory of one step, which leaves nothing behind.
+        """Measures the memory of one step. The adapter stays as it is.
 
         Args:
             sequences: Sequences of the step.
             length: Tokens of a sequence.
-            adapter: Adapter to compute it with.
+            adapter: Adapter to compute with.
 
         Returns:
             Bytes in the graph of the step, and the largest growth of resident memory during the computation.
@@ -141,6 +151,7 @@ class Blocks:
         there_anyway = {tensor.untyped_storage().data_ptr() for tensor in weights}
         saved: dict[int, int] = {}
 
+        # By storage, since a graph saves many views of the same memory, and the weights are there anyway.
         def remember(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in there_anyway:
@@ -152,30 +163,32 @@ class Blocks:
             output = self.run(batch, keeps_graph=True)
         self.differentiate(batch, output, {key: torch.zeros_like(output.hidden)}, {})
         graph = sum(saved.values())
-        return graph, max(peak_memory() - before, graph)
+        growth = peak_memory() - before
+        return graph, max(growth, graph)  # the growth is too small if the process had a higher peak before
 
 
 def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Returns the gradients of leaves, given those of the outputs; in float32 where the output is in float16.
+    """Returns the gradients of leaves, given gradients of the outputs. Under float16 the result is in float32.
 
     Raises:
-        Overflow: float16 cannot hold them.
+        Overflow: float16 cannot hold the gradients.
     """
     if outputs[0].dtype != torch.float16:
         return torch.autograd.grad(outputs, inputs, starts)
-    found = gradients(outputs[0], inputs, starts[0])
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(inputs, found, strict=True)]
+    # `outputs` has no router sums here: the settings refuse a balancing loss in float16.
+    computed = gradients(outputs[0], inputs, starts[0])
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(inputs, computed, strict=True)]
 
 
 def _slot(part: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Returns the module that holds a parameter, and the parameter's name in it."""
+    """Returns the module that holds a parameter, and the parameter's name in the module."""
     path, _, leaf = name.rpartition(".")
     return part.get_submodule(path), leaf
 
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draws dropout from a given seed, and leaves the global random state as it was."""
+    """Draws dropout from a seed, and restores the global random state at the end."""
     with torch.random.fork_rng(devices=[] if device == CPU else [device], device_type=device.type):
         torch.manual_seed(seed)
         yield

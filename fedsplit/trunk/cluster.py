@@ -1,4 +1,4 @@
-"""Starts and stops a private Ray on this machine, closed to further users, in a folder that is removed at the end."""
+"""Starts and stops a private Ray on this machine, closed to further users, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ NAMESPACE = "fedsplit"
 """Namespace of all named actors."""
 
 _OBJECT_STORE = 512 * 2**20
-"""Bytes of shared memory for tensors under way; a step frees its own when it ends."""
+"""Bytes of shared memory for tensors on the way. The end of a step frees the step's tensors."""
 
 _LONGEST_PATH = 107
 """Longest path of a socket in bytes, on Linux."""
 
 _LONGEST_INNER = "/fs-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-"""Longest path of a Ray socket below the folder for temporary files, with the largest number that a process has."""
+"""Longest path of a Ray socket below the folder for temporary files, with the largest possible process number."""
 
 _LONGEST_PLACE = _LONGEST_PATH - len(_LONGEST_INNER)
-"""Longest path of that folder in bytes."""
+"""Longest path of the folder for temporary files, in bytes."""
 
 
 class ClusterFailed(Exception):
@@ -45,7 +45,7 @@ class ClusterFailed(Exception):
 
 
 def _places() -> Iterator[Path]:
-    """Yields folders that may hold Ray's session: the user's choice first, if its path is short enough."""
+    """Yields possible folders for Ray's session: the user's choice first, if the path is short enough."""
     for place in (os.environ.get("TMPDIR", "/tmp"), "/tmp", "/var/tmp", "/dev/shm"):
         if place and len(os.fsencode(place)) <= _LONGEST_PLACE and os.access(place, os.W_OK | os.X_OK):
             yield Path(place)
@@ -53,7 +53,7 @@ def _places() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _session_folder() -> Iterator[Path]:
-    """Makes a folder for Ray's session that no other user may enter, since Ray makes its contents writable for all.
+    """Makes a folder for Ray's session. No further user may enter, since Ray makes the contents writable for all.
 
     Raises:
         ClusterFailed: No folder for temporary files is usable.
@@ -70,22 +70,24 @@ def _session_folder() -> Iterator[Path]:
 def _job() -> JobConfig:
     """Keeps the working folder off the path of Ray's processes, where a user's `datasets.py` would hide the library.
 
-    It stays on the path only if fedsplit itself was loaded from there.
+    The working folder stays on the path only if fedsplit itself was loaded from the working folder.
     """
-    here, ours = Path.cwd().resolve(), Path(fedsplit.__file__).resolve().parent.parent
-    # Ray adds the working folder unless a job is said to come from its remote client; nothing else depends on that.
-    return JobConfig(_client_job=True, _py_driver_sys_path=[str(here)] if here == ours else [])
+    here = Path.cwd().resolve()
+    ours = Path(fedsplit.__file__).resolve().parent.parent
+    search_path = [str(here)] if here == ours else []
+    # Ray adds the working folder, except to jobs of Ray's remote client. Nothing else depends on `_client_job`.
+    return JobConfig(_client_job=True, _py_driver_sys_path=search_path)
 
 
 @contextlib.contextmanager
 def running(workers: int) -> Iterator[None]:
-    """Runs a Ray on this machine for as long as the context lasts.
+    """Runs a Ray on this machine until the end of the context.
 
-    Ray binds to the loopback interface and asks for a token, as the environment variables that
-    `fedsplit.environment.prepare` sets tell it to.
+    Ray binds to the loopback interface and asks for a token, because of environment variables from
+    `fedsplit.environment.prepare`.
 
     Args:
-        workers: Number of client processes to have room for.
+        workers: Number of client processes.
 
     Raises:
         ClusterFailed: Ray cannot be started here, or this process is connected to a different Ray.
@@ -99,8 +101,9 @@ def running(workers: int) -> Iterator[None]:
         try:
             with _keeping_sigterm():
                 _start(workers, folder)
+            # Ray's native code sets a handler that aborts the process. Only the main thread may set one.
             if threading.current_thread() is threading.main_thread() and on_terminate is not None:
-                signal.signal(signal.SIGTERM, on_terminate)  # Ray's native code puts one there that aborts the process
+                signal.signal(signal.SIGTERM, on_terminate)
             send_tensors_as_arrays()
             yield
         finally:
@@ -110,7 +113,10 @@ def running(workers: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keeping_sigterm() -> Iterator[None]:
-    """Keeps Ray from replacing the handler of SIGTERM: a start takes seconds, and Ray's exits with 15 or never ends."""
+    """Keeps Ray's Python code from replacing the handler of SIGTERM.
+
+    A start takes seconds. A SIGTERM in these seconds would meet Ray's handler, and end with exit code 15 or not at all.
+    """
     set_handler = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None
     try:
@@ -123,7 +129,7 @@ def _start(workers: int, folder: Path) -> None:
     """Starts Ray.
 
     Raises:
-        ClusterFailed: It does not start.
+        ClusterFailed: Ray does not start.
     """
     try:
         ray.init(
@@ -142,10 +148,10 @@ def _start(workers: int, folder: Path) -> None:
 
 
 def send_tensors_as_arrays() -> None:
-    """Makes this process send all tensors through Ray as arrays, in place of torch's pickles of them."""
+    """Makes this process send all tensors through Ray as arrays, in place of torch's pickles of tensors."""
     ray.util.register_serializer(Tensor, serializer=EXACT.encode, deserializer=writable)
 
 
 def writable(encoded: Encoded) -> Tensor:
-    """Returns a copy of an array as a tensor. Ray's memory, in which the array arrived, may not be written to."""
+    """Returns a copy of an array as a tensor. The array itself lies in Ray's memory, which is read-only."""
     return EXACT.decode(encoded).clone()

@@ -1,7 +1,8 @@
-"""Order of the trunk's work: turns, gathering, barriers, and how long the others wait for a client that is late."""
+"""Order of the trunk's work: turns, gathering, barriers, and deadlines for late clients."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from fedsplit.wire.packets import Packet, StepKey, check_form
 from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether, StaleStep
 
 Answer = Packet | Exception
-"""Result of a request: a packet, or the reason why there is none."""
+"""Result of a request: a packet, or the error in place of a packet."""
 
 Done = Callable[[Answer], None]
 """Takes the result of a request."""
@@ -32,8 +33,8 @@ class _Request:
     Attributes:
         packet: The packet.
         arrived: Time of its arrival.
-        done: Takes the answer.
-        repeats: True if it was served before, and gets the same answer.
+        done: Function that takes the answer.
+        repeats: True if the packet was served before. The earlier answer is then sent again.
     """
 
     packet: Packet
@@ -58,7 +59,7 @@ class _Request:
 
     @property
     def worker(self) -> str:
-        """Name of the worker that computes it."""
+        """Name of the worker that computes the answer."""
         return BACKWARD if self.is_backward else FORWARD
 
     @property
@@ -68,30 +69,30 @@ class _Request:
 
     @property
     def teaches(self) -> bool:
-        """True for a part of a step that the trunk learns from, whose order matters."""
+        """True for a part of a step that trains the trunk. Only the order of these parts changes results."""
         return self.is_step and self.packet.learns
 
 
 class Dispatcher:
     """Decides in which order the trunk serves the requests of its clients.
 
-    Repeats, evaluations, admission requests and steps from which the trunk does not learn are served as they come,
-    and gradients before new forwards, since a gradient frees memory. Beyond that the schedule decides:
+    Repeats, evaluations, admission requests and steps from which the trunk does not learn are served on arrival.
+    Gradients are served before new forwards, since a gradient frees memory. The schedule decides the rest:
 
-    - `batched`: a forward waits until every active client has one, a gradient until all of its batch have come;
-    - `accumulate`: a client that has done `every` steps since the last barrier waits there for the other active ones;
+    - `batched`: a forward waits until every active client has sent a forward, and a gradient waits until all
+      gradients of the batch have come;
+    - `accumulate`: a client with `every` steps since the last barrier waits at the barrier for the active clients;
     - `--deterministic`: clients train in groups. Under `shared` the members of a group take turns, request by
-      request, in a fixed order; under `batched` and `accumulate` all members are waited for, however late.
+      request, in a fixed order. Under `batched` and `accumulate` nothing is served before the last member has come.
 
-    A client is active from its first forward of a round (or, in a group, from the start of the round) until it leaves.
-    A client that keeps the others waiting beyond the deadline is left behind: the others no longer wait for it, until
-    it comes back.
+    A client is active from the first forward of a round (in a group, from the start of the round) until `leave`.
+    A client that has not come by the deadline is left behind: nobody waits for the client until the next request.
 
-    With workers, one forward and one backward are computed at the same time, and `advance` returns before they are
-    done. A forward sees the newest snapshot of the adapter at its beginning. Every other call of dispatcher and trunk
-    must wait until nothing is under way; only `leave` may be called as soon as nothing of its client is.
+    With workers, one forward and one backward are computed at the same time, and `advance` returns before the results
+    are ready. A forward sees the snapshot of the adapter that is newest when the forward begins. Other calls of
+    dispatcher and trunk must wait until no worker computes; `leave` must wait for work of the leaving client only.
 
-    Used by one thread, which also calls `done`.
+    Not thread-safe: one thread makes all calls, and the callbacks `done` run on the same thread.
     """
 
     def __init__(
@@ -107,8 +108,7 @@ class Dispatcher:
             server: Trunk that computes.
             settings: Schedule, deadline in seconds, and steps between barriers.
             clock: Clock for deadlines.
-            workers: Workers for forwards and backwards. Where not given, both are computed in `advance`, one after
-                the other.
+            workers: Workers for forwards and backwards. Without workers, `advance` computes both, one after the other.
         """
         self.server = server
         self._clock = clock
@@ -131,18 +131,20 @@ class Dispatcher:
         return bool(self._under_way)
 
     def computes_for(self, client: int) -> bool:
-        """Returns True while a worker computes for a client, so that the client cannot leave yet."""
-        return any(request.client == client for requests in self._under_way for request in requests)
+        """Returns True while a worker computes for a client. Until then the client cannot leave."""
+        requests = itertools.chain.from_iterable(self._under_way)
+        return any(request.client == client for request in requests)
 
     def _is_busy(self, worker: str) -> bool:
         return any(requests[0].worker == worker for requests in self._under_way)
 
     def begin(self, group: Sequence[int]) -> None:
-        """Makes clients a group that trains together; until `end_round`, the training of others is refused.
+        """Makes clients a group that trains together. Until `end_round`, training of further clients is refused.
 
         Args:
-            group: The clients, in the order of their turns.
+            group: The clients, in the order of the turns.
         """
+        # Schedules that gather or sum wait for the whole group, so the order of arrival changes nothing there.
         takes_turns = not (self._schedule.gathers or self._schedule.sums)
         self._grouped = True
         self._group = set(group)
@@ -150,11 +152,11 @@ class Dispatcher:
         self._turns = list(group) if takes_turns else []
 
     def submit(self, packet: Packet, done: Done) -> None:
-        """Takes a request. What cannot be served at all is refused at once.
+        """Queues a request, or refuses the request at once if the trunk can never serve the packet.
 
         Args:
             packet: The request.
-            done: Called with the answer, or with the reason why there is none, from `advance`.
+            done: Called from `advance` with the answer, or with the error in place of an answer.
         """
         try:
             check_form(packet)
@@ -164,21 +166,22 @@ class Dispatcher:
             return
         request = _Request(packet, self._clock(), done)
         self._waiting.append(request)
-        if packet.training and not request.is_backward and not self._grouped:
+        is_training_forward = packet.training and not request.is_backward
+        if is_training_forward and not self._grouped:
             self._active.add(request.client)
 
     def _check_group(self, packet: Packet) -> None:
-        """Makes sure that only clients of the group train. The turn of a further client would never come.
+        """Refuses training of clients outside the group, who would wait for ever: no turn is theirs.
 
         Raises:
-            StaleStep: The packet trains for a client that is not in the group, or has left it.
+            StaleStep: The packet trains for a client that is not in the group, or has left the group.
         """
         request = _Request(packet, 0.0, lambda answer: None)
         if self._grouped and request.is_step and request.client not in self._group:
             raise StaleStep(f"{packet.key}: its client does not train now")
 
     def leave(self, client: int) -> None:
-        """Ends the round of a client that has finished or is dead. No request waits for the client any more."""
+        """Ends the round of a client that has finished or is dead. No request waits for the client from then on."""
         self._active.discard(client)
         self._group.discard(client)
         self._contributed.pop(client, None)
@@ -199,7 +202,8 @@ class Dispatcher:
         Returns:
             Counts of the round.
         """
-        for client in {request.client for request in self._waiting} | self._active:
+        waiting = {request.client for request in self._waiting}
+        for client in waiting | self._active:
             self.leave(client)
         self._grouped = False
         self._group = set()
@@ -207,8 +211,9 @@ class Dispatcher:
         return self.server.end_round(finished)
 
     def advance(self) -> bool:
-        """Serves the next request, or batch of requests; returns False if there was none that could be served."""
-        if not self._is_busy(BACKWARD):  # a batch that is being differentiated is still pending
+        """Serves the next request or batch of requests. Returns False if every request has to wait."""
+        # A batch stays pending while its backward is computed. Its lease must not run out under the worker.
+        if not self._is_busy(BACKWARD):
             self.server.expire()
         chosen = self._choose()
         if not chosen:
@@ -218,7 +223,7 @@ class Dispatcher:
         return True
 
     def wakes_at(self) -> float | None:
-        """Returns the time of the next deadline or expiry, at which `advance` may find something without a request."""
+        """Returns the time of the next deadline or expiry, which may give `advance` work without a new request."""
         times = [self._deadline(group) for group in self._held_up() if group]
         expiry = None if self._is_busy(BACKWARD) else self.server.steps.next_expiry()
         if expiry is not None:
@@ -226,7 +231,11 @@ class Dispatcher:
         return min((time for time in times if time < math.inf), default=None)
 
     def _deadline(self, group: Iterable[_Request]) -> float:
-        return math.inf if self._grouped else min(request.arrived for request in group) + self._patience
+        """Returns the time after which requests no longer wait. A group of `--deterministic` has no deadline."""
+        if self._grouped:
+            return math.inf
+        first_arrival = min(request.arrived for request in group)
+        return first_arrival + self._patience
 
     @property
     def _ready(self) -> list[_Request]:
@@ -234,11 +243,11 @@ class Dispatcher:
         return [request for request in self._waiting if not self._is_busy(request.worker)]
 
     def _choose(self) -> list[_Request]:
-        """Returns the requests to serve next, as one batch; none where all have to wait."""
+        """Returns the requests to serve next, as one batch. The list is empty where all requests have to wait."""
         for request in self._ready:
             request.repeats = self.server.is_repeat(request.packet)
-            waits_for_nobody = request.is_admission or not (request.teaches or request.client in self._turns)
-            if waits_for_nobody or request.repeats:
+            order_matters = request.teaches or request.client in self._turns
+            if request.repeats or request.is_admission or not order_matters:
                 return [request]
         if self._turns:
             return self._turn()
@@ -247,32 +256,41 @@ class Dispatcher:
         return self._first_step()
 
     def _first_step(self) -> list[_Request]:
-        """Returns the first part of a step that need not wait at the barrier, gradients first."""
+        """Returns the first part of a step that need not wait at the barrier, gradients before forwards."""
         steps = [request for request in self._ready if request.teaches]
-        steps.sort(key=lambda request: not request.is_backward)
+        steps.sort(key=lambda request: not request.is_backward)  # stable: otherwise the order of arrival stays
         for request in steps:
             if request.is_backward or not self._at_barrier(request):
                 return [request]
         if self.is_computing:  # the result may count before the barrier
             return []
-        if steps and (self._everybody_contributed(steps) or self._deadline(steps) <= self._clock()):
+        if not steps:
+            return []
+        is_overdue = self._deadline(steps) <= self._clock()
+        if self._everybody_contributed(steps) or is_overdue:
             self._pass_barrier()
             return [steps[0]]
         return []
 
     def _turn(self) -> list[_Request]:
-        """Returns the next request of the client whose turn it is."""
+        """Returns the next request of the client at the head of the turns, and moves the client to the end."""
         candidates = [request for request in self._ready if request.client == self._turns[0]]
         if not candidates:
             return []
         self._turns.append(self._turns.pop(0))
-        return [min(candidates, key=lambda r: (r.packet.key.place, r.is_backward, r.packet.key.micro))]
+
+        # By key, not by arrival: packets of one client may overtake each other on the way.
+        def place(request: _Request) -> tuple[object, bool, int]:
+            key = request.packet.key
+            return key.place, request.is_backward, key.micro
+
+        return [min(candidates, key=place)]
 
     def _held_up(self) -> list[list[_Request]]:
-        """Returns the groups of requests that wait for those of other clients; a group is served at once.
+        """Returns the requests that wait for further clients, in groups. All requests of a group are served together.
 
-        Of gathered requests, a group has each step once, and one forward of a client. A request that comes again
-        waits, and is a repeat as soon as the first one is answered.
+        Under `batched`, a group has each step once, and one forward of each client. A second copy of a request waits
+        until the first copy is answered, and is a repeat from then on.
         """
         steps = [request for request in self._ready if request.teaches]
         if self._schedule.gathers:
@@ -298,47 +316,59 @@ class Dispatcher:
         return list(by_client.values())
 
     def _batch_of(self, request: _Request) -> object:
-        """Returns an id of the batch that a gradient belongs to; a request that will be refused stands alone."""
+        """Returns an identity of the batch that a gradient belongs to."""
         try:
             return id(self.server.steps.held(request.packet.key))
         except RefusedStep:
-            return request
+            return request  # a group of its own, so that the refusal meets no other client
 
     def _gather(self) -> list[_Request]:
-        """Returns all requests of a batch, once all clients have sent theirs or the deadline has passed.
+        """Returns all requests of a batch, once all clients have sent a request or the deadline has passed.
 
         A clipping coefficient belongs to no batch, and waits for nobody.
         """
-        if coefficients := [request for request in self._ready if request.packet.clips]:
+        coefficients = [request for request in self._ready if request.packet.clips]
+        if coefficients:
             return coefficients[:1]
+
         *batches, forwards = self._held_up()
-        for group in batches:
-            members = self.server.companions(group[0].packet.key)
-            there = {request.client for request in group}
-            if there >= members & self._active or self._late(group, members):
-                return group
-        there = {request.client for request in forwards}
-        if forwards and (there >= self._active or self._late(forwards, self._active)):
-            # A client that was sent away for want of memory comes first, or it might be sent away for ever.
+        for gradients in batches:
+            members = self.server.companions(gradients[0].packet.key)
+            if self._is_complete(gradients, members):
+                return gradients
+
+        if forwards and self._is_complete(forwards, self._active):
+            # A client that was refused for want of memory comes first. Otherwise the client might starve.
             forwards.sort(key=lambda request: (-self._sent_away[request.client], request.client))
-            return [request for request in forwards if _like(request.packet) == _like(forwards[0].packet)]
+            kind = _joinable(forwards[0].packet)
+            return [request for request in forwards if _joinable(request.packet) == kind]
         return []
 
+    def _is_complete(self, group: Sequence[_Request], members: set[int]) -> bool:
+        """Returns True if a group has a request of every active member, or has waited until the deadline.
+
+        Members without a request at the deadline are left behind.
+        """
+        present = {request.client for request in group}
+        return present >= members & self._active or self._late(group, members)
+
     def _late(self, group: Sequence[_Request], members: set[int]) -> bool:
-        """Returns True if a group has waited long enough; the members that are missing are then left behind."""
+        """Returns True if the deadline of a group has passed. The missing members are then left behind."""
         if self._deadline(group) > self._clock():
             return False
         self._active -= members - {request.client for request in group}
         return True
 
     def _at_barrier(self, request: _Request) -> bool:
-        return self._schedule.sums and self._every > 0 and self._contributed[request.client] >= self._every
+        """Returns True if the client has made all steps before the barrier. With `every` 0, the round is one window."""
+        has_barriers = self._schedule.sums and self._every > 0
+        return has_barriers and self._contributed[request.client] >= self._every
 
     def _everybody_contributed(self, waiting: Sequence[_Request]) -> bool:
         """Returns True if each active client has contributed to the barrier.
 
-        In a group each must also have come to the barrier. Requests that wait for nobody then see the snapshot before
-        it, whatever their time.
+        In a group, each client must also wait at the barrier. Otherwise an evaluation would see the snapshot before or
+        after the barrier, depending on the time of arrival.
         """
         if self._grouped and self._active - {request.client for request in waiting}:
             return False
@@ -372,15 +402,17 @@ class Dispatcher:
         self._settle(chosen, answers)
 
     def _settle(self, chosen: Sequence[_Request], answers: Sequence[Answer] | Exception) -> None:
-        """Gives each request its answer, or the reason why there is none."""
+        """Gives each request an answer, or the error in place of an answer."""
         if isinstance(answers, SpoiledTogether):
             self._serve_without(chosen, answers)
             return
         if isinstance(answers, RefusedStep) and len(chosen) > 1:
-            for request in chosen:  # one spoils it for all: each alone, so that only that one is refused
+            # One request spoils the batch, and the error does not say which. Alone, only that request is refused.
+            for request in chosen:
                 self._serve([request])
             return
-        if isinstance(answers, Exception):  # the requests' to know: it must not end the thread that serves everybody
+        # Any error goes to the clients. Raised here, the error would end the thread that serves all clients.
+        if isinstance(answers, Exception):
             answers = [answers] * len(chosen)
         for request, answer in zip(chosen, answers, strict=True):
             if isinstance(answer, Packet):
@@ -388,7 +420,7 @@ class Dispatcher:
             request.done(answer)
 
     def _serve_without(self, chosen: Sequence[_Request], spoiled: SpoiledTogether) -> None:
-        """Refuses some requests of a batch, and serves the others."""
+        """Refuses the spoiled requests of a batch, and serves the rest."""
         rest = []
         for request in chosen:
             refusal = spoiled.refused.get(request.packet.key)
@@ -403,21 +435,24 @@ class Dispatcher:
         """Records an answer for the groups: clients that were refused, and clients that contributed to the barrier."""
         if answer.wait:
             self._sent_away[request.client] += 1
-            self._active.discard(request.client)  # the clients that wait for it may hold the memory that it waits for
+            # A deadlock otherwise: active clients would wait for this client, and hold the memory that it needs.
+            self._active.discard(request.client)
         elif self._sent_away.pop(request.client, None) and request.packet.training:
             self._active.add(request.client)
         if request.repeats:
             return
         packet = request.packet
+        # With clipping, the gradient is used only when the coefficient comes.
         ends_step = packet.clips if self.server.adapters.clips else request.is_backward and packet.ends
         if ends_step and packet.learns:
             self._contributed[request.client] += 1
 
 
-def _like(packet: Packet) -> tuple[bool, str]:
-    """Returns what forwards of one batch must have in common: whether gradients go back, and the type of hidden states.
+def _joinable(packet: Packet) -> tuple[bool, str]:
+    """Returns a key: forwards with equal keys may be joined in a batch.
 
-    Joined with wider ones of another client, hidden states would be computed with in another type.
+    The key tells whether the client wants gradients, and the type of the hidden states. Joined with hidden states of a
+    wider type, bf16 values would be computed in the wider type, and the client's numbers would depend on its company.
     """
     hidden = packet.tensors.get("hidden")
     return packet.wants_gradient, hidden.dtype if hidden else ""

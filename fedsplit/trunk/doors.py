@@ -15,7 +15,7 @@ def find_trunk(name: str) -> TrunkPort:
     """Returns the trunk with a name, from this process or else from the Ray cluster.
 
     Raises:
-        TrunkLost: There is no such trunk.
+        TrunkLost: No trunk has the name.
     """
     trunk = local.find_trunk(name)
     if trunk is not None:
@@ -27,7 +27,7 @@ def find_trunk(name: str) -> TrunkPort:
 
 
 def check_memory(config: Config, trunk: TrunkPort) -> None:
-    """Makes sure that the trunk's memory budget suffices for a step. Only a loaded trunk knows its need for memory.
+    """Checks that the trunk's memory budget suffices for a step. Only a loaded trunk can measure the need for memory.
 
     Raises:
         SettingError: The budget does not suffice for a single step.

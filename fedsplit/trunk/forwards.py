@@ -24,12 +24,18 @@ from fedsplit.wire.scaling import TOO_LARGE
 from fedsplit.wire.steps import StaleStep, UnboundedStep
 
 WAIT_SECONDS = 0.05
-"""Seconds after which a client that found no memory may ask again."""
+"""Seconds until a client may ask again after a refusal for want of memory."""
 
 
 @dataclass(frozen=True)
 class _Arrival:
-    """Tensors of a forward request: hidden states (B, T, D), a mask (B, T) where there is padding, router sums."""
+    """Tensors of a forward request.
+
+    Attributes:
+        hidden: Hidden states (B, T, D).
+        mask: Mask (B, T); None without padding.
+        sums: Sums of the bottom's routers; None without an auxiliary loss.
+    """
 
     hidden: Tensor
     mask: Tensor | None
@@ -44,13 +50,13 @@ class Forwards:
         self._state = state
 
     def ask(self, packet: Packet) -> Packet:
-        """Answers an admission request, and reserves memory for the step where there is enough.
+        """Answers an admission request, and reserves memory for the step if memory suffices.
 
         Args:
-            packet: Packet without tensors, with the shape of the hidden states that will follow.
+            packet: Packet without tensors, with the shape of the hidden states to come.
 
         Returns:
-            An answer; its `wait` is above 0 where there is too little memory now.
+            An answer. A `wait` above 0 tells the client to ask again, since memory is short now.
 
         Raises:
             RefusedStep: The packet must not be served.
@@ -60,7 +66,8 @@ class Forwards:
         check_parts(packet, state.settings)
         part = state.blocks.part
         state.intake.check_shape(packet.key, packet.shape, state.settings.batch_size)
-        if state.steps.repeated(packet.key) is not None or state.admission.has_reserved(packet.key):
+        is_pending = state.steps.repeated(packet.key) is not None
+        if is_pending or state.admission.has_reserved(packet.key):  # a repeated request must not reserve twice
             return Packet(packet.key)
 
         state.steps.check_order(packet.key)
@@ -75,16 +82,16 @@ class Forwards:
     def begin(self, packets: Sequence[Packet]) -> Work:
         """Begins one forward for the steps of one or more clients.
 
-        In training, the graph is kept until the backward of the same keys; where the memory budget has no room for
-        it, the input alone is. Dropout depends on the run's seed and the keys. A step that comes again while it is
-        pending gets the same answer, and is kept once.
+        In training, the graph is kept until the backward of the same keys. If the memory budget is too small for the
+        graph, the input alone is kept. Dropout depends on the run's seed and on the keys. A step that is sent again
+        while pending gets the same answer, and is kept once.
 
         Args:
-            packets: All of training, or one of evaluation.
+            packets: Packets of training, or a single packet of evaluation.
 
         Returns:
-            Work that makes an answer to each packet. Packets for which there is no memory now get one with `wait`
-            above 0.
+            Work that makes an answer to each packet. A `wait` above 0 tells the client to ask again, since memory is
+            short now.
 
         Raises:
             RefusedStep: A packet must not be served; nothing was done.
@@ -93,7 +100,8 @@ class Forwards:
         each(packets, state.steps.check)
         first = packets[0]
         keeps = first.training and state.schedule.expects_backward(first.wants_gradient)
-        if keeps and (pending := state.steps.repeated(first.key)) is not None:
+        pending = state.steps.repeated(first.key) if keeps else None
+        if pending is not None:
             return self._repeat(first, pending)
 
         state.admission.redeem(packet.key for packet in packets)
@@ -101,9 +109,7 @@ class Forwards:
         inputs = [arrival.hidden for arrival in arrived.values()]
         room, count = state.admission.room(inputs) if keeps else ("none", len(packets))
         served = packets[:count]
-        refused = packets[count:]
-        state.counts.waits += len(refused)
-        waits = [Packet(packet.key, wait=WAIT_SECONDS) for packet in refused]
+        waits = self._refuse_for_now(packets[count:])
         if not served:
             return Work.answered(waits)
         batch = self._make_batch(served, arrived, keeps)
@@ -118,21 +124,32 @@ class Forwards:
             if keeps:
                 for key in batch.inputs:
                     state.steps.begin(key, batch)
-            state.counts.forwards += 1
-            traffic = state.answers.traffic
-            crossed = traffic.activation if first.training else traffic.evaluation_activation
-            hidden = batch.cut(output.hidden.detach())
-            return [*state.answers.with_hidden(crossed, served, hidden, output.sums), *waits]
+            return [*self._answer(batch, served, output), *waits]
 
         return Work(compute, finish)
 
+    def _refuse_for_now(self, packets: Sequence[Packet]) -> list[Packet]:
+        """Returns answers that tell clients to ask again, since memory is short."""
+        self._state.counts.waits += len(packets)
+        return [Packet(packet.key, wait=WAIT_SECONDS) for packet in packets]
+
+    def _answer(self, batch: PendingBatch, packets: Sequence[Packet], output: Output) -> list[Packet]:
+        """Returns the answers to the steps of a batch, and counts the forward."""
+        state = self._state
+        state.counts.forwards += 1
+        traffic = state.answers.traffic
+        crossed = traffic.activation if packets[0].training else traffic.evaluation_activation
+        hidden = batch.cut(output.hidden.detach())
+        return state.answers.with_hidden(crossed, packets, hidden, output.sums)
+
     def _repeat(self, packet: Packet, pending: PendingBatch | UnclippedGradient) -> Work:
-        """Answers a pending step that is sent again, with the values of the first answer."""
+        """Answers a pending step again, with the values of the first answer."""
         if isinstance(pending, UnclippedGradient):
             raise StaleStep(f"{packet.key}: its gradient has come already")
         answers = self._state.answers
         output = pending.output
 
+        # Without a kept output the forward is computed again; snapshot and dropout seed give equal bits.
         def compute() -> Output:
             return output or self._state.blocks.run(pending, keeps_graph=False)
 
@@ -143,7 +160,7 @@ class Forwards:
         return Work(compute, finish)
 
     def _arrive(self, packet: Packet, keeps: bool) -> _Arrival:
-        """Decodes and checks what a client sent for a forward.
+        """Decodes and checks the tensors of a forward request.
 
         Raises:
             RefusedStep: The packet must not be served.
@@ -160,7 +177,8 @@ class Forwards:
         return _Arrival(hidden.requires_grad_(returns_gradient), mask, sums)
 
     def _make_batch(self, packets: Sequence[Packet], arrived: Mapping[StepKey, _Arrival], keeps: bool) -> PendingBatch:
-        """Returns the batch of the steps that are served."""
+        """Returns the steps to serve, as a batch."""
+        # The first client's adapter is everybody's: only the shared adapter computes batches of several clients.
         adapter = self._state.adapters.of(packets[0].key.client, begins=keeps)
         served = {packet.key: arrived[packet.key] for packet in packets}
         return PendingBatch(
@@ -174,24 +192,33 @@ class Forwards:
 
 
 def _refuse_unbounded(batch: PendingBatch, output: Output, together: int) -> None:
-    """Refuses the steps of a forward whose hidden states have become infinite or NaN.
+    """Refuses the steps of a forward with infinite or NaN values in the output.
 
     Args:
         batch: The batch.
-        output: Result of its forward.
+        output: Result of the batch's forward.
         together: Number of packets to be served together, including packets without memory.
 
     Raises:
-        UnboundedStep, SpoiledTogether: There are such steps.
+        UnboundedStep, SpoiledTogether: Some steps, or all, have values that are not finite.
     """
     if is_bounded(output.hidden):
         return
     words = f"the trunk makes values of its hidden states that are not finite{beyond(output.hidden.dtype)}"
     by_step = batch.cut(output.hidden.detach())
-    spoilt = [key for key, rows in by_step.items() if not is_bounded(rows)] or list(by_step)
+    spoilt = [key for key, rows in by_step.items() if not is_bounded(rows)]
+    if not spoilt:  # the squares of each step are finite, and only the sum over all steps is not
+        spoilt = list(by_step)
     raise refusal({key: UnboundedStep(f"{key}: {words}") for key in spoilt}, together)
 
 
 def beyond(kind: torch.dtype) -> str:
-    """Returns advice about values that are not finite, by the type of computation."""
+    """Returns advice about values that are not finite, by the type of computation.
+
+    Example:
+        >>> beyond(torch.float32)
+        ''
+        >>> beyond(torch.float16)
+        ': values exceed 65504, the most that float16 can hold; --dtype bf16 and fp32 can hold more'
+    """
     return f": {TOO_LARGE}" if kind == torch.float16 else ""

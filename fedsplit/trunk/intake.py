@@ -1,4 +1,6 @@
-"""Decodes and checks the tensors that clients send; refuses, by the name of the step, what cannot be computed with.
+"""Decodes and checks the tensors from clients. A tensor that the trunk cannot use is refused, with the step's name.
+
+A client may be a stranger, so every shape, type and value is checked before a block computes.
 
 Shapes: B sequences of T tokens a step, D the width of hidden states, E experts.
 """
@@ -32,19 +34,23 @@ class Intake:
         """Prepares for a part.
 
         Args:
-            part: The trunk's blocks, which decide width, type and number of experts.
+            part: Blocks of the trunk. Width, type and number of experts follow from the blocks.
             codec: Codec of hidden states and gradients.
-            device: Device that tensors are put on.
+            device: Device for the decoded tensors.
         """
         self._part = part
         self._codec = codec
         self._device = device
 
     def check_tensors(self, packet: Packet, *names: str) -> None:
-        """Makes sure that a packet has no tensors beside those that a request of its kind may have.
+        """Checks that a packet has no further tensors.
+
+        Args:
+            packet: The packet.
+            *names: Names of the tensors that the packet may have.
 
         Raises:
-            SpoiledStep: It has others, or router sums for a part without experts.
+            SpoiledStep: The packet has a further tensor, or router sums for a part without experts.
         """
         if more := sorted(packet.tensors.keys() - {*names}):
             raise SpoiledStep(f"{packet.key} sent its {more[0]} where nobody asked for it")
@@ -52,7 +58,7 @@ class Intake:
             raise SpoiledStep(f"{packet.key} sent something of routers, which the model does not have")
 
     def check_shape(self, key: StepKey, shape: Sequence[int], rows: int | None = None) -> None:
-        """Makes sure that hidden states of a shape can be computed with.
+        """Checks that the blocks can compute with hidden states of a shape.
 
         Args:
             key: The step.
@@ -60,10 +66,12 @@ class Intake:
             rows: Most sequences; None for any number.
 
         Raises:
-            SpoiledStep: They cannot.
+            SpoiledStep: The shape is not (B, T, D), or too large.
         """
-        width, longest = self._part.config.hidden_size, self._part.config.max_position_embeddings
-        if len(shape) != 3 or shape[2] != width or not math.prod(shape):
+        width = self._part.config.hidden_size
+        longest = self._part.config.max_position_embeddings
+        is_empty = not math.prod(shape)
+        if len(shape) != 3 or shape[2] != width or is_empty:
             raise SpoiledStep(f"{key} sent hidden states of shape {tuple(shape)}, not (B, T, {width})")
         if shape[1] > longest:
             raise SpoiledStep(f"{key} sent {shape[1]} positions, beyond the model's {longest}")
@@ -73,16 +81,16 @@ class Intake:
     def hidden(self, packet: Packet, rows: int | None = None) -> Tensor:
         """Returns the hidden states (B, T, D) of a packet, in the part's type or in float32.
 
-        They are float32 where float32 adapters lie in the path of the hidden states themselves, as in the norms of a
-        mixture of experts. There the unsplit model carries float32 from block to block, too.
+        float32 occurs where float32 adapters lie in the path of the hidden states, as in the norms of a mixture of
+        experts. The unsplit model of this kind carries float32 from block to block, too.
 
         Args:
             packet: The packet.
             rows: Most sequences; None for any number.
 
         Raises:
-            SpoiledStep: They are missing, or nothing can be computed with them.
-            UnboundedStep: Their values are not finite or too large.
+            SpoiledStep: The hidden states are missing, or have a wrong shape or type.
+            UnboundedStep: A value is not finite, or too large.
         """
         kind = self._part.dtype
         role = Role("activation", "up", packet.key, packet.training, kind)
@@ -95,10 +103,10 @@ class Intake:
         return hidden
 
     def mask(self, packet: Packet, hidden: Tensor) -> Tensor:
-        """Returns the mask (B, T) of a packet that has one.
+        """Returns the mask (B, T) of a packet with padding.
 
         Raises:
-            SpoiledStep: It does not fit the hidden states.
+            SpoiledStep: The mask does not fit the hidden states.
         """
         mask = self._exact(packet, "mask")
         if mask.shape != hidden.shape[:2]:
@@ -109,15 +117,17 @@ class Intake:
         return mask
 
     def sums(self, packet: Packet) -> RouterSums:
-        """Returns the router sums (2E + 1,) of a packet that has them.
+        """Returns the router sums (2E + 1,) of a packet with an auxiliary loss.
 
         Raises:
-            SpoiledStep: They are not finite numbers, or not as many as there are experts.
+            SpoiledStep: The number of sums does not fit the number of experts.
+            UnboundedStep: A sum is not finite, or too large.
         """
         sums = self._exact(packet, SUMS)
         size = 2 * self._part.experts + 1
-        if sums.shape != (size,) or not sums.is_floating_point() or not is_bounded(sums):
-            kind = UnboundedStep if sums.shape == (size,) and sums.is_floating_point() else SpoiledStep
+        fits = sums.shape == (size,) and sums.is_floating_point()
+        if not fits or not is_bounded(sums):
+            kind = UnboundedStep if fits else SpoiledStep
             raise kind(f"{packet.key} sent {tuple(sums.shape)} as sums of routers, not {size} finite numbers")
         return RouterSums.unpacked(sums)
 
@@ -129,14 +139,15 @@ class Intake:
             hidden: Hidden states of the same step.
 
         Raises:
-            SpoiledStep: It has another shape than the hidden states, or a type that it cannot have.
-            UnboundedStep: Its values are not finite or too large.
+            SpoiledStep: The gradient is missing, its shape differs from the hidden states' shape, or its type is wrong.
+            UnboundedStep: A value is not finite, or too large.
         """
         role = Role("gradient", "up", packet.key, packet.training, hidden.dtype)
         gradient = self._decoded(packet, "gradient", self._codec, role)
         if gradient.shape != hidden.shape:
             sent = tuple(gradient.shape)
             raise SpoiledStep(f"{packet.key} sent a gradient of shape {sent}, not {tuple(hidden.shape)}")
+        # The codec decodes gradients by float16 hidden states to float32, since in float16 small values become zero.
         kind = torch.float32 if self._part.dtype == torch.float16 else self._part.dtype
         if gradient.dtype not in (kind, torch.float32):
             raise SpoiledStep(f"{packet.key} sent a gradient of type {gradient.dtype}, not {kind}")
@@ -145,10 +156,15 @@ class Intake:
         return gradient
 
     def gradient_by_sums(self, packet: Packet, has_sums: bool) -> Tensor:
-        """Returns the gradient (E,) by the router sums of a packet that has one.
+        """Returns the gradient (E,) by the router sums of a step with an auxiliary loss.
+
+        Args:
+            packet: The packet.
+            has_sums: True if the forward of the step had router sums.
 
         Raises:
-            SpoiledStep: It is not finite, or the step has no router sums.
+            SpoiledStep: The step has no router sums, or the gradient has a wrong size.
+            UnboundedStep: A value is not finite, or too large.
         """
         gradient = self._exact(packet, SUMS)
         size = self._part.experts
@@ -163,21 +179,23 @@ class Intake:
 
         Args:
             packet: The packet.
-            most: Largest coefficient that can be right, by the norm of the trunk's gradient.
+            most: Largest possible coefficient, by the norm of the trunk's gradient.
 
         Raises:
-            SpoiledStep: It is no number from 0 to `most`.
-            UnboundedStep: It is not finite.
+            SpoiledStep: The coefficient is no number from 0 to `most`.
+            UnboundedStep: The coefficient is not finite.
         """
         value = self._exact(packet, "coefficient")
-        if value.ndim or not value.is_floating_point() or not 0 <= float(value) <= most:
-            words = f"a number from 0 to {most:.6g}, which the trunk's own gradient allows"
+        is_number = value.ndim == 0 and value.is_floating_point()
+        if not is_number or not 0 <= float(value) <= most:
             kind = SpoiledStep if value.ndim or torch.isfinite(value) else UnboundedStep
-            raise kind(f"{packet.key} sent {value.flatten()[:3].tolist()} to scale its gradient by, not {words}")
+            sent = value.flatten()[:3].tolist()
+            words = f"a number from 0 to {most:.6g}, which the trunk's own gradient allows"
+            raise kind(f"{packet.key} sent {sent} to scale its gradient by, not {words}")
         return float(value)
 
     def _exact(self, packet: Packet, name: str) -> Tensor:
-        """Returns a tensor that crosses as it is, whatever the codec of hidden states and gradients."""
+        """Returns a tensor that crosses without loss, whatever the codec of hidden states and gradients."""
         return self._decoded(packet, name, EXACT, Role("activation", "up", packet.key))
 
     def _decoded(self, packet: Packet, name: str, codec: Codec, role: Role) -> Tensor:
@@ -190,35 +208,40 @@ class Intake:
 
 
 def check_rate(packet: Packet) -> None:
-    """Makes sure that a client asks for a share of the learning rate from 0 to 1.
+    """Checks that a client asks for a share of the learning rate from 0 to 1.
 
     Raises:
-        SpoiledStep: It asks for another one.
+        SpoiledStep: The share lies outside 0 to 1.
     """
     if not 0 <= packet.rate <= 1:
         raise SpoiledStep(f"{packet.key} asks for {packet.rate} of the learning rate, not a share from 0 to 1")
 
 
 def check_parts(packet: Packet, settings: TrainSettings) -> None:
-    """Makes sure that the settings allow the batch and micro-batch numbers of a packet.
+    """Checks that the settings allow the batch and micro-batch numbers of a packet.
+
+    A step with a number that no honest client sends would be pending until the lease runs out.
 
     Raises:
-        SpoiledStep: A number is not allowed. Steps with keys that no honest client has would be pending without end.
+        SpoiledStep: A number is not allowed.
     """
     key = packet.key
-    most = settings.micro_batches or settings.batch_size  # 0: planned, a batch has as many sequences at most
-    if not (key.micro < packet.micros <= most and key.batch < packet.batches <= settings.accumulation):
+    # 0 micro-batches: the number is planned later, and at most the number of sequences in a batch.
+    most = settings.micro_batches or settings.batch_size
+    micro_is_allowed = key.micro < packet.micros <= most
+    batch_is_allowed = key.batch < packet.batches <= settings.accumulation
+    if not (micro_is_allowed and batch_is_allowed):
         sent = f"micro-batch {key.micro} of {packet.micros} in batch {key.batch} of {packet.batches}"
         limits = f"--micro-batches allows {most} at most, --train.accumulation {settings.accumulation}"
         raise SpoiledStep(f"{key} says that it is {sent}, counted from 0; {limits}")
 
 
 def each(packets: Sequence[Packet], read: Callable[[Packet], T]) -> dict[StepKey, T]:
-    """Reads every packet, and looks at all of them before it refuses any.
+    """Reads all packets. Refusals are raised after the last packet, so that the caller learns of every bad packet.
 
     Args:
         packets: Packets of one or more steps that are computed together.
-        read: Reads a packet, or raises the reason why it must not be served.
+        read: Reads a packet, or raises a `RefusedStep`.
 
     Returns:
         Results of `read` by step.
@@ -227,16 +250,16 @@ def each(packets: Sequence[Packet], read: Callable[[Packet], T]) -> dict[StepKey
         RefusedStep: The only packet must not be served.
         SpoiledTogether: Some of several packets must not be served.
     """
-    found: dict[StepKey, T] = {}
+    results: dict[StepKey, T] = {}
     refused: dict[StepKey, RefusedStep] = {}
     for packet in packets:
         try:
-            found[packet.key] = read(packet)
+            results[packet.key] = read(packet)
         except RefusedStep as reason:
             refused[packet.key] = reason
     if refused:
         raise refusal(refused, len(packets))
-    return found
+    return results
 
 
 def refusal(refused: Mapping[StepKey, RefusedStep], together: int) -> Exception:
@@ -247,6 +270,13 @@ def refusal(refused: Mapping[StepKey, RefusedStep], together: int) -> Exception:
         together: Number of steps that are served together, including refused steps.
 
     Returns:
-        The reason itself where there is only one step, else a `SpoiledTogether`.
+        The reason itself for a single step, else a `SpoiledTogether`.
+
+    Example:
+        >>> late = RefusedStep("too late")
+        >>> refusal({StepKey(0, 1, 0): late}, together=1)
+        RefusedStep('too late')
+        >>> type(refusal({StepKey(0, 1, 0): late}, together=2)).__name__
+        'SpoiledTogether'
     """
     return next(iter(refused.values())) if together == 1 else SpoiledTogether(refused)

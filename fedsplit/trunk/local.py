@@ -17,21 +17,21 @@ from fedsplit.wire.packets import Packet
 from fedsplit.wire.transport import PendingAnswer, TrunkLost
 
 _FOUND_BY: dict[str, LocalTrunk] = {}
-"""Trunks of this process by the names that clients find them by."""
+"""Trunks of this process by name."""
 
 
 class LocalTrunk(TrunkPort):
-    """A trunk that computes in its caller's thread, whenever an answer is waited for.
+    """A trunk that computes in the thread of the caller, when the caller waits for an answer.
 
-    With one caller, its clock stands still while there is anything to do, and moves to the next deadline when there is
-    not. So no deadline depends on how fast the machine is. With several callers the clock is the machine's, and one of
-    those that wait computes at a time, for all of them.
+    With one caller, the trunk has a manual clock. The clock stands still while there is work, and moves to the next
+    deadline when all work is done. So no deadline depends on the speed of the machine. With several callers, the clock
+    is the machine's; one waiting caller at a time computes, for all callers.
 
-    A memory budget is not kept to, since the process is not the trunk's own.
+    The memory budget is ignored, since the trunk shares the process with the clients.
 
     Attributes:
-        service: The service that this is a door to.
-        server: Its trunk.
+        service: The service behind the door.
+        server: The trunk of the service.
     """
 
     def __init__(
@@ -47,12 +47,13 @@ class LocalTrunk(TrunkPort):
 
         Args:
             config: Configuration of the run.
-            run: Name of the run, which packets must carry.
-            incarnation: Id of this life of the trunk, which packets must carry.
+            run: Name of the run. Packets must carry the same name.
+            incarnation: Identity of this start of the trunk. Packets must carry the same identity.
             observers: Observers of packets and answers.
-            stage: Makes the strategy's gradient stage for a client's copy; None where the strategy has none.
+            stage: Maker of the strategy's gradient stage for a client's copy; None for a strategy without a stage.
             callers: Number of threads that send packets.
         """
+        # With several callers, an idle thread cannot know whether a second thread is about to send.
         self._clock = ManualClock() if callers == 1 else None
         self._is_open = True
         self._deciding = threading.Lock()
@@ -64,7 +65,7 @@ class LocalTrunk(TrunkPort):
         self.server = self.service.server
 
     def send(self, packet: Packet) -> PendingAnswer:
-        """Queues a packet; nothing is computed before the answer is waited for."""
+        """Queues a packet. The computation begins when the caller waits for the answer."""
         self._check_open()
         answers: list[Any] = []
         self.service.submit(packet, answers.append)
@@ -81,11 +82,11 @@ class LocalTrunk(TrunkPort):
         return wait
 
     def _work_for(self, packet: Packet, answers: Sequence[Any]) -> None:
-        """Does one thing that there is to do, or waits for a packet of another thread."""
-        sent = self._sent
+        """Does one piece of work, or waits for a packet from a second thread."""
+        sent = self._sent  # read before the look for work, so that a packet in between ends the wait below
         with self._deciding:
             self._check_open()
-            if answers:  # another thread has computed it meanwhile
+            if answers:  # computed by a second thread in the meantime
                 return
             if self.service.work_now():
                 self._tell()
@@ -99,7 +100,7 @@ class LocalTrunk(TrunkPort):
             self._news.wait_for(lambda: self._sent != sent, timeout)
 
     def _tell(self) -> None:
-        """Wakes the threads that wait: there is a new packet, a new answer, or no trunk any more."""
+        """Wakes the waiting threads after a new packet, a new answer or the end of the trunk."""
         with self._news:
             self._sent += 1
             self._news.notify_all()
@@ -108,7 +109,7 @@ class LocalTrunk(TrunkPort):
         """Moves the clock to the next deadline.
 
         Raises:
-            RuntimeError: There is none: the answer depends on a packet that only this thread could send.
+            RuntimeError: No deadline is set. The answer depends on a packet that only this thread could send.
         """
         assert self._clock is not None
         if wakes is None:
@@ -116,7 +117,7 @@ class LocalTrunk(TrunkPort):
         self._clock.advance_to(wakes)
 
     def control(self, message: Control[Reply]) -> Reply:
-        """Carries out a control message, after all packets and messages that came earlier were queued."""
+        """Carries out a control message, after all earlier packets and messages are queued."""
         replies: list[Any] = []
         with self._deciding:
             self._check_open()
@@ -129,7 +130,7 @@ class LocalTrunk(TrunkPort):
         return reply
 
     def close(self) -> None:
-        """Ends the trunk; every later call raises `TrunkLost`."""
+        """Ends the trunk. Every later call raises `TrunkLost`."""
         self._is_open = False
         self._tell()
 
@@ -140,11 +141,11 @@ class LocalTrunk(TrunkPort):
 
 @contextlib.contextmanager
 def named(trunk: LocalTrunk, name: str) -> Iterator[LocalTrunk]:
-    """Registers a trunk under a name inside the context, so that clients of this process find it; then closes it.
+    """Registers a trunk under a name for clients of this process. The trunk is closed at the end of the context.
 
     Args:
         trunk: The trunk.
-        name: Name that `find_trunk` finds it by.
+        name: Name that `find_trunk` takes.
     """
     _FOUND_BY[name] = trunk
     try:
@@ -155,5 +156,10 @@ def named(trunk: LocalTrunk, name: str) -> Iterator[LocalTrunk]:
 
 
 def find_trunk(name: str) -> LocalTrunk | None:
-    """Returns the trunk of this process with a name; None if there is no such trunk."""
+    """Returns the trunk of this process with a name, or None.
+
+    Example:
+        >>> find_trunk("no such run") is None
+        True
+    """
     return _FOUND_BY.get(name)

@@ -14,9 +14,9 @@ Room = Literal["graph", "input", "none"]
 
 
 def peak_memory() -> int:
-    """Returns the largest resident memory that this process has had, in bytes."""
+    """Returns the largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in kibibytes, macOS in bytes
 
 
 def resident_memory() -> int:
@@ -25,8 +25,10 @@ def resident_memory() -> int:
 
 
 def return_free_pages() -> None:
-    """Returns freed memory to the system; otherwise glibc keeps it, and it counts as resident."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    """Returns freed memory to the system. Otherwise glibc keeps freed pages, and the pages count as resident."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has the function, musl does not
     if trim is not None:
         trim(0)
 
@@ -34,10 +36,10 @@ def return_free_pages() -> None:
 class Budget:
     """Decides how much of a forward may be kept so that resident memory stays under a limit.
 
-    Memory for the step that is being computed is always set aside; only one is computed at a time.
+    Memory for the computation of one step is always set aside, since one step is computed at a time.
 
     Attributes:
-        limit: Limit in bytes; None where there is none.
+        limit: Limit in bytes; None for no limit.
 
     Example:
         >>> budget = Budget(1000, resident=lambda: 400, release=lambda: None)
@@ -60,17 +62,20 @@ class Budget:
             release: Returns freed memory to the system.
         """
         self.limit = limit
-        self._resident, self._release = resident, release
-        self._graph = self._working = 0.0
+        self._resident = resident
+        self._release = release
+        # Bytes a token. The largest measured need counts, since the need grows with the length of a sequence.
+        self._graph = 0.0
+        self._working = 0.0
         self._freed = True
 
     def learn(self, tokens: int, graph: int, working: int) -> None:
-        """Learns the memory that a step needs, from a measured one.
+        """Learns from a measured step how much memory a step needs.
 
         Args:
             tokens: Tokens of the step, B * T.
-            graph: Bytes that its graph holds.
-            working: Most bytes that computing it added to resident memory, the graph included.
+            graph: Bytes in the graph of the step.
+            working: Largest growth of resident memory during the step in bytes, including the graph.
         """
         self._graph = max(self._graph, graph / tokens)
         self._working = max(self._working, working / tokens)
@@ -89,22 +94,22 @@ class Budget:
         return max(self._working, self._graph) * tokens
 
     def graph(self, tokens: int) -> float:
-        """Returns the bytes that the graph of a step holds."""
+        """Returns the bytes in the graph of a step."""
         return self._graph * tokens
 
     def fits(self, tokens: int, kept: float = 0.0) -> bool:
-        """Returns True if a step can be computed while some bytes are kept; returns free pages first where needed.
+        """Returns True if a step can be computed while some bytes are kept. Returns free pages to the system if needed.
 
         Args:
             tokens: Tokens of the step, B * T.
-            kept: Bytes that are kept.
+            kept: Bytes to keep.
         """
         if self.limit is None:
             return True
         needed = kept + self._need(tokens)
         if self._resident() + needed <= self.limit:
             return True
-        if self._freed:  # otherwise there is nothing to return
+        if self._freed:  # otherwise the system call would find nothing
             self._release()
             self._freed = False
         return self._resident() + needed <= self.limit
@@ -114,7 +119,7 @@ class Budget:
 
         Args:
             tokens: Tokens of the step, B * T.
-            kept: Bytes that are kept of it in any case.
+            kept: Bytes of the step that are kept in any case.
         """
         if self.fits(tokens, kept + self.graph(tokens)):
             return "graph"

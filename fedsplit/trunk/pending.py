@@ -24,7 +24,7 @@ class Output:
 
     Attributes:
         hidden: Hidden states of all steps (N, T, D).
-        sums: Router sums by step, of the steps that have an auxiliary loss.
+        sums: Router sums by step, of the steps with an auxiliary loss.
     """
 
     hidden: Tensor
@@ -42,9 +42,9 @@ class PendingBatch:
         snapshot: Snapshot of the adapter at the forward.
         seed: Seed of the forward's dropout.
         sums: Sums of the bottom's routers by step, for steps with an auxiliary loss.
-        output: Result with its graph; None if the backward must compute the forward again.
-        spent: True after a backward. Gradients that arrive later are refused.
-        spoilt: Steps that are left out, since their values would spoil the gradient of the whole batch.
+        output: Result with the graph; None if the backward must compute the forward again.
+        spent: True after a backward. Later gradients are refused.
+        spoilt: Steps that are left out. The values of a spoilt step would spoil the gradient of the whole batch.
     """
 
     inputs: dict[StepKey, Tensor]

@@ -1,8 +1,8 @@
-"""The trunk port: everything that clients, the loop over rounds, evaluation and generation ask of a trunk.
+"""The trunk port: all requests of clients, the loop over rounds, evaluation and generation to a trunk.
 
-Packets carry the steps of clients, and control messages everything else. A trunk is reached by a door, such as a Ray
+Packets carry the steps of clients, and control messages carry everything else. A door leads to a trunk, such as a Ray
 actor (`fedsplit.trunk.actor`) or an object in the same process (`fedsplit.trunk.local`). A door implements `send` and
-`control`; all other methods are written once, here.
+`control`. All further methods are written once, in `TrunkPort`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BeginGroup(Control[None]):
     """Begins a group of clients that train together. Until the round ends, training of further clients is refused.
 
     Attributes:
-        clients: The clients, in the order of their turns.
+        clients: The clients, in the order of the turns.
     """
 
     clients: tuple[int, ...]
@@ -55,10 +55,10 @@ class Leave(Control[None]):
 
 @dataclass(frozen=True)
 class EndRound(Control[RoundCounts]):
-    """Ends the round for all clients, and asks for its counts.
+    """Ends the round for all clients, and asks for the counts of the round.
 
     Attributes:
-        finished: Clients whose round counts.
+        finished: Clients with a round that counts.
     """
 
     finished: tuple[int, ...]
@@ -66,10 +66,10 @@ class EndRound(Control[RoundCounts]):
 
 @dataclass(frozen=True)
 class AssignCopies(Control[None]):
-    """Sets, under `copies`, the adapters that clients begin a round with.
+    """Sets, under `copies`, the adapters of clients for the beginning of a round.
 
     Attributes:
-        starts: Starts by client; other clients begin with the shared adapter.
+        starts: Starts by client. A client without a start begins with the shared adapter.
     """
 
     starts: Mapping[int, Start]
@@ -77,11 +77,11 @@ class AssignCopies(Control[None]):
 
 @dataclass(frozen=True)
 class AssignAgain(Control[None]):
-    """Under `copies`, sets the adapter of a client that repeats its round.
+    """Sets, under `copies`, the adapter of a client that repeats the round.
 
     Attributes:
-        client: Number of the client; its steps of an earlier attempt at the round no longer count.
-        start: Start of its copy.
+        client: Number of the client. Steps of an earlier attempt at the round no longer count.
+        start: Start of the client's copy.
     """
 
     client: int
@@ -90,10 +90,10 @@ class AssignAgain(Control[None]):
 
 @dataclass(frozen=True)
 class ReadCopies(Control[dict[int, Copy]]):
-    """Asks, under `copies`, for the adapters of some clients at the end of their round.
+    """Asks, under `copies`, for the adapters of some clients at the end of the round.
 
     Attributes:
-        clients: The clients; those without a copy have none in the reply.
+        clients: The clients. A client without a copy is missing in the reply.
     """
 
     clients: tuple[int, ...]
@@ -110,7 +110,7 @@ class WriteAdapter(Control[None]):
 
     Attributes:
         tensors: Shared adapter by exported name.
-        personal: Personal adapters by client, which those clients' evaluations are computed with.
+        personal: Personal adapters by client, for evaluations by these clients.
     """
 
     tensors: Mapping[str, Tensor]
@@ -119,10 +119,10 @@ class WriteAdapter(Control[None]):
 
 @dataclass(frozen=True)
 class Fold(Control[None]):
-    """Adds matrices to the base weights; all decoding sessions end.
+    """Adds matrices to the base weights. All decoding sessions end.
 
     Attributes:
-        changes: Matrices by layer; layers of other parts are ignored.
+        changes: Matrices by layer. Layers of bottom and top are ignored.
     """
 
     changes: Mapping[str, LowRank]
@@ -130,12 +130,12 @@ class Fold(Control[None]):
 
 @dataclass(frozen=True)
 class Unfold(Control[None]):
-    """Sets the base weights back to their values at the last `Commit`; all decoding sessions end."""
+    """Sets the base weights back to the values at the last `Commit`. All decoding sessions end."""
 
 
 @dataclass(frozen=True)
 class Commit(Control[None]):
-    """Makes changes of base weights final: `Unfold` no longer takes them back."""
+    """Makes changes of base weights final. A later `Unfold` does not undo the changes."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class ReadMoments(Control[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class Restore(Control[None]):
-    """Sets the shared adapter, the optimisers and the codec to what `ReadAdapter` and `ReadMoments` returned earlier.
+    """Sets the shared adapter, the optimisers and the codec to earlier replies to `ReadAdapter` and `ReadMoments`.
 
     Attributes:
         tensors: Shared adapter by exported name.
@@ -158,21 +158,31 @@ class Restore(Control[None]):
 
 @dataclass(frozen=True)
 class ReadStatus(Control[TrunkStatus]):
-    """Asks for the state of the trunk and of its process."""
+    """Asks for the state of the trunk and of the trunk's process."""
 
 
 class TrunkPort(Protocol):
-    """A trunk, by whatever door.
+    """A trunk behind a door.
 
-    Every method raises `fedsplit.wire.transport.TrunkLost` where the trunk is gone. An exception that the trunk raises
-    is raised by the method that caused it.
+    Every method raises `fedsplit.wire.transport.TrunkLost` if the trunk is gone. An exception of the trunk is raised
+    from the method that caused the exception.
+
+    Example:
+        >>> from fedsplit.trunk.status import TrunkStatus, Traffic
+        >>> class OneReply(TrunkPort):  # a door to a trunk that always reports the same status
+        ...     def send(self, packet):
+        ...         return lambda: packet
+        ...     def control(self, message):
+        ...         return TrunkStatus("first", Traffic(), 0, 0, 0, 0, {"total": 96, "trainable": 8})
+        >>> OneReply().status().parameters["trainable"]
+        8
     """
 
     @abstractmethod
     def send(self, packet: Packet) -> PendingAnswer:
-        """Sends a packet without waiting; the function that is returned waits for the answer.
+        """Sends a packet without waiting, and returns a function that waits for the answer.
 
-        That function raises a `RefusedStep` where the trunk must not serve the packet.
+        The returned function raises a `RefusedStep` if the trunk must not serve the packet.
         """
 
     @abstractmethod
@@ -180,27 +190,27 @@ class TrunkPort(Protocol):
         """Sends a control message, and waits for the reply."""
 
     def begin(self, group: Sequence[int]) -> None:
-        """Makes clients a group that trains together, in the order of their turns; see `BeginGroup`."""
+        """Makes clients a group that trains together, in the order of the turns; see `BeginGroup`."""
         self.control(BeginGroup(tuple(group)))
 
     def leave(self, client: int) -> None:
-        """Ends the round of a client that has finished it, or is dead."""
+        """Ends the round of a client that has finished or is dead."""
         self.control(Leave(client))
 
     def end_round(self, finished: Sequence[int]) -> RoundCounts:
-        """Ends the round for all clients; the rounds of those in `finished` count."""
+        """Ends the round for all clients. Only rounds of clients in `finished` count."""
         return self.control(EndRound(tuple(finished)))
 
     def assign(self, starts: Mapping[int, Start]) -> None:
-        """Sets, under `copies`, the adapters that clients begin a round with."""
+        """Sets, under `copies`, the adapters of clients for the beginning of a round."""
         self.control(AssignCopies(dict(starts)))
 
     def assign_again(self, client: int, start: Start) -> None:
-        """Under `copies`, sets the adapter of a client that repeats its round."""
+        """Sets, under `copies`, the adapter of a client that repeats the round."""
         self.control(AssignAgain(client, start))
 
     def copies(self, clients: Iterable[int]) -> dict[int, Copy]:
-        """Returns, under `copies`, the adapters of some clients at the end of their round."""
+        """Returns, under `copies`, the adapters of some clients at the end of the round."""
         return self.control(ReadCopies(tuple(clients)))
 
     def read(self) -> Adapters:
@@ -212,11 +222,11 @@ class TrunkPort(Protocol):
         self.control(WriteAdapter(dict(tensors), dict(personal or {})))
 
     def fold(self, changes: Mapping[str, LowRank]) -> None:
-        """Adds matrices to the base weights; `unfold` takes them back until the next `commit`."""
+        """Adds matrices to the base weights. Until the next `commit`, `unfold` undoes the change."""
         self.control(Fold(dict(changes)))
 
     def unfold(self) -> None:
-        """Sets the base weights back to their values at the last `commit`."""
+        """Sets the base weights back to the values at the last `commit`."""
         self.control(Unfold())
 
     def commit(self) -> None:
@@ -228,9 +238,9 @@ class TrunkPort(Protocol):
         return self.control(ReadMoments())
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Sets the shared adapter, the optimisers and the codec to what `read` and `moments` returned earlier."""
+        """Sets the shared adapter, the optimisers and the codec to earlier results of `read` and `moments`."""
         self.control(Restore(dict(tensors), dict(moments)))
 
     def status(self) -> TrunkStatus:
-        """Returns the state of the trunk and of its process."""
+        """Returns the state of the trunk and of the trunk's process."""
         return self.control(ReadStatus())

@@ -1,4 +1,4 @@
-"""The trunk's trainable adapters: one for all clients or a copy for each, and when a gradient becomes a step."""
+"""The trunk's trainable adapters: a shared adapter or a copy for each client, and the steps made from gradients."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from fedsplit.wire.packets import Packet, StepKey
 
 @dataclass(frozen=True)
 class Start:
-    """State in which a client's copy of the trunk's adapter begins a round.
+    """State of a client's copy of the trunk's adapter at the beginning of a round.
 
     Attributes:
-        tensors: Adapter by exported name; clients may differ in rank.
+        tensors: Adapter by exported name. Clients may differ in rank.
         task: Instructions of the strategy.
-        own: The client's control variate for these tensors.
-        afresh: True where the adapter does not continue the client's last one, so that the optimiser's state of
-            earlier rounds does not fit it.
-        kept: State of the strategy's gradient stage for this copy, from the client's last round.
+        own: Control variate of the client for the tensors.
+        afresh: True if the adapter does not continue the client's last adapter. The optimiser's state of earlier rounds
+            then does not fit, and is dropped.
+        kept: State of the strategy's gradient stage for the copy, from the client's last round.
     """
 
     tensors: Mapping[str, Tensor]
@@ -52,8 +52,8 @@ class Copy:
     Attributes:
         adapters: Adapter after the client's last step.
         control: Change of the client's control variate.
-        kept: State that the strategy's gradient stage keeps of the round.
-        steps: Number of steps that trained it; None where nothing of it learns.
+        kept: State of the strategy's gradient stage after the round.
+        steps: Number of steps of the optimiser; None for a copy without a tensor that learns.
     """
 
     adapters: Adapters
@@ -70,7 +70,7 @@ class _GradientSum:
         parts: Number of gradients by optimiser step.
         rates: Share of the learning rate by optimiser step.
         gradients: The sum by exported name.
-        snapshots: Snapshots that the gradients were computed with.
+        snapshots: Snapshots of the forwards that the gradients belong to.
     """
 
     parts: Counter[tuple[int, int, int]] = field(default_factory=Counter)
@@ -79,18 +79,19 @@ class _GradientSum:
     snapshots: list[AdapterSnapshot] = field(default_factory=list)
 
     def add(self, key: StepKey, rate: float, snapshot: AdapterSnapshot, gradients: Mapping[str, Tensor]) -> None:
-        """Adds the gradient of one step, or of a part of it."""
+        """Adds the gradient of one step, or of a part of a step."""
         self.parts[key.turn] += 1
         self.rates[key.turn] = rate
-        if not any(snapshot is known for known in self.snapshots):
+        if not any(snapshot is known for known in self.snapshots):  # by identity: equality would compare tensors
             self.snapshots.append(snapshot)
         self.gradients = self.sum_with(gradients)
 
     def sum_with(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the sum by exported name as it would be with other gradients added."""
-        known = self.gradients
-        added = {name: known[name] + gradient if name in known else gradient for name, gradient in gradients.items()}
-        return {**known, **added}
+        """Returns a new sum by exported name, with further gradients added."""
+        total = dict(self.gradients)
+        for name, gradient in gradients.items():
+            total[name] = total[name] + gradient if name in total else gradient
+        return total
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class UnclippedGradient:
     """Gradient of a client's step that waits for its clipping coefficient.
 
     Attributes:
-        adapter: Adapter that it trains.
+        adapter: Adapter to train.
         whole: Sum over all parts of the step.
         key: The step.
         rate: Share of the learning rate for the step.
@@ -116,10 +117,10 @@ class UnclippedGradient:
 
 
 class AdapterRegistry:
-    """Holds the trunk's adapters, and turns gradients into steps of their optimisers as the schedule says.
+    """Holds the trunk's adapters, and turns gradients into steps of the optimisers, by the schedule.
 
     Attributes:
-        shared: Adapter of all clients; under `copies` the start of every new copy.
+        shared: Adapter of all clients. Under `copies`, the start of every new copy.
     """
 
     def __init__(
@@ -136,12 +137,12 @@ class AdapterRegistry:
 
         Args:
             start: The trunk's adapter.
-            schedule: How clients share it.
+            schedule: Rule by which clients share the adapter.
             settings: Settings of the optimisers.
-            counts: Counts of the round, of which "steps", "late" and "unusable" are kept here.
-            device: Device that the trunk computes on.
-            budget: Budget of the trunk's ranks; None where they are fixed.
-            stage: Makes the strategy's gradient stage for a copy; None where the strategy has none.
+            counts: Counts of the round. The registry counts "steps", "late" and "unusable".
+            device: Device of the trunk.
+            budget: Budget of the trunk's ranks; None for fixed ranks.
+            stage: Maker of the strategy's gradient stage for a copy; None for a strategy without a stage.
         """
         self._layers = start.layers
         self._schedule = schedule
@@ -158,21 +159,21 @@ class AdapterRegistry:
 
     @property
     def clips(self) -> bool:
-        """True where a step's gradient waits for its clipping coefficient."""
+        """True if the gradient of a step waits for a clipping coefficient."""
         return self._settings.clip > 0
 
     def largest_coefficient(self, unclipped: UnclippedGradient) -> float:
         """Returns the largest coefficient that an honest client can send for a gradient.
 
-        The norm over all parts of the model is at least the norm over the trunk's adapter. Scaled by an honest
-        coefficient, the trunk's gradient is therefore within the limit, too.
+        The norm over all parts of the model is at least the norm over the trunk's adapter. The honest coefficient is
+        therefore at most the coefficient that the trunk's norm alone would give.
         """
         return coefficient(unclipped.squared, self._settings.clip)
 
     def accepts(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Returns True if the gradient of a client's step, or of a part of it, is small enough to be used.
+        """Returns True if the gradient of a client's step, or of a part of a step, is small enough to be used.
 
-        A gradient that is still to be clipped must be finite; the norm of any other must be at most `LARGEST_SHARE`.
+        With clipping, the gradient must be finite. Without, the norm must be at most `LARGEST_SHARE`.
         """
         if self.clips:
             return math.isfinite(squared_norm(gradients.values()))
@@ -183,7 +184,7 @@ class AdapterRegistry:
 
         Args:
             client: Number of the client.
-            begins: True for a training step; under `copies` the client's copy is created at its first one.
+            begins: True for a training step. Under `copies`, the client's first training step creates the copy.
         """
         if begins and self._schedule.personal and client not in self._copies:
             self._copies[client] = self._new(Start(self.shared.snapshot))
@@ -213,18 +214,18 @@ class AdapterRegistry:
     ) -> UnclippedGradient | None:
         """Uses the gradient of a backward: makes a step now, adds the gradient to a sum, or drops a late gradient.
 
-        A step is made at the learning rate of the client's step that the gradient belongs to. A step for several
-        clients, as under `batched` and `accumulate`, is made at the mean of their rates.
+        The optimiser's step has the learning rate of the client's step. A step for several clients, as under `batched`
+        and `accumulate`, has the mean of the clients' rates.
 
         Args:
-            adapter: Adapter that the gradient belongs to.
-            snapshot: Snapshot of it which the forward was computed with.
-            spent: True if the forward already had a backward, so that these packets are late.
-            packets: Packets with the gradients that came.
+            adapter: Adapter to train.
+            snapshot: Snapshot of the adapter at the forward.
+            spent: True if the forward already had a backward. The packets are then late.
+            packets: Packets with the gradients.
             gradients: Gradients of the adapter by exported name, summed over the packets.
 
         Returns:
-            With clipping, and once all parts of the step have come, the gradient that waits for `release`.
+            The gradient that waits for `release`, after the last part of a step with clipping; otherwise None.
 
         Raises:
             Unusable: The step was not made, or the gradient not added to the sum.
@@ -232,6 +233,7 @@ class AdapterRegistry:
         if self._schedule.gathers:
             self._learn_together(adapter, snapshot, spent, packets, gradients)
             return None
+
         packet = packets[0]
         gradients = adapter.regularised(snapshot, gradients, 1 / packet.parts)
         if self.clips:
@@ -239,9 +241,12 @@ class AdapterRegistry:
             return None if whole is None else UnclippedGradient(adapter, whole, packet.key, packet.rate)
         if self._schedule.sums:
             self._add_to_window(adapter, packet.key, packet.rate, snapshot, gradients)
-        elif packet.parts == 1:
+            return None
+        if packet.parts == 1:
             self._step(adapter, gradients, packet.rate, packet.key.round)
-        elif (whole := self._joined(self._sums, packet, snapshot, gradients)) is not None:
+            return None
+        whole = self._joined(self._sums, packet, snapshot, gradients)
+        if whole is not None:
             self._step(adapter, whole.gradients, packet.rate, packet.key.round)
         return None
 
@@ -268,7 +273,8 @@ class AdapterRegistry:
         """Adds a part of a client's step, and returns the sum of all parts after the last part."""
         key = packet.key
         whole = sums.get(key.client)
-        if whole is None or key.turn not in whole.parts:  # a step that was given up does not join the next one
+        if whole is None or key.turn not in whole.parts:
+            # A sum of an earlier turn belongs to a step that the client gave up, and must not join this step.
             whole = sums[key.client] = _GradientSum()
         whole.add(key, packet.rate, snapshot, gradients)
         if whole.parts[key.turn] < packet.parts:
@@ -283,27 +289,28 @@ class AdapterRegistry:
         snapshot: AdapterSnapshot,
         gradients: Mapping[str, Tensor],
     ) -> None:
-        """Adds a gradient to its client's sum, if the sum stays small enough to be added to the other clients' sums.
+        """Adds a gradient to the client's sum, if the sum stays small enough to be added to the sums of all clients.
 
         Raises:
-            Unusable: The sum would be too large; it stays as it was.
+            Unusable: The sum would be too large. The sum stays unchanged.
         """
-        if snapshot is not adapter.snapshot:
+        if snapshot is not adapter.snapshot:  # the barrier has passed, and the step with this snapshot is made
             self._counts.late += 1
             return
         whole = self._sums.get(key.client, _GradientSum())
-        if not norm(whole.sum_with(gradients).values()) <= LARGEST_SHARE:
+        size = norm(whole.sum_with(gradients).values())
+        if not size <= LARGEST_SHARE:  # not `>`, since NaN must be refused, too
             words = f"its gradients since the last barrier have a norm above {LARGEST_SHARE:g}"
             raise Unusable(f"{words}, too large to be summed with those of others")
         whole.add(key, rate, snapshot, gradients)
         self._sums[key.client] = whole
 
     def release(self, unclipped: UnclippedGradient, coefficient: float) -> None:
-        """Uses a gradient that has waited for its clipping coefficient.
+        """Uses a gradient that has waited for the clipping coefficient.
 
         Args:
-            unclipped: Gradient that `learn` returned.
-            coefficient: Factor in [0, 1] that it is scaled by.
+            unclipped: Result of `learn`.
+            coefficient: Factor in [0, 1] for the gradient.
 
         Raises:
             Unusable: The step was not made, or the gradient not added to the sum.
@@ -312,7 +319,7 @@ class AdapterRegistry:
         scaled = {name: gradient * coefficient for name, gradient in whole.gradients.items()}
         if not self._schedule.sums:
             self._step(unclipped.adapter, scaled, unclipped.rate, unclipped.key.round)
-        elif len(whole.snapshots) > 1:  # a barrier was passed between its parts
+        elif len(whole.snapshots) > 1:  # a barrier was passed between two parts of the step
             self._counts.late += 1
         else:
             self._add_to_window(unclipped.adapter, unclipped.key, unclipped.rate, whole.snapshots[0], scaled)
@@ -322,25 +329,28 @@ class AdapterRegistry:
         self._counts.steps += 1
 
     def close_window(self, clients: Sequence[int] | None = None) -> bool:
-        """Under `accumulate`, makes one step with the sum of all gradients since the last, in the order of the clients.
+        """Under `accumulate`, makes one step with the sum of all gradients since the last barrier.
 
         Args:
-            clients: Clients whose gradients count; all clients where not given.
+            clients: Clients with gradients that count; all clients where not given.
 
         Returns:
-            True if a step was made. None is made where nothing was summed, nor where the adapter would not be finite
-            after it; that is counted as "unusable".
+            True if a step was made. No step is made if nothing was summed. A step after which the adapter would not be
+            finite is not made, and counted as "unusable".
         """
+        # Sorted, since a sum of floating-point numbers depends on the order.
         chosen = sorted(self._sums if clients is None else self._sums.keys() & set(clients))
         sums = [self._sums[client] for client in chosen]
         self._sums.clear()
         if not sums:
             return False
 
-        names = sums[0].gradients
-        gradients = {name: torch.stack([one.gradients[name] for one in sums]).sum(0) for name in names}
-        round = max(turn[0] for one in sums for turn in one.parts)
-        rate = _mean([rate for one in sums for rate in one.rates.values()])
+        gradients = {}
+        for name in sums[0].gradients:
+            of_clients = [client.gradients[name] for client in sums]
+            gradients[name] = torch.stack(of_clients).sum(0)
+        round = max(turn[0] for client in sums for turn in client.parts)
+        rate = _mean([rate for client in sums for rate in client.rates.values()])
         try:
             self._step(self.shared, gradients, rate, round)
         except Unusable:
@@ -349,13 +359,13 @@ class AdapterRegistry:
         return True
 
     def leave(self, client: int) -> None:
-        """Drops the unfinished step of a client that has ended its round, or is dead."""
+        """Drops the unfinished step of a client that has left the round, or is dead."""
         self._unclipped.pop(client, None)
-        if not self._schedule.sums:
+        if not self._schedule.sums:  # under `accumulate`, the client's finished steps count at the barrier
             self._sums.pop(client, None)
 
     def end_round(self, finished: Sequence[int]) -> None:
-        """Keeps the copies, and the optimiser states, of the clients that have finished the round."""
+        """Keeps the copies and the optimiser states of the clients in `finished`, and drops all further copies."""
         if self._schedule.sums:
             self.close_window(finished)
         self._copies = {client: copy for client, copy in self._copies.items() if client in finished}
@@ -366,13 +376,13 @@ class AdapterRegistry:
                 self._moments[client] = {**earlier, **copy.moments()}
 
     def assign(self, starts: Mapping[int, Start]) -> None:
-        """Under `copies`, sets the copies that clients begin a round with; other clients begin with the shared adapter.
+        """Under `copies`, sets the copies of clients for the beginning of a round.
 
-        A copy's optimiser starts without state, or, with `--train.optimizer-state keep`, with its state at the end of
-        the client's last round that counted.
+        The optimiser of a copy starts without state. With `--train.optimizer-state keep`, the optimiser starts with
+        the state at the end of the client's last round that counted.
 
         Args:
-            starts: Starts by client.
+            starts: Starts by client. A client without a start begins with the shared adapter.
         """
         self._copies.clear()
         for client, start in starts.items():
@@ -382,8 +392,8 @@ class AdapterRegistry:
         """Under `copies`, sets the copy of a client that begins or repeats the round.
 
         Args:
-            client: Number of the client; its steps of an earlier attempt at the round no longer count.
-            start: State in which its copy begins.
+            client: Number of the client. Steps of an earlier attempt at the round no longer count.
+            start: State of the copy at the beginning.
         """
         copy = self._new(start)
         if start.afresh:
@@ -394,23 +404,22 @@ class AdapterRegistry:
     def copies(self, clients: Collection[int] | None = None) -> dict[int, Copy]:
         """Returns, under `copies`, the clients' copies of the adapter at the end of the round.
 
-        A copy that should have been trained, and was not, has neither control variate nor state: a stage that has seen
-        no step has nothing to say of the round.
+        A copy that learns, but made no step, has neither control variate nor state of a stage.
 
         Args:
-            clients: Clients whose copies are returned; all clients where not given.
+            clients: Clients with a finished round; all clients where not given.
         """
         copies = {}
         for client, copy in sorted(self._copies.items()):
             if clients is not None and client not in clients:
-                continue  # its round may have ended in the middle, where a stage has no result
+                continue  # an unfinished round may have ended in the middle, where a stage has no result
             steps = copy.steps if copy.learns else None
-            outcome = Outcome() if steps == 0 else copy.outcome()
+            outcome = Outcome() if steps == 0 else copy.outcome()  # without steps, a stage knows nothing of the round
             copies[client] = Copy(self._named(copy.snapshot), outcome.sent, outcome.kept, steps)
         return copies
 
     def read(self) -> Adapters:
-        """Returns the shared adapter as it is now."""
+        """Returns the newest snapshot of the shared adapter, on the CPU."""
         return self._named(self.shared.snapshot)
 
     def _named(self, snapshot: AdapterSnapshot) -> Adapters:
@@ -418,24 +427,26 @@ class AdapterRegistry:
         return Adapters(put(detached, CPU), self._layers)
 
     def write(self, tensors: Mapping[str, Tensor], own: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
-        """Replaces the shared adapter and all copies; pending batches keep the snapshot they were computed with.
+        """Replaces the shared adapter and all copies. Pending batches keep the snapshot of the forward.
 
         Args:
             tensors: Shared adapter by exported name.
-            own: Personal adapters by client, for the evaluation of these clients.
+            own: Personal adapters by client, for evaluations by these clients.
         """
         self.shared.write(tensors)
-        self.assign({client: Start(dict(personal)) for client, personal in (own or {}).items()})
+        personal = own or {}
+        self.assign({client: Start(dict(adapter)) for client, adapter in personal.items()})
 
     def moments(self) -> dict[str, Tensor]:
-        """Returns the optimiser states: the shared adapter's by parameter, the copies' after a prefix "client/"."""
-        copies = {
-            f"{client}/{name}": value for client, moments in self._moments.items() for name, value in moments.items()
-        }
-        return self.shared.moments() | copies
+        """Returns the optimiser states: of the shared adapter by parameter, of the copies after a prefix "client/"."""
+        all_moments = self.shared.moments()
+        for client, moments in self._moments.items():
+            for name, value in moments.items():
+                all_moments[f"{client}/{name}"] = value
+        return all_moments
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Sets the shared adapter and all optimiser states to what `read` and `moments` returned earlier."""
+        """Sets the shared adapter and all optimiser states to earlier results of `read` and `moments`."""
         self.shared.write(tensors)
         self.shared.restore({name: value for name, value in moments.items() if "/" not in name})
         self._moments.clear()

@@ -1,6 +1,6 @@
-"""Schedules of the trunk (`--trunk.schedule`): whose steps update its adapter, when, and with which snapshot.
+"""Schedules of the trunk (`--trunk.schedule`): rules by which the steps of clients update the trunk's adapter.
 
-Both sides of the wire read the schedule: the client before it sends, the trunk when it serves a packet.
+Both sides of the wire read the schedule: the client before a packet is sent, the trunk before a packet is served.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """How clients share the trunk.
+    """Rule by which clients share the trunk.
 
     Attributes:
-        sees: Snapshot of the adapter that a step is computed with, in words.
+        sees: Snapshot of the adapter for the computation of a step, in words.
         learns: True if the trunk's adapter is trained.
         returns_gradient: True if clients send gradients up and get gradients down.
         gathers: True if the steps of all active clients are computed as one batch.
         sums: True if gradients are summed until a barrier, before one step of the optimiser.
-        personal: True if each client has its own adapter and optimiser state, and the strategy aggregates the adapters.
-        deterministic: True if the result does not depend on the order in which steps arrive.
+        personal: True if each client has a separate adapter and optimiser state. The strategy aggregates the adapters.
+        deterministic: True if the result does not depend on the order of arrival of steps.
 
     Example:
         >>> SCHEDULES["frozen"].expects_backward(wants_gradient=True)
@@ -61,11 +61,15 @@ SCHEDULES: Mapping[str, Schedule] = {
 
 
 def is_deterministic(name: str, every: int) -> bool:
-    """Returns True if a schedule gives the same result in whatever order steps arrive.
+    """Returns True if a schedule gives the same result for every order of arrival.
 
     Args:
         name: Name of a schedule in `SCHEDULES`.
-        every: Steps between two barriers; 0 for the whole round. All gradients of a round are then computed with one
+        every: Steps between two barriers; 0 for the whole round. For 0, all gradients of a round are computed with one
             snapshot, and summed client by client.
+
+    Example:
+        >>> is_deterministic("accumulate", every=0), is_deterministic("accumulate", every=4)
+        (True, False)
     """
     return SCHEDULES[name].deterministic or (SCHEDULES[name].sums and every == 0)

@@ -1,7 +1,7 @@
 """The server half of split learning: the middle blocks of the model, and the adapters that clients train on them.
 
-Knows nothing of processes and threads: `fedsplit.trunk.dispatch` decides what is computed next, and
-`fedsplit.trunk.service` runs both.
+The server knows nothing of processes and threads. `fedsplit.trunk.dispatch` chooses the next computation, and
+`fedsplit.trunk.service` provides the thread.
 """
 
 from __future__ import annotations
@@ -42,16 +42,15 @@ _CODEC = "codec/"
 class TrunkServer:
     """Serves forwards and backwards of many clients on one set of blocks.
 
-    Each step of an optimiser publishes a new snapshot of the adapter, and a pending forward keeps the snapshot it was
-    computed with. So the gradient that a client gets is exact for the weights its activations came from, however many
-    steps of other clients lie between.
+    Each step of an optimiser publishes a new snapshot of the adapter, and a pending forward keeps the older snapshot.
+    So a client gets the exact gradient for the weights of the forward, after any number of steps of further clients.
 
     Attributes:
         part: The blocks, with adapters.
         adapters: Trainable adapters.
-        intake: Decodes and checks what clients send.
-        answers: Encodes what goes back.
-        steps: Steps that wait for a gradient, or for the clipping coefficient of theirs.
+        intake: Decoder and checks of clients' tensors.
+        answers: Encoder of the trunk's tensors.
+        steps: Steps that wait for a gradient or for a clipping coefficient.
         traffic: Bytes that have crossed.
         counts: Events since the round began.
     """
@@ -77,20 +76,21 @@ class TrunkServer:
 
         Args:
             part: The blocks, with adapters.
-            codec: Codec of hidden states and gradients, a new one of the kind that clients use.
+            codec: New codec of hidden states and gradients, of the same kind as the clients' codecs.
             schedule: Name of a schedule in `fedsplit.trunk.schedules.SCHEDULES`.
-            settings: Settings of the optimisers, and of the parts that a step may have.
+            settings: Settings of the optimisers, and limits for the parts of a step.
             seed: Seed of the run, for dropout.
-            run: Name of the run, which packets must carry.
-            incarnation: Identity of one start of the trunk, which packets must carry.
-            lease: Seconds for which a forward may wait for its backward.
-            budget: Budget of resident memory; none where not given.
+            run: Name of the run. Packets must carry the same name.
+            incarnation: Identity of this start of the trunk. Packets must carry the same identity.
+            lease: Seconds for which a forward may wait for a backward.
+            budget: Budget of resident memory; None for no limit.
             clock: Clock for leases.
-            stage: Makes the strategy's gradient stage for a client's copy; None where the strategy has none.
-            clients: Number of clients in the run; packets of others are refused. None: any number may come.
-            rounds: Number of rounds in the run; packets of later ones are refused. None: any number may come.
+            stage: Maker of the strategy's gradient stage for a client's copy; None for a strategy without a stage.
+            clients: Number of clients in the run. Packets with a larger number are refused; None accepts all.
+            rounds: Number of rounds in the run. Packets of later rounds are refused; None accepts all.
         """
         blocks = Blocks(part)
+        budget = budget or Budget(None)
         self.part = part
         self._committed: dict[str, Tensor] = {}  # former base weights of layers that changed since the last commit
         self._codec_states: dict[int, dict[str, Tensor]] = {}  # after each client's last round that counted
@@ -102,7 +102,6 @@ class TrunkServer:
         self.adapters = AdapterRegistry(
             lora.read(part), SCHEDULES[schedule], settings, self.counts, blocks.device, part.rank_budget, stage
         )
-        budget = budget or Budget(None)
         self._state = TrunkState(
             seed=seed,
             settings=settings,
@@ -148,30 +147,32 @@ class TrunkServer:
         return self._forwards.ask(packet)
 
     def is_repeat(self, packet: Packet) -> bool:
-        """Returns True if a request was served before, so that answering it computes nothing new."""
+        """Returns True if a request was served before. A repeated answer changes nothing, and may come at any time."""
         if "gradient" in packet.tensors or packet.clips:
             return self.steps.answered(packet.key) is not None
         return packet.training and self.steps.repeated(packet.key) is not None
 
     def companions(self, key: StepKey) -> set[int]:
-        """Returns the clients with a step in the pending batch of a given step; none if no batch has the step."""
+        """Returns the clients with a pending step in the same batch as a given step; none if no batch has the step."""
         try:
             batch = self._state.pending_batch(key)
         except RefusedStep:
             return set()
-        return {other.client for other in batch.inputs if self.steps.is_pending(other)}
+        pending = filter(self.steps.is_pending, batch.inputs)
+        return {step.client for step in pending}
 
     def leave(self, client: int) -> None:
-        """Frees everything kept for a client that has ended its round, or is dead."""
+        """Frees all state of a client that has left the round, or is dead."""
         self.counts.abandoned += self.steps.leave(client)
         self._state.admission.leave(client)
         self._state.budget.freed()
         self.adapters.leave(client)
 
     def expire(self) -> None:
-        """Frees forwards and reservations whose lease has run out."""
-        if count := self.steps.expire():
-            self.counts.expired += count
+        """Frees forwards and reservations with an expired lease."""
+        expired = self.steps.expire()
+        if expired:
+            self.counts.expired += expired
             self._state.budget.freed()
         self._state.admission.expire()
 
@@ -179,7 +180,7 @@ class TrunkServer:
         """Ends the round for all clients.
 
         Args:
-            finished: Clients whose round counts. State of further clients is dropped.
+            finished: Clients with a round that counts. State of further clients is dropped.
 
         Returns:
             Counts of the round.
@@ -191,24 +192,25 @@ class TrunkServer:
         return self.counts.take()
 
     def _settle_codec(self, finished: Sequence[int]) -> None:
-        """Keeps the codec's state for clients whose round counts, and restores the earlier state for the rest."""
+        """Keeps the codec's state of clients in `finished`, and restores the earlier state of all further clients."""
         live = self.answers.codec.state()
         if not (live or self._codec_states):
             return
-        self._codec_states |= {client: copy_of_state(live[client]) for client in finished if client in live}
+        for client in finished:
+            if client in live:
+                self._codec_states[client] = copy_of_state(live[client])
         self.answers.codec.restore(self._codec_states)
 
     def moments(self) -> dict[str, Tensor]:
         """Returns the state of the optimisers, and after a prefix the codec's state of each client."""
-        of_codec = {
-            f"{_CODEC}{client}/{name}": tensor
-            for client, state in self._codec_states.items()
-            for name, tensor in state.items()
-        }
-        return {**self.adapters.moments(), **of_codec}
+        moments = dict(self.adapters.moments())
+        for client, state in self._codec_states.items():
+            for name, tensor in state.items():
+                moments[f"{_CODEC}{client}/{name}"] = tensor
+        return moments
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Sets the shared adapter, the optimisers and the codec to what `adapters.read` and `moments` returned earlier.
+        """Sets the shared adapter, the optimisers and the codec to earlier results of `adapters.read` and `moments`.
 
         Args:
             tensors: Shared adapter by exported name.
@@ -223,40 +225,44 @@ class TrunkServer:
         self.answers.codec.restore(self._codec_states)
 
     def inference(self, client: int, snapshot: AdapterSnapshot | None = None) -> tuple[Trunk, AdapterSnapshot]:
-        """Returns the part without dropout, ready to compute until the next call of this object.
+        """Returns the part without dropout. The next call of any method may change the part.
 
         Args:
-            client: Client whose newest snapshot is used.
-            snapshot: Snapshot to use in its place.
+            client: Number of the client.
+            snapshot: Snapshot of an adapter; None for the newest snapshot of the client's adapter.
 
         Returns:
-            The part, and the snapshot that it computes with.
+            The part, and the snapshot in the part.
         """
         if snapshot is None:
             snapshot = self.adapters.of(client, begins=False).snapshot
         return self._state.blocks.inference(snapshot), snapshot
 
     def has_room(self, tokens: int) -> bool:
-        """Returns True if so many tokens can be computed under the budget; frees graphs of others where needed."""
+        """Returns True if the budget suffices for a number of tokens. Frees graphs of pending batches if needed."""
         return self._state.admission.make_room(tokens, 0.0)
 
     def fold(self, changes: Mapping[str, LowRank]) -> None:
         """Adds matrices to the base weights for good.
 
         Args:
-            changes: Matrices by layer; layers of other parts are ignored.
+            changes: Matrices by layer. Layers of bottom and top are ignored.
         """
+        # Of a layer that is folded twice, the weights before the first fold are the committed ones.
         new = changes.keys() - self._committed.keys()
         self._committed |= folding.base_weights(self.part, new)
         folding.fold(self.part, changes)
 
     def unfold(self) -> None:
-        """Sets the base weights back to their values at the last `commit`."""
+        """Sets the base weights back to the values at the last `commit`.
+
+        A copy of the former weights is put back: a subtraction would not give the same bits.
+        """
         folding.put_back(self.part, self._committed)
         self._committed = {}
 
     def commit(self) -> None:
-        """Makes changes of base weights final: their former values are no longer kept."""
+        """Makes changes of base weights final. The former weights are no longer kept."""
         self._committed = {}
 
     def count(self) -> dict[str, int]:
@@ -265,14 +271,14 @@ class TrunkServer:
         return counted if self._state.schedule.learns else {**counted, "trainable": 0}
 
     def calibrate(self, sequences: int, length: int) -> int:
-        """Measures the memory of one step, for the budget; the step leaves nothing behind.
+        """Measures the memory of one step, for the budget. The adapter stays as it is.
 
         Args:
             sequences: Sequences of a step.
             length: Tokens of a sequence.
 
         Returns:
-            Smallest budget in bytes under which such a step can be served.
+            Smallest sufficient budget for one step, in bytes.
         """
         budget = self._state.budget
         tokens = sequences * length

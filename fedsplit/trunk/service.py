@@ -1,4 +1,4 @@
-"""The trunk as a service: takes packets and control messages from any thread, and decides in one what comes next.
+"""The trunk as a service: takes packets and control messages from any thread, and serves all of them on one thread.
 
 The service knows neither Ray nor sockets. A door passes packets and messages in, and provides the thread.
 """
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from fedsplit.adaptation import run_adapters
 from fedsplit.clock import Clock
 from fedsplit.lowrank import LowRank
+from fedsplit.model.parts import Trunk
 from fedsplit.settings.config import Config
 from fedsplit.settings.sections import TrunkSettings
 from fedsplit.stages import StageMaker
@@ -36,8 +37,8 @@ from fedsplit.wire.steps import SpoiledStep
 class Observer(Protocol):
     """Observer of all packets that reach a trunk, and of all answers.
 
-    Both methods run on the thread that decides, so they need no locks and should be quick. An exception that one of
-    them raises becomes the answer to the packet; raised by `before`, it keeps the trunk from serving the packet.
+    Both methods run on the deciding thread, so an observer needs no locks and should be quick. An exception becomes
+    the answer to the packet. After an exception from `before`, the trunk does not serve the packet.
 
     Example:
         >>> class Counter:
@@ -53,17 +54,18 @@ class Observer(Protocol):
         ...
 
     def after(self, packet: Packet, answer: Answer) -> None:
-        """Receives the answer to a packet, or the error in place of an answer, before it is sent."""
+        """Receives the answer to a packet, or the error in place of an answer, before the client does."""
         ...
 
 
 @dataclass(frozen=True)
 class _Call:
-    """Something for the deciding thread to do.
+    """A call for the deciding thread.
 
     Attributes:
-        do: Does it.
-        has_to_wait: Returns True while the call must wait for workers. No later work begins before a waiting call.
+        do: The call.
+        has_to_wait: Function that returns True while the call must wait for workers. No later work begins before a
+            waiting call.
     """
 
     do: Callable[[], None]
@@ -73,9 +75,9 @@ class _Call:
 class TrunkService:
     """Runs a dispatcher and decoding sessions on one trunk.
 
-    `submit` and `request` may be called by any thread, and return at once. One thread then does everything: in a
-    process of its own it repeats `work` for ever; in the process of a single caller it calls `work_now` until the
-    caller has its answer. With two workers, forwards and backwards are computed in threads of their own.
+    Any thread may call `submit` and `request`; both return at once. One thread does the work. In a trunk's process, the
+    thread repeats `work` for ever. In the process of the callers, a waiting caller repeats `work_now`. With two
+    workers, a second thread computes forwards and a third thread computes backwards.
 
     Attributes:
         server: The trunk.
@@ -117,12 +119,12 @@ class TrunkService:
         """Takes a packet.
 
         Args:
-            packet: The packet, which may come from a stranger and have any form.
-            done: Called by the deciding thread with the answer, or with the reason why there is none.
+            packet: The packet. A stranger's packet may have any form.
+            done: Called by the deciding thread with the answer, or with the error in place of an answer.
         """
         try:
             check_form(packet)
-        except MalformedPacket as error:  # refused here: in the deciding thread it could do harm
+        except MalformedPacket as error:  # on the deciding thread, a wrong type could end the service for all clients
             done(SpoiledStep(str(error)))
             return
         self._post(lambda: self._serve(packet, done), self._is_busy if packet.key.session else _never)
@@ -132,19 +134,20 @@ class TrunkService:
 
         Args:
             message: The message.
-            done: Called by the deciding thread with the reply, or with the exception that was raised.
+            done: Called by the deciding thread with the reply or an exception.
         """
 
         def has_to_wait() -> bool:
-            if isinstance(message, port.Leave):  # work for other clients need not end before
+            if isinstance(message, port.Leave):  # only work for the leaving client must end before
                 return self._dispatcher.computes_for(message.client)
             return self._is_busy()
 
         self._post(lambda: done(outcome(lambda: self._carry_out(message))), has_to_wait)
 
     def work(self) -> None:
-        """Waits for a request, a deadline or the end of a lease, and does all work that is then ready."""
-        wakes = None if self._dispatcher.is_computing else self.wakes_at()  # a worker that is done will call
+        """Waits for a request, a deadline or the end of a lease, and does all work that is ready afterwards."""
+        # No timeout while a worker computes: the worker's result comes as a call.
+        wakes = None if self._dispatcher.is_computing else self.wakes_at()
         timeout = None if wakes is None else max(0.0, wakes - self._clock())
         with contextlib.suppress(queue.Empty):
             self._do(self._calls.get(timeout=timeout))
@@ -163,7 +166,7 @@ class TrunkService:
             self._do(self._calls.get())
 
     def wakes_at(self) -> float | None:
-        """Returns the time of the next deadline or expiry, which may bring work without a request."""
+        """Returns the time of the next deadline or expiry, after which there may be work without a request."""
         times = (self._dispatcher.wakes_at(), self._sessions.next_expiry())
         return min((time for time in times if time is not None), default=None)
 
@@ -261,7 +264,7 @@ class TrunkService:
 
     def _fold(self, changes: Mapping[str, LowRank]) -> None:
         self.server.fold(changes)
-        self._sessions.leave()  # their caches were computed with other weights
+        self._sessions.leave()  # the caches of open sessions were computed with the former weights
 
     def _unfold(self) -> None:
         self.server.unfold()
@@ -284,6 +287,16 @@ def _never() -> bool:
     return False
 
 
+def _load_part(config: Config, adapter: Path | None) -> Trunk:
+    """Returns the trunk's blocks with a new adapter, or with the adapter of a finished run."""
+    (part,) = run_adapters.bare_parts(config, ["trunk"])
+    if adapter is None:
+        run_adapters.adapt(part, config)
+    else:
+        run_adapters.adopt(adapter, config, part)
+    return part
+
+
 def load_service(
     config: Config,
     run: str,
@@ -297,26 +310,23 @@ def load_service(
     observers: Sequence[Observer] = (),
     clock: Clock = time.monotonic,
 ) -> TrunkService:
-    """Loads the trunk's blocks, and no others, with an adapter.
+    """Loads the trunk's blocks with an adapter. Blocks of bottom and top are not read.
 
     Args:
         config: Configuration of the run.
-        run: Name of the run, which packets must carry.
-        incarnation: Identity of one start of the trunk, which packets must carry.
+        run: Name of the run. Packets must carry the same name.
+        incarnation: Identity of this start of the trunk. Packets must carry the same identity.
         threads: Threads that torch may use in each worker.
         workers: 2 to compute a forward and a backward at the same time.
-        adapter: Folder of a finished run's adapter, of which the trunk takes its own layers; a new adapter where not
-            given.
-        memory: Budget of resident memory in bytes; none where not given.
-        stage: Makes the strategy's gradient stage for a client's copy; None where the strategy has none.
+        adapter: Folder of a finished run's adapter, for the layers of the trunk; None for a new adapter.
+        memory: Budget of resident memory in bytes; None for no limit.
+        stage: Maker of the strategy's gradient stage for a client's copy; None for a strategy without a stage.
         observers: Observers of packets and answers.
         clock: Clock for leases and deadlines.
     """
-    (part,) = run_adapters.bare_parts(config, ["trunk"])
-    if adapter is None:
-        run_adapters.adapt(part, config)
-    else:
-        run_adapters.adopt(adapter, config, part)
+    part = _load_part(config, adapter)
+    # Under a shared adapter, the strategy does not aggregate the trunk, so its stage has no place there.
+    is_personal = SCHEDULES[config.trunk.schedule].personal
     server = TrunkServer(
         part,
         make_codec(config.wire.codec),
@@ -328,13 +338,14 @@ def load_service(
         lease=config.trunk.lease,
         budget=Budget(memory),
         clock=clock,
-        stage=stage if SCHEDULES[config.trunk.schedule].personal else None,
+        stage=stage if is_personal else None,
         clients=config.clients,
         rounds=config.rounds,
     )
     least = 0
     if memory is not None:
-        least = server.calibrate(config.train.batch_size, config.train.max_length + config.prompt.virtual)
+        longest = config.train.max_length + config.prompt.virtual
+        least = server.calibrate(config.train.batch_size, longest)
     return TrunkService(
         server,
         config.trunk,

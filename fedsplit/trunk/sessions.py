@@ -20,11 +20,11 @@ MOST = 64
 """Most sessions at once."""
 
 _REMEMBERED = 4096
-"""Most sessions whose end is remembered, with its reason."""
+"""Largest number of ended sessions that are remembered, each with the reason of the end."""
 
 
 class EarlyStep(RefusedStep):
-    """The request is for a token of a session whose earlier tokens have not come."""
+    """The request is for a token of a session, but the earlier tokens have not come."""
 
 
 class FullTrunk(RefusedStep):
@@ -38,10 +38,10 @@ class _Session:
     Attributes:
         client: Client that generates.
         past: Cache of the trunk's blocks.
-        snapshot: Snapshot of the adapter that the session began with, and keeps.
+        snapshot: Snapshot of the adapter at the beginning, for all steps of the session.
         rows: Number of sequences.
-        step: Last step that was answered.
-        answer: Answer to that step.
+        step: Last answered step.
+        answer: Answer to the last step.
         until: Time at which the lease runs out.
     """
 
@@ -57,18 +57,18 @@ class _Session:
 class Sessions:
     """Answers clients that generate text: the prompts first, then one token of each sequence at a time.
 
-    Every step counts once, as in training. A step that comes again gets the same answer, and is not appended again. A
-    step that comes too early or too late, or belongs to no open session, is refused by name and changes nothing.
+    Every step counts once, as in training. A repeated step gets the same answer, and is not appended again. A step
+    that comes too early or too late, or belongs to no open session, is refused by name and changes nothing.
 
-    A session is freed when its client ends it or leaves, and when its lease runs out. A session whose computation
-    fails is over, since part of the step may have been appended. Sessions share nothing but the weights.
+    A session is freed when the client ends the session or leaves, and when the lease runs out. After a failed
+    computation the session is over, since part of the step may have been appended. Sessions share only the weights.
     """
 
     def __init__(self, server: TrunkServer, lease: float, most: int = MOST, clock: Clock = time.monotonic) -> None:
         """Starts without sessions.
 
         Args:
-            server: Trunk that has the weights, and counts the bytes.
+            server: Trunk with the weights and the counts of bytes.
             lease: Seconds for which a session waits for the next token.
             most: Most sessions at once.
             clock: Clock for leases.
@@ -84,9 +84,9 @@ class Sessions:
         """Answers a step of a session.
 
         Args:
-            packet: Step 0 has the hidden states (B, T, D) of the prompts, with a mask where they are padded on the
-                left (between virtual tokens and text, where there are virtual tokens). Each later step has (B, 1, D).
-                A packet without tensors ends the session.
+            packet: Step 0 has the hidden states (B, T, D) of the prompts, with a mask for prompts of different
+                lengths. Padding is on the left, between virtual tokens and text. Each later step has (B, 1, D). A
+                packet without tensors ends the session.
 
         Returns:
             Hidden states of the same shape.
@@ -96,7 +96,8 @@ class Sessions:
         """
         self._server.steps.check(packet)
         self.expire()
-        packet = replace(packet, training=False)  # whatever it says: generation is no training
+        # Generation is no training, whatever the packet says: dropout would change the text.
+        packet = replace(packet, training=False)
         key = packet.key
         session = self._open.get(key.session)
         if session is not None and session.client != key.client:
@@ -105,17 +106,22 @@ class Sessions:
             self._close(key.session, StaleStep, "has ended")
             return Packet(key, training=False)
         if session is None:
-            session = self._begin(packet)
-        elif key.step == session.step and session.answer is not None:
+            return self._go_on(self._begin(packet), packet)
+
+        if key.step == session.step and session.answer is not None:
             session.until = self._clock() + self._lease
             return self._counted(self._server.traffic.repeated, packet, session.answer)
-        elif key.step != session.step + 1:
+        if key.step != session.step + 1:
             refusal = StaleStep if key.step < session.step else EarlyStep
             raise refusal(f"{key} does not follow step {session.step}, the last that came")
         return self._go_on(session, packet)
 
     def _begin(self, packet: Packet) -> _Session:
-        """Returns a new session for prompts. The session is open after the computation of the prompts."""
+        """Returns a new session for prompts. `_go_on` opens the session after the computation of the prompts.
+
+        Raises:
+            RefusedStep: The session has ended, does not exist, or is one too many; or the prompts cannot be used.
+        """
         key = packet.key
         if key.session in self._over:
             refusal, reason = self._over[key.session]
@@ -124,11 +130,13 @@ class Sessions:
             raise UnknownStep(f"{key}: there is no such session")
         if len(self._open) >= self._most:
             raise FullTrunk(f"{key}: there are {self._most} sessions already, as many as there may be")
+
         part, snapshot = self._server.inference(key.client)
         intake = self._server.intake
         intake.check_tensors(packet, "hidden", "mask")
         hidden = intake.hidden(packet)
         mask = intake.mask(packet, hidden) if "mask" in packet.tensors else None
+        # A token is appended on the right of every row. Padding there would lie between two tokens of a text.
         if mask is not None and not _is_left_padded(mask, part.virtual):
             raise SpoiledStep(f"{key} sent a mask of texts that are not padded on the left")
         return _Session(key.client, Past(part, mask), snapshot, len(hidden))
@@ -143,10 +151,12 @@ class Sessions:
         expected = (session.rows, count, part.config.hidden_size)
         if hidden.shape != expected:
             raise SpoiledStep(f"{key} sent hidden states of shape {tuple(hidden.shape)}, not {expected}")
-        if session.past.length + count > (longest := part.config.max_position_embeddings):
+        longest = part.config.max_position_embeddings
+        if session.past.length + count > longest:
             raise SpoiledStep(f"{key} goes beyond the model's {longest} positions")
         if not self._server.has_room(session.rows * count):
             raise FullTrunk(f"{key}: there is no room for it under the trunk's budget of memory")
+
         traffic = self._server.traffic
         crossed = traffic.token if key.step else traffic.prompt
         try:
@@ -166,25 +176,27 @@ class Sessions:
         return down
 
     def _close(self, name: str, refusal: type[RefusedStep], reason: str) -> None:
-        """Frees a session, and remembers for a while why it ended; the reason of an earlier end stays."""
+        """Frees a session, and remembers the reason of the end for a while. The reason of an earlier end stays."""
         self._open.pop(name, None)
         self._over.setdefault(name, (refusal, reason))
         if len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
 
     def expire(self) -> None:
-        """Frees sessions whose lease has run out."""
+        """Frees sessions with an expired lease."""
         now = self._clock()
-        for name in [name for name, session in self._open.items() if session.until <= now]:
+        expired = [name for name, session in self._open.items() if session.until <= now]
+        for name in expired:
             self._close(name, ExpiredStep, "waited for its next token longer than a lease")
 
     def leave(self, client: int | None = None) -> None:
-        """Ends the sessions of a client that has ended its round or is dead; for None all sessions."""
-        for name in [name for name, session in self._open.items() if client in (None, session.client)]:
+        """Ends the sessions of a client that has left the round or is dead; for None, ends all sessions."""
+        ended = [name for name, session in self._open.items() if client in (None, session.client)]
+        for name in ended:
             self._close(name, StaleStep, "has ended")
 
     def next_expiry(self) -> float | None:
-        """Returns the time at which the next lease runs out; None without sessions."""
+        """Returns the time of the next end of a lease; None without sessions."""
         return min((session.until for session in self._open.values()), default=None)
 
     @property
@@ -202,7 +214,12 @@ def _is_left_padded(mask: Tensor, virtual: int) -> bool:
 
     Args:
         mask: (B, P + T), 0 on padding.
-        virtual: P, the number of virtual tokens, which precede the text and are never padding.
+        virtual: P, the number of virtual tokens. Virtual tokens precede the text, and are never padding.
+
+    Example:
+        >>> import torch
+        >>> _is_left_padded(torch.tensor([[0, 1, 1]]), virtual=0), _is_left_padded(torch.tensor([[1, 1, 0]]), virtual=0)
+        (True, False)
     """
     of_virtual_tokens, of_text = mask.bool().tensor_split([virtual], 1)
     if not of_text.numel():

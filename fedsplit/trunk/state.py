@@ -24,15 +24,15 @@ class TrunkState:
 
     Attributes:
         seed: Seed of the run, for dropout.
-        settings: Settings of local training, which the trunk's optimisers share.
-        schedule: How clients share the trunk.
+        settings: Settings of local training, and of the trunk's optimisers.
+        schedule: Rule by which clients share the trunk.
         blocks: Blocks with adapters.
         adapters: Trainable adapters.
-        steps: Steps that wait for a gradient, or for the clipping coefficient of theirs.
+        steps: Steps that wait for a gradient or for a clipping coefficient.
         budget: Budget of resident memory.
-        admission: Admission control under that budget.
-        intake: Decodes and checks what clients send.
-        answers: Encodes what goes back, and counts bytes.
+        admission: Admission control under the budget.
+        intake: Decoder and checks of clients' tensors.
+        answers: Encoder of the trunk's tensors, and counter of bytes.
         counts: Events of the round.
     """
 
@@ -49,7 +49,7 @@ class TrunkState:
     counts: RoundCounts
 
     def pending_batch(self, key: StepKey) -> PendingBatch:
-        """Returns the batch in which a step waits for its gradient.
+        """Returns the batch of a step that waits for a gradient.
 
         Raises:
             RefusedStep: The step does not wait for a gradient.

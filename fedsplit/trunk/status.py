@@ -27,10 +27,10 @@ class Traffic:
 
     Attributes:
         activation: Hidden states of training steps, with their masks.
-        gradient: Gradients of training steps, and what clipping needs.
+        gradient: Gradients of training steps, with norms and coefficients for clipping.
         evaluation_activation: Hidden states of evaluations.
-        repeated: Bytes of repeated requests and of the answers to them.
-        prompt: Hidden states of prompts, where text is generated.
+        repeated: Repeated requests and the repeated answers.
+        prompt: Hidden states of prompts for generated text.
         token: Hidden states of generated tokens.
 
     Example:
@@ -48,16 +48,16 @@ class Traffic:
     token: Bytes = field(default_factory=Bytes)
 
     def copy(self) -> Traffic:
-        """Returns a copy of the counts, which later traffic does not change."""
+        """Returns a copy of the counts. Later traffic does not change the copy."""
         return copy.deepcopy(self)
 
     def document(self) -> dict[str, int]:
-        """Returns the counts above zero by purpose and direction, such as "activation_up", as files name them."""
-        found = {}
+        """Returns the counts above zero by purpose and direction, such as "activation_up", for result files."""
+        counts = {}
         for purpose, crossed in vars(self).items():
-            found[f"{purpose}_up"] = crossed.up
-            found[f"{purpose}_down"] = crossed.down
-        return {name: count for name, count in found.items() if count}
+            counts[f"{purpose}_up"] = crossed.up
+            counts[f"{purpose}_down"] = crossed.down
+        return {name: count for name, count in counts.items() if count}
 
 
 @dataclass
@@ -65,15 +65,15 @@ class RoundCounts:
     """Events at the trunk since the round began.
 
     Attributes:
-        steps: Steps that an optimiser made.
-        forwards: Number of computed forwards. Steps of several clients in one batch count once.
-        backwards: Backwards that were computed.
-        recomputed: Forwards that were computed a second time, in the backward.
-        waits: Requests that found no memory and were told to ask again.
+        steps: Steps of the optimisers.
+        forwards: Computed forwards. Steps of several clients in one batch count once.
+        backwards: Computed backwards.
+        recomputed: Forwards that were computed a second time, for the backward.
+        waits: Requests that were told to ask again, since memory was short.
         late: Gradients that came too late to count.
-        expired: Pending steps whose lease ran out.
-        abandoned: Number of steps that were pending at the end of the client's round.
-        unusable: Steps at a barrier that were not made, since the adapter would not have been finite after them.
+        expired: Pending steps with an expired lease.
+        abandoned: Steps that were pending at the end of the client's round.
+        unusable: Steps at a barrier that were not made, since the adapter would not have been finite afterwards.
 
     Example:
         >>> counts = RoundCounts(steps=3)
@@ -100,23 +100,23 @@ class RoundCounts:
         return finished
 
     def document(self) -> dict[str, int]:
-        """Returns the counts above zero by name, as files name them."""
+        """Returns the counts above zero by name, for result files."""
         return {name: count for name, count in vars(self).items() if count}
 
 
 @dataclass(frozen=True)
 class TrunkStatus:
-    """State of a trunk and of its process.
+    """State of a trunk and of the trunk's process.
 
     Attributes:
-        incarnation: Identity of one start of the trunk, which packets must carry. A restart changes the identity.
+        incarnation: Identity of this start of the trunk. Packets must carry the identity; a restart changes it.
         traffic: Bytes that have crossed so far.
         resident_memory: Resident memory of the process, in bytes.
-        peak_memory: Largest resident memory that the process has had, in bytes.
+        peak_memory: Largest resident memory of the process so far, in bytes.
         pending: Training steps that wait for a gradient or for a clipping coefficient.
         sessions: Open decoding sessions.
         parameters: Number of parameters, "total" and "trainable".
-        least_memory: Smallest `--trunk.memory` in bytes that suffices; 0 where no budget is set.
+        least_memory: Smallest sufficient `--trunk.memory` in bytes; 0 without a budget.
         over_socket: Packets that came over the local socket.
     """
 

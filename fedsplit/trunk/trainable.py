@@ -1,4 +1,4 @@
-"""Trainable adapters of the trunk: every step of the optimiser makes a snapshot, which never changes."""
+"""Trainable adapters of the trunk. Every step of the optimiser makes a snapshot, and a snapshot never changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from fedsplit.stages import GradientStage, LocalStep, Outcome, RoundStart
 from fedsplit.updates import Task
 
 AdapterSnapshot = dict[str, Tensor]
-"""Tensors of an adapter by exported name, which are never changed in place."""
+"""Tensors of an adapter by exported name, never changed in place.
+
+A pending forward keeps the snapshot, so that its backward gives exact gradients after any number of further steps.
+torch would notice a change in place of a plain parameter, but not a change by a fused optimiser.
+"""
 
 
 class Unusable(ArithmeticError):
@@ -29,24 +33,24 @@ class Unusable(ArithmeticError):
 
 
 _SAFE_NORM = 1e9
-"""Norm of adapter and gradient up to which one step at settings that are not extreme stays below `LARGEST_NORM`."""
+"""Norm of adapter and gradient up to which one step stays below `LARGEST_NORM`, except at extreme settings."""
 
 
 def _may_overflow(settings: TrainSettings) -> bool:
-    """Returns True where one step may take an adapter of norm `_SAFE_NORM` to values that are not finite.
+    """Returns True if one step may take an adapter of norm `_SAFE_NORM` to values that are not finite.
 
-    With settings below these, no optimiser moves a coordinate by more than `_SAFE_NORM` and a factor of a thousand.
-    Elsewhere the moments are copied before each step, since a step that is not made must not leave its trace there.
+    With smaller settings, no optimiser moves a coordinate by more than a thousand times `_SAFE_NORM`. With larger
+    settings, the moments are copied before each step: an undone step must not leave a trace in the moments.
     """
     return settings.lr > 1 or settings.weight_decay > 1 or settings.eps < 1e-12 or settings.momentum > 0.999
 
 
 class TrainableAdapter:
-    """An adapter with its optimiser; older snapshots of it stay as they are.
+    """An adapter with an optimiser. Older snapshots stay unchanged.
 
     Attributes:
-        snapshot: The newest snapshot. Its trained tensors require gradients.
-        steps: Number of steps that the optimiser has made.
+        snapshot: The newest snapshot. Trained tensors require gradients.
+        steps: Number of steps of the optimiser so far.
     """
 
     def __init__(
@@ -68,14 +72,14 @@ class TrainableAdapter:
             settings: Settings of the optimiser.
             learns: False for an adapter that is used and never trained.
             task: Instructions of the strategy.
-            own: Control variate of the client that the adapter belongs to.
-            device: Device that computes with it. Snapshots live there; everything else that is passed in or returned
-                is on the CPU.
-            budget: Budget of the ranks that are allocated after each step; None where ranks are fixed.
+            own: Control variate of the adapter's client.
+            device: Device of the snapshots. All further arguments and results are on the CPU.
+            budget: Budget of the ranks, which are allocated after each step; None for fixed ranks.
             stage: Gradient stage of the strategy, for the adapter and one round.
-            kept: State that the stage kept of the client's last round.
+            kept: State of the stage after the client's last round.
         """
-        start, task = put(start, device), task or Task()
+        start = put(start, device)
+        task = task or Task()
         self._terms = terms_of(task, own, device, stage)
         self._terms.begin(RoundStart(start, put(kept or {}, device)))
         self._learns = {name for name in start if learns and task.teaches(name)}
@@ -96,44 +100,53 @@ class TrainableAdapter:
         return bool(self._learns)
 
     def _publish(self) -> None:
-        self.snapshot: AdapterSnapshot = {
-            name: parameter.detach().clone().requires_grad_(name in self._learns)
-            for name, parameter in self._parameters.items()
-        }
+        """Makes the present state of the parameters the newest snapshot."""
+        self.snapshot: AdapterSnapshot = {}
+        for name, parameter in self._parameters.items():
+            self.snapshot[name] = parameter.detach().clone().requires_grad_(name in self._learns)
 
     def step(self, gradients: Mapping[str, Tensor], rate: float = 1.0, round: int = 1) -> None:
-        """Makes one step of the optimiser, which leaves adapter and moments finite; or none, which changes neither.
+        """Makes one step of the optimiser, or no step if adapter or moments would not be finite afterwards.
 
         Args:
             gradients: Gradients by exported name.
             rate: Share of the learning rate.
-            round: Number of the round, by which ranks are allocated.
+            round: Number of the round, for the allocation of ranks.
 
         Raises:
-            Unusable: The gradient is not finite or its square overflows, or the adapter would not be finite after the
-                step. The step was not made. (A bounded gradient leaves the moments finite in any case.)
+            Unusable: The gradient is not finite or too large to be squared, or the adapter would not be finite after
+                the step. Adapter and moments stay unchanged. (A bounded gradient leaves the moments finite.)
         """
         assert self._optimizer is not None
         corrected = self._terms(gradients, LocalStep(self._parameters))
-        size = norm(corrected.values())
-        if not math.isfinite(size):
+        gradient_size = norm(corrected.values())
+        if not math.isfinite(gradient_size):
             raise Unusable("the gradient of the trunk's adapter is NaN, infinite or too large to be squared")
         for name, gradient in corrected.items():
-            # The fused optimiser pairs elements by their place in memory: a transposed gradient would be scrambled.
+            # The fused optimiser pairs elements by the place in memory: a transposed gradient would be scrambled.
             self._parameters[name].grad = gradient.contiguous()
-        keeps_moments = self._keeps_moments or max(size, self._size) > _SAFE_NORM
-        moments = optim.moments(self._optimizer, self._trained) if keeps_moments else {}
+
+        # AdamW's moments are twice as large as the adapter, and are copied only where the step may have to be undone.
+        may_overflow = self._keeps_moments or max(gradient_size, self._size) > _SAFE_NORM
+        moments_before = optim.moments(self._optimizer, self._trained) if may_overflow else {}
         optim.step(self._optimizer, rate)
         self._size = norm(self._parameters.values())
         if not math.isfinite(self._size):
             self._return_to_snapshot()
-            optim.restore(self._optimizer, self._trained, moments)
+            optim.restore(self._optimizer, self._trained, moments_before)
             raise Unusable("the trunk's adapter would not be finite after the step: --train.lr is too large")
-        if self._allocation is not None:
-            self._made = round, self._made[1] + 1 if self._made[0] == round else 1
-            self._allocation.allocate(corrected, self._allocation.position(*self._made))
+
+        self._allocate_ranks(corrected, round)
         self.steps += 1
         self._publish()
+
+    def _allocate_ranks(self, gradients: Mapping[str, Tensor], round: int) -> None:
+        """Allocates ranks after a step. Does nothing where ranks are fixed."""
+        if self._allocation is None:
+            return
+        last_round, steps = self._made
+        self._made = (round, steps + 1 if round == last_round else 1)
+        self._allocation.allocate(gradients, self._allocation.position(*self._made))
 
     def regularised(
         self, snapshot: AdapterSnapshot, gradients: Mapping[str, Tensor], share: float = 1.0
@@ -141,39 +154,39 @@ class TrainableAdapter:
         """Returns a gradient with the regularisation that a rank budget adds.
 
         Args:
-            snapshot: Snapshot that the gradient was computed with.
+            snapshot: Snapshot of the adapter at the forward.
             gradients: Gradients by exported name.
-            share: Share of the optimiser's step that the gradient belongs to, such as 0.5 for one of two batches.
+            share: Share of the gradient in the optimiser's step, such as 0.5 for one of two batches.
         """
         budget = None if self._allocation is None else self._budget
         return dict(Orthogonality(snapshot.keys(), budget, share)(gradients, LocalStep(snapshot)))
 
     @torch.no_grad()
     def _return_to_snapshot(self) -> None:
-        """Undoes a step: sets the adapter back to its newest snapshot."""
+        """Undoes a step: sets the adapter back to the newest snapshot."""
         for name, parameter in self._parameters.items():
             parameter.copy_(self.snapshot[name])
         self._size = norm(self._parameters.values())
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces the adapter; the optimiser keeps its moments."""
+        """Replaces the tensors of the adapter. The optimiser's moments stay."""
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors[name])
         self._size = norm(self._parameters.values())
         self._publish()
 
     def outcome(self) -> Outcome:
-        """Returns what the strategy's terms leave at the end of the round, on the CPU."""
-        found = self._terms.end(self._parameters)
-        return Outcome(put(found.kept, CPU), put(found.sent, CPU))
+        """Returns the outcome of the strategy's terms at the end of the round, on the CPU."""
+        outcome = self._terms.end(self._parameters)
+        return Outcome(put(outcome.kept, CPU), put(outcome.sent, CPU))
 
     def moments(self) -> dict[str, Tensor]:
-        """Returns the optimiser's state by parameter and kind ("step", "exp_avg", …), and the rank allocation's."""
+        """Returns the optimiser's state by parameter and kind ("step", "exp_avg", …), and the rank allocator's."""
         allocated = {} if self._allocation is None else self._allocation.moments()
         return {**optim.moments(self._optimizer, self._trained), **allocated}
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
-        """Sets the state that `moments` returned, as far as it fits: see `fedsplit.optimization.optim.restore`."""
+        """Sets an earlier result of `moments`, as far as the shapes fit; see `fedsplit.optimization.optim.restore`."""
         optim.restore(self._optimizer, self._trained, moments)
         self._allocation = rank_allocation.begin(self._parameters, self._budget, moments)

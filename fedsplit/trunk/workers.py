@@ -24,9 +24,9 @@ class Work:
     """A forward or backward that has begun.
 
     Attributes:
-        compute: Does the long part, and changes nothing that another thread sees: one forward and one backward may be
+        compute: Function for the long part, which must not change shared state: one forward and one backward may be
             computed at the same time.
-        finish: Turns the result of `compute` into answers; must run on the thread that began the work.
+        finish: Function that turns the result of `compute` into answers. Must run on the thread that began the work.
     """
 
     compute: Callable[[], Any]
@@ -43,7 +43,7 @@ class Work:
 
 
 class Workers(Protocol):
-    """Computes elsewhere, while the thread that asked goes on."""
+    """Computes on further threads, while the calling thread goes on."""
 
     def start(self, worker: str, compute: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Starts a computation on a worker, and calls `done` with the result or the exception."""
@@ -64,16 +64,16 @@ def outcome(compute: Callable[[], Any]) -> Any:
 
 
 def run_until_defect(work: Callable[[], object], threads: int) -> None:
-    """Repeats some work for ever; if an exception escapes it, ends the process.
+    """Repeats some work for ever. An exception that escapes the work ends the process.
 
-    The exception is a defect of the trunk. Clients see a process that is gone, and give up; for answers of a thread
-    that is gone they would wait for ever.
+    The exception is a defect of the trunk. Clients notice the end of a process, and give up. If only a thread ended,
+    clients would wait for the thread's answers for ever.
 
     Args:
-        work: Function that does one piece of work, such as a call from a queue.
+        work: Function for one piece of work, such as a call from a queue.
         threads: Number of threads that torch may use for the work.
     """
-    torch.set_num_threads(threads)  # OpenMP keeps the number separately for each thread that asks
+    torch.set_num_threads(threads)  # OpenMP keeps a number for each calling thread
     try:
         while True:
             work()
@@ -86,12 +86,12 @@ class WorkerThreads:
     """Threads by name. Each thread computes the calls in its queue, in order."""
 
     def __init__(self, names: Iterable[str], threads: int, post: Callable[[Callable[[], None]], None]) -> None:
-        """Starts the threads; they end with the process.
+        """Starts the threads. The threads end with the process.
 
         Args:
             names: Names of the workers.
             threads: Number of threads that torch may use in each thread.
-            post: Hands a call to the thread that asked.
+            post: Function that hands a call to the calling thread.
         """
         self._post = post
         self._queues: dict[str, queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]]]] = {}
@@ -101,11 +101,14 @@ class WorkerThreads:
             threading.Thread(target=run_until_defect, args=(work, threads), name=name, daemon=True).start()
 
     def _compute_next(self, name: str) -> None:
-        """Computes once; returning drops all references, so that nothing is kept while the thread waits."""
+        """Computes one call.
+
+        A loop in here would keep the last result alive, with a graph of many megabytes, while the thread waits.
+        """
         compute, done = self._queues[name].get()
         result = outcome(compute)
         self._post(lambda: done(result))
 
     def start(self, worker: str, compute: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Queues a computation for a worker; `done` is posted to the thread that asked."""
+        """Queues a computation for a worker. The call of `done` is posted to the calling thread."""
         self._queues[worker].put((compute, done))

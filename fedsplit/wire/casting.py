@@ -1,4 +1,4 @@
-"""The codecs `raw` and `bf16`: values as they are, or rounded to a narrower type."""
+"""The codecs `raw` and `bf16`: values without a change, or rounded to a narrower type."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fedsplit.wire.encoded import Encoded, Fact, MalformedPacket
 from fedsplit.wire.scaling import scale_to
 
 with warnings.catch_warnings():
-    # torch warns once a process that it cannot protect an array from being written to; nobody here writes to one.
+    # torch warns once a process that a tensor would let code write to a read-only array. No code here writes to one.
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(b"0", np.uint8))
 
 _FULL = 2.0**15
-"""Upper bound of the largest element of a scaled gradient; half of what float16 can hold."""
+"""Upper bound of the largest element of a scaled gradient: half of float16's largest value."""
 
 _NARROWED: Mapping[torch.dtype, tuple[torch.dtype, ...]] = {
     torch.bfloat16: (torch.int16,),
@@ -28,26 +28,32 @@ _NARROWED: Mapping[torch.dtype, tuple[torch.dtype, ...]] = {
     torch.float32: (torch.int16, torch.float16),
     torch.float64: (torch.int16, torch.float16),
 }
-"""Other types of arrays that an encoder makes, by the tensor's type. The bits of bfloat16 are sent as int16."""
+"""Further types of arrays from an encoder, by the tensor's type. The bits of bfloat16 are sent as int16."""
 
 
 class Cast(Codec):
-    """Sends values as they are, or rounded to a narrower type.
+    """Sends values without a change, or rounded to a narrower type.
 
     Attributes:
-        narrow: Type that floating-point values are rounded to; None sends them as they are.
+        narrow: Type for rounded floating-point values; None for no rounding.
     """
 
     narrow: torch.dtype | None = None
 
     def encode(self, tensor: Tensor, role: Role | None = None) -> Encoded:
-        """Encodes a tensor; the gradient by float16 hidden states as float16 times a power of two."""
+        """Encodes a tensor.
+
+        A gradient by float16 hidden states is sent as float16 times a power of two: half the bytes of float32, and
+        small values do not become zero.
+        """
         if role is not None and role.kind == "gradient" and role.dtype == torch.float16:
             scale = scale_to(_FULL, tensor)
-            return array_as(self._to_array((tensor * scale).to(torch.float16)), "float32", scale)
+            scaled = (tensor * scale).to(torch.float16)
+            return array_as(self._to_array(scaled), "float32", scale)
         return array_as(self._to_array(tensor), str(tensor.dtype).removeprefix("torch."))
 
     def _to_array(self, tensor: Tensor) -> np.ndarray:
+        """Returns the values of a tensor as they cross."""
         tensor = tensor.detach()
         if self.narrow is not None and tensor.is_floating_point():
             tensor = tensor.to(self.narrow)
@@ -56,14 +62,15 @@ class Cast(Codec):
         return tensor.contiguous().cpu().numpy()
 
     def decode(self, encoded: Encoded, role: Role | None = None) -> Tensor:
-        """Decodes a tensor; it is a view of the array where that is possible.
+        """Decodes a tensor. The result is a view of the array if possible.
 
         Raises:
-            MalformedPacket: No encoder makes such an array of values of that type; nothing else is cast.
+            MalformedPacket: No encoder makes an array of this type for values of the type in the header.
         """
         tensor = torch.from_numpy(encoded.array("values"))
         dtype = getattr(torch, encoded.dtype, None)
-        if not isinstance(dtype, torch.dtype) or tensor.dtype not in {dtype, *_NARROWED.get(dtype, ())}:
+        expected = {dtype, *_NARROWED.get(dtype, ())} if isinstance(dtype, torch.dtype) else set()
+        if not isinstance(dtype, torch.dtype) or tensor.dtype not in expected:
             raise MalformedPacket(f"an array of {tensor.dtype} cannot stand for values of type {encoded.dtype[:40]}")
         if tensor.dtype == torch.int16 and dtype.is_floating_point:
             tensor = tensor.view(torch.bfloat16)
@@ -72,7 +79,7 @@ class Cast(Codec):
 
 
 class Raw(Cast):
-    """Sends values as they are; `--wire.codec raw`.
+    """Sends values without a change; `--wire.codec raw`.
 
     Example:
         >>> Raw().decode(Raw().encode(torch.tensor([0.1]))).item() == torch.tensor(0.1).item()
@@ -81,7 +88,7 @@ class Raw(Cast):
 
 
 class BFloat16(Cast):
-    """Rounds values to 8 bits of precision, which halves the bytes of float32; `--wire.codec bf16`.
+    """Rounds values to 8 bits of precision: half the bytes of float32; `--wire.codec bf16`.
 
     Example:
         >>> BFloat16().decode(BFloat16().encode(torch.tensor([1.001])))
@@ -92,16 +99,16 @@ class BFloat16(Cast):
 
 
 EXACT = Raw()
-"""Codec of what is small and must cross as it is, such as masks and norms, whatever the run's codec."""
+"""Codec for small tensors that must cross without a change, such as masks and norms, under every codec of a run."""
 
 
 def array_as(array: np.ndarray, dtype: str, scale: float = 1.0) -> Encoded:
     """Returns an array as an encoded tensor.
 
     Args:
-        array: Values of the tensor, as they cross.
+        array: Values of the tensor on the wire.
         dtype: Name of the tensor's type.
-        scale: Factor that the values were multiplied by to fit into a narrow type; a power of two.
+        scale: Factor of the values on the wire, a power of two; 1 for unscaled values.
     """
     header: dict[str, Fact] = {"dtype": dtype}
     if scale != 1:
@@ -110,10 +117,10 @@ def array_as(array: np.ndarray, dtype: str, scale: float = 1.0) -> Encoded:
 
 
 def _scale(encoded: Encoded) -> float:
-    """Returns the factor that values were multiplied by.
+    """Returns the factor of the values on the wire.
 
     Raises:
-        MalformedPacket: It is not a number above 0.
+        MalformedPacket: The factor is not a number above 0.
     """
     scale = encoded.fact("scale", float)
     if not 0 < scale < math.inf:

@@ -1,6 +1,6 @@
-"""Codecs turn tensors into the bytes that cross, and back: their interface, their memory, and how one is made.
+"""Codecs turn tensors into the bytes on the wire, and back: the interface, the memory and the making of codecs.
 
-A codec is a class in a file of its own, such as `fedsplit.wire.casting`, and a line in
+A new codec needs a file with a class, such as `fedsplit.wire.casting`, and a line in
 `fedsplit.settings.choices.CODECS`.
 """
 
@@ -22,7 +22,7 @@ from fedsplit.wire.packets import StepKey
 State = TypeVar("State")
 
 Stream = tuple[str, str, int, int, int]
-"""Identifies tensors that follow each other step by step: kind, direction, client, batch and micro-batch."""
+"""Identifies a sequence of tensors, one for each step: kind, direction, client, batch and micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Role:
     """Place of a tensor in split learning.
 
     Attributes:
-        kind: "activation" for hidden states, "gradient" for the gradient by them.
+        kind: "activation" for hidden states, "gradient" for gradients by hidden states.
         direction: "up" from a client to the trunk, "down" from the trunk to a client.
-        key: Step that the tensor belongs to.
+        key: Step of the tensor.
         training: False for evaluation and for generated text.
-        dtype: Type of the step's hidden states. A gradient may have a wider one: those by float16 hidden states are
-            float32.
+        dtype: Type of the step's hidden states. A gradient may have a wider type: gradients by float16 hidden states
+            are float32.
 
     Example:
         >>> role = Role("gradient", "up", StepKey(round=1, client=3, step=0))
@@ -56,20 +56,31 @@ class Role:
 
     @property
     def stream(self) -> Stream:
-        """Identifies the tensors of the same kind, direction, client, batch and micro-batch of all steps."""
+        """Stream of the tensor: the tensors of all steps with equal kind, direction, client, batch and micro-batch."""
         return self.kind, self.direction, self.key.client, self.key.batch, self.key.micro
 
 
 class Codec(ABC):
-    """Encodes tensors into arrays whose bytes cross, and decodes them.
+    """Encodes tensors into arrays for the wire, and decodes the arrays.
 
-    Each side of a wire has a codec of its own, so that a codec may keep state: `CodecMemory` holds it by role. A step
-    may be encoded or decoded more than once, as when an answer is lost; the result must then be the same.
+    Each side of a wire has a separate codec, so a codec may keep state; `CodecMemory` holds state by role. A step may
+    be encoded or decoded more than once, for example after a lost answer. The result must be the same each time.
+
+    Example:
+        >>> import numpy as np
+        >>> class Signs(Codec):  # one byte for each value
+        ...     def encode(self, tensor, role):
+        ...         return Encoded({"signs": np.sign(tensor.numpy()).astype(np.int8)}, {"dtype": "float32"})
+        ...     def decode(self, encoded, role):
+        ...         return torch.from_numpy(encoded.array("signs")).float()
+        >>> role = Role("gradient", "up", StepKey(round=1, client=0, step=0))
+        >>> Signs().decode(Signs().encode(torch.tensor([0.5, -2.0]), role), role)
+        tensor([ 1., -1.])
     """
 
     @abstractmethod
     def encode(self, tensor: Tensor, role: Role) -> Encoded:
-        """Encodes a tensor of any shape; copies it only where it must.
+        """Encodes a tensor of any shape, without a copy if possible.
 
         Args:
             tensor: Hidden states or a gradient.
@@ -78,37 +89,37 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, encoded: Encoded, role: Role) -> Tensor:
-        """Decodes what the other side's `encode` returned, to a tensor of the same shape and type.
+        """Decodes a result of `encode` to a tensor of the original shape and type.
 
-        The tensor may lie in memory that must not be written to: use it, do not change it.
+        The tensor may lie in read-only memory. Callers must not change the tensor in place.
 
         Args:
-            encoded: Encoded tensor in correct form, which came from elsewhere and may say anything.
+            encoded: Encoded tensor in correct form. The values come from the wire, and may be anything.
             role: Place of the tensor.
 
         Raises:
-            MalformedPacket: No encoder makes such arrays or such a header.
+            MalformedPacket: No encoder makes arrays or a header like these.
         """
 
     def state(self) -> Mapping[int, Mapping[str, Tensor]]:
-        """Returns the state of each client, by any names; nothing for a codec without state.
+        """Returns the state of each client by any names, or nothing for a codec without state.
 
-        Called between rounds. Each side keeps the state of a client whose round counts: a client on its disk, the trunk
-        in the run's checkpoint.
+        Called between rounds. Each side keeps the state of clients with a round that counts: a client on the client's
+        disk, the trunk in the run's checkpoint.
         """
         return {}
 
     def restore(self, states: Mapping[int, Mapping[str, Tensor]]) -> None:  # noqa: B027  # nothing without state
-        """Replaces the state of all clients by what `state` returned after an earlier round.
+        """Replaces the state of all clients by an earlier result of `state`.
 
         Args:
-            states: State by client, with tensors on the CPU. Clients that are missing have none.
+            states: State by client, with tensors on the CPU. A missing client has no state.
         """
 
 
 @dataclass(frozen=True)
 class _Entry(Generic[State]):
-    """State of one stream, before and after its newest step."""
+    """State of one stream, before and after the newest step."""
 
     key: StepKey
     before: State | None
@@ -116,13 +127,13 @@ class _Entry(Generic[State]):
 
 
 class CodecMemory(Generic[State]):
-    """State that a codec keeps from step to step, such as the residual of error feedback.
+    """State of a codec from step to step, such as the residual of error feedback.
 
-    - Each stream has its own: `Role.stream`.
-    - A step that is encoded again finds the state as it was at the first time.
+    - Each stream (`Role.stream`) has a separate state.
+    - A step that is encoded a second time finds the state of the first time.
     - Every attempt at a round begins with the state at the end of the client's last round that counted: both sides call
-      `restore` between rounds, with what `states` returned then. So a repeated or resumed round gives the same.
-    - Evaluations neither find nor leave any.
+      `restore` between rounds, with an earlier result of `states`. So a repeated or resumed round gives equal bits.
+    - Evaluations neither find nor leave any state.
 
     Example:
         >>> memory = CodecMemory[float]()
@@ -145,11 +156,12 @@ class CodecMemory(Generic[State]):
         if not role.training:
             return None
         entry = self._entries.get(role.stream)
-        if entry is not None and entry.key == role.key:
+        if entry is None:
+            return self._start.get(role.stream)
+        if entry.key == role.key:  # the step is encoded again
             return entry.before
-        if entry is not None and (entry.key.round, entry.key.attempt) == (role.key.round, role.key.attempt):
-            return entry.after
-        return self._start.get(role.stream)
+        same_attempt = (entry.key.round, entry.key.attempt) == (role.key.round, role.key.attempt)
+        return entry.after if same_attempt else self._start.get(role.stream)
 
     def set_after(self, role: Role, state: State) -> None:
         """Sets the state after a step."""
@@ -158,14 +170,16 @@ class CodecMemory(Generic[State]):
 
     def states(self) -> dict[int, dict[str, State]]:
         """Returns the newest state of all streams, by client and the rest of the stream, such as "gradient/up/0/0"."""
-        newest = {**self._start, **{stream: entry.after for stream, entry in self._entries.items()}}
-        found: dict[int, dict[str, State]] = {}
+        newest = dict(self._start)
+        for stream, entry in self._entries.items():
+            newest[stream] = entry.after
+        by_client: dict[int, dict[str, State]] = {}
         for (kind, direction, client, batch, micro), state in newest.items():
-            found.setdefault(client, {})[f"{kind}/{direction}/{batch}/{micro}"] = state
-        return found
+            by_client.setdefault(client, {})[f"{kind}/{direction}/{batch}/{micro}"] = state
+        return by_client
 
     def restore(self, states: Mapping[int, Mapping[str, State]]) -> None:
-        """Replaces all state by what `states` returned earlier."""
+        """Replaces all state by an earlier result of `states`."""
         self._entries = {}
         self._start = {}
         for client, by_stream in states.items():
@@ -175,7 +189,7 @@ class CodecMemory(Generic[State]):
 
 
 def copy_of_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a copy of a client's state, on the CPU, which can be written to a file."""
+    """Returns a copy of a client's state on the CPU, for a file."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
@@ -183,7 +197,7 @@ def make_codec(name: str) -> Codec:
     """Returns a new codec, for one side of a wire.
 
     Args:
-        name: One of `fedsplit.settings.choices.CODECS`.
+        name: Name of a codec in `fedsplit.settings.choices.CODECS`.
 
     Example:
         >>> codec = make_codec("bf16")

@@ -1,4 +1,4 @@
-"""A tensor as it lies on the wire: the arrays that a codec made of it, and a small header."""
+"""A tensor on the wire: arrays from a codec, and a small header."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _MOST_DIMENSIONS = 3
 LARGEST_NUMBER = 2**63 - 1
 
 _ARRAYS = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
-"""Types of the arrays that may cross."""
+"""Types of arrays that may cross. Arrays of objects may not: to read one would unpickle code."""
 
 T = TypeVar("T")
 
 
 class MalformedPacket(ValueError):
-    """A packet has a field of the wrong type, or a value that the field cannot have."""
+    """A packet has a field of the wrong type, or an impossible value in a field."""
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A tensor that a codec has encoded.
 
-    Only the codec that made it knows what arrays and header mean. The bytes of the arrays are counted as traffic; the
-    header is not, so `check_encoded` keeps it small.
+    The meaning of arrays and header is up to the codec. The bytes of the arrays are counted as traffic. The header is
+    not counted, so `check_encoded` allows only a small header.
 
     Attributes:
         arrays: Arrays by name.
-        header: Facts by name that a codec needs to decode. "dtype" is the type of the decoded tensor.
+        header: Facts for the decoder, by name. "dtype" is the type of the decoded tensor.
 
     Example:
         >>> encoded = Encoded({"values": np.zeros((2, 3), np.float32)}, {"dtype": "float32"})
@@ -49,19 +49,19 @@ class Encoded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the wire, read off the arrays."""
+        """Bytes of the arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
     @property
     def dtype(self) -> str:
-        """Name of the type of the decoded tensor, such as "float32"; empty where the header does not name it."""
+        """Name of the type of the decoded tensor, such as "float32"; empty if the header has no type."""
         return str(self.header.get("dtype", ""))
 
     def array(self, name: str) -> np.ndarray:
-        """Returns an array.
+        """Returns the array with a name.
 
         Raises:
-            MalformedPacket: There is none of that name.
+            MalformedPacket: No array has the name.
         """
         if name not in self.arrays:
             raise MalformedPacket(f"there is no array {name!r} in what was sent")
@@ -71,11 +71,11 @@ class Encoded:
         """Returns a fact of the header.
 
         Args:
-            name: Its name.
-            kind: Its type.
+            name: Name of the fact.
+            kind: Type of the fact.
 
         Raises:
-            MalformedPacket: There is none of that name, or it has another type.
+            MalformedPacket: No fact has the name and the type.
         """
         value = self.header.get(name)
         if not isinstance(value, kind):
@@ -84,19 +84,25 @@ class Encoded:
 
 
 def check_encoded(name: str, encoded: object) -> None:
-    """Makes sure that an encoded tensor has the right form, so that nothing behind this has to expect another one.
+    """Checks the form of an encoded tensor, so that later code may rely on the form.
 
     Args:
         name: Name of the tensor, for messages.
         encoded: The encoded tensor.
 
     Raises:
-        MalformedPacket: Its form is wrong.
+        MalformedPacket: The form is wrong.
+
+    Example:
+        >>> check_encoded("hidden", Encoded({"values": np.zeros((2, 3), np.complex64)}, {"dtype": "complex64"}))
+        Traceback (most recent call last):
+        fedsplit.wire.encoded.MalformedPacket: hidden of a packet is an array of 2 dimensions of complex64
     """
     if not isinstance(encoded, Encoded):
         raise MalformedPacket(f"{name} of a packet is {shown(encoded)}, not an encoded tensor")
     for records, most in ((encoded.arrays, MOST_ARRAYS), (encoded.header, MOST_FACTS)):
-        if not isinstance(records, Mapping) or len(records) > most or not all(map(_is_text, records)):
+        is_small = isinstance(records, Mapping) and len(records) <= most
+        if not is_small or not all(map(_is_text, records)):
             raise MalformedPacket(f"{name} of a packet does not have up to {most} arrays and facts by name")
     for array in encoded.arrays.values():
         _check_array(name, array)
@@ -115,12 +121,22 @@ def _check_array(name: str, array: object) -> None:
 
 
 def may_cross(form: np.dtype) -> bool:
-    """Returns True if arrays of a type may cross; those of another machine's byte order may not."""
+    """Returns True if arrays of a type may cross. Arrays with a foreign byte order may not.
+
+    Example:
+        >>> may_cross(np.dtype("float32")), may_cross(np.dtype("object"))
+        (True, False)
+    """
     return form.name in _ARRAYS and form.isnative
 
 
 def is_fact(value: Any) -> bool:
-    """Returns True if a value may stand in a header."""
+    """Returns True if a header may contain a value.
+
+    Example:
+        >>> is_fact((2, 3)), is_fact([2, 3])
+        (True, False)
+    """
     if type(value) is tuple:
         return len(value) <= MOST_FACTS and all(map(is_count, value))
     if type(value) is int:
@@ -129,7 +145,12 @@ def is_fact(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Returns True for a whole number from 0."""
+    """Returns True for a whole number from 0.
+
+    Example:
+        >>> is_count(3), is_count(-1), is_count(True)
+        (True, False, False)
+    """
     return type(value) is int and 0 <= value <= LARGEST_NUMBER
 
 
@@ -138,6 +159,14 @@ def _is_text(value: Any) -> bool:
 
 
 def shown(value: object) -> str:
-    """Returns a value for a message; only its type where the text may be long, or raise an error."""
-    is_short = type(value) in (bool, float) or value is None or is_count(value)
-    return repr(value) if is_short or (type(value) is str and len(value) < 40) else f"a {type(value).__name__}"
+    """Returns a short text about a value, for messages. A `repr` could be long, or raise an error.
+
+    Example:
+        >>> shown(3), shown([0] * 1000)
+        ('3', 'a list')
+    """
+    is_short_text = type(value) is str and len(value) < 40
+    is_number = type(value) in (bool, float) or is_count(value)
+    if value is None or is_number or is_short_text:
+        return repr(value)
+    return f"a {type(value).__name__}"

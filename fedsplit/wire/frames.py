@@ -1,7 +1,7 @@
-"""Frames: packets as bytes on a socket. A header in JSON, followed by the bytes of the arrays; nothing is unpickled.
+"""Frames: packets as bytes on a socket. A header in JSON is followed by the bytes of the arrays. Nothing is unpickled.
 
-A frame consists of its number (8 bytes) and the length of its header (4), little-endian; the header; and the arrays in
-the order in which the header names them. An answer has the number of its request, and holds a packet or an error.
+A frame consists of a number (8 bytes) and the length of the header (4), little-endian; the header; and the arrays, in
+the order of the header. An answer has the number of the request, and holds a packet or an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from fedsplit.wire.encoded import Encoded, Fact, is_count, may_cross
 from fedsplit.wire.packets import Packet, StepKey, check_form
 from fedsplit.wire.steps import RefusedStep
+from fedsplit.wire.transport import Unanswered
 
 _PREFIX = struct.Struct("<QI")
 _PAUSE = struct.Struct("@ll")
@@ -27,25 +28,33 @@ _LONGEST_HEADER = 2**16
 _LONGEST_WORDS = 2**12
 
 LARGEST_PACKET = 2**34
-"""Most bytes of all arrays of a packet together. Memory is used up as bytes arrive, not as they are announced."""
+"""Most bytes of all arrays of a packet together. The system gives memory as bytes arrive, not on announcement."""
 
 LONGEST_PAUSE = 600.0
-"""Seconds in which a frame that has begun must go on. Between frames a connection may be silent for ever."""
+"""Longest pause within a frame in seconds. Between frames, a connection may be silent for ever."""
 
 BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError)
-"""Errors that `receive` raises where the other side has hung up, or where what came is no frame."""
+"""Errors of `receive` after the peer has hung up, or for bytes that are no frame."""
 
 
 class TrunkFailed(Exception):
-    """The trunk could not serve a packet, for another reason than a refusal; with the trunk's words."""
+    """The trunk could not serve a packet, for a reason that is no refusal. The message is the trunk's message."""
 
 
 def _error_named(name: str) -> type[Exception]:
-    """Returns the refusal of that name, or `TrunkFailed` for anything else."""
-    known = list(RefusedStep.__subclasses__())
-    for refusal in known:  # the list grows while it is read: a subclass has subclasses
-        known += refusal.__subclasses__()
-    return {refusal.__name__: refusal for refusal in known}.get(name, TrunkFailed)
+    """Returns the refusal with a name, or `TrunkFailed` for any other name.
+
+    Only refusals and `Unanswered` are looked up: a name from the wire must not choose any class of the program.
+
+    Example:
+        >>> _error_named("StaleStep").__name__, _error_named("SystemExit").__name__
+        ('StaleStep', 'TrunkFailed')
+    """
+    refusals: list[type[Exception]] = [Unanswered, *RefusedStep.__subclasses__()]
+    for refusal in refusals:  # the list grows during the loop, by subclasses of subclasses
+        refusals += refusal.__subclasses__()
+    by_name = {refusal.__name__: refusal for refusal in refusals}
+    return by_name.get(name, TrunkFailed)
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
@@ -54,15 +63,18 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 def header_of(packet: Packet) -> dict[str, Any]:
-    """Returns the header of a packet's frame."""
+    """Returns the header of a packet's frame.
+
+    Example:
+        >>> packet = Packet(StepKey(round=1, client=0, step=0), {"mask": Encoded({"values": np.ones((2, 3), bool)})})
+        >>> header_of(packet)["tensors"]
+        {'mask': {'arrays': {'values': ['|b1', (2, 3)]}, 'header': {}}}
+    """
     plain = {field.name: getattr(packet, field.name) for field in fields(Packet)}
-    tensors = {
-        name: {
-            "arrays": {inner: [array.dtype.str, array.shape] for inner, array in encoded.arrays.items()},
-            "header": dict(encoded.header),
-        }
-        for name, encoded in packet.tensors.items()
-    }
+    tensors = {}
+    for name, encoded in packet.tensors.items():
+        forms = {inner: [array.dtype.str, array.shape] for inner, array in encoded.arrays.items()}
+        tensors[name] = {"arrays": forms, "header": dict(encoded.header)}
     return {**plain, "key": vars(packet.key), "tensors": tensors}
 
 
@@ -72,11 +84,11 @@ def send(
     """Sends a frame.
 
     Args:
-        connection: Where to.
+        connection: Connection to the peer.
         number: Number of the request.
-        message: A packet, or the error that it is answered by.
-        meanwhile: Called whenever the connection takes no more bytes at the moment; returns once it does again. Where
-            not given, this function waits itself.
+        message: A packet, or the error in place of an answer.
+        meanwhile: Called whenever the connection takes no more bytes. Returns once the connection takes bytes again.
+            Without `meanwhile`, this function waits.
     """
     header: dict[str, Any]
     arrays: list[np.ndarray] = []
@@ -86,8 +98,11 @@ def send(
         header = header_of(message)
         for encoded in message.tensors.values():
             arrays += [np.ascontiguousarray(array) for array in encoded.arrays.values()]
+
     text = json.dumps(header).encode()
-    left = [memoryview(_PREFIX.pack(number, len(text)) + text), *(_bytes_of(array) for array in arrays)]
+    prefix = _PREFIX.pack(number, len(text))
+    # Pieces of memory, and no joined bytes: a copy of the arrays would double the memory of a packet.
+    left = [memoryview(prefix + text), *(_bytes_of(array) for array in arrays)]
     while left:
         try:
             sent = connection.sendmsg(left, [], socket.MSG_DONTWAIT if meanwhile else 0)
@@ -95,25 +110,31 @@ def send(
             assert meanwhile is not None
             meanwhile()
             continue
-        while left and sent >= len(left[0]):
-            sent -= len(left.pop(0))
-        if left:
-            left[0] = left[0][sent:]
+        _drop_sent(left, sent)
+
+
+def _drop_sent(left: list[memoryview], sent: int) -> None:
+    """Removes a number of sent bytes from the beginning of some pieces of memory."""
+    while left and sent >= len(left[0]):
+        sent -= len(left.pop(0))
+    if left:
+        left[0] = left[0][sent:]
 
 
 def _fill(connection: socket.socket, memory: memoryview) -> None:
     """Reads bytes until a piece of memory is full."""
     while memory:
-        if not (count := connection.recv_into(memory)):
+        count = connection.recv_into(memory)
+        if not count:
             raise EOFError
         memory = memory[count:]
 
 
 def read(connection: socket.socket, count: int) -> bytes:
-    """Reads so many bytes.
+    """Reads a number of bytes.
 
     Raises:
-        EOFError: The other side has hung up.
+        EOFError: The peer has hung up.
     """
     memory = bytearray(count)
     _fill(connection, memoryview(memory))
@@ -121,11 +142,14 @@ def read(connection: socket.socket, count: int) -> bytes:
 
 
 def receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
-    """Waits for a frame, and returns its number with the packet or the error that it holds.
+    """Waits for a frame.
+
+    Returns:
+        The number of the frame, and the packet or the error in the frame.
 
     Raises:
-        EOFError: The other side has hung up.
-        Others of `BROKEN`: The bytes that came are no frame.
+        EOFError: The peer has hung up.
+        Any error in `BROKEN`: The bytes are no frame.
     """
     number, length = _PREFIX.unpack(read(connection, _PREFIX.size))
     if length > _LONGEST_HEADER:
@@ -136,9 +160,11 @@ def receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
 
 @contextlib.contextmanager
 def _without_long_pauses(connection: socket.socket) -> Iterator[None]:
-    """Makes reading fail where no byte comes for `LONGEST_PAUSE` seconds. Sending, by other threads, is not limited."""
+    """Makes reading fail after a pause of `LONGEST_PAUSE` seconds."""
     seconds, fraction = divmod(LONGEST_PAUSE, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PAUSE.pack(int(seconds), int(fraction * 1e6)))
+    # Not `settimeout`, which would limit the sending of answers by a second thread, too.
+    pause = _PAUSE.pack(int(seconds), int(fraction * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, pause)
     try:
         yield
     finally:
@@ -146,49 +172,66 @@ def _without_long_pauses(connection: socket.socket) -> Iterator[None]:
 
 
 def _rest(connection: socket.socket, length: int) -> Packet | Exception:
-    """Reads what follows the prefix of a frame.
+    """Reads a frame without the prefix.
 
     Args:
-        connection: Where from.
+        connection: Connection to the peer.
         length: Bytes of the header.
 
     Raises:
-        Others of `BROKEN`: The bytes that came are no frame, or stopped coming.
+        Any error in `BROKEN`: The bytes are no frame, or stopped coming.
     """
     header = json.loads(read(connection, length))
     if "error" in header:
         return _error_named(header["error"])(str(header["words"]))
 
     forms = {name: _forms(tensor["arrays"]) for name, tensor in header["tensors"].items()}
-    if sum(nbytes for arrays in forms.values() for _, _, nbytes in arrays.values()) > LARGEST_PACKET:
+    nbytes = sum(form.nbytes for arrays in forms.values() for form in arrays.values())
+    if nbytes > LARGEST_PACKET:
         raise ValueError("a packet is too large")
     tensors = {name: _empty(arrays, header["tensors"][name]["header"]) for name, arrays in forms.items()}
     plain = {**header, "key": StepKey(**header["key"]), "tensors": tensors, "shape": tuple(header["shape"])}
     packet = Packet(**plain)
-    check_form(packet)  # before any bytes are read for a packet that nobody can use
+    check_form(packet)  # before the arrays: no bytes are read for a packet that nobody can use
     for encoded in tensors.values():
         for array in encoded.arrays.values():
             _fill(connection, _bytes_of(array))
     return packet
 
 
-def _forms(arrays: Mapping[str, Sequence[Any]]) -> dict[str, tuple[np.dtype, list[int], int]]:
-    """Returns type, shape and bytes of the arrays that a header announces.
+@dataclass(frozen=True)
+class _Form:
+    """Type and shape of an array in a header."""
+
+    dtype: np.dtype
+    shape: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _forms(arrays: Mapping[str, Sequence[Any]]) -> dict[str, _Form]:
+    """Returns the forms of the arrays in a header.
 
     Raises:
-        ValueError, TypeError: One is of a type or shape that may not cross.
+        ValueError, TypeError: An array has a type or shape that may not cross.
     """
     forms = {}
     for name, (kind, shape) in arrays.items():
-        form = np.dtype(str(kind))
-        if not may_cross(form) or type(shape) is not list or not all(map(is_count, shape)):
+        dtype = np.dtype(str(kind))
+        is_shape = type(shape) is list and all(map(is_count, shape))
+        if not may_cross(dtype) or not is_shape:
             raise ValueError("an array is of a type or shape that may not cross")
-        forms[name] = form, shape, math.prod(shape) * form.itemsize
+        forms[name] = _Form(dtype, shape)
     return forms
 
 
-def _empty(arrays: Mapping[str, tuple[np.dtype, list[int], int]], header: Mapping[str, Any]) -> Encoded:
-    """Allocates arrays of given forms, and reads the facts of a tensor's header."""
-    allocated = {name: np.empty(shape, form) for name, (form, shape, _) in arrays.items()}
-    facts: dict[str, Fact] = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in header.items()}
+def _empty(arrays: Mapping[str, _Form], header: Mapping[str, Any]) -> Encoded:
+    """Allocates arrays, and reads the facts of a tensor's header."""
+    allocated = {name: np.empty(form.shape, form.dtype) for name, form in arrays.items()}
+    facts: dict[str, Fact] = {}
+    for name, fact in header.items():
+        facts[name] = tuple(fact) if isinstance(fact, list) else fact  # JSON has no tuples
     return Encoded(allocated, facts)

@@ -18,18 +18,18 @@ _TENSORS = frozenset({"hidden", "gradient", "mask", "routers", "coefficient", "n
 
 @dataclass(frozen=True)
 class StepKey:
-    """Identifies one step of one client, so that forward and backward find each other, and each counts once.
+    """Identifies one step of one client: the link between forward and backward, and the reason why both count once.
 
     Attributes:
-        round: Number of the round, from 1; 0 is the evaluation before the first one.
+        round: Number of the round, from 1; 0 for the evaluation before round 1.
         client: Number of the client's partition, from 0.
         step: Number of the step within the round, from 0.
-        attempt: How often the client has begun this round before.
+        attempt: Number of times that the client began the round before.
         micro: Number of the micro-batch within the batch, from 0.
         run: Name of the run.
-        batch: Number of the batch within the step, from 0; above 0 only where gradients are accumulated.
-        session: Id of the decoding session, where text is generated; `step` then counts its packets, the prompt being
-            0. Empty elsewhere.
+        batch: Number of the batch within the step, from 0. Above 0 only with accumulated gradients.
+        session: Id of the decoding session; empty outside of text generation. In a session, `step` counts packets, and
+            the prompt is packet 0.
 
     Example:
         >>> str(StepKey(round=2, client=5, step=7))
@@ -52,7 +52,7 @@ class StepKey:
 
     @property
     def turn(self) -> tuple[int, int, int]:
-        """Identifies the step of the optimiser that this batch belongs to."""
+        """Identifies the step of the optimiser. All batches of a step have the same turn."""
         return self.round, self.attempt, self.step
 
     def __str__(self) -> str:
@@ -67,28 +67,32 @@ class Packet:
     """One message between a client and the trunk.
 
     Attributes:
-        key: Step that the packet belongs to.
+        key: Step of the packet.
         tensors: Encoded tensors by name:
 
             - "hidden" or "gradient" (B, T, D).
-            - "mask" (B, T), where a batch is padded.
-            - "routers", where there is an auxiliary loss (`fedsplit.model.routers`): the sums (2E + 1,), or the
-              gradient (E,) by them.
+            - "mask" (B, T), for a padded batch.
+            - "routers", with an auxiliary loss (`fedsplit.model.routers`): the router sums (2E + 1,), or the gradient
+              (E,) by the router sums.
             - "norm" (), with clipping, in the answer to the last gradient of a step: the squared norm of the trunk's
               gradient.
-            - "coefficient" (), with clipping: the client's reply to "norm", which the gradient is scaled by.
+            - "coefficient" (), with clipping: the client's reply to "norm", a factor for the trunk's gradient.
 
-            Empty in an admission request, and in an answer that carries nothing, as when the client's bottom has
-            nothing to learn.
-        training: True for a training step, which has dropout; False for evaluation.
+            Empty in an admission request, and in an answer without a result, as for a bottom that does not learn.
+        training: True for a training step with dropout; False for evaluation.
         wants_gradient: True if the client's bottom can use a gradient.
         micros: Number of micro-batches in the batch.
         batches: Number of batches in the step.
-        rate: Share of the learning rate at which the step is made.
-        learns: False where the client wants a gradient alone, such as for an adapter that only itself has.
-        incarnation: Id of the trunk's life that the packet is meant for; a restarted trunk has another one.
-        shape: In an admission request: shape of the hidden states that will follow.
-        wait: In an answer: seconds after which to ask again, where the trunk has no memory for the step now.
+        rate: Share of the learning rate for the step.
+        learns: False if the client wants a gradient and the trunk must not learn, as for a client's private adapter.
+        incarnation: Identity of one start of the trunk. A restarted trunk refuses packets for earlier starts.
+        shape: In an admission request: shape of the hidden states to come.
+        wait: In an answer: seconds until the client should ask again, since memory is short; 0 for a served request.
+
+    Example:
+        >>> packet = Packet(StepKey(round=1, client=0, step=0), micros=2)
+        >>> packet.parts, packet.ends, packet.nbytes
+        (2, False, 0)
     """
 
     key: StepKey
@@ -105,7 +109,7 @@ class Packet:
 
     @property
     def parts(self) -> int:
-        """Number of parts in which the gradients of a step come."""
+        """Number of gradients in a step: one for each micro-batch of each batch."""
         return self.micros * self.batches
 
     @property
@@ -115,7 +119,7 @@ class Packet:
 
     @property
     def clipping_key(self) -> StepKey:
-        """Key of the packet with the step's clipping coefficient: the last batch's, one micro-batch after its last."""
+        """Key of the packet with the step's clipping coefficient, as if the last batch had one more micro-batch."""
         return replace(self.key, batch=self.batches - 1, micro=self.micros)
 
     @property
@@ -125,17 +129,22 @@ class Packet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, read off the encoded arrays."""
+        """Bytes of all encoded arrays. The number is measured, and never reported by a client."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def check_form(packet: Packet) -> None:
-    """Makes sure that every field of a packet has its type, so that nothing behind this has to expect another one.
+    """Checks the type of every field of a packet, so that later code may rely on the types.
 
-    The trunk decides later whether the values make sense at this moment.
+    Whether the values make sense for a step is checked later, by the trunk.
 
     Raises:
-        MalformedPacket: A field does not have its type; the message names it.
+        MalformedPacket: A field has a wrong type. The message names the field.
+
+    Example:
+        >>> check_form(Packet(StepKey(round=1, client=0, step=-1)))
+        Traceback (most recent call last):
+        fedsplit.wire.encoded.MalformedPacket: step of a packet is a int, not a whole number from 0
     """
     if type(packet) is not Packet or type(packet.key) is not StepKey:
         raise MalformedPacket("what came is no packet with the key of a step")
@@ -171,10 +180,14 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "Mapping[str, Encoded]": ("tensors by name", lambda value: isinstance(value, Mapping)),
     "parts": ("a whole number from 1", lambda value: is_count(value) and value > 0),
 }
-"""By the type of a field: words for its values, and a check of one."""
+"""By the type of a field: words for the possible values, and a check of a value.
+
+The checks compare `type(value)`: `isinstance` would accept True as a number, and a subclass with harmful methods.
+"""
 
 _KEY_CHECKS = [(field.name, *_CHECKS[str(field.type)]) for field in fields(StepKey)]
 
+# The key has checks of its own. A number of parts is 1 at least, since the trunk divides by the number.
 _PACKET_CHECKS = [
     (field.name, *_CHECKS["parts" if field.name in ("micros", "batches") else str(field.type)])
     for field in fields(Packet)

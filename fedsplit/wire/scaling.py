@@ -1,14 +1,15 @@
-"""Gradient scaling for float16, which has no values between 0 and 6e-8 and none above 65504.
+"""Gradient scaling for float16, a type without values between 0 and 6e-8 or above 65504.
 
-Loss scaling (1710.03740) multiplies the loss by a number so that gradients fall into that range, and divides by it
-before the optimiser's step. Here every part of the model does so by itself. It scales the gradient that its backward
-begins with, by a power of two that depends on that gradient alone, and divides the results in float32. Where a value
-overflows, it repeats the backward with a smaller scale.
+Loss scaling (1710.03740) multiplies the loss by a factor, so that gradients fall into the range of float16, and
+divides the gradients by the factor before the optimiser's step. In fedsplit, every part of the model scales alone. A
+backward begins with a gradient by the part's output. The part scales this gradient by a power of two, which depends on
+the gradient alone, and divides the results in float32. If a value overflows, the part repeats the backward with a
+smaller scale.
 
-So the scale never leaves a part. Under every schedule, the gradient itself crosses, is summed over micro-batches,
-clients or a barrier, and comes to an optimiser. No step is lost, or skipped by one party and made by another, and
-nothing depends on earlier steps. The price is a graph that is kept until its backward is over. (On the wire, a float16
-gradient is multiplied by another power of two; see `fedsplit.wire.casting`.)
+So the scale never leaves a part. Under every schedule, unscaled gradients cross, are summed over micro-batches,
+clients or a barrier, and come to an optimiser. No step is lost, no step is skipped by one party and made by a second
+party, and nothing depends on earlier steps. The price: a graph is kept until the end of the backward. (On the wire, a
+float16 gradient is multiplied by a further power of two; see `fedsplit.wire.casting`.)
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ import torch
 from torch import Tensor
 
 _LOSS = 2.0**15
-"""First factor of a loss: a mean over N tokens gives each of them 1/N of it."""
+"""First factor of a loss. The factor is large, since a mean over N tokens gives each token 1/N of the gradient."""
 
 _BEGIN = 2.0**8
-"""Largest element, after the first scaling, of a gradient that came over the wire."""
+"""Largest element, after the first scaling, of a gradient from the wire."""
 
 TOO_LARGE = "values exceed 65504, the most that float16 can hold; --dtype bf16 and fp32 can hold more"
 """Message about values that float16 cannot hold."""
 
 _LESS = 2.0**-4
+"""Factor of the scale after an overflow. A power of two, so that scaling loses no bit."""
+
 _ATTEMPTS = 8
+"""Largest number of backwards: the scale falls by 2**28 in all."""
 
 
 class Overflow(ArithmeticError):
@@ -62,21 +66,29 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = N
 
     Args:
         output: Output of the part: hidden states in float16, or a loss.
-        inputs: Leaves of its graph.
+        inputs: Leaves of the output's graph.
         start: Gradient by the output, not scaled, in float32; None for a loss.
 
     Returns:
-        Gradients in float32, not scaled, all finite; None for an input that the output does not depend on.
+        Gradients in float32, not scaled, all finite; None for an input without influence on the output.
 
     Raises:
-        Overflow: They are not finite at any scale.
+        Overflow: The gradients are not finite at any scale.
+
+    Example:
+        >>> x = torch.tensor([1e-4], dtype=torch.float16, requires_grad=True)
+        >>> (gradient,) = gradients(x * x, [x], start=torch.tensor([1e-4]))
+        >>> f"{float(gradient):.1e}"  # below the smallest float16
+        '2.0e-08'
     """
     wide = torch.ones_like(output) if start is None else start.float()
     scale = _LOSS if start is None else scale_to(_BEGIN, wide)
-    for _ in range(_ATTEMPTS if bool(torch.isfinite(output.detach()).all()) else 0):
+    if not bool(torch.isfinite(output.detach()).all()):  # no scale helps
+        raise Overflow(TOO_LARGE)
+    for _ in range(_ATTEMPTS):
         begin = (wide * scale).to(output.dtype)
-        found = torch.autograd.grad(output, inputs, begin, retain_graph=True, allow_unused=True)
-        unscaled: list[Tensor | None] = [None if gradient is None else gradient.float() / scale for gradient in found]
+        scaled = torch.autograd.grad(output, inputs, begin, retain_graph=True, allow_unused=True)
+        unscaled: list[Tensor | None] = [None if gradient is None else gradient.float() / scale for gradient in scaled]
         if all(bool(torch.isfinite(gradient).all()) for gradient in unscaled if gradient is not None):
             return unscaled
         scale *= _LESS
@@ -86,29 +98,40 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = N
 def backward(
     output: Tensor, learning: Iterable[Tensor], entry: Tensor | None = None, start: Tensor | None = None
 ) -> Tensor | None:
-    """Computes the backward of a client's part, and adds the gradients of its trained parameters to their `grad`.
+    """Computes the backward of a client's part, and adds to the `grad` of the trained parameters.
 
     Args:
         output: A loss, or the hidden states of the bottom.
-        learning: Parameters of the part; those that require a gradient are trained.
-        entry: Hidden states (B, T, D) that went into the part, a leaf; None for the bottom, where tokens went in.
+        learning: Parameters of the part. Parameters that require a gradient are trained.
+        entry: Hidden states (B, T, D) at the beginning of the part, a leaf; None for the bottom, which takes tokens.
         start: Gradient by the output; None for a loss.
 
     Returns:
-        Gradient by the entry, in its type, or in float32 where that is float16; None where it requires none.
+        Gradient by the entry, in the type of the entry (float32 for float16); None for an entry without gradient.
 
     Raises:
         Overflow: The gradients are not finite at any scale.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
+        >>> entry = torch.tensor([3.0], requires_grad=True)
+        >>> backward((weight * entry).sum(), [weight], entry)
+        tensor([2.])
+        >>> weight.grad
+        tensor([3.])
     """
-    if (output if entry is None else entry).dtype != torch.float16:
+    computed_in = output if entry is None else entry  # a loss is in float32 whatever the part computes in
+    if computed_in.dtype != torch.float16:
         output.backward(start)
         return None if entry is None else entry.grad
+
     leaves = [parameter for parameter in learning if parameter.requires_grad]
-    inputs = [*leaves, *([entry] if entry is not None and entry.requires_grad else [])]
+    returns_gradient = entry is not None and entry.requires_grad
+    inputs = [*leaves, entry] if entry is not None and returns_gradient else leaves
     if not inputs:
         return None
-    found = gradients(output, inputs, start)
-    for leaf, gradient in zip(leaves, found, strict=False):
+    computed = gradients(output, inputs, start)
+    for leaf, gradient in zip(leaves, computed, strict=False):
         if gradient is not None:
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-    return found[-1] if len(inputs) > len(leaves) else None
+    return computed[-1] if returns_gradient else None

@@ -1,7 +1,7 @@
 """A local socket as transport: packets between processes of one machine, without a detour.
 
-A call of a Ray actor with a packet of the bundled model takes 2 ms, and 3 to 4 where either side has computed for a
-while, since it passes through some ten threads. Over a socket it takes 0.2 to 0.7 ms.
+A call of a Ray actor with a packet of the bundled model passes through some ten threads, and takes 2 ms, or 3 to 4 ms
+between processes that have just computed. A packet over a socket takes 0.2 to 0.7 ms.
 """
 
 from __future__ import annotations
@@ -27,26 +27,35 @@ from fedsplit.wire.transport import PendingAnswer, Unanswered
 _GREETING_SECONDS = 10.0
 _PAUSE_SECONDS = 0.1
 
+_FIRST = 0
+"""Number of a client's first packet."""
+
 MOST_UNREAD = 64
-"""Most packets of one connection whose answers have not been read; a step has fewer parts."""
+"""Most packets of one connection without an answer that the client has read. A step has fewer parts."""
 
 MOST_UNREAD_BYTES = 64 * 2**20
-"""Most bytes of these packets and answers; `_ALWAYS` packets may be larger."""
+"""Most bytes of unread packets and answers of one connection. `_ALWAYS` packets may be larger."""
 
 _MOST_STRANGERS = 64
-"""Most connections at once that have not sent the token yet; further ones are closed."""
+"""Most connections at once that have not sent the token yet. Further connections are closed."""
+
+MOST_CONNECTIONS = 512
+"""Most connections at once that have sent the token. Each process that plays clients has one, which takes two threads.
+
+The first packet of a further connection is answered by `Unanswered`, so that the packet can go another way.
+"""
 
 _ALWAYS = 2
-"""Packets that may be under way whatever their size, so that client and trunk can work at the same time."""
+"""Packets of any size that may be on the way at once, so that client and trunk can work at the same time."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Address of a server, with the token that it asks for.
+    """Address of a server, with the server's token.
 
     Attributes:
-        name: Name of the socket in Linux's abstract namespace, where nothing is left behind when a process ends.
-        token: First bytes that a client sends; without them the server hangs up.
+        name: Name of the socket in Linux's abstract namespace. The end of the process leaves no file behind.
+        token: First bytes that a client sends. Without the token, the server hangs up.
     """
 
     name: str
@@ -54,15 +63,15 @@ class Address:
 
 
 def is_possible() -> bool:
-    """Returns True if this system has such sockets."""
+    """Returns True if this system has sockets in an abstract namespace."""
     return sys.platform == "linux"
 
 
 def _user_of(connection: socket.socket) -> int:
-    """Returns the id of the user whose process is at the other end."""
+    """Returns the id of the user of the peer's process."""
     credentials = struct.Struct("3i")  # process, user, group
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
-    user: int = credentials.unpack(found)[1]
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    user: int = credentials.unpack(packed)[1]
     return user
 
 
@@ -71,10 +80,10 @@ def _place(address: Address) -> str:
 
 
 class _Outbox:
-    """Queue of the answers of one connection, which knows how much of it is unread.
+    """Queue of the answers of one connection, with a limit for unread packets and answers.
 
-    Answers to a client that never reads would pile up without end. The server therefore stops reading from a client
-    that has too many unanswered or unread packets; the client then waits where it sends.
+    Answers to a client that never reads would pile up without end. So the server stops reading from a client with too
+    many unread packets and answers, and the client's next send waits.
     """
 
     def __init__(self) -> None:
@@ -86,32 +95,36 @@ class _Outbox:
         self._is_open = True
 
     def wait_for_room(self) -> bool:
-        """Waits until another packet may be read; returns False if the connection was closed."""
+        """Waits until a further packet may be read. Returns False after the end of the connection."""
         with self._changed:
             self._changed.wait_for(self._has_room)
             return self._is_open
 
     def _has_room(self) -> bool:
+        """Returns True if a further packet may be read, or if there is nothing to wait for."""
+        if not self._is_open:
+            return True
         unread = self._unread.values()
-        is_small = len(unread) < MOST_UNREAD and sum(unread) < MOST_UNREAD_BYTES
-        return not self._is_open or len(unread) < min(_ALWAYS, MOST_UNREAD) or is_small
+        if len(unread) < min(_ALWAYS, MOST_UNREAD):
+            return True
+        return len(unread) < MOST_UNREAD and sum(unread) < MOST_UNREAD_BYTES
 
     def take(self, nbytes: int) -> int:
-        """Notes that a packet of so many bytes has come; returns a ticket for its answer."""
+        """Notes the arrival of a packet with a number of bytes. Returns a ticket for the answer."""
         with self._changed:
             self._taken += 1
             self._unread[self._taken] = nbytes
             return self._taken
 
     def put(self, ticket: int, number: int, answer: Packet | Exception) -> None:
-        """Queues the answer to a packet, whose bytes count in place of the packet's from now on."""
+        """Queues the answer to a packet. From now on, the answer's bytes count in place of the packet's bytes."""
         with self._changed:
             if self._is_open:
                 self._unread[ticket] = answer.nbytes if isinstance(answer, Packet) else 0
                 self._answers.put((ticket, number, answer))
 
     def get(self) -> tuple[int, int, Packet | Exception] | None:
-        """Waits for the next answer to send; returns None if the connection was closed."""
+        """Waits for the next answer to send. Returns None after the end of the connection."""
         return self._answers.get()
 
     def sent(self, ticket: int) -> None:
@@ -129,15 +142,15 @@ class _Outbox:
 
 
 class PacketServer:
-    """Takes packets from clients that know its address. Each connection has a thread that reads and one that answers.
+    """Takes packets from clients that know the address. Each connection has a reading and an answering thread.
 
     Attributes:
-        address: Address that it listens at; pass it to clients on a way that is safe.
+        address: Address of the server, with a secret token. Pass the address to clients on a safe way.
         taken: Number of packets so far.
 
     Example:
         >>> from fedsplit.wire.packets import StepKey
-        >>> server = PacketServer(lambda packet, done: done(packet))  # answers each packet by itself
+        >>> server = PacketServer(lambda packet, done: done(packet))  # an echo
         >>> client = PacketClient(server.address)
         >>> packet = Packet(StepKey(round=1, client=0, step=0))
         >>> answer = client.send(packet)
@@ -150,16 +163,18 @@ class PacketServer:
         """Listens until the process ends.
 
         Args:
-            serve: Called with a packet and a function that takes its answer. It is called by many threads, and must
-                not wait.
+            serve: Called with a packet, and a function that takes the answer. Many threads call `serve`, and `serve`
+                must not wait.
 
         Raises:
-            OSError: This process may not have such a socket.
+            OSError: This process may not open a socket.
         """
         self.address = Address(f"fedsplit-{secrets.token_hex(8)}", secrets.token_bytes(32))
         self.taken = 0
         self._serve = serve
         self._strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
+        self._most = MOST_CONNECTIONS
+        self._places = threading.BoundedSemaphore(self._most)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(_place(self.address))
         listener.listen()
@@ -170,12 +185,13 @@ class PacketServer:
             try:
                 connection, _ = listener.accept()
                 self._admit(connection)
-            except (OSError, RuntimeError):  # no descriptor or thread is left: there may be one later
+            except (OSError, RuntimeError):  # no descriptor or thread is free; some may be free later
                 time.sleep(_PAUSE_SECONDS)
 
     def _admit(self, connection: socket.socket) -> None:
-        """Gives a connection its thread; closes one of another user, or one too many that has not sent the token."""
-        if _user_of(connection) != os.geteuid() or not self._strangers.acquire(blocking=False):
+        """Starts a thread for a connection. Closes a connection of a foreign user, or beyond `_MOST_STRANGERS`."""
+        is_foreign = _user_of(connection) != os.geteuid()
+        if is_foreign or not self._strangers.acquire(blocking=False):
             connection.close()
             return
         try:
@@ -186,26 +202,41 @@ class PacketServer:
             raise
 
     def _attend(self, connection: socket.socket) -> None:
-        outbox = _Outbox()
-        # The server hangs up on a client that breaks the rules or is gone; the others do not notice.
+        """Reads from a connection to the end."""
+        # The server hangs up on a client that breaks the rules or is gone. Further clients do not notice.
         with connection, contextlib.suppress(*frames.BROKEN):
             try:
                 connection.settimeout(_GREETING_SECONDS)
                 token = frames.read(connection, len(self.address.token))
-                if not hmac.compare_digest(token, self.address.token):
+                if not hmac.compare_digest(token, self.address.token):  # in constant time: a guess learns nothing
                     return
                 connection.settimeout(None)
             finally:
                 self._strangers.release()
-            threading.Thread(target=self._answer, args=(connection, outbox), daemon=True).start()
+            if not self._places.acquire(blocking=False):
+                words = f"the trunk has {self._most} connections, and takes no more"
+                frames.send(connection, _FIRST, Unanswered(words))
+                return
             try:
-                while outbox.wait_for_room() and self._take_one(connection, outbox):
-                    pass
+                self._converse(connection)
             finally:
-                outbox.close()
+                self._places.release()
+
+    def _converse(self, connection: socket.socket) -> None:
+        """Takes packets until the client hangs up."""
+        outbox = _Outbox()
+        threading.Thread(target=self._answer, args=(connection, outbox), daemon=True).start()
+        try:
+            while outbox.wait_for_room() and self._take_one(connection, outbox):
+                pass
+        finally:
+            outbox.close()
 
     def _take_one(self, connection: socket.socket, outbox: _Outbox) -> bool:
-        """Takes one packet; returning drops all references, so that nothing is kept while the thread waits."""
+        """Takes one packet.
+
+        A loop in here would keep the last packet in memory while the thread waits for the next packet.
+        """
         number, packet = frames.receive(connection)
         if isinstance(packet, Exception):
             return False
@@ -215,20 +246,25 @@ class PacketServer:
         return True
 
     def _answer(self, connection: socket.socket, outbox: _Outbox) -> None:
+        """Sends answers to the end of the connection."""
         try:
             while self._answer_one(connection, outbox):
                 pass
         except OSError:
             pass  # the client is gone
-        finally:  # whatever the reason: a client must see that its answer is lost
+        finally:  # after any error, the client must notice that the answer is lost
             outbox.close()
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     @staticmethod
     def _answer_one(connection: socket.socket, outbox: _Outbox) -> bool:
-        """Sends one answer; returning drops all references, so that nothing is kept while the thread waits."""
-        if (item := outbox.get()) is None:
+        """Sends one answer.
+
+        A loop in here would keep the last answer in memory while the thread waits for the next answer.
+        """
+        item = outbox.get()
+        if item is None:
             return False
         ticket, number, answer = item
         frames.send(connection, number, answer)
@@ -237,7 +273,7 @@ class PacketServer:
 
 
 class PacketClient:
-    """A connection to a `PacketServer`: the transport of packets on one machine. Used by one thread.
+    """A connection to a `PacketServer`: the transport of packets on one machine. Not thread-safe.
 
     Attributes:
         is_open: False once the connection is broken or closed.
@@ -247,7 +283,7 @@ class PacketClient:
         """Connects to a server.
 
         Raises:
-            OSError: No server listens at the address, as on any other machine.
+            OSError: No server of this machine listens at the address.
         """
         self._connection = socket.socket(socket.AF_UNIX)
         try:
@@ -257,16 +293,19 @@ class PacketClient:
             self._connection.close()
             raise
         self.is_open = True
-        self._next = 0
+        self._next = _FIRST
         self._oldest = 0
         self._came: dict[int, Packet | Exception] = {}
 
     def send(self, packet: Packet) -> PendingAnswer:
-        """Sends a packet; the function that is returned waits for the answer, and may be called again.
+        """Sends a packet.
+
+        Returns:
+            A function that waits for the answer, and may be called again. Raises the trunk's error, a `RefusedStep` or
+            `TrunkFailed`; or `Unanswered` if the connection breaks.
 
         Raises:
-            Unanswered: The connection is broken; here, or where the answer is waited for.
-            RefusedStep, TrunkFailed: Where the answer is waited for: the error that the trunk raised.
+            Unanswered: The connection is broken.
         """
         number = self._next
         self._next += 1
@@ -292,21 +331,29 @@ class PacketClient:
         return self._came.pop(number)
 
     def _take_answer(self) -> None:
-        """Waits for the next answer, whichever packet it belongs to."""
+        """Waits for the next answer to any packet."""
         came, answer = frames.receive(self._connection)
         if came >= self._oldest:
             self._came[came] = answer
 
     def _make_way(self) -> None:
-        """Reads answers until the connection takes more bytes: a server with too many unread answers stops reading."""
+        """Reads answers until the connection takes more bytes.
+
+        A server with too many unread answers stops reading. A client that only sent would then wait for ever.
+        """
         either = select.poll()
         either.register(self._connection, select.POLLIN | select.POLLOUT)
-        while not (ready := either.poll()[0][1]) & select.POLLOUT or ready & select.POLLIN:
+        while True:
+            ready = either.poll()[0][1]
+            is_writable = ready & select.POLLOUT
+            is_readable = ready & select.POLLIN
+            if is_writable and not is_readable:
+                return
             self._take_answer()
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Hangs up if a frame is not sent or received to its end, since the bytes after it would be no frame."""
+        """Hangs up after a frame that is sent or received in part. The bytes after a part of a frame are no frame."""
         if not self.is_open:
             raise Unanswered("the connection is closed")
         try:

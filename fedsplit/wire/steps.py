@@ -1,4 +1,4 @@
-"""Exactly-once delivery: the trunk's list of pending and answered steps, and its reasons to refuse one."""
+"""Exactly-once delivery: the trunk's list of pending and answered steps, and the reasons to refuse a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class RefusedStep(Exception):
-    """The trunk must not serve a request; the subclass says why, the message names the step."""
+    """The trunk must not serve a request. The subclass tells the reason, and the message names the step."""
 
 
 class UnknownStep(RefusedStep):
@@ -22,15 +22,15 @@ class UnknownStep(RefusedStep):
 
 
 class StaleStep(RefusedStep):
-    """The request belongs to a step that its client has already finished or given up."""
+    """The request belongs to a step that the client has already finished or given up."""
 
 
 class ExpiredStep(RefusedStep):
-    """The request is a gradient for a step whose lease ran out."""
+    """The request is a gradient for a step with an expired lease."""
 
 
 class ForeignStep(RefusedStep):
-    """The request is meant for another run, or for another incarnation of the trunk."""
+    """The request is meant for a different run, or for an earlier incarnation of the trunk."""
 
 
 class SpoiledStep(RefusedStep):
@@ -42,21 +42,35 @@ class UnboundedStep(SpoiledStep):
 
 
 class SpoiledTogether(Exception):
-    """Some of several requests that are served as one must be refused; the others can be served without them.
+    """Some requests of a batch must be refused. The rest of the batch can be served without the refused requests.
 
     Attributes:
         refused: Reasons by step.
+
+    Example:
+        >>> key = StepKey(round=1, client=0, step=0)
+        >>> SpoiledTogether({key: StaleStep("too late")}).refused[key]
+        StaleStep('too late')
     """
 
     def __init__(self, refused: Mapping[StepKey, RefusedStep]) -> None:
-        """Keeps the reasons."""
+        """Takes the reasons by step."""
         super().__init__("; ".join(map(str, refused.values())))
         self.refused = refused
 
 
 @dataclass
 class _Client(Generic[T]):
-    """State of a client: its newest step, and nothing of earlier ones."""
+    """State of a client's newest batch. Earlier batches leave no state.
+
+    Attributes:
+        place: Order of the batch among the client's batches.
+        pending: Held objects and ends of leases by pending step.
+        answers: Answers by answered step.
+        expired: Steps with an expired lease.
+        dropped: Answered steps without an answer, which was dropped to free memory.
+        left: True after the end of the client's round.
+    """
 
     place: tuple[int, int, int, int] = (-1, -1, -1, -1)
     pending: dict[StepKey, tuple[T, float]] = field(default_factory=dict)
@@ -69,12 +83,12 @@ class _Client(Generic[T]):
 class Steps(Generic[T]):
     """State of every step: pending, answered, expired, or left behind.
 
-    A client has one batch of a step at a time, of one or more micro-batches; its next batch ends it. A repeated
-    request gets the same answer. The caller chooses an object to hold for each pending step.
+    A client has one batch of a step at a time, of one or more micro-batches. The next batch of the client ends the
+    batch before. A repeated request gets the same answer. The caller chooses an object to hold for each pending step.
 
     Attributes:
-        run: Name of the run that steps must carry.
-        incarnation: Id of the trunk's life that packets must carry.
+        run: Name of the run. Steps must carry the same name.
+        incarnation: Identity of this start of the trunk. Packets must carry the same identity.
 
     Example:
         >>> steps = Steps[str]("run", "first life", lease=60.0, clock=lambda: 0.0)
@@ -100,11 +114,11 @@ class Steps(Generic[T]):
 
         Args:
             run: Name of the run.
-            incarnation: Id of this life of the trunk.
-            lease: Seconds for which a step may be pending since its last forward.
+            incarnation: Identity of this start of the trunk.
+            lease: Seconds for which a step may be pending after the last forward.
             clock: Clock for leases.
-            clients: Number of clients in the run; None: any number may come.
-            rounds: Number of rounds in the run; None: any number may come.
+            clients: Number of clients in the run; None accepts any client.
+            rounds: Number of rounds in the run; None accepts any round.
         """
         self.run = run
         self.incarnation = incarnation
@@ -115,12 +129,12 @@ class Steps(Generic[T]):
         self._clients: defaultdict[int, _Client[T]] = defaultdict(_Client)
 
     def check(self, packet: Packet) -> None:
-        """Makes sure that a packet is meant for this trunk.
+        """Checks that a packet is meant for this trunk.
 
         Raises:
-            ForeignStep: It is of another run, for another incarnation, or of a client or round that the run does not
-                have: every client's number takes memory, and the round decides about the ranks of an adapter.
+            ForeignStep: The packet belongs to a different run or incarnation, or the run has no such client or round.
         """
+        # An unlimited number would do harm: each client takes memory, and the round decides on ranks of adapters.
         if packet.key.run != self.run:
             raise ForeignStep(f"{packet.key} is of run {packet.key.run!r}, this trunk serves {self.run!r}")
         if packet.incarnation != self.incarnation:
@@ -131,13 +145,19 @@ class Steps(Generic[T]):
             raise ForeignStep(f"{packet.key} is of a round that is none of the run's {self._most_rounds}")
 
     def moves_on(self, key: StepKey) -> None:
-        """Drops the answers of a client's earlier steps if it has come to a new one: it asks for them no more."""
+        """Drops the answers of a client's earlier steps if the client has come to a new step.
+
+        A client repeats requests of the newest step only.
+        """
         client = self._clients[key.client]
         if key.place > client.place:
             client.answers.clear()
 
     def drop_answers(self) -> int:
-        """Drops the answers of clients without pending steps, and returns how many; requests for them are refused."""
+        """Drops the answers of clients without pending steps, and returns the number of dropped answers.
+
+        A repeated request for a dropped answer is refused.
+        """
         count = 0
         for client in self._clients.values():
             if not client.pending:
@@ -147,15 +167,16 @@ class Steps(Generic[T]):
         return count
 
     def repeated(self, key: StepKey) -> T | None:
-        """Returns the object held for a repeated forward that is still pending, and renews its lease; else None."""
-        held = self._clients[key.client].pending.get(key)
-        if held is None:
+        """Returns the object held for a pending forward that is sent again, and renews the lease; otherwise None."""
+        client = self._clients[key.client]
+        if key not in client.pending:
             return None
-        self._clients[key.client].pending[key] = (held[0], self._clock() + self._lease)
-        return held[0]
+        held, _ = client.pending[key]
+        client.pending[key] = (held, self._clock() + self._lease)
+        return held
 
     def begin(self, key: StepKey, held: T) -> None:
-        """Makes a step pending, and ends its client's older ones.
+        """Makes a step pending, and ends the older steps of the client.
 
         Raises:
             StaleStep: The client has finished the step, has gone on to a later one, or has ended its round.
@@ -168,23 +189,25 @@ class Steps(Generic[T]):
         client.expired.discard(key)
 
     def check_order(self, key: StepKey) -> None:
-        """Makes sure that a step may begin now.
+        """Checks that a step may begin now.
 
         Raises:
-            StaleStep: It may not, for one of the reasons of `begin`.
+            StaleStep: The step may not begin, for a reason that `begin` lists.
         """
         if self._is_past(key) or key in self._clients[key.client].answers:
             raise StaleStep(f"{key} lies behind what its client has done already")
 
     def _is_past(self, key: StepKey) -> bool:
+        """Returns True if a client has finished or given up a step."""
         client = self._clients[key.client]
-        return key.place < client.place or (client.left and key.place == client.place) or key in client.dropped
+        has_left = client.left and key.place == client.place
+        return key.place < client.place or has_left or key in client.dropped
 
     def held(self, key: StepKey) -> T:
         """Returns the object held for a pending step.
 
         Raises:
-            UnknownStep, StaleStep, ExpiredStep: It is not pending.
+            UnknownStep, StaleStep, ExpiredStep: The step is not pending.
         """
         client = self._clients[key.client]
         if key in client.pending:
@@ -196,21 +219,21 @@ class Steps(Generic[T]):
         raise UnknownStep(f"no forward is pending for {key}")
 
     def is_pending(self, key: StepKey) -> bool:
-        """Returns True if a step waits for its gradient."""
+        """Returns True if a step waits for a gradient."""
         return key in self._clients[key.client].pending
 
     def answered(self, key: StepKey) -> Packet | None:
-        """Returns the answer to a gradient that has come before; else None."""
+        """Returns the answer to a gradient that has come before; otherwise None."""
         return self._clients[key.client].answers.get(key)
 
     def answer(self, key: StepKey, packet: Packet) -> None:
-        """Ends a pending step, and keeps its answer until the client goes on to the next."""
+        """Ends a pending step, and keeps the answer until the client goes on to the next step."""
         client = self._clients[key.client]
         del client.pending[key]
         client.answers[key] = packet
 
     def expire(self) -> int:
-        """Drops the steps whose lease has run out, and returns how many."""
+        """Drops steps with an expired lease, and returns the number of dropped steps."""
         now = self._clock()
         count = 0
         for client in self._clients.values():
@@ -222,11 +245,10 @@ class Steps(Generic[T]):
         return count
 
     def leave(self, client: int) -> int:
-        """Drops all steps of a client that has ended its round, or is dead; returns how many were pending."""
-        kept = self._clients[client]
-        count = len(kept.pending)
-        self._clients[client] = _Client(place=kept.place, left=True)
-        return count
+        """Drops all steps of a client that has left the round, or is dead. Returns the number of pending steps."""
+        before = self._clients[client]
+        self._clients[client] = _Client(place=before.place, left=True)  # the place tells late packets from new ones
+        return len(before.pending)
 
     def pending(self) -> list[T]:
         """Returns the objects held for pending steps, oldest first for each client."""
@@ -241,5 +263,6 @@ class Steps(Generic[T]):
         return sum(len(client.pending) for client in self._clients.values())
 
     def next_expiry(self) -> float | None:
-        """Returns the time at which the next lease runs out; None without pending steps."""
-        return min((until for c in self._clients.values() for _, until in c.pending.values()), default=None)
+        """Returns the time of the next end of a lease; None without pending steps."""
+        times = [until for client in self._clients.values() for _, until in client.pending.values()]
+        return min(times, default=None)

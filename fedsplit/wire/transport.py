@@ -1,4 +1,4 @@
-"""Transports: ways for packets from a client to a trunk, and the error that they raise when the trunk is gone."""
+"""Transports: ways for packets from a client to a trunk, and the error of all transports when the trunk is gone."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from typing import Protocol
 from fedsplit.wire.packets import Packet
 
 PendingAnswer = Callable[[], Packet]
-"""Waits for the answer to a packet, and returns it."""
+"""Waits for the answer to a packet, and returns the answer."""
 
 
 class TrunkLost(Exception):
-    """The trunk is gone, or never came up; the same error for every transport."""
+    """The trunk is gone, or never came up. Every transport raises the same error."""
 
 
 class Unanswered(TrunkLost):
-    """The connection broke before the answer came; another transport may still get one."""
+    """The connection broke before the answer came. A second transport may still get an answer."""
 
 
 class PacketTransport(Protocol):
-    """A way for packets to a trunk. Used by one thread."""
+    """A way for packets to a trunk. Not thread-safe."""
 
     def send(self, packet: Packet) -> PendingAnswer:
         """Sends a packet without waiting for the answer.
 
+        Returns:
+            A function that waits for the answer. Raises `TrunkLost`, or a `RefusedStep` if the trunk must not serve
+            the packet.
+
         Raises:
-            TrunkLost: The trunk is gone; here, or where the answer is waited for.
-            RefusedStep: Where the answer is waited for: the trunk must not serve the packet.
+            TrunkLost: The trunk is gone.
         """
         ...
 
@@ -37,17 +40,29 @@ class PacketTransport(Protocol):
 
 
 class FallbackTransport:
-    """Sends packets by one transport, and repeats those that it left unanswered by another one.
+    """Sends packets by a first transport, and repeats unanswered packets by a second transport.
 
     The trunk counts every step once, so a packet that arrives by both ways does no harm.
+
+    Example:
+        >>> from fedsplit.wire.packets import StepKey
+        >>> class Broken:
+        ...     def send(self, packet):
+        ...         raise Unanswered("no connection")
+        >>> class Echo:
+        ...     def send(self, packet):
+        ...         return lambda: packet
+        >>> packet = Packet(StepKey(round=1, client=0, step=0))
+        >>> FallbackTransport(Broken(), Echo()).send(packet)() is packet
+        True
     """
 
     def __init__(self, first: PacketTransport, second: PacketTransport) -> None:
         """Joins two transports.
 
         Args:
-            first: Transport that is tried first; raises `Unanswered` where its connection is broken.
-            second: Transport for packets that the first one could not carry.
+            first: Transport to try first. Raises `Unanswered` after a broken connection.
+            second: Transport for packets without an answer from the first transport.
         """
         self._first = first
         self._second = second

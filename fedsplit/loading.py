@@ -104,8 +104,8 @@ def find(kind: Kind, spec: str) -> Any:
         'FedProx'
     """
     place, colon, name = spec.rpartition(":")
-    if colon and place.endswith(".py"):
-        module = _import_file(kind, Path(place))
+    if (file := file_of(spec)) is not None:
+        module = _import_file(kind, file)
     elif colon:
         module = _import_module(kind, place, spec)
     else:
@@ -176,6 +176,19 @@ def name_of(spec: str) -> str:
         ('token_accuracy', 'rouge')
     """
     return spec.removesuffix(OBJECT).rpartition(":")[2]
+
+
+def file_of(spec: str) -> Path | None:
+    """Returns the user's file that a name refers to; None for a class of fedsplit's, or of an installed module.
+
+    Example:
+        >>> file_of("path/to/mine.py:Mine")
+        PosixPath('path/to/mine.py')
+        >>> file_of("fedavg"), file_of("flwr.serverapp.strategy:FedAdam")
+        (None, None)
+    """
+    place, colon, _ = spec.rpartition(":")
+    return Path(place) if colon and place.endswith(".py") else None
 
 
 def options_by_name(kind: Kind, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -28,10 +28,10 @@ def config_of(model: Path, keep: int = 0, **settings: Any) -> Config:
     return dataclasses.replace(config, **settings)
 
 
-def opened(path: Path, config: Config) -> RunFolder:
+def opened(path: Path, config: Config, content: Content = CONTENT) -> RunFolder:
     """Returns the folder of a run of the tiny model, made or opened again; `whole` holds its adapters."""
     parts = adapted(Path(config.model), (1, 2))
-    made = RunFolder(path, config, parts[0].family, BLOCKS, CONTENT)
+    made = RunFolder(path, config, parts[0].family, BLOCKS, content)
     made.whole = lora.read(*parts)  # type: ignore[attr-defined]
     return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="no space"):
         write_tensors(path, {"l": torch.zeros(3)})
     assert same(load_tensors(path), ONE)
+
+
+def test_reading_a_file_again_and_again_takes_up_no_memory(tmp_path: Path) -> None:
+    """The sizes are above those of which Python has one number for all uses."""
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {f"{number}": torch.ones(1000 + number, 2) for number in range(50)})
+    load_tensors(path)
+    before = sys.getallocatedblocks()
+    for _ in range(20):
+        load_tensors(path)
+    assert sys.getallocatedblocks() - before < 20 * 50
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,11 +110,39 @@ MUTATIONS = (
         "        if used < 0:\n",
     ),
     Mutation(
-        "a checkpoint is used without a look at its manifest",
+        "a checkpoint is used without a look at the digests of its files",
         "fedsplit/federation/manifest.py",
-        "def check_whole(",
-        "def check_whole(*_: object, **__: object) -> None:\n    pass\n\n\ndef _unused(",
+        "        if found != expected:\n",
+        "        if not found:\n",
         (RESUMPTION,),
+    ),
+    Mutation(
+        "a manifest is believed without a look at its own digest",
+        "fedsplit/federation/manifest.py",
+        "    if not is_whole:\n",
+        "    if not written.files:\n",
+        (RESUMPTION,),
+    ),
+    Mutation(
+        "gradients are not cleared by the step that they were summed for",
+        "fedsplit/trunk/registry.py",
+        "        self._sums.clear()\n        if not sums:",
+        "        if not sums:",
+        ("tests/trunk/test_registry.py",),
+    ),
+    Mutation(
+        "the parts of a step that a client gave up join its next one",
+        "fedsplit/trunk/registry.py",
+        "        if whole is None or key.turn not in whole.parts:",
+        "        if whole is None:",
+        ("tests/trunk/test_registry.py",),
+    ),
+    Mutation(
+        "the weights of updates are ignored",
+        "fedsplit/federation/training.py",
+        "        return float(update.examples)\n",
+        "        return 1.0\n",
+        ("tests/federation/test_training.py",),
     ),
     Mutation(
         "a client that is lost again and again is asked for ever",
@@ -126,8 +155,17 @@ MUTATIONS = (
 """One for each thing that recovery must do."""
 
 
-def failing_test(mutation: Mutation) -> str:
-    """Returns the first test that fails with a mistake in a copy of the repository; empty where none does."""
+def failing_test(tests: Iterable[str], mutation: Mutation | None = None) -> str:
+    """Returns the first test that fails in a copy of the repository; empty where none does.
+
+    Args:
+        tests: Files of tests that are run.
+        mutation: Mistake that the copy has; None for none.
+
+    Raises:
+        ValueError: The text that the mistake replaces is not in the file, or more than once.
+        RuntimeError: The tests could not be run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name in ("fedsplit", "strategies", "tests", "experiments", "docs", "pyproject.toml", "README.md"):
             source = ROOT / name
@@ -135,9 +173,9 @@ def failing_test(mutation: Mutation) -> str:
                 shutil.copytree(source, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, folder)
-        file = Path(folder, mutation.file)
-        file.write_text(file.read_text().replace(mutation.right, mutation.wrong))
-        call = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *mutation.tests]
+        if mutation is not None:
+            _seed(mutation, Path(folder))
+        call = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
         environment = {**os.environ, "PYTHONPATH": folder}
         done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
@@ -146,11 +184,27 @@ def failing_test(mutation: Mutation) -> str:
     return found[1] if found else ""
 
 
+def _seed(mutation: Mutation, folder: Path) -> None:
+    """Puts a mistake into a copy of the repository.
+
+    Raises:
+        ValueError: The text that it replaces is not there, or more than once.
+    """
+    file = folder / mutation.file
+    text = file.read_text()
+    if text.count(mutation.right) != 1:
+        raise ValueError(f"{mutation.file} does not have this text once: {mutation.right}")
+    file.write_text(text.replace(mutation.right, mutation.wrong))
+
+
 def main() -> int:
     """Tries every mistake; the exit code is 1 where one went unnoticed."""
+    if failed := failing_test(sorted({file for mutation in MUTATIONS for file in mutation.tests})):
+        print(f"without any mistake {failed} fails")
+        return 1
     caught = {}
     for mutation in MUTATIONS:
-        caught[mutation.mistake] = failing_test(mutation)
+        caught[mutation.mistake] = failing_test(mutation.tests, mutation)
         print(f"{mutation.mistake}: {caught[mutation.mistake] or 'UNNOTICED'}", flush=True)
     RESULT.write_text(json.dumps(caught, indent=1) + "\n")
     return 0 if all(caught.values()) else 1

@@ -67,8 +67,7 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
     """Returns the adapters that parts will have, without values. No weight of the model is read.
 
     Args:
-        config: Settings of the run, without virtual tokens or prefixes, and without adapters that are computed from the
-            base weights.
+        config: Settings of the run.
         kinds: The parts.
 
     Returns:
@@ -77,6 +76,7 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
     folder = config_folder(config.model)
+    config = _without_values(config)
     for kind in kinds:
         part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
         part.requires_grad_(False)
@@ -85,6 +85,17 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
         tensors |= {name: parameter.detach() for name, parameter in lora.parameters(part).items()}
         layers |= lora.layers_of(part)
     return Adapters(tensors, layers)
+
+
+def _without_values(config: Config) -> Config:
+    """Returns settings whose adapters have the same names and shapes, and start from no values of the model.
+
+    Adapters that start from a decomposition of the base weights are LoRA's in their form. Virtual tokens have the same
+    form whatever they start from.
+    """
+    if method_of(config.lora).residual:
+        config = replace(config, lora=replace(config.lora, method="lora"))
+    return replace(config, prompt=replace(config.prompt, init="random"))
 
 
 def adapt(part: Part, config: Config) -> None:
@@ -241,7 +252,7 @@ def adopt(folder: Path, config: Config, *parts: Part) -> None:
         adapters = Adapters(tensors, {})
         config = replace(config, prompt=settings)
     if method_of(config.lora).residual:  # the file's factors contain what training took out of the base weights
-        config = replace(config, lora=replace(config.lora, method="lora", options=""))
+        config = replace(config, lora=replace(config.lora, method="lora"))
     for part in parts:
         _add(part, config)
     lora.adopt(adapters, *parts)

@@ -258,14 +258,16 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     from fedsplit.federation.checkpoint import RunFolder
     from fedsplit.federation.clients import FederationFailed
     from fedsplit.federation.federation import Federation, Job
-    from fedsplit.federation.manifest import content_of
+    from fedsplit.federation.manifest import code_of, content_of
     from fedsplit.federation.resumption import check_content
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
     from fedsplit.model.sources import config_folder, pinned, weights_folder
     from fedsplit.trunk.doors import check_memory
 
-    content = content_of(partition.shards, config_folder(config.model), weights_folder(config), config.init_adapter)
+    content = content_of(
+        partition.shards, config_folder(config.model), weights_folder(config), config.init_adapter, code_of(config)
+    )
     if config.resume:
         check_content(folder, config, content)
     facts = read_facts(config_folder(config.model))

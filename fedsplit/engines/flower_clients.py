@@ -14,9 +14,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedsplit.federation import records
-from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, check_introductions
+from fedsplit.federation.attempts import TRIES
+from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, RollCall
 from fedsplit.federation.messages import CLIENT_LOST, Answer, Briefing, Failure, Introduce, Request
-from fedsplit.federation.replies import Introduction, read_introduction
+from fedsplit.federation.replies import Introduction
 
 POLL_SECONDS = 0.01
 """Time to sleep between two looks at what has arrived."""
@@ -108,22 +109,21 @@ class FlowerClients:
             self._look()
             time.sleep(POLL_SECONDS)
 
-        found: dict[int, Introduction] = {}
-        messages = (records.to_message(Introduce(briefing, client=-1), node) for node in nodes)
-        reasons = []
-        for message in self._replies(messages):
-            answer = records.to_answer(message, client=-1)
-            if isinstance(answer, Failure):
-                reasons.append(_reason(answer))
-                continue
-            introduction = read_introduction(answer)
-            found[message.metadata.src_node_id] = introduction
-            yield introduction
-        if reasons and not found:
-            raise FederationFailed(f"no client answered: {reasons[0]}")
-        check_introductions(list(found.values()), count)
-        by_client = {one.client: ClientNode(node, one.name) for node, one in found.items()}
-        self.know(by_client[client] for client in sorted(by_client))
+        # Until the clients have said their numbers, each is known by the place of its node in the list.
+        self.know(ClientNode(node, "") for node in nodes)
+        roll = RollCall(count)
+        places = list(range(len(nodes)))
+        for tries_left in reversed(range(TRIES)):
+            lost = []
+            for answer in self.ask([Introduce(briefing, place) for place in places]):
+                if isinstance(answer, Failure) and answer.kind == CLIENT_LOST and tries_left:
+                    lost.append(answer.client)
+                    continue
+                introduction = roll.hear(nodes[answer.client], replace(answer, client=-1))
+                if introduction is not None:
+                    yield introduction
+            places = lost
+        self.know(roll.nodes())
 
     def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
         """Sends requests, and yields the answers as they arrive.

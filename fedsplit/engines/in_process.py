@@ -27,11 +27,11 @@ from fedsplit.events.emitter import Emitter
 from fedsplit.events.run_files import MetricsFile, SummaryFile
 from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.client_service import ClientService
-from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, check_introductions
+from fedsplit.federation.clients import ClientNode, Interrupted, RollCall
 from fedsplit.federation.federation import Federation, Job
-from fedsplit.federation.manifest import content_of
-from fedsplit.federation.messages import Answer, Briefing, Failure, Introduce, Request
-from fedsplit.federation.replies import Introduction, read_introduction
+from fedsplit.federation.manifest import code_of, content_of
+from fedsplit.federation.messages import Answer, Briefing, Introduce, Request
+from fedsplit.federation.replies import Introduction
 from fedsplit.federation.workload import workloads
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import config_folder, weights_folder
@@ -102,16 +102,12 @@ class LocalClients:
 
     def meet(self, briefing: Briefing, count: int) -> Iterator[Introduction]:
         """Has each client introduce itself."""
-        found = []
+        roll = RollCall(count)
         for client in range(count):
-            answer = self.answer(Introduce(briefing, client))
-            if isinstance(answer, Failure):
-                raise FederationFailed(f"client {client} could not load its parts: {answer.reason}")
-            introduction = read_introduction(answer)
-            found.append(introduction)
-            yield introduction
-        check_introductions(found, count)
-        self.nodes[:] = [ClientNode(one.client + 1, one.name) for one in found]
+            introduction = roll.hear(client + 1, self.answer(Introduce(briefing, client)))
+            if introduction is not None:
+                yield introduction
+        self.nodes[:] = roll.nodes()
 
     def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
         """Answers requests, in turn or several at once; after the deadline no client begins."""
@@ -281,7 +277,7 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
     facts = read_facts(config_folder(config.model))
     shards = shards_of(config)
     with running(config, Plan(1, 1, 1, 1, 1), Objects(strategy)) as session:
-        content = content_of(shards, config_folder(config.model), weights_folder(config))
+        content = content_of(shards, config_folder(config.model), weights_folder(config), code=code_of(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
         emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
         job = Job(config, strategy, workloads(config, shards), folder, emit, started, Watchdog(config.timeout))

@@ -40,6 +40,8 @@ def line_of(event: Event) -> str | None:
     if isinstance(event, ClientFailed):
         if event.refused:
             return f"{event.reason}; it is left out"
+        if event.phase == "loading":
+            return f"{event.client_name} is left out of the whole run: {event.reason}"
         return f"{event.client_name} failed and is left out: {event.reason}"
     if isinstance(event, ClientLost):
         return f"{event.client_name} begins again: {event.reason}"

@@ -296,14 +296,18 @@ class RunFolder:
         for client, accepted in snapshot.facts.get("accepted", {}).items():
             files.append(round_file(self.clients / f"{int(client):04d}", accepted))
         root = self.path.absolute()
-        return {str(file.absolute().relative_to(root)): self._digest(file) for file in sorted(files) if file.exists()}
+        known, self._digests = self._digests, {}  # digests of files that are needed no more are forgotten
+        found = {}
+        for file in sorted(files):
+            if file.exists():
+                found[str(file.absolute().relative_to(root))] = self._digest(file, known)
+        return found
 
-    def _digest(self, file: Path) -> str:
+    def _digest(self, file: Path, known: Mapping[tuple[Path, int, int], str]) -> str:
         """The digest of a file, which is read again only where it has changed: folds of all rounds are asked for."""
         state = file.stat()
         key = file, state.st_mtime_ns, state.st_size
-        if key not in self._digests:
-            self._digests[key] = manifest.digest(file)
+        self._digests[key] = known[key] if key in known else manifest.digest(file)
         return self._digests[key]
 
     def read_round(self, round: int) -> tuple[Adapters, dict[int, Adapters]]:

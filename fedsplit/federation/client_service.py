@@ -204,7 +204,7 @@ class ClientService:
         if isinstance(request, Evaluate):
             return _evaluate(visit, request)
         assert isinstance(request, Introduce)
-        return _introduce(visit)
+        return _introduce(visit, request)
 
     def visit(self, request: Request) -> _Visit:
         """Brings the site to the state that a request is about, and finds the client."""
@@ -256,14 +256,14 @@ def _load(briefing: Briefing, classes: int, connect: Connect, objects: Objects) 
     )
 
 
-def _introduce(visit: _Visit) -> Reply:
-    """Tells the client's name; the first client also tells what training starts from."""
+def _introduce(visit: _Visit, request: Introduce) -> Reply:
+    """Tells the client's name; the first client, or one that is asked to, also tells what training starts from."""
     site, client = visit.site, visit.client
     parameters = {"bottom": lora.count(site.bottom), "top": lora.count(site.top, elsewhere=[site.bottom])}
     if not SCHEDULES[site.config.trunk.schedule].returns_gradient:
         parameters["bottom"]["trainable"] = 0
     start: dict[str, Adapters] = {}
-    if client.number == 0:
+    if client.number == 0 or request.wants_start:
         start = {str(part.kind): lora.read(part) for part in (site.bottom, site.top)}
     return replies.introduce(replies.Introduction(client.number, client.shard.name, parameters, start))
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fedsplit.federation.messages import Answer, Briefing, Request
-from fedsplit.federation.replies import Introduction
+from fedsplit.federation.messages import Answer, Briefing, Failure, Request
+from fedsplit.federation.replies import Introduction, read_introduction
+from fedsplit.updates import RefusedUpdate
 
 
 class FederationFailed(Exception):
@@ -25,10 +26,12 @@ class ClientNode:
     Attributes:
         node: Id of the node that plays the client in this run.
         name: Owner of the client's data.
+        absent: Reason why the client takes no part in the run; empty for one that introduced itself.
     """
 
     node: int
     name: str
+    absent: str = ""
 
 
 class Roster(Protocol):
@@ -59,17 +62,18 @@ class Clients(Protocol):
         ...
 
     def meet(self, briefing: Briefing, count: int) -> Iterator[Introduction]:
-        """Finds the clients of a run, and has each introduce itself.
+        """Finds the clients of a run, and has each introduce itself; `RollCall` tells who takes part.
 
         Args:
             briefing: Facts of the run.
             count: Number of clients.
 
         Yields:
-            Introductions in the order in which they arrive. After the last one `nodes` is complete.
+            Introductions in the order in which they arrive. After the last one `nodes` is complete, and says which
+            clients are absent.
 
         Raises:
-            FederationFailed: A client could not load its parts, or two claim the same number.
+            FederationFailed: Nothing goes on any more.
             Interrupted: The run was asked to stop.
         """
         ...
@@ -101,20 +105,94 @@ class Clients(Protocol):
         ...
 
 
-def check_introductions(introductions: Sequence[Introduction], count: int) -> None:
-    """Makes sure that every client introduced itself once, and the first one sent what training starts from.
+class RollCall:
+    """Takes the introductions of clients; a client without a usable one is absent for the whole run.
 
-    Raises:
-        FederationFailed: It is not so.
+    Example:
+        >>> from fedsplit.federation.replies import introduce
+        >>> roll = RollCall(2)
+        >>> roll.hear(70, introduce(Introduction(1, "bob", {}, {}))).name
+        'bob'
+        >>> roll.hear(60, Failure(0, "OSError", "its data cannot be read"))
+        >>> roll.nodes()[0]
+        ClientNode(node=60, name='client 0', absent='its data cannot be read')
     """
-    seen = set[int]()
-    for introduction in introductions:
+
+    def __init__(self, count: int) -> None:
+        """Has heard nobody.
+
+        Args:
+            count: Number of clients.
+        """
+        self._count = count
+        self._found: dict[int, ClientNode] = {}  # by client
+        self._claimed_twice: set[int] = set()
+        self._spare: list[int] = []  # nodes without a usable introduction
+        self._reasons: dict[int, str] = {}  # by client, where the client is known
+        self._unattributed: list[str] = []
+
+    def hear(self, node: int, answer: Answer) -> Introduction | None:
+        """Takes the answer of a node.
+
+        Args:
+            node: Id of the node.
+            answer: The answer; its client is -1 where only the introduction tells it.
+
+        Returns:
+            The introduction; None where it cannot be used.
+        """
+        try:
+            introduction = self.read(answer)
+        except RefusedUpdate as refused:
+            self._spare.append(node)
+            if answer.client in range(self._count):
+                self._reasons[answer.client] = str(refused)
+            else:
+                self._unattributed.append(str(refused))
+            return None
+        self._found[introduction.client] = ClientNode(node, introduction.name)
+        return introduction
+
+    def read(self, answer: Answer) -> Introduction:
+        """Returns a usable introduction.
+
+        Raises:
+            RefusedUpdate: There is none; says why.
+        """
+        if isinstance(answer, Failure):
+            raise RefusedUpdate(answer.reason)
+        introduction = read_introduction(answer)
         client = introduction.client
-        if client not in range(count) or client in seen:
-            raise FederationFailed(f"two nodes say that they are client {client}, or there is none of that number")
-        seen.add(client)
-    if len(seen) < count:
-        raise FederationFailed(f"only {len(seen)} of {count} clients could load their parts")
-    first = next(introduction for introduction in introductions if introduction.client == 0)
-    if first.start.keys() != {"bottom", "top"}:
-        raise FederationFailed("the first client did not say what training starts from")
+        if client not in range(self._count):
+            raise RefusedUpdate(f"a node says that it is client {client}, and there is none of that number")
+        if client in self._found:
+            self._claimed_twice.add(client)
+            raise RefusedUpdate(f"two nodes say that they are client {client}")
+        if client == 0 and not has_start(introduction):
+            raise RefusedUpdate("it did not say what training starts from")
+        return introduction
+
+    def nodes(self) -> list[ClientNode]:
+        """Returns the clients by number, once all nodes have been heard.
+
+        Nobody knows which of two nodes with the same number is right, so that their client is absent. An absent client
+        gets one of the nodes that are left. Where several are absent, and nobody knows which of them failed for which
+        reason, each has all reasons.
+        """
+        spare = [self._found[client].node for client in sorted(self._claimed_twice)] + self._spare
+        shared = " or ".join(dict.fromkeys(self._unattributed)) or "it was not heard"
+        nodes = []
+        for client in range(self._count):
+            if client in self._found and client not in self._claimed_twice:
+                nodes.append(self._found[client])
+                continue
+            reason = self._reasons.get(client, shared)
+            if client in self._claimed_twice:
+                reason = f"two nodes say that they are client {client}"
+            nodes.append(ClientNode(spare.pop(0) if spare else -1, f"client {client}", reason))
+        return nodes
+
+
+def has_start(introduction: Introduction) -> bool:
+    """Returns True if an introduction says what training starts from."""
+    return introduction.start.keys() == {"bottom", "top"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,11 @@ from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.aggregation import make_aggregation
 from fedsplit.federation.attempts import TRIES, Attempt, RoundLost
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
-from fedsplit.federation.clients import Clients, FederationFailed
+from fedsplit.federation.clients import Clients, FederationFailed, RollCall, has_start
 from fedsplit.federation.early_stopping import EarlyStopping
-from fedsplit.federation.messages import Briefing
+from fedsplit.federation.messages import Briefing, Introduce
 from fedsplit.federation.parties import Parties, TrunkHost
+from fedsplit.federation.replies import Introduction
 from fedsplit.federation.round import bring_to, personal_of
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.run_summary import summarise
@@ -32,7 +34,7 @@ from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.status import TrunkStatus
-from fedsplit.updates import Adapters
+from fedsplit.updates import Adapters, RefusedUpdate
 from fedsplit.watchdog import Watchdog
 from fedsplit.wire.transport import TrunkLost
 
@@ -164,21 +166,26 @@ class Federation:
         return self._meet(clients)
 
     def _meet(self, clients: Clients) -> tuple[RunState, dict[str, Any]]:
-        """Has all clients introduce themselves.
+        """Has all clients introduce themselves; those that cannot are named, and take no part in the run.
 
         Returns:
             The state before the first round, and the counts of parameters by part.
         """
         count = self._config.clients
         self._report_loading(0)
-        first = None
-        briefing = self._parties(clients).briefing
-        for done, introduction in enumerate(clients.meet(briefing, count), start=1):
+        parties = self._parties(clients)
+        introductions: dict[int, Introduction] = {}
+        for done, introduction in enumerate(clients.meet(parties.briefing, count), start=1):
             self._report_loading(done)
-            if introduction.client == 0:
-                first = introduction
-        if first is None:
-            raise FederationFailed("the first client did not say what training starts from")
+            introductions[introduction.client] = introduction
+        absent = parties.absent(range(count))
+        self._trunk.status()  # a trunk that is lost is the reason for everything else
+        present = [introduction for client, introduction in sorted(introductions.items()) if client not in absent]
+        if not present:
+            raise FederationFailed(f"no client could introduce itself: {next(iter(absent.values()))}")
+        first = present[0] if has_start(present[0]) else self._ask_for_start(clients, parties.briefing, present)
+        for client, reason in absent.items():
+            parties.report_failure("loading", 0, 0, client, reason)
 
         trunk = self._trunk.read()
         parts: dict[str, Adapters] = {"trunk": trunk, **first.start}
@@ -199,6 +206,22 @@ class Federation:
             "top": first.parameters["top"],
         }
         return state, parameters
+
+    def _ask_for_start(
+        self, clients: Clients, briefing: Briefing, introductions: Sequence[Introduction]
+    ) -> Introduction:
+        """Asks one client after the other for what training starts from, since the first client is absent.
+
+        Raises:
+            FederationFailed: None of them says it.
+        """
+        for introduced in introductions:
+            for answer in clients.ask([Introduce(briefing, introduced.client, wants_start=True)]):
+                with contextlib.suppress(RefusedUpdate):
+                    introduction = RollCall(self._config.clients).read(answer)
+                    if has_start(introduction):
+                        return introduction
+        raise FederationFailed("no client said what training starts from")
 
     def _report_loading(self, done: int) -> None:
         """Reports how many clients have loaded their parts."""

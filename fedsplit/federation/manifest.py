@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsplit.corpora.shards import Shard
 from fedsplit.errors import SettingError, first_line
 from fedsplit.events.versions import versions
+from fedsplit.loading import file_of, name_of
 from fedsplit.model.weight_files import find_tensors
 from fedsplit.settings.config import OPTIONS, Config
 from fedsplit.settings.documents import as_document, dotted
@@ -46,11 +47,14 @@ class Content:
         data: A digest of all clients' data, as they were dealt out.
         model: Digests of the base model's files, by name.
         start: Digests of the files of the adapter that the run starts from, by name; none where there is none.
+        code: Digests of the user's files with strategy, objective and metrics, by setting, such as "strategy" or
+            "metric.rouge". Modules that these files import are not looked at.
     """
 
     data: str
     model: Mapping[str, str]
     start: Mapping[str, str] = field(default_factory=dict)
+    code: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,37 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def content_of(shards: Sequence[Shard], about: Path, weights: Path, start: str = "") -> Content:
-    """Digests of a run's data and model.
+def code_of(config: Config) -> dict[str, Path]:
+    """Returns the user's files that the settings name, by setting; a sink decides no result, and has no entry.
+
+    Example:
+        >>> code_of(Config(strategy="my/mine.py:Mine", metric=("token_accuracy", "my/mine.py:rouge")))
+        {'strategy': PosixPath('my/mine.py'), 'metric.rouge': PosixPath('my/mine.py')}
+    """
+    specs = {"strategy": config.strategy, "objective": config.objective}
+    specs |= {f"metric.{name_of(spec)}": spec for spec in config.metric}
+    files = {setting: file_of(spec) for setting, spec in specs.items()}
+    return {setting: file for setting, file in files.items() if file is not None}
+
+
+def content_of(
+    shards: Sequence[Shard], about: Path, weights: Path, start: str = "", code: Mapping[str, Path] | None = None
+) -> Content:
+    """Digests of a run's data, model and code of the user's.
 
     Args:
         shards: By client.
         about: The folder of the model's config.json.
         weights: The folder of its weights, all of which are read.
         start: Folder of the adapter that the run starts from; empty where there is none.
+        code: The user's files by setting, as `code_of` returns them.
     """
     files = {about / "config.json", *find_tensors(weights).values()}
     adapter = sorted(Path(start).glob("adapter_*")) if start else []
     of_model = {file.name: digest(file) for file in sorted(files)}
-    return Content(_digest_of_shards(shards), of_model, {file.name: digest(file) for file in adapter})
+    of_start = {file.name: digest(file) for file in adapter}
+    of_code = {setting: digest(file) for setting, file in (code or {}).items()}
+    return Content(_digest_of_shards(shards), of_model, of_start, of_code)
 
 
 def _digest_of_shards(shards: Iterable[Shard]) -> str:
@@ -132,7 +154,12 @@ def write(folder: Path, round: int, config: Config, content: Content, elsewhere:
     document = {
         "round": round,
         "settings": settings_of(config),
-        "content": {"data": content.data, "model": dict(content.model), "init_adapter": dict(content.start)},
+        "content": {
+            "data": content.data,
+            "model": dict(content.model),
+            "init_adapter": dict(content.start),
+            "code": dict(content.code),
+        },
         "files": files,
         "elsewhere": dict(elsewhere),
         "versions": versions(),
@@ -162,14 +189,15 @@ def read(folder: Path) -> Manifest:
     try:
         document = json.loads((folder / NAME).read_text(encoding="utf-8"))
         held = document["content"]
-        content = Content(str(held["data"]), dict(held["model"]), dict(held.get("init_adapter", {})))
+        start, code = dict(held.get("init_adapter", {})), dict(held.get("code", {}))
+        content = Content(str(held["data"]), dict(held["model"]), start, code)
         files, elsewhere = dict(document["files"]), dict(document["elsewhere"])
         settings, found = dict(document["settings"]), dict(document["versions"])
         is_whole = document["sha256"] == _digest_of_itself(document)
         written = Manifest(int(document["round"]), settings, content, files, elsewhere, found)
     except FileNotFoundError:
         raise Damaged(f"it has no {NAME}, without which nobody knows whether it is whole") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = first_line(error)
         raise Damaged(f"its {NAME} cannot be read ({reason})") from None
     if not is_whole:
@@ -236,7 +264,9 @@ def check_settings(manifest: Manifest, config: Config, run: Path) -> None:
 
 
 def check_content(manifest: Manifest, content: Content, config: Config, run: Path) -> None:
-    """Makes sure that a run goes on with the data and the model that it began with.
+    """Makes sure that a run goes on with the data, the model and the user's code that it began with.
+
+    Code that the manifest lacks was not looked at by the version that wrote it.
 
     Raises:
         SettingError: They have changed.
@@ -251,6 +281,10 @@ def check_content(manifest: Manifest, content: Content, config: Config, run: Pat
         if content.start.get(name) != manifest.content.start.get(name):
             given = f"{config.init_adapter or 'nothing'} (another {name})"
             raise SettingError("init_adapter", given, f"the adapter {then}")
+    for name, file in code_of(config).items():
+        if content.code.get(name) != manifest.content.code.get(name, content.code.get(name)):
+            setting = name.partition(".")[0]
+            raise SettingError(setting, f"{file} (edited since)", f"the code {then}")
 
 
 def _shown(value: object) -> str:

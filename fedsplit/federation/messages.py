@@ -95,7 +95,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Introduce(Request):
-    """Asks a client for its name and the parameters of its parts."""
+    """Asks a client for its name and the parameters of its parts.
+
+    Attributes:
+        wants_start: True if the client is to say what training starts from. The first client always says it.
+    """
+
+    wants_start: bool = False
 
 
 @dataclass(frozen=True)

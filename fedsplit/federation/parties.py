@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -96,6 +96,11 @@ class Parties:
         """Returns a client's name."""
         return self.clients.nodes[client].name
 
+    def absent(self, clients: Iterable[int]) -> Mapping[int, str]:
+        """Returns the reason of each client, of some, that takes no part in the run as it has not introduced itself."""
+        reasons = {client: self.clients.nodes[client].absent for client in sorted(clients)}
+        return {client: reason for client, reason in reasons.items() if reason}
+
     def ask(
         self,
         clients: Iterable[int],
@@ -107,6 +112,8 @@ class Parties:
         prepare_again: Callable[[int], None] | None,
     ) -> None:
         """Asks clients, and hands on each reply as it arrives; clients that fail are reported at the end.
+
+        Clients that are absent from the whole run count as answered. They were reported before the first round.
 
         A client whose process was lost is asked again, after the others, up to `TRIES` times in all.
 
@@ -127,11 +134,14 @@ class Parties:
             FederationFailed: Nothing goes on any more.
             Interrupted: The run was asked to stop.
         """
+        everybody = list(clients)
+        absent = self.absent(everybody)
+        asked = [client for client in everybody if client not in absent]
         failures: list[Failure] = []
-        count = replied = 0
+        count = len(absent)
+        replied = 0
         limit = self.config.round_deadline
         until = time.monotonic() + limit if limit else None
-        asked = list(clients)
         while asked:
             again = []
             silent = dict.fromkeys(asked)
@@ -166,7 +176,8 @@ class Parties:
             self.report_failure(phase, round, attempt.number, failure.client, failure.reason)
         if replied:
             return
-        reason = f"no client answered: {failures[0].reason if failures else 'nobody was asked'}"
+        nobody = "all that were asked are left out of the run" if absent else "nobody was asked"
+        reason = f"no client answered: {failures[0].reason if failures else nobody}"
         if any(failure.kind in (CLIENT_LOST, LATE) for failure in failures):
             raise RoundLost(reason, [failure.client for failure in failures if failure.kind == CLIENT_LOST])
         raise NobodyAnswered(reason)

@@ -118,6 +118,8 @@ def to_message(request: Request, node: int) -> Message:
         "discarded": request.discarded,
         ROUND: request.round,
     }
+    if isinstance(request, Introduce):
+        config["wants_start"] = request.wants_start
     content: dict[str, Any] = {CONFIG: ConfigRecord(config)}
     if isinstance(request, Train):
         content[ADAPTERS] = to_arrays(request.tensors)
@@ -148,7 +150,7 @@ def to_request(message: Message, client: int) -> Request:
         return Train(**fields, tensors=_tensors(message, ADAPTERS), **_task_fields(message))
     if kind == MessageType.EVALUATE:
         return Evaluate(**fields, tensors=_tensors(message, ADAPTERS), changes=_changes(message))
-    return Introduce(**fields)
+    return Introduce(**fields, wants_start=config["wants_start"])
 
 
 def _tensors(message: Message, group: str) -> dict[str, Tensor]:

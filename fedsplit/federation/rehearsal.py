@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.run_adapters import outline
 from fedsplit.errors import SettingError
 from fedsplit.federation import messages
@@ -46,8 +45,7 @@ class _Roster:
 def rehearse(make: Callable[[], Any], config: Config) -> None:
     """Plays one round of a strategy: every client answers with its assignment and some noise.
 
-    The names, shapes and layers are those of the run. Virtual tokens, and adapters that begin with a decomposition of
-    the base weights, are passed over: their shapes are known only when the weights are loaded.
+    The names, shapes and layers are those of the run.
 
     Args:
         make: Makes a strategy of ours or of Flower's. The run needs another one, since a strategy may remember.
@@ -57,8 +55,6 @@ def rehearse(make: Callable[[], Any], config: Config) -> None:
         SettingError: The strategy raises an error, ends the program, waits for nodes that will never be there, returns
             something that cannot be used, or asks clients for something that they cannot do.
     """
-    if config.prompt.kind != "off" or method_of(config.lora).residual:
-        return
     with _undisturbed(config.seed):
         start = _invented(outline(config, aggregated_parts(config)))
         try:

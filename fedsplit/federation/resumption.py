@@ -193,10 +193,10 @@ def check_resumable(path: Path, config: Config) -> None:
 
 
 def check_content(path: Path, config: Config, content: manifest.Content) -> None:
-    """Makes sure that a run that goes on has the data and the model that it began with.
+    """Makes sure that a run that goes on has the data, the model and the user's code that it began with.
 
     Raises:
-        SettingError: The data or the model have changed.
+        SettingError: One of them has changed.
     """
     newest = newest_checkpoint(path, config.keep_best).newest
     if newest is not None:

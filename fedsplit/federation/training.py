@@ -116,7 +116,8 @@ class _Collection:
         self._assigned = assigned
         self._attempt = attempt
         self._started = started
-        playing = [client for client in assigned if client not in attempt.excluded]
+        left_out = attempt.excluded | parties.absent(assigned).keys()
+        playing = [client for client in assigned if client not in left_out]
         self._groups = groups_of(parties.config, round, playing)
         self._alternates = len(self._groups) > 1 or takes_turns(parties.config)
         self._used: dict[int, tuple[Reply, ClientUpdate]] = {}

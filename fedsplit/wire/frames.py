@@ -20,6 +20,7 @@ import numpy as np
 from fedsplit.wire.encoded import Encoded, Fact, is_count, may_cross
 from fedsplit.wire.packets import Packet, StepKey, check_form
 from fedsplit.wire.steps import RefusedStep
+from fedsplit.wire.transport import Unanswered
 
 _PREFIX = struct.Struct("<QI")
 _PAUSE = struct.Struct("@ll")
@@ -43,13 +44,13 @@ class TrunkFailed(Exception):
 def _error_named(name: str) -> type[Exception]:
     """Returns the refusal with a name, or `TrunkFailed` for any other name.
 
-    Only refusals are looked up: a name from the wire must not choose any class of the program.
+    Only refusals and `Unanswered` are looked up: a name from the wire must not choose any class of the program.
 
     Example:
         >>> _error_named("StaleStep").__name__, _error_named("SystemExit").__name__
         ('StaleStep', 'TrunkFailed')
     """
-    refusals = list(RefusedStep.__subclasses__())
+    refusals: list[type[Exception]] = [Unanswered, *RefusedStep.__subclasses__()]
     for refusal in refusals:  # the list grows during the loop, by subclasses of subclasses
         refusals += refusal.__subclasses__()
     by_name = {refusal.__name__: refusal for refusal in refusals}

@@ -27,6 +27,9 @@ from fedsplit.wire.transport import PendingAnswer, Unanswered
 _GREETING_SECONDS = 10.0
 _PAUSE_SECONDS = 0.1
 
+_FIRST = 0
+"""Number of a client's first packet."""
+
 MOST_UNREAD = 64
 """Most packets of one connection without an answer that the client has read. A step has fewer parts."""
 
@@ -35,6 +38,12 @@ MOST_UNREAD_BYTES = 64 * 2**20
 
 _MOST_STRANGERS = 64
 """Most connections at once that have not sent the token yet. Further connections are closed."""
+
+MOST_CONNECTIONS = 512
+"""Most connections at once that have sent the token. Each process that plays clients has one, which takes two threads.
+
+The first packet of a further connection is answered by `Unanswered`, so that the packet can go another way.
+"""
 
 _ALWAYS = 2
 """Packets of any size that may be on the way at once, so that client and trunk can work at the same time."""
@@ -164,6 +173,8 @@ class PacketServer:
         self.taken = 0
         self._serve = serve
         self._strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
+        self._most = MOST_CONNECTIONS
+        self._places = threading.BoundedSemaphore(self._most)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(_place(self.address))
         listener.listen()
@@ -192,7 +203,6 @@ class PacketServer:
 
     def _attend(self, connection: socket.socket) -> None:
         """Reads from a connection to the end."""
-        outbox = _Outbox()
         # The server hangs up on a client that breaks the rules or is gone. Further clients do not notice.
         with connection, contextlib.suppress(*frames.BROKEN):
             try:
@@ -203,12 +213,24 @@ class PacketServer:
                 connection.settimeout(None)
             finally:
                 self._strangers.release()
-            threading.Thread(target=self._answer, args=(connection, outbox), daemon=True).start()
+            if not self._places.acquire(blocking=False):
+                words = f"the trunk has {self._most} connections, and takes no more"
+                frames.send(connection, _FIRST, Unanswered(words))
+                return
             try:
-                while outbox.wait_for_room() and self._take_one(connection, outbox):
-                    pass
+                self._converse(connection)
             finally:
-                outbox.close()
+                self._places.release()
+
+    def _converse(self, connection: socket.socket) -> None:
+        """Takes packets until the client hangs up."""
+        outbox = _Outbox()
+        threading.Thread(target=self._answer, args=(connection, outbox), daemon=True).start()
+        try:
+            while outbox.wait_for_room() and self._take_one(connection, outbox):
+                pass
+        finally:
+            outbox.close()
 
     def _take_one(self, connection: socket.socket, outbox: _Outbox) -> bool:
         """Takes one packet.
@@ -271,7 +293,7 @@ class PacketClient:
             self._connection.close()
             raise
         self.is_open = True
-        self._next = 0
+        self._next = _FIRST
         self._oldest = 0
         self._came: dict[int, Packet | Exception] = {}
 

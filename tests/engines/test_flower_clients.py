@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -167,20 +168,35 @@ def test_clients_are_numbered_by_what_they_say_and_not_by_their_nodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "words"),
+    ("numbers", "absent"),
     [
-        ({}, "no client answered: Broken: no luck"),
-        ({50: 0, 60: 1}, "only 2 of 3 clients could load their parts"),
-        ({50: 0, 60: 1, 70: 1}, "two nodes say that they are client 1, or there is none of that number"),
-        ({50: 0, 60: 1, 70: 3}, "two nodes say that they are client 3, or there is none of that number"),
+        ({}, dict.fromkeys(range(3), "Broken: no luck")),
+        ({50: 0, 60: 2}, {1: "Broken: no luck"}),
+        ({50: 0, 60: 1, 70: 1}, dict.fromkeys((1, 2), "two nodes say that they are client 1")),
     ],
     ids=str,
 )
-def test_clients_that_are_not_all_there_end_the_run(numbers: dict[int, int], words: str) -> None:
+def test_who_cannot_introduce_itself_is_absent(numbers: dict[int, int], absent: dict[int, str]) -> None:
     clients = clients_behind(Slow(introduces(numbers), [50, 60, 70]), count=0)
-    with pytest.raises(FederationFailed, match=words):
-        list(clients.meet(BRIEFING, 3))
-    assert clients.nodes == []
+    list(clients.meet(BRIEFING, 3))
+    assert {client: node.absent for client, node in enumerate(clients.nodes) if node.absent} == absent
+    assert {node.node for node in clients.nodes} == {50, 60, 70}
+
+
+@pytest.mark.parametrize(("times", "absent"), [(2, ""), (3, "ActorDiedError: gone")])
+def test_a_process_that_is_lost_as_it_introduces_itself_is_asked_again_twice(times: int, absent: str) -> None:
+    plays = introduces({50: 0, 60: 1, 70: 2})
+    deaths = itertools.count(1)
+
+    def dies(message: Message) -> Message:
+        if message.metadata.dst_node_id == 60 and next(deaths) <= times:
+            reason = "<class 'ray.exceptions.ActorDiedError'>:<'gone'>"
+            return Message(Error(1, reason), reply_to=message)
+        return plays(message)
+
+    clients = clients_behind(Slow(dies, [50, 60, 70]), count=0)
+    list(clients.meet(BRIEFING, 3))
+    assert [node.absent for node in clients.nodes] == ["", absent, ""]
 
 
 def test_a_stop_ends_the_wait_for_nodes() -> None:

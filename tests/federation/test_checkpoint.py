@@ -23,6 +23,7 @@ from fedsplit.durable import NotWritten
 from fedsplit.errors import SettingError
 from fedsplit.events import RunEnded
 from fedsplit.events.run_files import SummaryFile
+from fedsplit.federation import manifest
 from fedsplit.federation.checkpoint import RunFolder, Snapshot, check_folder
 from fedsplit.federation.manifest import Damaged
 from fedsplit.federation.resumption import check_resumable, newest_checkpoint
@@ -30,6 +31,7 @@ from fedsplit.lowrank import LowRank
 from fedsplit.settings.flags import parse
 from fedsplit.settings.sections import CheckpointSettings
 from fedsplit.state.client_store import ClientState, ClientStore
+from fedsplit.state.fold_log import FoldLog
 from fedsplit.tensor_files import write_tensors
 
 
@@ -405,3 +407,25 @@ def test_what_a_kill_in_the_first_moment_leaves_is_free(tmp_path: Path, tiny_mod
     (tmp_path / "run" / ".config.toml.7.draft").touch()
     check_folder(tmp_path / "run")
     play(opened(tmp_path / "run", config_of(tiny_models["gpt2"])), 1)
+
+
+def test_digests_of_files_elsewhere_are_taken_once_and_forgotten_with_the_files(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folds of all rounds are in every manifest; what a client kept of earlier rounds is in none."""
+    taken: list[str] = []
+    real = manifest.digest
+
+    def counting(path: Path) -> str:
+        taken.append(str(path.relative_to(folder.path)))
+        return real(path)
+
+    monkeypatch.setattr(manifest, "digest", counting)
+    store = ClientStore(folder.clients, 0)
+    for round in range(1, 6):
+        FoldLog(folder.folds).append(round, {"x": LowRank(torch.ones(2, 1), torch.ones(1, 2))})
+        store.save(round, ClientState(personal={"y": torch.ones(2)}), round - 1, ())
+        play(folder, round, accepted={"0": round})
+    folds = [name for name in taken if name.startswith("checkpoints/folds")]
+    assert len(folds) == len(set(folds)) == 5
+    assert len(folder._digests) == 5 + 1

@@ -24,9 +24,10 @@ from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.corpora.partition import shards_of
 from fedsplit.engines import in_process
 from fedsplit.errors import SettingError
+from fedsplit.events.event_types import ClientFailed
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.clients import FederationFailed, Interrupted
-from fedsplit.federation.messages import ADAPTERS, Answer, Evaluate, Failure, Reply, Request, Train
+from fedsplit.federation.messages import ADAPTERS, Answer, Evaluate, Failure, Introduce, Reply, Request, Train
 from fedsplit.federation.replies import LARGEST_CHANGE
 from fedsplit.federation.resumption import check_resumable
 from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
@@ -361,6 +362,54 @@ def test_a_client_that_fails_is_named_and_left_out(
     assert lines.lines.count("bob failed and is left out: RuntimeError: out of luck") == 2
     assert federation.summary is not None
     assert federation.summary["tokens"] == 2 * 2 * 4 * 2 * 16
+
+
+def fails(*kinds: type[Request], client: int, answer: Answer = OUT_OF_LUCK) -> Callable[[Request, Answer], Answer]:
+    """Returns a spoiler by which a client fails at requests of some kinds."""
+
+    def spoil(request: Request, honest: Answer) -> Answer:
+        return replace(answer, client=client) if isinstance(request, kinds) and request.client == client else honest
+
+    return spoil
+
+
+@pytest.mark.parametrize("client", [0, 1])
+@pytest.mark.parametrize("answer", [OUT_OF_LUCK, Reply(1, about="{")], ids=["failed", "malformed"])
+def test_a_client_without_an_introduction_is_left_out_as_one_that_fails_in_every_round(
+    answer: Answer, client: int, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, trunk=replace(config.trunk, schedule="copies"))
+    introduces_badly = fails(Introduce, client=client, answer=answer)
+    federation, lines = federate(config, tmp_path / "absent", FedAvg(), monkeypatch, introduces_badly)
+    failing, _ = federate(config, tmp_path / "failing", FedAvg(), monkeypatch, fails(Train, Evaluate, client=client))
+    absent, failed = final_adapter(tmp_path / "absent"), final_adapter(tmp_path / "failing")
+    assert all(torch.equal(tensor, failed[name]) for name, tensor in absent.items())
+    assert federation.summary is not None and failing.summary is not None
+    assert federation.summary["client_rounds"] == failing.summary["client_rounds"] == {"asked": 6, "failed": 2}
+
+    reported = [event for event in lines.events if isinstance(event, ClientFailed) and event.phase == "loading"]
+    assert [event.client for event in reported] == [client]
+    words = "out of luck" if answer is OUT_OF_LUCK else "introduced itself in a wrong form"
+    assert words in reported[0].reason
+    assert lines.lines.count(f"client {client} is left out of the whole run: {reported[0].reason}") == 1
+
+
+def test_clients_without_an_introduction_count_for_the_quorum(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, quorum=1.0, max_failures=1)
+    with pytest.raises(FederationFailed, match="2 of 3 clients have sent an update that can be used, 3 are needed"):
+        federate(config, tmp_path / "run", FedAvg(), monkeypatch, fails(Introduce, client=1))
+
+
+def test_a_run_without_any_introduction_ends_with_the_reason(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(request: Request, answer: Answer) -> Answer:
+        return replace(OUT_OF_LUCK, client=request.client)
+
+    with pytest.raises(FederationFailed, match=r"^no client could introduce itself: RuntimeError: out of luck$"):
+        federate(config, tmp_path / "run", FedAvg(), monkeypatch, spoil)
 
 
 def test_a_run_without_any_answer_ends_with_the_reason(

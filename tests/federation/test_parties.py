@@ -9,6 +9,7 @@ import pytest
 from scripted_parties import BRIEFING, gather
 
 from fedsplit.federation.attempts import Attempt
+from fedsplit.federation.clients import ClientNode
 from fedsplit.federation.messages import TRUNK_LOST, Answer, Evaluate, Failure, Reply, Request
 from fedsplit.federation.parties import NobodyAnswered
 from fedsplit.wire.transport import TrunkLost
@@ -35,6 +36,18 @@ def test_replies_are_handed_on_and_failures_are_named_and_not_waited_for(tmp_pat
     assert heard == [(0, 1), (2, 3)]  # a failure is an answer, too
     assert parties.emit.lines == ["bob failed and is left out: ValueError: no luck"]
     assert parties.trunk.left == [1]
+
+
+def test_a_client_that_is_absent_is_not_asked_and_counts_as_answered(tmp_path: Path) -> None:
+    parties, _ = gather(lambda request: Reply(request.client), tmp_path)
+    parties.clients.nodes[1] = ClientNode(2, "bob", absent="ValueError: no luck")  # type: ignore[index]
+    assert parties.absent(range(3)) == {1: "ValueError: no luck"}
+    heard: list[int] = []
+    parties.ask(range(3), evaluate, lambda reply, done: heard.append(done), "evaluating", 1, Attempt(), None)
+    assert [request.client for request in parties.clients.asked] == [0, 2] and heard == [2, 3]  # type: ignore[attr-defined]
+    assert parties.emit.lines == []  # type: ignore[attr-defined]
+    with pytest.raises(NobodyAnswered, match="no client answered: all that were asked are left out of the run"):
+        parties.ask([1], evaluate, lambda reply, done: None, "evaluating", 1, Attempt(), None)
 
 
 def test_where_nobody_answers_the_first_reason_is_told(tmp_path: Path) -> None:

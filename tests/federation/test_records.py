@@ -77,6 +77,7 @@ def answered(answer: Answer) -> Answer:
     "request_",
     [
         Introduce(BRIEFING, 5),
+        Introduce(BRIEFING, 5, wants_start=True),
         Train(BRIEFING, 5, **FIELDS, tensors=dict(START.tensors), rank=4),
         Train(BRIEFING, 5, **FIELDS, tensors={"x": EDGES}, task=Task(frozenset("B"), 0.5, None, 0.9, 0.1)),
         Train(BRIEFING, 0, task=Task(control={"l.lora_A.weight": EDGES}), drawn=0),

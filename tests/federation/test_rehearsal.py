@@ -51,6 +51,24 @@ def test_every_strategy_of_ours_plays_the_round(name: str, config: Config) -> No
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"lora.method": "pissa"}, {"prompt.kind": "prompt"}, {"prompt.kind": "ptuning"}, {"prompt.kind": "prefix"}],
+    ids=str,
+)
+def test_every_kind_of_adapter_is_rehearsed(values: dict[str, Any], tiny_models: dict[str, Path]) -> None:
+    class Breaks(FedAvg):
+        def aggregate(self, state: Any, adapters: Any, updates: Any) -> Any:
+            raise RuntimeError("no luck")
+
+    config = build({"model": str(tiny_models["gpt2"]), "cut": "1:2", "clients": 2, "strategy": "fedavg", **values})
+    before = torch.get_rng_state()
+    rehearse(FedAvg, config)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(SettingError, match=r"^strategy: fedavg .*no luck \(.*\), on a trial before the first one"):
+        rehearse(Breaks, config)
+
+
 def test_all_clients_answer_and_random_numbers_stay(config: Config) -> None:
     class Draws(FedAvg):
         def __init__(self) -> None:
@@ -67,9 +85,25 @@ def test_all_clients_answer_and_random_numbers_stay(config: Config) -> None:
     assert TaskIdentity._run_id is None
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
-def test_the_outline_is_what_the_parts_will_have(family: str, tiny_models: dict[str, Path]) -> None:
-    config = build({"model": str(tiny_models[family]), "cut": "1:2", "lora.rank": "2,3", "lm_head": "lora"})
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("gpt2", {"lora.rank": "2,3", "lm_head": "lora"}),
+        ("llama", {"lora.rank": "2,3", "lm_head": "lora"}),
+        ("mixtral", {"lora.rank": "2,3", "lm_head": "lora"}),
+        ("gpt2", {"lora.method": "pissa"}),
+        ("llama", {"lora.method": "olora", "lora.rslora": True}),
+        ("gpt2", {"prompt.kind": "prompt", "prompt.init": "vocab"}),
+        ("gpt2", {"prompt.kind": "ptuning", "prompt.encoder": "lstm"}),
+        ("llama", {"prompt.kind": "prefix", "prompt.init": "zero"}),
+        ("llama", {"prompt.kind": "prefix", "prompt.projection": True}),
+    ],
+    ids=str,
+)
+def test_the_outline_is_what_the_parts_will_have(
+    family: str, values: dict[str, Any], tiny_models: dict[str, Path]
+) -> None:
+    config = build({"model": str(tiny_models[family]), "cut": "1:2", **values})
     parts = bare_parts(config, ["bottom", "top"])
     for part in parts:
         adapt(part, config)

@@ -17,7 +17,7 @@ from run_folders import CONTENT, again, checkpoints, config_of, going, log, open
 from fedsplit.errors import SettingError
 from fedsplit.federation import manifest, resumption
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
-from fedsplit.federation.manifest import Content
+from fedsplit.federation.manifest import Content, code_of, content_of
 from fedsplit.federation.resumption import check_content, check_resumable, checkpoints_of, newest_checkpoint, notes_on
 from fedsplit.lowrank import LowRank
 from fedsplit.settings.sections import CheckpointSettings, DataSettings, LoraSettings, TrainSettings, TrunkSettings
@@ -292,6 +292,48 @@ def test_other_data_or_another_model_are_named(folder: RunFolder, content: Conte
     check_content(folder.path, going(folder, 5), CONTENT)
     with pytest.raises(SettingError, match=words):
         check_content(folder.path, going(folder, 5), content)
+
+
+@pytest.mark.parametrize(
+    ("setting", "spec"),
+    [
+        ("strategy", "mine.py:Mine"),
+        ("objective", "mine.py:mine"),
+        ("metric", ("token_accuracy", "mine.py:mine")),
+    ],
+)
+def test_code_of_the_users_that_was_edited_is_named(
+    setting: str,
+    spec: str | tuple[str, ...],
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_models["gpt2"]
+    config = config_of(model, **{setting: spec})
+
+    def content() -> Content:
+        return content_of([], model, model, code=code_of(config))
+
+    Path("mine.py").write_text("one = 1")
+    folder = opened(tmp_path / "run", config, content())
+    play(folder, 1, 2)
+    check_content(folder.path, going(folder, 5), content())
+    Path("mine.py").write_text("one = 2")
+    words = (
+        rf"^{setting}: mine\.py \(edited since\) is not possible; allowed: the code with which the run in .* round 2$"
+    )
+    with pytest.raises(SettingError, match=words):
+        check_content(folder.path, going(folder, 5), content())
+
+
+def test_code_that_an_earlier_version_did_not_look_at_may_be_any(folder: RunFolder, tmp_path: Path) -> None:
+    play(folder, 1)
+    mine = tmp_path / "mine.py"
+    mine.write_text("one = 1")
+    content = dataclasses.replace(CONTENT, code={"strategy": manifest.digest(mine)})
+    check_content(folder.path, going(folder, 5, strategy=f"{mine}:Mine"), content)
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b'{"round": "x"}\n', b'{"rou\n', b"\xff\xfe\n", b"[1]\n", b"\n"])

@@ -12,7 +12,7 @@ from scripted_parties import WORK, gather
 
 from fedsplit.federation import training
 from fedsplit.federation.attempts import Attempt
-from fedsplit.federation.clients import FederationFailed
+from fedsplit.federation.clients import ClientNode, FederationFailed
 from fedsplit.federation.messages import Answer, Failure, Request, Train, trained
 from fedsplit.scores import Score
 from fedsplit.updates import Adapters, Assignment, ClientUpdate
@@ -80,6 +80,16 @@ def test_a_group_in_which_nobody_answers_does_not_end_the_round(tmp_path: Path) 
     found, parties, _ = play({0: FAILURE}, tmp_path, deterministic=True, trunk__order="cyclic")
     assert parties.trunk.groups == [[0], [1], [2]]
     assert [update.client for update in found.updates] == [1, 2]
+
+
+def test_the_trunk_waits_for_no_client_that_is_absent(tmp_path: Path) -> None:
+    parties, state = gather(lambda request: answer(request, state.ledger.start), tmp_path, deterministic=True)
+    parties.clients.nodes[1] = ClientNode(2, "bob", absent="ValueError: no luck")  # type: ignore[index]
+    assigned = {client: Assignment(state.ledger.start) for client in range(3)}
+    found = training.train(parties, state, 1, assigned, Attempt())
+    assert [update.client for update in found.updates] == [0, 2]
+    assert parties.trunk.groups == [[0], [2]]  # type: ignore[attr-defined]
+    assert (state.totals.asked, state.totals.failed) == (3, 1)
 
 
 def test_where_all_clients_rest_nobody_is_asked(tmp_path: Path) -> None:

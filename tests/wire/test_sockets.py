@@ -23,7 +23,7 @@ from fedsplit.wire.casting import array_as
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.sockets import Address, PacketClient, PacketServer
 from fedsplit.wire.steps import StaleStep
-from fedsplit.wire.transport import TrunkLost, Unanswered
+from fedsplit.wire.transport import FallbackTransport, PendingAnswer, TrunkLost, Unanswered
 
 pytestmark = pytest.mark.skipif(not sockets.is_possible(), reason="only Linux has such sockets")
 
@@ -275,6 +275,38 @@ def test_whatever_a_connection_sends_the_others_are_served(echo: PacketServer, k
         stranger.settimeout(60)
         with contextlib.suppress(ConnectionResetError):
             assert stranger.recv(1) == b""  # the server hangs up, and sends nothing
+
+
+def test_one_connection_too_many_is_told_so_and_its_packets_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "MOST_CONNECTIONS", 2)
+    server = PacketServer(lambda packet, done: done(packet))
+    clients = [PacketClient(server.address) for _ in range(2)]
+    for client in clients:
+        assert client.send(Packet(KEY))() == Packet(KEY)
+
+    class Elsewhere:
+        def send(self, packet: Packet) -> PendingAnswer:
+            return lambda: replace(packet, wait=0.5)
+
+        def forget(self) -> None:
+            """Has nothing to forget."""
+
+    one_too_many = PacketClient(server.address)
+    refusal = frames.receive(one_too_many._connection)[1]
+    assert isinstance(refusal, Unanswered) and str(refusal) == "the trunk has 2 connections, and takes no more"
+    with pytest.raises(Unanswered):
+        one_too_many.send(Packet(KEY))()
+    further = FallbackTransport(PacketClient(server.address), Elsewhere())
+    assert further.send(Packet(KEY))().wait == 0.5
+    assert server.taken == 2
+
+    clients[0].close()
+    until = time.monotonic() + 10
+    answer = Packet(KEY, wait=0.5)
+    while answer.wait and time.monotonic() < until:  # until the server has seen that a place is free
+        answer = FallbackTransport(PacketClient(server.address), Elsewhere()).send(Packet(KEY))()
+    assert answer == Packet(KEY)
+    clients[1].close()
 
 
 def test_strangers_take_only_so_many_places(monkeypatch: pytest.MonkeyPatch) -> None:

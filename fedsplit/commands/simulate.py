@@ -238,7 +238,8 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
         FederationFailed, RefusedUpdate, TrunkLost: The run broke.
     """
     started = time.perf_counter()
-    prepare()  # again, for callers from Python: without it Ray would listen on all interfaces, without a token
+    # Again, for callers from Python: an unprepared Ray would listen on all interfaces, and ask for no token.
+    prepare()
     from fedsplit.federation.resumption import how_to_go_on
 
     with advised(lambda: how_to_go_on(Path(config.resume) if config.resume else None)):

@@ -1,4 +1,4 @@
-"""Starts and stops a private Ray on this machine, closed to further users, in a temporary folder."""
+"""Ray: a private one of this machine, closed to further users, or a cluster that others have started."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import utils
@@ -18,7 +19,7 @@ from ray.job_config import JobConfig
 from torch import Tensor
 
 import fedsplit
-from fedsplit.environment import check_closed
+from fedsplit.environment import ON_NODES, check_closed, check_open
 from fedsplit.errors import first_line
 from fedsplit.shutdown import cleaned_up
 from fedsplit.wire.casting import EXACT
@@ -80,14 +81,14 @@ def _job() -> JobConfig:
 
 
 @contextlib.contextmanager
-def running(workers: int) -> Iterator[None]:
+def running(workers: float) -> Iterator[None]:
     """Runs a Ray on this machine until the end of the context.
 
     Ray binds to the loopback interface and asks for a token, because of environment variables from
     `fedsplit.environment.prepare`.
 
     Args:
-        workers: Number of client processes.
+        workers: Number of CPUs that Ray may deal out, one for each client process.
 
     Raises:
         ClusterFailed: Ray cannot be started here, or this process is connected to a different Ray.
@@ -112,6 +113,64 @@ def running(workers: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def joined(address: str, ship: bool = False) -> Iterator[None]:
+    """Connects to a cluster that others have started, until the end of the context. The cluster goes on after it.
+
+    A connection that this process has already is used as it is, and kept.
+
+    Args:
+        address: "auto" or HOST:PORT.
+        ship: True to bring the code of fedsplit to the nodes.
+
+    Raises:
+        ClusterFailed: There is no such cluster, or the connection that this process has is to a different one.
+    """
+    if ray.is_initialized():
+        there = ray.get_runtime_context().gcs_address
+        if address not in ("auto", there):
+            raise ClusterFailed(f"this process is connected to the Ray at {there}, and not to {address}")
+        send_tensors_as_arrays()
+        yield
+        return
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        with _keeping_sigterm():
+            _connect(address, ship)
+        if threading.current_thread() is threading.main_thread() and on_terminate is not None:
+            signal.signal(signal.SIGTERM, on_terminate)
+        send_tensors_as_arrays()
+        yield
+    finally:
+        if ray.is_initialized():
+            ray.shutdown()
+
+
+def _connect(address: str, ship: bool) -> None:
+    """Connects to a cluster.
+
+    Raises:
+        ClusterFailed: There is none.
+        InputError: This process has a token of its own for a Ray, which the cluster does not know.
+    """
+    check_open()
+    package = Path(fedsplit.__file__).resolve().parent
+    environment: dict[str, Any] = {"env_vars": dict(ON_NODES)}
+    if ship:
+        environment["py_modules"] = [str(package), str(package.parent / "strategies")]
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            namespace=NAMESPACE,
+            job_config=JobConfig(_py_driver_sys_path=[]),
+            runtime_env=environment,
+        )
+    except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
+        raise ClusterFailed(f"no Ray cluster answers at {address}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
 def _keeping_sigterm() -> Iterator[None]:
     """Keeps Ray's Python code from replacing the handler of SIGTERM.
 
@@ -125,7 +184,7 @@ def _keeping_sigterm() -> Iterator[None]:
         utils.set_sigterm_handler = set_handler
 
 
-def _start(workers: int, folder: Path) -> None:
+def _start(workers: float, folder: Path) -> None:
     """Starts Ray.
 
     Raises:

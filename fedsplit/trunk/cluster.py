@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ NAMESPACE = "fedsplit"
 
 _OBJECT_STORE = 512 * 2**20
 """Bytes of shared memory for tensors on the way. The end of a step frees the step's tensors."""
+
+_CONNECT_SECONDS = 5.0
+"""Time that a cluster has to take a connection."""
 
 _LONGEST_PATH = 107
 """Longest path of a socket in bytes, on Linux."""
@@ -153,6 +157,7 @@ def _connect(address: str, ship: bool) -> None:
         InputError: This process has a token of its own for a Ray, which the cluster does not know.
     """
     check_open()
+    _check_somebody_listens(address)
     package = Path(fedsplit.__file__).resolve().parent
     environment: dict[str, Any] = {"env_vars": dict(ON_NODES)}
     if ship:
@@ -167,6 +172,25 @@ def _connect(address: str, ship: bool) -> None:
             runtime_env=environment,
         )
     except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
+        hint = "a cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too"
+        raise ClusterFailed(f"no Ray cluster answers at {address}: {first_line(error)}; {hint}") from error
+
+
+def _check_somebody_listens(address: str) -> None:
+    """Makes sure that a port is open: Ray tries for half a minute, and writes lines of its own meanwhile.
+
+    Args:
+        address: "auto", for which Ray finds out at once, or HOST:PORT.
+
+    Raises:
+        ClusterFailed: Nobody listens there.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
         raise ClusterFailed(f"no Ray cluster answers at {address}: {first_line(error)}") from error
 
 

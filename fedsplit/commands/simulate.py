@@ -290,6 +290,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
             job = Job(config, strategy, work, results, emit, started, Watchdog(config.timeout))
             federation = Federation(job, session, shares.client_threads)
             with on_disks(results.clients, partition.shards):
+                del partition  # from here on, each client's data is on its disk alone
                 session.play(federation)
         if federation.summary is None:  # rich ends the server's thread without an error if the output is closed
             raise FederationFailed("the server stopped before the last round was over; was its output closed?")

@@ -1,7 +1,12 @@
 """Aggregation strategies: from the clients' adapters to the adapters of the next round.
 
-Each strategy is one file, a page to be copied. It needs torch and the lowest modules of fedsplit only: `updates`,
-`lowrank` and `seeds`.
+Each strategy is one file, a page to be copied. A strategy needs torch and the lowest modules of fedsplit only:
+`updates`, `lowrank`, `stages` and `seeds`.
+
+Example:
+    >>> strategy = make("fedprox", mu=0.1)
+    >>> strategy.mu
+    0.1
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ STRATEGIES = {
     "normclip": "strategies.normclip:NormClip",
     "fedbuff": "strategies.fedbuff:FedBuff",
 }
-"""Names that `--strategy` accepts, with the module and class of each."""
+"""Modules and classes of strategies, by the names for `--strategy`. A module is imported when a run needs it."""
 
 
 def make(name: str, defaults: Mapping[str, Any] | None = None, /, **options: Any) -> Any:
@@ -45,11 +50,11 @@ def make(name: str, defaults: Mapping[str, Any] | None = None, /, **options: Any
 
     Args:
         name: A key of `STRATEGIES`.
-        defaults: Keyword arguments for the class. Arguments that the class does not take are ignored.
-        options: Keyword arguments that the class must take. They take precedence over `defaults`.
+        defaults: Keyword arguments for a class with parameters of these names. Further arguments are ignored.
+        options: Keyword arguments that the class must take. An option takes precedence over a default.
 
     Raises:
-        ValueError: There is no such strategy, or the strategy does not take an option.
+        ValueError: The strategy does not exist, or does not take an option.
 
     Example:
         >>> make("fedprox", mu=0.5).mu
@@ -66,6 +71,6 @@ def make(name: str, defaults: Mapping[str, Any] | None = None, /, **options: Any
         known = ", ".join(parameters) or "no option at all"
         raise ValueError(f"{name} does not take the option {unknown[0]!r}, but {known}")
 
-    # Defaults are facts of the run, such as its seed, which only some strategies take.
+    # Defaults are facts of the run, such as the seed. Only some strategies take them.
     accepted = {key: value for key, value in (defaults or {}).items() if key in parameters}
     return strategy_class(**(accepted | options))

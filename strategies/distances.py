@@ -1,4 +1,4 @@
-"""Distances between clients' adapters: between the changes to the weights, or between the factors sent.
+"""Distances between clients' adapters: between the changes to the weights, or between the factors.
 
 One change s B A has many pairs of factors: s (B R) (R^-1 A) for any invertible R. Two clients can agree on the change
 and still send factors that lie far apart.
@@ -22,6 +22,11 @@ def check_kind(on: str) -> None:
 
     Raises:
         ValueError: `on` is neither "product" nor "factors".
+
+    Example:
+        >>> check_kind("angle")
+        Traceback (most recent call last):
+        ValueError: on is 'angle'; it must be one of product, factors
     """
     if on not in KINDS:
         raise ValueError(f"on is {on!r}; it must be one of {', '.join(KINDS)}")
@@ -30,9 +35,9 @@ def check_kind(on: str) -> None:
 class Distances:
     """Squared distances from any adapters to the adapters of several clients of equal rank.
 
-    On "product" the squared distance is sum_layers ||s B A - s B' A'||_F^2. Inner products of thin matrices give it
-    without building any matrix (out, in). A tensor outside of the pairs of factors adds its own squared difference.
-    On "factors" all entries form one vector.
+    On "product" the squared distance is sum_layers ||s B A - s B' A'||_F^2, plus the squared difference of each tensor
+    outside of the pairs of factors. Only thin matrices are multiplied; no matrix (out, in) is built. On "factors" all
+    entries form one vector.
 
     Example:
         >>> from strategies.example import lora
@@ -69,12 +74,12 @@ class Distances:
         return squares
 
     def _stack(self, adapters: Sequence[Adapters]) -> dict[str, Tensor]:
-        """Returns the tensors that distances need. The first dimension counts the given adapters."""
+        """Returns the tensors for distances, stacked over the given adapters in the first dimension."""
         stacked = {}
         for name in self._unpaired:
             stacked[name] = torch.stack([each.tensors[name].double() for each in adapters])
         for layer in self._layers:
-            changes = [each.change(layer) for each in adapters]
+            changes = [each.change(layer) for each in adapters]  # s B A as a pair, in float64
             stacked[f"{layer}.up"] = torch.stack([change.up for change in changes])
             stacked[f"{layer}.down"] = torch.stack([change.down for change in changes])
         return stacked

@@ -25,12 +25,16 @@ Rows = Sequence[Sequence[float]]
 
 
 def lora(A: Rows, B: Rows, alpha: float | None = None) -> Adapters:  # the papers' names
-    """Returns the adapters of a model with one LoRA layer, which is called "layer".
+    """Returns the adapters of a model with one LoRA layer, named "layer".
 
     Args:
         A: The factor A (r, in).
         B: The factor B (out, r).
         alpha: LoRA's alpha; the scaling s is alpha / r. By default alpha is r, and s is 1.
+
+    Example:
+        >>> lora(A=[[1, 2]], B=[[3]], alpha=2).scaling("layer")
+        2.0
     """
     tensors = {
         "layer.lora_A.weight": torch.tensor(A, dtype=torch.float32),
@@ -43,17 +47,23 @@ def lora(A: Rows, B: Rows, alpha: float | None = None) -> Adapters:  # the paper
 def one_round(
     strategy: Any, start: Adapters, trained: Sequence[Adapters], examples: Sequence[int] | None = None
 ) -> Adapters:
-    """Plays the first round of a strategy and returns the adapters that it makes.
+    """Plays the first round of a strategy, and returns the resulting adapters.
 
     Args:
         strategy: An object with `init` and `aggregate`.
-        start: Adapters that the round starts from.
-        trained: Each client's adapters after its local training.
-        examples: Training examples of each client; by default all have one.
+        start: Adapters at the start of the round.
+        trained: Adapters after local training, client by client.
+        examples: Number of training examples of each client; by default 1.
+
+    Example:
+        >>> from strategies.median import Median
+        >>> clients = [lora(A=[[1]], B=[[value]]) for value in (1, 2, 9)]
+        >>> one_round(Median(), lora(A=[[1]], B=[[0]]), clients).tensors["layer.lora_B.weight"].tolist()
+        [[2.0]]
     """
-    updates = [
-        ClientUpdate(client, adapters, examples=examples[client] if examples else 1, given=start)
-        for client, adapters in enumerate(trained)
-    ]
+    counts = examples or [1] * len(trained)
+    updates = []
+    for client, (adapters, count) in enumerate(zip(trained, counts, strict=True)):
+        updates.append(ClientUpdate(client, adapters, examples=count, given=start))
     _, result = strategy.aggregate(strategy.init(start), start, updates)
     return result

@@ -7,9 +7,9 @@ Rule, entry by entry:
 
 Needs: equal ranks.
 Costs: FedAvg's traffic; two moments at the server.
-The paper starts v at tau^2 or more and has momentum. Here both start at zero, as in Flower's class of this name, whose
-numbers, option names and defaults these are. Beyond Flower's: the state is saved and resumed with the run, the order in
-which clients answer changes no bit, and an answer with NaN is refused before it can spoil a moment.
+The paper starts v at tau^2 or more and has momentum. In this file both start at zero: numbers, option names and
+defaults equal those of Flower's FedAdagrad. Beyond Flower, the state is saved and resumed with the run, the order of
+the clients' answers changes no bit, and an answer with NaN is refused before a moment is spoilt.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ Rule, entry by entry, in round t = 1, 2, ...:
 Needs: equal ranks.
 Costs: FedAvg's traffic; two moments at the server.
 The paper does not correct the bias (eta_t = eta) and starts v at tau^2 or more; Adam's paper (1412.6980) has t for
-t + 1. The rule above is that of Flower's class of this name, with its numbers, option names and defaults. Beyond
-Flower's: the state is saved and resumed with the run, the order in which clients answer changes no bit, and an answer
-with NaN is refused before it can spoil a moment.
+t + 1. Rule, numbers, option names and defaults equal those of Flower's FedAdam. Beyond Flower, the state is saved and
+resumed with the run, the order of the clients' answers changes no bit, and an answer with NaN is refused before a
+moment is spoilt.
 """
 
 from __future__ import annotations

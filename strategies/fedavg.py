@@ -3,7 +3,7 @@
 Rule:
     A <- sum_i w_i A_i
     B <- sum_i w_i B_i
-    w_i is the weight of client i: its share of the training examples, or as `--weights` says.
+    w_i is the weight of client i: the client's share of the training examples, or the value in `--weights`.
 
 Needs: equal ranks.
 Costs: both factors up and down once a round.
@@ -40,7 +40,8 @@ class FedAvg:
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Returns the weighted average of the clients' adapters.
 
-        The sum runs in float64 and in the order of the clients, and is rounded once.
+        The sum runs in float64 and in the order of the clients, and is rounded once. So the order of the answers
+        changes no bit.
 
         Raises:
             ValueError: No client trained on any example.

@@ -54,7 +54,7 @@ class FedAvgM:
         Raises:
             ValueError: No client trained on any example.
         """
-        new_state = dict(state)  # a copy: the state that was passed in stays as it is
+        new_state = dict(state)  # a copy: a repeated round must begin with the same state
         step = {}
         for name, change in mean_step(adapters, updates).items():
             m = self.server_momentum * state[f"m.{name}"] + change

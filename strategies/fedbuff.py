@@ -1,19 +1,20 @@
-"""FedBuff (2106.06639): asynchronous averaging; the server steps once K changes have arrived, however old they are.
+"""FedBuff (2106.06639): asynchronous averaging. The server steps once K changes of any age have arrived.
 
 Rule, once the buffer holds K changes or more:
     theta <- theta + eta * sum_i (w_i / sum_j w_j) (theta_i - given_i) / sqrt(1 + tau_i)
-given_i are the adapters that client i started from. tau_i, the staleness, counts the server's steps since client i
-was asked. With equal weights this is the paper's 1/K. The w are absolute (examples, or as `--weights` says), so that
-changes from different rounds compare.
+given_i are the adapters at the start of client i. tau_i, the staleness, counts the server's steps since client i was
+asked. For equal weights, w_i / sum_j w_j is the paper's 1/K. The w are absolute (numbers of examples, or the values in
+`--weights`), so that changes from different rounds compare.
 
-Asynchrony is simulated in rounds, and is as deterministic as any other run:
-- A client of delay d trains on the adapters of the round in which it was asked; its change arrives d - 1 rounds later.
-  Until then the client rests. It is asked again after that, even if its change still waits in the buffer.
+Asynchrony is simulated in rounds, and is as deterministic as any run:
+- A client of delay d trains on the adapters of the round in which the server asks. The client's change arrives d - 1
+  rounds later. Until the arrival, the client rests. After the arrival, the server may ask again, even if the change
+  still waits in the buffer.
 - All changes in the buffer at the end of a round make one step.
-- If all clients would rest in the next round, the clock moves on to the next arrival. If only the clients that a round
-  samples rest, the round counts, and the changes that arrive by its end make a step.
+- If all clients would rest in the next round, the clock moves on to the next arrival. If only the sampled clients of a
+  round rest, the round counts, and changes that arrive by the end of the round make a step.
 
-Needs: equal ranks; every client's own change.
+Needs: equal ranks; the change of every single client.
 Costs: FedAvg's traffic for the clients that do not rest. The server keeps every pending change, in float64.
 """
 
@@ -32,13 +33,13 @@ from strategies.server_optimiser import add_step, check_options
 
 @dataclass(frozen=True)
 class Pending:
-    """A client's change that has not made a step yet: still on its way, or waiting in the buffer.
+    """A client's change before the server's step: still on the way, or waiting in the buffer.
 
     Attributes:
         client: Number of the client.
         asked: Round in which the client was asked.
-        arrives: Round at whose end the change arrives.
-        version: Number of server steps when the client was asked.
+        arrives: Round of the arrival. The change arrives at the end of the round.
+        version: Number of server steps before the client was asked.
         weight: Weight of the client, not normalised.
         change: theta_i - given_i by exported name, in float64.
     """
@@ -51,15 +52,16 @@ class Pending:
     change: Mapping[str, Tensor]
 
     def as_state(self) -> dict[str, Tensor]:
-        """Returns the change as tensors of a state; `_pending` is the inverse."""
+        """Returns the change as tensors of a state. `_pending` is the inverse."""
         key = f"{self.client}.{self.asked}"
+        # A state is saved as tensors by name; float64 holds the whole numbers exactly.
         facts = torch.tensor([self.arrives, self.version, self.weight], dtype=torch.float64)
         tensors = {f"pending.{key}.{name}": tensor for name, tensor in self.change.items()}
         return {f"facts.{key}": facts, **tensors}
 
 
 class FedBuff:
-    """Makes a step with all buffered changes; the staler a change, the less it weighs.
+    """Makes a step with all buffered changes. The staler a change, the smaller the weight.
 
     Example:
         >>> from strategies.example import lora, one_round
@@ -77,22 +79,17 @@ class FedBuff:
         """Sets the delays and the buffer.
 
         Args:
-            delays: Rounds that clients take, assigned cyclically by client number: "1,1,2,4". A change of delay 1
-                arrives in the round in which its client was asked.
-            buffer: K, the number of changes that make a step; 0: all changes at the end of a round, at least one.
+            delays: Delays of clients in rounds, assigned cyclically by client number: "1,1,2,4". A change of delay 1
+                arrives in the round in which the client was asked.
+            buffer: K, the number of changes for a step; 0: all changes at the end of a round, at least one.
             eta: Step size of the server.
-            clients: Number of clients in the federation; 0: those seen in the buffer or in the round.
+            clients: Number of clients in the federation; 0: the clients in the buffer or in the round.
 
         Raises:
-            ValueError: An option is out of its range.
+            ValueError: An option is out of range.
         """
         check_options(eta=eta)
-        try:
-            self.delays = [int(delay) for delay in str(delays).split(",")]
-        except ValueError:
-            self.delays = []
-        if min(self.delays, default=0) < 1:
-            raise ValueError(f'delays is {delays!r}; it must be whole numbers from 1, as in "1,1,2,4"')
+        self.delays = _parse_delays(delays)
         for name, value in (("buffer", buffer), ("clients", clients)):
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more")
@@ -105,13 +102,15 @@ class FedBuff:
         return _state(0, 0, [])
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment | None:
-        """Sends the adapters, or returns None for a client whose change is still on its way."""
+        """Sends the adapters, or returns None for a client with a change on the way."""
         now = int(state["round"])
-        is_busy = any(change.client == client.client and change.arrives >= now for change in _pending(state))
-        return None if is_busy else Assignment(adapters.with_rank(client.rank))
+        on_their_way = {change.client for change in _pending(state) if change.arrives >= now}
+        if client.client in on_their_way:
+            return None
+        return Assignment(adapters.with_rank(client.rank))
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
-        """Adds the new changes to the pending ones, and makes a step if enough have arrived.
+        """Adds the new changes to the pending changes, and makes a step after enough arrivals.
 
         Raises:
             ValueError: No client trained on any example, and no change is pending either.
@@ -137,7 +136,7 @@ class FedBuff:
         return _state(now + 1, version + 1, on_their_way), add_step(adapters, self._step(arrived, version))
 
     def _pending_change(self, update: ClientUpdate, adapters: Adapters, now: int, version: int) -> Pending:
-        """Returns an update as a change that arrives after the client's delay."""
+        """Returns an update as a pending change with the client's delay."""
         given = (update.given or adapters).tensors
         trained = update.adapters.tensors
         delay = self.delays[update.client % len(self.delays)]
@@ -151,14 +150,15 @@ class FedBuff:
         )
 
     def _next_arrival(self, pending: Sequence[Pending], now: int) -> int:
-        """Returns the first round after which some client is free to be asked.
+        """Returns the first round after which the server can ask some client.
 
-        This is the current round if one of the N clients has no pending change. With N unknown (0), the clients with
-        pending changes count as all clients.
+        The result is the current round if a client has no pending change. If the number of clients is unknown (0), the
+        clients with pending changes count as all clients.
         """
         last_arrivals: dict[int, int] = {}
         for change in pending:
-            last_arrivals[change.client] = max(last_arrivals.get(change.client, 0), change.arrives)
+            known = last_arrivals.get(change.client, 0)
+            last_arrivals[change.client] = max(known, change.arrives)
         if len(last_arrivals) < self.clients:
             return now
         return min(last_arrivals.values())
@@ -175,6 +175,25 @@ class FedBuff:
         return step
 
 
+def _parse_delays(delays: str | int) -> list[int]:
+    """Returns delays as numbers.
+
+    Raises:
+        ValueError: A delay is no whole number from 1.
+
+    Example:
+        >>> _parse_delays("1,1,2,4"), _parse_delays(3)
+        ([1, 1, 2, 4], [3])
+    """
+    try:
+        parsed = [int(delay) for delay in str(delays).split(",")]
+    except ValueError:
+        parsed = []
+    if min(parsed, default=0) < 1:
+        raise ValueError(f'delays is {delays!r}; it must be whole numbers from 1, as in "1,1,2,4"')
+    return parsed
+
+
 def _weight(update: ClientUpdate) -> float:
     """Returns the weight of an update, not normalised."""
     return float(update.examples if update.weight is None else update.weight)
@@ -189,11 +208,11 @@ def _state(round: int, version: int, pending: Sequence[Pending]) -> dict[str, Te
 
 
 def _pending(state: State) -> list[Pending]:
-    """Returns the pending changes that a state holds."""
+    """Returns the pending changes in a state."""
     changes: dict[tuple[int, int], dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if name.startswith("pending."):
-            _, client, asked, exported = name.split(".", 3)
+            _, client, asked, exported = name.split(".", 3)  # an exported name has dots, too
             changes.setdefault((int(client), int(asked)), {})[exported] = tensor
 
     pending = []

@@ -1,4 +1,4 @@
-"""FedEx-LoRA (2410.09432): FedAvg, with its error folded into the base weights.
+"""FedEx-LoRA (2410.09432): FedAvg, with the error of the average folded into the base weights.
 
 Rule:
     A <- Abar
@@ -8,13 +8,13 @@ For equal ranks the folded residual is sum_i w_i s (B_i - Bbar)(A_i - Abar), of 
 smaller ranks are first padded with zeros to the largest rank r, which keeps s_i B_i A_i.
 
 Needs: nothing; ranks may differ.
-Costs: both factors up and down. Down go also the factors of the residual, to every client, even to those that did not
-take part. The server makes a QR and an SVD of stacked factors of inner dimension sum_i r_i + r a layer.
-Exact, and the factors continue from round to round. `rank` > 0 sends the residual's best fit of that rank instead
-(Eckart and Young), which is cheaper and no longer exact.
+Costs: both factors up and down. The factors of the residual go down to every client, also to clients without an update.
+The server makes a QR and an SVD of stacked factors of inner dimension sum_i r_i + r a layer.
+Exact, and the factors continue from round to round. With `rank` > 0 the server sends the residual's best fit of rank
+`rank` instead (Eckart and Young). The best fit is cheaper and not exact.
 
-With different ranks, a client of rank r_i starts from the first r_i rows of A and columns of B, and returns no
-others. Exact is then the mean of the returned factors, in which missing rows and columns count as zero.
+With different ranks, a client of rank r_i starts from the first r_i rows of A and columns of B, and returns only these.
+Exact is then the mean of the returned factors, with zeros for missing rows and columns.
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ from fedsplit.lowrank import LowRank, balanced
 from fedsplit.updates import Adapters, ClientUpdate, State, Traits, average_adapters, mean_change, weighted
 
 ROUNDING = 2.0**-24
-"""Relative error of rounding to float32, the type that the averages are sent in."""
+"""Relative error of rounding to float32, the type of the averages on the way to clients."""
 
 
 def _needed(singular: Tensor, tolerance: float) -> int:
-    """Returns how many singular values to keep, so that the others have a Frobenius norm of `tolerance` at most."""
-    tails = singular.square().flip(0).cumsum(0).flip(0).sqrt()
+    """Returns the smallest number of singular values to keep, so that the rest has a norm of `tolerance` at most.
+
+    Example:
+        >>> _needed(torch.tensor([5.0, 4.0, 3.0]), tolerance=4.0)
+        2
+    """
+    tails = singular.square().flip(0).cumsum(0).flip(0).sqrt()  # norm of each value and all smaller values
     return int((tails > tolerance).sum())
 
 
 class FedExLoRA:
-    """Averages the factors and folds the residual, which makes the average exact.
-
-    Args:
-        rank: Largest rank of the residual; 0 for no limit, which is exact.
+    """Averages the factors and folds the residual, so that the average is exact.
 
     Example:
         >>> from strategies.example import lora, one_round
@@ -58,6 +60,14 @@ class FedExLoRA:
     traits = Traits(factors=True, mixed_ranks=True, folds=True, multiplies=True)
 
     def __init__(self, rank: int = 0) -> None:
+        """Sets the largest rank of the residual.
+
+        Args:
+            rank: Largest rank; 0 for no limit.
+
+        Raises:
+            ValueError: rank is negative, or no whole number.
+        """
         if not isinstance(rank, int) or rank < 0:
             raise ValueError(f"rank is {rank!r}; allowed: a whole number, 0 for an exact residual")
         self._rank = rank
@@ -89,7 +99,7 @@ class FedExLoRA:
 
         Args:
             mean: Delta W* of the layer.
-            averaged: The averaged factors as they are sent, so that the residual corrects their rounding, too.
+            averaged: The averaged factors, rounded for the way. So the residual corrects the rounding, too.
             layer: The layer.
             clients: N, the number of clients.
         """

@@ -1,12 +1,12 @@
-"""FedProx (1812.06127): FedAvg, with clients held near the adapters that they started from.
+"""FedProx (1812.06127): FedAvg, with clients held near the adapters of the round's start.
 
 Rule:
-    client i minimises L_i(theta) + mu / 2 * ||theta - theta_t||^2 over the factors that it trains
+    client i minimises L_i(theta) + mu / 2 * ||theta - theta_t||^2 over the trained factors
     A <- sum_i w_i A_i
     B <- sum_i w_i B_i
 
 Needs: equal ranks; clients that add the proximal term.
-Costs: as FedAvg. With mu = 0 it is FedAvg. The term acts on the factors, not on their product.
+Costs: as FedAvg. With mu = 0, FedProx is FedAvg. The term acts on the factors, not on the product.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedsplit.updates import (
 
 
 class FedProx:
-    """Averages factors that clients trained with a proximal term.
+    """Averages the factors of clients that train with a proximal term.
 
     Example:
         >>> from fedsplit.updates import ClientInfo
@@ -59,7 +59,7 @@ class FedProx:
         return {}
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
-        """Sends the adapters, and asks the client to add the proximal term to its loss."""
+        """Sends the adapters, and asks the client to add the proximal term to the loss."""
         return Assignment(adapters.with_rank(client.rank), Task(proximal=self.mu))
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:

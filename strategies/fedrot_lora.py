@@ -4,22 +4,22 @@ Rule:
     A <- sum_i w_i R_i^T A_i
     B <- sum_i w_i B_i R_i
 (R^T A_i, B_i R) change the weights as (A_i, B_i) do, for every orthogonal R. R_i is the R that brings the factors of
-client i nearest to the reference: the factors that the clients started the round from. Two distances are possible
-(orthogonal Procrustes problems):
+client i nearest to the reference: the factors at the start of the round. Two distances are possible (orthogonal
+Procrustes problems):
     align A: ||R^T A_i - A_ref||, with R_i = U V^T from the SVD of A_i A_ref^T
     align B: ||B_i R - B_ref||, with R_i = U V^T from the SVD of B_i^T B_ref
-By default they alternate: B in odd rounds, A in even ones, as in the authors' code. B is zero when the run begins, so
-the first round rotates nothing. With `strength` (the paper's lambda) below 1, R_i is replaced by the orthogonal matrix
-nearest to (1 - lambda) I + lambda R_i.
+By default the distances alternate: B in odd rounds, A in even rounds, as in the authors' code. B is zero at the
+beginning of a run, so round 1 rotates nothing. With `strength` (the paper's lambda) below 1, R_i is replaced by the
+orthogonal matrix nearest to (1 - lambda) I + lambda R_i.
 
 Needs: equal ranks.
-Costs: both factors up and down once a round; an SVD (r x r) a client and layer. The authors rotate at the client; here
-the server does, with the same result.
+Costs: both factors up and down once a round; an SVD (r x r) a client and layer. The authors rotate at the client. In
+this file the server rotates, with the same result.
 Not exact: clients that differ by more than a rotation are averaged factor by factor, as in FedAvg.
 
-Reflections count as rotations here, since they keep the product as well (the paper requires a determinant above 0). If
-the product with the reference lacks full rank, many R are equally near, and the one nearest to the identity is taken.
-So nothing is rotated in directions that the reference does not cover; a reference of zero rotates nothing.
+Reflections count as rotations, since a reflection keeps the product as well (the paper requires a determinant above 0).
+If the product with the reference lacks full rank, many R are equally near, and the R nearest to the identity is taken.
+So nothing is rotated in directions outside of the reference, and a reference of zero rotates nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ALIGNS = ("alternate", "A", "B", "both")
 """Values of the option `align`."""
 
 ROUNDING = 1e-6
-"""Singular values below this share of the largest carry no information: they are rounding of float32 factors."""
+"""Share of the largest singular value. Singular values below the share are rounding errors of float32 factors."""
 
 
 def procrustes(cross: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def procrustes(cross: Tensor) -> Tensor:
     free = s <= ROUNDING * s[0]
     rotation = u[:, ~free] @ v[~free]
     if bool(free.any()):
-        # `cross` says nothing on these directions: solve the same problem there, with the identity for `cross`.
+        # `cross` tells nothing about the free directions. Solve the same problem there, with the identity for `cross`.
         free_u = u[:, free]
         free_v = v[free]
         left, _, right = torch.linalg.svd(free_u.T @ free_v.T)
@@ -88,7 +88,7 @@ def rotation_to(reference: tuple[Tensor, Tensor], a: Tensor, b: Tensor, align: s
 
 
 class FedRotLoRA:
-    """Averages factors after rotating them towards the factors that the round started from.
+    """Rotates the factors of each client towards the factors at the start of the round, then averages.
 
     Example:
         >>> from strategies.example import lora, one_round
@@ -123,7 +123,7 @@ class FedRotLoRA:
         return {"rounds": torch.tensor(0)}
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
-        """Rotates every client's factors and averages them.
+        """Rotates the factors of every client, then averages.
 
         Raises:
             ValueError: No client trained on any example.
@@ -138,12 +138,12 @@ class FedRotLoRA:
             rotated.append(replace(update, adapters=self._rotate(adapters, update.adapters, align)))
         mean = average_adapters(adapters, rotated, weights)
 
-        # The rotated factors were in float64, so that the average is rounded here, once.
+        # The rotated factors are in float64, so that only the average is rounded.
         tensors = {name: tensor.to(adapters.tensors[name].dtype) for name, tensor in mean.tensors.items()}
         return {"rounds": state["rounds"] + 1}, mean.with_tensors(tensors)
 
     def _rotate(self, reference: Adapters, adapters: Adapters, align: str) -> Adapters:
-        """Returns a client's adapters with every layer rotated, in float64: the average rounds them later."""
+        """Returns a client's adapters with every layer rotated, in float64."""
         rotated = {name: tensor.double() for name, tensor in adapters.tensors.items()}
         for layer in adapters.complete:
             a, b = adapters.factors(layer)

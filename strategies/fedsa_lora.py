@@ -3,11 +3,11 @@
 Rule:
     clients train both factors
     A <- sum_i w_i A_i
-    each B_i stays with client i, which continues from it in its next round
+    each B_i stays with client i, and is the start of the client's next round
 
 Needs: equal ranks; clients that keep B_i from round to round.
 Costs: A alone up and down once a round, half of FedAvg's traffic.
-There is no single global model: the global B stays as the run began.
+No single global model exists: the global B stays at the value of the run's beginning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PERSONAL = frozenset("B")
 
 
 class FedSALoRA:
-    """Averages A; every client keeps a B that never leaves it.
+    """Averages A. Every client keeps a private B.
 
     Example:
         >>> from strategies.example import lora, one_round
@@ -34,7 +34,7 @@ class FedSALoRA:
     traits = Traits(factors=True, personal=PERSONAL, linear=True)
 
     def init(self, adapters: Adapters) -> State:
-        """Returns an empty state: the clients remember their factors themselves."""
+        """Returns an empty state: each client remembers the private factors."""
         return {}
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:

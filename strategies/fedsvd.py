@@ -11,10 +11,10 @@ product of noise on B's gradient.
 Needs: equal ranks.
 Costs: B up, both factors down; an SVD of a matrix (out x r) a layer, from a QR of A.
 
-If Bbar A has a rank below r, the remaining rows of A complete an orthonormal basis of A's old row space, and their
-columns of B are zero, so that A always has r orthonormal rows. The row space therefore never changes: a round changes
-the basis in which clients train. As in the authors' code, A becomes orthonormal only after a round; in the first round
-clients train with A as it was drawn.
+If Bbar A has a rank below r, the remaining rows of A complete an orthonormal basis of A's old row space, with zero
+columns of B. So A always has r orthonormal rows, and the row space never changes: a round changes the basis in which
+clients train. As in the authors' code, A becomes orthonormal at the end of round 1. In round 1 clients train with the
+drawn A.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ from fedsplit.updates import (
 
 
 def orthonormal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns factors (A, B) of the same product B A; the rows of the new A are orthonormal.
-
-    The rows stand in falling order of their singular values.
+    """Returns factors (A, B) of the same product B A, with orthonormal rows of A in falling order of singular values.
 
     Args:
         a: A (r, in).

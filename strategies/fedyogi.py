@@ -8,9 +8,9 @@ Rule, entry by entry:
 
 Needs: equal ranks.
 Costs: FedAvg's traffic; two moments at the server.
-The paper starts v at tau^2 or more. Here v starts at zero, as in Flower's class of this name, whose numbers, option
-names and defaults these are. Beyond Flower's: the state is saved and resumed with the run, the order in which clients
-answer changes no bit, and an answer with NaN is refused before it can spoil a moment.
+The paper starts v at tau^2 or more. In this file v starts at zero: numbers, option names and defaults equal those of
+Flower's FedYogi. Beyond Flower, the state is saved and resumed with the run, the order of the clients' answers changes
+no bit, and an answer with NaN is refused before a moment is spoilt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FedYogi(Adaptive):
         Args:
             eta: Step size of the server.
             beta_1: Share of m that stays each round.
-            beta_2: How slowly v follows the squares.
+            beta_2: Inertia of v: the closer to 1, the more slowly v follows the squares.
             tau: Term added to sqrt(v); the smaller, the more adaptive.
         """
         super().__init__(eta, beta_1, beta_2, tau)

@@ -1,7 +1,7 @@
 """FFA-LoRA (2403.12313): A is frozen, B is trained.
 
 Rule:
-    A stays A_0, the draw that the run began with
+    A stays A_0, the draw at the beginning of the run
     B <- Bbar = sum_i w_i B_i
 
 Needs: equal ranks.
@@ -30,7 +30,7 @@ TRAINED = frozenset("B")
 
 
 class FFALoRA:
-    """Averages B and keeps A as it was drawn.
+    """Averages B, and keeps the drawn A.
 
     Example:
         >>> from strategies.example import lora, one_round

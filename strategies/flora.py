@@ -5,13 +5,13 @@ Rule:
     B = [B_1 ... B_N]
     W <- W + B A = W + sum_i w_i s_i B_i A_i
     then every client draws a new A and sets B = 0
-The first round starts from the draw of round 1, too, so that a client's factors never need to be sent.
+Round 1 starts from a draw of the same kind, so that a client's factors never need to be sent.
 
 Needs: nothing; ranks may differ.
-Costs: both factors up. Down goes the stack, of rank sum_i r_i at most, to every client, also to those that did not take
-part. It is sent with the smallest inner dimension that its rank allows, for which the server makes a QR and an SVD of
-the stacked factors a layer. The clients draw the new factors from a seed; these are not sent.
-Exact, whatever the ranks. A restart every round discards the optimiser's progress, which hurts long runs.
+Costs: both factors up. The stack, of rank sum_i r_i at most, goes down to every client, also to clients without an
+update. The server sends the stack with the smallest possible inner dimension, by a QR and an SVD of the stacked factors
+a layer. The clients draw the new factors from a seed, so no new factor is sent.
+Exact for all ranks. A restart every round discards the optimiser's progress, and hurts long runs.
 """
 
 from __future__ import annotations
@@ -49,9 +49,6 @@ def _restarted(adapters: Adapters, seed: int) -> Adapters:
 class FLoRA:
     """Folds the exact mean change into the base weights and restarts the adapters.
 
-    Args:
-        seed: Seed that the new factors are drawn from.
-
     Example:
         >>> from strategies.example import lora, one_round
         >>> start = lora(A=[[1, 0]], B=[[0]])
@@ -67,35 +64,36 @@ class FLoRA:
     traits = Traits(factors=True, restarts=True, mixed_ranks=True, folds=True, multiplies=True)
 
     def __init__(self, seed: int = 0) -> None:
+        """Sets the seed of the drawn factors; a run passes the run's seed."""
         self._seed = seed
 
     def _seed_of_round(self, state: State) -> int:
-        """Returns the seed of the factors that the coming round starts from."""
+        """Returns the seed of the factors at the start of the coming round."""
         return derive_seed(self._seed, "flora", int(state["round"]))
 
     def init(self, adapters: Adapters) -> State:
         """Returns the number of the coming round, from 1.
 
         Raises:
-            ValueError: A factor B is not zero: the restart would lose what the adapters have learnt.
+            ValueError: A factor B is not zero. The restart would lose the change of the adapters.
         """
         if any(bool(adapters.factors(layer)[1].any()) for layer in adapters.complete):
             raise ValueError("FLoRA starts from B = 0: fold what the adapters have learnt into the base first")
         return {"round": torch.tensor(1)}
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
-        """Gives the client the round's draw at its rank."""
+        """Sends the round's draw at the client's rank, as a seed."""
         seed = self._seed_of_round(state)
         return Assignment(_restarted(adapters.with_rank(client.rank), seed), drawn=seed)
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
-        """Folds the stacked changes and restarts; averages all tensors that are no LoRA factor, as FedAvg does.
+        """Folds the stacked changes and restarts. Tensors that are no LoRA factor are averaged, as in FedAvg.
 
         Raises:
             ValueError: No client trained on any example.
         """
         updates, weights = weighted(updates)
-        # No LoRA factors (an empty set) among the averaged tensors: these are stacked.
+        # The empty set: no LoRA factor is averaged, since the factors are stacked below.
         averaged = average_adapters(adapters, updates, weights, frozenset())
 
         folded = {}

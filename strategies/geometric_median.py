@@ -6,17 +6,17 @@ Rule, repeated `iterations` times:
 z tends to the point with the least sum of w-weighted distances. nu is absolute, in the units of the distances, as in
 the paper.
 
-Distances (`on`): "product" compares the changes s_i B_i A_i and s B_z A_z over all layers, which no rotation of a
-client's factors alters. "factors" compares all factors as one vector, as the paper does. On products z is still an
-average of factors, so that z keeps their rank: the b_i come from the products, but a rotation of a client's factors
-changes the average as it changes FedAvg's, and z need not be the point with the least sum. Tensors outside of the pairs
-of factors count in the distances as they are, and are averaged with the same b_i.
+Distances (`on`): "product" compares the changes s_i B_i A_i and s B_z A_z over all layers. No rotation of a client's
+factors alters a change. "factors" compares all factors as one vector, as the paper does. On products, the b_i come from
+the products, but z is still an average of factors, so that z keeps the rank of the factors. A rotation of a client's
+factors changes this average, as in FedAvg, so z need not be the point with the least sum. Tensors outside of the pairs
+of factors count in the distances entry by entry, and are averaged with the same b_i.
 
-Start: the paper leaves z open. Here the first b_i are w_i / max(nu, d, ||theta_i - theta||), with theta the adapters
-that the round started from, and d the median of these distances. From the plain mean, ten steps are too few to get away
-from a client at 1e6. From theta itself, a client that returns theta would hold z in place.
+Start: the paper leaves z open. In this file the first b_i are w_i / max(nu, d, ||theta_i - theta||), with theta the
+adapters at the start of the round, and d the median of the distances from theta. From the plain mean, ten steps are too
+few to get away from a client at 1e6. From theta itself, a client that returns theta would hold z in place.
 
-Needs: equal ranks; every client's own adapters.
+Needs: equal ranks; the adapters of every single client.
 Costs: FedAvg's traffic; O(n (out + in) r^2) a layer and step.
 """
 
@@ -50,12 +50,12 @@ class GeometricMedian:
         """Sets the search.
 
         Args:
-            on: Quantity that distances compare: "product" or "factors".
+            on: Distances between changes ("product"), or between factors ("factors").
             iterations: Number of Weiszfeld steps.
-            nu: Absolute distance below which a client's weight rises no further.
+            nu: Smallest distance, in absolute terms. Nearer clients weigh no more than clients at distance nu.
 
         Raises:
-            ValueError: An option is out of its range.
+            ValueError: An option is out of range.
         """
         check_kind(on)
         if iterations < 1:
@@ -97,7 +97,13 @@ def _in_float64(adapters: Adapters) -> Adapters:
 
 
 def _betas(weights: Sequence[float], distances: Tensor, nu: float) -> list[float]:
-    """Returns the b_i = w_i / max(nu, distance_i), normalised to sum to 1."""
+    """Returns the b_i = w_i / max(nu, distance_i), normalised to a sum of 1.
+
+    Example:
+        >>> import torch
+        >>> _betas([0.5, 0.5], torch.tensor([1.0, 3.0]), nu=1e-6)
+        [0.75, 0.25]
+    """
     betas = []
     for weight, distance in zip(weights, distances.tolist(), strict=True):
         betas.append(weight / max(nu, distance))

@@ -10,16 +10,16 @@ The norm covers all layers of a client together (the paper writes one Delta W_i 
 do not enter, except that p_i = w_i if all norms are zero.
 
 Self-pruning, with `decay` (the paper's lambda) above 0: the tail of a client's factors are the rows beyond the first
-floor(gamma r_i). The client adds lambda ||A_tail|| ||B_tail||, summed over the layers, to its loss. If that sum shrank
-in the client's training, the server prunes the tail: it leaves the tail out of the round's average, as if the client
-had cut it off before sending, and the client's rank is max(1, floor(gamma r_i)) from then on.
+floor(gamma r_i). The client adds lambda ||A_tail|| ||B_tail||, summed over the layers, to the loss. If the sum shrank
+in the client's training, the server prunes the tail: the round's average ignores the tail, and the client's rank is
+max(1, floor(gamma r_i)) from the next round on.
 
 Needs: nothing; ranks may differ.
 Costs: both factors up and down once a round, each at the client's rank.
 Not exact: averaging factors is not averaging products, as with FedAvg, and zeros dilute rows that few clients hold.
 
-Beyond the paper: padding and cutting keep s B A, whose s depends on the rank; and rows of A that no client of a round
-held keep their values (see `strategies.mixed_ranks`).
+Beyond the paper: padding and cutting keep s B A, though s depends on the rank; and rows of A without a client in the
+round keep the earlier values (see `strategies.mixed_ranks`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def tail_norm(adapters: Adapters, gamma: float) -> float:
 
     Args:
         adapters: A client's adapters.
-        gamma: Share of the rank that is not the tail.
+        gamma: Share of the rank before the tail.
 
     Example:
         >>> from strategies.example import lora
@@ -57,8 +57,15 @@ def tail_norm(adapters: Adapters, gamma: float) -> float:
 
 
 def change_norm(adapters: Adapters) -> float:
-    """Returns ||Delta W_i||: the Frobenius norm of a client's change over all layers."""
-    return math.hypot(*(adapters.change(layer).norm() for layer in adapters.complete))
+    """Returns ||Delta W_i||: the Frobenius norm of a client's change over all layers.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> round(change_norm(lora(A=[[3, 4]], B=[[2]])), 6)
+        10.0
+    """
+    norms = [adapters.change(layer).norm() for layer in adapters.complete]
+    return math.hypot(*norms)
 
 
 class HetLoRA:
@@ -79,7 +86,7 @@ class HetLoRA:
         """Sets up self-pruning.
 
         Args:
-            gamma: Share of its rank that a client keeps in any case.
+            gamma: Share of the rank that every client keeps.
             decay: Weight of the tail's norm in a client's loss; 0 for no pruning.
 
         Raises:
@@ -97,7 +104,7 @@ class HetLoRA:
         return {}
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
-        """Sends the first rows of A and columns of B, up to the client's rank, or to its rank after pruning."""
+        """Sends the first rows of A and columns of B, up to the client's rank, or to the rank after pruning."""
         rank = client.rank
         pruned_rank = state.get(f"rank.{client.client}")
         if pruned_rank is not None:
@@ -106,7 +113,7 @@ class HetLoRA:
         return Assignment(adapters.with_rank(rank), task)
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
-        """Prunes the clients whose tail shrank, pads all with zeros and averages.
+        """Prunes clients with a shrunken tail, pads all factors with zeros and averages.
 
         Raises:
             ValueError: No client trained on any example.
@@ -129,7 +136,7 @@ class HetLoRA:
         return new_state, average_others(adapters, pruned, weights).with_factors(factors)
 
     def _prune(self, adapters: Adapters, update: ClientUpdate) -> ClientUpdate:
-        """Returns the update without its tail if the tail shrank, else the update itself."""
+        """Returns the update without the tail if the tail shrank, otherwise the update itself."""
         rank = rank_of(update.adapters)
         given = update.given or adapters.with_rank(rank)
         tail_shrank = tail_norm(update.adapters, self._gamma) < tail_norm(given, self._gamma)

@@ -6,13 +6,13 @@ Rule:
     Multi-Krum: theta <- the w-weighted average of the m clients of the lowest scores
     n clients answered, of whom f may be malicious. A tie goes to the client of the lower number.
 
-Distances (`on`): "product" compares the changes s_i B_i A_i, which no rotation of a client's factors alters. "factors"
-compares all factors as one vector, as the paper and Flower do. Tensors outside of the pairs of factors count in the
-distances as they are, and come from the same clients.
+Distances (`on`): "product" compares the changes s_i B_i A_i. No rotation of a client's factors alters a change.
+"factors" compares all factors as one vector, as the paper and Flower do. Tensors outside of the pairs of factors count
+in the distances entry by entry, and come from the selected clients.
 
-Needs: equal ranks; n >= 2 f + 3; every client's own adapters.
+Needs: equal ranks; n >= 2 f + 3; the adapters of every single client.
 Costs: FedAvg's traffic; O(n^2 (out + in) r^2) a layer on products, O(n^2 (out + in) r) on factors.
-The paper averages the m clients with equal weights; Flower and this strategy weight them.
+The paper averages the m clients with equal weights; Flower and this strategy use the weights w.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def scores(clients: Sequence[Adapters], malicious: int, on: str) -> Tensor:
     """Returns Krum's score of each client (n,). A low score means a client near to its neighbours.
 
     Args:
-        clients: Each client's adapters.
+        clients: Adapters, client by client.
         malicious: f, the number of clients that may be malicious.
         on: "product" or "factors".
 
     Raises:
-        ValueError: There are fewer than 2 f + 3 clients.
+        ValueError: The number of clients is below 2 f + 3.
 
     Example:
         >>> from strategies.example import lora
@@ -75,12 +75,12 @@ class MultiKrum:
     traits = Traits(fewest=3)
 
     def __init__(self, malicious: int = 0, keep: int = 0, on: str = "product") -> None:
-        """Sets how many clients are trusted.
+        """Sets the number of trusted clients.
 
         Args:
             malicious: f, the number of clients that may be malicious.
             keep: m, the number of clients to average; 0: n - f, as in the paper's experiments.
-            on: Quantity that distances compare: "product" or "factors".
+            on: Distances between changes ("product"), or between factors ("factors").
 
         Raises:
             ValueError: A number is negative, or `on` is unknown.
@@ -106,7 +106,8 @@ class MultiKrum:
         """
         # The updates are in the order of the clients, so that a stable sort gives a tie to the lower number.
         updates, _ = weighted(updates)
-        by_score = scores([update.adapters for update in updates], self.malicious, self.on).argsort(stable=True)
+        clients = [update.adapters for update in updates]
+        by_score = scores(clients, self.malicious, self.on).argsort(stable=True)
 
         keep = self.keep or len(updates) - self.malicious
         if keep > len(updates):
@@ -117,7 +118,7 @@ class MultiKrum:
 
 
 class Krum(MultiKrum):
-    """Returns the adapters of the client that lies nearest to its neighbours, to the bit.
+    """Returns the adapters of the client nearest to all neighbours, to the bit.
 
     Example:
         >>> from strategies.example import lora, one_round
@@ -129,10 +130,10 @@ class Krum(MultiKrum):
     """
 
     def __init__(self, malicious: int = 0, on: str = "product") -> None:
-        """Sets how many clients are trusted.
+        """Sets the number of trusted clients.
 
         Args:
             malicious: f, the number of clients that may be malicious.
-            on: Quantity that distances compare: "product" or "factors".
+            on: Distances between changes ("product"), or between factors ("factors").
         """
         super().__init__(malicious, 1, on)

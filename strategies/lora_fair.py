@@ -57,7 +57,7 @@ def correction(missing: LowRank, a: Tensor, ridge: float) -> Tensor:
 
 
 class LoRAFAIR:
-    """Averages the factors and adds to B what the product of the averages misses.
+    """Averages the factors, and adds to B the part of the mean product that the averages miss.
 
     Example:
         >>> from strategies.example import lora, one_round

@@ -1,13 +1,13 @@
 """Coordinate-wise median (1803.01498).
 
-Rule: every entry becomes the median of the clients' values; for an even number of clients, the mean of the two in the
-middle.
+Rule: every entry becomes the median of the clients' values. For an even number of clients, the median is the mean of
+the two values in the middle.
 
-Needs: equal ranks; every client's own adapters.
+Needs: equal ranks; the adapters of every single client.
 Costs: FedAvg's traffic; sorting n values an entry.
-Examples are no weights here, since a client could claim any number of them. The numbers are those of Flower's
-FedMedian. The rule acts on the factors: clients that agree on B A but not on the factors count as apart. Tensors
-outside of the pairs of factors are treated alike.
+Numbers of examples are no weights, since a client could claim any number. The result equals Flower's FedMedian. The
+rule acts on the factors: clients that agree on B A but not on the factors count as apart. Tensors outside of the pairs
+of factors are treated alike.
 """
 
 from __future__ import annotations
@@ -45,4 +45,5 @@ class Median:
         updates, _ = weighted(updates)
         # Drop all but the one or two values in the middle. torch.median would take the lower of two.
         k = (len(updates) - 1) // 2
-        return state, adapters.with_tensors({**adapters.tensors, **trimmed_means(updates, k)})
+        medians = trimmed_means(updates, k)
+        return state, adapters.with_tensors({**adapters.tensors, **medians})

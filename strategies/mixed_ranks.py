@@ -12,17 +12,23 @@ from fedsplit.updates import Adapters, ClientUpdate, average_adapters
 
 
 def rank_of(adapters: Adapters) -> int:
-    """Returns the largest rank among the layers that hold both factors; 1 if there are none."""
+    """Returns the largest rank among the layers with both factors, or 1 without a layer.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> rank_of(lora(A=[[1], [2]], B=[[3, 4]]))
+        2
+    """
     return adapters.largest_rank or 1
 
 
 def average_others(adapters: Adapters, updates: Sequence[ClientUpdate], weights: Sequence[float]) -> Adapters:
-    """Returns the adapters with the weighted mean of all tensors that are no LoRA factor, as FedAvg averages them.
+    """Returns the adapters with FedAvg's mean of all tensors except LoRA factors. The LoRA factors stay unchanged.
 
     Args:
-        adapters: Adapters that keep their LoRA factors.
-        updates: The clients' updates.
-        weights: Weight of each update; they sum to 1.
+        adapters: The adapters.
+        updates: Updates of the clients.
+        weights: Weights of the updates, with a sum of 1.
     """
     others = [replace(update, adapters=update.adapters.only(frozenset())) for update in updates]
     return average_adapters(adapters, others, weights)
@@ -31,16 +37,16 @@ def average_others(adapters: Adapters, updates: Sequence[ClientUpdate], weights:
 def padded_average(
     adapters: Adapters, updates: Sequence[ClientUpdate], weights: Sequence[float]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns the weighted means of the factors, each client's padded with zeros to the rank of `adapters`.
+    """Returns the weighted means of the factors, padded with zeros to the rank of `adapters`.
 
-    B is padded together with its scaling, so that a padded client changes the weights as before. Rows of A that no
-    client held would become zero together with their columns of B, and would never get a gradient again. Such rows
-    keep their values in `adapters`; with zero columns of B they do not alter the product.
+    Padding keeps the change s B A, though s depends on the rank: B takes up the ratio of the scalings. A row of A
+    without any client would become zero together with the column of B, and would never get a gradient again. So the row
+    keeps the value in `adapters`. With a zero column of B, the row does not alter the product.
 
     Args:
         adapters: Adapters at the largest rank.
-        updates: The clients' updates, each at its client's rank.
-        weights: Weight of each update; they sum to 1.
+        updates: Updates of the clients, each at the client's rank.
+        weights: Weights of the updates, with a sum of 1.
 
     Returns:
         Factors (A, B) by layer, in float64 and not rounded yet.
@@ -61,8 +67,7 @@ def padded_average(
         a, b = adapters.factors(layer)
         mean_a = torch.zeros_like(a, dtype=torch.float64)
         mean_b = torch.zeros_like(b, dtype=torch.float64)
-        # Rows that no client holds keep their values.
-        mean_a[largest_sent:] = a[largest_sent:]
+        mean_a[largest_sent:] = a[largest_sent:]  # rows without any client
         means[layer] = mean_a, mean_b
 
     for update, weight in zip(updates, weights, strict=True):

@@ -1,16 +1,15 @@
-"""NormClip: clips the norm of each client's change, then applies any other strategy.
+"""NormClip: clips the norm of each client's change, then applies an inner strategy.
 
 Rule:
     theta_i <- given_i + min(1, C / ||theta_i - given_i||) (theta_i - given_i)
-    then the rule of the strategy `around`
-given_i are the adapters that client i started from. The norm runs over all tensors that the client sends, as one
-vector.
+    then the rule of the inner strategy (`around`)
+given_i are the adapters at the start of client i. The norm runs over all tensors of the client, as one vector.
 
-Needs: as the other strategy; and every client's own adapters, so no secure aggregation, even around a strategy that
-needs sums only.
-Costs: as the other strategy.
+Needs: as the inner strategy; and the adapters of every single client, so no secure aggregation, even around a strategy
+of sums.
+Costs: as the inner strategy.
 Clipping bounds the effect of one client on a sum if C is near the norm of an honest change (1911.07963). The server
-adds no noise. A change within the norm passes to the bit. SCAFFOLD's control variates pass as they are.
+adds no noise. A change within the norm passes to the bit. SCAFFOLD's control variates pass unclipped.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Sta
 
 
 class NormClip:
-    """Passes clipped changes to another strategy.
+    """Passes clipped changes to an inner strategy.
 
     Example:
         >>> from strategies.example import lora, one_round
@@ -44,17 +43,17 @@ class NormClip:
         clients: int | None = None,
         **options: Any,
     ) -> None:
-        """Makes the other strategy.
+        """Makes the inner strategy.
 
         Args:
             norm: C, the largest norm of a client's change.
-            around: Name of the other strategy in `STRATEGIES`.
-            seed: The run's seed, passed to the other strategy; None: its own default.
-            clients: Number of clients, passed to the other strategy; None: its own default.
-            options: Keyword arguments of the other strategy.
+            around: Name of the inner strategy in `STRATEGIES`.
+            seed: Seed of the run, for the inner strategy; None for the default of the inner strategy.
+            clients: Number of clients, for the inner strategy; None for the default of the inner strategy.
+            options: Keyword arguments for the inner strategy.
 
         Raises:
-            ValueError: norm is not positive, or the other strategy is unknown, NormClip itself, or lacks an option.
+            ValueError: norm is not positive, or the inner strategy is unknown, NormClip itself, or lacks an option.
         """
         if not 0 < norm < math.inf:
             raise ValueError(f"norm is {norm}; it must be more than 0")
@@ -65,34 +64,36 @@ class NormClip:
         facts_of_run = {"seed": seed, "clients": clients}
         defaults = {name: value for name, value in facts_of_run.items() if value is not None}
         self.inner = strategies.make(around, defaults, **options)
-        self.traits = replace(getattr(self.inner, "traits", Traits()), linear=False)
+        inner_traits = getattr(self.inner, "traits", Traits())
+        self.traits = replace(inner_traits, linear=False)  # a clipped sum is no linear function of the updates
 
     def init(self, adapters: Adapters) -> State:
-        """Returns the state of the other strategy: clipping remembers nothing."""
+        """Returns the state of the inner strategy: clipping remembers nothing."""
         return self.inner.init(adapters)
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment | None:
-        """Returns the assignment by the other strategy."""
+        """Returns the assignment of the inner strategy."""
         broadcast = getattr(self.inner, "broadcast", None)
         if broadcast is None:
             return Assignment(adapters.with_rank(client.rank))
         return broadcast(state, adapters, client)
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
-        """Clips every update and passes all to the other strategy.
+        """Clips every update, and passes all updates to the inner strategy.
 
         Raises:
-            ValueError: The other strategy refuses the updates.
+            ValueError: The inner strategy refuses the updates.
         """
-        return self.inner.aggregate(state, adapters, [clipped(update, adapters, self.norm) for update in updates])
+        within_norm = [clipped(update, adapters, self.norm) for update in updates]
+        return self.inner.aggregate(state, adapters, within_norm)
 
 
 def clipped(update: ClientUpdate, adapters: Adapters, norm: float) -> ClientUpdate:
-    """Returns the update with its change scaled down to a norm; an update within the norm is returned itself.
+    """Returns the update with the change scaled down to a norm. An update within the norm is returned itself.
 
     Args:
-        update: A client's update, of any ranks; its `given` has the same ranks.
-        adapters: Adapters that the client started from if the update does not hold `given`.
+        update: A client's update, of any ranks. `given` in the update has the same ranks.
+        adapters: Adapters at the start of the client, for an update without `given`.
         norm: The largest norm.
 
     Example:

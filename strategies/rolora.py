@@ -30,13 +30,18 @@ from fedsplit.updates import (
 
 
 def _trained(state: State) -> frozenset[str]:
-    """Returns the factor that the round trains."""
+    """Returns the trained factor of the coming round.
+
+    Example:
+        >>> _trained({"round": torch.tensor(1)}), _trained({"round": torch.tensor(2)})
+        (frozenset({'B'}), frozenset({'A'}))
+    """
     is_odd = int(state["round"]) % 2 == 1
     return frozenset("B" if is_odd else "A")
 
 
 class RoLoRA:
-    """Averages one factor a round: B in odd rounds, A in even ones.
+    """Averages one factor a round: B in odd rounds, A in even rounds.
 
     Example:
         >>> from strategies.example import lora, one_round
@@ -58,7 +63,7 @@ class RoLoRA:
         return Assignment(adapters.with_rank(client.rank), Task(trains=_trained(state)))
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
-        """Returns the average of the round's factor, and the other factor of `adapters` to the bit.
+        """Returns the average of the round's factor, and the frozen factor of `adapters` to the bit.
 
         Raises:
             ValueError: No client trained on any example.

@@ -1,17 +1,18 @@
-"""SCAFFOLD (1910.06378): control variates correct the drift of each client towards its own data.
+"""SCAFFOLD (1910.06378): control variates correct the drift of each client towards the client's data.
 
 Rule:
-    client i steps along g - c_i + c, with g its gradient
+    client i steps along g - c_i + c, with g the gradient of the client
     theta <- theta + eta sum_i w_i (theta_i - theta)
     c <- c + (1/N) sum_i (c_i+ - c_i) over the clients that answered; N counts all clients
 
-The new c_i+ is the mean of client i's raw gradients g over its local steps. With plain SGD this equals the paper's
-option II, c_i - c + (theta_t - theta_i) / (K eta_l), since theta_t - theta_i is then eta_l sum_k (g_k - c_i + c). It is
-also defined for AdamW, whose steps do not add up to gradients.
+The new c_i+ is the mean of client i's raw gradients g over the local steps. With plain SGD the mean equals the paper's
+option II, c_i - c + (theta_t - theta_i) / (K eta_l), since theta_t - theta_i is then eta_l sum_k (g_k - c_i + c). The
+mean is also defined for AdamW. (The steps of AdamW do not add up to gradients.)
 
 Needs: equal ranks; clients that correct their gradients and keep c_i from round to round.
 Costs: twice FedAvg's traffic each way: c goes down, and c_i+ - c_i comes up.
-The paper weights clients equally. Here w_i are the run's weights, as in FedAvg; c is a plain mean, as in the paper.
+The paper weights clients equally. In this file w_i are the run's weights, as in FedAvg; c is a plain mean, as in the
+paper.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Scaffold:
         self.clients = clients
 
     def init(self, adapters: Adapters) -> State:
-        """Returns the server's control variate at zero; those of the clients begin at zero, too."""
+        """Returns the server's control variate at zero. Clients' control variates begin at zero, too."""
         return zeros(adapters, "c")
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
@@ -67,7 +68,7 @@ class Scaffold:
         """Moves theta by eta times the mean change, and c by the clients' changes over N.
 
         Raises:
-            ValueError: No client trained on any example, or one returned no control variate.
+            ValueError: No client trained on any example, or a client returned no control variate.
         """
         updates, _ = weighted(updates)
         clients = self.clients or len(updates)

@@ -17,11 +17,11 @@ from fedsplit.updates import Adapters, ClientUpdate, State, Traits, weighted
 def check_options(**options: float) -> None:
     """Checks the options of a server optimiser.
 
-    Names that begin with "beta" or end with "momentum" must lie in [0, 1). All others, such as step sizes, must be
+    Options with names like "beta…" or "…momentum" must lie in [0, 1). All further options, such as step sizes, must be
     positive and finite.
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: An option is out of range.
 
     Example:
         >>> check_options(eta=0.1, beta_1=0.9)
@@ -41,8 +41,8 @@ def mean_step(adapters: Adapters, updates: Sequence[ClientUpdate]) -> dict[str, 
     """Returns D = sum_i w_i (theta_i - theta) by exported name, in float64, for every tensor of the updates.
 
     Args:
-        adapters: theta, the adapters that the round started from.
-        updates: The clients' updates, which hold theta_i.
+        adapters: theta, the adapters at the start of the round.
+        updates: Updates of the clients, with theta_i.
 
     Raises:
         ValueError: No client trained on any example.
@@ -66,8 +66,15 @@ def mean_step(adapters: Adapters, updates: Sequence[ClientUpdate]) -> dict[str, 
 
 
 def add_step(adapters: Adapters, step: Mapping[str, Tensor]) -> Adapters:
-    """Returns the adapters with a step in float64 added; each sum is rounded once."""
-    tensors = dict(adapters.tensors)  # tensors without a step stay as they are
+    """Returns the adapters with a step in float64 added. Each sum is rounded once.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> step = {"layer.lora_B.weight": torch.tensor([[0.5]]).double()}
+        >>> add_step(lora(A=[[1]], B=[[2]]), step).tensors["layer.lora_B.weight"].tolist()
+        [[2.5]]
+    """
+    tensors = dict(adapters.tensors)  # tensors without a step stay unchanged
     for name, change in step.items():
         before = adapters.tensors[name]
         tensors[name] = (before.double() + change).to(before.dtype)
@@ -75,12 +82,18 @@ def add_step(adapters: Adapters, step: Mapping[str, Tensor]) -> Adapters:
 
 
 def zeros(adapters: Adapters, *prefixes: str) -> dict[str, Tensor]:
-    """Returns float64 zeros in the shape of every adapter tensor, named PREFIX.NAME, for each prefix."""
-    return {
-        f"{prefix}.{name}": torch.zeros(tensor.shape, dtype=torch.float64)
-        for prefix in prefixes
-        for name, tensor in sorted(adapters.tensors.items())
-    }
+    """Returns float64 zeros in the shape of every adapter tensor, named PREFIX.NAME, for each prefix.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> list(zeros(lora(A=[[1]], B=[[2]]), "m"))
+        ['m.layer.lora_A.weight', 'm.layer.lora_B.weight']
+    """
+    tensors = {}
+    for prefix in prefixes:
+        for name, tensor in sorted(adapters.tensors.items()):
+            tensors[f"{prefix}.{name}"] = torch.zeros(tensor.shape, dtype=torch.float64)
+    return tensors
 
 
 class Adaptive:
@@ -88,14 +101,14 @@ class Adaptive:
 
     Rule, entry by entry:
         m <- beta_1 m + (1 - beta_1) D
-        v <- second_moment(v, D^2), which each subclass defines
+        v <- second_moment(v, D^2), defined by each subclass
         theta <- theta + rate(t) * m / (sqrt(v) + tau)
     """
 
     traits = Traits(linear=True)
 
     def __init__(self, eta: float, beta_1: float, beta_2: float, tau: float) -> None:
-        """Checks and stores the options, which each subclass documents."""
+        """Checks and stores the options. Each subclass documents the options."""
         check_options(eta=eta, beta_1=beta_1, beta_2=beta_2, tau=tau)
         self.eta = eta
         self.beta_1 = beta_1
@@ -107,7 +120,7 @@ class Adaptive:
         raise NotImplementedError
 
     def rate(self, round: int) -> float:
-        """Returns the step size of a round; rounds count from 1."""
+        """Returns the step size of a round, counted from 1."""
         return self.eta
 
     def init(self, adapters: Adapters) -> State:

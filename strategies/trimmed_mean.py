@@ -3,9 +3,9 @@
 Rule, entry by entry: of the n clients' values, drop the k smallest and the k largest, k = floor(trim * n); average the
 others with equal weights.
 
-Needs: equal ranks; every client's own adapters.
+Needs: equal ranks; the adapters of every single client.
 Costs: FedAvg's traffic; sorting n values an entry.
-Examples are no weights here, since a client could claim any number of them. The number k is that of Flower's
+Numbers of examples are no weights, since a client could claim any number. The number k is the same as in Flower's
 FedTrimmedAvg; a trim of 0 is the plain mean. The rule acts on the factors: clients that agree on B A but not on the
 factors count as apart. Tensors outside of the pairs of factors are treated alike.
 """
@@ -24,11 +24,17 @@ def trimmed_means(updates: Sequence[ClientUpdate], k: int) -> dict[str, Tensor]:
     """Returns the mean of every entry without its k smallest and k largest values, rounded once.
 
     Args:
-        updates: The clients' updates, more than 2 k.
+        updates: Updates of the clients, more than 2 k.
         k: Number of values dropped at each end.
 
     Returns:
         Tensors by exported name.
+
+    Example:
+        >>> from strategies.example import lora
+        >>> updates = [ClientUpdate(i, lora(A=[[1]], B=[[b]]), examples=1) for i, b in enumerate((-9, 2, 4, 50))]
+        >>> trimmed_means(updates, k=1)["layer.lora_B.weight"].tolist()
+        [[3.0]]
     """
     means = {}
     for name, tensor in updates[0].adapters.tensors.items():
@@ -40,7 +46,7 @@ def trimmed_means(updates: Sequence[ClientUpdate], k: int) -> dict[str, Tensor]:
 
 
 class TrimmedMean:
-    """Averages every entry without its extremes.
+    """Averages every entry without the extremes.
 
     Example:
         >>> from strategies.example import lora, one_round
@@ -54,7 +60,7 @@ class TrimmedMean:
     traits = Traits()
 
     def __init__(self, trim: float = 0.2) -> None:
-        """Sets the share of values that is dropped.
+        """Sets the share of dropped values.
 
         Args:
             trim: Share of the clients dropped at each end; less than half.
@@ -78,4 +84,5 @@ class TrimmedMean:
         """
         updates, _ = weighted(updates)
         k = int(self.trim * len(updates))
-        return state, adapters.with_tensors({**adapters.tensors, **trimmed_means(updates, k)})
+        means = trimmed_means(updates, k)
+        return state, adapters.with_tensors({**adapters.tensors, **means})

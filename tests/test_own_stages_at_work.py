@@ -220,7 +220,7 @@ def moon(config: Config, of_client: set[str], mu: float, temperature: float) -> 
     previous = {client: theta for client in range(config.clients)}
     for round in range(1, config.rounds + 1):
         ends = []
-        for client in groups_of(config, round, sampled(config, round))[0]:
+        for client in groups_of(config, round, sampled(config, round), lambda _: 1)[0]:
             local = theta
             for step in range(config.train.steps):
                 contrast = Contrast({**theta, **trunk}, {**previous[client], **trunk}, mu, temperature)

@@ -27,6 +27,7 @@ class Tree:
         self._root = psutil.Process(pid)
         self.cpu: dict[psutil.Process, float] = {}
         self._memory: dict[psutil.Process, int] = {}
+        self._resident: dict[psutil.Process, int] = {}
         self._roles = {self._root: "command"}
         self.look()
 
@@ -41,21 +42,30 @@ class Tree:
                 with process.oneshot():
                     times = process.cpu_times()
                     self.cpu[process] = times.user + times.system
+                    self._resident[process] = process.memory_info().rss
                     self._memory[process] = max(_peak_memory(process), self._memory.get(process, 0))
                     if role := _role(process.name()):  # a worker has another name before it knows its work
                         self._roles[process] = role
             except (psutil.Error, OSError):
-                pass  # it has ended, and keeps what was noted
+                self._resident.pop(process, None)  # it has ended, and keeps what was noted else
         return sum(self.cpu.values())
 
     @property
     def peak_memory(self) -> dict[str, int]:
-        """Bytes by role; of processes with one role, the largest."""
-        peaks: dict[str, int] = {}
-        for process, peak in self._memory.items():
+        """Most bytes so far by role; of processes with one role, the largest."""
+        return self._by_role(self._memory)
+
+    @property
+    def resident_memory(self) -> dict[str, int]:
+        """Bytes at the last look by role; of processes with one role, the largest."""
+        return self._by_role(self._resident)
+
+    def _by_role(self, memory: Mapping[psutil.Process, int]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for process, held in memory.items():
             role = self._roles.get(process, "other")
-            peaks[role] = max(peak, peaks.get(role, 0))
-        return peaks
+            found[role] = max(held, found.get(role, 0))
+        return found
 
     def stop(self, patience: float = 15) -> None:
         """Waits for all processes to end, and ends those that do not."""
@@ -66,7 +76,7 @@ class Tree:
 
 def _role(name: str) -> str | None:
     """A process by what it does; Ray's workers name themselves after the class they run."""
-    for title, role in {"ray::TrunkActor": "trunk", "ray::ClientApp": "client"}.items():
+    for title, role in {"ray::TrunkActor": "trunk", "ray::ClientWorker": "client", "ray::ClientApp": "client"}.items():
         if name.startswith(title[:15]):  # the system keeps no more
             return role
     return None
@@ -99,7 +109,7 @@ def follow(command: Sequence[str], log: Path, env: Mapping[str, str], output: Pa
         output: Where its output goes.
 
     Returns:
-        The events, each with "cpu" (seconds from the command's start), and the processes.
+        The events, each with "cpu" (seconds from the command's start) and "memory" (bytes by role), and the processes.
 
     Raises:
         RuntimeError: It failed; with the last lines of its output.
@@ -113,7 +123,8 @@ def follow(command: Sequence[str], log: Path, env: Mapping[str, str], output: Pa
             grown = os.path.getsize(log) if log.exists() else 0
             if grown != size or time.monotonic() - looked > LOOK_EVERY:
                 cpu, looked, size = tree.look(), time.monotonic(), grown
-                noted += [{**event, "cpu": cpu} for event in events(log)[len(noted) :]]
+                memory = tree.resident_memory
+                noted += [{**event, "cpu": cpu, "memory": memory} for event in events(log)[len(noted) :]]
             time.sleep(0.02)
     finally:
         if process.poll() is None:

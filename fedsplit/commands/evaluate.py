@@ -6,7 +6,6 @@ All measurements use the unsplit model: whoever evaluates a finished run holds a
 from __future__ import annotations
 
 import argparse
-import itertools
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,10 @@ from fedsplit.settings.sections import DataSettings
 from fedsplit.settings.validators import DEVICE
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from fedsplit.corpora.sequences import Sequences
     from fedsplit.metrics.metric import Metric
 
@@ -34,10 +37,10 @@ Texts = list[tuple[str, list["Sequences"]]]
 """Names of clients or owners, each with batches of text."""
 
 NOT_INHERITED = ("data.config", "data.split")
-"""Settings of another data set that have the plain defaults, and not the run's values: they belong to the data set."""
+"""Settings that belong to a data set. For a new data set, the plain defaults hold, and not the run's values."""
 
 READING = tuple(name for name in SETTINGS if name.startswith("data.") and name not in ("data.held_out", "data.show"))
-"""Settings that say how to read another data set."""
+"""Settings for reading a new data set."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,13 @@ class Result:
 def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None = None) -> float:
     """Returns the loss of an unsplit model on the held-out text of a finished run's clients.
 
-    For the run's own model this is `eval_loss.after` of the summary.
+    The loss of the run's model is `eval_loss.after` in the summary.
 
     Args:
-        model: A causal LM, or a classifier if the run trained one; for example the base model with the run's adapter,
+        model: A causal LM, or a classifier after a run with classes; for example the base model with the run's adapter,
             opened by PEFT.
         run: Folder of the run.
-        clients: Numbers of the clients whose text counts, such as the client of a personal adapter; None for all.
+        clients: Numbers of the clients with text that counts, such as the client of a personal adapter; None for all.
 
     Returns:
         Mean loss over all predicted tokens, or sequences, in nats.
@@ -87,7 +90,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
 
 
 def _held_out(config: Config, samples: int) -> Texts:
-    """Returns each client's held-out text, in the batches in which the run measured it."""
+    """Returns each client's held-out text, in the same batches as in the run's evaluations."""
     from fedsplit.client.heldout import held_out_batches
     from fedsplit.corpora.partition import shards_of
 
@@ -99,11 +102,11 @@ def _held_out(config: Config, samples: int) -> Texts:
 
 
 def other_data(config: Config, given: Mapping[str, object]) -> DataSettings:
-    """Returns the settings to read another data set: the given ones, and otherwise the run's.
+    """Returns the settings for reading a new data set: the given values, and otherwise the run's values.
 
     Args:
         config: Settings of the run.
-        given: Values of some of the settings `READING`, by dotted name.
+        given: Values of some of the settings in `READING`, by dotted name.
 
     Raises:
         SettingError: A value is not allowed.
@@ -122,7 +125,7 @@ def other_data(config: Config, given: Mapping[str, object]) -> DataSettings:
 
 
 def _check_format(config: Config, data: DataSettings) -> None:
-    """Checks that the format of another data set suits the run's model.
+    """Checks that the format of a new data set suits the run's model.
 
     Raises:
         SettingError: The model predicts tokens and the data set has classes, or the other way round.
@@ -136,7 +139,7 @@ def _check_format(config: Config, data: DataSettings) -> None:
 
 
 def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) -> Texts:
-    """Returns all text of another data set in batches, owner by owner."""
+    """Returns all text of a new data set in batches, owner by owner."""
     from fedsplit.corpora.partition import all_text
     from fedsplit.corpora.shards import spread
     from fedsplit.corpora.tables import check_dataset, check_packing
@@ -160,10 +163,10 @@ def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) 
 def _assignments(
     run: Run, dataset: str, client: int | None, samples: int, data: DataSettings
 ) -> list[tuple[Adapter, Texts]]:
-    """Returns the adapters to measure, each with the texts to measure it on.
+    """Returns the adapters to measure, each with the texts for the measurement.
 
     Raises:
-        InputError: There is no such client; or another data set is to be measured, and clients have personal adapters.
+        InputError: The run has no such client; or a new data set is given, and clients have personal adapters.
     """
     if client is not None and not 0 <= client < run.config.clients:
         raise SettingError("client", client, f"0 to {run.config.clients - 1}, the clients of the run")
@@ -184,13 +187,16 @@ def _check_tokens(run: Run, assignments: list[tuple[Adapter, Texts]]) -> None:
     """Checks that the model's embedding has a row for every token of the texts.
 
     Raises:
-        SettingError: A token has none.
+        SettingError: A token has no row. (On a GPU, an index beyond the embedding would end the process.)
     """
     from fedsplit.model.sources import config_folder
     from fedsplit.model.token_ids import check_largest
 
-    all_batches = [rows for _, texts in assignments for _, batches in texts for rows in batches]
-    largest = max(int(rows.ids.max()) for rows in all_batches)
+    largest = 0
+    for _, texts in assignments:
+        for _, batches in texts:
+            for rows in batches:
+                largest = max(largest, int(rows.ids.max()))
     check_largest(config_folder(run.config.model), run.config.model, largest)
 
 
@@ -204,113 +210,186 @@ def evaluate(
     tell: Callable[[str, int, int], object] = lambda text, done, of: None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> list[Result]:
-    """Measures a finished run's model, and its base model for comparison.
+    """Measures a finished run's model, and the base model for comparison.
 
     Args:
         run: The run.
-        dataset: Another data set, as `fedsplit.simulate --dataset` takes it, of which all text counts. Empty: the
-            held-out text of the run's clients.
-        client: Number of the only client whose text, or whose personal adapter, to use; None for all.
-        samples: Largest number of sequences of a client or owner; 0: as in the run, or all of another data set.
-        data: Settings to read another data set; None: as in the run (see `other_data`).
-        device: Device to compute on, as in the setting of that name.
-        tell: Function called before each measurement with its description, the number done and the number in all.
-        metrics: Metrics by name; none where not given. See `metrics_of`.
+        dataset: A new data set, in the form of `fedsplit.simulate --dataset`. All text of the data set counts. Empty
+            for the held-out text of the run's clients.
+        client: Number of a single client, for this client's text or personal adapter; None for all clients.
+        samples: Largest number of sequences of a client or owner; 0 for as many as in the run, or for all sequences of
+            a new data set.
+        data: Settings for reading a new data set; None for the run's settings (see `other_data`).
+        device: Device to compute on, in the form of the setting `device`.
+        tell: Function called before each measurement, with a description, the number done and the number of all.
+        metrics: Metrics by name; None for no metrics. See `metrics_of`.
 
     Returns:
-        A result for every client, or for every owner of another data set.
+        A result for every client, or for every owner of a new data set.
 
     Raises:
-        InputError: There is no such client, data set or device, or the run's model is missing.
+        InputError: The client, data set, device or model does not exist.
     """
     from fedsplit.model.devices import check_device, resolve
-    from fedsplit.results.fitting import leaves_base
-    from fedsplit.results.whole import attach, detach, open_held, restore_head, score
 
     check_device("device", device)
     assignments = _assignments(run, dataset, client, samples, data or other_data(run.config, {}))
     _check_tokens(run, assignments)
 
     classes = _classes(run.config)
-    seed = run.config.seed
-    total = 2 * sum(len(texts) for _, texts in assignments)
-    done = itertools.count()
+    measurement = _Measurement(
+        device=resolve(device),
+        classes=len(classes),
+        seed=run.config.seed,
+        metrics=metrics or {},
+        total=2 * sum(len(texts) for _, texts in assignments),
+        tell=tell,
+    )
+    return measurement.results(assignments)
 
-    def measured(model: Any, description: str, name: str, batches: Sequence[Sequences]) -> Score:
-        tell(f"{description}, text of {name}", next(done), total)
-        return score(model, batches, metrics)
 
-    def opened(adapter: Adapter) -> Any:
-        return open_held(adapter, resolve(device), classes=len(classes), seed=seed)
+@dataclass
+class _Measurement:
+    """A series of measurements on one base model.
 
-    results = []
-    base = opened(assignments[0][0])
-    for number, (adapter, texts) in enumerate(assignments, 1):
-        base_scores = [measured(base, "base model", name, batches) for name, batches in texts]
-        model = attach(base, adapter)
-        for (name, batches), base_score in zip(texts, base_scores, strict=True):
-            results.append(Result(name, base_score, measured(model, "with the adapter", name, batches)))
+    Attributes:
+        device: Device to compute on.
+        classes: Number of classes; 0 for a model that predicts tokens.
+        seed: Seed of the run, for the initial head of a classifier.
+        metrics: Metrics by name.
+        total: Number of all measurements.
+        tell: Function called before each measurement, as for `evaluate`.
+        done: Number of finished measurements.
+    """
 
-        if number < len(assignments):  # the next adapter needs the base model again
-            base = detach(model) if leaves_base(adapter) else opened(adapter)
-            if classes:  # PEFT leaves the adapter's head in the model
-                restore_head(base, seed)
-    return results
+    device: torch.device
+    classes: int
+    seed: int
+    metrics: Mapping[str, Metric]
+    total: int
+    tell: Callable[[str, int, int], object]
+    done: int = 0
+
+    def results(self, assignments: Sequence[tuple[Adapter, Texts]]) -> list[Result]:
+        """Measures the base model without and with each adapter, on the texts of the adapter."""
+        from fedsplit.results.fitting import leaves_base
+        from fedsplit.results.whole import attach, detach, restore_head
+
+        results = []
+        base = self._open_base(assignments[0][0])
+        for number, (adapter, texts) in enumerate(assignments, 1):
+            base_scores = [self._score(base, "base model", name, batches) for name, batches in texts]
+            model = attach(base, adapter)
+            for (name, batches), base_score in zip(texts, base_scores, strict=True):
+                tuned_score = self._score(model, "with the adapter", name, batches)
+                results.append(Result(name, base_score, tuned_score))
+
+            if number < len(assignments):  # the next adapter needs the base model again
+                base = detach(model) if leaves_base(adapter) else self._open_base(adapter)
+                if self.classes:  # PEFT leaves the adapter's head in the model
+                    restore_head(base, self.seed)
+        return results
+
+    def _open_base(self, adapter: Adapter) -> PreTrainedModel:
+        from fedsplit.results.whole import open_held
+
+        return open_held(adapter, self.device, classes=self.classes, seed=self.seed)
+
+    def _score(
+        self, model: PreTrainedModel | PeftModel, description: str, name: str, batches: Sequence[Sequences]
+    ) -> Score:
+        from fedsplit.results.whole import score
+
+        self.tell(f"{description}, text of {name}", self.done, self.total)
+        self.done += 1
+        return score(model, batches, self.metrics)
 
 
 def _classes(config: Config) -> tuple[str, ...]:
-    """Returns the names of a run's classes, under classification; otherwise nothing."""
+    """Returns the names of a run's classes, or nothing for a model that predicts tokens."""
+    if config.data.format != "classification":
+        return ()
     from fedsplit.corpora.partition import partition_of
 
-    return partition_of(config).classes if config.data.format == "classification" else ()
+    return partition_of(config).classes  # from the data: an adapter's file has the number of classes only
 
 
 def metrics_of(config: Config, specs: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Metric], list[str]]:
-    """Makes the metrics of a run, and further ones.
+    """Makes the metrics of a run, and further metrics.
 
     Args:
-        config: Settings of the run. A metric of the run that cannot be made any more is left out.
-        specs: Names of further metrics, as `fedsplit.simulate --metric` takes them. A further metric replaces a metric
-            of the run that is reported under the same name.
-        options: Keyword arguments, by NAME.KEY. They win over the run's.
+        config: Settings of the run. A metric of the run that can no longer be made is left out.
+        specs: Names of further metrics, in the form of `fedsplit.simulate --metric`. A further metric replaces a metric
+            of the run with the same short name.
+        options: Keyword arguments, by NAME.KEY. An option wins over the run's option.
 
     Returns:
         The metrics by name, and a line about each metric that is left out.
 
     Raises:
         SettingError: A further metric cannot be made, or an option is for no metric.
-    """
-    from fedsplit.client.measures import check_measures, load_measures
 
+    Example:
+        >>> metrics, left_out = metrics_of(Config(), ["token_accuracy"], {})
+        >>> list(metrics), left_out
+        (['token_accuracy'], [])
+    """
     replaced = {name_of(spec) for spec in specs}
-    merged = {key: value for key, value in config.metric_options.items() if key.partition(".")[0] not in replaced}
-    merged |= options
-    loaded: dict[str, Metric] = {}
-    left_out = []
     chosen = [spec for spec in config.metric if name_of(spec) not in replaced]
     names = {name_of(spec) for spec in (*chosen, *specs)}
     for key, value in options.items():
-        if key.partition(".")[0] not in names:
+        if _metric_of(key) not in names:
             allowed = f"an option of {' | '.join(sorted(names))}" if names else "no option without --metric"
             raise SettingError(f"metric.{key}", value, allowed)
 
+    merged: dict[str, Any] = {}
+    for key, value in config.metric_options.items():
+        if _metric_of(key) not in replaced:
+            merged[key] = value
+    merged |= options
+
+    loaded: dict[str, Metric] = {}
+    left_out = []
     for spec in (*chosen, *specs):
-        of_metric = {key: value for key, value in merged.items() if key.partition(".")[0] == name_of(spec)}
-        alone = replace(
-            config, objective="cross_entropy", objective_options={}, metric=(spec,), metric_options=of_metric
-        )
         try:
-            if spec.endswith(OBJECT):
-                raise SettingError("metric", spec, "a name; this metric was an object of a program")
-            measures = load_measures(alone)
-            check_measures(alone, measures, len(_classes(config)))
+            loaded |= _load_metric(config, spec, merged)
         except SettingError as error:
             if spec in specs:
                 raise
             left_out.append(f"without the run's metric {name_of(spec)}: {error}")
-        else:
-            loaded |= measures[1]
     return loaded, left_out
+
+
+def _metric_of(key: str) -> str:
+    """Returns the short name of the metric in the key of an option, NAME.KEY."""
+    return key.partition(".")[0]
+
+
+def _load_metric(config: Config, spec: str, options: Mapping[str, Any]) -> dict[str, Metric]:
+    """Makes a metric, and tries the metric on invented logits.
+
+    Args:
+        config: Settings of the run.
+        spec: Name of the metric.
+        options: Keyword arguments of all metrics, by NAME.KEY.
+
+    Returns:
+        The metric by short name.
+
+    Raises:
+        SettingError: The metric cannot be made, or does not work.
+    """
+    from fedsplit.client.measures import check_measures, load_measures
+
+    if spec.endswith(OBJECT):
+        raise SettingError("metric", spec, "a name; this metric was an object of a program")
+    of_metric = {key: value for key, value in options.items() if _metric_of(key) == name_of(spec)}
+    # Without the run's objective, whose file may be gone: an evaluation does not need the objective.
+    alone = replace(config, objective="cross_entropy", objective_options={}, metric=(spec,), metric_options=of_metric)
+    measures = load_measures(alone)
+    check_measures(alone, measures, len(_classes(config)))
+    _, metrics = measures
+    return metrics
 
 
 def lines(results: Sequence[Result], classifies: bool = False) -> list[str]:
@@ -318,7 +397,7 @@ def lines(results: Sequence[Result], classifies: bool = False) -> list[str]:
 
     Args:
         results: One result or more.
-        classifies: Whether the model predicted the classes of texts, and not tokens.
+        classifies: True if the model predicts the classes of texts, False if the model predicts tokens.
 
     Example:
         >>> result = Result("ann", base=Score(20.0, 10, 1), tuned=Score(10.0, 10, 4))
@@ -330,18 +409,19 @@ def lines(results: Sequence[Result], classifies: bool = False) -> list[str]:
     """
     from fedsplit.report import aligned, perplexity
 
-    total = Result("all", pooled(result.base for result in results), pooled(result.tuned for result in results))
-    if classifies:
-        rows: list[tuple[str, ...]] = [("", "texts", "loss", "accuracy")]
-    else:
-        rows = [("", "tokens", "loss", "perplexity", "accuracy")]
+    total = Result(
+        name="all",
+        base=pooled(result.base for result in results),
+        tuned=pooled(result.tuned for result in results),
+    )
     names = list(total.tuned.metrics)
-    rows[0] = (*rows[0], *names)
+    head = ["", "texts", "loss", "accuracy"] if classifies else ["", "tokens", "loss", "perplexity", "accuracy"]
+    rows: list[tuple[str, ...]] = [(*head, *names)]
     for result in (*results, total):
         before = result.base
         after = result.tuned
         row = [result.name, f"{after.tokens:,}", f"{before.loss:.4f} -> {after.loss:.4f}"]
-        if not classifies:
+        if not classifies:  # of classes, the perplexity says little
             row.append(f"{perplexity(before.loss):.2f} -> {perplexity(after.loss):.2f}")
         row.append(f"{before.accuracy:.2%} -> {after.accuracy:.2%}")
         means_before = means(before.metrics)
@@ -394,10 +474,10 @@ def make_parser() -> Parser:
 
 
 def _given(flags: argparse.Namespace) -> dict[str, object]:
-    """Returns the given settings of another data set.
+    """Returns the given settings for a new data set.
 
     Raises:
-        SettingError: A setting is given without another data set.
+        SettingError: A setting is given without a data set.
     """
     given = {name: value for name, value in vars(flags).items() if name in READING}
     if given and not flags.dataset:

@@ -238,7 +238,8 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
         FederationFailed, RefusedUpdate, TrunkLost: The run broke.
     """
     started = time.perf_counter()
-    prepare()  # again, for callers from Python: without it Ray would listen on all interfaces, without a token
+    # Again, for callers from Python: an unprepared Ray would listen on all interfaces, and ask for no token.
+    prepare()
     from fedsplit.federation.resumption import how_to_go_on
 
     with advised(lambda: how_to_go_on(Path(config.resume) if config.resume else None)):
@@ -289,6 +290,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
             job = Job(config, strategy, work, results, emit, started, Watchdog(config.timeout))
             federation = Federation(job, session, shares.client_threads)
             with on_disks(results.clients, partition.shards):
+                del partition  # from here on, each client's data is on its disk alone
                 session.play(federation)
         if federation.summary is None:  # rich ends the server's thread without an error if the output is closed
             raise FederationFailed("the server stopped before the last round was over; was its output closed?")

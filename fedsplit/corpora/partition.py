@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedsplit.corpora.formats import Reading
 from fedsplit.corpora.sequences import Sequences, stack
 from fedsplit.corpora.sharding import (
     Partition,
@@ -15,7 +16,7 @@ from fedsplit.corpora.sharding import (
     too_few_owners,
 )
 from fedsplit.corpora.shards import Shard
-from fedsplit.corpora.tables import MADE, read_held_out, read_table
+from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
 from fedsplit.errors import SettingError
 from fedsplit.model.families import read_facts
 from fedsplit.model.sources import config_folder
@@ -25,10 +26,10 @@ from fedsplit.settings.sections import DataSettings
 
 
 def partition_of(config: Config) -> Partition:
-    """Returns the data of a run, divided among its clients by `--partition`.
+    """Returns the data of a run, divided among the clients by `--partition`.
 
     Args:
-        config: The run's settings.
+        config: Settings of the run.
 
     Raises:
         SettingError: The data set cannot be read, or has too little text for so many clients.
@@ -74,14 +75,14 @@ def make_partition(
     """Reads a data set and divides it among clients.
 
     Args:
-        dataset: Data set, as `fedsplit.corpora.tables.read_table` takes it.
+        dataset: Data set, in the form of `fedsplit.corpora.tables.read_table`.
         partition: "natural" (one owner a client), "iid", "dirichlet:ALPHA" (over the owners), or a further form of
             `PARTITION_FORMS`. "auto" is natural for the bundled data sets if there are enough owners, and iid
             otherwise.
         clients: Number of clients.
         length: Largest number of tokens in a sequence.
         seed: Seed of every partition but "natural".
-        model_path: Folder of the model, for its tokenizer.
+        model_path: Folder of the model, for the tokenizer.
         end: Id of the token that ends a text.
         data: Columns and format.
 
@@ -98,15 +99,14 @@ def make_partition(
     reading = reading_of(table, data, model_path, end, spec)
     sharder = Sharder(table, reading, length, held_out)
 
-    if spec.kind == "natural" or (spec.kind == "auto" and dataset in MADE):
-        # Encoding the texts of all owners takes a second. Rows of bundled data sets are never empty, cut or dropped.
-        is_packed_text = reading.packs and reading.format == "text"
+    is_bundled = dataset in MADE
+    if spec.kind == "natural" or (spec.kind == "auto" and is_bundled):
         has_owners = data.owner in table.columns and not reading.column
-        if dataset in MADE and is_packed_text and has_owners and held_out is None:
-            few = Sharder(table.of_first(clients, data.owner), reading, length, None)
-            shards, _, fitted = shards_by_owner(few)
-            if clients == len(shards):
-                return few.partition(shards, fitted)
+        is_packed_text = reading.packs and reading.format == "text"
+        if is_bundled and has_owners and is_packed_text and held_out is None:
+            found = _of_first_owners(table, reading, length, clients, data.owner)
+            if found is not None:
+                return found
 
         shards, lacking, fitted = shards_by_owner(sharder)
         if clients <= len(shards):
@@ -118,6 +118,27 @@ def make_partition(
     if spec.kind == "auto":
         spec = PartitionSpec("iid")
     return partition_by_sequence(sharder, spec, partition, clients, seed)
+
+
+def _of_first_owners(table: Table, reading: Reading, length: int, clients: int, owner_column: str) -> Partition | None:
+    """Returns the natural partition of a bundled data set, from the text of the first owners only.
+
+    To encode the texts of all owners would take a second. Rows of bundled data sets are never empty, cut or dropped, so
+    the first owners are the same as after encoding all.
+
+    Args:
+        table: The data set.
+        reading: Form of the texts.
+        length: Largest number of tokens in a sequence.
+        clients: Number of clients.
+        owner_column: Name of the column with the owners.
+
+    Returns:
+        The partition; None if an owner has too little text for a client.
+    """
+    few = Sharder(table.of_first(clients, owner_column), reading, length, None)
+    shards, _, fitted = shards_by_owner(few)
+    return few.partition(shards, fitted) if len(shards) == clients else None
 
 
 def all_text(
@@ -132,16 +153,16 @@ def all_text(
     """Returns all sequences of a data set by owner, for evaluation.
 
     Args:
-        dataset: Data set, as `fedsplit.corpora.tables.read_table` takes it.
+        dataset: Data set, in the form of `fedsplit.corpora.tables.read_table`.
         length: Largest number of tokens in a sequence.
-        model_path: Folder of the model, for its tokenizer.
+        model_path: Folder of the model, for the tokenizer.
         end: Id of the token that ends a text.
         data: Columns and format.
         seed: Seed of a synthetic data set.
-        classes: Classes that the model knows, under classification; by default the classes of the data set.
+        classes: Classes of the model, for a classifier; by default the classes of the data set.
 
     Returns:
-        Sequences by owner, for every owner with at least one.
+        Sequences by owner, for every owner with at least one sequence.
 
     Raises:
         SettingError: No owner has text for a sequence.

@@ -159,6 +159,7 @@ def on_disks(root: Path, shards: Sequence[Shard]) -> Iterator[None]:
     with cleaned_up(remove):
         for client, shard in enumerate(shards):
             write_shard(root, client, shard)
+        del shards  # where the caller has no use for them either, the memory is free for the whole run
         yield
 
 

@@ -164,7 +164,7 @@ class RoundEnded(Event):
     round: int = reported("Number of the round; 0 before training")
     rounds: int = reported("Rounds of the run")
     training_loss: float | None = reported("Mean training loss; null where no client trained", "nats a token")
-    held_out_loss: float = reported("Held-out loss", "nats a token")
+    held_out_loss: float | None = reported("Held-out loss; null where no client measured", "nats a token")
     accuracy: float | None = reported("Share of held-out texts whose class was found; for classification alone")
     metrics: Mapping[str, float | None] | None = reported(
         "Mean of each of the user's metrics over all clients, by its name", default=None, omitted=True

@@ -64,11 +64,12 @@ def round_line(event: RoundEnded) -> str:
     fields = [f"round {event.round}/{event.rounds}"]
     if event.training_loss is not None:
         fields.append(f"training loss {event.training_loss:.4f}")
-    fields.append(f"held-out loss {event.held_out_loss:.4f}")
+    if event.held_out_loss is not None:
+        fields.append(f"held-out loss {event.held_out_loss:.4f}")
 
     if event.accuracy is not None:
         fields.append(f"accuracy {event.accuracy:.2%}")
-    elif event.training_loss is None:
+    elif event.training_loss is None and event.held_out_loss is not None:
         fields.append(f"perplexity {perplexity(event.held_out_loss):.2f}")
 
     fields += [f"{name} {metric_mean(value)}" for name, value in (event.metrics or {}).items()]

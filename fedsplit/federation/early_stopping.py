@@ -18,7 +18,7 @@ class EarlyStopping:
         patience: Rounds in a row without an improvement after which a run stops; 0 for a run that does not.
         min_delta: Least difference, in nats a token, by which a loss must be lower to count as an improvement.
         last: Number of the last round.
-        best: Round with the lowest loss, the first of several; 0 before the first round.
+        best: Round with the lowest loss, the first of several; 0 before the first measured round.
         lowest: Loss of that round.
         waited: Rounds in a row without an improvement. Rounds that left the model as it was do not count.
         mark: Loss of the last round that counted as an improvement.
@@ -60,6 +60,14 @@ class EarlyStopping:
             self.waited = 0
         else:
             self.waited += 1
+
+    def skip(self, round: int) -> None:
+        """Takes a round in which nobody measured; the round does not count for patience.
+
+        Args:
+            round: Number of the round.
+        """
+        self.last = round
 
     @property
     def is_over(self) -> bool:

@@ -1,7 +1,8 @@
-"""The evaluation of a round: the loss of all clients on their held-out text."""
+"""The evaluation of a round: the loss of clients on their held-out text."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from fedsplit.federation.run_state import RunState
 from fedsplit.loading import name_of
 from fedsplit.report import perplexity
 from fedsplit.scores import Score, means, means_by_metric, pooled
+from fedsplit.seeds import derive_seed
+from fedsplit.settings.config import Config
 from fedsplit.updates import RefusedUpdate
 
 
@@ -37,7 +40,7 @@ class Evaluation:
 
 
 def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Score], attempt: Attempt) -> Evaluation:
-    """Has every client measure the adapters of a state, and enters the result there.
+    """Has clients measure the adapters of a state, and enters the result there.
 
     Args:
         parties: The parties.
@@ -79,6 +82,7 @@ def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Sc
 
     total = pooled(scores.values())
     state.after = total.loss
+    state.measured = round
     state.forgotten = forgotten
     if parties.config.data.format == "classification":
         state.accuracy = {"before": total.accuracy, **state.accuracy, "after": total.accuracy}
@@ -87,10 +91,38 @@ def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Sc
     return Evaluation(total, scores, forgotten, time.perf_counter() - started)
 
 
+def is_due(config: Config, round: int) -> bool:
+    """Returns whether the adapters of a round are measured.
+
+    Example:
+        >>> from fedsplit.settings.documents import build
+        >>> config = build({"rounds": 7, "eval.every": 3})
+        >>> [round for round in range(8) if is_due(config, round)]
+        [0, 3, 6, 7]
+    """
+    return round % config.eval.every == 0 or round == config.rounds
+
+
+def clients_that_measure(config: Config) -> list[int]:
+    """Returns the clients that measure, the same in every round: else losses of two rounds could not be compared.
+
+    Example:
+        >>> from fedsplit.settings.documents import build
+        >>> len(clients_that_measure(build({"clients": 8, "eval.fraction": 0.25})))
+        2
+    """
+    everyone = range(config.clients)
+    if config.eval.fraction == 1:
+        return list(everyone)
+    count = max(1, round(config.eval.fraction * config.clients))
+    return sorted(random.Random(derive_seed(config.seed, "evaluation")).sample(everyone, count))
+
+
 def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dict[int, Reply]:
-    """Sends the shared adapters to all clients, and counts their bytes; replies by client."""
+    """Sends the shared adapters to the clients that measure, and counts their bytes; replies by client."""
     ledger, totals = state.ledger, state.totals
-    count = len(parties.clients.nodes)
+    measuring = clients_that_measure(parties.config)
+    count = len(measuring)
     tensors = ledger.rule.crosses(state.adapters.tensors)
     sample = Evaluate(parties.briefing, 0, tensors=tensors, changes=ledger.news)
     change_bytes, adapter_bytes = sample.change_bytes, serialised_bytes(tensors)
@@ -121,7 +153,7 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dic
     def prepare_again(client: int) -> None:
         """Forgets nothing: an evaluation changes nothing at the trunk."""
 
-    parties.ask(range(count), make, heard, "evaluating", round, attempt, prepare_again)
+    parties.ask(measuring, make, heard, "evaluating", round, attempt, prepare_again)
     return replies
 
 

@@ -288,13 +288,15 @@ class Federation:
 
     def _announce(self, state: RunState, training_loss: float | None) -> None:
         """Reports that a round is over."""
+        is_measured = state.measured == state.round
+        metrics = {name: ends["after"] for name, ends in state.metrics.items()} or None
         event = RoundEnded(
             round=state.round,
             rounds=self._config.rounds,
             training_loss=training_loss,
-            held_out_loss=state.after,
-            accuracy=state.accuracy.get("after"),
-            metrics={name: ends["after"] for name, ends in state.metrics.items()} or None,
+            held_out_loss=state.after if is_measured else None,
+            accuracy=state.accuracy.get("after") if is_measured else None,
+            metrics=metrics if is_measured else None,
             tokens_per_second=state.totals.speed,
             elapsed=state.totals.seconds,
         )
@@ -323,7 +325,7 @@ class Federation:
             whole, personal = folder.read_round(left)
             facts = folder.read_facts(left)  # every figure of the summary that is of one round is of this one
             state = state.copy()
-            state.after = stopping.lowest
+            state.after, state.measured = stopping.lowest, left
             state.forgotten, state.error, state.accuracy = facts["forgotten"], facts["error"], facts["accuracy"]
             state.metrics = facts.get("metrics", {})
         else:

@@ -122,10 +122,13 @@ class Round:
         )
 
     def evaluate(self) -> None:
-        """Has every client measure the new adapters."""
+        """Has clients measure the new adapters, in the rounds in which they do."""
         own: Mapping[int, Score] = self._training.scores
         changed = self._has_changed()
         self._training.updates, self._training.replies = [], []  # their tensors are needed no more
+        if not evaluation.is_due(self._parties.config, self.number):
+            self.state.stopping.skip(self.number)
+            return
         found = evaluation.evaluate(self._parties, self.state, self.number, own, self.attempt)
         self._events.append(evaluation.event_of(self._parties, self.state, self.number, found))
         self.state.stopping.note(self.number, found.total.loss, changed)

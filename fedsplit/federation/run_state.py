@@ -27,7 +27,8 @@ class RunState:
         totals: Sums over the run.
         stopping: Best round and patience.
         before: Held-out loss before the first round, in nats.
-        after: Held-out loss after the last round, in nats.
+        after: Held-out loss after the last measured round, in nats.
+        measured: Number of that round.
         forgotten: By client's name, the rise of its loss since it was measured after its own steps, in nats.
         error: Aggregation error of the last round; None where nothing was aggregated.
         accuracy: Accuracy of a classifier, before and after; empty where tokens are predicted.
@@ -44,6 +45,7 @@ class RunState:
     round: int = 0
     before: float = 0.0
     after: float = 0.0
+    measured: int = 0
     forgotten: dict[str, float] = field(default_factory=dict)
     error: float | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class RunState:
         return {
             "before": self.before,
             "after": self.after,
+            "measured": self.measured,
             "tally": self.totals.document(traffic),
             "forgotten": self.forgotten,
             "error": self.error,
@@ -89,6 +92,7 @@ class RunState:
         self.round = round
         self.before = facts["before"]
         self.after = facts["after"]
+        self.measured = facts["measured"]
         self.totals = self.totals.go_on(facts["tally"])
         self.forgotten = facts["forgotten"]
         self.error = facts["error"]

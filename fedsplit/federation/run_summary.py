@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedsplit.federation.evaluation import clients_that_measure
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.strategy import aggregated_parts
 from fedsplit.federation.training import mean
@@ -46,6 +47,8 @@ def summarise(
         "cut": config.cut,
         "parameters": dict(parameters),
         "eval_loss": {"before": state.before, "after": state.after},
+        "eval_round": state.measured,
+        "eval_clients": len(clients_that_measure(config)),
         **({"accuracy": state.accuracy} if state.accuracy else {}),
         **({"metrics": state.metrics} if state.metrics else {}),
         "forgotten": mean(list(state.forgotten.values())) if state.forgotten else None,

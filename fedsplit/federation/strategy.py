@@ -192,6 +192,12 @@ def check_strategy(strategy: Any, config: Config) -> None:
     if traits.folds and (quantized := [part for part in config.bits if part in aggregated_parts(config)]):
         words = f"none of {', '.join(quantized)} under the strategy {config.strategy}, which changes its base weights"
         raise SettingError("quantization", config.quantization, words)
+    if traits.folds:
+        words = f"1 under the strategy {config.strategy}: its changes of base weights reach clients with the evaluation"
+        if config.eval.fraction != 1:
+            raise SettingError("eval.fraction", config.eval.fraction, words)
+        if config.eval.every != 1:
+            raise SettingError("eval.every", config.eval.every, words)
     by_name = config.engine != "local"  # the engine in this process hands the object on
     if by_name and callable(getattr(strategy, "stage", None)) and not _is_named(type(strategy), config.strategy):
         words = "the name of the strategy's class, by which clients load the stage that the strategy brings"

@@ -118,7 +118,7 @@ class _Collection:
         self._started = started
         left_out = attempt.excluded | parties.absent(assigned).keys()
         playing = [client for client in assigned if client not in left_out]
-        self._groups = groups_of(parties.config, round, playing)
+        self._groups = groups_of(parties.config, round, playing, lambda client: parties.workloads[client].steps)
         self._alternates = len(self._groups) > 1 or takes_turns(parties.config)
         self._used: dict[int, tuple[Reply, ClientUpdate]] = {}
         self._tokens = 0

@@ -1,4 +1,4 @@
-"""Text generation by a client. The prompts pass through bottom, trunk and top, and after them each new token.
+"""Text generation by a client. First the prompts, then each new token, pass through bottom, trunk and top.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -22,7 +22,7 @@ from fedsplit.wire.packets import StepKey
 
 @dataclass(frozen=True)
 class ClientHalf:
-    """A client's half of the model, and its link to the trunk.
+    """A client's half of the model, and the client's link to the trunk.
 
     Attributes:
         client: Number of the client.
@@ -44,7 +44,7 @@ class Throughput:
     Attributes:
         read: Number of prompt tokens.
         read_seconds: Seconds until the first token after each prompt was known.
-        written: Number of new tokens, without the first token of each text, which belongs to the prompt's pass.
+        written: Number of new tokens without the first token of each text. The prompt's pass gives the first token.
         written_seconds: Seconds for the tokens in `written`.
         passes: Number of passes through the three parts for the tokens in `written`. A pass serves a whole batch.
         texts: Number of texts begun.
@@ -63,7 +63,7 @@ class Throughput:
         Args:
             of_prompts: True if the pass read the prompts, False if it wrote a token of each text.
             tokens: Number of tokens read or written.
-            seconds: Seconds that the pass took.
+            seconds: Duration of the pass in seconds.
 
         Example:
             >>> throughput = Throughput()
@@ -82,17 +82,17 @@ class Throughput:
 
 
 class DecodingSession:
-    """A batch of texts being written. Client and trunk keep the keys and values of all earlier tokens.
+    """A batch of growing texts. Client and trunk keep the keys and values of all earlier tokens.
 
-    A session is a context manager. At the end of the context the trunk frees its keys and values.
+    A session is a context manager. At the end of the context the trunk frees the session's keys and values.
     """
 
     def __init__(self, half: ClientHalf, mask: Tensor | None = None) -> None:
-        """Begins a session; nothing is sent yet.
+        """Begins a session. Nothing is sent yet.
 
         Args:
             half: The client's half of the model.
-            mask: Mask of the prompts (B, T), 0 on the padding, which is on the left; None if there is no padding.
+            mask: Mask of the prompts (B, T), 0 on padding, which is on the left; None without padding.
         """
         self._half = half
         self._begin(mask)
@@ -106,18 +106,21 @@ class DecodingSession:
             self._end()
 
     def _begin(self, mask: Tensor | None) -> None:
+        """Begins with empty caches, under a new name: a trunk refuses steps of a session that has ended."""
         self._mask = mask
         self._ids = torch.empty(0)
-        # Virtual tokens come before the padding, not behind it, as in PEFT.
-        virtual = self._half.bottom.virtual
-        self._seen = None if mask is None else nn.functional.pad(mask, (virtual, 0), value=True)
+        self._seen = None
+        if mask is not None:
+            virtual = self._half.bottom.virtual  # virtual tokens come before the padding, as in PEFT
+            self._seen = nn.functional.pad(mask, (virtual, 0), value=True)
         self._bottom = Past(self._half.bottom, self._seen)
         self._top = Past(self._half.top, self._seen)
         self._session = secrets.token_hex(8)
         self._steps = 0
 
     def _end(self) -> None:
-        if self._steps:
+        """Ends the session at the trunk."""
+        if self._steps:  # without a step, the trunk does not know the session
             self._half.link.end(self._key())
 
     def _key(self) -> StepKey:
@@ -140,27 +143,31 @@ class DecodingSession:
         # 1. Up: the bottom computes hidden states.
         hidden = self._bottom.extend(ids)
         # 2. Down: the trunk answers, and the top predicts the next token.
-        hidden = self._half.link.evaluate(hidden, self._key(), None if self._steps else self._seen)
+        mask = None if self._steps else self._seen  # the trunk keeps the mask of the prompts
+        hidden = self._half.link.evaluate(hidden, self._key(), mask)
         self._steps += 1
-        return self._half.top.predict(self._top.extend(hidden)[:, -1:])[:, -1]
+        last = self._top.extend(hidden)[:, -1:]
+        return self._half.top.predict(last)[:, -1]
 
     def _outgrows_cache(self, ids: Tensor) -> bool:
-        """Returns True if rotary positions change with these tokens, so that cached keys become useless.
+        """Returns True if rotary positions change with the next tokens, so that cached keys become useless.
 
         transformers compares the length of the text with the length of the cache. With virtual tokens or a prefix
-        before the text, the cache is always longer, so that under PEFT nothing is ever recomputed.
+        before the text, the cache is always longer, so under PEFT nothing is ever recomputed.
         """
         key = self._half.bottom.family.outgrows
         if not key or not self._steps:
             return False
         limit = getattr(self._half.bottom.config, key, None)
-        return limit is not None and self._bottom.length <= limit < self._ids.shape[1] + ids.shape[1]
+        length = self._ids.shape[1] + ids.shape[1]
+        return limit is not None and self._bottom.length <= limit < length
 
     def _recompute(self, ids: Tensor) -> Tensor:
         """Computes all tokens so far anew, in a new session, as transformers does."""
         mask = self._mask
         if mask is not None:
-            mask = nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=True)
+            new = ids.shape[1] - mask.shape[1]
+            mask = nn.functional.pad(mask, (0, new), value=True)
         self._end()
         self._begin(mask)
         return self.step(ids)
@@ -173,17 +180,21 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         prompts: Token ids of each prompt.
 
     Returns:
-        Token ids (B, T), and the mask (B, T), False on padding; None in place of the mask if there is no padding.
+        Token ids (B, T), and the mask (B, T), False on padding; None in place of the mask without padding.
 
     Example:
         >>> ids, mask = padded([[5, 6, 7], [8]])
         >>> ids.tolist(), mask.tolist()
         ([[5, 6, 7], [0, 0, 8]], [[True, True, True], [False, False, True]])
     """
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, None if mask.all() else mask.bool()
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        begin = longest - len(prompt)
+        ids[row, begin:] = torch.tensor(prompt)
+        mask[row, begin:] = True
+    return ids, None if mask.all() else mask
 
 
 def depends_on_neighbours(bottom: Bottom) -> bool:
@@ -209,18 +220,18 @@ def decode(
 ) -> Generator[list[int | None], None, None]:
     """Continues several texts as one batch.
 
-    A text that has ended stays in the batch, as padding, until the last text ends, as in transformers.
+    An ended text stays in the batch, as padding, until the last text ends, as in transformers.
 
     Args:
         half: The client's half of the model.
         prompts: Token ids of each prompt, at least one.
         most: Largest number of new tokens of each text.
         stops: Token ids that end a text.
-        choose: Function that chooses tokens by their logits.
-        throughput: Record to which the tokens and seconds are added.
+        choose: Function that chooses tokens by logits.
+        throughput: Record of tokens and seconds. The function adds to the record.
 
     Yields:
-        The next token of each text; None for texts that have ended.
+        The next token of each text; None for an ended text.
     """
     ids, mask = padded(prompts)
     running = [True] * len(prompts)
@@ -238,10 +249,9 @@ def decode(
             tokens = chosen.tolist()
             yield [token if is_running else None for token, is_running in zip(tokens, running, strict=True)]
 
-            next_ids = []
             for row, token in enumerate(tokens):
                 running[row] = running[row] and token not in stops
-                next_ids.append([token if running[row] else stops[0]])  # an ended text gets a stop token, as padding
             if not any(running):
                 return
-            ids = torch.tensor(next_ids)
+            # An ended text gets a stop token, as padding.
+            ids = torch.tensor([[token if running[row] else stops[0]] for row, token in enumerate(tokens)])

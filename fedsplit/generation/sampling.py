@@ -17,10 +17,15 @@ class Sampling:
     """Options for the choice of tokens.
 
     Attributes:
-        temperature: Divisor of the logits before a token is drawn; 0: always take the likeliest token.
-        top_k: Number of likeliest tokens to draw from; 0: all.
-        top_p: Draw from the smallest set of likeliest tokens with this total probability (1904.09751).
+        temperature: Divisor of the logits before a token is drawn; 0 takes the likeliest token.
+        top_k: Number of likeliest tokens to draw from; 0 for all tokens.
+        top_p: Total probability of the smallest set of likeliest tokens to draw from (1904.09751); 1 for all tokens.
         seed: Seed of the draws.
+
+    Example:
+        >>> choose = Chooser(Sampling(temperature=0.8, top_k=1), prompts=[0])
+        >>> choose(torch.tensor([[0.1, 2.0, 0.3]])).tolist()  # one candidate: the draw is certain
+        [1]
     """
 
     temperature: float = 0.0
@@ -32,7 +37,7 @@ class Sampling:
 class Chooser:
     """Chooses the next token of each sequence in a batch.
 
-    Each sequence has a random generator, so that its text does not depend on further sequences of the batch.
+    Each sequence has a random generator, so that a text does not depend on further texts in the batch.
 
     Example:
         >>> choose = Chooser(Sampling(temperature=0.0), prompts=[0])
@@ -45,11 +50,11 @@ class Chooser:
 
         Args:
             sampling: Options of the choice.
-            prompts: Number of each sequence's prompt among all prompts, from which the generator's seed is derived.
+            prompts: Number of each sequence's prompt among all prompts, for the seed of the generator.
         """
         self._draws = sampling.temperature > 0
         self._warp = LogitsProcessorList()
-        if self._draws and sampling.temperature != 1:
+        if self._draws and sampling.temperature != 1:  # a division by 1 changes nothing, and costs a pass
             self._warp.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:
             self._warp.append(TopKLogitsWarper(sampling.top_k))
@@ -59,12 +64,12 @@ class Chooser:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Returns the ids of the chosen tokens (B,), given their logits (B, V)."""
+        """Returns the ids of the chosen tokens (B,), given logits (B, V)."""
         scores = logits.float()
         if not self._draws:
             return scores.argmax(-1)
 
-        # The library's warpers take the tokens so far, too, but none of the three warpers above uses them.
+        # The library's warpers also take the tokens so far, but the three warpers above ignore the tokens.
         no_tokens = torch.empty(len(scores), 0, dtype=torch.long)
         probabilities = torch.softmax(self._warp(no_tokens, scores), -1)
         drawn = []

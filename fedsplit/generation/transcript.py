@@ -1,4 +1,4 @@
-"""Shows texts on the screen while they are being written."""
+"""Shows growing texts on the screen."""
 
 from __future__ import annotations
 
@@ -9,38 +9,48 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""Character that tokenizers return for half a character."""
+"""Character that tokenizers return for an incomplete character."""
 
 _CONTEXT = 8
 """Number of prompt tokens to decode with. Some tokenizers decode a token differently at the beginning of a text."""
 
 
 class Detokeniser:
-    """Decodes the tokens of a text one by one. Half a character waits for the token that completes it."""
+    """Decodes the tokens of a text one by one. An incomplete character waits for the completing token.
+
+    Example:
+        >>> class Bytes:  # a tokenizer with a token for each byte
+        ...     def decode(self, ids, **options):
+        ...         return bytes(ids).decode(errors="replace")
+        >>> text = Detokeniser(Bytes(), prompt=[65])
+        >>> [text.add(byte) for byte in "é!".encode()]  # é has two bytes
+        ['', 'é', '!']
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
         """Begins behind a prompt.
 
         Args:
             tokenizer: Tokenizer of transformers.
-            prompt: Token ids of the prompt, whose text is not returned.
+            prompt: Token ids of the prompt. The text of the prompt is not returned.
         """
         self._tokenizer = tokenizer
         self._ids = list(prompt[-_CONTEXT:])
         self._returned = len(self._decode())
 
     def _decode(self) -> str:
+        # A clean-up would remove spaces before punctuation, and change characters that are on the screen already.
         text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def add(self, token: int) -> str:
-        """Adds a token, and returns the new characters that are complete."""
+        """Adds a token, and returns the new complete characters."""
         self._ids.append(token)
         text = self._decode()
         return "" if text.endswith(_BROKEN) else self._new_part(text)
 
     def end(self) -> str:
-        """Returns the characters that are still incomplete. No token follows."""
+        """Ends the text, and returns the incomplete characters."""
         return self._new_part(self._decode())
 
     def _new_part(self, text: str) -> str:
@@ -50,9 +60,9 @@ class Detokeniser:
 
 
 class OrderedOutput:
-    r"""Shows several texts in order that are written at the same time.
+    r"""Shows several texts in order, though all texts grow at the same time.
 
-    The first unfinished text is shown piece by piece. Later texts wait for its end.
+    The first unfinished text is shown piece by piece. Later texts wait for the end of the first.
 
     Example:
         >>> output = OrderedOutput(["One:", "Two:"], write=lambda piece: print(repr(piece)))
@@ -90,8 +100,10 @@ class OrderedOutput:
         self._show()
 
     def _show(self) -> None:
+        """Shows all pieces up to the end of the first unfinished text."""
         while self._current < len(self._pending):
-            if piece := self._pending[self._current]:
+            piece = self._pending[self._current]
+            if piece:
                 self._write(piece)
                 self._pending[self._current] = ""
             if not self._ended[self._current]:

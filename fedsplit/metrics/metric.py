@@ -17,25 +17,35 @@ from fedsplit.loading import OWN, Kind, described, make, name_of, options_by_nam
 from fedsplit.model.kernels import IGNORED
 
 METRICS = {"token_accuracy": "fedsplit.metrics.token_accuracy:TokenAccuracy"}
-"""The names that `--metric` takes, and where the classes are."""
+"""Modules and classes of metrics, by the names for `--metric`."""
 
 METRIC = Kind("metric", lambda: METRICS, f"{' | '.join(sorted(METRICS))}, {OWN}", functions=True)
 """Metrics, for `--metric`."""
 
 
 class Metric(Protocol):
-    """A measure of held-out text that is a mean: over tokens, sequences, or anything else that can be counted."""
+    """A mean over held-out text: over tokens, sequences, or anything else that can be counted.
+
+    Example:
+        >>> class Confidence:  # mean probability of the likeliest token
+        ...     def __call__(self, logits, labels):
+        ...         likeliest = logits.softmax(-1).amax(-1)[labels != -100]
+        ...         return float(likeliest.sum()), float(len(likeliest))
+        >>> logits = torch.zeros(1, 2, 4)  # four equally likely tokens
+        >>> Confidence()(logits, torch.tensor([[3, -100]]))
+        (0.25, 1.0)
+    """
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Returns a batch's sum and its count.
+        """Returns the sum and the count of a batch.
 
-        The metric of a client is the sum over all its batches divided by their count, that of a round the sum over all
-        clients divided by their count. A batch on which there is nothing to measure has the count 0.
+        A client's metric is the sum over all batches of the client, divided by the sum of the counts. The metric of a
+        round is the same over all clients. A batch with nothing to measure has the count 0.
 
         Args:
-            logits: (B, T, V) in float32, aligned with the labels; of a classifier (B, C).
-            labels: Tokens (B, T), -100 where nothing is predicted (a prompt, padding, a virtual token); of a classifier
-                classes (B,).
+            logits: (B, T, V) in float32, aligned with the labels; (B, C) for a classifier.
+            labels: Tokens (B, T), -100 for positions without a prediction (a prompt, padding, a virtual token); classes
+                (B,) for a classifier.
         """
         ...
 
@@ -45,37 +55,42 @@ class MetricFailed(Exception):
 
 
 class _Checked:
-    """A metric, each result of which is checked."""
+    """A metric with a check of each result."""
 
     def __init__(self, name: str, metric: Metric) -> None:
-        self._name, self._metric = name, metric
+        """Takes the metric, and a name for messages."""
+        self._name = name
+        self._metric = metric
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[float, float]:
         """Returns sum and count.
 
         Raises:
-            MetricFailed: The metric raised an error, or returned something else.
+            MetricFailed: The metric raised an error, or returned no sum and count.
         """
         try:
-            found: Any = self._metric(logits, labels)
+            returned: Any = self._metric(logits, labels)
         except Exception as error:
             raise MetricFailed(f"the metric {self._name} failed: {described(error)}") from error
         try:
-            total, count = (float(value) for value in found)
+            total, count = (float(value) for value in returned)
         except (TypeError, ValueError, RuntimeError):
-            words = f"{_shown(found)}, not a sum and a count"
+            words = f"{_shown(returned)}, not a sum and a count"
             raise MetricFailed(f"the metric {self._name} returned {words}") from None
-        # NaN for logits that are not finite is no fault of the metric: training has diverged.
-        usable = math.isfinite(total) and 0 <= count < math.inf
-        if not usable and bool(torch.isfinite(logits).all()):
+        if math.isfinite(total) and 0 <= count < math.inf:
+            return total, count
+        if bool(torch.isfinite(logits).all()):
             raise MetricFailed(f"the metric {self._name} returned {total:g} as its sum and {count:g} as its count")
-        return (total, count) if usable else (0.0, 0.0)
+        return 0.0, 0.0  # logits that are not finite are no fault of the metric: training has diverged
 
 
 def _shown(value: object) -> str:
+    """Returns a short text about a wrong result, for a message."""
     if isinstance(value, Tensor):
         return f"a tensor with the shape {tuple(value.shape)}"
-    return f"{value!r}" if isinstance(value, int | float) or value is None else f"a {type(value).__name__}"
+    if value is None or isinstance(value, int | float):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def load_metrics(
@@ -84,20 +99,20 @@ def load_metrics(
     objects: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Metric]:
-    """Makes metrics by their names.
+    """Makes metrics by name.
 
     Args:
-        specs: Of each one of `METRICS`, `path/to/mine.py:mine`, or `module:Class`. A function is taken as it is, a
-            class is called.
-        defaults: Keyword arguments to pass to classes that take them.
-        objects: Metrics that are given as objects, by such a name.
+        specs: Names of metrics: a key of `METRICS`, `path/to/mine.py:mine`, or `module:Class`. A function is used
+            directly, and a class is called.
+        defaults: Keyword arguments for classes with parameters of these names.
+        objects: Metrics as objects, by name.
         options: Keyword arguments from the user, by NAME.KEY.
 
     Returns:
-        The metrics by the names under which they are reported.
+        The metrics by short name, for reports.
 
     Raises:
-        SettingError: There is no such metric, two would have one name, or one does not take its options.
+        SettingError: A metric does not exist or does not take the options, or two metrics have the same short name.
 
     Example:
         >>> metrics = load_metrics(["token_accuracy"], {})
@@ -107,29 +122,30 @@ def load_metrics(
     metrics: dict[str, Metric] = {}
     by_name = options_by_name(METRIC, specs, options or {})
     for spec in specs:
-        keywords = by_name[name_of(spec)]
+        name = name_of(spec)
+        keywords = by_name[name]
         if objects and spec in objects:
             for key, value in keywords.items():
-                raise SettingError(f"metric.{name_of(spec)}.{key}", value, "no option, since the metric is an object")
-            made = objects[spec]
+                raise SettingError(f"metric.{name}.{key}", value, "no option, since the metric is an object")
+            metric = objects[spec]
         else:
-            made = make(METRIC, spec, keywords, defaults, f"metric.{name_of(spec)}")
-        if not callable(made):
+            metric = make(METRIC, spec, keywords, defaults, f"metric.{name}")
+        if not callable(metric):
             raise SettingError("metric", spec, "a function of logits and labels, or a class with a method __call__")
-        if name_of(spec) in metrics:
-            raise SettingError("metric", ",".join(specs), f"metrics of different names; two are named {name_of(spec)}")
-        metrics[name_of(spec)] = _Checked(spec, made)
+        if name in metrics:
+            raise SettingError("metric", ",".join(specs), f"metrics of different names; two are named {name}")
+        metrics[name] = _Checked(spec, metric)
     return metrics
 
 
 def try_metrics(metrics: Mapping[str, Metric], specs: Sequence[str], outputs: int, classifies: bool) -> None:
-    """Calls each metric once on invented logits, so that its mistakes show before a run begins.
+    """Calls each metric once on invented logits, so that mistakes show before a run begins.
 
     Args:
-        metrics: By name.
-        specs: The names of the setting, in the same order.
-        outputs: Tokens of the vocabulary, or classes.
-        classifies: The labels are classes of sequences.
+        metrics: Metrics by name.
+        specs: Names in the setting, in the same order.
+        outputs: Number of tokens in the vocabulary, or number of classes.
+        classifies: True if labels are classes of sequences.
 
     Raises:
         SettingError: A metric failed.
@@ -139,14 +155,21 @@ def try_metrics(metrics: Mapping[str, Metric], specs: Sequence[str], outputs: in
     logits = torch.randn(shape, generator=generator)
     labels = torch.randint(outputs, shape[:-1], generator=generator)
     if not classifies:
-        labels[0, :1] = labels[1, 3:] = IGNORED  # as a prompt, and as padding
+        labels[0, :1] = IGNORED  # like a prompt
+        labels[1, 3:] = IGNORED  # like padding
     for spec, metric in zip(specs, metrics.values(), strict=True):
         try:
-            metric(logits.clone(), labels.clone())
+            metric(logits.clone(), labels.clone())  # copies, since a metric may change its arguments
         except MetricFailed as error:
             raise SettingError("metric", spec, f"a metric that works ({error}, on a trial)") from error
 
 
 def measure(metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
-    """Returns each metric's sum and count over a batch."""
+    """Returns each metric's sum and count over a batch.
+
+    Example:
+        >>> metrics = load_metrics(["token_accuracy"], {})
+        >>> measure(metrics, torch.tensor([[[1.0, 0.0]]]), torch.tensor([[0]]))
+        {'token_accuracy': (1.0, 1.0)}
+    """
     return {name: metric(logits, labels) for name, metric in metrics.items()}

@@ -1,6 +1,6 @@
-"""Token accuracy: how many tokens are predicted rightly, each from the true tokens before it.
+"""Token accuracy: the share of tokens that the model predicts rightly from the true earlier tokens.
 
-To write a metric of your own, copy this file and name it by `--metric path/to/copy.py:TokenAccuracy`.
+To write your own metric, copy this file and pass `--metric path/to/copy.py:TokenAccuracy`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TokenAccuracy:
-    """The share of predicted tokens, or of classes, with the largest logit at the label.
+    """Share of predicted tokens, or of classes, with the largest logit at the label.
 
     Example:
         >>> import torch
@@ -19,11 +19,11 @@ class TokenAccuracy:
     """
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Returns how many labels were predicted rightly, and how many there are.
+        """Returns the number of right predictions, and the number of labels.
 
         Args:
-            logits: (B, T, V), or (B, C) of a classifier.
-            labels: (B, T), -100 where nothing is predicted; or (B,).
+            logits: (B, T, V), or (B, C) for a classifier.
+            labels: (B, T), -100 for positions without a prediction; or (B,) for a classifier.
         """
         predicted = labels != -100
         right = (logits.argmax(-1) == labels) & predicted

@@ -22,7 +22,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(name: str) -> torch.device:
-    """Returns the device that a setting names.
+    """Returns the device with a name.
 
     Args:
         name: "cpu", "cuda:N", "cuda" for the first GPU, or "auto" for the first GPU if torch sees one, else the CPU.
@@ -37,7 +37,7 @@ def resolve(name: str) -> torch.device:
 
 
 def available_devices() -> str:
-    """Describes the devices of this machine that a setting may name, for error messages."""
+    """Describes the devices of this machine, for error messages."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
         numbered = " | ".join(f"cuda:{number}" for number in range(count))
@@ -50,11 +50,14 @@ def check_device(setting: str, name: str) -> None:
     """Checks that this machine has a device.
 
     Args:
-        setting: Name of the setting that asks for the device.
+        setting: Name of the setting, for the error.
         name: The device, as for `resolve`.
 
     Raises:
-        SettingError: The machine has no such device.
+        SettingError: The machine does not have the device.
+
+    Example:
+        >>> check_device("device", "cpu")
     """
     device = resolve(name)
     if device.type != "cuda":
@@ -79,7 +82,13 @@ def check_devices(config: Config) -> None:
 
 
 def put(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Moves tensors to a device. Tensors that are on the device already are not copied."""
+    """Moves tensors to a device. A tensor on the same device is not copied.
+
+    Example:
+        >>> tensors = {"w": torch.zeros(2)}
+        >>> put(tensors, CPU)["w"] is tensors["w"]
+        True
+    """
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 

@@ -1,6 +1,6 @@
 """Unpacks GGUF files into ordinary model folders, once, in a cache.
 
-transformers reads the file: the folder holds the model that `from_pretrained(..., gguf_file=...)` returns, with all
+transformers reads the GGUF file. The folder holds the model from `from_pretrained(..., gguf_file=...)`, with all
 weights unpacked.
 """
 
@@ -31,7 +31,7 @@ _MAGIC = b"GGUF"
 _LINK = "model.gguf"
 
 _STORED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types of stored weights by the setting `dtype`. For any other setting they are stored in float32, unrounded."""
+"""Types of stored weights by the setting `dtype`. For all further settings, weights are stored in float32."""
 
 
 def cache_folder() -> Path:
@@ -40,7 +40,7 @@ def cache_folder() -> Path:
 
 
 def _home(file: Path) -> Path:
-    """Returns the cache folder of one file. A changed file, or another version of transformers, gets a new one."""
+    """Returns the cache folder of a file. A changed file, or a new version of transformers, gets a new folder."""
     import transformers
 
     facts = file.stat()
@@ -71,7 +71,7 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
     Args:
         target: The folder.
         file: The GGUF file.
-        fill: Writes the content into the draft folder that it is called with. The folder holds a link to the file.
+        fill: Function that writes the content into a draft folder. The draft folder holds a link to the file.
 
     Returns:
         `target`.
@@ -85,7 +85,7 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        # The link is alone in a folder, since transformers also reads other files beside it.
+        # A folder with the link alone, since transformers also reads further files beside a GGUF file.
         (draft / _LINK).symlink_to(file.resolve())
         fill(draft)
         (draft / _LINK).unlink()
@@ -94,7 +94,7 @@ def _write_once(target: Path, file: Path, fill: Callable[[Path], None]) -> Path:
         try:
             draft.rename(target)
         except OSError:
-            if not target.is_dir():
+            if not target.is_dir():  # otherwise a second process has finished first, with the same content
                 raise
     except SettingError:
         raise
@@ -110,7 +110,7 @@ def config_folder(file: Path) -> Path:
     """Returns a folder with the config.json and the tokenizer of a GGUF file.
 
     Raises:
-        SettingError: There is no such file, it is broken, or its family is unknown.
+        SettingError: The file does not exist or is broken, or the family of the model is unknown.
     """
     _check(file)
 
@@ -126,15 +126,15 @@ def config_folder(file: Path) -> Path:
 
 
 def unpack(file: Path, dtype: str, tell: Callable[[str], object] = lambda line: None) -> Path:
-    """Returns a folder with config.json, tokenizer and model.safetensors, equal to what transformers reads.
+    """Returns a folder with config.json, tokenizer and model.safetensors of a GGUF file, as transformers reads them.
 
     Args:
         file: The GGUF file.
-        dtype: Type of the run's base weights, one of `choices.DTYPES`. Unpacked weights are stored in it.
-        tell: Called with a line of text before the file is unpacked, which may take long.
+        dtype: Type of the run's base weights and of the stored weights, a name in `choices.DTYPES`.
+        tell: Called with a line of text before the file is unpacked. Unpacking may take long.
 
     Raises:
-        SettingError: There is no such file, it is broken or lacks a tensor, or its family is unknown.
+        SettingError: The file does not exist, is broken or lacks a tensor, or the family of the model is unknown.
     """
     described = config_folder(file)
     stored = _STORED.get(dtype, torch.float32)
@@ -144,7 +144,7 @@ def unpack(file: Path, dtype: str, tell: Callable[[str], object] = lambda line: 
 
     def fill(draft: Path) -> None:
         _load(draft, stored).save_pretrained(draft)
-        # Replaces the config.json that save_pretrained wrote, which names a quantisation.
+        # The config.json of `save_pretrained` names a quantisation, which the unpacked weights do not have.
         for small in described.iterdir():
             shutil.copyfile(small, draft / small.name)
 
@@ -155,7 +155,7 @@ def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Loads the model of the GGUF file in a folder, with all weights unpacked.
 
     Raises:
-        ValueError: The file lacks a tensor, for which transformers would draw random values.
+        ValueError: The file lacks a tensor. transformers would draw random values in place of the tensor.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 

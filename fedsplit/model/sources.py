@@ -1,6 +1,6 @@
-"""Resolves the setting `model` to a folder. It may name the bundled model, a folder, a GGUF file or a model of the Hub.
+"""Resolves the setting `model` (the bundled model, a folder, a GGUF file or a model of the Hub) to a folder.
 
-Every process that reads a model's files gets their folder from this module. The Hub is contacted for Hub names only.
+Every process that reads a model's files gets the folder from this module. The Hub is contacted for Hub names only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GGUF = ".gguf"
 
 
 def _packaged(name: str) -> Path:
-    """Returns the GGUF file inside a package. The package is not imported, since it needs libraries of its own.
+    """Returns the GGUF file inside a package. The package is not imported, since an import needs further libraries.
 
     Raises:
         SettingError: The package is not installed.
@@ -40,17 +40,17 @@ def _packaged(name: str) -> Path:
     package, how = PACKAGED[name]
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
-    file = next((file for folder in folders or () for file in sorted(Path(folder).glob(f"*{GGUF}"))), None)
-    if file is None:
-        raise SettingError("model", f"{name} (the package {package} is not installed)", f"{name} after {how}")
-    return file
+    for folder in folders or ():
+        for file in sorted(Path(folder).glob(f"*{GGUF}")):
+            return file
+    raise SettingError("model", f"{name} (the package {package} is not installed)", f"{name} after {how}")
 
 
 def _find(model: str) -> Path | HubName:
-    """Returns the local path or the Hub name that a model's name stands for. Local files take precedence.
+    """Returns the local path or the Hub name of a model. Local files take precedence.
 
     Raises:
-        SettingError: The name stands for neither.
+        SettingError: The name is neither a local path nor a Hub name.
     """
     if model in PACKAGED:
         return _packaged(model)
@@ -67,7 +67,7 @@ def _check_folder(folder: Path) -> Path:
     """Checks that a folder has a config.json, and weights that transformers would load. Returns the folder.
 
     Raises:
-        SettingError: One of them is missing, or transformers would load other weights.
+        SettingError: config.json or the weights are missing, or transformers would load different weights.
     """
     if not (folder / "config.json").is_file():
         raise SettingError("model", folder, ALLOWED)
@@ -76,13 +76,13 @@ def _check_folder(folder: Path) -> Path:
 
 
 def config_folder(model: str) -> Path:
-    """Returns a folder with the model's config.json and tokenizer. Its weights may not have been fetched yet.
+    """Returns a folder with the model's config.json and tokenizer. The weights may not have been fetched yet.
 
     Args:
         model: Value of the setting `model`.
 
     Raises:
-        SettingError: There is no such model, or it cannot be fetched.
+        SettingError: The model does not exist, or cannot be fetched.
 
     Example:
         >>> sorted(file.name for file in config_folder("sotu-gpt2").glob("*.json"))
@@ -102,12 +102,16 @@ def weights_folder(
     """Returns a folder with the model's config.json, tokenizer and weights.
 
     Args:
-        config: The run's settings: the model, the type of base weights, and the cut.
-        kinds: The parts that will be loaded. Shards of a Hub model that hold nothing of these parts are not fetched.
-        tell: Called with a line of text before anything that may take long.
+        config: Settings of the run: the model, the type of base weights, and the cut.
+        kinds: Parts to load. Shards of a Hub model without a tensor of these parts are not fetched.
+        tell: Called with a line of text before a long operation.
 
     Raises:
-        SettingError: There is no such model, or it cannot be fetched.
+        SettingError: The model does not exist, or cannot be fetched.
+
+    Example:
+        >>> (weights_folder(Config(model="sotu-gpt2")) / "model.safetensors").is_file()
+        True
     """
     source = _find(config.model)
     if isinstance(source, HubName):
@@ -120,7 +124,7 @@ def weights_folder(
 
 
 def _owner(config: Config, folder: Path, kinds: Sequence[str]) -> Callable[[str], bool]:
-    """Returns a function that tells, by a tensor's name in the files, whether one of the parts has the tensor."""
+    """Returns a function of a tensor's name in the files. The function returns True for tensors of the given parts."""
     if {*kinds} == {*PARTS}:
         return lambda name: True
     low, high = config.bounds
@@ -129,7 +133,7 @@ def _owner(config: Config, folder: Path, kinds: Sequence[str]) -> Callable[[str]
 
     def owns(name: str) -> bool:
         match = numbered.search(name)
-        if match is None:  # embeddings, the final norm and the head
+        if match is None:  # embeddings, the final norm and the head; a tied head is the embedding of the bottom
             return "bottom" in kinds or "top" in kinds
         block = int(match[1])
         if block < low:
@@ -142,10 +146,14 @@ def _owner(config: Config, folder: Path, kinds: Sequence[str]) -> Callable[[str]
 
 
 def pinned(model: str) -> str:
-    """Returns the model's name; for a model of the Hub, with the commit that the name stands for now.
+    """Returns the model's name. A name on the Hub is returned with the present commit, so that a run can be resumed.
 
     Raises:
-        SettingError: There is no such model, or it cannot be fetched.
+        SettingError: The model does not exist, or cannot be fetched.
+
+    Example:
+        >>> pinned("sotu-gpt2")
+        'sotu-gpt2'
     """
     source = _find(model)
     if not isinstance(source, HubName):
@@ -166,10 +174,11 @@ def to_peft(model: str) -> tuple[str, str | None]:
 
 
 def from_peft(name: str, revision: str | None) -> str:
-    """Returns a model's name in the form of the setting `model`; the inverse of `to_peft`.
+    """Returns a model's name in the form of the setting `model`. The inverse of `to_peft`.
 
     Example:
         >>> from_peft("org/name", "v1")
         'org/name@v1'
     """
-    return f"{name}@{revision}" if revision and not os.path.exists(name) and hub.parse(name) else name
+    is_on_hub = not os.path.exists(name) and hub.parse(name) is not None
+    return f"{name}@{revision}" if revision and is_on_hub else name

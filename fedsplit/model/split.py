@@ -57,8 +57,8 @@ def load_parts(
         dtype: Type of the base weights and of computation. Weights of a different type in the file are cast.
         kernels: "library" computes with the library's code alone, and is bit-equal to the unsplit model. "fused"
             computes with `fedsplit.model.kernels`, and is equal up to rounding.
-        classes: Number of classes of sequences. If above 0, the top gets a new head `score`, without values:
-            `fedsplit.adaptation.lora.add` draws them.
+        classes: Number of classes of sequences. If above 0, the top gets a new head `score` without values.
+            `fedsplit.adaptation.lora.add` draws the values.
         device: Device of the parts.
         bits: Bits (4 or 8) for the base weights in a part's blocks, by part. A part without bits keeps `dtype`.
 
@@ -78,25 +78,39 @@ def load_parts(
         torch.Size([1, 3, 1024])
     """
     config = AutoConfig.from_pretrained(path)
-    family = family_of(config.model_type)
-    if not 0 <= bounds[0] < bounds[1] <= config.num_hidden_layers:
+    low, high = bounds
+    if not 0 <= low < high <= config.num_hidden_layers:
         raise ValueError(f"cut {bounds} lies outside a model of {config.num_hidden_layers} blocks")
 
+    # One reader for all parts: a tensor that two parts share, such as a tied head, is in memory once.
     checkpoint = CheckpointReader(path, empty_model(path, classes), dtype, device)
     parts = []
     for kind in kinds:
-        part_bits = (bits or {}).get(kind, 0)
         part = empty_part(path, bounds, kind, dtype, kernels == "fused", classes if kind == "top" else 0)
-        # Before the weights are read: the library initialises the whole module, weight and factor.
-        if kind == "bottom":
-            _restore_scale(part.decoder, getattr(part.decoder, family.embedding), device)
-        _fill(part, checkpoint, dtype, device, part_bits)
-        # The rotary frequencies are buffers, too. No checkpoint has them, so they are computed anew.
-        if family.rotary:
-            rotary = type(getattr(part.decoder, family.rotary))
-            setattr(part.decoder, family.rotary, rotary(config=part.config).to(device))
-        parts.append(mark_quantized(part.eval(), [part_bits] if part_bits else []))
+        parts.append(_loaded(part, checkpoint, dtype, device, (bits or {}).get(kind, 0)))
     return parts
+
+
+def _loaded(part: Part, checkpoint: CheckpointReader, dtype: torch.dtype, device: torch.device, bits: int) -> Part:
+    """Gives an empty part weights and buffers.
+
+    Args:
+        part: The part, without weights.
+        checkpoint: Reader of the checkpoint.
+        dtype: Type of the base weights and of computation.
+        device: Device of the part.
+        bits: Bits of the base weights in the part's blocks; 0 for `dtype`.
+    """
+    family = part.family
+    # Before the weights are read: the library initialises the whole module, weight and factor.
+    if part.kind == "bottom":
+        _restore_scale(part.decoder, getattr(part.decoder, family.embedding), device)
+    _fill(part, checkpoint, dtype, device, bits)
+    # The rotary frequencies are buffers, too. No checkpoint has the frequencies, so the library computes them.
+    if family.rotary:
+        rotary = type(getattr(part.decoder, family.rotary))
+        setattr(part.decoder, family.rotary, rotary(config=part.config).to(device))
+    return mark_quantized(part.eval(), [bits] if bits else [])
 
 
 def empty_part(path: Path, bounds: tuple[int, int], kind: Kind, dtype: torch.dtype, fused: bool, classes: int) -> Part:

@@ -1,4 +1,4 @@
-"""Finds the files of a folder that hold a model's weights: those that transformers' `from_pretrained` loads."""
+"""Finds the weight files in a model's folder: the files that transformers' `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from safetensors import safe_open
 from fedsplit.errors import SettingError, shortened
 
 WEIGHTS = "model.safetensors"
-"""File of a model that is not sharded. If a folder has this file and an index, the index is ignored."""
+"""Weight file of a model without shards. If a folder has both this file and an index, the index is ignored."""
 
 INDEX = "model.safetensors.index.json"
-"""Index of a sharded model: the names of its shards, and the shard of each tensor."""
+"""Index of a sharded model: the names of the shards, and the shard of each tensor."""
 
 ADAPTER = "adapter_config.json"
 """Configuration file of a PEFT adapter. transformers adds an adapter in a model's folder to the model's weights."""
 
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-"""Names of files of torch's distributed checkpoints. transformers loads such files before any other."""
+"""Names of files of torch's distributed checkpoints. transformers prefers these files to all further files."""
 
 _OTHERS = (".safetensors", ".bin", ".pt", ".gguf")
-"""Endings of other weight files. They are not loaded; an error message names them."""
+"""Endings of further weight files, for an error message. The files are not loaded."""
 
 
 def check_weight_files(folder: Path, allowed: str) -> None:
-    """Checks that a folder has weights in safetensors, and no files that change what transformers loads.
+    """Checks that a folder has weights in safetensors, and no further files that transformers would load.
 
     Args:
         folder: Folder of the model.
         allowed: Description of the possible values of the setting `model`, for the error.
 
     Raises:
-        SettingError: The folder has no weights under the names that transformers looks for, or has other files that
-            transformers would load instead of them or in addition.
+        SettingError: The folder has no weights under the names that transformers looks for, or has further files that
+            transformers would load in addition or instead.
+
+    Example:
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
+        >>> check_weight_files(BUNDLED_MODEL, allowed="a folder with a model")
     """
     reason = _flaw(folder)
     if reason:
@@ -58,8 +62,9 @@ def _flaw(folder: Path) -> str:
 def find_tensors(folder: Path) -> dict[str, Path]:
     """Returns the file of each tensor of a checkpoint.
 
-    transformers reads only the names of the shards from an index. It loads every tensor of each shard, and the last
-    shard with a tensor wins. A party fetches only the shards that it needs; for the others the index is believed.
+    transformers reads only the names of the shards from an index, and loads every tensor of each shard. Of several
+    shards with the same tensor, the last shard wins. A party fetches only the needed shards; for missing shards, the
+    index is believed.
 
     Args:
         folder: Folder of the model.
@@ -68,7 +73,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         Files by tensor name, including shards that the folder lacks.
 
     Raises:
-        ValueError: The folder has no weights, or its index cannot be read.
+        ValueError: The folder has no weights, or the index cannot be read.
 
     Example:
         >>> from fedsplit.settings.config import BUNDLED_MODEL
@@ -89,13 +94,14 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     """Returns the shard of each tensor according to the index. transformers reads the index.
 
     Raises:
-        ValueError: The index cannot be read, or names a file elsewhere.
+        ValueError: The index cannot be read, or names a file outside of the folder.
     """
     from transformers.utils.hub import get_checkpoint_shard_files  # takes a second to import
 
     try:
         _, facts = get_checkpoint_shard_files(str(folder), str(folder / INDEX))
         shards = facts["weight_map"]
+        # An index comes from a stranger, and must not make a run read any file of this machine.
         outside = sorted(shard for shard in shards.values() if Path(shard).is_absolute() or ".." in Path(shard).parts)
         if not outside:
             return {tensor: folder / shard for tensor, shard in shards.items()}

@@ -1,9 +1,9 @@
 """Label smoothing (1512.00567): the target is a mixture of the label and of all tokens alike.
 
 Rule: (1 - smoothing) times the cross-entropy with the label, plus smoothing times the mean cross-entropy with each of
-the V tokens. With smoothing = 0 it is cross-entropy.
+the V tokens. With smoothing = 0, label smoothing is cross-entropy.
 
-To write an objective of your own, copy this file and name it by `--objective path/to/copy.py:LabelSmoothing`.
+To write your own objective, copy this file and pass `--objective path/to/copy.py:LabelSmoothing`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,32 @@ class LabelSmoothing:
 
     Example:
         >>> import torch
-        >>> logits, labels = torch.tensor([[[2.0, 0.0], [5.0, 5.0]]]), torch.tensor([[0, -100]])
-        >>> round(float(LabelSmoothing(0.0)(logits, labels)), 4), round(float(LabelSmoothing(0.5)(logits, labels)), 4)
-        (0.1269, 0.6269)
+        >>> logits = torch.tensor([[[2.0, 0.0], [5.0, 5.0]]])
+        >>> labels = torch.tensor([[0, -100]])
+        >>> losses = [LabelSmoothing(smoothing)(logits, labels) for smoothing in (0.0, 0.5)]
+        >>> [round(float(loss), 4) for loss in losses]
+        [0.1269, 0.6269]
     """
 
     def __init__(self, smoothing: float = 0.1) -> None:
         """Takes the option `--objective.smoothing`.
 
         Args:
-            smoothing: Share of the target that is spread over all tokens, from 0 to below 1.
+            smoothing: Share of the target for all tokens alike, from 0 to below 1.
+
+        Raises:
+            ValueError: The share is out of range.
         """
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing is {smoothing}; it must be from 0 to below 1")
         self.smoothing = smoothing
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the mean over all labels that are not -100, which torch's function leaves out by itself.
+        """Returns the mean loss over all labels except -100.
 
         Args:
-            logits: (B, T, V), or (B, C) of a classifier.
-            labels: (B, T), or (B,).
+            logits: (B, T, V), or (B, C) for a classifier.
+            labels: (B, T), or (B,) for a classifier.
         """
+        # torch leaves out labels of -100 by default.
         return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=self.smoothing)

@@ -1,4 +1,4 @@
-"""Objectives: functions of the top's logits and the labels that give the loss which training minimises.
+"""Objectives: losses for training, as functions of the top's logits and the labels.
 
 Shapes: B sequences of T predicted positions, V tokens in the vocabulary, C classes.
 """
@@ -17,13 +17,13 @@ from fedsplit.loading import OWN, Kind, described, make
 from fedsplit.model.kernels import IGNORED
 
 CROSS_ENTROPY = "cross_entropy"
-"""Name of the default."""
+"""Name of the default objective."""
 
 OBJECTIVES = {
     CROSS_ENTROPY: "fedsplit.objectives.objective:cross_entropy",
     "label_smoothing": "fedsplit.objectives.label_smoothing:LabelSmoothing",
 }
-"""The names that `--objective` takes, and where the classes are."""
+"""Modules and classes of objectives, by the names for `--objective`."""
 
 OBJECTIVE = Kind("objective", lambda: OBJECTIVES, f"{' | '.join(sorted(OBJECTIVES))}, {OWN}", functions=True)
 """Objectives, for `--objective`."""
@@ -33,23 +33,34 @@ class Objective(Protocol):
     """The loss of a batch.
 
     Logits and labels are aligned: the logits at a position predict the label at the same position. The loss is the mean
-    over all labels that are not -100, a scalar of 0 or more in the graph of the logits. Where a step consists of
-    several batches or micro-batches, its loss is their mean, weighted by their numbers of such labels.
+    over all labels except -100, a scalar of 0 or more in the graph of the logits. The loss of a step with several
+    batches or micro-batches is the mean of their losses, weighted by the numbers of labels except -100.
+
+    Example:
+        >>> class Focal:  # focal loss (1708.02002): confident predictions count less
+        ...     def __call__(self, logits, labels):
+        ...         nats = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+        ...         weighted = (1 - torch.exp(-nats)) ** 2 * nats
+        ...         return weighted[labels.flatten() != -100].mean()
+        >>> round(float(Focal()(torch.zeros(1, 1, 2), torch.tensor([[0]]))), 4)  # ln 2 / 4
+        0.1733
     """
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the loss of a batch.
 
         Args:
-            logits: (B, T, V) in float32; of a classifier (B, C).
-            labels: Tokens (B, T), -100 where nothing is predicted (a prompt, padding, a virtual token); of a classifier
-                classes (B,).
+            logits: (B, T, V) in float32; (B, C) for a classifier.
+            labels: Tokens (B, T), -100 for positions without a prediction (a prompt, padding, a virtual token); classes
+                (B,) for a classifier.
         """
         ...
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean negative log-likelihood, in nats. The default; by itself it runs as a fused kernel.
+    """Returns the mean negative log-likelihood in nats. The default objective.
+
+    A run with this objective computes the same loss by a fused kernel, `fedsplit.model.kernels.causal_loss`.
 
     Example:
         >>> logits = torch.tensor([[[0.0, 0.0], [9.0, 0.0]]])
@@ -64,10 +75,12 @@ class ObjectiveFailed(Exception):
 
 
 class _Checked:
-    """A user's objective, each result of which is checked."""
+    """A user's objective, with a check of each result."""
 
     def __init__(self, name: str, objective: Objective) -> None:
-        self._name, self._objective = name, objective
+        """Takes the objective, and a name for messages."""
+        self._name = name
+        self._objective = objective
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the loss.
@@ -79,13 +92,14 @@ class _Checked:
             loss: Any = self._objective(logits, labels)
         except Exception as error:
             raise ObjectiveFailed(f"the objective {self._name} failed: {described(error)}") from error
-        if fault := _fault_of(loss, logits):
+        fault = _fault_of(loss, logits)
+        if fault:
             raise ObjectiveFailed(f"the objective {self._name} returned {fault}")
         return loss
 
 
 def _fault_of(loss: Any, logits: Tensor) -> str:
-    """Returns in words what is wrong with a loss; nothing where it is right."""
+    """Returns the fault of a loss in words, or an empty text for a usable loss."""
     if not isinstance(loss, Tensor):
         return f"a {type(loss).__name__}, not a tensor"
     if loss.ndim or not loss.is_floating_point():
@@ -93,8 +107,9 @@ def _fault_of(loss: Any, logits: Tensor) -> str:
     if logits.requires_grad and not loss.requires_grad:
         return "a loss without a gradient: it does not depend on the logits, or was detached from them"
     value = float(loss.detach())
+    is_usable = 0 <= value < float("inf")
     # NaN for logits that are not finite is no fault of the objective: training has diverged.
-    if not 0 <= value < float("inf") and bool(torch.isfinite(logits.detach()).all()):
+    if not is_usable and bool(torch.isfinite(logits.detach()).all()):
         return f"{value:g}, not a number of 0 or more"
     return ""
 
@@ -102,19 +117,20 @@ def _fault_of(loss: Any, logits: Tensor) -> str:
 def load_objective(
     spec: str, options: Mapping[str, Any], defaults: Mapping[str, Any], given: Any = None
 ) -> Objective | None:
-    """Makes the objective that a name stands for.
+    """Makes an objective by name.
 
     Args:
-        spec: One of `OBJECTIVES`, `path/to/mine.py:Mine`, or `module:Class`. A function is taken as it is.
-        options: Keyword arguments that the user gave.
-        defaults: Keyword arguments to pass where the class takes them.
-        given: The objective as an object, whose name is `spec`; None: it is made by its name.
+        spec: Name of the objective: a key of `OBJECTIVES`, `path/to/mine.py:Mine`, or `module:Class`. A function is
+            used directly, and a class is called.
+        options: Keyword arguments from the user.
+        defaults: Keyword arguments for a class with parameters of these names.
+        given: The objective as an object; None to make the objective by name.
 
     Returns:
-        The objective. None for cross-entropy, which the top computes by itself.
+        The objective. None for cross-entropy, since the top has a fused kernel for cross-entropy.
 
     Raises:
-        SettingError: There is no such objective, or it does not take the options.
+        SettingError: The objective does not exist, or does not take the options.
 
     Example:
         >>> load_objective("label_smoothing", {"smoothing": 0.2}, {}).smoothing
@@ -125,17 +141,17 @@ def load_objective(
         return None
     if not callable(made):
         raise SettingError("objective", spec, "a function of logits and labels, or a class with a method __call__")
-    return made if spec in OBJECTIVES else _Checked(spec, made)
+    return made if spec in OBJECTIVES else _Checked(spec, made)  # the checks read values off the GPU at each step
 
 
 def try_objective(objective: Objective | None, spec: str, outputs: int, classifies: bool) -> None:
-    """Calls an objective once on invented logits, so that its mistakes show before a run begins.
+    """Calls an objective once on invented logits, so that mistakes show before a run begins.
 
     Args:
-        objective: The objective; cross-entropy, as None, is not tried.
-        spec: Its name.
-        outputs: Tokens of the vocabulary, or classes.
-        classifies: The labels are classes of sequences.
+        objective: The objective; None for cross-entropy, which needs no trial.
+        spec: Name of the objective, for messages.
+        outputs: Number of tokens in the vocabulary, or number of classes.
+        classifies: True if labels are classes of sequences.
 
     Raises:
         SettingError: The objective failed, or its gradient is not finite.
@@ -147,7 +163,8 @@ def try_objective(objective: Objective | None, spec: str, outputs: int, classifi
     logits = torch.randn(shape, generator=generator).requires_grad_()
     labels = torch.randint(outputs, shape[:-1], generator=generator)
     if not classifies:
-        labels[0, :1] = labels[1, 3:] = IGNORED  # as a prompt, and as padding
+        labels[0, :1] = IGNORED  # like a prompt
+        labels[1, 3:] = IGNORED  # like padding
     try:
         loss = objective(logits, labels)
         loss.backward()

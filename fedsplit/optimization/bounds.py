@@ -1,7 +1,7 @@
-"""How large values may be, so that nothing that is computed from them overflows.
+"""Bounds for values, so that no later computation overflows.
 
-An optimiser squares gradients, norms of layers square hidden states. A value whose square float32 cannot hold is
-finite, and makes something of it that is not: an infinite second moment under AdamW never goes away again.
+An optimiser squares gradients, and norms of layers square hidden states. A value may be finite while the square
+overflows float32. An infinite second moment, for example, stays in AdamW for ever.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
-"""Norm up to which the sum of the squares of some values is finite in float32: 1.8e19."""
+"""Largest norm with a finite sum of squares in float32: 1.8e19."""
 
 LARGEST_SHARE = 1e6
-"""Norm up to which a client's gradient is taken where it is not clipped; those of mean losses stay below 1e4.
+"""Largest norm of a client's gradient without clipping. Gradients of mean losses have norms below 1e4.
 
-Finite is not enough: AdamW remembers squares. After one gradient of 1e14 a coordinate hardly moves again, as the mean
-squared gradient takes tens of thousands of steps to forget it.
+A finite norm is not enough, since AdamW keeps a mean of squares. After one gradient of 1e14, a coordinate hardly moves
+for tens of thousands of steps, until the mean has forgotten the square.
 """
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """Returns the norm over all values, computed in float32.
 
-    It is NaN or infinite where a value is, and infinite where the sum of the squares overflows: one look tells both,
-    ten times as fast as `torch.isfinite`.
+    The norm is NaN or infinite if a value is, and infinite if the sum of squares overflows. One norm answers both
+    questions, ten times as fast as `torch.isfinite`.
 
     Args:
-        tensors: Of any shapes and floating-point types, on one device.
+        tensors: Tensors of any shapes and floating-point types, on one device.
 
     Example:
         >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
@@ -43,10 +43,15 @@ def norm(tensors: Iterable[Tensor]) -> float:
         return 0.0
     joined = flat[0] if len(flat) == 1 else torch.cat(flat)
     if joined.dtype == torch.float64:
-        joined = joined.float()  # the norm would refuse to narrow it
+        joined = joined.float()  # `vector_norm` refuses to narrow float64 by its argument `dtype`
     return float(torch.linalg.vector_norm(joined, dtype=torch.float32))
 
 
 def is_bounded(*tensors: Tensor) -> bool:
-    """Returns whether all values are finite, and so is the sum of their squares."""
+    """Returns True if all values and the sum of all squares are finite.
+
+    Example:
+        >>> is_bounded(torch.tensor([1.0]), torch.tensor([2.0])), is_bounded(torch.tensor([1e20, 1e20]))
+        (True, False)
+    """
     return math.isfinite(norm(tensors))

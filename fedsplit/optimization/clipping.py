@@ -1,4 +1,4 @@
-"""Clipping a gradient by its norm where its parts lie at two parties, neither of which sees the other's."""
+"""Clipping by norm, for a gradient with parts at two parties. Neither party sees the gradient of the second party."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ def squared_norm(gradients: Iterable[Tensor]) -> float:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([4.0])])
         25.0
     """
-    return math.fsum(float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2 for gradient in gradients)
+    norms = [float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) for gradient in gradients]
+    return math.fsum(norm**2 for norm in norms)  # exact, so the order of the tensors does not matter
 
 
 def coefficient(squared: float, limit: float) -> float:
     """Returns the factor that scales a gradient, as in `torch.nn.utils.clip_grad_norm_`.
 
     Args:
-        squared: The squared norm of the whole gradient.
-        limit: The largest norm.
+        squared: Squared norm of the whole gradient.
+        limit: Largest norm after clipping.
 
     Returns:
-        A number in (0, 1]; NaN where the gradient is not finite.
+        A number in (0, 1]; NaN for a gradient that is not finite.
 
     Example:
         >>> round(coefficient(25.0, limit=1.0), 4)
@@ -37,14 +38,21 @@ def coefficient(squared: float, limit: float) -> float:
         >>> coefficient(25.0, limit=10.0)
         1.0
     """
-    scale = limit / (math.sqrt(squared) + 1e-6) if math.isfinite(squared) else math.nan
-    return scale if math.isnan(scale) else min(1.0, scale)
+    if not math.isfinite(squared):
+        return math.nan
+    scale = limit / (math.sqrt(squared) + 1e-6)  # torch's constant, for equal bits
+    return min(1.0, scale)
 
 
 class Clip(GradientStage):
-    """Scales a client's gradients by the norm over all parts, and has the trunk scale its own.
+    """Scales the gradients of client and trunk by the norm over all parts.
 
-    Neither party sends its gradient to the other: the trunk sends its squared norm, the client the coefficient.
+    No gradient crosses: the trunk sends a squared norm, and the client sends a coefficient.
+
+    Example:
+        >>> stage = Clip(limit=1.0)
+        >>> stage({"w": torch.tensor([3.0, 4.0])}, LocalStep({}))
+        {'w': tensor([0.6000, 0.8000])}
     """
 
     def __init__(self, limit: float) -> None:
@@ -52,7 +60,7 @@ class Clip(GradientStage):
         self._limit = limit
 
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
-        """Returns the gradients scaled, after the trunk has taken the same coefficient."""
+        """Returns the scaled gradients, after the trunk has taken the same coefficient."""
         squared = squared_norm(gradients.values())
         if step.trunk is not None:
             squared += step.trunk.squared_norm

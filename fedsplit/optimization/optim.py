@@ -1,4 +1,4 @@
-"""The optimiser that clients and trunk train their adapters with, and what it remembers."""
+"""Optimisers for the adapters of clients and trunk: making, steps, and the state (moments) between rounds."""
 
 from __future__ import annotations
 
@@ -12,40 +12,57 @@ from fedsplit.settings.choices import OPTIMIZERS
 from fedsplit.settings.sections import TrainSettings
 
 _STATES_OF_8_BIT = 4096
-"""From how many values on bitsandbytes keeps a tensor's moments in 8 bits; those of smaller ones stay in 32."""
+"""Smallest number of values of a tensor for moments in 8 bits. bitsandbytes keeps smaller tensors' moments in 32."""
+
+_SHAPED = ("exp_avg", "momentum_buffer", "state1")
+"""Names of moments with the shape of the parameter: in AdamW, in SGD and in bitsandbytes."""
 
 
 def make_optimizer(parameters: Iterable[Tensor], settings: TrainSettings) -> torch.optim.Optimizer | None:
-    """AdamW (1711.05101), SGD, or AdamW with moments in 8 bits (2110.02861).
+    """Returns AdamW (1711.05101), SGD, or AdamW with moments in 8 bits (2110.02861).
 
     Args:
-        parameters: What is trained.
-        settings: Which one, learning rate, weight decay, and what the optimiser has of its own.
+        parameters: Parameters to train.
+        settings: Name of the optimiser, learning rate, weight decay, betas, eps and momentum.
 
     Returns:
-        The optimiser; None where there is nothing to train, as for a bottom without blocks.
+        The optimiser; None without parameters, as for a bottom without blocks.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.ones(2))
+        >>> type(make_optimizer([parameter], TrainSettings(optimizer="sgd"))).__name__
+        'SGD'
+        >>> make_optimizer([], TrainSettings()) is None
+        True
     """
     trained = list(parameters)
     if not trained:
         return None
-    lr, decay, betas = settings.lr, settings.weight_decay, (settings.beta1, settings.beta2)
+    lr = settings.lr
+    decay = settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(trained, lr=lr, weight_decay=decay, momentum=settings.momentum)
-    if settings.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
 
-        found: torch.optim.Optimizer = AdamW8bit(trained, lr=lr, weight_decay=decay, betas=betas, eps=settings.eps)
-        return found
+    betas = (settings.beta1, settings.beta2)
+    if settings.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit  # an optional dependency
+
+        narrow: torch.optim.Optimizer = AdamW8bit(trained, lr=lr, weight_decay=decay, betas=betas, eps=settings.eps)
+        return narrow
+    # Fused: one kernel for all tensors of an adapter, which are many and small.
     return torch.optim.AdamW(trained, lr=lr, weight_decay=decay, betas=betas, eps=settings.eps, fused=True)
 
 
 def check_optimizer(settings: TrainSettings) -> None:
-    """Makes sure that the optimiser is installed, and can make a step on this machine.
+    """Checks that the optimiser is installed, and can make a step on this machine.
 
     Raises:
-        SettingError: It is not, or cannot.
+        SettingError: The optimiser is missing, or fails at a step.
+
+    Example:
+        >>> check_optimizer(TrainSettings(optimizer="adamw"))
     """
-    if settings.optimizer != "adamw8bit":
+    if settings.optimizer != "adamw8bit":  # torch itself has the rest
         return
     others = " | ".join(name for name in OPTIMIZERS if name != "adamw8bit")
     try:
@@ -54,11 +71,12 @@ def check_optimizer(settings: TrainSettings) -> None:
         parameter.grad = torch.ones_like(parameter)
         assert optimizer is not None
         optimizer.step()
+        # A build for an unknown GPU or CPU may return without an error, and change nothing.
         works = bool(torch.isfinite(parameter).all() and (parameter < 1).all())
     except ImportError as error:
         words = f"{others}, unless bitsandbytes is installed ({first_line(error)})"
         raise SettingError("train.optimizer", settings.optimizer, words) from None
-    except Exception as error:  # noqa: BLE001  # whatever it is, the user is told, and nothing has begun
+    except Exception as error:  # noqa: BLE001  # native code raises many kinds; any kind is a wrong choice of optimiser
         words = f"{others}; bitsandbytes cannot make a step here ({first_line(error)})"
         raise SettingError("train.optimizer", settings.optimizer, words) from None
     if not works:
@@ -66,7 +84,19 @@ def check_optimizer(settings: TrainSettings) -> None:
 
 
 def step(optimizer: torch.optim.Optimizer, share: float = 1.0) -> None:
-    """One step with a share of the learning rate; gradients are gone afterwards."""
+    """Makes one step, and drops the gradients.
+
+    Args:
+        optimizer: The optimiser.
+        share: Share of the learning rate.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> parameter.grad = torch.tensor([1.0])
+        >>> step(torch.optim.SGD([parameter], lr=0.1), share=0.5)
+        >>> parameter.data, parameter.grad
+        (tensor([0.9500]), None)
+    """
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
     optimizer.step()
@@ -74,57 +104,74 @@ def step(optimizer: torch.optim.Optimizer, share: float = 1.0) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies what an optimiser remembers, to the CPU.
+    """Returns a copy of an optimiser's state, on the CPU.
 
     Args:
-        optimizer: The optimiser; None has nothing to remember.
-        parameters: What it trains, by name.
+        optimizer: The optimiser; None has no state.
+        parameters: Parameters of the optimiser, by name.
 
     Returns:
-        Tensors by the parameter's name and what they are: "step", "exp_avg", …, after a colon.
+        Tensors by parameter and kind, such as "layer.lora_A:exp_avg".
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> parameter.grad = torch.tensor([1.0])
+        >>> optimizer = torch.optim.AdamW([parameter])
+        >>> step(optimizer)
+        >>> sorted(moments(optimizer, {"w": parameter}))
+        ['w:exp_avg', 'w:exp_avg_sq', 'w:step']
     """
     if optimizer is None:
         return {}
     names = {id(parameter): name for name, parameter in parameters.items()}
-    return {
-        f"{names[id(parameter)]}:{what}": torch.as_tensor(value).to("cpu", copy=True)
-        for parameter, state in optimizer.state.items()
-        for what, value in state.items()
-    }
+    copied = {}
+    for parameter, state in optimizer.state.items():
+        for kind, value in state.items():
+            copied[f"{names[id(parameter)]}:{kind}"] = torch.as_tensor(value).to("cpu", copy=True)
+    return copied
 
 
 def restore(
     optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Tensor], kept: Mapping[str, Tensor]
 ) -> None:
-    """Sets the memory of an optimiser to what `moments` returned, as far as it still fits; nothing else is left of it.
+    """Replaces the state of an optimiser by an earlier result of `moments`, as far as the shapes fit.
 
-    What an optimiser remembers of a parameter that does not train now, or that has another shape by now, is left out:
-    that parameter begins anew.
+    The state of a parameter that is not trained, or has a new shape, is left out. The optimiser begins anew for such a
+    parameter.
 
     Args:
-        optimizer: The optimiser; None remembers nothing.
-        parameters: What it trains, by name.
-        kept: What `moments` told.
+        optimizer: The optimiser; None has no state.
+        parameters: Parameters of the optimiser, by name.
+        kept: Result of `moments`.
     """
     if optimizer is None:
         return
-    optimizer.state.clear()  # there may have been no step before the round that is taken back
+    optimizer.state.clear()  # an undone step may have been the first: then there is no earlier state to write over it
     for name, value in fitting(kept, parameters).items():
-        owner, _, what = name.rpartition(":")
+        owner, _, kind = name.rpartition(":")
         parameter = parameters[owner]
-        whole = value.ndim == 0 and not value.is_floating_point()  # a plain number, where bitsandbytes counts steps
-        optimizer.state[parameter][what] = int(value) if whole else value.to(parameter.device, copy=True)
+        is_count = value.ndim == 0 and not value.is_floating_point()
+        if is_count:  # bitsandbytes counts steps in a plain number
+            optimizer.state[parameter][kind] = int(value)
+        else:
+            optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
 
 
 def fitting(kept: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moments of those parameters that are there, in the shape that the moments are of."""
-    shapes: dict[str, bool] = {}
+    """Returns the moments of existing parameters with an unchanged shape.
+
+    Args:
+        kept: Result of `moments`.
+        parameters: Parameters by name.
+
+    Example:
+        >>> kept = {"a:exp_avg": torch.zeros(2), "a:step": torch.tensor(1.0), "b:exp_avg": torch.zeros(3)}
+        >>> sorted(fitting(kept, {"a": torch.zeros(2), "b": torch.zeros(4)}))
+        ['a:exp_avg', 'a:step']
+    """
+    fits: dict[str, bool] = {}
     for name, value in kept.items():
-        parameter, _, what = name.rpartition(":")
-        if what in _SHAPED:
-            shapes[parameter] = parameter in parameters and value.shape == parameters[parameter].shape
-    return {name: value for name, value in kept.items() if shapes.get(name.rpartition(":")[0], False)}
-
-
-_SHAPED = ("exp_avg", "momentum_buffer", "state1")
-"""What has the parameter's shape, in AdamW, in SGD and in bitsandbytes."""
+        parameter, _, kind = name.rpartition(":")
+        if kind in _SHAPED:
+            fits[parameter] = parameter in parameters and value.shape == parameters[parameter].shape
+    return {name: value for name, value in kept.items() if fits.get(name.rpartition(":")[0], False)}

@@ -1,4 +1,4 @@
-"""A strategy's own gradient stage: loaded by the strategy's name at every party, and checked at every call."""
+"""A gradient stage of a strategy: loaded by the strategy's name at every party, and checked at every call."""
 
 from __future__ import annotations
 
@@ -17,49 +17,53 @@ from fedsplit.stages import Gradients, GradientStage, LocalStep, LossTerm, Outco
 
 
 class StageFailed(Exception):
-    """A strategy's own stage raised an error, or returned an unusable value. The message names both."""
+    """The stage of a strategy raised an error, or returned an unusable value. The message names strategy and fault."""
 
 
 def own_defaults(config: Config) -> dict[str, Any]:
-    """Returns the keyword arguments that a strategy of ours is given where its class takes them."""
+    """Returns keyword arguments for strategies with parameters of these names.
+
+    Example:
+        >>> own_defaults(Config(clients=4))["clients"]
+        4
+    """
     return {"seed": config.seed, "clients": config.clients}
 
 
 def stage_maker(config: Config, strategy: Any = None) -> StageMaker | None:
-    """Returns a function that makes the strategy's own stage, for one party and one round.
+    """Returns a function that makes the strategy's stage, for one party and one round.
 
-    Clients and the trunk load the strategy themselves, since code does not cross.
+    Every party loads the strategy by name, since code does not cross.
 
     Args:
         config: Configuration of the run.
-        strategy: The strategy as an object; None: the one that the configuration names.
+        strategy: The strategy as an object; None for the strategy named in the configuration.
 
     Returns:
-        The function; None where the strategy has no method `stage`.
+        The function; None for a strategy without a method `stage`.
 
     Example:
         >>> stage_maker(Config(strategy="fedavg")) is None
         True
     """
-    if strategy is None:
-        found = find(STRATEGY, config.strategy)
-        if not callable(getattr(found, "stage", None)):
-            return None
-        strategy = make(STRATEGY, config.strategy, config.strategy_options, own_defaults(config))
-    elif not callable(getattr(strategy, "stage", None)):
+    # Asked of the class, since to make a strategy without a stage would be in vain at every party.
+    kind_or_object = find(STRATEGY, config.strategy) if strategy is None else strategy
+    if not callable(getattr(kind_or_object, "stage", None)):
         return None
+    if strategy is None:
+        strategy = make(STRATEGY, config.strategy, config.strategy_options, own_defaults(config))
     return lambda: OwnStage(strategy, config.strategy)
 
 
 class OwnStage(GradientStage):
-    """The stage that a strategy makes, with each result checked."""
+    """The stage of a strategy, with a check of each result."""
 
     def __init__(self, strategy: Any, name: str) -> None:
         """Makes the stage.
 
         Args:
             strategy: The strategy, with a method `stage`.
-            name: The strategy's name, for messages.
+            name: Name of the strategy, for messages.
 
         Raises:
             StageFailed: The strategy made no stage.
@@ -76,7 +80,7 @@ class OwnStage(GradientStage):
             self._stage.begin(start)
 
     def loss_term(self, rows: Rows) -> LossTerm | None:
-        """Returns the stage's term of the loss, each value of which is checked."""
+        """Returns the stage's term of the loss, with a check of each value."""
         with self._named("failed to make a term of the loss"):
             term: Any = self._stage.loss_term(rows)
         if term is None:
@@ -86,7 +90,11 @@ class OwnStage(GradientStage):
         return functools.partial(self._checked_term, term)
 
     def _checked_term(self, term: LossTerm, states: Tensor) -> Tensor:
-        """Returns a term of the loss, if it can be added to the loss."""
+        """Returns the value of a term, if the value can be added to the loss.
+
+        Raises:
+            StageFailed: The term failed, or returned no finite scalar with a gradient.
+        """
         with self._named("failed in its term of the loss"):
             value: Any = term(states)
         if not isinstance(value, Tensor):
@@ -97,22 +105,23 @@ class OwnStage(GradientStage):
         if states.requires_grad and not value.requires_grad:
             raise self._failed("returned a term of the loss without a gradient: it does not depend on the states")
         # NaN for states that are not finite is no fault of the stage: training has diverged.
-        if not bool(torch.isfinite(value.detach())) and bool(torch.isfinite(states.detach()).all()):
+        is_finite = bool(torch.isfinite(value.detach()))
+        if not is_finite and bool(torch.isfinite(states.detach()).all()):
             raise self._failed(f"returned {float(value.detach()):g} as its term of the loss")
         return value
 
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
-        """Returns the stage's gradients, if they can take the place of those it was given."""
+        """Returns the stage's gradients, if the optimiser can use the gradients."""
         with self._named("failed in a step"):
-            found: Any = self._stage(gradients, step)
-        self._check_names(found, gradients, "gradients")
-        if not is_bounded(*found.values()) and is_bounded(*gradients.values()):
+            returned: Any = self._stage(gradients, step)
+        self._check_names(returned, gradients, "gradients")
+        if not is_bounded(*returned.values()) and is_bounded(*gradients.values()):
             raise self._failed("returned gradients that are NaN, infinite or too large to be squared")
-        # The fused optimiser pairs elements by their place in memory.
-        return {name: found[name].contiguous() for name in gradients}
+        # The fused optimiser pairs elements by the place in memory: a transposed gradient would be scrambled.
+        return {name: returned[name].contiguous() for name in gradients}
 
     def end(self, parameters: Mapping[str, Tensor]) -> Outcome:
-        """Returns what the stage leaves, if it can be kept and sent."""
+        """Returns the outcome of the stage, if the tensors can be kept and sent."""
         with self._named("failed at the round's end"):
             outcome: Any = self._stage.end(parameters)
         if not isinstance(outcome, Outcome):
@@ -128,34 +137,42 @@ class OwnStage(GradientStage):
         return outcome
 
     def personalise(self, start: RoundStart) -> Mapping[str, Tensor]:
-        """Returns the adapter to measure with, if it fits."""
+        """Returns the adapter for an evaluation, if names and shapes fit."""
         with self._named("failed to personalise an adapter"):
-            found: Any = self._stage.personalise(start)
-        self._check_names(found, start.adapters, "a personal adapter")
-        return found
+            returned: Any = self._stage.personalise(start)
+        self._check_names(returned, start.adapters, "a personal adapter")
+        return returned
 
-    def _check_names(self, found: Any, expected: Mapping[str, Tensor], what: str) -> None:
-        """Makes sure that tensors have the names and shapes of others.
+    def _check_names(self, returned: Any, expected: Mapping[str, Tensor], what: str) -> None:
+        """Checks that returned tensors have the expected names and shapes.
+
+        Args:
+            returned: Result of the stage.
+            expected: Tensors with the names and shapes.
+            what: Name of the result, for the message.
 
         Raises:
-            StageFailed: They have not.
+            StageFailed: A name or a shape differs.
         """
-        if not isinstance(found, Mapping) or found.keys() != expected.keys():
+        if not isinstance(returned, Mapping) or returned.keys() != expected.keys():
             raise self._failed(f"returned {what} of other names than it was given")
         for name, tensor in expected.items():
-            if not isinstance(found[name], Tensor) or found[name].shape != tensor.shape:
-                got = tuple(found[name].shape) if isinstance(found[name], Tensor) else type(found[name]).__name__
-                raise self._failed(f"returned {what} with {name} as {got}, not with the shape {tuple(tensor.shape)}")
+            value = returned[name]
+            if isinstance(value, Tensor) and value.shape == tensor.shape:
+                continue
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise self._failed(f"returned {what} with {name} as {got}, not with the shape {tuple(tensor.shape)}")
 
     def _failed(self, words: str) -> StageFailed:
         return StageFailed(f"the stage of the strategy {self._name} {words}")
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
-        """Names the strategy in an error of its code. A refused step or a lost trunk is no such error."""
+        """Names the strategy in an error of the strategy's code."""
         try:
             yield
         except Exception as error:
+            # A stage may ask for gradients elsewhere. A refused step or a lost trunk is no fault of the strategy.
             if type(error).__module__.partition(".")[0] == "fedsplit":
                 raise
             raise self._failed(f"{what}: {described(error)}") from error

@@ -1,4 +1,4 @@
-"""Terms that a strategy adds to a party's gradients: control variates, a proximal term, decay of a rank's tail.
+"""Terms of a strategy for the gradients of a party: control variates, a proximal term, decay of a rank's tail.
 
 Clients and the trunk's copies train by the same stages.
 """
@@ -21,13 +21,13 @@ def terms_of(
     device: torch.device = CPU,
     own: GradientStage | None = None,
 ) -> Stages:
-    """Returns the stages that a task asks for, in their order.
+    """Returns the stages for a task, in the order of computation.
 
     Args:
-        task: The strategy's task for a client.
-        control: The party's control variate c_i, by exported name. A missing tensor is zero.
+        task: Task of the strategy for a client.
+        control: Control variate c_i of the party, by exported name. A missing tensor is zero.
         device: Device of the party's parameters.
-        own: The strategy's own stage, which runs last.
+        own: Stage of the strategy, to run last.
 
     Example:
         >>> terms = terms_of(Task(proximal=0.5))
@@ -48,21 +48,39 @@ def terms_of(
 
 
 def moved(control: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a party's control variate after a round that changed it. A missing tensor was zero."""
+    """Returns a party's control variate after a round.
+
+    Args:
+        control: Control variate before the round. A missing tensor is zero.
+        changes: Change of the control variate in the round.
+
+    Example:
+        >>> moved({"a": torch.tensor([1.0])}, {"a": torch.tensor([2.0]), "b": torch.tensor([4.0])})
+        {'a': tensor([3.]), 'b': tensor([4.])}
+    """
     return {name: control[name] + change if name in control else change for name, change in changes.items()}
 
 
 class ControlVariates(GradientStage):
-    """SCAFFOLD's correction (1910.06378): g - c_i + c; the client's c_i becomes the mean of its raw gradients g."""
+    """SCAFFOLD's correction (1910.06378): g - c_i + c. The next c_i is the mean of the client's raw gradients g.
+
+    Example:
+        >>> stage = ControlVariates({"w": torch.tensor([0.5])}, {"w": torch.tensor([2.0])})
+        >>> stage({"w": torch.tensor([3.0])}, LocalStep({}))
+        {'w': tensor([1.5000])}
+        >>> stage.end({}).sent  # from c_i = 2 to the mean gradient 3
+        {'w': tensor([1.])}
+    """
 
     def __init__(self, server: Mapping[str, Tensor], client: Mapping[str, Tensor]) -> None:
         """Takes both control variates.
 
         Args:
-            server: The server's c, by exported name.
-            client: The client's c_i. A missing tensor is zero.
+            server: Control variate c of the server, by exported name.
+            client: Control variate c_i of the client. A missing tensor is zero.
         """
-        self._server, self._client = server, client
+        self._server = server
+        self._client = client
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
 
@@ -81,11 +99,13 @@ class ControlVariates(GradientStage):
     def end(self, parameters: Mapping[str, Tensor]) -> Outcome:
         """Sends the change c_i+ - c_i, with c_i+ the mean of the raw gradients.
 
-        Under plain SGD that mean is the paper's c_i - c + (theta_t - theta_i) / (K eta). Unlike the paper's formula it
-        has a meaning under any other optimiser, too.
+        Under plain SGD, the mean is the paper's c_i - c + (theta_t - theta_i) / (K eta). The mean has a meaning under
+        every optimiser, the paper's formula under plain SGD only.
         """
-        means = {name: total / self._steps for name, total in self._sums.items()}
-        changes = {name: mean - self._client[name] if name in self._client else mean for name, mean in means.items()}
+        changes = {}
+        for name, total in self._sums.items():
+            mean = total / self._steps
+            changes[name] = mean - self._client[name] if name in self._client else mean
         return Outcome(sent=changes)
 
 
@@ -93,30 +113,38 @@ class Proximal(GradientStage):
     """FedProx's pull (1812.06127): the gradient of mu / 2 * ||theta - theta_t||^2."""
 
     def __init__(self, mu: float) -> None:
-        """Takes the pull's strength."""
+        """Takes mu, the strength of the pull."""
         self._mu = mu
 
     def begin(self, start: RoundStart) -> None:
-        """Remembers theta_t, the round's start."""
+        """Remembers theta_t, the adapters at the start of the round."""
+        # Copies: the tensors may be the parameters themselves, which the optimiser changes in place.
         self._start = {name: tensor.detach().clone() for name, tensor in start.adapters.items()}
 
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
         """Adds mu * (theta - theta_t)."""
-        return {
-            name: gradient + self._mu * (step.parameters[name] - self._start[name])
-            for name, gradient in gradients.items()
-        }
+        pulled = {}
+        for name, gradient in gradients.items():
+            distance = step.parameters[name] - self._start[name]
+            pulled[name] = gradient + self._mu * distance
+        return pulled
 
 
 class TailDecay(GradientStage):
     """HetLoRA's decay (2401.06432): the gradient of decay * ||A_tail|| * ||B_tail||, layer by layer."""
 
     def __init__(self, tail: float, decay: float) -> None:
-        """Takes the share of the rank that is no tail, and the decay's strength."""
-        self._tail, self._decay = tail, decay
+        """Takes the settings of the decay.
+
+        Args:
+            tail: Share of the rank before the tail.
+            decay: Strength of the decay.
+        """
+        self._tail = tail
+        self._decay = decay
 
     def __call__(self, gradients: Gradients, step: LocalStep) -> Gradients:
-        """Adds the pull on both factors of each layer. A tail of zeros has no gradient, and gets none."""
+        """Adds the pull on both factors of each layer. A tail of zeros is not pulled."""
         corrected = dict(gradients)
         for name, pull in self._pulls(step.parameters).items():
             if name in corrected:
@@ -124,16 +152,20 @@ class TailDecay(GradientStage):
         return corrected
 
     def _pulls(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the gradient of the decay, for the factors of layers with a tail."""
         pulls = {}
-        for name, a in parameters.items():
-            if factor_of(name) != "A":
+        for name_a, a in parameters.items():
+            if factor_of(name_a) != "A":
                 continue
-            other = name.replace(".lora_A.", ".lora_B.")
-            b = parameters[other]
+            name_b = name_a.replace(".lora_A.", ".lora_B.")
+            b = parameters[name_b]
             sure = sure_rank(a.shape[0], self._tail)
-            norm_a, norm_b = a[sure:].norm(), b[:, sure:].norm()
-            if float(norm_a) > 0 and float(norm_b) > 0:
-                pulls[name], pulls[other] = torch.zeros_like(a), torch.zeros_like(b)
-                pulls[name][sure:] = self._decay * norm_b / norm_a * a[sure:]
-                pulls[other][:, sure:] = self._decay * norm_a / norm_b * b[:, sure:]
+            norm_a = a[sure:].norm()
+            norm_b = b[:, sure:].norm()
+            if not (float(norm_a) > 0 and float(norm_b) > 0):  # a norm has no gradient at zero
+                continue
+            pulls[name_a] = torch.zeros_like(a)
+            pulls[name_b] = torch.zeros_like(b)
+            pulls[name_a][sure:] = self._decay * norm_b / norm_a * a[sure:]
+            pulls[name_b][:, sure:] = self._decay * norm_a / norm_b * b[:, sure:]
         return pulls

@@ -22,9 +22,12 @@ from fedsplit.results.whole import open_base
 from fedsplit.tensor_files import write_tensors
 from fedsplit.updates import Adapters
 
+_COMBINED = "combined"
+"""Name of the sum among the adapters of the model."""
+
 
 def _check_headless(adapter: Adapter, tensors: Adapters) -> None:
-    """Makes sure that an adapter has no classification head. PEFT cannot combine a head, which is no pair of factors.
+    """Checks that an adapter has no classification head. A head is no pair of factors, and PEFT cannot combine heads.
 
     Raises:
         InputError: The adapter has a classification head.
@@ -35,7 +38,7 @@ def _check_headless(adapter: Adapter, tensors: Adapters) -> None:
 
 
 def _check_linear(all_adapters: Sequence[Adapters]) -> None:
-    """Makes sure that adapters have factors of equal shapes, as "linear" needs.
+    """Checks that adapters have factors of equal shapes, as "linear" needs.
 
     Raises:
         InputError: A shape differs, or an adapter lacks a factor.
@@ -43,16 +46,17 @@ def _check_linear(all_adapters: Sequence[Adapters]) -> None:
     first, *others = all_adapters
     for other in others:
         for name in sorted({*first.tensors, *other.tensors}):
-            pair = first.tensors.get(name), other.tensors.get(name)
-            if pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape:
+            left = first.tensors.get(name)
+            right = other.tensors.get(name)
+            if left is None or right is None or left.shape != right.shape:
                 raise InputError(f"linear needs adapters of the same ranks and layers; {name} differs: use cat or svd")
 
 
 def _check_combinable(adapter: Adapter, tensors: Adapters) -> None:
-    """Checks that an adapter is a LoRA, whose factors PEFT can add up.
+    """Checks that an adapter is a LoRA with factors that PEFT can add up.
 
     Raises:
-        InputError: The adapter is of another kind, or holds more than factors.
+        InputError: The adapter is of a different kind, or holds more than factors.
     """
     _check_headless(adapter, tensors)
     check_mergeable(adapter, tensors)
@@ -69,13 +73,44 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
     Args:
         adapters: Two adapters or more, of one base model.
         weights: Weight of each adapter.
-        how: "cat" stacks the factors, which is exact. "svd" is the best fit of a rank. "linear" adds the factors, and
-            the result differs from the sum of the changes.
+        how: "cat" stacks the factors, an exact sum. "svd" is the best fit of a rank. "linear" adds the factors, and the
+            result differs from the sum of the changes.
         out: Folder to write.
         rank: Rank of "svd"; None for the largest rank of the adapters.
 
     Returns:
         The largest rank of the written adapter.
+
+    Raises:
+        InputError: The adapters belong to different models, do not fit, or cannot be combined in the way of `how`.
+    """
+    all_tensors = _read_combinable(adapters, how)
+    layers = {layer for tensors in all_tensors for layer in tensors.complete}
+    model = _model_with(adapters, layers)
+    names = list(model.peft_config)
+    try:
+        model.add_weighted_adapter(names, list(weights), _COMBINED, combination_type=how, svd_rank=rank)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"the adapters cannot be combined ({reason_of(error)})") from None
+
+    factors, ranks = _trimmed(get_peft_model_state_dict(model, adapter_name=_COMBINED))
+    lost = sorted(layers ^ ranks.keys())
+    if lost:
+        raise InputError(f"the adapters cannot be combined: PEFT leaves out {lost[0]}")
+    # PEFT would write the value of the last layer for all layers.
+    is_transposed = any(layer.transposed for layer in all_tensors[0].layers.values())
+    config = _config_for(model.peft_config[_COMBINED], ranks, adapters[0].model, is_transposed)
+
+    def fill(draft: Path) -> None:
+        config.save_pretrained(str(draft))
+        write_tensors(draft / ADAPTER_FILES[1], factors)
+
+    write_folder(out, fill)
+    return max(ranks.values())
+
+
+def _read_combinable(adapters: Sequence[Adapter], how: str) -> list[Adapters]:
+    """Reads adapters, and checks that the adapters can be combined.
 
     Raises:
         InputError: The adapters belong to different models, do not fit, or cannot be combined in the way of `how`.
@@ -86,30 +121,44 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         _check_combinable(adapter, tensors)
     if how == "linear":
         _check_linear(all_tensors)
-    if any(json.loads((one.folder / ADAPTER_FILES[0]).read_text()).get("target_parameters") for one in adapters):
-        reason = "nor on routers: PEFT adds up no such factors"
-        raise InputError(f"adapters on the experts' stacked weights cannot be combined, {reason}")
+    for adapter in adapters:
+        document = json.loads((adapter.folder / ADAPTER_FILES[0]).read_text())
+        if document.get("target_parameters"):
+            reason = "nor on routers: PEFT adds up no such factors"
+            raise InputError(f"adapters on the experts' stacked weights cannot be combined, {reason}")
+    return all_tensors
 
+
+def _model_with(adapters: Sequence[Adapter], layers: Collection[str]) -> PeftModel:
+    """Returns the base model in float32, with all adapters attached under names of their order.
+
+    Args:
+        adapters: The adapters.
+        layers: Layers of all adapters.
+    """
     base = open_base(adapters[0].model_path, adapters[0].dtype).float()
     names = [f"number{index}" for index in range(len(adapters))]
     model = PeftModel.from_pretrained(base, str(adapters[0].folder), adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(str(adapter.folder), adapter_name=name)
-    layers = {layer for tensors in all_tensors for layer in tensors.complete}
     _target_alike(list(model.peft_config.values()), layers)
-    try:
-        model.add_weighted_adapter(names, list(weights), "combined", combination_type=how, svd_rank=rank)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise InputError(f"the adapters cannot be combined ({reason_of(error)})") from None
+    return model
 
-    factors, ranks = _trimmed(get_peft_model_state_dict(model, adapter_name="combined"))
-    if lost := sorted(layers ^ ranks.keys()):
-        raise InputError(f"the adapters cannot be combined: PEFT leaves out {lost[0]}")
+
+def _config_for(combined: PeftConfig, ranks: Mapping[str, int], base: str, is_transposed: bool) -> PeftConfig:
+    """Returns the configuration of the combined adapter.
+
+    Args:
+        combined: PEFT's configuration of the sum.
+        ranks: Rank of each layer after trimming.
+        base: Name of the base model, in the form of `--model`.
+        is_transposed: True for a model with transposed layers.
+    """
     largest = max(ranks.values())
-    smaller = {layer: layer_rank for layer, layer_rank in ranks.items() if layer_rank != largest}
-    name, revision = to_peft(adapters[0].model)
-    config = replace(
-        model.peft_config["combined"],
+    smaller = {layer: rank for layer, rank in ranks.items() if rank != largest}
+    name, revision = to_peft(base)
+    return replace(
+        combined,
         r=largest,
         lora_alpha=largest,  # a scaling of 1 in every layer: PEFT has put the adapters' scalings into the factors
         use_rslora=False,
@@ -118,23 +167,15 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         base_model_name_or_path=name,
         revision=revision,
         inference_mode=True,
-        # PEFT would write the answer of the last layer alone.
-        fan_in_fan_out=any(layer.transposed for layer in all_tensors[0].layers.values()),
+        fan_in_fan_out=is_transposed,
     )
-
-    def fill(draft: Path) -> None:
-        config.save_pretrained(str(draft))
-        write_tensors(draft / ADAPTER_FILES[1], factors)
-
-    write_folder(out, fill)
-    return largest
 
 
 def _target_alike(configs: Sequence[PeftConfig], layers: Collection[str]) -> None:
-    """Makes all configurations target the layers of all adapters, unless all target equal layers already.
+    """Makes all configurations target the layers of all adapters, unless the targets are equal already.
 
-    PEFT builds the sum for the layers of the first configuration, and would leave out layers that only a later adapter
-    has.
+    PEFT builds the sum for the layers of the first configuration, and would leave out the further layers of later
+    adapters.
     """
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     choices = [[getattr(config, name) for name in fields] for config in configs]
@@ -142,7 +183,8 @@ def _target_alike(configs: Sequence[PeftConfig], layers: Collection[str]) -> Non
         return
     for config in configs:
         config.target_modules = set(layers)
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        for restriction in fields[1:]:
+            setattr(config, restriction, None)
 
 
 def _trimmed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -162,7 +204,7 @@ def _trimmed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         b = tensors[b_name]
 
         is_used = (a != 0).any(1) | (b != 0).any(0)
-        rank = int(is_used.nonzero().max()) + 1 if bool(is_used.any()) else 1
+        rank = int(is_used.nonzero().max()) + 1 if bool(is_used.any()) else 1  # PEFT has no rank 0
         trimmed[a_name] = a[:rank]
         trimmed[b_name] = b[:, :rank]
         ranks[layer.removeprefix("base_model.model.")] = rank

@@ -1,4 +1,4 @@
-"""Finished runs: their folders, and the PEFT adapters in them."""
+"""Finished runs: folders of runs, and the PEFT adapters in the folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Names of the two files of a PEFT adapter."""
 
 PICKLED = "adapter_model.bin"
-"""Former name of the second file, which was a pickle and may hold code."""
+"""Former name of the second file. The file is a pickle, and may hold code."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,18 @@ class Adapter:
 
     Attributes:
         folder: The folder.
-        model: Base model, as `--model` names it.
-        dtype: Type of the base model in the run, one of `fedsplit.settings.choices.DTYPES`.
+        model: Base model, in the form of `--model`.
+        dtype: Type of the base model in the run, a name in `fedsplit.settings.choices.DTYPES`.
         name: Name of the adapter on the screen.
         cut: Cut of the run.
-        quantization: Parts of the base model that the run held in 4 or 8 bits, as in the settings.
-        classes: Names of the classes, if the run trained a classifier and recorded them.
+        quantization: Parts of the base model in 4 or 8 bits, in the form of the setting.
+        classes: Names of the classes; empty if the run trained no classifier, or recorded no names.
+
+    Example:
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
+        >>> adapter = Adapter(Path("runs/demo/adapter"), str(BUNDLED_MODEL), "fp32", name="demo")
+        >>> adapter.about_path == BUNDLED_MODEL
+        True
     """
 
     folder: Path
@@ -51,19 +57,19 @@ class Adapter:
         """Folder of the base model, fetched from the Hub if need be.
 
         Raises:
-            SettingError: There is no such model, or it cannot be fetched.
+            SettingError: The model does not exist, or cannot be fetched.
         """
-        # Not at the top: the libraries read the environment at their import, which commands set first.
+        # Not at the top: the libraries read environment variables at import, and commands set the variables first.
         from fedsplit.model.sources import weights_folder
 
         return weights_folder(Config(model=self.model, dtype=self.dtype))
 
     @property
     def about_path(self) -> Path:
-        """Folder with all files of the base model but its weights, fetched from the Hub if need be.
+        """Folder with all files of the base model except weights, fetched from the Hub if need be.
 
         Raises:
-            SettingError: There is no such model, or it cannot be fetched.
+            SettingError: The model does not exist, or cannot be fetched.
         """
         from fedsplit.model.sources import config_folder  # as in `model_path`
 
@@ -86,14 +92,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the run on the screen: the name of its folder."""
+        """Name of the run on the screen: the name of the folder."""
         return self.path.resolve().name
 
     @property
     def personal(self) -> list[int]:
         """Numbers of the clients with a personal adapter."""
-        folders = (self.path / "personal").glob("*")
-        return sorted(int(folder.name) for folder in folders if re.fullmatch(r"\d{4,}", folder.name, re.ASCII))
+        numbers = []
+        for folder in (self.path / "personal").glob("*"):
+            if re.fullmatch(r"\d{4,}", folder.name, re.ASCII):
+                numbers.append(int(folder.name))
+        return sorted(numbers)
 
     @property
     def parts(self) -> dict[str, Path]:
@@ -113,7 +122,7 @@ class Run:
             )
 
     def adapter(self, client: int | None = None) -> Adapter:
-        """Returns the adapter that all clients share, or a client's personal adapter.
+        """Returns the shared adapter of all clients, or a client's personal adapter.
 
         Args:
             client: Number of the client; None for the shared adapter.
@@ -131,16 +140,25 @@ class Run:
     def _adapter(self, folder: Path, name: str) -> Adapter:
         check_files(folder)
         config = self.config
-        return Adapter(folder, config.model, config.dtype, name, config.cut, config.quantization, self._classes())
+        return Adapter(
+            folder,
+            model=config.model,
+            dtype=config.dtype,
+            name=name,
+            cut=config.cut,
+            quantization=config.quantization,
+            classes=self._classes(),
+        )
 
     def _classes(self) -> tuple[str, ...]:
-        """Returns the names of the classes from the run's data.json; nothing if the file holds no classes."""
+        """Returns the names of the classes from the run's data.json, or nothing if the file holds no classes."""
         if self.config.data.format != "classification":
             return ()
         try:
-            return tuple(json.loads((self.path / "data.json").read_text(encoding="utf-8"))["classes"])
+            document = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
+            return tuple(document["classes"])
         except (OSError, ValueError, KeyError, TypeError):
-            return ()
+            return ()  # only messages and the merged model's labels lack the names then
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -159,16 +177,18 @@ def check_files(folder: Path) -> None:
         fedsplit.errors.InputError: nowhere is no adapter: there is no adapter_config.json in it
     """
     for name in ADAPTER_FILES:
-        if not (folder / name).is_file():
-            pickled = f" ({PICKLED} is not read, since it may hold code)" if (folder / PICKLED).is_file() else ""
-            raise InputError(f"{folder} is no adapter: there is no {name} in it{pickled}")
+        if (folder / name).is_file():
+            continue
+        has_pickle = (folder / PICKLED).is_file()
+        pickled = f" ({PICKLED} is not read, since it may hold code)" if has_pickle else ""
+        raise InputError(f"{folder} is no adapter: there is no {name} in it{pickled}")
 
 
 def open_run(path: Path) -> Run:
     """Opens the folder of a finished run.
 
     Raises:
-        InputError: There is no such folder, the folder holds no run, or the run did not end.
+        InputError: The folder does not exist or holds no run, or the run did not end.
 
     Example:
         >>> open_run(Path("nowhere"))
@@ -188,7 +208,8 @@ def open_run(path: Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError):
         rounds = 0
     if not rounds:
-        how = "goes on" if any((path / "checkpoints").glob("round-*")) else "begins it again"
+        has_checkpoint = any((path / "checkpoints").glob("round-*"))
+        how = "goes on" if has_checkpoint else "begins it again"
         raise InputError(f"the run in {path} did not end (there is no summary.json of it); --resume {path} {how}")
     if rounds < config.rounds:
         done = f"{rounds} of its {config.rounds} rounds are summed up"
@@ -198,7 +219,7 @@ def open_run(path: Path) -> Run:
 
 
 def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Checks that a summary holds the values that commands after a run show.
+    """Checks that a summary holds the values for later commands.
 
     Raises:
         InputError: A value is missing or is no number.
@@ -216,14 +237,19 @@ def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def find_adapter(path: Path, client: int | None = None) -> Adapter:
-    """Returns the adapter in a run's folder, or in a folder that PEFT or `fedsplit.adapters` wrote.
+    """Returns the adapter in a run's folder, or in a folder from PEFT or `fedsplit.adapters`.
 
     Args:
         path: The folder.
-        client: In a run: number of the client whose personal adapter to return; None for the shared adapter.
+        client: Number of the client, for a personal adapter in a run; None for the shared adapter.
 
     Raises:
         InputError: The folder does not exist or holds no adapter, or the client has no personal adapter.
+
+    Example:
+        >>> find_adapter(Path("nowhere"))
+        Traceback (most recent call last):
+        fedsplit.errors.InputError: nowhere is no folder of a run: there is no such folder
     """
     if not (path / ADAPTER_FILES[0]).is_file():
         _check_one_adapter(path)
@@ -242,7 +268,7 @@ def find_adapter(path: Path, client: int | None = None) -> Adapter:
 
 
 def _check_one_adapter(path: Path) -> None:
-    """Checks that a folder does not hold several adapters, as PEFT writes the adapters of one model.
+    """Checks that a folder does not hold several adapters. PEFT writes all adapters of a model into one folder.
 
     Raises:
         InputError: The folder holds several adapters.
@@ -253,7 +279,7 @@ def _check_one_adapter(path: Path) -> None:
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """Makes sure that adapters belong to one base model: to one folder, or to folders with equal weights.
+    """Checks that adapters belong to one base model: to one folder, or to folders with equal weights.
 
     Raises:
         InputError: The adapters belong to different base models, or were trained on different types of a base model.
@@ -271,7 +297,9 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
 def _types_of_base(adapter: Adapter) -> str:
     """Returns in words the types of the base model in an adapter's run."""
     bits = adapter.quantization
-    return f"{adapter.dtype} with {bits} bits at the cut {adapter.cut}" if bits else adapter.dtype
+    if not bits:
+        return adapter.dtype
+    return f"{adapter.dtype} with {bits} bits at the cut {adapter.cut}"  # the cut tells which blocks have the bits
 
 
 def _same_weights(left: Path, right: Path) -> bool:
@@ -284,6 +312,7 @@ def _same_weights(left: Path, right: Path) -> bool:
     right_files = {file.name: file for file in find_tensors(right).values()}
     if left_files.keys() != right_files.keys():
         return False
+    # Not shallow: equal sizes and times are no proof of equal bytes.
     return all(filecmp.cmp(file, right_files[name], shallow=False) for name, file in left_files.items())
 
 
@@ -295,15 +324,14 @@ def copy_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def as_tasks(adapters: Sequence[Adapter], names: Sequence[str] = ()) -> dict[str, Adapter]:
-    """Returns adapters by the names under which PEFT's `set_adapter` will switch between them.
+    """Returns adapters by name, for PEFT's `set_adapter`.
 
     Args:
         adapters: Adapters of one base model.
-        names: Name of each adapter. By default the names of their runs, with - for characters that PEFT refuses.
+        names: Name of each adapter. By default the names of the runs, with - for characters that PEFT refuses.
 
     Raises:
-        InputError: There are not as many names as adapters, two names are the same folder on some disk, or PEFT refuses
-            a name.
+        InputError: The number of names is wrong, two names are the same folder on some disk, or PEFT refuses a name.
 
     Example:
         >>> adapters = [Adapter(Path(folder), "gpt2", "fp32", name=folder) for folder in ("run 1", "run 2")]
@@ -314,11 +342,12 @@ def as_tasks(adapters: Sequence[Adapter], names: Sequence[str] = ()) -> dict[str
         raise InputError(f"names: {len(names)} for {len(adapters)} adapters ({', '.join(a.name for a in adapters)})")
     chosen = list(names) or [re.sub(r"[^\w-]", "-", adapter.name) for adapter in adapters]
     for name in chosen:
-        if not re.fullmatch(r"[\w-]{1,200}", name, re.ASCII) or "lora_" in name:  # PEFT's own names begin so
+        is_plain = re.fullmatch(r"[\w-]{1,200}", name, re.ASCII) is not None
+        if not is_plain or "lora_" in name:  # PEFT finds factors by the prefix
             allowed = "up to 200 letters, digits, - and _, without lora_"
             raise InputError(f"names: {shortened(name)} is not possible; allowed: {allowed}")
     folders = [name.lower() for name in chosen]  # names that differ in case only are one folder on some disks
-    doubled = [name for name, folder in zip(chosen, folders, strict=True) if folders.count(folder) > 1]
+    doubled = [name for name in chosen if folders.count(name.lower()) > 1]
     if doubled:
         raise InputError(f"names: {doubled[-1]} is there twice; give every adapter a name of its own with --names")
     return dict(zip(chosen, adapters, strict=True))

@@ -1,7 +1,7 @@
 """Checks an adapter's file against its configuration and its base model, before any command uses the adapter.
 
 PEFT only warns of a missing tensor, and is silent about a tensor without a place in the model. Both change the output
-of the model. The check asks PEFT where each tensor belongs, on a model without weights, which costs no memory.
+of the model. The check asks PEFT for the place of each tensor, on a model without weights, which costs no memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 PREFIX = "base_model.model."
-"""Beginning of every tensor name in a file that PEFT wrote."""
+"""Beginning of every tensor name in a file from PEFT."""
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
 """PEFT's names of the supported tasks. None in a configuration leaves the task open."""
@@ -59,7 +59,7 @@ def read_adapter(adapter: Adapter) -> Adapters:
     """
     try:
         adapters = run_adapters.load(adapter.folder)
-    except Exception as error:  # noqa: BLE001  # a broken file can make the libraries raise anything
+    except Exception as error:  # noqa: BLE001  # a broken file can make the libraries raise any error
         raise InputError(f"the adapter in {adapter.folder} cannot be read ({reason_of(error)})") from None
     for name, tensor in adapters.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -68,14 +68,14 @@ def read_adapter(adapter: Adapter) -> Adapters:
 
 
 def read_fitting(adapter: Adapter) -> Adapters:
-    """Reads an adapter, and checks that it is complete and fits its base model.
+    """Reads an adapter, and checks that the adapter is complete and fits the base model.
 
     Returns:
         The adapter's tensors and layers. `Layer.transposed` comes from the model, since PEFT writes a single value for
         all layers, the value of the last layer.
 
     Raises:
-        InputError: The file cannot be read; or a tensor has no place in the model, is missing, or has another shape.
+        InputError: The file cannot be read; or a tensor has no place in the model, is missing, or has a wrong shape.
         SettingError: The base model is missing.
     """
     adapters = read_adapter(adapter)
@@ -97,10 +97,10 @@ def read_fitting(adapter: Adapter) -> Adapters:
 
 
 def read_known(adapter: Adapter) -> tuple[Adapters, bool]:
-    """Reads an adapter, and checks that it fits its base model if the model is here.
+    """Reads an adapter. If the base model is on this machine, checks that the adapter fits the model.
 
     Returns:
-        The adapter, and whether its model is here. Without the model, only the file alone is checked.
+        The adapter, and True if the base model is on this machine. Without the model, only the file is checked.
 
     Raises:
         InputError: As in `read_fitting`.
@@ -113,7 +113,7 @@ def read_known(adapter: Adapter) -> tuple[Adapters, bool]:
 
 
 def leaves_base(adapter: Adapter) -> bool:
-    """Returns True if PEFT leaves the base model unchanged after attaching an adapter and taking it off again.
+    """Returns True if the base model is unchanged after PEFT has attached and detached an adapter.
 
     Some adapters hold weights of the base model, such as biases. PEFT writes such weights into the model for good.
     """
@@ -121,21 +121,23 @@ def leaves_base(adapter: Adapter) -> bool:
     if config.peft_type != "LORA":
         replaced = getattr(config, "modules_to_save", None) or ()
         return {*replaced} <= {HEAD, SCORE}
-    base_weights = {
-        name for name in read_adapter(adapter).tensors if ".lora_" not in name or ".base_layer.weight" in name
-    }
+    base_weights = set()
+    for name in read_adapter(adapter).tensors:
+        if ".lora_" not in name or ".base_layer.weight" in name:
+            base_weights.add(name)
+    # Starts such as PiSSA subtract the factors' first product from the base weights.
     keeps_base_at_start = config.init_lora_weights in adapter_files.NEUTRAL_STARTS and not config.layer_replication
     return keeps_base_at_start and base_weights <= {HEAD_WEIGHT, lora.SCORE_WEIGHT}
 
 
 def more_than_factors(adapter: Adapter) -> str:
-    """Describes an effect of an adapter beyond adding s * B @ A to layers; "" for none."""
+    """Describes an effect of an adapter beyond adding s * B @ A to layers, or returns "" without an effect."""
     config = PeftConfig.from_pretrained(str(adapter.folder))
     return adapter_files.beyond_factors(config, read_adapter(adapter).tensors)
 
 
 def classes_in(adapters: Adapters) -> int:
-    """Returns the number of classes by an adapter's classification head (C, D); 0 if the adapter predicts tokens.
+    """Returns the number of classes of an adapter's classification head (C, D), or 0 for token prediction.
 
     Example:
         >>> classes_in(Adapters({"score.weight": torch.zeros(3, 8)}, {}))
@@ -149,7 +151,7 @@ def _check_prompt(adapter: Adapter, adapters: Adapters, model_config: Pretrained
     """Checks the number and width of virtual tokens or prefixes against the configuration and the model.
 
     Raises:
-        InputError: The file holds other tensors, or tensors of another shape.
+        InputError: The file holds further tensors, or tensors of a wrong shape.
     """
     config = PeftConfig.from_pretrained(str(adapter.folder))
     kind = prompts.kind_of(adapter.folder)
@@ -159,7 +161,7 @@ def _check_prompt(adapter: Adapter, adapters: Adapters, model_config: Pretrained
 
 
 def _check_placed(adapter: Adapter, model: PreTrainedModel, path: Path, classes: int) -> None:
-    """Makes sure that each tensor of an adapter's file has a place in the model, and that no tensor is missing.
+    """Checks that each tensor of an adapter's file has a place in the model, and that no tensor is missing.
 
     Args:
         adapter: The adapter.
@@ -168,7 +170,7 @@ def _check_placed(adapter: Adapter, model: PreTrainedModel, path: Path, classes:
         classes: Number of classes of the adapter's head; 0 if the adapter predicts tokens.
 
     Raises:
-        InputError: A tensor has no place, or is missing; or PEFT cannot attach such an adapter to the model.
+        InputError: A tensor has no place, or is missing; or PEFT cannot attach the adapter to the model.
     """
     config = PeftConfig.from_pretrained(str(adapter.folder))
     if config.task_type not in TASKS:
@@ -176,17 +178,8 @@ def _check_placed(adapter: Adapter, model: PreTrainedModel, path: Path, classes:
         raise InputError(f"the adapter in {adapter.folder} does not fit the model: {reason}")
     tensors = load_tensors(adapter.folder / ADAPTER_FILES[1])
     try:
-        try:
-            placed = _placed(config, tensors, model, "meta")
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error):
-                raise
-            # A few kinds of adapters compute with the base weights at their start. Random weights do for the check.
-            random_model = empty_model(path, classes).to_empty(device="cpu")
-            for parameter in random_model.parameters():
-                parameter.data.normal_()
-            placed = _placed(config, tensors, random_model, "cpu")
-    except Exception as error:  # noqa: BLE001  # a configuration that PEFT did not write can make it raise anything
+        placed = _placed_without_weights(config, tensors, model, path, classes)
+    except Exception as error:  # noqa: BLE001  # a foreign configuration can make PEFT raise any error
         raise InputError(f"the adapter in {adapter.folder} does not fit the model ({reason_of(error)})") from None
     if placed.unexpected:
         reason = f"it has {_listed(placed.unexpected)}, for which there is no place"
@@ -196,39 +189,55 @@ def _check_placed(adapter: Adapter, model: PreTrainedModel, path: Path, classes:
         raise InputError(f"the adapter in {adapter.folder} is not whole: {reason}")
 
 
+def _placed_without_weights(
+    config: PeftConfig, tensors: Mapping[str, Tensor], model: PreTrainedModel, path: Path, classes: int
+) -> Placed:
+    """Loads an adapter's tensors into a model without weights.
+
+    Args:
+        config: PEFT configuration of the adapter.
+        tensors: Content of the adapter's file.
+        model: The base model without weights. PEFT changes the model.
+        path: Folder of the model.
+        classes: Number of classes of the adapter's head; 0 if the adapter predicts tokens.
+    """
+    try:
+        return _placed(config, tensors, model, "meta")
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+    # A few kinds of adapters compute with the base weights at the start. Random weights do for the check.
+    random_model = empty_model(path, classes).to_empty(device="cpu")
+    for parameter in random_model.parameters():
+        parameter.data.normal_()
+    return _placed(config, tensors, random_model, "cpu")
+
+
 def _placed(config: PeftConfig, tensors: Mapping[str, Tensor], model: PreTrainedModel, device: str) -> Placed:
     """Loads an adapter's tensors into a model by PEFT.
 
     Args:
         config: PEFT configuration of the adapter.
         tensors: Content of the adapter's file.
-        model: The model, which is changed.
+        model: The model. PEFT changes the model.
         device: Device of the model.
 
     Returns:
         The names left over on either side.
 
     Raises:
-        ValueError: A tensor has another shape than its place.
+        ValueError: A tensor has a wrong shape.
     """
     config = copy.deepcopy(config)
     if config.peft_type == "LORA" and isinstance(config.init_lora_weights, str):
-        # Such a start computes with the base weights, but names and shapes are those of the plain start.
+        # A start by name computes with the base weights, but has the names and shapes of the plain start.
         config.init_lora_weights = False
     with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")
         tuned = get_peft_model(model, config)
         state = tuned.state_dict()
-        saved = get_peft_model_state_dict(tuned, state_dict=state, save_embedding_layers=False)
-        # PEFT saves the same tensor objects under other names: match the two kinds of names by the objects.
-        saved_names = {id(tensor): name for name, tensor in saved.items()}
-        parameters = {name for name, _ in tuned.named_parameters(remove_duplicate=False)}
-        expected: dict[str, str] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, tensor in state.items():
-            if id(tensor) in saved_names and name in parameters:  # not buffers, which are computed and not loaded
-                expected[name] = saved_names[id(tensor)]
-                shapes[expected[name]] = tuple(tensor.shape)
+        expected = _saved_names(tuned, state)
+        shapes = {saved: tuple(state[name].shape) for name, saved in expected.items()}
         _check_shapes(shapes, tensors)
         result = set_peft_model_state_dict(tuned, dict(tensors))
 
@@ -237,8 +246,26 @@ def _placed(config: PeftConfig, tensors: Mapping[str, Tensor], model: PreTrained
     return Placed(sorted(missing), sorted(unexpected))
 
 
+def _saved_names(tuned: PeftModel, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns the name in an adapter's file for each parameter of an adapter, by the name in the model.
+
+    Args:
+        tuned: The model with the adapter.
+        state: State of the model.
+    """
+    saved = get_peft_model_state_dict(tuned, state_dict=state, save_embedding_layers=False)
+    # PEFT saves the same tensor objects under new names: match the two kinds of names by the objects.
+    saved_names = {id(tensor): name for name, tensor in saved.items()}
+    parameters = {name for name, _ in tuned.named_parameters(remove_duplicate=False)}
+    names = {}
+    for name, tensor in state.items():
+        if id(tensor) in saved_names and name in parameters:  # buffers are computed, and not loaded
+            names[name] = saved_names[id(tensor)]
+    return names
+
+
 def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """Checks the shapes of tensors. Names that are not expected are ignored.
+    """Checks the shapes of tensors. Unexpected names are ignored.
 
     Raises:
         ValueError: A tensor has a wrong shape.
@@ -249,15 +276,17 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
 
 
 def _check_names(adapter: Adapter, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """Makes sure that a file holds exactly the expected tensors.
+    """Checks that a file holds exactly the expected tensors.
 
     Raises:
-        InputError: A tensor is missing, not expected, or of a wrong shape.
+        InputError: A tensor is missing, unexpected, or of a wrong shape.
     """
     begin = f"the adapter in {adapter.folder}"
-    if extra := sorted(tensors.keys() - expected.keys()):
+    extra = sorted(tensors.keys() - expected.keys())
+    if extra:
         raise InputError(f"{begin} does not fit the model: it has {extra[0]}, for which there is no place")
-    if missing := sorted(expected.keys() - tensors.keys()):
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
         raise InputError(f"{begin} is not whole: it lacks {missing[0]}, which its {ADAPTER_FILES[0]} promises")
     try:
         _check_shapes(expected, tensors)
@@ -279,7 +308,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it lacks {str(error.args[0]).removeprefix(PREFIX)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch lists every mismatch below a first line that only says that there are some.
+    # torch lists the mismatches below a first line without any name.
     mismatches = [line for line in lines if line.startswith("size mismatch")]
-    line = (mismatches or lines or [type(error).__name__])[0]
-    return re.sub(r"torch\.Size\((\[[^]]*\])\)", r"\1", line).rstrip(".")
+    candidates = mismatches or lines or [type(error).__name__]
+    return re.sub(r"torch\.Size\((\[[^]]*\])\)", r"\1", candidates[0]).rstrip(".")

@@ -23,19 +23,20 @@ from fedsplit.updates import Adapters
 
 
 def check_initial(config: Config, family: Family, classes: int = 0) -> None:
-    """Makes sure that a run can start from the adapter that `init_adapter` names.
+    """Checks that a run can start from the adapter in the setting `init_adapter`.
 
     Args:
         config: Settings of the run.
         family: Record of the model family.
-        classes: Number of classes of a run that classifies texts; 0 for a run that predicts tokens.
+        classes: Number of classes for a classifier; 0 for a model that predicts tokens.
 
     Raises:
         InputError: The folder has no adapter, or the adapter does not fit the model or the settings.
     """
     if not config.init_adapter:
         return
-    if reason := initial_adapter.can_start(config):
+    reason = initial_adapter.can_start(config)
+    if reason:
         raise SettingError("init_adapter", config.init_adapter, f"none here, since {reason}")
     folder = Path(config.init_adapter)
     if not (folder / ADAPTER_FILES[0]).is_file():
@@ -51,7 +52,12 @@ def check_initial(config: Config, family: Family, classes: int = 0) -> None:
 
 
 def stated(config: Config) -> list[str]:
-    """Returns lines for the screen about the initial adapter; no line for a run that starts from the seed alone."""
+    """Returns lines for the screen about the initial adapter. A run that starts from the seed alone has no line.
+
+    Example:
+        >>> stated(Config())
+        []
+    """
     if not config.init_adapter:
         return []
     outline = _outline(config)
@@ -60,7 +66,7 @@ def stated(config: Config) -> list[str]:
 
 
 def _outline(config: Config) -> Adapters | None:
-    """Returns the adapter that a run trains, without values; None if its shapes depend on the base weights."""
+    """Returns the run's adapter without values, or None if the adapter's shapes depend on the base weights."""
     if config.prompt.kind != "off":
         return None
     try:
@@ -70,9 +76,9 @@ def _outline(config: Config) -> Adapters | None:
 
 
 def _check_kind(config: Config, family: Family) -> None:
-    """Makes sure that the initial adapter is of the kind that the run trains.
+    """Checks that the initial adapter is of the same kind as the run's adapter.
 
-    A LoRA may differ in rank and scaling, which can be changed. For any further kind, every field must be equal.
+    A LoRA may differ in rank and scaling, since both can be changed. For any further kind, every field must be equal.
 
     Raises:
         SettingError: The adapter is of a different kind.
@@ -80,7 +86,8 @@ def _check_kind(config: Config, family: Family) -> None:
     folder = Path(config.init_adapter)
     method = method_of(config.lora)
     if config.prompt.kind == "off" and method.factors:
-        if more := initial_adapter.more_than_factors(config):
+        more = initial_adapter.more_than_factors(config)
+        if more:
             words = "one that adds s * B @ A to layers, and does nothing else, as the run's adapters do"
             raise SettingError("init_adapter", f"{folder} ({more})", words)
         return
@@ -92,7 +99,7 @@ def _check_kind(config: Config, family: Family) -> None:
 
 
 def _check_head(config: Config, stored: Adapters, classes: int) -> None:
-    """Makes sure that the initial adapter has a head of the run's number of classes, on the base weight of the model.
+    """Checks that the initial adapter has a head of the run's number of classes, on the base weight of the model.
 
     Raises:
         SettingError: The adapter has a different head, or lacks a head.
@@ -115,12 +122,12 @@ def _tells(classes: int) -> str:
 
 
 def _check_layers(config: Config, initial: Adapters, outline: Adapters) -> None:
-    """Makes sure that the initial adapter has exactly the layers that the run trains.
+    """Checks that the initial adapter has exactly the layers of the run's adapter.
 
     Args:
         config: Settings of the run.
         initial: The initial adapter.
-        outline: The adapter that the run trains, without values.
+        outline: The run's adapter, without values.
 
     Raises:
         SettingError: The layers differ, or a rank cannot be changed.
@@ -139,7 +146,7 @@ def _check_layers(config: Config, initial: Adapters, outline: Adapters) -> None:
 
 
 def _check_shapes(folder: str, resized: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Makes sure that tensors have the shapes of the tensors that the run trains.
+    """Checks that tensors have the shapes of the run's adapter.
 
     Raises:
         SettingError: A shape differs, since `resized` could not change the rank.
@@ -153,10 +160,12 @@ def _check_shapes(folder: str, resized: Mapping[str, Tensor], expected: Mapping[
 
 
 def _resizing(initial: Adapters, outline: Adapters) -> str:
-    """Describes how the ranks of the initial adapter change; "" if no rank changes."""
-    changes = {(initial.rank(name), outline.rank(name)) for name in outline.layers}
-    changed = sorted((old, new) for old, new in changes if old != new)
-    if not changed:
-        return ""
-    words = [f"{old} {'cut' if old > new else 'filled with zeros'} to {new}" for old, new in changed]
-    return f"; ranks: {', '.join(words)}"
+    """Describes the changes of the initial adapter's ranks, or returns "" without a change."""
+    ranks = {(initial.rank(name), outline.rank(name)) for name in outline.layers}
+    words = []
+    for old, new in sorted(ranks):
+        if old > new:
+            words.append(f"{old} cut to {new}")
+        elif old < new:
+            words.append(f"{old} filled with zeros to {new}")
+    return f"; ranks: {', '.join(words)}" if words else ""

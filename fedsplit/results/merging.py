@@ -1,10 +1,10 @@
-"""Merges an adapter into its base model's weights, takes it out again, and combines several adapters.
+"""Merges an adapter into the weights of the base model, and restores the base model from a merged model.
 
-A merged folder is an ordinary model. It also holds the merged adapter and a record, so that `unmerge` can subtract the
-adapter. The sum is computed in float64 and rounded once to float32. So the restored weights differ from the base by one
-rounding at most, and not at all if the base has a narrower type.
+A merged folder is an ordinary model. The folder also holds the merged adapter and a record, so that `unmerge` can
+subtract the adapter. The sum is computed in float64 and rounded once to float32. So the restored weights differ from
+the base by one rounding at most, and not at all if the base has a narrower type.
 
-An adapter with a classification head makes a classifier of sequences, which has no head for tokens. The base's head for
+An adapter with a classification head makes a classifier of sequences without a head for tokens. The base's head for
 tokens is kept beside the adapter.
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 RECORD = "merged.json"
-"""File of a merged folder that records the merge."""
+"""File of a merged folder with the record of the merge."""
 
 MERGED = "merged_adapter"
 """Subfolder of a merged folder with the adapter."""
@@ -49,7 +49,7 @@ BASE_HEAD = "base_head.safetensors"
 """File beside the merged adapter with the base's head, if the adapter replaced an untied head."""
 
 GENERATION = "generation_config.json"
-"""File with a model's settings for generation. Its end tokens win over the end tokens of config.json."""
+"""File with a model's settings for generation. The end tokens in the file win over the end tokens of config.json."""
 
 _NAMED = ("pad_token_id", "id2label", "label2id")
 """Keys of config.json in which a classifier differs from its base."""
@@ -70,7 +70,7 @@ def check_mergeable(adapter: Adapter, tensors: Adapters) -> None:
 
 
 def _untie(model: PreTrainedModel, changes: Adapters) -> bool:
-    """Gives the head a copy of the weight that it shares with the embedding, if an adapter changes the head.
+    """Gives a tied head a copy of the embedding's weight, if an adapter changes the head.
 
     Returns:
         True if head and embedding were separated.
@@ -107,7 +107,7 @@ def _add(model: PreTrainedModel, adapters: Adapters, sign: float) -> None:
         weight = model.get_submodule(layer).weight
         change = adapters.change(layer)
         dense = change.up @ change.down
-        if adapters.layers[layer].transposed:
+        if adapters.layers[layer].transposed:  # transformers' Conv1D holds (in, out)
             dense = dense.T
         weight.copy_(weight.double() + sign * dense)
     for layer in adapters.stacked:
@@ -117,7 +117,7 @@ def _add(model: PreTrainedModel, adapters: Adapters, sign: float) -> None:
 
 
 def _token_head(adapter: Adapter, classifier: PreTrainedModel) -> Tensor | None:
-    """Reads the base's head for tokens (V, D) from the checkpoint, since a classifier does not load this head.
+    """Reads the base's head for tokens (V, D) from the checkpoint, since a classifier does not load the head.
 
     Returns:
         The head, in the type of the adapter's run; None if the head is tied to the embedding, or does not exist.
@@ -132,7 +132,7 @@ def _token_head(adapter: Adapter, classifier: PreTrainedModel) -> Tensor | None:
 
 @torch.no_grad()
 def _set_classifier(model: PreTrainedModel, weight: Tensor, names: Sequence[str]) -> None:
-    """Gives a classifier the head (C, D) of an adapter, and the names of its classes if they are known."""
+    """Gives a classifier the head (C, D) of an adapter, and the names of the classes if known."""
     model.score.weight = nn.Parameter(weight.to(model.score.weight.dtype))
     if len(names) == len(weight):
         model.config.id2label = dict(enumerate(names))
@@ -140,16 +140,27 @@ def _set_classifier(model: PreTrainedModel, weight: Tensor, names: Sequence[str]
 
 
 def _type_of(weights: Iterable[Tensor]) -> str:
-    """Returns the name of the narrowest type that holds all weights without rounding."""
+    """Returns the name of the narrowest type that holds all weights without rounding.
+
+    Example:
+        >>> _type_of([torch.tensor([0.5, 2.0])]), _type_of([torch.tensor([0.1])])
+        ('bfloat16', 'float32')
+    """
     all_weights = list(weights)
     for name, dtype in _NARROW.items():
-        if all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in all_weights):
+        if all(_is_exact(weight, dtype) for weight in all_weights):
             return name
     return "float32"
 
 
+def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Returns True if a type holds all values of a weight without rounding."""
+    narrowed = weight.to(dtype)
+    return torch.equal(weight, narrowed.to(weight.dtype))
+
+
 def _base_weights(model: PreTrainedModel, head: Tensor | None) -> Iterable[Tensor]:
-    """Yields the weights of the base: all weights of the opened model but a classification head, and the given head."""
+    """Yields the weights of the base: the given head, and the opened model's weights except a classifier's head."""
     for name, weight in model.named_parameters():
         if name != SCORE_WEIGHT:
             yield weight
@@ -175,7 +186,7 @@ def _are_as_merged(folder: Path, weights: Mapping[str, str]) -> bool:
     """
     try:
         are_unchanged = _digests(folder / name for name in weights) == weights
-        # A file that was added later may be loaded in place of the merged weights.
+        # transformers may load a later file in place of the merged weights.
         are_loaded = {file.name for file in find_tensors(folder).values()} == weights.keys()
         return are_unchanged and are_loaded
     except (OSError, ValueError):
@@ -186,7 +197,7 @@ def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Saves a model, with the tokenizer of a source folder."""
     model.save_pretrained(folder)
     files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern)]
-    if not (folder / GENERATION).exists():  # as for a classifier; the file names the end tokens
+    if not (folder / GENERATION).exists():  # transformers writes no such file for a classifier
         files.append(source / GENERATION)
     for file in files:
         if file.is_file():
@@ -194,11 +205,11 @@ def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
 
 
 def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
-    """Writes the base model with an adapter added to its weights.
+    """Writes the base model with an adapter added to the weights.
 
     Args:
-        adapter: The adapter. An adapter with a classification head makes a classifier, which
-            `AutoModelForSequenceClassification` opens.
+        adapter: The adapter. An adapter with a classification head makes a classifier for
+            `AutoModelForSequenceClassification`.
         out: Folder to write.
         dtype: Type of the weights. A narrower type than fp32 rounds a part of the change away.
 
@@ -216,7 +227,7 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     base_type = _type_of(_base_weights(base, base_head))
 
     was_tied = bool(changes.layers) and not classes and _untie(base, changes)
-    if not changes.layers:
+    if not changes.layers:  # a kind of adapter that only PEFT can add
         base = merged(base, adapter)
     else:
         _add(base, changes, 1.0)
@@ -227,19 +238,25 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     base.to(TYPES[dtype])
     _check_finite(base, dtype)
 
+    record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": was_tied}
+    if classes:
+        record |= {"classes": classes, "named": _base_settings(adapter.model_path)}
+
     def fill(draft: Path) -> None:
         _save(base, adapter.model_path, draft)
         copy_adapter(adapter, draft / MERGED)
         if base_head is not None and not was_tied:
             write_tensors(draft / MERGED / BASE_HEAD, {HEAD_WEIGHT: base_head})
-        record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": was_tied}
-        if classes:
-            record |= {"classes": classes, "named": _base_settings(adapter.model_path)}
-        record |= {"dtype": dtype, "weights": _digests({*find_tensors(draft).values()})}
-        (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _write_record(draft, {**record, "dtype": dtype})
 
     write_folder(out, fill)
     return classes
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes the record of a merged folder, with the sha256 of the weights."""
+    document = {**record, "weights": _digests({*find_tensors(folder).values()})}
+    (folder / RECORD).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_finite(model: PreTrainedModel, dtype: str) -> None:
@@ -254,7 +271,7 @@ def _check_finite(model: PreTrainedModel, dtype: str) -> None:
 
 
 def _base_settings(folder: Path) -> dict[str, Any]:
-    """Returns the keys of a base's config.json that `merge` overwrites for a classifier."""
+    """Returns the values in a base's config.json that `merge` overwrites for a classifier."""
     document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {name: document[name] for name in _NAMED if name in document}
 
@@ -277,7 +294,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Reads the record of a merged folder.
 
     Raises:
-        InputError: The folder holds no merged model, or its weights have changed since.
+        InputError: The folder holds no merged model, or the weights have changed since the merge.
+
+    Example:
+        >>> read_record(Path("nowhere"))
+        Traceback (most recent call last):
+        fedsplit.errors.InputError: nowhere is no merged model: there is no merged.json that can be read in it
     """
     adapter = folder / MERGED
     try:
@@ -303,8 +325,8 @@ def unmerge(folder: Path, out: Path) -> str:
         The name of the type of the base's weights.
 
     Raises:
-        InputError: The folder holds no merged model, its weights have changed since, or its adapter does more than add
-            to weights.
+        InputError: The folder holds no merged model, the weights have changed since the merge, or the adapter does more
+            than add to weights.
     """
     record = read_record(folder)
     adapter = Adapter(folder / MERGED, str(folder), "fp32", MERGED)
@@ -323,7 +345,7 @@ def unmerge(folder: Path, out: Path) -> str:
     if record.get("classes"):
         _without_classes(model.config, record["named"])
 
-    # Weights that were merged in 16 bits have lost digits: what remains of the base needs float32.
+    # A merge in 16 bits has rounded the sum. The sum without the adapter then fits no 16-bit type.
     base_type = str(record["base_type"]) if record["dtype"] == "fp32" else "float32"
     model.to(_NARROW.get(base_type, torch.float32))
     write_folder(out, lambda draft: _save(model, folder, draft))

@@ -40,13 +40,13 @@ def open_base(
 
     Args:
         model_path: Folder of the model.
-        dtype: Type of the weights, one of `fedsplit.settings.choices.DTYPES`.
+        dtype: Type of the weights, a name in `fedsplit.settings.choices.DTYPES`.
         device: Device of the model.
         classes: Number of classes, for a classifier of sequences with the run's initial head; 0 for a causal LM.
-        seed: Seed of the run, from which the initial head is drawn.
+        seed: Seed of the run, for the initial head.
 
     Raises:
-        SettingError: The folder holds no model, or a broken one.
+        SettingError: The folder holds no model, or a broken model.
 
     Example:
         >>> from fedsplit.settings.config import BUNDLED_MODEL
@@ -69,7 +69,7 @@ def restore_head(base: PreTrainedModel, seed: int) -> None:
 
 
 def check_same_head(adapters: Mapping[Path, Adapters]) -> int:
-    """Makes sure that one base model with one head suits several adapters.
+    """Checks that one base model with one head suits several adapters.
 
     Args:
         adapters: Tensors of each adapter, by folder.
@@ -79,6 +79,10 @@ def check_same_head(adapters: Mapping[Path, Adapters]) -> int:
 
     Raises:
         InputError: The adapters have different numbers of classes.
+
+    Example:
+        >>> check_same_head({Path("a"): Adapters({"score.weight": torch.zeros(3, 8)}, {})})
+        3
     """
     by_folder = {folder: classes_in(tensors) for folder, tensors in adapters.items()}
     (first, classes), *others = by_folder.items()
@@ -96,12 +100,12 @@ def _task(classes: int) -> str:
 def open_held(
     adapter: Adapter, device: torch.device = CPU, dense: bool = False, classes: int = 0, seed: int = 0
 ) -> PreTrainedModel:
-    """Opens the base model of an adapter's run, with the parts quantised that the run quantised.
+    """Opens the base model of an adapter's run. The same parts are quantised as in the run.
 
     Args:
         adapter: The adapter.
         device: Device of the model.
-        dense: If true, quantised weights are decoded to the run's type, so that an adapter can be added to them.
+        dense: True to decode quantised weights to the run's type, so that an adapter can be added to the weights.
         classes: As in `open_base`.
         seed: As in `open_base`.
 
@@ -109,13 +113,16 @@ def open_held(
         SettingError: As in `open_base`; or the model has fewer blocks than the run's cut, or cannot be quantised here.
     """
     run = Config(cut=adapter.cut, quantization=adapter.quantization, dtype=adapter.dtype, device=str(device))
-    if run.bits:
-        if run.bounds[1] > read_facts(adapter.model_path).blocks:
-            needed = f"a model that can be cut as that of {adapter.folder} was, {adapter.cut}"
-            raise SettingError("model", adapter.model, needed)
-        check_quantization(run)
+    if not run.bits:
+        return open_base(adapter.model_path, adapter.dtype, device, classes, seed)
+
+    _, high = run.bounds
+    if high > read_facts(adapter.model_path).blocks:
+        needed = f"a model that can be cut as that of {adapter.folder} was, {adapter.cut}"
+        raise SettingError("model", adapter.model, needed)
+    check_quantization(run)
     base = open_base(adapter.model_path, adapter.dtype, device, classes, seed)
-    return quantize_unsplit(base, run.bounds, run.bits, device, dense) if run.bits else base
+    return quantize_unsplit(base, run.bounds, run.bits, device, dense)
 
 
 def attach(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
@@ -126,7 +133,7 @@ def attach(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """
     read_fitting(adapter)
     with warnings.catch_warnings():
-        # PEFT warns of tensors that the file lacks. Tensors that are drawn from a seed need not be in the file.
+        # PEFT warns of missing tensors, but `read_fitting` has checked: only tensors drawn from a seed may be missing.
         warnings.simplefilter("ignore")
         try:
             return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
@@ -137,8 +144,8 @@ def attach(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
 def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     """Merges an adapter of any kind into a base model's weights by PEFT, and returns the model. The base is changed.
 
-    PEFT does not always refuse an adapter that it cannot merge. So the merged model is compared with the attached
-    adapter on a few tokens.
+    PEFT does not refuse every adapter that cannot be merged. So the merged model is compared with the attached adapter
+    on a few tokens.
 
     Raises:
         InputError: The adapter does not fit the model, or cannot be merged.
@@ -163,7 +170,8 @@ def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         _tie_if_equal(result)
 
     names = {name for name, _ in result.named_parameters()}
-    if extra := sorted(names - base_names - {HEAD_WEIGHT}):
+    extra = sorted(names - base_names - {HEAD_WEIGHT})
+    if extra:
         raise InputError(f"{begin}: PEFT leaves {extra[0]}, which is no weight of the model")
     if not _agree(_probe(result), expected):
         raise InputError(f"{begin}: the model merged by PEFT does not compute the same as with the adapter attached")
@@ -172,7 +180,7 @@ def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel | PeftModel) -> Tensor:
-    """Returns a model's logits for the first and last few tokens of its vocabulary."""
+    """Returns a model's logits for the first and last few tokens of the vocabulary."""
     size = model.get_input_embeddings().weight.shape[0]
     first = torch.arange(min(8, size))
     last = torch.arange(max(0, size - 8), size)
@@ -184,7 +192,8 @@ def _probe(model: PreTrainedModel | PeftModel) -> Tensor:
 def _agree(found: Tensor, expected: Tensor) -> bool:
     """Returns True if two results differ by rounding alone."""
     largest = max(1.0, float(expected.abs().max()))
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=1e-3 * largest)
+    tolerance = 1e-3 * largest  # relative to the largest logit: small logits are differences of large numbers
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=tolerance)
 
 
 def _unwrapped(module: nn.Module) -> Any:
@@ -196,7 +205,7 @@ def _unwrapped(module: nn.Module) -> Any:
 
 
 def _untie(base: PreTrainedModel) -> bool:
-    """Gives the head a copy of a weight that it shares with the embedding, so that PEFT merges both separately.
+    """Gives a tied head a copy of the embedding's weight, so that PEFT merges both separately.
 
     Returns:
         True if head and embedding shared a weight.
@@ -222,7 +231,7 @@ def _tie_if_equal(model: PreTrainedModel) -> None:
 
 
 def detach(model: PeftModel) -> PreTrainedModel:
-    """Takes the adapter off a model that `attach` returned, and returns the base model.
+    """Takes the adapter off a result of `attach`, and returns the base model.
 
     See `fedsplit.results.fitting.leaves_base` for adapters that change the base model for good.
     """
@@ -230,7 +239,7 @@ def detach(model: PeftModel) -> PreTrainedModel:
     if model.active_peft_config.is_prompt_learning:
         return base
 
-    # PEFT's `unload` leaves a head that was trained whole, or its wrapper, in place: put the original heads back.
+    # PEFT's `unload` leaves a trained head, or the wrapper of the head, in the model: put the original heads back.
     original_heads = {}
     for name in (HEAD, SCORE):
         if hasattr(base, name):
@@ -253,7 +262,7 @@ def score(
         model: A model of transformers, with or without an adapter, computing in the type of its weights. A classifier's
             `pad_token_id` must be the token that pads the sequences.
         batches: Batches of sequences. Every predicted token has equal weight.
-        metrics: Metrics by name; None for none.
+        metrics: Metrics by name; None for no metrics.
     """
     dtype = next(model.parameters()).dtype
     device = device_of(model)
@@ -261,25 +270,37 @@ def score(
     for batch in batches:
         rows = batch.to(device)
         mask = {} if rows.mask is None else {"attention_mask": rows.mask}
+        # Adapters are in float32 whatever the base weights are in.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=rows.ids, **mask).logits
 
         labels = rows.labels
         if labels.ndim > 1:
-            # Each token predicts the next token. Logits of virtual tokens, which precede the text, are cut off.
+            # Each token predicts the next token. The logits of virtual tokens before the text are cut off.
             logits = logits[:, -labels.shape[1] : -1]
             labels = labels[:, 1:]
-        sums = measure(metrics, logits.float(), labels) if metrics else {}
-        logits = logits.flatten(0, -2)
-        labels = labels.flatten()
-        is_predicted = labels != IGNORED
-        if not bool(is_predicted.all()):
-            logits = logits[is_predicted]
-            labels = labels[is_predicted]
-
-        # Summed in float64: a float32 sum over many tokens would lose digits.
-        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-        nats = float(losses.double().sum())
-        right = int((logits.argmax(-1) == labels).sum())
-        total += Score(nats, labels.numel(), right, sums)
+        total += _score_of(logits, labels, metrics or {})
     return total
+
+
+def _score_of(logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric]) -> Score:
+    """Returns the score of a batch.
+
+    Args:
+        logits: (B, T, V), aligned with the labels; (B, C) for a classifier.
+        labels: Tokens (B, T), `IGNORED` for positions without a prediction; classes (B,) for a classifier.
+        metrics: Metrics by name.
+    """
+    sums = measure(metrics, logits.float(), labels) if metrics else {}
+    logits = logits.flatten(0, -2)
+    labels = labels.flatten()
+    is_predicted = labels != IGNORED
+    if not bool(is_predicted.all()):  # the copy of the logits is as large as the logits
+        logits = logits[is_predicted]
+        labels = labels[is_predicted]
+
+    # Summed in float64: a float32 sum over many tokens would lose digits.
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    nats = float(losses.double().sum())
+    right = int((logits.argmax(-1) == labels).sum())
+    return Score(nats, labels.numel(), right, sums)

@@ -39,6 +39,7 @@ from fedsplit.settings.validators import (
     CUT,
     DEVICE,
     FOLDER,
+    FRACTION,
     MOST,
     MOST_AT_ONCE,
     NAMES,
@@ -130,7 +131,7 @@ class Config:
     keep_best: bool = setting(False, YES_OR_NO, "leave the adapter of the best round, not of the last")
     fraction: float = setting(
         1.0,
-        Validator("a number above 0, up to 1", lambda v: 0 < v <= 1),
+        FRACTION,
         "share of the clients that train in a round; the seed decides which",
     )
     weights: str = setting("examples", one_of(WEIGHTS), "weight of a client when adapters are averaged")

@@ -25,6 +25,7 @@ from fedsplit.settings.parsing import parse_memory
 from fedsplit.settings.validators import (
     ANYTHING,
     FIELDS,
+    FRACTION,
     MEMORY,
     MOST,
     MOST_AT_ONCE,
@@ -229,6 +230,13 @@ class EvalSettings:
         "number of these sequences that are measured right after the client's steps, too, to report what the client "
         "forgets",
     )
+    fraction: float = setting(
+        1.0,
+        FRACTION,
+        "share of the clients that measure; they are drawn from the seed once, so that the losses of all rounds are "
+        "those of the same clients",
+    )
+    every: int = setting(1, at_least(1, MOST), "rounds from one evaluation to the next; the last round has one, too")
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ RANKS = Validator("whole numbers from 1 to 1024, separated by commas, or a file 
 
 COEFFICIENT = Validator("a number of at least 0, or -1 for what config.json says", _is_coefficient)
 
+FRACTION = Validator("a number above 0, up to 1", lambda v: 0 < v <= 1)
 SHARES = Validator("parts among bottom,trunk,top", _are_parts)
 
 FIELDS = Validator("a JSON object of fields, or a .json file that holds one", lambda v: True)

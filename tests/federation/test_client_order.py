@@ -11,7 +11,9 @@ from fedsplit.settings.documents import build
 
 
 def order(round: int = 1, clients: object = range(8), **values: Any) -> list[list[int]]:
-    return groups_of(build({name.replace("__", "."): value for name, value in values.items()}), round, clients)
+    return groups_of(
+        build({name.replace("__", "."): value for name, value in values.items()}), round, clients, lambda _: 1
+    )
 
 
 def test_all_train_at_once_in_an_order_that_is_drawn_anew_each_round() -> None:
@@ -43,3 +45,18 @@ def test_turns_are_taken_where_the_order_decides_and_only_if_asked(schedule: str
     values = {"trunk.schedule": schedule, "trunk.every": every}
     assert takes_turns(build(values | {"deterministic": True})) is turns
     assert not takes_turns(build(values))
+
+
+def test_the_longest_begin_where_processes_play_and_no_order_is_promised() -> None:
+    def begin(**values: Any) -> list[int]:
+        steps = [3, 9, 3, 5]
+        groups = groups_of(
+            build({name.replace("__", "."): v for name, v in values.items()}), 1, range(4), steps.__getitem__
+        )
+        return [client for group in groups for client in group]
+
+    drawn = begin(engine="local")
+    assert begin() == sorted(drawn, key=[3, 9, 3, 5].__getitem__, reverse=True)
+    assert begin()[:2] == [1, 3] and drawn[:2] != [1, 3]
+    assert begin(deterministic=True) == drawn
+    assert begin(trunk__order="cyclic") == [0, 1, 2, 3]

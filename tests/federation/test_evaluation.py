@@ -16,6 +16,7 @@ from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Answer, Evaluate, Failure, Request, measured, serialised_bytes
 from fedsplit.lowrank import LowRank
 from fedsplit.scores import Score
+from fedsplit.settings.documents import build
 
 
 def answer(request: Request, **metrics: Any) -> Answer:
@@ -92,3 +93,26 @@ def test_the_accuracy_of_a_classifier_keeps_its_first_value(tmp_path: Path) -> N
     event = evaluation.event_of(parties, state, 1, found).to_document()
     assert event["accuracy"] == 1.0 and "perplexity" not in event
     assert event["clients"] == {"ann": 1.0, "bob": 2.0, "cid": 3.0}
+
+
+def test_a_share_of_the_clients_measures_the_same_in_every_round(tmp_path: Path) -> None:
+    parties, state = gather(answer, tmp_path)
+    config = replace(parties.config, eval=replace(parties.config.eval, fraction=0.7))
+    parties = replace(parties, config=config)
+    asked = parties.clients.asked  # type: ignore[attr-defined]
+    for round in (1, 2, 3):
+        evaluation.evaluate(parties, state, round, {}, Attempt())
+    measuring = evaluation.clients_that_measure(config)
+    assert len(measuring) == 2 and [one.client for one in asked] == measuring * 3
+    traffic = state.totals.traffic
+    assert traffic["evaluation_adapter_down"] == 6 * serialised_bytes(state.adapters.tensors)
+    assert state.measured == 3
+
+
+def test_the_seed_draws_who_measures() -> None:
+    drawn = {
+        tuple(evaluation.clients_that_measure(build({"clients": 100, "eval.fraction": 0.05, "seed": seed})))
+        for seed in range(5)
+    }
+    assert len(drawn) == 5 and {len(clients) for clients in drawn} == {5}
+    assert evaluation.clients_that_measure(build({"clients": 3, "eval.fraction": 0.01})) != []

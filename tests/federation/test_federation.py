@@ -615,6 +615,27 @@ def test_events_are_logged_by_round_and_client(config: Config, tmp_path: Path, m
     assert events[-1]["perplexity"] == pytest.approx(math.exp(events[-1]["loss"]))
 
 
+def test_fewer_evaluations_by_fewer_clients_change_no_adapter(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last round is measured in any case, and a round without a measurement has no loss on the screen."""
+    config = replace(config, rounds=3)
+    federate(config, tmp_path / "all", FedAvg(), monkeypatch)
+    sparse = replace(config, eval=replace(config.eval, every=2, fraction=0.4))
+    federation, sink = federate(sparse, tmp_path / "few", FedAvg(), monkeypatch)
+    whole, few = final_adapter(tmp_path / "all"), final_adapter(tmp_path / "few")
+    assert all(torch.equal(tensor, few[name]) for name, tensor in whole.items())
+
+    events = [json.loads(line) for line in (tmp_path / "few" / "metrics.jsonl").read_text().splitlines()]
+    measured = [event for event in events if event["event"] == "evaluate"]
+    assert [event["round"] for event in measured] == [0, 2, 3]
+    assert len({tuple(event["clients"]) for event in measured}) == 1 and len(measured[0]["clients"]) == 1
+    assert federation.summary is not None
+    assert (federation.summary["eval_round"], federation.summary["eval_clients"]) == (3, 1)
+    lines = [line for line in sink.lines if line.startswith("round ")]
+    assert ["held-out loss" in line for line in lines] == [True, False, True, True]
+
+
 class Killed(Exception):
     """The end of a process."""
 

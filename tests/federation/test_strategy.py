@@ -85,6 +85,13 @@ def test_what_is_not_there_is_named(tmp_path: Path, spec: str, options: dict, me
         ),
         ("normclip", {"around": "flora"}, {"lora.method": "ia3"}, "^strategy: normclip .* no pairs of factors A and B"),
         ("flora", {}, {"dtype": "bf16"}, "^dtype: bf16 is not possible; allowed: fp32 under the strategy flora"),
+        (
+            "flora",
+            {},
+            {"eval.fraction": 0.5},
+            "^eval.fraction: 0.5 is not possible; allowed: 1 under the strategy flora",
+        ),
+        ("flora", {}, {"eval.every": 2}, "^eval.every: 2 is not possible; allowed: 1 under the strategy flora"),
         ("krum", {"malicious": 1}, {"clients": 4}, "^clients: 4 is not possible; allowed: 5 and more in a round"),
         ("krum", {}, {"clients": 8, "fraction": 0.25}, "^clients: 2 in a round is not possible; allowed: 3 and more"),
         ("multikrum", {"keep": 7}, {"clients": 6}, "^clients: 6 is not possible; allowed: 7 and more"),

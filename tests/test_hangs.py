@@ -61,7 +61,7 @@ CASES = {
     "strategy in the run": (
         ("--strategy", "mine.py:Strategy", "--strategy.until", "2", "--timeout", "5"),
         "the strategy, which aggregates the updates of a round, has not returned for 5 seconds; the last checkpoint is "
-        "run/checkpoints/round-0001: python -m fedsplit.simulate --resume run goes on",
+        "run/checkpoints/round-0002: python -m fedsplit.simulate --resume run goes on",
     ),
     "objective in its trial": (
         ("--objective", "mine.py:slow", "--startup-deadline", "3"),
@@ -73,7 +73,8 @@ CASES = {
     ),
     "objective": (
         ("--objective", "mine.py:Objective", "--timeout", "5"),
-        "client 2 has not returned for 5 seconds",
+        "client 2 has not returned for 5 seconds; the last checkpoint is "
+        "run/checkpoints/round-0001: python -m fedsplit.simulate --resume run goes on",
     ),
     "objective in a thread": (
         (

@@ -203,7 +203,7 @@ def check_content(path: Path, config: Config, content: manifest.Content) -> None
     """
     newest = newest_checkpoint(path, config.keep_best).newest
     if newest is not None:
-        manifest.check_content(newest.manifest, content, config, path)
+        manifest.check_content(newest.manifest, content, config, path, newest.folder)
 
 
 def notes_on(search: Search) -> list[str]:

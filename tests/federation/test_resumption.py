@@ -329,7 +329,8 @@ def test_code_of_the_users_that_was_edited_is_named(
     check_content(folder.path, going(folder, 5), content())
     Path("mine.py").write_text("one = 2")
     words = (
-        rf"^{setting}: mine\.py \(edited since\) is not possible; allowed: the code with which the run in .* round 2$"
+        rf"^{setting}: mine\.py \(edited since\) is not possible; allowed: the code with which the run in .* round 2; "
+        rf"with other code begin another run: --init-adapter {folder.path}/checkpoints/round-0002$"
     )
     with pytest.raises(SettingError, match=words):
         check_content(folder.path, going(folder, 5), content())

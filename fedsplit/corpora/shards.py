@@ -1,4 +1,4 @@
-"""The data of one client: its sequences, its file on the client's disk, and the order of its training batches.
+"""The data of one client: sequences, the file on the client's disk, and the order of training batches.
 
 Shapes: n sequences of at most T tokens.
 """
@@ -47,7 +47,7 @@ class Shard:
 
 
 def _tensors(rows: Sequences) -> dict[str, Tensor]:
-    """Returns sequences as tensors by name; `_sequences` is the inverse.
+    """Returns sequences as tensors by name. `_sequences` is the inverse.
 
     Labels that equal the tokens, and lengths of sequences without padding, are left out.
     """
@@ -60,7 +60,7 @@ def _tensors(rows: Sequences) -> dict[str, Tensor]:
 
 
 def _sequences(tensors: Mapping[str, Tensor]) -> Sequences:
-    """Returns sequences from the tensors that `_tensors` made."""
+    """Returns sequences from a result of `_tensors`."""
     return Sequences(tensors["ids"], tensors.get("labels", tensors["ids"]), tensors.get("lengths"))
 
 
@@ -73,7 +73,7 @@ def _path(root: Path, client: int) -> Path:
 
 
 def write_shard(root: Path, client: int, shard: Shard) -> None:
-    """Writes a client's data to its disk.
+    """Writes a client's data to the client's disk.
 
     Args:
         root: Folder of the clients' disks.
@@ -94,7 +94,7 @@ def write_shard(root: Path, client: int, shard: Shard) -> None:
 
 
 def read_shard(root: Path, client: int) -> Shard:
-    """Reads a client's data from its disk.
+    """Reads a client's data from the client's disk.
 
     The file is mapped into memory, so that only the sequences in use take up memory.
 
@@ -103,7 +103,7 @@ def read_shard(root: Path, client: int) -> Shard:
         client: Number of the client.
 
     Raises:
-        LostState: The client has no data on its disk.
+        LostState: The client's disk has no data.
     """
     path = _path(root, client)
     if not path.exists():
@@ -115,7 +115,7 @@ def read_shard(root: Path, client: int) -> Shard:
 
 
 def remove_left(root: Path) -> int:
-    """Removes the data of clients that a killed command left on their disks.
+    """Removes the data that a killed command left on the clients' disks.
 
     Args:
         root: Folder of the clients' disks.
@@ -133,7 +133,10 @@ def remove_left(root: Path) -> int:
             return 1
         if not folder.is_dir():
             return 0
-        clients = {re.sub(r"\D", "", path.name.partition(".safetensors")[0]) for path in folder.iterdir()}
+        clients = set()
+        for path in folder.iterdir():
+            stem, _, _ = path.name.partition(".safetensors")  # a file that was being written has a longer name
+            clients.add(re.sub(r"\D", "", stem))
         shutil.rmtree(folder)
         with contextlib.suppress(OSError):  # the folder also holds state that clients keep for longer
             root.rmdir()
@@ -208,7 +211,7 @@ def steps_of_epoch(count: int, size: int) -> int:
 def batch_of_epoch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
     """Returns the batch of a training step if training is measured in whole passes (`--train.epochs`).
 
-    Unlike `batch`, no batch crosses the end of a pass, so that each pass trains each sequence exactly once.
+    Unlike in `batch`, no batch crosses the end of a pass, so that each pass trains each sequence exactly once.
 
     Args:
         blocks: Sequences, or token ids (n, T).
@@ -245,4 +248,5 @@ def spread(blocks: Rows, most: int) -> Rows:
     """
     if len(blocks) <= most:
         return blocks
-    return blocks[[index * len(blocks) // most for index in range(most)]]
+    places = [index * len(blocks) // most for index in range(most)]
+    return blocks[places]

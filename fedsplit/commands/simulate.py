@@ -49,9 +49,12 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy
         InputErrors: Several settings are wrong. Settings are reported together, then what the data show.
     """
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    facts, strategy, measures = _check_settings(config, objects, folder)
-    partition = _check_code_and_data(config, objects, facts, strategy)
-    _check_with_data(config, facts, measures, partition)
+    watchdog = Watchdog(config.startup_deadline)
+    with watchdog.guarding("the user's code that the settings name"):
+        facts, strategy, measures = _check_settings(config, objects, folder)
+    partition = _check_code_and_data(config, objects, facts, strategy, watchdog)
+    with watchdog.guarding("the objective or a metric, in its trial,"):
+        _check_with_data(config, facts, measures, partition)
 
     from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.sources import weights_folder
@@ -156,7 +159,9 @@ def _make_strategy(config: Config, objects: Objects) -> AnyStrategy:
     return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
 
-def _check_code_and_data(config: Config, objects: Objects, facts: Facts, strategy: AnyStrategy) -> Partition:
+def _check_code_and_data(
+    config: Config, objects: Objects, facts: Facts, strategy: AnyStrategy, watchdog: Watchdog
+) -> Partition:
     """Tries the user's strategy and the adapter method, and reads the data.
 
     Args:
@@ -164,6 +169,7 @@ def _check_code_and_data(config: Config, objects: Objects, facts: Facts, strateg
         objects: Objects in place of names in the settings.
         facts: Facts about the model.
         strategy: The strategy.
+        watchdog: Ends the wait for a strategy or a data set that hangs.
 
     Returns:
         The data of all clients.
@@ -178,15 +184,14 @@ def _check_code_and_data(config: Config, objects: Objects, facts: Facts, strateg
     from fedsplit.federation.strategy import is_builtin
 
     collector = ErrorCollector()
-    watchdog = Watchdog(config.startup_deadline)
     if not is_builtin(strategy):
-        with collector.collecting(), watchdog.looking(), watchdog.doing("the strategy, in its trial round,"):
+        with collector.collecting(), watchdog.guarding("the strategy, in its trial round,"):
             # Each rehearsal makes its strategies anew: a trial round may leave state in the object.
             rehearse(lambda: _make_strategy(config, objects), config)
     if config.lora.method != "lora" or config.lora.options:
         with collector.collecting():
             check_injection(config, facts.family)
-    with collector.collecting(), watchdog.looking(), watchdog.doing("the data set"):
+    with collector.collecting(), watchdog.guarding("the data set"):
         partition = partition_of(config)
     collector.check()
     return partition
@@ -270,10 +275,12 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
         check_content(folder, config, content)
     facts = read_facts(model_folder)
     config, shares = _decide(config, facts)
-    users = [*make_sinks(config.sinks, config.sink_options), *sinks]
+    watchdog = Watchdog(config.timeout)
+    with watchdog.guarding("a sink of the user's, as it is made,"):
+        users = [*make_sinks(config.sinks, config.sink_options), *sinks]
     with (
-        advised(lambda: how_to_go_on(folder)),
-        Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit,
+        advised(lambda: how_to_go_on(folder), after_error=lambda: how_to_go_on(folder, only_from_checkpoint=True)),
+        Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users, watchdog) as emit,
     ):
         for line in _opening(config, facts, shares, partition):
             emit(Notice(text=line))
@@ -282,7 +289,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(partition))
             work = workloads(config, partition.shards)
-            job = Job(config, strategy, work, results, emit, started, Watchdog(config.timeout))
+            job = Job(config, strategy, work, results, emit, started, watchdog)
             federation = Federation(job, session, shares.client_threads)
             with on_disks(results.clients, partition.shards):
                 del partition  # from here on, each client's data is on its disk alone
@@ -325,7 +332,7 @@ def _opening(config: Config, facts: Facts, shares: Plan, partition: Partition) -
 
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
     return [
-        f"{config.clients} clients in {shares.workers} processes; "
+        f"{config.clients} clients in {shares.workers} {'process' if shares.workers == 1 else 'processes'}; "
         f"threads: {shares.client_threads} each, trunk {shares.trunk_lanes} x {shares.trunk_threads}; "
         f"micro-batches: {shares.micro_batches}",
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "

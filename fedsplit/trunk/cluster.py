@@ -11,9 +11,10 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
-from ray._private import utils
+from ray._private import utils, worker
 from ray.job_config import JobConfig
 from torch import Tensor
 
@@ -38,6 +39,10 @@ _LONGEST_INNER = "/fs-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/so
 
 _LONGEST_PLACE = _LONGEST_PATH - len(_LONGEST_INNER)
 """Longest path of the folder for temporary files, in bytes."""
+
+
+_LOST_PROCESS = ("A worker died or was killed while executing a task", "The node with node id")
+"""Beginnings of Ray's lines about a process that is gone."""
 
 
 class ClusterFailed(Exception):
@@ -106,7 +111,8 @@ def running(workers: int) -> Iterator[None]:
             if threading.current_thread() is threading.main_thread() and on_terminate is not None:
                 signal.signal(signal.SIGTERM, on_terminate)
             send_tensors_as_arrays()
-            yield
+            with _without_lost_workers():
+                yield
         finally:
             if ray.is_initialized():
                 ray.shutdown()
@@ -146,6 +152,29 @@ def _start(workers: int, folder: Path) -> None:
         )
     except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
         raise ClusterFailed(f"Ray does not start: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_lost_workers() -> Iterator[None]:
+    """Keeps Ray from showing long lines about processes that died: the run says in its own words what was lost.
+
+    Everything else that Ray has to say is still shown, such as that memory is short.
+    """
+    show = getattr(worker, "print_to_stdstream", None)
+    if show is None:  # another version of Ray, which may show these lines
+        yield
+        return
+
+    def show_others(data: dict[str, Any], *rest: Any, **named: Any) -> None:
+        lines = [line for line in data["lines"] if not line.startswith(_LOST_PROCESS)]
+        if lines:
+            show({**data, "lines": lines}, *rest, **named)
+
+    worker.print_to_stdstream = show_others
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = show
 
 
 def send_tensors_as_arrays() -> None:

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -245,7 +246,7 @@ def make(
         return found(**{**fitting_defaults, **options})
     except SettingError:
         raise
-    except Exception as error:  # a user's class may raise anything
+    except (Exception, SystemExit) as error:  # a user's class may raise anything
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         # A message such as "mu must not be negative" begins with the option at fault.
         option = next((name for name in options if what.startswith(f"{name} ")), None)
@@ -289,7 +290,10 @@ def check_options(kind: Kind, spec: str, options: Mapping[str, Any], setting: st
 
 
 def described(error: BaseException) -> str:
-    """Returns an error of a user's code in one line: class, message, and the file and line that raised the error.
+    """Returns an error of a user's code in one line: class, message, and the last file and line of the user's.
+
+    A library that the user's code calls may have raised the error. An error that fedsplit raised itself, as the code
+    returned an impossible value, has no place.
 
     Example:
         >>> try:
@@ -298,7 +302,19 @@ def described(error: BaseException) -> str:
         ...     described(error).partition(" (")[0]
         "KeyError: 'rate'"
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    users = [frame for frame in frames if not _is_of_library(frame.filename)] or frames
+    place = f" ({Path(users[-1].filename).name}, line {users[-1].lineno})" if users else ""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}{place}"
+
+
+def _is_ours(file: str) -> bool:
+    """Returns True for a file of the package fedsplit."""
+    return Path(fedsplit.__file__).parent in Path(file).parents
+
+
+def _is_of_library(file: str) -> bool:
+    """Returns True for a file of an installed package or of Python itself."""
+    homes = {Path(place) for name, place in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")}
+    return not homes.isdisjoint(Path(file).parents)

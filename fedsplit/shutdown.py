@@ -90,11 +90,12 @@ def cleaned_up(cleanup: Callable[[], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def advised(advice: Callable[[], str]) -> Iterator[None]:
-    """Adds advice to the line that is shown if a signal ends the command inside the context.
+def advised(advice: Callable[[], str], after_error: Callable[[], str] | None = None) -> Iterator[None]:
+    """Adds advice to the line that is shown if a signal or an error ends the command inside the context.
 
     Args:
         advice: Returns what the user can do next. It is called once the signal has come. The innermost context counts.
+        after_error: Returns the same after an error, whose note it becomes; empty where nothing is to be said.
 
     Example:
         >>> with contextlib.suppress(Stopped), advised(lambda: "nothing is saved yet"):
@@ -107,6 +108,8 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
         stopped = error if isinstance(error, Stopped) else _heard
         if stopped is not None:
             stopped.advice = stopped.advice or advice()
+        elif after_error is not None and (words := after_error()):
+            error.add_note(words)
         raise
     finally:
         _advice.remove(advice)

@@ -52,17 +52,28 @@ class Watchdog:
 
     @contextlib.contextmanager
     def doing(self, work: str) -> Iterator[None]:
-        """Watches a piece of work.
+        """Watches a piece of work. Work within other work is watched by itself, and is a sign of life of the other.
 
         Args:
             work: Name of the work, for the message.
         """
+        before, self._work = self._work, work
         self._since = self._clock()
-        self._work = work
         try:
             yield
         finally:
-            self._work = ""
+            self._since = self._clock()
+            self._work = before
+
+    @contextlib.contextmanager
+    def guarding(self, work: str) -> Iterator[None]:
+        """Watches a piece of work, and looks at it from within the main thread.
+
+        Args:
+            work: Name of the work, for the message.
+        """
+        with self.looking(), self.doing(work):
+            yield
 
     def beat(self) -> None:
         """Notes that the work goes on."""
@@ -92,10 +103,11 @@ class Watchdog:
         def look(number: int, frame: FrameType | None) -> None:
             self.check()
 
-        before = signal.signal(signal.SIGALRM, look)
-        signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS, LOOK_SECONDS)
+        handler = signal.signal(signal.SIGALRM, look)
+        timer = signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS, LOOK_SECONDS)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_REAL, 0.0)  # no signal may come between the two handlers
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, *timer)

@@ -31,6 +31,15 @@ class Strategy(FedAvg):
         return super().aggregate(state, adapters, updates)
 
 
+def slow(logits, labels):
+    time.sleep(600)
+
+
+class Slow:
+    def __init__(self):
+        time.sleep(600)
+
+
 class Objective:
     calls = 0
 
@@ -51,11 +60,21 @@ CASES = {
     ),
     "strategy in the run": (
         ("--strategy", "mine.py:Strategy", "--strategy.until", "2", "--timeout", "5"),
-        "the strategy, which aggregates the updates of a round, has not returned for 5 seconds",
+        "the strategy, which aggregates the updates of a round, has not returned for 5 seconds; the last checkpoint is "
+        "run/checkpoints/round-0002: python -m fedsplit.simulate --resume run goes on",
+    ),
+    "objective in its trial": (
+        ("--objective", "mine.py:slow", "--startup-deadline", "3"),
+        "the objective or a metric, in its trial, has not returned for 3 seconds",
+    ),
+    "class that is made": (
+        ("--metric", "mine.py:Slow", "--startup-deadline", "3"),
+        "the user's code that the settings name has not returned for 3 seconds",
     ),
     "objective": (
         ("--objective", "mine.py:Objective", "--timeout", "5"),
-        "client 2 has not returned for 5 seconds",
+        "client 2 has not returned for 5 seconds; the last checkpoint is "
+        "run/checkpoints/round-0001: python -m fedsplit.simulate --resume run goes on",
     ),
     "objective in a thread": (
         (

@@ -77,3 +77,21 @@ def test_an_error_is_described_in_one_line_with_its_place(file: Path) -> None:
     with pytest.raises(ValueError, match="two") as caught:
         find(THING, f"{file}:rule")(None, None)
     assert described(caught.value) == "ValueError: two lines (mine.py, line 2)"
+
+
+def test_the_place_of_an_error_is_in_the_users_code_whoever_raised_it(file: Path) -> None:
+    file.write_text("import json\ndef rule(logits, labels):\n    return json.loads('{')\n")
+    with pytest.raises(ValueError, match="Expecting") as caught:
+        find(THING, f"{file}:rule")(None, None)
+    assert described(caught.value).endswith(" (mine.py, line 3)")
+    with pytest.raises(SettingError) as ours:
+        find(THING, "other")
+    assert described(SettingError("a", 1, "2").with_traceback(ours.tb.tb_next)) == "SettingError: " + str(
+        SettingError("a", 1, "2")
+    )
+
+
+def test_a_class_that_would_end_the_program_is_named(file: Path) -> None:
+    file.write_text("class Mine:\n    def __init__(self):\n        raise SystemExit(3)\n")
+    with pytest.raises(SettingError, match=r"^thing: .*mine\.py:Mine is not possible; allowed: .* \(SystemExit: 3\)$"):
+        make(THING, f"{file}:Mine", {}, {})

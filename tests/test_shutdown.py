@@ -120,7 +120,7 @@ def test_a_closed_terminal_is_ignored_under_nohup(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.splitlines()[1:]) == (0, ["goes on"])
 
 
-def test_advice_is_that_of_the_innermost_context_and_for_signals_alone() -> None:
+def test_advice_is_that_of_the_innermost_context() -> None:
     with pytest.raises(Stopped) as caught, advised(lambda: "outer"), advised(lambda: "inner"):
         raise Stopped(signal.SIGTERM)
     assert caught.value.reason == "stopped; inner"
@@ -128,6 +128,18 @@ def test_advice_is_that_of_the_innermost_context_and_for_signals_alone() -> None
     with pytest.raises(KeyError), advised(lambda: asked.append("in vain") or ""):
         raise KeyError
     assert asked == []
+
+
+def test_an_error_has_advice_of_its_own() -> None:
+    with pytest.raises(KeyError) as caught, advised(lambda: "stopped", after_error=lambda: "go on"):
+        raise KeyError
+    assert caught.value.__notes__ == ["go on"]
+    with pytest.raises(KeyError) as caught, advised(lambda: "stopped", after_error=lambda: ""):
+        raise KeyError
+    assert not hasattr(caught.value, "__notes__")
+    with pytest.raises(Stopped) as stopped, advised(lambda: "inner", after_error=lambda: "go on"):
+        raise Stopped(signal.SIGTERM)
+    assert stopped.value.reason == "stopped; inner"
 
 
 @pytest.mark.parametrize("wait", list(WAITS))

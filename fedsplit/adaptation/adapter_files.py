@@ -32,34 +32,23 @@ def save(
     seed: int = 0,
     head: str = "frozen",
 ) -> None:
-    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
+    """Writes an adapter for `PeftModel.from_pretrained` on the unsplit model.
 
-    Changes that were folded into base weights are added to the factors, whose rank grows by the rank of the change.
+    Changes that were folded into base weights are added to the factors. The rank of the factors grows by the rank of
+    the change.
 
     Args:
         directory: Folder to write to. It is created if needed.
         adapters: Adapters by exported name, and the folded changes.
         settings: Method, rank, alpha, dropout and targets.
         family: Record of the model family.
-        base: Name of the base model, as in the setting `model`.
+        base: Name of the base model, in the form of the setting `model`.
         blocks: Numbers of the adapted blocks of the unsplit model; None for all.
         seed: Seed of the run.
-        head: How the head was trained, one of `fedsplit.settings.choices.HEADS`.
+        head: Training of the head, a name in `fedsplit.settings.choices.HEADS`.
     """
-    config = make_config(settings, family, blocks, seed, head)
-    if method_of(settings).residual:
-        config.init_lora_weights = True  # the factors contain what training took out of the base
+    config = _file_config(adapters, settings, family, blocks, seed, head)
     config.base_model_name_or_path, config.revision = to_peft(base)
-    config.inference_mode = True
-    if blocks is not None and getattr(config, "target_parameters", None):
-        adapted = [adapters.weight_name(layer) for layer in adapters.layers]
-        present = [path for path in config.target_parameters if any(name.endswith(f".{path}") for name in adapted)]
-        config.target_parameters = present or None
-    if SCORE_WEIGHT in adapters.tensors:
-        config.task_type = "SEQ_CLS"
-        config.modules_to_save = [SCORE]
-
-    # A layer of another rank than the configuration's gets an entry in the patterns, with a scaling of 1.
     tensors = dict(adapters.tensors)
     for layer in adapters.complete:
         change = adapters.change(layer)
@@ -67,6 +56,7 @@ def save(
             change = change + adapters.folded[layer].to(change.up.dtype)
         elif change.rank == settings.top_rank:
             continue
+        # A layer with a different rank from the configuration's gets an entry in the patterns, with a scaling of 1.
         key = pattern_name(layer, config)
         config.rank_pattern[key] = change.rank
         config.alpha_pattern[key] = change.rank**0.5 if settings.rslora else change.rank
@@ -75,6 +65,30 @@ def save(
     config.save_pretrained(str(directory))
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _file_config(
+    adapters: Adapters,
+    settings: LoraSettings,
+    family: Family,
+    blocks: Sequence[int] | None,
+    seed: int,
+    head: str,
+) -> PeftConfig:
+    """Returns PEFT's configuration for a file. For the arguments see `save`."""
+    config = make_config(settings, family, blocks, seed, head)
+    config.inference_mode = True
+    if method_of(settings).residual:
+        config.init_lora_weights = True  # the factors contain the part that training took out of the base
+    if blocks is not None and getattr(config, "target_parameters", None):
+        # PEFT fails on a parameter that no block has, and a part may have no block with experts.
+        adapted = [adapters.weight_name(layer) for layer in adapters.layers]
+        present = [path for path in config.target_parameters if any(name.endswith(f".{path}") for name in adapted)]
+        config.target_parameters = present or None
+    if SCORE_WEIGHT in adapters.tensors:
+        config.task_type = "SEQ_CLS"
+        config.modules_to_save = [SCORE]
+    return config
 
 
 def pattern_name(layer: str, config: PeftConfig) -> str:
@@ -92,11 +106,11 @@ _UNDERSTOOD = frozenset(
         *("modules_to_save", "init_lora_weights", "fan_in_fan_out"),
     }
 )
-"""Fields of PEFT's LoraConfig that select the layers which get s * B @ A, or set s, and do nothing more."""
+"""Fields of PEFT's LoraConfig without an effect beyond s * B @ A: the fields select layers, or set s."""
 
 
 NEUTRAL_STARTS = (True, False, "gaussian", "orthogonal")
-"""Values of `init_lora_weights` that leave the base weights as they are."""
+"""Values of `init_lora_weights` that leave the base weights unchanged."""
 
 
 def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
@@ -107,7 +121,7 @@ def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
         names: Names of the adapter's tensors.
 
     Returns:
-        A description of the effect; "" for none.
+        A description of the effect; "" without an effect.
 
     Example:
         >>> beyond_factors(LoraConfig(use_dora=True), [])
@@ -135,14 +149,14 @@ def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
 
 
 def load(directory: Path, skipped: Collection[str] = ()) -> Adapters:
-    """Reads an adapter of the unsplit model that `save` or PEFT wrote.
+    """Reads an adapter of the unsplit model, written by `save` or PEFT.
 
-    Folded changes are in the factors. Every layer has the alpha for its rank. If the adapter does more than add
+    Folded changes are in the factors. Every layer has the alpha for the layer's rank. If the adapter does more than add
     s * B @ A (see `beyond_factors`), the result has tensors and no layers.
 
     Args:
         directory: Folder of the adapter.
-        skipped: Names of tensors that are left out, as if the file did not have them.
+        skipped: Names of tensors to leave out.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Compares two finished runs: the settings in which they differ, and the distance between their adapters."""
+"""Compares two finished runs: the differing settings, and the distance between the adapters."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def distance(first: LowRank, second: LowRank) -> Distance:
         >>> round(distance(ones, ones.times(3.0)).relative, 6)
         2.0
     """
-    return Distance(first.norm(), second.norm(), (first - second).norm(), first.inner(second))
+    difference = first - second
+    return Distance(first.norm(), second.norm(), difference.norm(), first.inner(second))
 
 
 def distances(first: Adapters, second: Adapters) -> dict[str, Distance]:
@@ -111,6 +112,11 @@ def tensor_distances(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
     """Returns the distance between tensors of equal name and shape.
 
     Different tensors do not mean different adapters: both may change the weights alike.
+
+    Example:
+        >>> import torch
+        >>> tensor_distances({"head": torch.tensor([3.0])}, {"head": torch.tensor([4.0])})["head"].apart
+        1.0
     """
     by_name = {}
     for name, tensor in first.items():
@@ -119,9 +125,12 @@ def tensor_distances(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
             continue
         a = tensor.double()
         b = other.double()
-        apart = float((a - b).norm())
-        inner = float((a * b).sum())
-        by_name[name] = Distance(float(a.norm()), float(b.norm()), apart, inner)
+        by_name[name] = Distance(
+            first=float(a.norm()),
+            second=float(b.norm()),
+            apart=float((a - b).norm()),
+            inner=float((a * b).sum()),
+        )
     return by_name
 
 

@@ -20,7 +20,7 @@ from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
 
 HEAD_BASE = f"{HEAD}.base_layer.weight"
-"""Base weight of the head, which PEFT writes beside an adapter on the head. A run reads it from the checkpoint."""
+"""Name of the head's base weight, which PEFT writes beside an adapter on the head. A run reads the checkpoint's."""
 
 
 def place(part: Part, config: Config) -> None:
@@ -43,8 +43,7 @@ def read(config: Config, part: Part | None = None) -> Adapters:
 
     Args:
         config: Settings of the run.
-        part: Part of the model, any of the three. Its configuration has the sizes of past keys and values; None for
-            adapters other than prompts.
+        part: Any part of the model, for the sizes of past keys and values; None for adapters other than prompts.
 
     Returns:
         The whole model's adapter by exported name, at the ranks of the file.
@@ -63,11 +62,11 @@ def resized(start: Adapters, made: Adapters) -> dict[str, Tensor]:
     """Returns an adapter at the ranks and scalings of a second adapter.
 
     A larger rank is truncated, and a smaller rank padded with zeros. B is multiplied by the ratio of the scalings, so
-    that s * B @ A keeps every term that remains. At equal ranks and scalings, every value stays to the bit.
+    that s * B @ A keeps every remaining term. At equal ranks and scalings, every value stays to the bit.
 
     Args:
         start: The adapter.
-        made: Adapter that has the ranks and scalings to take on.
+        made: The second adapter, with the wanted ranks and scalings.
 
     Example:
         A layer of rank 1 with alpha 4 becomes one of rank 2 with alpha 2: a quarter of the scaling, four times B.
@@ -93,13 +92,18 @@ def resized(start: Adapters, made: Adapters) -> dict[str, Tensor]:
 
 
 def more_than_factors(config: Config) -> str:
-    """Describes an effect of the initial adapter beyond adding s * B @ A to layers; "" for none."""
+    """Describes an effect of the initial adapter beyond adding s * B @ A to layers, or returns "" without an effect."""
     filed = PeftConfig.from_pretrained(config.init_adapter)
     return adapter_files.beyond_factors(filed, read(config).tensors)
 
 
 def can_start(config: Config) -> str:
-    """Returns the reason why adapters of a run's kind cannot start from a file; "" if they can."""
+    """Returns the reason why adapters of a run's kind cannot start from a file, or "" if they can.
+
+    Example:
+        >>> can_start(Config())
+        ''
+    """
     method = method_of(config.lora)
     if method.residual:
         return f"{config.lora.method} starts from the base weights themselves"

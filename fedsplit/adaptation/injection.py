@@ -1,4 +1,4 @@
-"""Injects PEFT adapters into the layers of a part: PEFT's configuration, and initial values that no cut changes."""
+"""Injects PEFT adapters into the layers of a part: PEFT's configuration, and initial values independent of the cut."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
-"""PEFT's name of a part's adapter. A part has a single one."""
+"""PEFT's name of the single adapter of a part."""
 
 
 def make_config(
@@ -41,17 +41,17 @@ def make_config(
     seed: int = 0,
     head: str = "frozen",
 ) -> PeftConfig:
-    """Returns PEFT's configuration of the adapters that settings ask for.
+    """Returns PEFT's configuration of adapters by settings.
 
     Args:
         settings: Method, rank, alpha, dropout, targets and further fields.
         family: Record of the model family.
         blocks: Numbers of the adapted blocks of the unsplit model; None for all.
-        seed: Seed of the run. Values that are drawn and not trained follow from it.
-        head: Training of the head, one of `fedsplit.settings.choices.HEADS`; "frozen" for a part without a head.
+        seed: Seed of the run, for values that are drawn and not trained.
+        head: Training of the head, a name in `fedsplit.settings.choices.HEADS`; "frozen" for a part without a head.
 
     Raises:
-        SettingError: A further field does not exist for this method, or has an impossible value.
+        SettingError: A further field does not exist for the method, or has an impossible value.
 
     Example:
         >>> from fedsplit.model.families import FAMILIES
@@ -81,7 +81,7 @@ def make_config(
 
 
 def _refused(settings: LoraSettings, error: Exception) -> SettingError:
-    """Converts an error of PEFT's to an error of one line."""
+    """Converts an error from PEFT to an error of one line."""
     reason = " ".join(str(error).split()) or type(error).__name__
     allowed = f"what PEFT takes ({reason})"
     if settings.options:
@@ -94,12 +94,12 @@ def _adapted_layers(
 ) -> dict[str, Any]:
     """Returns the fields of PEFT's configuration that select the adapted layers."""
     is_for_norms = method_of(settings).norms
-    names_feedforward = "feedforward_modules" in known  # as IA3 does
+    names_feedforward = "feedforward_modules" in known  # IA3 has the field
     chosen = settings.targets or (family.norms if is_for_norms else family.targets)
     names = [name for name in chosen if name not in family.parameters]
     if head == "lora":
         has_blocks = blocks is None or len(blocks) > 0
-        names = [*(names if has_blocks else []), HEAD]
+        names = [*names, HEAD] if has_blocks else [HEAD]
     where: dict[str, Any] = {"modules_to_save": [HEAD]} if head == "full" else {}
 
     asked = family.asked(chosen)
@@ -142,13 +142,13 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def inject(part: Part | PreTrainedModel, config: PeftConfig, seed: int) -> None:
-    """Injects adapters into a part, in place, and freezes all parameters but the adapters'.
+    """Injects adapters into a part, in place, and freezes all parameters except the adapters' parameters.
 
     The random values of a layer depend only on the seed and the layer's name in the unsplit model, so that all clients
     have equal values under every cut.
 
     Args:
-        part: A part, or an unsplit model. Its base weights must be frozen already.
+        part: A part, or an unsplit model, with frozen base weights.
         config: PEFT's configuration.
         seed: Seed of the run.
 
@@ -170,7 +170,7 @@ def inject(part: Part | PreTrainedModel, config: PeftConfig, seed: int) -> None:
 
 
 def exported(name: str) -> str:
-    """Returns the name that PEFT gives an adapter's parameter in a file.
+    """Returns PEFT's name of an adapter's parameter in a file.
 
     Example:
         >>> exported("transformer.h.0.attn.c_attn.lora_A.default.weight")
@@ -189,7 +189,7 @@ def check_injection(config: Config, family: Family) -> None:
         family: Record of the model family.
 
     Raises:
-        SettingError: A layer does not suit the adapters, for example since a block size does not divide its size.
+        SettingError: A layer does not suit the adapters, for example if a block size does not divide the layer's size.
     """
     if method_of(config.lora).residual:
         _check_rank(config, family)
@@ -200,18 +200,19 @@ def check_injection(config: Config, family: Family) -> None:
     except (ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise _refused(config.lora, error) from None
     except (NotImplementedError, RuntimeError):
-        return  # this method reads the weights, which are not loaded yet
+        return  # the method reads the weights, and no weight is loaded yet
 
 
 def _check_rank(config: Config, family: Family) -> None:
     """Checks that every adapted weight can be factorised at the rank of the run.
 
     Raises:
-        SettingError: A weight has fewer rows or columns than the rank. PEFT would give that layer a smaller rank, and
+        SettingError: A weight has fewer rows or columns than the rank. PEFT would give the layer a smaller rank, and
             the parties would not fit together.
     """
     rank = config.lora.top_rank
-    plain = make_config(dataclasses.replace(config.lora, method="lora", options=""), family, seed=config.seed)
+    plain_settings = dataclasses.replace(config.lora, method="lora", options="")
+    plain = make_config(plain_settings, family, seed=config.seed)  # without any read of weights
     with torch.device("meta"):
         model = empty_model(config_folder(config.model))
         inject(model, plain, config.seed)

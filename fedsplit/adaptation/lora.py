@@ -39,7 +39,7 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
     """PEFT's LoRA layer with a faster forward, `fedsplit.model.kernels.lora_linear`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or args or kwargs:
+        if self.disable_adapters or self.merged or args or kwargs:  # PEFT's special cases keep PEFT's code
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
         weight = base.weight if self.fan_in_fan_out else base.weight.t()
@@ -60,7 +60,7 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
 
 
 def _fuse(part: Part) -> None:
-    """Replaces the forward of a part's LoRA layers by the faster one."""
+    """Replaces the forward of a part's LoRA layers by the faster forward."""
     for module in part.modules():
         # Subclasses and variants, such as an adapter of the embedding, keep the library's code.
         if type(module) is Linear and not module.lora_variant:
@@ -68,10 +68,10 @@ def _fuse(part: Part) -> None:
 
 
 def _settle_ranks(part: Part) -> None:
-    """Restores the ranks by which AdaLoRA's layers divide to frozen float32 constants.
+    """Makes the divisors of AdaLoRA's layers (the ranks) frozen float32 constants again.
 
-    For a base in 16 bits or on a GPU, PEFT moves the ranks to the base's type or device, and thereby makes trainable
-    parameters of them. An adapter that is opened again has the constants, since no file of PEFT has the ranks.
+    For a base in 16 bits or on a GPU, PEFT moves the ranks to the base's type or device, and thereby makes the ranks
+    trainable parameters. A reopened adapter has the constants, since no file of PEFT has the ranks.
     """
     for module in part.modules():
         if isinstance(module, AdaLoraLayer):
@@ -97,7 +97,7 @@ def fresh_score(shape: Sequence[int], spread: float, seed: int) -> Tensor:
 
 def spread_of(config: PretrainedConfig) -> float:
     """Returns the standard deviation of a model's new heads, from the library's configuration."""
-    for key in ("initializer_range", "init_std"):  # OPT has the second
+    for key in ("initializer_range", "init_std"):  # OPT has `init_std`
         spread = getattr(config, key, None)
         if spread:
             return float(spread)
@@ -111,11 +111,11 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
     equal values under every cut. LoRA's B starts at zero, except for methods that start from the base weight.
 
     Args:
-        part: The part. Its base weights must be frozen already.
+        part: The part, with frozen base weights.
         settings: Method, rank, alpha, dropout and targets.
         seed: Seed of the run.
-        head: Training of the top's head, one of `choices.HEADS`. An embedding that is tied to the head does not
-            change: "lora" adds to the output of the shared weight, and "full" trains a copy of the weight.
+        head: Training of the top's head, a name in `choices.HEADS`. A tied embedding does not change: "lora" adds to
+            the output of the shared weight, and "full" trains a copy of the weight.
 
     Example:
         >>> from fedsplit.settings.config import BUNDLED_MODEL
@@ -127,20 +127,10 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
     """
     if part.kind != "top":
         head = "frozen"
-    parameters_asked = part.family.asked(settings.targets)
-    asks_for_modules = not settings.targets or len(settings.targets) > len(parameters_asked)
-    # Only blocks with routers have parameters that can be asked for. PEFT fails if it finds nothing to adapt.
-    has_adapted_blocks = bool(part.blocks) and (asks_for_modules or bool(part.routers))
-    if has_adapted_blocks or head == "lora":
-        config = make_config(settings, part.family, seed=seed, head="lora" if head == "lora" else "frozen")
-        if not part.routers and "target_parameters" in vars(config):
-            config.target_parameters = None
-        inject(part, config, seed)
-        _settle_ranks(part)
-        part.adapter = trained_names(part)
+    _inject(part, settings, seed, head)
     if hasattr(part, SCORE):
         _add_score(part, seed)
-        part.score.requires_grad_(True)  # PEFT froze everything but the adapters
+        part.score.requires_grad_(True)  # PEFT has frozen all parameters except the adapters'
         part.adapter |= {SCORE_WEIGHT}
     if head == "full":
         part.lm_head = WholeHead(part.lm_head)
@@ -156,14 +146,31 @@ def add(part: Part, settings: LoraSettings, seed: int, head: str = "frozen") -> 
             parameter.data.copy_(fresh_factor(name, parameter.shape, seed))
 
 
+def _inject(part: Part, settings: LoraSettings, seed: int, head: str) -> None:
+    """Injects adapters into the layers of a part, if the part has a layer to adapt. For the arguments see `add`."""
+    parameters_asked = part.family.asked(settings.targets)
+    asks_for_modules = not settings.targets or len(settings.targets) > len(parameters_asked)
+    # PEFT fails without a layer to adapt, and only blocks with routers have the parameters in `parameters_asked`.
+    has_adapted_blocks = bool(part.blocks) and (asks_for_modules or bool(part.routers))
+    if not has_adapted_blocks and head != "lora":
+        return
+    config = make_config(settings, part.family, seed=seed, head="lora" if head == "lora" else "frozen")
+    if not part.routers and "target_parameters" in vars(config):
+        config.target_parameters = None
+    inject(part, config, seed)
+    _settle_ranks(part)
+    part.adapter = trained_names(part)
+
+
 def _add_score(part: Part, seed: int) -> None:
-    """Draws the weight of a head for classes. All of it trains, in float32."""
-    weight = part.score.weight
-    part.score.weight = nn.Parameter(fresh_score(weight.shape, spread_of(part.config), seed))
+    """Draws the weight of a head for classes. The whole weight trains, in float32."""
+    shape = part.score.weight.shape
+    initial = fresh_score(shape, spread_of(part.config), seed)
+    part.score.weight = nn.Parameter(initial)
 
 
 def local_parameters(part: Part) -> dict[str, nn.Parameter]:
-    """Returns a part's adapter parameters, including a fully trained head, by their names in the part."""
+    """Returns a part's adapter parameters, including a fully trained head, by name in the part."""
     return {name: parameter for name, parameter in part.named_parameters() if name in part.adapter}
 
 
@@ -173,7 +180,7 @@ def exported_name(part: Part, local: str) -> str:
 
 
 def parameters(part: Part) -> dict[str, nn.Parameter]:
-    """Returns a part's adapter parameters by their names in a PEFT file for the unsplit model."""
+    """Returns a part's adapter parameters by name in a PEFT file for the unsplit model."""
     return {exported_name(part, name): parameter for name, parameter in local_parameters(part).items()}
 
 
@@ -205,15 +212,15 @@ def read(*parts: Part) -> Adapters:
 
 
 def layers_of(part: Part) -> dict[str, Layer]:
-    """Returns the layers of a part that have factors A and B, by their names in the unsplit model.
+    """Returns the layers of a part with factors A and B, by name in the unsplit model.
 
-    Layers of LoRA variants are left out, since such layers do more than add s * B @ A.
+    Layers of LoRA variants are left out, since a variant does more than add s * B @ A.
     """
-    return {
-        part.unsplit_name(name): _layer_of(module)
-        for name, module in part.named_modules()
-        if _has_factors(module) and not module.lora_variant
-    }
+    layers = {}
+    for name, module in part.named_modules():
+        if _has_factors(module) and not module.lora_variant:
+            layers[part.unsplit_name(name)] = _layer_of(module)
+    return layers
 
 
 @torch.no_grad()
@@ -249,12 +256,12 @@ def rescale(part: Part) -> None:
 
 
 def adopt(adapters: Adapters, *parts: Part) -> None:
-    """Copies an adapter of the unsplit model, as `adapter_files.load` reads it, into parts that have an adapter.
+    """Copies an adapter of the unsplit model into parts with an adapter.
 
-    Layers take on the rank and the alpha of the file, so that the parts compute what PEFT computes with the file.
+    Layers take on the rank and the alpha of the file, so that parts compute the same as PEFT with the file.
 
     Args:
-        adapters: Adapter of the unsplit model.
+        adapters: Adapter of the unsplit model, from `adapter_files.load`.
         *parts: The parts. Tensors of further parts are ignored.
 
     Raises:
@@ -274,7 +281,7 @@ def count(part: Part, elsewhere: Sequence[Part] = ()) -> dict[str, int]:
 
     Args:
         part: The part.
-        elsewhere: Further parts of the party. Parameters that two parts share (a tied head) are not counted again.
+        elsewhere: Further parts of the party. A shared parameter (a tied head) is not counted again.
 
     Returns:
         {"total": base and adapters, "trainable": adapters}.

@@ -26,14 +26,18 @@ class Method:
         rank: PEFT's field for `lora.rank`; None for a method without a rank.
         alpha: PEFT's field for `lora.alpha`; None for a method without alpha.
         dropout: PEFT's field for `lora.dropout`; None for a method without dropout.
-        seed: PEFT's field for the seed of values that are drawn and not trained; None for a method that draws none.
+        seed: PEFT's field for the seed of values that are drawn and not trained; None for a method without such values.
             The field gets the seed of the run, so that all parties draw equal values.
         preset: Fields of PEFT's configuration that the method's name implies.
         transposed: True if the method works on `Conv1D`, which stores weights as (in, out).
-        factors: True if the method does nothing to a layer but add s * B @ A.
+        factors: True if the method only adds s * B @ A to a layer.
         norms: True if the method trains the norms of the blocks instead of projections.
-        residual: True if the method starts from the principal part of the base weight, and removes it from the base.
+        residual: True if the method moves the principal part of the base weight into the factors.
         allocates: True if the method reallocates ranks during training (`fedsplit.adaptation.rank_budget`).
+
+    Example:
+        >>> ADAPTER_METHODS["pissa"].residual, ADAPTER_METHODS["lora"].factors
+        (True, True)
     """
 
     kind: str
@@ -117,7 +121,7 @@ ADAPTER_METHODS: Mapping[str, Method] = {
     "beft": Method("BEFT", rank=None),
     "ln_tuning": Method("LN_TUNING", rank=None, transposed=True, norms=True),
 }
-"""The methods by name, as `--peft` takes it."""
+"""The methods, by the names for `--peft`."""
 
 _SHARED = "which layers on both sides of the cut would have to train together, at every step"
 _DATA = "start from a pass of data through the whole model, which nobody has"
@@ -179,10 +183,10 @@ _STARTS = ("gaussian", "orthogonal", True, False)
 
 
 def method_of(settings: LoraSettings) -> Method:
-    """Returns the adapter method that settings ask for.
+    """Returns the adapter method in settings.
 
     Raises:
-        SettingError: There is no method of that name, or the method cannot work on a part.
+        SettingError: The method does not exist, or cannot work on a part.
 
     Example:
         >>> method_of(LoraSettings(method="dora")).preset
@@ -195,13 +199,18 @@ def method_of(settings: LoraSettings) -> Method:
 
 
 def options_of(settings: LoraSettings) -> dict[str, Any]:
-    """Returns the fields of PEFT's configuration in `lora.options`."""
+    """Returns the fields of PEFT's configuration in `lora.options`.
+
+    Example:
+        >>> options_of(LoraSettings(options='{"target_r": 4}'))
+        {'target_r': 4}
+    """
     options: dict[str, Any] = json.loads(settings.options or "{}")
     return options
 
 
 def fields_of(settings: LoraSettings, seed: int) -> dict[str, Any]:
-    """Returns the fields of PEFT's configuration that follow from settings, except those that select layers.
+    """Returns PEFT's fields for settings, except the fields that select layers.
 
     Args:
         settings: Method, rank, alpha, dropout, and further fields.
@@ -212,27 +221,35 @@ def fields_of(settings: LoraSettings, seed: int) -> dict[str, Any]:
         {'r': 4, 'vera_dropout': 0.0, 'projection_prng_key': 7, 'save_projection': False}
     """
     method = method_of(settings)
-    named = {method.rank: settings.top_rank, method.alpha: settings.alpha, method.dropout: settings.dropout}
-    values: dict[str, Any] = {name: value for name, value in named.items() if name is not None}
+    values: dict[str, Any] = {}
+    if method.rank is not None:
+        values[method.rank] = settings.top_rank
+    if method.alpha is not None:
+        values[method.alpha] = settings.alpha
+    if method.dropout is not None:
+        values[method.dropout] = settings.dropout
     if method.kind == "LORA":
         values["use_rslora"] = settings.rslora
     if method.seed is not None:
         values[method.seed] = seed
     options = options_of(settings)
-    if method.allocates:  # PEFT requires a number; the part's `RankBudget` has the real one
+    if method.allocates:  # PEFT requires some number; the real number is in the part's `RankBudget`
         values["total_step"] = options.get("tinit", 0) + options.get("tfinal", 0) + 1
     return {**values, **method.preset, **options}
 
 
 def check_method(config: Config, transposed: bool) -> None:
-    """Makes sure that the adapter method of a run suits the model and the settings.
+    """Checks that the adapter method of a run suits the model and the settings.
 
     Args:
         config: Settings of the run.
         transposed: True if the model's projections are `Conv1D`.
 
     Raises:
-        SettingError: The method does not work on the model, or lacks a setting that is set.
+        SettingError: The method does not work on the model, or does not know a setting that is set.
+
+    Example:
+        >>> check_method(Config(lora=LoraSettings(method="dora")), transposed=True)
     """
     settings = config.lora
     method = method_of(settings)
@@ -241,8 +258,9 @@ def check_method(config: Config, transposed: bool) -> None:
         allowed = f"{able} for a model whose projections store (in, out), as GPT-2's do"
         raise SettingError("lora.method", settings.method, allowed)
     _check_unused(settings, method)
-    if len(set(settings.rank)) > 1 and (not method.factors or method.residual):
-        able = ", ".join(name for name, other in ADAPTER_METHODS.items() if other.factors and not other.residual)
+    mixes_ranks = len(set(settings.rank)) > 1
+    if mixes_ranks and not _takes_mixed_ranks(method):
+        able = ", ".join(name for name, other in ADAPTER_METHODS.items() if _takes_mixed_ranks(other))
         ranks = ",".join(map(str, settings.rank))
         raise SettingError("lora.rank", ranks, f"one rank with the method {settings.method}; {able} take several")
     if method.residual and config.dtype != "fp32":
@@ -251,11 +269,16 @@ def check_method(config: Config, transposed: bool) -> None:
     _check_options(settings, method)
 
 
+def _takes_mixed_ranks(method: Method) -> bool:
+    """Returns True if clients may differ in rank. A method on the base weights would change each base differently."""
+    return method.factors and not method.residual
+
+
 def _check_unused(settings: LoraSettings, method: Method) -> None:
-    """Makes sure that settings which the method lacks have their defaults.
+    """Checks that settings without a meaning for the method have the defaults.
 
     Raises:
-        SettingError: A setting is set that the method lacks.
+        SettingError: A setting without a meaning is set.
     """
     peft_fields = {
         "rank": method.rank,
@@ -266,7 +289,7 @@ def _check_unused(settings: LoraSettings, method: Method) -> None:
     for entry in fields(LoraSettings):
         is_used = peft_fields.get(entry.name, entry.name) is not None
         value = getattr(settings, entry.name)
-        is_no_dropout = entry.name == "dropout" and value == 0  # a method without dropout may be asked for none
+        is_no_dropout = entry.name == "dropout" and value == 0  # true of a method without dropout, too
         if is_used or value == entry.default or is_no_dropout:
             continue
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -275,7 +298,7 @@ def _check_unused(settings: LoraSettings, method: Method) -> None:
 
 
 def _check_options(settings: LoraSettings, method: Method) -> None:
-    """Makes sure that `lora.options` has no field that is set elsewhere.
+    """Checks that `lora.options` has no field with a different source.
 
     Raises:
         SettingError: A field is a setting of fedsplit's, reserved, or implied by the method.
@@ -298,7 +321,7 @@ def _check_options(settings: LoraSettings, method: Method) -> None:
 
 
 def draws_fresh(settings: LoraSettings) -> bool:
-    """Returns True if factors A start as `fedsplit.updates.fresh_factor` draws them, and factors B as zero."""
+    """Returns True if factors A start from `fedsplit.updates.fresh_factor`, and factors B from zero."""
     method = method_of(settings)
     start = options_of(settings).get("init_lora_weights", True)
     return method.kind == "LORA" and not method.residual and start is True

@@ -1,8 +1,8 @@
 """Virtual tokens and prefixes on a part, by PEFT's encoders, and their files.
 
 Prompt tuning (2104.08691) and p-tuning (2103.10385) train in the bottom: P virtual tokens precede the embedded text,
-and P + T positions are sent to the trunk. Prefix tuning (2101.00190) trains in every part: keys and values that
-precede those of the text in the attention of the part's own blocks. Nothing more is sent.
+and P + T positions are sent to the trunk. Prefix tuning (2101.00190) trains in every part: trained keys and values
+precede the text's keys and values in the attention of the part's blocks. Nothing more is sent.
 
 Shapes: B sequences, T tokens of text, P virtual tokens, D hidden, L blocks, H heads of keys and values, W their width.
 """
@@ -102,8 +102,9 @@ class _Prefixes(nn.ModuleDict):
         places = torch.arange(self.tokens, device=device).expand(batch, -1)
         pairs = []
         for encoder in self.values():
-            flat = encoder(places).to(dtype).view(batch, self.tokens, -1, self._heads, self._width)
-            by_block = flat.permute(2, 0, 3, 1, 4)  # (2 L, B, H, P, W): keys and values of one block after another
+            flat = encoder(places).to(dtype)
+            pieces = flat.view(batch, self.tokens, -1, self._heads, self._width)
+            by_block = pieces.permute(2, 0, 3, 1, 4)  # (2 L, B, H, P, W): keys and values of one block after another
             pairs += [(keys, values) for keys, values in by_block.split(2)]
         return pairs
 
@@ -118,7 +119,7 @@ class _Prefixed(Part):
         return prefixes.pairs(rows, self.dtype, device_of(self))
 
     def _decode(self, mask: Tensor | None, **inputs: Any) -> Tensor:
-        if "past_key_values" in inputs:  # from `extend`, whose mask and cache contain the prefix already
+        if "past_key_values" in inputs:  # in a call from `extend`, mask and cache contain the prefix already
             return super()._decode(mask, **inputs)
         rows = len(next(iter(inputs.values())))
         if mask is not None:
@@ -217,7 +218,7 @@ def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> Non
     part. So all clients have equal values, and without projection under every cut.
 
     Args:
-        part: The part. Its base weights must be frozen already.
+        part: The part, with frozen base weights.
         settings: Settings of the virtual tokens or prefixes.
         seed: Seed of the run.
         tokenizer: Folder of the tokenizer, for virtual tokens that start from a text.
@@ -233,28 +234,41 @@ def add(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> Non
     device = device_of(part)
     part.virtual = settings.virtual
     part.ahead = settings.positions - settings.virtual
+    encoder: nn.Module
     if settings.kind == "prefix":
-        heads, width = _sizes(part.config)
-        blocks_by_encoder: dict[str, int] = {str(block): 1 for block in part.blocks}
-        if settings.projection:
-            blocks_by_encoder = {part.kind: len(part.blocks)}
-        encoders = {}
-        for name, count in blocks_by_encoder.items():
-            with _drawn(seed, name):
-                if count:  # a part may have no block
-                    encoders[name] = PrefixEncoder(peft_config(settings, part.config, count))
-        encoder: nn.Module = _Prefixes(encoders, settings.tokens, heads, width)
+        encoder = _draw_prefixes(part, settings, seed)
         part.__class__ = _PREFIXED[part.kind]
     elif part.kind == "bottom":
-        config = peft_config(settings, part.config, tokenizer=str(tokenizer))
-        with _drawn(seed, settings.kind):
-            embedding = getattr(part.decoder, part.family.embedding)
-            encoder = PromptEncoder(config) if settings.kind == "ptuning" else PromptEmbedding(config, embedding)
+        encoder = _draw_virtual_tokens(part, settings, seed, tokenizer)
         part.__class__ = _Prompted
-    else:  # virtual tokens are the bottom's alone
+    else:  # only the bottom has virtual tokens
         return
     part.add_module(_PLACE, nn.ModuleDict({_NAME: encoder.to(device)}))
     part.adapter = frozenset(name for name, _ in part.named_parameters() if name.startswith(f"{_PLACE}."))
+
+
+def _draw_prefixes(part: Part, settings: PromptSettings, seed: int) -> _Prefixes:
+    """Returns new encoders of a part's trained past. For the arguments see `add`."""
+    heads, width = _sizes(part.config)
+    blocks_by_encoder: dict[str, int] = {str(block): 1 for block in part.blocks}
+    if settings.projection:  # the projection is one network for all blocks of the part
+        blocks_by_encoder = {part.kind: len(part.blocks)}
+    encoders = {}
+    for name, count in blocks_by_encoder.items():
+        with _drawn(seed, name):
+            if count:  # a part may have no block
+                encoders[name] = PrefixEncoder(peft_config(settings, part.config, count))
+    return _Prefixes(encoders, settings.tokens, heads, width)
+
+
+def _draw_virtual_tokens(part: Part, settings: PromptSettings, seed: int, tokenizer: Path) -> nn.Module:
+    """Returns a new encoder of virtual tokens for a bottom. For the arguments see `add`."""
+    config = peft_config(settings, part.config, tokenizer=str(tokenizer))
+    with _drawn(seed, settings.kind):
+        if settings.kind == "ptuning":
+            return PromptEncoder(config)
+        embedding = getattr(part.decoder, part.family.embedding)
+        return PromptEmbedding(config, embedding)
 
 
 def _owner(name: str) -> str | None:
@@ -271,7 +285,7 @@ def of_part(tensors: Mapping[str, Tensor], kind: Kind, blocks: Collection[int]) 
 
 @torch.no_grad()
 def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: PretrainedConfig) -> Tensor:
-    """Computes the output of the encoders, (P, D) or (P, L * 2 * H * W), which PEFT saves instead of the encoders.
+    """Computes the output of the encoders, (P, D) or (P, L * 2 * H * W). PEFT saves the output, not the encoders.
 
     Args:
         tensors: Tensors of all parts, or of one part, by exported name.
@@ -287,25 +301,29 @@ def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Pr
         prefix = f"{_PLACE}." if owner is None else f"{_PLACE}.{owner}."
         groups.setdefault(owner or "0", {})[name.removeprefix(prefix)] = tensor
     if not groups:
-        is_prefix = settings.kind == "prefix"
-        return torch.zeros(settings.tokens, 0) if is_prefix else torch.zeros(0, model.hidden_size)
-    in_order_of_blocks = sorted(groups, key=lambda owner: PARTS.index(owner) if owner in PARTS else int(owner))
-    outputs = [_encode(groups[owner], settings, model) for owner in in_order_of_blocks]
+        if settings.kind == "prefix":
+            return torch.zeros(settings.tokens, 0)
+        return torch.zeros(0, model.hidden_size)
+
+    def place(owner: str) -> int:
+        return PARTS.index(owner) if owner in PARTS else int(owner)
+
+    outputs = [_encode(groups[owner], settings, model) for owner in sorted(groups, key=place)]  # in order of blocks
     return torch.cat(outputs, 1).contiguous()
 
 
 def embeddings(
     output: Tensor, settings: PromptSettings, model: PretrainedConfig
 ) -> tuple[PromptSettings, dict[str, Tensor]]:
-    """Converts the output of encoders to plain embeddings with an equal output, which replace the encoders.
+    """Converts the output of encoders to plain embeddings with an equal output, to replace the encoders.
 
     Args:
-        output: Output of the encoders of the unsplit model, as `flattened` returns it and PEFT saves it.
+        output: Output of the encoders of the unsplit model, from `flattened` or from a file of PEFT.
         settings: Settings of the virtual tokens or prefixes.
         model: Configuration of the unsplit model, or of a part.
 
     Returns:
-        Settings with which `add` creates such embeddings, and the embeddings by exported name.
+        Settings for `add` to create the embeddings, and the embeddings by exported name.
     """
     if settings.kind != "prefix":
         return PromptSettings(kind="prompt", tokens=len(output)), {f"{_PLACE}.embedding.weight": output}
@@ -326,7 +344,8 @@ def _encode(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Pret
     else:
         encoder = PromptEncoder(peft_config(settings, model))
     encoder.load_state_dict(dict(tensors))
-    output: Tensor = encoder.eval()(torch.arange(settings.tokens)[None])[0]
+    numbers = torch.arange(settings.tokens)[None]
+    output: Tensor = encoder.eval()(numbers)[0]  # without the encoder's dropout
     return output
 
 
@@ -338,18 +357,18 @@ def save(
     base: str,
     blocks: Collection[int] | None = None,
 ) -> None:
-    """Writes an adapter that `PeftModel.from_pretrained` opens on the unsplit model.
+    """Writes an adapter for `PeftModel.from_pretrained` on the unsplit model.
 
-    The file has the output of the encoders, and not the encoders, as PEFT's files do.
+    As in PEFT's files, the file has the output of the encoders, and not the encoders.
 
     Args:
         directory: Folder to write to. It is created if needed.
         tensors: Tensors of all parts, or of one part, by exported name.
         settings: Settings of the virtual tokens or prefixes.
         model_path: Folder of the base model.
-        base: Name of the base model, as in the setting `model`.
-        blocks: Numbers of the blocks that the tensors belong to; None for all. A file with the prefixes of n blocks
-            opens on a model of n blocks.
+        base: Name of the base model, in the form of the setting `model`.
+        blocks: Numbers of the blocks of the tensors; None for all. A file with the prefixes of n blocks opens on a
+            model of n blocks.
     """
     model = AutoConfig.from_pretrained(model_path)
     output = flattened(tensors, settings, model)
@@ -362,7 +381,7 @@ def save(
 
 
 def load(directory: Path) -> Adapters:
-    """Reads an adapter of the unsplit model that `save` or PEFT wrote. The result has one tensor and no layers."""
+    """Reads an adapter of the unsplit model, written by `save` or PEFT. The result has one tensor and no layers."""
     return Adapters(load_file(directory / "adapter_model.safetensors"), {})
 
 

@@ -1,7 +1,7 @@
 """Rank allocation of one part under AdaLoRA (2303.10512), by PEFT's own code.
 
 The change of a layer is P Λ Q. PEFT names the factors lora_B, lora_E and lora_A. An allocation sets the least
-important values of Λ to zero. Gradients may change them again before the next allocation.
+important values of Λ to zero. Before the next allocation, gradients may change a zero again.
 `fedsplit.adaptation.rank_budget` explains how budgets of parts differ from AdaLoRA on the unsplit model.
 """
 
@@ -29,17 +29,17 @@ _SINGULAR = ".lora_E"
 _BASES = (".lora_A", ".lora_B")
 """Ends of the exported names of Q and P."""
 
-# Suffixes of a parameter's name in the saved state. No optimiser moment has one of them.
+# Suffixes of a parameter's name in the saved state. No name of an optimiser moment ends with one.
 _MEAN = "#importance"
 _UNCERTAINTY = "#uncertainty"
 _MASK = "#kept"
 
 
 def adapted_layers(config: Config, family: Family) -> int:
-    """Returns the number of layers of the unsplit model that a run adapts."""
+    """Returns the number of adapted layers of the unsplit model."""
     adapted = make_config(config.lora, family, seed=config.seed)
-    names = (name for name, _ in empty_model(config_folder(config.model)).named_modules())
-    return sum(bool(check_target_module_exists(adapted, name)) for name in names)
+    model = empty_model(config_folder(config.model))
+    return sum(bool(check_target_module_exists(adapted, name)) for name, _ in model.named_modules())
 
 
 def _distance(name: str, factor: Tensor) -> Tensor:
@@ -55,18 +55,21 @@ def _distance(name: str, factor: Tensor) -> Tensor:
 def regularisation(tensors: Mapping[str, Tensor], budget: RankBudget, share: float = 1.0) -> dict[str, Tensor]:
     """Computes the gradient of the regularisation that keeps P and Q orthogonal, by the factors of a part.
 
-    PEFT's regularisation is a mean over all factors of a model. Each factor keeps its weight in the mean of the unsplit
-    model, so that its gradient equals the gradient in the unsplit model.
+    PEFT's regularisation is a mean over all factors of a model. Each factor keeps the weight in the mean of the unsplit
+    model, so that the gradient equals the gradient in the unsplit model.
 
     Args:
         tensors: The part's adapter, by exported name.
         budget: Rank budget of the part.
-        share: Fraction of the gradient to return, for a step that is computed in micro-batches.
+        share: Fraction of the gradient to return, for a step in micro-batches.
 
     Returns:
         Gradients of P and Q by name; empty if the regularisation has no weight.
     """
-    factors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name.endswith(_BASES)}
+    factors = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_BASES):
+            factors[name] = tensor.detach().requires_grad_()
     if not factors or not budget.orth_reg_weight:
         return {}
     with torch.enable_grad():  # stages run without autograd
@@ -78,7 +81,7 @@ def regularisation(tensors: Mapping[str, Tensor], budget: RankBudget, share: flo
 
 
 class _NamedParameters:
-    """Stands for a model in PEFT's allocator, which reads named parameters only."""
+    """Stands for a model in PEFT's allocator. The allocator reads named parameters only."""
 
     def __init__(self, factors: Mapping[str, nn.Parameter]) -> None:
         self._factors = {f"{name}.{ADAPTER}": parameter for name, parameter in factors.items()}
@@ -88,7 +91,7 @@ class _NamedParameters:
 
 
 class RankAllocation:
-    """Rank allocator of one part, with its state."""
+    """Rank allocator of one part, with state."""
 
     def __init__(
         self, adapter: Mapping[str, nn.Parameter], budget: RankBudget, state: Mapping[str, Tensor] | None = None
@@ -98,7 +101,7 @@ class RankAllocation:
         Args:
             adapter: The part's adapter by exported name, before the next step. Only P, Λ and Q are used.
             budget: Rank budget of the part.
-            state: State that `moments` returned; None to start anew. Tensors of optimiser moments are ignored.
+            state: Result of `moments`; None to start anew. Tensors of optimiser moments are ignored.
         """
         self._factors: dict[str, nn.Parameter] = {}
         self._nonzero: dict[str, Tensor] = {}
@@ -120,7 +123,7 @@ class RankAllocation:
 
         Args:
             gradients: Gradients of the step, by exported name.
-            position: Number of the step, as `RankBudget.position` returns it.
+            position: Number of the step, from `RankBudget.position`.
         """
         if not gradients.keys() >= self._factors.keys():
             return
@@ -150,15 +153,17 @@ class RankAllocation:
         if position < last or self._allocator.exp_avg_ipt:
             return min(position, last)
         if self._config.rank_pattern is None:
-            if position == last or not any(bool(mask.any()) for mask in self._nonzero.values()):
+            nothing_allocated = not any(bool(mask.any()) for mask in self._nonzero.values())
+            if position == last or nothing_allocated:
                 self._allocator.update_ipt(self._model)
                 return last
-            masks = {f"{name}.{ADAPTER}": mask.view(-1).tolist() for name, mask in self._nonzero.items()}
-            self._config.rank_pattern = masks
+            self._config.rank_pattern = {}
+            for name, mask in self._nonzero.items():
+                self._config.rank_pattern[f"{name}.{ADAPTER}"] = mask.view(-1).tolist()
         return last + 1
 
     def moments(self) -> dict[str, Tensor]:
-        """Returns the state on the CPU: smoothed importance, its uncertainty, and the mask of the remaining ranks."""
+        """Returns the state on the CPU: importance and uncertainty, both smoothed, and the mask of remaining ranks."""
         state: dict[str, Tensor] = {}
         for local, average in self._allocator.exp_avg_ipt.items():
             state[f"{_exported(local)}{_MEAN}"] = average.to("cpu", copy=True)

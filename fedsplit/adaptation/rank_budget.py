@@ -123,7 +123,12 @@ class RankBudget:
 
 
 def trunk_steps(config: Config) -> int:
-    """Returns the number of steps of the trunk's optimiser in a round. A copy of the trunk makes its client's steps."""
+    """Returns the number of steps of the trunk's optimiser in a round. A client's copy makes the client's steps.
+
+    Example:
+        >>> trunk_steps(Config(clients=8)) == 8 * Config().train.steps  # schedule `shared`
+        True
+    """
     steps = config.train.steps
     trunk = config.trunk
     if trunk.schedule == "shared":  # one step for each step of each client

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig
@@ -26,6 +26,8 @@ from fedsplit.model.split import empty_part, load_parts
 from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, Layer
 
+T = TypeVar("T")
+
 _FILE_FIELDS = frozenset(
     {
         *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),
@@ -40,11 +42,11 @@ def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[
 
     Args:
         config: Settings of the run.
-        kinds: Parts of one party, which share a device.
+        kinds: Parts of one party, on a common device.
         classes: Number of classes, as for `fedsplit.model.split.load_parts`.
 
     Raises:
-        SettingError: There is no such model, or it cannot be fetched.
+        SettingError: The model does not exist, or cannot be fetched.
 
     Example:
         >>> bottom, top = bare_parts(Config(), ["bottom", "top"])
@@ -64,7 +66,7 @@ def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[
 
 
 def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
-    """Returns the adapters that parts will have, without values. No weight of the model is read.
+    """Returns the adapters of parts, without values. No weight of the model is read.
 
     Args:
         config: Settings of the run.
@@ -77,8 +79,9 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
     layers: dict[str, Layer] = {}
     folder = config_folder(config.model)
     config = _without_values(config)
+    fused = config.kernels == "fused"
     for kind in kinds:
-        part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
+        part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], fused, classes=0)
         part.requires_grad_(False)
         with torch.device("meta"):
             _add(part, config)
@@ -104,7 +107,7 @@ def adapt(part: Part, config: Config) -> None:
     With `--init-adapter`, the adapters start from the values of the initial adapter.
 
     Args:
-        part: The part. Its base weights must be frozen already.
+        part: The part, with frozen base weights.
         config: Settings of the run.
     """
     _add(part, config)
@@ -113,13 +116,14 @@ def adapt(part: Part, config: Config) -> None:
 
 
 def _add(part: Part, config: Config) -> None:
-    """Adds adapters that start from the seed alone to a part, in place."""
-    if config.prompt.kind == "off":
-        lora.add(part, config.lora, config.seed, config.lm_head)
-        if method_of(config.lora).allocates:
-            part.rank_budget = budget_of(config, part.kind, adapted_layers(config, part.family))
-    else:
+    """Adds adapters to a part, in place. All initial values follow from the seed."""
+    if config.prompt.kind != "off":
         prompts.add(part, config.prompt, config.seed, config_folder(config.model))
+        return
+    lora.add(part, config.lora, config.seed, config.lm_head)
+    if method_of(config.lora).allocates:
+        layers = adapted_layers(config, part.family)
+        part.rank_budget = budget_of(config, part.kind, layers)
 
 
 def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
@@ -137,10 +141,14 @@ def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, bloc
     prefixes = tuple(f"{family.decoder}.{family.blocks}.{block}." for block in blocks)
     if kind == "top":
         prefixes += (HEAD, SCORE)
+
+    def select(named: Mapping[str, T]) -> dict[str, T]:
+        return {name: value for name, value in named.items() if name.startswith(prefixes)}
+
     return Adapters(
-        tensors={name: tensor for name, tensor in adapters.tensors.items() if name.startswith(prefixes)},
-        layers={name: layer for name, layer in adapters.layers.items() if name.startswith(prefixes)},
-        folded={name: change for name, change in adapters.folded.items() if name.startswith(prefixes)},
+        tensors=select(adapters.tensors),
+        layers=select(adapters.layers),
+        folded=select(adapters.folded),
     )
 
 
@@ -159,24 +167,25 @@ def save(
         adapters: Adapters of the unsplit model, or of one part (`of_part`).
         config: Settings of the run.
         family: Record of the model family.
-        kind: The part that the adapters belong to; None for the unsplit model.
+        kind: The part of the adapters; None for the unsplit model.
         blocks: Numbers of the part's blocks; None for the unsplit model.
     """
     if config.prompt.kind != "off":
-        prompts.save(folder, adapters.tensors, config.prompt, config_folder(config.model), config.model, blocks)
-    else:
-        head = config.lm_head if kind in (None, "top") else "frozen"
-        adapter_files.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
+        model_folder = config_folder(config.model)
+        prompts.save(folder, adapters.tensors, config.prompt, model_folder, config.model, blocks)
+        return
+    head = config.lm_head if kind in (None, "top") else "frozen"
+    adapter_files.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
 
 
 def load(folder: Path) -> Adapters:
-    """Reads an adapter of the unsplit model that `save` or PEFT wrote."""
+    """Reads an adapter of the unsplit model, written by `save` or PEFT."""
     is_in_layers = prompts.kind_of(folder) is None
     return adapter_files.load(folder) if is_in_layers else prompts.load(folder)
 
 
 def check_made_by(folder: Path, config: Config, family: Family) -> None:
-    """Checks that the adapter of a finished run has the configuration that the run's settings lead to.
+    """Checks that the configuration of a finished run's adapter follows from the run's settings.
 
     Args:
         folder: Folder of the adapter.
@@ -184,11 +193,11 @@ def check_made_by(folder: Path, config: Config, family: Family) -> None:
         family: Record of the model family.
 
     Raises:
-        InputError: The adapter has another configuration.
+        InputError: The configuration differs.
     """
-    found = difference(folder, config, family)
-    if found is not None:
-        name, actual, expected = found
+    first_difference = difference(folder, config, family)
+    if first_difference is not None:
+        name, actual, expected = first_difference
         reason = f"its {name} is {actual}, by the run's settings {expected}"
         raise InputError(f"the adapter in {folder} is not what its run made: {reason}")
 
@@ -205,7 +214,7 @@ def difference(
         ignored: Names of fields that may differ.
 
     Returns:
-        Name of the field, its value in the file, and its value by the settings; None if no field differs.
+        Name of the field, the value in the file, and the value by the settings; None if no field differs.
     """
     actual_config = PeftConfig.from_pretrained(str(folder))
     if config.prompt.kind != "off":
@@ -216,7 +225,7 @@ def difference(
     else:
         expected_config = make_config(for_file(config), family, None, config.seed, config.lm_head)
         if method_of(config.lora).residual:
-            expected_config.init_lora_weights = True  # as `adapter_files.save` writes it
+            expected_config.init_lora_weights = True  # `adapter_files.save` writes True
         names = [entry.name for entry in fields(expected_config) if entry.name not in _FILE_FIELDS]
         expected_values = {name: getattr(expected_config, name) for name in names}
 
@@ -231,7 +240,7 @@ def difference(
 
 
 def _comparable(value: object) -> object:
-    """Returns a value of PEFT's in a form that survives JSON, which has no sets, tuples or enumerations."""
+    """Returns a value of PEFT's in a form that survives JSON: without sets, tuples or enumerations."""
     if isinstance(value, set | list | tuple):
         return ",".join(sorted(map(str, value))) or None
     return getattr(value, "value", value)
@@ -244,15 +253,17 @@ def adopt(folder: Path, config: Config, *parts: Part) -> None:
         folder: Folder of the adapter of the unsplit model.
         config: Settings of the run. For virtual tokens or prefixes, embeddings with the output of the encoders take the
             place of the encoders.
-        *parts: The parts, with base weights as they were loaded. Adapters of further parts are ignored.
+        *parts: The parts, with unchanged base weights. Adapters of further parts are ignored.
     """
     adapters = load(folder)
     if config.prompt.kind != "off":
-        settings, tensors = prompts.embeddings(adapters.tensors[prompts.SAVED], config.prompt, parts[0].config)
+        output = adapters.tensors[prompts.SAVED]
+        settings, tensors = prompts.embeddings(output, config.prompt, parts[0].config)
         adapters = Adapters(tensors, {})
         config = replace(config, prompt=settings)
-    if method_of(config.lora).residual:  # the file's factors contain what training took out of the base weights
-        config = replace(config, lora=replace(config.lora, method="lora"))
+    if method_of(config.lora).residual:  # the file's factors contain the part that training took out of the base
+        plain = replace(config.lora, method="lora")
+        config = replace(config, lora=plain)
     for part in parts:
         _add(part, config)
     lora.adopt(adapters, *parts)

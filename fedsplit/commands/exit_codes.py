@@ -43,7 +43,7 @@ def exit_code(work: Callable[[], object], argv: Sequence[str] | None = None) -> 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it advertises other backends
     prefer_installed()
     _write_what_the_terminal_can()
-    with contextlib.nullcontext() if shows_tracebacks else _without_tracebacks():
+    with _with_debug_log() if shows_tracebacks else _without_tracebacks():
         try:
             with stoppable(), private_files():
                 result = work()
@@ -51,7 +51,7 @@ def exit_code(work: Callable[[], object], argv: Sequence[str] | None = None) -> 
         except Stopped as stopped:
             end_now(stopped.exit_code, stopped.reason)
         except Hung as hung:
-            end_now(1, str(hung))  # its thread cannot be ended, and would be waited for
+            end_now(1, _with_notes(hung, str(hung)))  # its thread cannot be ended, and would be waited for
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # nobody above reports it
             if shows_tracebacks:
                 traceback.print_exc()
@@ -75,10 +75,30 @@ def _reported(error: BaseException) -> int:
             _report("the output was closed")
             return 1
     if type(error).__module__.partition(".")[0] == "fedsplit":
-        _report(str(error))
+        _report(_with_notes(error, str(error)))
     else:
-        _report(f"{_words(error)}; {DEBUG} shows more")
+        _report(_with_notes(error, f"{_words(error)}; {DEBUG} shows more"))
     return 1
+
+
+def _with_notes(error: BaseException, words: str) -> str:
+    """Returns words about an error, with its notes, such as the command by which a run goes on."""
+    return "; ".join([words, *getattr(error, "__notes__", [])])
+
+
+@contextlib.contextmanager
+def _with_debug_log() -> Iterator[None]:
+    """Shows the log of fedsplit on stderr, such as the tracebacks of clients that failed in this process."""
+    log = logging.getLogger("fedsplit")
+    level = log.level
+    handler = logging.StreamHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 @contextlib.contextmanager

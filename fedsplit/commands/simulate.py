@@ -49,9 +49,12 @@ def check(config: Config, objects: Objects = NOTHING) -> tuple[Path, AnyStrategy
         InputErrors: Several settings are wrong. Settings are reported together, then what the data show.
     """
     folder = Path(config.resume or config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    facts, strategy, measures = _check_settings(config, objects, folder)
-    partition = _check_code_and_data(config, objects, facts, strategy)
-    _check_with_data(config, facts, measures, partition)
+    watchdog = Watchdog(config.startup_deadline)
+    with watchdog.guarding("the user's code that the settings name"):
+        facts, strategy, measures = _check_settings(config, objects, folder)
+    partition = _check_code_and_data(config, objects, facts, strategy, watchdog)
+    with watchdog.guarding("the objective or a metric, in its trial,"):
+        _check_with_data(config, facts, measures, partition)
 
     from fedsplit.model.checkpoint_reader import check_checkpoint
     from fedsplit.model.sources import weights_folder
@@ -156,7 +159,9 @@ def _make_strategy(config: Config, objects: Objects) -> AnyStrategy:
     return load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
 
 
-def _check_code_and_data(config: Config, objects: Objects, facts: Facts, strategy: AnyStrategy) -> Partition:
+def _check_code_and_data(
+    config: Config, objects: Objects, facts: Facts, strategy: AnyStrategy, watchdog: Watchdog
+) -> Partition:
     """Tries the user's strategy and the adapter method, and reads the data.
 
     Args:
@@ -164,6 +169,7 @@ def _check_code_and_data(config: Config, objects: Objects, facts: Facts, strateg
         objects: Objects in place of names in the settings.
         facts: Facts about the model.
         strategy: The strategy.
+        watchdog: Ends the wait for a strategy or a data set that hangs.
 
     Returns:
         The data of all clients.
@@ -178,15 +184,14 @@ def _check_code_and_data(config: Config, objects: Objects, facts: Facts, strateg
     from fedsplit.federation.strategy import is_builtin
 
     collector = ErrorCollector()
-    watchdog = Watchdog(config.startup_deadline)
     if not is_builtin(strategy):
-        with collector.collecting(), watchdog.looking(), watchdog.doing("the strategy, in its trial round,"):
+        with collector.collecting(), watchdog.guarding("the strategy, in its trial round,"):
             # Each rehearsal makes its strategies anew: a trial round may leave state in the object.
             rehearse(lambda: _make_strategy(config, objects), config)
     if config.lora.method != "lora" or config.lora.options:
         with collector.collecting():
             check_injection(config, facts.family)
-    with collector.collecting(), watchdog.looking(), watchdog.doing("the data set"):
+    with collector.collecting(), watchdog.guarding("the data set"):
         partition = partition_of(config)
     collector.check()
     return partition
@@ -228,7 +233,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     Args:
         config: Settings of the run.
         objects: Objects in place of names in the settings; see `fedsplit.run`.
-        sinks: Sinks that receive the events, beside the sinks that the settings name.
+        sinks: Sinks for the events, beside the sinks in the settings.
 
     Returns:
         The summary, as in summary.json.
@@ -248,7 +253,6 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
 
     from fedsplit.corpora.data_summary import as_document
     from fedsplit.corpora.shards import on_disks
-    from fedsplit.engines.planning import plan
     from fedsplit.engines.session import engine_named
     from fedsplit.events.emitter import Emitter
     from fedsplit.events.event_types import Notice
@@ -262,23 +266,21 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     from fedsplit.federation.resumption import check_content
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import config_folder, pinned, weights_folder
+    from fedsplit.model.sources import config_folder, weights_folder
     from fedsplit.trunk.doors import check_memory
 
-    content = content_of(
-        partition.shards, config_folder(config.model), weights_folder(config), config.init_adapter, code_of(config)
-    )
+    model_folder = config_folder(config.model)
+    content = content_of(partition.shards, model_folder, weights_folder(config), config.init_adapter, code_of(config))
     if config.resume:
         check_content(folder, config, content)
-    facts = read_facts(config_folder(config.model))
-    config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
-    shares = plan(config, facts.width)
-    train = replace(config.train, micro_batches=shares.micro_batches)
-    config = replace(config, model=pinned(config.model), train=train)
-    users = [*make_sinks(config.sinks, config.sink_options), *sinks]
+    facts = read_facts(model_folder)
+    config, shares = _decide(config, facts)
+    watchdog = Watchdog(config.timeout)
+    with watchdog.guarding("a sink of the user's, as it is made,"):
+        users = [*make_sinks(config.sinks, config.sink_options), *sinks]
     with (
-        advised(lambda: how_to_go_on(folder)),
-        Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users) as emit,
+        advised(lambda: how_to_go_on(folder), after_error=lambda: how_to_go_on(folder, only_from_checkpoint=True)),
+        Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users, watchdog) as emit,
     ):
         if config.ray.address == "local":
             for line in _opening(config, facts, shares, partition):
@@ -292,7 +294,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(partition))
             work = workloads(config, partition.shards)
-            job = Job(config, strategy, work, results, emit, started, Watchdog(config.timeout))
+            job = Job(config, strategy, work, results, emit, started, watchdog)
             federation = Federation(job, session, shares.client_threads)
             with on_disks(results.clients, partition.shards):
                 del partition  # from here on, each client's data is on its disk alone
@@ -300,6 +302,25 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
         if federation.summary is None:  # rich ends the server's thread without an error if the output is closed
             raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     return federation.summary
+
+
+def _decide(config: Config, facts: Facts) -> tuple[Config, Plan]:
+    """Decides the settings that a user may leave open, so that config.toml in the run's folder holds all values.
+
+    Args:
+        config: Settings of the run.
+        facts: Facts about the model.
+
+    Returns:
+        The settings, and the use of the machine.
+    """
+    from fedsplit.engines.planning import plan
+    from fedsplit.model.sources import pinned
+
+    config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
+    shares = plan(config, facts.width)
+    train = replace(config.train, micro_batches=shares.micro_batches)
+    return replace(config, model=pinned(config.model), train=train), shares
 
 
 def _opening(config: Config, facts: Facts, shares: Plan, partition: Partition) -> list[str]:
@@ -316,7 +337,7 @@ def _opening(config: Config, facts: Facts, shares: Plan, partition: Partition) -
 
     kind = f"; adapters: {config.lora.method}" if config.lora.method != "lora" else ""
     return [
-        f"{config.clients} clients in {shares.workers} processes; "
+        f"{config.clients} clients in {shares.workers} {'process' if shares.workers == 1 else 'processes'}; "
         f"threads: {shares.client_threads} each, trunk {shares.trunk_lanes} x {shares.trunk_threads}; "
         f"micro-batches: {shares.micro_batches}",
         f"model {config.model}; trunk: blocks {config.cut} of {facts.blocks}, {config.trunk.schedule}; "

@@ -1,7 +1,7 @@
 """Encodes chats by the tokenizer's template, with labels on the assistant's turns.
 
-Every label is proved against the text. The text of a chat is cut into pieces where the assistant begins and ends to
-speak. A token is predicted if it belongs to a piece of the assistant's. No token lies in two pieces.
+Every label is proved against the text. The text of a chat is cut into pieces at each place where the assistant begins
+or ends to speak. A token is predicted if the token belongs to a piece of the assistant's. No token lies in two pieces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 """Tag by which a chat template marks the assistant's words."""
 
 _THOUGHT = "</think>"
-"""End of the reasoning before an answer; many templates leave the reasoning of earlier turns out."""
+"""End of the reasoning before an answer. Many templates leave the reasoning of earlier turns out."""
 
 
 class _UnclearError(ValueError):
@@ -53,7 +53,7 @@ class _Turn:
 
 
 def check_chat(chat: object) -> Chat:
-    """Makes sure that a value is a chat, and returns it.
+    """Checks that a value is a chat, and returns the chat.
 
     Raises:
         ValueError: The value is no chat, or the assistant has no turn. The message describes possible values.
@@ -66,8 +66,10 @@ def check_chat(chat: object) -> Chat:
     turns = chat if isinstance(chat, list) else []
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("a list of messages with role and content")
-    if not all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content")):
-        raise ValueError("a list of messages whose role and content are texts")
+    for turn in turns:
+        has_texts = isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        if not has_texts:
+            raise ValueError("a list of messages whose role and content are texts")
     if not any(turn["role"] == "assistant" for turn in turns):
         raise ValueError("a chat in which the assistant says something")
     return turns
@@ -78,7 +80,7 @@ def read_chat(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[list[int], lis
 
     Most templates only add to the text of earlier turns, so that the chat is one sequence. Templates of reasoning
     models leave out the reasoning of earlier turns. Every turn of the assistant's is then a separate sequence, behind
-    the prompt that the model reads when it writes the turn.
+    the prompt for the turn.
 
     Args:
         tokenizer: Tokenizer of the model, with a chat template.
@@ -124,7 +126,7 @@ def _texts_with_spans(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[str, l
 
 
 def _last_turn(tokenizer: TextTokenizer, chat: Chat) -> _Turn:
-    """Locates the assistant's last turn in a chat that ends with it: the text that the model writes after the prompt.
+    """Locates the assistant's turn at the end of a chat: the text that the model writes after the prompt.
 
     Raises:
         _UnclearError: The text of the chat does not begin with the prompt for the turn.

@@ -16,7 +16,7 @@ SHOWN = 4
 
 
 def data_notes(partition: Partition) -> list[str]:
-    """Returns the line that a run prints on its data, or no line for packed text without empty rows.
+    """Returns the line about the data of a run, or no line for packed text without empty rows.
 
     Example:
         >>> data_notes(Partition([], "chat", packed=False, by="owner", cut=2, dropped=0))
@@ -43,10 +43,14 @@ def data_notes(partition: Partition) -> list[str]:
 
 
 def as_document(partition: Partition) -> dict[str, Any]:
-    """Returns the summary as plain values, as data.json holds it.
+    """Returns the summary as plain values, for data.json.
 
-    Each client has its numbers of sequences, tokens and predicted tokens, and the distribution of its sequences over
-    owners or labels.
+    Each client has numbers of sequences, tokens and predicted tokens, and a distribution of sequences over owners or
+    labels.
+
+    Example:
+        >>> as_document(Partition([], "text", packed=True, by="owner", cut=0, dropped=0))["by"]
+        'owner'
     """
     facts: dict[str, Any] = {
         "format": partition.format,
@@ -58,17 +62,17 @@ def as_document(partition: Partition) -> dict[str, Any]:
     }
     if partition.classes:
         facts["classes"] = list(partition.classes)
-    clients = [
-        {
+    facts["clients"] = []
+    for number, shard in enumerate(partition.shards):
+        client = {
             "client": number,
             "name": shard.name,
             "train": _counts(shard.train),
             "held_out": _counts(shard.held_out),
             "shares": dict(shard.shares),
         }
-        for number, shard in enumerate(partition.shards)
-    ]
-    return {**facts, "clients": clients}
+        facts["clients"].append(client)
+    return facts
 
 
 def _counts(rows: Sequences) -> dict[str, int]:
@@ -93,7 +97,9 @@ def table(partition: Partition) -> list[str]:
     rows: list[tuple[str, ...]] = [header]
     totals = [0, 0, 0, 0]
     for number, shard in enumerate(partition.shards):
-        numbers = [len(shard.train), shard.train.tokens, len(shard.held_out), shard.held_out.tokens]
+        train = shard.train
+        held_out = shard.held_out
+        numbers = [len(train), train.tokens, len(held_out), held_out.tokens]
         totals = [total + count for total, count in zip(totals, numbers, strict=True)]
         name = shard.name if shard.name == f"client {number}" else f"{number} {shard.name}"
         rows.append((name, *_with_commas(numbers), _distribution(shard.shares)))
@@ -101,7 +107,8 @@ def table(partition: Partition) -> list[str]:
 
     # `aligned` aligns to the right; the last column reads better from the left.
     width = max(len(row[-1]) for row in rows)
-    return aligned([(*row[:-1], row[-1].ljust(width)) for row in rows])
+    filled = [(*row[:-1], row[-1].ljust(width)) for row in rows]
+    return aligned(filled)
 
 
 def _with_commas(numbers: list[int]) -> list[str]:
@@ -109,9 +116,15 @@ def _with_commas(numbers: list[int]) -> list[str]:
 
 
 def _distribution(shares: Mapping[str, int]) -> str:
-    """Returns the most frequent owners or labels of a client in per cent, and how many more there are."""
+    """Returns the most frequent owners or labels of a client in per cent, and the number of further owners or labels.
+
+    Example:
+        >>> _distribution({"bob": 1, "ann": 3})
+        'ann 75%, bob 25%'
+    """
     total = sum(shares.values())
-    ordered = sorted(shares.items(), key=lambda share: (-share[1], share[0]))
+    by_name = sorted(shares.items())
+    ordered = sorted(by_name, key=lambda share: share[1], reverse=True)  # stable: equal shares stay in order of names
     shown = ", ".join(f"{name} {count / total:.0%}" for name, count in ordered[:SHOWN])
     more = len(ordered) - SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
@@ -122,7 +135,7 @@ def plot(partition: Partition, path: Path) -> None:
 
     Args:
         partition: The divided data set.
-        path: File of the picture; its ending decides the type.
+        path: File of the picture, with an ending for the type.
 
     Raises:
         InputError: matplotlib is not installed, or cannot write the file.
@@ -137,12 +150,14 @@ def plot(partition: Partition, path: Path) -> None:
     shards = partition.shards
     names = sorted({name for shard in shards for name in shard.shares})
     colours = pyplot.get_cmap("tab20")
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.3 * len(shards)), layout="constrained")
+    height = 1.2 + 0.3 * len(shards)
+    figure, axes = pyplot.subplots(figsize=(8, height), layout="constrained")
 
     left = [0] * len(shards)
     for number, name in enumerate(names):
         widths = [shard.shares.get(name, 0) for shard in shards]
-        axes.barh(range(len(shards)), widths, left=left, color=colours(number % 20), label=name)
+        colour = colours(number % 20)
+        axes.barh(range(len(shards)), widths, left=left, color=colour, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
 
     axes.set_yticks(range(len(shards)), [shard.name for shard in shards])

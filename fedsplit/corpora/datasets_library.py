@@ -1,4 +1,4 @@
-"""Opens data sets with the library `datasets` of Hugging Face, whose import waits until a data set needs it."""
+"""Opens data sets with the library `datasets` of Hugging Face. The library is imported when a data set needs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_saved(path: Path) -> bool:
 
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-"""Endings of the files that can be read, with the name that `datasets` has for each format."""
+"""Endings of readable files, with the name of each format in `datasets`."""
 
 _PATTERN = re.compile(r"[*?\[\]]|::")
 """Characters of a path that `datasets` mistakes for a pattern, or for a path inside of an archive."""
@@ -33,10 +33,12 @@ def without_patterns(path: Path) -> Iterator[tuple[Path, str | None]]:
     """Makes a path readable for `datasets`, which would take special characters in names for a pattern.
 
     Yields:
-        The path to read, and the folder of the cache. If a file's name looks like a pattern, these are a temporary
-        folder of links and a temporary cache; else the path itself and None, for the default cache.
+        The path to read, and the folder of the cache. For a file name like a pattern: a temporary folder of links, and
+        a temporary cache. Otherwise: the path itself, and None for the default cache.
     """
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
     if not any(_PATTERN.search(str(file.absolute())) for file in files):
         yield path, None
         return
@@ -62,12 +64,16 @@ def quiet_datasets() -> ModuleType:
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the class names of columns that hold class numbers, by column.
+    """Returns the class names of columns with class numbers, by column.
 
     Args:
-        features: Types of the columns, as `datasets` has them.
+        features: Types of the columns, in the types of `datasets`.
     """
-    return {column: list(feature.names) for column, feature in features.items() if hasattr(feature, "names")}
+    names = {}
+    for column, feature in features.items():
+        if hasattr(feature, "names"):  # a `ClassLabel`
+            names[column] = list(feature.names)
+    return names
 
 
 def load(dataset: str, path: Path, data: DataSettings, cache: str | None = None) -> Dataset:
@@ -75,12 +81,12 @@ def load(dataset: str, path: Path, data: DataSettings, cache: str | None = None)
 
     Args:
         dataset: Path of a folder, or name on the Hub.
-        path: The path that the name stands for, if it is a path.
+        path: The name as a path, for a file or a folder.
         data: Configuration and split.
         cache: Folder of the library's cache; None for the default.
 
     Raises:
-        ValueError: A saved data set has no such configuration or split. The library raises many further errors.
+        ValueError: A saved data set lacks the configuration or the split. The library raises many further errors.
     """
     datasets = quiet_datasets()
     if path.is_dir() and is_saved(path):

@@ -63,18 +63,20 @@ def read_rows(paths: Sequence[Path], numbers: Collection[str] = ()) -> Columns:
     for path in paths:
         try:
             rows += _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # deeply nested JSON exhausts the stack
             where = f"{path.name}: " if len(paths) > 1 else ""
             raise ValueError(f"{where}{error}") from None
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
     if paths[0].suffix == ".csv":
-        columns |= {name: _numbers(columns[name]) for name in numbers if name in columns}
+        for name in numbers:
+            if name in columns:
+                columns[name] = _numbers(columns[name])
     return columns
 
 
 def doubled_columns(paths: Sequence[Path]) -> frozenset[str]:
-    """Returns the names that two columns of one CSV file share."""
+    """Returns the names that two columns of one CSV file share. A row as a dictionary has room for one of the two."""
     doubled: set[str] = set()
     for path in paths:
         if path.suffix != ".csv":
@@ -101,7 +103,8 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
                     continue
                 if len(values) > len(names):
                     raise ValueError(f"it has {len(values)} values, and there are {len(names)} columns")
-                rows.append({name: value or None for name, value in zip(names, values, strict=False)})
+                pairs = zip(names, values, strict=False)  # a short row lacks the last columns
+                rows.append({name: value or None for name, value in pairs})
         except UnicodeDecodeError:
             raise
         except (csv.Error, ValueError) as error:
@@ -115,7 +118,12 @@ def _header(values: Sequence[str]) -> list[str]:
 
 
 def _numbers(values: Sequence[Any]) -> list[Any]:
-    """Returns the values of a CSV column as whole numbers if all look like whole numbers, else unchanged."""
+    """Returns the values of a CSV column as whole numbers if all look like whole numbers, else unchanged.
+
+    Example:
+        >>> _numbers(["1", None, "2"]), _numbers(["007"])
+        ([1, None, 2], ['007'])
+    """
     present = [value for value in values if value is not None]
     if present and all(_WHOLE_NUMBER.fullmatch(value) for value in present):
         return [None if value is None else int(value) for value in values]

@@ -114,7 +114,8 @@ def read_rows(table: Table, reading: Reading) -> Texts:
 
     rows = [Row(ids, labels, keys[number], source=number) for number, ids, labels in tokens]
     if reading.format == "classification":
-        rows = _with_classes(rows, numbers_of(table, reading.data.label, reading.classes), reading.classes)
+        class_numbers = numbers_of(table, reading.data.label, reading.classes)
+        rows = _with_classes(rows, class_numbers, reading.classes)
     # A row of the table may have several sequences, or none.
     with_text = {row.source for row in rows}
     return Texts(rows, len(table) - len(with_text))
@@ -130,7 +131,7 @@ def _with_classes(rows: Sequence[Row], class_numbers: Sequence[int], classes: Se
 
 
 def _keys(table: Table, reading: Reading) -> Sequence[str]:
-    """Returns the key that each row is partitioned by: the owner, or the value of the column that `--partition` names.
+    """Returns the key of each row for the partition: the owner, or the value of the column in `--partition`.
 
     Raises:
         SettingError: The column is missing, or a row has no value.
@@ -160,11 +161,13 @@ def _texts(table: Table, setting: str, name: str) -> dict[int, str]:
     for number, value in enumerate(table.column(setting, name)):
         if value is None:
             continue
+        fault = ""
         if not isinstance(value, str):
-            needed = f"rows whose {name} is a text (row {number + 1} has {_shortened_value(value)})"
-            raise SettingError("dataset", table.dataset, needed)
-        if not is_text(value):
-            needed = f"rows whose {name} is a text (row {number + 1} has half a character, which UTF-8 cannot write)"
+            fault = _shortened_value(value)
+        elif not is_text(value):
+            fault = "half a character, which UTF-8 cannot write"
+        if fault:
+            needed = f"rows whose {name} is a text (row {number + 1} has {fault})"
             raise SettingError("dataset", table.dataset, needed)
         texts[number] = value
     return texts
@@ -199,7 +202,8 @@ def _text(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
 
 def _classified(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
     """Returns texts with the tokenizer's special tokens at both ends. The last token predicts the class."""
-    return [(number, ids, ids) for number, ids in _encoded(table, reading, tokenizer.encode).items()]
+    encoded = _encoded(table, reading, tokenizer.encode)
+    return [(number, ids, ids) for number, ids in encoded.items()]
 
 
 def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
@@ -217,8 +221,9 @@ def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
         if not prompts[number]:  # without a prompt, the completion begins the text
             (after,) = tokenizer.encode_verbatim([completions[number]])
         ended = tokenizer.end_text(after, reading.end)
-        ignored = [IGNORED] * len(before)
-        tokens.append((number, [*before, *ended], [*ignored, *ended]))
+        ids = [*before, *ended]
+        labels = [IGNORED] * len(before) + ended
+        tokens.append((number, ids, labels))
     return tokens
 
 
@@ -281,8 +286,8 @@ def fit(rows: Sequence[Row], reading: Reading, length: int) -> Fitted:
     """Cuts or packs texts of one owner into sequences of at most `length` tokens.
 
     Packed text is one stream, cut into full sequences: nothing is padded, and the incomplete last sequence is dropped.
-    Packed texts of further formats are put into a sequence whole, as long as they fit. A token attends to all earlier
-    tokens of the sequence, even to tokens of earlier texts.
+    Packed texts of further formats are put into a sequence whole, as long as there is room. A token attends to all
+    earlier tokens of the sequence, even to tokens of earlier texts.
 
     Args:
         rows: The texts.
@@ -318,7 +323,8 @@ def _shortened(row: Row, length: int, pad: int) -> Row:
     if len(row.ids) == end:
         return row
     ids = row.ids[:end]
-    return replace(row, ids=ids, labels=ids if row.labels is row.ids else row.labels[:end])
+    labels = ids if row.labels is row.ids else row.labels[:end]  # `stack` stores equal ids and labels once
+    return replace(row, ids=ids, labels=labels)
 
 
 def by_source(rows: Sequence[Row]) -> list[list[Row]]:
@@ -331,8 +337,8 @@ def by_source(rows: Sequence[Row]) -> list[list[Row]]:
     """
     groups: list[list[Row]] = []
     for row in rows:
-        continues = bool(groups) and row.source >= 0 and row.source == groups[-1][0].source
-        if continues:
+        last_source = groups[-1][0].source if groups else -1
+        if row.source >= 0 and row.source == last_source:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -361,4 +367,6 @@ def _packed(rows: Sequence[Row], length: int) -> list[Row]:
 
 def _appended(before: Row, row: Row) -> Row:
     """Joins two texts. The first token of the second text is not predicted, as in a sequence without earlier texts."""
-    return replace(before, ids=[*before.ids, *row.ids], labels=[*before.labels, IGNORED, *row.labels[1:]])
+    ids = [*before.ids, *row.ids]
+    labels = [*before.labels, IGNORED, *row.labels[1:]]
+    return replace(before, ids=ids, labels=labels)

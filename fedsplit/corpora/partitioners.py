@@ -1,4 +1,4 @@
-"""Ways to divide sequences among clients regardless of their owners, by the partitioners of flwr-datasets."""
+"""Ways to divide sequences among clients without regard to owners, by the partitioners of flwr-datasets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def divide(keys: Sequence[str], spec: PartitionSpec, clients: int, seed: int, le
     """Divides sequences among clients at random, by a partitioner of flwr-datasets.
 
     Args:
-        keys: Key of each sequence: its owner, class or column value. Skewed partitioners draw by these keys.
+        keys: Key of each sequence: owner, class or column value. Skewed partitioners draw by key.
         spec: The partitioner and its parameters; not "natural" or "auto".
         clients: Number of clients.
         seed: Seed of the draw.
@@ -41,6 +41,7 @@ def divide(keys: Sequence[str], spec: PartitionSpec, clients: int, seed: int, le
 
     datasets.disable_progress_bars()
     generator = torch.Generator().manual_seed(derive_seed(seed, "partition"))
+    # Some partitioners cut the data in order, so that clients would get whole owners without a shuffle.
     order = torch.randperm(len(keys), generator=generator).tolist()
     shuffled_keys = [keys[index] for index in order]
     key_numbers = {key: number for number, key in enumerate(sorted(set(keys)))}

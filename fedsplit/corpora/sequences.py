@@ -123,7 +123,8 @@ class Sequences:
         """Mask (n, T), False on padding; None if there is no padding."""
         if self.lengths is None:
             return None
-        return torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
+        positions = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return positions[None] < self.lengths[:, None]
 
     @property
     def tokens(self) -> int:
@@ -141,7 +142,7 @@ def stack(rows: Sequence[Row], pad: int) -> Sequences:
 
     Args:
         rows: One row or more.
-        pad: Token id of the padding, which is neither attended to nor predicted.
+        pad: Token id of the padding. No token attends to padding, and no label asks for padding.
     """
     lengths = torch.tensor([len(row.ids) for row in rows])
     longest = int(lengths.max())

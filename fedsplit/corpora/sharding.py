@@ -1,4 +1,4 @@
-"""Divides the sequences of a table among clients, by owner or at random, and holds some of each client's out."""
+"""Divides the sequences of a table among clients, by owner or at random. Each client holds some sequences out."""
 
 from __future__ import annotations
 
@@ -104,10 +104,11 @@ class Sharder:
 
     def fit(self, texts: Sequence[Row]) -> Fitted:
         """Cuts or packs texts into sequences. No sequence mixes two keys."""
-        return joined([fit(group, self.reading, self.length) for group in by_key(texts).values()])
+        groups = by_key(texts).values()
+        return joined([fit(group, self.reading, self.length) for group in groups])
 
     def fit_held_out(self) -> Fitted | None:
-        """Cuts or packs the separate held-out table into sequences; None if there is no such table."""
+        """Cuts or packs the separate held-out table into sequences; None without a separate table."""
         return self.fit(self.held_out_texts.rows) if self.held_out else None
 
     def shard(self, name: str, train: Sequence[Row], held_out: Sequence[Row]) -> Shard:
@@ -119,9 +120,12 @@ class Sharder:
             held_out: Sequences never trained on.
         """
         counts = Counter(row.share or row.key for row in (*train, *held_out))
-        pad = self.reading.pad
         return Shard(
-            name, stack(train, pad), stack(held_out, pad), dict(sorted(counts.items())), len(self.reading.classes)
+            name,
+            train=stack(train, self.reading.pad),
+            held_out=stack(held_out, self.reading.pad),
+            shares=dict(sorted(counts.items())),
+            classes=len(self.reading.classes),
         )
 
     def partition(self, shards: list[Shard], fitted: Sequence[Fitted]) -> Partition:
@@ -149,6 +153,14 @@ def reading_of(
     """Returns the way to read a table.
 
     Skewed partitions of classified texts are by class, unless `--partition` names a column.
+
+    Args:
+        table: The data set.
+        data: Columns and format.
+        model_path: Folder of the model, for the tokenizer.
+        end: Id of the token that ends a text.
+        spec: The partition.
+        classes: Classes of the model, for a classifier; by default the classes of the table.
     """
     format = format_of(table, data)
     column = spec.column
@@ -160,7 +172,13 @@ def reading_of(
 
 
 def by_key(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Groups rows by their key, in order of first appearance."""
+    """Groups rows by key, in order of first appearance.
+
+    Example:
+        >>> rows = [Row([1], [1], "bob"), Row([2], [2], "ann"), Row([3], [3], "bob")]
+        >>> {key: len(group) for key, group in by_key(rows).items()}
+        {'bob': 2, 'ann': 1}
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.key, []).append(row)
@@ -194,7 +212,7 @@ def shards_by_owner(sharder: Sharder) -> tuple[list[Shard], list[str], list[Fitt
             held_out = Fitted(_held_out_of_owner(sharder, separate.rows, owner, number, len(by_owner)))
             fitted.append(train)
 
-        # A client needs both: something to train on, and something to measure.
+        # A client without text to train on has no step, and a client without held-out text no loss.
         if train.rows and held_out.rows:
             shards.append(sharder.shard(owner, train.rows, held_out.rows))
         else:
@@ -232,17 +250,30 @@ def too_few_owners(sharder: Sharder, clients: int, owners: int, lacking: Sequenc
 
 
 def partition_by_sequence(sharder: Sharder, spec: PartitionSpec, name: str, clients: int, seed: int) -> Partition:
-    """Divides single sequences among clients, regardless of their owners."""
+    """Divides single sequences among clients, without regard to owners.
+
+    Args:
+        sharder: The data set.
+        spec: The partition.
+        name: The partition in the form of the setting, for messages.
+        clients: Number of clients.
+        seed: Seed of the division.
+
+    Raises:
+        SettingError: A client gets too few sequences.
+    """
     fitted = sharder.fit(sharder.texts.rows)
     separate = sharder.fit_held_out()
     blocks = by_source(fitted.rows)  # sequences of one chat stay with one client
     _check_enough(sharder, len(blocks), clients)
-    indices = _divided(sharder, spec, name, [block[0].key for block in blocks], clients, seed)
+    keys = [block[0].key for block in blocks]
+    indices = _divided(sharder, spec, name, keys, clients, seed)
 
     if separate is None:
         parts = [_split_blocks([blocks[index] for index in part]) for part in indices]
     else:
-        held_out = [_flat(by_source(separate.rows)[client::clients]) for client in range(clients)]
+        separate_blocks = by_source(separate.rows)
+        held_out = [_flat(separate_blocks[client::clients]) for client in range(clients)]
         _check_held_out(sharder, held_out)
         train = [_flat(blocks[index] for index in part) for part in indices]
         parts = list(zip(train, held_out, strict=True))
@@ -259,7 +290,7 @@ def _split_blocks(blocks: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]
 
 
 def _check_enough(sharder: Sharder, blocks: int, clients: int) -> None:
-    """Checks that there are enough sequences for all clients, however they are divided."""
+    """Checks that the number of sequences suffices for all clients under an even division."""
     least = sharder.least
     table = sharder.table
     if blocks < least:
@@ -281,19 +312,19 @@ def _check_held_out(sharder: Sharder, held_out: Sequence[Sequence[Row]]) -> None
 def _divided(
     sharder: Sharder, spec: PartitionSpec, name: str, keys: Sequence[str], clients: int, seed: int
 ) -> list[list[int]]:
-    """Returns the indices of each client's sequences, after checking that every client gets enough."""
+    """Returns the indices of each client's sequences, after a check that every client gets enough."""
     least = sharder.least
     try:
         indices = divide(keys, spec, clients, seed, least)
     except (ValueError, TypeError, ArithmeticError) as error:
-        if spec.kind == "dirichlet":
+        if spec.kind == "dirichlet":  # the partitioner has given up drawing
             needed = f"fewer clients than {clients}, or a larger ALPHA, so that each client gets {_number(least)}"
-            raise SettingError("partition", name, needed) from None
-        reason = first_line(error).rstrip(".")
-        needed = (
-            f"a way to divide {len(keys)} sequences of {len(set(keys))} kinds ({sharder.key}) "
-            f"among {clients} clients, {_number(least)} each ({reason})"
-        )
+        else:
+            reason = first_line(error).rstrip(".")
+            needed = (
+                f"a way to divide {len(keys)} sequences of {len(set(keys))} kinds ({sharder.key}) "
+                f"among {clients} clients, {_number(least)} each ({reason})"
+            )
         raise SettingError("partition", name, needed) from None
 
     for client, part in enumerate(indices):
@@ -309,6 +340,7 @@ def _number(sequences: int) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     """Lists the first three names, each shortened: a column may hold whole texts."""
-    shown = ", ".join(name if len(name) <= 40 else f"{name[:40]}…" for name in names[:3])
+    shortened = [name if len(name) <= 40 else f"{name[:40]}…" for name in names[:3]]
+    shown = ", ".join(shortened)
     more = len(names) - 3
     return f"{shown} and {more} more" if more > 0 else shown

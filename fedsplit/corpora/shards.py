@@ -1,4 +1,4 @@
-"""The data of one client: its sequences, its file on the client's disk, and the order of its training batches.
+"""The data of one client: sequences, the file on the client's disk, and the order of training batches.
 
 Shapes: n sequences of at most T tokens.
 """
@@ -47,7 +47,7 @@ class Shard:
 
 
 def _tensors(rows: Sequences) -> dict[str, Tensor]:
-    """Returns sequences as tensors by name; `_sequences` is the inverse.
+    """Returns sequences as tensors by name. `_sequences` is the inverse.
 
     Labels that equal the tokens, and lengths of sequences without padding, are left out.
     """
@@ -60,8 +60,10 @@ def _tensors(rows: Sequences) -> dict[str, Tensor]:
 
 
 def _sequences(tensors: Mapping[str, Tensor]) -> Sequences:
-    """Returns sequences from the tensors that `_tensors` made."""
-    return Sequences(tensors["ids"], tensors.get("labels", tensors["ids"]), tensors.get("lengths"))
+    """Returns sequences from a result of `_tensors`."""
+    ids = tensors["ids"]
+    labels = tensors.get("labels", ids)
+    return Sequences(ids, labels, tensors.get("lengths"))
 
 
 def _folder(root: Path) -> Path:
@@ -74,7 +76,7 @@ def shard_file(root: Path, client: int) -> Path:
 
 
 def write_shard(root: Path, client: int, shard: Shard) -> None:
-    """Writes a client's data to its disk.
+    """Writes a client's data to the client's disk.
 
     Args:
         root: Folder of the clients' disks.
@@ -95,7 +97,7 @@ def write_shard(root: Path, client: int, shard: Shard) -> None:
 
 
 def read_shard(root: Path, client: int) -> Shard:
-    """Reads a client's data from its disk.
+    """Reads a client's data from the client's disk.
 
     The file is mapped into memory, so that only the sequences in use take up memory.
 
@@ -104,7 +106,7 @@ def read_shard(root: Path, client: int) -> Shard:
         client: Number of the client.
 
     Raises:
-        LostState: The client has no data on its disk.
+        LostState: The client's disk has no data.
     """
     path = shard_file(root, client)
     if not path.exists():
@@ -112,11 +114,13 @@ def read_shard(root: Path, client: int) -> Shard:
     tensors, facts = map_tensors(path)
     groups = unpack(tensors)
     description = json.loads(facts["shard"])  # name, shares and classes
-    return Shard(train=_sequences(groups["train"]), held_out=_sequences(groups["held_out"]), **description)
+    train = _sequences(groups["train"])
+    held_out = _sequences(groups["held_out"])
+    return Shard(train=train, held_out=held_out, **description)
 
 
 def remove_left(root: Path) -> int:
-    """Removes the data of clients that a killed command left on their disks.
+    """Removes the data that a killed command left on the clients' disks.
 
     Args:
         root: Folder of the clients' disks.
@@ -134,7 +138,10 @@ def remove_left(root: Path) -> int:
             return 1
         if not folder.is_dir():
             return 0
-        clients = {re.sub(r"\D", "", path.name.partition(".safetensors")[0]) for path in folder.iterdir()}
+        clients = set()
+        for path in folder.iterdir():
+            stem, _, _ = path.name.partition(".safetensors")  # a file that was being written has a longer name
+            clients.add(re.sub(r"\D", "", stem))
         shutil.rmtree(folder)
         with contextlib.suppress(OSError):  # the folder also holds state that clients keep for longer
             root.rmdir()
@@ -209,7 +216,7 @@ def steps_of_epoch(count: int, size: int) -> int:
 def batch_of_epoch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
     """Returns the batch of a training step if training is measured in whole passes (`--train.epochs`).
 
-    Unlike `batch`, no batch crosses the end of a pass, so that each pass trains each sequence exactly once.
+    Unlike in `batch`, no batch crosses the end of a pass, so that each pass trains each sequence exactly once.
 
     Args:
         blocks: Sequences, or token ids (n, T).
@@ -246,4 +253,5 @@ def spread(blocks: Rows, most: int) -> Rows:
     """
     if len(blocks) <= most:
         return blocks
-    return blocks[[index * len(blocks) // most for index in range(most)]]
+    places = [index * len(blocks) // most for index in range(most)]
+    return blocks[places]

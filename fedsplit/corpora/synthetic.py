@@ -1,4 +1,4 @@
-"""A synthetic language, made from the seed: it needs no download, and everything to be learned from it is known.
+"""A synthetic language, made from the seed. No download is needed, and all regularities of the language are known.
 
 Words are made of syllables. A sentence is `DET ADJECTIVE NOUN VERB DET NOUN .`, and follows three rules:
 
@@ -63,7 +63,13 @@ class Language:
     nouns: tuple[tuple[tuple[str, int], ...], ...]
 
     def phrase(self, noun: tuple[str, int], adjective: str = "") -> str:
-        """Returns a noun with its determiner, and with an adjective if given, all of the noun's gender."""
+        """Returns a noun with a determiner and, if given, an adjective, all of the noun's gender.
+
+        Example:
+            >>> language = Language(("da", "di"), ("kum",), ("a", "i"), ("solt",), ())
+            >>> language.phrase(("bino", 1), adjective="kum")
+            'di kumi bino'
+        """
         word, gender = noun
         determiner = self.determiners[gender]
         if not adjective:
@@ -72,22 +78,31 @@ class Language:
 
 
 def make_language(seed: int) -> Language:
-    """Draws the vocabulary; no two words are equal."""
+    """Draws the vocabulary. No two words are equal."""
     draw = random.Random(derive_seed(seed, "synthetic", "words"))
     syllables = ["".join(pair) for pair in itertools.product(_ONSETS, _VOWELS)]
     pairs = ["".join(pair) for pair in itertools.permutations(syllables, 2)]
     words = iter(draw.sample(pairs, _ADJECTIVES + _VERBS + _NOUNS * len(TOPICS)))
-    short = draw.sample(syllables, 4)
+    first_determiner, second_determiner, first_ending, second_ending = draw.sample(syllables, 4)
     adjectives = tuple(itertools.islice(words, _ADJECTIVES))
     verbs = tuple(itertools.islice(words, _VERBS))
-    nouns = tuple(tuple((next(words), number % 2) for number in range(_NOUNS)) for _ in TOPICS)
-    return Language((short[0], short[1]), adjectives, (short[2], short[3]), verbs, nouns)
+    nouns = []
+    for _ in TOPICS:
+        nouns.append(tuple((next(words), number % 2) for number in range(_NOUNS)))  # the genders alternate
+    return Language(
+        determiners=(first_determiner, second_determiner),
+        adjectives=adjectives,
+        endings=(first_ending, second_ending),
+        verbs=verbs,
+        nouns=tuple(nouns),
+    )
 
 
 def _topic_shares(draw: random.Random) -> list[float]:
     """Returns a Dirichlet draw over the topics, as normalised gamma variables."""
-    weights = [draw.gammavariate(_SKEW, 1.0) + 1e-9 for _ in TOPICS]
-    return [weight / sum(weights) for weight in weights]
+    weights = [draw.gammavariate(_SKEW, 1.0) + 1e-9 for _ in TOPICS]  # all may underflow to 0
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def make_rows(seed: int, owners: int) -> list[dict[str, Any]]:
@@ -126,7 +141,7 @@ def _text(language: Language, topic: int, habits: Sequence[Sequence[int]], draw:
     Args:
         language: The vocabulary.
         topic: Number of the text's topic.
-        habits: For each topic and verb, the noun that the owner lets follow.
+        habits: The owner's noun after each verb, by topic and verb.
         draw: Source of all draws.
     """
     nouns = language.nouns[topic]

@@ -66,7 +66,7 @@ class Table:
     doubled: Collection[str] = ()
 
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
+        return _length(self.columns)
 
     @property
     def listed(self) -> str:
@@ -102,13 +102,15 @@ class Table:
             ['a', 'c']
         """
         values = self.columns[column]
-        wanted = set(list(dict.fromkeys(values))[:count])
+        in_order = list(dict.fromkeys(values))
+        wanted = set(in_order[:count])
         rows = [row for row, value in enumerate(values) if value in wanted]
-        return replace(self, columns={name: [cells[row] for row in rows] for name, cells in self.columns.items()})
+        columns = {name: [cells[row] for row in rows] for name, cells in self.columns.items()}
+        return replace(self, columns=columns)
 
 
 def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
-    """Makes sure that a data set can exist, without reading a file or asking the Hub.
+    """Checks that a data set can exist, without reading a file or asking the Hub.
 
     Args:
         dataset: Name of the data set in the settings.
@@ -116,8 +118,8 @@ def check_dataset(dataset: str, data: DataSettings | None = None) -> None:
 
     Raises:
         SettingError: The name is no bundled data set, no existing file of a known type, no existing folder and no
-            possible name on the Hub; or the data set cannot have such a configuration or split; or the folder has files
-            of several types, of which `datasets` would read only one.
+            possible name on the Hub; or the data set cannot have the configuration or the split; or the folder has
+            files of several types (`datasets` would read only one type).
 
     Example:
         >>> check_dataset("synthetic")
@@ -160,11 +162,13 @@ def _may_be_on_hub(dataset: str) -> bool:
 
 
 def _data_files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.suffix in FILE_TYPES and file.is_file())
+    """Returns the files of known types in a folder, in alphabetical order: the system's order differs by disk."""
+    named = [file for file in path.rglob("*") if file.suffix in FILE_TYPES]
+    return sorted(file for file in named if file.is_file())
 
 
 def _check_kind(dataset: str, path: Path) -> None:
-    """Makes sure that all data files of a folder have one type: `datasets` would read the most frequent type alone.
+    """Checks that all data files of a folder have one type: `datasets` would read the most frequent type alone.
 
     Raises:
         SettingError: The files have several types, and no README.md names the files to read.
@@ -172,7 +176,7 @@ def _check_kind(dataset: str, path: Path) -> None:
     if is_saved(path) or _readme_names_files(path):
         return
 
-    # The first file of each type, but for the files that `datasets` ignores.
+    # The first file of each type, except for files that `datasets` ignores.
     examples: dict[str, Path] = {}
     for absolute in _data_files(path):
         file = absolute.relative_to(path)
@@ -189,7 +193,10 @@ def _check_kind(dataset: str, path: Path) -> None:
 def _readme_names_files(path: Path) -> bool:
     """Returns True if a folder's README.md names the files that hold the data."""
     readme = path / "README.md"
-    return readme.is_file() and bool(_LAYOUT.match(readme.read_text(encoding="utf-8", errors="replace")))
+    if not readme.is_file():
+        return False
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    return _LAYOUT.match(text) is not None
 
 
 def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int = 8) -> Table:
@@ -218,7 +225,8 @@ def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int =
         return Table(dataset, dataset, {"text": texts, "owner": presidents})
     if dataset == "synthetic":
         rows = make_rows(seed, owners)
-        return Table(dataset, dataset, {name: [row[name] for row in rows] for name in rows[0]})
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        return Table(dataset, dataset, columns)
     try:
         table = _read_local(dataset, path, data) if path.exists() else _read_hub(dataset, data)
     except SettingError:
@@ -231,11 +239,11 @@ def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int =
 
 
 def read_held_out(dataset: str, data: DataSettings) -> Table:
-    """Reads the separate held-out data that `--data.held-out` names.
+    """Reads the separate held-out data in `--data.held-out`.
 
     Args:
         dataset: Name of the training data set.
-        data: The settings. `data.held_out` is a path if such a file or folder exists, else a split of `dataset`.
+        data: The settings. `data.held_out` is the path of an existing file or folder, or else a split of `dataset`.
 
     Raises:
         SettingError: Neither a path nor a split has the name.
@@ -256,7 +264,8 @@ def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
     is_text_file = path.is_file() and path.suffix == ".txt"
     if is_text_file or _is_folder_of_texts(path, data):
         files = {"train": [path] if is_text_file else _data_files(path)}
-        return Table(dataset, path.stem, _of_split(files, data.split, lambda paths: _texts(path, paths)))
+        columns = _of_split(files, data.split, lambda paths: _texts(path, paths))
+        return Table(dataset, path.stem, columns)
 
     if path.is_file() and path.suffix in READ_HERE:
         return _table_of_rows(dataset, path.stem, {"train": [path]}, data)
@@ -272,8 +281,10 @@ def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
 
 
 def _is_folder_of_texts(path: Path, data: DataSettings) -> bool:
-    """Returns True if a folder holds text files alone, and nothing that asks `datasets` to read them by lines."""
-    if not path.is_dir() or is_saved(path) or data.config or (path / "README.md").exists():
+    """Returns True if a folder holds text files alone, without a README.md or settings for `datasets`."""
+    if not path.is_dir() or is_saved(path):
+        return False
+    if data.config or (path / "README.md").exists():
         return False
     return all(file.suffix == ".txt" for file in _data_files(path))
 
@@ -287,7 +298,8 @@ def _texts(root: Path, files: Sequence[Path]) -> Columns:
             texts.append(read_text(file))
         except ValueError as error:
             raise SettingError("dataset", file, f"a text in UTF-8 ({error})") from None
-        owners.append(file.stem if file.parent == root or file == root else file.parent.name)
+        is_at_top = file == root or file.parent == root
+        owners.append(file.stem if is_at_top else file.parent.name)
     return {"text": texts, "owner": owners}
 
 
@@ -310,9 +322,10 @@ def _table_of_rows(
     number_columns = {data.label} - classes.keys()
 
     def read(paths: Sequence[Path]) -> Columns:
-        columns = read_rows(paths, number_columns)
-        class_numbers = {name: _class_numbers(columns[name], features[name]) for name in classes.keys() & columns}
-        return {**columns, **class_numbers}
+        columns = dict(read_rows(paths, number_columns))
+        for name in classes.keys() & columns:
+            columns[name] = _class_numbers(columns[name], features[name])
+        return columns
 
     columns = _of_split(files, data.split, read)
     all_paths = [path for paths in files.values() for path in paths]
@@ -333,7 +346,9 @@ def _files_read_here(builder: DatasetBuilder) -> dict[str, list[Path]]:
     """
     config = builder.config
     splits = config.data_files or {}
-    files = {str(split): [Path(str(path)) for path in paths] for split, paths in splits.items()}
+    files = {}
+    for split, paths in splits.items():
+        files[str(split)] = [Path(str(path)) for path in paths]
     plain_config = type(config)(
         name=config.name,
         version=config.version,
@@ -364,19 +379,26 @@ def _of_split(
     if split == "all":
         split = "+".join(files)
 
+    # The library reads the specification, so that every form of a split has the library's meaning.
     datasets = quiet_datasets()
     by_split = {name: read(paths) for name, paths in files.items()}
-    lengths = {name: len(next(iter(columns.values()), ())) for name, columns in by_split.items()}
+    lengths = {name: _length(columns) for name, columns in by_split.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
 
     names = dict.fromkeys(name for part in parts for name in by_split[part.splitname])
     joined: dict[str, list[Any]] = {name: [] for name in names}
     for part in parts:
         columns = by_split[part.splitname]
-        missing = [None] * lengths[part.splitname]  # for a column that only a further split has
+        missing = [None] * lengths[part.splitname]  # for a column of further splits alone
         for name, values in joined.items():
             values += columns.get(name, missing)[part.from_ : part.to]
     return dict(joined)
+
+
+def _length(columns: Columns) -> int:
+    """Returns the number of rows."""
+    first = next(iter(columns.values()), ())
+    return len(first)
 
 
 def _read_hub(dataset: str, data: DataSettings) -> Table:
@@ -403,7 +425,7 @@ def _reason(error: Exception, path: Path) -> str:
         return "it is empty"
     cause: BaseException = error
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__:
-        cause = error.__cause__  # this type only says that something went wrong
+        cause = error.__cause__  # the error itself tells no reason
     message = " ".join(str(cause).split()) or type(cause).__name__
     if message.endswith("corresponds to no data!"):
         return "it is empty"

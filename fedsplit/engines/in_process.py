@@ -283,8 +283,9 @@ def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federati
     with running(config, Plan(1, 1, 1, 1, 1), Objects(strategy)) as session:
         content = content_of(shards, config_folder(config.model), weights_folder(config), code=code_of(config))
         folder = RunFolder(out, config, facts.family, facts.blocks, content)
-        emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks])
-        job = Job(config, strategy, workloads(config, shards), folder, emit, started, Watchdog(config.timeout))
+        watchdog = Watchdog(config.timeout)
+        emit = Emitter([MetricsFile(out), SummaryFile(out), *sinks], watchdog=watchdog)
+        job = Job(config, strategy, workloads(config, shards), folder, emit, started, watchdog)
         federation = Federation(job, session, threads=1)
         with emit, on_disks(folder.clients, shards):
             session.play(federation)

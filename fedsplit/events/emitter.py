@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -9,6 +10,7 @@ from fedsplit.durable import Postponed
 from fedsplit.events.event_types import Event, Notice, RunFailed
 from fedsplit.events.sink import Sink
 from fedsplit.loading import described
+from fedsplit.watchdog import Watchdog
 
 Emit = Callable[[Event], None]
 """Reports an event; what the code that runs a federation knows of sinks."""
@@ -28,14 +30,16 @@ class Emitter:
         8 clients in 2 processes
     """
 
-    def __init__(self, own: Sequence[Sink], users: Sequence[Sink] = ()) -> None:
+    def __init__(self, own: Sequence[Sink], users: Sequence[Sink] = (), watchdog: Watchdog | None = None) -> None:
         """Takes the sinks.
 
         Args:
             own: Sinks of fedsplit, such as files and the screen. The run needs them: whatever they raise ends it, but
                 for a file that is written later.
             users: Sinks of the user's, called after those. One that raises is left out from then on.
+            watchdog: Ends the wait for a sink of the user's that hangs; None to wait for ever.
         """
+        self._watchdog = watchdog
         self._own = list(own)
         self._users = list(users)
 
@@ -62,8 +66,12 @@ class Emitter:
 
     def _try(self, sink: Sink, call: Callable[[], object]) -> None:
         """Calls a sink of the user's; if it raises, leaves it out and says so."""
+        guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._watchdog is not None:
+            guard = self._watchdog.guarding(f"the sink {type(sink).__name__}")
         try:
-            call()
+            with guard:
+                call()
         except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it raises is no reason to lose a run
             self._users.remove(sink)
             self(Notice(text=f"the sink {type(sink).__name__} failed and is left out from here on: {described(error)}"))

@@ -133,8 +133,7 @@ class OwnAggregation:
         """Returns the strategy's own aggregate."""
         name = f"the strategy {type(self._strategy).__name__}"
         with named(self._strategy, round):
-            state, result = self._strategy.aggregate(self._begun(adapters), adapters, updates)
-            _check_state(state)
+            state, result = _checked_pair(self._strategy.aggregate(self._begun(adapters), adapters, updates))
             tensors = dict(result.tensors)
         adapters.check_fits(tensors, name)
         result.check_folded(name)
@@ -158,6 +157,21 @@ class OwnAggregation:
     def recall(self, memory: Any) -> None:
         """Goes back to an earlier state."""
         self._state = memory
+
+
+def _checked_pair(returned: Any) -> tuple[State, Adapters]:
+    """Returns the state and the adapters that a strategy's `aggregate` returned.
+
+    Raises:
+        TypeError: It returned something else.
+    """
+    is_pair = isinstance(returned, tuple) and len(returned) == 2
+    if not is_pair or not isinstance(returned[1], Adapters):
+        found = ", ".join(type(part).__name__ for part in returned) if isinstance(returned, tuple) else ""
+        raise TypeError(f"aggregate returned {found or type(returned).__name__}, not a state and Adapters")
+    state, adapters = returned
+    _check_state(state)
+    return state, adapters
 
 
 def _check_state(state: object) -> None:

@@ -187,7 +187,8 @@ class ClientService:
         """Does what a request asks; an error becomes a `Failure`, since it is the server's to judge."""
         try:
             return self.serve(request)
-        except Exception as error:  # noqa: BLE001  # a client may fail in any way, and the others go on
+        except (Exception, SystemExit) as error:  # a client may fail in any way, and the others go on
+            logging.getLogger(__name__).debug("client %d failed", request.client, exc_info=True)  # for --debug
             return _failure(request.client, error)
 
     def serve(self, request: Request) -> Reply:
@@ -223,7 +224,7 @@ class ClientService:
         return _Visit(site, client, ClientStore(root, request.client))
 
 
-def _failure(client: int, error: Exception) -> Failure:
+def _failure(client: int, error: BaseException) -> Failure:
     """Returns an error as a failure; an error of our own says enough without the name of its class."""
     kind = type(error).__name__
     reason = " ".join(str(error).split())

@@ -263,7 +263,7 @@ def check_settings(manifest: Manifest, config: Config, run: Path) -> None:
             raise SettingError(name, _shown(now.get(name)), words)
 
 
-def check_content(manifest: Manifest, content: Content, config: Config, run: Path) -> None:
+def check_content(manifest: Manifest, content: Content, config: Config, run: Path, checkpoint: Path) -> None:
     """Makes sure that a run goes on with the data, the model and the user's code that it began with.
 
     Code that the manifest lacks was not looked at by the version that wrote it.
@@ -284,7 +284,8 @@ def check_content(manifest: Manifest, content: Content, config: Config, run: Pat
     for name, file in code_of(config).items():
         if content.code.get(name) != manifest.content.code.get(name, content.code.get(name)):
             setting = name.partition(".")[0]
-            raise SettingError(setting, f"{file} (edited since)", f"the code {then}")
+            other = f"with other code begin another run: --init-adapter {checkpoint}"
+            raise SettingError(setting, f"{file} (edited since)", f"the code {then}; {other}")
 
 
 def _shown(value: object) -> str:

@@ -67,16 +67,19 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     return dict(sorted(folders.items()))
 
 
-def how_to_go_on(run: Path | None) -> str:
+def how_to_go_on(run: Path | None, only_from_checkpoint: bool = False) -> str:
     """Returns the last checkpoint of a run that was stopped, and the command by which the run goes on.
 
     Args:
         run: The run's folder, which need not be there; None for a run that has no folder yet.
+        only_from_checkpoint: True to return nothing where the run has no checkpoint.
 
     Example:
         >>> how_to_go_on(Path("nowhere"))
         'nothing is saved yet'
     """
+    if only_from_checkpoint and (run is None or not checkpoints_of(run)):
+        return ""
     if run is None or not (run / "config.toml").is_file():
         return "nothing is saved yet"
     command = f"python -m fedsplit.simulate --resume {shlex.quote(str(run))}"
@@ -200,7 +203,7 @@ def check_content(path: Path, config: Config, content: manifest.Content) -> None
     """
     newest = newest_checkpoint(path, config.keep_best).newest
     if newest is not None:
-        manifest.check_content(newest.manifest, content, config, path)
+        manifest.check_content(newest.manifest, content, config, path, newest.folder)
 
 
 def notes_on(search: Search) -> list[str]:

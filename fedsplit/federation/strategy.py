@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch import Tensor
 from fedsplit.adaptation.methods import draws_fresh, method_of
 from fedsplit.errors import SettingError
 from fedsplit.federation.clients import FederationFailed
-from fedsplit.loading import BUILTIN, STRATEGY, builtin_package, find, make
+from fedsplit.loading import BUILTIN, STRATEGY, builtin_package, described, find, make
 from fedsplit.settings.choices import PARTS
 from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import SCHEDULES
@@ -218,6 +216,5 @@ def named(strategy: object, round: int) -> Iterator[None]:
     except FederationFailed:
         raise
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
-        raise FederationFailed(f"the strategy {type(strategy).__name__} failed in round {round}: {what}") from error
+        reason = f"the strategy {type(strategy).__name__} failed in round {round}: {described(error)}"
+        raise FederationFailed(reason) from error

@@ -140,7 +140,7 @@ class _Collection:
                 )
             except NobodyAnswered as failed:  # clients of other groups may
                 reason = str(failed)
-        if self._groups and not self._used:
+        if self._groups and not self._used and not parties.config.quorum:
             raise FederationFailed(reason)
         copies = parties.trunk.copies(sorted(self._used)) if parties.schedule.personal else {}
         self._leave_out_misfits(copies)

@@ -70,7 +70,7 @@ class _Checked:
         """
         try:
             returned: Any = self._metric(logits, labels)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise MetricFailed(f"the metric {self._name} failed: {described(error)}") from error
         try:
             total, count = (float(value) for value in returned)

@@ -24,13 +24,14 @@ def _attention(
     """
     if query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, *args, **options)
+    wide = [tensor.float() for tensor in (query, key, value)]
     with torch.autocast("cpu", enabled=False):  # autocast would convert the float32 tensors back
-        output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **options)
+        output, weights = sdpa_attention_forward(module, *wide, *args, **options)
     return output.to(query.dtype), weights
 
 
 _WIDE = "fedsplit_wide"
-"""Name under which the library knows `_attention`."""
+"""Name of `_attention` in the library."""
 
 AttentionInterface.register(_WIDE, _attention)
 AttentionMaskInterface.register(_WIDE, sdpa_mask)

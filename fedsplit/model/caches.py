@@ -1,4 +1,4 @@
-"""Key-value caches of a part, with which generated text grows token by token.
+"""Key-value caches of a part, for generated text that grows token by token.
 
 Shapes: B sequences, T new tokens, D hidden.
 """
@@ -21,8 +21,8 @@ class PartCache(DynamicCache):  # type: ignore[misc]  # the library has no types
     """Keys and values of a part's blocks.
 
     Attention modules use the block's number in the unsplit model, since some modules scale by the number. The part's
-    configuration, from which the library derives windows and masks, counts blocks from 0. `PartCache` converts between
-    both numbers.
+    configuration, the library's source of windows and masks, counts blocks from 0. `PartCache` converts between both
+    numbers.
 
     Attributes:
         length: Number of positions so far. `Past` sets the number, since the cache of a part without blocks cannot
@@ -104,8 +104,9 @@ class Past:
         mask = self._mask
         if mask is not None and self._part.ahead:
             mask = nn.functional.pad(mask, (self._part.ahead, 0), value=True)
-        output = self._part.extend(start, mask, self._positions(count, start.device), self._cache)
-        self._cache.length += output.shape[1]
+        positions = self._positions(count, start.device)
+        output = self._part.extend(start, mask, positions, self._cache)
+        self._cache.length += output.shape[1]  # a bottom with virtual tokens returns more positions than it got
         return output
 
     def _positions(self, count: int, device: torch.device) -> Tensor | None:

@@ -28,8 +28,8 @@ _AT_ONCE = 32 * 2**20
 class CheckpointReader:
     """Reads single tensors of a checkpoint in safetensors, sharded or not.
 
-    A tensor that is read twice (an embedding tied to the head) is kept in memory once. Experts that are stored one by
-    one are stacked, as in the library's models.
+    A shared tensor (an embedding tied to the head) is in memory once. Experts that are stored one by one are stacked,
+    as in the library's models.
 
     Example:
         >>> from fedsplit.settings.config import BUNDLED_MODEL
@@ -45,10 +45,9 @@ class CheckpointReader:
 
         Args:
             path: Folder of the checkpoint.
-            model: The model that the tensors are for, without weights (`fedsplit.model.unsplit.empty_model`). Its class
-                names the tied parameters.
-            dtype: Type of the parameters that are read.
-            device: Device of the parameters that are read.
+            model: The model without weights (`fedsplit.model.unsplit.empty_model`), for the names of tied parameters.
+            dtype: Type of the returned parameters.
+            device: Device of the returned parameters.
         """
         self._family = family_of(model.config.model_type)
         self._dtype = dtype
@@ -61,7 +60,11 @@ class CheckpointReader:
         self._could_be_tied = {*(getattr(model, "_tied_weights_keys", None) or ())} - ties.keys()
 
     def _known(self, pattern: str) -> str | None:
-        """Returns the name of a piece in the files: the library's name, with or without the decoder's prefix."""
+        """Returns the name of a piece in the files: the library's name, with or without the decoder's prefix.
+
+        Raises:
+            ValueError: The files have both names.
+        """
         candidates = dict.fromkeys((pattern, pattern.removeprefix(self._prefix)))
         names = [name for name in candidates if name.replace("*", "0") in self._files]
         if len(names) > 1:
@@ -89,7 +92,7 @@ class CheckpointReader:
         If the files lack the parameter, the pieces of the tied parameter are returned.
 
         Raises:
-            ValueError: The files lack the parameter, and a parameter tied to it.
+            ValueError: The files lack the parameter, and the tied parameter.
         """
         partner = self._partners.get(name)
         pieces = self._pieces(name)
@@ -103,7 +106,7 @@ class CheckpointReader:
     def _experts(self, pattern: str) -> list[str]:
         """Returns the names of all experts' tensors in the files, in the order of the experts."""
         numbered = (pattern.replace("*", str(number)) for number in itertools.count())
-        return list(itertools.takewhile(self._files.__contains__, numbered))
+        return list(itertools.takewhile(self._files.__contains__, numbered))  # up to the first missing number
 
     def _shape(self, pattern: str) -> list[int]:
         if "*" in pattern:
@@ -113,7 +116,7 @@ class CheckpointReader:
             return list(file.get_slice(pattern).get_shape())
 
     def _mapped(self, name: str) -> Tensor | None:
-        """Maps a tensor from the file, so that processes share its pages. Returns None if the tensor needs a cast."""
+        """Maps a tensor from the file, so that processes share memory. Returns None if the tensor needs a cast."""
         with safe_open(self._files[name], framework="pt") as file:
             tensor = file.get_tensor(name)
         return tensor if tensor.dtype == self._dtype else None
@@ -121,10 +124,11 @@ class CheckpointReader:
     def _slices(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """Yields slices of a tensor in the files, with the values, some rows at a time to keep memory small."""
         length, *row_shape = self._shape(name)
-        rows = max(1, _AT_ONCE // max(1, 4 * torch.Size(row_shape).numel()))
+        row_bytes = max(1, 4 * torch.Size(row_shape).numel())
+        rows = max(1, _AT_ONCE // row_bytes)
         for begin in range(0, length, rows):
             place = slice(begin, min(begin + rows, length))
-            # The file is opened anew each time, since its pages stay resident until it is closed.
+            # The file is opened anew for each slice, since pages of an open file stay resident.
             with safe_open(self._files[name], framework="pt") as file:
                 yield place, file.get_slice(name)[place]
 
@@ -138,11 +142,11 @@ class CheckpointReader:
             target[place] = values
 
     def has(self, name: str) -> bool:
-        """Returns True if the files hold a parameter under its name. A tie is not followed."""
+        """Returns True if the files hold a parameter by name. A tie is not followed."""
         return bool(self._pieces(name))
 
     def shape(self, name: str) -> list[int]:
-        """Returns the shape of a parameter. It is read from the headers of the files."""
+        """Returns the shape of a parameter, from the headers of the files."""
         shape, *more_shapes = [self._shape(piece) for piece in self._find(name)]
         for piece_shape in more_shapes:
             if shape[0] != piece_shape[0]:
@@ -184,7 +188,7 @@ class CheckpointReader:
                 raise ValueError(f"its {INDEX} names {file.name}, which is not there")
 
     def check_values(self, names: Iterable[str]) -> None:
-        """Reads the values of parameters, and checks that they are finite, also after the cast to their type.
+        """Reads the values of parameters, and checks that all values are finite, also after the cast.
 
         Raises:
             ValueError: The files hold a NaN or an infinity.
@@ -193,14 +197,18 @@ class CheckpointReader:
         patterns = dict.fromkeys(pattern for name in names for pattern in self._find(name))  # each piece once
         for pattern in patterns:
             names_in_files = self._experts(pattern) if "*" in pattern else [pattern]
-            for name in names_in_files:
-                for _, values in self._slices(name):
-                    self._check_finite(values, name)
+            for stored in names_in_files:
+                for _, values in self._slices(stored):
+                    self._check_finite(values, stored)
 
     def _check_finite(self, values: Tensor, stored: str) -> None:
-        """Makes sure that the smallest and the largest value are finite, before and after the cast.
+        """Checks that the smallest and the largest value are finite, before and after the cast.
 
-        If a tensor holds a NaN, torch returns the NaN as its extremes. A cast keeps the order of values.
+        The extremes suffice: torch returns a NaN as both extremes, and a cast keeps the order of values.
+
+        Raises:
+            ValueError: The files hold a NaN or an infinity.
+            SettingError: A value is too large for the type.
         """
         if not values.numel():
             return
@@ -215,25 +223,26 @@ class CheckpointReader:
             raise SettingError("dtype", name, allowed)
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drops parameters from memory, which would otherwise be kept for tied parameters."""
+        """Drops parameters from memory. Otherwise the reader keeps each parameter, for a second part with a tie."""
         dropped = {id(parameter) for parameter in parameters}
-        self._parameters = {key: value for key, value in self._parameters.items() if id(value) not in dropped}
+        for key in [key for key, value in self._parameters.items() if id(value) in dropped]:
+            del self._parameters[key]
 
 
 def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
-    """Checks that a checkpoint has every tensor of a model, in its shape and with finite values.
+    """Checks that a checkpoint has every tensor of a model, in the right shape and with finite values.
 
-    All values are read once, some at a time. The first step of a run reads them anyway, and would report a NaN in the
-    weights as the fault of a client.
+    All values are read once, some at a time. The first step of a run reads the values anyway, and would report a NaN in
+    the weights as the fault of a client.
 
     Args:
         path: Folder of the checkpoint.
-        dtype: Type of the run's base weights, one of `fedsplit.settings.choices.DTYPES`.
-        classes: Number of classes of a classifier, whose head is drawn and not read; 0 for a language model.
+        dtype: Type of the run's base weights, a name in `fedsplit.settings.choices.DTYPES`.
+        classes: Number of classes of a classifier with a drawn head; 0 for a language model.
 
     Raises:
-        SettingError: A file is missing or truncated, a tensor is missing or has another shape than config.json says,
-            or a value is not finite.
+        SettingError: A file is missing or truncated, a tensor is missing or differs in shape from config.json, or a
+            value is not finite.
 
     Example:
         >>> from fedsplit.settings.config import BUNDLED_MODEL

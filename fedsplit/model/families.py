@@ -1,6 +1,6 @@
 """Model families: names of the embedding, blocks, norm and head inside the library's model classes.
 
-A `Family` record is all that fedsplit needs to know about a family. `fedsplit.model.split` builds every part from it.
+A `Family` record is all that fedsplit needs to know about a family. `fedsplit.model.split` builds parts from records.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fedsplit.errors import SettingError
 from fedsplit.model.token_ids import end_token
@@ -21,10 +21,10 @@ class Family:
     """Names of a family's modules and settings.
 
     Attributes:
-        decoder: Name of the decoder inside the language model, dotted if nested. Also its prefix in checkpoints.
+        decoder: Name of the decoder inside the language model, dotted if nested; also the prefix in checkpoints.
         blocks: Name of the list of blocks inside the decoder.
         embedding: Name of the token embedding inside the decoder.
-        norm: Name of the final norm inside the decoder. The attribute may be None there.
+        norm: Name of the final norm inside the decoder. The attribute's value may be None.
         targets: Names of the attention and MLP projections inside a block, last component only.
         positions: Name of the learned position embedding inside the decoder; None for a family without one.
         dropout: Name of the dropout after the embedding inside the decoder; None for a family without one.
@@ -36,18 +36,18 @@ class Family:
         positions_key: Key of config.json for the longest sequence.
         width_key: Key of config.json for the size of a hidden state.
         cap_key: Key of config.json for the soft cap on logits; None for a family without one.
-        stored: Names in checkpoints that differ from the library's, by the end of a parameter's name. A parameter may
-            be stored in several pieces, which are joined by rows. `*` stands for the number of an expert, whose
-            tensors are stacked.
-        outgrows: Key of config.json for a length beyond which rotary positions change. Text that grows past this
-            length is computed anew by the library.
-        required: Values that config.json must have for these keys, if it has the keys. A value that is itself a key
-            stands for that key's value. A model with other values could not be split exactly.
+        stored: Names in checkpoints that differ from the library's names, by the end of a parameter's name. A parameter
+            may be stored in several pieces, to be joined by rows. `*` stands for the number of an expert; the tensors
+            of the experts are stacked.
+        outgrows: Key of config.json for a length beyond which rotary positions change. The library computes longer
+            text anew.
+        required: Required values in config.json, by key. A missing key is accepted. A required value may be the name of
+            a second key, and stands for the value of the second key. No further values can be split exactly.
         router: Name of the router inside a block with experts; None for a family without experts.
-        experts: Number of experts in such a block, if config.json names none.
+        experts: Number of experts in a block with experts, if config.json has no number.
         sparse: True if config.json may exempt blocks from having experts (`mlp_only_layers`, `decoder_sparse_step`).
-        parameters: Parameters outside any projection module that can have adapters: their dotted names inside a
-            block, by the names that `lora.targets` uses. They get adapters only if `lora.targets` names them.
+        parameters: Parameters outside of projection modules that can have adapters: dotted names inside a block, by the
+            names for `lora.targets`. A parameter gets an adapter only if `lora.targets` names the parameter.
 
     Example:
         >>> FAMILIES["gpt2"].targets
@@ -78,7 +78,12 @@ class Family:
     parameters: Mapping[str, str] = field(default_factory=dict)
 
     def asked(self, targets: Sequence[str]) -> list[str]:
-        """Returns those of the targets that are keys of `parameters`."""
+        """Returns the targets that are keys of `parameters`.
+
+        Example:
+            >>> FAMILIES["mixtral"].asked(["q_proj", "gate"])
+            ['gate']
+        """
         return [name for name in targets if name in self.parameters]
 
 
@@ -184,16 +189,16 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about a model that are known from its small files, before any weight is loaded.
+    """Facts about a model from small files, before any weight is loaded.
 
     Attributes:
         family: Record of the model family.
         blocks: Number of blocks.
         positions: Longest sequence in tokens.
         end: Id of the token that ends a text (`fedsplit.model.token_ids.end_token`).
-        width: Size of a hidden state; 0 if config.json does not say.
-        experts: Number of experts in each block that has any.
-        routed: Numbers of the blocks that have experts.
+        width: Size of a hidden state; 0 if config.json has no size.
+        experts: Number of experts in each block with experts.
+        routed: Numbers of the blocks with experts.
         router_aux_loss: Coefficient of the routers' auxiliary loss in the unsplit model.
     """
 
@@ -207,7 +212,11 @@ class Facts:
     router_aux_loss: float = 0.0
 
     def coefficient(self, asked: float) -> float:
-        """Returns the coefficient of the auxiliary loss. `asked` is the setting; below 0, the model decides."""
+        """Returns the coefficient of the auxiliary loss.
+
+        Args:
+            asked: The setting. Below 0, the value in config.json counts.
+        """
         return self.router_aux_loss if asked < 0 else asked
 
 
@@ -218,7 +227,7 @@ def family_of(model_type: str) -> Family:
         model_type: The `model_type` of config.json.
 
     Raises:
-        SettingError: There is no record for this type.
+        SettingError: No family has the type.
 
     Example:
         >>> family_of("gpt2").blocks
@@ -236,7 +245,7 @@ def family_of(model_type: str) -> Family:
 
 
 _CAUSAL = {"is_causal": True, "use_bidirectional_attention": False}
-"""Required of every family. A token that attends to later tokens could not be a target of training."""
+"""Required of every family. If a token attended to later tokens, the next token would be no target of training."""
 
 
 def _is_needed(entry: Field[object]) -> bool:
@@ -244,7 +253,7 @@ def _is_needed(entry: Field[object]) -> bool:
 
 
 def _check_required(family: Family, document: Mapping[str, Any], allowed: str) -> None:
-    """Refuses a model that could not be split exactly.
+    """Refuses a model that cannot be split exactly.
 
     Raises:
         SettingError: A key of config.json has a value that the family does not allow.
@@ -270,8 +279,8 @@ def read_facts(path: Path) -> Facts:
         path: Folder of the checkpoint.
 
     Raises:
-        SettingError: The folder holds no model, the family is unknown, the model cannot be split, or no file names
-            the token that ends a text.
+        SettingError: The folder holds no model, the family is unknown, the model cannot be split, or no file has the
+            token that ends a text.
 
     Example:
         >>> from fedsplit.settings.config import BUNDLED_MODEL
@@ -280,6 +289,36 @@ def read_facts(path: Path) -> Facts:
         (6, 256, 128)
     """
     allowed = "a model with a config.json that says what its family needs"
+    document = _read_document(path, allowed)
+    family = family_of(str(document.get("model_type")))
+    _check_required(family, document, allowed)
+    numbers = []  # of blocks and of positions
+    for key in (family.layers_key, family.positions_key):
+        value = document.get(key)
+        if not _is_whole(value) or value < 1:
+            raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
+        numbers.append(value)
+    blocks, positions = numbers
+    width = document.get(family.width_key)
+    experts = _read_experts(family, document, blocks, path, allowed)
+    return Facts(family, blocks, positions, end_token(path), width if _is_whole(width) else 0, **experts)
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    """Returns True for a whole number. JSON's true is a number to Python, and no size of a model."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _read_document(path: Path, allowed: str) -> Mapping[str, Any]:
+    """Reads config.json, and refuses kinds of models that fedsplit would load wrongly.
+
+    Args:
+        path: Folder of the checkpoint.
+        allowed: Description of possible models, for errors.
+
+    Raises:
+        SettingError: The file cannot be read, or the model is of a refused kind.
+    """
     try:
         document: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -289,28 +328,14 @@ def read_facts(path: Path) -> Facts:
     if isinstance(document.get("text_config"), dict):
         kind = f"a model of type {document.get('model_type')}, whose text model is nested in it"
         raise SettingError("model", kind, "a text model alone, such as what gemma3_text is of gemma3")
-    if document.get("quantization_config"):  # the scales of its weights would be ignored
+    if document.get("quantization_config"):  # the scales of the weights would be ignored
         unquantised = "weights in fp32, bf16 or fp16; --quantization takes them down to fewer bits here"
         raise SettingError("model", f"{path} (its weights are quantised already)", unquantised)
     weight_file = document.get("transformers_weights")
-    if weight_file is not None:  # transformers would load this file and no other
+    if weight_file is not None:  # transformers would load the named file only
         reason = f"its config.json has the transformers_weights {json.dumps(weight_file)}"
         raise SettingError("model", f"{path} ({reason})", "a model without it, whose weights have the usual names")
-
-    family = family_of(str(document.get("model_type")))
-    _check_required(family, document, allowed)
-    numbers = []  # of blocks and of positions
-    for key in (family.layers_key, family.positions_key):
-        value = document.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
-        numbers.append(value)
-    blocks, positions = numbers
-    width = document.get(family.width_key)
-    if isinstance(width, bool) or not isinstance(width, int):
-        width = 0
-    experts = _read_experts(family, document, blocks, path, allowed)
-    return Facts(family, blocks, positions, end_token(path), width, **experts)
+    return document
 
 
 _UNSAID = {"decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}
@@ -318,19 +343,21 @@ _UNSAID = {"decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}
 
 
 def _read_experts(family: Family, document: Mapping[str, Any], blocks: int, path: Path, allowed: str) -> dict[str, Any]:
-    """Reads the facts about a mixture of experts, by the names of `Facts`. Empty for a family without experts.
+    """Reads the facts about a mixture of experts, by the names in `Facts`. Empty for a family without experts.
 
     Raises:
         SettingError: config.json has an impossible number of experts, step or coefficient.
     """
     if family.experts is None:
         return {}
-    count_key = "num_local_experts" if "num_local_experts" in document else "num_experts"  # the library takes either
+    # The library takes either key.
+    count_key = "num_local_experts" if "num_local_experts" in document else "num_experts"
     numbers = {}
     for key, default in {count_key: family.experts, **_UNSAID}.items():
         value = document.get(key, default)
         least = 1 if key == "decoder_sparse_step" else 0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value < math.inf:
             raise SettingError("model", f"{path} (its config.json has no possible {key})", allowed)
         numbers[key] = value
 
@@ -347,7 +374,7 @@ def _read_experts(family: Family, document: Mapping[str, Any], blocks: int, path
 
 
 def read_pad(path: Path, end: int) -> int:
-    """Returns the padding token of a model: the one in config.json if it is possible, else the end token.
+    """Returns the padding token of a model: from config.json if the value is possible, else the end token.
 
     Padding is masked, so the choice changes no number.
 
@@ -358,5 +385,8 @@ def read_pad(path: Path, end: int) -> int:
     document = json.loads((path / "config.json").read_text(encoding="utf-8"))
     pad = document.get("pad_token_id")
     size = document.get("vocab_size")
-    possible = isinstance(pad, int) and not isinstance(pad, bool) and pad >= 0
-    return pad if possible and (not isinstance(size, int) or pad < size) else end
+    if not _is_whole(pad) or pad < 0:
+        return end
+    if isinstance(size, int) and pad >= size:  # the embedding has no row for the token
+        return end
+    return int(pad)

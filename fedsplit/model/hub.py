@@ -1,8 +1,7 @@
 """Fetches models of the Hugging Face Hub into the local cache.
 
-The usual environment variables apply: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT. Files in the cache are used
-without asking the Hub for newer ones, since all processes of a run, and a run that is resumed later, must read the
-same files.
+The usual environment variables apply: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT. The Hub is not asked for newer
+versions of cached files, since all processes of a run, and a later resumed run, must read the same files.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def _reason(error: Exception, name: HubName) -> str:
 
 
 def _download(name: HubName, revision: str | None, files: Collection[str]) -> Path:
-    """Downloads those of the files that the repository has. Returns the cache folder of the commit.
+    """Downloads the files that exist in the repository. Returns the cache folder of the commit.
 
     Raises:
         SettingError: The download failed.
@@ -106,7 +105,7 @@ def config_folder(name: HubName) -> Path:
     """Returns the cache folder of a commit, with config.json and tokenizer. The folder is named after the commit.
 
     Raises:
-        SettingError: The files cannot be fetched, the repository has no config.json, or it contains an adapter.
+        SettingError: The files cannot be fetched, or the repository has no config.json, or has an adapter.
     """
     try:
         cached = snapshot_download(
@@ -115,7 +114,8 @@ def config_folder(name: HubName) -> Path:
     except LocalEntryNotFoundError:
         cached = ""
     folder = Path(cached)
-    if not (cached and (folder / "config.json").is_file() and has_vocabulary(folder)):
+    is_whole = bool(cached) and (folder / "config.json").is_file() and has_vocabulary(folder)
+    if not is_whole:  # a second program may have cached some of the files
         folder = _download(name, name.revision, _SMALL)
     if not (folder / "config.json").is_file():
         raise SettingError("model", f"{name} (no config.json in it)", ALLOWED)
@@ -127,19 +127,20 @@ def config_folder(name: HubName) -> Path:
 def fetch_weights(
     name: HubName, folder: Path, wanted: Callable[[str], bool], tell: Callable[[str], object] = lambda line: None
 ) -> None:
-    """Fetches the weights of a model into the cache folder of its commit, unless they are there.
+    """Fetches missing weights of a model into the cache folder of a commit.
 
-    A repository may have both a single file and shards. transformers then loads the single file, so that is fetched.
+    A repository may have both a single file and shards. transformers then prefers the single file, so the single file
+    is fetched.
 
     Args:
         name: The model.
-        folder: Folder that `config_folder` returned.
-        wanted: Called with the name of a tensor; returns True if the tensor is needed. Shards without a needed tensor
-            are not fetched.
-        tell: Called with a line of text before anything is fetched, which may take long.
+        folder: Result of `config_folder`.
+        wanted: Called with the name of a tensor; returns True for a needed tensor. Shards without a needed tensor are
+            not fetched.
+        tell: Called with a line of text before a download, which may take long.
 
     Raises:
-        SettingError: The weights cannot be fetched, or the repository has none in safetensors.
+        SettingError: The weights cannot be fetched, or the repository has no weights in safetensors.
     """
     if (folder / WEIGHTS).exists():
         return

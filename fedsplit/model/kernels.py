@@ -1,7 +1,7 @@
 """Faster versions of the two most expensive functions of a step: the loss, and a projection with a LoRA adapter.
 
-Results equal the libraries' up to the order of sums. Memory traffic is saved: frozen weights get no gradient, and the
-forward keeps only the tensors that the backward needs.
+Results equal the libraries' results up to the order of sums. Memory traffic is saved: frozen weights get no gradient,
+and the forward keeps only the tensors for the backward.
 
 Shapes: N rows (tokens), D hidden, V vocabulary, I and O inputs and outputs of a projection, R rank of an adapter.
 """
@@ -22,13 +22,13 @@ IGNORED = -100
 """Label of a position without a loss, as everywhere in torch."""
 
 LOGITS = 2**23
-"""Number of logits in memory at a time. More costs memory; with fewer the head is read too often."""
+"""Number of logits in memory at a time. A larger number costs memory; a smaller number reads the head too often."""
 
 _LEVELS = 2**16
-"""Number of probabilities that 16 random bits distinguish."""
+"""Number of levels of 16 random bits."""
 
 _UNDERFLOW = 1e-30
-"""Probability below which the loss is computed anew from the logits, since the probability has lost its digits."""
+"""Limit for probabilities. A smaller probability has lost digits, and the loss is computed anew from the logits."""
 
 
 def causal_loss(
@@ -41,13 +41,13 @@ def causal_loss(
 ) -> Tensor:
     """Computes the mean next-token loss of a head without a bias. The head may be trained, or have a LoRA adapter.
 
-    Only a few rows of logits are in memory at a time. The forward also computes the gradients, so that the backward
-    only scales them. Positions without a label are skipped.
+    Only a few rows of logits are in memory at a time. The forward also computes the gradients, and the backward only
+    scales the gradients. Positions without a label are skipped.
 
     Args:
         hidden: Input of the head (B, T, D).
-        head: Weight of the head (V, D). Products are computed in its type, everything else in float32.
-        labels: Token ids (B, T), `IGNORED` where no loss is wanted. The function shifts them by one position.
+        head: Weight of the head (V, D). Products are computed in the type of the weight, everything else in float32.
+        labels: Token ids (B, T), `IGNORED` for positions without a loss. The function shifts the labels by one.
         cap: Bound of the soft cap on logits; None without a cap.
         low: Scaled output s * A x (B, T, R) of the adapter's first factor. `low @ up.T` is added to the logits.
         up: Second factor B (V, R) of the adapter.
@@ -73,9 +73,9 @@ def causal_loss(
 
 
 def _factor_type(weight: Tensor) -> torch.dtype:
-    """Returns the type in which products with a weight are computed.
+    """Returns the type for products with a weight: the weight's type, or float32 for float16 on a CPU.
 
-    This is the weight's own type, except for float16 on a CPU, which is slow in float16.
+    CPUs are slow in float16.
     """
     slow = weight.dtype == torch.float16 and weight.device.type == "cpu"
     return torch.float32 if slow else weight.dtype
@@ -113,7 +113,7 @@ class _Products:
             head: (V, D).
             low: (N, R), or None.
             up: (V, R), or None.
-            wanted: For each of these four, whether it gets a gradient.
+            wanted: True for each of the four tensors that gets a gradient, in the order of the arguments.
         """
         self._pairs = [(rows, head)]
         if low is not None and up is not None:
@@ -123,7 +123,7 @@ class _Products:
         for place, (left, right) in enumerate(self._pairs):
             if wanted[2 * place]:
                 self.gradients[2 * place] = torch.empty_like(left, dtype=head.dtype)
-            if wanted[2 * place + 1]:  # in float32, since it is a sum over many runs of rows
+            if wanted[2 * place + 1]:  # in float32: the gradient is a sum over many runs of rows
                 self.gradients[2 * place + 1] = torch.zeros_like(right, dtype=torch.float32)
 
     @property
@@ -132,11 +132,13 @@ class _Products:
         return any(gradient is not None for gradient in self.gradients)
 
     def logits(self, chosen: slice | Tensor, out: Tensor | None = None) -> Tensor:
-        """Computes the logits (n, V) of the chosen rows. `out` is memory that the result may be written to."""
+        """Computes the logits (n, V) of the chosen rows, if possible in the memory `out`."""
         left, right = self._pairs[0]
         logits = product(left[chosen].to(self._type), right.t(), out=out)
         for left, right in self._pairs[1:]:
-            logits.addmm_(left[chosen].to(self._type), right.to(self._type).t())
+            narrow_left = left[chosen].to(self._type)
+            narrow_right = right.to(self._type)
+            logits.addmm_(narrow_left, narrow_right.t())
         return logits
 
     def back(self, chosen: slice, slopes: Tensor) -> None:
@@ -190,28 +192,44 @@ class _Loss(torch.autograd.Function):
             if not products.any:
                 nats += functional.cross_entropy(scores, label, reduction="sum")
                 continue
-            torch.softmax(scores, -1, out=scores)
-            chosen = scores.gather(1, label[:, None])
-            underflown = (chosen < _UNDERFLOW).squeeze(1)
-            if underflown.any():
-                again = products.logits(start + underflown.nonzero().squeeze(1)).float()
-                _bend(again, cap)
-                nats += functional.cross_entropy(again, label[underflown], reduction="sum")
-            nats -= chosen[~underflown].log().sum()
-
-            # Gradient of the summed loss by the logits: probability minus 1 at the label.
-            scores.scatter_(1, label[:, None], chosen - 1)
+            _Loss._to_gradient(scores, label, products, start, cap, nats)
             if slope is not None:
                 scores.mul_(slope)
             if scores is not logits:
                 logits.copy_(scores)
             products.back(run, logits)
-            del logits, scores  # frees them before the next run allocates its own
+            del logits, scores  # the memory is free before the next run allocates memory
 
         ctx.count = count
         ctx.types = [None if tensor is None else tensor.dtype for tensor in (rows, head, low, up)]
         ctx.save_for_backward(*products.gradients)
         return nats / count
+
+    @staticmethod
+    def _to_gradient(
+        scores: Tensor, label: Tensor, products: _Products, start: int, cap: float | None, nats: Tensor
+    ) -> None:
+        """Turns logits into the gradient of the summed loss by the logits, in place.
+
+        The gradient is the probability, minus 1 at the label.
+
+        Args:
+            scores: Logits (n, V) of a run of rows, after the soft cap.
+            label: Labels of the rows (n,).
+            products: Source of logits.
+            start: Number of the first row.
+            cap: Bound of the soft cap on logits; None without a cap.
+            nats: Sum of losses so far. The losses of the rows are added in place.
+        """
+        torch.softmax(scores, -1, out=scores)
+        chosen = scores.gather(1, label[:, None])
+        underflown = (chosen < _UNDERFLOW).squeeze(1)
+        if underflown.any():
+            again = products.logits(start + underflown.nonzero().squeeze(1)).float()
+            _bend(again, cap)
+            nats += functional.cross_entropy(again, label[underflown], reduction="sum")
+        nats -= chosen[~underflown].log().sum()
+        scores.scatter_(1, label[:, None], chosen - 1)
 
     @staticmethod
     @once_differentiable
@@ -230,12 +248,17 @@ def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor
 
     Args:
         shape: Shape of the mask.
-        p: Probability to drop an element, below 1. It is rounded to a multiple of 1/65536, at most 65535/65536.
+        p: Probability to drop an element, below 1, rounded to a multiple of 1/65536, at most 65535/65536.
         device: Device of the mask.
 
     Returns:
-        The mask: 1 for an element that is kept, 0 for one that is dropped, as int8 (which multiplies faster than
-        bool). And the probability to keep an element.
+        The mask (1 for a kept element, 0 for a dropped element), as int8, which multiplies faster than bool; and the
+        probability to keep an element.
+
+    Example:
+        >>> mask, keep = keep_mask(torch.Size([2, 3]), p=0.25, device=torch.device("cpu"))
+        >>> mask.shape, mask.dtype, keep
+        (torch.Size([2, 3]), torch.int8, 0.75)
     """
     level = min(round(p * _LEVELS), _LEVELS - 1)
     count = shape.numel()
@@ -256,14 +279,14 @@ def lora_linear(
 ) -> Tensor:
     """Computes a frozen projection with a LoRA adapter: `x W + b + scaling * dropout(x) A^T B^T`.
 
-    Products are computed in the type of the weight, or in float32 if that is float16 on a CPU. For the backward the
-    function keeps one byte per element for the dropout, and a reference to its input, which is shared by all
-    projections that read the same input.
+    Products are computed in the type of the weight, or in float32 for float16 on a CPU. For the backward the function
+    keeps one byte per element for the dropout, and a reference to the input. Projections of the same input share the
+    memory of the input.
 
     Args:
         x: Input (..., I).
-        weight: W (I, O). It gets no gradient.
-        bias: b (O,), or None. It gets no gradient.
+        weight: W (I, O), without a gradient.
+        bias: b (O,), or None; without a gradient.
         down: A (R, I).
         up: B (O, R).
         scaling: Scaling of the adapter.
@@ -284,8 +307,8 @@ def lora_linear(
 class _LoraLinear(torch.autograd.Function):
     """Autograd function of `lora_linear`.
 
-    Products whose result has the rank as one dimension are arranged such that the rank comes first. That is several
-    times faster than the transposed product.
+    A product with the rank as a dimension of the result has the rank first: several times faster than the transposed
+    product.
     """
 
     @staticmethod
@@ -347,7 +370,8 @@ class _LoraLinear(torch.autograd.Function):
         to_x, to_down, to_up = (ctx.needs_input_grad[place] for place in (0, 3, 4))
         for_x = for_down = for_up = None
         if to_up:
-            for_up = torch.mm(low, rows).t().contiguous().to(adapter_type).mul_(ctx.scaling)
+            by_rank = torch.mm(low, rows)
+            for_up = by_rank.t().contiguous().to(adapter_type).mul_(ctx.scaling)
         if to_x or to_down:
             back = torch.mm(up.t(), rows.t()).mul_(ctx.scaling)
             keep = None if mask is None else mask.to(rows.dtype)

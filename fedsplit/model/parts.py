@@ -1,4 +1,4 @@
-"""Parts of a causal language model: bottom, trunk and top. Chained, they compute exactly what the unsplit model does.
+"""Parts of a causal language model: bottom, trunk and top. Chained, the parts compute exactly the unsplit model.
 
 A part is an object of the library's model class, with only the part's blocks. So attention masks, rotary positions and
 sliding windows remain the library's code.
@@ -27,7 +27,7 @@ SCORE = "score"
 
 
 class _NoPositions(nn.Module):
-    """Replaces learned position embeddings in trunk and top, whose hidden states contain the positions already."""
+    """Replaces learned position embeddings in trunk and top. The hidden states contain the positions already."""
 
     def forward(self, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros((), device=positions.device)
@@ -46,10 +46,10 @@ class Part(nn.Module):
         config: Configuration of the model, cut down to the part.
         fused: True if the part computes with `fedsplit.model.kernels`, False for the library's code alone.
         dtype: Type of base weights and computation. Adapters are always float32.
-        adapter: Names, in the part, of the parameters that belong to the adapter.
-        virtual: Number P of virtual tokens that the bottom puts before the text and sends with the hidden states.
+        adapter: Names in the part of the adapter's parameters.
+        virtual: Number P of virtual tokens before the text. The bottom sends hidden states of P + T positions.
             `fedsplit.adaptation.prompts` sets `virtual` and `ahead`.
-        ahead: Length of the trained past: positions of keys and values that precede the input of every block.
+        ahead: Length of the trained past: positions of keys and values before the input of every block.
         rank_budget: The part's `fedsplit.adaptation.rank_budget.RankBudget`; None if ranks are not reallocated.
     """
 
@@ -111,7 +111,7 @@ class Part(nn.Module):
 
     @property
     def routers(self) -> list[nn.Module]:
-        """Routers of the blocks that have experts, in the order of the blocks."""
+        """Routers of the blocks with experts, in the order of the blocks."""
         if self.family.router is None:
             return []
         outer, _, inner = self.family.router.partition(".")
@@ -124,13 +124,13 @@ class Part(nn.Module):
 
     @property
     def experts(self) -> int:
-        """Number of experts in each block that has any; 0 for a family without experts."""
+        """Number of experts in each block with experts; 0 for a family without experts."""
         return self.config.num_experts if self.family.router else 0
 
     def unsplit_name(self, name: str) -> str:
-        """Returns the name that a submodule or parameter of the part has in the unsplit model.
+        """Returns the name of the part's submodule or parameter in the unsplit model.
 
-        For the trunk of a model that is cut at block 2, "model.layers.0.mlp" is "model.layers.2.mlp".
+        For the trunk of a model with a cut at block 2, "model.layers.0.mlp" is "model.layers.2.mlp".
         """
         prefix = f"{self.family.decoder}.{self.family.blocks}."
         if not name.startswith(prefix):
@@ -143,7 +143,7 @@ class Part(nn.Module):
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _decode(self, mask: Tensor | None, **inputs: Any) -> Tensor:
-        """Runs the library's decoder. `inputs` are keyword arguments for it, first the tokens or hidden states."""
+        """Runs the library's decoder. `inputs` are keyword arguments, first the tokens or hidden states."""
         first_input: Tensor = next(iter(inputs.values()))
         options = {"use_cache": False, **inputs}
         with self._computing(first_input.device):
@@ -154,16 +154,16 @@ class Part(nn.Module):
         return []
 
     def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache) -> Tensor:
-        """Continues sequences whose earlier keys and values are cached; see `fedsplit.model.caches`.
+        """Continues sequences with cached keys and values; see `fedsplit.model.caches`.
 
         Args:
             start: New tokens (B, T) for a bottom; new hidden states (B, T, D) for a trunk or top.
             mask: (B, earlier and new positions), 0 on padding; None without padding.
-            positions: Positions of the new tokens in their sequences, (B, T) or (1, T); None for the library's count.
+            positions: Positions of the new tokens in the sequences, (B, T) or (1, T); None for the library's count.
             cache: The library's cache for the part's blocks. The call adds the new keys and values.
 
         Returns:
-            Hidden states (B, T, D). A top returns the input of its head.
+            Hidden states (B, T, D). A top returns the input of the head.
         """
         name = "input_ids" if start.ndim == 2 else "inputs_embeds"
         options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
@@ -171,7 +171,7 @@ class Part(nn.Module):
 
 
 class Bottom(Part):
-    """The embedding and the first blocks. It belongs to the client."""
+    """The embedding and the first blocks, at the client."""
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Computes hidden states (B, T, D) from tokens (B, T). `mask` (B, T) is 0 on padding."""
@@ -179,7 +179,7 @@ class Bottom(Part):
 
 
 class Trunk(Part):
-    """The middle blocks. They belong to the server."""
+    """The middle blocks, at the server."""
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Computes hidden states (B, T, D) from hidden states (B, T, D). `mask` (B, T) is 0 on padding."""
@@ -187,7 +187,7 @@ class Trunk(Part):
 
 
 class Top(Part):
-    """The last blocks, the final norm and the head. It belongs to the client."""
+    """The last blocks, the final norm and the head, at the client."""
 
     def logits(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Computes logits (B, T, V) from hidden states (B, T, D). `mask` (B, T) is 0 on padding."""
@@ -201,12 +201,12 @@ class Top(Part):
 
     @property
     def cap(self) -> float | None:
-        """Bound of the soft cap on logits; None for a family without one."""
+        """Bound of the soft cap on logits; None for a family without a cap."""
         return getattr(self.config, self.family.cap_key) if self.family.cap_key else None
 
     @property
     def classifies(self) -> bool:
-        """True if the head predicts the class of a sequence, False if it predicts the next token."""
+        """True if the head predicts the class of a sequence, False if the head predicts the next token."""
         return hasattr(self, SCORE)
 
     def scores(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -225,7 +225,7 @@ class Top(Part):
         return self._decode(mask, inputs_embeds=hidden)
 
     def aligned(self, states: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns logits in float32 and the labels that they predict, position by position.
+        """Returns logits in float32 and the predicted labels, position by position.
 
         Args:
             states: Output of the last block (B, T, D).
@@ -233,7 +233,7 @@ class Top(Part):
             mask: (B, T), 0 on padding.
 
         Returns:
-            Logits (B, T - 1, V) and labels (B, T - 1); of a part that classifies, (B, C) and (B,).
+            Logits (B, T - 1, V) and labels (B, T - 1); for a classifier, (B, C) and (B,).
         """
         if self.classifies:
             return self.classify(states, mask).float(), labels
@@ -244,7 +244,7 @@ class Top(Part):
         if self.classifies:
             return functional.cross_entropy(self.classify(states, mask).float(), labels)
         head = self.lm_head
-        if self.fused and hasattr(head, "causal_loss"):  # a head that trains, fully or by LoRA
+        if self.fused and hasattr(head, "causal_loss"):  # a trained head, fully or by LoRA
             return head.causal_loss(states, labels, self.cap)
         is_plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         if self.fused and is_plain:
@@ -263,10 +263,10 @@ class Top(Part):
 
         Args:
             hidden: The trunk's output.
-            labels: Tokens (B, T) that are not shifted, -100 for tokens without a loss; for a classifier classes (B,).
+            labels: Tokens (B, T), not shifted, -100 for tokens without a loss; for a classifier classes (B,).
             mask: (B, T), 0 on padding. A classifier needs padding on the right.
-            objective: Function from logits and labels, as `aligned` returns them, to the loss. None: the mean
-                cross-entropy in nats, which the fused kernels compute without holding all logits.
+            objective: Function from the results of `aligned` to the loss. None for the mean cross-entropy in nats,
+                which the fused kernels compute without holding all logits.
             term: Function from the input of the head (B, T, D) to a term of the loss; None for no term.
         """
         states = self.read(hidden, mask)

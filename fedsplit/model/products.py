@@ -1,8 +1,8 @@
 """Matrix products in float32 on a CPU, by the faster of torch's two libraries: MKL or oneDNN.
 
-torch computes products in float32 with MKL, and those in bfloat16 with oneDNN. On processors that MKL was not written
-for, oneDNN is faster in float32 too: 1.1 to 1.3 times at the shapes of GPT-2 small, and 1.6 times at its head, whose
-50,257 rows are no multiple of a vector's width.
+torch computes products in float32 with MKL, and products in bfloat16 with oneDNN. On processors outside of MKL's scope,
+oneDNN is faster in float32 too: 1.1 to 1.3 times at the shapes of GPT-2 small, and 1.6 times at the head of GPT-2
+small. (The head's 50,257 rows are no multiple of a vector's width.)
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 LEAST = 2**26
-"""Number of multiplications from which oneDNN is used. It compiles a product for every new number of rows, which takes
-up to a millisecond and 0.6 MB. `fedsplit.environment` limits how many compiled products it keeps.
+"""Smallest number of multiplications for oneDNN. oneDNN compiles a product for every new number of rows, in up to a
+millisecond and 0.6 MB. `fedsplit.environment` limits the number of compiled products in memory.
 """
 
 LONGEST = 2**15
-"""Number of terms of a sum up to which oneDNN is faster."""
+"""Largest number of terms of a sum for which oneDNN is faster."""
 
 
 def _has_both() -> bool:
@@ -25,7 +25,7 @@ def _has_both() -> bool:
 
 
 BOTH = _has_both()
-"""True if this build of torch has both libraries. Only builds for x86 have."""
+"""True if this build of torch has both libraries. Only builds for x86 have both."""
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -35,10 +35,14 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tenso
         rows: (N, I).
         weight: (I, O), of the same type and device. A transposed view is as fast as a contiguous tensor.
         bias: (O,), or None.
-        out: Memory (N, O) that the result may be written to; without a bias only.
+        out: Memory (N, O) for the result, without a bias only. The result may be in new memory all the same.
 
     Returns:
-        The product (N, O). It is in `out` or in new memory.
+        The product (N, O).
+
+    Example:
+        >>> product(torch.ones(1, 2), torch.tensor([[1.0], [2.0]]), bias=torch.tensor([0.5]))
+        tensor([[3.5000]])
     """
     count, terms = rows.shape
     if (
@@ -51,4 +55,6 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tenso
     ):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight.t(), bias, "none", [], "")
         return result
-    return torch.mm(rows, weight, out=out) if bias is None else torch.addmm(bias, rows, weight)
+    if bias is None:
+        return torch.mm(rows, weight, out=out)
+    return torch.addmm(bias, rows, weight)

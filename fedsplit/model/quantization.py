@@ -1,9 +1,9 @@
 """Base weights in 4 or 8 bits, by bitsandbytes: QLoRA's NF4 (2305.14314) and LLM.int8 (2208.07339).
 
-Only projections inside blocks are quantised. Embeddings, norms, the head, and experts whose matrices are stacked in
-one parameter keep their type.
+Only projections inside blocks are quantised. The types of embeddings, norms, the head, and experts with stacked
+matrices stay unchanged.
 
-- 4 bits: each block of 64 weights has a scale, which is quantised too. A weight is decoded at each use.
+- 4 bits: each block of 64 weights has a scale, and the scales are quantised, too. A weight is decoded at each use.
 - 8 bits: each row of a weight has a scale. On a GPU the inputs of a projection are quantised as well, except for
   outliers above 6. On a CPU the weight is decoded at each use.
 """
@@ -28,7 +28,7 @@ from fedsplit.settings.config import Config
 Model = TypeVar("Model", bound=nn.Module)
 
 EXTRA = "fedsplit[quantized]"
-"""The extra that installs bitsandbytes."""
+"""Extra of the package fedsplit, with bitsandbytes."""
 
 OUTLIERS = 6.0
 """Inputs above this value are not quantised (8 bits on a GPU)."""
@@ -49,8 +49,8 @@ def _library() -> ModuleType:
 def _steady() -> type[nn.Module]:
     """Returns a variant of the library's 8-bit layer that computes alike in training and in evaluation.
 
-    On a CPU the library's layer quantises its inputs in evaluation mode only, so that the evaluated model would differ
-    from the trained model. The variant always stays in training mode, in which the weight is decoded.
+    On a CPU the library's layer quantises inputs in evaluation mode only, so that the evaluated model would differ from
+    the trained model. The variant always stays in training mode, where the weight is decoded.
     """
 
     class Steady(_library().nn.Linear8bitLt):  # type: ignore[misc]  # the library has no types
@@ -122,7 +122,7 @@ def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.dev
 
 
 def dequantize(module: nn.Module) -> Tensor:
-    """Returns the weight (out, in) that a quantised projection computes with, in float32."""
+    """Returns the decoded weight (out, in) of a quantised projection, in float32."""
     functional = _library().functional
     weight = cast(Any, module.weight)
     if hasattr(weight, "quant_state"):
@@ -132,17 +132,22 @@ def dequantize(module: nn.Module) -> Tensor:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Returns True for a projection that `quantize` returned."""
+    """Returns True for a result of `quantize`."""
     return hasattr(module, _MARK)
 
 
 def was_transposed(module: nn.Module) -> bool:
-    """Returns True for a quantised projection whose original stores its weight as (in, out)."""
+    """Returns True for a quantised projection if the original stores the weight as (in, out)."""
     return bool(getattr(module, _MARK, False))
 
 
 def values_in(parameter: Tensor) -> int:
-    """Returns the number of weights in a parameter. A byte of a 4-bit parameter holds two."""
+    """Returns the number of weights in a parameter. A byte of a 4-bit parameter holds two weights.
+
+    Example:
+        >>> values_in(torch.zeros(2, 3))
+        6
+    """
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
 

@@ -1,12 +1,12 @@
 """Auxiliary loss that balances the experts of a mixture (2101.03961), over the routers of all parts.
 
-The loss is E * sum_e (counts_e / rows) * (probabilities_e / rows). `counts_e` is how often expert e was chosen and
-`probabilities_e` the sum of its probabilities, both over all layers and tokens; `rows` is tokens times layers.
+The loss is E * sum_e (counts_e / rows) * (probabilities_e / rows). `counts_e` is the number of choices of expert e, and
+`probabilities_e` the sum of the expert's probabilities, both over all layers and tokens; `rows` is tokens times layers.
 
 The loss is neither a sum over layers nor linear in the batch, but depends on 2E + 1 sums only. So parties send the
 sums, and not the routers' output for every token. Each party continues the sums of the party before, layer by layer in
 the library's order, so that the result equals the library's to the bit. The client's top has the complete sums and
-computes the loss. The gradient of the loss by `probabilities` (E,) is equal for all layers, so it is sent back to all
+computes the loss. The gradient of the loss by `probabilities` (E,) is equal for all layers, and is sent back to all
 parties.
 
 Shapes: E experts, N tokens of a batch including padding.
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SUMS = "routers"
-"""Name of the sums, and of the gradient by them, in a packet."""
+"""Name of the sums, and of the gradient by the sums, in a packet."""
 
 
 class Routed(Protocol):
-    """A part of a model, reduced to what this module reads from it."""
+    """A part of a model, reduced to two properties."""
 
     @property
     def routers(self) -> Sequence[nn.Module]:
-        """Routers in the order of their blocks. The first output of each is logits (N, E)."""
+        """Routers in the order of the blocks. The first output of each router is logits (N, E)."""
         ...
 
     @property
@@ -48,14 +48,14 @@ class RouterSums:
     """Statistics of the routers, summed over the tokens of a batch and the layers so far, in float32.
 
     Attributes:
-        probabilities: Sum of each expert's probabilities (E,). It has an autograd graph if it depends on a trained
-            parameter.
-        counts: Number of times that each expert was chosen (E,).
+        probabilities: Sum of each expert's probabilities (E,), with an autograd graph if a trained parameter has an
+            influence.
+        counts: Number of choices of each expert (E,).
         rows: Number of tokens times layers, a scalar.
 
     Example:
         >>> sums = RouterSums.none(2).after([torch.tensor([[0.75, 0.25], [0.25, 0.75]])], chosen=1)
-        >>> sums.counts, sums.loss()  # evenly used: the number of experts a token is sent to
+        >>> sums.counts, sums.loss()  # evenly used: the number of experts for a token
         (tensor([1., 1.]), tensor(1.))
     """
 
@@ -70,7 +70,7 @@ class RouterSums:
 
     @classmethod
     def unpacked(cls, tensor: Tensor) -> RouterSums:
-        """Restores sums from a tensor that `packed` returned."""
+        """Restores sums from a result of `packed`."""
         experts = tensor.numel() // 2
         return cls(tensor[:experts], tensor[experts:-1], tensor[-1])
 
@@ -86,8 +86,8 @@ class RouterSums:
         """Returns the sums with more layers added.
 
         Args:
-            heard: Probabilities (N, E) of every token, layer by layer, as `listening` collects them.
-            chosen: Number of experts that a token is sent to.
+            heard: Probabilities (N, E) of every token, layer by layer, from `listening`.
+            chosen: Number of experts for a token.
             mask: Mask with N entries in any shape, 0 on padding; None without padding.
         """
         sums = self
@@ -103,13 +103,18 @@ class RouterSums:
         tokens = weighted.new_ones(len(weighted)) if mask is None else mask
         if mask is not None:
             weighted = weighted * mask.unsqueeze(-1)
-        counts = torch.zeros_like(self.counts).scatter_add_(0, experts.reshape(-1), tokens.repeat_interleave(chosen))
-        return RouterSums(self.probabilities + weighted.sum(dim=0), self.counts + counts, self.rows + tokens.sum())
+        counts = torch.zeros_like(self.counts)
+        counts.scatter_add_(0, experts.reshape(-1), tokens.repeat_interleave(chosen))  # padding counts 0
+        return RouterSums(
+            probabilities=self.probabilities + weighted.sum(dim=0),
+            counts=self.counts + counts,
+            rows=self.rows + tokens.sum(),
+        )
 
     def loss(self) -> Tensor:
         """Returns the auxiliary loss, a scalar.
 
-        Evenly used experts give the number of experts that a token is sent to. Other use gives more.
+        Evenly used experts give the number of experts for a token. Uneven use gives more.
         """
         shares = (self.counts / self.rows) * (self.probabilities / self.rows)
         return shares.sum() * self.counts.numel()
@@ -120,8 +125,7 @@ def listening(part: Routed) -> Iterator[list[Tensor]]:
     """Records the output of a part's routers during a forward inside the context.
 
     Yields:
-        A list that the forward fills layer by layer with the probabilities (N, E) of every token, in the type in which
-        the library computes them.
+        A list, filled by the forward: probabilities (N, E) of every token, layer by layer, in the library's type.
     """
     heard: list[Tensor] = []
 
@@ -142,7 +146,7 @@ class Passage:
     """Result of a forward through one part.
 
     Attributes:
-        sums: The routers' sums after this part, once the forward is done; None without an auxiliary loss.
+        sums: The routers' sums after the part, at the end of the forward; None without an auxiliary loss.
     """
 
     sums: RouterSums | None = None
@@ -150,12 +154,12 @@ class Passage:
 
 @dataclass
 class RouterLoss:
-    """Auxiliary loss that a client adds to its next-token loss.
+    """Auxiliary loss beside a client's next-token loss.
 
     Attributes:
-        coefficient: Factor of the auxiliary loss; 0 to leave it out.
-        seen: Auxiliary losses so far, without the coefficient: a scalar for each micro-batch, weighted by its share of
-            the batch.
+        coefficient: Factor of the auxiliary loss; 0 for no auxiliary loss.
+        seen: Auxiliary losses so far, without the coefficient: a scalar for each micro-batch, weighted by the
+            micro-batch's share of the batch.
     """
 
     coefficient: float = 0.0
@@ -168,10 +172,10 @@ class RouterLoss:
         Args:
             part: The bottom or the top.
             mask: Mask (B, T), 0 on padding.
-            before: Sums of the parts before this one; None for the bottom.
+            before: Sums of the earlier parts; None for the bottom.
 
         Yields:
-            A `Passage`. Its sums are set at the end of the context.
+            A `Passage`. The end of the context sets the sums.
         """
         passage = Passage()
         if not self.coefficient:
@@ -183,15 +187,15 @@ class RouterLoss:
         passage.sums = start.after(heard, part.config.num_experts_per_tok, mask)
 
     def added(self, loss: Tensor, passage: Passage, share: float) -> Tensor:
-        """Returns the share of a micro-batch in the loss of its batch, including the auxiliary loss.
+        """Returns the share of a micro-batch in the loss of the batch, including the auxiliary loss.
 
-        Each micro-batch has its own auxiliary loss, as in the library's gradient accumulation. The auxiliary loss of
-        the whole batch would be another number, since the loss is not linear.
+        Each micro-batch has a separate auxiliary loss, as in the library's gradient accumulation. The auxiliary loss of
+        the whole batch would be a different number, since the loss is not linear.
 
         Args:
             loss: Mean next-token loss of the micro-batch, a scalar.
             passage: Result of the forward through the top.
-            share: Fraction of the batch's predicted tokens that are in the micro-batch.
+            share: Share of the micro-batch in the predicted tokens of the batch.
         """
         if passage.sums is None:
             return loss * share

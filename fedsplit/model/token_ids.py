@@ -12,23 +12,23 @@ from fedsplit.model.vocabulary import has_vocabulary, load_tokenizer
 _END = "eos_token_id"
 
 _FILES = ("generation_config.json", "config.json")
-"""Files that may name the end tokens. The first that names any counts, as when transformers generates."""
+"""Files that may name the end tokens. The first file with an end token counts, as in transformers' generation."""
 
 
 def end_tokens(folder: Path) -> list[int]:
     """Returns the ids of the tokens that end a text, for training, evaluation and generation alike.
 
     The ids come from generation_config.json, else from config.json, else from the tokenizer. Training appends the
-    first one to each text. Generation stops at any of them.
+    first id to each text. Generation stops at any id.
 
     Args:
         folder: Folder of the model.
 
     Returns:
-        The ids; empty if no file names any.
+        The ids; empty if no file has an end token.
 
     Raises:
-        SettingError: A file cannot be read, or names something that is no token id.
+        SettingError: A file cannot be read, or has an end token that is no token id.
 
     Example:
         >>> from fedsplit.settings.config import BUNDLED_MODEL
@@ -40,7 +40,7 @@ def end_tokens(folder: Path) -> list[int]:
         if value in (None, []):
             continue
         ids: list[Any] = value if isinstance(value, list) else [value]
-        if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ids):
+        if not all(map(_is_id, ids)):
             allowed = f"a model whose {_END} is the id of a token, a list of ids, or null"
             raise SettingError("model", f"{folder} (its {name} has the {_END} {json.dumps(value)})", allowed)
         return ids
@@ -48,11 +48,21 @@ def end_tokens(folder: Path) -> list[int]:
     return [] if end is None else [int(end)]
 
 
+def _is_id(value: Any) -> bool:
+    """Returns True for a value that can be a token id."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def end_token(folder: Path) -> int:
     """Returns the id of the token that training appends to each text: the first of `end_tokens`.
 
     Raises:
         SettingError: The model has no end token.
+
+    Example:
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
+        >>> end_token(BUNDLED_MODEL)
+        0
     """
     ids = end_tokens(folder)
     if ids:
@@ -75,15 +85,25 @@ def check_largest(folder: Path, model: str, largest: int) -> None:
     rows = embedding_rows(folder)
     if largest < rows:
         return
+    notes = []
     name = _token_name(folder, largest) if has_vocabulary(folder) else None
-    notes = [note for note in (name, _END if largest in end_tokens(folder) else None) if note]
+    if name:
+        notes.append(name)
+    if largest in end_tokens(folder):
+        notes.append(_END)
     token = f"token {largest}" + (f" ({', '.join(notes)})" if notes else "")
     allowed = f"a model whose embedding has a row for each token: ids 0 to {rows - 1}, or more rows"
     raise SettingError("model", f"{model} (its texts have {token}, its embedding has {rows} rows)", allowed)
 
 
 def embedding_rows(folder: Path) -> int:
-    """Returns the number of tokens that a model has an embedding of."""
+    """Returns the number of rows of a model's embedding.
+
+    Example:
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
+        >>> embedding_rows(BUNDLED_MODEL)
+        1024
+    """
     size = _read(folder / "config.json").get("vocab_size")
     if isinstance(size, int):
         return size
@@ -102,7 +122,7 @@ def _token_name(folder: Path, token: int) -> str | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file. Returns an empty one if the file does not exist.
+    """Reads a JSON object from a file. Returns an empty object for a missing file.
 
     Raises:
         SettingError: The file holds no JSON object.

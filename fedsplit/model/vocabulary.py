@@ -27,29 +27,31 @@ TOKENIZER_FILES = (
     "tekken.json",
     "tiktoken.model",
 )
-"""Names of a tokenizer's files in a model's folder, as transformers writes them."""
+"""Names of a tokenizer's files in a model's folder."""
 
 _READY = "tokenizer.json"
 
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece*")
-"""Names of SentencePiece models, which need the sentencepiece library."""
+"""Names of SentencePiece models. The models need the sentencepiece library."""
 
 _VOCABULARIES = (*_PIECES, "vocab.*", "tekken.json", "tiktoken.model")
-"""Files from which transformers can build a tokenizer. Without any of them it may build an empty one."""
+"""Files from which transformers can build a tokenizer. Without a file, transformers may build an empty tokenizer."""
 
 _AT_ONCE = 16
-"""Number of texts that are encoded in one call. The library needs about fifty times the memory of its texts."""
+"""Number of texts in one call of the tokenizer. The library needs about fifty times the memory of the texts."""
 
 _HALF = re.compile("[\ud800-\udfff]")
-"""Halves of surrogate pairs, which may come from JSON or a command line."""
+"""Halves of surrogate pairs, from JSON or a command line."""
 
 _CHARACTERS = ("\n", "a", ".", "0", "\t")
-"""Characters with which `TextTokenizer` finds out which tokens a tokenizer puts around a text, in order of trial."""
+"""Characters for trials, in order. `TextTokenizer` finds the special tokens around a text by trials."""
 
 
 def has_vocabulary(folder: Path) -> bool:
     """Returns True if a folder has a file from which a tokenizer can be built."""
-    return (folder / _READY).is_file() or any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern))
+    if (folder / _READY).is_file():
+        return True
+    return any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -83,7 +85,7 @@ def open_tokenizer(folder: Path) -> TextTokenizer:
 class TextTokenizer:
     """Encodes texts as token ids, without padding or truncation.
 
-    The methods differ in the special tokens (BOS, EOS) that they add: `encode` adds them at both ends of a text,
+    The methods differ in special tokens (BOS, EOS): `encode` adds special tokens at both ends of a text,
     `encode_prompt` at the beginning only, `encode_continuation` and `encode_verbatim` not at all.
 
     Attributes:
@@ -106,16 +108,16 @@ class TextTokenizer:
         return self._encode(texts, special=True)
 
     def encode_prompt(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of texts that will be continued, with special tokens at the beginning of each."""
+        """Returns the token ids of beginnings of texts, with special tokens at the beginning of each."""
         closing = len(self.closing)
         return [ids[: len(ids) - closing] for ids in self.encode(texts)]
 
     def encode_verbatim(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of texts that contain their special tokens already, such as rendered chats."""
+        """Returns the token ids of texts with special tokens inside, such as rendered chats."""
         return self._encode(texts, special=False)
 
     def encode_continuation(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of texts that continue another text: without special tokens or an added space.
+        """Returns the token ids of texts that continue an earlier text: without special tokens or an added space.
 
         Some tokenizers, such as SentencePiece's, put a space before every text. To avoid the space, a text is encoded
         after a single character, and the character's tokens are removed.
@@ -128,13 +130,14 @@ class TextTokenizer:
             if remaining:
                 encoded |= self._after(character, {number: texts[number] for number in remaining})
 
-        # The first token of such a text merges with every character that was tried.
+        # The first token of a remaining text merges with every character of the trials.
         remaining = [number for number in range(len(texts)) if number not in encoded]
-        encoded |= dict(zip(remaining, self.encode_verbatim([texts[number] for number in remaining]), strict=True))
+        with_space = self.encode_verbatim([texts[number] for number in remaining])
+        encoded |= dict(zip(remaining, with_space, strict=True))
         return [encoded[number] for number in range(len(texts))]
 
     def end_text(self, ids: Sequence[int], end: int) -> list[int]:
-        """Appends the tokenizer's closing special tokens to a text, and the end token if the text does not end with it.
+        """Appends the tokenizer's closing special tokens to a text, and the end token unless already the last token.
 
         Args:
             ids: Tokens from `encode_prompt` or `encode_continuation`.
@@ -145,8 +148,9 @@ class TextTokenizer:
 
     @cached_property
     def added(self) -> tuple[str, ...]:
-        """Tokens that were added to the vocabulary, including special tokens, as they are written in a text."""
-        return tuple(token.content for token in self.library.added_tokens_decoder.values() if token.content.strip())
+        """Texts of the tokens that were added to the vocabulary, including special tokens."""
+        contents = (token.content for token in self.library.added_tokens_decoder.values())
+        return tuple(content for content in contents if content.strip())
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
@@ -154,9 +158,12 @@ class TextTokenizer:
         for character in self._known_characters:
             (bare,) = self.encode_verbatim([character])
             (full,) = self.encode([character])
-            places = [at for at in range(len(full)) if bare and full[at : at + len(bare)] == bare]
-            if len(places) == 1:
-                return full[: places[0]], full[places[0] + len(bare) :]
+            if not bare:
+                continue
+            starts = [start for start in range(len(full)) if full[start : start + len(bare)] == bare]
+            if len(starts) == 1:  # otherwise the character's tokens are among the special tokens, too
+                (start,) = starts
+                return full[:start], full[start + len(bare) :]
         return [], []
 
     @cached_property
@@ -187,11 +194,14 @@ class TextTokenizer:
         return all(tokens[0] != alone for tokens in after if tokens)
 
     def _after(self, character: str, texts: Mapping[int, str]) -> dict[int, list[int]]:
-        """Encodes texts after a character, by number. Leaves out texts whose first token merges with the character."""
+        """Encodes texts after a character, by number. A text that merges with the character is left out."""
         (before,) = self.encode_verbatim([character])
         encoded = self.encode_verbatim([character + text for text in texts.values()])
-        pairs = zip(texts, encoded, strict=True)
-        return {number: ids[len(before) :] for number, ids in pairs if ids[: len(before)] == before}
+        after = {}
+        for number, ids in zip(texts, encoded, strict=True):
+            if ids[: len(before)] == before:
+                after[number] = ids[len(before) :]
+        return after
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         """Encodes texts some at a time.
@@ -226,8 +236,8 @@ class TextTokenizer:
     def _is_plain(self) -> bool:
         """True if transformers adds nothing to the result of the tokenizers library.
 
-        The tokenizers library alone takes a half to three quarters of the time, since it need not find the position of
-        each token in its text. A few classes of transformers change texts or tokens themselves, such as CodeLlama's.
+        The tokenizers library alone takes a half to three quarters of the time, without a search for the position of
+        each token in the text. A few classes of transformers change texts or tokens, such as CodeLlama's.
         """
         from transformers import PreTrainedTokenizerFast as Plain
 
@@ -262,7 +272,7 @@ def render(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]]
 def render_marked(
     tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Renders a chat as text with the tokenizer's template, and finds the assistant's words in the text.
+    """Renders a chat as text with the tokenizer's template, and finds the words of the assistant in the text.
 
     Args:
         tokenizer: The transformers tokenizer, with a template that has generation marks.
@@ -273,7 +283,9 @@ def render_marked(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    messages = [{key: value for key, value in message.items() if value is not None} for message in chat]
+    messages = []
+    for message in chat:  # columns of a data set fill missing keys with None, which templates would write
+        messages.append({key: value for key, value in message.items() if value is not None})
     texts, marks = render_jinja_template(
         conversations=[messages],
         chat_template=tokenizer.get_chat_template(),

@@ -90,7 +90,7 @@ class _Checked:
         """
         try:
             loss: Any = self._objective(logits, labels)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ObjectiveFailed(f"the objective {self._name} failed: {described(error)}") from error
         fault = _fault_of(loss, logits)
         if fault:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import sys
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -105,9 +107,43 @@ class Parser(argparse.ArgumentParser):
         # Without a default, as a parser of a subcommand would overwrite what the parser above it has read.
         self.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
 
+    def without_empty_flags(self, words: Sequence[str]) -> tuple[list[str], list[InputError]]:
+        """Takes out the flags that lack their value, of which argparse would report the first alone.
+
+        Args:
+            words: The command line.
+
+        Returns:
+            The other words, and an error for each flag that was taken out.
+
+        Example:
+            >>> words, errors = make_parser().without_empty_flags(["--clients", "--rounds", "3", "--lr"])
+            >>> words, [str(error) for error in errors]
+            (['--rounds', '3'], ['--clients: expected a value after it', '--lr: expected a value after it'])
+        """
+        of_one_value = {flag for action in self._actions if action.nargs is None for flag in action.option_strings}
+        kept: list[str] = []
+        errors: list[InputError] = []
+        for word, after in itertools.zip_longest(words, words[1:]):
+            if word in of_one_value and (after is None or _is_flag(after)):
+                errors.append(InputError(f"{word}: expected a value after it"))
+            else:
+                kept.append(word)
+        return kept, errors
+
     def error(self, message: str) -> NoReturn:
         """Raises an `InputError`."""
         raise InputError(f"{message}; see --help")
+
+
+def _is_flag(word: str) -> bool:
+    """Returns True for a word of the command line that argparse takes for a flag: no text, and no negative number.
+
+    Example:
+        >>> [_is_flag(word) for word in ("--rounds", "--nope=3", "-1", "-", "-- a text")]
+        [True, True, False, False, False]
+    """
+    return word.startswith("--") and word != "--" and " " not in word.partition("=")[0]
 
 
 def flag_of(name: str) -> str:
@@ -256,12 +292,14 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         (4, (16,))
     """
     parser = make_parser()
-    known, rest = parser.parse_known_args(argv)
+    words, errors = parser.without_empty_flags(sys.argv[1:] if argv is None else argv)
+    known, rest = parser.parse_known_args(words)
     values = vars(known)
     values.pop("debug", None)
     file = values.pop("config", None)
 
     collector = ErrorCollector()
+    collector.extend(errors)
     options: Options = {}
     with collector.collecting():
         options = options_of(rest, parser)

@@ -70,7 +70,8 @@ class TrunkActor:
         if host or sockets.is_possible():
             with contextlib.suppress(OSError):  # a sandbox may forbid sockets; packets then come through Ray
                 self._socket = sockets.PacketServer(self._service.submit, host)
-        threading.Thread(target=run_until_defect, args=(self._service.work, threads), daemon=True).start()
+        working = threading.Thread(target=run_until_defect, args=(self._service.work, threads), daemon=True)
+        working.start()
 
     async def node(self) -> str:
         """Returns Ray's id of the node of this process."""
@@ -256,8 +257,8 @@ def start_trunk(
     """
     kept = {"num_cpus": 0} if options is None else options
     named = {"name": name, "namespace": NAMESPACE, "max_concurrency": _AT_ONCE}
-    remote = ray.remote(TrunkActor).options(**named, **kept)
-    actor = remote.remote(config, name, threads, workers, adapter, has_stage, is_reached_from_afar)
+    actor_class = ray.remote(TrunkActor).options(**named, **kept)
+    actor = actor_class.remote(config, name, threads, workers, adapter, has_stage, is_reached_from_afar)
     return RayTrunk(actor, config.timeout)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import utils
+from ray._private import utils, worker
 from ray.job_config import JobConfig
 from torch import Tensor
 
@@ -45,6 +45,10 @@ _LONGEST_PLACE = _LONGEST_PATH - len(_LONGEST_INNER)
 """Longest path of the folder for temporary files, in bytes."""
 
 
+_LOST_PROCESS = ("A worker died or was killed while executing a task", "The node with node id")
+"""Beginnings of Ray's lines about a process that is gone."""
+
+
 class ClusterFailed(Exception):
     """Ray cannot be started on this machine; the message gives the reason."""
 
@@ -52,7 +56,8 @@ class ClusterFailed(Exception):
 def _places() -> Iterator[Path]:
     """Yields possible folders for Ray's session: the user's choice first, if the path is short enough."""
     for place in (os.environ.get("TMPDIR", "/tmp"), "/tmp", "/var/tmp", "/dev/shm"):
-        if place and len(os.fsencode(place)) <= _LONGEST_PLACE and os.access(place, os.W_OK | os.X_OK):
+        is_short = len(os.fsencode(place)) <= _LONGEST_PLACE
+        if place and is_short and os.access(place, os.W_OK | os.X_OK):
             yield Path(place)
 
 
@@ -110,7 +115,8 @@ def running(workers: float) -> Iterator[None]:
             if threading.current_thread() is threading.main_thread() and on_terminate is not None:
                 signal.signal(signal.SIGTERM, on_terminate)
             send_tensors_as_arrays()
-            yield
+            with _without_lost_workers():
+                yield
         finally:
             if ray.is_initialized():
                 ray.shutdown()
@@ -228,6 +234,29 @@ def _start(workers: float, folder: Path) -> None:
         )
     except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
         raise ClusterFailed(f"Ray does not start: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_lost_workers() -> Iterator[None]:
+    """Keeps Ray from showing long lines about processes that died: the run says in its own words what was lost.
+
+    Everything else that Ray has to say is still shown, such as that memory is short.
+    """
+    show = getattr(worker, "print_to_stdstream", None)
+    if show is None:  # another version of Ray, which may show these lines
+        yield
+        return
+
+    def show_others(data: dict[str, Any], *rest: Any, **named: Any) -> None:
+        lines = [line for line in data["lines"] if not line.startswith(_LOST_PROCESS)]
+        if lines:
+            show({**data, "lines": lines}, *rest, **named)
+
+    worker.print_to_stdstream = show_others
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = show
 
 
 def send_tensors_as_arrays() -> None:

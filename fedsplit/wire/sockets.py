@@ -222,7 +222,8 @@ class PacketServer:
             self.address = replace(self.address, host=host, port=listeners[-1].getsockname()[1])
         for listener in listeners:
             listener.listen()
-            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+            accepting = threading.Thread(target=self._accept, args=(listener,), daemon=True)
+            accepting.start()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -43,6 +44,33 @@ def test_what_ends_a_command_is_said_in_one_line(
 
     assert exit_code(work) == code
     assert capsys.readouterr().err == words
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (Broke("the trunk is gone"), "fedsplit: the trunk is gone; go on\n"),
+        (KeyError("x"), "fedsplit: KeyError: 'x'; --debug shows more; go on\n"),
+    ],
+)
+def test_the_notes_of_an_error_are_said_after_it(
+    error: Exception, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        error.add_note("go on")
+        raise error
+
+    assert exit_code(work, []) == 1
+    assert capsys.readouterr().err == words
+
+
+def test_the_log_is_shown_under_debug_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        logging.getLogger("fedsplit.federation.client_service").debug("client 3 failed")
+
+    for argv, shown in (([], ""), (["--debug"], "client 3 failed\n"), ([], "")):
+        assert exit_code(work, argv) == 0
+        assert capsys.readouterr().err == shown
 
 
 @pytest.mark.parametrize("error", [InputError("no such folder"), Broke("the trunk is gone"), KeyError("x")])

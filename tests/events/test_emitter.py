@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
+from fedsplit import watchdog
 from fedsplit.durable import NotWritten, Postponed
 from fedsplit.events import Event, Notice, RunFailed, Sink
 from fedsplit.events.emitter import Emitter
+from fedsplit.watchdog import Hung, Watchdog
 
 
 class Memory(Sink):
@@ -74,6 +77,25 @@ def test_a_users_sink_that_raises_at_its_end_is_named() -> None:
         emit(Notice(text="a"))
     assert own.texts[0] == "a" and "the sink Broken failed" in own.texts[1]
     assert (own.closed, broken.closed, after.closed) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("at_close", [False, True])
+def test_a_users_sink_that_hangs_ends_the_run_with_its_name(at_close: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
+
+    class Sleeps(Memory):
+        def handle(self, event: Event) -> None:
+            if not at_close:
+                time.sleep(600)
+
+        def close(self) -> None:
+            time.sleep(600)
+
+    emit = Emitter([], [Sleeps()], Watchdog(0.05))
+    if at_close:
+        emit(Notice(text="a"))
+    with pytest.raises(Hung, match=r"^the sink Sleeps has not returned for 0.05 seconds$"):
+        emit.close() if at_close else emit(Notice(text="a"))
 
 
 def test_what_a_sink_of_fedsplit_raises_ends_the_run() -> None:

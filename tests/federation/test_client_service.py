@@ -94,10 +94,14 @@ def test_an_error_becomes_a_failure_with_its_kind(config: Config, tmp_path: Path
     def broken(name: str) -> Any:
         raise KeyError("x")
 
+    def ends(name: str) -> Any:
+        raise SystemExit(3)
+
     write_shard(tmp_path, 0, shards_of(config)[0])
     request = Introduce(briefing_of(config, tmp_path), 0)
     assert ClientService(lost).answer(request) == Failure(0, TRUNK_LOST, "there is no trunk named t")
     assert ClientService(broken).answer(request) == Failure(0, "KeyError", "KeyError: 'x'")
+    assert ClientService(ends).answer(request) == Failure(0, "SystemExit", "SystemExit: 3")
     nobody = ClientService(broken).answer(replace(request, client=2))
     assert isinstance(nobody, Failure) and nobody.client == 2
 

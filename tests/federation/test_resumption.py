@@ -18,7 +18,14 @@ from fedsplit.errors import SettingError
 from fedsplit.federation import manifest, resumption
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
 from fedsplit.federation.manifest import Content, code_of, content_of
-from fedsplit.federation.resumption import check_content, check_resumable, checkpoints_of, newest_checkpoint, notes_on
+from fedsplit.federation.resumption import (
+    check_content,
+    check_resumable,
+    checkpoints_of,
+    how_to_go_on,
+    newest_checkpoint,
+    notes_on,
+)
 from fedsplit.lowrank import LowRank
 from fedsplit.settings.sections import CheckpointSettings, DataSettings, LoraSettings, TrainSettings, TrunkSettings
 from fedsplit.state.client_store import ClientState, ClientStore
@@ -322,7 +329,8 @@ def test_code_of_the_users_that_was_edited_is_named(
     check_content(folder.path, going(folder, 5), content())
     Path("mine.py").write_text("one = 2")
     words = (
-        rf"^{setting}: mine\.py \(edited since\) is not possible; allowed: the code with which the run in .* round 2$"
+        rf"^{setting}: mine\.py \(edited since\) is not possible; allowed: the code with which the run in .* round 2; "
+        rf"with other code begin another run: --init-adapter {folder.path}/checkpoints/round-0002$"
     )
     with pytest.raises(SettingError, match=words):
         check_content(folder.path, going(folder, 5), content())
@@ -334,6 +342,16 @@ def test_code_that_an_earlier_version_did_not_look_at_may_be_any(folder: RunFold
     mine.write_text("one = 1")
     content = dataclasses.replace(CONTENT, code={"strategy": manifest.digest(mine)})
     check_content(folder.path, going(folder, 5, strategy=f"{mine}:Mine"), content)
+
+
+def test_how_to_go_on_is_said_of_the_last_checkpoint(folder: RunFolder) -> None:
+    begins, goes_on = f"--resume {folder.path} begins again", f"--resume {folder.path} goes on"
+    assert how_to_go_on(folder.path) == f"nothing is saved yet: python -m fedsplit.simulate {begins}"
+    assert how_to_go_on(folder.path, only_from_checkpoint=True) == ""
+    play(folder, 1, 2)
+    last = f"the last checkpoint is {folder.path}/checkpoints/round-0002: python -m fedsplit.simulate {goes_on}"
+    assert how_to_go_on(folder.path) == how_to_go_on(folder.path, only_from_checkpoint=True) == last
+    assert how_to_go_on(None) == "nothing is saved yet" and how_to_go_on(None, only_from_checkpoint=True) == ""
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b'{"round": "x"}\n', b'{"rou\n', b"\xff\xfe\n", b"[1]\n", b"\n"])

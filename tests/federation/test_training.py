@@ -11,7 +11,7 @@ import pytest
 from scripted_parties import WORK, gather
 
 from fedsplit.federation import training
-from fedsplit.federation.attempts import Attempt
+from fedsplit.federation.attempts import Attempt, RoundLost
 from fedsplit.federation.clients import ClientNode, FederationFailed
 from fedsplit.federation.messages import Answer, Failure, Request, Train, trained
 from fedsplit.scores import Score
@@ -74,6 +74,12 @@ def test_a_round_without_any_update_ends_with_the_reason(tmp_path: Path) -> None
         play(dict.fromkeys(range(3), FAILURE), tmp_path)
     with pytest.raises(FederationFailed, match=r"^no client sent anything that can be used$"):
         play({client: {"tokens": 0} for client in range(3)}, tmp_path)
+
+
+def test_a_round_without_any_update_has_no_quorum_either(tmp_path: Path) -> None:
+    """It is played again, as one with too few."""
+    with pytest.raises(RoundLost, match=r"^0 of 3 clients have sent an update that can be used, 1 are needed$"):
+        play(dict.fromkeys(range(3), FAILURE), tmp_path, quorum=0.3)
 
 
 def test_a_group_in_which_nobody_answers_does_not_end_the_round(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ class Named:
 def raises(logits, labels):
     raise RuntimeError("no references")
 
+def exits(logits, labels):
+    raise SystemExit(3)
+
 def mean(logits, labels):
     return logits.mean()
 
@@ -91,6 +94,7 @@ def test_functions_and_classes_are_reported_under_their_names(file: Path) -> Non
     ("name", "message"),
     [
         ("raises", r"failed: RuntimeError: no references \(mine.py, line 12\), on a trial"),
+        ("exits", r"failed: SystemExit: 3 \(mine.py, line \d+\), on a trial"),
         ("mean", r"returned a tensor with the shape \(\), not a sum and a count"),
         ("nothing", "returned None, not a sum and a count"),
         ("three", "returned a tuple, not a sum and a count"),

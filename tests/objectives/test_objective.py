@@ -26,6 +26,9 @@ class Focal:
 def raises(logits, labels):
     return logits / 0 if labels.ndim == 9 else [][1]
 
+def exits(logits, labels):
+    raise SystemExit(3)
+
 def rows(logits, labels):
     return logits.flatten(0, -2)[:, 0]
 
@@ -87,6 +90,7 @@ def test_a_users_objective_is_called_with_its_options(file: Path) -> None:
     [
         ("raises", r"failed: IndexError: list index out of range \(mine.py, line 14\), on a trial"),
         ("rows", r"returned a tensor of torch.float32 with the shape \(8,\), not a scalar of floating-point type"),
+        ("exits", r"failed: SystemExit: 3 \(mine.py, line \d+\), on a trial"),
         ("number", "returned a float, not a tensor"),
         ("detached", "returned a loss without a gradient"),
         ("whole", r"returned a tensor of torch.int64 with the shape \(\), not a scalar"),

@@ -74,6 +74,7 @@ def returning(value: Any) -> Any:
         ),
         ({"loss_term": returning(lambda states: states.detach().sum())}, "returned a term of the loss without a grad"),
         ({"loss_term": returning(lambda states: states.sum().log())}, "returned -inf as its term of the loss"),
+        ({"begin": failing(SystemExit(3))}, "failed at the round's begin: SystemExit: 3"),
         ({"begin": failing(ValueError("no"))}, "failed at the round's begin: ValueError: no"),
         ({"end": failing(ValueError("no"))}, "failed at the round's end: ValueError: no"),
         ({"personalise": failing(ValueError("no"))}, "failed to personalise an adapter: ValueError: no"),

@@ -10,7 +10,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedsplit.errors import InputError
+from fedsplit.errors import InputError, InputErrors
 from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, Config
 from fedsplit.settings.documents import as_document, build, from_document
 from fedsplit.settings.flags import parse
@@ -135,7 +135,9 @@ def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() ->
             ["--peft", "prompt", "--prompt.kind", "prefix"],
             "prompt.kind: prefix is not possible; allowed: prompt with --p",
         ),
-        (["--clients"], "argument --clients: expected one argument"),
+        (["--clients"], "--clients: expected a value after it"),
+        (["--clients", "--rounds", "3"], "--clients: expected a value after it"),
+        (["--train.lr", "-x"], "argument --train.lr/--lr: expected one argument"),
         (["--clients", "0"], "clients: 0 is not possible; allowed: a whole number from 1 to 2147483647"),
         (["--clients", "2.5"], "clients: 2.5 is not possible"),
         (["--clients", "eight"], "clients: eight is not possible"),
@@ -165,6 +167,26 @@ def test_wrong_flags_get_one_line(argv: list[str], message: str) -> None:
         parse(argv)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_flags_without_values_and_with_wrong_ones_and_unknown_flags_are_reported_together() -> None:
+    argv = ["--clients", "--nope", "3", "--rounds", "0", "--strategy.mu", "--cut", "x", "--batch-size"]
+    with pytest.raises(InputErrors) as caught:
+        parse(argv)
+    said = [str(error).partition(";")[0] for error in caught.value.errors]
+    assert said == [
+        "--clients: expected a value after it",
+        "--batch-size: expected a value after it",
+        "there is no flag --nope",
+        "--strategy.mu: expected a value after it",
+        "rounds: 0 is not possible",
+        "cut: x is not possible",
+    ]
+
+
+def test_a_text_may_begin_with_dashes() -> None:
+    text = "-- a text --of many words"
+    assert parse(["--prompt.kind", "prompt", "--prompt.init", "text", "--prompt.text", text]).prompt.text == text
 
 
 @pytest.mark.parametrize(

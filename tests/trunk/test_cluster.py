@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ray._private import worker
 
 from fedsplit import environment
 from fedsplit.trunk import cluster
@@ -28,6 +29,17 @@ def test_a_tensor_that_has_crossed_may_be_changed(dtype: torch.dtype) -> None:
     assert came.dtype == dtype and torch.equal(came, sent)
     came += 1
     assert torch.equal(EXACT.decode(crossing), torch.arange(6).reshape(2, 3).to(dtype))
+
+
+def test_lines_of_ray_about_lost_processes_are_not_shown_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, ignore_prefix: shown.extend(data["lines"]))
+    before = worker.print_to_stdstream
+    with cluster._without_lost_workers():
+        for line in ("A worker died or was killed while executing a task by an error", "memory is short"):
+            worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert shown == ["memory is short"]
+    assert worker.print_to_stdstream is before
 
 
 def test_the_session_lies_where_the_user_says_if_sockets_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,11 @@ is older.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import os
-import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -23,6 +26,21 @@ from fedsplit.state.client_store import ClientStore
 
 FOLDS = "folds"
 """Folder of the changes of base weights, which all clients read."""
+
+_KEEPER = """
+import fcntl, os, shutil, sys
+sys.stdin.buffer.read()
+folder = os.open(sys.argv[1], os.O_RDONLY)
+try:
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit()
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+"""Program that deletes a node's folder as soon as no process of the run is left there.
+
+The end of the standard input is the end of the process that has started the program, however the process ends.
+"""
 
 Stamp = tuple[int, int]
 """Time of the last change in nanoseconds, and size in bytes: a file whose stamp is as it was has not changed."""
@@ -182,7 +200,10 @@ class Shipping:
 
 
 class NodeDisk:
-    """A node's side: a folder with the files of the clients that the node has played, for its user alone."""
+    """A node's side: a folder with the files of the clients that the node has played, for its user alone.
+
+    The folder is deleted with the end of the last process that has received files there.
+    """
 
     def __init__(self, run: str) -> None:
         """Names the folder, which all processes of a node share.
@@ -198,12 +219,14 @@ class NodeDisk:
         return Path(tempfile.gettempdir()) / f"fedsplit-{os.getuid()}" / self._run
 
     def receive(self, parcel: Parcel) -> None:
-        """Writes what has come."""
-        self.root.parent.mkdir(mode=0o700, exist_ok=True)
-        owner = self.root.parent.stat()
-        if owner.st_uid != os.getuid() or self.root.parent.is_symlink():
-            raise PermissionError(f"{self.root.parent} belongs to somebody else")
-        self.root.mkdir(mode=0o700, exist_ok=True)
+        """Writes the files of a parcel.
+
+        Raises:
+            PermissionError: The folder for temporary files has a folder of this name that belongs to somebody else.
+            ValueError: A path leads out of the folder.
+            NotWritten: A file could not be written.
+        """
+        _keep(self.root)
         parcel.unpack(self.root)
 
     def changes(self, before: Mapping[str, Stamp], client: int) -> Parcel:
@@ -212,6 +235,35 @@ class NodeDisk:
         files = {name: (self.root / name).read_bytes() for name, stamp in now.items() if before.get(name) != stamp}
         return Parcel(files, tuple(name for name in before if name not in now))
 
-    def remove(self) -> None:
-        """Deletes the folder."""
-        shutil.rmtree(self.root, ignore_errors=True)
+
+@functools.cache
+def _keep(root: Path) -> subprocess.Popen[bytes]:
+    """Makes a node's folder, and has it deleted when no process is left that has called this.
+
+    Returns:
+        The process that deletes the folder at the end of this one. A node that is killed, or a process that Ray kills,
+        could not delete anything.
+
+    Raises:
+        PermissionError: The parent of the folder belongs to somebody else.
+    """
+    with contextlib.suppress(FileExistsError):
+        root.parent.mkdir(mode=0o700)
+    if root.parent.is_symlink() or root.parent.stat().st_uid != os.getuid():
+        raise PermissionError(f"{root.parent} belongs to somebody else")
+    _lock(root)
+    # A process of its own session is not ended by signals to this one's.
+    call = [sys.executable, "-I", "-S", "-c", _KEEPER, str(root)]
+    return subprocess.Popen(call, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _lock(root: Path) -> None:
+    """Makes a folder, and locks it until this process ends, so that no other process deletes it."""
+    while True:
+        root.mkdir(mode=0o700, exist_ok=True)
+        lock = os.open(root, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):  # the process that deletes the folder was a moment faster
+            if os.path.samestat(os.fstat(lock), root.stat()):
+                return
+        os.close(lock)

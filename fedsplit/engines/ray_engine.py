@@ -27,10 +27,6 @@ from fedsplit.settings.parsing import parse_resources
 from fedsplit.shutdown import kill_descendants
 from fedsplit.trunk import cluster
 
-_TIDY_SECONDS = 5.0
-"""Time that nodes have to delete the clients' files."""
-
-
 _REST_SECONDS = 15.0
 """Time to wait for further client processes as soon as there is one."""
 
@@ -45,7 +41,6 @@ class RaySession(RayHost):
             SettingError: The cluster has no room for the trunk, or for a client process.
         """
         trunk, client = config.trunk, config.client
-        self._shipping: Shipping | None = None
         self._reservation = placement.Reservation(trunk.resources, trunk.label, config.ray.wait)
         super().__init__(config, plan, has_stage, self._reservation.options)
         self.pool = WorkerPool(self._size, load_client, placement.actor_options(client.resources, client.label))
@@ -75,9 +70,9 @@ class RaySession(RayHost):
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end."""
         config, timeout = self.config, self.config.timeout
-        if config.ray.address != "local" and config.data.at == "driver":
-            self._shipping = Shipping(federation.disks)
-        grid = PoolGrid(self.pool, config.clients, self._shipping, placement.this_node())
+        ships = config.ray.address != "local" and config.data.at == "driver"
+        shipping = Shipping(federation.disks) if ships else None
+        grid = PoolGrid(self.pool, config.clients, shipping, placement.this_node())
         stalls = StallWatch(timeout, lambda: self.trunk.status().traffic, self.pool.kill_busy)
         clients = FlowerClients(grid, federation.stop, self.plan.workers, stalls, timeout, wait=grid.wait)
 
@@ -94,13 +89,10 @@ class RaySession(RayHost):
         self.trunk.kill()
 
     def close(self) -> None:
-        """Ends all actors of the run, and gives back what Ray kept for them; no node keeps a client's text."""
-        nodes = {place.node for place in self.pool.places()} - {placement.this_node()}
+        """Ends all actors of the run, and gives back what Ray kept for them."""
         self.pool.close()
         self.trunk.kill()
         self._reservation.release()
-        if self._shipping is not None:
-            ray_nodes.on_nodes(self._shipping.disk.remove, nodes, _TIDY_SECONDS)
 
 
 @contextlib.contextmanager

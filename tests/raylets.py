@@ -5,6 +5,7 @@ Run as a script it obeys requests, one JSON line each: `python raylets.py FOLDER
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -36,6 +37,7 @@ class Raylets:
     Attributes:
         folder: Folder of the cluster's files.
         address: Address of the cluster.
+        added: Label by id of the nodes that were added, and have not been removed.
     """
 
     def __init__(self) -> None:
@@ -50,7 +52,7 @@ class Raylets:
             text=True,
             env=environment(self.folder, TMPDIR=str(_temporary(self.folder, "head"))),
         )
-        self._added: set[str] = set()
+        self.added: dict[str, str] = {}
         self.address: str = self._ask("address")
 
     def __enter__(self) -> Raylets:
@@ -79,12 +81,12 @@ class Raylets:
     def add(self, site: str, cpus: int = 1, **variables: str) -> str:
         """Adds a node with a label and variables of its environment; returns Ray's id of the node."""
         node: str = self._ask("add", site=site, cpus=cpus, variables=variables)
-        self._added.add(node)
+        self.added[node] = site
         return node
 
     def remove(self, node: str) -> None:
         """Kills all processes of a node."""
-        self._added.remove(node)
+        del self.added[node]
         self._ask("remove", node=node)
 
     def state(self) -> dict[str, Any]:
@@ -96,10 +98,6 @@ class Raylets:
         """Has a task run on each node; returns the number of nodes."""
         count: int = self._ask("answering")
         return count
-
-    def is_removable(self, node: str) -> bool:
-        """Returns whether a node may be removed: it is not the head."""
-        return node in self._added
 
     def actors(self, kind: str) -> list[dict[str, Any]]:
         """Returns the actors of a class that are alive, with their nodes and process numbers."""
@@ -167,7 +165,18 @@ class _Server:
         return sum(self._ray.get(tasks, timeout=60))
 
     def remove(self, node: str) -> None:
-        self._cluster.remove_node(self._nodes.pop(node), allow_graceful=False)
+        import psutil
+
+        removed = self._nodes.pop(node)
+        raylet = psutil.Process(removed.all_processes["raylet"][0].process.pid)
+        doomed = [raylet, *raylet.children(recursive=True)]  # alone, they would go on for a second or two
+        for process in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._cluster.remove_node(removed, allow_graceful=False)
+        until = time.monotonic() + 60
+        while any(each["Alive"] and each["NodeID"] == node for each in self._ray.nodes()) and time.monotonic() < until:
+            time.sleep(0.05)  # until the cluster has noticed
 
     def state(self) -> dict[str, Any]:
         from ray._private.state import actors

@@ -29,6 +29,8 @@ FOLDS = "folds"
 
 _KEEPER = """
 import fcntl, os, shutil, sys
+if os.fork():
+    os._exit(0)
 sys.stdin.buffer.read()
 folder = os.open(sys.argv[1], os.O_RDONLY)
 try:
@@ -39,7 +41,8 @@ shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 """Program that deletes a node's folder as soon as no process of the run is left there.
 
-The end of the standard input is the end of the process that has started the program, however the process ends.
+The end of the standard input is the end of the process that has started the program, however the process ends. The
+program goes on in a child, since Ray kills the children of a process that it ends, but not theirs.
 """
 
 Stamp = tuple[int, int]
@@ -237,12 +240,13 @@ class NodeDisk:
 
 
 @functools.cache
-def _keep(root: Path) -> subprocess.Popen[bytes]:
+def _keep(root: Path) -> int:
     """Makes a node's folder, and has it deleted when no process is left that has called this.
 
+    A second process deletes the folder, since this one may be killed.
+
     Returns:
-        The process that deletes the folder at the end of this one. A node that is killed, or a process that Ray kills,
-        could not delete anything.
+        Descriptor of a pipe to the second process, which waits until the pipe is closed.
 
     Raises:
         PermissionError: The parent of the folder belongs to somebody else.
@@ -254,7 +258,12 @@ def _keep(root: Path) -> subprocess.Popen[bytes]:
     _lock(root)
     # A process of its own session is not ended by signals to this one's.
     call = [sys.executable, "-I", "-S", "-c", _KEEPER, str(root)]
-    return subprocess.Popen(call, stdin=subprocess.PIPE, start_new_session=True)
+    end, open_end = os.pipe()
+    try:
+        subprocess.run(call, stdin=end, start_new_session=True, check=True)
+    finally:
+        os.close(end)
+    return open_end
 
 
 def _lock(root: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ray
@@ -12,6 +13,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedsplit.errors import SettingError
 from fedsplit.settings.parsing import parse_labels, parse_resources
+
+_FREE_SECONDS = 2.0
+"""Time in which Ray finds room that is free, before the trunk asks others of the run for theirs."""
 
 Options = dict[str, Any]
 """Options of a Ray actor."""
@@ -53,8 +57,11 @@ class Reservation:
         self._seconds = seconds
         self._group: PlacementGroup | None = None
 
-    def options(self) -> Options:
+    def options(self, room: Callable[[], AbstractContextManager[object]] = nullcontext) -> Options:
         """Waits for the part, a new one at each call, and returns the options of an actor in it.
+
+        Args:
+            room: Called if there is no room. Others of the run give up theirs inside the context.
 
         Raises:
             SettingError: No node has room for the part. The message says what the nodes have.
@@ -67,9 +74,12 @@ class Reservation:
         selector = [labels] if labels else None
         group = placement_group([amounts], strategy="STRICT_PACK", bundle_label_selector=selector)
         self._group = group
-        if not group.wait(self._seconds):
-            self.release()
-            raise no_room("trunk", self._resources, self._label, self._seconds)
+        if not group.wait(min(_FREE_SECONDS, self._seconds)):
+            with room():
+                is_placed = group.wait(self._seconds)
+            if not is_placed:
+                self.release()
+                raise no_room("trunk", self._resources, self._label, self._seconds)
         options = actor_options(self._resources, "")
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         return options

@@ -20,6 +20,7 @@ from fedsplit.engines.stalls import StallWatch
 from fedsplit.engines.worker_pool import WorkerPool
 from fedsplit.errors import SettingError
 from fedsplit.federation import records
+from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.federation import Federation
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.settings.config import Config
@@ -53,6 +54,18 @@ class RaySession(RayHost):
         taken = parse_resources(config.trunk.resources) or {}
         room = placement.places(config.client.resources, config.client.label, taken)
         return max(1, min(room, config.clients))
+
+    def renew(self) -> None:
+        """Starts another trunk. If there is no room for it, the client processes end, and start after it.
+
+        Raises:
+            FederationFailed: The cluster has no room for a trunk any more.
+        """
+        self._place = lambda: self._reservation.options(self.pool.away)
+        try:
+            super().renew()
+        except SettingError as error:
+            raise FederationFailed(f"the trunk was lost, and has no place any more: {error}") from error
 
     def settle(self) -> None:
         """Waits until a client process has its place, and for a moment for the others; more may join later.

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,7 +94,7 @@ class _Worker(threading.Thread):
         self._pool = pool
         self._start_actor = start
         self._guard = threading.Lock()
-        self._actor = start()
+        self._actor: Any = start()
         self._failed_starts = 0
         self.place: Place | None = None
         self.is_busy = False
@@ -107,37 +107,59 @@ class _Worker(threading.Thread):
             if reason and self._failed_starts < _LEAST_LIVES:
                 self._replace()
                 continue
-            work = self._pool.take()
+            work = self._pool.take(lambda: self._actor is not None)
             if work is None:
-                return
-            if self.place is None:
+                continue
+            with self._guard:
+                actor, place = self._actor, self.place
+            if actor is not None and place is not None:
+                self._do(work, actor, place)
+            elif self._failed_starts:
                 words = f"a client's process ended as it started, {_LEAST_LIVES} times: {reason}"
                 work.done(Place("", 0), NoWorkers(words))
-                continue
-            self._do(work, self.place)
+            else:
+                work.done(Place("", 0), WorkerLost("the process was given up a moment ago"))
 
     def _settle(self) -> str:
         """Waits until the actor has its place; returns why it has none, or an empty text."""
         if self.place is not None:
             return ""
+        actor = self._present()
+        if actor is None:
+            return ""
         try:
-            self.place = ray.get(self._actor.place.remote())
+            place = ray.get(actor.place.remote())
         except ray.exceptions.RayError as error:
+            if self._is_given_up(actor):
+                return ""
             self._failed_starts += 1
             lines = str(error).split("\n")  # a whole traceback, of which the last line tells what is wrong
             return lines[-1] or first_line(error)
+        with self._guard:
+            if actor is self._actor:
+                self.place = place
         self._failed_starts = 0
         self._pool.note_place()
         return ""
 
-    def _do(self, work: Work, place: Place) -> None:
+    def _present(self) -> Any:
+        """Returns the actor, a new one if the last was given up. Waits while the pool keeps room; None once closed."""
+        if self._actor is None and self._pool.wait_for_room():
+            self._replace()
+        return self._actor
+
+    def _is_given_up(self, actor: Any) -> bool:
+        with self._guard:
+            return self._actor is not actor
+
+    def _do(self, work: Work, actor: Any, place: Place) -> None:
         """Does a piece of work, and hands on the result or the error."""
         self.is_busy = True
         try:
-            result = ray.get(self._actor.play.remote(*work.arguments(place)))
+            result = ray.get(actor.play.remote(*work.arguments(place)))
         except ray.exceptions.RayActorError as error:
             result = WorkerLost(first_line(error))
-            if not self._pool.is_closed:
+            if not self._is_given_up(actor):
                 self._replace()
         except Exception as error:  # noqa: BLE001  # of the work, and told to whoever gave it
             result = error
@@ -145,16 +167,25 @@ class _Worker(threading.Thread):
         work.done(place, result)
 
     def _replace(self) -> None:
-        """Starts another actor in place of one that is dead."""
+        """Starts another actor in place of one that is dead. Does nothing once the pool is closed."""
+        with self._guard:
+            if not self._pool.is_closed:
+                self.place = None
+                self._actor = self._start_actor()
+
+    def give_up(self) -> None:
+        """Kills the actor's process. The thread starts another one as soon as the pool lets it."""
+        self.kill()
         with self._guard:
             self.place = None
-            self._actor = self._start_actor()
+            self._actor = None
 
     def kill(self) -> None:
         """Kills the actor's process, and the work that it does."""
         with self._guard, contextlib.suppress(ray.exceptions.RayError):
             place = self.place
-            ray.kill(self._actor, no_restart=True)
+            if self._actor is not None:
+                ray.kill(self._actor, no_restart=True)
         # A process that has been stopped does not hear Ray.
         if place is not None and place.node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(OSError):
@@ -189,6 +220,7 @@ class WorkerPool:
         self._waiting: deque[Work] = deque()
         self._changed = threading.Condition()
         self._looked = 0.0
+        self._keeps_room = False
         spread = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", **options}
         actor = ray.remote(ClientWorker).options(**spread)
         self._start = lambda: actor.remote(load)
@@ -225,11 +257,32 @@ class WorkerPool:
             self._waiting.append(work)
             self._changed.notify_all()
 
-    def take(self) -> Work | None:
-        """Waits for a piece of work; returns None when the pool closes."""
+    def take(self, is_ready: Callable[[], bool]) -> Work | None:
+        """Waits for a piece of work; returns None when the pool closes, or when the worker is ready no more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self.is_closed)
-            return None if self.is_closed else self._waiting.popleft()
+            self._changed.wait_for(lambda: self._waiting or self.is_closed or not is_ready())
+            return self._waiting.popleft() if is_ready() and not self.is_closed else None
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Ends all workers, and starts them again at the end of the context: something else needs their room first."""
+        with self._changed:
+            self._keeps_room = True
+            for worker in self._workers:
+                worker.give_up()
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._keeps_room = False
+                self._changed.notify_all()
+
+    def wait_for_room(self) -> bool:
+        """Waits while room is kept for something else; returns False when the pool closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_closed or not self._keeps_room)
+            return not self.is_closed
 
     def kill_busy(self) -> None:
         """Kills the workers that are at work; others take their places."""

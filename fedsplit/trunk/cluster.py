@@ -144,7 +144,7 @@ def joined(address: str, ship: bool = False) -> Iterator[None]:
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        with _keeping_sigterm():
+        with _keeping_sigterm(), _unheard():
             _connect(address, ship)
         if threading.current_thread() is threading.main_thread() and on_terminate is not None:
             signal.signal(signal.SIGTERM, on_terminate)
@@ -212,6 +212,17 @@ def _keeping_sigterm() -> Iterator[None]:
         yield
     finally:
         utils.set_sigterm_handler = set_handler
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Keeps Ray from printing the cluster's messages between those of the run, such as a log of a lost node."""
+    listen = worker.listen_error_messages
+    worker.listen_error_messages = lambda *arguments: None
+    try:
+        yield
+    finally:
+        worker.listen_error_messages = listen
 
 
 def _start(workers: float, folder: Path) -> None:

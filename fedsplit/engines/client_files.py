@@ -32,10 +32,10 @@ import fcntl, os, shutil, sys
 if os.fork():
     os._exit(0)
 sys.stdin.buffer.read()
-folder = os.open(sys.argv[1], os.O_RDONLY)
 try:
+    folder = os.open(sys.argv[1], os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
+except (FileNotFoundError, BlockingIOError):
     sys.exit()
 shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
@@ -255,14 +255,15 @@ def _keep(root: Path) -> int:
         root.parent.mkdir(mode=0o700)
     if root.parent.is_symlink() or root.parent.stat().st_uid != os.getuid():
         raise PermissionError(f"{root.parent} belongs to somebody else")
-    _lock(root)
-    # A process of its own session is not ended by signals to this one's.
+    # A process of its own session is not ended by signals to this one's. It is there before the folder is, since this
+    # process may end at any moment.
     call = [sys.executable, "-I", "-S", "-c", _KEEPER, str(root)]
     end, open_end = os.pipe()
     try:
         subprocess.run(call, stdin=end, start_new_session=True, check=True)
     finally:
         os.close(end)
+    _lock(root)
     return open_end
 
 

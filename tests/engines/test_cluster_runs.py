@@ -124,13 +124,13 @@ def raylets(_raylets: Raylets) -> Iterator[Raylets]:
         _raylets.remove(node)
     while len(_raylets.added) < 2:
         _raylets.add("b")
-    assert _raylets.answering() == 3
+    _raylets.wait_until_free(cpus=3)
     yield _raylets
-    state = _raylets.wait_until_free()
-    assert state["actors"] == [], state
-    assert state["groups"] == 0
-    assert state["free"] == state["whole"] == 1 + len(_raylets.added)
-    assert _raylets.answering() == 1 + len(_raylets.added)
+
+    nodes = 1 + len(_raylets.added)
+    state = _raylets.wait_until_free(cpus=nodes)
+    assert state == {"actors": [], "groups": 0, "free": nodes, "whole": nodes}
+    assert _raylets.answering() == nodes
     assert _raylets.left_files() == []
 
 
@@ -177,17 +177,18 @@ def test_a_node_that_is_lost_changes_no_byte(victim: str, raylets: Raylets, alon
         raylets.remove(wait_until(doomed))
         assert run.end() == (0, ""), run.shown
     assert adapters(run.adapters) == alone("fedsa")[1]
-    assert "round 2/2 is played again" in run.shown
+    assert ("round 2/2 is played again" if victim == TRUNK else "begins again: The actor") in run.shown
     assert "client-rounds failed" not in run.shown
 
 
-def test_a_node_that_joins_plays_clients(raylets: Raylets, alone: Any, tmp_path: Path) -> None:
-    with joining(tmp_path, raylets, *KINDS["fedsa"], "--rounds", "4") as run:
-        run.wait_for("round 1/4")
+def test_a_node_that_joins_plays_clients(raylets: Raylets, tmp_path: Path) -> None:
+    with joining(tmp_path, raylets, *KINDS["fedsa"], "--rounds", "100") as run:
+        run.wait_for("round 1/100")
         added = raylets.add("c")
         wait_until(lambda: any(actor["node"] == added and is_at_work(actor) for actor in raylets.actors(WORKER)))
         assert len(raylets.actors(WORKER)) == 3
-        assert run.end() == (0, ""), run.shown
+        run.send_signal(signal.SIGINT)
+        assert run.end()[0] == 130
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,13 @@ class Raylets:
                 return state
             time.sleep(0.2)
 
+    def left_files_soon(self, seconds: float = 10.0) -> list[str]:
+        """Waits until runs have left no files, or a time has passed; returns the files that are left."""
+        until = time.monotonic() + seconds
+        while self.left_files() and time.monotonic() < until:
+            time.sleep(0.1)
+        return self.left_files()
+
     def left_files(self) -> list[str]:
         """Returns the files and folders that runs have left in the nodes' folders for temporary files."""
         found = (self.folder / "nodes").glob("*/fedsplit-*/*")

@@ -34,15 +34,18 @@ if os.fork():
 sys.stdin.buffer.read()
 try:
     folder = os.open(sys.argv[1], os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except (FileNotFoundError, BlockingIOError):
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    is_there = os.path.samestat(os.fstat(folder), os.stat(sys.argv[1]))
+except FileNotFoundError:
     sys.exit()
-shutil.rmtree(sys.argv[1], ignore_errors=True)
+if is_there:
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 """Program that deletes a node's folder as soon as no process of the run is left there.
 
 The end of the standard input is the end of the process that has started the program, however the process ends. The
-program goes on in a child, since Ray kills the children of a process that it ends, but not theirs.
+program goes on in a child, since Ray kills the children of a process that it ends, but not theirs. A folder that was
+made again in the meantime belongs to other processes, which have programs of their own.
 """
 
 Stamp = tuple[int, int]

@@ -131,7 +131,7 @@ def raylets(_raylets: Raylets) -> Iterator[Raylets]:
     state = _raylets.wait_until_free(cpus=nodes)
     assert state == {"actors": [], "groups": 0, "free": nodes, "whole": nodes}
     assert _raylets.answering() == nodes
-    assert _raylets.left_files() == []
+    assert _raylets.left_files_soon() == []
 
 
 def joining(cwd: Path, raylets: Raylets, *argv: str) -> Run:

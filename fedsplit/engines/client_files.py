@@ -30,16 +30,17 @@ FOLDS = "folds"
 _KEEPER = """
 import fcntl, os, shutil, sys
 sys.stdin.buffer.read()
-folder = os.open(sys.argv[1], os.O_RDONLY)
 try:
-    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
+    folder = os.open(sys.argv[1], os.O_RDONLY)
+except FileNotFoundError:
     sys.exit()
+fcntl.flock(folder, fcntl.LOCK_EX)
 shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 """Program that deletes a node's folder as soon as no process of the run is left there.
 
-The end of the standard input is the end of the process that has started the program, however the process ends.
+The end of the standard input is the end of the process that has started the program, however the process ends. A
+process that is ending may still have its lock then, so that the program waits for the lock.
 """
 
 Stamp = tuple[int, int]

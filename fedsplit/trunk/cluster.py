@@ -156,12 +156,12 @@ def _start(workers: int, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_lost_workers() -> Iterator[None]:
-    """Keeps Ray from showing long lines about processes that died: the run says in its own words what was lost.
+    """Keeps Ray from showing long lines about dead processes. The run reports a loss in a line of the run's log.
 
-    Everything else that Ray has to say is still shown, such as that memory is short.
+    Further lines of Ray's are still shown, such as warnings of short memory.
     """
     show = getattr(worker, "print_to_stdstream", None)
-    if show is None:  # another version of Ray, which may show these lines
+    if show is None:  # a version of Ray without the function; the long lines are shown
         yield
         return
 

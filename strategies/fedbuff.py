@@ -138,7 +138,9 @@ class FedBuff:
     def _pending_change(self, update: ClientUpdate, adapters: Adapters, now: int, version: int) -> Pending:
         """Returns an update as a pending change with the client's delay."""
         given = (update.given or adapters).tensors
-        trained = update.adapters.tensors
+        change = {}
+        for name, tensor in update.adapters.tensors.items():
+            change[name] = tensor.double() - given[name].double()
         delay = self.delays[update.client % len(self.delays)]
         return Pending(
             client=update.client,
@@ -146,7 +148,7 @@ class FedBuff:
             arrives=now + delay - 1,
             version=version,
             weight=_weight(update),
-            change={name: tensor.double() - given[name].double() for name, tensor in trained.items()},
+            change=change,
         )
 
     def _next_arrival(self, pending: Sequence[Pending], now: int) -> int:

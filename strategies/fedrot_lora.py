@@ -139,7 +139,9 @@ class FedRotLoRA:
         mean = average_adapters(adapters, rotated, weights)
 
         # The rotated factors are in float64, so that only the average is rounded.
-        tensors = {name: tensor.to(adapters.tensors[name].dtype) for name, tensor in mean.tensors.items()}
+        tensors = {}
+        for name, tensor in mean.tensors.items():
+            tensors[name] = tensor.to(adapters.tensors[name].dtype)
         return {"rounds": state["rounds"] + 1}, mean.with_tensors(tensors)
 
     def _rotate(self, reference: Adapters, adapters: Adapters, align: str) -> Adapters:

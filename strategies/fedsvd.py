@@ -52,8 +52,9 @@ def orthonormal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     # A^T = basis @ triangle, so B A = (B triangle^T) basis^T, and an SVD of the small matrix is enough.
     basis, triangle = torch.linalg.qr(a.double().T)
     inner = b.double() @ triangle.T
-    # V has r rows by itself, unless the layer has fewer than r outputs.
-    u, s, v = torch.linalg.svd(inner, full_matrices=inner.shape[0] < inner.shape[1])
+    # A reduced SVD gives r rows of V, unless the layer has fewer than r outputs.
+    has_few_outputs = inner.shape[0] < inner.shape[1]
+    u, s, v = torch.linalg.svd(inner, full_matrices=has_few_outputs)
 
     new_a = torch.zeros_like(a, dtype=torch.float64)
     new_b = torch.zeros_like(b, dtype=torch.float64)

@@ -49,9 +49,10 @@ def best_factors(change: LowRank, scaling: float, previous: Tensor) -> tuple[Ten
     """
     rank = previous.shape[0]
     u, s, v = change.svd()
-    # Number of singular vectors that carry information; none if no client changed anything.
-    filled = int((s > ROUNDING * s[0]).sum()) if float(s[0]) > 0 else 0
-    filled = min(filled, rank)
+    # Number of singular vectors that carry information; 0 if no client changed anything.
+    filled = 0
+    if float(s[0]) > 0:
+        filled = min(rank, int((s > ROUNDING * s[0]).sum()))
 
     root = (s[:filled] / scaling).sqrt()
     a = torch.zeros_like(previous, dtype=torch.float64)

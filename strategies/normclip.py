@@ -104,7 +104,9 @@ def clipped(update: ClientUpdate, adapters: Adapters, norm: float) -> ClientUpda
     """
     given = (update.given or adapters).tensors
     before = {name: given[name].double() for name in update.adapters.tensors}
-    change = {name: tensor.double() - before[name] for name, tensor in update.adapters.tensors.items()}
+    change = {}
+    for name, tensor in update.adapters.tensors.items():
+        change[name] = tensor.double() - before[name]
     # One norm over all tensors, as if the change were one vector.
     squares = [float((tensor**2).sum()) for tensor in change.values()]
     change_norm = math.sqrt(math.fsum(squares))

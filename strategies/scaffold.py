@@ -61,7 +61,9 @@ class Scaffold:
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
         """Sends the adapters and c, in the adapters' types."""
-        control = {name: state[f"c.{name}"].to(tensor.dtype) for name, tensor in adapters.tensors.items()}
+        control = {}
+        for name, tensor in adapters.tensors.items():
+            control[name] = state[f"c.{name}"].to(tensor.dtype)
         return Assignment(adapters.with_rank(client.rank), Task(control=control))
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:

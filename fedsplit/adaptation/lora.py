@@ -164,8 +164,9 @@ def _inject(part: Part, settings: LoraSettings, seed: int, head: str) -> None:
 
 def _add_score(part: Part, seed: int) -> None:
     """Draws the weight of a head for classes. The whole weight trains, in float32."""
-    weight = part.score.weight
-    part.score.weight = nn.Parameter(fresh_score(weight.shape, spread_of(part.config), seed))
+    shape = part.score.weight.shape
+    initial = fresh_score(shape, spread_of(part.config), seed)
+    part.score.weight = nn.Parameter(initial)
 
 
 def local_parameters(part: Part) -> dict[str, nn.Parameter]:

@@ -258,14 +258,20 @@ def check_method(config: Config, transposed: bool) -> None:
         allowed = f"{able} for a model whose projections store (in, out), as GPT-2's do"
         raise SettingError("lora.method", settings.method, allowed)
     _check_unused(settings, method)
-    if len(set(settings.rank)) > 1 and (not method.factors or method.residual):
-        able = ", ".join(name for name, other in ADAPTER_METHODS.items() if other.factors and not other.residual)
+    mixes_ranks = len(set(settings.rank)) > 1
+    if mixes_ranks and not _takes_mixed_ranks(method):
+        able = ", ".join(name for name, other in ADAPTER_METHODS.items() if _takes_mixed_ranks(other))
         ranks = ",".join(map(str, settings.rank))
         raise SettingError("lora.rank", ranks, f"one rank with the method {settings.method}; {able} take several")
     if method.residual and config.dtype != "fp32":
         allowed = f"fp32 with the method {settings.method}, whose change of base weights {config.dtype} would round"
         raise SettingError("dtype", config.dtype, allowed)
     _check_options(settings, method)
+
+
+def _takes_mixed_ranks(method: Method) -> bool:
+    """Returns True if clients may differ in rank. A method on the base weights would change each base differently."""
+    return method.factors and not method.residual
 
 
 def _check_unused(settings: LoraSettings, method: Method) -> None:

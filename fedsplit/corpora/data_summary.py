@@ -97,7 +97,9 @@ def table(partition: Partition) -> list[str]:
     rows: list[tuple[str, ...]] = [header]
     totals = [0, 0, 0, 0]
     for number, shard in enumerate(partition.shards):
-        numbers = [len(shard.train), shard.train.tokens, len(shard.held_out), shard.held_out.tokens]
+        train = shard.train
+        held_out = shard.held_out
+        numbers = [len(train), train.tokens, len(held_out), held_out.tokens]
         totals = [total + count for total, count in zip(totals, numbers, strict=True)]
         name = shard.name if shard.name == f"client {number}" else f"{number} {shard.name}"
         rows.append((name, *_with_commas(numbers), _distribution(shard.shares)))
@@ -148,12 +150,14 @@ def plot(partition: Partition, path: Path) -> None:
     shards = partition.shards
     names = sorted({name for shard in shards for name in shard.shares})
     colours = pyplot.get_cmap("tab20")
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.3 * len(shards)), layout="constrained")
+    height = 1.2 + 0.3 * len(shards)
+    figure, axes = pyplot.subplots(figsize=(8, height), layout="constrained")
 
     left = [0] * len(shards)
     for number, name in enumerate(names):
         widths = [shard.shares.get(name, 0) for shard in shards]
-        axes.barh(range(len(shards)), widths, left=left, color=colours(number % 20), label=name)
+        colour = colours(number % 20)
+        axes.barh(range(len(shards)), widths, left=left, color=colour, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
 
     axes.set_yticks(range(len(shards)), [shard.name for shard in shards])

@@ -114,7 +114,8 @@ def read_rows(table: Table, reading: Reading) -> Texts:
 
     rows = [Row(ids, labels, keys[number], source=number) for number, ids, labels in tokens]
     if reading.format == "classification":
-        rows = _with_classes(rows, numbers_of(table, reading.data.label, reading.classes), reading.classes)
+        class_numbers = numbers_of(table, reading.data.label, reading.classes)
+        rows = _with_classes(rows, class_numbers, reading.classes)
     # A row of the table may have several sequences, or none.
     with_text = {row.source for row in rows}
     return Texts(rows, len(table) - len(with_text))
@@ -220,8 +221,9 @@ def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
         if not prompts[number]:  # without a prompt, the completion begins the text
             (after,) = tokenizer.encode_verbatim([completions[number]])
         ended = tokenizer.end_text(after, reading.end)
-        ignored = [IGNORED] * len(before)
-        tokens.append((number, [*before, *ended], [*ignored, *ended]))
+        ids = [*before, *ended]
+        labels = [IGNORED] * len(before) + ended
+        tokens.append((number, ids, labels))
     return tokens
 
 
@@ -335,8 +337,8 @@ def by_source(rows: Sequence[Row]) -> list[list[Row]]:
     """
     groups: list[list[Row]] = []
     for row in rows:
-        continues = bool(groups) and row.source >= 0 and row.source == groups[-1][0].source
-        if continues:
+        last_source = groups[-1][0].source if groups else -1
+        if row.source >= 0 and row.source == last_source:
             groups[-1].append(row)
         else:
             groups.append([row])

@@ -266,12 +266,14 @@ def partition_by_sequence(sharder: Sharder, spec: PartitionSpec, name: str, clie
     separate = sharder.fit_held_out()
     blocks = by_source(fitted.rows)  # sequences of one chat stay with one client
     _check_enough(sharder, len(blocks), clients)
-    indices = _divided(sharder, spec, name, [block[0].key for block in blocks], clients, seed)
+    keys = [block[0].key for block in blocks]
+    indices = _divided(sharder, spec, name, keys, clients, seed)
 
     if separate is None:
         parts = [_split_blocks([blocks[index] for index in part]) for part in indices]
     else:
-        held_out = [_flat(by_source(separate.rows)[client::clients]) for client in range(clients)]
+        separate_blocks = by_source(separate.rows)
+        held_out = [_flat(separate_blocks[client::clients]) for client in range(clients)]
         _check_held_out(sharder, held_out)
         train = [_flat(blocks[index] for index in part) for part in indices]
         parts = list(zip(train, held_out, strict=True))
@@ -338,6 +340,7 @@ def _number(sequences: int) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     """Lists the first three names, each shortened: a column may hold whole texts."""
-    shown = ", ".join(name if len(name) <= 40 else f"{name[:40]}…" for name in names[:3])
+    shortened = [name if len(name) <= 40 else f"{name[:40]}…" for name in names[:3]]
+    shown = ", ".join(shortened)
     more = len(names) - 3
     return f"{shown} and {more} more" if more > 0 else shown

@@ -61,7 +61,9 @@ def _tensors(rows: Sequences) -> dict[str, Tensor]:
 
 def _sequences(tensors: Mapping[str, Tensor]) -> Sequences:
     """Returns sequences from a result of `_tensors`."""
-    return Sequences(tensors["ids"], tensors.get("labels", tensors["ids"]), tensors.get("lengths"))
+    ids = tensors["ids"]
+    labels = tensors.get("labels", ids)
+    return Sequences(ids, labels, tensors.get("lengths"))
 
 
 def _folder(root: Path) -> Path:
@@ -111,7 +113,9 @@ def read_shard(root: Path, client: int) -> Shard:
     tensors, facts = map_tensors(path)
     groups = unpack(tensors)
     description = json.loads(facts["shard"])  # name, shares and classes
-    return Shard(train=_sequences(groups["train"]), held_out=_sequences(groups["held_out"]), **description)
+    train = _sequences(groups["train"])
+    held_out = _sequences(groups["held_out"])
+    return Shard(train=train, held_out=held_out, **description)
 
 
 def remove_left(root: Path) -> int:

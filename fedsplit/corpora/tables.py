@@ -162,7 +162,9 @@ def _may_be_on_hub(dataset: str) -> bool:
 
 
 def _data_files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.suffix in FILE_TYPES and file.is_file())
+    """Returns the files of known types in a folder, in alphabetical order: the system's order differs by disk."""
+    named = [file for file in path.rglob("*") if file.suffix in FILE_TYPES]
+    return sorted(file for file in named if file.is_file())
 
 
 def _check_kind(dataset: str, path: Path) -> None:
@@ -191,7 +193,10 @@ def _check_kind(dataset: str, path: Path) -> None:
 def _readme_names_files(path: Path) -> bool:
     """Returns True if a folder's README.md names the files that hold the data."""
     readme = path / "README.md"
-    return readme.is_file() and bool(_LAYOUT.match(readme.read_text(encoding="utf-8", errors="replace")))
+    if not readme.is_file():
+        return False
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    return _LAYOUT.match(text) is not None
 
 
 def read_table(dataset: str, data: DataSettings, *, seed: int = 0, owners: int = 8) -> Table:
@@ -277,7 +282,9 @@ def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
 
 def _is_folder_of_texts(path: Path, data: DataSettings) -> bool:
     """Returns True if a folder holds text files alone, without a README.md or settings for `datasets`."""
-    if not path.is_dir() or is_saved(path) or data.config or (path / "README.md").exists():
+    if not path.is_dir() or is_saved(path):
+        return False
+    if data.config or (path / "README.md").exists():
         return False
     return all(file.suffix == ".txt" for file in _data_files(path))
 

@@ -192,28 +192,44 @@ class _Loss(torch.autograd.Function):
             if not products.any:
                 nats += functional.cross_entropy(scores, label, reduction="sum")
                 continue
-            torch.softmax(scores, -1, out=scores)
-            chosen = scores.gather(1, label[:, None])
-            underflown = (chosen < _UNDERFLOW).squeeze(1)
-            if underflown.any():
-                again = products.logits(start + underflown.nonzero().squeeze(1)).float()
-                _bend(again, cap)
-                nats += functional.cross_entropy(again, label[underflown], reduction="sum")
-            nats -= chosen[~underflown].log().sum()
-
-            # Gradient of the summed loss by the logits: probability minus 1 at the label.
-            scores.scatter_(1, label[:, None], chosen - 1)
+            _Loss._to_gradient(scores, label, products, start, cap, nats)
             if slope is not None:
                 scores.mul_(slope)
             if scores is not logits:
                 logits.copy_(scores)
             products.back(run, logits)
-            del logits, scores  # frees them before the next run allocates its own
+            del logits, scores  # the memory is free before the next run allocates memory
 
         ctx.count = count
         ctx.types = [None if tensor is None else tensor.dtype for tensor in (rows, head, low, up)]
         ctx.save_for_backward(*products.gradients)
         return nats / count
+
+    @staticmethod
+    def _to_gradient(
+        scores: Tensor, label: Tensor, products: _Products, start: int, cap: float | None, nats: Tensor
+    ) -> None:
+        """Turns logits into the gradient of the summed loss by the logits, in place.
+
+        The gradient is the probability, minus 1 at the label.
+
+        Args:
+            scores: Logits (n, V) of a run of rows, after the soft cap.
+            label: Labels of the rows (n,).
+            products: Source of logits.
+            start: Number of the first row.
+            cap: Bound of the soft cap on logits; None without a cap.
+            nats: Sum of losses so far. The losses of the rows are added in place.
+        """
+        torch.softmax(scores, -1, out=scores)
+        chosen = scores.gather(1, label[:, None])
+        underflown = (chosen < _UNDERFLOW).squeeze(1)
+        if underflown.any():
+            again = products.logits(start + underflown.nonzero().squeeze(1)).float()
+            _bend(again, cap)
+            nats += functional.cross_entropy(again, label[underflown], reduction="sum")
+        nats -= chosen[~underflown].log().sum()
+        scores.scatter_(1, label[:, None], chosen - 1)
 
     @staticmethod
     @once_differentiable

@@ -51,7 +51,7 @@ def empty_model(path: Path, classes: int = 0) -> PreTrainedModel:
 
 
 def transposed_layers(model: nn.Module) -> frozenset[str]:
-    """Returns the names of the layers that store weights as (in, out), as GPT-2's projections do."""
+    """Returns the names of layers with weights stored as (in, out), such as GPT-2's projections."""
     return frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
 
 
@@ -63,7 +63,7 @@ def load_unsplit(
     Args:
         path: Folder with config.json and safetensors files.
         dtype: Type of the weights.
-        classes: Number of classes. If above 0, the result is a sequence classifier whose head has random values.
+        classes: Number of classes. If above 0, the result is a sequence classifier with a random head.
         pad: Padding token of a classifier.
 
     Example:
@@ -72,7 +72,7 @@ def load_unsplit(
         1353728
     """
     if classes:
-        # The checkpoint of a classifier may have a head for another number of classes. It is not read.
+        # The checkpoint of a classifier may have a head for a different number of classes. The head is not read.
         options = {"num_labels": classes, "pad_token_id": pad, "ignore_mismatched_sizes": True}
         return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, **options)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -86,14 +86,14 @@ def quantize_unsplit(
     device: torch.device = CPU,
     dense: bool = False,
 ) -> PreTrainedModel:
-    """Quantises the base weights of the unsplit model as a run quantises the weights of its parts.
+    """Quantises the base weights of the unsplit model, in the same way as the parts of a run.
 
     Args:
-        model: A causal language model in the run's type. The call changes it.
+        model: A causal language model in the run's type. The call changes the model.
         bounds: The cut as (LO, HI).
         bits: Bits by part, as for `fedsplit.model.split.load_parts`.
         device: Device of the model.
-        dense: If true, weights keep their type, and are rounded to the values that the quantised weights represent.
+        dense: True for weights of the original type, rounded to the values of the quantised weights.
 
     Returns:
         The same model.
@@ -104,13 +104,18 @@ def quantize_unsplit(
         if kind not in bits:
             continue
         for number in numbers:
-            for name, module in list(blocks[number].named_modules()):
-                if type(module) not in (nn.Linear, Conv1D):
-                    continue
-                projection = quantize(module.requires_grad_(False), bits[kind], model.dtype, device)
-                if dense:
-                    rounded = dequantize(projection)
-                    module.weight.copy_(rounded if isinstance(module, nn.Linear) else rounded.t())
-                else:
-                    blocks[number].set_submodule(name, projection)
+            _quantize_block(blocks[number], bits[kind], model.dtype, device, dense)
     return model if dense else mark_quantized(model, bits.values())
+
+
+def _quantize_block(block: nn.Module, bits: int, dtype: torch.dtype, device: torch.device, dense: bool) -> None:
+    """Quantises the projections of a block, in place. For the arguments see `quantize_unsplit`."""
+    for name, module in list(block.named_modules()):
+        if type(module) not in (nn.Linear, Conv1D):
+            continue
+        projection = quantize(module.requires_grad_(False), bits, dtype, device)
+        if dense:
+            rounded = dequantize(projection)  # (out, in), whatever the layer stores
+            module.weight.copy_(rounded if isinstance(module, nn.Linear) else rounded.t())
+        else:
+            block.set_submodule(name, projection)

@@ -49,8 +49,14 @@ def make_optimizer(parameters: Iterable[Tensor], settings: TrainSettings) -> tor
 
         narrow: torch.optim.Optimizer = AdamW8bit(trained, lr=lr, weight_decay=decay, betas=betas, eps=settings.eps)
         return narrow
-    # Fused: one kernel for all tensors of an adapter, which are many and small.
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=decay, betas=betas, eps=settings.eps, fused=True)
+    return torch.optim.AdamW(
+        trained,
+        lr=lr,
+        weight_decay=decay,
+        betas=betas,
+        eps=settings.eps,
+        fused=True,  # one kernel for all tensors of an adapter, which are many and small
+    )
 
 
 def check_optimizer(settings: TrainSettings) -> None:
@@ -174,4 +180,9 @@ def fitting(kept: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dic
         parameter, _, kind = name.rpartition(":")
         if kind in _SHAPED:
             fits[parameter] = parameter in parameters and value.shape == parameters[parameter].shape
-    return {name: value for name, value in kept.items() if fits.get(name.rpartition(":")[0], False)}
+    fitting_moments = {}
+    for name, value in kept.items():
+        parameter, _, _ = name.rpartition(":")
+        if fits.get(parameter, False):
+            fitting_moments[name] = value
+    return fitting_moments

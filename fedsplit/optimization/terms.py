@@ -37,7 +37,9 @@ def terms_of(
     """
     stages: list[GradientStage] = []
     if task.control is not None:
-        stages.append(ControlVariates(put(task.control, device), put(control or {}, device)))
+        of_server = put(task.control, device)
+        of_client = put(control or {}, device)
+        stages.append(ControlVariates(of_server, of_client))
     if task.proximal:
         stages.append(Proximal(task.proximal))
     if task.decay:
@@ -58,7 +60,10 @@ def moved(control: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[
         >>> moved({"a": torch.tensor([1.0])}, {"a": torch.tensor([2.0]), "b": torch.tensor([4.0])})
         {'a': tensor([3.]), 'b': tensor([4.])}
     """
-    return {name: control[name] + change if name in control else change for name, change in changes.items()}
+    after = dict(changes)
+    for name in changes.keys() & control.keys():
+        after[name] = control[name] + changes[name]
+    return after
 
 
 class ControlVariates(GradientStage):
@@ -89,7 +94,10 @@ class ControlVariates(GradientStage):
         self._steps += 1
         corrected = dict(gradients)
         for name, gradient in gradients.items():
-            self._sums[name] = self._sums[name] + gradient if name in self._sums else gradient.clone()
+            if name in self._sums:
+                self._sums[name] = self._sums[name] + gradient
+            else:
+                self._sums[name] = gradient.clone()  # the optimiser's step may reuse the memory of a gradient
             if name in self._server:
                 corrected[name] = corrected[name] + self._server[name]
             if name in self._client:

@@ -295,7 +295,8 @@ def _check_names(adapter: Adapter, expected: Mapping[str, tuple[int, ...]], tens
 
 
 def _listed(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    more = len(names) - 1
+    return f"{names[0]} and {more} more" if more else names[0]
 
 
 def reason_of(error: Exception) -> str:

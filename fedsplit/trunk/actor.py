@@ -68,7 +68,8 @@ class TrunkActor:
         if sockets.is_possible():
             with contextlib.suppress(OSError):  # a sandbox may forbid sockets; packets then come through Ray
                 self._socket = sockets.PacketServer(self._service.submit)
-        threading.Thread(target=run_until_defect, args=(self._service.work, threads), daemon=True).start()
+        working = threading.Thread(target=run_until_defect, args=(self._service.work, threads), daemon=True)
+        working.start()
 
     async def address(self) -> sockets.Address | None:
         """Returns the address for packets from processes of this machine. None where sockets are not possible."""
@@ -235,8 +236,9 @@ def start_trunk(
         has_stage: True if the strategy has a gradient stage. The trunk loads the strategy by name.
     """
     # No CPU: Flower counts all CPUs of a node as its own, and would wait for ever for a CPU of the trunk.
-    remote = ray.remote(num_cpus=0)(TrunkActor).options(name=name, max_concurrency=_AT_ONCE)
-    actor = remote.remote(config, name, threads, workers, adapter, has_stage)
+    remote_class = ray.remote(num_cpus=0)(TrunkActor)
+    named_class = remote_class.options(name=name, max_concurrency=_AT_ONCE)
+    actor = named_class.remote(config, name, threads, workers, adapter, has_stage)
     return RayTrunk(actor, config.timeout)
 
 

@@ -73,7 +73,8 @@ class Admission:
     def expire(self) -> None:
         """Ends the reservations after the end of the lease."""
         now = self._clock()
-        for key in [key for key, (_, until) in self._reserved.items() if until <= now]:
+        expired = [key for key, (_, until) in self._reserved.items() if until <= now]
+        for key in expired:
             del self._reserved[key]
 
     def _bytes_to_come(self) -> int:
@@ -101,10 +102,12 @@ class Admission:
         """
         if self._budget.fits(tokens, kept):
             return True
-        with_graph = [batch for batch in self._batches() if batch.output is not None and batch is not own]
+        others = [batch for batch in self._batches() if batch is not own]
+        with_graph = [batch for batch in others if batch.output is not None]
         for batch in with_graph:
             batch.output = None
             self._budget.freed()
+        # Answers are dropped last, and only without pending steps: a dropped answer makes a lost packet fatal.
         if not with_graph and not len(self._steps) and not self._steps.drop_answers():
             return False
         self._budget.freed()

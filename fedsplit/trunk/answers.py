@@ -72,7 +72,8 @@ class Answers:
         for packet in packets:
             tensors = {}
             if packet.key in gradients:
-                role = Role("gradient", "down", packet.key, packet.training, inputs[packet.key].dtype)
+                kind = inputs[packet.key].dtype
+                role = Role("gradient", "down", packet.key, packet.training, kind)
                 tensors["gradient"] = self.codec.encode(gradients[packet.key], role)
             answer = Packet(packet.key, tensors, packet.training)
             self.count(self.traffic.gradient, packet, answer)

@@ -150,7 +150,10 @@ class Backwards:
         blocks = self._state.blocks
         output = output or blocks.run(batch, keeps_graph=True)
         by_output = {key: gradient.by_output for key, gradient in sent.items()}
-        by_sums = {key: gradient.by_sums for key, gradient in sent.items() if gradient.by_sums is not None}
+        by_sums = {}
+        for key, gradient in sent.items():
+            if gradient.by_sums is not None:
+                by_sums[key] = gradient.by_sums
         try:
             return blocks.differentiate(batch, output, by_output, by_sums)
         except Overflow:

@@ -42,7 +42,9 @@ class Blocks:
         self.device = device_of(part)
         # The places for the tensors of a snapshot. `torch.func.functional_call` would find the places, too, but looks
         # at every parameter of the part for each call, which takes 3 % of a step of the bundled model.
-        self._slots = {lora.exported_name(part, name): _slot(part, name) for name in lora.local_parameters(part)}
+        self._slots: dict[str, tuple[nn.Module, str]] = {}
+        for name in lora.local_parameters(part):
+            self._slots[lora.exported_name(part, name)] = _slot(part, name)
         self._placed: AdapterSnapshot = dict(lora.parameters(part))
         # A snapshot is put into the modules themselves, so two forwards at once would mix their adapters.
         self._running = threading.Lock()
@@ -52,7 +54,8 @@ class Blocks:
         for name, (module, leaf) in self._slots.items():
             module._parameters[leaf] = snapshot[name]  # type: ignore[assignment]  # a leaf that is no nn.Parameter
         # PEFT keeps alpha / rank as a number in each layer, and clients may differ in rank.
-        if any(tensor.shape != snapshot[name].shape for name, tensor in self._placed.items()):
+        has_new_ranks = any(tensor.shape != snapshot[name].shape for name, tensor in self._placed.items())
+        if has_new_ranks:
             lora.rescale(self.part)
         self._placed = snapshot
 
@@ -85,12 +88,14 @@ class Blocks:
             heard: Probabilities of each router, for the N * T tokens of the joined batch.
             shape: Shape of the joined batch, (N, T).
         """
-        by_layer = [batch.cut(probabilities.unflatten(0, tuple(shape))) for probabilities in heard]
+        by_layer = []
+        for probabilities in heard:
+            by_layer.append(batch.cut(probabilities.unflatten(0, tuple(shape))))
         chosen = self.part.config.num_experts_per_tok
         sums_behind = {}
         for key, sums in batch.sums.items():
-            probabilities = [layer[key].flatten(0, 1) for layer in by_layer]
-            sums_behind[key] = sums.after(probabilities, chosen, batch.masks.get(key))
+            of_step = [layer[key].flatten(0, 1) for layer in by_layer]
+            sums_behind[key] = sums.after(of_step, chosen, batch.masks.get(key))
         return sums_behind
 
     def differentiate(
@@ -161,7 +166,8 @@ class Blocks:
         before = resident_memory()
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             output = self.run(batch, keeps_graph=True)
-        self.differentiate(batch, output, {key: torch.zeros_like(output.hidden)}, {})
+        gradient = torch.zeros_like(output.hidden)
+        self.differentiate(batch, output, {key: gradient}, {})
         graph = sum(saved.values())
         growth = peak_memory() - before
         return graph, max(growth, graph)  # the growth is too small if the process had a higher peak before
@@ -176,8 +182,10 @@ def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequ
     if outputs[0].dtype != torch.float16:
         return torch.autograd.grad(outputs, inputs, starts)
     # `outputs` has no router sums here: the settings refuse a balancing loss in float16.
-    computed = gradients(outputs[0], inputs, starts[0])
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(inputs, computed, strict=True)]
+    computed = []
+    for leaf, gradient in zip(inputs, gradients(outputs[0], inputs, starts[0]), strict=True):
+        computed.append(torch.zeros_like(leaf) if gradient is None else gradient)
+    return computed
 
 
 def _slot(part: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -189,6 +197,7 @@ def _slot(part: nn.Module, name: str) -> tuple[nn.Module, str]:
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draws dropout from a seed, and restores the global random state at the end."""
-    with torch.random.fork_rng(devices=[] if device == CPU else [device], device_type=device.type):
+    devices = [] if device == CPU else [device]  # the CPU's generator is forked in any case
+    with torch.random.fork_rng(devices=devices, device_type=device.type):
         torch.manual_seed(seed)
         yield

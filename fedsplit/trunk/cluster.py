@@ -59,7 +59,8 @@ class ClusterFailed(Exception):
 def _places() -> Iterator[Path]:
     """Yields possible folders for Ray's session: the user's choice first, if the path is short enough."""
     for place in (os.environ.get("TMPDIR", "/tmp"), "/tmp", "/var/tmp", "/dev/shm"):
-        if place and len(os.fsencode(place)) <= _LONGEST_PLACE and os.access(place, os.W_OK | os.X_OK):
+        is_short = len(os.fsencode(place)) <= _LONGEST_PLACE
+        if place and is_short and os.access(place, os.W_OK | os.X_OK):
             yield Path(place)
 
 

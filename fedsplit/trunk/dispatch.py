@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -302,7 +303,8 @@ class Dispatcher:
         groups: dict[object, dict[StepKey, _Request]] = {}
         for request in steps:
             if request.is_backward and not request.packet.clips:
-                groups.setdefault(self._batch_of(request), {}).setdefault(request.packet.key, request)
+                group = groups.setdefault(self._batch_of(request), {})
+                group.setdefault(request.packet.key, request)
         return [list(group.values()) for group in groups.values()]
 
     @staticmethod
@@ -375,7 +377,9 @@ class Dispatcher:
         return all(self._contributed[client] >= self._every for client in self._active)
 
     def _pass_barrier(self) -> None:
-        self._active &= {client for client, count in self._contributed.items() if count >= self._every}
+        """Makes the optimiser's step, and leaves clients behind that have not contributed enough."""
+        contributors = {client for client, count in self._contributed.items() if count >= self._every}
+        self._active &= contributors
         self._contributed.clear()
         self.server.adapters.close_window()
 
@@ -393,7 +397,8 @@ class Dispatcher:
             self._settle(chosen, outcome(work.done))
         else:
             self._under_way.append(chosen)
-            self._workers.start(chosen[0].worker, work.compute, lambda result: self._finish(chosen, work, result))
+            finish = functools.partial(self._finish, chosen, work)
+            self._workers.start(chosen[0].worker, work.compute, finish)
 
     def _finish(self, chosen: Sequence[_Request], work: Work, result: object) -> None:
         """Finishes work that a worker has computed."""

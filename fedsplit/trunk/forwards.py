@@ -180,15 +180,21 @@ class Forwards:
         """Returns the steps to serve, as a batch."""
         # The first client's adapter is everybody's: only the shared adapter computes batches of several clients.
         adapter = self._state.adapters.of(packets[0].key.client, begins=keeps)
-        served = {packet.key: arrived[packet.key] for packet in packets}
-        return PendingBatch(
-            inputs={key: arrival.hidden for key, arrival in served.items()},
-            masks={key: arrival.mask for key, arrival in served.items() if arrival.mask is not None},
+        batch = PendingBatch(
+            inputs={},
+            masks={},
             adapter=adapter,
             snapshot=adapter.snapshot,
             seed=dropout_seed(self._state.seed, packets),
-            sums={key: arrival.sums for key, arrival in served.items() if arrival.sums is not None},
         )
+        for packet in packets:
+            arrival = arrived[packet.key]
+            batch.inputs[packet.key] = arrival.hidden
+            if arrival.mask is not None:
+                batch.masks[packet.key] = arrival.mask
+            if arrival.sums is not None:
+                batch.sums[packet.key] = arrival.sums
+        return batch
 
 
 def _refuse_unbounded(batch: PendingBatch, output: Output, together: int) -> None:

@@ -59,9 +59,14 @@ class PendingBatch:
 
     def only(self, key: StepKey) -> PendingBatch:
         """Returns one step as a separate batch, with the snapshot of the adapter."""
-        masks = {key: self.masks[key]} if key in self.masks else {}
-        sums = {key: self.sums[key]} if key in self.sums else {}
-        return PendingBatch({key: self.inputs[key]}, masks, self.adapter, self.snapshot, self.seed, sums)
+        return PendingBatch(
+            inputs={key: self.inputs[key]},
+            masks={key: self.masks[key]} if key in self.masks else {},
+            adapter=self.adapter,
+            snapshot=self.snapshot,
+            seed=self.seed,
+            sums={key: self.sums[key]} if key in self.sums else {},
+        )
 
     @property
     def tokens(self) -> int:
@@ -87,15 +92,17 @@ class PendingBatch:
             mask = self.masks.get(key)
             if mask is None:
                 mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            masks.append(nn.functional.pad(mask, (0, length - mask.shape[1])))
+            missing = length - mask.shape[1]
+            masks.append(nn.functional.pad(mask, (0, missing)))
         return torch.cat(rows), torch.cat(masks)
 
     def cut(self, joined: Tensor) -> dict[StepKey, Tensor]:
         """Cuts a joined tensor (N, T, D) into the rows of each step (B, T, D)."""
-        pieces = joined.split([hidden.shape[0] for hidden in self.inputs.values()])
+        sizes = [hidden.shape[0] for hidden in self.inputs.values()]
+        pieces = dict(zip(self.inputs, joined.split(sizes), strict=True))
         by_step = {}
-        for piece, (key, hidden) in zip(pieces, self.inputs.items(), strict=True):
-            by_step[key] = piece[:, : hidden.shape[1]]
+        for key, hidden in self.inputs.items():
+            by_step[key] = pieces[key][:, : hidden.shape[1]]  # without the padding to the longest step
         return by_step
 
     def spread(self, sent: Mapping[StepKey, Tensor], output: Tensor) -> Tensor:
@@ -108,7 +115,8 @@ class PendingBatch:
         if len(self.inputs) == 1:
             return next(iter(sent.values()))
         # The widest of the clients' types, so that no client's gradient is rounded to the type of a second client's.
-        widest = functools.reduce(torch.promote_types, (gradient.dtype for gradient in sent.values()))
+        kinds = [gradient.dtype for gradient in sent.values()]
+        widest = functools.reduce(torch.promote_types, kinds)
         whole = torch.zeros_like(output, dtype=widest)
         for key, place in self.cut(whole).items():
             if key in sent:

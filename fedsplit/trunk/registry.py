@@ -339,8 +339,8 @@ class AdapterRegistry:
             finite is not made, and counted as "unusable".
         """
         # Sorted, since a sum of floating-point numbers depends on the order.
-        chosen = sorted(self._sums if clients is None else self._sums.keys() & set(clients))
-        sums = [self._sums[client] for client in chosen]
+        chosen = self._sums.keys() if clients is None else self._sums.keys() & set(clients)
+        sums = [self._sums[client] for client in sorted(chosen)]
         self._sums.clear()
         if not sums:
             return False
@@ -415,7 +415,8 @@ class AdapterRegistry:
                 continue  # an unfinished round may have ended in the middle, where a stage has no result
             steps = copy.steps if copy.learns else None
             outcome = Outcome() if steps == 0 else copy.outcome()  # without steps, a stage knows nothing of the round
-            copies[client] = Copy(self._named(copy.snapshot), outcome.sent, outcome.kept, steps)
+            adapters = self._named(copy.snapshot)
+            copies[client] = Copy(adapters, control=outcome.sent, kept=outcome.kept, steps=steps)
         return copies
 
     def read(self) -> Adapters:
@@ -434,8 +435,10 @@ class AdapterRegistry:
             own: Personal adapters by client, for evaluations by these clients.
         """
         self.shared.write(tensors)
-        personal = own or {}
-        self.assign({client: Start(dict(adapter)) for client, adapter in personal.items()})
+        starts = {}
+        for client, adapter in (own or {}).items():
+            starts[client] = Start(dict(adapter))
+        self.assign(starts)
 
     def moments(self) -> dict[str, Tensor]:
         """Returns the optimiser states: of the shared adapter by parameter, of the copies after a prefix "client/"."""
@@ -447,13 +450,16 @@ class AdapterRegistry:
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Sets the shared adapter and all optimiser states to earlier results of `read` and `moments`."""
-        self.shared.write(tensors)
-        self.shared.restore({name: value for name, value in moments.items() if "/" not in name})
+        of_shared = {}
         self._moments.clear()
         for name, value in moments.items():
             client, slash, inner = name.partition("/")
             if slash:
                 self._moments.setdefault(int(client), {})[inner] = value
+            else:
+                of_shared[name] = value
+        self.shared.write(tensors)
+        self.shared.restore(of_shared)
 
 
 def _mean(rates: Sequence[float]) -> float:

@@ -100,7 +100,13 @@ class TrunkServer:
         self.intake = Intake(part, codec, blocks.device)
         self.steps: Steps[PendingBatch | UnclippedGradient] = Steps(run, incarnation, lease, clock, clients, rounds)
         self.adapters = AdapterRegistry(
-            lora.read(part), SCHEDULES[schedule], settings, self.counts, blocks.device, part.rank_budget, stage
+            lora.read(part),
+            SCHEDULES[schedule],
+            settings,
+            self.counts,
+            device=blocks.device,
+            budget=part.rank_budget,
+            stage=stage,
         )
         self._state = TrunkState(
             seed=seed,

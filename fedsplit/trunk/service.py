@@ -127,7 +127,9 @@ class TrunkService:
         except MalformedPacket as error:  # on the deciding thread, a wrong type could end the service for all clients
             done(SpoiledStep(str(error)))
             return
-        self._post(lambda: self._serve(packet, done), self._is_busy if packet.key.session else _never)
+        # A session computes on this thread, with the modules of the trunk: no worker may use the modules meanwhile.
+        has_to_wait = self._is_busy if packet.key.session else _never
+        self._post(lambda: self._serve(packet, done), has_to_wait)
 
     def request(self, message: port.Control[Any], done: Callable[[Any], None]) -> None:
         """Takes a control message.

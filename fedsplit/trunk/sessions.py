@@ -161,8 +161,8 @@ class Sessions:
         crossed = traffic.token if key.step else traffic.prompt
         try:
             output = session.past.extend(hidden)
-            (answer,) = self._server.answers.with_hidden(crossed, [packet], {key: output}, {})
-        except BaseException:
+            (answer,) = self._server.answers.with_hidden(crossed, [packet], {key: output}, sums={})
+        except BaseException:  # also after an interrupt: a part of the blocks may have the token, and a part not
             self._close(key.session, StaleStep, "was given up, since its computation failed")
             raise
         session.step = key.step
@@ -191,9 +191,9 @@ class Sessions:
 
     def leave(self, client: int | None = None) -> None:
         """Ends the sessions of a client that has left the round or is dead; for None, ends all sessions."""
-        ended = [name for name, session in self._open.items() if client in (None, session.client)]
-        for name in ended:
-            self._close(name, StaleStep, "has ended")
+        for name, session in list(self._open.items()):
+            if client in (None, session.client):
+                self._close(name, StaleStep, "has ended")
 
     def next_expiry(self) -> float | None:
         """Returns the time of the next end of a lease; None without sessions."""
@@ -225,5 +225,7 @@ def _is_left_padded(mask: Tensor, virtual: int) -> bool:
     if not of_text.numel():
         return False
     ends_in_text = of_text[:, -1].all()
-    never_falls = (of_text[:, 1:] >= of_text[:, :-1]).all()  # padding, then text, and no padding again
+    after = of_text[:, 1:]
+    before = of_text[:, :-1]
+    never_falls = (after >= before).all()  # padding, then text, and no padding again
     return bool(of_virtual_tokens.all() and ends_in_text and never_falls)

@@ -83,7 +83,9 @@ class TrainableAdapter:
         self._terms = terms_of(task, own, device, stage)
         self._terms.begin(RoundStart(start, put(kept or {}, device)))
         self._learns = {name for name in start if learns and task.teaches(name)}
-        self._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
+        self._parameters: dict[str, nn.Parameter] = {}
+        for name, tensor in start.items():
+            self._parameters[name] = nn.Parameter(tensor.detach().clone())
         self._trained = {name: parameter for name, parameter in self._parameters.items() if name in self._learns}
         self._optimizer = make_optimizer(self._trained.values(), settings)
         self._budget = budget if learns else None
@@ -103,7 +105,8 @@ class TrainableAdapter:
         """Makes the present state of the parameters the newest snapshot."""
         self.snapshot: AdapterSnapshot = {}
         for name, parameter in self._parameters.items():
-            self.snapshot[name] = parameter.detach().clone().requires_grad_(name in self._learns)
+            tensor = parameter.detach().clone()
+            self.snapshot[name] = tensor.requires_grad_(name in self._learns)
 
     def step(self, gradients: Mapping[str, Tensor], rate: float = 1.0, round: int = 1) -> None:
         """Makes one step of the optimiser, or no step if adapter or moments would not be finite afterwards.
@@ -159,7 +162,8 @@ class TrainableAdapter:
             share: Share of the gradient in the optimiser's step, such as 0.5 for one of two batches.
         """
         budget = None if self._allocation is None else self._budget
-        return dict(Orthogonality(snapshot.keys(), budget, share)(gradients, LocalStep(snapshot)))
+        stage = Orthogonality(snapshot.keys(), budget, share)
+        return dict(stage(gradients, LocalStep(snapshot)))
 
     @torch.no_grad()
     def _return_to_snapshot(self) -> None:

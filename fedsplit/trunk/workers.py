@@ -82,8 +82,12 @@ def run_until_defect(work: Callable[[], object], threads: int) -> None:
         os._exit(1)
 
 
+_Call = tuple[Callable[[], Any], Callable[[Any], None]]
+"""A computation, and a function that takes the result."""
+
+
 class WorkerThreads:
-    """Threads by name. Each thread computes the calls in its queue, in order."""
+    """Threads by name. Each thread has a queue, and computes the calls of the queue in order."""
 
     def __init__(self, names: Iterable[str], threads: int, post: Callable[[Callable[[], None]], None]) -> None:
         """Starts the threads. The threads end with the process.
@@ -94,11 +98,12 @@ class WorkerThreads:
             post: Function that hands a call to the calling thread.
         """
         self._post = post
-        self._queues: dict[str, queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]]]] = {}
+        self._queues: dict[str, queue.SimpleQueue[_Call]] = {}
         for name in names:
             self._queues[name] = queue.SimpleQueue()
             work = functools.partial(self._compute_next, name)
-            threading.Thread(target=run_until_defect, args=(work, threads), name=name, daemon=True).start()
+            thread = threading.Thread(target=run_until_defect, args=(work, threads), name=name, daemon=True)
+            thread.start()
 
     def _compute_next(self, name: str) -> None:
         """Computes one call.

@@ -69,8 +69,8 @@ class Cast(Codec):
         """
         tensor = torch.from_numpy(encoded.array("values"))
         dtype = getattr(torch, encoded.dtype, None)
-        expected = {dtype, *_NARROWED.get(dtype, ())} if isinstance(dtype, torch.dtype) else set()
-        if not isinstance(dtype, torch.dtype) or tensor.dtype not in expected:
+        # The name comes from the wire, and may name any object of torch.
+        if not isinstance(dtype, torch.dtype) or tensor.dtype not in {dtype, *_NARROWED.get(dtype, ())}:
             raise MalformedPacket(f"an array of {tensor.dtype} cannot stand for values of type {encoded.dtype[:40]}")
         if tensor.dtype == torch.int16 and dtype.is_floating_point:
             tensor = tensor.view(torch.bfloat16)

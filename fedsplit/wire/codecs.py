@@ -160,7 +160,8 @@ class CodecMemory(Generic[State]):
             return self._start.get(role.stream)
         if entry.key == role.key:  # the step is encoded again
             return entry.before
-        same_attempt = (entry.key.round, entry.key.attempt) == (role.key.round, role.key.attempt)
+        same_round = entry.key.round == role.key.round
+        same_attempt = same_round and entry.key.attempt == role.key.attempt
         return entry.after if same_attempt else self._start.get(role.stream)
 
     def set_after(self, role: Role, state: State) -> None:
@@ -190,7 +191,10 @@ class CodecMemory(Generic[State]):
 
 def copy_of_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns a copy of a client's state on the CPU, for a file."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    copied = {}
+    for name, tensor in state.items():
+        copied[name] = tensor.detach().to("cpu", copy=True).contiguous()  # safetensors writes contiguous tensors only
+    return copied
 
 
 def make_codec(name: str) -> Codec:

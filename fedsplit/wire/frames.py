@@ -189,9 +189,13 @@ def _rest(connection: socket.socket, length: int) -> Packet | Exception:
     nbytes = sum(form.nbytes for arrays in forms.values() for form in arrays.values())
     if nbytes > LARGEST_PACKET:
         raise ValueError("a packet is too large")
-    tensors = {name: _empty(arrays, header["tensors"][name]["header"]) for name, arrays in forms.items()}
-    plain = {**header, "key": StepKey(**header["key"]), "tensors": tensors, "shape": tuple(header["shape"])}
-    packet = Packet(**plain)
+
+    tensors = {}
+    for name, arrays in forms.items():
+        tensors[name] = _empty(arrays, header["tensors"][name]["header"])
+    key = StepKey(**header["key"])
+    shape = tuple(header["shape"])
+    packet = Packet(**{**header, "key": key, "tensors": tensors, "shape": shape})
     check_form(packet)  # before the arrays: no bytes are read for a packet that nobody can use
     for encoded in tensors.values():
         for array in encoded.arrays.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from fedsplit.wire.encoded import Encoded, MalformedPacket, check_encoded, is_count, shown
@@ -115,7 +115,8 @@ class Packet:
     @property
     def ends(self) -> bool:
         """True for the last part of a step."""
-        return (self.key.batch, self.key.micro) == (self.batches - 1, self.micros - 1)
+        is_last_batch = self.key.batch == self.batches - 1
+        return is_last_batch and self.key.micro == self.micros - 1
 
     @property
     def clipping_key(self) -> StepKey:
@@ -187,9 +188,12 @@ The checks compare `type(value)`: `isinstance` would accept True as a number, an
 
 _KEY_CHECKS = [(field.name, *_CHECKS[str(field.type)]) for field in fields(StepKey)]
 
-# The key has checks of its own. A number of parts is 1 at least, since the trunk divides by the number.
-_PACKET_CHECKS = [
-    (field.name, *_CHECKS["parts" if field.name in ("micros", "batches") else str(field.type)])
-    for field in fields(Packet)
-    if field.name != "key"
-]
+
+def _check_of(field: Field[Any]) -> tuple[str, str, Callable[[Any], bool]]:
+    """Returns the name of a packet's field, words for the possible values, and a check of a value."""
+    # A number of parts is 1 at least, since the trunk divides by the number.
+    kind = "parts" if field.name in ("micros", "batches") else str(field.type)
+    return field.name, *_CHECKS[kind]
+
+
+_PACKET_CHECKS = [_check_of(field) for field in fields(Packet) if field.name != "key"]  # the key has `_KEY_CHECKS`

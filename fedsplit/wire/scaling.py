@@ -54,11 +54,15 @@ def scale_to(most: float, tensor: Tensor) -> float:
         >>> scale_to(8.0, torch.tensor([0.5, -1.5]))
         4.0
     """
-    largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
+    if not tensor.numel():
+        return 1.0
+    largest = float(tensor.detach().abs().max())
     if not 0 < largest < math.inf:
         return 1.0
-    exponent = math.frexp(most)[1] - 1 - math.frexp(largest)[1]
-    return math.ldexp(1.0, min(max(exponent, -126), 126))
+    _, exponent_of_most = math.frexp(most)
+    _, exponent_of_largest = math.frexp(largest)
+    exponent = exponent_of_most - 1 - exponent_of_largest
+    return math.ldexp(1.0, min(max(exponent, -126), 126))  # the exponents of float32
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = None) -> list[Tensor | None]:
@@ -88,8 +92,11 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = N
     for _ in range(_ATTEMPTS):
         begin = (wide * scale).to(output.dtype)
         scaled = torch.autograd.grad(output, inputs, begin, retain_graph=True, allow_unused=True)
-        unscaled: list[Tensor | None] = [None if gradient is None else gradient.float() / scale for gradient in scaled]
-        if all(bool(torch.isfinite(gradient).all()) for gradient in unscaled if gradient is not None):
+        unscaled: list[Tensor | None] = []
+        for gradient in scaled:
+            unscaled.append(None if gradient is None else gradient.float() / scale)
+        used = [gradient for gradient in unscaled if gradient is not None]
+        if all(bool(torch.isfinite(gradient).all()) for gradient in used):
             return unscaled
         scale *= _LESS
     raise Overflow(TOO_LARGE)

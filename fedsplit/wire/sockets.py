@@ -178,7 +178,8 @@ class PacketServer:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(_place(self.address))
         listener.listen()
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        accepting = threading.Thread(target=self._accept, args=(listener,), daemon=True)
+        accepting.start()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:

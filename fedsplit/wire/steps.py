@@ -252,7 +252,10 @@ class Steps(Generic[T]):
 
     def pending(self) -> list[T]:
         """Returns the objects held for pending steps, oldest first for each client."""
-        return [held for client in self._clients.values() for held, _ in client.pending.values()]
+        objects: list[T] = []
+        for client in self._clients.values():
+            objects += [held for held, _ in client.pending.values()]
+        return objects
 
     def busy(self) -> set[int]:
         """Returns the clients with pending steps."""
@@ -264,5 +267,7 @@ class Steps(Generic[T]):
 
     def next_expiry(self) -> float | None:
         """Returns the time of the next end of a lease; None without pending steps."""
-        times = [until for client in self._clients.values() for _, until in client.pending.values()]
+        times: list[float] = []
+        for client in self._clients.values():
+            times += [until for _, until in client.pending.values()]
         return min(times, default=None)

@@ -182,6 +182,7 @@ def peft_config(
         "token_dim": model.hidden_size,
     }
     if settings.kind == "prefix":
+        # Under grouped-query attention, keys and values have fewer heads than queries.
         heads, width = _sizes(model)
         fields |= {"num_attention_heads": heads, "token_dim": heads * width}
         return PrefixTuningConfig(

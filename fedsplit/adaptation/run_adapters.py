@@ -82,7 +82,7 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
     fused = config.kernels == "fused"
     for kind in kinds:
         part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], fused, classes=0)
-        part.requires_grad_(False)
+        part.requires_grad_(False)  # adapters are added to frozen base weights only
         with torch.device("meta"):
             _add(part, config)
         tensors |= {name: parameter.detach() for name, parameter in lora.parameters(part).items()}
@@ -172,10 +172,26 @@ def save(
     """
     if config.prompt.kind != "off":
         model_folder = config_folder(config.model)
-        prompts.save(folder, adapters.tensors, config.prompt, model_folder, config.model, blocks)
+        prompts.save(
+            folder,
+            adapters.tensors,
+            config.prompt,
+            model_path=model_folder,
+            base=config.model,
+            blocks=blocks,
+        )
         return
-    head = config.lm_head if kind in (None, "top") else "frozen"
-    adapter_files.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
+    head = config.lm_head if kind in (None, "top") else "frozen"  # bottom and trunk have no head to name
+    adapter_files.save(
+        folder,
+        adapters,
+        for_file(config),
+        family,
+        base=config.model,
+        blocks=blocks,
+        seed=config.seed,
+        head=head,
+    )
 
 
 def load(folder: Path) -> Adapters:

@@ -78,7 +78,8 @@ def pack(token_lists: Sequence[Sequence[int]], length: int, end: int) -> list[li
         >>> pack([[1, 2], [3, 4]], length=3, end=0)
         [[1, 2, 0], [3, 4, 0]]
     """
-    return chop([[*tokens, end] for tokens in token_lists], length)
+    ended = [[*tokens, end] for tokens in token_lists]
+    return chop(ended, length)
 
 
 def chop(token_lists: Sequence[Sequence[int]], length: int) -> list[list[int]]:

@@ -104,6 +104,7 @@ class Sequences:
         if self.lengths is None:
             return Sequences(ids, labels)
         lengths = self.lengths[which]
+        # Cut to the longest of the selection: padding costs as much to compute as text.
         longest = int(lengths.max()) if len(lengths) else 0
         padded = bool((lengths < longest).any())
         labels = labels if labels.ndim == 1 else labels[:, :longest]

@@ -262,12 +262,13 @@ def read_held_out(dataset: str, data: DataSettings) -> Table:
 def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
     """Reads a file or a folder. For a folder, `datasets` finds out which file belongs to which split."""
     is_text_file = path.is_file() and path.suffix == ".txt"
+    # `datasets` would make each line of a text file a text.
     if is_text_file or _is_folder_of_texts(path, data):
         files = {"train": [path] if is_text_file else _data_files(path)}
         columns = _of_split(files, data.split, lambda paths: _texts(path, paths))
         return Table(dataset, path.stem, columns)
 
-    if path.is_file() and path.suffix in READ_HERE:
+    if path.is_file() and path.suffix in READ_HERE:  # without `datasets`, whose import takes seconds
         return _table_of_rows(dataset, path.stem, {"train": [path]}, data)
 
     datasets = quiet_datasets()

@@ -102,7 +102,12 @@ class WorkerThreads:
         for name in names:
             self._queues[name] = queue.SimpleQueue()
             work = functools.partial(self._compute_next, name)
-            thread = threading.Thread(target=run_until_defect, args=(work, threads), name=name, daemon=True)
+            thread = threading.Thread(
+                target=run_until_defect,
+                args=(work, threads),
+                name=name,
+                daemon=True,  # a computation must not keep an ending process alive
+            )
             thread.start()
 
     def _compute_next(self, name: str) -> None:

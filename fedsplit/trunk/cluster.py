@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -30,6 +31,12 @@ NAMESPACE = "fedsplit"
 
 _OBJECT_STORE = 512 * 2**20
 """Bytes of shared memory for tensors on the way. The end of a step frees the step's tensors."""
+
+_PREFIX = "fs-"
+"""Beginning of the names of folders for Ray's sessions."""
+
+_LOCK = "lock"
+"""File in such a folder that is locked for as long as the command runs."""
 
 _LONGEST_PATH = 107
 """Longest path of a socket in bytes, on Linux."""
@@ -61,6 +68,8 @@ def _places() -> Iterator[Path]:
 def _session_folder() -> Iterator[Path]:
     """Makes a folder for Ray's session. No further user may enter, since Ray makes the contents writable for all.
 
+    Folders of commands that were killed are removed first.
+
     Raises:
         ClusterFailed: No folder for temporary files is usable.
     """
@@ -68,9 +77,25 @@ def _session_folder() -> Iterator[Path]:
     if place is None:
         words = f"TMPDIR is {os.environ.get('TMPDIR', 'not set')}, and neither it nor /tmp can be used"
         raise ClusterFailed(f"Ray needs a writable folder with a path of at most {_LONGEST_PLACE} letters: {words}")
-    folder = Path(tempfile.mkdtemp(prefix="fs-", dir=place))
-    with cleaned_up(lambda: shutil.rmtree(folder, ignore_errors=True)):
+    for left in place.glob(f"{_PREFIX}*"):
+        if _is_abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    with cleaned_up(lambda: shutil.rmtree(folder, ignore_errors=True)), open(folder / "draft", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees the lock however this process ends
+        os.rename(folder / "draft", folder / _LOCK)  # under its name the file is locked from the beginning
         yield folder
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Returns True for a folder of a command of this user that has ended without removing the folder."""
+    with contextlib.suppress(OSError):
+        is_own = folder.lstat().st_uid == os.geteuid() and not folder.is_symlink()
+        if is_own:
+            with open(folder / _LOCK, "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 def _job() -> JobConfig:

@@ -95,6 +95,7 @@ class RoundCounts:
     def take(self) -> RoundCounts:
         """Returns the counts, and resets them for the next round."""
         finished = dataclasses.replace(self)
+        # In place, since forwards, backwards and the registry hold this object.
         for event in dataclasses.fields(self):
             setattr(self, event.name, 0)
         return finished

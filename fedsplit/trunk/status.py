@@ -118,7 +118,7 @@ class TrunkStatus:
         sessions: Open decoding sessions.
         parameters: Number of parameters, "total" and "trainable".
         least_memory: Smallest sufficient `--trunk.memory` in bytes; 0 without a budget.
-        over_socket: Packets that came over the local socket.
+        over_socket: Packets that came over a socket, local or TCP.
     """
 
     incarnation: str

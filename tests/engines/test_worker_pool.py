@@ -49,6 +49,9 @@ class Task:
         self._arrived = arrived
         self.places: list[Place] = []
 
+    def suits(self, place: Place) -> bool:
+        return self._word != "unsuitable"
+
     def arguments(self, place: Place) -> tuple[Any, ...]:
         if self._word == "refuse":
             raise OSError("the disk cannot be read")
@@ -149,6 +152,12 @@ def test_work_is_told_where_it_is_done(pool: Any) -> None:
     made.submit(task)
     pid = arrived.get(timeout=60)
     assert task.places == [Place(ray.get_runtime_context().get_node_id(), pid)] * 2 == made.places() * 2
+
+
+def test_work_that_suits_the_place_is_preferred_and_the_other_is_done_too(pool: Any) -> None:
+    made = pool(obedient, 1)
+    list(results(made, "pid"))
+    assert list(results(made, "rest", "unsuitable", 1, 2))[1:] == [1, 2, "unsuitable"]
 
 
 def test_arguments_that_cannot_be_made_are_an_error_of_the_work_alone(pool: Any) -> None:

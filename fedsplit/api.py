@@ -66,7 +66,6 @@ def run(
 
         docs/python.md shows a whole run, which takes half a minute.
     """
-    prepare()
     metric_list = _listed(metrics)
     sink_list = _listed(sinks)
     sink_objects = [sink for sink in sink_list if not _is_name(sink)]
@@ -78,6 +77,7 @@ def run(
     if _is_texts_by_client(dataset):
         settings = {"clients": max(1, len(dataset)), "partition": "natural", **settings}
     full_config = _settled(config, {**settings, **named})
+    prepare(full_config.ray.address)
 
     objects = Objects(
         strategy=None if _is_name(strategy) else strategy,

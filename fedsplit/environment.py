@@ -98,6 +98,9 @@ def prefer_installed() -> None:
 
 _ray_is_open = False
 
+_own_token = ""
+"""Token of the private clusters that this process starts."""
+
 
 def check_closed() -> None:
     """Makes sure that a Ray cluster started now will require a token.
@@ -109,13 +112,43 @@ def check_closed() -> None:
         raise InputError("ray was imported before fedsplit could close it: call fedsplit.environment.prepare() first")
 
 
-def prepare() -> None:
+def check_open() -> None:
+    """Makes sure that a cluster of others is not met with the token of our own private clusters.
+
+    The cluster would take our driver's calls, and could not call back: all actors would end as they start.
+
+    Raises:
+        InputError: `prepare` has set a token in this process before.
+    """
+    if _own_token and os.environ.get("RAY_AUTH_TOKEN") == _own_token:
+        words = "a cluster of others cannot be joined by a process that has started a private one: use a new process"
+        raise InputError(f"ray.address: {words}")
+
+
+ON_NODES = {
+    name: value
+    for name, value in ENVIRONMENT.items()
+    if name in {*QUIET, "OMP_WAIT_POLICY", "FLWR_TELEMETRY_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"}
+}
+"""Variables of this program's processes on a Ray cluster of others, whose own settings stay as they are."""
+
+
+def prepare(address: str = "local") -> None:
     """Sets the variables of a command that starts Ray. Must be called before the libraries are imported.
 
     The variables include a random token. Without a token, any user of the machine could run code in Ray's processes.
+    A cluster of others has its own settings, and its own token or none.
+
+    Args:
+        address: The cluster, as in the setting `ray.address`.
     """
-    global _ray_is_open
+    global _ray_is_open, _own_token
+    if address != "local":
+        for name, value in {**ON_NODES, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}.items():
+            os.environ.setdefault(name, value)
+        return
     _ray_is_open |= "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token"
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    for name, value in {**ENVIRONMENT, **token}.items():
+    if "RAY_AUTH_TOKEN" not in os.environ:
+        _own_token = os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "token"}.items():
         os.environ.setdefault(name, value)

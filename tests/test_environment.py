@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from fedsplit import environment
-from fedsplit.environment import ENVIRONMENT, QUIET, check_closed, prefer_installed, prepare, private_files, quieten
+from fedsplit.environment import (
+    ENVIRONMENT,
+    QUIET,
+    check_closed,
+    check_open,
+    prefer_installed,
+    prepare,
+    private_files,
+    quieten,
+)
 from fedsplit.errors import InputError
 
 
@@ -19,6 +28,7 @@ from fedsplit.errors import InputError
 def empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment of the test's own, in which Ray was not imported yet."""
     monkeypatch.setattr(environment, "_ray_is_open", False)
+    monkeypatch.setattr(environment, "_own_token", "")
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.delitem(sys.modules, "ray", raising=False)
 
@@ -42,6 +52,25 @@ def test_ray_that_was_imported_without_a_token_is_refused(monkeypatch: pytest.Mo
     prepare()
     with pytest.raises(InputError, match="prepare"):
         check_closed()
+
+
+def test_a_cluster_of_others_is_met_with_its_token_or_none() -> None:
+    """With a token of our own, its servers could not call back, and every actor would end as it starts."""
+    prepare("10.0.0.7:6379")
+    assert "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_MODE" not in os.environ
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ  # would bind the driver to the loopback interface
+    check_open()
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="the administrator's")
+    prepare("auto")
+    prepare()
+    assert os.environ["RAY_AUTH_TOKEN"] == "the administrator's"
+    check_open()
+
+
+def test_a_process_that_has_started_a_private_ray_joins_no_other() -> None:
+    prepare()
+    with pytest.raises(InputError, match=r"^ray.address: .* use a new process$"):
+        check_open()
 
 
 @pytest.mark.parametrize("first", ["here", "", "."])

@@ -97,7 +97,7 @@ HOMES = {
         "results.merging",
     },
     "psutil": {"trunk.memory", "shutdown"},
-    "ray": {"engines.worker_pool", "trunk.actor", "trunk.cluster"},
+    "ray": {"engines.placement", "engines.ray_nodes", "engines.worker_pool", "trunk.actor", "trunk.cluster"},
     "rich": {"events.screen", "events.final_table"},
     "shtab": {"commands.completion"},
     "safetensors": {

@@ -91,10 +91,10 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
 
 
 def _without_values(config: Config) -> Config:
-    """Returns settings whose adapters have the same names and shapes, and start from no values of the model.
+    """Returns settings for adapters with the same names and shapes, and a start without values of the model.
 
-    Adapters that start from a decomposition of the base weights are LoRA's in their form. Virtual tokens have the same
-    form whatever they start from.
+    An adapter that starts from a decomposition of the base weights has the form of LoRA. Virtual tokens have the same
+    form for every start.
     """
     if method_of(config.lora).residual:
         config = replace(config, lora=replace(config.lora, method="lora"))

@@ -473,6 +473,7 @@ class Client:
         """
         lora.write(given, self.bottom, self.top)
         parameters = self._adapter()
+        # The parts may have served another client, or an attempt that ended between backward and step.
         for name, parameter in parameters.items():
             parameter.grad = None
             parameter.requires_grad_(task.teaches(name))

@@ -120,6 +120,7 @@ def other_data(config: Config, given: Mapping[str, object]) -> DataSettings:
     """
     given_data = build(given).data
     plain = DataSettings()
+    # A separate held-out file belongs to the run's data set, and all text of the new data set counts anyway.
     data = replace(config.data, held_out=plain.held_out, show=plain.show)
     names = {name.removeprefix("data.") for name in (*NOT_INHERITED, *given)}
     return replace(data, **{name: getattr(given_data, name) for name in names})
@@ -525,7 +526,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.model:  # the run's settings may name a folder of a machine that is gone
             run = replace(run, config=replace(run.config, model=flags.model))
         data = other_data(run.config, given)
-        quieten(offline=not flags.dataset)
+        quieten(offline=not flags.dataset)  # the run's data may be in the Hub's cache; a new data set may not be
         further = getattr(flags, "metric", [])
         metrics, left_out = metrics_of(run.config, build({"metric": further}).metric, options)
 

@@ -244,7 +244,7 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
     """
     started = time.perf_counter()
     # Again, for callers from Python: an unprepared Ray would listen on all interfaces, and ask for no token.
-    prepare()
+    prepare(config.ray.address)
     from fedsplit.federation.resumption import how_to_go_on
 
     with advised(lambda: how_to_go_on(Path(config.resume) if config.resume else None)):
@@ -282,9 +282,14 @@ def run(config: Config, *, objects: Objects = NOTHING, sinks: Sequence[Sink] = (
         advised(lambda: how_to_go_on(folder), after_error=lambda: how_to_go_on(folder, only_from_checkpoint=True)),
         Emitter([MetricsFile(folder), SummaryFile(folder), make_screen()], users, watchdog) as emit,
     ):
-        for line in _opening(config, facts, shares, partition):
-            emit(Notice(text=line))
+        if config.ray.address == "local":
+            for line in _opening(config, facts, shares, partition):
+                emit(Notice(text=line))
         with engine_named(config.engine)(config, shares, objects) as session:
+            shares = session.plan
+            lines = [] if config.ray.address == "local" else _opening(config, facts, shares, partition)
+            for line in (*session.notes, *lines):
+                emit(Notice(text=line))
             check_memory(config, session.trunk)
             results = RunFolder(folder, config, facts.family, facts.blocks, content)
             results.save_data(as_document(partition))
@@ -348,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         config = parse(argv)
-        prepare()
+        prepare(config.ray.address)
         warnings.simplefilter("ignore")
         summary = run(config)
         if summary["complete"]:

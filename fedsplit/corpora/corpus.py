@@ -14,10 +14,10 @@ FIRST_CLIENT_YEAR = 1946
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its owner.
+    """A text with an owner.
 
     Attributes:
-        name: Identifier of the text within its corpus.
+        name: Identifier of the text within the corpus.
         owner: Owner of the text, such as a president.
         text: The text.
     """

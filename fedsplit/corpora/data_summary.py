@@ -1,4 +1,4 @@
-"""The data summary: which client holds how much of what, as a table, as JSON and as a picture."""
+"""The data summary: amount and kinds of each client's data, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 

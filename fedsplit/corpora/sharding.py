@@ -84,7 +84,7 @@ class Sharder:
 
     @property
     def least(self) -> int:
-        """Number of sequences that a client needs: one to train on, and without a separate table one to hold out."""
+        """Smallest number of a client's sequences: one for training and, without a separate table, one held out."""
         return 1 if self.held_out else 2
 
     @property

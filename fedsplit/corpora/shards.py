@@ -71,7 +71,8 @@ def _folder(root: Path) -> Path:
     return root / "data"
 
 
-def _path(root: Path, client: int) -> Path:
+def shard_file(root: Path, client: int) -> Path:
+    """Returns the path of a client's data below the folder of the clients' disks."""
     return _folder(root) / f"{client:04d}.safetensors"
 
 
@@ -93,7 +94,7 @@ def write_shard(root: Path, client: int, shard: Shard) -> None:
     """
     facts = {"name": shard.name, "shares": dict(shard.shares), "classes": shard.classes}
     tensors = pack({"train": _tensors(shard.train), "held_out": _tensors(shard.held_out)})
-    write_tensors(_path(root, client), tensors, {"shard": json.dumps(facts)})
+    write_tensors(shard_file(root, client), tensors, {"shard": json.dumps(facts)})
 
 
 def read_shard(root: Path, client: int) -> Shard:
@@ -108,7 +109,7 @@ def read_shard(root: Path, client: int) -> Shard:
     Raises:
         LostState: The client's disk has no data, or data that cannot be read.
     """
-    path = _path(root, client)
+    path = shard_file(root, client)
     if not path.exists():
         raise LostState(f"{path}, the data of client {client}, is not there")
     try:

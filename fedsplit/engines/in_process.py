@@ -195,18 +195,22 @@ class LocalSession:
     Attributes:
         trunk: The trunk.
         name: Name of the trunk and of the run.
+        plan: Threads of clients and trunk.
+        notes: No lines: everything is here.
     """
 
-    def __init__(self, config: Config, objects: Objects = NOTHING, workers: int = 1) -> None:
+    def __init__(self, config: Config, plan: Plan, objects: Objects = NOTHING) -> None:
         """Loads the trunk.
 
         Args:
             config: Configuration of the run.
+            plan: Threads of clients and trunk.
             objects: Strategy, objective and metrics, where they are not to be loaded by their names.
-            workers: Number of clients that are played at once.
         """
         self._config = config
-        self._workers = workers
+        self.plan = plan
+        self.notes: list[str] = []
+        self._workers = plan.workers
         self._objects = objects
         self.name = str(uuid4())
         self.trunk = self._load()
@@ -256,7 +260,7 @@ def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.trunk_threads)
     try:
-        yield LocalSession(config, objects, plan.workers)
+        yield LocalSession(config, plan, objects)
     finally:
         torch.set_num_threads(threads)
 

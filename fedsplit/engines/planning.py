@@ -60,7 +60,8 @@ def plan(config: Config, width: int = 0) -> Plan:
         return _plan_local(config, width)
     cores = _available_cores()
     workers = min(config.workers or cores, config.clients)
-    if config.deterministic and config.trunk.group > workers:
+    is_here = config.ray.address == "local"  # a cluster has more processes than this machine, as the engine finds out
+    if is_here and config.deterministic and config.trunk.group > workers:
         raise SettingError("trunk.group", config.trunk.group, f"1 to {workers}, the number of client processes")
 
     independent = config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every)

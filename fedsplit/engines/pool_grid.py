@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -12,25 +13,95 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedsplit.engines.worker_pool import Work, WorkerLost, WorkerPool
+from fedsplit.durable import NotWritten
+from fedsplit.engines.client_files import NodeDisk, Parcel, Shipping, stamps
+from fedsplit.engines.worker_pool import Place, WorkerLost, WorkerPool
 from fedsplit.federation import records
 
 RUN_ID = 1
 """Id of the only run of a grid."""
 
-Played = tuple[Message, RecordDict]
-"""What a worker returns: the reply, and the state of the node's context."""
+STORE = "store"
+"""Setting of our messages with the folder of the clients' disks."""
 
 
-def load_client() -> Callable[[Message, Context], Played]:
+@dataclass(frozen=True)
+class Played:
+    """What a worker returns.
+
+    Attributes:
+        reply: Reply of the client.
+        state: State of the node's context.
+        changes: Files that the client has changed, where it was played on another node.
+    """
+
+    reply: Message
+    state: RecordDict
+    changes: Parcel = field(default_factory=Parcel)
+
+
+def load_client() -> Callable[[Message, Context, NodeDisk | None, Parcel], Played]:
     """Loads our ClientApp; called in a worker."""
     from fedsplit.engines.client_app import app
 
-    def play(message: Message, context: Context) -> Played:
+    def play(message: Message, context: Context, disk: NodeDisk | None, parcel: Parcel) -> Played:
+        if disk is None:
+            with records.named_run():
+                return Played(app(message, context), context.state)
+        client = int(context.node_config["partition-id"])
+        disk.receive(parcel)
+        message.content.config_records[records.CONFIG][STORE] = str(disk.root)
+        before = stamps(disk.root, client)
         with records.named_run():
-            return app(message, context), context.state
+            reply = app(message, context)
+        return Played(reply, context.state, disk.changes(before, client))
 
     return play
+
+
+@dataclass(frozen=True)
+class _Delivery:
+    """A message on its way to a client, and the reply on its way back.
+
+    Attributes:
+        message: The message.
+        context: Context of the node.
+        shipping: Brings files to other nodes; None where all nodes see the clients' disks.
+        home: Id of the node on which the clients' disks are.
+        arrived: Takes the message and the reply, or the error.
+    """
+
+    message: Message
+    context: Context
+    shipping: Shipping | None
+    home: str
+    arrived: Callable[[Message, Played | Exception], None]
+
+    @property
+    def client(self) -> int:
+        """Number of the client."""
+        return int(self.context.node_config["partition-id"])
+
+    def _ships_to(self, place: Place) -> bool:
+        return self.shipping is not None and place.node not in ("", self.home)
+
+    def arguments(self, place: Place) -> tuple[Message, Context, NodeDisk | None, Parcel]:
+        """Returns the message with the files that the place lacks."""
+        if self.shipping is None or not self._ships_to(place):
+            return self.message, self.context, None, Parcel()
+        return self.message, self.context, self.shipping.disk, self.shipping.to_node(place, self.client)
+
+    def done(self, place: Place, result: Played | Exception) -> None:
+        """Takes the reply, and the files that the client has changed."""
+        if self.shipping is not None and self._ships_to(place):
+            if isinstance(result, Played):
+                try:
+                    self.shipping.from_node(place, self.client, result.changes)
+                except (ValueError, NotWritten) as error:
+                    result = error
+            else:
+                self.shipping.forget(place)
+        self.arrived(self.message, result)
 
 
 class PoolGrid(Grid):
@@ -39,14 +110,18 @@ class PoolGrid(Grid):
     Node `n` has the client `n - 1`. What mods keep in the context of a node is kept here between two messages.
     """
 
-    def __init__(self, pool: WorkerPool, clients: int) -> None:
+    def __init__(self, pool: WorkerPool, clients: int, shipping: Shipping | None = None, home: str = "") -> None:
         """Knows the nodes from the beginning.
 
         Args:
             pool: Plays the clients.
             clients: Number of clients.
+            shipping: Brings files to other nodes of a cluster; None where all nodes see the clients' disks.
+            home: Ray's id of the node on which the clients' disks are.
         """
         self._pool = pool
+        self._shipping = shipping
+        self._home = home
         self._clients = clients
         self._run = Run.create_empty(RUN_ID)
         self._states: dict[int, RecordDict] = {}  # by node; of those that keep anything
@@ -78,6 +153,7 @@ class PoolGrid(Grid):
         Returns:
             Ids by which the replies are pulled.
         """
+        self._pool.grow()
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
@@ -87,7 +163,7 @@ class PoolGrid(Grid):
         message.metadata.__dict__["_message_id"] = identifier
         facts = {"partition-id": node - 1, "num-partitions": self._clients}
         context = Context(RUN_ID, node, dict(facts), self._states.get(node, RecordDict()), run_config={})
-        self._pool.submit(Work((message, context), lambda result: self._take(message, result)))
+        self._pool.submit(_Delivery(message, context, self._shipping, self._home, self._take))
         return identifier
 
     def _take(self, message: Message, result: Played | Exception) -> None:
@@ -98,7 +174,7 @@ class PoolGrid(Grid):
             reply = Message(Error(code, str(result)), reply_to=message)
             state = None
         else:
-            reply, state = result
+            reply, state = result.reply, result.state
         with self._arrived:
             if state:
                 self._states[message.metadata.dst_node_id] = state

@@ -14,7 +14,15 @@ from fedsplit.settings.config import Config
 
 
 class Session(TrunkHost, Protocol):
-    """An engine that has started, with the trunk of the run."""
+    """An engine that has started, with the trunk of the run.
+
+    Attributes:
+        plan: Processes, threads and lanes as they have come to be.
+        notes: Lines for the reader on where the parties run.
+    """
+
+    plan: Plan
+    notes: list[str]
 
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end.

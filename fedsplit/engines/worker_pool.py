@@ -6,10 +6,11 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -19,6 +20,9 @@ from fedsplit.trunk.cluster import send_tensors_as_arrays
 _LEAST_LIVES = 3
 """Processes of a worker that may die in a row before they have done anything, as where a library is missing."""
 
+_GROW_SECONDS = 2.0
+"""Time between two looks at whether the cluster has room for more workers."""
+
 
 class WorkerLost(Exception):
     """The process that did a piece of work is gone."""
@@ -26,19 +30,6 @@ class WorkerLost(Exception):
 
 class NoWorkers(Exception):
     """The workers' processes die as they start."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A piece of work for any worker.
-
-    Attributes:
-        arguments: Arguments of the player's `play`.
-        done: Takes the result, or the error; called in a thread of the pool.
-    """
-
-    arguments: tuple[Any, ...]
-    done: Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +43,23 @@ class Place:
 
     node: str
     pid: int
+
+
+class Work(Protocol):
+    """A piece of work for any worker. The methods are called in a thread of the pool."""
+
+    def arguments(self, place: Place) -> tuple[Any, ...]:
+        """Returns the arguments of the player, who is at this place."""
+        ...
+
+    def done(self, place: Place, result: Any) -> None:
+        """Takes the result, or the error.
+
+        Args:
+            place: Place where the work was done, or begun.
+            result: What the player returned; an exception if there is no result.
+        """
+        ...
 
 
 class ClientWorker:
@@ -87,53 +95,65 @@ class _Worker(threading.Thread):
         self._start_actor = start
         self._guard = threading.Lock()
         self._actor = start()
-        self._place: Place | None = None
         self._failed_starts = 0
+        self.place: Place | None = None
         self.is_busy = False
 
     def run(self) -> None:
         """Does work until the pool closes."""
-        while (work := self._pool.take()) is not None:
-            self.is_busy = True
-            result = self._done(work)
-            self.is_busy = False
-            work.done(result)
+        while not self._pool.is_closed:
+            # Work is taken by an actor that has its place: one that waits for room in the cluster holds up nobody.
+            reason = self._settle()
+            if reason and self._failed_starts < _LEAST_LIVES:
+                self._replace()
+                continue
+            work = self._pool.take()
+            if work is None:
+                return
+            if self.place is None:
+                words = f"a client's process ended as it started, {_LEAST_LIVES} times: {reason}"
+                work.done(Place("", 0), NoWorkers(words))
+                continue
+            self._do(work, self.place)
 
-    def _done(self, work: Work) -> Any:
-        """Returns the result of a piece of work, or the error."""
+    def _settle(self) -> str:
+        """Waits until the actor has its place; returns why it has none, or an empty text."""
+        if self.place is not None:
+            return ""
         try:
-            self._look()
-            return ray.get(self._actor.play.remote(*work.arguments))
-        except ray.exceptions.RayActorError as error:
-            reason = self._reason(error)
+            self.place = ray.get(self._actor.place.remote())
         except ray.exceptions.RayError as error:
-            return error
-        if self._pool.is_closed:
-            return WorkerLost(reason)
-        if self._place is None:
             self._failed_starts += 1
-            if self._failed_starts >= _LEAST_LIVES:
-                return NoWorkers(f"a client's process ended as it started, {_LEAST_LIVES} times: {reason}")
+            lines = str(error).split("\n")  # a whole traceback, of which the last line tells what is wrong
+            return lines[-1] or first_line(error)
+        self._failed_starts = 0
+        self._pool.note_place()
+        return ""
+
+    def _do(self, work: Work, place: Place) -> None:
+        """Does a piece of work, and hands on the result or the error."""
+        self.is_busy = True
+        try:
+            result = ray.get(self._actor.play.remote(*work.arguments(place)))
+        except ray.exceptions.RayActorError as error:
+            result = WorkerLost(first_line(error))
+            if not self._pool.is_closed:
+                self._replace()
+        except Exception as error:  # noqa: BLE001  # of the work, and told to whoever gave it
+            result = error
+        self.is_busy = False
+        work.done(place, result)
+
+    def _replace(self) -> None:
+        """Starts another actor in place of one that is dead."""
         with self._guard:
-            self._place = None
+            self.place = None
             self._actor = self._start_actor()
-        return WorkerLost(reason)
-
-    def _reason(self, error: Exception) -> str:
-        """Returns why the actor is gone, in a line: of an error as it loaded, Ray tells the whole traceback."""
-        lines = str(error).split("\n")
-        return lines[-1] if self._place is None and len(lines) > 1 else first_line(error)
-
-    def _look(self) -> None:
-        """Waits until the actor has started."""
-        if self._place is None:
-            self._place = ray.get(self._actor.place.remote())
-            self._failed_starts = 0
 
     def kill(self) -> None:
         """Kills the actor's process, and the work that it does."""
         with self._guard, contextlib.suppress(ray.exceptions.RayError):
-            place = self._place
+            place = self.place
             ray.kill(self._actor, no_restart=True)
         # A process that has been stopped does not hear Ray.
         if place is not None and place.node == ray.get_runtime_context().get_node_id():
@@ -151,29 +171,59 @@ class WorkerPool:
         is_closed: True from the end on.
     """
 
-    def __init__(self, size: int, load: Callable[[], Callable[..., Any]], cpus: float = 1.0) -> None:
+    def __init__(
+        self,
+        size: Callable[[], int],
+        load: Callable[[], Callable[..., Any]],
+        options: Mapping[str, Any],
+    ) -> None:
         """Starts the workers, which load while the caller goes on.
 
         Args:
-            size: Number of workers.
+            size: Returns the number of workers for which there is room; asked again now and then.
             load: Returns, in a worker, the function that plays a client; it travels by its name.
-            cpus: Number of CPUs that Ray keeps for a worker.
+            options: Options of the Ray actor: the resources that Ray keeps for each worker, and the place.
         """
         self.is_closed = False
+        self._size = size
         self._waiting: deque[Work] = deque()
         self._changed = threading.Condition()
-        actor = ray.remote(num_cpus=cpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(
-            ClientWorker
-        )
-        self._workers = [_Worker(self, lambda: actor.remote(load)) for _ in range(size)]
-        for worker in self._workers:
-            worker.start()
+        self._looked = 0.0
+        spread = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", **options}
+        actor = ray.remote(ClientWorker).options(**spread)
+        self._start = lambda: actor.remote(load)
+        self._workers: list[_Worker] = []
+        self.grow()
+
+    def grow(self) -> None:
+        """Starts further workers where there is room for more, as on a node that has joined the cluster."""
+        if time.monotonic() < self._looked + _GROW_SECONDS and self._workers:
+            return
+        self._looked = time.monotonic()
+        for _ in range(self._size() - len(self._workers)):
+            self._workers.append(_Worker(self, self._start))
+            self._workers[-1].start()
+
+    def places(self) -> list[Place]:
+        """Returns the places of the workers that have one."""
+        return [worker.place for worker in self._workers if worker.place is not None]
+
+    def note_place(self) -> None:
+        """Takes note that a worker has its place; called by the worker."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_for_places(self, count: int, seconds: float) -> int:
+        """Waits until some workers have their places, or a time has passed; returns how many have."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.places()) >= count, seconds)
+        return len(self.places())
 
     def submit(self, work: Work) -> None:
         """Takes a piece of work, which the next free worker does; work begins in the order of the calls."""
         with self._changed:
             self._waiting.append(work)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def take(self) -> Work | None:
         """Waits for a piece of work; returns None when the pool closes."""

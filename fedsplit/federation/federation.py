@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.events.emitter import Emit
@@ -90,6 +91,11 @@ class Federation:
         self.stop = threading.Event()
         self.watchdog = job.watchdog
         self.summary: dict[str, Any] | None = None
+
+    @property
+    def disks(self) -> Path:
+        """Folder of the clients' disks."""
+        return self._job.folder.clients
 
     @property
     def _trunk(self) -> TrunkPort:

@@ -82,6 +82,7 @@ class Part(nn.Module):
         decoder = model.get_submodule(family.decoder)
         part_blocks = getattr(decoder, family.blocks)[blocks.start : blocks.stop]
         setattr(decoder, family.blocks, nn.ModuleList(part_blocks))
+        # The library's decoder loops over as many blocks as the configuration says, and picks a mask by block type.
         self.config.num_hidden_layers = len(blocks)
         if getattr(self.config, "layer_types", None):
             self.config.layer_types = self.config.layer_types[blocks.start : blocks.stop]

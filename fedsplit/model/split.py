@@ -1,4 +1,4 @@
-"""Loads the parts of a cut model that one party owns, and reads no other weights of the checkpoint."""
+"""Loads the parts of a party from the checkpoint of a model. Weights of further parts are not read."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ WEIGHTS = ("examples", "tokens", "equal")
 # Data.
 FORMATS = ("auto", "text", "completion", "chat", "classification")
 PACKING = ("auto", "true", "false")
+PLACES = ("driver", "shared")
 
 # Virtual tokens and prefixes.
 PROMPTED = ("prompt", "ptuning", "prefix")

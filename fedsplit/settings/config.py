@@ -25,10 +25,12 @@ from fedsplit.settings.fields import Setting, setting, settings_of
 from fedsplit.settings.parsing import parse_cut, parse_quantization
 from fedsplit.settings.sections import (
     CheckpointSettings,
+    ClientSettings,
     DataSettings,
     EvalSettings,
     LoraSettings,
     PromptSettings,
+    RaySettings,
     Section,
     TrainSettings,
     TrunkSettings,
@@ -232,6 +234,8 @@ class Config:
     eval: EvalSettings = field(default_factory=EvalSettings)
     trunk: TrunkSettings = field(default_factory=TrunkSettings)
     wire: WireSettings = field(default_factory=WireSettings)
+    client: ClientSettings = field(default_factory=ClientSettings)
+    ray: RaySettings = field(default_factory=RaySettings)
     strategy_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     objective_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     metric_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
@@ -321,6 +325,8 @@ SECTIONS: dict[str, type[Section]] = {
     "eval": EvalSettings,
     "trunk": TrunkSettings,
     "wire": WireSettings,
+    "client": ClientSettings,
+    "ray": RaySettings,
 }
 """Class of each section, by the section's name."""
 

@@ -33,6 +33,14 @@ MAY_DIFFER = (
     "device",
     "trunk.threads",
     "trunk.device",
+    "trunk.resources",
+    "trunk.label",
+    "client.resources",
+    "client.label",
+    "ray.address",
+    "ray.wait",
+    "ray.ship",
+    "data.at",
 )
 """Settings that may change when a run is resumed."""
 

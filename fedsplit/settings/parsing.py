@@ -38,6 +38,44 @@ def parse_memory(value: str) -> int | None:
     return size or None
 
 
+def parse_resources(value: str) -> dict[str, float] | None:
+    """Parses resources of a Ray actor.
+
+    Returns:
+        Amounts by name; None if the text is something else.
+
+    Example:
+        >>> parse_resources("CPU=2,GPU=0.5"), parse_resources(""), parse_resources("GPU=-1")
+        ({'CPU': 2.0, 'GPU': 0.5}, {}, None)
+    """
+    found: dict[str, float] = {}
+    for item in filter(None, value.split(",")):
+        match = re.fullmatch(r"\s*([A-Za-z_][\w.:-]{0,99})\s*=\s*(\d{1,9}(?:\.\d{1,4})?)\s*", item)
+        if match is None or match[1] in found:
+            return None
+        found[match[1]] = float(match[2])
+    return found
+
+
+def parse_labels(value: str) -> dict[str, str] | None:
+    """Parses labels that a node of a Ray cluster must have.
+
+    Returns:
+        Values by key; None if the text is something else.
+
+    Example:
+        >>> parse_labels("site=north,zone=2"), parse_labels(""), parse_labels("north")
+        ({'site': 'north', 'zone': '2'}, {}, None)
+    """
+    found: dict[str, str] = {}
+    for item in filter(None, value.split(",")):
+        match = re.fullmatch(r"\s*([\w./-]{1,100})\s*=\s*([\w.-]{1,100})\s*", item)
+        if match is None or match[1] in found:
+            return None
+        found[match[1]] = match[2]
+    return found
+
+
 @dataclass(frozen=True)
 class PartitionSpec:
     """A rule that divides a data set among clients, parsed from `--partition`.

@@ -15,6 +15,7 @@ from fedsplit.settings.choices import (
     OPTIMIZERS,
     ORDERS,
     PACKING,
+    PLACES,
     PROMPTS,
     RATES,
     SCHEDULES,
@@ -26,12 +27,15 @@ from fedsplit.settings.validators import (
     ANYTHING,
     FIELDS,
     FRACTION,
+    LABELS,
     MEMORY,
     MOST,
     MOST_AT_ONCE,
     NAMES,
     OWN_DEVICE,
     RANKS,
+    RAY_ADDRESS,
+    RESOURCES,
     TEXT,
     WARMUP,
     YES_OR_NO,
@@ -217,6 +221,12 @@ class DataSettings:
         "text alone",
     )
     show: bool = setting(False, YES_OR_NO, "print the clients' shares of the data before the run")
+    at: str = setting(
+        "driver",
+        one_of(PLACES),
+        "on a Ray cluster; driver: a client's data and state travel to the node that plays the client, where they are "
+        "not yet; shared: all nodes see the folder of --out",
+    )
 
 
 @dataclass(frozen=True)
@@ -268,6 +278,10 @@ class TrunkSettings:
         "0: chosen by the plan",
     )
     device: str = setting("", OWN_DEVICE, "device of the trunk (default: that of --device)")
+    resources: str = setting(
+        "CPU=1", RESOURCES, "engine ray: resources of a node that Ray keeps for the trunk, such as CPU=4,GPU=1"
+    )
+    label: str = setting("", LABELS, "engine ray: labels of the node on which the trunk runs, such as site=north")
 
     @property
     def memory_bytes(self) -> int | None:
@@ -284,9 +298,39 @@ class WireSettings:
     )
 
 
+@dataclass(frozen=True)
+class RaySettings:
+    """The Ray cluster of the engine ray."""
+
+    address: str = setting(
+        "local",
+        RAY_ADDRESS,
+        "local: a cluster of this machine alone, for this run; auto: the cluster that runs here or that RAY_ADDRESS "
+        "names; HOST:PORT: the cluster of that address",
+    )
+    wait: float = setting(
+        60.0, at_least(1, MOST), "seconds in which a cluster must have room for the trunk and for a client process"
+    )
+    ship: bool = setting(
+        False, YES_OR_NO, "bring the code of fedsplit to the nodes, which then need only its libraries"
+    )
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """The processes that play clients, of the engine ray."""
+
+    resources: str = setting(
+        "CPU=1", RESOURCES, "resources of a node that Ray keeps for each client process, such as CPU=1,GPU=0.25"
+    )
+    label: str = setting("", LABELS, "labels of the nodes on which clients run, such as site=north")
+
+
 Section = (
-    LoraSettings
+    ClientSettings
+    | LoraSettings
     | PromptSettings
+    | RaySettings
     | TrainSettings
     | CheckpointSettings
     | DataSettings

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.settings.choices import PARTS
-from fedsplit.settings.parsing import PARTITION_FORMS, find_partition, parse_cut, parse_memory, parse_quantization
+from fedsplit.settings.parsing import (
+    PARTITION_FORMS,
+    find_partition,
+    parse_cut,
+    parse_labels,
+    parse_memory,
+    parse_quantization,
+    parse_resources,
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,20 @@ RANKS = Validator("whole numbers from 1 to 1024, separated by commas, or a file 
 COEFFICIENT = Validator("a number of at least 0, or -1 for what config.json says", _is_coefficient)
 
 FRACTION = Validator("a number above 0, up to 1", lambda v: 0 < v <= 1)
+
+RAY_ADDRESS = Validator(
+    "local | auto | HOST:PORT; ray://HOST:PORT leads through a proxy, which every packet would have to pass: run the "
+    "command inside the cluster, as by `ray job submit --address http://HOST:8265 -- python -m fedsplit.simulate "
+    "--ray.address auto …`",
+    lambda v: re.fullmatch(r"local|auto|[\w.-]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}", v) is not None,
+)
+
+RESOURCES = Validator(
+    "NAME=AMOUNT, separated by commas, such as CPU=1,GPU=0.5", lambda v: parse_resources(v) is not None
+)
+
+LABELS = Validator("KEY=VALUE, separated by commas, such as site=north", lambda v: parse_labels(v) is not None)
+
 SHARES = Validator("parts among bottom,trunk,top", _are_parts)
 
 FIELDS = Validator("a JSON object of fields, or a .json file that holds one", lambda v: True)

@@ -61,7 +61,7 @@ class ClientStore:
             root: The folder of all clients' disks.
             client: Number of the client.
         """
-        self._folder = root / f"{client:04d}"
+        self.folder = root / f"{client:04d}"
 
     def load(self, round: int) -> ClientState:
         """Returns the state after a round. It is empty for a client that never saved anything.
@@ -69,11 +69,11 @@ class ClientStore:
         Raises:
             LostState: The folder has files, but none of this round.
         """
-        path = round_file(self._folder, round)
+        path = round_file(self.folder, round)
         if path.exists():
             return ClientState(**unpack(load_tensors(path)))
-        if round and self._folder.exists():
-            raise LostState(f"{self._folder} has nothing of round {round}, which the server has accepted")
+        if round and self.folder.exists():
+            raise LostState(f"{self.folder} has nothing of round {round}, which the server has accepted")
         return ClientState()
 
     def save(self, round: int, state: ClientState, accepted: int, kept: Collection[int] = ()) -> None:
@@ -90,13 +90,13 @@ class ClientStore:
         # An earlier round without a file had an empty state. It gets an empty file, so that `load` does not take
         # it for a lost one once the folder exists.
         earlier = {accepted, *kept} - {0}
-        if tensors and not self._folder.exists():
+        if tensors and not self.folder.exists():
             for needed in sorted(earlier):
-                write_tensors(round_file(self._folder, needed), {})
-        if tensors or self._folder.exists():
-            write_tensors(round_file(self._folder, round), tensors)
+                write_tensors(round_file(self.folder, needed), {})
+        if tensors or self.folder.exists():
+            write_tensors(round_file(self.folder, round), tensors)
 
-        current = {round_file(self._folder, needed) for needed in (*earlier, round)}
-        for path in self._folder.glob("round-*.safetensors"):
+        current = {round_file(self.folder, needed) for needed in (*earlier, round)}
+        for path in self.folder.glob("round-*.safetensors"):
             if path not in current:
                 path.unlink()

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class TrunkActor:
         workers: int = 1,
         adapter: Path | None = None,
         has_stage: bool = False,
+        is_reached_from_afar: bool = False,
     ) -> None:
         """Loads the trunk and starts its thread; see `start_trunk` for the arguments."""
         torch.set_num_threads(threads)
@@ -65,14 +66,20 @@ class TrunkActor:
             stage=stage_maker(config) if has_stage else None,
         )
         self._socket: sockets.PacketServer | None = None
-        if sockets.is_possible():
+        host = ray.util.get_node_ip_address() if is_reached_from_afar else ""
+        if host or sockets.is_possible():
             with contextlib.suppress(OSError):  # a sandbox may forbid sockets; packets then come through Ray
-                self._socket = sockets.PacketServer(self._service.submit)
+                self._socket = sockets.PacketServer(self._service.submit, host)
         working = threading.Thread(target=run_until_defect, args=(self._service.work, threads), daemon=True)
         working.start()
 
+    async def node(self) -> str:
+        """Returns Ray's id of the node of this process."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
     async def address(self) -> sockets.Address | None:
-        """Returns the address for packets from processes of this machine. None where sockets are not possible."""
+        """Returns the address for packets. None where sockets are not possible."""
         return self._socket.address if self._socket else None
 
     async def serve(self, packet: Packet) -> Packet:
@@ -191,6 +198,15 @@ class RayTrunk(TrunkPort):
         self._calls = _Calls(actor, timeout)
         self._transport = transport
 
+    def node(self) -> str:
+        """Returns Ray's id of the actor's node.
+
+        Raises:
+            TrunkLost: The actor is gone.
+        """
+        node: str = self._calls.begin("node")()
+        return node
+
     def kill(self) -> None:
         """Ends the actor's process. Does nothing if the process is gone already."""
         self._calls.kill()
@@ -199,9 +215,9 @@ class RayTrunk(TrunkPort):
         """Returns the transport of packets: a socket with Ray to fall back on, or Ray alone."""
         if self._transport is None:
             self._transport = through_ray = RayTransport(self._calls)
-            with contextlib.suppress(OSError):  # the trunk is on another machine
+            with contextlib.suppress(OSError):  # the trunk is on another machine, which cannot be reached
                 address = self._calls.begin("address")()
-                if address and sockets.is_possible():
+                if address:
                     self._transport = FallbackTransport(sockets.PacketClient(address), through_ray)
         return self._transport
 
@@ -224,6 +240,8 @@ def start_trunk(
     workers: int = 1,
     adapter: Path | None = None,
     has_stage: bool = False,
+    options: Mapping[str, Any] | None = None,
+    is_reached_from_afar: bool = False,
 ) -> RayTrunk:
     """Starts the trunk's actor. The actor loads the model while the caller goes on.
 
@@ -234,11 +252,13 @@ def start_trunk(
         workers: 2 to compute a forward and a backward at the same time.
         adapter: Folder of a finished run's adapter. The trunk reads the layers of the trunk's blocks.
         has_stage: True if the strategy has a gradient stage. The trunk loads the strategy by name.
+        options: Options of the Ray actor: the resources that Ray keeps, and the place. None for no resources.
+        is_reached_from_afar: True if clients on other machines send packets over TCP. Their token comes through Ray.
     """
-    # No CPU: Flower counts all CPUs of a node as its own, and would wait for ever for a CPU of the trunk.
-    remote_class = ray.remote(num_cpus=0)(TrunkActor)
-    named_class = remote_class.options(name=name, max_concurrency=_AT_ONCE)
-    actor = named_class.remote(config, name, threads, workers, adapter, has_stage)
+    kept = {"num_cpus": 0} if options is None else options
+    named = {"name": name, "namespace": NAMESPACE, "max_concurrency": _AT_ONCE}
+    actor_class = ray.remote(TrunkActor).options(**named, **kept)
+    actor = actor_class.remote(config, name, threads, workers, adapter, has_stage, is_reached_from_afar)
     return RayTrunk(actor, config.timeout)
 
 

@@ -1,4 +1,4 @@
-"""Starts and stops a private Ray on this machine, closed to further users, in a temporary folder."""
+"""Ray: a private one of this machine, closed to further users, or a cluster that others have started."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from ray.job_config import JobConfig
 from torch import Tensor
 
 import fedsplit
-from fedsplit.environment import check_closed
+from fedsplit.environment import ON_NODES, check_closed, check_open
 from fedsplit.errors import first_line
 from fedsplit.shutdown import cleaned_up
 from fedsplit.wire.casting import EXACT
@@ -31,6 +32,9 @@ NAMESPACE = "fedsplit"
 
 _OBJECT_STORE = 512 * 2**20
 """Bytes of shared memory for tensors on the way. The end of a step frees the step's tensors."""
+
+_CONNECT_SECONDS = 5.0
+"""Time that a cluster has to take a connection."""
 
 _PREFIX = "fs-"
 """Beginning of the names of folders for Ray's sessions."""
@@ -111,14 +115,14 @@ def _job() -> JobConfig:
 
 
 @contextlib.contextmanager
-def running(workers: int) -> Iterator[None]:
+def running(workers: float) -> Iterator[None]:
     """Runs a Ray on this machine until the end of the context.
 
     Ray binds to the loopback interface and asks for a token, because of environment variables from
     `fedsplit.environment.prepare`.
 
     Args:
-        workers: Number of client processes.
+        workers: Number of CPUs that Ray may deal out, one for each client process.
 
     Raises:
         ClusterFailed: Ray cannot be started here, or this process is connected to a different Ray.
@@ -144,6 +148,84 @@ def running(workers: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def joined(address: str, ship: bool = False) -> Iterator[None]:
+    """Connects to a cluster that others have started, until the end of the context. The cluster goes on after it.
+
+    A connection that this process has already is used as it is, and kept.
+
+    Args:
+        address: "auto" or HOST:PORT.
+        ship: True to bring the code of fedsplit to the nodes.
+
+    Raises:
+        ClusterFailed: There is no such cluster, or the connection that this process has is to a different one.
+    """
+    if ray.is_initialized():
+        there = ray.get_runtime_context().gcs_address
+        if address not in ("auto", there):
+            raise ClusterFailed(f"this process is connected to the Ray at {there}, and not to {address}")
+        send_tensors_as_arrays()
+        yield
+        return
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        with _keeping_sigterm():
+            _connect(address, ship)
+        if threading.current_thread() is threading.main_thread() and on_terminate is not None:
+            signal.signal(signal.SIGTERM, on_terminate)
+        send_tensors_as_arrays()
+        yield
+    finally:
+        if ray.is_initialized():
+            ray.shutdown()
+
+
+def _connect(address: str, ship: bool) -> None:
+    """Connects to a cluster.
+
+    Raises:
+        ClusterFailed: There is none.
+        InputError: This process has a token of its own for a Ray, which the cluster does not know.
+    """
+    check_open()
+    _check_somebody_listens(address)
+    package = Path(fedsplit.__file__).resolve().parent
+    environment: dict[str, Any] = {"env_vars": dict(ON_NODES)}
+    if ship:
+        environment["py_modules"] = [str(package), str(package.parent / "strategies")]
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            namespace=NAMESPACE,
+            job_config=JobConfig(_py_driver_sys_path=[]),
+            runtime_env=environment,
+        )
+    except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
+        hint = "a cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too"
+        raise ClusterFailed(f"no Ray cluster answers at {address}: {first_line(error)}; {hint}") from error
+
+
+def _check_somebody_listens(address: str) -> None:
+    """Makes sure that a port is open: Ray tries for half a minute, and writes lines of its own meanwhile.
+
+    Args:
+        address: "auto", for which Ray finds out at once, or HOST:PORT.
+
+    Raises:
+        ClusterFailed: Nobody listens there.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterFailed(f"no Ray cluster answers at {address}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
 def _keeping_sigterm() -> Iterator[None]:
     """Keeps Ray's Python code from replacing the handler of SIGTERM.
 
@@ -157,7 +239,7 @@ def _keeping_sigterm() -> Iterator[None]:
         utils.set_sigterm_handler = set_handler
 
 
-def _start(workers: int, folder: Path) -> None:
+def _start(workers: float, folder: Path) -> None:
     """Starts Ray.
 
     Raises:
@@ -181,12 +263,12 @@ def _start(workers: int, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_lost_workers() -> Iterator[None]:
-    """Keeps Ray from showing long lines about processes that died: the run says in its own words what was lost.
+    """Keeps Ray from showing long lines about dead processes. The run reports a loss in a line of the run's log.
 
-    Everything else that Ray has to say is still shown, such as that memory is short.
+    Further lines of Ray's are still shown, such as warnings of short memory.
     """
     show = getattr(worker, "print_to_stdstream", None)
-    if show is None:  # another version of Ray, which may show these lines
+    if show is None:  # a version of Ray without the function; the long lines are shown
         yield
         return
 

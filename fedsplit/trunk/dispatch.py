@@ -299,7 +299,7 @@ class Dispatcher:
         return [steps] if self._schedule.sums else []
 
     def _gradients_by_batch(self, steps: Sequence[_Request]) -> list[list[_Request]]:
-        """Groups gradients by the batch that their forwards were computed in."""
+        """Groups gradients by the batch of the forwards."""
         groups: dict[object, dict[StepKey, _Request]] = {}
         for request in steps:
             if request.is_backward and not request.packet.clips:

@@ -141,7 +141,7 @@ class TrunkServer:
         return self.backward_together([packet])[0]
 
     def forward_together(self, packets: Sequence[Packet]) -> list[Packet]:
-        """Computes the steps of several clients as one forward, and returns their answers."""
+        """Computes the steps of several clients as one forward, and returns the answers."""
         return self.begin_forward(packets).done()
 
     def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:

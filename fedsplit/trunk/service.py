@@ -158,7 +158,7 @@ class TrunkService:
             self.take_requests()
 
     def work_now(self) -> bool:
-        """Does the next piece of work that needs no waiting. Returns False if there was no such work."""
+        """Does the next piece of work that is ready. Returns False if nothing is ready."""
         self.take_requests()
         return self._advance()
 

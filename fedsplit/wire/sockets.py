@@ -1,4 +1,4 @@
-"""A local socket as transport: packets between processes of one machine, without a detour.
+"""Sockets as transport: packets between processes of one machine or of two, without a detour.
 
 A call of a Ray actor with a packet of the bundled model passes through some ten threads, and takes 2 ms, or 3 to 4 ms
 between processes that have just computed. A packet over a socket takes 0.2 to 0.7 ms.
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedsplit.wire import frames
 from fedsplit.wire.packets import Packet
@@ -56,15 +56,50 @@ class Address:
     Attributes:
         name: Name of the socket in Linux's abstract namespace. The end of the process leaves no file behind.
         token: First bytes that a client sends. Without the token, the server hangs up.
+        host: IP address by which other machines reach the server; empty if no other machine may.
+        port: TCP port of the server.
     """
 
     name: str
     token: bytes
+    host: str = ""
+    port: int = 0
 
 
 def is_possible() -> bool:
     """Returns True if this system has sockets in an abstract namespace."""
     return sys.platform == "linux"
+
+
+def _connected(address: Address) -> socket.socket:
+    """Returns a connection to a server: by the name on this machine, or else over TCP.
+
+    Raises:
+        OSError: The server cannot be reached.
+    """
+    if is_possible():
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(_place(address))
+        except OSError:  # the server is on another machine, or gone
+            connection.close()
+            if not address.host:
+                raise
+        else:
+            return connection
+    connection = socket.create_connection((address.host, address.port), _GREETING_SECONDS)
+    connection.settimeout(None)
+    _tune(connection)
+    return connection
+
+
+def _tune(connection: socket.socket) -> None:
+    """Has TCP send packets at once, and notice within half a minute that a machine is gone."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):  # not every system has these options
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _user_of(connection: socket.socket) -> int:
@@ -159,12 +194,14 @@ class PacketServer:
         >>> client.close()
     """
 
-    def __init__(self, serve: Callable[[Packet, Callable[[Packet | Exception], None]], None]) -> None:
+    def __init__(self, serve: Callable[[Packet, Callable[[Packet | Exception], None]], None], host: str = "") -> None:
         """Listens until the process ends.
 
         Args:
             serve: Called with a packet, and a function that takes the answer. Many threads call `serve`, and `serve`
                 must not wait.
+            host: IP address of this machine at which the server listens for other machines, too. The packets are not
+                encrypted on their way.
 
         Raises:
             OSError: This process may not open a socket.
@@ -175,11 +212,18 @@ class PacketServer:
         self._strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
         self._most = MOST_CONNECTIONS
         self._places = threading.BoundedSemaphore(self._most)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(_place(self.address))
-        listener.listen()
-        accepting = threading.Thread(target=self._accept, args=(listener,), daemon=True)
-        accepting.start()
+        listeners = []
+        if is_possible():
+            listeners.append(socket.socket(socket.AF_UNIX))
+            listeners[-1].bind(_place(self.address))
+        if host:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listeners.append(socket.create_server((host, 0), family=family))
+            self.address = replace(self.address, host=host, port=listeners[-1].getsockname()[1])
+        for listener in listeners:
+            listener.listen()
+            accepting = threading.Thread(target=self._accept, args=(listener,), daemon=True)
+            accepting.start()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -191,7 +235,10 @@ class PacketServer:
 
     def _admit(self, connection: socket.socket) -> None:
         """Starts a thread for a connection. Closes a connection of a foreign user, or beyond `_MOST_STRANGERS`."""
-        is_foreign = _user_of(connection) != os.geteuid()
+        is_local = connection.family == socket.AF_UNIX
+        is_foreign = is_local and _user_of(connection) != os.geteuid()
+        if not is_local:
+            _tune(connection)
         if is_foreign or not self._strangers.acquire(blocking=False):
             connection.close()
             return
@@ -275,7 +322,7 @@ class PacketServer:
 
 
 class PacketClient:
-    """A connection to a `PacketServer`: the transport of packets on one machine. Not thread-safe.
+    """A connection to a `PacketServer`. Not thread-safe.
 
     Attributes:
         is_open: False once the connection is broken or closed.
@@ -285,11 +332,10 @@ class PacketClient:
         """Connects to a server.
 
         Raises:
-            OSError: No server of this machine listens at the address.
+            OSError: No server that this machine can reach listens at the address.
         """
-        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection = _connected(address)
         try:
-            self._connection.connect(_place(address))
             self._connection.sendall(address.token)
         except OSError:
             self._connection.close()

@@ -12,10 +12,12 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedsplit.engines.pool_grid import PoolGrid
-from fedsplit.engines.worker_pool import NoWorkers, Work, WorkerLost
+from fedsplit.engines.pool_grid import Played, PoolGrid
+from fedsplit.engines.worker_pool import NoWorkers, Place, Work, WorkerLost
 from fedsplit.federation import records
 from fedsplit.federation.messages import CLIENT_LOST, Failure
+
+HERE = Place("here", 1)
 
 Play = Callable[[Message, Context], Any]
 
@@ -36,7 +38,12 @@ class Pool:
     def go_on(self) -> None:
         """Does the work that was given last."""
         work = self.held.pop()
-        work.done(self._play(*work.arguments))
+        message, context, _, _ = work.arguments(HERE)
+        played = self._play(message, context)
+        work.done(HERE, played if isinstance(played, Exception) else Played(*played))
+
+    def grow(self) -> None:
+        """There is room for as many as are asked."""
 
 
 def grid_over(play: Play, clients: int = 5, holds: bool = False) -> tuple[PoolGrid, Pool]:

@@ -15,8 +15,8 @@ from fedsplit.settings.documents import build
 class Trunk:
     """Knows whether it was killed."""
 
-    def __init__(self, name: str, *threads: int, has_stage: bool) -> None:
-        self.facts = (name, threads, has_stage)
+    def __init__(self, name: str, *threads: int, **options: Any) -> None:
+        self.facts = (name, threads, options)
         self.killed = False
 
     def kill(self) -> None:
@@ -32,9 +32,13 @@ def test_the_old_trunk_ends_before_the_new_one_starts(monkeypatch: pytest.Monkey
         return trunks[-1]
 
     monkeypatch.setattr(ray_host, "start_trunk", start)
-    host = RayHost(build({}), Plan(2, 1, 3, 1, 2), has_stage=True)
+    places = iter(({"num_cpus": 1}, {"num_cpus": 2}))
+    host = RayHost(build({"ray.address": "auto"}), Plan(2, 1, 3, 1, 2), has_stage=True, place=lambda: next(places))
     first = host.name
     host.renew()
     assert [trunk.killed for trunk in trunks] == [True, False]
-    assert [trunk.facts for trunk in trunks] == [(first, (3, 2), True), (host.name, (3, 2), True)]
+    common = {"has_stage": True, "is_reached_from_afar": True}
+    expected = [(first, (3, 2), common | {"options": {"num_cpus": 1}})]
+    expected.append((host.name, (3, 2), common | {"options": {"num_cpus": 2}}))
+    assert [trunk.facts for trunk in trunks] == expected
     assert host.name != first

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from fedsplit.engines.worker_pool import NoWorkers, Work, WorkerLost, WorkerPool
+from fedsplit.engines import worker_pool
+from fedsplit.engines.worker_pool import NoWorkers, Place, WorkerLost, WorkerPool
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,7 @@ def pool(_ray: None) -> Iterator[Callable[[Callable[[], Any]], WorkerPool]]:
     pools = []
 
     def make(load: Callable[[], Any], size: int = 2) -> WorkerPool:
-        pools.append(WorkerPool(size, load, cpus=0.5))
+        pools.append(WorkerPool(lambda: size, load, {"num_cpus": 0.5}))
         return pools[-1]
 
     yield make
@@ -40,12 +41,31 @@ def pool(_ray: None) -> Iterator[Callable[[Callable[[], Any]], WorkerPool]]:
         each.close()
 
 
-def results(pool: WorkerPool, *tasks: Any) -> Iterator[Any]:
+class Task:
+    """Work whose argument is a word; remembers where it was done."""
+
+    def __init__(self, word: Any, arrived: queue.SimpleQueue[Any]) -> None:
+        self._word = word
+        self._arrived = arrived
+        self.places: list[Place] = []
+
+    def arguments(self, place: Place) -> tuple[Any, ...]:
+        if self._word == "refuse":
+            raise OSError("the disk cannot be read")
+        self.places.append(place)
+        return (self._word,)
+
+    def done(self, place: Place, result: Any) -> None:
+        self.places.append(place)
+        self._arrived.put(result)
+
+
+def results(pool: WorkerPool, *words: Any) -> Iterator[Any]:
     """Yields the results as they come."""
     arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    for task in tasks:
-        pool.submit(Work((task,), arrived.put))
-    for _ in tasks:
+    for word in words:
+        pool.submit(Task(word, arrived))
+    for _ in words:
         yield arrived.get(timeout=60)
 
 
@@ -96,7 +116,7 @@ def test_a_worker_that_has_stopped_is_killed_and_replaced(pool: Any) -> None:
     made = pool(obedient, 1)
     list(results(made, "pid"))
     arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    made.submit(Work(("stop",), arrived.put))
+    made.submit(Task("stop", arrived))
     time.sleep(1)
     made.kill_busy()
     assert isinstance(arrived.get(timeout=60), WorkerLost)
@@ -116,7 +136,38 @@ def test_the_end_does_not_wait_for_work(pool: Any) -> None:
     made = pool(obedient, 1)
     list(results(made, "pid"))
     arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    made.submit(Work(("stop",), arrived.put))
+    made.submit(Task("stop", arrived))
     time.sleep(1)
     made.close()
     assert isinstance(arrived.get(timeout=60), WorkerLost)
+
+
+def test_work_is_told_where_it_is_done(pool: Any) -> None:
+    made = pool(obedient, 1)
+    arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    task = Task("pid", arrived)
+    made.submit(task)
+    pid = arrived.get(timeout=60)
+    assert task.places == [Place(ray.get_runtime_context().get_node_id(), pid)] * 2 == made.places() * 2
+
+
+def test_arguments_that_cannot_be_made_are_an_error_of_the_work_alone(pool: Any) -> None:
+    made = pool(obedient, 1)
+    (error,) = results(made, "refuse")
+    assert isinstance(error, OSError)
+    assert list(results(made, 7)) == [7]
+
+
+def test_workers_that_find_no_room_hold_up_nobody_and_join_later(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with two runs on one cluster: work is taken by workers that have their place."""
+    monkeypatch.setattr(worker_pool, "_GROW_SECONDS", 0.0)
+    room = [1]
+    made = WorkerPool(lambda: room[0], obedient, {"num_cpus": 1.2})  # of two CPUs: room for one worker
+    try:
+        assert made.wait_for_places(1, 60) == 1
+        room[0] = 2
+        made.grow()
+        assert sorted(results(made, *range(6))) == list(range(6))
+        assert made.wait_for_places(2, 0.1) == 1
+    finally:
+        made.close()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from ray._private import worker
 
+from fedsplit import environment
 from fedsplit.trunk import cluster
 from fedsplit.wire.casting import EXACT
 
@@ -113,6 +114,7 @@ import os, sys, tempfile
 from pathlib import Path
 from fedsplit.environment import prepare
 prepare()
+from fedsplit import environment
 from fedsplit.trunk import cluster
 import psutil
 import ray
@@ -152,6 +154,7 @@ import sys
 from fedsplit.environment import prepare
 prepare()
 from fedsplit.commands.exit_codes import exit_code
+from fedsplit import environment
 from fedsplit.trunk import cluster
 
 def work():
@@ -194,3 +197,10 @@ def test_a_call_after_the_end_starts_no_second_ray() -> None:
     root = Path(cluster.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no.such.host.invalid:6379", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there_is_named_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_own_token", "")
+    with pytest.raises(cluster.ClusterFailed, match=f"^no Ray cluster answers at {address}: "), cluster.joined(address):
+        raise AssertionError

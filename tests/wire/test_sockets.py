@@ -333,3 +333,31 @@ def test_strangers_take_only_so_many_places(monkeypatch: pytest.MonkeyPatch) -> 
     client.close()
     first.close()
     third.close()
+
+
+def test_another_machine_comes_by_tcp_with_the_same_token() -> None:
+    server = PacketServer(lambda packet, done: done(packet), "127.0.0.1")
+    assert (server.address.host, server.address.port > 0) == ("127.0.0.1", True)
+    elsewhere = replace(server.address, name="a name of another machine")
+    large = Packet(KEY, {"hidden": array_as(np.random.default_rng(0).random(2**21), "float64")})
+    client = PacketClient(elsewhere)
+    answers = [client.send(large) for _ in range(3)]
+    assert all(same(large, answer()) for answer in answers)
+    assert client._connection.family == socket.AF_INET
+    client.close()
+
+    stranger = PacketClient(replace(elsewhere, token=b"0" * 32))
+    with pytest.raises(Unanswered):
+        stranger.send(Packet(KEY))()
+
+
+def test_on_the_same_machine_a_server_with_both_is_reached_without_tcp() -> None:
+    client = PacketClient(PacketServer(lambda packet, done: done(packet), "127.0.0.1").address)
+    assert client._connection.family == socket.AF_UNIX
+    assert client.send(Packet(KEY))() == Packet(KEY)
+    client.close()
+
+
+def test_a_private_server_has_no_port() -> None:
+    address = PacketServer(lambda packet, done: done(packet)).address
+    assert (address.host, address.port) == ("", 0)

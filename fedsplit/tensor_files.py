@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
@@ -58,10 +58,17 @@ def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Returns:
         The tensors by name, and the text values of the file's header.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: The file does not hold tensors, or not all of them.
     """
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        return tensors, file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def pack(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -72,5 +72,9 @@ def make(name: str, defaults: Mapping[str, Any] | None = None, /, **options: Any
         raise ValueError(f"{name} does not take the option {unknown[0]!r}, but {known}")
 
     # Defaults are facts of the run, such as the seed. Only some strategies take them.
-    accepted = {key: value for key, value in (defaults or {}).items() if key in parameters}
-    return strategy_class(**(accepted | options))
+    keywords = {}
+    for key, value in (defaults or {}).items():
+        if key in parameters:
+            keywords[key] = value
+    keywords |= options
+    return strategy_class(**keywords)

@@ -66,7 +66,8 @@ class Distances:
         """Returns the squared distance to each client (n,), in float64 and in the order of the clients."""
         point = self._stack([adapters])
         # ||x - y||^2 = <x, x> + <y, y> - 2 <x, y>
-        squares = self._squared_norms + self._inner(point, point) - 2 * self._inner(self._clients, point)
+        mixed = self._inner(self._clients, point)
+        squares = self._squared_norms + self._inner(point, point) - 2 * mixed
         squares = squares.clamp(min=0.0)  # rounding can push a distance of zero below zero
         for name in self._unpaired:
             difference = self._clients[name] - point[name]
@@ -77,7 +78,8 @@ class Distances:
         """Returns the tensors for distances, stacked over the given adapters in the first dimension."""
         stacked = {}
         for name in self._unpaired:
-            stacked[name] = torch.stack([each.tensors[name].double() for each in adapters])
+            of_clients = [each.tensors[name].double() for each in adapters]
+            stacked[name] = torch.stack(of_clients)
         for layer in self._layers:
             changes = [each.change(layer) for each in adapters]  # s B A as a pair, in float64
             stacked[f"{layer}.up"] = torch.stack([change.up for change in changes])

@@ -41,7 +41,8 @@ def lora(A: Rows, B: Rows, alpha: float | None = None) -> Adapters:  # the paper
         "layer.lora_B.weight": torch.tensor(B, dtype=torch.float32),
     }
     rank = len(A)
-    return Adapters(tensors, {"layer": Layer(alpha=rank if alpha is None else alpha, transposed=False)})
+    layer = Layer(alpha=rank if alpha is None else alpha, transposed=False)
+    return Adapters(tensors, {"layer": layer})
 
 
 def one_round(

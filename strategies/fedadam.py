@@ -53,6 +53,7 @@ class FedAdam(Adaptive):
 
     def rate(self, round: int) -> float:
         """Returns eta_t: the step size, corrected for the bias of the first rounds."""
+        # Both moments start at zero, and are too small by these factors at first.
         correction_v = math.sqrt(1 - self.beta_2 ** (round + 1))
         correction_m = 1 - self.beta_1 ** (round + 1)
         return self.eta * correction_v / correction_m

@@ -133,7 +133,8 @@ class FedBuff:
             return _state(now + 1, version, pending), adapters.with_tensors(adapters.tensors)
 
         on_their_way = [change for change in pending if change.arrives > now]
-        return _state(now + 1, version + 1, on_their_way), add_step(adapters, self._step(arrived, version))
+        new_state = _state(now + 1, version + 1, on_their_way)
+        return new_state, add_step(adapters, self._step(arrived, version))
 
     def _pending_change(self, update: ClientUpdate, adapters: Adapters, now: int, version: int) -> Pending:
         """Returns an update as a pending change with the client's delay."""
@@ -173,7 +174,8 @@ class FedBuff:
             staleness = version - change.version
             factor = self.eta * change.weight / total_weight / math.sqrt(1 + staleness)
             for name, tensor in change.change.items():
-                step[name] = step.get(name, torch.zeros_like(tensor)) + factor * tensor
+                so_far = step.get(name, torch.zeros_like(tensor))
+                step[name] = so_far + factor * tensor
         return step
 
 
@@ -215,10 +217,20 @@ def _pending(state: State) -> list[Pending]:
     for name, tensor in state.items():
         if name.startswith("pending."):
             _, client, asked, exported = name.split(".", 3)  # an exported name has dots, too
-            changes.setdefault((int(client), int(asked)), {})[exported] = tensor
+            change = changes.setdefault((int(client), int(asked)), {})
+            change[exported] = tensor
 
     pending = []
     for (client_number, asked_in), change in changes.items():
         arrives, version, weight = state[f"facts.{client_number}.{asked_in}"].tolist()
-        pending.append(Pending(client_number, asked_in, int(arrives), int(version), weight, change))
+        pending.append(
+            Pending(
+                client=client_number,
+                asked=asked_in,
+                arrives=int(arrives),
+                version=int(version),
+                weight=weight,
+                change=change,
+            )
+        )
     return pending

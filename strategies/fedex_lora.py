@@ -39,7 +39,8 @@ def _needed(singular: Tensor, tolerance: float) -> int:
         >>> _needed(torch.tensor([5.0, 4.0, 3.0]), tolerance=4.0)
         2
     """
-    tails = singular.square().flip(0).cumsum(0).flip(0).sqrt()  # norm of each value and all smaller values
+    rising = singular.square().flip(0)
+    tails = rising.cumsum(0).flip(0).sqrt()  # norm of each value and all smaller values
     return int((tails > tolerance).sum())
 
 
@@ -89,8 +90,9 @@ class FedExLoRA:
 
         folded = {}
         for layer in adapters.complete:
-            residual = self._residual(mean_change(updates, weights, layer), averaged, layer, len(updates))
-            if residual.rank:
+            mean = mean_change(updates, weights, layer)
+            residual = self._residual(mean, averaged, layer, len(updates))
+            if residual.rank:  # equal clients leave no residual
                 folded[layer] = residual.to(torch.float32)
         return state, replace(averaged, folded=folded)
 
@@ -106,6 +108,7 @@ class FedExLoRA:
         u, s, v = (mean - averaged.change(layer)).svd()
         # The residual before rounding has this rank at most. Singular values beyond it come from rounding alone.
         most = (clients - 1) * averaged.rank(layer)
-        # The smallest singular values are dropped as long as they stay below one rounding of the mean change together.
-        kept = min(_needed(s, ROUNDING * mean.norm()), most, self._rank or most)
+        # The smallest singular values are dropped, as long as their norm stays below one rounding of the mean change.
+        needed = _needed(s, tolerance=ROUNDING * mean.norm())
+        kept = min(needed, most, self._rank or most)
         return balanced(u, s, v, kept)

@@ -50,7 +50,7 @@ class FedProx:
         Raises:
             ValueError: mu is negative or not finite.
         """
-        if not 0 <= mu < math.inf:
+        if not 0 <= mu < math.inf:  # a negative mu would push clients away without end
             raise ValueError(f"mu is {mu}; it must be 0 or more")
         self.mu = mu
 
@@ -60,7 +60,8 @@ class FedProx:
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
         """Sends the adapters, and asks the client to add the proximal term to the loss."""
-        return Assignment(adapters.with_rank(client.rank), Task(proximal=self.mu))
+        task = Task(proximal=self.mu)
+        return Assignment(adapters.with_rank(client.rank), task)
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Returns the weighted average, as FedAvg does.

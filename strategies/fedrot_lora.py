@@ -135,7 +135,8 @@ class FedRotLoRA:
 
         rotated = []
         for update in updates:
-            rotated.append(replace(update, adapters=self._rotate(adapters, update.adapters, align)))
+            turned = self._rotate(adapters, update.adapters, align)
+            rotated.append(replace(update, adapters=turned))
         mean = average_adapters(adapters, rotated, weights)
 
         # The rotated factors are in float64, so that only the average is rounded.

@@ -44,4 +44,5 @@ class FedSALoRA:
             ValueError: No client trained on any example.
         """
         updates, weights = weighted(updates)
-        return state, average_adapters(adapters, updates, weights, FACTORS - PERSONAL)
+        shared = FACTORS - PERSONAL
+        return state, average_adapters(adapters, updates, weights, shared)

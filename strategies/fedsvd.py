@@ -58,8 +58,9 @@ def orthonormal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     new_a = torch.zeros_like(a, dtype=torch.float64)
     new_b = torch.zeros_like(b, dtype=torch.float64)
+    filled = s.shape[0]
     new_a[: v.shape[0]] = v @ basis.T
-    new_b[:, : s.shape[0]] = u[:, : s.shape[0]] * s
+    new_b[:, :filled] = u[:, :filled] * s
 
     # An SVD leaves the signs open. Make the largest entry of each row positive, so that A does not flip for nothing.
     largest = new_a.gather(1, new_a.abs().argmax(1, keepdim=True))
@@ -87,7 +88,8 @@ class FedSVD:
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
         """Sends both factors and asks the client to train B alone."""
-        return Assignment(adapters.with_rank(client.rank), Task(trains=frozenset("B")))
+        task = Task(trains=frozenset("B"))
+        return Assignment(adapters.with_rank(client.rank), task)
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Averages B and makes the rows of A orthonormal.

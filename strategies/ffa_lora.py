@@ -26,7 +26,7 @@ from fedsplit.updates import (
     weighted,
 )
 
-TRAINED = frozenset("B")
+TRAINED = frozenset("B")  # B is zero at the beginning: with B frozen instead, A would get no gradient
 
 
 class FFALoRA:

@@ -77,14 +77,17 @@ class FLoRA:
         Raises:
             ValueError: A factor B is not zero. The restart would lose the change of the adapters.
         """
-        if any(bool(adapters.factors(layer)[1].any()) for layer in adapters.complete):
-            raise ValueError("FLoRA starts from B = 0: fold what the adapters have learnt into the base first")
+        for layer in adapters.complete:
+            _, b = adapters.factors(layer)
+            if bool(b.any()):
+                raise ValueError("FLoRA starts from B = 0: fold what the adapters have learnt into the base first")
         return {"round": torch.tensor(1)}
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
         """Sends the round's draw at the client's rank, as a seed."""
         seed = self._seed_of_round(state)
-        return Assignment(_restarted(adapters.with_rank(client.rank), seed), drawn=seed)
+        drawn = _restarted(adapters.with_rank(client.rank), seed)
+        return Assignment(drawn, drawn=seed)  # the run sends the seed in place of the factors
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Folds the stacked changes and restarts. Tensors that are no LoRA factor are averaged, as in FedAvg.

@@ -82,18 +82,21 @@ class GeometricMedian:
 
         # The first weights: by the distances from the start of the round.
         from_start = distances.squared(adapters).sqrt()
-        betas = _betas(weights, from_start, max(self.nu, float(from_start.median())))
+        median = float(from_start.median())
+        betas = _betas(weights, from_start, max(self.nu, median))
 
         # The search runs in float64; only the result is rounded to the type of the updates.
         exact = [replace(update, adapters=_in_float64(update.adapters)) for update in updates]
         for _ in range(self.iterations):
             z = average_adapters(adapters, exact, betas)
-            betas = _betas(weights, distances.squared(z).sqrt(), self.nu)
+            from_z = distances.squared(z).sqrt()
+            betas = _betas(weights, from_z, self.nu)
         return state, average_adapters(adapters, updates, betas)
 
 
 def _in_float64(adapters: Adapters) -> Adapters:
-    return adapters.with_tensors({name: tensor.double() for name, tensor in adapters.tensors.items()})
+    exact = {name: tensor.double() for name, tensor in adapters.tensors.items()}
+    return adapters.with_tensors(exact)
 
 
 def _betas(weights: Sequence[float], distances: Tensor, nu: float) -> list[float]:

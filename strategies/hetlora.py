@@ -139,7 +139,9 @@ class HetLoRA:
         """Returns the update without the tail if the tail shrank, otherwise the update itself."""
         rank = rank_of(update.adapters)
         given = update.given or adapters.with_rank(rank)
-        tail_shrank = tail_norm(update.adapters, self._gamma) < tail_norm(given, self._gamma)
-        if not self._decay or not tail_shrank:
+        before = tail_norm(given, self._gamma)
+        after = tail_norm(update.adapters, self._gamma)
+        if not self._decay or not after < before:
             return update
-        return replace(update, adapters=update.adapters.with_rank(sure_rank(rank, self._gamma)))
+        kept = update.adapters.with_rank(sure_rank(rank, self._gamma))
+        return replace(update, adapters=kept)

@@ -92,7 +92,8 @@ class MultiKrum:
         self.malicious = malicious
         self.keep = keep
         self.on = on
-        self.traits = Traits(fewest=max(2 * malicious + 3, keep), multiplies=on == "product")
+        fewest = max(2 * malicious + 3, keep)
+        self.traits = Traits(fewest=fewest, multiplies=on == "product")
 
     def init(self, adapters: Adapters) -> State:
         """Returns an empty state: Krum remembers nothing."""
@@ -113,7 +114,8 @@ class MultiKrum:
         if keep > len(updates):
             raise ValueError(f"{len(updates)} clients answered, of whom Multi-Krum is to keep {keep}")
 
-        selected, weights = weighted([updates[int(number)] for number in by_score[:keep]])
+        chosen = [updates[int(number)] for number in by_score[:keep]]
+        selected, weights = weighted(chosen)  # again: the weights of the selected clients sum to 1
         return state, average_adapters(adapters, selected, weights)
 
 

@@ -48,7 +48,8 @@ def correction(missing: LowRank, a: Tensor, ridge: float) -> Tensor:
     gram = a @ a.T
     mean_squared_norm = float(gram.trace()) / a.shape[0]
     if mean_squared_norm == 0:  # A is zero: no B changes the product
-        return missing.up.new_zeros(missing.shape[0], a.shape[0])
+        outputs, _ = missing.shape
+        return missing.up.new_zeros(outputs, a.shape[0])
 
     identity = torch.eye(a.shape[0], dtype=a.dtype)
     regularised = gram + ridge * mean_squared_norm * identity
@@ -96,7 +97,8 @@ class LoRAFAIR:
         updates, weights = weighted(updates)
         factors = {}
         for layer, (a, b) in padded_average(adapters, updates, weights).items():
-            mean_product = mean_change(updates, weights, layer).times(1 / adapters.scaling(layer))
+            mean = mean_change(updates, weights, layer)
+            mean_product = mean.times(1 / adapters.scaling(layer))
             missing = mean_product - LowRank(b, a)
             factors[layer] = a, b + correction(missing, a, self._ridge)
         return state, average_others(adapters, updates, weights).with_factors(factors)

@@ -42,7 +42,7 @@ class Median:
         Raises:
             ValueError: No client trained on any example.
         """
-        updates, _ = weighted(updates)
+        updates, _ = weighted(updates)  # in the order of the clients, and without clients that did not train
         # Drop all but the one or two values in the middle. torch.median would take the lower of two.
         k = (len(updates) - 1) // 2
         medians = trimmed_means(updates, k)

@@ -30,8 +30,11 @@ def average_others(adapters: Adapters, updates: Sequence[ClientUpdate], weights:
         updates: Updates of the clients.
         weights: Weights of the updates, with a sum of 1.
     """
-    others = [replace(update, adapters=update.adapters.only(frozenset())) for update in updates]
-    return average_adapters(adapters, others, weights)
+    without_factors = []
+    for update in updates:
+        others = update.adapters.only(frozenset())  # neither A nor B
+        without_factors.append(replace(update, adapters=others))
+    return average_adapters(adapters, without_factors, weights)
 
 
 def padded_average(

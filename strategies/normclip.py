@@ -61,8 +61,11 @@ class NormClip:
             raise ValueError("normclip around normclip is normclip with the lesser norm")
         self.norm = norm
 
-        facts_of_run = {"seed": seed, "clients": clients}
-        defaults = {name: value for name, value in facts_of_run.items() if value is not None}
+        defaults = {}  # without None, which would replace the defaults of the inner strategy
+        if seed is not None:
+            defaults["seed"] = seed
+        if clients is not None:
+            defaults["clients"] = clients
         self.inner = strategies.make(around, defaults, **options)
         inner_traits = getattr(self.inner, "traits", Traits())
         self.traits = replace(inner_traits, linear=False)  # a clipped sum is no linear function of the updates

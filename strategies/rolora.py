@@ -60,7 +60,8 @@ class RoLoRA:
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
         """Asks every client to train the round's factor alone."""
-        return Assignment(adapters.with_rank(client.rank), Task(trains=_trained(state)))
+        task = Task(trains=_trained(state))
+        return Assignment(adapters.with_rank(client.rank), task)
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Returns the average of the round's factor, and the frozen factor of `adapters` to the bit.
@@ -69,5 +70,6 @@ class RoLoRA:
             ValueError: No client trained on any example.
         """
         updates, weights = weighted(updates)
+        # The frozen factor is equal at all clients, but an average of equal numbers need not give the same bits.
         averaged = average_adapters(adapters, updates, weights, _trained(state))
         return {"round": state["round"] + 1}, averaged

@@ -87,7 +87,8 @@ class Scaffold:
 
 def _sum_of_changes(updates: Sequence[ClientUpdate], name: str) -> Tensor:
     """Returns sum_i (c_i+ - c_i) for one tensor, in float64."""
-    total = torch.zeros(updates[0].adapters.tensors[name].shape, dtype=torch.float64)
+    shape = updates[0].adapters.tensors[name].shape
+    total = torch.zeros(shape, dtype=torch.float64)
     for update in updates:
         if name not in update.control:
             raise ValueError(f"client {update.client} returned no control variate for {name}")

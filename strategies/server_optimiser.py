@@ -61,7 +61,8 @@ def mean_step(adapters: Adapters, updates: Sequence[ClientUpdate]) -> dict[str, 
         before = adapters.tensors[name].double()
         step[name] = torch.zeros_like(before)
         for update, weight in zip(updates, weights, strict=True):
-            step[name] += weight * (update.adapters.tensors[name].double() - before)
+            after = update.adapters.tensors[name].double()
+            step[name] += weight * (after - before)
     return step
 
 
@@ -125,7 +126,8 @@ class Adaptive:
 
     def init(self, adapters: Adapters) -> State:
         """Returns both moments at zero."""
-        return {"round": torch.zeros((), dtype=torch.int64), **zeros(adapters, "m", "v")}
+        finished_rounds = torch.zeros((), dtype=torch.int64)
+        return {"round": finished_rounds, **zeros(adapters, "m", "v")}
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Makes one step of the server's optimiser.

@@ -38,10 +38,12 @@ def trimmed_means(updates: Sequence[ClientUpdate], k: int) -> dict[str, Tensor]:
     """
     means = {}
     for name, tensor in updates[0].adapters.tensors.items():
-        values = torch.stack([update.adapters.tensors[name] for update in updates])  # (n, …)
+        of_clients = [update.adapters.tensors[name] for update in updates]
+        values = torch.stack(of_clients)  # (n, …)
         rising = values.sort(dim=0).values
         middle = rising[k : len(updates) - k]
-        means[name] = middle.double().mean(0).to(tensor.dtype)
+        mean = middle.double().mean(0)
+        means[name] = mean.to(tensor.dtype)
     return means
 
 

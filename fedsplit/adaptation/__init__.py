@@ -1,1 +1,1 @@
-"""What is trained: PEFT's methods, prompts and heads on a part of a model."""
+"""Adapters: PEFT's methods, prompts and heads on a part of a model."""

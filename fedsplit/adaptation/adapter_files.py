@@ -83,7 +83,10 @@ def _file_config(
     if blocks is not None and getattr(config, "target_parameters", None):
         # PEFT fails on a parameter that no block has, and a part may have no block with experts.
         adapted = [adapters.weight_name(layer) for layer in adapters.layers]
-        present = [path for path in config.target_parameters if any(name.endswith(f".{path}") for name in adapted)]
+        present = []
+        for path in config.target_parameters:
+            if any(name.endswith(f".{path}") for name in adapted):
+                present.append(path)
         config.target_parameters = present or None
     if SCORE_WEIGHT in adapters.tensors:
         config.task_type = "SEQ_CLS"

@@ -79,7 +79,7 @@ def distances(first: Adapters, second: Adapters) -> dict[str, Distance]:
             continue
         first_change = first.change(layer)
         second_change = second.change(layer)
-        if first_change.shape == second_change.shape:
+        if first_change.shape == second_change.shape:  # the runs may have models of different sizes
             by_layer[layer] = distance(first_change, second_change)
 
     for layer in first.stacked:

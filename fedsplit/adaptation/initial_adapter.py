@@ -35,7 +35,7 @@ def place(part: Part, config: Config) -> None:
     """
     drawn = lora.read(part)
     initial = resized(read(config, part), drawn)
-    lora.write({name: initial[name] for name in drawn.tensors}, part)
+    lora.write({name: initial[name] for name in drawn.tensors}, part)  # the file has the layers of all parts
 
 
 def read(config: Config, part: Part | None = None) -> Adapters:

@@ -258,6 +258,7 @@ def check_method(config: Config, transposed: bool) -> None:
         allowed = f"{able} for a model whose projections store (in, out), as GPT-2's do"
         raise SettingError("lora.method", settings.method, allowed)
     _check_unused(settings, method)
+    # The server pads and cuts pairs of factors only.
     mixes_ranks = len(set(settings.rank)) > 1
     if mixes_ranks and not _takes_mixed_ranks(method):
         able = ", ".join(name for name, other in ADAPTER_METHODS.items() if _takes_mixed_ranks(other))

@@ -66,6 +66,7 @@ class _Prompted(Bottom):
 
     def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PartCache) -> Tensor:
         """Continues sequences like any part. The first call returns hidden states (B, P + T, D) for tokens (B, T)."""
+        # Only the first tokens follow the virtual tokens. The cache has the keys and values of the virtual tokens.
         is_first_call = cache.length == 0
         inputs = self._embedded(start) if is_first_call else start
         return super().extend(inputs, mask, positions, cache)
@@ -122,7 +123,7 @@ class _Prefixed(Part):
         if "past_key_values" in inputs:  # in a call from `extend`, mask and cache contain the prefix already
             return super()._decode(mask, **inputs)
         rows = len(next(iter(inputs.values())))
-        if mask is not None:
+        if mask is not None:  # every text may attend to the whole prefix
             mask = torch.cat([mask.new_ones(rows, self.ahead), mask], 1)
         return super()._decode(mask, **inputs, past_key_values=PartCache(self, rows))
 
@@ -182,6 +183,7 @@ def peft_config(
         "token_dim": model.hidden_size,
     }
     if settings.kind == "prefix":
+        # Under grouped-query attention, keys and values have fewer heads than queries.
         heads, width = _sizes(model)
         fields |= {"num_attention_heads": heads, "token_dim": heads * width}
         return PrefixTuningConfig(
@@ -334,7 +336,7 @@ def embeddings(
 
 
 def _encode(tensors: Mapping[str, Tensor], settings: PromptSettings, model: PretrainedConfig) -> Tensor:
-    """Computes the output of one encoder, given its tensors."""
+    """Computes the output of an encoder from the encoder's tensors."""
     if settings.kind == "prompt" or tensors.keys() == {"embedding.weight"}:
         return tensors["embedding.weight"]
     if settings.kind == "prefix":

@@ -117,6 +117,7 @@ class RankBudget:
 
     def stretched(self, steps: int) -> RankBudget:
         """Returns the schedule over a new number of steps a round, with the phases at the former times."""
+        # Rounded down alike, so that a phase never becomes longer than all steps.
         tinit = self.tinit * steps // self.steps
         tfinal = self.tfinal * steps // self.steps
         return dataclasses.replace(self, tinit=tinit, tfinal=tfinal, steps=steps)
@@ -154,7 +155,12 @@ def budget_of(config: Config, kind: str, layers: int) -> RankBudget | None:
     if config.prompt.kind != "off" or not method_of(config.lora).allocates:
         return None
     options = {name: value for name, value in options_of(config.lora).items() if name in FIELDS}
-    budget = RankBudget(**options, steps=config.train.steps, rounds=config.rounds, layers=layers)
+    budget = RankBudget(
+        **options,
+        steps=config.train.steps,
+        rounds=config.rounds,
+        layers=layers,
+    )
     return budget.stretched(trunk_steps(config)) if kind == "trunk" else budget
 
 
@@ -163,7 +169,8 @@ def for_file(config: Config) -> LoraSettings:
     if not method_of(config.lora).allocates:
         return config.lora
     total = {"total_step": config.rounds * config.train.steps}
-    return dataclasses.replace(config.lora, options=json.dumps(options_of(config.lora) | total))
+    options = options_of(config.lora) | total
+    return dataclasses.replace(config.lora, options=json.dumps(options))
 
 
 def check_budget(config: Config) -> None:
@@ -185,7 +192,7 @@ def check_budget(config: Config) -> None:
         words = f"0 with {name}, whose schedule needs a number of steps that no party's data decide (train.steps)"
         raise SettingError("train.epochs", config.train.epochs, words)
 
-    budget = budget_of(config, "bottom", 1)
+    budget = budget_of(config, "bottom", layers=1)  # the number of layers does not matter to the schedule
     assert budget is not None
     if budget.target_r >= budget.init_r:
         possible = f"1 to {budget.init_r - 1}, below init_r" if budget.init_r > 1 else "none below init_r 1: raise that"

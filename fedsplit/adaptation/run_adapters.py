@@ -82,7 +82,7 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
     fused = config.kernels == "fused"
     for kind in kinds:
         part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], fused, classes=0)
-        part.requires_grad_(False)
+        part.requires_grad_(False)  # adapters are added to frozen base weights only
         with torch.device("meta"):
             _add(part, config)
         tensors |= {name: parameter.detach() for name, parameter in lora.parameters(part).items()}
@@ -91,10 +91,10 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
 
 
 def _without_values(config: Config) -> Config:
-    """Returns settings whose adapters have the same names and shapes, and start from no values of the model.
+    """Returns settings for adapters with the same names and shapes, and a start without values of the model.
 
-    Adapters that start from a decomposition of the base weights are LoRA's in their form. Virtual tokens have the same
-    form whatever they start from.
+    An adapter that starts from a decomposition of the base weights has the form of LoRA. Virtual tokens have the same
+    form for every start.
     """
     if method_of(config.lora).residual:
         config = replace(config, lora=replace(config.lora, method="lora"))
@@ -172,10 +172,26 @@ def save(
     """
     if config.prompt.kind != "off":
         model_folder = config_folder(config.model)
-        prompts.save(folder, adapters.tensors, config.prompt, model_folder, config.model, blocks)
+        prompts.save(
+            folder,
+            adapters.tensors,
+            config.prompt,
+            model_path=model_folder,
+            base=config.model,
+            blocks=blocks,
+        )
         return
-    head = config.lm_head if kind in (None, "top") else "frozen"
-    adapter_files.save(folder, adapters, for_file(config), family, config.model, blocks, config.seed, head)
+    head = config.lm_head if kind in (None, "top") else "frozen"  # bottom and trunk have no head to name
+    adapter_files.save(
+        folder,
+        adapters,
+        for_file(config),
+        family,
+        base=config.model,
+        blocks=blocks,
+        seed=config.seed,
+        head=head,
+    )
 
 
 def load(folder: Path) -> Adapters:

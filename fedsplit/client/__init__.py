@@ -1,1 +1,1 @@
-"""A client: its steps of split learning, its line to the trunk, its held-out text."""
+"""A client: steps of split learning, the link to the trunk, and measurements of held-out text."""

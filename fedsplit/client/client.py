@@ -165,7 +165,14 @@ class Client:
         """
         terms = terms or Stages()
         settings = self.settings
-        batches = batches_of(ids, labels, mask, settings.accumulation, settings.micro_batches, self.bottom.virtual)
+        batches = batches_of(
+            ids,
+            labels,
+            mask,
+            batches=settings.accumulation,
+            micros=settings.micro_batches,
+            virtual=self.bottom.virtual,
+        )
         losses = []
         for number, parts in enumerate(batches):
             # Before the forward: a term may compute with a second adapter, which must not replace this one midway.
@@ -279,6 +286,7 @@ class Client:
         strange = sorted(adapter.keys() ^ parameters.keys())
         if strange:
             raise ValueError(f"an adapter needs the names of the step's parameters; {strange[0]} is missing or unknown")
+        # Values are copied, since `_place` writes in place; gradient tensors are exchanged, and need no copy.
         values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         gradients = {name: parameter.grad for name, parameter in parameters.items()}
         try:
@@ -381,7 +389,8 @@ class Client:
         parameters = self._start(given, task)
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         terms = terms_of(task, own, device, stage)
-        terms.begin(RoundStart(put(given, device), put(kept or {}, device)))
+        start = RoundStart(put(given, device), put(kept or {}, device))
+        terms.begin(start)
         optimizer = make_optimizer(trained.values(), self.settings)
         optim.restore(optimizer, trained, moments)
         allocations = self._allocations(moments)
@@ -390,7 +399,8 @@ class Client:
 
         adapters = lora.read(self.bottom, self.top)
         loss = _weighted_mean(losses, [rows.predicted for rows in batches])
-        if not (math.isfinite(loss) and is_bounded(*adapters.tensors.values())):
+        is_finite = math.isfinite(loss) and is_bounded(*adapters.tensors.values())
+        if not is_finite:  # the server must not average such adapters into everybody's
             raise self._diverged(f"round {round}, client {self.number}: its loss is {loss:g}, or its adapters are lost")
         outcome = terms.end(parameters)
         return ClientUpdate(
@@ -434,7 +444,8 @@ class Client:
         batches: list[Sequences] = []
         for step in range(self.steps):
             rows = self._rows(round, step).to(device)
-            rate = share_of_rate(self.settings, self._done(round, step), self.rounds * self.steps)
+            done = self._done(round, step)
+            rate = share_of_rate(self.settings, done, total=self.rounds * self.steps)
             torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
             key = StepKey(round, self.number, next(keys))
             try:
@@ -462,6 +473,7 @@ class Client:
         """
         lora.write(given, self.bottom, self.top)
         parameters = self._adapter()
+        # The parts may have served another client, or an attempt that ended between backward and step.
         for name, parameter in parameters.items():
             parameter.grad = None
             parameter.requires_grad_(task.teaches(name))

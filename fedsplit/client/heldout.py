@@ -82,7 +82,8 @@ def through_split(
     scores = []
     for number, rows in batches:
         key = StepKey(round, client.number, number)
-        scores.append(measure_batch(client, key, rows.to(device), metrics or {}))
+        score = measure_batch(client, key, rows.to(device), metrics or {})
+        scores.append(score)
     return scores
 
 

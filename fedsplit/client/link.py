@@ -79,10 +79,10 @@ class PendingStep:
             A leaf of the top's graph. The leaf requires a gradient if the trunk expects a gradient.
         """
         answer = self._settled()
-        if self._asks:
+        if self._asks:  # memory is reserved; now the hidden states follow
             self._first = self._packet
             self._answer = self._link.trunk.send(self._packet)
-            answer = self._settled()
+            answer = self._settled()  # the reservation may have expired on the way
         device = self._hidden.device
         if self._bottom_sums is not None:
             packed = EXACT.decode(answer.tensors[SUMS])
@@ -212,7 +212,7 @@ class Link:
         tensors = {"hidden": self.codec.encode(hidden, role)}
         if sums is not None:
             tensors[SUMS] = EXACT.encode(sums.packed())
-        if mask is not None and not bool(mask.all()):
+        if mask is not None and not bool(mask.all()):  # a mask of ones changes nothing, and costs bytes
             tensors["mask"] = EXACT.encode(mask.bool())
         packet = Packet(
             key,

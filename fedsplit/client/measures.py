@@ -54,6 +54,7 @@ def check_measures(config: Config, measures: Measures, classes: int = 0) -> None
         >>> check_measures(config, load_measures(config))
     """
     objective, metrics = measures
+    # The real width: a user's code may depend on the size of the vocabulary.
     outputs = classes or embedding_rows(config_folder(config.model))
     try_objective(objective, config.objective, outputs, bool(classes))
     try_metrics(metrics, config.metric, outputs, bool(classes))

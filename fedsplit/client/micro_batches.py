@@ -54,6 +54,7 @@ def batches_of(
     if labels is None:
         labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
     labels, mask = behind(virtual, labels, mask)
+    # Counted over the whole step, so that every token weighs the same, whatever the cut into batches.
     whole = predicted(labels)
     batches = min(batches, len(ids))
     # The same number in each batch: the trunk knows the last part of a step by the number of all parts.

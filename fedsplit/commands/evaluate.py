@@ -76,7 +76,8 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
     from fedsplit.model.sources import config_folder
     from fedsplit.results.whole import score
 
-    config = from_document(tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")))
+    text = (Path(run) / "config.toml").read_text(encoding="utf-8")
+    config = from_document(tomllib.loads(text))
     model.eval()
     if config.data.format == "classification":  # transformers finds the last token of a sequence by the padding token
         path = config_folder(config.model)
@@ -86,7 +87,7 @@ def held_out_loss(model: Any, run: str | Path, clients: Collection[int] | None =
     for client, (_, batches) in enumerate(_held_out(config, config.eval.samples)):
         if clients is None or client in clients:
             scores.append(score(model, batches))
-    return pooled(scores).loss
+    return pooled(scores).loss  # over all tokens: a client with more text counts more, as in the run
 
 
 def _held_out(config: Config, samples: int) -> Texts:
@@ -119,6 +120,7 @@ def other_data(config: Config, given: Mapping[str, object]) -> DataSettings:
     """
     given_data = build(given).data
     plain = DataSettings()
+    # A separate held-out file belongs to the run's data set, and all text of the new data set counts anyway.
     data = replace(config.data, held_out=plain.held_out, show=plain.show)
     names = {name.removeprefix("data.") for name in (*NOT_INHERITED, *given)}
     return replace(data, **{name: getattr(given_data, name) for name in names})
@@ -150,8 +152,15 @@ def _other_text(config: Config, dataset: str, samples: int, data: DataSettings) 
     check_packing(data)
     check_dataset(dataset, data)
     path = config_folder(config.model)
-    end = read_facts(path).end
-    by_owner = all_text(dataset, config.train.max_length, path, end, data, config.seed, _classes(config))
+    by_owner = all_text(
+        dataset,
+        config.train.max_length,
+        model_path=path,
+        end=read_facts(path).end,
+        data=data,
+        seed=config.seed,
+        classes=_classes(config),
+    )
 
     texts = []
     for owner, sequences in by_owner.items():
@@ -172,7 +181,7 @@ def _assignments(
         raise SettingError("client", client, f"0 to {run.config.clients - 1}, the clients of the run")
     if dataset:
         if client is None:
-            run.check_shared()
+            run.check_shared()  # otherwise there is no saying which personal adapter is meant
         adapter = run.adapter(client if run.personal else None)
         return [(adapter, _other_text(run.config, dataset, samples, data))]
 
@@ -233,7 +242,8 @@ def evaluate(
     from fedsplit.model.devices import check_device, resolve
 
     check_device("device", device)
-    assignments = _assignments(run, dataset, client, samples, data or other_data(run.config, {}))
+    data = data or other_data(run.config, {})
+    assignments = _assignments(run, dataset, client, samples, data)
     _check_tokens(run, assignments)
 
     classes = _classes(run.config)
@@ -384,8 +394,13 @@ def _load_metric(config: Config, spec: str, options: Mapping[str, Any]) -> dict[
     if spec.endswith(OBJECT):
         raise SettingError("metric", spec, "a name; this metric was an object of a program")
     of_metric = {key: value for key, value in options.items() if _metric_of(key) == name_of(spec)}
-    # Without the run's objective, whose file may be gone: an evaluation does not need the objective.
-    alone = replace(config, objective="cross_entropy", objective_options={}, metric=(spec,), metric_options=of_metric)
+    alone = replace(
+        config,
+        objective="cross_entropy",  # the file of the run's objective may be gone, and is not needed
+        objective_options={},
+        metric=(spec,),
+        metric_options=of_metric,
+    )
     measures = load_measures(alone)
     check_measures(alone, measures, len(_classes(config)))
     _, metrics = measures
@@ -415,7 +430,9 @@ def lines(results: Sequence[Result], classifies: bool = False) -> list[str]:
         tuned=pooled(result.tuned for result in results),
     )
     names = list(total.tuned.metrics)
-    head = ["", "texts", "loss", "accuracy"] if classifies else ["", "tokens", "loss", "perplexity", "accuracy"]
+    head = ["", "tokens", "loss", "perplexity", "accuracy"]
+    if classifies:
+        head = ["", "texts", "loss", "accuracy"]
     rows: list[tuple[str, ...]] = [(*head, *names)]
     for result in (*results, total):
         before = result.base
@@ -506,10 +523,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = open_run(Path(flags.run))
         collector.check()
 
-        if flags.model:
+        if flags.model:  # the run's settings may name a folder of a machine that is gone
             run = replace(run, config=replace(run.config, model=flags.model))
         data = other_data(run.config, given)
-        quieten(offline=not flags.dataset)
+        quieten(offline=not flags.dataset)  # the run's data may be in the Hub's cache; a new data set may not be
         further = getattr(flags, "metric", [])
         metrics, left_out = metrics_of(run.config, build({"metric": further}).metric, options)
 
@@ -517,8 +534,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with make_screen(errors=True) as screen:
             results = evaluate(
-                run, flags.dataset, flags.client, flags.samples, data, flags.device, screen.phase, metrics
+                run,
+                dataset=flags.dataset,
+                client=flags.client,
+                samples=flags.samples,
+                data=data,
+                device=flags.device,
+                tell=screen.phase,
+                metrics=metrics,
             )
-        print(*lines(results, run.config.data.format == "classification"), *left_out, sep="\n")
+        classifies = run.config.data.format == "classification"
+        print(*lines(results, classifies), *left_out, sep="\n")
 
     return exit_code(work, argv)

@@ -171,7 +171,8 @@ def _head(tokenizer: TextTokenizer, chat: Chat) -> str:
     rendered = []
     for words in ("A", "B"):  # the text before the words is common to both
         message = last | dict.fromkeys(texts_of_message, words)
-        rendered.append(render(tokenizer.library, [*chat[:-1], message]))
+        changed = [*chat[:-1], message]
+        rendered.append(render(tokenizer.library, changed))
     return rendered[0][: _common_length(*rendered)]
 
 

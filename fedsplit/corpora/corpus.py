@@ -14,10 +14,10 @@ FIRST_CLIENT_YEAR = 1946
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its owner.
+    """A text with an owner.
 
     Attributes:
-        name: Identifier of the text within its corpus.
+        name: Identifier of the text within the corpus.
         owner: Owner of the text, such as a president.
         text: The text.
     """
@@ -78,7 +78,8 @@ def pack(token_lists: Sequence[Sequence[int]], length: int, end: int) -> list[li
         >>> pack([[1, 2], [3, 4]], length=3, end=0)
         [[1, 2, 0], [3, 4, 0]]
     """
-    return chop([[*tokens, end] for tokens in token_lists], length)
+    ended = [[*tokens, end] for tokens in token_lists]
+    return chop(ended, length)
 
 
 def chop(token_lists: Sequence[Sequence[int]], length: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The data summary: which client holds how much of what, as a table, as JSON and as a picture."""
+"""The data summary: amount and kinds of each client's data, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def table(partition: Partition) -> list[str]:
         train = shard.train
         held_out = shard.held_out
         numbers = [len(train), train.tokens, len(held_out), held_out.tokens]
-        totals = [total + count for total, count in zip(totals, numbers, strict=True)]
+        for place, count in enumerate(numbers):
+            totals[place] += count
         name = shard.name if shard.name == f"client {number}" else f"{number} {shard.name}"
         rows.append((name, *_with_commas(numbers), _distribution(shard.shares)))
     rows.append(("all", *_with_commas(totals), ""))

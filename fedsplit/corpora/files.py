@@ -76,7 +76,7 @@ def read_rows(paths: Sequence[Path], numbers: Collection[str] = ()) -> Columns:
 
 
 def doubled_columns(paths: Sequence[Path]) -> frozenset[str]:
-    """Returns the names that two columns of one CSV file share. A row as a dictionary has room for one of the two."""
+    """Returns the names of two columns of one CSV file. A row as a dictionary can hold one of the two columns only."""
     doubled: set[str] = set()
     for path in paths:
         if path.suffix != ".csv":
@@ -113,7 +113,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _header(values: Sequence[str]) -> list[str]:
-    """Returns the names of the columns. An empty name, which pandas gives its index, becomes `column N`."""
+    """Returns the names of the columns. An empty name, such as the name of an index from pandas, becomes `column N`."""
     return [value or f"column {place}" for place, value in enumerate(values, 1)]
 
 
@@ -164,7 +164,7 @@ def _fault(error: ValueError) -> str:
 
 
 def _rows_of_list(path: Path) -> list[dict[str, Any]]:
-    """Reads a JSON file that is one list, of objects or of texts."""
+    """Reads a JSON file with a single list, of objects or of texts."""
     try:
         rows = json.loads(path.read_text(encoding=_ENCODING))
     except UnicodeDecodeError:
@@ -180,7 +180,7 @@ def _rows_of_list(path: Path) -> list[dict[str, Any]]:
 
 
 def _single_object(path: Path) -> dict[str, Any] | None:
-    """Reads a file that holds one object, written over several lines. Returns None for any further file."""
+    """Reads a file with a single object over several lines. Returns None for a different file."""
     try:
         row = json.loads(path.read_text(encoding=_ENCODING))
     except ValueError:

@@ -116,7 +116,7 @@ def read_rows(table: Table, reading: Reading) -> Texts:
     if reading.format == "classification":
         class_numbers = numbers_of(table, reading.data.label, reading.classes)
         rows = _with_classes(rows, class_numbers, reading.classes)
-    # A row of the table may have several sequences, or none.
+    # Counted by source: a row of the table may have several sequences, or none.
     with_text = {row.source for row in rows}
     return Texts(rows, len(table) - len(with_text))
 
@@ -218,7 +218,8 @@ def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
 
     tokens: Tokens = []
     for number, (before, after) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-        if not prompts[number]:  # without a prompt, the completion begins the text
+        # Without a prompt, the completion begins the text, and may have a different first token there.
+        if not prompts[number]:
             (after,) = tokenizer.encode_verbatim([completions[number]])
         ended = tokenizer.end_text(after, reading.end)
         ids = [*before, *ended]
@@ -242,7 +243,7 @@ def _complete_column(table: Table, setting: str, name: str) -> list[str]:
 
 
 def _chat(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
-    """Returns chats as the chat template writes them. Only the assistant's turns, with their ends, are predicted."""
+    """Returns chats in the form of the chat template. Only the assistant's turns, with end tokens, are predicted."""
     chats = table.column("data.messages", reading.data.messages)
     if not getattr(tokenizer.library, "chat_template", None):
         needed = "a model whose tokenizer has a chat template, which --data.format chat needs"

@@ -44,11 +44,11 @@ def partition_of(config: Config) -> Partition:
         config.dataset,
         config.partition,
         config.clients,
-        config.train.max_length,
-        config.seed,
-        path,
-        read_facts(path).end,
-        config.data,
+        length=config.train.max_length,
+        seed=config.seed,
+        model_path=path,
+        end=read_facts(path).end,
+        data=config.data,
     )
 
 
@@ -175,7 +175,7 @@ def all_text(
     sequences = {}
     for owner, texts in by_key(sharder.texts.rows).items():
         rows = sharder.fit(texts).rows
-        if rows:
+        if rows:  # packing drops the rest of a stream, and may leave an owner with little text nothing
             sequences[owner] = stack(rows, reading.pad)
     if not sequences:
         needed = f"a text of {length} tokens or more" if reading.packs else "a text of which something is predicted"

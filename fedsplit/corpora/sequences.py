@@ -40,7 +40,7 @@ class Row:
 
     @property
     def predicted(self) -> int:
-        """Number of predicted tokens, without the first token, which nothing predicts. A class counts as one token."""
+        """Number of predicted tokens. Nothing predicts the first token, and a class counts as one token."""
         if self.target is not None:
             return 1
         return sum(label != IGNORED for label in self.labels[1:])
@@ -104,6 +104,7 @@ class Sequences:
         if self.lengths is None:
             return Sequences(ids, labels)
         lengths = self.lengths[which]
+        # Cut to the longest of the selection: padding costs as much to compute as text.
         longest = int(lengths.max()) if len(lengths) else 0
         padded = bool((lengths < longest).any())
         labels = labels if labels.ndim == 1 else labels[:, :longest]
@@ -149,7 +150,7 @@ def stack(rows: Sequence[Row], pad: int) -> Sequences:
     is_padded = bool((lengths < longest).any())
     ids = torch.tensor([_padded(row.ids, longest, pad) for row in rows])
 
-    # Labels that are the tokens themselves are stored once.
+    # Labels equal to the tokens are stored once: half of the memory of a client's data.
     predicts_all = all(row.labels is row.ids and row.target is None for row in rows)
     if predicts_all and not is_padded:
         return Sequences.packed(ids)

@@ -84,7 +84,7 @@ class Sharder:
 
     @property
     def least(self) -> int:
-        """Number of sequences that a client needs: one to train on, and without a separate table one to hold out."""
+        """Smallest number of a client's sequences: one for training and, without a separate table, one held out."""
         return 1 if self.held_out else 2
 
     @property
@@ -198,6 +198,7 @@ def shards_by_owner(sharder: Sharder) -> tuple[list[Shard], list[str], list[Fitt
     by_owner = by_key(sharder.texts.rows)
     separate = sharder.fit_held_out()
 
+    # Texts are split before they are packed: a packed sequence would mix training text and held-out text.
     shards: list[Shard] = []
     lacking: list[str] = []
     fitted = [separate] if separate else []
@@ -237,7 +238,7 @@ def _held_out_of_owner(sharder: Sharder, held_out: list[Row], owner: str, number
     owner_column = sharder.reading.column or sharder.reading.data.owner
     if owner_column in sharder.held_out.columns:
         return [row for row in held_out if row.key == owner]
-    return _flat(by_source(held_out)[number::owners])
+    return _flat(by_source(held_out)[number::owners])  # every owner gets texts from the whole table
 
 
 def too_few_owners(sharder: Sharder, clients: int, owners: int, lacking: Sequence[str]) -> SettingError:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.durable import writing
+from fedsplit.errors import first_line
 from fedsplit.seeds import derive_seed
 from fedsplit.shutdown import cleaned_up
 from fedsplit.state.client_store import LostState
@@ -106,14 +107,17 @@ def read_shard(root: Path, client: int) -> Shard:
         client: Number of the client.
 
     Raises:
-        LostState: The client's disk has no data.
+        LostState: The client's disk has no data, or data that cannot be read.
     """
     path = shard_file(root, client)
     if not path.exists():
         raise LostState(f"{path}, the data of client {client}, is not there")
-    tensors, facts = map_tensors(path)
+    try:
+        tensors, facts = map_tensors(path)
+        description = json.loads(facts["shard"])  # name, shares and classes
+    except (OSError, ValueError, KeyError) as error:
+        raise LostState(f"{path}, the data of client {client}, cannot be read ({first_line(error)})") from error
     groups = unpack(tensors)
-    description = json.loads(facts["shard"])  # name, shares and classes
     train = _sequences(groups["train"])
     held_out = _sequences(groups["held_out"])
     return Shard(train=train, held_out=held_out, **description)

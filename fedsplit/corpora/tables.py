@@ -148,7 +148,10 @@ def check_packing(data: DataSettings) -> None:
     """Checks that the format allows packing.
 
     Raises:
-        SettingError: Classified texts are to be packed, but a sequence has one class and so can hold one text only.
+        SettingError: The settings ask to pack classified texts. A sequence has a single class, and so a single text.
+
+    Example:
+        >>> check_packing(DataSettings(format="text", packing="true"))
     """
     if data.format == "classification" and data.packing == "true":
         allowed = "auto | false under the format classification, where a text is a sequence"
@@ -260,14 +263,15 @@ def read_held_out(dataset: str, data: DataSettings) -> Table:
 
 
 def _read_local(dataset: str, path: Path, data: DataSettings) -> Table:
-    """Reads a file or a folder. For a folder, `datasets` finds out which file belongs to which split."""
+    """Reads a file or a folder. For a folder, `datasets` finds the files of each split."""
     is_text_file = path.is_file() and path.suffix == ".txt"
+    # `datasets` would make each line of a text file a text.
     if is_text_file or _is_folder_of_texts(path, data):
         files = {"train": [path] if is_text_file else _data_files(path)}
         columns = _of_split(files, data.split, lambda paths: _texts(path, paths))
         return Table(dataset, path.stem, columns)
 
-    if path.is_file() and path.suffix in READ_HERE:
+    if path.is_file() and path.suffix in READ_HERE:  # without `datasets`, whose import takes seconds
         return _table_of_rows(dataset, path.stem, {"train": [path]}, data)
 
     datasets = quiet_datasets()

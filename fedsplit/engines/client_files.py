@@ -44,8 +44,9 @@ if is_there:
 """Program that deletes a node's folder as soon as no process of the run is left there.
 
 The end of the standard input is the end of the process that has started the program, however the process ends. The
-program goes on in a child, since Ray kills the children of a process that it ends, but not theirs. A folder that was
-made again in the meantime belongs to other processes, which have programs of their own.
+program goes on in a child, since Ray kills the children of a process that it ends, but not theirs. A process that is
+ending may still have its lock, so that the program waits for the lock. A folder that was made again in the meantime
+belongs to other processes, which have programs of their own.
 """
 
 Stamp = tuple[int, int]

@@ -59,7 +59,7 @@ def load_client() -> Callable[[Message, Context, NodeDisk | None, Parcel], Playe
     return play
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Delivery:
     """A message on its way to a client, and the reply on its way back.
 
@@ -68,14 +68,16 @@ class _Delivery:
         context: Context of the node.
         shipping: Brings files to other nodes; None where all nodes see the clients' disks.
         home: Id of the node on which the clients' disks are.
-        arrived: Takes the message and the reply, or the error.
+        last: Id of the node that has played the client last; empty if none has.
+        arrived: Takes the message, the place and the reply, or the error.
     """
 
     message: Message
     context: Context
     shipping: Shipping | None
     home: str
-    arrived: Callable[[Message, Played | Exception], None]
+    last: str
+    arrived: Callable[[Message, Place, Played | Exception], None]
 
     @property
     def client(self) -> int:
@@ -84,6 +86,10 @@ class _Delivery:
 
     def _ships_to(self, place: Place) -> bool:
         return self.shipping is not None and place.node not in ("", self.home)
+
+    def suits(self, place: Place) -> bool:
+        """Returns whether the client's files are at the place already, or would have to travel in any case."""
+        return not self._ships_to(place) or self.last in ("", place.node)
 
     def arguments(self, place: Place) -> tuple[Message, Context, NodeDisk | None, Parcel]:
         """Returns the message with the files that the place lacks."""
@@ -101,7 +107,7 @@ class _Delivery:
                     result = error
             else:
                 self.shipping.forget(place)
-        self.arrived(self.message, result)
+        self.arrived(self.message, place, result)
 
 
 class PoolGrid(Grid):
@@ -125,6 +131,7 @@ class PoolGrid(Grid):
         self._clients = clients
         self._run = Run.create_empty(RUN_ID)
         self._states: dict[int, RecordDict] = {}  # by node; of those that keep anything
+        self._last: dict[int, str] = {}  # where each client was played last
         self._replies: dict[str, Message] = {}  # by the id of the message that they answer
         self._arrived = threading.Condition()
 
@@ -163,11 +170,13 @@ class PoolGrid(Grid):
         message.metadata.__dict__["_message_id"] = identifier
         facts = {"partition-id": node - 1, "num-partitions": self._clients}
         context = Context(RUN_ID, node, dict(facts), self._states.get(node, RecordDict()), run_config={})
-        self._pool.submit(_Delivery(message, context, self._shipping, self._home, self._take))
+        last = self._last.get(node, "")
+        self._pool.submit(_Delivery(message, context, self._shipping, self._home, last, self._take))
         return identifier
 
-    def _take(self, message: Message, result: Played | Exception) -> None:
+    def _take(self, message: Message, place: Place, result: Played | Exception) -> None:
         """Takes the result of a worker; called in a thread of the pool."""
+        self._last[message.metadata.dst_node_id] = place.node
         if isinstance(result, Exception):
             is_lost = isinstance(result, WorkerLost)
             code = ErrorCode.NODE_UNAVAILABLE if is_lost else ErrorCode.CLIENT_APP_RAISED_EXCEPTION

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -22,6 +23,10 @@ _LEAST_LIVES = 3
 
 _GROW_SECONDS = 2.0
 """Time between two looks at whether the cluster has room for more workers."""
+
+
+_CHOICE = 32
+"""Pieces of work at the head of the queue among which a worker chooses."""
 
 
 class WorkerLost(Exception):
@@ -47,6 +52,10 @@ class Place:
 
 class Work(Protocol):
     """A piece of work for any worker. The methods are called in a thread of the pool."""
+
+    def suits(self, place: Place) -> bool:
+        """Returns whether the work costs no more at this place than elsewhere, as where its files are there."""
+        ...
 
     def arguments(self, place: Place) -> tuple[Any, ...]:
         """Returns the arguments of the player, who is at this place."""
@@ -107,7 +116,7 @@ class _Worker(threading.Thread):
             if reason and self._failed_starts < _LEAST_LIVES:
                 self._replace()
                 continue
-            work = self._pool.take(lambda: self._actor is not None)
+            work = self._pool.take(self.place, lambda: self._actor is not None)
             if work is None:
                 continue
             with self._guard:
@@ -252,16 +261,29 @@ class WorkerPool:
         return len(self.places())
 
     def submit(self, work: Work) -> None:
-        """Takes a piece of work, which the next free worker does; work begins in the order of the calls."""
+        """Takes a piece of work, which the next free worker does.
+
+        Work begins in the order of the calls. A worker may prefer work that suits its place, among the next `_CHOICE`.
+        """
         with self._changed:
             self._waiting.append(work)
             self._changed.notify_all()
 
-    def take(self, is_ready: Callable[[], bool]) -> Work | None:
-        """Waits for a piece of work; returns None when the pool closes, or when the worker is ready no more."""
+    def take(self, place: Place | None, is_ready: Callable[[], bool]) -> Work | None:
+        """Waits for a piece of work; returns None when the pool closes, or when the worker is ready no more.
+
+        Args:
+            place: Place of the worker; None for one whose processes die as they start.
+            is_ready: Returns whether the worker still has an actor.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self.is_closed or not is_ready())
-            return self._waiting.popleft() if is_ready() and not self.is_closed else None
+            if self.is_closed or not is_ready():
+                return None
+            choice = itertools.islice(self._waiting, _CHOICE)
+            best = next((work for work in choice if place is not None and work.suits(place)), self._waiting[0])
+            self._waiting.remove(best)
+            return best
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:

@@ -106,7 +106,10 @@ class RoundTrained(Event):
     )
     tokens: int = reported("Tokens that the clients trained on")
     seconds: float = reported("Duration of the training, from the first message to the last reply", "seconds")
-    trunk: Mapping[str, Any] = reported("Counts of the trunk's work in the round, and its `resident_memory` in bytes")
+    trunk: Mapping[str, Any] = reported(
+        "Counts of the trunk's work in the round, its `resident_memory` in bytes, and the packets that came "
+        "`over_socket` in all, not through Ray's calls"
+    )
     elapsed: float = reported("Time since the command began, earlier commands of a resumed run included", "seconds")
 
 

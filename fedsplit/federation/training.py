@@ -304,7 +304,8 @@ def _weight(update: ClientUpdate, by: str) -> float:
 def event_of(parties: Parties, state: RunState, round: int, training: Training) -> RoundTrained:
     """Returns the event that reports a round's training."""
     router_losses = [update.router_loss for update in training.updates if update.router_loss is not None]
-    resident = parties.trunk.status().resident_memory
+    status = parties.trunk.status()
+    now = {"resident_memory": status.resident_memory, "over_socket": status.over_socket}
     return RoundTrained(
         round=round,
         loss=training.loss,
@@ -313,7 +314,7 @@ def event_of(parties: Parties, state: RunState, round: int, training: Training) 
         learning_rate=_learning_rate(parties, round, training),
         tokens=training.tokens,
         seconds=training.seconds,
-        trunk={**training.counts.document(), "resident_memory": resident},
+        trunk={**training.counts.document(), **now},
         elapsed=state.totals.seconds,
     )
 

@@ -253,5 +253,8 @@ def decode(
                 running[row] = running[row] and token not in stops
             if not any(running):
                 return
-            # An ended text gets a stop token, as padding.
-            ids = torch.tensor([[token if running[row] else stops[0]] for row, token in enumerate(tokens)])
+            next_tokens = list(tokens)
+            for row, is_running in enumerate(running):
+                if not is_running:
+                    next_tokens[row] = stops[0]  # padding; an ended text's cache is never read again
+            ids = torch.tensor(next_tokens)[:, None]

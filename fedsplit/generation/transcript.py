@@ -55,7 +55,7 @@ class Detokeniser:
 
     def _new_part(self, text: str) -> str:
         piece = text[self._returned :]
-        self._returned = max(self._returned, len(text))
+        self._returned = max(self._returned, len(text))  # a text may shrink when a broken character is completed
         return piece
 
 

@@ -25,6 +25,6 @@ class TokenAccuracy:
             logits: (B, T, V), or (B, C) for a classifier.
             labels: (B, T), -100 for positions without a prediction; or (B,) for a classifier.
         """
-        predicted = labels != -100
+        predicted = labels != -100  # prompts and padding have no label; a classifier's labels all count
         right = (logits.argmax(-1) == labels) & predicted
         return float(right.sum()), float(predicted.sum())

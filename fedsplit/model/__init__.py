@@ -1,1 +1,1 @@
-"""What a model is: found, cut, loaded by part, held in a type, on a device and in so many bits."""
+"""Models: finding, cutting and loading by part, in a type, on a device and in a number of bits."""

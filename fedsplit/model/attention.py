@@ -45,6 +45,6 @@ def use_tanh_gelu(config: PretrainedConfig) -> None:
 
 
 def use_float32_attention(config: PretrainedConfig, dtype: torch.dtype) -> None:
-    """Selects float32 attention for a 16-bit model that uses torch's attention. Other models are left unchanged."""
+    """Selects float32 attention for a 16-bit model with torch's attention. Further models stay unchanged."""
     if dtype != torch.float32 and config._attn_implementation == "sdpa":
         config._attn_implementation = _WIDE

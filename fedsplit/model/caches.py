@@ -83,7 +83,7 @@ class Past:
         """
         self._part = part
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
-        self._cache: PartCache | None = None
+        self._cache: PartCache | None = None  # made by the first call, which tells the number of sequences
 
     @property
     def length(self) -> int:

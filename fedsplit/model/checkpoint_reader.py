@@ -56,8 +56,10 @@ class CheckpointReader:
         self._files = find_tensors(path)
         self._parameters: dict[str, nn.Parameter] = {}
         ties: dict[str, str] = model.all_tied_weights_keys
-        self._partners = {**ties, **{source: target for target, source in ties.items()}}
-        self._could_be_tied = {*(getattr(model, "_tied_weights_keys", None) or ())} - ties.keys()
+        sources = {source: target for target, source in ties.items()}
+        self._partners = {**ties, **sources}  # a checkpoint may have either of two tied parameters
+        possible_ties = getattr(model, "_tied_weights_keys", None) or ()
+        self._could_be_tied = {*possible_ties} - ties.keys()
 
     def _known(self, pattern: str) -> str | None:
         """Returns the name of a piece in the files: the library's name, with or without the decoder's prefix.
@@ -225,8 +227,9 @@ class CheckpointReader:
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drops parameters from memory. Otherwise the reader keeps each parameter, for a second part with a tie."""
         dropped = {id(parameter) for parameter in parameters}
-        for key in [key for key, value in self._parameters.items() if id(value) in dropped]:
-            del self._parameters[key]
+        for key, value in list(self._parameters.items()):
+            if id(value) in dropped:
+                del self._parameters[key]
 
 
 def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:

@@ -62,8 +62,9 @@ def check_device(setting: str, name: str) -> None:
     device = resolve(name)
     if device.type != "cuda":
         return
-    exists = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    if not exists:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = device.index or 0
+    if number >= count:
         raise SettingError(setting, name, available_devices())
 
 
@@ -76,6 +77,7 @@ def check_devices(config: Config) -> None:
     check_device("device", config.device)
     if config.trunk.device:
         check_device("trunk.device", config.trunk.device)
+    # The budget is measured as resident memory, which does not grow with tensors on a GPU.
     if config.trunk.memory and resolve(config.device_of("trunk")) != CPU:
         words = "none where the trunk is on a GPU: it is a budget for the process's memory, not for the GPU's"
         raise SettingError("trunk.memory", config.trunk.memory, words)

@@ -301,7 +301,14 @@ def read_facts(path: Path) -> Facts:
     blocks, positions = numbers
     width = document.get(family.width_key)
     experts = _read_experts(family, document, blocks, path, allowed)
-    return Facts(family, blocks, positions, end_token(path), width if _is_whole(width) else 0, **experts)
+    return Facts(
+        family,
+        blocks,
+        positions,
+        end=end_token(path),
+        width=width if _is_whole(width) else 0,
+        **experts,
+    )
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:

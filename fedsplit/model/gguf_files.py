@@ -43,6 +43,7 @@ def _home(file: Path) -> Path:
     """Returns the cache folder of a file. A changed file, or a new version of transformers, gets a new folder."""
     import transformers
 
+    # By size and time, and not by content: a digest would read gigabytes at every start.
     facts = file.stat()
     identity = f"{file.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\0{transformers.__version__}"
     return cache_folder() / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"

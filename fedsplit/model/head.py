@@ -23,7 +23,7 @@ class WholeHead(nn.Linear):
         Args:
             base: The head of the base model, without a bias. The call does not change the head.
         """
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")  # no memory for a random start
         self.weight = nn.Parameter(base.weight.detach().to(torch.float32, copy=True))
         self._computing = base.weight.dtype
 

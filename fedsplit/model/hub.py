@@ -150,10 +150,12 @@ def fetch_weights(
         if (folder / WEIGHTS).exists():
             return
 
-    files = _shards(name, folder / INDEX, wanted) if (folder / INDEX).exists() else [WEIGHTS]
+    files = [WEIGHTS]
+    if (folder / INDEX).exists():
+        files = _shards(name, folder / INDEX, wanted)
     missing = [file for file in files if not (folder / file).exists()]
     if missing and missing != [WEIGHTS] and _has(name, folder.name, WEIGHTS):
-        missing = [WEIGHTS]
+        missing = [WEIGHTS]  # the single file that transformers prefers
     if missing:
         which = "" if missing == [WEIGHTS] else f": {', '.join(missing)}"
         tell(f"fetching the weights of {name}{which}")
@@ -170,7 +172,8 @@ def _shards(name: HubName, index: Path, wanted: Callable[[str], bool]) -> list[s
         SettingError: The index cannot be read.
     """
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        document = json.loads(index.read_text(encoding="utf-8"))
+        weight_map: dict[str, str] = document["weight_map"]
         return sorted({file for tensor, file in weight_map.items() if wanted(tensor)})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SettingError("model", f"{name} (its {INDEX} cannot be read)", ALLOWED) from None

@@ -68,7 +68,15 @@ def causal_loss(
     rows = places + places // max(length, 1)
     inputs = hidden.flatten(0, 1).index_select(0, rows)
     low_rows = None if low is None else low.flatten(0, 1).index_select(0, rows)
-    loss: Tensor = _Loss.apply(inputs, head, low_rows, up, targets[places], torch.is_grad_enabled(), cap)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
+        inputs,
+        head,
+        low_rows,
+        up,
+        targets[places],
+        torch.is_grad_enabled(),  # always False inside of the function
+        cap,
+    )
     return loss
 
 
@@ -173,7 +181,8 @@ class _Loss(torch.autograd.Function):
         count = len(rows)
         size = len(head)
         head = head.to(_factor_type(head))
-        products = _Products(rows, head, low, up, [graph and need for need in ctx.needs_input_grad[:4]])
+        wanted = [graph and need for need in ctx.needs_input_grad[:4]]
+        products = _Products(rows, head, low, up, wanted)
         nats = torch.zeros((), device=rows.device)
 
         # The rows are processed in equal runs of `step` rows, each with about `LOGITS` logits.

@@ -82,6 +82,7 @@ class Part(nn.Module):
         decoder = model.get_submodule(family.decoder)
         part_blocks = getattr(decoder, family.blocks)[blocks.start : blocks.stop]
         setattr(decoder, family.blocks, nn.ModuleList(part_blocks))
+        # The library's decoder loops over as many blocks as the configuration says, and picks a mask by block type.
         self.config.num_hidden_layers = len(blocks)
         if getattr(self.config, "layer_types", None):
             self.config.layer_types = self.config.layer_types[blocks.start : blocks.stop]
@@ -217,7 +218,9 @@ class Top(Part):
         """Computes class logits (B, C) from the output of the last block (B, T, D)."""
         with self._computing(states.device):
             logits = self.score(states)
-        last = states.shape[1] - 1 if mask is None else mask.long().sum(1) - 1
+        last: Tensor | int = states.shape[1] - 1
+        if mask is not None:
+            last = mask.long().sum(1) - 1  # padding is on the right
         return logits[torch.arange(len(states), device=states.device), last]
 
     def read(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -237,7 +240,8 @@ class Top(Part):
         """
         if self.classifies:
             return self.classify(states, mask).float(), labels
-        return self.predict(states)[:, :-1].float(), labels[:, 1:]
+        logits = self.predict(states)
+        return logits[:, :-1].float(), labels[:, 1:]  # each position predicts the next token
 
     def cross_entropy(self, states: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Computes the mean cross-entropy in nats, a scalar, from the output of the last block (B, T, D)."""

@@ -131,6 +131,7 @@ def listening(part: Routed) -> Iterator[list[Tensor]]:
 
     def hear(_module: nn.Module, _inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         logits = outputs[0]
+        # The router's second output has the probabilities of chosen experts only.
         heard.append(torch.softmax(logits, dim=-1))
 
     handles = [router.register_forward_hook(hear) for router in part.routers]

@@ -55,10 +55,12 @@ def _find(model: str) -> Path | HubName:
     if model in PACKAGED:
         return _packaged(model)
     local = Config(model=model).model_path
-    if os.path.isdir(local) or (model.endswith(GGUF) and os.path.isfile(local)):
+    is_gguf = model.endswith(GGUF)
+    if os.path.isdir(local) or (is_gguf and os.path.isfile(local)):
         return local
     name = hub.parse(model)
-    if name is None or model.endswith(GGUF) or os.path.exists(model):
+    # A name like a file's must not reach the Hub: a typing error would otherwise send a path to a server.
+    if name is None or is_gguf or os.path.exists(model):
         raise SettingError("model", model, ALLOWED)
     return name
 
@@ -125,7 +127,7 @@ def weights_folder(
 
 def _owner(config: Config, folder: Path, kinds: Sequence[str]) -> Callable[[str], bool]:
     """Returns a function of a tensor's name in the files. The function returns True for tensors of the given parts."""
-    if {*kinds} == {*PARTS}:
+    if {*kinds} == {*PARTS}:  # also for names that the family's record does not know
         return lambda name: True
     low, high = config.bounds
     blocks = read_facts(folder).family.blocks
@@ -169,7 +171,8 @@ def to_peft(model: str) -> tuple[str, str | None]:
         >>> to_peft("org/name@v1")
         ('org/name', 'v1')
     """
-    name = None if os.path.exists(model) or model.endswith(GGUF) else hub.parse(model)
+    is_local = os.path.exists(model) or model.endswith(GGUF)
+    name = None if is_local else hub.parse(model)
     return (name.repository, name.revision) if name else (model, None)
 
 

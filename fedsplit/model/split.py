@@ -1,4 +1,4 @@
-"""Loads the parts of a cut model that one party owns, and reads no other weights of the checkpoint."""
+"""Loads the parts of a party from the checkpoint of a model. Weights of further parts are not read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def _restore_scale(decoder: PreTrainedModel, embedding: nn.Module, device: torch
     module.
     """
     for name, buffer in list(embedding.named_buffers()):
-        setattr(embedding, name, nn.Buffer(torch.empty_like(buffer, device=device), persistent=False))
+        memory = torch.empty_like(buffer, device=device)
+        setattr(embedding, name, nn.Buffer(memory, persistent=False))
     decoder._init_weights(embedding)
 
 
@@ -86,8 +87,10 @@ def load_parts(
     checkpoint = CheckpointReader(path, empty_model(path, classes), dtype, device)
     parts = []
     for kind in kinds:
-        part = empty_part(path, bounds, kind, dtype, kernels == "fused", classes if kind == "top" else 0)
-        parts.append(_loaded(part, checkpoint, dtype, device, (bits or {}).get(kind, 0)))
+        classes_of_part = classes if kind == "top" else 0
+        part = empty_part(path, bounds, kind, dtype, kernels == "fused", classes_of_part)
+        part_bits = (bits or {}).get(kind, 0)
+        parts.append(_loaded(part, checkpoint, dtype, device, part_bits))
     return parts
 
 
@@ -134,9 +137,10 @@ def _fill(part: Part, checkpoint: CheckpointReader, dtype: torch.dtype, device: 
     for module_name, module in list(part.named_modules()):
         for name, old in list(module.named_parameters(recurse=False)):
             if module_name == SCORE:
-                setattr(module, name, nn.Parameter(torch.empty(old.shape, device=device)))
+                new = nn.Parameter(torch.empty(old.shape, device=device))
             else:
-                setattr(module, name, checkpoint.parameter(part.unsplit_name(f"{module_name}.{name}")))
+                new = checkpoint.parameter(part.unsplit_name(f"{module_name}.{name}"))
+            setattr(module, name, new)
         if bits and _is_projection(part, module_name, module):
             part.set_submodule(module_name, quantize(module, bits, dtype, device))
             checkpoint.forget(module.parameters())

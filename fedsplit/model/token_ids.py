@@ -37,7 +37,7 @@ def end_tokens(folder: Path) -> list[int]:
     """
     for name in _FILES:
         value = _read(folder / name).get(_END)
-        if value in (None, []):
+        if value in (None, []):  # null names no token; transformers then looks further
             continue
         ids: list[Any] = value if isinstance(value, list) else [value]
         if not all(map(_is_id, ids)):

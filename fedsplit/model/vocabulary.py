@@ -226,6 +226,7 @@ class TextTokenizer:
                 texts, add_special_tokens=special, return_attention_mask=False, verbose=False
             )["input_ids"]
             return ids
+        # A tokenizer.json may ask for padding or truncation, which transformers switches off for a plain call.
         backend = library.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()

@@ -102,7 +102,7 @@ def _weight_map(folder: Path) -> dict[str, Path]:
         _, facts = get_checkpoint_shard_files(str(folder), str(folder / INDEX))
         shards = facts["weight_map"]
         # An index comes from a stranger, and must not make a run read any file of this machine.
-        outside = sorted(shard for shard in shards.values() if Path(shard).is_absolute() or ".." in Path(shard).parts)
+        outside = sorted(shard for shard in shards.values() if _leaves_folder(Path(shard)))
         if not outside:
             return {tensor: folder / shard for tensor, shard in shards.items()}
     except KeyError as error:
@@ -110,6 +110,11 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     except (TypeError, AttributeError, ValueError):
         raise ValueError(f"its {INDEX} cannot be read") from None
     raise ValueError(f"its {INDEX} names {shortened(outside[0])}, which is not in the folder")
+
+
+def _leaves_folder(path: Path) -> bool:
+    """Returns True if a path in an index may name a file outside of the model's folder."""
+    return path.is_absolute() or ".." in path.parts
 
 
 def _names(file: Path) -> list[str]:

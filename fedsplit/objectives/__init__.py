@@ -1,1 +1,1 @@
-"""Objectives: what training minimises. One file an objective."""
+"""Objectives: losses for training. One file an objective."""

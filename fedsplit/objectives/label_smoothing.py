@@ -44,5 +44,6 @@ class LabelSmoothing:
             logits: (B, T, V), or (B, C) for a classifier.
             labels: (B, T), or (B,) for a classifier.
         """
+        rows = logits.flatten(0, -2)
         # torch leaves out labels of -100 by default.
-        return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=self.smoothing)
+        return functional.cross_entropy(rows, labels.flatten(), label_smoothing=self.smoothing)

@@ -1,1 +1,1 @@
-"""How weights change: optimisers, rates, clipping, when to stop."""
+"""Optimisation: optimisers, learning rates, clipping and gradient stages."""

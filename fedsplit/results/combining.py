@@ -60,7 +60,7 @@ def _check_combinable(adapter: Adapter, tensors: Adapters) -> None:
     """
     _check_headless(adapter, tensors)
     check_mergeable(adapter, tensors)
-    if not tensors.layers:
+    if not tensors.layers:  # `read_fitting` returns no layers for an adapter with further effects
         reason = f"it is no LoRA, whose factors add up, or more than that ({more_than_factors(adapter)})"
         raise InputError(f"{adapter.folder} cannot be combined: {reason}")
     if HEAD_WEIGHT in tensors.tensors:

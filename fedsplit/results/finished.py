@@ -110,10 +110,10 @@ class Run:
         return {part: self.path / f"{part}_lora" for part in PARTS}
 
     def check_shared(self) -> None:
-        """Checks that all clients share one adapter.
+        """Checks that all clients share a single adapter.
 
         Raises:
-            InputError: Clients have personal adapters, so that one client must be named.
+            InputError: Clients have personal adapters, and the user must name a client.
         """
         if self.personal:
             numbers = _listed(self.personal)

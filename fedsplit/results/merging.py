@@ -187,8 +187,8 @@ def _are_as_merged(folder: Path, weights: Mapping[str, str]) -> bool:
     try:
         are_unchanged = _digests(folder / name for name in weights) == weights
         # transformers may load a later file in place of the merged weights.
-        are_loaded = {file.name for file in find_tensors(folder).values()} == weights.keys()
-        return are_unchanged and are_loaded
+        loaded = {file.name for file in find_tensors(folder).values()}
+        return are_unchanged and loaded == weights.keys()
     except (OSError, ValueError):
         return False
 
@@ -238,7 +238,12 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     base.to(TYPES[dtype])
     _check_finite(base, dtype)
 
-    record = {"base": adapter.model, "base_type": base_type, "adapter": str(adapter.folder), "tied": was_tied}
+    record = {
+        "base": adapter.model,
+        "base_type": base_type,
+        "adapter": str(adapter.folder),
+        "tied": was_tied,
+    }
     if classes:
         record |= {"classes": classes, "named": _base_settings(adapter.model_path)}
 
@@ -256,7 +261,8 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes the record of a merged folder, with the sha256 of the weights."""
     document = {**record, "weights": _digests({*find_tensors(folder).values()})}
-    (folder / RECORD).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=2) + "\n"
+    (folder / RECORD).write_text(text, encoding="utf-8")
 
 
 def _check_finite(model: PreTrainedModel, dtype: str) -> None:

@@ -53,9 +53,9 @@ def open_base(
         >>> open_base(BUNDLED_MODEL, "fp32").config.model_type
         'gpt2'
     """
-    facts = read_facts(model_path)
+    pad = read_pad(model_path, read_facts(model_path).end)
     check_checkpoint(model_path, dtype, classes)
-    base = load_unsplit(model_path, TYPES[dtype], classes, read_pad(model_path, facts.end)).eval()
+    base = load_unsplit(model_path, TYPES[dtype], classes, pad).eval()
     if classes:
         restore_head(base, seed)
     return base.to(device)
@@ -112,7 +112,12 @@ def open_held(
     Raises:
         SettingError: As in `open_base`; or the model has fewer blocks than the run's cut, or cannot be quantised here.
     """
-    run = Config(cut=adapter.cut, quantization=adapter.quantization, dtype=adapter.dtype, device=str(device))
+    run = Config(
+        cut=adapter.cut,
+        quantization=adapter.quantization,
+        dtype=adapter.dtype,
+        device=str(device),
+    )
     if not run.bits:
         return open_base(adapter.model_path, adapter.dtype, device, classes, seed)
 
@@ -193,7 +198,9 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     """Returns True if two results differ by rounding alone."""
     largest = max(1.0, float(expected.abs().max()))
     tolerance = 1e-3 * largest  # relative to the largest logit: small logits are differences of large numbers
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=tolerance)
+    if found.shape != expected.shape:
+        return False
+    return torch.allclose(found, expected, rtol=0.0, atol=tolerance)
 
 
 def _unwrapped(module: nn.Module) -> Any:

@@ -1,1 +1,1 @@
-"""The trunk: the service behind all doors, its schedules, adapters, workers and memory."""
+"""The trunk: the service behind all doors, with schedules, adapters, workers and memory."""

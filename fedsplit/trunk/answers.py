@@ -51,7 +51,7 @@ class Answers:
             tensor = hidden[packet.key]
             role = Role("activation", "down", packet.key, packet.training, tensor.dtype)
             tensors = {"hidden": self.codec.encode(tensor, role)}
-            if packet.key in sums:
+            if packet.key in sums:  # exactly: the top's loss must equal the library's to the bit
                 tensors[SUMS] = EXACT.encode(sums[packet.key].packed())
             answer = Packet(packet.key, tensors, packet.training)
             self.count(crossed, packet, answer)

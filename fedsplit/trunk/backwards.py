@@ -180,8 +180,10 @@ class Backwards:
         """
         kind = next(iter(sent.values())).by_output.dtype
         for key, hidden in batch.inputs.items():
-            gradient = sent.get(key, _Gradient(torch.zeros_like(hidden, dtype=kind)))
-            if len(batch.inputs) == 1 or not self._is_usable_alone(batch, key, gradient):
+            no_gradient = _Gradient(torch.zeros_like(hidden, dtype=kind))
+            gradient = sent.get(key, no_gradient)
+            is_single = len(batch.inputs) == 1  # then the step is known to be the spoiler
+            if is_single or not self._is_usable_alone(batch, key, gradient):
                 batch.spoilt.add(key)
         for key in batch.spoilt:
             hidden = batch.inputs[key]
@@ -227,7 +229,13 @@ class Backwards:
         learns = any(packet.learns for packet in packets)
         try:
             if of_adapter and learns:
-                unclipped = state.adapters.learn(batch.adapter, batch.snapshot, batch.spent, packets, of_adapter)
+                unclipped = state.adapters.learn(
+                    batch.adapter,
+                    batch.snapshot,
+                    spent=batch.spent,
+                    packets=packets,
+                    gradients=of_adapter,
+                )
         except Unusable as error:
             unmade = {packet.key: UnboundedStep(f"{packet.key}: {error}") for packet in packets}
             raise refusal(unmade, len(packets)) from None

@@ -117,17 +117,22 @@ class Blocks:
             Overflow: float16 cannot hold the gradients.
         """
         learned = {name: tensor for name, tensor in batch.snapshot.items() if tensor.requires_grad}
-        wanted = {key: batch.inputs[key] for key in sent if batch.inputs[key].requires_grad}
+        inputs = {key: batch.inputs[key] for key in sent}
+        wanted = {key: hidden for key, hidden in inputs.items() if hidden.requires_grad}
         sums = {key: output.sums[key].probabilities for key in by_sums}
         routed = [key for key, probabilities in sums.items() if probabilities.requires_grad]
 
-        outputs = [output.hidden, *(sums[key] for key in routed)]
-        starts = [batch.spread(sent, output.hidden), *(by_sums[key] for key in routed)]
+        outputs = [output.hidden]
+        starts = [batch.spread(sent, output.hidden)]
+        for key in routed:
+            outputs.append(sums[key])
+            starts.append(by_sums[key])
         leaves = [*learned.values(), *wanted.values()]
         gradients = _gradients(outputs, leaves, starts)
 
-        of_adapter = dict(zip(learned, gradients, strict=False))
-        of_inputs = dict(zip(wanted, gradients[len(learned) :], strict=True))
+        count = len(learned)
+        of_adapter = dict(zip(learned, gradients[:count], strict=True))
+        of_inputs = dict(zip(wanted, gradients[count:], strict=True))
         return of_adapter, of_inputs
 
     def inference(self, snapshot: AdapterSnapshot) -> Trunk:
@@ -149,9 +154,13 @@ class Blocks:
             Bytes in the graph of the step, and the largest growth of resident memory during the computation.
         """
         key = StepKey(0, 0, 0)
-        shape = sequences, length, self.part.config.hidden_size
-        hidden = torch.zeros(shape, dtype=self.part.dtype, device=self.device, requires_grad=True)
-        batch = PendingBatch({key: hidden}, {}, adapter, adapter.snapshot, 0)
+        hidden = torch.zeros(
+            (sequences, length, self.part.config.hidden_size),
+            dtype=self.part.dtype,
+            device=self.device,
+            requires_grad=True,
+        )
+        batch = PendingBatch({key: hidden}, {}, adapter, adapter.snapshot, seed=0)
         weights = (*self.part.parameters(), *batch.snapshot.values())
         there_anyway = {tensor.untyped_storage().data_ptr() for tensor in weights}
         saved: dict[int, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -35,6 +36,12 @@ _OBJECT_STORE = 512 * 2**20
 _CONNECT_SECONDS = 5.0
 """Time that a cluster has to take a connection."""
 
+_PREFIX = "fs-"
+"""Beginning of the names of folders for Ray's sessions."""
+
+_LOCK = "lock"
+"""File in such a folder that is locked for as long as the command runs."""
+
 _LONGEST_PATH = 107
 """Longest path of a socket in bytes, on Linux."""
 
@@ -65,6 +72,8 @@ def _places() -> Iterator[Path]:
 def _session_folder() -> Iterator[Path]:
     """Makes a folder for Ray's session. No further user may enter, since Ray makes the contents writable for all.
 
+    Folders of commands that were killed are removed first.
+
     Raises:
         ClusterFailed: No folder for temporary files is usable.
     """
@@ -72,9 +81,25 @@ def _session_folder() -> Iterator[Path]:
     if place is None:
         words = f"TMPDIR is {os.environ.get('TMPDIR', 'not set')}, and neither it nor /tmp can be used"
         raise ClusterFailed(f"Ray needs a writable folder with a path of at most {_LONGEST_PLACE} letters: {words}")
-    folder = Path(tempfile.mkdtemp(prefix="fs-", dir=place))
-    with cleaned_up(lambda: shutil.rmtree(folder, ignore_errors=True)):
+    for left in place.glob(f"{_PREFIX}*"):
+        if _is_abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    with cleaned_up(lambda: shutil.rmtree(folder, ignore_errors=True)), open(folder / "draft", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees the lock however this process ends
+        os.rename(folder / "draft", folder / _LOCK)  # under its name the file is locked from the beginning
         yield folder
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Returns True for a folder of a command of this user that has ended without removing the folder."""
+    with contextlib.suppress(OSError):
+        is_own = folder.lstat().st_uid == os.geteuid() and not folder.is_symlink()
+        if is_own:
+            with open(folder / _LOCK, "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 def _job() -> JobConfig:
@@ -249,12 +274,12 @@ def _start(workers: float, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_lost_workers() -> Iterator[None]:
-    """Keeps Ray from showing long lines about processes that died: the run says in its own words what was lost.
+    """Keeps Ray from showing long lines about dead processes. The run reports a loss in a line of the run's log.
 
-    Everything else that Ray has to say is still shown, such as that memory is short.
+    Further lines of Ray's are still shown, such as warnings of short memory.
     """
     show = getattr(worker, "print_to_stdstream", None)
-    if show is None:  # another version of Ray, which may show these lines
+    if show is None:  # a version of Ray without the function; the long lines are shown
         yield
         return
 

@@ -299,7 +299,7 @@ class Dispatcher:
         return [steps] if self._schedule.sums else []
 
     def _gradients_by_batch(self, steps: Sequence[_Request]) -> list[list[_Request]]:
-        """Groups gradients by the batch that their forwards were computed in."""
+        """Groups gradients by the batch of the forwards."""
         groups: dict[object, dict[StepKey, _Request]] = {}
         for request in steps:
             if request.is_backward and not request.packet.clips:
@@ -387,7 +387,8 @@ class Dispatcher:
         """Begins to serve requests; without workers, serves them to the end."""
         packets = [request.packet for request in chosen]
         if chosen[0].is_admission:
-            self._settle(chosen, outcome(lambda: [self.server.ask(packets[0])]))
+            answers = outcome(lambda: [self.server.ask(packets[0])])
+            self._settle(chosen, answers)
             return
         begin = self.server.begin_backward if chosen[0].is_backward else self.server.begin_forward
         work = outcome(lambda: begin(packets))

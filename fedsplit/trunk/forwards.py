@@ -71,7 +71,7 @@ class Forwards:
             return Packet(packet.key)
 
         state.steps.check_order(packet.key)
-        state.steps.moves_on(packet.key)
+        state.steps.moves_on(packet.key)  # frees answers, so that the step may fit
         tokens = math.prod(packet.shape[:-1])
         nbytes = math.prod(packet.shape) * part.dtype.itemsize
         if state.admission.reserve(packet.key, tokens, nbytes):
@@ -104,6 +104,7 @@ class Forwards:
         if pending is not None:
             return self._repeat(first, pending)
 
+        # Redeemed before any check: the memory of refused hidden states is free again, too.
         state.admission.redeem(packet.key for packet in packets)
         arrived = each(packets, lambda packet: self._arrive(packet, keeps))
         inputs = [arrival.hidden for arrival in arrived.values()]

@@ -73,10 +73,11 @@ class Intake:
         is_empty = not math.prod(shape)
         if len(shape) != 3 or shape[2] != width or is_empty:
             raise SpoiledStep(f"{key} sent hidden states of shape {tuple(shape)}, not (B, T, {width})")
-        if shape[1] > longest:
-            raise SpoiledStep(f"{key} sent {shape[1]} positions, beyond the model's {longest}")
-        if rows is not None and shape[0] > rows:
-            raise SpoiledStep(f"{key} sent {shape[0]} sequences, more than the {rows} of a batch")
+        sequences, positions, _ = shape
+        if positions > longest:
+            raise SpoiledStep(f"{key} sent {positions} positions, beyond the model's {longest}")
+        if rows is not None and sequences > rows:
+            raise SpoiledStep(f"{key} sent {sequences} sequences, more than the {rows} of a batch")
 
     def hidden(self, packet: Packet, rows: int | None = None) -> Tensor:
         """Returns the hidden states (B, T, D) of a packet, in the part's type or in float32.

@@ -60,7 +60,12 @@ class LocalTrunk(TrunkPort):
         self._news = threading.Condition()
         self._sent = 0
         self.service: TrunkService = load_service(
-            config, run, incarnation, stage=stage, observers=observers, clock=self._clock or time.monotonic
+            config,
+            run,
+            incarnation,
+            stage=stage,
+            observers=observers,
+            clock=self._clock or time.monotonic,
         )
         self.server = self.service.server
 
@@ -72,7 +77,7 @@ class LocalTrunk(TrunkPort):
         self._tell()
 
         def wait() -> Packet:
-            while not answers:
+            while not answers:  # the work may be a different client's, or only a part of this packet's
                 self._work_for(packet, answers)
             answer = answers[0]
             if isinstance(answer, Exception):

@@ -81,7 +81,7 @@ class Budget:
         self._working = max(self._working, working / tokens)
 
     def freed(self) -> None:
-        """Records that memory was freed, so that pages may be returned to the system."""
+        """Records that memory was freed. A later shortage may return the free pages to the system."""
         self._freed = True
 
     def least(self, tokens: int, kept: int) -> int:

@@ -112,7 +112,7 @@ class PendingBatch:
             sent: Gradients (B, T, D) by step.
             output: Joined output (N, T, D).
         """
-        if len(self.inputs) == 1:
+        if len(self.inputs) == 1:  # the client's gradient, in the client's type and without a copy
             return next(iter(sent.values()))
         # The widest of the clients' types, so that no client's gradient is rounded to the type of a second client's.
         kinds = [gradient.dtype for gradient in sent.values()]

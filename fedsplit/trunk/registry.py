@@ -151,7 +151,13 @@ class AdapterRegistry:
         self._device = device
         self._budget = budget
         self._make_stage = stage
-        self.shared = TrainableAdapter(start.tensors, settings, schedule.learns, device=device, budget=budget)
+        self.shared = TrainableAdapter(
+            start.tensors,
+            settings,
+            learns=schedule.learns,
+            device=device,
+            budget=budget,
+        )
         self._copies: dict[int, TrainableAdapter] = {}
         self._sums: dict[int, _GradientSum] = {}
         self._unclipped: dict[int, _GradientSum] = {}
@@ -195,12 +201,12 @@ class AdapterRegistry:
         return TrainableAdapter(
             start.tensors,
             self._settings,
-            self._schedule.learns,
-            start.task,
-            start.own,
-            self._device,
-            self._budget,
-            stage=None if self._make_stage is None else self._make_stage(),
+            learns=self._schedule.learns,
+            task=start.task,
+            own=start.own,
+            device=self._device,
+            budget=self._budget,
+            stage=None if self._make_stage is None else self._make_stage(),  # a stage serves one client and one round
             kept=start.kept,
         )
 
@@ -259,7 +265,7 @@ class AdapterRegistry:
         gradients: Mapping[str, Tensor],
     ) -> None:
         """Makes one step with the mean gradient of several clients."""
-        if spent:
+        if spent:  # the step with the batch's mean gradient has been made without these clients
             self._counts.late += 1
             return
         mean = {name: gradient / len(packets) for name, gradient in gradients.items()}
@@ -322,7 +328,13 @@ class AdapterRegistry:
         elif len(whole.snapshots) > 1:  # a barrier was passed between two parts of the step
             self._counts.late += 1
         else:
-            self._add_to_window(unclipped.adapter, unclipped.key, unclipped.rate, whole.snapshots[0], scaled)
+            self._add_to_window(
+                unclipped.adapter,
+                unclipped.key,
+                rate=unclipped.rate,
+                snapshot=whole.snapshots[0],
+                gradients=scaled,
+            )
 
     def _step(self, adapter: TrainableAdapter, gradients: Mapping[str, Tensor], rate: float, round: int) -> None:
         adapter.step(gradients, rate, round)
@@ -367,8 +379,9 @@ class AdapterRegistry:
     def end_round(self, finished: Sequence[int]) -> None:
         """Keeps the copies and the optimiser states of the clients in `finished`, and drops all further copies."""
         if self._schedule.sums:
-            self.close_window(finished)
-        self._copies = {client: copy for client, copy in self._copies.items() if client in finished}
+            self.close_window(finished)  # gradients of a client that dropped out do not count
+        for client in self._copies.keys() - set(finished):
+            del self._copies[client]
         self._unclipped.clear()
         if self._settings.optimizer_state == "keep":
             for client, copy in self._copies.items():
@@ -396,7 +409,7 @@ class AdapterRegistry:
             start: State of the copy at the beginning.
         """
         copy = self._new(start)
-        if start.afresh:
+        if start.afresh:  # moments are averages over gradients of the former factors
             self._moments.pop(client, None)
         copy.restore(self._moments.get(client, {}))
         self._copies[client] = copy

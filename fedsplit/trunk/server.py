@@ -94,11 +94,19 @@ class TrunkServer:
         self.part = part
         self._committed: dict[str, Tensor] = {}  # former base weights of layers that changed since the last commit
         self._codec_states: dict[int, dict[str, Tensor]] = {}  # after each client's last round that counted
+        # The objects below are shared: everything that a step changes is in `TrunkState`, once.
         self.traffic = Traffic()
         self.counts = RoundCounts()
         self.answers = Answers(codec, self.traffic)
         self.intake = Intake(part, codec, blocks.device)
-        self.steps: Steps[PendingBatch | UnclippedGradient] = Steps(run, incarnation, lease, clock, clients, rounds)
+        self.steps: Steps[PendingBatch | UnclippedGradient] = Steps(
+            run,
+            incarnation,
+            lease=lease,
+            clock=clock,
+            clients=clients,
+            rounds=rounds,
+        )
         self.adapters = AdapterRegistry(
             lora.read(part),
             SCHEDULES[schedule],
@@ -133,7 +141,7 @@ class TrunkServer:
         return self.backward_together([packet])[0]
 
     def forward_together(self, packets: Sequence[Packet]) -> list[Packet]:
-        """Computes the steps of several clients as one forward, and returns their answers."""
+        """Computes the steps of several clients as one forward, and returns the answers."""
         return self.begin_forward(packets).done()
 
     def backward_together(self, packets: Sequence[Packet]) -> list[Packet]:
@@ -169,7 +177,7 @@ class TrunkServer:
 
     def leave(self, client: int) -> None:
         """Frees all state of a client that has left the round, or is dead."""
-        self.counts.abandoned += self.steps.leave(client)
+        self.counts.abandoned += self.steps.leave(client)  # the graphs of pending steps are freed with the steps
         self._state.admission.leave(client)
         self._state.budget.freed()
         self.adapters.leave(client)
@@ -200,7 +208,7 @@ class TrunkServer:
     def _settle_codec(self, finished: Sequence[int]) -> None:
         """Keeps the codec's state of clients in `finished`, and restores the earlier state of all further clients."""
         live = self.answers.codec.state()
-        if not (live or self._codec_states):
+        if not (live or self._codec_states):  # a codec without state
             return
         for client in finished:
             if client in live:
@@ -288,6 +296,7 @@ class TrunkServer:
         """
         budget = self._state.budget
         tokens = sequences * length
+        # With the shared adapter: copies have the same shapes, except for smaller ranks.
         graph, working = self._state.blocks.weigh(sequences, length, self.adapters.shared)
         budget.learn(tokens, graph, working)
         nbytes = tokens * self.part.config.hidden_size * self.part.dtype.itemsize

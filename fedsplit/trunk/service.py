@@ -158,7 +158,7 @@ class TrunkService:
             self.take_requests()
 
     def work_now(self) -> bool:
-        """Does the next piece of work that needs no waiting. Returns False if there was no such work."""
+        """Does the next piece of work that is ready. Returns False if nothing is ready."""
         self.take_requests()
         return self._advance()
 
@@ -186,6 +186,7 @@ class TrunkService:
         """Does the next piece of work that is ready. Returns False if nothing was ready."""
         if not self._dispatcher.is_computing:
             self._sessions.expire()
+            # A new list first: a call may hold back further calls.
             held = self._held
             self._held = []
             for call in held:
@@ -200,6 +201,7 @@ class TrunkService:
         """Shows a packet to the observers, and passes the packet to the dispatcher or to a session."""
         if self._observers:
             done = self._observed(packet, done)
+            # An observer is the user's code. Its error must not end the thread that serves all clients.
             refusal = outcome(lambda: self._show_before(packet))
             if isinstance(refusal, Exception):
                 done(refusal)

@@ -55,6 +55,6 @@ class TrunkState:
             RefusedStep: The step does not wait for a gradient.
         """
         held = self.steps.held(key)
-        if isinstance(held, UnclippedGradient):
+        if isinstance(held, UnclippedGradient):  # pending under `clipping_key`, a key without a forward
             raise UnknownStep(f"no forward is pending for {key}")
         return held

@@ -95,6 +95,7 @@ class RoundCounts:
     def take(self) -> RoundCounts:
         """Returns the counts, and resets them for the next round."""
         finished = dataclasses.replace(self)
+        # In place, since forwards, backwards and the registry hold this object.
         for event in dataclasses.fields(self):
             setattr(self, event.name, 0)
         return finished
@@ -117,7 +118,7 @@ class TrunkStatus:
         sessions: Open decoding sessions.
         parameters: Number of parameters, "total" and "trainable".
         least_memory: Smallest sufficient `--trunk.memory` in bytes; 0 without a budget.
-        over_socket: Packets that came over the local socket.
+        over_socket: Packets that came over a socket, local or TCP.
     """
 
     incarnation: str

@@ -24,9 +24,14 @@ class Work:
     """A forward or backward that has begun.
 
     Attributes:
-        compute: Function for the long part, which must not change shared state: one forward and one backward may be
+        compute: Function for the long part. Must not change shared state, since a forward and a backward may be
             computed at the same time.
         finish: Function that turns the result of `compute` into answers. Must run on the thread that began the work.
+
+    Example:
+        >>> work = Work(compute=lambda: 6 * 7, finish=lambda result: [f"answer {result}"])
+        >>> work.done()
+        ['answer 42']
     """
 
     compute: Callable[[], Any]
@@ -102,7 +107,12 @@ class WorkerThreads:
         for name in names:
             self._queues[name] = queue.SimpleQueue()
             work = functools.partial(self._compute_next, name)
-            thread = threading.Thread(target=run_until_defect, args=(work, threads), name=name, daemon=True)
+            thread = threading.Thread(
+                target=run_until_defect,
+                args=(work, threads),
+                name=name,
+                daemon=True,  # a computation must not keep an ending process alive
+            )
             thread.start()
 
     def _compute_next(self, name: str) -> None:

@@ -1,1 +1,1 @@
-"""What crosses between client and trunk, and how many bytes that is."""
+"""The wire between client and trunk: packets, codecs, transports, and counts of bytes."""

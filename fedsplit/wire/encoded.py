@@ -109,7 +109,7 @@ def check_encoded(name: str, encoded: object) -> None:
     for fact, value in encoded.header.items():
         if not is_fact(value):
             raise MalformedPacket(f"{name} of a packet has {shown(value)} as {shown(fact)} in its header")
-    if not encoded.dtype:
+    if not encoded.dtype:  # every codec needs the type, and the check of the type is the codec's
         raise MalformedPacket(f"{name} of a packet does not say what type it has")
 
 

@@ -93,6 +93,7 @@ def send(
     header: dict[str, Any]
     arrays: list[np.ndarray] = []
     if isinstance(message, Exception):
+        # The name and the words only: an exception object would have to be pickled.
         header = {"error": type(message).__name__, "words": str(message)[:_LONGEST_WORDS]}
     else:
         header = header_of(message)

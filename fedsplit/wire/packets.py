@@ -147,7 +147,7 @@ def check_form(packet: Packet) -> None:
         Traceback (most recent call last):
         fedsplit.wire.encoded.MalformedPacket: step of a packet is a int, not a whole number from 0
     """
-    if type(packet) is not Packet or type(packet.key) is not StepKey:
+    if type(packet) is not Packet or type(packet.key) is not StepKey:  # Ray delivers any object
         raise MalformedPacket("what came is no packet with the key of a step")
     for record, checks in ((packet.key, _KEY_CHECKS), (packet, _PACKET_CHECKS)):
         for name, kind, fits in checks:

@@ -243,7 +243,8 @@ class PacketServer:
             connection.close()
             return
         try:
-            threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
+            attending = threading.Thread(target=self._attend, args=(connection,), daemon=True)
+            attending.start()
         except RuntimeError:
             self._strangers.release()
             connection.close()

@@ -184,6 +184,7 @@ class Steps(Generic[T]):
         self.check_order(key)
         client = self._clients[key.client]
         if key.place > client.place:
+            # A new record drops pending steps and answers of the last batch: the client has gone on without them.
             self._clients[key.client] = client = _Client(place=key.place)
         client.pending[key] = (held, self._clock() + self._lease)
         client.expired.discard(key)
@@ -240,7 +241,7 @@ class Steps(Generic[T]):
             late = [key for key, (_, until) in client.pending.items() if until <= now]
             for key in late:
                 del client.pending[key]
-            client.expired.update(late)
+            client.expired.update(late)  # for the message to a client that comes after all
             count += len(late)
         return count
 

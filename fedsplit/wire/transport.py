@@ -77,7 +77,7 @@ class FallbackTransport:
         def wait() -> Packet:
             try:
                 return answer()
-            except Unanswered:
+            except Unanswered:  # the trunk may have served the packet: a repetition gets the same answer
                 return self._second.send(packet)()
 
         return wait

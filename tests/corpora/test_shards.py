@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch, on_disks, read_shard, remove_left, spread, write_shard
@@ -55,6 +56,17 @@ def test_a_client_reads_its_own_and_the_text_does_not_outlive_the_run(tmp_path: 
             raise KeyError
         assert [path.name for path in tmp_path.rglob("*.safetensors")] == []
         assert root.exists() is others
+
+
+def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write_shard(tmp_path, 3, Shard("ann", Sequences.packed(IDS), Sequences.packed(IDS)))
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(LostState, match=r"0003.safetensors, the data of client 3, cannot be read \(Error while des"):
+        read_shard(tmp_path, 3)
+    save_file({"ids": IDS}, path)
+    with pytest.raises(LostState, match=r"0003.safetensors, the data of client 3, cannot be read \('shard'\)"):
+        read_shard(tmp_path, 3)
 
 
 @given(n=st.integers(1, 12), size=st.integers(1, 5), seed=st.integers(0, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from fedsplit.engines.client_files import Shipping
 from fedsplit.engines.pool_grid import Played, PoolGrid
 from fedsplit.engines.worker_pool import NoWorkers, Place, Work, WorkerLost
 from fedsplit.federation import records
@@ -139,3 +141,19 @@ def test_the_facts_of_the_run_are_those_that_were_set() -> None:
     assert grid.run.run_id == 7
     made = grid.create_message(RecordDict(), MessageType.QUERY, 3, "group")
     assert (made.metadata.dst_node_id, made.metadata.group_id) == (3, "group")
+
+
+def test_a_client_prefers_the_node_that_has_its_files(tmp_path: Path) -> None:
+    """A node that would need them sent again waits for a moment, as other work may suit it."""
+    pool = Pool(says_its_partition, holds=True)
+    grid: Any = PoolGrid(pool, 3, Shipping(tmp_path), home="here")  # type: ignore[arg-type]
+    there, elsewhere = Place("there", 2), Place("elsewhere", 3)
+    grid.push_messages([to(2)])
+    (work,) = pool.held
+    assert work.suits(there) and work.suits(elsewhere)
+    pool.held.clear()
+    message, context, *_ = work.arguments(there)
+    work.done(there, Played(*says_its_partition(message, context)))
+    grid.push_messages([to(2)])
+    (again,) = pool.held
+    assert again.suits(there) and again.suits(HERE) and not again.suits(elsewhere)

@@ -49,6 +49,9 @@ class Task:
         self._arrived = arrived
         self.places: list[Place] = []
 
+    def suits(self, place: Place) -> bool:
+        return self._word != "unsuitable"
+
     def arguments(self, place: Place) -> tuple[Any, ...]:
         if self._word == "refuse":
             raise OSError("the disk cannot be read")
@@ -151,6 +154,12 @@ def test_work_is_told_where_it_is_done(pool: Any) -> None:
     assert task.places == [Place(ray.get_runtime_context().get_node_id(), pid)] * 2 == made.places() * 2
 
 
+def test_work_that_suits_the_place_is_preferred_and_the_other_is_done_too(pool: Any) -> None:
+    made = pool(obedient, 1)
+    list(results(made, "pid"))
+    assert list(results(made, "rest", "unsuitable", 1, 2))[1:] == [1, 2, "unsuitable"]
+
+
 def test_arguments_that_cannot_be_made_are_an_error_of_the_work_alone(pool: Any) -> None:
     made = pool(obedient, 1)
     (error,) = results(made, "refuse")
@@ -171,3 +180,20 @@ def test_workers_that_find_no_room_hold_up_nobody_and_join_later(pool: Any, monk
         assert made.wait_for_places(2, 0.1) == 1
     finally:
         made.close()
+
+
+def test_workers_give_up_their_room_and_come_back(pool: Any) -> None:
+    made = pool(obedient)
+    before = set(results(made, *["rest"] * 8))
+    with made.away():
+        assert made.places() == []
+        until = time.monotonic() + 60
+        while ray.available_resources()["CPU"] < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        later = results(made, "later")
+        time.sleep(1)
+        assert made.places() == []
+        assert ray.available_resources()["CPU"] == 2
+    assert list(later) == ["later"]
+    after = set(results(made, *["rest"] * 8))
+    assert len(after) == 2 and not before & after

@@ -133,5 +133,5 @@ def test_the_event_names_clients_and_counts(tmp_path: Path, monkeypatch: pytest.
         "router_aux_loss": 0.5,
         "tokens": 303,
     }
-    assert event["trunk"] == {"steps": 4, "resident_memory": 5}
+    assert event["trunk"] == {"steps": 4, "resident_memory": 5, "over_socket": 0}
     assert event["seconds"] > 0

@@ -51,6 +51,22 @@ def test_the_session_lies_where_the_user_says_if_sockets_fit(monkeypatch: pytest
         assert not folder.exists()
 
 
+def test_folders_of_commands_that_were_killed_are_removed_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as short:
+        monkeypatch.setenv("TMPDIR", short)
+        killed, foreign, linked = (Path(short, f"fs-{name}") for name in ("killed", "foreign", "linked"))
+        for folder in (killed, foreign):
+            folder.mkdir()
+        (killed / cluster._LOCK).touch()
+        (killed / "ray").mkdir()
+        linked.symlink_to(foreign)
+        with cluster._session_folder() as one, cluster._session_folder() as another:
+            assert one.exists() and another.exists()
+            assert not killed.exists()
+            assert foreign.exists() and linked.exists()
+        assert not one.exists() and not another.exists()
+
+
 def test_a_long_path_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     long = tmp_path / ("x" * 60)
     long.mkdir()

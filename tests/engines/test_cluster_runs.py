@@ -179,6 +179,7 @@ def test_a_node_that_is_lost_changes_no_byte(victim: str, raylets: Raylets, alon
     assert adapters(run.adapters) == alone("fedsa")[1]
     assert ("round 2/2 is played again" if victim == TRUNK else "begins again: The actor") in run.shown
     assert "client-rounds failed" not in run.shown
+    assert "(raylet)" not in run.shown, "lines of Ray between the lines of the run"
 
 
 def test_a_node_that_joins_plays_clients(raylets: Raylets, tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_a_node_that_joins_plays_clients(raylets: Raylets, tmp_path: Path) -> No
     ],
 )
 def test_a_request_that_cannot_be_met_is_told(argv: list[str], words: str, raylets: Raylets, tmp_path: Path) -> None:
-    with joining(tmp_path, raylets, *argv, "--ray.wait", "2") as run:
+    with joining(tmp_path, raylets, *argv, "--ray.wait", "1") as run:
         code, errors = run.end()
     assert (code, errors.strip().count("\n")) == (2, 0), errors
     assert errors.strip().startswith(words)

@@ -11,6 +11,7 @@ checkpoint, events. The first round of a run, in which processes load model and 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -31,6 +32,10 @@ PLANS = [(STEPS, SEQUENCES), (1, SEQUENCES), (STEPS, SEQUENCES // 8)]
 
 Fewer than the default run's, not more: noise is a share of the computation, so a line is told best near its beginning.
 """
+
+
+ENGINES = ("ray", "flower")
+"""Engines that are measured in turns."""
 
 
 def measure(steps: int, sequences: int, rounds: int, extra: Sequence[str]) -> list[dict[str, float]]:
@@ -80,12 +85,14 @@ def main() -> None:
     args, extra = parser.parse_known_args()
     records = []
     for repeat in range(args.repeats):
-        for steps, sequences in PLANS:
-            for found in measure(steps, sequences, args.rounds, extra):
-                records.append({"repeat": repeat, "steps": steps, "sequences": sequences, **found})
+        for (steps, sequences), engine in itertools.product(PLANS, ENGINES):
+            for found in measure(steps, sequences, args.rounds, ["--engine", engine, *extra]):
+                facts = {"repeat": repeat, "engine": engine, "steps": steps, "sequences": sequences}
+                records.append({**facts, **found})
             result = {"machine": machine(), "extra": extra, "records": records}
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(overhead(records), indent=1))
+    for engine in ENGINES:
+        print(engine, json.dumps(overhead([record for record in records if record["engine"] == engine]), indent=1))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.speed.overhead import overhead
+from experiments.speed.overhead import ENGINES, overhead
 
 HERE = Path(__file__).parent
 ROLES = {"worker": "process", "client": "client", "trunk": "trunk", "command": "server"}
@@ -133,18 +133,23 @@ def remote_text(result: Mapping[str, Any]) -> str:
 
 def overhead_text(result: Mapping[str, Any]) -> str:
     """The table of `overhead.py`."""
-    found = overhead(result["records"])
-    rows = [
-        [name, number(1000 * found[what]), f"{found[what] / found['round']:.1%}"]
-        for name, what in {
-            "a round": "round",
-            "training, with no step": "train",
-            "evaluation, with no sequence": "evaluate",
-            "between them": "between",
-        }.items()
-    ]
-    rows.append(["not computation, in all", number(1000 * found["share"] * found["round"]), f"{found['share']:.1%}"])
-    return "\n".join([conditions(result["machine"]), "", *table(["", "ms", ""], rows), ""])
+    names = {
+        "a round": "round",
+        "training, with no step": "train",
+        "evaluation, with no sequence": "evaluate",
+        "between them": "between",
+        "not computation, in all": "fixed",
+    }
+    head = ["", *(f"{engine}, ms | " for engine in ENGINES)]
+    rows = [[name] for name in names]
+    for engine in ENGINES:
+        found = overhead([record for record in result["records"] if record["engine"] == engine])
+        found["fixed"] = found["share"] * found["round"]
+        for row, what in zip(rows, names.values(), strict=True):
+            row.append(f"{number(1000 * found[what])} | {found[what] / found['round']:.1%}")
+    lines = table(head, rows)
+    lines[1] = "| --- |" + " ---: | ---: |" * len(ENGINES)
+    return "\n".join([conditions(result["machine"]), "", *lines, ""])
 
 
 def write_between(readme: Path, marker: str, text: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from experiments.speed import report, watch
-from experiments.speed.overhead import PLANS, overhead
+from experiments.speed.overhead import ENGINES, PLANS, overhead
 from experiments.speed.run import FLOWER_CLIENTS, Bench
 from experiments.speed.whole import Trainer
 from fedsplit.settings.flags import parse
@@ -118,4 +118,6 @@ def test_overhead_is_what_is_left_without_steps_and_sequences() -> None:
     found = overhead(records)
     assert found == pytest.approx({"round": 7.0, "train": 1.0, "evaluate": 0.5, "between": 0.3, "share": 1.8 / 7.0})
     machine = {"versions": {}, "cpu": "x", "cores": 2, "memory": 2**30, "commit": "y", "date": "z"}
-    assert "25.7%" in report.overhead_text({"machine": machine, "records": records})
+    both = [{**record, "engine": engine} for record in records for engine in ENGINES]
+    text = report.overhead_text({"machine": machine, "records": both})
+    assert "| not computation, in all | 1,800 | 25.7% | 1,800 | 25.7% |" in text

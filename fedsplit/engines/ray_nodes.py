@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -131,24 +131,3 @@ def table(nodes: Sequence[Node], trunk: str, workers: Mapping[str, int]) -> list
 
 def _labels(node: Node) -> str:
     return ",".join(f"{key}={value}" for key, value in sorted(node.labels.items()))
-
-
-def _call(work: Callable[[], object]) -> None:
-    """Does some work, whose result stays where it is."""
-    work()
-
-
-def on_nodes(work: Callable[[], object], nodes: Iterable[str], seconds: float) -> None:
-    """Does something on nodes, where they can; nobody waits longer than some seconds.
-
-    Args:
-        work: Called on each node.
-        nodes: Ray's ids of the nodes.
-        seconds: Time to wait.
-    """
-    asked = []
-    for node in nodes:
-        where = NodeAffinitySchedulingStrategy(node, soft=False)
-        asked.append(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(_call).remote(work))
-    if asked:
-        ray.wait(asked, num_returns=len(asked), timeout=seconds)

@@ -301,8 +301,8 @@ def test_steps_that_are_computed_as_one_have_each_their_own_sums(mixtral: Path) 
     def run(together: bool, order: list[int]):
         server = _server(parts_of(mixtral, (1, 2))[1], "batched")
         learned: dict[str, torch.Tensor] = {}
-        server.adapters.learn = lambda *given: learned.update(  # type: ignore[method-assign]
-            {name: learned.get(name, 0) + gradient for name, gradient in given[-1].items()}
+        server.adapters.learn = lambda *_, gradients, **rest: learned.update(  # type: ignore[method-assign]
+            {name: learned.get(name, 0) + gradient for name, gradient in gradients.items()}
         )
         chosen = [[packets[n] for n in order]] if together else [[packets[n]] for n in order]
         answers = {a.key.client: a for group in chosen for a in server.forward_together(group)}

@@ -16,14 +16,14 @@ def versions() -> dict[str, str]:
         >>> versions()["python"].startswith("3.")
         True
     """
-    return dict(_found())
+    return dict(_found(LIBRARIES))
 
 
 @functools.cache
-def _found() -> dict[str, str]:
+def _found(libraries: tuple[str, ...]) -> dict[str, str]:
     """Looks the versions up once: to read the packages' files takes 10 ms, and every checkpoint has the versions."""
     found = {"python": platform.python_version()}
-    for library in LIBRARIES:
+    for library in libraries:
         try:
             found[library] = version(library)
         except PackageNotFoundError:  # Ray and Flower are not needed by all engines

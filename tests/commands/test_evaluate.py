@@ -288,3 +288,25 @@ def test_further_metrics_stand_beside_the_loss(
     ):
         assert evaluate.main([*asked, *wrong]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_measurement_under_way_is_told(finished_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal shows the phases, since a run's model may take a minute and a half."""
+    told: list[tuple[str, int, int]] = []
+
+    class Screen:
+        """Remembers the phases."""
+
+        def __enter__(self) -> Screen:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Has nothing to close."""
+
+        def phase(self, text: str, done: int, of: int) -> None:
+            told.append((text, done, of))
+
+    monkeypatch.setattr("fedsplit.events.screen.make_screen", lambda **_: Screen())
+    assert evaluate.main(["--run", str(finished_run("gpt2"))]) == 0
+    assert [done for _, done, _ in told] == list(range(len(told))) and len(told) >= 2
+    assert all("text of" in text for text, _, _ in told)

@@ -392,3 +392,12 @@ class Looks:
     def close(self):
         pass
 """
+
+
+def test_an_output_that_can_only_say_ascii_gets_a_question_mark() -> None:
+    """A name of a client's, say: the command goes on."""
+    code = "from fedsplit.commands.exit_codes import exit_code\n"
+    code += "raise SystemExit(exit_code(lambda: print('caf\\u00e9'), []))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf?\n", "")

@@ -134,7 +134,7 @@ def running(workers: float) -> Iterator[None]:
     with _session_folder() as folder:
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
-            with _keeping_sigterm():
+            with _keeping_sigterm(), _unheard():
                 _start(workers, folder)
             # Ray's native code sets a handler that aborts the process. Only the main thread may set one.
             if threading.current_thread() is threading.main_thread() and on_terminate is not None:
@@ -241,7 +241,7 @@ def _keeping_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unheard() -> Iterator[None]:
-    """Keeps Ray from printing the cluster's messages between those of the run, such as a log of a lost node."""
+    """Keeps Ray from printing its messages between those of the run, such as lines on processes that we end."""
     listen = worker.listen_error_messages
     worker.listen_error_messages = lambda *arguments: None
     try:

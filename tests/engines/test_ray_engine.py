@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-RUN = ["--clients", "3", "--rounds", "2", "--train.steps", "20", "--batch-size", "2", "--max-length", "32"]
+RUN = ["--clients", "3", "--rounds", "2", "--train.steps", "60", "--batch-size", "2", "--max-length", "32"]
 RUN += ["--eval.samples", "4", "--lora-rank", "2", "--deterministic", "--workers", "2", "--out", "run"]
 
 

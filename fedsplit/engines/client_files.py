@@ -23,9 +23,7 @@ from fedsplit.corpora.shards import shard_file
 from fedsplit.durable import replacing
 from fedsplit.engines.worker_pool import Place
 from fedsplit.state.client_store import ClientStore
-
-FOLDS = "folds"
-"""Folder of the changes of base weights, which all clients read."""
+from fedsplit.state.fold_log import FOLDS
 
 _KEEPER = """
 import fcntl, os, shutil, sys

@@ -18,12 +18,11 @@ import ray
 from fedsplit.errors import first_line
 from fedsplit.trunk.cluster import send_tensors_as_arrays
 
-_LEAST_LIVES = 3
+_MOST_FAILED_STARTS = 3
 """Processes of a worker that may die in a row before they have done anything, as where a library is missing."""
 
 _GROW_SECONDS = 2.0
 """Time between two looks at whether the cluster has room for more workers."""
-
 
 _CHOICE = 32
 """Pieces of work at the head of the queue among which a worker chooses."""
@@ -113,7 +112,7 @@ class _Worker(threading.Thread):
         while not self._pool.is_closed:
             # Work is taken by an actor that has its place: one that waits for room in the cluster holds up nobody.
             reason = self._settle()
-            if reason and self._failed_starts < _LEAST_LIVES:
+            if reason and self._failed_starts < _MOST_FAILED_STARTS:
                 self._replace()
                 continue
             work = self._pool.take(self.place, lambda: self._actor is not None)
@@ -124,7 +123,7 @@ class _Worker(threading.Thread):
             if actor is not None and place is not None:
                 self._do(work, actor, place)
             elif self._failed_starts:
-                words = f"a client's process ended as it started, {_LEAST_LIVES} times: {reason}"
+                words = f"a client's process ended as it started, {_MOST_FAILED_STARTS} times: {reason}"
                 work.done(Place("", 0), NoWorkers(words))
             else:
                 work.done(Place("", 0), WorkerLost("the process was given up a moment ago"))

@@ -18,7 +18,7 @@ from fedsplit.optimization.terms import moved
 from fedsplit.settings.choices import PARTS
 from fedsplit.settings.config import Config
 from fedsplit.state.client_store import ClientStore
-from fedsplit.state.fold_log import FoldLog
+from fedsplit.state.fold_log import FOLDS, FoldLog
 from fedsplit.trunk.registry import Copy, Start
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Traits
@@ -52,7 +52,7 @@ class AdapterLedger:
             log: Folder in which the server keeps the changes of base weights.
         """
         self._root = root
-        self._logs = [FoldLog(log), FoldLog(root / "folds")]
+        self._logs = [FoldLog(log), FoldLog(root / FOLDS)]
         self._clients = parts["bottom"] | parts["top"]
         self._trunk = parts["trunk"]
         self.rule = TravelRule.of({part: parts[part] for part in ("bottom", "top")}, config.share, traits.personal)

@@ -34,6 +34,7 @@ from fedsplit.model.families import Family
 from fedsplit.model.parts import Kind, ranges
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document
+from fedsplit.state.fold_log import FOLDS
 from fedsplit.state.round_names import round_file, round_of
 from fedsplit.state.run_lock import lock
 from fedsplit.tensor_files import load_tensors, pack, unpack, write_tensors
@@ -152,7 +153,7 @@ class RunFolder:
         self.path, self._config, self._family, self._content = path, config, family, content
         self._digests: dict[tuple[Path, int, int], str] = {}
         self._ranges = ranges(blocks, config.bounds)
-        self.clients, self.folds = path.absolute() / "clients", path / CHECKPOINTS / "folds"
+        self.clients, self.folds = path.absolute() / "clients", path / CHECKPOINTS / FOLDS
         self.notes: list[str] = []
         self._resumed: Checkpoint | None = None
         self._kept: dict[int, _Kept] = {}
@@ -291,7 +292,7 @@ class RunFolder:
 
         They are what was folded into base weights, and what clients keep, as far as their disks lie here.
         """
-        folds = [*self.folds.glob("round-*"), *(self.clients / "folds").glob("round-*")]
+        folds = [*self.folds.glob("round-*"), *(self.clients / FOLDS).glob("round-*")]
         files = [file for file in folds if (round_of(file) or snapshot.round + 1) <= snapshot.round]
         for client, accepted in snapshot.facts.get("accepted", {}).items():
             files.append(round_file(self.clients / f"{int(client):04d}", accepted))

@@ -42,7 +42,7 @@ from fedsplit.settings.config import Config
 from fedsplit.settings.documents import from_document
 from fedsplit.stages import RoundStart, StageMaker
 from fedsplit.state.client_store import ClientState, ClientStore, LostState
-from fedsplit.state.fold_log import FoldLog
+from fedsplit.state.fold_log import FOLDS, FoldLog
 from fedsplit.trunk.memory import peak_memory
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, ClientUpdate
@@ -129,7 +129,7 @@ class _Site:
         Raises:
             LostState: The log lacks changes, without which the weights would be others than at the other clients.
         """
-        log = FoldLog(Path(request.briefing.store) / "folds")
+        log = FoldLog(Path(request.briefing.store) / FOLDS)
         if isinstance(request, Evaluate) and request.changes:
             self.unwritten[request.folded] = request.changes
         self._write_down(log)

@@ -9,6 +9,9 @@ from fedsplit.lowrank import LowRank
 from fedsplit.state.round_names import round_file, round_of
 from fedsplit.tensor_files import load_tensors, pack_changes, unpack_changes, write_tensors
 
+FOLDS = "folds"
+"""Folder of a log, in the folder of the clients' disks and beside the checkpoints."""
+
 
 class FoldLog:
     """Changes of base weights by round. A restarted process replays them in the same order, and gets the same weights.

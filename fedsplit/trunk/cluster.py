@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,20 +131,9 @@ def running(workers: float) -> Iterator[None]:
     check_closed()
     if ray.is_initialized():
         raise ClusterFailed("this process is connected to a Ray already; call ray.shutdown() before a run")
-    with _session_folder() as folder:
-        on_terminate = signal.getsignal(signal.SIGTERM)
-        try:
-            with _keeping_sigterm(), _unheard():
-                _start(workers, folder)
-            # Ray's native code sets a handler that aborts the process. Only the main thread may set one.
-            if threading.current_thread() is threading.main_thread() and on_terminate is not None:
-                signal.signal(signal.SIGTERM, on_terminate)
-            send_tensors_as_arrays()
-            with _without_lost_workers():
-                yield
-        finally:
-            if ray.is_initialized():
-                ray.shutdown()
+    # Lines about processes that the run ends come until Ray has shut down.
+    with _session_folder() as folder, _without_lost_workers(), _connected(lambda: _start(workers, folder)):
+        yield
 
 
 @contextlib.contextmanager
@@ -167,10 +156,22 @@ def joined(address: str, ship: bool = False) -> Iterator[None]:
         send_tensors_as_arrays()
         yield
         return
+    with _connected(lambda: _connect(address, ship)):
+        yield
+
+
+@contextlib.contextmanager
+def _connected(connect: Callable[[], None]) -> Iterator[None]:
+    """Keeps this process connected to a Ray until the end of the context.
+
+    Args:
+        connect: Starts a Ray, or connects to one.
+    """
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        with _keeping_sigterm(), _unheard():
-            _connect(address, ship)
+        with _keeping_sigterm():
+            connect()
+        # Ray's native code sets a handler that aborts the process. Only the main thread may set one.
         if threading.current_thread() is threading.main_thread() and on_terminate is not None:
             signal.signal(signal.SIGTERM, on_terminate)
         send_tensors_as_arrays()
@@ -194,14 +195,15 @@ def _connect(address: str, ship: bool) -> None:
     if ship:
         environment["py_modules"] = [str(package), str(package.parent / "strategies")]
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            namespace=NAMESPACE,
-            job_config=JobConfig(_py_driver_sys_path=[]),
-            runtime_env=environment,
-        )
+        with _unheard():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                namespace=NAMESPACE,
+                job_config=JobConfig(_py_driver_sys_path=[]),
+                runtime_env=environment,
+            )
     except (OSError, RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
         hint = "a cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too"
         raise ClusterFailed(f"no Ray cluster answers at {address}: {first_line(error)}; {hint}") from error
@@ -241,7 +243,7 @@ def _keeping_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unheard() -> Iterator[None]:
-    """Keeps Ray from printing its messages between those of the run, such as lines on processes that we end."""
+    """Keeps Ray from printing the cluster's messages between those of the run, such as a log of a lost node."""
     listen = worker.listen_error_messages
     worker.listen_error_messages = lambda *arguments: None
     try:

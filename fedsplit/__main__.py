@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 import fedsplit
 from fedsplit.commands import COMMANDS
 from fedsplit.errors import InputError
-from fedsplit.shutdown import listen
+from fedsplit.shutdown import leave, listen
 
 
 def usage() -> str:
@@ -45,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         fedsplit ...
         0
     """
-    if argv is None:
-        listen()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -76,5 +75,11 @@ def _refuse(name: str) -> None:
     raise InputError(f"there is no command {name}; {suggest(name, COMMANDS)}")
 
 
+def command() -> NoReturn:
+    """Runs the command in the arguments of the process, and ends the process."""
+    listen()
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

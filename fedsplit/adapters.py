@@ -1,15 +1,13 @@
 """`python -m fedsplit.adapters`: adapters of finished runs; `fedsplit.commands.adapters` has the code."""
 
-import sys
-
-from fedsplit.shutdown import listen
+from fedsplit.shutdown import leave, listen
 
 if __name__ == "__main__":
-    listen()
+    listen()  # before the imports, in which a signal would show a traceback
 
 from fedsplit.commands.adapters import main
 
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,20 +6,17 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
 
+from fedsplit.call import Arguments, Call, listed, read_call
 from fedsplit.environment import prepare
-from fedsplit.errors import InputError, SettingError, kind_of
-from fedsplit.loading import OBJECT
-from fedsplit.objects import Objects
+from fedsplit.errors import ErrorCollector, InputError
 from fedsplit.result import Result
 from fedsplit.results.finished import open_run
-from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
-from fedsplit.settings.documents import by_key, dotted, set_by_user
-from fedsplit.settings.flags import Options, settle
+from fedsplit.settings.config import Config
+from fedsplit.settings.drafts import Draft, without
 
 
 def run(
@@ -66,30 +63,50 @@ def run(
 
         docs/python.md shows a whole run, which takes half a minute.
     """
-    metric_list = _listed(metrics)
-    sink_list = _listed(sinks)
-    sink_objects = [sink for sink in sink_list if not _is_name(sink)]
-    _check_sinks(sink_objects)
-
-    named = _named_settings(strategy, dataset, objective, metric_list, sink_list)
-    if _is_name(model) and tokenizer is None:
-        named["model"] = model
-    if _is_texts_by_client(dataset):
-        settings = {"clients": max(1, len(dataset)), "partition": "natural", **settings}
-    full_config = _settled(config, {**settings, **named})
-    prepare(full_config.ray.address)
-
-    objects = Objects(
-        strategy=None if _is_name(strategy) else strategy,
-        objective=objective if callable(objective) else None,
-        metrics={_spec_of("metrics", metric): metric for metric in metric_list if not _is_name(metric)},
-    )
-    _check_objects_can_reach_clients(objects, full_config.engine)
-    dataset_object = None if _is_name(dataset) else dataset
-    model_object = _model_object(model, tokenizer)
+    arguments = Arguments(strategy, dataset, model, tokenizer, objective, listed(metrics), listed(sinks))
+    call = read_call(config, arguments, settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries warn of much that no user can change; the command is as quiet
-        return _run(full_config, objects, dataset_object, model_object, sink_objects)
+        if call.draft.errors:
+            _refuse(call)
+        prepare(call.draft.config.ray.address)
+        return _run(call)
+
+
+def _refuse(call: Call) -> None:
+    """Raises the errors of a call, with those that the checks find in the valid settings.
+
+    Args:
+        call: The call. A setting has an error, or one of the objects is wrong.
+
+    Raises:
+        InputError: Always. All errors are reported together.
+    """
+    draft = call.draft
+    objects = call.objects
+    if draft.is_default:  # nothing more can be wrong, and the checks load libraries
+        draft.checked()
+    prepare()
+    from fedsplit import inputs
+    from fedsplit.commands.run_checks import checked
+
+    collector = ErrorCollector()
+    collector.extend(draft.errors)
+    try:
+        inputs.check_strategy(objects.strategy)
+    except InputError as error:
+        collector.extend(error.errors)
+        objects = replace(objects, strategy=None)
+        draft = replace(draft, config=without(draft.config, ["strategy", "strategy_options"]))
+    with collector.collecting():
+        inputs.check_objects(call.model, call.dataset)
+    # The settings will name the files of the objects, and hold defaults until then.
+    hidden = []
+    if call.model is not None:
+        hidden.append("model")
+    if call.dataset is not None:
+        hidden.append("dataset")
+    checked(Draft(without(draft.config, hidden), collector.errors), objects)
 
 
 def open(folder: str | os.PathLike[str]) -> Result:
@@ -107,195 +124,37 @@ def open(folder: str | os.PathLike[str]) -> Result:
     return Result(open_run(Path(folder)))
 
 
-def _is_name(value: object) -> TypeGuard[str | os.PathLike[str]]:
-    return isinstance(value, str | os.PathLike)
-
-
-def _is_texts_by_client(dataset: object) -> TypeGuard[Mapping[Any, Any]]:
-    """Returns True for texts by client. A `DatasetDict` is a mapping, too, but of splits."""
-    return isinstance(dataset, Mapping) and not hasattr(dataset, "save_to_disk")
-
-
-def _named_settings(
-    strategy: object, dataset: object, objective: object, metrics: Sequence[object], sinks: Sequence[object]
-) -> dict[str, object]:
-    """Returns the settings that stand for arguments of `run`.
-
-    Names stand for themselves. An objective or a metric that is a function gets a name (see `_spec_of`). Any other
-    object has no setting.
-    """
-    named: dict[str, object] = {}
-    if _is_name(strategy):
-        named["strategy"] = strategy
-    if _is_name(dataset):
-        named["dataset"] = dataset
-    if objective is not None:
-        named["objective"] = _spec_of("objective", objective)
-    if metrics:
-        named["metric"] = [_spec_of("metrics", metric) for metric in metrics]
-    sink_names = [sink for sink in sinks if _is_name(sink)]
-    if sink_names:
-        named["sinks"] = sink_names
-    return named
-
-
-def _check_objects_can_reach_clients(objects: Objects, engine: str) -> None:
-    """Makes sure that the clients can call the objective and the metrics.
+def _run(call: Call) -> Result:
+    """Runs a federation. The settings of the call have no error.
 
     Raises:
-        SettingError: One of these is an object, and the clients live in processes of their own.
-    """
-    if engine == "local":
-        return
-    for setting, functions in (("objective", [objects.objective]), ("metrics", [*objects.metrics.values()])):
-        for function in functions:
-            if function is not None:
-                allowed = "a name, or an object with engine='local': no object crosses to the processes of the clients"
-                raise SettingError(setting, kind_of(function), allowed)
-
-
-def _model_object(model: object, tokenizer: object) -> object:
-    """Returns a loaded model, paired with its tokenizer if there is one; None if the model is a name.
-
-    Raises:
-        SettingError: A tokenizer is given for a model by name, or for a pair that has a tokenizer.
-    """
-    if tokenizer is None:
-        return None if _is_name(model) else model
-    if model is None or _is_name(model) or isinstance(model, tuple):
-        raise SettingError("tokenizer", f"one of {type(tokenizer).__name__}", "one together with a loaded model")
-    return model, tokenizer
-
-
-def _listed(values: object) -> list[Any]:
-    """Returns the values of an iterable as a list. A single value, such as a name, becomes a list of one."""
-    if _is_name(values) or not isinstance(values, Iterable):
-        return [values]
-    return list(values)
-
-
-def _check_sinks(sinks: Iterable[object]) -> None:
-    """Makes sure that objects can receive events.
-
-    Raises:
-        SettingError: An object lacks a method of a sink, or is a class.
-    """
-    for sink in sinks:
-        if isinstance(sink, type) or not (hasattr(sink, "handle") and hasattr(sink, "close")):
-            allowed = "the name of a class, or an object with the methods handle and close"
-            raise SettingError("sinks", kind_of(sink), allowed)
-
-
-def _spec_of(name: str, value: object) -> str:
-    """Returns the name of an objective or a metric for the settings.
-
-    Args:
-        name: Keyword of `run` that the value was passed by.
-        value: A name, or a function. The name of a function ends with `(...)`, since no other process can find the
-            function by it.
-
-    Raises:
-        SettingError: The value is neither a name nor a function.
-    """
-    if _is_name(value):
-        return os.fspath(value)
-    if isinstance(value, type) or not callable(value):
-        raise SettingError(name, kind_of(value), "a name, or a function of logits and labels")
-    # An object with `__call__` has no name; its class has.
-    qualified_name = getattr(value, "__qualname__", type(value).__qualname__)
-    module = value.__module__
-    return f"{module}:{qualified_name}{OBJECT}"
-
-
-def _settled(config: Config | str | os.PathLike[str] | None, keywords: Mapping[str, Any]) -> Config:
-    """Makes a configuration from keywords, on top of a configuration or a file.
-
-    Raises:
-        InputError: A name is unknown, or a value is not allowed.
-    """
-    values, options = _by_dotted_name(keywords)
-    if config is None:
-        return settle(values, options)
-    if isinstance(config, Config):
-        base_values, base_options = _set_in(config)
-        merged = {setting: {**base_options[setting], **options[setting]} for setting in OPTIONS}
-        return settle({**base_values, **values}, merged)
-    if _is_name(config):
-        return settle(values, options, Path(config))
-    raise SettingError("config", kind_of(config), "a Config, or the path of a TOML file")
-
-
-def _by_dotted_name(keywords: Mapping[str, Any]) -> tuple[dict[str, object], Options]:
-    """Returns the settings among keywords by dotted name, and the options of the classes that they name.
-
-    Raises:
-        SettingError: The options are no mapping.
-    """
-    options: Options = {}
-    for setting, table in OPTIONS.items():
-        given = keywords.get(table, {})
-        if not isinstance(given, Mapping):
-            raise SettingError(table, given, "a table")
-        options[setting] = by_key(given) if setting in SEVERAL else dict(given)
-
-    values: dict[str, Any] = {}
-    for keyword, value in keywords.items():
-        section, _, field = keyword.partition("__")
-        if keyword in OPTIONS.values():
-            continue
-        if section in SEVERAL and field:  # metric__rouge__stem
-            options[section][field.replace("__", ".", 1)] = value
-        elif section in OPTIONS and field:  # strategy__mu
-            options[section][field] = value
-        elif field:  # train__lr
-            values[f"{section}.{field}"] = value
-        elif section in SECTIONS and isinstance(value, SECTIONS[section]):  # train=TrainSettings(…)
-            values |= {f"{section}.{name}": inner for name, inner in set_by_user(value).items()}
-        elif isinstance(value, Mapping):  # train={"lr": …}
-            values[keyword] = dict(value)
-        else:
-            values[keyword] = value
-    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
-    return dotted(plain), options
-
-
-def _set_in(config: Config) -> tuple[dict[str, object], Options]:
-    """Returns the settings of a configuration that differ from their defaults, and the options."""
-    values = {}
-    for name, setting in SETTINGS.items():
-        value = config.value_of(setting)
-        if value != setting.default:
-            values[name] = value
-    options = {setting: dict(getattr(config, table)) for setting, table in OPTIONS.items()}
-    return values, options
-
-
-def _run(config: Config, objects: Objects, dataset: object, model: object, sinks: Sequence[Any]) -> Result:
-    """Runs a federation.
-
-    Args:
-        config: Settings of the run.
-        objects: Strategy, objective and metrics that are objects.
-        dataset: Data set that is an object; None if the settings name a data set.
-        model: Model that is an object; None if the settings name a model.
-        sinks: Sinks that are objects.
+        InputError: A setting does not fit another one or an object, or an object is wrong.
     """
     # Both modules load libraries that read the environment, which `run` has prepared by now.
     from fedsplit import inputs
     from fedsplit.commands import simulate
 
-    if objects.strategy is not None:
-        config = replace(config, **inputs.strategy_settings(objects.strategy))
+    config = call.draft.config
     if config.resume:
-        for name, given in (("dataset", dataset), ("model", model)):
+        for name, given in (("dataset", call.dataset), ("model", call.model)):
             if given is not None:
                 raise InputError(f"{name} cannot be set for a run that goes on: its folder has it already")
-        simulate.run(config, objects=objects, sinks=sinks)
+    try:
+        inputs.check_strategy(call.objects.strategy)
+        inputs.check_objects(call.model, call.dataset)
+    except InputError:
+        _refuse(replace(call, draft=Draft(config)))  # reports the errors of the settings together with this one
+        raise
+    if call.objects.strategy is not None:
+        config = replace(config, **inputs.strategy_settings(call.objects.strategy))
+    if config.resume:
+        simulate.run(config, objects=call.objects, sinks=call.sinks)
         return open(config.resume)
+
     folder = Path(config.out) if config.out else _free_folder()
-    with inputs.written(folder, model, dataset) as written_settings:
+    with inputs.written(folder, call.model, call.dataset) as written_settings:
         config = replace(config, out=str(folder), **written_settings)
-        simulate.run(config, objects=objects, sinks=sinks)
+        simulate.run(config, objects=call.objects, sinks=call.sinks)
     return open(folder)
 
 

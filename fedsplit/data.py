@@ -1,15 +1,13 @@
 """`python -m fedsplit.data`: the clients' data before a run; `fedsplit.commands.data` has the code."""
 
-import sys
-
-from fedsplit.shutdown import listen
+from fedsplit.shutdown import leave, listen
 
 if __name__ == "__main__":
-    listen()
+    listen()  # before the imports, in which a signal would show a traceback
 
 from fedsplit.commands.data import main
 
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

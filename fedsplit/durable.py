@@ -10,9 +10,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+_MOST_AT_ONCE = 16
+"""Most files of a folder that are synced at once."""
 
 
 class NotWritten(OSError):
@@ -43,7 +47,7 @@ before is whole
     try:
         yield
     except NotWritten:
-        raise
+        raise  # from an inner call, which has named its own path
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         reason = re.sub(r"^.*I/O error: |\s*\(os error \d+\)$", "", reason)  # as safetensors reports a full disk
@@ -147,8 +151,12 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         try:
             draft.mkdir(parents=True)
             fill(draft)
-            for file in draft.rglob("*"):  # the files before the rename, which must never show a file without content
-                sync(file)
+            # The files before the rename, which must never show a file without content. All at once: the disk writes
+            # its journal once for several files, and once more for each that waits for the one before.
+            files = list(draft.rglob("*"))
+            with ThreadPoolExecutor(_MOST_AT_ONCE) as threads:
+                for _ in threads.map(sync, files):  # raises the error of a file
+                    pass
             sync(draft)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
@@ -197,7 +205,7 @@ def tidy(root: Path) -> list[Path]:
     for before in sorted(root.rglob(".*.before")):
         _recover(before.with_name(before.name.removeprefix(".").removesuffix(".before")), before)
     drafts = [path for ending in ("draft", "removed") for path in sorted(root.rglob(f".*.{ending}"))]
-    drafts = [path for path in drafts if not {*path.parents} & {*drafts}]
+    drafts = [path for path in drafts if not {*path.parents} & {*drafts}]  # a draft inside another one goes with it
     for draft in drafts:
         if draft.is_dir() and not draft.is_symlink():
             shutil.rmtree(draft)

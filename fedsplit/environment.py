@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import sys
@@ -26,6 +27,13 @@ QUIET = {
 """Variables that silence the libraries, and limit their memory."""
 
 
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def quieten(offline: bool = True) -> None:
     """Sets the variables that silence the libraries. Must be called before the libraries are imported.
 
@@ -37,7 +45,9 @@ def quieten(offline: bool = True) -> None:
         variables["HF_HUB_OFFLINE"] = "1"
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+    # `PYTHONWARNINGS` is for the processes that this one starts.
     warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports the library, which has no variable for it
 
 
 @contextlib.contextmanager
@@ -53,7 +63,7 @@ def private_files() -> Iterator[None]:
         >>> inside & 0o077 == 0o077
         True
     """
-    before = os.umask(0o077)
+    before = os.umask(0o077)  # a umask can be read only by setting it
     os.umask(before | 0o077)
     try:
         yield

@@ -14,7 +14,7 @@ class InputError(Exception):
 
     @property
     def errors(self) -> tuple[InputError, ...]:
-        """The errors to show, each in a line of its own: this one, or those that `InputErrors` holds."""
+        """All errors to report. A plain error reports itself; `InputErrors` reports several."""
         return (self,)
 
 
@@ -45,6 +45,26 @@ class InputErrors(InputError):
         return InputErrors, (self._errors,)
 
 
+class UnknownValue(InputError):
+    """A setting was read whose value was refused, so that nobody can tell what the user meant by it.
+
+    The refusal has a line of its own. So a check that ends with this error has nothing to report.
+    """
+
+    def __init__(self, setting: str) -> None:
+        super().__init__(f"{setting}: the value was refused")
+        self._setting = setting
+
+    @property
+    def errors(self) -> tuple[InputError, ...]:
+        """No error: the refusal is reported elsewhere."""
+        return ()
+
+    # Pickle would call the class with the message, which is not what the class takes.
+    def __reduce__(self) -> tuple[type[UnknownValue], tuple[str]]:
+        return UnknownValue, (self._setting,)
+
+
 class ErrorCollector:
     """Collects wrong inputs of one call, so that a user reads all of them at once.
 
@@ -62,12 +82,20 @@ class ErrorCollector:
     def __init__(self) -> None:
         """Starts without an error."""
         self._errors: dict[object, InputError] = {}
+        self._unknown: UnknownValue | None = None
+
+    @property
+    def errors(self) -> tuple[InputError, ...]:
+        """The errors so far, in the order in which they were found."""
+        return tuple(self._errors.values())
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
         """Collects the `InputError` that ends the context. The code after the context goes on."""
         try:
             yield
+        except UnknownValue as unknown:
+            self._unknown = unknown
         except InputError as error:
             self.extend(error.errors)
 
@@ -82,30 +110,39 @@ class ErrorCollector:
 
         Raises:
             InputError: The only error.
-            InputErrors: All errors, where there are several.
+            InputErrors: All errors, if there are several.
+            UnknownValue: No error was found, and a check could not be done.
         """
         errors = [*self._errors.values()]
         if len(errors) == 1:
             raise errors[0]
         if errors:
             raise InputErrors(errors)
+        if self._unknown is not None:  # what was not checked must not pass as right
+            raise self._unknown
 
 
-def check_all(errors: Iterable[InputError]) -> None:
+def check_all(*rules: Iterable[InputError]) -> None:
     """Raises all errors of a check together.
 
     Args:
-        errors: The errors; none where all is right.
+        rules: The errors that each rule of the check finds, as generators yield them. A rule that ends with
+            `UnknownValue` does not keep the other rules from being checked.
 
     Raises:
         InputError: The only error.
-        InputErrors: All errors, where there are several.
+        InputErrors: All errors, if there are several.
+        UnknownValue: No error was found, and a rule could not be checked.
 
     Example:
-        >>> check_all([])
+        >>> check_all([], [InputError("no such file")])
+        Traceback (most recent call last):
+        fedsplit.errors.InputError: no such file
     """
     collector = ErrorCollector()
-    collector.extend(errors)
+    for errors in rules:
+        with collector.collecting():
+            collector.extend(errors)
     collector.check()
 
 
@@ -143,7 +180,10 @@ def printable(text: str) -> str:
         >>> printable("one\n\x1b[31mline")
         'one  [31mline'
     """
-    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+    if text.isprintable():
+        return text
+    characters = [character if character.isprintable() else " " for character in text]
+    return "".join(characters)
 
 
 def first_line(error: BaseException) -> str:
@@ -155,6 +195,22 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    r"""Returns an error of a library in one line. A first line that only announces the second is joined with it.
+
+    Example:
+        >>> one_line(ValueError("refused:\n  a width of 3\nmore")), one_line(ValueError("a width of 3\nmore"))
+        ('refused: a width of 3', 'a width of 3')
+    """
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"the library knows no {error}"
+    line = first_line(error)
+    if not line.endswith(":"):
+        return line
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])
 
 
 def shortened(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -73,6 +73,16 @@ class Layer:
         """Returns the scaling s for a rank."""
         divisor = math.sqrt(rank) if self.rslora else rank
         return self.alpha / divisor
+
+
+def select(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
+    """Returns the tensors that have one of some names.
+
+    Example:
+        >>> list(select({"a": torch.ones(1), "b": torch.ones(1)}, {"b", "c"}))
+        ['b']
+    """
+    return {name: tensor for name, tensor in tensors.items() if name in names}
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,13 @@ class Adapters:
         return f"{module}.{parameter}"
 
     def _with_both_factors(self) -> list[str]:
-        return [layer for layer in sorted(self.layers) if {factor_name(layer, f) for f in "AB"} <= self.tensors.keys()]
+        layers = []
+        for layer in sorted(self.layers):
+            has_a = factor_name(layer, "A") in self.tensors
+            has_b = factor_name(layer, "B") in self.tensors
+            if has_a and has_b:
+                layers.append(layer)
+        return layers
 
     @property
     def complete(self) -> list[str]:
@@ -167,6 +183,21 @@ class Adapters:
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapters:
         """Returns the same layers with new tensors, and nothing to fold."""
         return Adapters(tensors, self.layers)
+
+    def updated(self, tensors: Mapping[str, Tensor]) -> Adapters:
+        """Returns a copy with some tensors replaced, and nothing to fold.
+
+        Example:
+            >>> adapters = Adapters({"head": torch.zeros(1), "norm": torch.zeros(1)}, {})
+            >>> adapters.updated({"head": torch.ones(1)}).tensors
+            {'head': tensor([1.]), 'norm': tensor([0.])}
+        """
+        return self.with_tensors({**self.tensors, **tensors})
+
+    def in_float64(self) -> Adapters:
+        """Returns a copy in float64, for sums that are rounded once at the end. Nothing is to fold."""
+        exact = {name: tensor.double() for name, tensor in self.tensors.items()}
+        return self.with_tensors(exact)
 
     def with_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Adapters:
         """Returns a copy in which the factors (A, B) of some layers are replaced; the types of the tensors stay."""
@@ -199,8 +230,10 @@ class Adapters:
             added_rank = max(0, rank - old_rank)
             # The scaling depends on the rank: with alpha / r, half the rank has twice the scaling. B makes up for it.
             ratio = self.layers[layer].scaling(old_rank) / self.layers[layer].scaling(rank)
-            down = torch.cat([a[:rank], a.new_zeros(added_rank, a.shape[1])])
-            up = torch.cat([b[:, :rank] * ratio, b.new_zeros(b.shape[0], added_rank)], dim=1)
+            outputs = b.shape[0]
+            inputs = a.shape[1]
+            down = torch.cat([a[:rank], a.new_zeros(added_rank, inputs)])
+            up = torch.cat([b[:, :rank] * ratio, b.new_zeros(outputs, added_rank)], dim=1)
             factors[layer] = down, up
         return self.with_factors(factors)
 

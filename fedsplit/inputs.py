@@ -12,12 +12,16 @@ import inspect
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedsplit.errors import SettingError, first_line, kind_of
+from fedsplit.errors import ErrorCollector, SettingError, first_line, kind_of
 from fedsplit.federation.checkpoint import INPUTS, check_folder
 from fedsplit.federation.strategy import FlowerLike, Strategy
 from fedsplit.loading import OBJECT, builtin_package
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MODELS = "a name, a folder, or a loaded transformers PreTrainedModel together with its tokenizer"
 
@@ -45,8 +49,7 @@ def strategy_settings(strategy: object) -> dict[str, Any]:
         >>> strategy_settings(FedProx(mu=0.1))
         {'strategy': 'fedprox', 'strategy_options': {'mu': 0.1}}
     """
-    if inspect.isclass(strategy) or not isinstance(strategy, Strategy | FlowerLike):
-        raise SettingError("strategy", _described(strategy), _STRATEGIES)
+    check_strategy(strategy)
     cls = type(strategy)
     place = f"{cls.__module__}:{cls.__qualname__}"
     options = _options_of(strategy)
@@ -54,6 +57,46 @@ def strategy_settings(strategy: object) -> dict[str, Any]:
         return {"strategy": place + OBJECT, "strategy_options": {}}
     names = {builtin_place: name for name, builtin_place in builtin_package().STRATEGIES.items()}
     return {"strategy": names.get(place, place), "strategy_options": options}
+
+
+def check_strategy(strategy: object) -> None:
+    """Checks that an object is a strategy; None passes, since the settings name the strategy then.
+
+    Raises:
+        SettingError: The object is a class, or lacks the methods of a strategy.
+
+    Example:
+        >>> check_strategy("a text")
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: strategy: 'a text' is not possible; allowed: a name, an object with the methods \
+init and aggregate, or a strategy of Flower's
+    """
+    if strategy is None:
+        return
+    if inspect.isclass(strategy) or not isinstance(strategy, Strategy | FlowerLike):
+        raise SettingError("strategy", _described(strategy), _STRATEGIES)
+
+
+def check_objects(model: object = None, dataset: object = None) -> None:
+    """Checks that a model and a data set have types that can be written; None passes.
+
+    Raises:
+        InputError: They have not. The errors of both are reported together.
+
+    Example:
+        >>> check_objects(dataset={"ann": "one text"})
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: dataset: 'one text' for the client 'ann' is not possible; allowed: a name, a \
+file, a folder, a datasets.Dataset or DatasetDict, or a dict of lists of texts by client
+    """
+    collector = ErrorCollector()
+    with collector.collecting():
+        if model is not None:
+            _model_and_tokenizer(model)
+    with collector.collecting():
+        if dataset is not None:
+            _as_dataset(dataset)
+    collector.check()
 
 
 def _options_of(strategy: object) -> dict[str, Any] | None:
@@ -121,6 +164,21 @@ def _write_model(folder: Path, given: object) -> None:
     Raises:
         SettingError: The object is no model with a tokenizer, or cannot be written.
     """
+    model, tokenizer = _model_and_tokenizer(given)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the library raises many types: for a model on the meta device, for a full disk, …
+        words = f"a model that save_pretrained can write ({first_line(error)})"
+        raise SettingError("model", _described(model), words) from error
+
+
+def _model_and_tokenizer(given: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns a pair of a model and its tokenizer.
+
+    Raises:
+        SettingError: The object is no such pair, or the model has an adapter.
+    """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     model, tokenizer = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
@@ -132,12 +190,7 @@ def _write_model(folder: Path, given: object) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         what = "no tokenizer" if tokenizer is None else _described(tokenizer)
         raise SettingError("model", f"{_described(model)} with {what}", _MODELS)
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the library raises many types: for a model on the meta device, for a full disk, …
-        words = f"a model that save_pretrained can write ({first_line(error)})"
-        raise SettingError("model", _described(model), words) from error
+    return model, tokenizer
 
 
 def _write_dataset(folder: Path, given: object) -> None:
@@ -148,6 +201,23 @@ def _write_dataset(folder: Path, given: object) -> None:
     """
     import datasets
 
+    dataset = _as_dataset(given)
+    datasets.disable_progress_bars()
+    try:
+        dataset.with_format(None).save_to_disk(str(folder))
+    except Exception as error:  # the library raises many types: for a column of odd objects, for a full disk, …
+        words = f"what save_to_disk can write ({first_line(error)})"
+        raise SettingError("dataset", _described(given), words) from error
+
+
+def _as_dataset(given: object) -> Dataset | DatasetDict:
+    """Returns an object as a data set of the library `datasets`.
+
+    Raises:
+        SettingError: The object has a type that cannot be written.
+    """
+    import datasets
+
     if isinstance(given, Mapping) and not isinstance(given, datasets.DatasetDict):
         given = datasets.Dataset.from_dict(_columns_by_client(given))
     if not isinstance(given, datasets.Dataset | datasets.DatasetDict):
@@ -155,12 +225,7 @@ def _write_dataset(folder: Path, given: object) -> None:
     splits = given.values() if isinstance(given, datasets.DatasetDict) else [given]
     if any(split.format["type"] == "custom" for split in splits):  # files cannot hold the transform's code
         raise SettingError("dataset", "one with a transform", f"{_DATA}; map() applies a transform for good")
-    datasets.disable_progress_bars()
-    try:
-        given.with_format(None).save_to_disk(str(folder))
-    except Exception as error:  # the library raises many types: for a column of odd objects, for a full disk, …
-        words = f"what save_to_disk can write ({first_line(error)})"
-        raise SettingError("dataset", _described(given), words) from error
+    return given
 
 
 def _columns_by_client(texts: Mapping[Any, Any]) -> dict[str, list[str]]:

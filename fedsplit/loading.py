@@ -303,6 +303,7 @@ def described(error: BaseException) -> str:
         "KeyError: 'rate'"
     """
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    # Without a frame of the user's, as for a class of a library, the library's own place is all there is.
     users = [frame for frame in frames if not _is_of_library(frame.filename)] or frames
     place = f" ({Path(users[-1].filename).name}, line {users[-1].lineno})" if users else ""
     message = " ".join(str(error).split())
@@ -316,5 +317,6 @@ def _is_ours(file: str) -> bool:
 
 def _is_of_library(file: str) -> bool:
     """Returns True for a file of an installed package or of Python itself."""
-    homes = {Path(place) for name, place in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")}
+    places = sysconfig.get_paths()
+    homes = {Path(places[name]) for name in ("stdlib", "purelib", "platlib")}
     return not homes.isdisjoint(Path(file).parents)

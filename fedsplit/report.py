@@ -1,80 +1,13 @@
-"""Formats numbers and tables for people."""
+"""`python -m fedsplit.report`: a page about finished runs; `fedsplit.commands.report` has the code."""
 
-from __future__ import annotations
+from fedsplit.shutdown import leave, listen
 
-import math
-from collections.abc import Sequence
+if __name__ == "__main__":
+    listen()  # before the imports, in which a signal would show a traceback
 
-WIDTH = 80
-"""Columns of a terminal by default, and the greatest length of a round's line."""
+from fedsplit.commands.report import main
 
+__all__ = ["main"]
 
-def perplexity(loss: float) -> float:
-    """Returns the exponential of a mean loss in nats; infinity if the result is too large for a float.
-
-    Example:
-        >>> perplexity(0.0), perplexity(1000.0)
-        (1.0, inf)
-    """
-    return math.exp(loss) if loss < 700 else math.inf  # math.exp raises an error above 709
-
-
-def size(nbytes: float) -> str:
-    """Writes a number of bytes with a unit, in powers of 1000.
-
-    Example:
-        >>> size(1_234_567)
-        '1.2 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
-def fitted(fields: Sequence[str], width: int = WIDTH) -> str:
-    """Joins the fields of a line. Fields at the end that do not fit are left out.
-
-    Args:
-        fields: Texts, the most important ones first.
-        width: Columns of the line at most.
-
-    Example:
-        >>> fitted(["round 1/5", "training loss 3.10", "7,367 tokens/s"], width=30)
-        'round 1/5  training loss 3.10'
-    """
-    line = fields[0]
-    for field in fields[1:]:
-        if len(line) + len("  ") + len(field) > width:
-            break
-        line += f"  {field}"
-    return line
-
-
-def metric_mean(value: float | None) -> str:
-    """Returns a metric's mean with four digits; a dash for None.
-
-    Example:
-        >>> metric_mean(0.123456), metric_mean(None)
-        ('0.1235', '-')
-    """
-    return "-" if value is None else f"{value:.4g}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table. The first column is aligned to the left, all further columns to the right.
-
-    Args:
-        rows: Cells by row. All rows have the same number of cells.
-
-    Example:
-        >>> aligned([("", "loss"), ("ann", "1"), ("b", "2")])
-        ['     loss', 'ann     1', 'b       2']
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        numbers = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
-    return lines
+if __name__ == "__main__":
+    leave(main())

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedsplit.errors import InputError
-from fedsplit.report import perplexity
+from fedsplit.formatting import perplexity
 from fedsplit.results.finished import Run
+from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.config import Config
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class Result:
         - `round`: 0 is before training.
         - `client`: Name of the client.
         - `split`: "train" or "held_out".
-        - `loss`: Mean loss in nats a token; under classification, in nats a text.
-        - `perplexity`: exp(loss) of predicted tokens; missing under classification and for a mixture of experts, whose
-          loss has further terms.
+        - `loss`: Mean loss in nats a token; under classification, in nats a text; of pairs, the objective's.
+        - `perplexity`: exp(loss) of predicted tokens; missing under classification, of pairs, and for a mixture of
+          experts, whose loss has further terms.
         - `accuracy`: Share of texts with the right class, in rows of `all` under classification.
         - `tokens`: Number of tokens behind the loss, in rows of `all`.
         - `elapsed`: Seconds since the run began.
@@ -73,12 +73,14 @@ class Result:
         text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
         for line in text.splitlines():
             event = json.loads(line)
+            # In a round in which nobody trained there is no loss.
             if event["event"] in SPLITS and event["loss"] is not None:
                 yield from self._rows_of(event)
 
     def _rows_of(self, event: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yields the rows of an event: a row over all clients, and a row for each client."""
-        has_perplexity = self.config.data.format != "classification" and "router_aux_loss" not in event
+        is_of_tokens = self.config.data.format not in ("classification", PAIRS)
+        has_perplexity = is_of_tokens and "router_aux_loss" not in event
 
         def row(client: str, loss: float) -> dict[str, Any]:
             return {
@@ -92,7 +94,7 @@ class Result:
 
         yield {**row(ALL, event["loss"]), "tokens": event["tokens"], "accuracy": event.get("accuracy")}
         for client, loss in event["clients"].items():
-            name = f"{client} (client)" if client == ALL else client
+            name = f"{client} (client)" if client == ALL else client  # a client may be called as the row of all clients
             yield row(name, loss)
 
     def plot(self) -> Figure:
@@ -100,14 +102,8 @@ class Result:
 
         Returns:
             A matplotlib figure. `figure.savefig("losses.png")` writes the figure to a file.
-
-        Raises:
-            InputError: matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError:
-            raise InputError("plot: matplotlib is not installed; 'pip install fedsplit[plots]' brings it") from None
+        from matplotlib import pyplot
 
         losses = self.losses
         figure, axes = pyplot.subplots(layout="constrained")

@@ -66,7 +66,7 @@ def added(one: Sums, other: Sums) -> Sums:
         >>> added({"rouge": (1.0, 2.0)}, {"rouge": (3.0, 2.0)})
         {'rouge': (4.0, 4.0)}
     """
-    joined = dict(one)
+    joined = dict(one)  # a score is never changed: batches and clients share it
     for name, (total, count) in other.items():
         total_before, count_before = joined.get(name, (0.0, 0.0))
         joined[name] = total_before + total, count_before + count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -16,6 +18,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 GRACE_SECONDS = 6.0
 """Time for an orderly end after a signal, before the process is ended by force."""
+
+CLOSING_SECONDS = 30.0
+"""Time to wait until something is closed, such as Ray, whose work is done."""
+
+LEAVING_SECONDS = 30.0
+"""Time that threads and exit functions have at the end of a command, before the process is ended by force."""
 
 _KILL_SECONDS = 2.0
 """Time to wait for killed processes to disappear."""
@@ -64,6 +72,9 @@ class Stopped(KeyboardInterrupt):
 
 _heard: Stopped | None = None
 """What the first signal raised."""
+
+_exit_code: int | None = None
+"""Exit code of a command that is leaving."""
 
 
 @contextlib.contextmanager
@@ -120,7 +131,10 @@ def listen() -> None:
 
     The modules that start a command call this function before their imports, which take a second in which Python would
     show a traceback. A signal that is ignored, as under nohup, stays ignored.
+
+    The function also prepares `leave`.
     """
+    atexit.register(_leave_now)  # the first exit function to be registered is the last one to be called
 
     def stop(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(OSError):
@@ -189,14 +203,84 @@ def kill_descendants(name: str = "") -> None:
     psutil.wait_procs(killed, timeout=_KILL_SECONDS)
 
 
-def end_now(exit_code: int, reason: str) -> NoReturn:
+def bounded(close: Callable[[], object], seconds: float | None = None) -> bool:
+    """Calls a function that closes something, and waits for the return only for a time.
+
+    A library may hang as it is closed, with all work done. The call is made in a thread, which then is left behind.
+
+    Args:
+        close: The function.
+        seconds: Longest wait; None for `CLOSING_SECONDS`.
+
+    Returns:
+        True if the function has returned.
+
+    Raises:
+        Exception: Whatever the function raised.
+
+    Example:
+        >>> bounded(lambda: None)
+        True
+        >>> bounded(threading.Event().wait, seconds=0.1)
+        False
+    """
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            close()
+        except BaseException as error:  # noqa: BLE001  # the caller's thread raises it
+            raised.append(error)
+
+    longest = CLOSING_SECONDS if seconds is None else seconds
+    thread = threading.Thread(target=call, name="closing", daemon=True)
+    thread.start()
+    thread.join(longest)
+    if raised:
+        raise raised[0]
+    if thread.is_alive():
+        logging.getLogger("fedsplit").debug("%s has not returned for %g seconds, and is left", close, longest)
+    return not thread.is_alive()
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends the process of a command whose work is done, though something may hang.
+
+    Threads and exit functions, such as those of the user's code, have `LEAVING_SECONDS` to end. What Python and native
+    libraries would tear down after them is left to the system. The exit code is that of the work in any case.
+
+    Args:
+        exit_code: Exit code of the process.
+    """
+    global _exit_code
+    _exit_code = exit_code
+    threading.Thread(target=_leave_later, args=(exit_code,), daemon=True).start()
+    sys.exit(exit_code)
+
+
+def _leave_now() -> None:
+    """Ends the process of a command that is leaving, as its last exit function."""
+    if _exit_code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # the reader of the output may be gone
+                stream.flush()
+        os._exit(_exit_code)
+
+
+def _leave_later(exit_code: int) -> None:
+    """Waits until the process has ended, and ends the process if that takes too long."""
+    threading.Event().wait(LEAVING_SECONDS)
+    end_now(exit_code)
+
+
+def end_now(exit_code: int, reason: str = "") -> NoReturn:
     """Reports why the command ends, and ends the process at once.
 
     Descendants are killed, clean-ups are run, and threads of libraries are not waited for.
 
     Args:
         exit_code: Exit code of the process.
-        reason: One line for the reader.
+        reason: One line for the reader; empty for no line.
     """
     try:
         kill_descendants()  # first, since descendants may write into folders that the clean-ups remove
@@ -213,7 +297,8 @@ def end_now(exit_code: int, reason: str) -> NoReturn:
 def _say(reason: str) -> None:
     """Shows the last line of the command."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # the reader of the output may be gone
-        print(f"fedsplit: {reason}", file=sys.stderr, flush=True)
+        if reason:
+            print(f"fedsplit: {reason}", file=sys.stderr, flush=True)
         sys.stdout.flush()
 
 

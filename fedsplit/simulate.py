@@ -1,15 +1,13 @@
 """`python -m fedsplit.simulate`: a run of a federation; `fedsplit.commands.simulate` has the code."""
 
-import sys
-
-from fedsplit.shutdown import listen
+from fedsplit.shutdown import leave, listen
 
 if __name__ == "__main__":
-    listen()
+    listen()  # before the imports, in which a signal would show a traceback
 
 from fedsplit.commands.simulate import main, run
 
 __all__ = ["main", "run"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -203,7 +203,7 @@ def weighted(updates: Sequence[ClientUpdate]) -> tuple[list[ClientUpdate], list[
     if not trained:
         raise ValueError("no client trained on any example")
 
-    total_weight = math.fsum(weights)
+    total_weight = math.fsum(weights)  # exact, so that equal weights give equal shares
     return trained, [weight / total_weight for weight in weights]
 
 

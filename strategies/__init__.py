@@ -45,6 +45,7 @@ STRATEGIES = {
 """Modules and classes of strategies, by the names for `--strategy`. A module is imported when a run needs it."""
 
 
+# Positional only, so that a strategy may have options called `name` and `defaults`.
 def make(name: str, defaults: Mapping[str, Any] | None = None, /, **options: Any) -> Any:
     """Makes a strategy of this package by name.
 

@@ -56,9 +56,13 @@ class Distances:
             clients: Adapters of one client or more.
             on: "product" or "factors".
         """
-        self._layers = clients[0].complete if on == "product" else []
-        paired = {f"{layer}.lora_{factor}.weight" for layer in self._layers for factor in "AB"}
-        self._unpaired = sorted(clients[0].tensors.keys() - paired)
+        first = clients[0]  # all clients have the same layers, in the same shapes
+        self._layers = first.complete if on == "product" else []
+        paired = set()
+        for layer in self._layers:
+            paired.add(f"{layer}.lora_A.weight")
+            paired.add(f"{layer}.lora_B.weight")
+        self._unpaired = sorted(first.tensors.keys() - paired)
         self._clients = self._stack(clients)
         self._squared_norms = self._inner(self._clients, self._clients)
 
@@ -66,12 +70,14 @@ class Distances:
         """Returns the squared distance to each client (n,), in float64 and in the order of the clients."""
         point = self._stack([adapters])
         # ||x - y||^2 = <x, x> + <y, y> - 2 <x, y>
+        squared_norm = self._inner(point, point)
         mixed = self._inner(self._clients, point)
-        squares = self._squared_norms + self._inner(point, point) - 2 * mixed
+        squares = self._squared_norms + squared_norm - 2 * mixed
         squares = squares.clamp(min=0.0)  # rounding can push a distance of zero below zero
         for name in self._unpaired:
             difference = self._clients[name] - point[name]
-            squares = squares + (difference**2).flatten(1).sum(1)
+            by_client = difference.flatten(1)
+            squares = squares + (by_client**2).sum(1)
         return squares
 
     def _stack(self, adapters: Sequence[Adapters]) -> dict[str, Tensor]:
@@ -82,8 +88,10 @@ class Distances:
             stacked[name] = torch.stack(of_clients)
         for layer in self._layers:
             changes = [each.change(layer) for each in adapters]  # s B A as a pair, in float64
-            stacked[f"{layer}.up"] = torch.stack([change.up for change in changes])
-            stacked[f"{layer}.down"] = torch.stack([change.down for change in changes])
+            ups = [change.up for change in changes]
+            downs = [change.down for change in changes]
+            stacked[f"{layer}.up"] = torch.stack(ups)
+            stacked[f"{layer}.down"] = torch.stack(downs)
         return stacked
 
     def _inner(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
@@ -93,5 +101,6 @@ class Distances:
             # <U D, U' D'> = sum((U^T U') * (D D'^T)): matrices (r, r) in place of (out, in)
             up = left[f"{layer}.up"].mT @ right[f"{layer}.up"]
             down = left[f"{layer}.down"] @ right[f"{layer}.down"].mT
-            total = total + (up * down).sum((1, 2))
+            products = up * down
+            total = total + products.sum((1, 2))
         return total

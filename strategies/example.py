@@ -40,13 +40,17 @@ def lora(A: Rows, B: Rows, alpha: float | None = None) -> Adapters:  # the paper
         "layer.lora_A.weight": torch.tensor(A, dtype=torch.float32),
         "layer.lora_B.weight": torch.tensor(B, dtype=torch.float32),
     }
-    rank = len(A)
-    layer = Layer(alpha=rank if alpha is None else alpha, transposed=False)
+    if alpha is None:
+        alpha = len(A)
+    layer = Layer(alpha, transposed=False)
     return Adapters(tensors, {"layer": layer})
 
 
 def one_round(
-    strategy: Any, start: Adapters, trained: Sequence[Adapters], examples: Sequence[int] | None = None
+    strategy: Any,
+    start: Adapters,
+    trained: Sequence[Adapters],
+    examples: Sequence[int] | None = None,
 ) -> Adapters:
     """Plays the first round of a strategy, and returns the resulting adapters.
 
@@ -65,6 +69,9 @@ def one_round(
     counts = examples or [1] * len(trained)
     updates = []
     for client, (adapters, count) in enumerate(zip(trained, counts, strict=True)):
-        updates.append(ClientUpdate(client, adapters, examples=count, given=start))
-    _, result = strategy.aggregate(strategy.init(start), start, updates)
+        update = ClientUpdate(client, adapters, examples=count, given=start)
+        updates.append(update)
+
+    state = strategy.init(start)
+    _, result = strategy.aggregate(state, start, updates)
     return result

@@ -36,7 +36,13 @@ class FedAdam(Adaptive):
         [0.735, 0.0]
     """
 
-    def __init__(self, eta: float = 0.1, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-3) -> None:
+    def __init__(
+        self,
+        eta: float = 0.1,
+        beta_1: float = 0.9,
+        beta_2: float = 0.99,
+        tau: float = 1e-3,
+    ) -> None:
         """Sets the optimiser's options.
 
         Args:

@@ -55,9 +55,11 @@ class Pending:
         """Returns the change as tensors of a state. `_pending` is the inverse."""
         key = f"{self.client}.{self.asked}"
         # A state is saved as tensors by name; float64 holds the whole numbers exactly.
-        facts = torch.tensor([self.arrives, self.version, self.weight], dtype=torch.float64)
-        tensors = {f"pending.{key}.{name}": tensor for name, tensor in self.change.items()}
-        return {f"facts.{key}": facts, **tensors}
+        facts = [self.arrives, self.version, self.weight]
+        tensors = {f"facts.{key}": torch.tensor(facts, dtype=torch.float64)}
+        for name, tensor in self.change.items():
+            tensors[f"pending.{key}.{name}"] = tensor
+        return tensors
 
 
 class FedBuff:
@@ -75,7 +77,13 @@ class FedBuff:
 
     traits = Traits(idles=True)
 
-    def __init__(self, delays: str | int = "1", buffer: int = 0, eta: float = 1.0, clients: int = 0) -> None:
+    def __init__(
+        self,
+        delays: str | int = "1",
+        buffer: int = 0,
+        eta: float = 1.0,
+        clients: int = 0,
+    ) -> None:
         """Sets the delays and the buffer.
 
         Args:
@@ -104,9 +112,10 @@ class FedBuff:
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment | None:
         """Sends the adapters, or returns None for a client with a change on the way."""
         now = int(state["round"])
-        on_their_way = {change.client for change in _pending(state) if change.arrives >= now}
-        if client.client in on_their_way:
-            return None
+        for change in _pending(state):
+            is_on_the_way = change.arrives >= now
+            if change.client == client.client and is_on_the_way:
+                return None
         return Assignment(adapters.with_rank(client.rank))
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
@@ -122,21 +131,32 @@ class FedBuff:
         has_examples = any(_weight(update) > 0 for update in updates)
         if has_examples or (updates and not pending):  # in the second case `weighted` raises
             trained, _ = weighted(updates)
-            pending += [self._pending_change(update, adapters, now, version) for update in trained]
+            for update in trained:
+                change = self._pending_change(update, adapters, now, version)
+                pending.append(change)
         # A fixed order makes the sum independent of the order of arrival.
         pending.sort(key=lambda change: (change.client, change.asked))
 
         # If every client rests, the clock moves on to the next arrival.
         now = max(now, self._next_arrival(pending, now))
         arrived = [change for change in pending if change.arrives <= now]
-        if len(arrived) < max(1, self.buffer):
-            return _state(now + 1, version, pending), adapters.with_tensors(adapters.tensors)
+        needed = max(1, self.buffer)
+        if len(arrived) < needed:
+            unchanged = adapters.with_tensors(adapters.tensors)  # nothing to fold again from an earlier round
+            return _state(now + 1, version, pending), unchanged
 
         on_their_way = [change for change in pending if change.arrives > now]
         new_state = _state(now + 1, version + 1, on_their_way)
-        return new_state, add_step(adapters, self._step(arrived, version))
+        step = self._step(arrived, version)
+        return new_state, add_step(adapters, step)
 
-    def _pending_change(self, update: ClientUpdate, adapters: Adapters, now: int, version: int) -> Pending:
+    def _pending_change(
+        self,
+        update: ClientUpdate,
+        adapters: Adapters,
+        now: int,
+        version: int,
+    ) -> Pending:
         """Returns an update as a pending change with the client's delay."""
         given = (update.given or adapters).tensors
         change = {}
@@ -172,7 +192,8 @@ class FedBuff:
         step: dict[str, Tensor] = {}
         for change in arrived:
             staleness = version - change.version
-            factor = self.eta * change.weight / total_weight / math.sqrt(1 + staleness)
+            discount = math.sqrt(1 + staleness)
+            factor = self.eta * change.weight / total_weight / discount
             for name, tensor in change.change.items():
                 so_far = step.get(name, torch.zeros_like(tensor))
                 step[name] = so_far + factor * tensor
@@ -200,7 +221,9 @@ def _parse_delays(delays: str | int) -> list[int]:
 
 def _weight(update: ClientUpdate) -> float:
     """Returns the weight of an update, not normalised."""
-    return float(update.examples if update.weight is None else update.weight)
+    if update.weight is None:
+        return float(update.examples)
+    return float(update.weight)
 
 
 def _state(round: int, version: int, pending: Sequence[Pending]) -> dict[str, Tensor]:
@@ -217,7 +240,8 @@ def _pending(state: State) -> list[Pending]:
     for name, tensor in state.items():
         if name.startswith("pending."):
             _, client, asked, exported = name.split(".", 3)  # an exported name has dots, too
-            change = changes.setdefault((int(client), int(asked)), {})
+            key = int(client), int(asked)
+            change = changes.setdefault(key, {})
             change[exported] = tensor
 
     pending = []

@@ -39,7 +39,7 @@ def _needed(singular: Tensor, tolerance: float) -> int:
         >>> _needed(torch.tensor([5.0, 4.0, 3.0]), tolerance=4.0)
         2
     """
-    rising = singular.square().flip(0)
+    rising = singular.square().flip(0)  # from the smallest on, which a large sum would swallow
     tails = rising.cumsum(0).flip(0).sqrt()  # norm of each value and all smaller values
     return int((tails > tolerance).sum())
 
@@ -85,7 +85,10 @@ class FedExLoRA:
         """
         updates, weights = weighted(updates)
         largest = adapters.largest_rank
-        padded = [replace(update, adapters=update.adapters.with_rank(largest)) for update in updates]
+        padded = []
+        for update in updates:
+            at_largest = update.adapters.with_rank(largest)
+            padded.append(replace(update, adapters=at_largest))
         averaged = average_adapters(adapters, padded, weights)
 
         folded = {}
@@ -105,10 +108,12 @@ class FedExLoRA:
             layer: The layer.
             clients: N, the number of clients.
         """
-        u, s, v = (mean - averaged.change(layer)).svd()
+        residual = mean - averaged.change(layer)
+        u, s, v = residual.svd()
         # The residual before rounding has this rank at most. Singular values beyond it come from rounding alone.
         most = (clients - 1) * averaged.rank(layer)
         # The smallest singular values are dropped, as long as their norm stays below one rounding of the mean change.
-        needed = _needed(s, tolerance=ROUNDING * mean.norm())
+        tolerance = ROUNDING * mean.norm()
+        needed = _needed(s, tolerance)
         kept = min(needed, most, self._rank or most)
         return balanced(u, s, v, kept)

@@ -61,7 +61,13 @@ def procrustes(cross: Tensor) -> Tensor:
     return rotation
 
 
-def rotation_to(reference: tuple[Tensor, Tensor], a: Tensor, b: Tensor, align: str, strength: float = 1.0) -> Tensor:
+def rotation_to(
+    reference: tuple[Tensor, Tensor],
+    a: Tensor,
+    b: Tensor,
+    align: str,
+    strength: float = 1.0,
+) -> Tensor:
     """Returns the R (r, r) that brings R^T A, B R, or both, nearest to a reference.
 
     Args:
@@ -84,6 +90,7 @@ def rotation_to(reference: tuple[Tensor, Tensor], a: Tensor, b: Tensor, align: s
     full = procrustes(cross[align])
 
     identity = torch.eye(full.shape[0], dtype=full.dtype)
+    # Projected again: a mean of two orthogonal matrices is not orthogonal.
     return procrustes((1 - strength) * identity + strength * full)
 
 
@@ -131,7 +138,7 @@ class FedRotLoRA:
         updates, weights = weighted(updates)
         align = self._align
         if align == "alternate":
-            align = "BA"[int(state["rounds"]) % 2]
+            align = "BA"[int(state["rounds"]) % 2]  # 0 rounds so far in round 1
 
         rotated = []
         for update in updates:
@@ -142,15 +149,18 @@ class FedRotLoRA:
         # The rotated factors are in float64, so that only the average is rounded.
         tensors = {}
         for name, tensor in mean.tensors.items():
-            tensors[name] = tensor.to(adapters.tensors[name].dtype)
-        return {"rounds": state["rounds"] + 1}, mean.with_tensors(tensors)
+            before = adapters.tensors[name]
+            tensors[name] = tensor.to(before.dtype)
+        next_state = {"rounds": state["rounds"] + 1}
+        return next_state, mean.with_tensors(tensors)
 
     def _rotate(self, reference: Adapters, adapters: Adapters, align: str) -> Adapters:
         """Returns a client's adapters with every layer rotated, in float64."""
-        rotated = {name: tensor.double() for name, tensor in adapters.tensors.items()}
-        for layer in adapters.complete:
-            a, b = adapters.factors(layer)
+        exact = adapters.in_float64()
+        rotated = {}
+        for layer in exact.complete:
+            a, b = exact.factors(layer)
             rotation = rotation_to(reference.factors(layer), a, b, align, self._strength)
-            rotated[f"{layer}.lora_A.weight"] = rotation.T @ a.double()
-            rotated[f"{layer}.lora_B.weight"] = b.double() @ rotation
-        return adapters.with_tensors(rotated)
+            rotated[f"{layer}.lora_A.weight"] = rotation.T @ a
+            rotated[f"{layer}.lora_B.weight"] = b @ rotation
+        return exact.updated(rotated)

@@ -63,7 +63,8 @@ def orthonormal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     new_b[:, :filled] = u[:, :filled] * s
 
     # An SVD leaves the signs open. Make the largest entry of each row positive, so that A does not flip for nothing.
-    largest = new_a.gather(1, new_a.abs().argmax(1, keepdim=True))
+    columns = new_a.abs().argmax(1, keepdim=True)
+    largest = new_a.gather(1, columns)
     signs = torch.where(largest < 0, -1.0, 1.0).to(new_a.dtype)
     return new_a * signs, new_b * signs.T
 
@@ -99,5 +100,8 @@ class FedSVD:
         """
         updates, weights = weighted(updates)
         mean = average_adapters(adapters, updates, weights)
-        factors = {layer: orthonormal(*mean.factors(layer)) for layer in mean.complete}
+        factors = {}
+        for layer in mean.complete:
+            a, b = mean.factors(layer)
+            factors[layer] = orthonormal(a, b)
         return state, mean.with_factors(factors)

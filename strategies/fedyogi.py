@@ -32,7 +32,13 @@ class FedYogi(Adaptive):
         [[0.5, 0.0]]
     """
 
-    def __init__(self, eta: float = 0.01, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-3) -> None:
+    def __init__(
+        self,
+        eta: float = 0.01,
+        beta_1: float = 0.9,
+        beta_2: float = 0.99,
+        tau: float = 1e-3,
+    ) -> None:
         """Sets the optimiser's options.
 
         Args:
@@ -45,4 +51,5 @@ class FedYogi(Adaptive):
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         """Returns v, moved towards D^2 by a share of D^2, however far apart the two are."""
-        return v - (1 - self.beta_2) * squared * (v - squared).sign()
+        direction = (v - squared).sign()
+        return v - (1 - self.beta_2) * squared * direction

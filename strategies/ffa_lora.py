@@ -49,7 +49,8 @@ class FFALoRA:
 
     def broadcast(self, state: State, adapters: Adapters, client: ClientInfo) -> Assignment:
         """Asks every client to train B alone."""
-        return Assignment(adapters.with_rank(client.rank), Task(trains=TRAINED))
+        task = Task(trains=TRAINED)
+        return Assignment(adapters.with_rank(client.rank), task)
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Returns the average of B, and the A of `adapters` to the bit, whatever the updates hold.

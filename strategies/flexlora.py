@@ -51,18 +51,23 @@ def best_factors(change: LowRank, scaling: float, previous: Tensor) -> tuple[Ten
     u, s, v = change.svd()
     # Number of singular vectors that carry information; 0 if no client changed anything.
     filled = 0
-    if float(s[0]) > 0:
-        filled = min(rank, int((s > ROUNDING * s[0]).sum()))
+    largest = float(s[0])
+    if largest > 0:
+        is_information = s > ROUNDING * s[0]
+        filled = min(rank, int(is_information.sum()))
 
     root = (s[:filled] / scaling).sqrt()
     a = torch.zeros_like(previous, dtype=torch.float64)
     b = a.new_zeros(u.shape[0], rank)
-    a[:filled] = root[:, None] * v[:filled]
+    directions = v[:filled]
+    a[:filled] = root[:, None] * directions
     b[:, :filled] = u[:, :filled] * root
 
     # Fill the other rows of A, so that they can learn; their columns of B stay zero.
-    rest = _orthogonal_part(previous.double(), v[:filled])[: rank - filled]
-    a[filled : filled + rest.shape[0]] = rest
+    rest = _orthogonal_part(previous.double(), directions)
+    rest = rest[: rank - filled]
+    end = filled + len(rest)
+    a[filled:end] = rest
     return a, b
 
 
@@ -102,5 +107,7 @@ class FlexLoRA:
         for layer in adapters.complete:
             previous_a, _ = adapters.factors(layer)
             change = mean_change(updates, weights, layer)
-            factors[layer] = best_factors(change, adapters.scaling(layer), previous_a)
-        return state, average_others(adapters, updates, weights).with_factors(factors)
+            scaling = adapters.scaling(layer)
+            factors[layer] = best_factors(change, scaling, previous_a)
+        others = average_others(adapters, updates, weights)
+        return state, others.with_factors(factors)

@@ -78,7 +78,8 @@ class GeometricMedian:
             ValueError: No client trained on any example.
         """
         updates, weights = weighted(updates)
-        distances = Distances([update.adapters for update in updates], self.on)
+        clients = [update.adapters for update in updates]
+        distances = Distances(clients, self.on)
 
         # The first weights: by the distances from the start of the round.
         from_start = distances.squared(adapters).sqrt()
@@ -86,17 +87,14 @@ class GeometricMedian:
         betas = _betas(weights, from_start, max(self.nu, median))
 
         # The search runs in float64; only the result is rounded to the type of the updates.
-        exact = [replace(update, adapters=_in_float64(update.adapters)) for update in updates]
+        exact = []
+        for update in updates:
+            exact.append(replace(update, adapters=update.adapters.in_float64()))
         for _ in range(self.iterations):
             z = average_adapters(adapters, exact, betas)
             from_z = distances.squared(z).sqrt()
             betas = _betas(weights, from_z, self.nu)
         return state, average_adapters(adapters, updates, betas)
-
-
-def _in_float64(adapters: Adapters) -> Adapters:
-    exact = {name: tensor.double() for name, tensor in adapters.tensors.items()}
-    return adapters.with_tensors(exact)
 
 
 def _betas(weights: Sequence[float], distances: Tensor, nu: float) -> list[float]:

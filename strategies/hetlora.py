@@ -109,7 +109,9 @@ class HetLoRA:
         pruned_rank = state.get(f"rank.{client.client}")
         if pruned_rank is not None:
             rank = min(rank, int(pruned_rank))
-        task = Task(tail=self._gamma, decay=self._decay) if self._decay else Task()
+        task = Task()
+        if self._decay:
+            task = Task(tail=self._gamma, decay=self._decay)
         return Assignment(adapters.with_rank(rank), task)
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
@@ -125,15 +127,19 @@ class HetLoRA:
         for update in updates:
             kept = self._prune(adapters, update)
             if kept is not update:
-                new_state[f"rank.{update.client}"] = torch.tensor(rank_of(kept.adapters))
+                new_rank = rank_of(kept.adapters)
+                new_state[f"rank.{update.client}"] = torch.tensor(new_rank)
             pruned.append(kept)
 
         # p_i, the share of client i in the sum of all norms; if no client changed anything, the weights w_i.
         norms = [change_norm(update.adapters) for update in pruned]
         total = math.fsum(norms)
-        p = [norm / total for norm in norms] if total > 0 else weights
+        p: Sequence[float] = weights
+        if total > 0:
+            p = [norm / total for norm in norms]
         factors = padded_average(adapters, pruned, p)
-        return new_state, average_others(adapters, pruned, weights).with_factors(factors)
+        others = average_others(adapters, pruned, weights)
+        return new_state, others.with_factors(factors)
 
     def _prune(self, adapters: Adapters, update: ClientUpdate) -> ClientUpdate:
         """Returns the update without the tail if the tail shrank, otherwise the update itself."""
@@ -141,7 +147,8 @@ class HetLoRA:
         given = update.given or adapters.with_rank(rank)
         before = tail_norm(given, self._gamma)
         after = tail_norm(update.adapters, self._gamma)
-        if not self._decay or not after < before:
+        has_shrunk = after < before
+        if not self._decay or not has_shrunk:
             return update
-        kept = update.adapters.with_rank(sure_rank(rank, self._gamma))
-        return replace(update, adapters=kept)
+        new_rank = sure_rank(rank, self._gamma)
+        return replace(update, adapters=update.adapters.with_rank(new_rank))

@@ -55,8 +55,11 @@ def scores(clients: Sequence[Adapters], malicious: int, on: str) -> Tensor:
     result = []
     for number, client in enumerate(clients):
         squares = distances.squared(client)
-        neighbours = torch.cat([squares[:number], squares[number + 1 :]])  # without the client itself
-        result.append(neighbours.sort().values[:nearest].sum())
+        before = squares[:number]
+        after = squares[number + 1 :]
+        neighbours = torch.cat([before, after])  # without the client itself
+        rising = neighbours.sort().values
+        result.append(rising[:nearest].sum())
     return torch.stack(result)
 
 
@@ -108,7 +111,8 @@ class MultiKrum:
         # The updates are in the order of the clients, so that a stable sort gives a tie to the lower number.
         updates, _ = weighted(updates)
         clients = [update.adapters for update in updates]
-        by_score = scores(clients, self.malicious, self.on).argsort(stable=True)
+        client_scores = scores(clients, self.malicious, self.on)
+        by_score = client_scores.argsort(stable=True)
 
         keep = self.keep or len(updates) - self.malicious
         if keep > len(updates):

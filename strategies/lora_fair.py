@@ -45,15 +45,17 @@ def correction(missing: LowRank, a: Tensor, ridge: float) -> Tensor:
         >>> correction(missing, torch.tensor([[1.0, 0.0]]).double(), ridge=1.0).tolist()  # 6 / (1 + 1)
         [[3.0]]
     """
+    rank = a.shape[0]
     gram = a @ a.T
-    mean_squared_norm = float(gram.trace()) / a.shape[0]
+    mean_squared_norm = float(gram.trace()) / rank
     if mean_squared_norm == 0:  # A is zero: no B changes the product
         outputs, _ = missing.shape
-        return missing.up.new_zeros(outputs, a.shape[0])
+        return missing.up.new_zeros(outputs, rank)
 
-    identity = torch.eye(a.shape[0], dtype=a.dtype)
+    identity = torch.eye(rank, dtype=a.dtype)
     regularised = gram + ridge * mean_squared_norm * identity
     target = missing.up @ (missing.down @ a.T)  # in this order no matrix (out, in) is built
+    # `left=False`: DeltaB stands left of the (r x r) matrix.
     return torch.linalg.solve(regularised, target, left=False)
 
 
@@ -98,7 +100,9 @@ class LoRAFAIR:
         factors = {}
         for layer, (a, b) in padded_average(adapters, updates, weights).items():
             mean = mean_change(updates, weights, layer)
-            mean_product = mean.times(1 / adapters.scaling(layer))
+            mean_product = mean.times(1 / adapters.scaling(layer))  # Delta W* / s
             missing = mean_product - LowRank(b, a)
-            factors[layer] = a, b + correction(missing, a, self._ridge)
-        return state, average_others(adapters, updates, weights).with_factors(factors)
+            delta_b = correction(missing, a, self._ridge)
+            factors[layer] = a, b + delta_b
+        others = average_others(adapters, updates, weights)
+        return state, others.with_factors(factors)

@@ -46,4 +46,4 @@ class Median:
         # Drop all but the one or two values in the middle. torch.median would take the lower of two.
         k = (len(updates) - 1) // 2
         medians = trimmed_means(updates, k)
-        return state, adapters.with_tensors({**adapters.tensors, **medians})
+        return state, adapters.updated(medians)

@@ -38,7 +38,9 @@ def average_others(adapters: Adapters, updates: Sequence[ClientUpdate], weights:
 
 
 def padded_average(
-    adapters: Adapters, updates: Sequence[ClientUpdate], weights: Sequence[float]
+    adapters: Adapters,
+    updates: Sequence[ClientUpdate],
+    weights: Sequence[float],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns the weighted means of the factors, padded with zeros to the rank of `adapters`.
 
@@ -74,8 +76,7 @@ def padded_average(
         means[layer] = mean_a, mean_b
 
     for update, weight in zip(updates, weights, strict=True):
-        exact = {name: tensor.double() for name, tensor in update.adapters.tensors.items()}
-        padded = update.adapters.with_tensors(exact).with_rank(rank)
+        padded = update.adapters.in_float64().with_rank(rank)
         for layer, (mean_a, mean_b) in means.items():
             a, b = padded.factors(layer)
             mean_a += a * weight

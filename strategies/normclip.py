@@ -105,13 +105,14 @@ def clipped(update: ClientUpdate, adapters: Adapters, norm: float) -> ClientUpda
         >>> clipped(update, lora(A=[[0, 0]], B=[[0]]), norm=1.25).adapters.tensors["layer.lora_A.weight"].tolist()
         [[0.75, 1.0]]
     """
-    given = (update.given or adapters).tensors
-    before = {name: given[name].double() for name in update.adapters.tensors}
+    before = (update.given or adapters).in_float64().tensors
     change = {}
+    squares = []
     for name, tensor in update.adapters.tensors.items():
         change[name] = tensor.double() - before[name]
+        square = (change[name] ** 2).sum()
+        squares.append(float(square))
     # One norm over all tensors, as if the change were one vector.
-    squares = [float((tensor**2).sum()) for tensor in change.values()]
     change_norm = math.sqrt(math.fsum(squares))
     if change_norm <= norm:
         return update
@@ -121,4 +122,5 @@ def clipped(update: ClientUpdate, adapters: Adapters, norm: float) -> ClientUpda
     for name, tensor in update.adapters.tensors.items():
         shortened = before[name] + factor * change[name]
         tensors[name] = shortened.to(tensor.dtype)
-    return replace(update, adapters=update.adapters.with_tensors(tensors))
+    adapters_within_norm = update.adapters.with_tensors(tensors)
+    return replace(update, adapters=adapters_within_norm)

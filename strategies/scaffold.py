@@ -63,8 +63,10 @@ class Scaffold:
         """Sends the adapters and c, in the adapters' types."""
         control = {}
         for name, tensor in adapters.tensors.items():
-            control[name] = state[f"c.{name}"].to(tensor.dtype)
-        return Assignment(adapters.with_rank(client.rank), Task(control=control))
+            c = state[f"c.{name}"]
+            control[name] = c.to(tensor.dtype)
+        task = Task(control=control)
+        return Assignment(adapters.with_rank(client.rank), task)
 
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         """Moves theta by eta times the mean change, and c by the clients' changes over N.
@@ -81,7 +83,8 @@ class Scaffold:
             step[name] = self.eta * change
             # c is a mean over all N clients. The variates of clients that did not answer changed by zero.
             mean_change = _sum_of_changes(updates, name) / clients
-            new_state[f"c.{name}"] = state[f"c.{name}"] + mean_change
+            c = state[f"c.{name}"]
+            new_state[f"c.{name}"] = c + mean_change
         return new_state, add_step(adapters, step)
 
 

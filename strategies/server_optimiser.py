@@ -75,11 +75,12 @@ def add_step(adapters: Adapters, step: Mapping[str, Tensor]) -> Adapters:
         >>> add_step(lora(A=[[1]], B=[[2]]), step).tensors["layer.lora_B.weight"].tolist()
         [[2.5]]
     """
-    tensors = dict(adapters.tensors)  # tensors without a step stay unchanged
+    moved = {}
     for name, change in step.items():
         before = adapters.tensors[name]
-        tensors[name] = (before.double() + change).to(before.dtype)
-    return adapters.with_tensors(tensors)
+        after = before.double() + change
+        moved[name] = after.to(before.dtype)
+    return adapters.updated(moved)  # tensors without a step stay unchanged
 
 
 def zeros(adapters: Adapters, *prefixes: str) -> dict[str, Tensor]:
@@ -141,8 +142,10 @@ class Adaptive:
         # D plays the part of the negative gradient, so the step is added.
         step = {}
         for name, change in mean_step(adapters, updates).items():
-            m = self.beta_1 * state[f"m.{name}"] + (1 - self.beta_1) * change
-            v = self.second_moment(state[f"v.{name}"], change**2)
+            old_m = state[f"m.{name}"]
+            old_v = state[f"v.{name}"]
+            m = self.beta_1 * old_m + (1 - self.beta_1) * change
+            v = self.second_moment(old_v, change**2)
             step[name] = rate * m / (v.sqrt() + self.tau)
             new_state[f"m.{name}"] = m
             new_state[f"v.{name}"] = v

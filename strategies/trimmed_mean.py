@@ -85,6 +85,6 @@ class TrimmedMean:
             ValueError: No client trained on any example.
         """
         updates, _ = weighted(updates)
-        k = int(self.trim * len(updates))
+        k = int(self.trim * len(updates))  # as Flower computes it
         means = trimmed_means(updates, k)
-        return state, adapters.with_tensors({**adapters.tensors, **means})
+        return state, adapters.updated(means)

@@ -22,6 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -30,10 +32,14 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     Phi3Config,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from fedsplit.proving.kept import proof_of
+from fedsplit.settings.config import BUNDLED_MODEL
 
 # Tests run in several processes: more threads than cores make each of them several times slower.
 torch.set_num_threads(1)
@@ -149,6 +155,24 @@ def write_model(folder: Path, family: str) -> Path:
     return folder
 
 
+def write_image_model(folder: Path, **options: Any) -> PreTrainedModel:
+    """Saves a tiny random Gemma 3 of images and text, with a tokenizer of characters, and returns it.
+
+    Args:
+        folder: Where to.
+        options: Options of `save_pretrained`.
+    """
+    write_model(folder, "gemma3_text")
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    # The library caps the logits of the text model alone, and no Gemma 3 has a cap.
+    text = {**CONFIGS["gemma3_text"]().to_dict(), "final_logit_softcapping": None}
+    sizes = {**vision, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=sizes, mm_tokens_per_image=4))
+    whole.save_pretrained(folder, **options)
+    return whole.eval()
+
+
 def with_added_token(model: Path, folder: Path, content: str) -> Path:
     """Copies a model whose tokenizer knows one token more than its embedding has rows."""
     shutil.copytree(model, folder)
@@ -157,6 +181,19 @@ def with_added_token(model: Path, folder: Path, content: str) -> Path:
     document["added_tokens"] = [{"id": VOCABULARY, "content": content, **flags}]
     (folder / "tokenizer.json").write_text(json.dumps(document))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bundled_model_is_proved() -> None:
+    """Proves the bundled model, so that no command that a test watches says that it has just done so."""
+    proof_of(BUNDLED_MODEL)
+
+
+@pytest.fixture(autouse=True)
+def _runs_draw_no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the runs of tests the second that a report takes; `draws_reports` is the mark of those that want one."""
+    if request.node.get_closest_marker("draws_reports") is None:
+        monkeypatch.setattr("fedsplit.reporting.page.try_report", lambda folder: "")
 
 
 @pytest.fixture(scope="session")

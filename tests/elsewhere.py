@@ -1,7 +1,7 @@
 """A device that is not there: tensors with real values that say they are elsewhere, and that no other may meet.
 
 Run as a script it registers itself with torch, which no process can undo, and runs federations on it and on the CPU:
-`python elsewhere.py MODEL CORPUS FOLDER`.
+`python elsewhere.py MODEL CORPUS FOLDER`. With `spread` behind it the trunk is spread over the device and the CPU.
 """
 
 from __future__ import annotations
@@ -124,12 +124,13 @@ RUNS: dict[str, tuple[str, dict[str, object]]] = {
     "accumulate": ("fedavg", {"trunk.schedule": "accumulate", "train.optimizer": "sgd"}),
     "copies": ("scaffold", {"trunk.schedule": "copies"}),
     "folded": ("fedex", {"trunk.schedule": "copies"}),
+    "prefix": ("fedavg", {"prompt.kind": "prefix", "prompt.tokens": 2}),
 }
 """What must put tensors where they belong: strategies and settings."""
 
 
-def text(model: Path, device: torch.device) -> list[list[int | None]]:
-    """What a client on the CPU writes with a trunk on a device, of prompts that are padded."""
+def text(model: Path, cut: tuple[int, int], devices: list[torch.device]) -> list[list[int | None]]:
+    """What a client on the CPU writes with a trunk on a device or on several, of prompts that are padded."""
     from split_models import SETTINGS, ends_of, parts_of
 
     from fedsplit.adaptation import lora
@@ -137,16 +138,22 @@ def text(model: Path, device: torch.device) -> list[list[int | None]]:
     from fedsplit.generation.sampling import Chooser, Sampling
     from fedsplit.model.split import load_parts
 
-    bottom, trunk, top = parts_of(model, (1, 2))
-    (there,) = load_parts(model, (1, 2), ["trunk"], device=device)
+    bottom, trunk, top = parts_of(model, cut)
+    if len(devices) > 1:
+        (there,) = load_parts(model, cut, ["trunk"], devices=devices)
+        assert {parameter.device for parameter in there.parameters()} == {*devices}
+    else:
+        (there,) = load_parts(model, cut, ["trunk"], device=devices[0])
     lora.add(there, SETTINGS, seed=0)
     lora.write(lora.read(trunk).tensors, there)
     ends, _ = ends_of([bottom, there.eval(), top])
     return list(decode(ends, [[5, 9, 3], [7]], 6, [], Chooser(Sampling(), range(2)), Throughput()))
 
 
-def main(model: str, corpus: str, folder: str) -> None:
+def main(model: str, corpus: str, folder: str, *spread: str) -> None:
     """Prints the losses of every run on the CPU and elsewhere, and a text of either."""
+    cut = (1, 3) if spread else (1, 2)
+    devices = [torch.device("cpu"), PLACE] if spread else [PLACE]
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from fedsplit.adaptation import run_adapters
     from fedsplit.engines.in_process import federate
@@ -164,7 +171,7 @@ def main(model: str, corpus: str, folder: str) -> None:
             raise AssertionError("the device is of no use: it meets tensors of the CPU's")
     values: dict[str, object] = {"model": model, "dataset": corpus, "partition": "iid", "clients": 2, "rounds": 2}
     values |= {
-        "cut": "1:2",
+        "cut": "{}:{}".format(*cut),
         "lora.rank": 2,
         "train.steps": 2,
         "train.batch_size": 2,
@@ -174,7 +181,10 @@ def main(model: str, corpus: str, folder: str) -> None:
     values |= {"train.lr": 0.01, "lora.dropout": 0.1, "deterministic": True}
     losses: dict[str, list[list[float]]] = {}
     for device in (torch.device("cpu"), PLACE):
-        run_adapters.resolve = lambda name, device=device: device
+        if not spread:
+            run_adapters.resolve = lambda name, rank, device=device: device
+        elif device == PLACE:
+            run_adapters.trunk_devices = lambda config: devices
         for name, (strategy, more) in RUNS.items():
             config = build(values | more)
             rule = load_strategy(strategy, {}, {"seed": 0, "clients": 2})
@@ -183,8 +193,8 @@ def main(model: str, corpus: str, folder: str) -> None:
             assert done.summary is not None
             losses.setdefault(name, []).append([*done.summary["eval_loss"].values()])
     with Pretence():
-        there = text(Path(model), PLACE)
-    print(json.dumps({"losses": losses, "texts": [text(Path(model), torch.device("cpu")), there]}))
+        there = text(Path(model), cut, devices)
+    print(json.dumps({"losses": losses, "texts": [text(Path(model), cut, [torch.device("cpu")]), there]}))
 
 
 if __name__ == "__main__":

@@ -78,9 +78,9 @@ class Raylets:
         """Returns the environment of a command that joins the cluster."""
         return environment(self.folder, **variables)
 
-    def add(self, site: str, cpus: int = 1, **variables: str) -> str:
-        """Adds a node with a label and variables of its environment; returns Ray's id of the node."""
-        node: str = self._ask("add", site=site, cpus=cpus, variables=variables)
+    def add(self, site: str, cpus: int = 1, labels: Mapping[str, str] | None = None, **variables: str) -> str:
+        """Adds a node with the label `site`, others, and variables of its environment; returns Ray's id of the node."""
+        node: str = self._ask("add", labels={"site": site, **(labels or {})}, cpus=cpus, variables=variables)
         self.added[node] = site
         return node
 
@@ -161,10 +161,10 @@ class _Server:
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def add(self, site: str, cpus: int, variables: Mapping[str, str]) -> str:
+    def add(self, labels: Mapping[str, str], cpus: int, variables: Mapping[str, str]) -> str:
         place = _temporary(self._folder, f"node-{len(list((self._folder / 'nodes').iterdir()))}")
-        env_vars = {"TMPDIR": str(place), **variables}
-        node = self._cluster.add_node(num_cpus=cpus, labels={"site": site}, env_vars=env_vars)
+        env_vars = {"TMPDIR": str(place), "HOME": str(place), **variables}
+        node = self._cluster.add_node(num_cpus=cpus, labels=dict(labels), env_vars=env_vars)
         self._nodes[node.node_id] = node
         return str(node.node_id)
 

@@ -74,7 +74,9 @@ def machine() -> dict[str, str]:
     return {"torch": torch.__version__, "cpu": kind.strip() or platform.machine(), "instructions": instructions}
 
 
-def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict[str, Any]:
+def play(
+    case: str, models: Mapping[str, Path], corpus: Path, out: Path, more: Mapping[str, object] | None = None
+) -> dict[str, Any]:
     """Runs a case's federation in this process.
 
     Args:
@@ -82,6 +84,7 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
         models: Folders of tiny models by family.
         corpus: A small corpus of three owners.
         out: The run's folder.
+        more: Settings beside those of the case.
 
     Returns:
         The digest and the norm of each file of tensors that the run left, and the losses of each round.
@@ -91,7 +94,7 @@ def play(case: str, models: Mapping[str, Path], corpus: Path, out: Path) -> dict
     from fedsplit.federation.strategy import load_strategy
     from fedsplit.settings.documents import build
 
-    values = {**BASE, "dataset": str(corpus), **CASES[case]}
+    values = {**BASE, "dataset": str(corpus), **CASES[case], **(more or {})}
     options = {name.partition(".")[2]: values.pop(name) for name in list(values) if name.startswith("strategy.")}
     values["model"] = str(models[str(values["model"])])
     steps = [{"rounds": 1}, {"resume": str(out)}] if case == "resumed" else [{}]

@@ -90,8 +90,8 @@ def server_of(trunk: Trunk, **how: Any) -> TrunkServer:
 class Here:
     """A trunk in this process that remembers what it was sent."""
 
-    def __init__(self, trunk: Trunk) -> None:
-        self.server = server_of(trunk)
+    def __init__(self, trunk: Trunk, **how: Any) -> None:
+        self.server = server_of(trunk, **how)
         self.sessions = Sessions(self.server, lease=600.0)
         self.sent: list[Packet] = []
 

@@ -52,3 +52,12 @@ def test_help_and_version_load_no_library(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout
+
+
+def test_a_command_leaves_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(command, "listen", lambda: codes.append(-1))
+    monkeypatch.setattr(command, "leave", codes.append)
+    monkeypatch.setattr(sys, "argv", ["fedsplit", "simulat"])
+    command.command()
+    assert codes == [-1, 2]

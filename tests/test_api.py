@@ -56,7 +56,7 @@ def small(
 
 def test_keywords_are_the_settings_of_the_command(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(api, "_run", lambda config, *objects: asked.append(config))
+    monkeypatch.setattr(api, "_run", lambda call: asked.append(call.draft.config))
     del small["eval"]
     fedsplit.run(**small, strategy="fedprox", strategy__mu=0.5, train__clip=0.1, out="one")
     nested = {**small, "train": {**small["train"], "clip": 0.1}}
@@ -71,7 +71,7 @@ def test_keywords_are_the_settings_of_the_command(small: dict[str, Any], monkeyp
 
 def test_a_config_or_a_file_lies_below_the_keywords(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(api, "_run", lambda config, *objects: asked.append(config))
+    monkeypatch.setattr(api, "_run", lambda call: asked.append(call.draft.config))
     Path("run.toml").write_text("rounds = 4\n[train]\nlr = 0.1\nclip = 0.5\n[strategy_options]\nmu = 0.5\n")
     config = Config(rounds=4, train=TrainSettings(lr=0.1, clip=0.5), strategy_options={"mu": 0.5})
     for below in (config, "run.toml", Path("run.toml")):
@@ -83,7 +83,7 @@ def test_a_config_or_a_file_lies_below_the_keywords(small: dict[str, Any], monke
 
 def test_metrics_and_sinks_by_name_have_options(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(api, "_run", lambda config, *objects: asked.append(config))
+    monkeypatch.setattr(api, "_run", lambda call: asked.append(call.draft.config))
     named: dict[str, Any] = {**small, "metrics": ["m:rouge"], "sinks": ["m:Mine"]}
     fedsplit.run(**named, metric__rouge__stem=True, sinks__Mine__project="a")
     fedsplit.run(**named, metric_options={"rouge": {"stem": True}}, sink_options={"Mine.project": "a"})
@@ -95,7 +95,7 @@ def test_metrics_and_sinks_by_name_have_options(small: dict[str, Any], monkeypat
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"clients": 0}, "clients: 0 is not possible; allowed: a whole number from 1 to 2147483647"),
     ({"clientz": 2}, "there is no setting clientz; did you mean clients"),
-    ({"train": {"lrr": 1}}, "there is no setting train.lrr; did you mean train.lr"),
+    ({"train": {"lrr": 1, "max_length": 16}}, "there is no setting train.lrr; did you mean train.lr"),
     ({"train__lr": "fast"}, "train.lr: fast is not possible; allowed: a finite number above 0"),
     ({"train": 3}, "there is no setting train; did you mean"),
     ({"seed": None}, "seed: None is not possible; allowed: a whole number from 0 to 4294967295"),
@@ -114,6 +114,41 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"objective": len, "engine": "ray"}, "objective: an object of type builtin_function_or_method is not possible"),
     ({"metrics": [len], "engine": "ray"}, "metrics: an object of type builtin_function_or_method is not possible"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("given", "messages"),
+    [
+        (
+            {"nonsense": 1, "rounds": "x", "cut": "9:99", "data__at": "nowhere", "sinks": [3], "metrics": [FedAvg]},
+            [
+                "sinks: an object",
+                "metrics: the class",
+                "there is no setting nonsense",
+                "rounds: x",
+                "data.at: nowhere",
+                "cut: 9:99",
+            ],
+        ),
+        ({"strategy": FedAvg, "dataset": 3, "model": 3}, ["strategy: the class", "model: 3", "dataset: 3"]),
+        ({"dataset": {"ann": "text"}, "trunk__every": 2}, ["dataset: 'text'", "trunk.every: 2"]),
+        ({"dataset": {"ann": ["text"]}, "clients": "x", "data__split": "test"}, ["clients: x"]),
+        ({"config": 3, "cut": "9:99", "rounds": 0}, ["config: an object", "rounds: 0"]),
+        ({"strategy_options": 3, "strategy": "fedavgg", "rounds": 0}, ["strategy_options: 3", "rounds: 0", "strategy"]),
+    ],
+)
+def test_all_errors_of_a_call_are_reported_together(
+    given: dict[str, Any], messages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of objects, of settings and of later checks, but none that only follows from a default."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fedsplit.InputError) as refused:
+        fedsplit.run(**given)
+    errors = [str(error) for error in refused.value.errors]
+    assert len(errors) == len(messages), errors
+    for error, message in zip(errors, messages, strict=True):
+        assert error.startswith(message), errors
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(("given", "words"), WRONG, ids=lambda given: str(given)[:30])
@@ -294,7 +329,7 @@ def test_a_sink_is_an_object_that_hears_the_run(small: dict[str, Any]) -> None:
 
 def test_names_and_objects_of_sinks_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Config, Any]] = []
-    monkeypatch.setattr(api, "_run", lambda config, *objects: asked.append((config, objects[-1])))
+    monkeypatch.setattr(api, "_run", lambda call: asked.append((call.draft.config, call.sinks)))
     sink = Losses()
     fedsplit.run(sinks=["mine.py:Sink", sink])
     fedsplit.run(sinks="mine.py:Sink")

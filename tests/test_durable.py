@@ -83,3 +83,25 @@ def test_a_draft_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     write_text(tmp_path / "summary.json", "{}")
     assert (tmp_path / "mine").read_text() == "mine"
     assert not (tmp_path / "summary.json").is_symlink() and (tmp_path / "summary.json").read_text() == "{}"
+
+
+def test_a_folder_is_not_put_in_place_before_all_of_its_files_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "out", lambda draft: (draft / "file").write_text("old") and None)
+    synced = []
+
+    def sync(path: Path) -> None:
+        synced.append(path.name)
+        if path.name == "last":
+            crash()
+
+    def fill(draft: Path) -> None:
+        for name in ("first", "last", "second"):
+            (draft / name).write_text(name)
+
+    monkeypatch.setattr("fedsplit.durable.sync", sync)
+    with pytest.raises(NotWritten, match=r"out could not be written \(no space left\)"):
+        write_folder(tmp_path / "out", fill)
+    assert {"first", "last", "second"} >= set(synced) and "last" in synced
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/file"]

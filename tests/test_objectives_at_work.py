@@ -126,3 +126,34 @@ def test_measures_that_break_later_are_named(
     broken = replace(config, **{setting: (spec,) if setting == "metric" else spec})
     with pytest.raises(Exception, match=message):
         federate(broken, tmp_path / "run", FedAvg(), monkeypatch)
+
+
+def test_routers_are_balanced_beside_the_base_model_as_without_it(
+    config: Config, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base model's routers are not heard: the auxiliary loss is that of the tuned model's alone."""
+    experts = replace(config, model=str(tiny_models["mixtral"]), router_aux_loss=0.1, rounds=1)
+    alone = replace(experts, objective="distillation", objective_options={"alpha": 0.0})
+    for name, how in (("plain", experts), ("compared", alone)):
+        federate(how, tmp_path / name, FedAvg(), monkeypatch)
+    plain, compared = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "compared")
+    )
+    balances = [[e["router_aux_loss"] for e in events if e["event"] == "train"] for events in (plain, compared)]
+    assert balances[1] == pytest.approx(balances[0], rel=1e-4) and balances[0][0] > 0
+    assert training_losses(tmp_path / "compared") == pytest.approx(training_losses(tmp_path / "plain"), rel=1e-4)
+    assert evaluations(tmp_path / "compared")[-1]["bytes"]["reference_up"] > 0
+
+
+@pytest.mark.parametrize("trunk", [{"replicas": 2}, {"stages": "0:1:2"}], ids=str)
+def test_replicas_and_stages_have_the_base_model_too(
+    config: Config, trunk: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = replace(config, objective="distillation", cut="0:2")
+    for name, how in (("whole", {}), ("divided", trunk)):
+        federate(replace(compared, trunk=replace(config.trunk, **how)), tmp_path / name, FedAvg(), monkeypatch)
+    whole, divided = (evaluations(tmp_path / name)[-1] for name in ("whole", "divided"))
+    assert divided["loss"] == whole["loss"]
+    assert divided["bytes"]["reference_up"] == whole["bytes"]["reference_up"] > 0
+    assert training_losses(tmp_path / "divided") == training_losses(tmp_path / "whole")

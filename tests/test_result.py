@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fedsplit
-from fedsplit.commands.evaluate import held_out_loss
+from fedsplit.results.measuring import held_out_loss
 
 
 @pytest.fixture
@@ -78,14 +78,6 @@ def test_the_plot_has_a_line_for_each_client_and_split(result: fedsplit.Result, 
     assert held_out.get_ydata()[-1] == result.summary["eval_loss"]["after"]
     figure.savefig(tmp_path / "losses.png")
     assert (tmp_path / "losses.png").stat().st_size
-
-
-def test_a_plot_without_matplotlib_is_refused_in_one_line(
-    result: fedsplit.Result, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(fedsplit.InputError, match=r"^plot: matplotlib is not installed; .*fedsplit\[plots\]"):
-        result.plot()
 
 
 def test_a_result_shows_its_folder_and_losses(result: fedsplit.Result) -> None:

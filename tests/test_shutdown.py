@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 import fedsplit
-from fedsplit.shutdown import Stopped, advised, cleaned_up, kill_descendants, stoppable
+from fedsplit.shutdown import Stopped, advised, bounded, cleaned_up, kill_descendants, stoppable
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -168,7 +169,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """
 
-DOORS = ["simulate", "evaluate", "generate", "adapters", "data", "reference", "clean"]
+DOORS = ["simulate", "evaluate", "generate", "adapters", "data", "reference", "clean", "report"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -299,8 +300,10 @@ RUN = ["--clients", "3", "--rounds", "50", "--train.steps", "4", "--batch-size",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("presses", [1, 2])
-@pytest.mark.parametrize("words", ["round 0/50  evaluating", "trained  loss", "round 1/50  evaluating"])
+@pytest.mark.parametrize(
+    ("words", "presses"),
+    [("round 0/50  evaluating", 2), ("trained  loss", 1), ("trained  loss", 2), ("round 1/50  evaluating", 1)],
+)
 def test_ctrl_c_in_a_terminal_ends_a_run_and_leaves_nothing(words: str, presses: int, tmp_path: Path) -> None:
     terminal = Terminal("-m", "fedsplit.simulate", *RUN, "--eval.samples", "4", "--out", "run", cwd=tmp_path)
     terminal.read_until(words, seconds=240)
@@ -332,6 +335,57 @@ def test_sigterm_ends_a_run_with_143(tmp_path: Path) -> None:
     psutil.wait_procs(started, timeout=10)
     assert [process for process in started if process.is_running()] == []
     assert not (tmp_path / "run" / "clients").exists()
+
+
+def test_what_does_not_close_is_left() -> None:
+    def fails() -> None:
+        raise OSError("no such session")
+
+    assert bounded(lambda: None)
+    assert not bounded(threading.Event().wait, seconds=0.1)
+    with pytest.raises(OSError, match="no such session"):
+        bounded(fails)
+
+
+LEAVES = """
+import atexit, ctypes, subprocess, sys, threading
+from fedsplit import shutdown
+
+shutdown.listen()
+atexit.register(print, "exit function of the user's")
+shutdown.LEAVING_SECONDS = 1.0
+quiet = {{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}}
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **quiet)
+print(child.pid)
+libc = ctypes.CDLL(None)
+{hang}
+shutdown.leave(3)
+"""
+
+HANGS_AT_THE_END = {
+    "a thread": "threading.Thread(target=threading.Event().wait).start()",
+    "an exit function": "atexit.register(threading.Event().wait)",
+    "a native library": "libc.on_exit(libc.pause, None)",
+}
+
+
+@pytest.mark.parametrize("hang", HANGS_AT_THE_END)
+def test_what_hangs_at_the_end_keeps_neither_the_process_nor_its_exit_code(hang: str) -> None:
+    call = [sys.executable, "-c", LEAVES.format(hang=HANGS_AT_THE_END[hang])]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, "")
+    child, *shown = done.stdout.splitlines()
+    if hang == "a native library":  # an orderly end: all exit functions of Python were called, and nobody was killed
+        assert shown == ["exit function of the user's"]
+        psutil.Process(int(child)).kill()
+    else:
+        assert not psutil.pid_exists(int(child)) or psutil.Process(int(child)).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_command_leaves_so(door: str) -> None:
+    source = Path(fedsplit.__file__).with_name(f"{door}.py").read_text()
+    assert source.endswith('if __name__ == "__main__":\n    leave(main())\n')
 
 
 def test_the_exit_code_of_an_end_by_force_stands_whatever_fails_on_the_way() -> None:

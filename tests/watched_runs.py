@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -27,7 +29,22 @@ class WatchedRun(subprocess.Popen[str]):
             self.shown += line
             if line.startswith(beginning):
                 return
-        raise AssertionError(f"no line begins with {beginning}:\n{self.shown}")
+        assert self.stderr is not None
+        raise AssertionError(f"no line begins with {beginning}:\n{self.shown}\n{self.stderr.read()}")
+
+    @contextlib.contextmanager
+    def halted(self, beginning: str) -> Iterator[None]:
+        """Reads until a line that begins so, and halts the command inside the context.
+
+        No round ends meanwhile: on a slow machine the run would be over before a test has found its processes. They go
+        on with what they were asked for.
+        """
+        self.wait_for(beginning)
+        self.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.send_signal(signal.SIGCONT)
 
     def end(self, seconds: float | None = None) -> tuple[int, str]:
         """Waits for the end; returns the exit code and what was written to stderr."""

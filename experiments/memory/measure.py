@@ -57,7 +57,7 @@ def hold(role: str, config: Any, vocabulary: int) -> dict[str, Any]:
     from fedsplit.adaptation import lora
     from fedsplit.adaptation.injection import make_config
     from fedsplit.model.devices import TYPES
-    from fedsplit.model.families import read_facts
+    from fedsplit.model.facts import read_facts
     from fedsplit.model.sources import config_folder, weights_folder
     from fedsplit.model.split import load_parts
 

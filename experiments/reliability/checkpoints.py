@@ -26,7 +26,7 @@ from fedsplit.durable import NotWritten, tidy
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
 from fedsplit.federation.manifest import Content, Damaged, check_whole
 from fedsplit.federation.resumption import checkpoints_of, newest_checkpoint
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.model.sources import config_folder
 from fedsplit.settings.config import Config
 from fedsplit.settings.sections import CheckpointSettings

@@ -25,6 +25,7 @@ from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.messages import CLIENT_LOST, Answer, Failure, Introduce, Request
 from fedsplit.federation.strategy import load_strategy
 from fedsplit.settings.documents import build
+from fedsplit.trunk import local
 
 RESULT = Path(__file__).with_suffix(".json")
 
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
-    in_process.LocalTrunk = MortalTrunk  # type: ignore[misc]
+    local.LocalTrunk = MortalTrunk  # type: ignore[misc]
     in_process.LocalClients = MortalClients  # type: ignore[misc]
     rows = []
     for schedule in SCHEDULES:

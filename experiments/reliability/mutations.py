@@ -47,7 +47,7 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "a client that begins again keeps the trunk's copy that its first steps have changed",
-        "fedsplit/trunk/registry.py",
+        "fedsplit/trunk/copies.py",
         "        self._copies[client] = copy\n",
         "        self._copies.setdefault(client, copy)\n",
     ),
@@ -126,8 +126,8 @@ MUTATIONS = (
     Mutation(
         "gradients are not cleared by the step that they were summed for",
         "fedsplit/trunk/registry.py",
-        "        self._sums.clear()\n        if not sums:",
-        "        if not sums:",
+        "        self._sums.clear()\n        if not sums and",
+        "        if not sums and",
         ("tests/trunk/test_registry.py",),
     ),
     Mutation(

@@ -2,9 +2,9 @@
 
     sudo python -m experiments.scale.hosts                   # writes hosts.json beside this file
 
-Namespaces are joined by a bridge. A process in one of them reaches another only over TCP: a socket in Linux's abstract
-namespace belongs to one network namespace. Each host has its own folder for temporary files. `--delay` adds latency by
-`tc netem`, where the kernel has it. The result is compared with the run on one machine, to the bit.
+Namespaces are joined by a bridge, or by `links.py` where `--delay` asks for latency. A process in one of them reaches
+another only over TCP: a socket in Linux's abstract namespace belongs to one network namespace. Each host has its own
+folder for temporary files. The result is compared with the run on one machine, to the bit.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.scale import links
 from experiments.speed.run import environment, machine
 
 HERE = Path(__file__).parent
@@ -32,6 +33,27 @@ FLAGS = shlex.split(
     "--clients 6 --rounds 4 --train.steps 4 --train.batch-size 4 --train.max-length 64 --eval.samples 4 --eval.after 0 "
     "--trunk.schedule copies"
 )
+
+_ECHO = """
+import socket, sys
+server = socket.create_server((sys.argv[1], 7777))
+print("ready", flush=True)
+connection, _ = server.accept()
+while byte := connection.recv(1):
+    connection.sendall(byte)
+"""
+
+_ASK = """
+import socket, statistics, sys, time
+connection = socket.create_connection((sys.argv[1], 7777))
+times = []
+for _ in range(20):
+    began = time.perf_counter()
+    connection.sendall(b"x")
+    connection.recv(1)
+    times.append(time.perf_counter() - began)
+print(1000 * statistics.median(times))
+"""
 
 
 def run(*command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -60,38 +82,52 @@ class Hosts:
         self._scratch = scratch
 
     @contextlib.contextmanager
-    def up(self, delay: float) -> Iterator[bool]:
+    def up(self, delay: float) -> Iterator[None]:
         """Keeps hosts and cluster up inside the context.
 
         Args:
-            delay: Latency of each host's link in ms, in the direction away from the host.
-
-        Yields:
-            False if the kernel cannot delay packets.
+            delay: Latency of a packet between two hosts in ms.
         """
-        try:
-            run("ip", "link", "add", BRIDGE, "type", "bridge")
-            run("ip", "link", "set", BRIDGE, "up")
-            delays = [self._add(number, delay) for number in range(len(self.names))]
-            for number in range(len(self.names)):
+        numbers = range(len(self.names))
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._remove)
+            for name in self.names:
+                run("ip", "netns", "add", name)
+            if delay:
+                stack.enter_context(self._links(delay))
+            else:
+                self._bridge()
+            for number in numbers:
+                self.on(number, "ip", "address", "add", f"{self.address(number)}/24", "dev", "eth0")
+                self.on(number, "ip", "link", "set", "eth0", "mtu", str(links.MTU))
+                for device in ("lo", "eth0"):
+                    self.on(number, "ip", "link", "set", device, "up")
+            for number in numbers:
                 self._start_ray(number)
-            yield all(delays)
-        finally:
-            self._remove()
+            yield
 
-    def _add(self, number: int, delay: float) -> bool:
-        """Adds a host; returns whether its packets are delayed as asked."""
-        name, link = self.names[number], f"fedsplit-v{number}"
-        run("ip", "netns", "add", name)
-        run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
-        run("ip", "link", "set", link, "master", BRIDGE, "up")
-        self.on(number, "ip", "address", "add", f"{self.address(number)}/24", "dev", "eth0")
-        for device in ("lo", "eth0"):
-            self.on(number, "ip", "link", "set", device, "up")
-        if not delay:
-            return True
-        done = self.on(number, *f"tc qdisc add dev eth0 root netem delay {delay}ms".split(), check=False)
-        return done.returncode == 0
+    def _bridge(self) -> None:
+        """Joins the hosts by a bridge of the kernel."""
+        run("ip", "link", "add", BRIDGE, "mtu", str(links.MTU), "type", "bridge")
+        run("ip", "link", "set", BRIDGE, "up")
+        for number, name in enumerate(self.names):
+            link = f"fedsplit-v{number}"
+            run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+            run("ip", "link", "set", link, "mtu", str(links.MTU), "master", BRIDGE, "up")
+
+    @contextlib.contextmanager
+    def _links(self, delay: float) -> Iterator[None]:
+        """Joins the hosts by links with latency, for as long as the context lasts."""
+        command = [sys.executable, "-m", "experiments.scale.links", "--delay", str(delay), *self.names]
+        carrier = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert carrier.stdout is not None
+            if carrier.stdout.readline() != "ready\n":
+                raise RuntimeError("the links between the hosts could not be made")
+            yield
+        finally:
+            carrier.kill()
+            carrier.wait()
 
     def address(self, number: int) -> str:
         """Returns the IP address of a host."""
@@ -103,6 +139,22 @@ class Hosts:
         folder.mkdir(exist_ok=True)
         settings = {**environment(), "TMPDIR": str(folder)}
         return run("ip", "netns", "exec", self.names[number], *command, check=check, env=settings, cwd=folder)
+
+    def round_trip(self) -> float:
+        """Returns the median time in ms in which a byte goes from the second host to the first and back."""
+        server = subprocess.Popen(
+            ["ip", "netns", "exec", self.names[0], sys.executable, "-c", _ECHO, self.address(0)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert server.stdout is not None
+            server.stdout.readline()
+            asked = self.on(1, sys.executable, "-c", _ASK, self.address(0))
+        finally:
+            server.kill()
+            server.wait()
+        return round(float(asked.stdout), 2)
 
     def _start_ray(self, number: int) -> None:
         ray = str(Path(sys.executable).with_name("ray"))
@@ -149,20 +201,34 @@ def simulate(out: Path, extra: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "fedsplit.simulate", *FLAGS, *extra, "--out", str(out)]
 
 
-def measure(hosts: int, delay: float, scratch: Path) -> dict[str, Any]:
-    """Runs once on hosts."""
+def tokens_of(folder: Path) -> list[int]:
+    """Returns the tokens that clients trained on in all rounds but the first."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [event["tokens"] for event in events if event["event"] == "train"][1:]
+
+
+def measure(hosts: int, delay: float, scratch: Path, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Runs once on hosts.
+
+    Args:
+        hosts: Number of hosts.
+        delay: Latency of a packet between two hosts in ms.
+        scratch: Folder for the temporary files of all hosts.
+        more: Further flags of the run.
+    """
     out = scratch / "run"
     cluster = Hosts(hosts, scratch)
-    with cluster.up(delay) as delayed:
-        if not delayed:
-            return {"hosts": hosts, "delay_ms": delay, "left_out": "the kernel has no netem"}
-        extra = ["--ray.address", f"{cluster.address(0)}:{PORT}"]
+    with cluster.up(delay):
+        round_trip = cluster.round_trip() if hosts > 1 else None
+        extra = ["--ray.address", f"{cluster.address(0)}:{PORT}", *more]
         done = cluster.on(0, *simulate(out, extra), check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         table = [line for line in done.stdout.splitlines() if line.startswith(NETWORK)]
     found = {"hosts": hosts, "delay_ms": delay, "train": seconds_of(out), "over_socket": packets_of(out)}
-    return {**found, "sha256": digest(out), "nodes": table}
+    if round_trip is not None:
+        found["round_trip_ms"] = round_trip
+    return {**found, "tokens": tokens_of(out), "sha256": digest(out), "nodes": table}
 
 
 def main() -> None:

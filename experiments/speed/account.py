@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 import tomllib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Account:
     """Seconds by name; what is timed within something else is taken off it."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[float] = []
         self._names: list[str] = []
 
@@ -67,6 +67,7 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     from fedsplit.corpora.shards import Shard
     from fedsplit.model.devices import TYPES
     from fedsplit.model.split import load_parts
+    from fedsplit.optimization.optim import make_optimizer
     from fedsplit.settings.documents import build
     from fedsplit.trunk import server as trunk
     from fedsplit.trunk import trainable
@@ -77,8 +78,9 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     torch.set_num_threads(1)
     shape = (model["batch_size"], model["max_length"])
     config = build({"model": folder, "cut": model["cut"], "dtype": dtype, "train.batch_size": shape[0]})
-    kinds = ["bottom", "trunk", "top"]
-    bottom, middle, top = load_parts(config.model_path, config.bounds, kinds, TYPES[dtype], config.kernels)
+    bottom, middle, top = load_parts(
+        config.model_path, config.bounds, ["bottom", "trunk", "top"], TYPES[dtype], config.kernels
+    )
     for part in (bottom, middle, top):
         lora.add(part, config.lora, config.seed)
     server = trunk.TrunkServer(middle, make_codec("raw"), "shared", config.train, config.seed)
@@ -99,7 +101,7 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     trainable.TrainableAdapter.step = account.timed("trunk: optimiser, new version", trainable.TrainableAdapter.step)  # type: ignore[method-assign]
     link.PendingStep.finish = account.timed("bottom: backward", link.PendingStep.finish)  # type: ignore[method-assign]
     for part, name in ((bottom, "bottom: forward"), (top, "top: forward and loss, with its gradient")):
-        part.forward = account.timed(name, part.forward)  # type: ignore[method-assign]
+        part.forward = account.timed(name, part.forward)
     ids = torch.randint(0, 1000, shape)
     party = client.Client(
         0,
@@ -113,12 +115,12 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
     for part in (bottom, top):
         part.train()
     trained = [*lora.parameters(bottom).values(), *lora.parameters(top).values()]
-    optimizer = client.make_optimizer(trained, config.train)
+    optimizer = make_optimizer(trained, config.train)
     assert optimizer is not None
     backward = torch.Tensor.backward
     of_top = account.timed("top: backward", backward)
     torch.Tensor.backward = lambda *a, **k: (backward if account.is_open("bottom: backward") else of_top)(*a, **k)  # type: ignore[method-assign]
-    found: list[Counter[str]] = []
+    found: list[dict[str, float]] = []
     for step in range(warmup + steps):
         account.seconds.clear()
         started = time.perf_counter()
@@ -126,9 +128,9 @@ def measure(model: Mapping[str, Any], folder: str, dtype: str, steps: int, warmu
         account.timed("client: optimiser", optimizer.step)()
         optimizer.zero_grad()
         account.seconds["whole step"] = time.perf_counter() - started
-        found.append(Counter(account.seconds))
+        found.append(dict(account.seconds))
     torch.Tensor.backward = backward  # type: ignore[method-assign]
-    return {name: 1000 * statistics.median(one[name] for one in found[warmup:]) for name in found[-1]}
+    return {name: 1000 * statistics.median(one.get(name, 0.0) for one in found[warmup:]) for name in found[-1]}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import warnings
+from typing import Any
 
 import peft
 import torch
@@ -36,20 +37,21 @@ def _load(flags: str, dtype: str, threads: int) -> tuple[Config, Trainer, list[S
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of local training, from the adapters that were sent."""
-    instructions = message.content["config"]
+    instructions: Any = message.content["config"]  # its values may be of any kind for Flower, and are our server's
     config, trainer, shards = _load(instructions["flags"], instructions["dtype"], instructions["threads"])
-    peft.set_peft_model_state_dict(trainer.model, message.content["arrays"].to_torch_state_dict())
+    arrays = message.content["arrays"]
+    assert isinstance(arrays, ArrayRecord)
+    peft.set_peft_model_state_dict(trainer.model, arrays.to_torch_state_dict())
     trainer.renew_optimizer()
-    client, steps = int(context.node_config["partition-id"]), config.train.steps
+    client = int(context.node_config["partition-id"])
+    steps = config.train.steps or 0
     first = (instructions["server-round"] - 1) * steps
     losses = [
         trainer.step(batch(shards[client].train.ids, step, config.train.batch_size, config.seed))
         for step in range(first, first + steps)
     ]
     examples = steps * config.train.batch_size
-    metrics = {"num-examples": examples, "loss": float(torch.stack(losses).mean())}
-    content = {
-        "arrays": ArrayRecord(peft.get_peft_model_state_dict(trainer.model)),
-        "metrics": MetricRecord(metrics),
-    }
-    return Message(RecordDict(content), reply_to=message)
+    content = RecordDict()
+    content["arrays"] = ArrayRecord(peft.get_peft_model_state_dict(trainer.model))
+    content["metrics"] = MetricRecord({"num-examples": examples, "loss": float(torch.stack(losses).mean())})
+    return Message(content, reply_to=message)

@@ -65,6 +65,7 @@ def main() -> None:
                 print(failed[0], file=sys.stderr)
                 raise SystemExit(1)
             arrays, metrics = super().aggregate_train(server_round, replies)
+            assert metrics is not None
             log(event="train", round=server_round, tokens=tokens, seconds=seconds, loss=metrics["loss"])
             return arrays, metrics
 

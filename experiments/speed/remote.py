@@ -29,7 +29,9 @@ Serve = Callable[[Any], Any]
 """A packet to its answer."""
 
 
-def pairs_a_second(serve: Serve, hidden: Any, seconds: float, attempt: int, run: str = "", life: str = "") -> float:
+def pairs_a_second(
+    serve: Serve, hidden: Any, gradient: Any, seconds: float, attempt: int, run: str = "", life: str = ""
+) -> float:
     """Asks for forward and backward in turn for so many seconds; each time as another attempt at the round."""
     from fedsplit.wire.packets import Packet, StepKey
 
@@ -37,7 +39,7 @@ def pairs_a_second(serve: Serve, hidden: Any, seconds: float, attempt: int, run:
     while (elapsed := time.perf_counter() - started) < seconds or not done:
         key = StepKey(1, 0, done, attempt, run=run)
         serve(Packet(key, {"hidden": hidden}, incarnation=life))
-        serve(Packet(key, {"gradient": hidden}, incarnation=life))
+        serve(Packet(key, {"gradient": gradient}, incarnation=life))
         done += 1
     return done / elapsed
 
@@ -68,8 +70,8 @@ class Inside:
     def __init__(self, model: Mapping[str, Any], folder: str) -> None:
         self._serve = make_trunk(model, folder)
 
-    def pairs_a_second(self, hidden: Any, seconds: float, attempt: int) -> float:
-        return pairs_a_second(self._serve, hidden, seconds, attempt)
+    def pairs_a_second(self, hidden: Any, gradient: Any, seconds: float, attempt: int) -> float:
+        return pairs_a_second(self._serve, hidden, gradient, seconds, attempt)
 
 
 def measure(model: Mapping[str, Any], folder: str, seconds: float, repeats: int) -> list[dict[str, float]]:
@@ -78,21 +80,27 @@ def measure(model: Mapping[str, Any], folder: str, seconds: float, repeats: int)
     import torch
 
     from fedsplit.settings.documents import build
-    from fedsplit.trunk.actor import start_trunk
-    from fedsplit.wire.codecs import make_codec
+    from fedsplit.trunk.actor import ActorSetup
+    from fedsplit.trunk.ray_trunks import start_trunks
+    from fedsplit.wire.codecs import Role, make_codec
+    from fedsplit.wire.packets import StepKey
 
     local = make_trunk(model, folder)
     inside = ray.remote(num_cpus=0)(Inside).remote(model, folder)
     config = build({"model": folder, "cut": model["cut"]})
-    handle = start_trunk(config, "trunk", 1)
+    handle = start_trunks(config, "trunk", ActorSetup(threads=1))
     life = handle.status().incarnation
     shape = (model["batch_size"], model["max_length"], model["width"])
-    hidden = make_codec(config.wire.codec).encode(torch.randn(shape))
+    codec = make_codec(config.wire.codec)
+    key = StepKey(1, 0, 0)
+    hidden = codec.encode(torch.randn(shape), Role("activation", "up", key))
+    # As small as gradients are: the trunk refuses steps whose gradients grow without bounds.
+    gradient = codec.encode(1e-6 * torch.randn(shape), Role("gradient", "up", key))
     places: dict[str, Callable[[float, int], float]] = {
-        "local": lambda time, attempt: pairs_a_second(local, hidden, time, attempt),
-        "inside": lambda time, attempt: ray.get(inside.pairs_a_second.remote(hidden, time, attempt)),
+        "local": lambda time, attempt: pairs_a_second(local, hidden, gradient, time, attempt),
+        "inside": lambda time, attempt: ray.get(inside.pairs_a_second.remote(hidden, gradient, time, attempt)),
         "remote": lambda time, attempt: pairs_a_second(
-            lambda packet: handle.send(packet)(), hidden, time, attempt, "trunk", life
+            lambda packet: handle.send(packet)(), hidden, gradient, time, attempt, "trunk", life
         ),
     }
     for place in places.values():

@@ -36,11 +36,12 @@ import psutil
 
 from experiments.speed.models import folder_of
 from experiments.speed.watch import Tree, follow
+from fedsplit.environment import available_cores
 
 HERE = Path(__file__).parent
 SIDES = ("whole", "fedsplit-1", "fedsplit-4", "fedsplit-8", "pair", "flower")
 FLOWER_CLIENTS = 8
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = available_cores()
 
 
 def environment() -> dict[str, str]:
@@ -102,6 +103,7 @@ class Bench:
             for worker in workers:
                 _answer(worker)
             for worker in workers:
+                assert worker.stdin is not None
                 worker.stdin.write("go\n")
                 worker.stdin.flush()
             results = [json.loads(_answer(worker)) for worker in workers]
@@ -173,6 +175,7 @@ def _worker(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def _answer(worker: subprocess.Popen[str]) -> str:
+    assert worker.stdout is not None and worker.stderr is not None
     line = worker.stdout.readline()
     if not line:
         raise RuntimeError("\n".join(worker.stderr.read().splitlines()[-5:]))
@@ -181,7 +184,10 @@ def _answer(worker: subprocess.Popen[str]) -> str:
 
 def disturbed(before: Any, ours: float, seconds: float) -> float:
     """The share of the cores' time that went to others since `before`, or was withheld by the host."""
-    busy = lambda times: sum(times) - times.idle - getattr(times, "iowait", 0) - getattr(times, "guest", 0)  # noqa: E731
+
+    def busy(times: Any) -> float:
+        return float(sum(times) - times.idle - getattr(times, "iowait", 0) - getattr(times, "guest", 0))
+
     return max(0.0, busy(psutil.cpu_times()) - busy(before) - ours) / (seconds * CORES)
 
 

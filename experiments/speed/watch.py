@@ -99,7 +99,9 @@ def events(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def follow(command: Sequence[str], log: Path, env: Mapping[str, str], output: Path) -> tuple[list[dict], Tree]:
+def follow(
+    command: Sequence[str], log: Path, env: Mapping[str, str], output: Path
+) -> tuple[list[dict[str, Any]], Tree]:
     """Runs a command that logs events, and notes the CPU time used until each.
 
     Args:

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedsplit.adaptation.injection import make_config
 from fedsplit.corpora.partition import shards_of
 from fedsplit.corpora.shards import batch
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.settings.config import Config
@@ -47,7 +47,10 @@ class Trainer:
 
     def renew_optimizer(self) -> None:
         """Forgets the moments."""
-        self._optimizer = make_optimizer([p for p in self.model.parameters() if p.requires_grad], self._settings)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(trained, self._settings)
+        assert optimizer is not None
+        self._optimizer = optimizer
 
     def step(self, ids: Tensor) -> Tensor:
         """Trains on tokens (B, T); returns the loss."""

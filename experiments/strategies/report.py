@@ -2,7 +2,7 @@
 
     python -m experiments.strategies.report
 
-The picture needs matplotlib (`pip install -e .[plots]`); without it the one that is there stays.
+Without matplotlib the picture that is there stays.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,14 +123,15 @@ class Crowd:
 def _use(case: Mapping[str, Any], model: Mapping[str, Any], folder: str, steps: int, patience: float) -> dict[str, Any]:
     """Starts an actor on the cluster there is, and has the case's clients ask it."""
     from fedsplit.settings.documents import build
-    from fedsplit.trunk.actor import start_trunk
+    from fedsplit.trunk.actor import ActorSetup
+    from fedsplit.trunk.ray_trunks import start_trunks
 
     sizes = {"train.batch_size": model["batch_size"], "train.max_length": model["max_length"]}
     schedule = "copies" if case["kind"] == "copies" else "shared"
     trunk_settings = {"trunk.schedule": schedule, "trunk.memory": case["budget"], "trunk.lease": 3600}
     config = build({"model": folder, "cut": model["cut"], "clients": case["clients"], **sizes, **trunk_settings})
     name = f"trunk-{os.getpid()}-{time.time_ns()}"
-    trunk = start_trunk(config, name, plan(config).trunk_threads)
+    trunk = start_trunks(config, name, ActorSetup(plan(config).trunk_threads))
     before = trunk.status()
     found: dict[str, Any] = {
         "budget_bytes": config.trunk.memory_bytes,
@@ -244,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

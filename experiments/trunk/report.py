@@ -57,10 +57,11 @@ def _forgotten(rounds: Sequence[Record]) -> float | None:
 
 def _exact(values: Sequence[float | None], digits: str) -> str:
     """Median and range, to so many digits; empty where there is a value missing."""
-    if None in values or not values:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
         return ""
-    shown = [format(value, digits) for value in (statistics.median(values), min(values), max(values))]
-    return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+    shown = [format(value, digits) for value in (statistics.median(known), min(known), max(known))]
+    return shown[0] if len(known) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
 def _reaches(own: Sequence[Record], aims: Mapping[int, float], what: str) -> str:

@@ -18,6 +18,7 @@ from fedsplit.model.families import STACKED, Family
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import SCORE
 from fedsplit.model.sources import to_peft
+from fedsplit.settings.config import Config
 from fedsplit.settings.sections import LoraSettings
 from fedsplit.updates import Adapters, Layer, factor_of
 
@@ -31,6 +32,7 @@ def save(
     blocks: Sequence[int] | None = None,
     seed: int = 0,
     head: str = "frozen",
+    dtype: str = Config.dtype,
 ) -> None:
     """Writes an adapter for `PeftModel.from_pretrained` on the unsplit model.
 
@@ -46,9 +48,10 @@ def save(
         blocks: Numbers of the adapted blocks of the unsplit model; None for all.
         seed: Seed of the run.
         head: Training of the head, a name in `fedsplit.settings.choices.HEADS`.
+        dtype: Type of the run's base weights, a name in `fedsplit.settings.choices.DTYPES`.
     """
     config = _file_config(adapters, settings, family, blocks, seed, head)
-    config.base_model_name_or_path, config.revision = to_peft(base)
+    config.base_model_name_or_path, config.revision = to_peft(base, dtype)
     tensors = dict(adapters.tensors)
     for layer in adapters.complete:
         change = adapters.change(layer)
@@ -63,6 +66,7 @@ def save(
         tensors[f"{layer}.lora_A.weight"] = change.down.float()
         tensors[f"{layer}.lora_B.weight"] = change.up.float()
     config.save_pretrained(str(directory))
+    # safetensors writes contiguous tensors only.
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -135,6 +139,7 @@ def beyond_factors(config: PeftConfig, names: Iterable[str]) -> str:
     plain = LoraConfig()
     for entry in dataclasses.fields(plain):
         value = getattr(config, entry.name)
+        # A field that a later PEFT brings counts as an effect, until this module knows it.
         if entry.name not in _UNDERSTOOD and value != getattr(plain, entry.name):
             return f"{entry.name} is {value}"
     if config.init_lora_weights not in NEUTRAL_STARTS:
@@ -164,11 +169,13 @@ def load(directory: Path, skipped: Collection[str] = ()) -> Adapters:
     Example:
         >>> import tempfile
         >>> import torch
-        >>> from fedsplit.model.families import FAMILIES
+        >>> from fedsplit.model.derivation import family_of, text_config
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
         >>> folder = Path(tempfile.mkdtemp())
         >>> tensors = {"model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 4)}
         >>> tensors["model.layers.0.mlp.up_proj.lora_B.weight"] = torch.ones(8, 2)
-        >>> save(folder, Adapters(tensors, {}), LoraSettings(rank=(2,), alpha=4), FAMILIES["llama"], base="org/name")
+        >>> settings, family = LoraSettings(rank=(2,), alpha=4), family_of(text_config(BUNDLED_MODEL))
+        >>> save(folder, Adapters(tensors, {}), settings, family, base="org/name")
         >>> load(folder).layers["model.layers.0.mlp.up_proj"].alpha
         4.0
     """
@@ -184,6 +191,7 @@ def load(directory: Path, skipped: Collection[str] = ()) -> Adapters:
 
 def _layer_in_file(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> Layer:
     """Returns the constants of one layer of an adapter's file."""
+    # The factors of all experts are stacked along the rank, so that the number of experts follows from the shape.
     is_stacked = name.removesuffix(".base_layer").endswith(".experts")
     if is_stacked:
         parameter = _wrapped_parameter(name, config)

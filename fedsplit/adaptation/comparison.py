@@ -86,7 +86,7 @@ def distances(first: Adapters, second: Adapters) -> dict[str, Distance]:
         if layer in second.stacked and _shapes(first, layer) == _shapes(second, layer):
             pairs = zip(first.changes(layer), second.changes(layer), strict=True)
             first_expert, *more_experts = [distance(one, two) for one, two in pairs]
-            by_layer[layer] = sum(more_experts, first_expert)
+            by_layer[layer] = sum(more_experts, first_expert)  # from the first, as 0 + Distance is not defined
     return by_layer
 
 

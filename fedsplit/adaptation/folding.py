@@ -37,6 +37,7 @@ def fold(part: Part, changes: Mapping[str, LowRank]) -> None:
             raise ValueError(f"nothing can be folded into {layer}, whose weights are quantised")
         up = change.up.to(weight)
         down = change.down.to(weight)
+        # `addmm_` adds the product in place, without a matrix of the weight's size beside it. Conv1D stores (in, out).
         if module.fan_in_fan_out:
             weight.addmm_(down.T, up.T)
         else:

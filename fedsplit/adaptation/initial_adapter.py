@@ -84,6 +84,7 @@ def resized(start: Adapters, made: Adapters) -> dict[str, Tensor]:
         if name not in start.layers:
             continue
         rank = made.rank(name)
+        # Each layer by itself, since the file's layers may differ in rank.
         layer = replace(start, layers={name: start.layers[name]}).with_rank(rank)
         a, b = layer.factors(name)
         tensors[f"{name}.lora_A.weight"] = a

@@ -54,8 +54,9 @@ def make_config(
         SettingError: A further field does not exist for the method, or has an impossible value.
 
     Example:
-        >>> from fedsplit.model.families import FAMILIES
-        >>> config = make_config(LoraSettings(rank=(4,)), FAMILIES["gpt2"])
+        >>> from fedsplit.model.derivation import family_of, text_config
+        >>> from fedsplit.settings.config import BUNDLED_MODEL
+        >>> config = make_config(LoraSettings(rank=(4,)), family_of(text_config(BUNDLED_MODEL)))
         >>> config.r, sorted(config.target_modules)
         (4, ['c_attn', 'c_fc', 'c_proj'])
     """
@@ -80,6 +81,17 @@ def make_config(
         raise _refused(settings, error) from None
 
 
+def chosen_targets(settings: LoraSettings, family: Family) -> tuple[str, ...]:
+    """Returns the names of the layers that get adapters: those in the settings, or the defaults for the method.
+
+    Args:
+        settings: Method and targets.
+        family: Names of the model's modules.
+    """
+    usual = family.norms if method_of(settings).norms else family.targets
+    return tuple(settings.targets) or usual
+
+
 def _refused(settings: LoraSettings, error: Exception) -> SettingError:
     """Converts an error from PEFT to an error of one line."""
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -95,7 +107,7 @@ def _adapted_layers(
     """Returns the fields of PEFT's configuration that select the adapted layers."""
     is_for_norms = method_of(settings).norms
     names_feedforward = "feedforward_modules" in known  # IA3 has the field
-    chosen = settings.targets or (family.norms if is_for_norms else family.targets)
+    chosen = chosen_targets(settings, family)
     names = [name for name in chosen if name not in family.parameters]
     if head == "lora":
         has_blocks = blocks is None or len(blocks) > 0

@@ -17,13 +17,14 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsplit.adaptation.injection import ADAPTER, exported, inject, make_config, trained_names
+from fedsplit.adaptation.injection import ADAPTER, chosen_targets, exported, inject, make_config, trained_names
 from fedsplit.adaptation.methods import draws_fresh
 from fedsplit.model.devices import CPU
 from fedsplit.model.head import HEAD_WEIGHT, WholeHead
 from fedsplit.model.kernels import causal_loss, lora_linear
 from fedsplit.model.parts import SCORE, Part
 from fedsplit.model.quantization import values_in, was_transposed
+from fedsplit.model.tensor_parallel import PieceDropout
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.sections import LoraSettings
 from fedsplit.updates import Adapters, Layer, fresh_factor
@@ -39,13 +40,14 @@ class _FusedLinear(Linear):  # type: ignore[misc]  # PEFT has no types
     """PEFT's LoRA layer with a faster forward, `fedsplit.model.kernels.lora_linear`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or args or kwargs:  # PEFT's special cases keep PEFT's code
+        dropout = self.lora_dropout[ADAPTER]
+        is_special = self.disable_adapters or self.merged or args or kwargs
+        if is_special or isinstance(dropout, PieceDropout):  # PEFT's code
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
         weight = base.weight if self.fan_in_fan_out else base.weight.t()
         down = self.lora_A[ADAPTER].weight
         up = self.lora_B[ADAPTER].weight
-        dropout = self.lora_dropout[ADAPTER]
         p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         return lora_linear(x, weight, base.bias, down, up, self.scaling[ADAPTER], p)
 
@@ -151,7 +153,7 @@ def _inject(part: Part, settings: LoraSettings, seed: int, head: str) -> None:
     parameters_asked = part.family.asked(settings.targets)
     asks_for_modules = not settings.targets or len(settings.targets) > len(parameters_asked)
     # PEFT fails without a layer to adapt, and only blocks with routers have the parameters in `parameters_asked`.
-    has_adapted_blocks = bool(part.blocks) and (asks_for_modules or bool(part.routers))
+    has_adapted_blocks = (asks_for_modules and _has_targets(part, settings)) or (part.blocks and bool(part.routers))
     if not has_adapted_blocks and head != "lora":
         return
     config = make_config(settings, part.family, seed=seed, head="lora" if head == "lora" else "frozen")
@@ -160,6 +162,15 @@ def _inject(part: Part, settings: LoraSettings, seed: int, head: str) -> None:
     inject(part, config, seed)
     _settle_ranks(part)
     part.adapter = trained_names(part)
+
+
+def _has_targets(part: Part, settings: LoraSettings) -> bool:
+    """Returns whether a part has a layer to adapt. A block of a hybrid model may have none."""
+    family = part.family
+    names = chosen_targets(settings, family)
+    prefix = f"{family.decoder}.{family.blocks}."
+    inside = [name for name, _ in part.named_modules() if name.startswith(prefix)]
+    return any(name.endswith(f".{target}") for name in inside for target in names)
 
 
 def _add_score(part: Part, seed: int) -> None:
@@ -240,6 +251,7 @@ def write(tensors: Mapping[str, Tensor], *parts: Part) -> None:
             if parameter.shape == tensors[name].shape:
                 parameter.copy_(tensors[name])
             else:
+                # `data`: the parameter must stay the object that PEFT's layer and the optimiser hold.
                 parameter.data = tensors[name].to(parameter.device, copy=True)
                 resized = True
         if resized:

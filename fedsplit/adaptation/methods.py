@@ -72,6 +72,7 @@ ADAPTER_METHODS: Mapping[str, Method] = {
     "dora": _lora(factors=False, use_dora=True),
     "pissa": _lora(residual=True, init_lora_weights="pissa"),
     "olora": _lora(residual=True, transposed=False, init_lora_weights="olora"),
+    # Its ranks are the options init_r and target_r.
     "adalora": Method(
         "ADALORA", rank=None, alpha="lora_alpha", dropout="lora_dropout", transposed=True, allocates=True
     ),
@@ -82,6 +83,7 @@ ADAPTER_METHODS: Mapping[str, Method] = {
     "boft": Method("BOFT", rank=None, dropout="boft_dropout"),
     "hra": Method("HRA"),
     "road": Method("ROAD", rank=None),
+    # Every party draws the projections from the run's seed, so that no file has to hold them.
     "vera": Method(
         "VERA",
         dropout="vera_dropout",
@@ -110,6 +112,7 @@ ADAPTER_METHODS: Mapping[str, Method] = {
     "shira": Method("SHIRA", seed="random_seed"),
     "supertuning": Method("SUPERTUNING", rank=None, preset={"save_precomputed_indices": False}),
     "miss": Method("MISS", dropout="miss_dropout"),
+    # PEFT has Bone as a variant of MiSS.
     "bone": Method("MISS", dropout="miss_dropout", preset={"init_weights": "bat"}),
     "gralora": Method("GRALORA", alpha="alpha", dropout="gralora_dropout", transposed=True),
     "delora": Method("DELORA", dropout="module_dropout"),
@@ -229,12 +232,13 @@ def fields_of(settings: LoraSettings, seed: int) -> dict[str, Any]:
     if method.dropout is not None:
         values[method.dropout] = settings.dropout
     if method.kind == "LORA":
-        values["use_rslora"] = settings.rslora
+        values["use_rslora"] = settings.rslora  # the preset of the method rslora wins
     if method.seed is not None:
         values[method.seed] = seed
     options = options_of(settings)
     if method.allocates:  # PEFT requires some number; the real number is in the part's `RankBudget`
         values["total_step"] = options.get("tinit", 0) + options.get("tfinal", 0) + 1
+    # Options last: `_check_options` has refused those that the method or another setting decides.
     return {**values, **method.preset, **options}
 
 
@@ -304,6 +308,7 @@ def _check_options(settings: LoraSettings, method: Method) -> None:
     Raises:
         SettingError: A field is a setting of fedsplit's, reserved, or implied by the method.
     """
+    # A field that the method lacks gives the key None, which no option has.
     setting_of = {
         method.rank: "lora.rank",
         method.alpha: "lora.alpha",

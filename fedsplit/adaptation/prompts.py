@@ -27,14 +27,15 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from fedsplit.model.caches import PartCache
 from fedsplit.model.devices import device_of
+from fedsplit.model.facts import read_config
 from fedsplit.model.parts import Bottom, Kind, Part, Top, Trunk
 from fedsplit.model.sources import to_peft
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.choices import PARTS
+from fedsplit.settings.config import Config
 from fedsplit.settings.sections import PromptSettings
 from fedsplit.updates import Adapters
 
@@ -64,7 +65,13 @@ class _Prompted(Bottom):
         """Computes hidden states (B, P + T, D) from tokens (B, T). `mask` (B, P + T) is 0 on padding."""
         return self._decode(mask, inputs_embeds=self._embedded(ids))
 
-    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: PartCache) -> Tensor:
+    def extend(
+        self,
+        start: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: PartCache,
+    ) -> Tensor:
         """Continues sequences like any part. The first call returns hidden states (B, P + T, D) for tokens (B, T)."""
         # Only the first tokens follow the virtual tokens. The cache has the keys and values of the virtual tokens.
         is_first_call = cache.length == 0
@@ -83,7 +90,13 @@ class _Prompted(Bottom):
 class _Prefixes(nn.ModuleDict):
     """Encoders of the trained past: an encoder for each block of a part, or with projection for the whole part."""
 
-    def __init__(self, encoders: Mapping[str, nn.Module], tokens: int, heads: int, width: int) -> None:
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        tokens: int,
+        heads: int,
+        width: int,
+    ) -> None:
         """Stores the encoders.
 
         Args:
@@ -177,7 +190,7 @@ def peft_config(
     fields: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "num_virtual_tokens": settings.tokens,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": 1,  # 2 is for an encoder beside the decoder
         "num_layers": model.num_hidden_layers if layers is None else layers,
         "num_attention_heads": model.num_attention_heads,
         "token_dim": model.hidden_size,
@@ -301,7 +314,7 @@ def flattened(tensors: Mapping[str, Tensor], settings: PromptSettings, model: Pr
     for name, tensor in tensors.items():
         owner = _owner(name)
         prefix = f"{_PLACE}." if owner is None else f"{_PLACE}.{owner}."
-        groups.setdefault(owner or "0", {})[name.removeprefix(prefix)] = tensor
+        groups.setdefault(owner or "0", {})[name.removeprefix(prefix)] = tensor  # virtual tokens have no owner
     if not groups:
         if settings.kind == "prefix":
             return torch.zeros(settings.tokens, 0)
@@ -358,6 +371,7 @@ def save(
     model_path: Path,
     base: str,
     blocks: Collection[int] | None = None,
+    dtype: str = Config.dtype,
 ) -> None:
     """Writes an adapter for `PeftModel.from_pretrained` on the unsplit model.
 
@@ -371,12 +385,13 @@ def save(
         base: Name of the base model, in the form of the setting `model`.
         blocks: Numbers of the blocks of the tensors; None for all. A file with the prefixes of n blocks opens on a
             model of n blocks.
+        dtype: Type of the run's base weights.
     """
-    model = AutoConfig.from_pretrained(model_path)
+    model = read_config(model_path)
     output = flattened(tensors, settings, model)
     config = peft_config(settings, model, None if blocks is None else len(blocks), tokenizer=base)
-    config.num_virtual_tokens = output.shape[0]
-    config.base_model_name_or_path, config.revision = to_peft(base)
+    config.num_virtual_tokens = output.shape[0]  # 0 for a part without encoders
+    config.base_model_name_or_path, config.revision = to_peft(base, dtype)
     config.inference_mode = True
     config.save_pretrained(str(directory))
     save_file({SAVED: output}, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -128,7 +128,7 @@ class RankAllocation:
         if not gradients.keys() >= self._factors.keys():
             return
         for name, parameter in self._factors.items():
-            parameter.grad = gradients[name]
+            parameter.grad = gradients[name]  # PEFT reads `grad`, which the optimiser's step has dropped
         # PEFT's method runs on this stand-in for its model.
         model = SimpleNamespace(
             peft_config={ADAPTER: self._config},
@@ -184,6 +184,7 @@ class RankAllocation:
             local = f"{name}.{ADAPTER}"
             mean = state.get(f"{name}{_MEAN}")
             if mean is not None:
+                # PEFT begins the averages anew for a parameter without an entry here.
                 allocator.ipt[local] = torch.zeros_like(parameter)
                 allocator.exp_avg_ipt[local] = mean.to(parameter.device, copy=True)
                 allocator.exp_avg_unc[local] = state[f"{name}{_UNCERTAINTY}"].to(parameter.device, copy=True)

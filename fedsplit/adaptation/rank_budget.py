@@ -135,7 +135,7 @@ def trunk_steps(config: Config) -> int:
     if trunk.schedule == "shared":  # one step for each step of each client
         return config.sampled * steps
     if trunk.schedule == "accumulate":  # one step at each barrier
-        return -(-steps // trunk.every) if trunk.every else 1
+        return -(-steps // trunk.every) if trunk.every else 1  # rounded up: a round ends with a barrier
     return steps
 
 
@@ -154,6 +154,7 @@ def budget_of(config: Config, kind: str, layers: int) -> RankBudget | None:
     """
     if config.prompt.kind != "off" or not method_of(config.lora).allocates:
         return None
+    # The others, such as `init_lora_weights`, go to PEFT as they are.
     options = {name: value for name, value in options_of(config.lora).items() if name in FIELDS}
     budget = RankBudget(
         **options,

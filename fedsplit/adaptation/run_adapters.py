@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit.adaptation import adapter_files, initial_adapter, lora, prompts
 from fedsplit.adaptation.injection import make_config
@@ -17,14 +17,15 @@ from fedsplit.adaptation.methods import method_of
 from fedsplit.adaptation.rank_allocation import adapted_layers
 from fedsplit.adaptation.rank_budget import budget_of, for_file
 from fedsplit.errors import InputError
-from fedsplit.model.devices import TYPES, resolve
+from fedsplit.model.devices import TYPES, resolve, trunk_devices
 from fedsplit.model.families import Family
 from fedsplit.model.head import HEAD
 from fedsplit.model.parts import SCORE, Kind, Part
+from fedsplit.model.process_group import Shard
 from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.model.split import empty_part, load_parts
 from fedsplit.settings.config import Config
-from fedsplit.updates import Adapters, Layer
+from fedsplit.updates import Adapters, Layer, fresh_factor
 
 T = TypeVar("T")
 
@@ -37,13 +38,14 @@ _FILE_FIELDS = frozenset(
 """Fields of PEFT's configurations that do not follow from a run's settings."""
 
 
-def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[Any]:
+def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0, shard: Shard | None = None) -> list[Any]:
     """Loads parts by the settings of a run, without adapters.
 
     Args:
         config: Settings of the run.
         kinds: Parts of one party, on a common device.
         classes: Number of classes, as for `fedsplit.model.split.load_parts`.
+        shard: Place of this process among several that share the trunk; None for a process with whole parts.
 
     Raises:
         SettingError: The model does not exist, or cannot be fetched.
@@ -60,8 +62,10 @@ def bare_parts(config: Config, kinds: Sequence[Kind], classes: int = 0) -> list[
         TYPES[config.dtype],
         config.kernels,
         classes=classes,
-        device=resolve(config.device_of(kinds[0])),
+        device=resolve(config.device_of(kinds[0]), shard.rank if shard else 0),
         bits=config.bits,
+        devices=trunk_devices(config) if [*kinds] == ["trunk"] else (),
+        shard=shard,
     )
 
 
@@ -88,6 +92,32 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
         tensors |= {name: parameter.detach() for name, parameter in lora.parameters(part).items()}
         layers |= lora.layers_of(part)
     return Adapters(tensors, layers)
+
+
+def weightless(config: Config, kind: Kind) -> Part:
+    """Returns a part with LoRA adapters that start as in `adapt`, and without base weights. No weight is read.
+
+    Args:
+        config: Settings of the run, with a method whose adapters do not depend on the base weights.
+        kind: The part.
+
+    Returns:
+        The part, with base weights on the meta device and adapters on the CPU.
+    """
+    folder = config_folder(config.model)
+    part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes=0)
+    part.requires_grad_(False)
+    with torch.device("meta"):
+        _add(part, config)
+    for name, parameter in lora.local_parameters(part).items():
+        module, _, leaf = name.rpartition(".")
+        exported = lora.exported_name(part, name)
+        is_drawn = ".lora_A." in exported
+        value = fresh_factor(exported, parameter.shape, config.seed) if is_drawn else torch.zeros(parameter.shape)
+        setattr(part.get_submodule(module), leaf, nn.Parameter(value))  # a tensor on the meta device cannot be filled
+    if config.init_adapter:
+        initial_adapter.place(part, config)
+    return part
 
 
 def _without_values(config: Config) -> Config:
@@ -126,7 +156,13 @@ def _add(part: Part, config: Config) -> None:
         part.rank_budget = budget_of(config, part.kind, layers)
 
 
-def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, blocks: range) -> Adapters:
+def of_part(
+    adapters: Adapters,
+    config: Config,
+    family: Family,
+    kind: Kind,
+    blocks: range,
+) -> Adapters:
     """Selects the adapters of one part from the adapters of the unsplit model.
 
     Args:
@@ -138,6 +174,7 @@ def of_part(adapters: Adapters, config: Config, family: Family, kind: Kind, bloc
     """
     if config.prompt.kind != "off":
         return Adapters(prompts.of_part(adapters.tensors, kind, blocks), {})
+    # With the dot behind the number: block 1 must not stand for block 10.
     prefixes = tuple(f"{family.decoder}.{family.blocks}.{block}." for block in blocks)
     if kind == "top":
         prefixes += (HEAD, SCORE)
@@ -179,6 +216,7 @@ def save(
             model_path=model_folder,
             base=config.model,
             blocks=blocks,
+            dtype=config.dtype,
         )
         return
     head = config.lm_head if kind in (None, "top") else "frozen"  # bottom and trunk have no head to name
@@ -191,6 +229,7 @@ def save(
         blocks=blocks,
         seed=config.seed,
         head=head,
+        dtype=config.dtype,
     )
 
 

@@ -1,40 +1,35 @@
-"""One client's local training: the client's data, the bottom and the top of the model, and the link between."""
+"""A client's local training: the steps of a round, with optimiser, learning rate and order of the data."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fedsplit.adaptation import lora, rank_allocation
 from fedsplit.adaptation.rank_allocation import RankAllocation
-from fedsplit.client.link import Link, PendingStep
-from fedsplit.client.micro_batches import MicroBatch, batches_of
+from fedsplit.client.link import Link
+from fedsplit.client.split_step import SplitStep, gradients_of
 from fedsplit.corpora.sequences import Sequences
-from fedsplit.corpora.shards import Shard, batch, batch_of_epoch, steps_of_epoch
-from fedsplit.model.devices import CPU, device_of, put
-from fedsplit.model.parts import Bottom, Part, Top
+from fedsplit.corpora.shards import Shard, batch, batch_of_epoch, rows_of, steps_of_epoch
+from fedsplit.model.devices import CPU, device_of, put, seed_generators
+from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
 from fedsplit.objectives.objective import Objective
 from fedsplit.optimization import optim
 from fedsplit.optimization.bounds import is_bounded
-from fedsplit.optimization.clipping import Clip
 from fedsplit.optimization.optim import make_optimizer
-from fedsplit.optimization.orthogonality import Orthogonality
 from fedsplit.optimization.rates import share_of_rate
 from fedsplit.optimization.terms import terms_of
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.sections import TrainSettings
-from fedsplit.stages import GradientAt, GradientStage, LocalStep, LossTerm, RoundStart, Rows, Stages, TrunkShare
+from fedsplit.stages import GradientStage, RoundStart
 from fedsplit.updates import ClientUpdate, Task
 from fedsplit.wire.packets import StepKey
-from fedsplit.wire.scaling import backward
 from fedsplit.wire.steps import UnboundedStep
 
 
@@ -43,13 +38,13 @@ class Diverged(ArithmeticError):
 
 
 def _weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
-    """Returns the mean loss over all predictions.
+    """Returns the mean loss over all steps.
 
     For equal counts the result is the plain mean, to the bit.
 
     Args:
         losses: Mean loss of each step.
-        counts: Number of predictions of each step.
+        counts: Number of predictions, or of what else the loss is a mean over, of each step.
 
     Example:
         >>> _weighted_mean([torch.tensor(1.0), torch.tensor(4.0)], counts=[2, 1])
@@ -60,35 +55,8 @@ def _weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
     return float((by_step * weights.float()).mean())
 
 
-def _gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Returns the gradients of parameters by name. A parameter without a gradient is left out."""
-    return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-
-
-@torch.no_grad()
-def _place(
-    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
-) -> None:
-    """Sets values and gradients of parameters. A parameter that is missing in `gradients` gets no gradient."""
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
-        parameter.grad = gradients.get(name)
-
-
-def _trunk_share(pending: Sequence[PendingStep]) -> TrunkShare | None:
-    """Returns the trunk's share of a step's gradient; None unless the trunk waits for a clipping coefficient.
-
-    Args:
-        pending: Micro-batches of the step's last batch.
-    """
-    norms = [micro.norm for micro in pending if micro.norm is not None]
-    if not norms:
-        return None
-    return TrunkShare(sum(norms), pending[-1].scale)
-
-
 @dataclass(frozen=True)
-class Client:
+class Client(SplitStep):
     """A party of the federation.
 
     Clients of one process share `bottom` and `top`. Clients differ in data and adapters. A client's adapters are
@@ -135,224 +103,6 @@ class Client:
         """Sequences to train on: all, or the first `--train.samples`."""
         return self.shard.train[: self.settings.samples or None]
 
-    def step(
-        self,
-        ids: Tensor,
-        key: StepKey,
-        mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        rate: float = 1.0,
-        terms: GradientStage | None = None,
-        keys: Iterator[int] | None = None,
-    ) -> Tensor:
-        """Computes forward and backward of one step, and runs the gradient stages.
-
-        The gradients are on the adapters of both parts afterwards. With several micro-batches, client and trunk work
-        at the same time, on different micro-batches. Batches of accumulated gradients follow each other, so the trunk
-        never holds more than one batch of the client.
-
-        Args:
-            ids: Tokens (B, T) of all batches.
-            key: Name of the step for the trunk.
-            mask: (B, T), 0 on padding. Padding is not predicted.
-            labels: Tokens (B, T), -100 for tokens that are not predicted; None predicts all tokens but padding.
-            rate: Share of the learning rate for the trunk's step.
-            terms: The strategy's stages, which run last; None for no stage.
-            keys: Numbers of further steps, for stages that ask for gradients at a second adapter; None forbids them.
-
-        Returns:
-            Mean loss in nats, a scalar, including the routers' loss and the stages' terms.
-        """
-        terms = terms or Stages()
-        settings = self.settings
-        batches = batches_of(
-            ids,
-            labels,
-            mask,
-            batches=settings.accumulation,
-            micros=settings.micro_batches,
-            virtual=self.bottom.virtual,
-        )
-        losses = []
-        for number, parts in enumerate(batches):
-            # Before the forward: a term may compute with a second adapter, which must not replace this one midway.
-            added = [terms.loss_term(self._rows_before(part, key)) for part in parts]
-            batch_key = replace(key, batch=number)
-            loss, pending = self._cross(parts, batch_key, len(batches), rate, added)
-            losses.append(loss)
-
-        gradient_at = None if keys is None else functools.partial(self._gradient_at, batches, key, keys)
-        self._run_stages(terms, pending, gradient_at)
-        return torch.stack(losses).sum()
-
-    def _run_stages(self, terms: GradientStage, pending: Sequence[PendingStep], gradient_at: GradientAt | None) -> None:
-        """Replaces the gradients on the adapters by the results of the stages; `fedsplit.stages` has the order.
-
-        Args:
-            terms: The strategy's terms.
-            pending: Micro-batches of the step's last batch. One has the norm of the trunk's gradient, with clipping.
-            gradient_at: As in `LocalStep`.
-        """
-        parameters = self._adapter()
-        stages: list[GradientStage] = []
-        for part in (self.bottom, self.top):
-            names = lora.parameters(part).keys()
-            stages.append(Orthogonality(names, part.rank_budget))
-        if self.settings.clip:
-            stages.append(Clip(self.settings.clip))
-        stages.append(terms)
-
-        step = LocalStep(parameters, _trunk_share(pending), gradient_at)
-        for name, gradient in Stages(*stages)(_gradients(parameters), step).items():
-            parameters[name].grad = gradient
-
-    def _gradient_at(
-        self,
-        batches: Sequence[Sequence[MicroBatch]],
-        key: StepKey,
-        keys: Iterator[int],
-        adapter: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """Returns the gradients of a step's loss at a second adapter. All state stays unchanged.
-
-        Dropout is drawn anew. The trunk computes with the newest snapshot of its adapter, and does not learn.
-
-        Args:
-            batches: Rows of the step.
-            key: The step.
-            keys: Numbers of further steps.
-            adapter: The second adapter of bottom and top, by exported name.
-
-        Raises:
-            ValueError: The names of the adapter are not those of the step's parameters.
-        """
-        routers_seen = len(self.routers.seen)
-        # A number of its own, since the trunk answers a repeated number with the answer of the first time.
-        key = replace(key, step=next(keys))
-        try:
-            with self._placed(adapter) as parameters, torch.enable_grad():
-                for number, parts in enumerate(batches):
-                    batch_key = replace(key, batch=number)
-                    no_terms = [None] * len(parts)
-                    self._cross(parts, batch_key, len(batches), 1.0, no_terms, learns=False)
-                return _gradients(parameters)
-        finally:
-            del self.routers.seen[routers_seen:]  # the report of the round counts the step once
-
-    def _rows_before(self, part: MicroBatch, key: StepKey) -> Rows:
-        """Returns a micro-batch for the stages, before the forward."""
-        states_at = functools.partial(self._states_at, part, key)
-        return Rows(part.ids, part.labels, part.mask, states_at)
-
-    @torch.no_grad()
-    def _states_at(self, rows: MicroBatch, key: StepKey, adapter: Mapping[str, Tensor]) -> Tensor:
-        """Returns the last hidden states (B, T, D) of a micro-batch at a second adapter. All state stays unchanged.
-
-        Args:
-            rows: The micro-batch. Its forward must not have begun.
-            key: The step.
-            adapter: The second adapter of bottom and top, by exported name.
-
-        Raises:
-            ValueError: The names of the adapter are not those of the step's parameters.
-        """
-        both: tuple[Part, ...] = (self.bottom, self.top)
-        modes = [part.training for part in both]
-        try:
-            for part in both:
-                part.eval()
-            with self._placed(adapter):
-                hidden = self.bottom(rows.ids, rows.mask)
-                hidden = self.link.evaluate(hidden, key, rows.mask)
-                return self.top.read(hidden, rows.mask)
-        finally:
-            for part, mode in zip(both, modes, strict=True):
-                part.train(mode)
-
-    @contextlib.contextmanager
-    def _placed(self, adapter: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-        """Writes a second adapter without gradients into both parts. The first adapter returns after the context.
-
-        Args:
-            adapter: The second adapter, by exported name.
-
-        Yields:
-            The parameters, by exported name.
-
-        Raises:
-            ValueError: The names of the adapter are not those of the step's parameters.
-        """
-        parameters = self._adapter()
-        strange = sorted(adapter.keys() ^ parameters.keys())
-        if strange:
-            raise ValueError(f"an adapter needs the names of the step's parameters; {strange[0]} is missing or unknown")
-        # Values are copied, since `_place` writes in place; gradient tensors are exchanged, and need no copy.
-        values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        gradients = {name: parameter.grad for name, parameter in parameters.items()}
-        try:
-            _place(parameters, adapter, {})
-            yield parameters
-        finally:
-            _place(parameters, values, gradients)
-
-    def _adapter(self) -> dict[str, nn.Parameter]:
-        """Returns the parameters of the adapters of both parts, by exported name."""
-        return {**lora.parameters(self.bottom), **lora.parameters(self.top)}
-
-    def _cross(
-        self,
-        parts: Sequence[MicroBatch],
-        key: StepKey,
-        batches: int,
-        rate: float,
-        terms: Sequence[LossTerm | None],
-        learns: bool = True,
-    ) -> tuple[Tensor, list[PendingStep]]:
-        """Takes one batch of a step through all parts and back, in micro-batches.
-
-        Args:
-            parts: The micro-batches.
-            key: Name of the batch for the trunk.
-            batches: Number of batches in the step.
-            rate: Share of the learning rate for the trunk's step.
-            terms: The stages' term of the loss, for each micro-batch; None for no term.
-            learns: False if the trunk's adapter must not learn from the step.
-
-        Returns:
-            The batch's share of the step's loss, and the finished micro-batches.
-        """
-        # 1. Up: the bottom's hidden states. Nothing waits here, so the trunk begins with the first micro-batch while
-        # the bottom computes the second.
-        pending = []
-        for micro, part in enumerate(parts):
-            with self.routers.through(self.bottom, part.mask) as seen:
-                hidden = self.bottom(part.ids, part.mask)
-            pending.append(
-                self.link.send(
-                    hidden,
-                    replace(key, micro=micro),
-                    part.mask,
-                    micros=len(parts),
-                    batches=batches,
-                    rate=rate,
-                    sums=seen.sums,
-                    learns=learns,
-                )
-            )
-        # 2. Down, through the top to the loss; then up: the gradient of the loss.
-        losses = []
-        for crossing, part, term in zip(pending, parts, terms, strict=True):
-            hidden = crossing.output()
-            with self.routers.through(self.top, part.mask, crossing.sums) as seen:
-                loss = self.top(hidden, part.labels, part.mask, self.objective, term)
-            loss = self.routers.added(loss, seen, part.share)
-            crossing.send_back(backward(loss, self.top.parameters(), hidden))
-            losses.append(loss.detach())
-        # 3. Down: the gradient of the bottom's hidden states, and through the bottom.
-        for crossing in pending:
-            crossing.finish(self.bottom.parameters())
-        return torch.stack(losses).sum(), pending
-
     def train(
         self,
         given: Mapping[str, Tensor],
@@ -391,6 +141,8 @@ class Client:
         terms = terms_of(task, own, device, stage)
         start = RoundStart(put(given, device), put(kept or {}, device))
         terms.begin(start)
+        # A new one for each round: in between, the parts serve other clients, and this client may move to another
+        # process.
         optimizer = make_optimizer(trained.values(), self.settings)
         optim.restore(optimizer, trained, moments)
         allocations = self._allocations(moments)
@@ -398,7 +150,7 @@ class Client:
         losses, batches = self._run_steps(round, terms, optimizer, trained, allocations)
 
         adapters = lora.read(self.bottom, self.top)
-        loss = _weighted_mean(losses, [rows.predicted for rows in batches])
+        loss = _weighted_mean(losses, [self.demands.weight(rows.labels) for rows in batches])
         is_finite = math.isfinite(loss) and is_bounded(*adapters.tensors.values())
         if not is_finite:  # the server must not average such adapters into everybody's
             raise self._diverged(f"round {round}, client {self.number}: its loss is {loss:g}, or its adapters are lost")
@@ -446,7 +198,8 @@ class Client:
             rows = self._rows(round, step).to(device)
             done = self._done(round, step)
             rate = share_of_rate(self.settings, done, total=self.rounds * self.steps)
-            torch.manual_seed(derive_seed(self.seed, "client", self.number, round, step))
+            # For the dropout of bottom and top. The trunk has seeds of its own, by the keys of steps.
+            seed_generators(derive_seed(self.seed, "client", self.number, round, step), [device])
             key = StepKey(round, self.number, next(keys))
             try:
                 loss = self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys)
@@ -455,7 +208,7 @@ class Client:
             losses.append(loss)
             batches.append(rows)
             if optimizer is not None:
-                gradients = _gradients(trained)  # the optimiser's step drops the gradients
+                gradients = gradients_of(trained)  # the optimiser's step drops the gradients
                 optim.step(optimizer, rate)
                 for allocation in allocations:
                     allocation.allocate(gradients, allocation.position(round, step + 1))
@@ -472,12 +225,12 @@ class Client:
             The parameters of the adapters, by exported name.
         """
         lora.write(given, self.bottom, self.top)
-        parameters = self._adapter()
+        parameters = self.adapter()
         # The parts may have served another client, or an attempt that ended between backward and step.
         for name, parameter in parameters.items():
             parameter.grad = None
             parameter.requires_grad_(task.teaches(name))
-        self.bottom.train()
+        self.bottom.train()  # an evaluation may have come before
         self.top.train()
         return parameters
 
@@ -491,8 +244,16 @@ class Client:
     def _rows(self, round: int, step: int) -> Sequences:
         """Returns the sequences of a step."""
         of_step = batch_of_epoch if self.settings.epochs else batch
+        # Without the round: one order for the whole run, in which `done` tells the place.
         order = derive_seed(self.seed, "client", self.number)
-        return of_step(self._train, self._done(round, step), self._sequences, order)
+        done = self._done(round, step)
+        together = self.demands.rows
+        if together == 1:
+            return of_step(self._train, done, self._sequences, order)
+        # Examples are drawn, and not rows: the rows of a pair must come in one step.
+        examples = torch.arange(len(self._train) // together)
+        chosen = of_step(examples, done, self._sequences // together, order)
+        return self._train[rows_of(chosen, together)]
 
     def _diverged(self, reason: str) -> Diverged:
         """Returns the error about a value that is not finite, with the settings that are the likely cause."""

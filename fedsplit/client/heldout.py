@@ -9,9 +9,12 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.client.client import Client
+from fedsplit.client.further_arguments import PendingReference, aligned_mask
 from fedsplit.corpora.sequences import Sequences, behind
-from fedsplit.corpora.shards import Shard, spread
-from fedsplit.metrics.metric import Metric, measure
+from fedsplit.corpora.shards import Shard, spread, spread_examples
+from fedsplit.demands import MASK, REFERENCE
+from fedsplit.metrics.metric import Metric, asked_by, measure
+from fedsplit.metrics.preference import pair_score
 from fedsplit.model.devices import device_of
 from fedsplit.scores import Score
 from fedsplit.wire.packets import StepKey
@@ -20,15 +23,16 @@ Batches = Sequence[tuple[int, Sequences]]
 """Numbers of batches, and their sequences."""
 
 
-def held_out_batches(shard: Shard, most: int, batch_size: int) -> list[tuple[int, Sequences]]:
+def held_out_batches(shard: Shard, most: int, batch_size: int, rows: int = 1) -> list[tuple[int, Sequences]]:
     """Returns a client's held-out text in numbered batches.
 
     Args:
         shard: Data of the client.
         most: Largest number of sequences, spread evenly over all held-out sequences.
         batch_size: Sequences in a batch.
+        rows: Sequences of an example, such as 2 for pairs. Examples are not divided.
     """
-    chosen = spread(shard.held_out, most)
+    chosen = spread_examples(shard.held_out, most, rows)
     return list(enumerate(chosen.split(batch_size)))
 
 
@@ -62,7 +66,8 @@ def through_split(
 ) -> list[Score]:
     """Measures batches with the given adapters and the trunk's newest snapshot.
 
-    The loss is cross-entropy for every objective of training, so that runs can be compared.
+    The loss is cross-entropy for every objective of training, so that runs can be compared. Only of pairs it is the
+    objective's: the likelihood of chosen texts alone says nothing about a preference.
 
     Args:
         client: The client with the parts.
@@ -78,6 +83,8 @@ def through_split(
     client.bottom.eval()
     client.top.eval()
     measure_batch = _measure_classes if client.top.classifies else _measure_tokens
+    if client.demands.mean_over == "pairs":
+        measure_batch = _measure_pairs
     device = device_of(client.bottom)
     scores = []
     for number, rows in batches:
@@ -94,14 +101,20 @@ def _measure_tokens(client: Client, key: StepKey, rows: Sequences, metrics: Mapp
     labels, _ = behind(virtual + 1, rows.labels[:, 1:], None)
     _, mask = behind(virtual, rows.labels, rows.mask)
 
+    asked = asked_by(*metrics.values())
+    reference = PendingReference(client.bottom, client.link, rows.ids, mask, key) if REFERENCE in asked else None
     hidden = client.bottom(rows.ids, mask)
     hidden = client.link.evaluate(hidden, key, mask)
     states = client.top.read(hidden, mask)
+    # From a mean to a sum, so that scores of batches of any size can be added.
     nats = float(client.top.cross_entropy(states, labels, mask)) * rows.predicted
     if not metrics:  # logits (B, T, vocabulary) are the largest tensor of an evaluation, and only metrics need them
         return Score(nats, rows.predicted)
     logits, aligned_labels = client.top.aligned(states, labels, mask)
-    return Score(nats, rows.predicted, metrics=measure(metrics, logits, aligned_labels))
+    further = {MASK: aligned_mask(labels, mask)}
+    if reference is not None:
+        further[REFERENCE] = reference.logits(client.top)
+    return Score(nats, rows.predicted, metrics=measure(metrics, logits, aligned_labels, further))
 
 
 def _measure_classes(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
@@ -112,5 +125,23 @@ def _measure_classes(client: Client, key: StepKey, rows: Sequences, metrics: Map
     logits, labels = client.top.aligned(states, rows.labels, rows.mask)
     nats = torch.nn.functional.cross_entropy(logits, labels) * len(rows)
     right = int((logits.argmax(-1) == labels).sum())
-    sums = measure(metrics, logits, labels)
+    sums = measure(metrics, logits, labels, {MASK: aligned_mask(labels, None)})
     return Score(float(nats), len(rows), right, sums)
+
+
+def _measure_pairs(client: Client, key: StepKey, rows: Sequences, metrics: Mapping[str, Metric]) -> Score:
+    """Measures how well a client prefers the chosen texts of a batch. The score counts pairs, and not tokens."""
+    virtual = client.bottom.virtual
+    labels, _ = behind(virtual + 1, rows.labels[:, 1:], None)
+    _, mask = behind(virtual, rows.labels, rows.mask)
+
+    compares = client.demands.compares or REFERENCE in asked_by(*metrics.values())
+    reference = PendingReference(client.bottom, client.link, rows.ids, mask, key) if compares else None
+    hidden = client.bottom(rows.ids, mask)
+    hidden = client.link.evaluate(hidden, key, mask)
+    logits, aligned_labels = client.top.aligned(client.top.read(hidden, mask), labels, mask)
+    further = {MASK: aligned_mask(labels, mask)}
+    if reference is not None:
+        further[REFERENCE] = reference.logits(client.top)
+    assert client.objective is not None  # cross-entropy is a mean over labels
+    return pair_score(client.objective, metrics, logits, aligned_labels, further)

@@ -48,7 +48,13 @@ class PendingStep:
             part of the step. The trunk then waits for `scale`. None if the trunk does not learn.
     """
 
-    def __init__(self, link: Link, packet: Packet, hidden: Tensor, sums: RouterSums | None = None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        packet: Packet,
+        hidden: Tensor,
+        sums: RouterSums | None = None,
+    ) -> None:
         """Sends the hidden states.
 
         Args:
@@ -193,6 +199,7 @@ class Link:
         rate: float = 1.0,
         sums: RouterSums | None = None,
         learns: bool = True,
+        is_adapted: bool = True,
     ) -> PendingStep:
         """Sends hidden states (B, T, D) to the trunk without waiting.
 
@@ -206,6 +213,7 @@ class Link:
             rate: Share of the learning rate for the step.
             sums: Sums of the bottom's routers; None without an auxiliary loss.
             learns: False if the trunk's adapter must not learn from the step.
+            is_adapted: False for the trunk's base weights without its adapter. Not for training steps.
         """
         key = replace(key, run=self.run, attempt=self.attempt)
         role = Role("activation", "up", key, training, hidden.dtype)
@@ -224,6 +232,7 @@ class Link:
             batches=batches,
             rate=rate,
             learns=learns,
+            is_adapted=is_adapted,
         )
         return PendingStep(self, packet, hidden, sums)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fedsplit.corpora.sequences import behind, predicted
+from fedsplit.corpora.sequences import behind
 from fedsplit.model.kernels import IGNORED
+from fedsplit.objectives.objective import Demands
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,19 @@ class MicroBatch:
 
 
 def batches_of(
-    ids: Tensor, labels: Tensor | None, mask: Tensor | None, batches: int, micros: int, virtual: int
+    ids: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    batches: int,
+    micros: int,
+    virtual: int,
+    demands: Demands | None = None,
 ) -> list[list[MicroBatch]]:
     """Cuts the rows of a step into batches, and each batch into micro-batches.
 
     Batches follow each other, and micro-batches of one batch are on the way at the same time. Labels and mask also have
-    the positions of virtual tokens. Only the last virtual token predicts a token of the text.
+    the positions of virtual tokens. Only the last virtual token predicts a token of the text. Beside the base model,
+    which has no virtual tokens, the first token of the text is not predicted.
 
     Args:
         ids: Tokens (B, T) of the step.
@@ -44,6 +53,7 @@ def batches_of(
         batches: Number of batches, at most the number of rows.
         micros: Number of micro-batches of each batch, at most the number of rows.
         virtual: Number of virtual tokens before the text.
+        demands: What the objective asks for; None for a mean over labels. A pair of rows is not divided.
 
     Example:
         >>> import torch
@@ -53,27 +63,43 @@ def batches_of(
     """
     if labels is None:
         labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
-    labels, mask = behind(virtual, labels, mask)
+    demands = demands or Demands()
+    _, padded_mask = behind(virtual, labels, mask)
+    if virtual and demands.compares:
+        labels, _ = behind(virtual + 1, labels[:, 1:], None)
+    else:
+        labels, _ = behind(virtual, labels, None)
     # Counted over the whole step, so that every token weighs the same, whatever the cut into batches.
-    whole = predicted(labels)
-    batches = min(batches, len(ids))
+    whole = demands.weight(labels)
+    examples = len(ids) // demands.rows
+    batches = min(batches, examples)
     # The same number in each batch: the trunk knows the last part of a step by the number of all parts.
-    micros = min(micros, len(ids) // batches)
-    return [_micro_batches(*rows, micros, whole) for rows in _split(ids, labels, mask, batches)]
+    micros = min(micros, examples // batches)
+    rows_of_batches = _split(ids, labels, padded_mask, batches, demands.rows)
+    return [_micro_batches(*rows, micros, whole, demands) for rows in rows_of_batches]
 
 
-def _micro_batches(ids: Tensor, labels: Tensor, mask: Tensor | None, count: int, whole: int) -> list[MicroBatch]:
-    """Cuts a batch into micro-batches. The losses of a step are weighted by predictions, of which `whole` has all."""
-    count = min(max(1, count), len(ids))
+def _micro_batches(
+    ids: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    count: int,
+    whole: int,
+    demands: Demands,
+) -> list[MicroBatch]:
+    """Cuts a batch into micro-batches. Their losses are weighted by what they are means over; the step has `whole`."""
+    count = min(max(1, count), len(ids) // demands.rows)
     return [
-        MicroBatch(part_ids, part_labels, part_mask, predicted(part_labels) / whole)
-        for part_ids, part_labels, part_mask in _split(ids, labels, mask, count)
+        MicroBatch(part_ids, part_labels, part_mask, demands.weight(part_labels) / whole)
+        for part_ids, part_labels, part_mask in _split(ids, labels, mask, count, demands.rows)
     ]
 
 
 def _split(
-    ids: Tensor, labels: Tensor, mask: Tensor | None, count: int
+    ids: Tensor, labels: Tensor, mask: Tensor | None, count: int, together: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Cuts rows, with labels and mask, into parts of almost equal size."""
-    masks = [None] * count if mask is None else mask.tensor_split(count)
-    return zip(ids.tensor_split(count), labels.tensor_split(count), masks, strict=True)
+    """Cuts rows, with labels and mask, into parts of almost equal size. `together` rows each stay in one part."""
+    examples = torch.arange(len(ids) // together)
+    sizes = [len(part) * together for part in examples.tensor_split(count)]
+    masks = [None] * count if mask is None else mask.split(sizes)
+    return zip(ids.split(sizes), labels.split(sizes), masks, strict=True)

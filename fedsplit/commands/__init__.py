@@ -2,11 +2,15 @@
 
 COMMANDS = {
     "simulate": "run a federation on this machine",
+    "sweep": "run a grid of settings and seeds, and compare the runs",
     "evaluate": "measure the model of a finished run",
     "generate": "write text with the model of a finished run",
     "adapters": "merge, combine, compare and export adapters of finished runs",
+    "report": "write a run, or a comparison of several, as an HTML page",
     "clean": "remove what killed runs left in their folders, clients' text first of all",
     "data": "show who would hold which data",
+    "check": "put a strategy, an objective or a metric of your own to its contract",
+    "prove": "compare a small copy of a model, cut at every place, with the same copy uncut",
     "completion": "print a script that completes flags in bash or zsh",
 }
 """What each command does. The module `fedsplit.commands.NAME` has its `main`."""

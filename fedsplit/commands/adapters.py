@@ -4,211 +4,88 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fedsplit.commands.adapter_tables import MODEL_MISSING, compare, summary
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
 from fedsplit.errors import ErrorCollector, InputError, SettingError
 from fedsplit.results.finished import (
     ADAPTER_FILES,
     Adapter,
-    Run,
     as_tasks,
-    check_files,
     check_same_base,
     copy_adapter,
     find_adapter,
     open_run,
 )
 from fedsplit.settings.choices import DTYPES
-from fedsplit.settings.flags import Parser
-
-if TYPE_CHECKING:
-    from fedsplit.adaptation.comparison import Distance
-    from fedsplit.updates import Adapters
+from fedsplit.settings.command_line import Call, Parser
 
 COMBINATIONS = ("cat", "svd", "linear")
 """Ways to combine adapters, by their names in PEFT."""
 
-_MODEL_MISSING = "the model is not here: nobody can tell whether the adapter fits it"
+
+def _collector(call: Call) -> ErrorCollector:
+    """Returns a collector with the errors of a command line. The checks of the command add to the errors."""
+    collector = ErrorCollector()
+    collector.extend(call.errors)
+    return collector
 
 
-def summary(run: Run) -> list[str]:
-    """Returns a table of a run's parameters and adapter files, part by part.
-
-    Args:
-        run: A finished run.
-
-    Raises:
-        InputError: An adapter of the run cannot be read or does not fit the model.
-    """
-    from fedsplit.report import aligned
-    from fedsplit.results.fitting import read_known
-
-    adapter = run.adapter()
-    tensors, model_is_here = read_known(adapter)
-
-    rows: list[tuple[str, ...]] = [("", "trainable", "frozen", "total", "in the file", "file")]
-    totals = [0, 0, 0]
-    for part, folder in run.parts.items():
-        counts = run.summary["parameters"][part]
-        numbers = [counts["trainable"], counts["total"] - counts["trainable"], counts["total"]]
-        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
-        rows.append((part, *_with_commas(numbers), *_file_sizes(replace(adapter, folder=folder))))
-    rows.append(("whole", *_with_commas(totals), *_file_sizes(adapter)))
-    for client in run.personal:
-        personal = run.adapter(client)
-        read_known(personal)
-        rows.append((f"client {client}", "", "", "", *_file_sizes(personal)))
-
-    config = run.config
-    ranks = f"ranks {_ranks(tensors)}"
-    kind = ranks if config.lora.method == "lora" else f"{config.lora.method}, {ranks}"
-    facts = f"model {config.model}; cut {config.cut}; strategy {config.strategy}; {kind}"
-    lines = [facts, *aligned(rows)]
-    return lines if model_is_here else [*lines, _MODEL_MISSING]
+def _summary(call: Call) -> list[str]:
+    """Returns the tables of a run's parameters and files."""
+    collector = _collector(call)
+    with collector.collecting():
+        run = open_run(call.flags.run)
+    collector.check()
+    return summary(run)
 
 
-def _with_commas(numbers: Sequence[int]) -> list[str]:
-    return [f"{number:,}" for number in numbers]
+def _compare(call: Call) -> list[str]:
+    """Returns the tables that compare two runs."""
+    collector = _collector(call)
+    with collector.collecting():
+        first = open_run(call.flags.first)
+    with collector.collecting():
+        second = open_run(call.flags.second)
+    collector.check()
+    return compare(first, second)
 
 
-def _file_sizes(adapter: Adapter) -> tuple[str, str]:
-    """Returns the number of values in an adapter's file, and the size of the file."""
-    from fedsplit.report import size
-    from fedsplit.results.fitting import read_adapter
-
-    check_files(adapter.folder)
-    values = sum(tensor.numel() for tensor in read_adapter(adapter).tensors.values())
-    return f"{values:,}", size((adapter.folder / ADAPTER_FILES[1]).stat().st_size)
-
-
-def _ranks(adapters: Adapters) -> str:
-    """Returns the ranks of an adapter's layers, from the smallest to the largest; of AdaLoRA those that are left."""
-    ranks = {adapters.rank(layer) for layer in (*adapters.complete, *adapters.stacked)}
-    for name, tensor in adapters.tensors.items():
-        if name.endswith(".lora_E"):  # AdaLoRA's singular values: a pruned one is zero
-            ranks.add(int(tensor.count_nonzero()))
-    if not ranks:
-        return "none"
-    smallest = min(ranks)
-    largest = max(ranks)
-    return str(smallest) if smallest == largest else f"{smallest} to {largest}"
-
-
-def compare(first: Run, second: Run) -> list[str]:
-    """Returns a table of two runs' settings, losses and bytes, and one of the distances between their adapters."""
-    from fedsplit.adaptation.comparison import differing
-    from fedsplit.report import aligned, size
-
-    rows: list[tuple[str, ...]] = [("", first.name, second.name)]
-    for name, values in differing(first.config, second.config).items():
-        rows.append((name, *(_shown(value) for value in values)))
-    for when in ("before", "after"):
-        losses = [run.summary["eval_loss"][when] for run in (first, second)]
-        rows.append((f"held-out loss {when}", *(f"{loss:.4f}" for loss in losses)))
-    for name in {**first.summary["bytes"], **second.summary["bytes"]}:
-        counts = [run.summary["bytes"].get(name, 0) for run in (first, second)]
-        rows.append((f"bytes {name}", *(size(count) for count in counts)))
-    return [*aligned(rows), "", *_distances(first, second)]
-
-
-def _shown(value: object) -> str:
-    """Returns the value of a setting as a flag would give it; - for none."""
-    if isinstance(value, list):
-        return ",".join(map(str, value)) or "-"
-    return "-" if value in (None, "") else str(value)
-
-
-def _distances(first: Run, second: Run) -> list[str]:
-    """Returns tables of the distances between two runs' adapters.
-
-    Layers that add s B A are compared by this product. All other tensors are compared as they are.
-    """
-    from fedsplit.adaptation.comparison import distances, kind_of, loose, tensor_distances
-    from fedsplit.results.fitting import read_known
-
-    first_kind = kind_of(first.config)
-    second_kind = kind_of(second.config)
-    if first_kind != second_kind:
-        return [f"the adapters are of different kinds, {first_kind} and {second_kind}, which have no common measure"]
-
-    left, _ = read_known(first.adapter())
-    right, _ = read_known(second.adapter())
-    layers = distances(left, right)
-    tensors = tensor_distances(loose(left), loose(right))
-
-    not_compared = {
-        "layers": {*left.complete, *right.complete, *left.stacked, *right.stacked} - layers.keys(),
-        "tensors": {*loose(left), *loose(right)} - tensors.keys(),
-    }
-    notes = [
-        f"{len(names)} {kind} are in one of the adapters only, or differ in shape"
-        for kind, names in not_compared.items()
-        if names
-    ]
-    if not layers and not tensors:
-        return [*notes, "the adapters have nothing to compare"]
-
-    lines: list[str] = []
-    if not layers:
-        lines.append(f"{first_kind} adds no product of factors: its tensors are compared as they are")
-    if layers:
-        lines += _table("layer", layers)
-    if layers and tensors:
-        lines.append("")
-    if tensors:
-        lines += _table("tensor", tensors)
-    return [*lines, *notes]
-
-
-def _table(kind: str, distances: Mapping[str, Distance]) -> list[str]:
-    """Returns a table of distances by name, with the total in the last line."""
-    from fedsplit.report import aligned
-
-    rows = [(kind, "‖first‖", "‖second‖", "‖difference‖ / ‖first‖", "cosine")]
-    rows += [(name, *_cells(distance)) for name, distance in distances.items()]
-    first, *others = distances.values()
-    total = sum(others, first)
-    return aligned([*rows, ("all", *_cells(total))])
-
-
-def _cells(distance: Distance) -> tuple[str, str, str, str]:
-    relative = "-" if distance.relative is None else f"{distance.relative:.4f}"
-    cosine = "-" if distance.cosine is None else f"{distance.cosine:.4f}"
-    return f"{distance.first:.4g}", f"{distance.second:.4g}", relative, cosine
-
-
-def _summary(flags: argparse.Namespace) -> list[str]:
-    return summary(open_run(flags.run))
-
-
-def _compare(flags: argparse.Namespace) -> list[str]:
-    return compare(open_run(flags.first), open_run(flags.second))
-
-
-def _merge(flags: argparse.Namespace) -> list[str]:
+def _merge(call: Call) -> list[str]:
     """Writes a merged model, and returns the line to show."""
-    adapter = find_adapter(flags.run, flags.client)
-    is_run = adapter.folder != flags.run
-    if is_run and flags.client is None:
-        open_run(flags.run).check_shared()
-    adapter = _with_base(adapter, flags.model)
-    _check_out(flags.out)
+    flags = call.flags
+    collector = _collector(call)
+    with collector.collecting():
+        adapter = find_adapter(flags.run, flags.client)
+        is_run = adapter.folder != flags.run  # a folder of PEFT's is the adapter itself
+        # With personal adapters, the shared adapter is no client's: the user has to say which one to merge.
+        if is_run and flags.client is None:
+            open_run(flags.run).check_shared()
+        adapter = _with_base(adapter, flags.model)
+    with collector.collecting():
+        _check_out(flags.out)
+    collector.check()
+
+    # Not at the top: torch takes seconds to load, and a wrong call is to fail at once.
+    from fedsplit.events.screen import busy
     from fedsplit.results.merging import merge
 
-    classes = merge(adapter, flags.out, flags.dtype)
+    with busy("adding the adapter to the weights"):
+        classes = merge(adapter, flags.out, flags.dtype)
     decoded = f", decoded from {adapter.quantization} bits" if adapter.quantization else ""
     merged = f"{flags.out}: {adapter.model} with {adapter.folder} added to its weights"
     return [f"{merged}{decoded}, in {flags.dtype}{_classifier_note(classes)}"]
 
 
 def _classifier_note(classes: int) -> str:
-    """Returns how to open a classifier; nothing for a causal LM."""
-    return f"; AutoModelForSequenceClassification opens it, with {classes} classes" if classes else ""
+    """Returns words on how to open a classifier, or "" for a causal LM, which has no classes."""
+    if not classes:
+        return ""
+    return f"; AutoModelForSequenceClassification opens it, with {classes} classes"
 
 
 def _with_base(adapter: Adapter, model: str) -> Adapter:
@@ -216,90 +93,171 @@ def _with_base(adapter: Adapter, model: str) -> Adapter:
     return replace(adapter, model=model) if model else adapter
 
 
-def _unmerge(flags: argparse.Namespace) -> list[str]:
+def _unmerge(call: Call) -> list[str]:
     """Writes the base model of a merged model, and returns the line to show."""
-    if not flags.model.is_dir():
-        raise InputError(f"{flags.model} is no merged model: there is no such folder")
-    _check_out(flags.out)
+    flags = call.flags
+    collector = _collector(call)
+    with collector.collecting():
+        if not flags.model.is_dir():
+            raise InputError(f"{flags.model} is no merged model: there is no such folder")
+    with collector.collecting():
+        _check_out(flags.out)
+    collector.check()
+    from fedsplit.events.screen import busy
     from fedsplit.results.merging import unmerge
 
-    dtype = unmerge(flags.model, flags.out)
+    with busy("taking the adapter off the weights"):
+        dtype = unmerge(flags.model, flags.out)
     return [f"{flags.out}: the base without what was merged, in {dtype}"]
 
 
-def _combine(flags: argparse.Namespace) -> list[str]:
+def _combine(call: Call) -> list[str]:
     """Writes the weighted sum of adapters, and returns the line to show."""
-    collector = ErrorCollector()
-    if len(flags.runs) < 2:
-        collector.extend([InputError("combine: one adapter is not possible; allowed: two or more")])
+    flags = call.flags
+    collector = _collector(call)
+    with collector.collecting():
+        if len(flags.runs) < 2:
+            raise InputError("combine: one adapter is not possible; allowed: two or more")
     with collector.collecting():
         weights = _weights(flags.weights, len(flags.runs))
-    if flags.rank is not None and (flags.how != "svd" or flags.rank < 1):
-        collector.extend([SettingError("rank", flags.rank, "a whole number of at least 1, with --how svd")])
+    with collector.collecting():
+        if flags.rank is not None and (flags.how != "svd" or flags.rank < 1):
+            raise SettingError("rank", flags.rank, "a whole number of at least 1, with --how svd")
     adapters = []
-    for folder in flags.runs:
+    for folder in vars(flags)["runs"] or ():  # `vars`: reading a refused flag would raise an error
         with collector.collecting():
             adapters.append(_with_base(find_adapter(folder), flags.model))
     with collector.collecting():
         _check_out(flags.out)
     collector.check()
+    check_same_base(adapters)  # compares the files of weights, which takes a while
 
-    check_same_base(adapters)
+    from fedsplit.events.screen import busy
     from fedsplit.results.combining import combine
 
-    rank = combine(adapters, weights, flags.how, flags.out, flags.rank)
+    with busy("combining the adapters"):
+        rank = combine(adapters, weights, flags.how, flags.out, flags.rank)
     terms = " + ".join(f"{weight:g} * {adapter.name}" for weight, adapter in zip(weights, adapters, strict=True))
     return [f"{flags.out}: {terms} by {flags.how}, of rank {rank}"]
 
 
-def _export(flags: argparse.Namespace) -> list[str]:
-    """Writes a folder of adapters for PEFT, and returns the Python lines that open them."""
+def _export(call: Call) -> list[str]:
+    """Writes a folder of adapters for PEFT, and returns the Python lines that open the adapters."""
+    flags = call.flags
     adapters = []
-    collector = ErrorCollector()
-    for folder in flags.runs:
+    collector = _collector(call)
+    for folder in vars(flags)["runs"] or ():
         with collector.collecting():
-            adapters.append(find_adapter(folder))
-            is_run = not (folder / ADAPTER_FILES[0]).is_file()
-            if is_run:
-                run = open_run(folder)
-                adapters += [run.adapter(client) for client in run.personal]
+            adapters += _adapters_in(folder)
+    is_complete = not collector.errors  # else names would be counted against the wrong number of adapters
+    with collector.collecting():
+        if is_complete:
+            check_same_base(adapters)
+            names = flags.names.split(",") if flags.names else ()
+            tasks = as_tasks(adapters, names)
     with collector.collecting():
         _check_out(flags.out)
     collector.check()
 
-    check_same_base(adapters)
-    tasks = as_tasks(adapters, flags.names.split(",") if flags.names else ())
     from fedsplit.durable import write_folder
     from fedsplit.results.fitting import read_known
     from fedsplit.results.whole import check_same_head
 
-    known = {adapter.folder: read_known(adapter) for adapter in adapters}
-    classes = check_same_head({folder: tensors for folder, (tensors, _) in known.items()})
+    tensors = {}
+    models_are_here = True
+    for adapter in adapters:
+        tensors[adapter.folder], is_here = read_known(adapter)
+        models_are_here = models_are_here and is_here
+    classes = check_same_head(tensors)
 
     def fill(draft: Path) -> None:
         for name, adapter in tasks.items():
             copy_adapter(adapter, draft / name)
 
     write_folder(flags.out, fill)
-    first, *others = tasks
-    last = [first, *others][-1]
-    lines = [
-        f"{flags.out}: {', '.join(tasks)}, of {adapters[0].model}{_classifier_note(classes)}",
-        f'model = PeftModel.from_pretrained(base, "{flags.out}/{first}", adapter_name="{first}")',
-        *(f'model.load_adapter("{flags.out}/{name}", adapter_name="{name}")' for name in others),
-        f'model.set_adapter("{last}")',
-    ]
-    models_are_here = all(is_here for _, is_here in known.values())
-    return lines if models_are_here else [*lines, f"# {_MODEL_MISSING}"]
+    head = f"{flags.out}: {', '.join(tasks)}, of {adapters[0].model}{_classifier_note(classes)}"
+    lines = [head, *_opening_lines(flags.out, list(tasks))]
+    if not models_are_here:
+        lines.append(f"# {MODEL_MISSING}")
+    return lines
+
+
+def _push(call: Call) -> list[str]:
+    """Uploads an adapter to the Hub, and returns the line to show."""
+    flags = call.flags
+    collector = _collector(call)
+    with collector.collecting():
+        adapter = find_adapter(flags.run, flags.client)
+        if adapter.folder != flags.run and flags.client is None:
+            open_run(flags.run).check_shared()
+        adapter = _with_base(adapter, flags.model)
+    collector.check()
+
+    from fedsplit.results.publishing import check_access, push
+
+    check_access(flags.repository)
+    address = push(adapter, flags.repository, private=not flags.public, with_base=flags.export_base)
+    return [f"{adapter.folder} is on the Hub: {address}"]
+
+
+def _adapters_in(folder: Path) -> list[Adapter]:
+    """Returns the adapter in a folder, followed by the personal adapters if the folder belongs to a run.
+
+    Raises:
+        InputError: The folder holds no adapter and no finished run.
+    """
+    adapters = [find_adapter(folder)]
+    is_run = not (folder / ADAPTER_FILES[0]).is_file()
+    if is_run:
+        run = open_run(folder)
+        adapters += [run.adapter(client) for client in run.personal]
+    return adapters
+
+
+def _opening_lines(folder: Path, names: Sequence[str]) -> list[str]:
+    """Returns the Python lines that open exported adapters by PEFT and choose the last adapter.
+
+    Args:
+        folder: The written folder.
+        names: Names of the adapters.
+
+    Example:
+        >>> for line in _opening_lines(Path("out"), ["ann", "bob"]):
+        ...     print(line)
+        model = PeftModel.from_pretrained(base, "out/ann", adapter_name="ann")
+        model.load_adapter("out/bob", adapter_name="bob")
+        model.set_adapter("bob")
+    """
+    first, *others = names
+    lines = [f'model = PeftModel.from_pretrained(base, "{folder}/{first}", adapter_name="{first}")']
+    for name in others:
+        lines.append(f'model.load_adapter("{folder}/{name}", adapter_name="{name}")')
+    lines.append(f'model.set_adapter("{names[-1]}")')
+    return lines
 
 
 def _weights(text: str, count: int) -> list[float]:
-    """Returns the weights of `--weights`, separated by commas; equal weights that sum to 1 if none are given."""
+    """Returns the weights in `--weights`, or equal weights with the sum 1 for an empty text.
+
+    Args:
+        text: Weights, separated by commas.
+        count: Number of adapters.
+
+    Raises:
+        SettingError: The text holds a word that is no finite number, or a wrong number of weights.
+
+    Example:
+        >>> _weights("0.25,0.75", count=2), _weights("", count=2)
+        ([0.25, 0.75], [0.5, 0.5])
+    """
+    if not text:
+        return [1 / count] * count
     try:
-        weights = [float(number) for number in text.split(",")] if text else [1 / count] * count
+        weights = [float(number) for number in text.split(",")]
     except ValueError:
         weights = []
-    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
+    are_finite = all(math.isfinite(weight) for weight in weights)
+    if len(weights) != count or not are_finite:
         raise SettingError("weights", text, f"{count} numbers with commas, one for each adapter")
     return weights
 
@@ -320,65 +278,90 @@ def make_parser() -> Parser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, work: Callable[[argparse.Namespace], object], help: str) -> argparse.ArgumentParser:
+    def command(name: str, work: Callable[[Call], object], help: str) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         added.set_defaults(work=work)
         return added
 
-    def folders(added: argparse.ArgumentParser, name: str, help: str, nargs: str | None = None) -> None:
-        added.add_argument(name, type=Path, nargs=nargs, metavar="DIR", help=help)
-
-    def out(added: argparse.ArgumentParser, movable: bool = False) -> None:
-        if movable:
-            added.add_argument("--model", default="", metavar="DIR", help="folder of the base model, if it was moved")
-        added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-
-    run = "folder of a finished run"
-    several = "folders of finished runs, or of adapters"
-
-    folders(command("summary", _summary, "show parameters and file sizes, part by part"), "run", run)
-    merge = command("merge", _merge, "write the base model with an adapter added to its weights")
-    folders(merge, "run", f"{run}, or of an adapter")
-    merge.add_argument("--client", type=int, metavar="N", help="merge this client's personal adapter")
-    merge.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="fp32",
-        help="type of the weights; 16 bits round a part of the change away",
-    )
-    out(merge, movable=True)
+    _add_folder(command("summary", _summary, "show parameters and file sizes, part by part"), "run", _RUN)
+    _add_merge(command("merge", _merge, "write the base model with an adapter added to its weights"))
     unmerge = command("unmerge", _unmerge, "restore the base model, to a rounding, from a merged model")
-    folders(unmerge, "model", "folder that merge wrote")
-    out(unmerge)
-    combine = command("combine", _combine, "write the weighted sum of adapters as one, by PEFT's add_weighted_adapter")
-    folders(combine, "runs", several, "+")
-    combine.add_argument("--weights", default="", metavar="X,X", help="weight of each adapter (default: all equal)")
-    combine.add_argument(
-        "--how",
-        choices=COMBINATIONS,
-        default="cat",
-        help="cat: exact (default); svd: best fit of a rank; linear: rough",
-    )
-    combine.add_argument("--rank", type=int, metavar="N", help="rank of svd (default: the largest of the adapters)")
-    out(combine, movable=True)
-    export = command("export", _export, "copy adapters, personal ones too, into one folder for PEFT's set_adapter")
-    folders(export, "runs", several, "+")
-    export.add_argument("--names", default="", metavar="NAME,NAME", help="names of the adapters (default: the runs')")
-    out(export)
-    compare = command(
-        "compare", _compare, "compare settings, losses and bytes of two runs, and the distance between their adapters"
-    )
-    folders(compare, "first", run)
-    folders(compare, "second", "folder of another finished run")
+    _add_folder(unmerge, "model", "folder that merge wrote")
+    _add_out(unmerge)
+    about_combine = "write the weighted sum of adapters as one, by PEFT's add_weighted_adapter"
+    _add_combine(command("combine", _combine, about_combine))
+    about_export = "copy adapters, personal ones too, into one folder for PEFT's set_adapter"
+    _add_export(command("export", _export, about_export))
+    about_push = "upload an adapter with its model card to the Hugging Face Hub"
+    _add_push(command("push", _push, about_push))
+    about_compare = "compare settings, losses and bytes of two runs, and the distance between their adapters"
+    comparison = command("compare", _compare, about_compare)
+    _add_folder(comparison, "first", _RUN)
+    _add_folder(comparison, "second", "folder of another finished run")
     return parser
+
+
+_RUN = "folder of a finished run"
+
+_SEVERAL = "folders of finished runs, or of adapters"
+
+
+def _add_folder(parser: argparse.ArgumentParser, name: str, help: str, nargs: str | None = None) -> None:
+    parser.add_argument(name, type=Path, nargs=nargs, metavar="DIR", help=help)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="", metavar="DIR", help="folder of the base model, if it was moved")
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser, "run", f"{_RUN}, or of an adapter")
+    parser.add_argument("--client", type=int, metavar="N", help="merge this client's personal adapter")
+    dtype_help = "type of the weights; 16 bits round a part of the change away"
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help=dtype_help)
+    _add_base(parser)
+    _add_out(parser)
+
+
+def _add_combine(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser, "runs", _SEVERAL, "+")
+    parser.add_argument("--weights", default="", metavar="X,X", help="weight of each adapter (default: all equal)")
+    how_help = "cat: exact (default); svd: best fit of a rank; linear: rough"
+    parser.add_argument("--how", choices=COMBINATIONS, default="cat", help=how_help)
+    parser.add_argument("--rank", type=int, metavar="N", help="rank of svd (default: the largest of the adapters)")
+    _add_base(parser)
+    _add_out(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser, "runs", _SEVERAL, "+")
+    names_help = "names of the adapters (default: the runs')"
+    parser.add_argument("--names", default="", metavar="NAME,NAME", help=names_help)
+    _add_out(parser)
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser, "run", f"{_RUN}, or of an adapter")
+    parser.add_argument("repository", metavar="REPO", help="repository of the Hub, as org/name; made if need be")
+    parser.add_argument("--client", type=int, metavar="N", help="upload this client's personal adapter")
+    parser.add_argument("--public", action="store_true", help="make a new repository public; without it, private")
+    base_help = "upload the base model, too, for one that is not on the Hub"
+    parser.add_argument("--export-base", action="store_true", help=base_help)
+    _add_base(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> None:
-        flags = make_parser().parse_args(argv)
-        quieten()
-        print(*flags.work(flags), sep="\n")
+        call = make_parser().read(argv)
+        work_of_command = call.flags.work
+        quieten(offline=work_of_command is not _push)
+        lines = work_of_command(call)
+        print(*lines, sep="\n")
 
     return exit_code(work, argv)

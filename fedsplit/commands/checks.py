@@ -1,4 +1,4 @@
-"""Checks that settings fit together and suit the model, before any weight is loaded.
+"""Checks that settings fit together.
 
 Checks that concern one module only are `check_` functions in that module.
 """
@@ -6,95 +6,68 @@ Checks that concern one module only are `check_` functions in that module.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from fedsplit.adaptation.methods import ADAPTER_METHODS, check_method
-from fedsplit.adaptation.rank_budget import check_budget
+from fedsplit.adaptation.methods import ADAPTER_METHODS
 from fedsplit.errors import SettingError, check_all
-from fedsplit.federation.strategy import traits_of
-from fedsplit.model.families import STACKED, Facts
-from fedsplit.model.sources import config_folder
-from fedsplit.model.token_ids import check_largest
-from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.settings.choices import PARTS
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import set_by_user
-from fedsplit.settings.sections import TrainSettings
+from fedsplit.settings.sections import PromptSettings, TrainSettings
+from fedsplit.settings.validators import SPEED
 from fedsplit.trunk.schedules import SCHEDULES
-
-if TYPE_CHECKING:
-    from fedsplit.corpora.sharding import Partition
-
-
-def learning_parts(config: Config, blocks: int) -> list[str]:
-    """Returns the parts that have trainable parameters, and that get gradients under the schedule.
-
-    Args:
-        config: Settings of the run.
-        blocks: Number of blocks of the model.
-
-    Example:
-        >>> learning_parts(Config(cut="0:5"), blocks=6)
-        ['trunk', 'top']
-    """
-    schedule = SCHEDULES[config.trunk.schedule]
-    low, high = config.bounds
-    if config.prompt.virtual:  # virtual tokens are all that trains
-        return ["bottom"] if schedule.returns_gradient else []
-    learns = {
-        "bottom": schedule.returns_gradient and low > 0,
-        "trunk": schedule.learns,
-        "top": high < blocks or config.lm_head != "frozen",
-    }
-    return [part for part, does in learns.items() if does]
-
-
-def check_cut(config: Config, facts: Facts) -> None:
-    """Checks that the model has the blocks of the cut, and that some part learns.
-
-    Raises:
-        SettingError: The cut lies outside the model, or no part learns.
-    """
-    if config.bounds[1] > facts.blocks:
-        raise SettingError("cut", config.cut, f"LO:HI with 0 <= LO < HI <= {facts.blocks}, the model's blocks")
-    if learning_parts(config, facts.blocks):
-        return
-    if config.prompt.virtual:
-        allowed = f"a schedule that returns gradients, with --prompt.kind {config.prompt.kind}: nothing else learns"
-        raise SettingError("trunk.schedule", config.trunk.schedule, allowed)
-    allowed = f"a cut that leaves blocks to a part that learns under the trunk schedule {config.trunk.schedule}"
-    raise SettingError("cut", config.cut, allowed)
 
 
 def check_training(config: Config) -> None:
-    """Checks that no setting of local training is given where it would have no effect.
+    """Checks that every given setting of local training has an effect.
 
     Raises:
         InputError: A setting would have no effect. All errors are reported together.
+
+    Example:
+        >>> check_training(Config(min_delta=0.1))
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: min_delta: 0.1 is not possible; allowed: 0 without --patience
     """
-    check_all(_wrong_training(config))
+    check_all(
+        _wrong_batched(config),
+        _wrong_warmup(config),
+        _wrong_optimizer(config.train),
+        _wrong_patience(config),
+    )
 
 
-def _wrong_training(config: Config) -> Iterator[SettingError]:
-    """Yields an error for each setting of local training that would have no effect."""
+def _wrong_batched(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting of a client's gradient that has no effect under the schedule `batched`."""
+    if config.trunk.schedule != "batched":
+        return
+    reason = "under the trunk schedule batched, where the trunk's gradient is of no single client's step"
+    if config.train.accumulation > 1:
+        yield SettingError("train.accumulation", config.train.accumulation, f"1 {reason}")
+    if config.train.clip:
+        yield SettingError("train.clip", config.train.clip, f"0 {reason}")
+
+
+def _wrong_warmup(config: Config) -> Iterator[SettingError]:
+    """Yields an error if the warmup is longer than a client's training."""
     train = config.train
-    if config.trunk.schedule == "batched":
-        reason = "under the trunk schedule batched, where the trunk's gradient is of no single client's step"
-        if train.accumulation > 1:
-            yield SettingError("train.accumulation", train.accumulation, f"1 {reason}")
-        if train.clip:
-            yield SettingError("train.clip", train.clip, f"0 {reason}")
-
+    # Below 1, the warmup is a share of the steps. With epochs, the number of steps depends on the client's data.
+    if train.warmup < 1 or train.epochs:
+        return
     total_steps = config.rounds * train.steps
-    if train.warmup >= 1 and not train.epochs and train.warmup > total_steps:
+    if train.warmup > total_steps:
         yield SettingError("train.warmup", f"{train.warmup:g}", f"up to {total_steps}, a client's steps in all rounds")
-    yield from _wrong_optimizer(train)
+
+
+def _wrong_patience(config: Config) -> Iterator[SettingError]:
+    """Yields an error for a margin of early stopping without early stopping."""
+    # A resumed run may switch early stopping off, while the margin stays in the file of the run.
     if config.min_delta and not (config.patience or config.resume):
         yield SettingError("min_delta", config.min_delta, "0 without --patience")
 
 
 def _wrong_optimizer(train: TrainSettings) -> Iterator[SettingError]:
-    """Yields an error for each setting that the run's optimiser lacks, and that has not its default."""
+    """Yields an error for each setting that differs from its default and that the run's optimiser does not have."""
     if train.momentum and train.optimizer != "sgd":
         yield SettingError("train.momentum", train.momentum, f"0 under {train.optimizer}; it is sgd's")
     if train.optimizer != "sgd":
@@ -115,27 +88,54 @@ def check_trunk(config: Config) -> None:
     Raises:
         InputError: A setting has no meaning under the schedule, or excludes a further setting. All errors are reported
             together.
+
+    Example:
+        >>> from fedsplit.settings.sections import TrunkSettings
+        >>> check_trunk(Config(clients=2, trunk=TrunkSettings(replicas=3)))
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: trunk.replicas: 3 is not possible; allowed: 1 to 2, the number of clients
     """
-    check_all(_wrong_trunk(config))
+    check_all(
+        _wrong_under_schedule(config),
+        _wrong_codec(config),
+        _wrong_micro_batches(config.train),
+        _wrong_parallelism(config),
+        _wrong_trunks(config),
+        _wrong_averaging(config),
+        _wrong_share(config),
+    )
 
 
-def _wrong_trunk(config: Config) -> Iterator[SettingError]:
-    """Yields an error for each setting of the trunk and of the wire that does not fit the others."""
-    schedule = SCHEDULES[config.trunk.schedule]
-    trunk = config.trunk
-    train = config.train
-    if schedule.gathers and train.micro_batches > 1:
-        allowed = f"1 under the trunk schedule {trunk.schedule}, which computes the steps of all clients as one"
-        yield SettingError("train.micro_batches", train.micro_batches, allowed)
-    if trunk.every and not schedule.sums:
-        allowed = f"0 under the trunk schedule {trunk.schedule}, which sums nothing over a barrier"
-        yield SettingError("trunk.every", trunk.every, allowed)
+def _wrong_under_schedule(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting of steps that has no meaning under the trunk's schedule."""
+    name = config.trunk.schedule
+    schedule = SCHEDULES[name]
+    if schedule.gathers and config.train.micro_batches > 1:
+        allowed = f"1 under the trunk schedule {name}, which computes the steps of all clients as one"
+        yield SettingError("train.micro_batches", config.train.micro_batches, allowed)
+    if config.trunk.every and not schedule.sums:
+        allowed = f"0 under the trunk schedule {name}, which sums nothing over a barrier"
+        yield SettingError("trunk.every", config.trunk.every, allowed)
+
+
+def _wrong_codec(config: Config) -> Iterator[SettingError]:
+    """Yields an error for a codec that would only lose precision."""
     if config.dtype == "fp16" and config.wire.codec == "bf16":
         allowed = "raw with --dtype fp16: what crosses has 16 bits already, and would lose three of them"
         yield SettingError("wire.codec", config.wire.codec, allowed)
+
+
+def _wrong_micro_batches(train: TrainSettings) -> Iterator[SettingError]:
+    """Yields an error for more micro-batches than a batch has sequences."""
     if train.micro_batches > train.batch_size:
         allowed = f"0 to {train.batch_size}, the sequences of a batch"
         yield SettingError("train.micro_batches", train.micro_batches, allowed)
+
+
+def _wrong_parallelism(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting of the trunk's parallel work that a further setting excludes."""
+    trunk = config.trunk
+    # Clients form groups under --deterministic alone. Otherwise each client trains as soon as possible.
     if trunk.group > 1 and not config.deterministic:
         yield SettingError("trunk.group", trunk.group, "1 without --deterministic, under which groups take turns")
     if config.deterministic and trunk.memory and trunk.group > 1:
@@ -144,9 +144,60 @@ def _wrong_trunk(config: Config) -> Iterator[SettingError]:
     if trunk.lanes > 1 and (config.deterministic or trunk.memory):
         allowed = "0 or 1 with --deterministic and with --trunk.memory, under which one thing is computed at a time"
         yield SettingError("trunk.lanes", trunk.lanes, allowed)
-    if "trunk" not in config.share and not schedule.personal:
+
+
+def _wrong_share(config: Config) -> Iterator[SettingError]:
+    """Yields an error if the trunk's adapter is not aggregated although all clients train one."""
+    if "trunk" not in config.share and not SCHEDULES[config.trunk.schedule].personal:
         allowed = "trunk among them, unless each client has one of its own (--trunk.schedule copies)"
         yield SettingError("share", ",".join(config.share), allowed)
+
+
+def _wrong_trunks(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting of stages or replicas of the trunk that does not fit a further setting."""
+    schedule = SCHEDULES[config.trunk.schedule]
+    trunk = config.trunk
+    stages = trunk.stage_bounds
+    low, high = config.bounds
+    if stages and (stages[0], stages[-1]) != (low, high):
+        yield SettingError("trunk.stages", trunk.stages, f"{low}:…:{high}, from end to end of the cut {config.cut}")
+
+    # A replica without a client would have nothing to train on.
+    if trunk.replicas > config.clients:
+        yield SettingError("trunk.replicas", trunk.replicas, f"1 to {config.clients}, the number of clients")
+
+    sums_gradients = schedule.gathers or schedule.sums
+    if trunk.sync == "step" and not sums_gradients:
+        allowed = f"round under the trunk schedule {trunk.schedule}; batched and accumulate sum the clients' gradients"
+        yield SettingError("trunk.sync", trunk.sync, allowed)
+    if trunk.sync == "step" and trunk.replicas == 1:
+        yield SettingError("trunk.sync", trunk.sync, "round, except with several --trunk.replicas")
+
+    has_numbers = trunk.weights not in ("", SPEED)
+    if has_numbers and len(trunk.replica_weights) != trunk.replicas:
+        yield SettingError("trunk.weights", trunk.weights, f"{trunk.replicas} numbers, one for each replica")
+    if trunk.weights == SPEED and config.deterministic:
+        allowed = "numbers with --deterministic: a measured speed would decide the result"
+        yield SettingError("trunk.weights", trunk.weights, allowed)
+
+
+def _wrong_averaging(config: Config) -> Iterator[SettingError]:
+    """Yields an error if the trunk's adapter cannot be divided into stages, or replicas cannot be averaged."""
+    trunk = config.trunk
+    schedule = SCHEDULES[trunk.schedule]
+    method = ADAPTER_METHODS.get(config.lora.method)  # a wrong name is an error of its own
+    allocates = method is not None and method.allocates
+    if allocates and trunk.stages:
+        allowed = f"none with {config.lora.method}, which allocates the ranks of all blocks together"
+        yield SettingError("trunk.stages", trunk.stages, allowed)
+    # Personal adapters are never averaged over replicas: each belongs to one client, and so to one replica.
+    if trunk.replicas == 1 or not schedule.learns or schedule.personal:
+        return
+    if allocates:
+        allowed = f"1 with {config.lora.method}, for which each replica would allocate different ranks"
+        yield SettingError("trunk.replicas", trunk.replicas, allowed)
+    if config.train.optimizer == "adamw8bit":
+        yield SettingError("trunk.replicas", trunk.replicas, "1 with adamw8bit, whose moments cannot be averaged")
 
 
 PROMPT_SETTINGS = {
@@ -167,166 +218,83 @@ def check_prompt(config: Config) -> None:
     Raises:
         InputError: A setting has no meaning, or excludes a further setting. All errors are reported together.
     """
-    check_all(_wrong_prompt(config))
+    rules = [_wrong_prompt_fields(config.prompt)]
+    if config.prompt.kind != "off":
+        rules.append(_wrong_beside_prompts(config))
+        rules.append(_wrong_init(config.prompt))
+        rules.append(_wrong_encoder(config.prompt))
+    check_all(*rules)
 
 
-def _wrong_prompt(config: Config) -> Iterator[SettingError]:
-    """Yields an error for each setting of prompts, LoRA and the head that does not fit the others."""
-    prompt = config.prompt
-    kind = prompt.kind
+def _wrong_prompt_fields(prompt: PromptSettings) -> Iterator[SettingError]:
+    """Yields an error for each setting of prompts that the kind of prompts does not have."""
+    allowed_fields = ("kind", *PROMPT_SETTINGS[prompt.kind])
     for name, value in set_by_user(prompt).items():
-        if name != "kind" and name not in PROMPT_SETTINGS[kind]:
-            uses = " | ".join(other for other, names in PROMPT_SETTINGS.items() if name in names)
-            yield SettingError(f"prompt.{name}", value, f"its default, except with --prompt.kind {uses}")
-    if kind == "off":
-        return
+        if name in allowed_fields:
+            continue
+        kinds = [kind for kind, fields in PROMPT_SETTINGS.items() if name in fields]
+        allowed = f"its default, except with --prompt.kind {' | '.join(kinds)}"
+        yield SettingError(f"prompt.{name}", value, allowed)
+
+
+def _wrong_beside_prompts(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting outside the section `prompt` that a kind of prompts excludes."""
+    kind = config.prompt.kind
     for name, value in set_by_user(config.lora).items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         yield SettingError(f"lora.{name}", shown, f"its default: with --prompt.kind {kind} there are no LoRA adapters")
-    if config.keep_best and {*config.share} != {*PARTS}:
+
+    # After the last round, a client's personal prompt of the best round would be gone.
+    shares_all = {*config.share} == {*PARTS}
+    if config.keep_best and not shares_all:
         both = f"--prompt.kind {kind} and --keep-best"
-        allowed = f"all parts with {both}, for which no client keeps its own of every round"
+        allowed = f"all parts with {both}, since no client keeps its personal prompts of earlier rounds"
         yield SettingError("share", ",".join(config.share), allowed)
     if config.lm_head != "frozen":
         yield SettingError("lm_head", config.lm_head, f"frozen with --prompt.kind {kind}")
-    starts = PROMPT_STARTS.get(kind, ("random",))
+
+
+def _wrong_init(prompt: PromptSettings) -> Iterator[SettingError]:
+    """Yields an error for each setting of initial virtual tokens that does not fit the kind of prompts or the text."""
+    starts = PROMPT_STARTS.get(prompt.kind, ("random",))
     if prompt.init not in starts:
-        yield SettingError("prompt.init", prompt.init, f"{' | '.join(starts)} with --prompt.kind {kind}")
-    if (prompt.init == "text") != bool(prompt.text.strip()):
+        yield SettingError("prompt.init", prompt.init, f"{' | '.join(starts)} with --prompt.kind {prompt.kind}")
+    needs_text = prompt.init == "text"
+    has_text = bool(prompt.text.strip())
+    if needs_text != has_text:
         allowed = "a text that is not empty with --prompt.init text, and none otherwise"
         yield SettingError("prompt.text", prompt.text or "nothing", allowed)
+
+
+def _wrong_encoder(prompt: PromptSettings) -> Iterator[SettingError]:
+    """Yields an error for each setting of the encoder of virtual tokens that the encoder does not have."""
     only_lstm = sorted({"layers", "dropout"} & set_by_user(prompt).keys())
     if only_lstm and prompt.encoder == "mlp":
         name = only_lstm[0]
         yield SettingError(f"prompt.{name}", getattr(prompt, name), "its default, except with --prompt.encoder lstm")
     if prompt.dropout and prompt.layers == 1:
         yield SettingError("prompt.dropout", prompt.dropout, "0 with one layer: it works between layers")
-    if kind == "prefix" and prompt.hidden and not prompt.projection:
+    if prompt.kind == "prefix" and prompt.hidden and not prompt.projection:
         yield SettingError("prompt.hidden", prompt.hidden, "0, except with --prompt.projection")
 
 
-def check_lengths(config: Config, facts: Facts) -> None:
-    """Checks that the model has a position for every token of a sequence.
+def check_places(config: Config) -> None:
+    """Checks the settings by which clients are pinned to the nodes of a cluster.
 
     Raises:
-        SettingError: Sequences are longer than the model allows.
+        InputError: There is no cluster, or a node would not find the data set. All errors are reported together.
     """
-    length = config.train.max_length
-    positions = config.prompt.positions
-    if length > facts.positions:
-        raise SettingError("train.max_length", length, f"8 to {facts.positions}, the model's positions")
-    if positions and length + positions > facts.positions:
-        allowed = f"at most the model's {facts.positions} positions together with train.max_length {length}"
-        raise SettingError("prompt.tokens", positions, allowed)
+    check_all(_wrong_places(config))
 
 
-def check_tokens(config: Config, partition: Partition) -> None:
-    """Checks that the model's embedding has a row for every token of the clients' texts and of the prompt's text.
-
-    Args:
-        config: Settings of the run.
-        partition: The clients' data.
-
-    Raises:
-        SettingError: The embedding has fewer rows.
-    """
-    folder = config_folder(config.model)
-    largest = []
-    for shard in partition.shards:
-        largest += [int(shard.train.ids.max()), int(shard.held_out.ids.max())]
-    if config.prompt.text:
-        largest += load_tokenizer(folder)(config.prompt.text)["input_ids"]
-    check_largest(folder, config.model, max(largest))
-
-
-def check_adapters(config: Config, facts: Facts) -> None:
-    """Checks that the adapter method works with the targets, the head and the quantisation of the run.
-
-    Raises:
-        SettingError: The method does not work with the targets, the head or the quantisation.
-    """
-    check_method(config, facts.family.transposed)
-    check_budget(config)
-    method = ADAPTER_METHODS[config.lora.method]
-    if config.bits and not (method.factors and not method.residual):
-        allowed = f"none with adapters of the kind {config.lora.method}, which read the weights or change them"
-        raise SettingError("quantization", config.quantization, allowed)
-    if config.lm_head == "lora" and (method.kind != "LORA" or method.residual):
-        allowed = f"frozen | full with adapters of the kind {config.lora.method}"
-        raise SettingError("lm_head", config.lm_head, allowed)
-    targets = facts.family.norms if method.norms else facts.family.targets
-    possible = (*targets, *facts.family.parameters)
-    for name in config.lora.targets:
-        if name not in possible:
-            raise SettingError("lora.targets", name, ",".join(possible))
-
-
-def check_classifier(config: Config) -> None:
-    """Checks that a run that classifies sequences asks for no setting of a language model head.
-
-    Raises:
-        SettingError: The run asks for prompts or for a trained language model head.
-    """
-    reason = "where texts are sorted into classes, by a head of their own"
-    if config.prompt.kind != "off":
-        raise SettingError("prompt.kind", config.prompt.kind, f"off {reason}")
-    if config.lm_head != "frozen":
-        raise SettingError("lm_head", config.lm_head, f"frozen {reason}")
-
-
-def check_experts(config: Config, facts: Facts) -> None:
-    """Checks the settings that concern a mixture of experts.
-
-    Args:
-        config: Settings of the run.
-        facts: Facts about the model.
-
-    Raises:
-        SettingError: The model has no experts to balance, or adapters cannot be put on its experts as asked.
-    """
-    if config.router_aux_loss > 0 and not facts.routed:
-        allowed = "0 for a model without a block that has experts"
-        raise SettingError("router_aux_loss", config.router_aux_loss, allowed)
-    if config.dtype == "fp16" and facts.coefficient(config.router_aux_loss):
-        allowed = "fp32 | bf16 with a loss that balances experts, whose gradient float16 may not hold"
-        raise SettingError("dtype", config.dtype, allowed)
-    asked = facts.family.asked(config.lora.targets)
-    if not asked:
+def _wrong_places(config: Config) -> Iterator[SettingError]:
+    """Yields an error for each setting that does not fit clients which are pinned to nodes."""
+    if config.data.at != "label":
         return
-    if facts.experts < 2:
-        raise SettingError("lora.targets", asked[0], f"{','.join(facts.family.targets)} for a model without experts")
-    if config.lora.dropout:
-        allowed = f"0 with adapters on {','.join(asked)}, which PEFT adds to the weights themselves"
-        raise SettingError("lora.dropout", config.lora.dropout, allowed)
-    stacked = [name for name in asked if name in STACKED]
-    if stacked and ADAPTER_METHODS[config.lora.method].residual:
-        allowed = f"targets that are one matrix each with the method {config.lora.method}, which decomposes them"
-        raise SettingError("lora.targets", ",".join(stacked), allowed)
-
-    # With adapters on experts alone, a part without experts would have no adapter.
-    low, high = config.bounds
-    blocks_of = {"bottom": range(low), "trunk": range(low, high), "top": range(high, facts.blocks)}
-    without = [part for part, blocks in blocks_of.items() if blocks and not {*blocks} & {*facts.routed}]
-    if without and len(asked) == len(config.lora.targets):
-        allowed = f"other targets, too, under the cut {config.cut}, which leaves the {without[0]} no block with experts"
-        raise SettingError("lora.targets", ",".join(asked), allowed)
-
-
-def check_stacked(strategy: object, config: Config, facts: Facts) -> None:
-    """Checks that a strategy can aggregate adapters on the experts' stacked weights, if the run asks for them.
-
-    Args:
-        strategy: The strategy.
-        config: Settings of the run.
-        facts: Facts about the model.
-
-    Raises:
-        SettingError: The strategy multiplies factors, or adapters would have different ranks.
-    """
-    asked = [name for name in facts.family.asked(config.lora.targets) if name in STACKED]
-    if asked and traits_of(strategy).multiplies:
-        allowed = f"targets that are one matrix each under the strategy {config.strategy}, which computes with B A"
-        raise SettingError("lora.targets", ",".join(asked), allowed)
-    if asked and len(set(config.lora.rank)) > 1:
-        ranks = ",".join(map(str, config.lora.rank))
-        raise SettingError("lora.rank", ranks, f"one rank with adapters on {','.join(asked)}, which are stacked")
+    if config.engine != "ray" or config.ray.address == "local":
+        yield SettingError("data.at", "label", "driver | shared without a cluster of several nodes (--ray.address)")
+    # A relative path would mean a different folder in the process of each node. Names of data sets are no paths.
+    for name, value in (("dataset", config.dataset), ("data.held_out", config.data.held_out)):
+        is_path = bool(value) and Path(value).exists()
+        if is_path and not Path(value).is_absolute():
+            yield SettingError(name, value, "an absolute path with --data.at label: each node reads the data by itself")

@@ -8,16 +8,18 @@ from pathlib import Path
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
 from fedsplit.errors import ErrorCollector, InputError, SettingError
-from fedsplit.settings.flags import Parser
+from fedsplit.settings.command_line import Parser
 
 
 def check(run: Path) -> None:
-    """Makes sure that a folder is a run's, so that nothing is removed from any other folder.
+    """Checks that a folder is the folder of a run, so that nothing is removed from any other folder.
 
     Raises:
-        SettingError: The folder is not a run's.
+        SettingError: The folder belongs to no run.
     """
-    if not ((run / "config.toml").is_file() and (run / "checkpoints").is_dir()):
+    has_settings = (run / "config.toml").is_file()
+    has_checkpoints = (run / "checkpoints").is_dir()
+    if not (has_settings and has_checkpoints):
         raise SettingError("run", run, "the folder of a run, with its config.toml and its checkpoints")
 
 
@@ -28,10 +30,10 @@ def clean(run: Path) -> list[str]:
         run: The run's folder.
 
     Returns:
-        A line for each kind of thing that was removed; empty where nothing was left.
+        A line about clients' text and a line about unfinished files, each only if some was removed.
 
     Raises:
-        InputError: The folder is not a run's, a process is at work in it, or nothing can be removed from it.
+        InputError: The folder belongs to no run, a process is at work in the folder, or the disk refuses to remove.
     """
     check(run)
     from fedsplit.corpora.shards import remove_left
@@ -40,11 +42,14 @@ def clean(run: Path) -> list[str]:
 
     lines = []
     try:
+        # The lock: the files of a run at work are in use, and look the same as what a killed run has left.
         with writing(run), lock(run, setting="run"):
-            if clients := remove_left(run / "clients"):
-                lines.append(f"removed the text of {clients} clients from {run / 'clients'}")
-            if drafts := tidy(run):
-                lines.append(f"removed {len(drafts)} unfinished files and folders from {run}")
+            clients = remove_left(run / "clients")
+            drafts = tidy(run)
+        if clients:
+            lines.append(f"removed the text of {clients} clients from {run / 'clients'}")
+        if drafts:
+            lines.append(f"removed {len(drafts)} unfinished files and folders from {run}")
     except NotWritten as error:
         raise InputError(str(error)) from error
     return lines
@@ -66,14 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> None:
-        flags = make_parser().parse_args(argv)
+        call = make_parser().read(argv)
         collector = ErrorCollector()
-        for run in flags.runs:  # all of them, before anything is removed
+        collector.extend(call.errors)
+        # All folders are checked before anything is removed from the first folder. `vars`, since reading a refused
+        # flag would raise an error.
+        for run in vars(call.flags).get("runs") or ():
             with collector.collecting():
                 check(run)
         collector.check()
+
         quieten(offline=True)
-        for run in flags.runs:
-            print(*(clean(run) or [f"nothing was left in {run}"]), sep="\n")
+        for run in call.flags.runs:
+            lines = clean(run) or [f"nothing was left in {run}"]
+            print(*lines, sep="\n")
 
     return exit_code(work, argv)

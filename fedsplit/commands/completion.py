@@ -20,8 +20,8 @@ from fedsplit.commands import COMMANDS
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.corpora.tables import MADE
 from fedsplit.settings.choices import PROMPTED
+from fedsplit.settings.command_line import Parser
 from fedsplit.settings.config import DEFAULT_MODEL, SETTINGS
-from fedsplit.settings.flags import Parser
 from fedsplit.settings.flags import make_parser as simulate_parser
 
 SHELLS = ("bash", "zsh")
@@ -34,7 +34,7 @@ _FOLDERS = ("out", "resume", "run", "runs", "first", "second", "init_adapter")
 
 
 def values_of(name: str) -> list[str]:
-    """Returns the values of a setting that chooses among words; nothing for any further setting.
+    """Returns the values of a setting that chooses among words. Settings such as numbers have an empty list.
 
     Args:
         name: Dotted name of the setting.
@@ -49,15 +49,17 @@ def values_of(name: str) -> list[str]:
         return _strategies()
     if name == "lora.method":
         return [*ADAPTER_METHODS, *PROMPTED]
-    words = [word.partition("[")[0] for word in SETTINGS[name].allowed.words.split(" | ")]
-    if len(words) == 1:
+    alternatives = SETTINGS[name].allowed.words.split(" | ")
+    if len(alternatives) == 1:
         return []
-    # Without patterns such as cuda:N, whose letters a shell would complete.
+    words = [alternative.partition("[")[0] for alternative in alternatives]  # cuda for cuda[:N]
+    # Without patterns such as cuda:N: a shell would complete the letter N.
     return [word for word in words if re.fullmatch(r"[a-z0-9_-]+", word)]
 
 
 def _strategies() -> list[str]:
-    """Returns the names of the strategies beside this package, without importing them."""
+    """Returns the names of the strategies beside this package."""
+    # The file runs by its path: fedsplit imports nothing from `strategies`, and a user's package may have that name.
     file = Path(fedsplit.__file__).parent.parent / "strategies" / "__init__.py"
     return sorted(runpy.run_path(str(file))["STRATEGIES"])
 
@@ -71,6 +73,7 @@ def all_parsers() -> Parser:
         parents = [_parser_of(name)]
         if name == "data":  # takes the flags of simulate, too
             parents.append(simulate_parser())
+        # "resolve", since every parent brings --help and --debug.
         added = commands.add_parser(name, help=help, description=help, parents=parents, conflict_handler="resolve")
         _annotate(added)
     return parser
@@ -88,16 +91,18 @@ def _annotate(parser: argparse.ArgumentParser) -> None:
     """Annotates the arguments of a parser and of its subparsers with the completion of their values."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                _annotate(below)
-        elif completed := _completion_of(action.dest):
-            action.complete = completed  # type: ignore[attr-defined]  # where shtab looks
+            for subparser in action.choices.values():
+                _annotate(subparser)
+            continue
+        completion = _completion_of(action.dest)
+        if completion:
+            action.complete = completion  # type: ignore[attr-defined]  # the attribute that shtab reads
         elif action.dest in SETTINGS:
-            action.choices = values_of(action.dest) or None
+            action.choices = values_of(action.dest) or None  # None: any value
 
 
 def _completion_of(argument: str) -> Mapping[str, Any] | None:
-    """Returns the completion of an argument whose value is a path, as shtab takes it; None for further arguments."""
+    """Returns the completion of an argument whose value is a path, in the form of shtab; None for further arguments."""
     import shtab
 
     if argument == "model":
@@ -118,6 +123,7 @@ def _names_or_files(what: str, names: Sequence[str]) -> dict[str, Any]:
     """
     words = " ".join(names)
     function = f"_fedsplit_{what}"
+    # bash calls a function by name; zsh takes the action itself, with each colon escaped.
     bash = f'{function}() {{\n  compgen -W "{words}" -- "$1"\n  compgen -f -- "$1"\n}}'
     zsh = rf"{{_alternative 'names\:name\:({words})' 'files\:file\:_files'}}"
     return {"bash": function, "zsh": zsh, "preamble": {"bash": bash}}
@@ -128,6 +134,10 @@ def script(shell: str) -> str:
 
     Args:
         shell: One of `SHELLS`.
+
+    Example:
+        >>> "--lora.rank" in script("bash")
+        True
     """
     import shtab
 
@@ -151,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> None:
-        print(script(make_parser().parse_args(argv).shell))
+        flags = make_parser().read(argv).checked()
+        print(script(flags.shell))
 
     return exit_code(work, argv)

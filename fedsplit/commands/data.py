@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
 from fedsplit.errors import ErrorCollector
+from fedsplit.settings.command_line import Parser
 from fedsplit.settings.config import Config
-from fedsplit.settings.flags import Parser, parse
+from fedsplit.settings.flags import read_draft
 
 if TYPE_CHECKING:
     from fedsplit.corpora.sharding import Partition
 
 
 def look(config: Config) -> Partition:
-    """Divides a federation's data among its clients, after checking the settings that matter for that.
+    """Checks the settings about data, and divides a federation's data among its clients.
 
     Args:
         config: Settings of the federation.
@@ -32,9 +33,25 @@ def look(config: Config) -> Partition:
         >>> look(Config(clients=2, dataset="synthetic")).shards[1].name
         'owner 1'
     """
-    from fedsplit.commands.checks import check_lengths, check_tokens
+    _check_settings(config)
+
+    from fedsplit.commands.model_checks import check_tokens
+    from fedsplit.corpora.partition import partition_of
+
+    partition = partition_of(config)
+    check_tokens(config, partition)
+    return partition
+
+
+def _check_settings(config: Config) -> None:
+    """Checks the settings about data, without reading the data.
+
+    Raises:
+        InputError: A setting is wrong. All errors are reported together.
+    """
+    from fedsplit.commands.model_checks import check_lengths
     from fedsplit.corpora.tables import check_dataset, check_packing
-    from fedsplit.model.families import read_facts
+    from fedsplit.model.facts import read_facts
     from fedsplit.model.sources import config_folder
 
     collector = ErrorCollector()
@@ -45,12 +62,6 @@ def look(config: Config) -> Partition:
     with collector.collecting():
         check_dataset(config.dataset, config.data)
     collector.check()
-
-    from fedsplit.corpora.partition import partition_of
-
-    partition = partition_of(config)
-    check_tokens(config, partition)
-    return partition
 
 
 def make_parser() -> Parser:
@@ -72,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> None:
-        flags, rest = make_parser().parse_known_args(argv)
-        config = parse(rest)
+        # The parser knows --plot and --json. The rest are flags of simulate.
+        call = make_parser().read_known(argv)
         quieten(offline=False)
+        config = read_draft(call.rest, call.errors).checked(_check_settings)
+        flags = call.flags
 
         from fedsplit.corpora.data_summary import as_document, data_notes, plot, table
 
@@ -83,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = [json.dumps(as_document(partition), indent=2)]
         else:
             lines = [*data_notes(partition), *table(partition)]
-        if flags.plot:  # before the table, so that a picture that cannot be drawn is all that is shown
+        # Before the table is printed: if drawing fails, the error is the only output.
+        if flags.plot:
             plot(partition, Path(flags.plot))
         print(*lines, sep="\n")
 

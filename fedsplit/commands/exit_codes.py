@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fedsplit.environment import prefer_installed, private_files
 from fedsplit.errors import InputError
-from fedsplit.settings.flags import DEBUG
+from fedsplit.settings.command_line import DEBUG
 from fedsplit.shutdown import Stopped, end_now, stoppable
 from fedsplit.watchdog import Hung
 
 ENDED_EARLY = 3
-"""Exit code of a run that has left a result, though not all of its rounds could be played."""
+"""Exit code of a run with a result, but without its last rounds."""
 
 
 def exit_code(work: Callable[[], object], argv: Sequence[str] | None = None) -> int:
@@ -28,12 +28,12 @@ def exit_code(work: Callable[[], object], argv: Sequence[str] | None = None) -> 
     are shown, too. Without the flag no traceback is shown, whatever the error.
 
     Args:
-        work: The work. A number that it returns is the exit code.
-        argv: Arguments of the command; None for those of the process.
+        work: The work. A returned number is the exit code.
+        argv: Arguments of the command; None for the arguments of the process.
 
     Returns:
-        0 for success, 1 for a failure, 2 for wrong input, `ENDED_EARLY` for a run that has left a result before its
-        last round, 130 for Ctrl-C.
+        0 for success, 1 for a failure, 2 for wrong input, `ENDED_EARLY` for a run that left a result before the last
+        round, 130 for Ctrl-C.
 
     Example:
         >>> exit_code(lambda: None)
@@ -47,12 +47,14 @@ def exit_code(work: Callable[[], object], argv: Sequence[str] | None = None) -> 
         try:
             with stoppable(), private_files():
                 result = work()
-                sys.stdout.flush()  # here, where a closed output is still an error that can be reported
+                # Python would flush at its exit, where nobody could report that the output is closed.
+                sys.stdout.flush()
         except Stopped as stopped:
             end_now(stopped.exit_code, stopped.reason)
         except Hung as hung:
-            end_now(1, _with_notes(hung, str(hung)))  # its thread cannot be ended, and would be waited for
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # nobody above reports it
+            # No exit by return: Python would wait for the thread that hangs.
+            end_now(1, _with_notes(hung, str(hung)))
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the outermost place that can report
             if shows_tracebacks:
                 traceback.print_exc()
             return _reported(error)
@@ -70,19 +72,32 @@ def _reported(error: BaseException) -> int:
             _report("stopped")
             return 130
         case BrokenPipeError():
-            # Python would try to write what is left when it exits, and print a traceback.
+            # At its exit Python writes the rest of the output. To the closed output, that would print a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _report("the output was closed")
             return 1
-    if type(error).__module__.partition(".")[0] == "fedsplit":
-        _report(_with_notes(error, str(error)))
-    else:
-        _report(_with_notes(error, f"{_words(error)}; {DEBUG} shows more"))
+    words = words_of(error)
+    _report(_with_notes(error, words if is_ours(error) else f"{words}; {DEBUG} shows more"))
     return 1
 
 
+def is_ours(error: BaseException) -> bool:
+    """Returns True for an error of fedsplit's, whose message is written for users."""
+    return type(error).__module__.partition(".")[0] == "fedsplit"
+
+
+def words_of(error: BaseException) -> str:
+    """Returns an error in words. Of an error that is not fedsplit's, users and maintainers need the type, too.
+
+    Example:
+        >>> words_of(InputError("clients: 0 is not possible")), words_of(ValueError("no such key"))
+        ('clients: 0 is not possible', 'ValueError: no such key')
+    """
+    return str(error) if is_ours(error) else _words(error)
+
+
 def _with_notes(error: BaseException, words: str) -> str:
-    """Returns words about an error, with its notes, such as the command by which a run goes on."""
+    """Returns words about an error, followed by the error's notes, such as the command that resumes the run."""
     return "; ".join([words, *getattr(error, "__notes__", [])])
 
 
@@ -103,7 +118,7 @@ def _with_debug_log() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Makes Python report errors that nobody catches, as in threads, in one line each, without a traceback."""
+    """Makes Python report each uncaught error, such as an error in a thread, in one line without a traceback."""
     thread_hook = threading.excepthook
     unraisable_hook = sys.unraisablehook
     logs_errors = logging.raiseExceptions
@@ -119,24 +134,29 @@ def _without_tracebacks() -> Iterator[None]:
 
 
 def _report_of_thread(arguments: threading.ExceptHookArgs) -> None:
-    """Reports the error that ended a thread; the signature is that of `threading.excepthook`."""
+    """Reports the error that ended a thread, in the place of `threading.excepthook`."""
     name = arguments.thread.name if arguments.thread else "a thread"
-    if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
-        _report(f"{name} ended: {_words(arguments.exc_value)}; {DEBUG} shows more")
+    error = arguments.exc_value
+    # Python ignores SystemExit in a thread, too.
+    if error is not None and not isinstance(error, SystemExit):
+        _report(f"{name} ended: {_words(error)}; {DEBUG} shows more")
 
 
 def _words(error: BaseException) -> str:
     """Returns the type and the message of an error."""
-    return ": ".join(filter(None, (type(error).__name__, str(error))))
+    name = type(error).__name__
+    message = str(error)
+    return f"{name}: {message}" if message else name
 
 
 def _report(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-        print("fedsplit:", *text.split(), file=sys.stderr)
+    """Prints a text as one line on stderr."""
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
+        print("fedsplit:", *text.split(), file=sys.stderr)  # one line, whatever the text
 
 
 def _write_what_the_terminal_can() -> None:
-    """Makes output print a question mark for a character that its encoding lacks, instead of failing."""
+    """Makes the output print a question mark for a character without a code in the encoding, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -17,7 +17,7 @@ from fedsplit.commands.exit_codes import exit_code
 from fedsplit.commands.generation_job import NEW_TOKENS, Job, check
 from fedsplit.environment import prepare, quieten
 from fedsplit.settings.choices import KERNELS
-from fedsplit.settings.flags import Parser
+from fedsplit.settings.command_line import Parser
 from fedsplit.settings.validators import DEVICE
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class GenerationFailed(Exception):
-    """The trunk refused a step."""
+    """No text can be written, since the trunk refused a step."""
 
 
 def _load_client_parts(job: Job) -> tuple[Bottom, Top]:
@@ -48,23 +48,36 @@ def _split(job: Job) -> Iterator[tuple[ClientHalf, TrunkPort]]:
     from fedsplit.client.link import Link
     from fedsplit.engines.planning import plan
     from fedsplit.generation.decoding import ClientHalf
+    from fedsplit.model.sources import config_folder
+    from fedsplit.proving.kept import proof_of
     from fedsplit.trunk import cluster
-    from fedsplit.trunk.actor import start_trunk
+    from fedsplit.trunk.actor import ActorSetup
     from fedsplit.trunk.doors import check_memory
+    from fedsplit.trunk.ray_trunks import start_trunks
     from fedsplit.trunk.schedules import SCHEDULES
     from fedsplit.wire.codecs import make_codec
 
-    config = job.config
+    # A single client generates, so that one trunk on this machine is enough.
+    one_trunk = replace(job.config.trunk, stages="", replicas=1, sync="round")
+    config = replace(job.config, trunk=one_trunk)
+    # Nothing is trained, so that no plan has to keep results equal over numbers of processes.
     shares = plan(replace(config, clients=1, deterministic=False))
     torch.set_num_threads(shares.client_threads)
-    name = f"trunk-{os.getpid()}-{time.time_ns()}"
+
+    name = f"trunk-{os.getpid()}-{time.time_ns()}"  # unlike the names of all other calls, also in one cluster
     with cluster.running(workers=1):
-        trunk = start_trunk(config, name, shares.trunk_threads, adapter=job.adapter.folder.absolute())
+        # `start_trunks` returns before the trunk has loaded its blocks. The client loads its parts meanwhile.
+        setup = ActorSetup(threads=shares.trunk_threads, adapter=job.adapter.folder.absolute())
+        trunk = start_trunks(config, name, setup)
         bottom, top = _load_client_parts(job)
         check_memory(config, trunk)
+
+        codec = make_codec(config.wire.codec)
+        schedule = SCHEDULES[config.trunk.schedule]
         incarnation = trunk.status().incarnation
-        link = Link(trunk, make_codec(config.wire.codec), SCHEDULES[config.trunk.schedule], name, incarnation)
-        yield ClientHalf(job.client, bottom, top, link), trunk
+        link = Link(trunk, codec, schedule, name, incarnation)
+        caches = proof_of(config_folder(config.model)).generates
+        yield ClientHalf(job.client, bottom, top, link, caches), trunk
 
 
 def generate(job: Job, show: Callable[[str], object]) -> list[str]:
@@ -87,11 +100,15 @@ def generate(job: Job, show: Callable[[str], object]) -> list[str]:
     throughput = Throughput()
     numbers = range(len(job.tokens))
     with _split(job) as (half, trunk):
-        size = 1 if depends_on_neighbours(half.bottom) else job.batch_size
+        # If a text depends on the other texts of the batch, each text is written alone.
+        is_alone = depends_on_neighbours(half.bottom) or not half.caches
+        size = 1 if is_alone else job.batch_size
         try:
-            for start in range(0, len(job.tokens), size):
-                _write_batch(job, half, numbers[start : start + size], show, throughput)
+            for start in range(0, len(numbers), size):
+                batch = numbers[start : start + size]
+                _write_batch(job, half, batch, show, throughput)
         except RefusedStep as error:
+            # Through Ray, the trunk's error comes wrapped in another one, as its cause.
             raise GenerationFailed(str(getattr(error, "cause", error))) from None
         traffic = trunk.status().traffic
     return lines(throughput, traffic)
@@ -115,7 +132,11 @@ def _write_batch(
 
     prompts = [job.tokens[number] for number in numbers]
     detokenisers = [Detokeniser(job.tokenizer, prompt) for prompt in prompts]
-    output = OrderedOutput([("\n" if number else "") + job.heads[number] for number in numbers], show)
+    heads = []
+    for number in numbers:
+        separator = "\n" if number > 0 else ""
+        heads.append(separator + job.heads[number])
+    output = OrderedOutput(heads, show)
     running = [True] * len(prompts)
 
     def end(row: int) -> None:
@@ -123,17 +144,20 @@ def _write_batch(
         output.end(row)
 
     choose = Chooser(job.sampling, numbers)
+    # Closing ends the session at the trunk, also after an error.
     with contextlib.closing(decode(half, prompts, job.most, job.stops, choose, throughput)) as steps:
         for tokens in steps:
             for row, token in enumerate(tokens):
                 if token is not None:
                     output.add(row, detokenisers[row].add(token))
-                if running[row] and (token is None or token in job.stops):
+                is_over = token is None or token in job.stops
+                if running[row] and is_over:
                     running[row] = False
                     end(row)
 
+    # The remaining texts have the largest number of tokens, and no stop token at the end.
     for row, is_running in enumerate(running):
-        if is_running:  # the text has the largest number of tokens, and no stop token at its end
+        if is_running:
             end(row)
 
 
@@ -144,21 +168,29 @@ def lines(throughput: Throughput, traffic: Traffic) -> list[str]:
         throughput: Numbers of tokens and seconds.
         traffic: Bytes, as the trunk counted them.
     """
-    from fedsplit.report import aligned, size
+    from fedsplit.formatting import aligned
 
-    def row(name: str, tokens: int, seconds: float, sent: Bytes) -> tuple[str, ...]:
-        speed = f"{tokens / seconds:,.0f}" if tokens else "-"
-        up = size(sent.up / max(1, tokens))
-        down = size(sent.down / max(1, tokens))
-        return name, f"{tokens:,}", f"{seconds:.2f}", speed, up, down
+    head = ("", "tokens", "seconds", "a second", "bytes a token up", "down")
+    prompts = _speed_row("prompts", throughput.read, throughput.read_seconds, traffic.prompt)
+    new_tokens = _speed_row("after them", throughput.written, throughput.written_seconds, traffic.token)
+    return aligned([head, prompts, new_tokens])
 
-    return aligned(
-        [
-            ("", "tokens", "seconds", "a second", "bytes a token up", "down"),
-            row("prompts", throughput.read, throughput.read_seconds, traffic.prompt),
-            row("after them", throughput.written, throughput.written_seconds, traffic.token),
-        ]
-    )
+
+def _speed_row(name: str, tokens: int, seconds: float, sent: Bytes) -> tuple[str, ...]:
+    """Returns a row about some tokens.
+
+    Args:
+        name: First cell of the row.
+        tokens: Number of tokens.
+        seconds: Time for all tokens.
+        sent: Bytes for all tokens, up to the trunk and down to the client.
+    """
+    from fedsplit.formatting import size
+
+    speed = f"{tokens / seconds:,.0f}" if tokens else "-"
+    up = size(sent.up / max(1, tokens))
+    down = size(sent.down / max(1, tokens))
+    return name, f"{tokens:,}", f"{seconds:.2f}", speed, up, down
 
 
 def make_parser() -> Parser:
@@ -210,11 +242,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
 
     def work() -> None:
-        flags = make_parser().parse_args(argv)
+        call = make_parser().read(argv)
         prepare()
         quieten()
-        job = check(flags)
-        for line in generate(job, lambda piece: print(piece, end="", flush=True)):
-            print(line, file=sys.stderr)
+        job = check(call.flags, call.errors)
+
+        from fedsplit.events.screen import make_screen
+
+        screen = make_screen(errors=True)
+
+        def show(piece: str) -> None:
+            screen.close()  # the text is what moves from here on
+            print(piece, end="", flush=True)
+
+        with screen:
+            screen.phase("loading the parts", 0, 0)
+            speed = generate(job, show)
+        # Texts go to stdout and the table to stderr, so that a pipe gets the texts alone.
+        print(*speed, sep="\n", file=sys.stderr)
 
     return exit_code(work, argv)

@@ -1,4 +1,4 @@
-"""`python -m fedsplit.reference`: reference pages in Markdown, made from the settings and the events themselves.
+"""`python -m fedsplit.reference`: prints reference pages in Markdown, made from the code of settings and events.
 
 $ python -m fedsplit.reference settings > docs/settings.md
 $ python -m fedsplit.reference events        # the table in docs/results.md
@@ -45,8 +45,8 @@ $ python -m fedsplit.simulate --config mine.toml      # a file
   {", ".join(f"`{name}`" for name in MAY_DIFFER[1:])}.
 """
 
-HEADINGS = {"": "The run"}
-"""Headings of sections that are not called by their names."""
+TOP_HEADING = "The run"
+"""Heading of the settings outside of all sections."""
 
 
 def settings_page() -> str:
@@ -57,25 +57,31 @@ def settings_page() -> str:
         >>> row.split(" | ")[1:3]
         ['`--train.clip`', '0']
     """
-    parts = [SETTINGS_HEAD]
-    for section in ("", *SECTIONS):
-        if section:
-            parts.append(f"\n## `[{section}]`\n\n{SECTIONS[section].__doc__}\n")
-        else:
-            parts.append(f"\n## {HEADINGS[section]}\n")
-        rows = [_setting_row(setting) for setting in SETTINGS.values() if setting.section == section]
-        parts.append(_table(("name", "flag", "default", "allowed", ""), rows))
+    parts = [SETTINGS_HEAD, f"\n## {TOP_HEADING}\n", _settings_table("")]
+    for section, settings in SECTIONS.items():
+        parts.append(f"\n## `[{section}]`\n\n{settings.__doc__}\n")
+        parts.append(_settings_table(section))
+    # Parts end with a line break of their own, and are joined by a further one: no two empty lines in a row.
     return "\n".join(parts).replace("\n\n\n", "\n\n")
+
+
+def _settings_table(section: str) -> str:
+    """Returns the table of a section's settings; with "", of the settings outside of all sections."""
+    rows = []
+    for setting in SETTINGS.values():
+        if setting.section == section:
+            rows.append(_setting_row(setting))
+    return _table(("name", "flag", "default", "allowed", ""), rows)
 
 
 def _setting_row(setting: Setting) -> list[str]:
     """Returns the cells of a setting's row."""
-    flags = [flag_of(setting.name)]
+    flags = [_code(flag_of(setting.name))]
     if setting.alias:
-        flags.append(setting.alias)
+        flags.append(_code(setting.alias))
     return [
         _code(setting.field),
-        ", ".join(map(_code, flags)),
+        ", ".join(flags),
         _default(setting.default),
         _allowed(setting.words),
         setting.help,
@@ -83,17 +89,32 @@ def _setting_row(setting: Setting) -> list[str]:
 
 
 def _default(value: object) -> str:
-    """Returns a default as it would be written on the command line; empty for none."""
+    """Returns a default in the form of the command line, or "" without a default.
+
+    Example:
+        >>> _default(True), _default(0.001), _default((8, 4))
+        ('true', '0.001', '8,4')
+    """
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
 
 
 def _allowed(words: str) -> str:
-    """Returns the allowed values, with a choice of names as a list of them."""
-    return ", ".join(_code(name) for name in words.split(" | ")) if " | " in words else words
+    """Returns the allowed values. A choice of names becomes a list of names.
+
+    Example:
+        >>> _allowed("fp32 | bf16"), _allowed("a whole number")
+        ('`fp32`, `bf16`', 'a whole number')
+    """
+    if " | " not in words:
+        return words
+    names = [_code(name) for name in words.split(" | ")]
+    return ", ".join(names)
 
 
 def events_table() -> str:
@@ -105,11 +126,12 @@ def events_table() -> str:
     """
     rows = []
     for kind in EVENTS:
-        for field in fields_of(kind):
-            if field.name == "time":  # of every event
+        event_and_class = f"{_code(kind.name)}, {_code(kind.__name__)}"
+        for number, field in enumerate(fields_of(kind)):
+            if field.name == "time":  # every event has the field; the page explains it once
                 continue
-            name = f"{_code(kind.name)}, `{kind.__name__}`" if field is fields_of(kind)[0] else ""
-            rows.append([name, _code(field.name), field.metadata["unit"], field.metadata["help"]])
+            first_cell = event_and_class if number == 0 else ""
+            rows.append([first_cell, _code(field.name), field.metadata["unit"], field.metadata["help"]])
     return _table(("event, class", "field", "unit", ""), rows)
 
 
@@ -129,12 +151,15 @@ def events_schema() -> dict[str, Any]:
 
 
 def _schema_of_event(kind: type[Event]) -> dict[str, Any]:
+    """Returns the JSON schema of one kind of event."""
     hints = get_type_hints(kind)
     properties: dict[str, Any] = {"event": {"const": kind.name}}
     required = ["event"]
     for field in fields_of(kind):
-        unit = f", in {field.metadata['unit']}" if field.metadata["unit"] else ""
-        properties[field.name] = {**_schema_of_type(hints[field.name]), "description": field.metadata["help"] + unit}
+        description = field.metadata["help"]
+        if field.metadata["unit"]:
+            description += f", in {field.metadata['unit']}"
+        properties[field.name] = {**_schema_of_type(hints[field.name]), "description": description}
         if not field.metadata["omitted"]:
             required.append(field.name)
     return {
@@ -147,6 +172,7 @@ def _schema_of_event(kind: type[Event]) -> dict[str, Any]:
 
 
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}
+"""Names of plain types in a JSON schema."""
 
 
 def _schema_of_type(hint: Any) -> dict[str, Any]:
@@ -155,14 +181,15 @@ def _schema_of_type(hint: Any) -> dict[str, Any]:
     Raises:
         TypeError: An event has a field of a type that has no form in JSON.
     """
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if hint is Any:
         return {}
     if hint in _PLAIN:
         return {"type": _PLAIN[hint]}
     if origin is Literal:
         return {"enum": list(arguments)}
-    if origin in (types.UnionType, Union):
+    if origin in (types.UnionType, Union):  # `X | Y` and `Optional[X]` differ in Python
         if all(argument in _PLAIN for argument in arguments):
             return {"type": [_PLAIN[argument] for argument in arguments]}
         return {"anyOf": [_schema_of_type(argument) for argument in arguments]}
@@ -178,11 +205,14 @@ def _code(text: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table, whose cells may hold bars and angle brackets."""
+    """Returns a Markdown table. Bars and angle brackets in the cells are escaped."""
     lines = [head, ["---"] * len(head)]
     for row in rows:
         lines.append([cell.replace("|", "\\|").replace("<", "\\<") for cell in row])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines).replace("|  |", "| |")
+    text = ""
+    for line in lines:
+        text += "| " + " | ".join(line) + " |\n"
+    return text.replace("|  |", "| |")  # an empty cell
 
 
 PAGES: Mapping[str, Callable[[], str]] = {
@@ -197,5 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints a page."""
     parser = argparse.ArgumentParser(prog="python -m fedsplit.reference", description="Prints a page of reference.")
     parser.add_argument("page", choices=sorted(PAGES))
-    sys.stdout.write(PAGES[parser.parse_args(argv).page]())
+    name = parser.parse_args(argv).page
+    make_page = PAGES[name]
+    sys.stdout.write(make_page())
     return 0

@@ -6,8 +6,9 @@ or ends to speak. A token is predicted if the token belongs to a piece of the as
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -75,6 +76,34 @@ def check_chat(chat: object) -> Chat:
     return turns
 
 
+def check_answers(prompt: object, chosen: object, rejected: object) -> tuple[Chat, Chat]:
+    """Checks that three values are a prompt and two answers, and returns the chats with the one and the other answer.
+
+    Args:
+        prompt: Messages before the answers; None if both answers are whole chats.
+        chosen: The chosen answer, a list with one message of the assistant's; or a whole chat.
+        rejected: The rejected answer, as `chosen`.
+
+    Raises:
+        ValueError: The values are no chats that differ in one answer of the assistant's.
+
+    Example:
+        >>> yes, no = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
+        >>> chats = check_answers([{"role": "user", "content": "really?"}], yes, no)
+        >>> [chat[-1]["content"] for chat in chats]
+        ['yes', 'no']
+    """
+    before = [] if prompt is None else prompt
+    if not all(isinstance(part, list) for part in (before, chosen, rejected)):
+        raise ValueError("a prompt and two answers that are lists of messages, all three")
+    chats = [check_chat([*before, *answer]) for answer in (chosen, rejected)]  # type: ignore[misc]
+    for chat in chats:
+        ends_in_answer = chat[-1]["role"] == "assistant" and chat[:-1] == chats[0][:-1]
+        if not ends_in_answer or (prompt is not None and len(chat) != len(before) + 1):  # type: ignore[arg-type]
+            raise ValueError("two chats that differ in their last message alone, an answer of the assistant's")
+    return chats[0], chats[1]
+
+
 def read_chat(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[list[int], list[int]]]:
     """Returns the tokens of a chat, with labels on the assistant's turns.
 
@@ -92,37 +121,66 @@ def read_chat(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[list[int], lis
     Raises:
         ValueError: The template refuses the chat, or the assistant's words cannot be located in the text.
     """
-    try:
+    with _explained():
         texts = _texts_with_spans(tokenizer, chat)
+    return [_labelled(tokenizer, text, spans) for text, spans in texts]
+
+
+def read_answer(tokenizer: TextTokenizer, chat: Chat) -> tuple[list[int], list[int]]:
+    """Returns the tokens of a chat that ends with a turn of the assistant's, with labels on that turn alone.
+
+    Args:
+        tokenizer: Tokenizer of the model, with a chat template.
+        chat: Messages of the chat.
+
+    Returns:
+        Token ids and labels.
+
+    Raises:
+        ValueError: The template refuses the chat, or the assistant's words cannot be located in the text.
+    """
+    with _explained():
+        text, spans = _turn_with_spans(tokenizer, chat, _last_turn(tokenizer, chat))
+    return _labelled(tokenizer, text, spans)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turns the errors of a chat template into a `ValueError`."""
+    try:
+        yield
     except _UnclearError:
         raise
     except Exception as error:  # noqa: BLE001  # a template may raise anything: jinja2's errors, and its own
         raise ValueError(f"a chat that the template takes ({' '.join(str(error).split())[:200]})") from None
-    return [_labelled(tokenizer, text, spans) for text, spans in texts]
+
+
+def _has_marks(tokenizer: TextTokenizer) -> bool:
+    """Returns True if the template marks the assistant's words."""
+    return bool(_GENERATION.search(str(tokenizer.library.get_chat_template())))
+
+
+def _turn_with_spans(tokenizer: TextTokenizer, chat: Chat, turn: _Turn) -> tuple[str, list[Span]]:
+    """Returns the text of a chat that ends with a turn of the assistant's, with the places of the turn's words."""
+    if _has_marks(tokenizer):
+        return turn.text, _marked(tokenizer, chat, [turn], turn.start)
+    return turn.text, [_without_trailing_space(tokenizer, turn)]
 
 
 def _texts_with_spans(tokenizer: TextTokenizer, chat: Chat) -> list[tuple[str, list[Span]]]:
     """Returns the texts of a chat, each with the places where the assistant speaks."""
     ends = [number for number, message in enumerate(chat, 1) if message["role"] == "assistant"]
     turns = [_last_turn(tokenizer, chat[:end]) for end in ends]
-    has_marks = bool(_GENERATION.search(str(tokenizer.library.get_chat_template())))
 
     # The template only adds to the text of earlier turns: one text holds all of them.
     full_text = render(tokenizer.library, chat)
     if all(full_text.startswith(turn.text) for turn in turns):
-        if has_marks:
+        if _has_marks(tokenizer):
             return [(full_text, _marked(tokenizer, chat, turns))]
         return [(full_text, [_without_trailing_space(tokenizer, turn) for turn in turns])]
 
     # The template rewrites earlier turns: each turn gets a separate text.
-    texts = []
-    for turn, end in zip(turns, ends, strict=True):
-        if has_marks:
-            spans = _marked(tokenizer, chat[:end], [turn], turn.start)
-        else:
-            spans = [_without_trailing_space(tokenizer, turn)]
-        texts.append((turn.text, spans))
-    return texts
+    return [_turn_with_spans(tokenizer, chat[:end], turn) for turn, end in zip(turns, ends, strict=True)]
 
 
 def _last_turn(tokenizer: TextTokenizer, chat: Chat) -> _Turn:

@@ -40,8 +40,8 @@ def classes_of(table: Table, column: str) -> tuple[str, ...]:
 
     count = max(numbers, default=-1) + 1
     # Far more class numbers than labels: the column holds something else, such as ids.
-    has_few_labels = count > len(values) + 1 and count > 2 * len(set(numbers))
-    if has_few_labels:
+    leaves_gaps = count > len(values) + 1 and count > 2 * len(set(numbers))
+    if leaves_gaps:
         row = values.index(max(numbers)) + 1
         raise _bad_label(table, row, max(numbers), "rows whose labels number few classes, from 0 on")
 

@@ -9,7 +9,7 @@ from typing import Any
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.sharding import Partition
 from fedsplit.errors import InputError
-from fedsplit.report import aligned
+from fedsplit.formatting import aligned
 
 SHOWN = 4
 """Number of owners or labels that the table names for each client, the most frequent first."""
@@ -102,6 +102,7 @@ def table(partition: Partition) -> list[str]:
         numbers = [len(train), train.tokens, len(held_out), held_out.tokens]
         for place, count in enumerate(numbers):
             totals[place] += count
+        # A client without an owner has its number in its name.
         name = shard.name if shard.name == f"client {number}" else f"{number} {shard.name}"
         rows.append((name, *_with_commas(numbers), _distribution(shard.shares)))
     rows.append(("all", *_with_commas(totals), ""))
@@ -139,13 +140,11 @@ def plot(partition: Partition, path: Path) -> None:
         path: File of the picture, with an ending for the type.
 
     Raises:
-        InputError: matplotlib is not installed, or cannot write the file.
+        InputError: matplotlib cannot write the file.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("plot: matplotlib is not installed; 'pip install fedsplit[plots]' brings it") from None
-    matplotlib.use("Agg")
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws without a screen
     from matplotlib import pyplot
 
     shards = partition.shards
@@ -157,14 +156,14 @@ def plot(partition: Partition, path: Path) -> None:
     left = [0] * len(shards)
     for number, name in enumerate(names):
         widths = [shard.shares.get(name, 0) for shard in shards]
-        colour = colours(number % 20)
+        colour = colours(number % 20)  # tab20 has 20 colours
         axes.barh(range(len(shards)), widths, left=left, color=colour, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
 
     axes.set_yticks(range(len(shards)), [shard.name for shard in shards])
-    axes.invert_yaxis()
+    axes.invert_yaxis()  # client 0 is at the top, as in the table
     axes.set_xlabel("sequences, held-out ones included")
-    if len(names) <= 20:
+    if len(names) <= 20:  # beyond that, colours repeat
         figure.legend(title=partition.by, fontsize="small", loc="outside right upper")
     try:
         figure.savefig(path)

@@ -22,6 +22,7 @@ READ_HERE = (".csv", ".json", ".jsonl")
 _ENCODING = "utf-8-sig"
 """UTF-8 without the byte order mark that may precede the text."""
 
+# Without leading zeros: 007 is a name.
 _WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")
 
 
@@ -105,7 +106,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
                     raise ValueError(f"it has {len(values)} values, and there are {len(names)} columns")
                 pairs = zip(names, values, strict=False)  # a short row lacks the last columns
                 rows.append({name: value or None for name, value in pairs})
-        except UnicodeDecodeError:
+        except UnicodeDecodeError:  # a ValueError, too, but of no single line
             raise
         except (csv.Error, ValueError) as error:
             raise ValueError(f"line {reader.line_num} is not CSV: {error}") from None
@@ -146,6 +147,7 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
+                # An object over several lines fails at its first line.
                 single = None if rows else _single_object(path)
                 if single is not None:
                     return [single]
@@ -167,7 +169,7 @@ def _rows_of_list(path: Path) -> list[dict[str, Any]]:
     """Reads a JSON file with a single list, of objects or of texts."""
     try:
         rows = json.loads(path.read_text(encoding=_ENCODING))
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # a ValueError, too, but no fault in the JSON
         raise
     except ValueError as error:
         raise ValueError(f"it is not JSON: {error}") from None

@@ -1,6 +1,6 @@
-"""Encodes rows of a table as tokens and labels, for four formats: text, completion, chat and classification.
+"""Encodes rows of a table as tokens and labels: text, completion, chat, instruction, classification and preference.
 
-`read_rows` turns rows into tokens, one or more sequences a row. `fit` then cuts or packs them to a length.
+`read_rows` turns rows into tokens, one or more sequences a row. `fedsplit.corpora.packing` cuts or packs them.
 """
 
 from __future__ import annotations
@@ -9,14 +9,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedsplit.corpora.chats import check_chat, read_chat
+from fedsplit.corpora.chats import check_answers, check_chat, read_answer, read_chat
 from fedsplit.corpora.classes import numbers_of
-from fedsplit.corpora.corpus import chop
+from fedsplit.corpora.instructions import (
+    CONVERSATIONS,
+    as_messages,
+    chat_of,
+    is_alpaca,
+    is_instructions,
+    prompt_of,
+)
 from fedsplit.corpora.sequences import Row
 from fedsplit.corpora.tables import Table
 from fedsplit.errors import SettingError
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.vocabulary import TextTokenizer, is_text, open_tokenizer
+from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.sections import DataSettings
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -66,13 +74,21 @@ def format_of(table: Table, data: DataSettings) -> str:
     """
     if data.format != "auto":
         return data.format
+    if is_alpaca(table.columns, data):
+        return "instruction"
     if data.text in table.columns:
         return "text"
-    if data.messages in table.columns:
+    if data.messages in table.columns or CONVERSATIONS in table.columns:
         return "chat"
+    if data.chosen in table.columns and data.rejected in table.columns:
+        return PAIRS
     if data.prompt in table.columns and data.completion in table.columns:
         return "completion"
-    needed = f"a data set with a column '{data.text}', '{data.messages}', or '{data.prompt}' and '{data.completion}'"
+    if is_instructions(table.columns, data):
+        return "instruction"
+    pairs = [(data.prompt, data.completion), (data.chosen, data.rejected), (data.instruction, data.output)]
+    two = ", or ".join(f"'{first}' and '{second}'" for first, second in pairs)
+    needed = f"a data set with a column '{data.text}', '{data.messages}', '{CONVERSATIONS}', or {two}"
     raise SettingError("dataset", table.dataset, f"{needed} (its columns are {table.listed})")
 
 
@@ -107,7 +123,14 @@ def read_rows(table: Table, reading: Reading) -> Texts:
         (-100, 0)
     """
     keys = _keys(table, reading)
-    readers = {"text": _text, "completion": _completion, "chat": _chat, "classification": _classified}
+    readers = {
+        "text": _text,
+        "completion": _completion,
+        "chat": _chat,
+        "instruction": _instruction,
+        "classification": _classified,
+        PAIRS: _preference,
+    }
     tokens = readers[reading.format](table, reading, open_tokenizer(reading.model_path))
     if not tokens:
         raise SettingError("dataset", table.dataset, "a data set with at least one text that is not empty")
@@ -207,12 +230,42 @@ def _classified(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
 
 
 def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
-    """Returns prompts followed by completions with the end token; only the completion is predicted.
+    """Returns prompts followed by completions with the end token; only the completion is predicted."""
+    prompts = _complete_column(table, "data.prompt", reading.data.prompt)
+    completions = _complete_column(table, "data.completion", reading.data.completion)
+    return _continued(prompts, completions, reading, tokenizer)
+
+
+def _instruction(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
+    """Returns instructions followed by answers; only the answer, with what ends it, is predicted.
+
+    A chat template writes them as a chat of two turns. Without one, Alpaca's prompt comes before the answer.
+    """
+    data = reading.data
+    instructions = _complete_column(table, "data.instruction", data.instruction)
+    outputs = _complete_column(table, "data.output", data.output)
+    given = _texts(table, "data.input", data.input) if data.input in table.columns else {}
+    inputs = [given.get(number, "") for number in range(len(table))]
+    if not _has_template(tokenizer):
+        prompts = [prompt_of(*task) for task in zip(instructions, inputs, strict=True)]
+        return _continued(prompts, outputs, reading, tokenizer)
+
+    tokens: Tokens = []
+    for number, row in enumerate(zip(instructions, inputs, outputs, strict=True)):
+        try:
+            tokens.append((number, *read_answer(tokenizer, chat_of(*row))))
+        except ValueError as error:
+            raise SettingError("dataset", f"{table.dataset} (row {number + 1})", str(error)) from None
+    return tokens
+
+
+def _continued(
+    prompts: Sequence[str], completions: Sequence[str], reading: Reading, tokenizer: TextTokenizer
+) -> Tokens:
+    """Returns prompts followed by completions with the end token, in order. Nothing of a prompt is predicted.
 
     No space is put between prompt and completion.
     """
-    prompts = _complete_column(table, "data.prompt", reading.data.prompt)
-    completions = _complete_column(table, "data.completion", reading.data.completion)
     prompt_ids = tokenizer.encode_prompt(prompts)
     completion_ids = tokenizer.encode_continuation(completions)
 
@@ -226,6 +279,54 @@ def _completion(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tok
         labels = [IGNORED] * len(before) + ended
         tokens.append((number, ids, labels))
     return tokens
+
+
+def _preference(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
+    """Returns two sequences for each row: prompt and chosen text, then prompt and rejected text.
+
+    Texts are read as prompts and completions are, and lists of messages by the chat template.
+    """
+    data = reading.data
+    chosen = table.column("data.chosen", data.chosen)
+    if len(chosen) and isinstance(chosen[0], list):
+        return _preferred_chats(table, reading, tokenizer)
+    prompts = _complete_column(table, "data.prompt", data.prompt)
+    answers = [_complete_column(table, f"data.{name}", getattr(data, name)) for name in ("chosen", "rejected")]
+    both = [_continued(prompts, completions, reading, tokenizer) for completions in answers]
+    return [sequence for pair in zip(*both, strict=True) for sequence in pair]
+
+
+def _preferred_chats(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
+    """Returns two sequences for each row of chats: the same messages with the chosen and with the rejected answer."""
+    data = reading.data
+    _check_template(tokenizer, reading)
+    chosen = table.column("data.chosen", data.chosen)
+    rejected = table.column("data.rejected", data.rejected)
+    prompts = table.columns.get(data.prompt, [None] * len(table))
+    tokens: Tokens = []
+    for number, row in enumerate(zip(prompts, chosen, rejected, strict=True)):
+        try:
+            tokens += [(number, *read_answer(tokenizer, chat)) for chat in check_answers(*row)]
+        except ValueError as error:
+            raise SettingError("dataset", f"{table.dataset} (row {number + 1})", str(error)) from None
+    return tokens
+
+
+def _has_template(tokenizer: TextTokenizer) -> bool:
+    """Returns True if the model's tokenizer can write chats."""
+    return bool(getattr(tokenizer.library, "chat_template", None))
+
+
+def _check_template(tokenizer: TextTokenizer, reading: Reading) -> None:
+    """Checks that the model's tokenizer can write chats.
+
+    Raises:
+        SettingError: The tokenizer has no chat template.
+    """
+    if not _has_template(tokenizer):
+        of_pairs = " with lists of messages" if reading.format == PAIRS else ""
+        needed = f"a model whose tokenizer has a chat template, which --data.format {reading.format}{of_pairs} needs"
+        raise SettingError("model", reading.model_path, needed)
 
 
 def _complete_column(table: Table, setting: str, name: str) -> list[str]:
@@ -244,130 +345,17 @@ def _complete_column(table: Table, setting: str, name: str) -> list[str]:
 
 def _chat(table: Table, reading: Reading, tokenizer: TextTokenizer) -> Tokens:
     """Returns chats in the form of the chat template. Only the assistant's turns, with end tokens, are predicted."""
-    chats = table.column("data.messages", reading.data.messages)
-    if not getattr(tokenizer.library, "chat_template", None):
-        needed = "a model whose tokenizer has a chat template, which --data.format chat needs"
-        raise SettingError("model", reading.model_path, needed)
+    name = reading.data.messages
+    if name not in table.columns and CONVERSATIONS in table.columns:
+        name = CONVERSATIONS
+    chats = table.column("data.messages", name)
+    _check_template(tokenizer, reading)
 
     tokens: Tokens = []
     for number, chat in enumerate(chats):
         try:
-            sequences = read_chat(tokenizer, check_chat(chat))
+            sequences = read_chat(tokenizer, check_chat(as_messages(chat)))
         except ValueError as error:
             raise SettingError("dataset", f"{table.dataset} (row {number + 1})", str(error)) from None
         tokens += [(number, ids, labels) for ids, labels in sequences]
     return tokens
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Sequences of a limited length.
-
-    Attributes:
-        rows: The sequences.
-        cut: Number of texts that were too long, and lost their end.
-        dropped: Number of texts with nothing left to predict after the cut, which are left out.
-    """
-
-    rows: list[Row]
-    cut: int = 0
-    dropped: int = 0
-
-
-def joined(parts: Sequence[Fitted]) -> Fitted:
-    """Joins several results: all sequences, and the sums of the counts."""
-    return Fitted(
-        rows=[row for part in parts for row in part.rows],
-        cut=sum(part.cut for part in parts),
-        dropped=sum(part.dropped for part in parts),
-    )
-
-
-def fit(rows: Sequence[Row], reading: Reading, length: int) -> Fitted:
-    """Cuts or packs texts of one owner into sequences of at most `length` tokens.
-
-    Packed text is one stream, cut into full sequences: nothing is padded, and the incomplete last sequence is dropped.
-    Packed texts of further formats are put into a sequence whole, as long as there is room. A token attends to all
-    earlier tokens of the sequence, even to tokens of earlier texts.
-
-    Args:
-        rows: The texts.
-        reading: The way to read the table, with the setting `data.packing`.
-        length: Largest number of tokens in a sequence.
-
-    Example:
-        >>> reading = Reading(DataSettings(), "text", "", Path(), end=0)
-        >>> texts = [Row([1, 2, 0], [1, 2, 0], "ann"), Row([3, 4, 0], [3, 4, 0], "ann")]
-        >>> [row.ids for row in fit(texts, reading, length=2).rows]
-        [[1, 2], [0, 3], [4, 0]]
-    """
-    if reading.packs and reading.format == "text":
-        blocks = chop([row.ids for row in rows], length)
-        return Fitted([Row(block, block, rows[0].key) for block in blocks])
-
-    shortened = [_shortened(row, length, reading.pad) for row in rows]
-    useful = [row for row in shortened if row.ids and row.predicted]
-    return Fitted(
-        rows=_packed(useful, length) if reading.packs else useful,
-        cut=sum(len(row.ids) > length for row in rows),
-        dropped=len(shortened) - len(useful),
-    )
-
-
-def _shortened(row: Row, length: int, pad: int) -> Row:
-    """Cuts a text to a length. A classified text also loses padding tokens at its end."""
-    end = min(len(row.ids), length)
-    if row.target is not None:
-        # transformers takes the class from the last token that is no padding token.
-        while end and row.ids[end - 1] == pad:
-            end -= 1
-    if len(row.ids) == end:
-        return row
-    ids = row.ids[:end]
-    labels = ids if row.labels is row.ids else row.labels[:end]  # `stack` stores equal ids and labels once
-    return replace(row, ids=ids, labels=labels)
-
-
-def by_source(rows: Sequence[Row]) -> list[list[Row]]:
-    """Groups consecutive sequences that come from one row of the table, such as the turns of a chat.
-
-    Example:
-        >>> rows = [Row([1], [1], "ann", source=number) for number in (0, 0, 1)]
-        >>> [len(group) for group in by_source(rows)]
-        [2, 1]
-    """
-    groups: list[list[Row]] = []
-    for row in rows:
-        last_source = groups[-1][0].source if groups else -1
-        if row.source >= 0 and row.source == last_source:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
-
-
-def _packed(rows: Sequence[Row], length: int) -> list[Row]:
-    """Packs whole texts, in their order, into sequences of at most `length` tokens.
-
-    A chat of several sequences follows earlier texts only if the whole chat fits there. Otherwise the chat begins a new
-    sequence. So two packed sequences share a chat only if both begin with the chat, and have its number as source.
-    """
-    packed: list[Row] = []
-    for text in by_source(rows):
-        tokens = sum(len(row.ids) for row in text)
-        fits_behind = bool(packed) and len(packed[-1].ids) + tokens <= length
-        current = [packed.pop()] if fits_behind else []
-        for row in text:
-            if current and len(current[-1].ids) + len(row.ids) <= length:
-                current[-1] = _appended(current[-1], row)
-            else:
-                current.append(row)
-        packed += current
-    return packed
-
-
-def _appended(before: Row, row: Row) -> Row:
-    """Joins two texts. The first token of the second text is not predicted, as in a sequence without earlier texts."""
-    ids = [*before.ids, *row.ids]
-    labels = [*before.labels, IGNORED, *row.labels[1:]]
-    return replace(before, ids=ids, labels=labels)

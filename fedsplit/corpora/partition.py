@@ -18,8 +18,9 @@ from fedsplit.corpora.sharding import (
 from fedsplit.corpora.shards import Shard
 from fedsplit.corpora.tables import MADE, Table, read_held_out, read_table
 from fedsplit.errors import SettingError
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.model.sources import config_folder
+from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.config import Config
 from fedsplit.settings.parsing import PartitionSpec, parse_partition
 from fedsplit.settings.sections import DataSettings
@@ -120,7 +121,13 @@ def make_partition(
     return partition_by_sequence(sharder, spec, partition, clients, seed)
 
 
-def _of_first_owners(table: Table, reading: Reading, length: int, clients: int, owner_column: str) -> Partition | None:
+def _of_first_owners(
+    table: Table,
+    reading: Reading,
+    length: int,
+    clients: int,
+    owner_column: str,
+) -> Partition | None:
     """Returns the natural partition of a bundled data set, from the text of the first owners only.
 
     To encode the texts of all owners would take a second. Rows of bundled data sets are never empty, cut or dropped, so
@@ -170,6 +177,9 @@ def all_text(
     data = data or DataSettings()
     table = read_table(dataset, data, seed=seed)
     reading = reading_of(table, data, model_path, end, PartitionSpec("natural"), classes)
+    if reading.format == PAIRS != data.format:  # whoever asks has not made ready for pairs
+        needed = f"texts without pairs; --data.format {PAIRS} measures pairs, after a run that was trained on pairs"
+        raise SettingError("dataset", dataset, needed)
     sharder = Sharder(table, reading, length, None)
 
     sequences = {}

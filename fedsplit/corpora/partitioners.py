@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 
-def divide(keys: Sequence[str], spec: PartitionSpec, clients: int, seed: int, least: int) -> list[list[int]]:
+def divide(
+    keys: Sequence[str],
+    spec: PartitionSpec,
+    clients: int,
+    seed: int,
+    least: int,
+) -> list[list[int]]:
     """Divides sequences among clients at random, by a partitioner of flwr-datasets.
 
     Args:

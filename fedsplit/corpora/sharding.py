@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from fedsplit.corpora.classes import classes_of
-from fedsplit.corpora.formats import Fitted, Reading, Texts, by_source, fit, format_of, joined, read_rows
+from fedsplit.corpora.formats import Reading, Texts, format_of, read_rows
+from fedsplit.corpora.packing import Fitted, by_source, fit, joined
 from fedsplit.corpora.partitioners import divide
 from fedsplit.corpora.sequences import Row, stack
 from fedsplit.corpora.shards import Shard
-from fedsplit.corpora.tables import Table
+from fedsplit.corpora.tables import Table, check_packing
 from fedsplit.errors import SettingError, first_line
-from fedsplit.model.families import read_pad
+from fedsplit.model.facts import read_pad
+from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.parsing import PartitionSpec
 from fedsplit.settings.sections import DataSettings
 
@@ -163,6 +165,7 @@ def reading_of(
         classes: Classes of the model, for a classifier; by default the classes of the table.
     """
     format = format_of(table, data)
+    check_packing(replace(data, format=format))
     column = spec.column
     if format == "classification":
         classes = classes or classes_of(table, data.label)
@@ -232,7 +235,13 @@ def _split_documents(texts: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return _flat(train), _flat(held_out)
 
 
-def _held_out_of_owner(sharder: Sharder, held_out: list[Row], owner: str, number: int, owners: int) -> list[Row]:
+def _held_out_of_owner(
+    sharder: Sharder,
+    held_out: list[Row],
+    owner: str,
+    number: int,
+    owners: int,
+) -> list[Row]:
     """Returns an owner's part of the separate held-out table: the owner's rows, or without owners an even part."""
     assert sharder.held_out is not None
     owner_column = sharder.reading.column or sharder.reading.data.owner
@@ -250,7 +259,13 @@ def too_few_owners(sharder: Sharder, clients: int, owners: int, lacking: Sequenc
     return SettingError("clients", clients, f"1 to {owners} (owners with text enough{without}), or --partition iid")
 
 
-def partition_by_sequence(sharder: Sharder, spec: PartitionSpec, name: str, clients: int, seed: int) -> Partition:
+def partition_by_sequence(
+    sharder: Sharder,
+    spec: PartitionSpec,
+    name: str,
+    clients: int,
+    seed: int,
+) -> Partition:
     """Divides single sequences among clients, without regard to owners.
 
     Args:
@@ -266,6 +281,7 @@ def partition_by_sequence(sharder: Sharder, spec: PartitionSpec, name: str, clie
     fitted = sharder.fit(sharder.texts.rows)
     separate = sharder.fit_held_out()
     blocks = by_source(fitted.rows)  # sequences of one chat stay with one client
+    _check_length(sharder, len(blocks), fitted.dropped)
     _check_enough(sharder, len(blocks), clients)
     keys = [block[0].key for block in blocks]
     indices = _divided(sharder, spec, name, keys, clients, seed)
@@ -286,8 +302,27 @@ def partition_by_sequence(sharder: Sharder, spec: PartitionSpec, name: str, clie
 def _split_blocks(blocks: Sequence[Sequence[Row]]) -> tuple[list[Row], list[Row]]:
     """Splits a client's sequences into training sequences and held-out sequences."""
     train = [block for place, block in enumerate(blocks) if place % HELD_OUT_BLOCKS]
-    held_out = blocks[::HELD_OUT_BLOCKS]
+    held_out = blocks[::HELD_OUT_BLOCKS]  # from the first on, so that there is at least one
     return _flat(train), _flat(held_out)
+
+
+def _check_length(sharder: Sharder, blocks: int, dropped: int) -> None:
+    """Checks that sequences are long enough to leave something to predict behind the prompts.
+
+    Args:
+        sharder: The data set.
+        blocks: Number of rows that keep something to predict.
+        dropped: Number of texts of which nothing was left to predict.
+
+    Raises:
+        SettingError: Too few rows keep something to predict, because of the length.
+    """
+    if blocks >= sharder.least or not dropped:
+        return
+    where = " in both texts" if sharder.reading.format == PAIRS else ""
+    kept = f"{blocks} of the {len(sharder.table)} rows of {sharder.table.name} keep something to predict{where}"
+    allowed = f"a length that reaches beyond the prompts: with this one {kept}"
+    raise SettingError("train.max_length", sharder.length, allowed)
 
 
 def _check_enough(sharder: Sharder, blocks: int, clients: int) -> None:

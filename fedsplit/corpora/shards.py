@@ -214,7 +214,7 @@ def steps_of_epoch(count: int, size: int) -> int:
         >>> steps_of_epoch(count=5, size=2)
         3
     """
-    return -(-count // size)
+    return -(-count // size)  # rounded up
 
 
 def batch_of_epoch(blocks: Rows, step: int, size: int, seed: int) -> Rows:
@@ -246,6 +246,36 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     order: list[int] = torch.randperm(count, generator=generator).tolist()
     return order
+
+
+def rows_of(examples: Tensor, rows: int) -> list[int]:
+    """Returns the numbers of the sequences that belong to some examples, in order.
+
+    Args:
+        examples: Numbers of examples (n,).
+        rows: Sequences of each example, such as 2 for pairs.
+
+    Example:
+        >>> rows_of(torch.tensor([3, 0]), rows=2)
+        [6, 7, 0, 1]
+    """
+    first = examples[:, None] * rows
+    numbers: list[int] = (first + torch.arange(rows)).flatten().tolist()
+    return numbers
+
+
+def spread_examples(sequences: Sequences, most: int, rows: int) -> Sequences:
+    """Returns at most `most` sequences, evenly spaced, of examples that are not divided.
+
+    Args:
+        sequences: Sequences, `rows` for each example.
+        most: Largest number of sequences, at least `rows`.
+        rows: Sequences of each example.
+    """
+    if rows == 1:
+        return spread(sequences, most)
+    examples = spread(torch.arange(len(sequences) // rows), most // rows)
+    return sequences[rows_of(examples, rows)]
 
 
 def spread(blocks: Rows, most: int) -> Rows:

@@ -113,12 +113,12 @@ def make_rows(seed: int, owners: int) -> list[dict[str, Any]]:
         owners: Number of owners.
 
     Returns:
-        Rows with `text`, `owner`, `label`, `prompt`, `completion` and `messages`, owner by owner.
+        Rows with `text`, `owner`, `label`, `prompt`, `completion`, `chosen`, `rejected` and `messages`, owner by owner.
 
     Example:
         >>> rows = make_rows(seed=0, owners=2)
         >>> len(rows), sorted(rows[0])
-        (64, ['completion', 'label', 'messages', 'owner', 'prompt', 'text'])
+        (64, ['chosen', 'completion', 'label', 'messages', 'owner', 'prompt', 'rejected', 'text'])
         >>> rows[0]["text"].endswith(rows[0]["prompt"] + rows[0]["completion"])
         True
     """
@@ -135,7 +135,12 @@ def make_rows(seed: int, owners: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _text(language: Language, topic: int, habits: Sequence[Sequence[int]], draw: random.Random) -> dict[str, Any]:
+def _text(
+    language: Language,
+    topic: int,
+    habits: Sequence[Sequence[int]],
+    draw: random.Random,
+) -> dict[str, Any]:
     """Writes a text.
 
     Args:
@@ -151,12 +156,15 @@ def _text(language: Language, topic: int, habits: Sequence[Sequence[int]], draw:
         subject = language.phrase(draw.choice(nouns), draw.choice(language.adjectives))
         object_ = language.phrase(nouns[habits[topic][verb]])
         sentences.append((f"{subject} {language.verbs[verb]}", object_))
+        other = language.phrase(nouns[(habits[topic][verb] + 1) % _NOUNS])  # no habit of the owner's
 
     question, answer = sentences[-1]
     return {
         "text": " ".join(f"{start} {end}." for start, end in sentences),
         "prompt": question,
         "completion": f" {answer}.",
+        "chosen": f" {answer}.",
+        "rejected": f" {other}.",
         "messages": [
             {"role": "user", "content": f"{question}?"},
             {"role": "assistant", "content": f"{answer}."},

@@ -21,6 +21,7 @@ from fedsplit.corpora.datasets_library import (
 from fedsplit.corpora.files import READ_HERE, Columns, doubled_columns, read_rows, read_text
 from fedsplit.corpora.synthetic import make_rows
 from fedsplit.errors import SettingError
+from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.sections import DataSettings
 
 if TYPE_CHECKING:
@@ -148,20 +149,31 @@ def check_packing(data: DataSettings) -> None:
     """Checks that the format allows packing.
 
     Raises:
-        SettingError: The settings ask to pack classified texts. A sequence has a single class, and so a single text.
+        SettingError: The settings ask to pack classified texts or pairs. A sequence then has a single text.
 
     Example:
         >>> check_packing(DataSettings(format="text", packing="true"))
     """
-    if data.format == "classification" and data.packing == "true":
-        allowed = "auto | false under the format classification, where a text is a sequence"
+    if data.format in ("classification", PAIRS) and data.packing == "true":
+        allowed = f"auto | false under the format {data.format}, where a text is a sequence"
         raise SettingError("data.packing", "true", allowed)
 
 
 def _may_be_on_hub(dataset: str) -> bool:
     """Returns True if a name has the form of a Hub id, such as `user/name`, and not the form of a file's name."""
+    # A misspelt name of a file must not be looked up on the Hub.
     ends_like_a_file = re.search(r"\.[a-z]{2,8}$", dataset)
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", dataset)) and not ends_like_a_file
+
+
+def is_on_hub(dataset: str) -> bool:
+    """Returns True for a data set of the Hub: not a bundled one, and no file or folder.
+
+    Example:
+        >>> is_on_hub("wikitext"), is_on_hub("sotu")
+        (True, False)
+    """
+    return dataset not in MADE and not Path(dataset).exists() and _may_be_on_hub(dataset)
 
 
 def _data_files(path: Path) -> list[Path]:
@@ -253,6 +265,7 @@ def read_held_out(dataset: str, data: DataSettings) -> Table:
     """
     if Path(data.held_out).exists():
         try:
+            # The split and the configuration in the settings are those of the training data.
             return read_table(data.held_out, dataclasses.replace(data, split="train", config=""))
         except SettingError as error:
             raise SettingError("data.held_out", data.held_out, error.allowed) from None
@@ -308,7 +321,11 @@ def _texts(root: Path, files: Sequence[Path]) -> Columns:
 
 
 def _table_of_rows(
-    dataset: str, name: str, files: Mapping[str, Sequence[Path]], data: DataSettings, features: Mapping[str, Any] = {}
+    dataset: str,
+    name: str,
+    files: Mapping[str, Sequence[Path]],
+    data: DataSettings,
+    features: Mapping[str, Any] = {},
 ) -> Table:
     """Reads CSV or JSON files as a table.
 
@@ -323,6 +340,7 @@ def _table_of_rows(
         ValueError: A file cannot be read, or a class has no name.
     """
     classes = class_names(features)
+    # A column with named classes may hold the names, which `_class_numbers` turns into numbers.
     number_columns = {data.label} - classes.keys()
 
     def read(paths: Sequence[Path]) -> Columns:
@@ -412,6 +430,7 @@ def _read_hub(dataset: str, data: DataSettings) -> Table:
 
 def _as_table(dataset: str, name: str, rows: Dataset) -> Table:
     """Returns a `datasets.Dataset` as a table."""
+    # `[:]` makes a list: a column of `datasets` is read from disk at every access.
     columns = {column: rows[column][:] for column in rows.column_names}
     return Table(dataset, name, columns, class_names(rows.features))
 

@@ -7,7 +7,7 @@ from flwr.clientapp import ClientApp
 
 from fedsplit.federation import records
 from fedsplit.federation.client_service import ClientService
-from fedsplit.trunk.doors import find_trunk
+from fedsplit.trunk.ray_trunks import find_trunk
 
 app = ClientApp()
 
@@ -21,5 +21,6 @@ def answer(message: Message, context: Context) -> Message:
     return Message(records.to_content(service.answer(request)), reply_to=message)
 
 
+# One for all kinds of messages: the request says what is to be done.
 for _handler in (app.query(), app.train(), app.evaluate()):
     _handler(answer)

@@ -1,7 +1,7 @@
-"""Files of clients on their way to the nodes of a cluster, and back: data, state between rounds, folded changes.
+"""Clients' files on the way to the nodes of a cluster and back: data, state between rounds, folded changes.
 
-The run's folder has them all. A node has a copy of what its clients need, which travels where the copy is not there or
-is older.
+The run's folder has all files. A node has copies of the files for its clients. A missing or outdated copy is sent.
+(Under `data.at` label and shared, clients' data do not travel: `fedsplit.engines.client_data`.)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 from uuid import uuid4
 
 from fedsplit.corpora.shards import shard_file
@@ -51,17 +52,23 @@ Stamp = tuple[int, int]
 """Time of the last change in nanoseconds, and size in bytes: a file whose stamp is as it was has not changed."""
 
 
+class MissingFiles(Exception):
+    """A node lacks files that the driver sent before. The driver sends the files again."""
+
+
 @dataclass(frozen=True)
 class Parcel:
     """Files that travel between the run's folder and a node.
 
     Attributes:
         files: Contents by path, relative to the folder of the clients' disks.
-        gone: Paths of files that are there no more.
+        gone: Paths of deleted files.
+        sizes: Bytes of all files at the node after the arrival of the parcel, by path.
     """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +82,7 @@ class Parcel:
             ValueError: A path leads out of the folder.
             NotWritten: A file could not be written.
         """
+        # All names before the first file: a parcel that is refused has written nothing.
         for name in (*self.files, *self.gone):
             if not is_inside(name):
                 raise ValueError(f"{name} is no path of a client's file")
@@ -98,10 +106,17 @@ def is_inside(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def stamps(root: Path, client: int) -> dict[str, Stamp]:
-    """Returns the stamps of the files that a client needs, by path relative to the folder of the clients' disks."""
-    folders = [ClientStore(root, client).folder, root / FOLDS]
-    paths = [shard_file(root, client), *(path for folder in folders for path in folder.glob("*.safetensors"))]
+def stamps(root: Path, client: int, folds_alone: bool = False) -> dict[str, Stamp]:
+    """Returns the stamps of the files that a client needs, by path relative to the folder of the clients' disks.
+
+    Args:
+        root: Folder of the clients' disks.
+        client: Number of the client.
+        folds_alone: True to leave out the client's data and state.
+    """
+    paths = list((root / FOLDS).glob("*.safetensors"))
+    if not folds_alone:
+        paths += [shard_file(root, client), *ClientStore(root, client).folder.glob("*.safetensors")]
     found = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # deleted by another process a moment ago
@@ -110,35 +125,100 @@ def stamps(root: Path, client: int) -> dict[str, Stamp]:
     return found
 
 
-class Shipping:
-    """The driver's side: knows what each node has.
+class Luggage(Protocol):
+    """Files that accompany a request. The methods are called in the client's process."""
+
+    def arrive(self, store: Path, client: int) -> Path:
+        """Makes a client's files available.
+
+        Args:
+            store: Folder of the clients' disks on the driver's node.
+            client: Number of the client.
+
+        Returns:
+            Folder of the clients' disks on this node.
+        """
+        ...
+
+    def leave(self) -> Parcel:
+        """Returns the changes that must travel back, after the request has been carried out."""
+        ...
+
+
+class Carrier(Protocol):
+    """The driver's side: makes a client's files available on the node that plays the client.
 
     Attributes:
-        disk: Folder of the run on each node.
-        sent: Bytes that have travelled to nodes.
-        received: Bytes that have come back.
+        home: Ray's id of the only node that may play a client, by client. Any node may play clients without an entry.
+        sent: Bytes of clients' files sent to nodes.
+        received: Bytes of clients' files received from nodes.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Knows of no node yet.
+    home: Mapping[int, str]
+    sent: int
+    received: int
+
+    def pack(self, place: Place, client: int) -> Luggage | None:
+        """Returns what a place lacks for a request to a client; None if nothing."""
+        ...
+
+    def unpack(self, place: Place, client: int, changes: Parcel) -> None:
+        """Takes over the changes of a client's files from a node.
+
+        Raises:
+            ValueError: A file is not the client's.
+            NotWritten: A file could not be written.
+        """
+        ...
+
+    def forget(self, place: Place) -> None:
+        """Forgets the files at a place, since a process there has died and may have left damaged files."""
+        ...
+
+
+class Shipping:
+    """Sends files to nodes, and records the files on each node."""
+
+    def __init__(
+        self,
+        root: Path,
+        driver: str,
+        disk: NodeDisk | None = None,
+        folds_alone: bool = False,
+    ) -> None:
+        """Starts without a node.
 
         Args:
             root: Folder of the clients' disks in the run's folder.
+            driver: Ray's id of the node with `root`. No file is sent to this node.
+            disk: Folder on the nodes; None for a temporary folder.
+            folds_alone: True if clients' data and state are not sent.
         """
-        self.disk = NodeDisk(str(uuid4()))
+        self.home: Mapping[int, str] = {}
+        self.sent = 0
+        self.received = 0
+        self._disk = disk or NodeDisk(str(uuid4()))
         self._root = root
+        self._driver = driver
+        self._folds_alone = folds_alone
         self._there: dict[str, dict[str, Stamp]] = {}  # stamps in the run's folder of the copies, by place
         self._guard = threading.Lock()
-        self.sent = self.received = 0
+
+    def pack(self, place: Place, client: int) -> Luggage | None:
+        """Returns the files that a place lacks; None on the node of the driver."""
+        if place.node == self._driver:
+            return None
+        return Shipment(self._disk, self.to_node(place, client), self._folds_alone)
 
     def to_node(self, place: Place, client: int) -> Parcel:
-        """Returns what a place lacks of a client's files; the place counts as having them from now on.
+        """Returns the files of a client that a place lacks. From now on the place counts as having the files.
 
         Args:
             place: Process that will play the client.
             client: Number of the client.
         """
-        now = stamps(self._root, client)
+        # Stamps before contents: a file that changes in between is sent again next time.
+        now = stamps(self._root, client, self._folds_alone)
         files: dict[str, bytes] = {}
         gone: list[str] = []
         with self._guard:
@@ -150,45 +230,47 @@ class Shipping:
                 elif there.get(name) != now[name]:
                     files[name] = (self._root / name).read_bytes()
                     there[name] = now[name]
-        parcel = Parcel(files, tuple(gone))
-        self.sent += parcel.nbytes
+            sizes = {name: size for name, (_, size) in now.items()}
+            parcel = Parcel(files, tuple(gone), sizes)
+            self.sent += parcel.nbytes
         return parcel
 
-    def from_node(self, place: Place, client: int, parcel: Parcel) -> None:
-        """Takes over what a client has changed where it was played.
+    def unpack(self, place: Place, client: int, changes: Parcel) -> None:
+        """Takes over the changes of a client's files from a node.
 
         Args:
             place: Process that has played the client.
             client: Number of the client.
-            parcel: The changes.
+            changes: The changes.
 
         Raises:
             ValueError: A file is not the client's.
             NotWritten: A file could not be written.
         """
-        strange = [name for name in (*parcel.files, *parcel.gone) if not name.startswith(self._prefixes(client))]
-        if strange:
-            raise ValueError(f"client {client} has sent {strange[0]}, which is not a file of its own")
+        of_client = self._prefixes(client)
+        for name in (*changes.files, *changes.gone):
+            if not name.startswith(of_client):
+                raise ValueError(f"client {client} has sent {name}, which is not a file of its own")
         with self._guard:  # two clients may have written the same folded changes
-            parcel.unpack(self._root)
-            now = stamps(self._root, client)
-            for name in parcel.files.keys() & now.keys():
+            changes.unpack(self._root)
+            now = stamps(self._root, client, self._folds_alone)
+            for name in changes.files.keys() & now.keys():
                 self._copies(place, name)[name] = now[name]
-            for name in parcel.gone:
+            for name in changes.gone:
                 self._copies(place, name).pop(name, None)
-        self.received += parcel.nbytes
+            self.received += changes.nbytes
 
     def forget(self, place: Place) -> None:
-        """Forgets what a place has: a process there has died, and may have left anything."""
+        """Forgets the files at a place, since a process there has died and may have left damaged files."""
         with self._guard:
             self._there.pop(place.node, None)
             self._there.pop(f"{place.node}/{place.pid}", None)
 
     def _copies(self, place: Place, name: str) -> dict[str, Stamp]:
-        """Returns the stamps of a place's copies, among which a file is or would be.
+        """Returns the record of copies at a place that holds the stamp of a file.
 
-        A client's own files are known by node. The folded changes are known by process: all clients of a node read
-        them, and a process must not count on a file that was sent to another one a moment ago.
+        A client's files are recorded by node. The folded changes are recorded by process: all clients of a node read
+        the changes, and a process must not rely on a file that was sent to a second process a moment ago.
         """
         key = f"{place.node}/{place.pid}" if name.startswith(f"{FOLDS}/") else place.node
         return self._there.setdefault(key, {})
@@ -200,14 +282,47 @@ class Shipping:
         return [name for there in copies for name in there if name.startswith(prefixes)]
 
     def _prefixes(self, client: int) -> tuple[str, ...]:
+        if self._folds_alone:
+            return (f"{FOLDS}/",)
         folder = ClientStore(self._root, client).folder.name
         return (f"{folder}/", f"{FOLDS}/", shard_file(Path(), client).as_posix())
 
 
-class NodeDisk:
-    """A node's side: a folder with the files of the clients that the node has played, for its user alone.
+class Shipment:
+    """Files sent with a request, and changed files sent back; the luggage of `Shipping`."""
 
-    The folder is deleted with the end of the last process that has received files there.
+    def __init__(self, disk: NodeDisk, parcel: Parcel, folds_alone: bool) -> None:
+        """Carries a parcel to the disk of a node."""
+        self._disk = disk
+        self._parcel = parcel
+        self._folds_alone = folds_alone
+        self._client = 0
+        self._before: dict[str, Stamp] = {}
+
+    def arrive(self, store: Path, client: int) -> Path:
+        """Writes the files.
+
+        Raises:
+            MissingFiles: Files that were sent to the node before are not there any more.
+            PermissionError, ValueError, NotWritten: As from `NodeDisk.receive`.
+        """
+        self._disk.receive(self._parcel)
+        self._client = client
+        self._before = stamps(self._disk.root, client, self._folds_alone)
+        for name, size in self._parcel.sizes.items():
+            if name not in self._before or self._before[name][1] != size:
+                raise MissingFiles(f"{name} is not on the node any more")
+        return self._disk.root
+
+    def leave(self) -> Parcel:
+        """Returns the changes since the files were written."""
+        return self._disk.changes(self._before, self._client, self._folds_alone)
+
+
+class NodeDisk:
+    """A node's side: a folder with clients' files, which only the user of the process can read.
+
+    The folder is deleted at the end of the last process that received files in it.
     """
 
     def __init__(self, run: str) -> None:
@@ -231,21 +346,25 @@ class NodeDisk:
             ValueError: A path leads out of the folder.
             NotWritten: A file could not be written.
         """
-        _keep(self.root)
+        keep(self.root)
         parcel.unpack(self.root)
 
-    def changes(self, before: Mapping[str, Stamp], client: int) -> Parcel:
-        """Returns what has changed since the stamps were taken."""
-        now = stamps(self.root, client)
-        files = {name: (self.root / name).read_bytes() for name, stamp in now.items() if before.get(name) != stamp}
-        return Parcel(files, tuple(name for name in before if name not in now))
+    def changes(self, before: Mapping[str, Stamp], client: int, folds_alone: bool = False) -> Parcel:
+        """Returns the changes since the stamps were taken."""
+        now = stamps(self.root, client, folds_alone)
+        files = {}
+        for name, stamp in now.items():
+            if before.get(name) != stamp:
+                files[name] = (self.root / name).read_bytes()
+        gone = tuple(name for name in before if name not in now)
+        return Parcel(files, gone)
 
 
 @functools.cache
-def _keep(root: Path) -> int:
-    """Makes a node's folder, and has it deleted when no process is left that has called this.
+def keep(root: Path) -> int:
+    """Makes a folder on a node. The folder is deleted at the end of the last process that made it.
 
-    A second process deletes the folder, since this one may be killed.
+    A separate process deletes the folder, since the calling process may be killed.
 
     Returns:
         Descriptor of a pipe to the second process, which waits until the pipe is closed.
@@ -259,7 +378,7 @@ def _keep(root: Path) -> int:
         raise PermissionError(f"{root.parent} belongs to somebody else")
     # A process of its own session is not ended by signals to this one's. It is there before the folder is, since this
     # process may end at any moment.
-    call = [sys.executable, "-I", "-S", "-c", _KEEPER, str(root)]
+    call = [sys.executable, "-I", "-S", "-c", _KEEPER, str(root)]  # -I and -S: starts at once, whatever is installed
     end, open_end = os.pipe()
     try:
         subprocess.run(call, stdin=end, start_new_session=True, check=True)
@@ -270,7 +389,7 @@ def _keep(root: Path) -> int:
 
 
 def _lock(root: Path) -> None:
-    """Makes a folder, and locks it until this process ends, so that no other process deletes it."""
+    """Makes a folder, and locks the folder until the end of the process. No other process deletes a locked folder."""
     while True:
         root.mkdir(mode=0o700, exist_ok=True)
         lock = os.open(root, os.O_RDONLY)

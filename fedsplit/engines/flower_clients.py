@@ -16,8 +16,8 @@ from flwr.serverapp import Grid
 from fedsplit.federation import records
 from fedsplit.federation.attempts import TRIES
 from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted, RollCall
+from fedsplit.federation.introductions import Introduction
 from fedsplit.federation.messages import CLIENT_LOST, Answer, Briefing, Failure, Introduce, Request
-from fedsplit.federation.replies import Introduction
 
 POLL_SECONDS = 0.01
 """Time to sleep between two looks at what has arrived."""
@@ -43,8 +43,12 @@ _LOST_PROCESS = "<class 'ray.exceptions."
 """Beginning of what Flower says of a process that is gone; errors of a client's own have other classes."""
 
 
+FOREIGN_DATA = "ForeignData"
+"""Kind of the failure of a client whose node has other data for it than the driver. It ends the run."""
+
+
 class Watch(Protocol):
-    """Notices that nothing goes on any more; `fedsplit.engines.stalls.StallWatch` is one."""
+    """Detects a run without progress, such as `fedsplit.engines.stalls.StallWatch`."""
 
     def heard(self) -> None:
         """Notes a sign of life."""
@@ -75,18 +79,22 @@ class FlowerClients:
         stalls: Watch,
         patience: float = 600.0,
         wait: Callable[[float], object] | None = None,
+        shipped: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
-        """Knows no client yet.
+        """Starts without a client.
 
         Args:
-            grid: Flower's way to the nodes.
-            stop: Ends the run at the next look at what has arrived.
+            grid: Flower's connection to the nodes.
+            stop: Ends the run at the next look for replies.
             workers: Processes that play the clients.
-            stalls: Ends a wait in which nothing goes on.
-            patience: Seconds that a process may take to start again.
-            wait: Waits until a reply is there, or the seconds have passed. None where the grid cannot tell: then the
-                grid is asked every `POLL_SECONDS`.
+            stalls: Ends a wait without progress.
+            patience: Seconds that the restart of a process may take.
+            wait: Waits for a reply or until the seconds have passed. None if the grid cannot wait: the grid is then
+                asked every `POLL_SECONDS`.
+            shipped: Returns the bytes of clients' files sent to nodes, and the bytes received from nodes.
         """
+        self._shipped = shipped
+        self._told = (0, 0)
         self._wait = wait
         self._patience = patience
         self.grid = grid
@@ -103,7 +111,7 @@ class FlowerClients:
         self._numbers = {node.node: client for client, node in enumerate(self.nodes)}
 
     def meet(self, briefing: Briefing, count: int) -> Iterator[Introduction]:
-        """Waits until all nodes are there, and asks each which client it is."""
+        """Waits for all nodes, and asks each node for its client's introduction."""
         self._stalls.heard()
         while len(nodes := list(self.grid.get_node_ids())) < count:
             self._look()
@@ -119,6 +127,7 @@ class FlowerClients:
                 if isinstance(answer, Failure) and answer.kind == CLIENT_LOST and tries_left:
                     lost.append(answer.client)
                     continue
+                # -1, since the order of the nodes says nothing about the clients: only the client knows its number.
                 introduction = roll.hear(nodes[answer.client], replace(answer, client=-1))
                 if introduction is not None:
                     yield introduction
@@ -128,12 +137,12 @@ class FlowerClients:
     def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
         """Sends requests, and yields the answers as they arrive.
 
-        A request that met a process which was just being started again is sent once more: it has not been carried out.
+        A request to a process in the middle of a restart was not carried out, and is sent again.
         """
         under_way: dict[int, Request] = {}  # by client
 
         def message_of(request: Request) -> Message:
-            under_way[request.client] = request
+            under_way[request.client] = request  # to be sent again after a restart
             return records.to_message(request, self.nodes[request.client].node)
 
         started = time.monotonic()
@@ -147,6 +156,8 @@ class FlowerClients:
                 answer = records.to_answer(message, self._numbers[node])
                 request = under_way.pop(self._numbers[node])
                 if isinstance(answer, Failure):
+                    if answer.kind == FOREIGN_DATA:
+                        raise FederationFailed(answer.reason)
                     kind = CLIENT_LOST if _LOST_PROCESS in answer.reason and not answer.kind else answer.kind
                     if _RESTARTING in answer.reason and not answer.kind and time.monotonic() < started + self._patience:
                         turned_away.append(request)
@@ -155,16 +166,22 @@ class FlowerClients:
                 yield answer
             if not turned_away:
                 break
-            time.sleep(RESTART_SECONDS)
+            time.sleep(RESTART_SECONDS)  # a request that is sent at once would be turned away again
             left = turned_away
         if self._waiting:  # the deadline has passed
             self._stalls.kill()
             self.abandon()
 
     def abandon(self) -> None:
-        """Waits for the replies to all messages that are under way, and drops them."""
+        """Waits for the replies to all running messages, and drops the replies."""
         for _ in self._replies([]):
             pass
+
+    def take_shipped(self) -> dict[str, int]:
+        """Returns the bytes of clients' files that have crossed between nodes since the last call."""
+        before, self._told = self._told, self._shipped()
+        down, up = (now - then for now, then in zip(self._told, before, strict=True))
+        return {"client_files_down": down, "client_files_up": up}
 
     def _replies(self, messages: Iterable[Message], until: float | None = None) -> Iterator[Message]:
         """Sends messages, some at a time, and yields the replies as they arrive, until a deadline."""

@@ -1,4 +1,4 @@
-"""The engine `flower`: clients in Flower's own simulation engine, the trunk in a Ray actor of its own."""
+"""The engine `flower`: clients in Flower's simulation engine, and the trunk in a separate Ray actor."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _BUSY_WORKER = "ray::ClientAppActor.run"
 
 
 def kill_busy_workers() -> None:
-    """Kills processes that play a client now; Ray starts others, and Flower reports their clients as failed."""
+    """Kills the processes at work. Ray starts new processes, and Flower reports the clients as failed."""
     kill_descendants(_BUSY_WORKER)
 
 
 class FlowerSession(RayHost):
-    """A Ray on this machine with the trunk's actor; Flower starts the processes that play clients."""
+    """A private Ray with the trunk's actor. Flower starts the client processes."""
 
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end."""

@@ -1,7 +1,7 @@
-"""The engine in this process: no Ray, and no Flower unless one of Flower's own strategies is asked for.
+"""The engine `local`, in this process: no Ray, and Flower only for a strategy of Flower.
 
-Clients train one after the other, and the trunk computes in between. Where a schedule is deterministic, the adapters
-are those of every other engine, to the bit. Elsewhere `--workers` clients can train at once, each in a thread.
+Clients train in turn, and the trunk computes in between. Under a deterministic schedule, all engines give equal
+adapters to the bit. Under further schedules, `--workers` clients can train at once, each in a thread.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.client_service import ClientService
 from fedsplit.federation.clients import ClientNode, Interrupted, RollCall
 from fedsplit.federation.federation import Federation, Job
+from fedsplit.federation.introductions import Introduction
 from fedsplit.federation.manifest import code_of, content_of
 from fedsplit.federation.messages import Answer, Briefing, Introduce, Request
-from fedsplit.federation.replies import Introduction
 from fedsplit.federation.workload import workloads
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.model.sources import config_folder, weights_folder
 from fedsplit.objects import NOTHING, Objects
 from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.settings.config import Config
-from fedsplit.trunk.local import LocalTrunk
+from fedsplit.trunk.doors import join, weigh
+from fedsplit.trunk.local import load_trunks
+from fedsplit.trunk.port import TrunkPort
 from fedsplit.trunk.workers import outcome
 from fedsplit.watchdog import Watchdog
 from fedsplit.wire.packets import Packet
@@ -49,9 +51,9 @@ _END_SECONDS = 5.0
 
 
 class _Player(threading.Thread):
-    """A thread that plays clients, one after the other, with a bottom and a top of its own.
+    """A thread that plays clients in turn, with a separate bottom and top.
 
-    It does not keep the process from ending: code of the user's that hangs cannot be ended.
+    The thread is a daemon: user code that hangs cannot be ended, and must not keep the process alive.
     """
 
     def __init__(self, service: ClientService, answers: queue.SimpleQueue[Answer]) -> None:
@@ -70,7 +72,7 @@ class _Player(threading.Thread):
     def run(self) -> None:
         """Answers requests until a None comes."""
         while (request := self.requests.get()) is not None:
-            self._answers.put(self._service.answer(request))
+            self._answers.put(self._service.answer(request))  # an error is an answer, too: the thread lives on
 
 
 class LocalClients:
@@ -87,7 +89,7 @@ class LocalClients:
         """Knows no client yet.
 
         Args:
-            services: One for each client that is played at a time. A single one answers in the caller's thread.
+            services: Services, as many as clients can train at once. A single service answers in the caller's thread.
             stop: Ends the run before the next client.
             watchdog: Ends the wait for a client that hangs.
         """
@@ -104,6 +106,7 @@ class LocalClients:
         """Has each client introduce itself."""
         roll = RollCall(count)
         for client in range(count):
+            # Node n plays client n - 1, as in `PoolGrid`.
             introduction = roll.hear(client + 1, self.answer(Introduce(briefing, client)))
             if introduction is not None:
                 yield introduction
@@ -115,6 +118,7 @@ class LocalClients:
         while True:
             may_begin = until is None or time.monotonic() < until
             has_room = bool(self._idle) or not self._players
+            # Not taken before there is room: a request that is made counts as sent.
             request = next(left, None) if may_begin and has_room else None
             if request is not None:
                 if self._players:
@@ -130,6 +134,10 @@ class LocalClients:
         """Waits for all requests that are under way, and drops the answers."""
         while self._under_way:
             self._finished()
+
+    def take_shipped(self) -> dict[str, int]:
+        """Returns no bytes, since no file leaves this machine."""
+        return {}
 
     def close(self) -> None:
         """Ends the threads, each after its request."""
@@ -176,7 +184,7 @@ class Heard:
         beat: Notes a sign of life.
     """
 
-    trunk: LocalTrunk
+    trunk: TrunkPort
     beat: Callable[[], None]
 
     def send(self, packet: Packet) -> PendingAnswer:
@@ -205,7 +213,7 @@ class LocalSession:
         Args:
             config: Configuration of the run.
             plan: Threads of clients and trunk.
-            objects: Strategy, objective and metrics, where they are not to be loaded by their names.
+            objects: Strategy, objective and metrics that are objects.
         """
         self._config = config
         self.plan = plan
@@ -215,15 +223,32 @@ class LocalSession:
         self.name = str(uuid4())
         self.trunk = self._load()
 
-    def _load(self) -> LocalTrunk:
-        stage = stage_maker(self._config, self._objects.strategy)
-        return LocalTrunk(self._config, self.name, incarnation=self.name, stage=stage, callers=self._workers)
+    def _load(self) -> TrunkPort:
+        """Loads all stages of all replicas of the trunk."""
+        config = self._config
+        stage = stage_maker(config, self._objects.strategy)
+        # Each start has a new name, which is its incarnation, too.
+        replicas = load_trunks(config, self.name, self.name, stage=stage, callers=self._workers)
+        self._replicas = replicas
+        return join(config, replicas)
 
     def renew(self) -> None:
         """Closes the trunk, and loads another one."""
-        self.trunk.close()
+        self.close()
         self.name = str(uuid4())
         self.trunk = self._load()
+
+    def weigh(self) -> Config:
+        """Divides the clients among replicas by speed, if the settings ask for it; see `Session.weigh`."""
+        self._config = weigh(self._config, self.trunk)
+        self.trunk = join(self._config, self._replicas)
+        return self._config
+
+    def close(self) -> None:
+        """Closes all stages of all replicas of the trunk."""
+        for stages in self._replicas:
+            for one in stages:
+                one.close()
 
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end.
@@ -233,7 +258,7 @@ class LocalSession:
         """
         watchdog = federation.watchdog
 
-        def connect(name: str) -> Heard:
+        def connect(name: str, config: Config) -> Heard:
             return Heard(self.trunk, watchdog.beat)
 
         services = [ClientService(connect, self._objects) for _ in range(self._workers)]
@@ -242,7 +267,7 @@ class LocalSession:
             try:
                 federation.run(clients)
             except BaseException:
-                self.trunk.close()  # ends the steps of clients that are under way
+                self.close()  # clients in the middle of a step would wait for the trunk for ever
                 raise
             finally:
                 clients.close()
@@ -250,32 +275,36 @@ class LocalSession:
 
 @contextlib.contextmanager
 def running(config: Config, plan: Plan, objects: Objects = NOTHING) -> Iterator[LocalSession]:
-    """Loads the trunk in this process; torch has its former number of threads again at the end.
+    """Loads the trunk in this process, and restores torch's number of threads at the end.
 
     Args:
         config: Configuration of the run.
         plan: Threads of clients and trunk.
-        objects: Strategy, objective and metrics, where they are not to be loaded by their names.
+        objects: Strategy, objective and metrics that are objects.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.trunk_threads)
     try:
-        yield LocalSession(config, plan, objects)
+        session = LocalSession(config, plan, objects)
+        try:
+            yield session
+        finally:
+            session.close()
     finally:
         torch.set_num_threads(threads)
 
 
 def federate(config: Config, out: Path, strategy: Any, *sinks: Sink) -> Federation:
-    """Runs a whole federation here, in a folder of its own, with one thread and the settings as they are.
+    """Runs a whole federation in this process, with one thread and unchanged settings.
 
     Args:
         config: Configuration of the run.
         out: Folder of the run.
         strategy: Strategy of ours or of Flower's.
-        sinks: Receive the events of the run, beside the files of its folder.
+        sinks: Sinks for the events, beside the files in the run's folder.
 
     Returns:
-        The federation, which has its summary.
+        The finished federation, with the summary.
     """
     started = time.perf_counter()
     facts = read_facts(config_folder(config.model))

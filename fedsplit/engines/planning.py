@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
+from fedsplit.environment import available_cores
 from fedsplit.errors import SettingError
 from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import SCHEDULES, is_deterministic
@@ -18,10 +18,10 @@ class Plan:
     """Use of the machine by clients and trunk.
 
     Attributes:
-        workers: Number of processes that simulate the clients; on the engine `local`, of threads.
-        client_threads: Number of torch's threads of each of them.
+        workers: Number of processes for clients; on the engine `local`, number of threads for clients.
+        client_threads: Number of torch's threads in each worker.
         trunk_threads: Number of threads of each lane of the trunk.
-        micro_batches: Number of micro-batches that each client processes at once.
+        micro_batches: Number of micro-batches in a batch of a client.
         trunk_lanes: 2 if the trunk computes a forward and a backward at the same time, else 1.
     """
 
@@ -46,8 +46,8 @@ def plan(config: Config, width: int = 0) -> Plan:
       instead of 1.84. For a small model the second message costs more (6 to 19 % of the speed of the bundled model),
       and so do products of half a batch in 16 bits.
 
-    If the result must not depend on the number of processes, threads and micro-batches do not depend on it either:
-    they decide how sums are rounded, and which dropout masks are drawn.
+    With `--deterministic`, the result must not depend on the number of processes. So threads and micro-batches do not
+    depend on the number either: both decide how sums are rounded, and which dropout masks are drawn.
 
     Args:
         config: Settings of the run.
@@ -58,7 +58,7 @@ def plan(config: Config, width: int = 0) -> Plan:
     """
     if config.engine == "local":
         return _plan_local(config, width)
-    cores = _available_cores()
+    cores = available_cores()
     workers = min(config.workers or cores, config.clients)
     is_here = config.ray.address == "local"  # a cluster has more processes than this machine, as the engine finds out
     if is_here and config.deterministic and config.trunk.group > workers:
@@ -67,10 +67,12 @@ def plan(config: Config, width: int = 0) -> Plan:
     independent = config.deterministic or is_deterministic(config.trunk.schedule, config.trunk.every)
     clients_at_once = min(cores, config.clients) if independent else workers
     spare = clients_at_once < cores
-    trunk_threads = cores // 2 if spare else 1
-    client_threads = max(1, (cores - trunk_threads) // clients_at_once) if spare else 1
+    trunk_threads = max(1, cores // 2 // config.trunk.tensor_parallel) if spare else 1
+    client_threads = max(1, (cores - cores // 2) // clients_at_once) if spare else 1
 
-    one_lane = config.deterministic or config.trunk.memory or spare
+    # A memory budget sets room aside for one step at a time, and processes that share a trunk compute one thing at a
+    # time.
+    one_lane = config.deterministic or config.trunk.memory or spare or config.trunk.tensor_parallel > 1
     return Plan(
         workers,
         config.threads or client_threads,
@@ -83,10 +85,10 @@ def plan(config: Config, width: int = 0) -> Plan:
 def _plan_local(config: Config, width: int) -> Plan:
     """Plans a run in one process, in which the trunk computes in the threads of the clients.
 
-    - **Deterministic results.** One client trains at a time, with threads and micro-batches as on Ray, since they
+    - **Deterministic results.** One client trains at a time, with threads and micro-batches as on Ray, since both
       decide how sums are rounded.
     - **Elsewhere.** `--workers` clients train at once, each in a thread, with an equal share of the cores. The default
-      is one client with all cores: a run that is repeated gives the same numbers then, whatever the schedule.
+      is one client with all cores: a repeated run then gives equal numbers under every schedule.
 
     Raises:
         SettingError: The settings ask for more clients at once than the engine plays.
@@ -104,7 +106,7 @@ def _plan_local(config: Config, width: int) -> Plan:
         raise SettingError("trunk.memory", config.trunk.memory, allowed)
     if is_fixed:
         return replace(plan(replace(config, engine="ray"), width), workers=1, trunk_lanes=1)
-    cores = _available_cores()
+    cores = available_cores()
     workers = min(config.workers or 1, config.clients)
     threads = max(1, cores // workers)
     return Plan(
@@ -114,13 +116,6 @@ def _plan_local(config: Config, width: int) -> Plan:
         micro_batches=config.train.micro_batches or 1,
         trunk_lanes=1,
     )
-
-
-def _available_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _planned_micro_batches(config: Config, width: int, spare: bool) -> int:

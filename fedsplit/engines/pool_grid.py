@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -14,9 +15,12 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedsplit.durable import NotWritten
-from fedsplit.engines.client_files import NodeDisk, Parcel, Shipping, stamps
+from fedsplit.engines.client_data import ForeignData
+from fedsplit.engines.client_files import Carrier, Luggage, MissingFiles, Parcel
+from fedsplit.engines.flower_clients import FOREIGN_DATA
 from fedsplit.engines.worker_pool import Place, WorkerLost, WorkerPool
 from fedsplit.federation import records
+from fedsplit.federation.messages import Failure
 
 RUN_ID = 1
 """Id of the only run of a grid."""
@@ -24,15 +28,18 @@ RUN_ID = 1
 STORE = "store"
 """Setting of our messages with the folder of the clients' disks."""
 
+_MOST_SENT = 3
+"""How often a message is sent whose client's files are not on the node any more when it comes."""
+
 
 @dataclass(frozen=True)
 class Played:
-    """What a worker returns.
+    """Result of a message to a worker.
 
     Attributes:
         reply: Reply of the client.
         state: State of the node's context.
-        changes: Files that the client has changed, where it was played on another node.
+        changes: Files that the client has changed on a node other than the driver's.
     """
 
     reply: Message
@@ -40,21 +47,31 @@ class Played:
     changes: Parcel = field(default_factory=Parcel)
 
 
-def load_client() -> Callable[[Message, Context, NodeDisk | None, Parcel], Played]:
+@dataclass(frozen=True)
+class Lacking:
+    """Answer of a worker whose node lacks files that the driver sent before."""
+
+
+def load_client() -> Callable[[Message, Context, Luggage | None], Played | Lacking]:
     """Loads our ClientApp; called in a worker."""
     from fedsplit.engines.client_app import app
 
-    def play(message: Message, context: Context, disk: NodeDisk | None, parcel: Parcel) -> Played:
-        if disk is None:
+    def play(message: Message, context: Context, luggage: Luggage | None) -> Played | Lacking:
+        if luggage is None:
             with records.named_run():
                 return Played(app(message, context), context.state)
         client = int(context.node_config["partition-id"])
-        disk.receive(parcel)
-        message.content.config_records[records.CONFIG][STORE] = str(disk.root)
-        before = stamps(disk.root, client)
+        settings = message.content.config_records[records.CONFIG]
+        try:
+            settings[STORE] = str(luggage.arrive(Path(str(settings[STORE])), client))
+        except MissingFiles:
+            return Lacking()
+        except ForeignData as error:
+            failure = Failure(client, FOREIGN_DATA, str(error))
+            return Played(Message(records.to_content(failure), reply_to=message), context.state)
         with records.named_run():
             reply = app(message, context)
-        return Played(reply, context.state, disk.changes(before, client))
+        return Played(reply, context.state, luggage.leave())
 
     return play
 
@@ -66,47 +83,57 @@ class _Delivery:
     Attributes:
         message: The message.
         context: Context of the node.
-        shipping: Brings files to other nodes; None where all nodes see the clients' disks.
-        home: Id of the node on which the clients' disks are.
-        last: Id of the node that has played the client last; empty if none has.
-        arrived: Takes the message, the place and the reply, or the error.
+        carrier: Brings the client's files to the worker; None on a single machine.
+        wanted: Ray's id of the preferred node for the client; empty without a preference.
+        arrived: Called with the message, the place, and the reply or the error.
+        again: Sends the message once more.
+        tries: Number of earlier sends.
     """
 
     message: Message
     context: Context
-    shipping: Shipping | None
-    home: str
-    last: str
+    carrier: Carrier | None
+    wanted: str
     arrived: Callable[[Message, Place, Played | Exception], None]
+    again: Callable[[_Delivery], None]
+    tries: int = 0
 
     @property
     def client(self) -> int:
         """Number of the client."""
         return int(self.context.node_config["partition-id"])
 
-    def _ships_to(self, place: Place) -> bool:
-        return self.shipping is not None and place.node not in ("", self.home)
+    @property
+    def home(self) -> str:
+        """Ray's id of the only node that may play the client; empty if all may."""
+        return "" if self.carrier is None else self.carrier.home.get(self.client, "")
 
     def suits(self, place: Place) -> bool:
-        """Returns whether the client's files are at the place already, or would have to travel in any case."""
-        return not self._ships_to(place) or self.last in ("", place.node)
+        """Returns True if a client belongs to the node, which has the client's files or will get them."""
+        return self.wanted in ("", place.node)
 
-    def arguments(self, place: Place) -> tuple[Message, Context, NodeDisk | None, Parcel]:
-        """Returns the message with the files that the place lacks."""
-        if self.shipping is None or not self._ships_to(place):
-            return self.message, self.context, None, Parcel()
-        return self.message, self.context, self.shipping.disk, self.shipping.to_node(place, self.client)
+    def arguments(self, place: Place) -> tuple[Message, Context, Luggage | None]:
+        """Returns the message with what the client needs at the place."""
+        luggage = None if self.carrier is None else self.carrier.pack(place, self.client)
+        return self.message, self.context, luggage
 
-    def done(self, place: Place, result: Played | Exception) -> None:
+    def done(self, place: Place, result: Played | Lacking | Exception) -> None:
         """Takes the reply, and the files that the client has changed."""
-        if self.shipping is not None and self._ships_to(place):
+        if isinstance(result, Lacking):
+            assert self.carrier is not None
+            self.carrier.forget(place)
+            if self.tries < _MOST_SENT - 1:
+                self.again(replace(self, tries=self.tries + 1))
+                return
+            result = MissingFiles(f"files of client {self.client} did not stay on the node, {_MOST_SENT} times")
+        elif self.carrier is not None:
             if isinstance(result, Played):
                 try:
-                    self.shipping.from_node(place, self.client, result.changes)
+                    self.carrier.unpack(place, self.client, result.changes)
                 except (ValueError, NotWritten) as error:
                     result = error
             else:
-                self.shipping.forget(place)
+                self.carrier.forget(place)
         self.arrived(self.message, place, result)
 
 
@@ -116,18 +143,16 @@ class PoolGrid(Grid):
     Node `n` has the client `n - 1`. What mods keep in the context of a node is kept here between two messages.
     """
 
-    def __init__(self, pool: WorkerPool, clients: int, shipping: Shipping | None = None, home: str = "") -> None:
+    def __init__(self, pool: WorkerPool, clients: int, carrier: Carrier | None = None) -> None:
         """Knows the nodes from the beginning.
 
         Args:
             pool: Plays the clients.
             clients: Number of clients.
-            shipping: Brings files to other nodes of a cluster; None where all nodes see the clients' disks.
-            home: Ray's id of the node on which the clients' disks are.
+            carrier: Brings clients' files to the nodes of a cluster; None on a single machine.
         """
         self._pool = pool
-        self._shipping = shipping
-        self._home = home
+        self._carrier = carrier
         self._clients = clients
         self._run = Run.create_empty(RUN_ID)
         self._states: dict[int, RecordDict] = {}  # by node; of those that keep anything
@@ -144,6 +169,10 @@ class PoolGrid(Grid):
         """Facts of the run."""
         return self._run
 
+    def shipped(self) -> tuple[int, int]:
+        """Returns the bytes of clients' files sent to nodes so far, and the bytes received from nodes."""
+        return (0, 0) if self._carrier is None else (self._carrier.sent, self._carrier.received)
+
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
@@ -155,12 +184,12 @@ class PoolGrid(Grid):
         return list(range(1, self._clients + 1))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Sends messages, in their order.
+        """Sends messages in order.
 
         Returns:
-            Ids by which the replies are pulled.
+            Ids of the messages, for pulling the replies.
         """
-        self._pool.grow()
+        self._pool.grow()  # nodes may have joined since the last messages
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
@@ -169,19 +198,30 @@ class PoolGrid(Grid):
         # Flower's own grids set the id so; there is no public way.
         message.metadata.__dict__["_message_id"] = identifier
         facts = {"partition-id": node - 1, "num-partitions": self._clients}
-        context = Context(RUN_ID, node, dict(facts), self._states.get(node, RecordDict()), run_config={})
-        last = self._last.get(node, "")
-        self._pool.submit(_Delivery(message, context, self._shipping, self._home, last, self._take))
+        state = self._states.get(node, RecordDict())
+        context = Context(RUN_ID, node, dict(facts), state, run_config={})
+        # The place of the last message has the client's files. Before the first message, the plan says where.
+        wanted = self._last.get(node, "") or self._planned(node - 1)
+        delivery = _Delivery(message, context, self._carrier, wanted, self._take, self._pool.submit)
+        self._pool.submit(delivery)
         return identifier
+
+    def _planned(self, client: int) -> str:
+        """Returns Ray's id of the node for a client's first request. A restarted run chooses the same node."""
+        if self._carrier is not None and client in self._carrier.home:
+            return self._carrier.home[client]
+        places = self._pool.places()
+        return places[client % len(places)].node if places else ""
 
     def _take(self, message: Message, place: Place, result: Played | Exception) -> None:
         """Takes the result of a worker; called in a thread of the pool."""
-        self._last[message.metadata.dst_node_id] = place.node
+        if place.node:  # none where the work was never begun
+            self._last[message.metadata.dst_node_id] = place.node
         if isinstance(result, Exception):
             is_lost = isinstance(result, WorkerLost)
             code = ErrorCode.NODE_UNAVAILABLE if is_lost else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
             reply = Message(Error(code, str(result)), reply_to=message)
-            state = None
+            state = None  # a call that failed leaves the node's context as it was
         else:
             reply, state = result.reply, result.state
         with self._arrived:

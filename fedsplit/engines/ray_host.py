@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
 from fedsplit.engines.planning import Plan
 from fedsplit.settings.config import Config
-from fedsplit.trunk.actor import start_trunk
+from fedsplit.trunk.actor import ActorSetup
+from fedsplit.trunk.ray_trunks import start_trunks
 
 
 class RayHost:
@@ -26,7 +27,7 @@ class RayHost:
         config: Config,
         plan: Plan,
         has_stage: bool,
-        place: Callable[[], Mapping[str, Any]] | None = None,
+        place: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
         """Starts the trunk's actor, which loads while the caller goes on.
 
@@ -34,7 +35,7 @@ class RayHost:
             config: Configuration of the run.
             plan: Processes, threads and lanes.
             has_stage: True if the strategy has a gradient stage, which the trunk loads by its name.
-            place: Returns the options of the trunk's actor; called for each trunk of the run. None for no resources.
+            place: Returns the options of the trunk's actors; called for each start of a trunk. None for no resources.
         """
         self.config = config
         self.plan = plan
@@ -44,19 +45,22 @@ class RayHost:
         self._start()
 
     def _start(self) -> None:
-        plan = self.plan
         self.name = f"trunk-{uuid4()}"
-        self.trunk = start_trunk(
-            self.config,
-            self.name,
-            plan.trunk_threads,
-            plan.trunk_lanes,
+        setup = ActorSetup(
+            threads=self.plan.trunk_threads,
+            workers=self.plan.trunk_lanes,
             has_stage=self._has_stage,
-            options=self._place() if self._place else None,
             is_reached_from_afar=self.config.ray.address != "local",
         )
+        options = self._place() if self._place else None
+        self.trunk = start_trunks(self.config, self.name, setup, options)
 
     def renew(self) -> None:
-        """Kills the trunk's actor, if it is not dead already, and starts another one."""
+        """Kills the trunk's actors that are not dead already, and starts others."""
         self.trunk.kill()
         self._start()
+
+    def weigh(self) -> Config:
+        """Divides the clients among replicas by speed, if the settings ask for it; see `Session.weigh`."""
+        self.config = self.trunk.weigh(self.config)
+        return self.config

@@ -1,4 +1,4 @@
-"""Runs the server's loop in a thread of its own, which the caller watches."""
+"""Runs the server's loop in a thread, watched by the caller."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _END_SECONDS = 5.0
 
 
 class Stoppable(Protocol):
-    """The part of a federation that the caller of its thread needs.
+    """Facts about a federation for the caller of the server's thread.
 
     Attributes:
         stop: Ends the server's loop at its next look.
@@ -45,18 +45,18 @@ class _Server(threading.Thread):
 def run_in_thread(federation: Stoppable, loop: Callable[[], object], kill: Callable[[], object]) -> None:
     """Runs the loop of a federation to its end.
 
-    A signal is raised in the main thread. There is no other way to end a wait of the loop in a library, or in code of
-    the user's: so the loop is not in the main thread.
+    The loop is in a second thread. Python raises signals in the main thread alone, and a wait of the loop in a library
+    or in the user's code could not be ended from inside.
 
     Args:
-        federation: The federation; its `stop` is set at the end.
+        federation: The federation. Its `stop` is set at the end.
         loop: The server's loop.
-        kill: Kills all processes that the loop may wait for; called if the caller is interrupted.
+        kill: Kills all processes of clients and trunk; called if the caller is interrupted.
 
     Raises:
         Exception: Whatever ended the loop.
-        Hung: Code of the user's does not return; no client works any more then.
-        KeyboardInterrupt: The caller was interrupted; no client works any more then.
+        Hung: The user's code does not return. All clients have been killed.
+        KeyboardInterrupt: The caller was interrupted. All clients have been killed.
     """
     server = _Server(loop)
     try:

@@ -1,4 +1,4 @@
-"""The port to an engine: the parties it has started, and a federation played with them."""
+"""The port to an engine: starts the parties of a run, and plays a federation."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ class Session(TrunkHost, Protocol):
 
     plan: Plan
     notes: list[str]
+
+    def weigh(self) -> Config:
+        """Measures the speed of replicas of the trunk if the settings ask for it, and divides the clients accordingly.
+
+        Returns:
+            The settings of the run, with the weights of the replicas.
+        """
+        ...
 
     def play(self, federation: Federation) -> None:
         """Runs a federation to its end.

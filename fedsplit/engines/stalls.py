@@ -1,4 +1,4 @@
-"""Notices that nothing goes on any more, so that no wait is for ever."""
+"""Detects a run without progress, so that no wait lasts forever."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fedsplit.federation.clients import FederationFailed
 
 
 class StallWatch:
-    """Tells a federation that is slow from one that hangs, by signs of life.
+    """Distinguishes a slow federation from a federation that hangs, by signs of life.
 
-    A sign of life is a client's reply, or a packet that reached the trunk. Without any for a while, the processes that
-    play clients are killed: their clients count as failed, and those behind them get a new process. If that does not
-    help either, the federation has failed.
+    A sign of life is a client's reply, or a packet to the trunk. After a time without any, the client processes are
+    killed: clients at work count as failed, and waiting clients get new processes. Without a sign of life after that,
+    the federation has failed.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class StallWatch:
         if self._clock() - self._since < self._seconds:
             return
         self._since = self._clock()
+        # The first look has nothing to compare with, and so counts as a sign of life.
         before, self._seen = self._seen, self._progress()
         if self._seen != before:
             self._killed = False

@@ -1,19 +1,22 @@
-"""A pool of Ray actors that play clients: work is pushed to them, and the dead are replaced."""
+"""A pool of Ray actors that play clients. Work is pushed to the actors, and dead actors are replaced."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import ipaddress
 import itertools
 import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsplit.errors import first_line
 from fedsplit.trunk.cluster import send_tensors_as_arrays
@@ -24,6 +27,9 @@ _MOST_FAILED_STARTS = 3
 _GROW_SECONDS = 2.0
 """Time between two looks at whether the cluster has room for more workers."""
 
+_END_SECONDS = 3.0
+"""Time to wait for the threads of all workers at the end. They notice at once that their actors were killed."""
+
 _CHOICE = 32
 """Pieces of work at the head of the queue among which a worker chooses."""
 
@@ -33,7 +39,7 @@ class WorkerLost(Exception):
 
 
 class NoWorkers(Exception):
-    """The workers' processes die as they start."""
+    """The processes of the workers end during their start."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +49,28 @@ class Place:
     Attributes:
         node: Ray's id of the node.
         pid: Number of the process there.
+        address: IP address of the node. A restart of Ray changes the id of the node, but not the address.
     """
 
     node: str
     pid: int
+    address: str = ""
 
 
 class Work(Protocol):
     """A piece of work for any worker. The methods are called in a thread of the pool."""
 
+    @property
+    def home(self) -> str:
+        """Ray's id of the only node on which the work can be done; empty if it can be done anywhere."""
+        ...
+
     def suits(self, place: Place) -> bool:
-        """Returns whether the work costs no more at this place than elsewhere, as where its files are there."""
+        """Returns True if a place suits the work best, such as a node that has the client's files."""
         ...
 
     def arguments(self, place: Place) -> tuple[Any, ...]:
-        """Returns the arguments of the player, who is at this place."""
+        """Returns the arguments for the player at a place."""
         ...
 
     def done(self, place: Place, result: Any) -> None:
@@ -71,10 +84,10 @@ class Work(Protocol):
 
 
 class ClientWorker:
-    """A process that plays clients, one after the other; the class of the Ray actor."""
+    """The class of the Ray actor: a process that plays clients in turn."""
 
     def __init__(self, load: Callable[[], Callable[..., Any]]) -> None:
-        """Loads the player, and with it all libraries: the first client does not wait for them.
+        """Loads the player and all libraries, so that the first client does not wait.
 
         Args:
             load: Returns the function that plays a client.
@@ -84,7 +97,7 @@ class ClientWorker:
 
     def place(self) -> Place:
         """Returns the place of this process."""
-        return Place(ray.get_runtime_context().get_node_id(), os.getpid())
+        return Place(ray.get_runtime_context().get_node_id(), os.getpid(), ray.util.get_node_ip_address())
 
     def play(self, *arguments: Any) -> Any:
         """Does a piece of work."""
@@ -97,11 +110,12 @@ class _Worker(threading.Thread):
     A thread for each actor, since a free actor must not wait until the server has dealt with the last reply.
     """
 
-    def __init__(self, pool: WorkerPool, start: Callable[[], Any]) -> None:
+    def __init__(self, pool: WorkerPool, start: Callable[[], Any], node: str) -> None:
         super().__init__(daemon=True, name="worker")
         self._pool = pool
         self._start_actor = start
-        self._guard = threading.Lock()
+        self.node = node
+        self._guard = threading.Lock()  # this thread replaces the actor, and others kill it
         self._actor: Any = start()
         self._failed_starts = 0
         self.place: Place | None = None
@@ -115,7 +129,7 @@ class _Worker(threading.Thread):
             if reason and self._failed_starts < _MOST_FAILED_STARTS:
                 self._replace()
                 continue
-            work = self._pool.take(self.place, lambda: self._actor is not None)
+            work = self._pool.take(self.place, self.node, lambda: self._actor is not None)
             if work is None:
                 continue
             with self._guard:
@@ -129,7 +143,7 @@ class _Worker(threading.Thread):
                 work.done(Place("", 0), WorkerLost("the process was given up a moment ago"))
 
     def _settle(self) -> str:
-        """Waits until the actor has its place; returns why it has none, or an empty text."""
+        """Waits until the actor has a place. Returns the reason for a failure, or an empty text."""
         if self.place is not None:
             return ""
         actor = self._present()
@@ -144,7 +158,7 @@ class _Worker(threading.Thread):
             lines = str(error).split("\n")  # a whole traceback, of which the last line tells what is wrong
             return lines[-1] or first_line(error)
         with self._guard:
-            if actor is self._actor:
+            if actor is self._actor:  # else it was given up in the meantime
                 self.place = place
         self._failed_starts = 0
         self._pool.note_place()
@@ -167,7 +181,7 @@ class _Worker(threading.Thread):
             result = ray.get(actor.play.remote(*work.arguments(place)))
         except ray.exceptions.RayActorError as error:
             result = WorkerLost(first_line(error))
-            if not self._is_given_up(actor):
+            if not self._is_given_up(actor):  # else `_present` starts another one when there is room
                 self._replace()
         except Exception as error:  # noqa: BLE001  # of the work, and told to whoever gave it
             result = error
@@ -175,21 +189,21 @@ class _Worker(threading.Thread):
         work.done(place, result)
 
     def _replace(self) -> None:
-        """Starts another actor in place of one that is dead. Does nothing once the pool is closed."""
+        """Replaces a dead actor. Does nothing after the end of the pool."""
         with self._guard:
-            if not self._pool.is_closed:
+            if not self._pool.is_closed:  # `close` kills once, and would miss a later actor
                 self.place = None
                 self._actor = self._start_actor()
 
     def give_up(self) -> None:
-        """Kills the actor's process. The thread starts another one as soon as the pool lets it."""
+        """Kills the actor's process. The thread starts a new process once the pool allows it."""
         self.kill()
         with self._guard:
             self.place = None
             self._actor = None
 
     def kill(self) -> None:
-        """Kills the actor's process, and the work that it does."""
+        """Kills the actor's process, and so the running work."""
         with self._guard, contextlib.suppress(ray.exceptions.RayError):
             place = self.place
             if self._actor is not None:
@@ -200,14 +214,27 @@ class _Worker(threading.Thread):
                 os.kill(place.pid, signal.SIGKILL)
 
 
+def _strategy(node: str) -> Any:
+    """Returns Ray's strategy for an actor that runs on a node or not at all; on any node if none is given."""
+    return NodeAffinitySchedulingStrategy(node, soft=False) if node else "SPREAD"
+
+
+def _by_number(address: str) -> tuple[int, str]:
+    """Returns a key by which addresses are sorted: 10.0.0.9 comes before 10.0.0.10."""
+    try:
+        return int(ipaddress.ip_address(address)), address
+    except ValueError:
+        return 0, address
+
+
 class WorkerPool:
     """Processes that play clients.
 
-    Work is pushed: a worker that has ended its work is given the next at once. A worker is a Ray actor of our own. Ray
-    does not restart the actor: only the pool knows what the dead one was doing.
+    Work is pushed: an idle worker gets the next work at once. A worker is a Ray actor. The pool restarts dead actors,
+    and not Ray, since only the pool knows the lost work.
 
     Attributes:
-        is_closed: True from the end on.
+        is_closed: True after the end of the pool.
     """
 
     def __init__(
@@ -215,13 +242,15 @@ class WorkerPool:
         size: Callable[[], int],
         load: Callable[[], Callable[..., Any]],
         options: Mapping[str, Any],
+        nodes: Sequence[str] = (),
     ) -> None:
-        """Starts the workers, which load while the caller goes on.
+        """Starts the workers, which load in the background.
 
         Args:
-            size: Returns the number of workers for which there is room; asked again now and then.
-            load: Returns, in a worker, the function that plays a client; it travels by its name.
-            options: Options of the Ray actor: the resources that Ray keeps for each worker, and the place.
+            size: Returns the number of workers with room. The pool asks repeatedly.
+            load: Called in a worker, returns the function for playing a client. `load` is sent to the worker by name.
+            options: Options of the Ray actor: resources of each worker, and the placement.
+            nodes: Ray's id of the node of each worker; empty if Ray chooses the nodes.
         """
         self.is_closed = False
         self._size = size
@@ -229,64 +258,98 @@ class WorkerPool:
         self._changed = threading.Condition()
         self._looked = 0.0
         self._keeps_room = False
-        spread = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", **options}
-        actor = ray.remote(ClientWorker).options(**spread)
-        self._start = lambda: actor.remote(load)
+        lasting = {"max_restarts": 0, "max_task_retries": 0, **options}
+        actor = ray.remote(ClientWorker)
+        self._start = lambda node: actor.options(**lasting, scheduling_strategy=_strategy(node)).remote(load)
+        self._nodes = nodes
         self._workers: list[_Worker] = []
         self.grow()
 
     def grow(self) -> None:
-        """Starts further workers where there is room for more, as on a node that has joined the cluster."""
+        """Starts further workers if there is room, such as on a node new to the cluster."""
+        # Without any worker, nothing would go on: looks every time.
         if time.monotonic() < self._looked + _GROW_SECONDS and self._workers:
             return
         self._looked = time.monotonic()
-        for _ in range(self._size() - len(self._workers)):
-            self._workers.append(_Worker(self, self._start))
+        for number in range(len(self._workers), self._size()):
+            node = self._nodes[number] if self._nodes else ""
+            self._workers.append(_Worker(self, functools.partial(self._start, node), node))
             self._workers[-1].start()
 
     def places(self) -> list[Place]:
-        """Returns the places of the workers that have one."""
-        return [worker.place for worker in self._workers if worker.place is not None]
+        """Returns the places of the workers, node by node, as far as workers have a place.
+
+        Nodes are sorted by address, so that the order is the same after a restart.
+        """
+        found = [worker.place for worker in self._workers if worker.place is not None]
+        return sorted(found, key=lambda place: (_by_number(place.address), place.node, place.pid))
 
     def note_place(self) -> None:
-        """Takes note that a worker has its place; called by the worker."""
+        """Notes that a worker has a place. The worker calls the method."""
         with self._changed:
             self._changed.notify_all()
 
-    def wait_for_places(self, count: int, seconds: float) -> int:
-        """Waits until some workers have their places, or a time has passed; returns how many have."""
+    def wait_for_places(self, count: int, seconds: float, nodes: Collection[str] = ()) -> int:
+        """Waits until some workers have places, or a time has passed. Returns the number of workers with a place.
+
+        Args:
+            count: Number of workers.
+            seconds: Longest wait.
+            nodes: Nodes, each to have one of the workers.
+        """
+
+        def is_met() -> bool:
+            places = self.places()
+            return len(places) >= count and {*nodes} <= {place.node for place in places}
+
         with self._changed:
-            self._changed.wait_for(lambda: len(self.places()) >= count, seconds)
+            self._changed.wait_for(is_met, seconds)
         return len(self.places())
 
     def submit(self, work: Work) -> None:
-        """Takes a piece of work, which the next free worker does.
+        """Queues a piece of work for the next free worker.
 
         Work begins in the order of the calls. A worker may prefer work that suits its place, among the next `_CHOICE`.
         """
         with self._changed:
             self._waiting.append(work)
+            # All are woken: perhaps only one of them is on the node that the work needs.
             self._changed.notify_all()
 
-    def take(self, place: Place | None, is_ready: Callable[[], bool]) -> Work | None:
-        """Waits for a piece of work; returns None when the pool closes, or when the worker is ready no more.
+    def take(self, place: Place | None, node: str, is_ready: Callable[[], bool]) -> Work | None:
+        """Waits for a piece of work. Returns None when the pool closes, or the worker has lost its actor.
 
         Args:
-            place: Place of the worker; None for one whose processes die as they start.
+            place: Place of the worker; None for a worker with processes that end during their start.
+            node: Ray's id of the node, if chosen by the run; empty if chosen by Ray.
             is_ready: Returns whether the worker still has an actor.
         """
+        if place is None and node:
+            # A worker whose node is lost takes the work of that node alone, which nobody else can do, and says why.
+            here = {node}
+        elif place is None:
+            here = {""}
+        else:
+            here = {"", node or place.node}  # "": work without a home
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self.is_closed or not is_ready())
+            self._changed.wait_for(lambda: self.is_closed or not is_ready() or self._possible(here))
             if self.is_closed or not is_ready():
                 return None
-            choice = itertools.islice(self._waiting, _CHOICE)
-            best = next((work for work in choice if place is not None and work.suits(place)), self._waiting[0])
+            choice = self._possible(here)
+            best = choice[0]
+            if place is not None:
+                best = next((work for work in choice if work.suits(place)), choice[0])
             self._waiting.remove(best)
             return best
 
+    def _possible(self, nodes: Collection[str]) -> list[Work]:
+        """Returns the next pieces of work that can be done on some nodes."""
+        possible = (work for work in self._waiting if work.home in nodes)
+        return list(itertools.islice(possible, _CHOICE))
+
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
-        """Ends all workers, and starts them again at the end of the context: something else needs their room first."""
+        """Ends all workers to free their resources, and starts new workers at the end of the context."""
         with self._changed:
             self._keeps_room = True
             for worker in self._workers:
@@ -306,7 +369,7 @@ class WorkerPool:
             return not self.is_closed
 
     def kill_busy(self) -> None:
-        """Kills the workers that are at work; others take their places."""
+        """Kills the busy workers. New workers replace them."""
         for worker in self._workers:
             if worker.is_busy:
                 worker.kill()
@@ -318,3 +381,9 @@ class WorkerPool:
             self._changed.notify_all()
         for worker in self._workers:
             worker.kill()
+
+    def join(self) -> None:
+        """Waits for the threads of a closed pool, but not for long. None should call Ray while Ray shuts down."""
+        until = time.monotonic() + _END_SECONDS
+        for worker in self._workers:
+            worker.join(max(0.0, until - time.monotonic()))

@@ -49,7 +49,7 @@ class Emitter:
             try:
                 sink.handle(event)
             except Postponed as postponed:
-                self(Notice(text=str(postponed)))
+                self(Notice(text=str(postponed), warning=True))
         for sink in list(self._users):
             self._try(sink, lambda sink=sink: sink.handle(event))  # type: ignore[misc]
 
@@ -74,7 +74,8 @@ class Emitter:
                 call()
         except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it raises is no reason to lose a run
             self._users.remove(sink)
-            self(Notice(text=f"the sink {type(sink).__name__} failed and is left out from here on: {described(error)}"))
+            text = f"the sink {type(sink).__name__} failed and is left out from here on: {described(error)}"
+            self(Notice(text=text, warning=True))
 
     def __enter__(self) -> Emitter:
         return self

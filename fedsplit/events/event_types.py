@@ -36,7 +36,7 @@ class Event:
     Example:
         >>> event = Notice(text="micro-batches: 2", time="2030-01-02T03:04:05.678+00:00")
         >>> event.to_document()
-        {'event': 'notice', 'text': 'micro-batches: 2', 'time': '2030-01-02T03:04:05.678+00:00'}
+        {'event': 'notice', 'text': 'micro-batches: 2', 'warning': False, 'time': '2030-01-02T03:04:05.678+00:00'}
     """
 
     name: ClassVar[str]
@@ -104,6 +104,9 @@ class RoundTrained(Event):
         default=None,
         omitted=True,
     )
+    client_learning_rates: Mapping[str, float] | None = reported(
+        "Learning rate of a client's last local step of the round, by the client's name", default=None, omitted=True
+    )
     tokens: int = reported("Tokens that the clients trained on")
     seconds: float = reported("Duration of the training, from the first message to the last reply", "seconds")
     trunk: Mapping[str, Any] = reported(
@@ -138,7 +141,9 @@ class RoundEvaluated(Event):
     accuracy: float | None = reported(
         "Share of held-out texts whose class was found; for classification alone", default=None, omitted=True
     )
-    perplexity: float | None = reported("Exponential of the loss; not for classification", default=None, omitted=True)
+    perplexity: float | None = reported(
+        "Exponential of the loss; not for classification and pairs", default=None, omitted=True
+    )
     clients: Mapping[str, float] = reported("Held-out loss by the client's name", "nats a token")
     metrics: Mapping[str, float | None] | None = reported(
         "Mean of each of the user's metrics over all clients, by its name", default=None, omitted=True
@@ -155,6 +160,50 @@ class RoundEvaluated(Event):
     )
     tokens: int = reported("Predictions that were measured")
     seconds: float = reported("Duration of the evaluation", "seconds")
+    elapsed: float = reported("Time since the command began, earlier commands of a resumed run included", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundCost(Event):
+    """A round is committed: its bytes, seconds and tokens, which add up to the totals of the run."""
+
+    name: ClassVar[str] = "cost"
+
+    round: int = reported(
+        "Number of the round; 0 before training. Bytes of attempts that were given up at the end of a run are of the "
+        "round after the last"
+    )
+    bytes: Mapping[str, int] = reported(
+        "Bytes since the last event of this kind, by the kinds and directions of summary.json; the sums over all "
+        "events are the `bytes` of summary.json",
+        "bytes",
+    )
+    client_bytes: Mapping[str, Mapping[str, int]] = reported(
+        "The same bytes by kind and direction, and then by the client's name; without `client_files` and "
+        "`between_stages`, which belong to no client",
+        "bytes",
+    )
+    seconds: Mapping[str, float] = reported(
+        "Time since the last event of this kind, by phase: `training`, `aggregation`, `evaluation`, and `other`, such "
+        "as the start, checkpoints and discarded attempts",
+        "seconds",
+    )
+    client_seconds: Mapping[str, Mapping[str, float]] = reported(
+        "Duration of a client's own work without waiting for a free process, by phase and then by the client's name: "
+        "`training`; `sample`, measured after training (`--eval.after`); `evaluation`",
+        "seconds",
+    )
+    tokens: int = reported("Tokens that the clients trained on")
+    client_tokens: Mapping[str, int] = reported("Tokens that a client trained on, by the client's name")
+    tokens_per_second: float | None = reported(
+        "Tokens a second of the round's training; null where no client trained", "tokens a second"
+    )
+    client_tokens_per_second: Mapping[str, float] = reported(
+        "Tokens a second of a client's own steps, by the client's name", "tokens a second"
+    )
+    client_peak_memory: Mapping[str, int] = reported(
+        "Largest resident memory so far of the process that played the client, by the client's name", "bytes"
+    )
     elapsed: float = reported("Time since the command began, earlier commands of a resumed run included", "seconds")
 
 
@@ -231,6 +280,8 @@ class Progress(Event):
     of: int = reported("Clients that take part in the phase")
     loss: float | None = reported("Mean training loss so far; null before the first", "nats a token", default=None)
     tokens_per_second: float | None = reported("Speed of training so far", "tokens a second", default=None)
+    waiting: Sequence[str] = reported("Clients that were asked and have not answered, at most 8 of them", default=())
+    failed: Sequence[str] = reported("Clients that have failed in this phase, at most 8 of them", default=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +291,7 @@ class Notice(Event):
     name: ClassVar[str] = "notice"
 
     text: str = reported("The line")
+    warning: bool = reported("True for a line about something that went wrong", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +323,7 @@ EVENTS: tuple[type[Event], ...] = (
     RoundTrained,
     RoundAggregated,
     RoundEvaluated,
+    RoundCost,
     RoundEnded,
     RunEnded,
     RunFailed,

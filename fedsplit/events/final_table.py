@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
-from fedsplit.report import metric_mean, perplexity, size
+from fedsplit.formatting import measures_pairs, metric_mean, perplexity, size
 
 
 def final_table(summary: Mapping[str, Any], folder: str) -> Table:
@@ -33,14 +34,48 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
     return table
 
 
+def legend(summary: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each word of the table that needs an explanation.
+
+    Example:
+        >>> legend({"forgotten": -0.0173, "aggregation_error": None})
+        ['forgotten: what sharing costs a client in loss; below 0 it helps']
+    """
+    lines = []
+    if summary.get("aggregation_error") is not None:
+        lines.append("aggregation error: the share of the clients' mean change that averaging lost")
+    if summary.get("forgotten") is not None:
+        lines.append("forgotten: what sharing costs a client in loss; below 0 it helps")
+    return lines
+
+
+def next_commands(summary: Mapping[str, Any], folder: str) -> list[str]:
+    """Returns the commands that a reader of the table may want next, for this very run.
+
+    Args:
+        summary: Content of summary.json.
+        folder: Folder of the run.
+
+    Example:
+        >>> next_commands({"task": "text"}, "runs/a b")[-1]
+        "fedsplit report 'runs/a b'"
+    """
+    run = shlex.quote(folder)
+    commands = [f"fedsplit evaluate --run {run}", f"fedsplit report {run}"]
+    if not summary.get("accuracy"):  # a classifier writes no text
+        commands.insert(0, f'fedsplit generate --run {run} --prompt "…"')
+    return commands
+
+
 def _quality(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns rows on how well the model does, and which round its adapter is of."""
-    before, after = summary["eval_loss"]["before"], summary["eval_loss"]["after"]
+    """Returns rows on the quality of the model, and on the round of the adapter."""
+    before = summary["eval_loss"]["before"]
+    after = summary["eval_loss"]["after"]
     rows = [("held-out loss", f"{before:.4f} -> {after:.4f}")]
 
     if accuracy := summary.get("accuracy"):
         rows.append(("accuracy", f"{accuracy['before']:.2%} -> {accuracy['after']:.2%}"))
-    else:
+    elif not measures_pairs(summary.get("metrics")):
         rows.append(("perplexity", f"{perplexity(before):.2f} -> {perplexity(after):.2f}"))
 
     for name, ends in summary.get("metrics", {}).items():
@@ -48,34 +83,49 @@ def _quality(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     error = summary.get("aggregation_error")
     if error is not None:
-        rows.append(("aggregation error", f"{error:.3g} in the last round; 0: averaging loses nothing"))
+        rows.append(("aggregation error", f"{error:.3g} in the last round"))
 
     forgotten = summary.get("forgotten")
     if forgotten is not None:
-        rows.append(("forgotten", f"{forgotten:+.4f} nats a token, compared with after own steps"))
+        rows.append(("forgotten", f"{forgotten:+.4f} nats a token"))
 
-    last_round, adapter_round = summary.get("last_round"), summary.get("adapter_round")
-    if adapter_round != last_round:
+    last_round = summary.get("last_round")
+    adapter_round = summary.get("adapter_round")
+    if adapter_round != last_round:  # under --keep-best
         rows.append(("adapter", f"of round {adapter_round}, the best of {last_round}"))
     return rows
 
 
 def _parameters(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns a row for the parameters of each part."""
-    return [
-        (f"{part} parameters", f"{counts['total']:,}, of which trained {counts['trainable']:,}")
-        for part, counts in summary["parameters"].items()
-    ]
+    rows = []
+    for part, counts in summary["parameters"].items():
+        rows.append((f"{part} parameters", f"{counts['total']:,}, of which trained {counts['trainable']:,}"))
+    return rows
 
 
 def _traffic(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns rows on the bytes that crossed."""
     sent = summary["bytes"]
+
+    def both_ways(purpose: str) -> str:
+        up = size(sent.get(f"{purpose}_up", 0))
+        down = size(sent.get(f"{purpose}_down", 0))
+        return f"{up} up, {down} down"
+
     rows = [
-        (f"{what}s", f"{size(sent[f'{what}_up'])} up, {size(sent[f'{what}_down'])} down")
-        for what in ("activation", "gradient", "adapter")
+        ("activations", both_ways("activation")),
+        ("gradients", both_ways("gradient")),
+        ("adapters", both_ways("adapter")),
+        ("for evaluation", both_ways("evaluation")),
     ]
-    rows.append(("for evaluation", f"{size(sent['evaluation_up'])} up, {size(sent['evaluation_down'])} down"))
+    # Only some runs have these: an objective with a reference, a trunk in stages, a cluster without a shared folder.
+    if sent.get("reference_up"):
+        rows.append(("base model", f"{both_ways('reference')}, for its logits"))
+    if sent.get("between_stages_up"):
+        rows.append(("between stages", both_ways("between_stages")))
+    if sent.get("client_files_up") or sent.get("client_files_down"):
+        rows.append(("clients' files", f"{both_ways('client_files')}, between nodes"))
     return rows
 
 

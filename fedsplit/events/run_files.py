@@ -14,6 +14,7 @@ from fedsplit.events.event_types import (
     ClientLost,
     Event,
     RoundAggregated,
+    RoundCost,
     RoundDiscarded,
     RoundEvaluated,
     RoundTrained,
@@ -33,7 +34,7 @@ class MetricsFile:
         KINDS: Events that are written.
     """
 
-    KINDS = (RoundTrained, RoundAggregated, RoundEvaluated, ClientFailed, ClientLost, RoundDiscarded)
+    KINDS = (RoundTrained, RoundAggregated, RoundEvaluated, RoundCost, ClientFailed, ClientLost, RoundDiscarded)
 
     def __init__(self, folder: Path) -> None:
         """Takes the run's folder, which need not be there before the first event of a round."""

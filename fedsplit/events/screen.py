@@ -1,12 +1,15 @@
-"""The sink that shows a run: live progress on a terminal, plain lines elsewhere, and a table at the end."""
+"""The sinks that show a run: live progress on a terminal, plain lines elsewhere, or JSON; and a table at the end."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
@@ -21,8 +24,11 @@ from fedsplit.events.event_types import (
     RoundEnded,
     RunEnded,
 )
-from fedsplit.events.final_table import final_table
-from fedsplit.report import fitted, metric_mean, perplexity
+from fedsplit.events.final_table import final_table, legend, next_commands
+from fedsplit.events.forecast import Forecast
+from fedsplit.events.sink import Sink
+from fedsplit.formatting import fitted, measures_pairs, metric_mean, perplexity
+from fedsplit.settings.config import Config
 
 BAR = 10
 """Columns of the bar that shows how far a phase is."""
@@ -69,7 +75,7 @@ def round_line(event: RoundEnded) -> str:
 
     if event.accuracy is not None:
         fields.append(f"accuracy {event.accuracy:.2%}")
-    elif event.training_loss is None and event.held_out_loss is not None:
+    elif event.training_loss is None and event.held_out_loss is not None and not measures_pairs(event.metrics):
         fields.append(f"perplexity {perplexity(event.held_out_loss):.2f}")
 
     fields += [f"{name} {metric_mean(value)}" for name, value in (event.metrics or {}).items()]
@@ -137,7 +143,12 @@ class PlainScreen:
     def close(self) -> None:
         """Shows the table of a run that has ended."""
         if self._ended is not None:
-            self._console.print(final_table(self._ended.summary, self._ended.folder))
+            summary, folder = self._ended.summary, self._ended.folder
+            self._console.print(final_table(summary, folder))
+            for line in legend(summary):
+                self._console.print(f"  {line}", style="dim", markup=False, highlight=False)
+            lines = ["next:", *(f"  {command}" for command in next_commands(summary, folder))]
+            self._console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
             self._ended = None
 
     def __enter__(self) -> PlainScreen:
@@ -155,7 +166,47 @@ class _Clock(ProgressColumn):
         self._began = began
 
     def render(self, task: Task) -> Text:
-        return Text(str(timedelta(seconds=int(time.monotonic() - self._began))), style="progress.elapsed")
+        return Text(_clock_time(time.monotonic() - self._began), style="progress.elapsed")
+
+
+def _clock_time(seconds: float) -> str:
+    """Returns seconds as H:MM:SS."""
+    return str(timedelta(seconds=int(seconds)))
+
+
+class _Bar(Bar):
+    """A bar, and a line below it: the time that is left, and names of clients.
+
+    Attributes:
+        forecast: Estimates the time that is left.
+        names: Clients that are waited for, in words.
+    """
+
+    forecast = Forecast()
+    names = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yields the bar, and the line below if there is anything to tell."""
+        yield from super().get_renderables()
+        left = self.forecast.seconds_left(time.monotonic())
+        time_left = "" if left is None or left < 1 else f"about {_clock_time(left)} left"
+        if words := "; ".join(filter(None, [time_left, self.names])):
+            yield Text(words, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def names_of(event: Progress) -> str:
+    """Returns words for the clients that are waited for, and those that have failed.
+
+    Example:
+        >>> names_of(Progress(phase="training", round=1, rounds=5, done=5, of=8, waiting=["ada", "bob"], failed=["cy"]))
+        'waiting for ada, bob; failed: cy'
+    """
+    words = []
+    if event.waiting:
+        words.append(f"waiting for {', '.join(event.waiting)}")
+    if event.failed:
+        words.append(f"failed: {', '.join(event.failed)}")
+    return "; ".join(words)
 
 
 class LiveScreen(PlainScreen):
@@ -164,9 +215,22 @@ class LiveScreen(PlainScreen):
     def __init__(self, console: Console) -> None:
         """Takes the console to write to; the bar starts with the first event."""
         super().__init__(console)
+        self._forecast = Forecast()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(BAR), _Clock(time.monotonic()))
-        self._progress = Bar(*columns, console=console, transient=True)
+        self._progress = _Bar(*columns, console=console, transient=True)
+        self._progress.forecast = self._forecast
         self._task: TaskID = self._progress.add_task("starting", total=None)
+
+    def handle(self, event: Event) -> None:
+        """Prints the line of an event, or shows how far a phase is and who is waited for."""
+        if isinstance(event, Progress):
+            self._forecast.see(event, time.monotonic())
+            self._progress.names = names_of(event)
+        super().handle(event)
+        if isinstance(event, RoundEnded):
+            self._progress.names = ""
+            if event.round == event.rounds:
+                self.phase("writing the results", 0, 0)
 
     def phase(self, text: str, done: int, of: int) -> None:
         """Moves the bar.
@@ -194,6 +258,80 @@ class LiveScreen(PlainScreen):
     def __enter__(self) -> LiveScreen:
         self._progress.start()
         return self
+
+
+class QuietScreen:
+    """A sink that shows failures alone.
+
+    Example:
+        >>> with QuietScreen(Console(width=80)) as screen:
+        ...     screen.handle(Notice(text="micro-batches: 2"))
+        ...     screen.handle(RoundDiscarded(round=1, rounds=5, attempt=0, again=True, reason="no trunk", elapsed=1.0))
+        round 1/5 is played again: no trunk
+    """
+
+    def __init__(self, console: Console) -> None:
+        """Takes the console to write to."""
+        self._console = console
+
+    def handle(self, event: Event) -> None:
+        """Prints the line of a failure."""
+        is_failure = isinstance(event, ClientFailed | ClientLost | RoundDiscarded)
+        is_warning = isinstance(event, Notice) and event.warning
+        text = line_of(event)
+        if text is not None and (is_failure or is_warning):
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Has nothing to do."""
+
+    def __enter__(self) -> QuietScreen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class JsonLines:
+    """A sink that prints each event as JSON, an object a line; the last object of a run holds its summary.
+
+    Example:
+        >>> JsonLines(Console(width=80)).handle(Notice(text="a note", time="2030-01-02T03:04:05.678+00:00"))
+        {"event": "notice", "text": "a note", "warning": false, "time": "2030-01-02T03:04:05.678+00:00"}
+    """
+
+    def __init__(self, console: Console) -> None:
+        """Takes the console to write to."""
+        self._console = console
+
+    def handle(self, event: Event) -> None:
+        """Prints an event."""
+        self._console.print(json.dumps(event.to_document()), markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Has nothing to do."""
+
+
+def screen_for(config: Config) -> Sink:
+    """Returns the screen that a run's settings ask for."""
+    if config.json:
+        return JsonLines(_Console())
+    if config.quiet:
+        return QuietScreen(_Console(stderr=True))
+    return make_screen()
+
+
+@contextlib.contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Shows on a terminal what a command is busy with; on standard error, and nothing elsewhere.
+
+    Example:
+        >>> with busy("adding the adapter to the weights"):
+        ...     total = sum(range(1000))
+    """
+    with make_screen(errors=True) as screen:
+        screen.phase(text, 0, 0)
+        yield
 
 
 def make_screen(console: Console | None = None, errors: bool = False) -> PlainScreen:

@@ -42,3 +42,4 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Ends the sink's work; called once, when the run has ended or failed."""
+        return  # a body of its docstring alone would count as abstract to type checkers

@@ -1,4 +1,4 @@
-"""A strategy at work in a federation: it decides who trains from what, and aggregates the updates."""
+"""Runs a strategy in a federation: assignments of the clients, and aggregation of the updates."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fedsplit.updates import Adapters, Assignment, ClientInfo, ClientUpdate, Ref
 
 
 def strategy_defaults(config: Config) -> dict[str, Any]:
-    """Returns arguments that a strategy gets where it takes them and the user gave no others.
+    """Returns default arguments for the constructor of a strategy.
 
-    Flower's need to know how many nodes there are, or they sample too few, or wait for ever for more.
+    Flower's strategies need the number of nodes. Without it they sample too few, or wait for more nodes forever.
     """
     return {
         **own_defaults(config),
@@ -34,7 +34,7 @@ def strategy_defaults(config: Config) -> dict[str, Any]:
 
 
 class Aggregation(Protocol):
-    """A strategy at work in a federation.
+    """The port to a strategy during a run.
 
     Attributes:
         traits: Traits of the strategy.
@@ -49,13 +49,13 @@ class Aggregation(Protocol):
     def aggregate(
         self, round: int, adapters: Adapters, updates: Sequence[ClientUpdate], replies: Sequence[Reply]
     ) -> Adapters:
-        """Returns the adapters that the next round starts from.
+        """Returns the aggregated adapters, from which the next round starts.
 
         Args:
             round: The round.
-            adapters: Adapters that this round started from.
+            adapters: Adapters at the start of the round.
             updates: Updates in the order of the clients.
-            replies: The replies that they were read from, without tensors.
+            replies: The clients' replies in the same order, without tensors.
         """
         ...
 
@@ -68,23 +68,23 @@ class Aggregation(Protocol):
         ...
 
     def memory(self) -> object:
-        """Returns everything that the strategy remembers, to be recalled in this process."""
+        """Returns the memory of the strategy, for `recall` in the same process."""
         ...
 
     def recall(self, memory: Any) -> None:
-        """Goes back to what the strategy remembered as `memory` was called."""
+        """Restores a memory from `memory`."""
         ...
 
 
 class OwnAggregation:
-    """Runs a `fedsplit.federation.strategy.Strategy` on the clients that are sampled."""
+    """Runs a `fedsplit.federation.strategy.Strategy` on the sampled clients."""
 
     def __init__(self, strategy: Strategy, config: Config) -> None:
         """Holds the strategy's state between rounds.
 
         Args:
             strategy: The strategy.
-            config: Configuration of the run: the clients' ranks, and how many clients are sampled.
+            config: Configuration of the run, with the clients' ranks and the number of sampled clients.
         """
         self._strategy = strategy
         self._config = config
@@ -92,11 +92,12 @@ class OwnAggregation:
         self.traits = traits_of(strategy)
 
     def assign(self, round: int, adapters: Adapters, roster: Roster) -> dict[int, Assignment]:
-        """Returns the strategy's assignments for the sampled clients; a client that rests has none."""
+        """Returns the strategy's assignments for the sampled clients. A client that rests has none."""
         assigned = {}
         with named(self._strategy, round):
             state = self._begun(adapters)
             for client in sampled(self._config, round):
+                # The rank in the settings, and not that of the adapters, which have the largest rank of all clients.
                 info = ClientInfo(client, self._config.lora.rank_of(client))
                 assignment = broadcast(self._strategy, state, adapters, info)
                 if assignment is not None:
@@ -104,7 +105,7 @@ class OwnAggregation:
         return assigned
 
     def _begun(self, adapters: Adapters) -> State:
-        """Returns the strategy's state, which begins with the first round."""
+        """Returns the strategy's state, and makes the initial state in the first round."""
         if self._state is None:
             state = self._strategy.init(adapters)
             _check_state(state)
@@ -112,15 +113,15 @@ class OwnAggregation:
         return self._state
 
     def _checked(self, assignment: Assignment, adapters: Adapters) -> Assignment:
-        """Returns an assignment in the adapters' types, if a client can train from it.
+        """Checks an assignment, and converts its tensors to the types of the adapters.
 
         Raises:
-            TypeError, RefusedUpdate: No client can.
+            TypeError, RefusedUpdate: No client could train with the assignment.
         """
         if not isinstance(assignment, Assignment):
             raise TypeError(f"broadcast returned {type(assignment).__name__}, not an Assignment or None")
         given = assignment.adapters
-        ranks = {given.rank(layer) for layer in given.complete} or {1}
+        ranks = {given.rank(layer) for layer in given.complete} or {1}  # without a complete layer, no rank matters
         if len(ranks) > 1:
             listed = ", ".join(map(str, sorted(ranks)))
             raise RefusedUpdate(f"an assignment has the ranks {listed}, not one for all layers")
@@ -130,14 +131,14 @@ class OwnAggregation:
     def aggregate(
         self, round: int, adapters: Adapters, updates: Sequence[ClientUpdate], replies: Sequence[Reply]
     ) -> Adapters:
-        """Returns the strategy's own aggregate."""
+        """Returns the strategy's aggregate."""
         name = f"the strategy {type(self._strategy).__name__}"
         with named(self._strategy, round):
             state, result = _checked_pair(self._strategy.aggregate(self._begun(adapters), adapters, updates))
-            tensors = dict(result.tensors)
+            tensors = dict(result.tensors)  # inside, since reading a user's mapping may fail, too
         adapters.check_fits(tensors, name)
         result.check_folded(name)
-        self._state = state
+        self._state = state  # after the checks: a refused round must leave the earlier state
         if result.folded and not self.traits.folds:
             raise FederationFailed(f"{name} wants to fold into base weights; its traits do not say so")
         return _in_types_of(result, adapters)
@@ -151,7 +152,7 @@ class OwnAggregation:
         self._state = state
 
     def memory(self) -> object:
-        """Returns the strategy's state, which no strategy changes in place; None before the first round."""
+        """Returns the strategy's state; None before the first round. No strategy changes a state in place."""
         return self._state
 
     def recall(self, memory: Any) -> None:
@@ -160,10 +161,10 @@ class OwnAggregation:
 
 
 def _checked_pair(returned: Any) -> tuple[State, Adapters]:
-    """Returns the state and the adapters that a strategy's `aggregate` returned.
+    """Checks the value that a strategy's `aggregate` returned.
 
     Raises:
-        TypeError: It returned something else.
+        TypeError: The value is no pair of a state and adapters.
     """
     is_pair = isinstance(returned, tuple) and len(returned) == 2
     if not is_pair or not isinstance(returned[1], Adapters):
@@ -175,7 +176,7 @@ def _checked_pair(returned: Any) -> tuple[State, Adapters]:
 
 
 def _check_state(state: object) -> None:
-    """Makes sure that a strategy's state can be saved.
+    """Checks that a strategy's state can be saved.
 
     Raises:
         TypeError: The state is no mapping of names to tensors.
@@ -188,21 +189,22 @@ def _check_state(state: object) -> None:
 
 
 def _in_types_of(given: Adapters, adapters: Adapters) -> Adapters:
-    """Returns adapters whose tensors have the types of others of the same names."""
+    """Returns `given` with the tensor types of `adapters`."""
+    # A strategy may compute in float64. Messages, checkpoints and clients expect the types of the adapters.
     tensors = {name: tensor.to(adapters.tensors[name].dtype) for name, tensor in given.tensors.items()}
     return replace(given, tensors=tensors)
 
 
 def sampled(config: Config, round: int) -> list[int]:
-    """Returns the clients that train in a round; the seed alone decides."""
+    """Returns the clients that train in a round. They depend on the seed only."""
     generator = random.Random(derive_seed(config.seed, "sample", round))
     return sorted(generator.sample(range(config.clients), config.sampled))
 
 
 def make_aggregation(strategy: Strategy | FlowerLike, config: Config) -> Aggregation:
-    """Returns the aggregation that a strategy needs: ours or Flower's."""
+    """Returns the aggregation for a strategy of fedsplit's form or of Flower's."""
     if isinstance(strategy, FlowerLike):
-        from fedsplit.federation.flower_strategy import FlowerAggregation  # Flower is needed by its own only
+        from fedsplit.federation.flower_strategy import FlowerAggregation  # imports Flower, which takes seconds
 
         return FlowerAggregation(strategy, config)
     return OwnAggregation(strategy, config)

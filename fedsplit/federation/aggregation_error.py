@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from fedsplit.updates import Adapters, ClientUpdate, mean_change, mean_changes, weighted
 
@@ -28,6 +31,23 @@ class AggregationError:
     residual_rank: dict[str, int]
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Has torch compute with one thread inside the context.
+
+    The factors are thin: their QR decompositions take longer with two threads, which wait for each other at every
+    column, and hundreds of times as long where other processes keep a core busy. The last digits do not depend on the
+    number of cores then, either.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def measure(updates: Sequence[ClientUpdate], result: Adapters) -> AggregationError:
     """Measures the aggregation error of a round, without building any (out, in) matrix.
 
@@ -57,6 +77,7 @@ def measure(updates: Sequence[ClientUpdate], result: Adapters) -> AggregationErr
         applied = result.change(layer)
         if layer in result.folded:
             applied = applied + result.folded[layer].to(mean.up.dtype)
+        # Squares of Frobenius norms add up over the layers.
         size, distance = mean.norm_and_distance(applied)
 
         squared_distance += distance**2

@@ -1,4 +1,4 @@
-"""Attempts: a client that is lost trains again, and a round that is lost is played again, with the same seeds."""
+"""Attempts: a lost client trains again, and a lost round is played again, with the same seeds."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 TRIES = 3
-"""How often a client may begin a round before it counts as failed: once, and twice more after its process was lost."""
+"""Number of times that a client may begin a round. After the loss of its process for the third time it has failed."""
 
 
 class RoundLost(Exception):
-    """A round cannot stand; it can be discarded and played again.
+    """A round is lost. It can be discarded and played again.
 
     Attributes:
-        clients: Clients whose processes were lost, by which the round was lost.
+        clients: Clients whose lost processes are the reason.
     """
 
     def __init__(self, reason: str, clients: Collection[int] = ()) -> None:
@@ -25,11 +25,11 @@ class RoundLost(Exception):
 
 @dataclass
 class Attempt:
-    """One attempt at a round, and how often each client has begun within it.
+    """One attempt at a round, with the number of restarts of each client.
 
     Attributes:
         number: Number of earlier attempts at the round.
-        excluded: Clients that count as failed in this attempt, as their processes were lost too often.
+        excluded: Clients that count as failed in the attempt, since their processes were lost too often.
 
     Example:
         >>> attempt = Attempt(number=1)
@@ -37,7 +37,7 @@ class Attempt:
         3
         >>> attempt.begin_again(client=4)
         True
-        >>> attempt.of(client=4)  # the trunk refuses steps of an attempt that lies behind its client
+        >>> attempt.of(client=4)  # by a larger number the trunk knows that the client has begun again
         4
     """
 
@@ -46,14 +46,15 @@ class Attempt:
     _again: Counter[int] = field(default_factory=Counter)
 
     def of(self, client: int) -> int:
-        """Returns how often a client may have begun the round before, which its steps carry.
+        """Returns the number of the attempt in a client's steps.
 
-        The number grows with each new beginning, in this attempt or in a later one.
+        The number grows with each restart of the client, and with each attempt at the round.
         """
+        # A client begins at most `TRIES` times in an attempt, so that two attempts share no number.
         return self.number * TRIES + self._again[client]
 
     def begin_again(self, client: int) -> bool:
-        """Counts a new beginning of a client; returns False if the client has had all of its tries."""
+        """Counts a restart of a client. Returns False if the client has no try left."""
         if self._again[client] >= TRIES - 1:
             return False
         self._again[client] += 1

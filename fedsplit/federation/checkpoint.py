@@ -1,4 +1,4 @@
-"""The run's folder: what is written, when, and so that a crash leaves nothing half-written."""
+"""The run's folder. Every file is written in one step, so that a crash leaves no half-written file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fedsplit.corpora.shards import remove_left
 from fedsplit.durable import remove_folder, sync, tidy, write_folder, write_text, writing
 from fedsplit.errors import SettingError
 from fedsplit.federation import manifest
+from fedsplit.federation.model_card import CARD
 from fedsplit.federation.resumption import (
     CHECKPOINTS,
     FACTS,
@@ -41,14 +42,14 @@ from fedsplit.tensor_files import load_tensors, pack, unpack, write_tensors
 from fedsplit.updates import Adapters
 
 INPUTS = "inputs"
-"""Folder in a run's folder for the model and the data that were given as objects; written before the run begins."""
+"""Folder in a run's folder for a model and a data set from Python objects; written before the run begins."""
 
 
 def check_folder(path: Path) -> None:
-    """Makes sure that a run's folder can be made, and leaves nothing behind.
+    """Checks that a run's folder can be made. The check leaves no file behind.
 
     Raises:
-        SettingError: The folder is there and not empty, or cannot be written.
+        SettingError: The folder exists and is not empty, or cannot be written.
     """
     nearest = path
     try:
@@ -65,14 +66,14 @@ def check_folder(path: Path) -> None:
 
 
 def _is_free(path: Path) -> bool:
-    """Tells whether a folder has nothing of a run but what a kill in the run's first moment leaves."""
+    """Returns True if a folder is empty, but for the files that a run leaves which is killed in its first moment."""
     names = {entry.name for entry in path.iterdir()}
     visible = {name for name in names if not name.endswith(".draft")}
     return visible <= {INPUTS, CHECKPOINTS} and not checkpoints_of(path)
 
 
 def _described(path: Path) -> str:
-    """Returns what a folder holds that is there already."""
+    """Describes the content of an existing folder, for messages."""
     if not ((path / "config.toml").is_file() and (path / CHECKPOINTS).is_dir()):
         return "there already"
     if checkpoints_of(path):
@@ -82,10 +83,10 @@ def _described(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run needs to go on after a round.
+    """Values from which a run goes on after a round.
 
     Attributes:
-        round: The last round that is whole.
+        round: The last complete round.
         facts: Plain values.
         groups: Tensors by group and name.
     """
@@ -97,11 +98,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is known of a checkpoint in the run's folder.
+    """Facts about a checkpoint in the run's folder.
 
     Attributes:
-        loss: Held-out loss after its round, in nats; infinite where it is not finite or not known.
-        accepted: By client, the last round until then of which the server accepted the client's update.
+        loss: Held-out loss after the checkpoint's round, in nats; infinite if the loss is not finite or unknown.
+        accepted: Last round, until the checkpoint, in which the server accepted an update; by client.
     """
 
     loss: float = math.inf
@@ -110,7 +111,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Unwritten:
-    """The checkpoint of the best round, as long as it could not be written."""
+    """Checkpoint of the best round, kept in memory while the disk cannot take the files."""
 
     snapshot: Snapshot
     adapters: Adapters
@@ -118,58 +119,72 @@ class _Unwritten:
 
 
 class RunFolder:
-    """Everything a run leaves behind.
+    """The folder of a run.
 
-    `config.toml` runs again with `--config`; `data.json` says who holds what; `adapter/` is one PEFT adapter of the
-    unsplit model; `bottom_lora/`, `trunk_lora/`, `top_lora/` are the same by part; `metrics.jsonl` and `summary.json`
-    are written by the sinks of `fedsplit.events.run_files`; `checkpoints/round-NNNN/` is the adapter after a round,
-    with what `--resume` needs; `clients/` is what clients keep on disks of their own; `personal/NNNN/` is the adapter
-    of a client that has one of its own.
+    - `config.toml`: the settings; `--config` starts another run from this file.
+    - `data.json`: a summary of the clients' data.
+    - `adapter/`: the adapter of the unsplit model, for PEFT.
+    - `bottom_lora/`, `trunk_lora/`, `top_lora/`: the same adapter, part by part.
+    - `metrics.jsonl`, `summary.json`: written by the sinks of `fedsplit.events.run_files`.
+    - `checkpoints/round-NNNN/`: the adapter after a round, with all further values for `--resume`.
+    - `clients/`: the clients' disks.
+    - `personal/NNNN/`: the model's adapter of a client with personal tensors.
 
     Attributes:
         path: The folder.
-        clients: The clients' disks.
-        folds: Where the server remembers what was folded into base weights.
+        clients: Folder of the clients' disks.
+        folds: Folder of the changes of base weights.
         notes: Lines for the user about how the run goes on; empty for a new run.
     """
 
-    def __init__(self, path: Path, config: Config, family: Family, blocks: int, content: manifest.Content) -> None:
-        """Makes the folder, or opens that of a run that goes on, and writes the configuration.
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        family: Family,
+        blocks: int,
+        content: manifest.Content,
+    ) -> None:
+        """Makes the folder of a new run, or opens the folder of a resumed run, and writes the configuration.
 
-        Text of clients and drafts that a killed run has left in the folder are removed.
+        Clients' text and unfinished files of a killed run are removed.
 
         Args:
-            path: Where.
-            config: The run's.
-            family: The model's family.
+            path: The folder.
+            config: Configuration of the run.
+            family: Family of the model.
             blocks: Number of blocks of the model.
-            content: The run's data and model, for the manifests.
+            content: Digests of data, model and code, for the manifests.
 
         Raises:
-            SettingError: Another run has made the folder since it was checked, or is still at work in it, or none of
-                its checkpoints is valid.
-            NotWritten: It cannot be written.
+            SettingError: Another run has made the folder since the check, or is still at work in the folder; or a
+                resumed run has no valid checkpoint.
+            NotWritten: The folder cannot be written.
         """
-        self.path, self._config, self._family, self._content = path, config, family, content
-        self._digests: dict[tuple[Path, int, int], str] = {}
+        self.path = path
+        self._config = config
+        self._family = family
+        self._content = content
+        self._digests: dict[tuple[Path, int, int], str] = {}  # by file, time of its last change, and size
         self._ranges = ranges(blocks, config.bounds)
-        self.clients, self.folds = path.absolute() / "clients", path / CHECKPOINTS / FOLDS
+        self.clients = path.absolute() / "clients"
+        self.folds = path / CHECKPOINTS / FOLDS
         self.notes: list[str] = []
         self._resumed: Checkpoint | None = None
         self._kept: dict[int, _Kept] = {}
         self._unwritten: _Unwritten | None = None
         with writing(path):
             if not config.resume and (path / "config.toml").exists():
-                # It was not there when it was checked: a run that began meanwhile has it.
+                # The folder was free when it was checked: another run began meanwhile.
                 raise SettingError("out", f"{path} (there already)", _FREE)
             (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            self._lock = lock(path)
+            self._lock = lock(path)  # held for as long as this object lives
         if config.resume:
             self._go_on()
         write_text(path / "config.toml", tomli_w.dumps(as_document(config)))
 
     def _go_on(self) -> None:
-        """Finds the checkpoint to go on from, and removes what a killed run has left."""
+        """Finds the checkpoint to go on from, and removes leftovers of a killed run."""
         with writing(self.path):
             tidy(self.path)
             search = find_checkpoint(self.path, self._config.keep_best)
@@ -177,7 +192,7 @@ class RunFolder:
             self.notes += notes_on(search)
             if count := remove_left(self.clients):
                 self.notes.append(f"removed the text of {count} clients, which a killed run had left in {self.clients}")
-            if search.newest is None:  # nothing of a first round that was not finished may be taken for a state
+            if search.newest is None:  # files of an unfinished first round must not be taken for a state
                 shutil.rmtree(self.clients, ignore_errors=True)
                 shutil.rmtree(self.folds, ignore_errors=True)
                 (self.path / "metrics.jsonl").unlink(missing_ok=True)
@@ -186,14 +201,15 @@ class RunFolder:
                 self._kept[number] = _kept_in(folder)
 
     def save_data(self, document: Mapping[str, Any]) -> None:
-        """Writes who holds what."""
+        """Writes the summary of the clients' data."""
         write_text(self.path / "data.json", json.dumps(document, indent=2) + "\n")
 
     def snapshot(self) -> Snapshot | None:
-        """Where a run that goes on was; None for one that begins. Events of later rounds are dropped."""
+        """Returns the checkpoint of a resumed run, and removes the events of later rounds; None for a new run."""
         if self._resumed is None:
             return None
-        facts, folder = self._resumed.facts, self._resumed.folder
+        facts = self._resumed.facts
+        folder = self._resumed.folder
         metrics = self.path / "metrics.jsonl"
         events = [line for line in metrics.read_bytes().splitlines(keepends=True) if is_event(line)]
         kept = [line.decode() for line in events if json.loads(line)["round"] <= facts["round"]]
@@ -201,7 +217,7 @@ class RunFolder:
         return Snapshot(facts["round"], facts, unpack(load_tensors(folder / _TENSORS)))
 
     def is_due(self, round: int, is_last: bool, is_best: bool) -> bool:
-        """Tells whether a round gets a checkpoint.
+        """Returns True if a round gets a checkpoint.
 
         Args:
             round: The round.
@@ -212,7 +228,7 @@ class RunFolder:
         return round % config.checkpoint.every == 0 or is_last or (config.keep_best and is_best)
 
     def rounds_needed(self, client: int) -> tuple[int, ...]:
-        """Returns the rounds of a client's own state that the kept checkpoints go back to."""
+        """Returns the rounds whose state a client must keep, since a checkpoint goes back to them."""
         accepted = [kept.accepted for kept in self._kept.values()]
         if self._unwritten is not None:
             accepted.append(_kept_of(self._unwritten.snapshot.facts).accepted)
@@ -221,16 +237,17 @@ class RunFolder:
     def save_round(
         self, snapshot: Snapshot, adapters: Adapters, personal: Mapping[int, Adapters] | None = None
     ) -> None:
-        """Writes a checkpoint, and then removes those that are no longer to be kept.
+        """Writes a checkpoint, and then removes old checkpoints by the settings.
 
         Args:
-            snapshot: What it takes to go on from the round.
-            adapters: The adapter that all share.
-            personal: Clients' own, where the round may be the one whose adapters a run leaves.
+            snapshot: Values from which the run can go on after the round.
+            adapters: Shared adapter of the whole model.
+            personal: Adapters by client, for clients with personal tensors. Only needed for a round that may become
+                the result of the run.
 
         Raises:
-            NotWritten: The checkpoint could not be written; the earlier ones are as they were. The best round of a run
-                with `keep_best` stays in memory, and is written before the next checkpoint.
+            NotWritten: The checkpoint could not be written; earlier checkpoints are unchanged. Under `keep_best` the
+                best round stays in memory, and is written before the next checkpoint.
         """
         this = _Unwritten(snapshot, adapters, personal or {})
         best = snapshot.facts.get("course", {}).get("best")
@@ -244,10 +261,10 @@ class RunFolder:
         self._prune(snapshot.round, best)
 
     def _write(self, checkpoint: _Unwritten) -> None:
-        """Writes a checkpoint in one step: its folder appears when all its files, the manifest last, are on the disk.
+        """Writes a checkpoint in one step: the folder gets its name once all files are on the disk.
 
         Raises:
-            NotWritten: It could not be written.
+            NotWritten: The checkpoint could not be written.
         """
         snapshot = checkpoint.snapshot
 
@@ -262,17 +279,17 @@ class RunFolder:
 
         metrics = self.path / "metrics.jsonl"
         with writing(metrics):
-            if metrics.exists():  # the events until this round must not be younger than its checkpoint
+            if metrics.exists():  # after a power cut, the checkpoint must not be there without its events
                 sync(metrics)
         write_folder(checkpoint_folder(self.path, snapshot.round), fill)
         self._kept[snapshot.round] = _kept_of(snapshot.facts)
 
     def _prune(self, newest: int, best: int | None) -> None:
-        """Removes the checkpoints that are not to be kept, and those of rounds that the run has not come to again.
+        """Removes superfluous checkpoints, and checkpoints of later rounds, which a resumed run plays again.
 
         Args:
-            newest: Round of the checkpoint that has just been written.
-            best: The best round so far; None where it is not known.
+            newest: Round of the newest checkpoint.
+            best: The best round so far; None if unknown.
 
         Raises:
             NotWritten: A checkpoint could not be removed.
@@ -280,24 +297,32 @@ class RunFolder:
         folders = checkpoints_of(self.path)
         done = [number for number in folders if number <= newest]
         keep = self._config.checkpoint.keep
-        wanted = {*(done[-keep:] if keep else done), best}
-        wanted.add(min(done, key=lambda number: (self._kept.get(number, _Kept()).loss, number)))
+        newest_ones = done[-keep:] if keep else done  # 0 keeps all
+        wanted = {*newest_ones, best}
+
+        def loss_and_number(number: int) -> tuple[float, int]:
+            return self._kept.get(number, _Kept()).loss, number
+
+        wanted.add(min(done, key=loss_and_number))  # the lowest loss stays in any case, see `--keep-checkpoints`
         for number, folder in folders.items():
             if number not in wanted:
                 self._kept.pop(number, None)
                 remove_folder(folder)
 
     def _elsewhere(self, snapshot: Snapshot) -> dict[str, str]:
-        """Digests of the files outside a round's folder from which a run goes on, by their path in the run's folder.
+        """Returns digests of the files outside a checkpoint's folder that the run needs to go on.
 
-        They are what was folded into base weights, and what clients keep, as far as their disks lie here.
+        The files are the changes of base weights, and the state of clients whose disks are on this machine. Digests are
+        by the file's path in the run's folder.
         """
         folds = [*self.folds.glob("round-*"), *(self.clients / FOLDS).glob("round-*")]
+        # A file with any other name counts as one of a later round, and is left out.
         files = [file for file in folds if (round_of(file) or snapshot.round + 1) <= snapshot.round]
         for client, accepted in snapshot.facts.get("accepted", {}).items():
             files.append(round_file(self.clients / f"{int(client):04d}", accepted))
         root = self.path.absolute()
-        known, self._digests = self._digests, {}  # digests of files that are needed no more are forgotten
+        known = self._digests
+        self._digests = {}  # without digests of files that no later round needs
         found = {}
         for file in sorted(files):
             if file.exists():
@@ -305,17 +330,17 @@ class RunFolder:
         return found
 
     def _digest(self, file: Path, known: Mapping[tuple[Path, int, int], str]) -> str:
-        """The digest of a file, which is read again only where it has changed: folds of all rounds are asked for."""
+        """Returns the digest of a file. An unchanged file is not read again, since folds of all rounds are needed."""
         state = file.stat()
         key = file, state.st_mtime_ns, state.st_size
         self._digests[key] = known[key] if key in known else manifest.digest(file)
         return self._digests[key]
 
     def read_round(self, round: int) -> tuple[Adapters, dict[int, Adapters]]:
-        """The adapters that `save_round` wrote: the whole model's, and clients' own.
+        """Reads the adapters of a checkpoint: the shared adapter of the whole model, and adapters by client.
 
         Raises:
-            Damaged: They are not as they were written.
+            Damaged: A file of the checkpoint has changed.
         """
         if self._unwritten is not None and self._unwritten.snapshot.round == round:
             return self._unwritten.adapters, dict(self._unwritten.personal)
@@ -326,26 +351,40 @@ class RunFolder:
             raise manifest.Damaged(f"{folder}, the best round, is damaged: {damaged}") from None
         if self._config.prompt.kind != "off":  # adapter files have what the encoders make, and not the encoders
             groups = unpack(load_tensors(folder / _TENSORS))
-            return Adapters({**groups.get("adapters", {}), **groups.get("trunk", {})}, {}), {}
-        clients = _personal_in(written)
-        return run_adapters.load(folder), {int(name): run_adapters.load(folder / _PERSONAL / name) for name in clients}
+            tensors = {**groups.get("adapters", {}), **groups.get("trunk", {})}
+            return Adapters(tensors, {}), {}
+        personal = {}
+        for name in _personal_in(written):
+            personal[int(name)] = run_adapters.load(folder / _PERSONAL / name)
+        return run_adapters.load(folder), personal
 
     def read_facts(self, round: int) -> dict[str, Any]:
-        """The plain values that `save_round` wrote."""
+        """Reads the plain values of a checkpoint."""
         if self._unwritten is not None and self._unwritten.snapshot.round == round:
             return dict(self._unwritten.snapshot.facts)
         text = (checkpoint_folder(self.path, round) / FACTS).read_text(encoding="utf-8")
         facts: dict[str, Any] = json.loads(text)
         return facts
 
-    def save_result(self, adapters: Adapters) -> None:
-        """Writes the final adapter, whole and by part."""
-        write_folder(self.path / "adapter", lambda folder: self._save(folder, adapters))
+    def save_result(self, adapters: Adapters, card: str = "") -> None:
+        """Writes the final adapter, whole and by part.
+
+        Args:
+            adapters: Adapter of the unsplit model.
+            card: The model card, which lies beside the whole adapter; empty for none.
+        """
+
+        def fill(folder: Path) -> None:
+            self._save(folder, adapters)
+            if card:
+                (folder / CARD).write_text(card, encoding="utf-8")
+
+        write_folder(self.path / "adapter", fill)
         for kind in self._ranges:
             write_folder(self.path / f"{kind}_lora", lambda folder, kind=kind: self._save(folder, adapters, kind))  # type: ignore[misc]
 
     def save_personal(self, client: int, adapters: Adapters) -> None:
-        """Writes the adapter of the whole model as one client has it."""
+        """Writes the whole model's adapter of one client."""
         write_folder(self.path / _PERSONAL / f"{client:04d}", lambda folder: self._save(folder, adapters))
 
     def _save(self, folder: Path, whole: Adapters, kind: Kind | None = None) -> None:
@@ -355,19 +394,20 @@ class RunFolder:
         run_adapters.save(folder, whole, self._config, self._family, kind, blocks)
 
 
-_TENSORS, _PERSONAL = "state.safetensors", "personal"
+_TENSORS = "state.safetensors"
+_PERSONAL = "personal"
 
 _FREE = "a folder that is not there yet or is empty, where files can be written"
 
 
 def _personal_in(written: manifest.Manifest) -> list[str]:
-    """Returns the names of the folders with clients' own adapters, by the manifest: others were put there later."""
+    """Returns the names of the folders with clients' adapters. Folders that the manifest lacks were added later."""
     places = (Path(name).parts for name in written.files)
     return sorted({parts[1] for parts in places if parts[0] == _PERSONAL})
 
 
 def _kept_in(folder: Path) -> _Kept:
-    """Reads what is known of a checkpoint, of which nobody has checked whether it is valid."""
+    """Reads facts about a checkpoint that may be damaged."""
     try:
         return _kept_of(json.loads((folder / FACTS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""In which order clients begin a round, and how many train at once."""
+"""The order in which clients begin a round, and the groups that train at the same time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from fedsplit.trunk.schedules import is_deterministic
 
 
 def takes_turns(config: Config) -> bool:
-    """Whether the order of steps must be fixed, since it decides the result."""
+    """Returns True if the order of steps must be fixed, since the result depends on the order."""
     trunk = config.trunk
     return config.deterministic and not is_deterministic(trunk.schedule, trunk.every)
 
 
-def groups_of(config: Config, round: int, clients: Iterable[int], steps: Callable[[int], int]) -> list[list[int]]:
-    """Returns the clients in the order in which they begin a round, in groups that train at once.
+def groups_of(
+    config: Config,
+    round: int,
+    clients: Iterable[int],
+    steps: Callable[[int], int],
+) -> list[list[int]]:
+    """Returns groups of clients. The groups train one after the other, and the clients of a group at the same time.
 
-    Where processes play the clients and no order is promised, the clients with the most local steps begin: everybody
-    would wait for a long one that began last.
+    Under engines with client processes, and without a promised order, clients with the most local steps come first.
+    Otherwise a client with many steps might begin last, and all would wait.
 
     Args:
-        config: The run's; its seed decides an order that is random.
+        config: Configuration of the run. The seed decides a random order.
         round: The round, from 1.
-        clients: Those that train in it.
+        clients: Clients that train in the round.
         steps: Returns the number of a client's local steps.
 
     Example:
@@ -37,7 +42,8 @@ def groups_of(config: Config, round: int, clients: Iterable[int], steps: Callabl
     turns = takes_turns(config)
     if config.trunk.order == "random":
         random.Random(derive_seed(config.seed, "order", round)).shuffle(ordered)
+        # The engine `local` plays one client after the other, so that no order of them saves time.
         if not turns and config.engine != "local":
-            ordered.sort(key=steps, reverse=True)  # keeps the drawn order of those with equally many
+            ordered.sort(key=steps, reverse=True)  # a stable sort: equal numbers keep the drawn order
     size = config.trunk.group if turns else max(1, len(ordered))
     return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]

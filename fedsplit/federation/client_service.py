@@ -1,6 +1,6 @@
-"""A client's side of a federation: a request in, a client's work, an answer out; no engine is known here.
+"""Client side of a federation: a request comes in, the client does the work, and an answer goes out.
 
-All clients of a process share one copy of the frozen base.
+The module knows no engine. All clients of a process share one copy of the frozen base weights.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,12 +25,13 @@ from fedsplit.client.link import Link, TrunkLike
 from fedsplit.client.measures import load_measures
 from fedsplit.corpora.shards import Shard, read_shard
 from fedsplit.durable import NotWritten
-from fedsplit.federation import messages, replies
+from fedsplit.federation import messages
+from fedsplit.federation.introductions import Introduction, introduce
 from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request, Train
 from fedsplit.federation.travel import TravelRule, draw
 from fedsplit.lowrank import LowRank
 from fedsplit.metrics.metric import Metric
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.model.parts import Bottom, Top
 from fedsplit.model.routers import RouterLoss
 from fedsplit.model.sources import config_folder
@@ -48,13 +50,13 @@ from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, ClientUpdate
 from fedsplit.wire.codecs import copy_of_state, make_codec
 
-Connect = Callable[[str], TrunkLike]
-"""Finds a trunk by its name."""
+Connect = Callable[[str, Config], TrunkLike]
+"""Returns the trunk with a name, for a run with some settings."""
 
 
 @dataclass
 class _Site:
-    """Objects that the clients of one process have in common.
+    """Objects that all clients of one process share.
 
     Attributes:
         config: Configuration of the run.
@@ -62,15 +64,15 @@ class _Site:
         top: Last blocks and the head, with adapters.
         trunk: Way to the trunk.
         start: Adapters of bottom and top that training starts from, at the largest rank.
-        rule: Which of them cross, and which are personal.
-        router_aux_loss: Coefficient of the routers' loss; 0 where there is none.
+        rule: Names of the adapters that cross, and of the personal ones.
+        router_aux_loss: Coefficient of the routers' loss; 0 for no such loss.
         objective: Loss that training minimises; None for cross-entropy.
         metrics: Metrics of the held-out text, by name.
-        make_stage: Makes the strategy's own gradient stage; None where the strategy has none.
-        folded: Last round whose changes of base weights have been made here.
-        folds: Number of rounds whose changes have been made here.
-        unwritten: Changes by round that could not be written to the log yet.
-        discarded: Number of discarded attempts that the server had counted as the base weights were loaded.
+        make_stage: Makes the gradient stage of the strategy; None for a strategy without one.
+        folded: Last round whose changes of base weights this process has applied.
+        folds: Number of rounds whose changes this process has applied.
+        unwritten: Changes by round that are not in the log yet.
+        discarded: Number of discarded attempts, as the server counted them when the base weights were loaded.
     """
 
     config: Config
@@ -89,7 +91,7 @@ class _Site:
     discarded: int = 0
 
     def client(self, request: Request, shard: Shard) -> Client:
-        """Returns the client that a request is for, with its data and its way to the trunk."""
+        """Returns the client of a request, with the client's data and a link to the trunk."""
         config, briefing = self.config, request.briefing
         link = Link(
             self.trunk,
@@ -115,26 +117,28 @@ class _Site:
         )
 
     def personalised(self, given: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Returns the adapter with which a client measures its held-out text.
+        """Returns the adapter for measurements of a client's held-out text.
 
         Args:
-            given: Adapter that all clients have.
-            kept: State of the client's own gradient stage.
+            given: Shared adapter.
+            kept: State of the gradient stage at the client.
         """
         return given if self.make_stage is None else self.make_stage().personalise(RoundStart(given, kept))
 
     def catch_up(self, request: Request) -> None:
-        """Makes the changes of base weights that were not made here yet, in the order of the rounds.
+        """Applies changes of base weights that this process has not applied yet, in the order of the rounds.
 
         Raises:
-            LostState: The log lacks changes, without which the weights would be others than at the other clients.
+            LostState: The log lacks changes. The weights would differ from the weights of other processes.
         """
         log = FoldLog(Path(request.briefing.store) / FOLDS)
         if isinstance(request, Evaluate) and request.changes:
             self.unwritten[request.folded] = request.changes
         self._write_down(log)
         rounds = range(self.folded + 1, request.folded + 1)
+        # What a full disk did not take is in memory alone.
         missing = [self.unwritten.get(round) or log.read(round) for round in rounds]
+        # A round without changes has no file. Only the number of all rounds with changes tells a lost file from none.
         folds = self.folds + sum(map(bool, missing))
         if rounds and folds < request.folds:
             reason = f"only {folds} of {request.folds} rounds that changed base weights until round {request.folded}"
@@ -146,9 +150,10 @@ class _Site:
         self.folded = max(self.folded, request.folded)
 
     def _write_down(self, log: FoldLog) -> None:
-        """Writes changes of base weights to the log, from which other processes read them.
+        """Writes changes of base weights to the log, from which other processes read the changes.
 
-        On a full disk they wait here for the next request. A process that lacks them fails, and says so.
+        If the disk is full, the changes stay in memory until the next request. A process that finds changes missing
+        fails with an error.
         """
         with contextlib.suppress(NotWritten):
             for round in sorted(self.unwritten):
@@ -158,7 +163,7 @@ class _Site:
 
 @dataclass(frozen=True)
 class _Visit:
-    """Everything that one request needs: the site, the client, and the client's disk."""
+    """Objects for one request: the site, the client, and the client's disk."""
 
     site: _Site
     client: Client
@@ -166,17 +171,17 @@ class _Visit:
 
 
 class ClientService:
-    """Answers the requests of a server for all clients of one process.
+    """Answers a server's requests to all clients of one process.
 
-    Bottom and top are loaded with the first request of a run, and nothing of the trunk.
+    The first request of a run loads bottom and top. The trunk's weights are never loaded.
     """
 
     def __init__(self, connect: Connect, objects: Objects = NOTHING) -> None:
         """Loads nothing yet.
 
         Args:
-            connect: Finds the trunk by the name that requests carry.
-            objects: Strategy, objective and metrics, where they are not to be loaded by their names.
+            connect: Returns the trunk with the name in a request.
+            objects: Strategy, objective and metrics in place of names in the settings.
         """
         self._connect = connect
         self._objects = objects
@@ -184,7 +189,7 @@ class ClientService:
         self._site: _Site | None = None
 
     def answer(self, request: Request) -> Answer:
-        """Does what a request asks; an error becomes a `Failure`, since it is the server's to judge."""
+        """Serves a request. An error becomes a `Failure`, so that the server decides how the run goes on."""
         try:
             return self.serve(request)
         except (Exception, SystemExit) as error:  # a client may fail in any way, and the others go on
@@ -192,12 +197,12 @@ class ClientService:
             return _failure(request.client, error)
 
     def serve(self, request: Request) -> Reply:
-        """Does what a request asks.
+        """Serves a request.
 
         Raises:
             TrunkLost: The trunk is gone.
             LostState: The client's disk lacks a round.
-            Diverged: Training has come to values that are not finite.
+            Diverged: Training has produced a value that is not finite.
         """
         visit = self.visit(request)
         if isinstance(request, Train):
@@ -208,7 +213,7 @@ class ClientService:
         return _introduce(visit, request)
 
     def visit(self, request: Request) -> _Visit:
-        """Brings the site to the state that a request is about, and finds the client."""
+        """Brings the base weights to the state of a request, and returns the client of the request."""
         briefing = request.briefing
         root = Path(briefing.store)
         shard = read_shard(root, request.client)
@@ -225,7 +230,7 @@ class ClientService:
 
 
 def _failure(client: int, error: BaseException) -> Failure:
-    """Returns an error as a failure; an error of our own says enough without the name of its class."""
+    """Returns an error as a failure. The class of an error is named, except for fedsplit's errors."""
     kind = type(error).__name__
     reason = " ".join(str(error).split())
     is_ours = type(error).__module__.partition(".")[0] == "fedsplit"
@@ -247,7 +252,7 @@ def _load(briefing: Briefing, classes: int, connect: Connect, objects: Objects) 
         config,
         bottom,
         top,
-        connect(briefing.trunk),
+        connect(briefing.trunk, config),
         start=lora.read(bottom, top),
         rule=TravelRule.of(starts, config.share, briefing.personal),
         router_aux_loss=read_facts(config_folder(config.model)).coefficient(config.router_aux_loss),
@@ -258,57 +263,72 @@ def _load(briefing: Briefing, classes: int, connect: Connect, objects: Objects) 
 
 
 def _introduce(visit: _Visit, request: Introduce) -> Reply:
-    """Tells the client's name; the first client, or one that is asked to, also tells what training starts from."""
-    site, client = visit.site, visit.client
-    parameters = {"bottom": lora.count(site.bottom), "top": lora.count(site.top, elsewhere=[site.bottom])}
+    """Returns a client's introduction, with the initial adapters if the server needs them from this client."""
+    site = visit.site
+    client = visit.client
+    parameters = {
+        "bottom": lora.count(site.bottom),
+        "top": lora.count(site.top, elsewhere=[site.bottom]),  # a tied head counts once, at the bottom
+    }
     if not SCHEDULES[site.config.trunk.schedule].returns_gradient:
         parameters["bottom"]["trainable"] = 0
     start: dict[str, Adapters] = {}
     if client.number == 0 or request.wants_start:
         start = {str(part.kind): lora.read(part) for part in (site.bottom, site.top)}
-    return replies.introduce(replies.Introduction(client.number, client.shard.name, parameters, start))
+    return introduce(Introduction(client.number, client.shard.name, parameters, start))
 
 
 def _train(visit: _Visit, request: Train) -> Reply:
-    """Trains for a round, and measures what the client's own steps have made of the model."""
-    site, client, store = visit.site, visit.client, visit.store
-    config, task, rule = site.config, request.task, site.rule
+    """Trains for a round, and then measures a sample of the client's held-out text."""
+    site = visit.site
+    client = visit.client
+    store = visit.store
+    config = site.config
+    task = request.task
+    rule = site.rule
 
     kept = store.load(request.accepted)
     start = site.start.with_rank(request.rank)
     given = assembled(start, request, kept)
     moments = kept.moments if request.drawn is None else {}  # a new draw has no history
     stage = None if site.make_stage is None else site.make_stage()
+    # A client has a new codec for each request. Error feedback goes on where the last accepted round ended.
     client.link.codec.restore({client.number: kept.codec})
+    started = time.perf_counter()
     update = client.train(given, request.round, task, kept.control, moments, stage, kept.stage)
+    seconds = time.perf_counter() - started
     codec = copy_of_state(client.link.codec.state().get(client.number, {}))
 
     # Under --deterministic the others wait until this client has measured, or its score would depend on their steps.
     if not config.deterministic:
         client.link.leave(client.number)
-    batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
+    batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size, client.demands.rows)
     chosen = sample(batches, config.eval.after, config.train.batch_size)
     measured_with = site.personalised(update.adapters.tensors, update.kept)
+    started = time.perf_counter()
     own = pooled(through_split(client, measured_with, request.round, chosen))
+    sample_seconds = time.perf_counter() - started
     if config.deterministic:
         client.link.leave(client.number)
 
     untrained = rule.untrained(given, task)
     control = moved(kept.control, update.control) if task.control is not None else {}
     state = to_keep(start, given, update, untrained, rule.personal, control, codec)
+    # Before the answer: the server must not accept a round from which the client cannot go on.
     store.save(request.round, state, request.accepted, request.kept)
     returned = rule.returned(update.adapters.tensors, task)
-    return messages.trained(update, returned, own, peak_memory())
+    return messages.trained(update, returned, own, peak_memory(), seconds, sample_seconds)
 
 
 def assembled(start: Adapters, request: Train, kept: ClientState) -> dict[str, Tensor]:
-    """Returns the adapters that a client starts from: held, drawn, sent and its own, each in place of those before.
+    """Returns the adapters that a client starts from.
 
     Args:
-        start: Adapters that the run started from, at the client's rank.
+        start: Initial adapters of the run, at the client's rank.
         request: Request to train.
-        kept: Tensors on the client's disk since the last round that the server accepted.
+        kept: Tensors on the client's disk since the last update that the server accepted.
     """
+    # A later group replaces tensors of an earlier one.
     return {**start.tensors, **kept.held, **draw(start, request.drawn), **request.tensors, **kept.personal}
 
 
@@ -321,20 +341,27 @@ def to_keep(
     control: Mapping[str, Tensor],
     codec: Mapping[str, Tensor],
 ) -> ClientState:
-    """Returns what a client writes to its disk at the end of a round."""
+    """Returns the state that a client writes to disk at the end of a round."""
+    # A tensor that is as it was at the start is made from the run's seed again, and needs no room on the disk.
     held = {name: given[name] for name in untrained if not torch.equal(given[name], start.tensors[name])}
+    # Sorted: the order of a set differs from process to process, and equal states should be equal files.
     own = {name: update.adapters.tensors[name] for name in sorted(personal)}
     return ClientState(held, own, control, update.moments, update.kept, codec)
 
 
 def _evaluate(visit: _Visit, request: Evaluate) -> Reply:
-    """Measures the loss on the client's held-out text, and on the sample that is measured after its own steps."""
-    site, client, config = visit.site, visit.client, visit.site.config
+    """Measures a client's held-out text. The score of the sample, as after training, is reported separately."""
+    site = visit.site
+    client = visit.client
+    config = site.config
     kept = visit.store.load(request.accepted)
+    # Without `kept.held`: an evaluation sends all shared tensors, since they are new to every client.
     given = {**site.start.tensors, **request.tensors, **kept.personal}
     given = {**given, **site.personalised(given, kept.stage)}
-    batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size)
+    batches = held_out_batches(client.shard, config.eval.samples, config.train.batch_size, client.demands.rows)
+    started = time.perf_counter()
     scores = through_split(client, given, request.round, batches, site.metrics)
+    seconds = time.perf_counter() - started
     chosen = [number for number, _ in sample(batches, config.eval.after, config.train.batch_size)]
     part = pooled(scores[number] for number in chosen)
-    return messages.measured(client.number, pooled(scores), part, peak_memory())
+    return messages.measured(client.number, pooled(scores), part, peak_memory(), seconds)

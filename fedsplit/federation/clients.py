@@ -1,18 +1,18 @@
-"""The port to a federation's clients: what the loop over rounds asks of them, by whatever engine they run."""
+"""The port to a federation's clients: the requests of the server, under any engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fedsplit.federation.introductions import Introduction, read_introduction
 from fedsplit.federation.messages import Answer, Briefing, Failure, Request
-from fedsplit.federation.replies import Introduction, read_introduction
 from fedsplit.updates import RefusedUpdate
 
 
 class FederationFailed(Exception):
-    """The run cannot go on; says why."""
+    """The run cannot go on. The message is the reason."""
 
 
 class Interrupted(Exception):
@@ -21,12 +21,12 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class ClientNode:
-    """A client as the server knows it.
+    """A client, from the view of the server.
 
     Attributes:
-        node: Id of the node that plays the client in this run.
+        node: Id of the node that plays the client in the run.
         name: Owner of the client's data.
-        absent: Reason why the client takes no part in the run; empty for one that introduced itself.
+        absent: Reason why the client takes no part in the run; empty for a client that takes part.
     """
 
     node: int
@@ -35,7 +35,7 @@ class ClientNode:
 
 
 class Roster(Protocol):
-    """The clients of a federation, as a strategy sees them."""
+    """The clients of a federation, from the view of a strategy."""
 
     @property
     def nodes(self) -> Sequence[ClientNode]:
@@ -44,12 +44,12 @@ class Roster(Protocol):
 
     @property
     def grid(self) -> Any:
-        """Flower's grid; None where no Flower runs."""
+        """Flower's grid; None on an engine without Flower."""
         ...
 
 
 class Clients(Protocol):
-    """Way to all clients of a federation."""
+    """Connection to all clients of a federation."""
 
     @property
     def nodes(self) -> Sequence[ClientNode]:
@@ -58,58 +58,65 @@ class Clients(Protocol):
 
     @property
     def grid(self) -> Any:
-        """Flower's grid, for a strategy of Flower's that looks at it; None where no Flower runs."""
+        """Flower's grid, for strategies of Flower's; None on an engine without Flower."""
         ...
 
     def meet(self, briefing: Briefing, count: int) -> Iterator[Introduction]:
-        """Finds the clients of a run, and has each introduce itself; `RollCall` tells who takes part.
+        """Asks every client of a run for its introduction. `RollCall` decides which clients take part.
 
         Args:
             briefing: Facts of the run.
             count: Number of clients.
 
         Yields:
-            Introductions in the order in which they arrive. After the last one `nodes` is complete, and says which
-            clients are absent.
+            Introductions in the order of arrival. After the last one, `nodes` lists all clients, and names the absent
+            ones.
 
         Raises:
-            FederationFailed: Nothing goes on any more.
+            FederationFailed: The run cannot go on.
             Interrupted: The run was asked to stop.
         """
         ...
 
     def ask(self, requests: Iterable[Request], until: float | None = None) -> Iterator[Answer]:
-        """Sends requests, and yields the answers as they arrive.
+        """Sends requests, and yields the answers on arrival.
 
         Args:
-            requests: One to each client that is asked. An engine takes them one by one as it has room.
-            until: Time by `time.monotonic` at which nobody is waited for any more; None to wait for all.
+            requests: At most one request to each client. An engine takes the next request once it has room.
+            until: Deadline by `time.monotonic`; None for no deadline.
 
         Yields:
-            One answer for each request, in any order; none for clients that are not waited for any more, whose work is
-            ended. The answer of a client whose process was lost is a failure of the kind `CLIENT_LOST`.
+            One answer for each request, in any order. At the deadline, the work of late clients is ended, and no
+            answer is yielded for them. For a lost process, the answer is a failure of the kind `CLIENT_LOST`.
 
         Raises:
-            FederationFailed: Nothing goes on any more.
+            FederationFailed: The run cannot go on.
             Interrupted: The run was asked to stop.
         """
         ...
 
     def abandon(self) -> None:
-        """Waits for all requests that are under way, and drops the answers.
+        """Waits until all running requests have ended, and drops the answers.
 
         Raises:
-            FederationFailed: Nothing goes on any more.
+            FederationFailed: The run cannot go on.
             Interrupted: The run was asked to stop.
+        """
+        ...
+
+    def take_shipped(self) -> Mapping[str, int]:
+        """Returns the bytes of clients' files that have crossed between nodes since the last call.
+
+        The keys are "client_files_down" and "client_files_up".
         """
         ...
 
 
 class RollCall:
-    """Takes the introductions of clients; a client without a usable one is absent for the whole run.
+    """Collects introductions. A client without a usable introduction is absent for the whole run.
 
     Example:
-        >>> from fedsplit.federation.replies import introduce
+        >>> from fedsplit.federation.introductions import introduce
         >>> roll = RollCall(2)
         >>> roll.hear(70, introduce(Introduction(1, "bob", {}, {}))).name
         'bob'
@@ -119,7 +126,7 @@ class RollCall:
     """
 
     def __init__(self, count: int) -> None:
-        """Has heard nobody.
+        """Starts without an introduction.
 
         Args:
             count: Number of clients.
@@ -136,10 +143,10 @@ class RollCall:
 
         Args:
             node: Id of the node.
-            answer: The answer; its client is -1 where only the introduction tells it.
+            answer: The answer. The client is -1 if the engine does not know the client's number.
 
         Returns:
-            The introduction; None where it cannot be used.
+            The introduction; None if it cannot be used.
         """
         try:
             introduction = self.read(answer)
@@ -157,7 +164,7 @@ class RollCall:
         """Returns a usable introduction.
 
         Raises:
-            RefusedUpdate: There is none; says why.
+            RefusedUpdate: The answer is a failure, or an introduction that cannot be used.
         """
         if isinstance(answer, Failure):
             raise RefusedUpdate(answer.reason)
@@ -173,12 +180,13 @@ class RollCall:
         return introduction
 
     def nodes(self) -> list[ClientNode]:
-        """Returns the clients by number, once all nodes have been heard.
+        """Returns the clients by number, after the answers of all nodes.
 
-        Nobody knows which of two nodes with the same number is right, so that their client is absent. An absent client
-        gets one of the nodes that are left. Where several are absent, and nobody knows which of them failed for which
-        reason, each has all reasons.
+        If two nodes report the same number, nobody knows which is right, and the client is absent. An absent client
+        gets one of the remaining nodes. If several clients are absent and reasons cannot be attributed, each client
+        gets all reasons.
         """
+        # Every client gets a node, absent or not, since Flower's strategies count and sample nodes.
         spare = [self._found[client].node for client in sorted(self._claimed_twice)] + self._spare
         shared = " or ".join(dict.fromkeys(self._unattributed)) or "it was not heard"
         nodes = []
@@ -194,5 +202,5 @@ class RollCall:
 
 
 def has_start(introduction: Introduction) -> bool:
-    """Returns True if an introduction says what training starts from."""
+    """Returns True if an introduction holds the initial adapters."""
     return introduction.start.keys() == {"bottom", "top"}

@@ -49,6 +49,7 @@ class EarlyStopping:
                 training, and the round does not count for patience.
         """
         self.last = round
+        # The first measured round is the best so far, even with a loss of NaN: a run must have some result.
         if loss < self.lowest or not self.best:
             self.best = round
             self.lowest = loss if math.isfinite(loss) else math.inf
@@ -91,6 +92,7 @@ class EarlyStopping:
         """Returns the state as plain values for a checkpoint, without the two settings."""
         state = asdict(self)
         del state["patience"], state["min_delta"]
+        # JSON has no infinity.
         return {name: value if math.isfinite(value) else None for name, value in state.items()}
 
     def go_on(self, document: Mapping[str, Any]) -> None:

@@ -7,17 +7,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedsplit.client.measures import metrics_of
 from fedsplit.events.event_types import Progress, RoundEvaluated
 from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Evaluate, Reply, serialised_bytes
-from fedsplit.federation.parties import Parties
+from fedsplit.federation.parties import Parties, Standing
 from fedsplit.federation.replies import memory_of, sample_of, to_score
 from fedsplit.federation.run_state import RunState
+from fedsplit.formatting import perplexity
 from fedsplit.loading import name_of
-from fedsplit.report import perplexity
 from fedsplit.scores import Score, means, means_by_metric, pooled
 from fedsplit.seeds import derive_seed
+from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.config import Config
 from fedsplit.updates import RefusedUpdate
 
@@ -28,39 +30,47 @@ class Evaluation:
 
     Attributes:
         total: Score over all clients.
-        scores: Score of each client that measured something usable.
-        forgotten: By client's name, the rise of its loss since it was measured after its own steps, in nats.
-        seconds: Time that the evaluation took.
+        scores: Scores by client with a usable measurement.
+        forgotten: Rise of a client's loss since the end of local training, in nats, by the client's name.
+        replies: Usable replies by client.
+        seconds: Duration of the evaluation.
     """
 
     total: Score
     scores: Mapping[int, Score]
     forgotten: Mapping[str, float]
+    replies: Mapping[int, Reply]
     seconds: float
 
 
-def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Score], attempt: Attempt) -> Evaluation:
-    """Has clients measure the adapters of a state, and enters the result there.
+def evaluate(
+    parties: Parties,
+    state: RunState,
+    round: int,
+    own: Mapping[int, Score],
+    attempt: Attempt,
+) -> Evaluation:
+    """Lets clients measure the adapters of a state, and writes the result into the state.
 
     Args:
         parties: The parties.
-        state: State with the adapters; its losses, accuracy, sums and best round are brought up to date.
-        round: Round that the adapters are of; 0 before the first one.
-        own: Scores of clients on their sample, right after their own steps.
-        attempt: Attempt at this round.
+        state: State with the adapters. Losses, accuracy, metrics and totals are brought up to date.
+        round: Round of the adapters; 0 before the first round.
+        own: Scores on the clients' samples right after local training, by client.
+        attempt: Attempt at the round.
 
     Raises:
         RoundLost: All clients were lost, or late.
-        FederationFailed: No client measured anything that can be used.
+        FederationFailed: No client returned a usable measurement.
     """
     started = time.perf_counter()
     replies = _ask(parties, state, round, attempt)
-    metric_names = [name_of(spec) for spec in parties.config.metric]
+    metric_names = [name_of(spec) for spec in metrics_of(parties.config)]
 
     usable: dict[int, Reply] = {}
     scores: dict[int, Score] = {}
     reason = ""
-    for client, reply in sorted(replies.items()):
+    for client, reply in sorted(replies.items()):  # in a fixed order, since a sum of floats depends on the order
         try:
             scores[client] = to_score(reply, parties.sender(client), parties.workloads[client], metric_names)
         except RefusedUpdate as refused:
@@ -72,27 +82,30 @@ def evaluate(parties: Parties, state: RunState, round: int, own: Mapping[int, Sc
     if not scores:
         raise FederationFailed(f"no client measured anything that can be used: {reason}")
 
+    # A client that measured its sample right after training measures the sample again now.
     forgotten = {}
     for client, then in own.items():
         if client not in usable:
             continue
         now = sample_of(usable[client])
-        if then.tokens and now.tokens:
+        if then.tokens and now.tokens:  # --eval.after 0 asks for no sample
             forgotten[parties.name(client)] = now.loss - then.loss
 
     total = pooled(scores.values())
     state.after = total.loss
     state.measured = round
     state.forgotten = forgotten
+    # "before" stays the value of the first evaluation, which is of the initial model.
     if parties.config.data.format == "classification":
         state.accuracy = {"before": total.accuracy, **state.accuracy, "after": total.accuracy}
     for name, mean in means(total.metrics).items():
-        state.metrics[name] = {"before": mean, **state.metrics.get(name, {}), "after": mean}
-    return Evaluation(total, scores, forgotten, time.perf_counter() - started)
+        earlier = state.metrics.get(name, {})
+        state.metrics[name] = {"before": mean, **earlier, "after": mean}
+    return Evaluation(total, scores, forgotten, usable, time.perf_counter() - started)
 
 
 def is_due(config: Config, round: int) -> bool:
-    """Returns whether the adapters of a round are measured.
+    """Returns True if the adapters of a round are measured.
 
     Example:
         >>> from fedsplit.settings.documents import build
@@ -104,7 +117,7 @@ def is_due(config: Config, round: int) -> bool:
 
 
 def clients_that_measure(config: Config) -> list[int]:
-    """Returns the clients that measure, the same in every round: else losses of two rounds could not be compared.
+    """Returns the clients that measure. They are the same in every round, so that losses can be compared.
 
     Example:
         >>> from fedsplit.settings.documents import build
@@ -115,21 +128,26 @@ def clients_that_measure(config: Config) -> list[int]:
     if config.eval.fraction == 1:
         return list(everyone)
     count = max(1, round(config.eval.fraction * config.clients))
-    return sorted(random.Random(derive_seed(config.seed, "evaluation")).sample(everyone, count))
+    generator = random.Random(derive_seed(config.seed, "evaluation"))
+    return sorted(generator.sample(everyone, count))
 
 
 def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dict[int, Reply]:
-    """Sends the shared adapters to the clients that measure, and counts their bytes; replies by client."""
-    ledger, totals = state.ledger, state.totals
+    """Sends the shared adapters to the clients that measure, counts the bytes, and returns the replies by client."""
+    ledger = state.ledger
+    totals = state.totals
     measuring = clients_that_measure(parties.config)
     count = len(measuring)
     tensors = ledger.rule.crosses(state.adapters.tensors)
+    # Serialised once, for the size: all clients get the same tensors.
     sample = Evaluate(parties.briefing, 0, tensors=tensors, changes=ledger.news)
-    change_bytes, adapter_bytes = sample.change_bytes, serialised_bytes(tensors)
+    change_bytes = sample.change_bytes
+    adapter_bytes = serialised_bytes(tensors)
 
     def make(client: int) -> Evaluate:
-        totals.traffic["adapter_down"] += change_bytes
-        totals.traffic["evaluation_adapter_down"] += adapter_bytes
+        # Changes of base weights are part of the round's result. The adapters are sent to be measured.
+        totals.count("adapter_down", client, change_bytes)
+        totals.count("evaluation_adapter_down", client, adapter_bytes)
         return Evaluate(
             parties.briefing,
             client,
@@ -145,10 +163,18 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dic
 
     replies: dict[int, Reply] = {}
 
-    def heard(reply: Reply, done: int) -> None:
+    def heard(reply: Reply, standing: Standing) -> None:
         replies[reply.client] = reply
-        rounds = parties.config.rounds
-        parties.emit(Progress(phase="evaluating", round=round, rounds=rounds, done=done, of=count))
+        event = Progress(
+            phase="evaluating",
+            round=round,
+            rounds=parties.config.rounds,
+            done=standing.done,
+            of=count,
+            waiting=[parties.name(client) for client in standing.waiting],
+            failed=[parties.name(client) for client in standing.failed],
+        )
+        parties.emit(event)
 
     def prepare_again(client: int) -> None:
         """Forgets nothing: an evaluation changes nothing at the trunk."""
@@ -159,15 +185,17 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dic
 
 def event_of(parties: Parties, state: RunState, round: int, found: Evaluation) -> RoundEvaluated:
     """Returns the event that reports an evaluation."""
-    sent = state.totals.bytes_of_round(parties.trunk.status().traffic.document())
+    state.totals.traffic.update(parties.clients.take_shipped())
+    sent = state.totals.bytes_since(RoundEvaluated.name, parties.trunk.status().traffic.document())
     has_classes = bool(state.accuracy)
+    has_perplexity = not has_classes and parties.config.data.format != PAIRS
     metrics = means(found.total.metrics)
     of_clients = means_by_metric((parties.name(client), score.metrics) for client, score in found.scores.items())
     return RoundEvaluated(
         round=round,
         loss=found.total.loss,
         accuracy=found.total.accuracy if has_classes else None,
-        perplexity=None if has_classes else perplexity(found.total.loss),
+        perplexity=perplexity(found.total.loss) if has_perplexity else None,
         clients={parties.name(client): score.loss for client, score in found.scores.items()},
         metrics=metrics or None,
         client_metrics=of_clients or None,

@@ -1,4 +1,4 @@
-"""The server's run: it meets the clients, plays the rounds, and leaves the result."""
+"""The server's side of a run: introductions of the clients, the rounds, and the result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.events.emitter import Emit
 from fedsplit.events.event_types import Notice, Progress, RoundEnded, RunEnded, RunStarted
-from fedsplit.events.versions import versions
+from fedsplit.events.provenance import provenance
 from fedsplit.federation import evaluation
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.aggregation import make_aggregation
@@ -20,12 +20,14 @@ from fedsplit.federation.attempts import TRIES, Attempt, RoundLost
 from fedsplit.federation.checkpoint import RunFolder, Snapshot
 from fedsplit.federation.clients import Clients, FederationFailed, RollCall, has_start
 from fedsplit.federation.early_stopping import EarlyStopping
+from fedsplit.federation.introductions import Introduction
 from fedsplit.federation.messages import Briefing, Introduce
+from fedsplit.federation.model_card import model_card
 from fedsplit.federation.parties import Parties, TrunkHost
-from fedsplit.federation.replies import Introduction
 from fedsplit.federation.round import bring_to, personal_of
+from fedsplit.federation.round_cost import Cost
 from fedsplit.federation.run_state import RunState
-from fedsplit.federation.run_summary import summarise
+from fedsplit.federation.run_summary import norms_of, summarise
 from fedsplit.federation.run_totals import RunTotals
 from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.supervision import GivenUp, Supervisor
@@ -45,16 +47,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is known of a run before an engine starts.
+    """Description of a run before an engine starts.
 
     Attributes:
         config: Configuration of the run.
         strategy: Strategy of ours or of Flower's.
         workloads: Bounds of the counts that clients may report, by client.
-        folder: Folder of the run; holds the checkpoint of a run that goes on.
+        folder: Folder of the run, with the checkpoint of a resumed run.
         emit: Reports the events of the run.
         started: Start of the command, by `time.perf_counter`.
-        watchdog: Ends waits for code of the user's that hangs.
+        watchdog: Ends waits for user code that hangs.
     """
 
     config: Config
@@ -67,20 +69,20 @@ class Job:
 
 
 class Federation:
-    """The server's run, from meeting the clients to the summary.
+    """The server's side of a run, from the introductions of the clients to the summary.
 
     Attributes:
-        stop: Set from another thread to end the run at the next look at what has arrived.
-        watchdog: Ends waits for code of the user's that hangs.
-        summary: The result, once there is one.
+        stop: Set by another thread to end the run at the next look for answers.
+        watchdog: Ends waits for user code that hangs.
+        summary: The summary; None before the end of the run.
     """
 
     def __init__(self, job: Job, host: TrunkHost, threads: int) -> None:
-        """Nothing happens before `run`.
+        """Holds the parts of the run. Work begins with `run`.
 
         Args:
             job: The run.
-            host: The place where the trunk lives.
+            host: Owner of the trunk.
             threads: Threads of each client process.
         """
         self._job = job
@@ -88,6 +90,7 @@ class Federation:
         self._host = host
         self._aggregation = make_aggregation(job.strategy, job.config)
         self._threads = threads
+        self._provenance = provenance()  # now: files of the working directory may change during the run
         self.stop = threading.Event()
         self.watchdog = job.watchdog
         self.summary: dict[str, Any] | None = None
@@ -102,27 +105,33 @@ class Federation:
         return self._host.trunk
 
     def run(self, clients: Clients) -> None:
-        """Plays all rounds that are left.
+        """Plays the remaining rounds.
 
-        A round that is lost is discarded and played again, with the same seeds. After too many attempts the run ends
-        early, and leaves the result of the last round that was committed.
+        A lost round is discarded and played again, with the same seeds. After too many attempts the run ends early,
+        with the result of the last committed round.
 
         Args:
-            clients: Way to the clients.
+            clients: Connection to the clients.
 
         Raises:
-            FederationFailed: No client answered, or no answer could be used, or the first round was given up.
-            RefusedUpdate: The strategy returned something that cannot be used.
+            FederationFailed: No client sent a usable answer, or the first round was given up.
+            RefusedUpdate: The strategy returned an unusable value.
             Interrupted: `stop` was set.
         """
+        # 1. All clients load their parts, and introduce themselves.
         supervisor = Supervisor(self._host, clients, self._config, self._job.emit, lambda: self._parties(clients))
         state, parameters = self._meet_steadily(clients)
         trained = {part: counts["trainable"] for part, counts in parameters.items()}
         self._job.emit(Notice(text=coverage(self._config, trained)))
+        if self._config.data.at == "label" and state.ledger.has_personal:
+            words = f"the adapters that clients keep for themselves stay on their nodes, in {self._config.data.folder}"
+            self._job.emit(Notice(text=words))
         snapshot = self._job.folder.snapshot()
         self._report_start(clients, parameters, snapshot)
         for line in self._job.folder.notes:
             self._job.emit(Notice(text=line))
+
+        # 2. The remaining rounds. A run that is given up still has the result of the last committed round.
         ended_early = ""
         try:
             state = self._begin_or_resume(supervisor, state, snapshot)
@@ -134,10 +143,12 @@ class Federation:
             if not state.round:
                 raise FederationFailed(str(given_up)) from given_up
             ended_early = str(given_up)
-        self._leave_result(supervisor, state, parameters, ended_early)
+
+        # 3. The result.
+        self._leave_result(supervisor, clients, state, parameters, ended_early)
 
     def _parties(self, clients: Clients) -> Parties:
-        """Returns the parties of the run, with the trunk that it has now."""
+        """Returns the parties of the run, with the current trunk."""
         job = self._job
         briefing = Briefing(
             run=json.dumps(as_document(self._config)),
@@ -161,18 +172,18 @@ class Federation:
         )
 
     def _meet_steadily(self, clients: Clients) -> tuple[RunState, dict[str, Any]]:
-        """Has all clients introduce themselves, with another trunk where the first one is lost."""
+        """Collects the introductions of all clients. If the trunk is lost, the next try uses a new trunk."""
         for _ in range(TRIES - 1):
             try:
                 return self._meet(clients)
             except TrunkLost as lost:
-                self._job.emit(Notice(text=f"the clients are met again: {lost}"))
+                self._job.emit(Notice(text=f"the clients are met again: {lost}", warning=True))
                 self._host.renew()
                 clients.abandon()
-        return self._meet(clients)
+        return self._meet(clients)  # the last try: its error ends the run
 
     def _meet(self, clients: Clients) -> tuple[RunState, dict[str, Any]]:
-        """Has all clients introduce themselves; those that cannot are named, and take no part in the run.
+        """Collects the introductions of all clients. A client without one is reported, and takes no part in the run.
 
         Returns:
             The state before the first round, and the counts of parameters by part.
@@ -185,10 +196,11 @@ class Federation:
             self._report_loading(done)
             introductions[introduction.client] = introduction
         absent = parties.absent(range(count))
-        self._trunk.status()  # a trunk that is lost is the reason for everything else
+        self._trunk.status()  # raises the error of a lost trunk, which explains the failures of the clients
         present = [introduction for client, introduction in sorted(introductions.items()) if client not in absent]
         if not present:
             raise FederationFailed(f"no client could introduce itself: {next(iter(absent.values()))}")
+        # Only the first client of a run sends the initial adapters unasked: they are equal at all clients.
         first = present[0] if has_start(present[0]) else self._ask_for_start(clients, parties.briefing, present)
         for client, reason in absent.items():
             parties.report_failure("loading", 0, 0, client, reason)
@@ -216,10 +228,10 @@ class Federation:
     def _ask_for_start(
         self, clients: Clients, briefing: Briefing, introductions: Sequence[Introduction]
     ) -> Introduction:
-        """Asks one client after the other for what training starts from, since the first client is absent.
+        """Asks one client after the other for the initial adapters, since the first client is absent.
 
         Raises:
-            FederationFailed: None of them says it.
+            FederationFailed: No client sends them.
         """
         for introduced in introductions:
             for answer in clients.ask([Introduce(briefing, introduced.client, wants_start=True)]):
@@ -230,15 +242,15 @@ class Federation:
         raise FederationFailed("no client said what training starts from")
 
     def _report_loading(self, done: int) -> None:
-        """Reports how many clients have loaded their parts."""
+        """Reports the number of clients that have loaded their parts."""
         config = self._config
         self._job.emit(Progress(phase="loading", round=0, rounds=config.rounds, done=done, of=config.clients))
 
     def _report_start(self, clients: Clients, parameters: Mapping[str, Any], snapshot: Snapshot | None) -> None:
-        """Reports that all clients are there."""
+        """Reports the start of the run."""
         event = RunStarted(
             settings=as_document(self._config),
-            versions=versions(),
+            versions=self._provenance["versions"],
             clients=[node.name for node in clients.nodes],
             parameters=parameters,
             aggregated_parts=aggregated_parts(self._config),
@@ -248,7 +260,7 @@ class Federation:
         self._job.emit(event)
 
     def _begin_or_resume(self, supervisor: Supervisor, state: RunState, snapshot: Snapshot | None) -> RunState:
-        """Measures the model as it is before the first round, or brings back the last committed round.
+        """Measures the initial model of a new run, or restores the last committed round of a resumed run.
 
         Raises:
             GivenUp: The model could not be measured in several attempts.
@@ -264,26 +276,31 @@ class Federation:
         attempt = 0
         while True:
             try:
+                # A copy, since an evaluation that is lost half-way has changed its state already.
                 return self._measure(supervisor.gather(), state.copy(), attempt)
             except (TrunkLost, RoundLost) as lost:
                 attempt += 1
-                self._job.emit(Notice(text=f"the model is measured again: {lost}"))
+                self._job.emit(Notice(text=f"the model is measured again: {lost}", warning=True))
                 if attempt > self._config.max_failures:
                     raise GivenUp(f"the model could not be measured: {lost}", state) from lost
                 if isinstance(lost, TrunkLost):
                     supervisor.renew_trunk(state)
 
     def _measure(self, parties: Parties, state: RunState, attempt: int) -> RunState:
-        """Measures the model as it is before the first round."""
+        """Measures the initial model."""
         found = evaluation.evaluate(parties, state, 0, {}, Attempt(attempt))
         state.before = found.total.loss
         parties.emit(evaluation.event_of(parties, state, 0, found))
-        state.trunk_traffic = self._trunk.status().traffic.document()
+        traffic = self._trunk.status().traffic
+        state.trunk_traffic = traffic.document()
+        cost = Cost()
+        cost.add_evaluation(found)
+        parties.emit(cost.event(state, 0, traffic, parties.name))
         self._announce(state, None)
         return state
 
     def _restore(self, state: RunState, snapshot: Snapshot) -> None:
-        """Brings strategy, ledger and state back to the end of a committed round."""
+        """Restores strategy, ledger and state from a checkpoint."""
         groups = snapshot.groups
         self._aggregation.restore(groups.get("strategy", {}))
         state.ledger.restore(snapshot.round, snapshot.facts, groups)
@@ -293,7 +310,7 @@ class Federation:
         state.restore(snapshot.round, snapshot.facts)
 
     def _announce(self, state: RunState, training_loss: float | None) -> None:
-        """Reports that a round is over."""
+        """Reports the end of a round."""
         is_measured = state.measured == state.round
         metrics = {name: ends["after"] for name, ends in state.metrics.items()} or None
         event = RoundEnded(
@@ -309,18 +326,29 @@ class Federation:
         self._job.emit(event)
 
     def _leave_result(
-        self, supervisor: Supervisor, state: RunState, parameters: Mapping[str, Any], ended_early: str
+        self,
+        supervisor: Supervisor,
+        clients: Clients,
+        state: RunState,
+        parameters: Mapping[str, Any],
+        ended_early: str,
     ) -> None:
-        """Writes the adapters that the run leaves, of its last round or of its best, and the summary.
+        """Writes the resulting adapters, of the last or of the best round, and the summary.
 
         Args:
-            supervisor: Starts another trunk where the run's is lost.
+            supervisor: Starts a new trunk if the trunk is lost.
+            clients: Connection to the clients, for their names.
             state: State after the last committed round.
             parameters: Counts of parameters by part.
-            ended_early: Reason why the run ends before its last round; empty for a run that is complete.
+            ended_early: Reason for an end before the last round; empty for a complete run.
         """
         trunk = self._final_status(supervisor, state)
-        stopping, folder = state.stopping, self._job.folder
+        # The trunk is not asked again: it may die at any time, and all that is needed of it is here.
+        unreported = Cost().event(state, state.round + 1, trunk.traffic, lambda client: clients.nodes[client].name)
+        if any(unreported.bytes.values()):  # of attempts that were given up
+            self._job.emit(unreported)
+        stopping = state.stopping
+        folder = self._job.folder
         leaves_best = self._config.keep_best and not stopping.is_best
         if stopping.is_over or leaves_best:
             best = f"the best round was {stopping.best}, with a held-out loss of {stopping.lowest:.4f}"
@@ -329,24 +357,31 @@ class Federation:
         if leaves_best:
             left = stopping.best
             whole, personal = folder.read_round(left)
-            facts = folder.read_facts(left)  # every figure of the summary that is of one round is of this one
+            facts = folder.read_facts(left)  # figures of a single round in the summary are of the best round
             state = state.copy()
-            state.after, state.measured = stopping.lowest, left
-            state.forgotten, state.error, state.accuracy = facts["forgotten"], facts["error"], facts["accuracy"]
+            state.after = stopping.lowest
+            state.measured = left
+            state.forgotten = facts["forgotten"]
+            state.error = facts["error"]
+            state.accuracy = facts["accuracy"]
             state.metrics = facts.get("metrics", {})
         else:
             left = stopping.last
             whole = state.ledger.everything(state.adapters, state.trunk)
             personal = personal_of(state)
 
-        self.summary = summarise(self._config, state, parameters, left, trunk, ended_early)
+        self.summary = {
+            **summarise(self._config, state, parameters, left, trunk, ended_early),
+            "adapter_norms": norms_of(whole),
+            **self._provenance,
+        }
         for client, adapters in personal.items():  # before the summary, which says that a run is complete
             folder.save_personal(client, adapters)
-        folder.save_result(whole)
+        folder.save_result(whole, model_card(self._config, self.summary))
         self._job.emit(RunEnded(summary=self.summary, folder=str(folder.path)))
 
     def _final_status(self, supervisor: Supervisor, state: RunState) -> TrunkStatus:
-        """Returns the status of the trunk; of another one where the trunk was lost after the last round."""
+        """Returns the status of the trunk; of a new trunk if the trunk was lost after the last round."""
         try:
             return self._trunk.status()
         except TrunkLost:

@@ -1,4 +1,4 @@
-"""Flower's own strategies at work: to them, the adapters are ordinary arrays."""
+"""Runs strategies of Flower's. For Flower, the adapters are ordinary arrays."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Task, Traits
 
 WAITING_LOOKS = 3
-"""Looks at the nodes, each after a pause, that a strategy may take; there never are more than at the first look."""
+"""Number of looks at the nodes, each after a pause, after which a strategy is refused. The nodes never change."""
 
 MOST_LOOKS = 1000
-"""Looks that a strategy may take at all in one round: one that waits without a pause comes to this soon."""
+"""Number of looks at the nodes in one round after which a strategy is refused that waits without a pause."""
 
 _PAUSE_SECONDS = 0.5
-"""Time between two looks from which on a strategy waits; Flower's own sleep a second."""
+"""Seconds between two looks that count as a pause. Flower's strategies pause for a second."""
 
 
 class _OrderedGrid:
-    """Flower's grid, with nodes in the order of the clients: their ids are random, and Flower draws from a list.
+    """Flower's grid, with the nodes in the order of the clients.
 
-    Where no Flower runs there is no grid, and all nodes are there.
+    Node ids are random, and Flower samples from the list of nodes: the order makes samples repeatable. On an engine
+    without Flower there is no grid, and all nodes are listed.
     """
 
     def __init__(self, roster: Roster) -> None:
@@ -44,9 +45,13 @@ class _OrderedGrid:
         self._looked = time.monotonic()
 
     def get_node_ids(self) -> Iterable[int]:
-        before, self._looked = self._looked, time.monotonic()
+        before = self._looked
+        self._looked = time.monotonic()
         self._looks += 1
-        self._waits += self._looks > 1 and self._looked - before > _PAUSE_SECONDS
+        # A strategy that wants more nodes looks again and again. No node will come: the number of clients is fixed.
+        has_paused = self._looked - before > _PAUSE_SECONDS
+        if self._looks > 1 and has_paused:
+            self._waits += 1
         if self._waits >= WAITING_LOOKS or self._looks > MOST_LOOKS:
             raise FederationFailed(f"the strategy waits for more nodes than the {len(self._nodes)} that there are")
         everyone = [node.node for node in self._nodes]
@@ -61,10 +66,10 @@ class _OrderedGrid:
 
 @dataclass(frozen=True)
 class _NotCopied:
-    """Stands for the copy of a strategy that cannot be copied.
+    """Placeholder for the copy of a strategy that cannot be copied.
 
     Attributes:
-        reason: Error that copying raised.
+        reason: Error of the attempt to copy.
     """
 
     reason: str
@@ -73,8 +78,8 @@ class _NotCopied:
 class FlowerAggregation:
     """Runs any `flwr.serverapp.strategy.Strategy`.
 
-    Sampling is the strategy's own, but drawn from the run's seed. Evaluation is not left to it: every client evaluates
-    after every round. A strategy's memory is its own, and cannot be saved.
+    The strategy samples the clients, with random numbers from the run's seed. The strategy does not decide about
+    evaluation. Its memory cannot be saved.
     """
 
     traits = Traits()
@@ -91,8 +96,9 @@ class FlowerAggregation:
         self._nodes: Sequence[ClientNode] = ()
 
     def assign(self, round: int, adapters: Adapters, roster: Roster) -> dict[int, Assignment]:
-        """Returns the strategy's own choice; of its settings, FedProx's mu is heeded."""
+        """Returns the assignments of the clients that the strategy samples, with FedProx's mu as the proximal term."""
         self._nodes = roster.nodes
+        # Flower samples with Python's only generator. Each round has a seed, so that a repeated round samples alike.
         drawn = random.getstate()
         random.seed(derive_seed(self._config.seed, "sample", round))
         try:
@@ -117,13 +123,14 @@ class FlowerAggregation:
         return assigned
 
     def _settings(self, message: Message) -> dict[str, Any]:
-        """Returns the settings that a message gives to a client.
+        """Returns the settings in a message to a client.
 
         Raises:
-            FederationFailed: The message asks for something that our clients do not do, such as clipping for
-                differential privacy: the run would go on without it.
+            FederationFailed: The message has a record or a setting that clients do not know, such as clipping for
+                differential privacy. Without this error, the run would silently do without the clipping.
         """
-        name, content = type(self._strategy).__name__, message.content
+        name = type(self._strategy).__name__
+        content = message.content
         if content.keys() != {ADAPTERS, records.CONFIG}:
             known = f"the records {ADAPTERS} and {records.CONFIG}"
             raise FederationFailed(f"{name} sends clients {', '.join(sorted(content))}; they read {known}")
@@ -140,7 +147,7 @@ class FlowerAggregation:
     def aggregate(
         self, round: int, adapters: Adapters, updates: Sequence[ClientUpdate], replies: Sequence[Reply]
     ) -> Adapters:
-        """Returns the strategy's own aggregate, back in float32; it weights by what `--weights` says."""
+        """Returns the strategy's aggregate in float32. The strategy gets the weights of `--weights`."""
         messages = [self._message(update, reply) for update, reply in zip(updates, replies, strict=True)]
         with named(self._strategy, round), records.named_run():
             arrays, _ = self._strategy.aggregate_train(round, messages)
@@ -151,19 +158,21 @@ class FlowerAggregation:
         return adapters.with_tensors(tensors)
 
     def _message(self, update: ClientUpdate, reply: Reply) -> Message:
-        """Returns an update as the reply that Flower's strategies expect from a node."""
+        """Returns an update in the form of a reply to Flower."""
         metrics = {name: reply.metrics[name] for name in KEPT_METRICS if name in reply.metrics}
+        # Flower's strategies weight by the number of examples. The weights of `--weights` take its place.
         metrics[records.WEIGHT] = update.examples if update.weight is None else int(update.weight)
         content = RecordDict(
             {records.METRICS: MetricRecord(metrics), ADAPTERS: records.to_arrays(update.adapters.tensors)}
         )
         node = self._nodes[update.client].node
         with records.named_run():
+            # Flower makes a reply from the message that it answers.
             question = Message(RecordDict(), dst_node_id=node, message_type="train")
             return Message(content, reply_to=question)
 
     def state(self) -> State:
-        """Returns nothing: the strategy's memory cannot be read."""
+        """Returns an empty state, since the strategy's memory cannot be read."""
         return {}
 
     def restore(self, state: State) -> None:
@@ -175,7 +184,7 @@ class FlowerAggregation:
         raise FederationFailed(f"what {type(self._strategy).__name__} remembers is not saved: such a run cannot go on")
 
     def memory(self) -> object:
-        """Returns a copy of the strategy; the reason, where it cannot be copied, as one that holds a lock."""
+        """Returns a copy of the strategy; a `_NotCopied` if copying fails, as for a strategy with a lock."""
         try:
             return copy.deepcopy(self._strategy)
         except Exception as error:  # noqa: BLE001  # a user's class may refuse in any way, and still play every round
@@ -190,4 +199,4 @@ class FlowerAggregation:
         if isinstance(memory, _NotCopied):
             name = type(self._strategy).__name__
             raise FederationFailed(f"the round cannot be played again: {name} cannot be copied ({memory.reason})")
-        self._strategy = copy.deepcopy(memory)
+        self._strategy = copy.deepcopy(memory)  # a copy again, as the round may be lost once more

@@ -1,7 +1,7 @@
-"""A checkpoint's manifest: its run and its round, versions, and a digest of every file that the run goes on from.
+"""The manifest of a checkpoint: settings, data, model and versions of the run, and a digest of every needed file.
 
-A run may go on only from what it wrote itself. Damaged files, files of another round, and a run whose settings, data or
-model have become others are told apart by name.
+A run may go on only from its own files. Errors name the difference: a damaged file, a file of another round, or a
+changed setting, data set or model.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from fedsplit.settings.documents import as_document, dotted
 from fedsplit.settings.flags import MAY_DIFFER
 
 NAME = "manifest.json"
-"""The manifest's file in a round's folder."""
+"""Name of the manifest in a checkpoint's folder."""
 
 MAY_CHANGE = frozenset({*MAY_DIFFER, "data.show", "trunk.lanes", "trunk.memory", "trunk.lease"})
-"""Settings that may be others when a run goes on: how long it lasts, and what of the machine it uses."""
+"""Settings that may change when a run goes on: its length, and its use of the machine."""
 
 BY_CONTENT = frozenset({"model", "dataset", "data.held_out", "init_adapter"})
-"""Settings that name files: what counts is what is in these, wherever they lie."""
+"""Settings that name files. The content of the files must not change; their place may."""
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was written; says what is wrong with it."""
+    """A checkpoint has changed since it was written. The message says how."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a run computes with beside its settings.
+    """Digests of a run's inputs beside the settings.
 
     Attributes:
-        data: A digest of all clients' data, as they were dealt out.
+        data: Digest of all clients' data, divided among the clients.
         model: Digests of the base model's files, by name.
-        start: Digests of the files of the adapter that the run starts from, by name; none where there is none.
+        start: Digests of the files of the initial adapter, by name; empty without an initial adapter.
         code: Digests of the user's files with strategy, objective and metrics, by setting, such as "strategy" or
-            "metric.rouge". Modules that these files import are not looked at.
+            "metric.rouge". Modules that the files import do not count.
     """
 
     data: str
@@ -59,15 +59,15 @@ class Content:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """Contents of a manifest.
 
     Attributes:
-        round: The round that it is of.
-        settings: The run's settings that decide its result, by dotted name.
-        content: What the run computes with.
-        files: Digests of the files in the round's folder, by their path in it.
-        elsewhere: Digests of the other files that the run goes on from, by their path in the run's folder.
-        versions: Versions of what computed the round, by name.
+        round: Round of the checkpoint.
+        settings: Settings that decide the result of the run, by dotted name.
+        content: Digests of the run's inputs.
+        files: Digests of the files in the checkpoint's folder, by path in the folder.
+        elsewhere: Digests of further files that the run needs to go on, by path in the run's folder.
+        versions: Versions of Python and of the libraries that computed the round, by name.
     """
 
     round: int
@@ -79,13 +79,13 @@ class Manifest:
 
 
 def digest(path: Path) -> str:
-    """The sha256 of a file."""
+    """Returns the sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_of(config: Config) -> dict[str, Path]:
-    """Returns the user's files that the settings name, by setting; a sink decides no result, and has no entry.
+    """Returns the user's files in the settings, by setting. Sinks are left out, since no result depends on them.
 
     Example:
         >>> code_of(Config(strategy="my/mine.py:Mine", metric=("token_accuracy", "my/mine.py:rouge")))
@@ -100,17 +100,18 @@ def code_of(config: Config) -> dict[str, Path]:
 def content_of(
     shards: Sequence[Shard], about: Path, weights: Path, start: str = "", code: Mapping[str, Path] | None = None
 ) -> Content:
-    """Digests of a run's data, model and code of the user's.
+    """Returns digests of a run's data, model, initial adapter and code.
 
     Args:
-        shards: By client.
-        about: The folder of the model's config.json.
-        weights: The folder of its weights, all of which are read.
-        start: Folder of the adapter that the run starts from; empty where there is none.
-        code: The user's files by setting, as `code_of` returns them.
+        shards: Data by client.
+        about: Folder of the model's config.json.
+        weights: Folder of the model's weights. All weights are read.
+        start: Folder of the initial adapter; empty for none.
+        code: The user's files by setting, in the form of `code_of`.
     """
+    # A set: one file holds many tensors, and is read once.
     files = {about / "config.json", *find_tensors(weights).values()}
-    adapter = sorted(Path(start).glob("adapter_*")) if start else []
+    adapter = sorted(Path(start).glob("adapter_*")) if start else []  # no README
     of_model = {file.name: digest(file) for file in sorted(files)}
     of_start = {file.name: digest(file) for file in adapter}
     of_code = {setting: digest(file) for setting, file in (code or {}).items()}
@@ -118,38 +119,49 @@ def content_of(
 
 
 def _digest_of_shards(shards: Iterable[Shard]) -> str:
-    """One digest of all clients' data, so that none of a single client's text lies at the server."""
+    """Returns one digest of all clients' data, so that the server keeps no digest of a single client's text."""
     found = hashlib.sha256()
     for shard in shards:
+        # As JSON: plainly joined, a name could run into what follows.
         found.update(json.dumps([shard.name, shard.classes]).encode())
         for rows in (shard.train, shard.held_out):
             for entry in fields(rows):
                 value = getattr(rows, entry.name)
                 if isinstance(value, Tensor):
+                    # With type and shape: equal bytes can be different data.
                     found.update(f"{entry.name} {value.dtype} {tuple(value.shape)}".encode())
-                    found.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+                    as_bytes = value.contiguous().flatten().view(torch.uint8)
+                    found.update(as_bytes.numpy().data)
     return found.hexdigest()
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings that decide a run's result, by dotted name."""
+    """Returns the settings that decide the result of a run, by dotted name."""
     document = as_document(config)
-    options = {
-        f"{setting}.{name}": value for setting, table in OPTIONS.items() for name, value in document.pop(table).items()
-    }
-    plain = {**dotted(document), **options}
+    options = {}
+    for setting, table in OPTIONS.items():
+        for name, value in document.pop(table).items():
+            options[f"{setting}.{name}"] = value
+
     may_change = MAY_CHANGE | BY_CONTENT
-    decide = {
-        name: value
-        for name, value in plain.items()
-        if name not in may_change and name.partition(".")[0] not in may_change  # such as sinks.MySink.project
-    }
-    settings: dict[str, Any] = json.loads(json.dumps(decide))  # as they will be read again
+    deciding = {}
+    for name, value in {**dotted(document), **options}.items():
+        section, _, _ = name.partition(".")  # of sinks.MySink.project, `sinks` may change
+        if name not in may_change and section not in may_change:
+            deciding[name] = value
+    # Through JSON, for a comparison with settings from a manifest: a tuple becomes a list.
+    settings: dict[str, Any] = json.loads(json.dumps(deciding))
     return settings
 
 
-def write(folder: Path, round: int, config: Config, content: Content, elsewhere: Mapping[str, str]) -> None:
-    """Writes the manifest of a round's folder, which has all its other files already."""
+def write(
+    folder: Path,
+    round: int,
+    config: Config,
+    content: Content,
+    elsewhere: Mapping[str, str],
+) -> None:
+    """Writes the manifest of a checkpoint's folder, which already has all other files."""
     files = {str(file.relative_to(folder)): digest(file) for file in _files_in(folder)}
     document = {
         "round": round,
@@ -169,32 +181,46 @@ def write(folder: Path, round: int, config: Config, content: Content, elsewhere:
 
 
 def _digest_of_itself(document: Mapping[str, Any]) -> str:
-    """Returns the digest of a manifest's other values, so that damage to the manifest itself is found, too."""
+    """Returns the digest of a manifest's values, by which damage to the manifest itself is found."""
     values = {name: value for name, value in document.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files of a round, but for the manifest and what is hidden, which nobody reads."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """Returns the files of a checkpoint, without the manifest and without hidden files, which nobody reads."""
+    files = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        is_hidden = any(part.startswith(".") for part in parts)
+        if path.is_file() and path != folder / NAME and not is_hidden:
+            files.append(path)
+    return files
 
 
 def read(folder: Path) -> Manifest:
-    """Reads the manifest of a round's folder.
+    """Reads the manifest of a checkpoint's folder.
 
     Raises:
-        Damaged: There is none, or it cannot be read.
+        Damaged: The manifest is missing, cannot be read or has changed.
     """
     try:
         document = json.loads((folder / NAME).read_text(encoding="utf-8"))
         held = document["content"]
-        start, code = dict(held.get("init_adapter", {})), dict(held.get("code", {}))
-        content = Content(str(held["data"]), dict(held["model"]), start, code)
-        files, elsewhere = dict(document["files"]), dict(document["elsewhere"])
-        settings, found = dict(document["settings"]), dict(document["versions"])
+        content = Content(
+            data=str(held["data"]),
+            model=dict(held["model"]),
+            start=dict(held.get("init_adapter", {})),
+            code=dict(held.get("code", {})),
+        )
         is_whole = document["sha256"] == _digest_of_itself(document)
-        written = Manifest(int(document["round"]), settings, content, files, elsewhere, found)
+        written = Manifest(
+            round=int(document["round"]),
+            settings=dict(document["settings"]),
+            content=content,
+            files=dict(document["files"]),
+            elsewhere=dict(document["elsewhere"]),
+            versions=dict(document["versions"]),
+        )
     except FileNotFoundError:
         raise Damaged(f"it has no {NAME}, without which nobody knows whether it is whole") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -206,17 +232,17 @@ def read(folder: Path) -> Manifest:
 
 
 def check_whole(folder: Path, round: int) -> Manifest:
-    """Makes sure that a round's folder holds all that was written there.
+    """Checks that a checkpoint's folder holds all its files unchanged, and returns the manifest.
 
-    Files that the manifest does not list are ignored. Nobody reads them, so that they cannot change a result; and a
-    note that somebody left there must not cost a run that is otherwise whole.
+    Files that the manifest does not list are ignored. Nobody reads such files, so that no result depends on them, and
+    a note that somebody puts into the folder does not damage the checkpoint.
 
     Args:
-        folder: The round's folder.
-        round: The round that its name says.
+        folder: The folder.
+        round: Round by the name of the folder.
 
     Raises:
-        Damaged: It is another round's, or a file is missing or not as it was written.
+        Damaged: The manifest is of another round, or a file is missing or has changed.
     """
     manifest = read(folder)
     if manifest.round != round:
@@ -229,10 +255,10 @@ def check_whole(folder: Path, round: int) -> Manifest:
 
 
 def check_elsewhere(run: Path, manifest: Manifest) -> None:
-    """Makes sure that the files of a run outside a round's folder are as they were.
+    """Checks the files of a run outside a checkpoint's folder.
 
     Raises:
-        Damaged: One is missing, or another.
+        Damaged: A file is missing or has changed.
     """
     _check_files(run, manifest.elsewhere)
 
@@ -248,12 +274,12 @@ def _check_files(root: Path, digests: Mapping[str, str]) -> None:
 
 
 def check_settings(manifest: Manifest, config: Config, run: Path) -> None:
-    """Makes sure that a run goes on with the settings that it began with.
+    """Checks that a run goes on with its original settings.
 
-    A setting that the manifest lacks did not exist when the run began. It counts as having had its default.
+    A setting that the manifest lacks did not exist when the run began. The default counts as the original value.
 
     Raises:
-        SettingError: One that decides the result has changed.
+        SettingError: A setting has changed that decides the result.
     """
     now = settings_of(config)
     then = {**settings_of(Config()), **manifest.settings}
@@ -263,13 +289,19 @@ def check_settings(manifest: Manifest, config: Config, run: Path) -> None:
             raise SettingError(name, _shown(now.get(name)), words)
 
 
-def check_content(manifest: Manifest, content: Content, config: Config, run: Path, checkpoint: Path) -> None:
-    """Makes sure that a run goes on with the data, the model and the user's code that it began with.
+def check_content(
+    manifest: Manifest,
+    content: Content,
+    config: Config,
+    run: Path,
+    checkpoint: Path,
+) -> None:
+    """Checks that a run goes on with its original data, model, initial adapter and code.
 
-    Code that the manifest lacks was not looked at by the version that wrote it.
+    A manifest of an older version has no digests of code. Code is not checked then.
 
     Raises:
-        SettingError: They have changed.
+        SettingError: The data, the model, the initial adapter or the code has changed.
     """
     then = f"with which the run in {run} came to round {manifest.round}"
     if content.data != manifest.content.data:
@@ -282,7 +314,9 @@ def check_content(manifest: Manifest, content: Content, config: Config, run: Pat
             given = f"{config.init_adapter or 'nothing'} (another {name})"
             raise SettingError("init_adapter", given, f"the adapter {then}")
     for name, file in code_of(config).items():
-        if content.code.get(name) != manifest.content.code.get(name, content.code.get(name)):
+        digest_now = content.code.get(name)
+        digest_then = manifest.content.code.get(name, digest_now)  # an older manifest has no digests of code
+        if digest_now != digest_then:
             setting = name.partition(".")[0]
             other = f"with other code begin another run: --init-adapter {checkpoint}"
             raise SettingError(setting, f"{file} (edited since)", f"the code {then}; {other}")

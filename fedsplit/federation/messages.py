@@ -1,8 +1,8 @@
-"""Messages between the server and its clients, in our own types.
+"""Messages between server and clients.
 
-A door carries them: Flower's engine in Flower's records, an engine in this process as they are. A request is typed,
-since the server made it. A reply is what arrived: nothing in it is believed before `fedsplit.federation.replies` has
-checked it.
+The engine `local` passes the objects on. The other engines carry messages as Flower's records. The server makes
+requests, so that their types are certain. Replies come from clients: `fedsplit.federation.replies` checks every value
+of a reply before use.
 """
 
 from __future__ import annotations
@@ -21,36 +21,45 @@ from fedsplit.tensor_files import pack_changes
 from fedsplit.updates import Adapters, ClientUpdate, Task
 from fedsplit.wire.transport import TrunkLost
 
-ADAPTERS, CONTROL = "arrays", "control"
-"""Groups of tensors in a reply: adapters, and the change of a control variate."""
+ADAPTERS = "arrays"
+"""Group of the adapters in a reply. Flower's strategies expect this name."""
+
+CONTROL = "control"
+"""Group with the change of a control variate in a reply."""
 
 EXAMPLES = "num-examples"
-"""Metric that says how many examples a client trained on, or how many predictions it measured."""
+"""Metric with the number of training examples of a client, or with the number of measured predictions."""
+
+SECONDS = "seconds"
+"""Metric with the time that a client's work on a request took, without waiting for a free process."""
+
+SAMPLE_SECONDS = "sample-seconds"
+"""Metric with the time that a client measured its sample after local training."""
 
 METRIC = "metric."
-"""Beginning of the names under which the sum and the count of a user's metric travel."""
+"""Prefix of the names of a user's metrics, each sent as a sum and a count."""
 
 TRUNK_LOST = TrunkLost.__name__
-"""Kind of a failure whose cause is that the trunk is gone."""
+"""Kind of a failure after the loss of the trunk."""
 
 CLIENT_LOST = "ClientLost"
-"""Kind of a failure whose cause is that the client's process, or its node, is gone."""
+"""Kind of a failure after the loss of the client's process or node."""
 
 LATE = "Late"
-"""Kind of a failure whose cause is that the client has not answered before the deadline of the round."""
+"""Kind of a failure by a missed deadline of the round."""
 
 
 @dataclass(frozen=True)
 class Briefing:
-    """Facts that are the same in every request of a run.
+    """Facts that all requests of a run share.
 
     Attributes:
         run: Configuration of the run, as JSON.
-        trunk: Name by which a client process finds the trunk; names the run, too.
-        incarnation: Life of the trunk that requests are meant for.
+        trunk: Name by which a client process finds the trunk. It is also a name of the run.
+        incarnation: Incarnation of the trunk that serves the requests.
         threads: Threads of each client process.
         store: Folder of the clients' disks.
-        personal: Factors that stay with their clients, such as "B".
+        personal: Factors that stay at the clients, such as "B".
         stage: True if the strategy has a gradient stage at the clients.
     """
 
@@ -69,13 +78,13 @@ class Request:
 
     Attributes:
         briefing: Facts of the run.
-        client: Number of the client that is asked.
-        round: Round, from 1; 0 before the first one.
-        attempt: Number of earlier attempts at this round.
-        accepted: Last round of which the server accepted this client's update; 0: none.
+        client: Number of the client.
+        round: Round, from 1; 0 before the first round.
+        attempt: Number of earlier attempts at the round.
+        accepted: Last round in which the server accepted the client's update; 0 for none.
         folded: Last round that changed base weights.
-        folds: Number of rounds until then that changed base weights at the clients.
-        discarded: Attempts discarded so far whose changes of base weights a client may have made.
+        folds: Number of rounds, up to `folded`, that changed base weights at the clients.
+        discarded: Number of discarded attempts whose changes of base weights a client may have applied.
     """
 
     briefing: Briefing
@@ -98,7 +107,7 @@ class Introduce(Request):
     """Asks a client for its name and the parameters of its parts.
 
     Attributes:
-        wants_start: True if the client is to say what training starts from. The first client always says it.
+        wants_start: True if the reply must hold the initial adapters. The first client always sends them.
     """
 
     wants_start: bool = False
@@ -109,11 +118,11 @@ class Train(Request):
     """Asks a client for a round of local training.
 
     Attributes:
-        tensors: Adapters that the client does not hold already, by exported name.
+        tensors: Adapters that the client does not hold yet, by exported name.
         task: Terms of the strategy, with the server's control variate.
-        drawn: Seed from which the client draws its factors; None: the factors are sent or held.
+        drawn: Seed from which the client draws factors; None if the server sends them or the client holds them.
         rank: Rank of the client's adapters.
-        kept: Rounds whose state the client keeps on its disk, since checkpoints of the server go back to them.
+        kept: Rounds whose state the client must keep on disk, since a checkpoint goes back to the round.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -153,14 +162,14 @@ class Evaluate(Request):
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's answer as it arrived.
+    """An unchecked answer of a client.
 
     Attributes:
-        client: Number of the client, by the way the reply came and not by what it says.
+        client: Number of the client that the engine received the reply from.
         metrics: Numbers that the client reports.
         tensors: Tensors by group (`ADAPTERS`, `CONTROL`, or a part's name) and exported name.
         about: An introduction, as JSON.
-        malformed: Reason why tensors could not be read; empty where all could.
+        malformed: Reason why tensors could not be read; empty if all could be read.
         nbytes: Bytes of all tensors, serialised.
     """
 
@@ -174,10 +183,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that did not answer.
+    """The failure of a client to answer.
 
     Attributes:
-        client: Number of the client; -1 where it is not known.
+        client: Number of the client; -1 if unknown.
         kind: Name of the error's class, such as "Diverged" or `TRUNK_LOST`.
         reason: One line for the reader.
     """
@@ -191,29 +200,39 @@ Answer = Reply | Failure
 
 
 def serialised_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Returns the bytes of tensors as numpy writes them: the values, and a header for each.
+    """Returns the size of tensors in numpy's file format, with a header for each tensor, in bytes.
 
-    Flower's records hold tensors in this form, so that every engine counts the same.
+    Flower's records use the format. With one format, all engines count the same bytes.
     """
     return sum(_header_bytes(tensor) + tensor.nbytes for tensor in tensors.values())
 
 
 def _header_bytes(tensor: Tensor) -> int:
-    """Returns the bytes of numpy's header for a tensor, which depend on its shape alone."""
-    values = tensor.detach().numpy()
+    """Returns the bytes of numpy's header for a tensor. They depend on the shape alone."""
+    values = tensor.detach().numpy()  # a view, no copy
     header = io.BytesIO()
+    # Written instead of computed: numpy pads a header to a multiple of 64 bytes.
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
     return len(header.getvalue())
 
 
-def trained(update: ClientUpdate, returned: Collection[str], own: Score, peak_memory: int) -> Reply:
+def trained(
+    update: ClientUpdate,
+    returned: Collection[str],
+    own: Score,
+    peak_memory: int,
+    seconds: float = 0.0,
+    sample_seconds: float = 0.0,
+) -> Reply:
     """Makes the reply to `Train`.
 
     Args:
         update: Outcome of local training.
-        returned: Names of the adapters that go to the server.
-        own: Score on the client's sample, right after its own steps.
+        returned: Names of the adapters for the server.
+        own: Score on the client's sample, right after local training.
         peak_memory: Largest resident memory of the client's process, in bytes.
+        seconds: Duration of the local steps.
+        sample_seconds: Duration of the measurement of the sample.
     """
     metrics: dict[str, Any] = {
         "client": update.client,
@@ -223,25 +242,28 @@ def trained(update: ClientUpdate, returned: Collection[str], own: Score, peak_me
         "sample-nats": own.nats,
         "sample-tokens": own.tokens,
         "peak-memory": peak_memory,
+        SECONDS: seconds,
+        SAMPLE_SECONDS: sample_seconds,
     }
     if update.router_loss is not None:
         metrics["router-loss"] = update.router_loss
 
     groups = {ADAPTERS: _only(update.adapters.tensors, returned)}
     control = _only(update.control, returned)
-    if control:
+    if control:  # an empty group would be refused as one that nobody asked for
         groups[CONTROL] = control
     return _reply(update.client, metrics, groups)
 
 
-def measured(client: int, score: Score, part: Score, peak_memory: int) -> Reply:
+def measured(client: int, score: Score, part: Score, peak_memory: int, seconds: float = 0.0) -> Reply:
     """Makes the reply to `Evaluate`.
 
     Args:
         client: Number of the client.
         score: Score on all held-out text.
-        part: Score on the sample that the client also measures after its own steps.
+        part: Score on the sample that the client also measures after local training.
         peak_memory: Largest resident memory of the client's process, in bytes.
+        seconds: Duration of the measurement.
     """
     metrics: dict[str, Any] = {
         "client": client,
@@ -252,6 +274,7 @@ def measured(client: int, score: Score, part: Score, peak_memory: int) -> Reply:
         "sample-nats": part.nats,
         "sample-tokens": part.tokens,
         "peak-memory": peak_memory,
+        SECONDS: seconds,
     }
     for name, (total, count) in score.metrics.items():
         metrics[f"{METRIC}{name}"] = [total, count]
@@ -264,7 +287,7 @@ def introduction(client: int, about: str, start: Mapping[str, Adapters]) -> Repl
     Args:
         client: Number of the client.
         about: Name, parameters and layers, as JSON.
-        start: Adapters of bottom and top that training starts from; empty where another client sends them.
+        start: Initial adapters of bottom and top; empty if another client sends them.
     """
     return _reply(client, {}, {part: adapters.tensors for part, adapters in start.items()}, about)
 

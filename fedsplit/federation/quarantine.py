@@ -1,12 +1,12 @@
-"""Holds the updates of a round against each other, and names those that differ too much from the others.
+"""Compares the updates of a round, and finds updates that differ too much from the rest.
 
-Each update has been checked alone before (`fedsplit.federation.replies`). The norm of an update is that of the change
-of the adapters' tensors, factors A and B included, as one vector. It is not that of the product B @ A: the factors are
-what strategies average, they exist for every method, rank and personal factor, and `normclip` takes the same norm.
+Each update alone has been checked before (`fedsplit.federation.replies`). The norm of an update is the norm of the
+change of all adapter tensors, factors A and B included, as one vector. The norm of the product B @ A is not used:
+strategies average the factors, every method has them, and `normclip` takes the same norm.
 
-The bound is a multiple of the median norm of the round, which the size of the learning rate and the number of steps do
-not change; FLAME (2101.02281) clips by the same median. It holds as long as less than half of the clients send wrong
-updates. In a round of fewer than three updates no client is named, as nobody could tell which of two is wrong.
+The bound is a multiple of the round's median norm, so that it does not depend on the learning rate and on the number of
+steps. FLAME (2101.02281) clips by the same median. The bound works while fewer than half of the updates are wrong. With
+fewer than three updates no client is named, since nobody could tell which of two updates is wrong.
 """
 
 from __future__ import annotations
@@ -21,35 +21,34 @@ from torch import Tensor
 from fedsplit.updates import ClientUpdate
 
 FEWEST = 3
-"""Fewest updates that can be held against each other."""
+"""Fewest updates that can be compared."""
 
 
 def change_norm(*pairs: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> float:
-    """Returns the norm of the change of some tensors.
+    """Returns the norm of the change of all tensors together.
 
     Args:
-        pairs: Tensors after and before a change, by name; names that are missing before are passed over.
+        pairs: Tensors after and before a change, by name. Names without a tensor before the change are left out.
 
     Example:
         >>> change_norm(({"a": torch.tensor([3.0, 1.0])}, {"a": torch.tensor([0.0, 1.0])}), ({}, {}))
         3.0
     """
-    return math.hypot(
-        *(
-            float(torch.linalg.vector_norm(tensor.double() - before[name].double()))
-            for after, before in pairs
-            for name, tensor in after.items()
-            if name in before
-        )
-    )
+    norms = []
+    for after, before in pairs:
+        for name, tensor in after.items():
+            if name in before:
+                change = tensor.double() - before[name].double()
+                norms.append(float(torch.linalg.vector_norm(change)))
+    return math.hypot(*norms)
 
 
 def too_large(norms: Mapping[int, float], times: float) -> dict[int, str]:
-    """Finds the clients whose updates are much larger than those of the others.
+    """Finds clients with an update much larger than the median.
 
     Args:
-        norms: Norm of each update, by client.
-        times: Multiple of the median norm that an update may have; 0: any.
+        norms: Norm of the update, by client.
+        times: Largest multiple of the median norm; 0 for no bound.
 
     Returns:
         The reason by client.
@@ -69,10 +68,10 @@ def too_large(norms: Mapping[int, float], times: float) -> dict[int, str]:
 
 
 def without_their_share(updates: Sequence[ClientUpdate]) -> dict[int, str]:
-    """Finds the clients that sent no tensors of the strategy's stage while most others did, or the other way round.
+    """Finds clients that sent no tensors of the strategy's stage although most clients did, or the reverse.
 
-    A strategy may count on every update to have them, or on none; where as many clients sent them as did not, those
-    without are named.
+    A strategy may need the tensors in all updates, or in none. If exactly half of the clients sent tensors, the
+    clients without tensors are named.
 
     Returns:
         The reason by client.

@@ -61,13 +61,16 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
-    """Returns arrays as float32 tensors; some of Flower's strategies make float64.
+    """Returns arrays as float32 tensors. Some strategies of Flower return float64.
 
     Raises:
         RefusedUpdate: An array cannot be read, or does not hold floating-point numbers. Integers are not cast.
     """
+    tensors = {}
     with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite
-        return {name: torch.from_numpy(np.array(_floats(name, array), np.float32)) for name, array in record.items()}
+        for name, array in record.items():
+            tensors[name] = torch.from_numpy(np.array(_floats(name, array), np.float32))
+    return tensors
 
 
 def _as_sent(record: ArrayRecord) -> dict[str, Tensor]:
@@ -96,14 +99,17 @@ def _floats(name: str, array: Array) -> np.ndarray:
         values = array.numpy()
     except Exception as error:  # numpy raises many kinds for bytes that are no array
         raise RefusedUpdate(f"{name} is no array ({type(error).__name__})") from error
-    if values.dtype.kind != "f":
+    if values.dtype.kind != "f":  # floating-point numbers; numpy's other kinds are integers, objects, texts, …
         raise RefusedUpdate(f"{name} is of type {values.dtype}, not of numbers with a fraction")
     return values
 
 
 def array_bytes(content: RecordDict) -> int:
     """Returns the bytes of all arrays of a message, as serialised."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    total = 0
+    for record in content.array_records.values():
+        total += sum(len(array.data) for array in record.values())
+    return total
 
 
 def to_message(request: Request, node: int) -> Message:
@@ -168,12 +174,12 @@ def _task_record(request: Train) -> ConfigRecord:
     task = request.task
     return ConfigRecord(
         {
-            "trains": "".join(sorted(task.trains)),
+            "trains": "".join(sorted(task.trains)),  # Flower's records have no sets
             "proximal": task.proximal,
             "tail": task.tail,
             "decay": task.decay,
             "controlled": task.control is not None,
-            "drawn": -1 if request.drawn is None else request.drawn,
+            "drawn": -1 if request.drawn is None else request.drawn,  # Flower's records have no None
             "rank": request.rank,
             "kept": list(request.kept),
         }
@@ -181,7 +187,7 @@ def _task_record(request: Train) -> ConfigRecord:
 
 
 def _task_fields(message: Message) -> dict[str, Any]:
-    """Reads what `_task_record` wrote, as fields of `Train`."""
+    """Returns the fields of `Train` from the record that `_task_record` made."""
     terms: dict[str, Any] = dict(message.content.config_records[TASK])
     control = _tensors(message, CONTROL) if terms["controlled"] else None
     task = Task(frozenset(terms["trains"]), terms["proximal"], control, terms["tail"], terms["decay"])
@@ -208,17 +214,19 @@ def to_answer(message: Message, client: int) -> Answer:
         message: Reply from a node.
         client: Number of the client at that node.
     """
-    if message.has_error():
+    if message.has_error():  # from the engine, not from the client: the kind can be believed
         is_lost = message.error.code == ErrorCode.NODE_UNAVAILABLE
         return Failure(client, CLIENT_LOST if is_lost else "", message.error.reason or "")
     content = message.content
     if FAILURE in content.config_records:
         failure = content.config_records[FAILURE]
         return reported_failure(client, str(failure.get("kind", "")), str(failure.get("reason", "")))
-    about = str(content.config_records[CONFIG].get("about", "")) if CONFIG in content.config_records else ""
+    about = ""
+    if CONFIG in content.config_records:
+        about = str(content.config_records[CONFIG].get("about", ""))
     metrics = dict(content.metric_records.get(METRICS, {}))
     tensors: dict[str, dict[str, Tensor]] = {}
-    malformed = ""
+    malformed = ""  # a reply that cannot be read counts as an answer, and is refused where its round is checked
     try:
         for group, record in content.array_records.items():
             tensors[group] = _as_sent(record)

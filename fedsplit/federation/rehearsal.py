@@ -1,4 +1,4 @@
-"""One round of a strategy on invented updates, so that its mistakes show before any process is started."""
+"""A trial round of a strategy on invented updates, which finds mistakes before any process is started."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedsplit.federation.clients import ClientNode, FederationFailed
 from fedsplit.federation.replies import without_tensors
 from fedsplit.federation.strategy import aggregated_parts
 from fedsplit.federation.travel import stays
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.model.sources import config_folder
 from fedsplit.optimization.own_stage import OwnStage, StageFailed
 from fedsplit.scores import Score
@@ -30,32 +30,35 @@ from fedsplit.settings.config import Config
 from fedsplit.stages import LocalStep, RoundStart, Rows
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, RefusedUpdate, factor_of
 
-_EXAMPLES, _TOKENS = 4, 64
-"""Examples and tokens that each invented client reports."""
+_EXAMPLES = 4
+"""Training examples that each invented client reports."""
+
+_TOKENS = 64
+"""Tokens that each invented client reports."""
 
 
 @dataclass(frozen=True)
-class _Roster:
-    """Clients that do not exist, and no grid."""
+class InventedRoster:
+    """Invented clients, without a grid."""
 
     nodes: list[ClientNode]
     grid: None = None
 
 
 def rehearse(make: Callable[[], Any], config: Config) -> None:
-    """Plays one round of a strategy: every client answers with its assignment and some noise.
+    """Plays one round of a strategy. Every client answers with its assigned adapters and some noise.
 
-    The names, shapes and layers are those of the run.
+    Adapters have the names, shapes and layers of the run.
 
     Args:
-        make: Makes a strategy of ours or of Flower's. The run needs another one, since a strategy may remember.
+        make: Makes a strategy. The run must make a new one, since a strategy may remember the trial.
         config: Configuration of the run.
 
     Raises:
-        SettingError: The strategy raises an error, ends the program, waits for nodes that will never be there, returns
-            something that cannot be used, or asks clients for something that they cannot do.
+        SettingError: The strategy raises an error, ends the program, waits for nodes that never come, returns an
+            unusable value, or sends clients a setting that they do not know.
     """
-    with _undisturbed(config.seed):
+    with undisturbed(config.seed):
         start = _invented(outline(config, aggregated_parts(config)))
         try:
             _play(make(), config, start)
@@ -65,16 +68,17 @@ def rehearse(make: Callable[[], Any], config: Config) -> None:
 
 
 @contextmanager
-def _undisturbed(seed: int) -> Iterator[None]:
-    """Leaves all random numbers, and Flower's log, as they were."""
+def undisturbed(seed: int) -> Iterator[None]:
+    """Restores the states of all random generators, and the level of Flower's log, at the end of the context."""
     log = logging.getLogger("flwr")
     level = log.level
     drawn = random.getstate()
     drawn_by_numpy = np.random.get_state()
     try:
+        # No devices: the trial computes on the CPU alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "rehearsal"))
-            log.setLevel(logging.CRITICAL + 1)
+            log.setLevel(logging.CRITICAL + 1)  # nothing of the trial is logged
             yield
     finally:
         log.setLevel(level)
@@ -83,7 +87,7 @@ def _undisturbed(seed: int) -> Iterator[None]:
 
 
 def _invented(shapes: Adapters) -> Adapters:
-    """Returns adapters with values such as training starts from: factors B are zero."""
+    """Returns adapters with initial values: factors B are zero, other tensors random."""
     tensors = {}
     for name, tensor in shapes.tensors.items():
         tensors[name] = torch.zeros(tensor.shape) if factor_of(name) == "B" else _noise(tensor)
@@ -95,14 +99,14 @@ def _noise(like: Tensor) -> Tensor:
 
 
 def _play(strategy: Any, config: Config, start: Adapters) -> None:
-    """Plays one round, from the strategy's assignments to its aggregate of the answers."""
-    roster = _Roster([ClientNode(client + 1, f"client {client}") for client in range(config.clients)])
+    """Plays one round, from the assignments to the aggregate."""
+    roster = InventedRoster([ClientNode(client + 1, f"client {client}") for client in range(config.clients)])
     aggregation = make_aggregation(strategy, config)
     assigned = aggregation.assign(1, start, roster)
-    if not assigned:
+    if not assigned:  # a strategy may begin with a round in which nobody trains
         return
     personal = aggregation.traits.personal
-    updates = [_update(client, assigned[client], personal) for client in sorted(assigned)]
+    updates = [invented_update(client, assigned[client], personal) for client in sorted(assigned)]
     if callable(getattr(strategy, "stage", None)):
         _try_stage(OwnStage(strategy, config.strategy), updates[0], read_facts(config_folder(config.model)).width)
     replies = [without_tensors(messages.trained(update, (), Score(), peak_memory=0)) for update in updates]
@@ -110,17 +114,18 @@ def _play(strategy: Any, config: Config, start: Adapters) -> None:
 
 
 def _try_stage(stage: OwnStage, update: ClientUpdate, width: int) -> None:
-    """Has a strategy's own stage take one step of a round, and measure after it.
+    """Plays one local step of a strategy's stage, and a measurement.
 
     Args:
         stage: The stage.
-        update: A client's answer, for names and shapes.
+        update: A client's update, with the names and shapes of the tensors.
         width: Size of a hidden state.
 
     Raises:
         StageFailed: The stage raises an error, or returns an unusable value.
     """
-    start, parameters = update.given or update.adapters, update.adapters.tensors
+    start = update.given or update.adapters
+    parameters = update.adapters.tensors
     gradients = {name: _noise(tensor) for name, tensor in parameters.items()}
     ids = torch.ones(2, 4, dtype=torch.long)
     states = torch.randn(2, 4, width, requires_grad=True)
@@ -133,9 +138,10 @@ def _try_stage(stage: OwnStage, update: ClientUpdate, width: int) -> None:
     stage.personalise(RoundStart(start.tensors, outcome.kept))
 
 
-def _update(client: int, assignment: Assignment, personal: frozenset[str]) -> ClientUpdate:
-    """Returns a client's answer: every tensor that trains has changed a little."""
-    task, adapters = assignment.task, assignment.adapters
+def invented_update(client: int, assignment: Assignment, personal: frozenset[str]) -> ClientUpdate:
+    """Returns an invented update, in which every trained tensor has changed a little."""
+    task = assignment.task
+    adapters = assignment.adapters
     shared = {name: tensor for name, tensor in adapters.tensors.items() if not stays(name, personal)}
     trained = {name: tensor + _noise(tensor) for name, tensor in shared.items() if task.teaches(name)}
     control = {name: _noise(tensor) for name, tensor in (task.control or {}).items()}

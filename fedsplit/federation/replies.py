@@ -1,9 +1,8 @@
-"""Checks of clients' replies: nothing that a client says is believed before it was checked."""
+"""Checks of clients' replies. The server uses no value of a client before the value is checked."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import printable
-from fedsplit.federation import messages
+from fedsplit.factors import select
 from fedsplit.federation.messages import (
     ADAPTERS,
     CLIENT_LOST,
@@ -20,13 +19,14 @@ from fedsplit.federation.messages import (
     EXAMPLES,
     LATE,
     METRIC,
+    SAMPLE_SECONDS,
+    SECONDS,
     Failure,
     Reply,
 )
 from fedsplit.federation.workload import Workload
 from fedsplit.scores import Score
-from fedsplit.settings.choices import PARTS
-from fedsplit.updates import Adapters, ClientUpdate, Layer, RefusedUpdate
+from fedsplit.updates import Adapters, ClientUpdate, RefusedUpdate
 
 LARGEST_CHANGE = 1e4
 """Norm of the change in one round, over all adapters of a client, above which an update is refused.
@@ -55,157 +55,28 @@ LEAST_COUNT = 1e-9
 LARGEST_MEMORY = 2**50
 """Resident memory in bytes above which a client's report is refused: a million gigabytes."""
 
-LARGEST_COUNT = 2**53
-"""Number of parameters above which an introduction is refused; a float holds every whole number up to it."""
-
-LONGEST_NAME = 4096
-"""Most characters in the name of a client."""
+LARGEST_DURATION = 1e9
+"""Seconds above which a client's report is refused: thirty years."""
 
 LONGEST_KIND = 100
 LONGEST_REASON = 2000
 """Most characters of the kind and of the reason of a failure that a client reports."""
 
-LONGEST_INTRODUCTION = 2**24
-"""Most characters in an introduction; the layers of a model with 100 blocks take some 10**5."""
-
 Control = Literal["none", "required", "optional"]
-"""Whether an update has tensors beside the adapters: "required" under a control variate, "optional" under a stage."""
+"""Rule for tensors beside the adapters in an update: "required" under a control variate, "optional" under a stage."""
 
-KEPT_METRICS = ("client", EXAMPLES, "tokens", "loss", "sample-nats", "sample-tokens", "peak-memory")
-"""Metrics of a client's training that are kept until the end of the round, the same for every client."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Introduction:
-    """A client's introduction, read and checked.
-
-    Attributes:
-        client: Number of the client, as the client says it: the only source there is for it.
-        name: Owner of the client's data.
-        parameters: Counts of parameters by part: {"bottom": {"total": …, "trainable": …}, "top": …}.
-        start: Adapters that training starts from, by part; empty but for the first client.
-    """
-
-    client: int
-    name: str
-    parameters: Mapping[str, Any]
-    start: Mapping[str, Adapters]
-
-
-def about_of(introduced: Introduction) -> str:
-    """Returns an introduction as the JSON that `read_introduction` reads, but for its tensors."""
-    about: dict[str, Any] = {
-        "client": introduced.client,
-        "name": introduced.name,
-        "parameters": introduced.parameters,
-    }
-    for part, adapters in introduced.start.items():
-        about[part] = {layer: dataclasses.asdict(facts) for layer, facts in adapters.layers.items()}
-    return json.dumps(about)
-
-
-def introduce(introduced: Introduction) -> Reply:
-    """Makes a client's reply to `fedsplit.federation.messages.Introduce`."""
-    return messages.introduction(introduced.client, about_of(introduced), introduced.start)
-
-
-def read_introduction(reply: Reply) -> Introduction:
-    """Reads a client's introduction.
-
-    Raises:
-        RefusedUpdate: The reply is no introduction.
-    """
-    sender = "a client" if reply.client < 0 else f"client {reply.client}"
-    try:
-        if reply.malformed:
-            raise ValueError(reply.malformed)
-        introduced = _parsed(reply)
-        if reply.client not in (-1, introduced.client):
-            raise ValueError(f"it says that it is client {introduced.client}")
-        return introduced
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RefusedUpdate) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RefusedUpdate(f"{sender} introduced itself in a wrong form: {type(error).__name__}: {reason}") from error
-
-
-def _parsed(reply: Reply) -> Introduction:
-    """Returns the introduction that a reply holds.
-
-    Raises:
-        Several: The reply is no introduction, or a value of it is not possible.
-    """
-    if len(reply.about) > LONGEST_INTRODUCTION:
-        raise ValueError(f"it has {len(reply.about)} characters, more than {LONGEST_INTRODUCTION}")
-    about = json.loads(reply.about)
-    if not isinstance(about, dict):
-        raise TypeError("it is no object")
-    start = {part: _start_of(part, about.pop(part), tensors) for part, tensors in reply.tensors.items()}
-    if about.keys() != {"client", "name", "parameters"}:
-        raise ValueError(f"it has {', '.join(map(str, sorted(about)))[:80]}, not client, name and parameters")
-
-    client, name = about["client"], about["name"]
-    if type(client) is not int or not 0 <= client < LARGEST_COUNT:
-        raise TypeError("its client is no number")
-    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
-        raise TypeError(f"its name is no text of 1 to {LONGEST_NAME} characters")
-    return Introduction(client, printable(name), _counts_of(about["parameters"]), start)
-
-
-def _counts_of(parameters: Any) -> Mapping[str, Mapping[str, int]]:
-    """Returns counts of parameters by part.
-
-    Raises:
-        TypeError: They are none.
-    """
-    if not isinstance(parameters, dict) or not parameters.keys() <= {*PARTS}:
-        raise TypeError("its parameters are not counted by part")
-    for counts in parameters.values():
-        if not isinstance(counts, dict) or counts.keys() != {"total", "trainable"}:
-            raise TypeError("its parameters are not counted as total and trainable")
-        if not all(type(count) is int and 0 <= count < LARGEST_COUNT for count in counts.values()):
-            raise TypeError("its counts of parameters are no numbers from 0")
-    return parameters
-
-
-def _start_of(part: str, layers: Any, tensors: Mapping[str, Tensor]) -> Adapters:
-    """Returns the adapters that a part starts from.
-
-    Raises:
-        ValueError, TypeError, RefusedUpdate: They are none.
-    """
-    if part not in PARTS:
-        raise ValueError(f"there is no part {part[:40]!r}")
-    named = {name: _layer_of(name, facts) for name, facts in layers.items()}
-    adapters = Adapters(dict(tensors), named)
-    adapters.check_fits(adapters.tensors, f"its {part}")
-    _check_types(adapters.tensors, dict.fromkeys(tensors, torch.float32), f"its {part}")
-    for layer in [*adapters.complete, *adapters.stacked]:
-        a, b = adapters.factors(layer)
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % named[layer].experts:
-            raise ValueError(f"the factors of {layer} do not fit each other")
-    return adapters
-
-
-def _layer_of(name: str, facts: Any) -> Layer:
-    """Returns the constants of a layer.
-
-    Raises:
-        TypeError: They are none.
-    """
-    layer = Layer(**facts)
-    is_number = type(layer.alpha) in (int, float) and math.isfinite(layer.alpha)
-    is_count = type(layer.experts) is int and 0 < layer.experts < LARGEST_COUNT
-    are_switches = type(layer.transposed) is bool and type(layer.rslora) is bool
-    if not (is_number and is_count and are_switches and isinstance(layer.parameter, str)):
-        raise TypeError(f"the constants of {name[:80]} have other types")
-    return layer
+KEPT_METRICS = (
+    *("client", EXAMPLES, "tokens", "loss", "sample-nats", "sample-tokens", "peak-memory"),
+    *(SECONDS, SAMPLE_SECONDS),
+)
+"""Metrics of a client's training that the server keeps until the end of the round; the same for every client."""
 
 
 def reported_failure(client: int, kind: str, reason: str) -> Failure:
-    """Returns a failure that a client reports itself.
+    """Returns a failure that a client reports, with the reason cut to a line.
 
-    Whether a client's process was lost, or is late, the engine knows and not the client: each would have the round
-    played again. The reason is cut to a line.
+    A client may not report that its process was lost or that it is late, since the server would play the round again.
+    Only the engine can tell.
     """
     is_possible = kind.isidentifier() and kind not in (CLIENT_LOST, LATE)
     believed = kind[:LONGEST_KIND] if is_possible else "Failed"  # without a kind it would seem to be the engine's
@@ -233,20 +104,9 @@ def to_update(
     Raises:
         RefusedUpdate: Names, shapes, types, values or counts are not possible.
     """
-    expected = given.with_tensors({name: tensor for name, tensor in given.tensors.items() if name in trained})
-    tensors = _sent_tensors(reply, ADAPTERS, sender)
+    tensors = _trained_tensors(reply, given, trained, sender)
     _check_groups(reply, control if trained else "none", sender)
-    types = {name: tensor.dtype for name, tensor in expected.tensors.items()}
-    expected.check_fits(tensors, sender)
-    _check_types(tensors, types, sender)
-    _check_size([tensor - given.tensors[name] for name, tensor in tensors.items()], "adapters that changed", sender)
-
-    sent_control: Mapping[str, Tensor] = {}
-    if CONTROL in reply.tensors:
-        sent_control = _sent_tensors(reply, CONTROL, sender)
-        expected.check_fits(sent_control, f"{sender}, as its control variate,")
-        _check_types(sent_control, types, f"{sender}, as its control variate,")
-        _check_size(sent_control.values(), "a control variate that changed", sender)
+    control_change = _control_change(reply, given, tensors, sender) if CONTROL in reply.tensors else {}
 
     report = _Report(reply, sender)
     report.check_client(reply.client)
@@ -255,9 +115,7 @@ def to_update(
         raise RefusedUpdate(f"{sender} sent {_shown(examples)} as its number of examples, not {workload.examples}")
     report.check_sample(workload)
     report.check_memory()
-    router_loss = report.amount("router-loss") if workload.routers else None
-    if router_loss is None and "router-loss" in reply.metrics:
-        raise RefusedUpdate(f"{sender} sent a router-loss, and the model has no routers that are balanced")
+    report.check_seconds(SECONDS, SAMPLE_SECONDS)
     return ClientUpdate(
         client=reply.client,
         adapters=given.with_tensors({**given.tensors, **tensors}),
@@ -265,9 +123,50 @@ def to_update(
         tokens=report.count("tokens", least=1, most=workload.tokens),
         loss=report.amount("loss"),
         given=given,
-        control=sent_control,
-        router_loss=router_loss,
+        control=control_change,
+        router_loss=report.router_loss(workload),
     )
+
+
+def _trained_tensors(reply: Reply, given: Adapters, trained: Collection[str], sender: str) -> Mapping[str, Tensor]:
+    """Returns the adapters that a client trained.
+
+    Args:
+        reply: Reply to a request to train.
+        given: Adapters that the client started from.
+        trained: Names of the tensors that the client had to send.
+        sender: Number and name of the client, for messages.
+
+    Raises:
+        RefusedUpdate: A name, a shape, a type or the size of the change is not possible.
+    """
+    expected = given.with_tensors(select(given.tensors, trained))
+    tensors = _sent_tensors(reply, ADAPTERS, sender)
+    # Names and shapes first: the checks that follow look tensors up by name, and subtract them.
+    expected.check_fits(tensors, sender)
+    check_types(tensors, _types_of(expected), sender)
+    changes = [tensor - given.tensors[name] for name, tensor in tensors.items()]
+    _check_size(changes, "adapters that changed", sender)
+    return tensors
+
+
+def _control_change(reply: Reply, given: Adapters, trained: Mapping[str, Tensor], sender: str) -> Mapping[str, Tensor]:
+    """Returns the change of a client's control variate, which has a tensor for each trained one.
+
+    Raises:
+        RefusedUpdate: A name, a shape, a type or the size of the change is not possible.
+    """
+    expected = given.with_tensors({name: given.tensors[name] for name in trained})
+    tensors = _sent_tensors(reply, CONTROL, sender)
+    as_control = f"{sender}, as its control variate,"
+    expected.check_fits(tensors, as_control)
+    check_types(tensors, _types_of(expected), as_control)
+    _check_size(tensors.values(), "a control variate that changed", sender)
+    return tensors
+
+
+def _types_of(adapters: Adapters) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in adapters.tensors.items()}
 
 
 def to_score(reply: Reply, sender: str, workload: Workload, metrics: Collection[str] = ()) -> Score:
@@ -291,12 +190,13 @@ def to_score(reply: Reply, sender: str, workload: Workload, metrics: Collection[
         raise RefusedUpdate(f"{sender} measured {tokens} tokens, {_shown(right)} of them predicted rightly")
     report.check_sample(workload)
     report.check_memory()
+    report.check_seconds(SECONDS)
     sums = {name: report.sum_and_count(name) for name in metrics}
     return Score(report.amount("nats", most=LARGEST_LOSS * tokens), tokens, right, sums)
 
 
 def sample_of(reply: Reply) -> Score:
-    """Returns a client's score on its sample, from a reply that was checked.
+    """Returns a client's score on its sample, from a checked reply.
 
     A client measures the sample after its own steps, and again at the end of the round.
     """
@@ -304,15 +204,20 @@ def sample_of(reply: Reply) -> Score:
 
 
 def memory_of(reply: Reply) -> int:
-    """Returns the largest resident memory of a client's process in bytes, from a reply that was checked."""
+    """Returns the largest resident memory of a client's process in bytes, from a checked reply."""
     return int(reply.metrics["peak-memory"])
 
 
-def without_tensors(reply: Reply) -> Reply:
-    """Returns a reply with the metrics that every reply has, and nothing else.
+def seconds_of(reply: Reply, metric: str = SECONDS) -> float:
+    """Returns the duration of a client's work in seconds, from a checked reply."""
+    return float(reply.metrics[metric])
 
-    Tensors would otherwise be held to the end of the round, beside those of the update. Metrics that a single client
-    adds must reach no strategy: Flower's own refuse to average replies with different names.
+
+def without_tensors(reply: Reply) -> Reply:
+    """Returns a reply without tensors, and with the common metrics only.
+
+    The update holds the tensors until the end of the round, so that a second copy would waste memory. Flower's
+    strategies refuse to average replies with different metrics, so that a metric of a single client is dropped.
     """
     metrics = {name: reply.metrics[name] for name in KEPT_METRICS if name in reply.metrics}
     return dataclasses.replace(reply, metrics=metrics, tensors={})
@@ -332,10 +237,10 @@ def _sent_tensors(reply: Reply, group: str, sender: str) -> Mapping[str, Tensor]
 
 
 def _check_groups(reply: Reply, control: Control, sender: str) -> None:
-    """Makes sure that a reply has all groups of tensors that were asked for, and no others.
+    """Checks that a reply has all requested groups of tensors, and no further group.
 
     Raises:
-        RefusedUpdate: It has not.
+        RefusedUpdate: A group is missing, or was not requested.
     """
     if control == "required" and CONTROL not in reply.tensors:
         raise RefusedUpdate(f"{sender} sent no {CONTROL} variate, which the strategy asks for")
@@ -344,11 +249,16 @@ def _check_groups(reply: Reply, control: Control, sender: str) -> None:
         raise RefusedUpdate(f"{sender} sent tensors that nobody asked for: {more[0][:80]}")
 
 
-def _check_types(tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype], sender: str) -> None:
-    """Makes sure that tensors have their types: a cast would round, and others compute in the wider type.
+def check_types(tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype], sender: str) -> None:
+    """Checks the types of tensors. A cast would round, and a wider type would change the type of the aggregate.
+
+    Args:
+        tensors: Tensors by name.
+        types: Expected types by name.
+        sender: Number and name of the client, for the message.
 
     Raises:
-        RefusedUpdate: One has another type.
+        RefusedUpdate: A tensor has another type.
     """
     for name, tensor in tensors.items():
         if tensor.dtype != types[name]:
@@ -356,7 +266,7 @@ def _check_types(tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]
 
 
 def _check_size(changes: Iterable[Tensor], what: str, sender: str) -> None:
-    """Makes sure that a client's change is small enough for others to compute with.
+    """Checks that a client's change is small enough for the other clients to compute with.
 
     Args:
         changes: Tensors that the norm is taken over.
@@ -366,8 +276,9 @@ def _check_size(changes: Iterable[Tensor], what: str, sender: str) -> None:
     Raises:
         RefusedUpdate: The norm is above `LARGEST_CHANGE`.
     """
-    norm = math.hypot(*(float(torch.linalg.vector_norm(change)) for change in changes))
-    if norm > LARGEST_CHANGE:
+    norms = [float(torch.linalg.vector_norm(change)) for change in changes]
+    norm = math.hypot(*norms)
+    if norm > LARGEST_CHANGE:  # NaN was refused by `check_fits`
         raise RefusedUpdate(f"{sender} sent {what} by a norm of {norm:.3g}, not by up to {LARGEST_CHANGE:.0e}")
 
 
@@ -379,25 +290,34 @@ class _Report:
         self._sender = sender
 
     def check_client(self, client: int) -> None:
-        """Makes sure that a client does not claim to be another one.
+        """Checks that a client reports the number of the node that the reply came from.
 
         Raises:
-            RefusedUpdate: The client does.
+            RefusedUpdate: The client reports another number.
         """
         claimed = self._metrics.get("client")
         if type(claimed) is not int or claimed != client:
             raise RefusedUpdate(f"{self._sender} says that it is client {_shown(claimed)}")
 
     def check_memory(self) -> None:
-        """Makes sure that the memory of the client's process is possible.
+        """Checks the memory of the client's process.
 
         Raises:
-            RefusedUpdate: It is missing or out of range.
+            RefusedUpdate: The number is missing or out of range.
         """
         self.count("peak-memory", most=LARGEST_MEMORY)
 
+    def check_seconds(self, *metrics: str) -> None:
+        """Checks durations of the client's work.
+
+        Raises:
+            RefusedUpdate: A number is missing or out of range.
+        """
+        for metric in metrics:
+            self.amount(metric, most=LARGEST_DURATION)
+
     def check_sample(self, workload: Workload) -> None:
-        """Makes sure that a score on the client's sample is possible.
+        """Checks the score on the client's sample.
 
         Raises:
             RefusedUpdate: A number is missing or out of range.
@@ -405,19 +325,32 @@ class _Report:
         tokens = self.count("sample-tokens", most=workload.sample)
         self.amount("sample-nats", most=LARGEST_LOSS * tokens)
 
+    def router_loss(self, workload: Workload) -> float | None:
+        """Returns the auxiliary loss of routers; None for a model without balanced routers.
+
+        Raises:
+            RefusedUpdate: The loss is missing or not possible, or the model has no balanced routers.
+        """
+        if workload.routers:
+            return self.amount("router-loss")
+        if "router-loss" in self._metrics:
+            raise RefusedUpdate(f"{self._sender} sent a router-loss, and the model has no routers that are balanced")
+        return None
+
     def count(self, name: str, noun: str = "", least: int = 0, most: int | None = None) -> int:
         """Returns a whole number.
 
         Args:
             name: Name of the metric.
-            noun: Words for the metric in a message, where its name does not say it.
-            least: Smallest number that is possible.
-            most: Largest number that is possible; None: there is no bound.
+            noun: Words for the metric in a message; empty for its name.
+            least: Smallest possible number.
+            most: Largest possible number; None for no bound.
 
         Raises:
             RefusedUpdate: The metric is missing, no whole number or out of range.
         """
         value = self._metrics.get(name)
+        # `type`, not `isinstance`: True and False are instances of int.
         if type(value) is not int or value < least or (most is not None and value > most):
             bounds = f"from {least}" if most is None else f"from {least} to {most}"
             reason = f"{_shown(value)} as {noun or f'its {name}'}, not a whole number {bounds}"
@@ -431,7 +364,7 @@ class _Report:
             RefusedUpdate: The metric is missing, no number or out of range.
         """
         value: Any = self._metrics.get(name)
-        if type(value) not in (int, float) or not 0 <= value <= most:
+        if type(value) not in (int, float) or not 0 <= value <= most:  # NaN fits no bounds
             raise RefusedUpdate(f"{self._sender} sent {_shown(value)} as its {name}, not a number from 0 to {most:g}")
         return float(value)
 
@@ -439,15 +372,21 @@ class _Report:
         """Returns the sum and the count of a metric.
 
         Raises:
-            RefusedUpdate: They are missing, or no two numbers of a possible size; nothing of nothing sums up to 0.
+            RefusedUpdate: The metric is missing, or is not two numbers of a possible size. Sum and count may both be 0.
         """
         value: Any = self._metrics.get(f"{METRIC}{metric}")
-        numbers = list(value) if isinstance(value, list) else []
-        usable = len(numbers) == 2 and all(type(n) in (int, float) and abs(n) <= LARGEST_SUM for n in numbers)
-        if not usable or not (numbers[1] >= LEAST_COUNT or numbers == [0, 0]):
+        numbers = value if isinstance(value, list) else []
+        is_pair = len(numbers) == 2 and all(map(_is_bounded, numbers))
+        has_mean = is_pair and numbers[1] >= LEAST_COUNT
+        measured_nothing = is_pair and numbers == [0, 0]
+        if not has_mean and not measured_nothing:
             sent = " and ".join(map(_shown, numbers[:2])) or _shown(value)
             raise RefusedUpdate(f"{self._sender} sent {sent} as its metric {metric}, not a sum and a count")
         return float(numbers[0]), float(numbers[1])
+
+
+def _is_bounded(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= LARGEST_SUM  # type: ignore[arg-type]  # a number by now
 
 
 def _shown(value: object) -> str:

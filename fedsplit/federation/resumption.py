@@ -1,4 +1,4 @@
-"""Where a run goes on: its newest checkpoint that is valid, and whether settings, data and model fit to it."""
+"""Resuming a run: search for the newest valid checkpoint, and checks that settings, data and model fit."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ FACTS = "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are all as they were written.
+    """A checkpoint with all files unchanged.
 
     Attributes:
         folder: Folder of the checkpoint.
-        manifest: Its manifest.
-        facts: Its plain values.
+        manifest: Manifest of the checkpoint.
+        facts: Plain values of the checkpoint.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def round(self) -> int:
-        """The round after which it was written."""
+        """Round of the checkpoint."""
         return self.manifest.round
 
 
@@ -48,8 +48,8 @@ class Search:
     """Outcome of the search for a checkpoint.
 
     Attributes:
-        newest: The newest valid checkpoint; None where there is none.
-        skipped: A line for each newer checkpoint that is not valid: its name, and why.
+        newest: The newest valid checkpoint; None if there is none.
+        skipped: A line for each newer, invalid checkpoint, with name and reason.
     """
 
     newest: Checkpoint | None
@@ -57,22 +57,26 @@ class Search:
 
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
-    """Returns the folders of a run's checkpoints by round, in the order of the rounds; they need not be valid.
+    """Returns the folders of a run's checkpoints, valid or not, by round and in the order of the rounds.
 
     Example:
         >>> checkpoints_of(Path("nowhere"))
         {}
     """
-    folders = {number: folder for folder in (run / CHECKPOINTS).glob("round-*") if (number := round_of(folder))}
+    folders = {}
+    for folder in (run / CHECKPOINTS).glob("round-*"):
+        number = round_of(folder)
+        if number:  # the name of another folder may begin alike
+            folders[number] = folder
     return dict(sorted(folders.items()))
 
 
 def how_to_go_on(run: Path | None, only_from_checkpoint: bool = False) -> str:
-    """Returns the last checkpoint of a run that was stopped, and the command by which the run goes on.
+    """Returns a line with the last checkpoint of a stopped run, and with the command that resumes the run.
 
     Args:
-        run: The run's folder, which need not be there; None for a run that has no folder yet.
-        only_from_checkpoint: True to return nothing where the run has no checkpoint.
+        run: Folder of the run, which need not exist; None for a run without a folder.
+        only_from_checkpoint: True for an empty result if the run has no checkpoint.
 
     Example:
         >>> how_to_go_on(Path("nowhere"))
@@ -101,14 +105,15 @@ def checkpoint_folder(run: Path, round: int) -> Path:
 
 
 def newest_checkpoint(run: Path, keep_best: bool) -> Search:
-    """Finds the newest valid checkpoint of a run. All its files are read.
+    """Finds the newest valid checkpoint of a run. All files of the checkpoint are read.
 
     Args:
-        run: The run's folder.
-        keep_best: The run leaves its best round, so that a checkpoint needs that of the best round until then, too.
+        run: Folder of the run.
+        keep_best: True if the best round becomes the result. A checkpoint then also needs the checkpoint of the best
+            round so far.
     """
     skipped: list[str] = []
-    for folder in reversed(checkpoints_of(run).values()):
+    for folder in reversed(checkpoints_of(run).values()):  # the newest first
         try:
             return Search(_read(run, folder, keep_best), tuple(skipped))
         except Damaged as damaged:
@@ -133,13 +138,14 @@ def _read(run: Path, folder: Path, keep_best: bool) -> Checkpoint:
     """Reads a checkpoint.
 
     Raises:
-        Damaged: A file that a run would go on from is not as it was written.
+        Damaged: A file that the run needs to go on has changed.
     """
     number = round_of(folder)
     assert number is not None
     written = manifest.check_whole(folder, number)
     manifest.check_elsewhere(run, written)
     facts = _facts_of(folder)
+    # The result of the run may come from the best round, so its checkpoint must be whole, too.
     best = int(facts.get("course", {}).get("best", number))
     if keep_best and best != number:
         try:
@@ -153,29 +159,30 @@ def _facts_of(folder: Path) -> dict[str, Any]:
     """Reads the plain values of a checkpoint.
 
     Raises:
-        Damaged: They cannot be read.
+        Damaged: The values cannot be read.
     """
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        int(facts["round"]), int(facts.get("course", {}).get("waited", 0))
+        # Values that later code reads without a check.
+        int(facts["round"])  # raises what is caught below
+        int(facts.get("course", {}).get("waited", 0))
         return facts
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{FACTS} cannot be read ({first_line(error)})") from None
 
 
 def check_resumable(path: Path, config: Config) -> None:
-    """Makes sure that a run can go on, from what it wrote itself and with the settings that it began with.
+    """Checks that a run can go on from its own files and with its original settings.
 
-    A run that was stopped before its first checkpoint can be begun again in its folder.
+    A run that was stopped before the first checkpoint begins again in its folder.
 
     Args:
-        path: The run's folder.
-        config: Settings that the run is to go on with.
+        path: Folder of the run.
+        config: Settings for the resumed run.
 
     Raises:
-        SettingError: The folder is not a run's, none of its checkpoints is valid, a setting that decides the result
-            has changed, no round is left to do and the run is summed up, or the run has stopped because its patience
-            ran out, and is given no more.
+        SettingError: The folder belongs to no run, no checkpoint is valid, a setting has changed that decides the
+            result, the run is complete, or early stopping has ended the run and the patience is not larger now.
     """
     if not ((path / "config.toml").is_file() and (path / CHECKPOINTS).is_dir()):
         raise SettingError("resume", path, f"the folder of a run, with its config.toml and its {CHECKPOINTS}")
@@ -186,20 +193,25 @@ def check_resumable(path: Path, config: Config) -> None:
         raise SettingError("resume", f"{path} (metrics.jsonl is not there)", "a run with the events of its rounds")
     _check_metrics(path)
     manifest.check_settings(search.newest.manifest, config, path)
-    done, facts = search.newest.round, search.newest.facts
-    if done > config.rounds or (done == config.rounds and _summed_up(path) == done):
+
+    # After the last round a run can still lack its summary, such as on a full disk. Then it only has to write that.
+    done = search.newest.round
+    has_summary = _summed_up(path) == done
+    is_complete = done == config.rounds and has_summary
+    if done > config.rounds or is_complete:
         raise SettingError("rounds", config.rounds, f"more than {done}, the rounds that the run in {path} has done")
-    waited = int(facts.get("course", {}).get("waited", 0))
-    if 0 < config.patience <= waited and _summed_up(path) == done:
+    waited = int(search.newest.facts.get("course", {}).get("waited", 0))
+    has_stopped_early = 0 < config.patience <= waited
+    if has_stopped_early and has_summary:
         words = f"more than {waited}, the rounds in a row that did not better the held-out loss, or 0"
         raise SettingError("patience", config.patience, words)
 
 
 def check_content(path: Path, config: Config, content: manifest.Content) -> None:
-    """Makes sure that a run that goes on has the data, the model and the user's code that it began with.
+    """Checks that a resumed run has its original data, model and code.
 
     Raises:
-        SettingError: One of them has changed.
+        SettingError: The data, the model or the code has changed.
     """
     newest = newest_checkpoint(path, config.keep_best).newest
     if newest is not None:
@@ -207,10 +219,10 @@ def check_content(path: Path, config: Config, content: manifest.Content) -> None
 
 
 def notes_on(search: Search) -> list[str]:
-    """Returns what a user should know before a run goes on: a line for each fact.
+    """Returns lines for the user on how a run goes on: skipped checkpoints, and changed versions.
 
     Args:
-        search: The search for the run's checkpoint.
+        search: Outcome of the search for a checkpoint.
     """
     if search.newest is None:
         return ["the run was stopped before its first checkpoint, and begins again"]
@@ -218,7 +230,7 @@ def notes_on(search: Search) -> list[str]:
 
 
 def _other_versions(written: Manifest) -> list[str]:
-    """Returns a line where the run goes on with other versions of what computes its numbers; else nothing."""
+    """Returns a line on changed versions of Python or of libraries; nothing if no version has changed."""
     now = versions()
     changed = []
     for name, before in written.versions.items():
@@ -230,7 +242,7 @@ def _other_versions(written: Manifest) -> list[str]:
 
 
 def _check_metrics(path: Path) -> None:
-    """Makes sure that the events of a run can be read, but for a last line that was cut off as it was written.
+    """Checks that the events of a run can be read. The last line may be cut off.
 
     Raises:
         SettingError: A line is no event.
@@ -240,13 +252,14 @@ def _check_metrics(path: Path) -> None:
     except OSError as error:
         raise SettingError("resume", f"{path} (metrics.jsonl: {error.strerror})", "a folder that can be read") from None
     for number, line in enumerate(lines, 1):
-        if not is_event(line) and (number < len(lines) or line.endswith(b"\n")):
+        is_cut_off = number == len(lines) and not line.endswith(b"\n")  # by a kill in the middle of a write
+        if not is_event(line) and not is_cut_off:
             words = "a run whose events are JSON objects with a round, a line each"
             raise SettingError("resume", f"{path} (metrics.jsonl, line {number}, is damaged)", words)
 
 
 def is_event(line: bytes) -> bool:
-    r"""Tells whether a line of metrics.jsonl is an event that was written to its end.
+    r"""Returns True for a line of metrics.jsonl that is a complete event.
 
     Example:
         >>> is_event(b'{"event": "train", "round": 1}\n'), is_event(b'{"event": "tr')
@@ -260,7 +273,7 @@ def is_event(line: bytes) -> bool:
 
 
 def _summed_up(path: Path) -> int | None:
-    """Returns the round after which a run was summed up; None where it was not."""
+    """Returns the last round in a run's summary; None without a summary."""
     try:
         return int(json.loads((path / "summary.json").read_text(encoding="utf-8"))["last_round"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,8 +1,7 @@
-"""A round as a value: begin, collect, aggregate, evaluate, then commit or discard.
+"""A round as a transaction: begin, collect, aggregate, evaluate, and then commit or discard.
 
-Until a round commits, nothing outside it has changed: it works on a copy of the run's state, and what it has to change
-at the strategy and at the trunk is taken back by `discard`. A round that was discarded can be played again, with the
-same seeds and the next attempt's number.
+A round works on a copy of the run's state. Changes of the strategy and of the trunk are undone by `discard`. A
+discarded round can be played again, with the same seeds and the next attempt's number.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.checkpoint import Snapshot
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.parties import Parties
+from fedsplit.federation.round_cost import Cost
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.training import Training
 from fedsplit.scores import Score
@@ -39,8 +39,8 @@ class Round:
 
     Attributes:
         number: The round, from 1.
-        attempt: This attempt at the round.
-        state: State of the run as this round changes it.
+        attempt: The attempt at the round.
+        state: Copy of the run's state, which the round changes.
     """
 
     def __init__(self, parties: Parties, state: RunState, attempt: Attempt | None = None) -> None:
@@ -48,8 +48,8 @@ class Round:
 
         Args:
             parties: The parties.
-            state: State after the last committed round, which stays as it is.
-            attempt: Attempt at this round; the first one where not given.
+            state: State after the last committed round, which stays unchanged.
+            attempt: Attempt at the round; None for the first attempt.
         """
         self._parties = parties
         self._before = state
@@ -57,6 +57,7 @@ class Round:
         self._assigned: Mapping[int, Assignment] = {}
         self._training = Training({})
         self._loss: float | None = None
+        self._cost = Cost()
         self._events: list[Event] = []  # reported when the round commits
         self.number = state.round + 1
         self.attempt = attempt or Attempt()
@@ -67,7 +68,7 @@ class Round:
         """Plays the whole round.
 
         Returns:
-            The state after it, which is committed.
+            The committed state.
         """
         self.begin()
         self.collect()
@@ -76,20 +77,23 @@ class Round:
         return self.commit()
 
     def begin(self) -> None:
-        """Has the strategy decide who trains, and from what."""
+        """Asks the strategy for the clients that train, and for their adapters."""
         parties = self._parties
         with parties.watchdog.doing("the strategy, which chooses the clients of a round,"):
             self._assigned = parties.aggregation.assign(self.number, self.state.adapters, parties.clients)
 
     def collect(self) -> None:
-        """Has the clients train, and the trunk with them; collects their updates."""
+        """Lets clients and trunk train, and collects the updates."""
         self._training = training.train(self._parties, self.state, self.number, self._assigned, self.attempt)
         self._loss = self._training.loss
+        self._cost.add_training(self._training)
         self._events.append(training.event_of(self._parties, self.state, self.number, self._training))
 
     def aggregate(self) -> None:
-        """Has the strategy make one set of adapters of all updates, which every party takes over."""
-        parties, state, updates = self._parties, self.state, self._training.updates
+        """Lets the strategy aggregate the updates, and brings ledger and trunk up to date."""
+        parties = self._parties
+        state = self.state
+        updates = self._training.updates
         if not updates and not parties.aggregation.traits.idles:  # all clients rest
             state.ledger.fold(self.number, {})
             state.error = None
@@ -103,6 +107,7 @@ class Round:
         if parties.schedule.personal:
             parties.trunk.write(*state.ledger.trunk_end(result))
             parties.trunk.fold(result.folded)
+        self._cost.seconds["aggregation"] = time.perf_counter() - started  # the trunk's part of it, too
         state.adapters = result.with_tensors(result.tensors)  # without the changes of base weights
         state.error = None
         if not updates:
@@ -122,31 +127,38 @@ class Round:
         )
 
     def evaluate(self) -> None:
-        """Has clients measure the new adapters, in the rounds in which they do."""
+        """Lets clients measure the new adapters, if the round is to be evaluated."""
         own: Mapping[int, Score] = self._training.scores
         changed = self._has_changed()
-        self._training.updates, self._training.replies = [], []  # their tensors are needed no more
+        # The tensors are needed no more, and an evaluation takes memory, too.
+        self._training.updates = []
+        self._training.replies = []
         if not evaluation.is_due(self._parties.config, self.number):
             self.state.stopping.skip(self.number)
             return
         found = evaluation.evaluate(self._parties, self.state, self.number, own, self.attempt)
         self._events.append(evaluation.event_of(self._parties, self.state, self.number, found))
+        self._cost.add_evaluation(found)
         self.state.stopping.note(self.number, found.total.loss, changed)
 
     def commit(self) -> RunState:
-        """Reports the round, and writes its checkpoint where one is due.
+        """Reports the round, and writes a checkpoint if one is due.
 
-        The events come first: a run that is killed in between drops them when it goes on from the checkpoint before.
+        Events are reported before the checkpoint. If the run is killed in between, the resumed run drops the events.
 
         Raises:
             FederationFailed: The state has values that are not finite.
         """
         parties, state = self._parties, self.state
+        # Read before anything is reported: if the trunk is lost at this point, the round is still lost as a whole.
         state.trunk = parties.trunk.read()
         state.moments = parties.trunk.moments()
-        state.trunk_traffic = parties.trunk.status().traffic.document()
+        traffic = parties.trunk.status().traffic
+        state.trunk_traffic = traffic.document()
+        state.totals.traffic.update(parties.clients.take_shipped())
+        self._events.append(self._cost.event(state, self.number, traffic, parties.name))
         snapshot = snapshot_of(parties, state)
-        with contextlib.suppress(TrunkLost):  # the round counts all the same: another trunk begins after it
+        with contextlib.suppress(TrunkLost):  # the round still counts: a new trunk starts from its state
             parties.trunk.commit()
         for event in self._events:
             parties.emit(event)
@@ -154,35 +166,36 @@ class Round:
         return state
 
     def refuse_steps(self) -> None:
-        """Makes the trunk refuse every further step of the round, so that clients which still train end soon."""
+        """Makes the trunk refuse further steps of the round, so that clients stop training soon."""
         trunk = self._parties.trunk
-        trunk.begin([])
+        trunk.begin([])  # an empty group: the trunk refuses the steps of all clients
         for client in self._assigned:
             trunk.leave(client)
 
     def discard(self) -> RunState:
-        """Takes back what the round has changed at the strategy and at the trunk.
+        """Undoes the changes of the strategy and of the trunk.
 
         Returns:
             The state after the last committed round, from which the round can be played again.
         """
         parties, before = self._parties, self._before
-        parties.trunk.end_round([])
+        parties.trunk.end_round([])  # nobody has finished, so the trunk keeps nothing of the attempt
         parties.trunk.restore(before.trunk.tensors, before.moments)
         if parties.schedule.personal:
             parties.trunk.write(*before.ledger.trunk_end(before.adapters))
             if self._has_folded:
-                parties.trunk.unfold()
+                parties.trunk.unfold()  # from copies, to the bit
         return self.discard_without_trunk()
 
     def discard_without_trunk(self) -> RunState:
-        """Takes back what the round has changed at the strategy alone, as the trunk is gone.
+        """Undoes the changes of the strategy only, since the trunk is gone.
 
         Returns:
             The state after the last committed round.
         """
         self._parties.aggregation.recall(self._strategy)
         if self._has_folded:
+            # Clients may have written the changes to their log already, which all copies of the ledger share.
             self._before.ledger.discard(self._before.round)
         return self._before
 
@@ -192,16 +205,18 @@ class Round:
 
     @property
     def training_loss(self) -> float | None:
-        """Mean training loss of the clients in nats; None where nobody trained."""
+        """Mean training loss of the clients in nats; None if no client trained."""
         return self._loss
 
     def _has_changed(self) -> bool:
-        """Returns whether the round changed anything of the model.
+        """Returns True if the round changed the model.
 
-        A round may change nothing: a strategy that simulates delays lets clients rest, or keeps their updates for a
-        later round.
+        A strategy that simulates delays may leave the model unchanged: clients rest, or their updates count in a later
+        round.
         """
-        schedule, before, after = self._parties.schedule, self._before.adapters, self.state.adapters
+        schedule = self._parties.schedule
+        before = self._before.adapters
+        after = self.state.adapters
         trunk_learns = schedule.learns and not schedule.personal  # at every step, beside the strategy
         if self._training.updates and (trunk_learns or self.state.ledger.has_personal):
             return True
@@ -211,14 +226,14 @@ class Round:
 
 
 def bring_to(trunk: TrunkPort, state: RunState, schedule: Schedule) -> None:
-    """Brings a trunk that has just been started to the state after a committed round.
+    """Brings a new trunk to the state after a committed round.
 
     Raises:
         TrunkLost: The trunk is gone.
     """
     if schedule.personal:
         for changes in state.ledger.past_changes(state.round):
-            trunk.fold(changes)
+            trunk.fold(changes)  # round by round: the sum of floats depends on the order
     trunk.restore(state.trunk.tensors, state.moments)
     if schedule.personal:
         trunk.write(*state.ledger.trunk_end(state.adapters))
@@ -226,7 +241,7 @@ def bring_to(trunk: TrunkPort, state: RunState, schedule: Schedule) -> None:
 
 
 def snapshot_of(parties: Parties, state: RunState) -> Snapshot:
-    """Returns everything that a run needs to go on from a state.
+    """Returns a state in the form of a checkpoint.
 
     Raises:
         FederationFailed: A value is NaN or infinite.
@@ -244,14 +259,15 @@ def snapshot_of(parties: Parties, state: RunState) -> Snapshot:
 
 
 def save(parties: Parties, state: RunState, snapshot: Snapshot) -> None:
-    """Writes the checkpoint of a round where one is due. One that cannot be written is reported, and the run goes on.
+    """Writes the checkpoint of a round, if one is due. If writing fails, the failure is reported and the run goes on.
 
     Args:
         parties: The parties.
         state: State after the round.
-        snapshot: The same, as a checkpoint holds it.
+        snapshot: The state in the form of a checkpoint.
     """
-    folder, stopping = parties.folder, state.stopping
+    folder = parties.folder
+    stopping = state.stopping
     is_last = state.round == parties.config.rounds or stopping.is_over
     if not folder.is_due(state.round, is_last, stopping.is_best):
         return
@@ -261,11 +277,12 @@ def save(parties: Parties, state: RunState, snapshot: Snapshot) -> None:
         state.ledger.write_folds()
         folder.save_round(snapshot, whole, personal)
     except NotWritten as error:
-        parties.emit(Notice(text=f"{parties.label(state.round)}  no checkpoint, and the run goes on: {error}"))
+        text = f"{parties.label(state.round)}  no checkpoint, and the run goes on: {error}"
+        parties.emit(Notice(text=text, warning=True))
 
 
 def personal_of(state: RunState) -> dict[int, Adapters]:
-    """Returns the whole model's adapters as each client has them, for clients with adapters of their own."""
+    """Returns the whole model's adapters by client, for clients with personal tensors."""
     found = {}
     for client, own in state.ledger.personal_adapters().items():
         adapters = state.adapters.with_tensors({**state.adapters.tensors, **own})
@@ -274,7 +291,7 @@ def personal_of(state: RunState) -> dict[int, Adapters]:
 
 
 def _check_finite(round: int, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Makes sure that a checkpoint holds nothing from which no run can go on.
+    """Checks that all values of a checkpoint are finite. No run can go on from NaN.
 
     Raises:
         FederationFailed: A value is NaN or infinite.

@@ -1,4 +1,4 @@
-"""The state that a committed round leaves, and that the next round starts from."""
+"""The state of a run between two rounds."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class RunState:
 
     Attributes:
         round: Last committed round; 0 before the first one.
-        adapters: Adapters that the strategy's next round starts from.
+        adapters: Aggregated adapters, from which the next round starts.
         trunk: Adapter of the trunk.
         moments: State of the trunk's optimisers and of its codec.
-        ledger: Who has which adapters.
+        ledger: Ledger of the adapters at the clients.
         totals: Sums over the run.
         stopping: Best round and patience.
         before: Held-out loss before the first round, in nats.
         after: Held-out loss after the last measured round, in nats.
-        measured: Number of that round.
-        forgotten: By client's name, the rise of its loss since it was measured after its own steps, in nats.
-        error: Aggregation error of the last round; None where nothing was aggregated.
-        accuracy: Accuracy of a classifier, before and after; empty where tokens are predicted.
+        measured: Last measured round.
+        forgotten: Rise of a client's loss from local training to the end of the round, in nats, by the client's name.
+        error: Aggregation error of the last round; None without an aggregation.
+        accuracy: Accuracy of a classifier, before and after; empty for a model that predicts tokens.
         metrics: Means of the user's metrics over all clients by name, before and after.
-        trunk_traffic: Bytes that the trunk of this state has counted, by kind and direction.
+        trunk_traffic: Bytes that the current trunk has counted, by kind and direction.
     """
 
     adapters: Adapters
@@ -53,7 +53,7 @@ class RunState:
     trunk_traffic: Mapping[str, int] = field(default_factory=dict)
 
     def copy(self) -> RunState:
-        """Returns a state that can change without this one; tensors are shared, since none is written to."""
+        """Returns an independent copy. The tensors are shared, since no code writes to them."""
         return replace(
             self,
             ledger=self.ledger.copy(),
@@ -65,8 +65,8 @@ class RunState:
         )
 
     def take_over_traffic(self) -> None:
-        """Keeps the bytes that the trunk has counted, since another trunk takes its place and counts from 0."""
-        self.totals.traffic.update(self.trunk_traffic)
+        """Adds the trunk's counted bytes to the totals, before a new trunk starts to count from 0."""
+        self.totals.begin_new_trunk(self.trunk_traffic)
         self.trunk_traffic = {}
 
     def facts(self, traffic: Mapping[str, int]) -> dict[str, Any]:
@@ -79,6 +79,7 @@ class RunState:
             "before": self.before,
             "after": self.after,
             "measured": self.measured,
+            # Keys of the file format, which outlive the names of classes.
             "tally": self.totals.document(traffic),
             "forgotten": self.forgotten,
             "error": self.error,
@@ -97,5 +98,5 @@ class RunState:
         self.forgotten = facts["forgotten"]
         self.error = facts["error"]
         self.stopping.go_on(facts["course"])
-        self.accuracy = facts.get("accuracy", {})
+        self.accuracy = facts.get("accuracy", {})  # checkpoints of older versions lack it
         self.metrics = facts.get("metrics", {})

@@ -11,6 +11,7 @@ from fedsplit.federation.strategy import aggregated_parts
 from fedsplit.federation.training import mean
 from fedsplit.settings.config import Config
 from fedsplit.trunk.status import TrunkStatus
+from fedsplit.updates import Adapters
 
 
 def summarise(
@@ -45,6 +46,7 @@ def summarise(
         "aggregated_parts": aggregated_parts(config),
         "schedule": config.trunk.schedule,
         "cut": config.cut,
+        **({"unproved": True} if config.unproved else {}),
         "parameters": dict(parameters),
         "eval_loss": {"before": state.before, "after": state.after},
         "eval_round": state.measured,
@@ -56,3 +58,19 @@ def summarise(
         **state.totals.summary(trunk.traffic.document()),
         "peak_memory": {"client": state.totals.client_memory, "trunk": trunk.peak_memory},
     }
+
+
+def norms_of(adapters: Adapters) -> dict[str, float]:
+    """Returns the Frobenius norm of the change that an adapter makes to a layer's weights, by layer.
+
+    Args:
+        adapters: Adapter of the whole model, with the changes that were folded into base weights. Layers without two
+            factors are left out.
+    """
+    norms = {}
+    for layer in adapters.complete:
+        change = adapters.change(layer)
+        if layer in adapters.folded:
+            change = change + adapters.folded[layer].to(change.up.dtype)
+        norms[layer] = change.norm()
+    return norms

@@ -1,4 +1,4 @@
-"""Totals of a run, and of the commands that it resumes: tokens, seconds, bytes, and the most memory."""
+"""Totals of a run over all its commands: tokens, seconds, bytes, and peak memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-CROSSING = ("activation", "gradient", "adapter", "repeated")
-"""Kinds of bytes that cross in training, up and down."""
+CROSSING = ("activation", "gradient", "adapter", "repeated", "client_files")
+"""Kinds of bytes that cross in training, up and down. Files of clients cross between the nodes of a cluster."""
+
+RESUMED = ""
+"""Stands for the name of an event: bytes before the command began belong to no event of the command."""
 
 
 @dataclass
@@ -18,22 +21,23 @@ class RunTotals:
     """Totals of a run.
 
     Attributes:
-        started: Time at which the command began, by `time.perf_counter`.
-        tokens: Tokens that clients trained on.
+        started: Start of the command, by `time.perf_counter`.
+        tokens: Number of trained tokens.
         train_seconds: Seconds from the first message of a round's training to its last reply, summed over the rounds.
-        earlier_seconds: Seconds of the commands that this one resumes.
-        asked: Client-rounds: how often a client was asked to train, over all rounds.
-        failed: Client-rounds without an update that could be used.
+        earlier_seconds: Seconds of earlier commands of a resumed run.
+        asked: Number of requests to train, over all clients and rounds.
+        failed: Number of requests to train without a usable update.
         client_memory: Largest resident memory of a client's process, in bytes.
         traffic: Bytes that the server counted, by kind and direction: "adapter_up", "evaluation_adapter_down", ….
             The trunk counts its own.
+        by_client: The part of `traffic` that belongs to single clients since the last call of `client_bytes`.
 
     Example:
         >>> totals = RunTotals(time.perf_counter(), tokens=600, train_seconds=2.0)
         >>> totals.speed
         300.0
-        >>> totals.traffic["adapter_up"] += 5
-        >>> totals.bytes_of_round(trunk={"activation_up": 9})["activation_up"]
+        >>> totals.count("adapter_up", client=2, nbytes=5)
+        >>> totals.bytes_since("evaluate", trunk={"activation_up": 9})["activation_up"]
         9
     """
 
@@ -45,11 +49,14 @@ class RunTotals:
     failed: int = 0
     client_memory: int = 0
     traffic: Counter[str] = field(default_factory=Counter)
-    _reported: dict[str, int] = field(default_factory=dict)
+    by_client: dict[str, Counter[int]] = field(default_factory=dict)
+    _reported: dict[str, dict[str, int]] = field(default_factory=dict)  # totals at the last `bytes_since`, by event
+    _trunk_reported: dict[str, dict[int, int]] = field(default_factory=dict)  # at the last `client_bytes`
+    _seconds_reported: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Seconds since the command began, and those of the commands that it resumes."""
+        """Seconds of the command so far, and of earlier commands of a resumed run."""
         return self.earlier_seconds + time.perf_counter() - self.started
 
     @property
@@ -57,20 +64,66 @@ class RunTotals:
         """Tokens a second of training."""
         return self.tokens / self.train_seconds if self.train_seconds else 0.0
 
-    def bytes_of_round(self, trunk: Mapping[str, int]) -> dict[str, int]:
-        """Returns the bytes since the last call, by the kinds and directions of `summary`.
+    def count(self, kind: str, client: int, nbytes: int) -> None:
+        """Counts bytes of one client, such as "adapter_up"."""
+        self.traffic[kind] += nbytes
+        self.by_client.setdefault(kind, Counter())[client] += nbytes
+
+    def bytes_since(self, event: str, trunk: Mapping[str, int]) -> dict[str, int]:
+        """Returns the bytes since the last call for the same event, by the kinds and directions of `summary`.
 
         Args:
+            event: Name of the event that reports the bytes.
             trunk: Bytes that the trunk has counted so far, by kind and direction.
         """
         totals = _by_kind(self._with(trunk))
-        since = {kind: total - self._reported.get(kind, 0) for kind, total in totals.items()}
-        self._reported = totals
+        reported = self._reported.get(event, self._reported.get(RESUMED, {}))
+        self._reported[event] = totals
+        return {kind: total - reported.get(kind, 0) for kind, total in totals.items()}
+
+    def client_bytes(self, trunk: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
+        """Returns the bytes of each client since the last call, by kind and direction, and then by client.
+
+        Files of clients, and what crosses between the stages of a trunk, belong to no client here.
+
+        Args:
+            trunk: Bytes that the trunk has counted so far, by kind, direction and client.
+        """
+        crossed = {kind: Counter(clients) for kind, clients in self.by_client.items()}
+        for kind, clients in trunk.items():
+            reported = self._trunk_reported.get(kind, {})
+            so_far = crossed.setdefault(kind, Counter())
+            for client, total in clients.items():
+                so_far[client] += total - reported.get(client, 0)
+        self.by_client = {}
+        self._trunk_reported = {kind: dict(clients) for kind, clients in trunk.items()}
+        return _joined_evaluation(crossed)
+
+    def seconds_since(self, elapsed: float) -> float:
+        """Returns the seconds since the last call.
+
+        Args:
+            elapsed: Present value of `seconds`.
+        """
+        # The first call of a resumed run reports the seconds of this command alone.
+        since = elapsed - max(self._seconds_reported, self.earlier_seconds)
+        self._seconds_reported = elapsed
         return since
 
+    def begin_new_trunk(self, traffic: Mapping[str, int]) -> None:
+        """Takes over the bytes that a lost trunk has counted. The new trunk counts from 0.
+
+        Args:
+            traffic: Bytes by kind and direction, as they were after the last committed round.
+        """
+        self.traffic.update(traffic)
+        self._trunk_reported = {}
+
     def copy(self) -> RunTotals:
-        """Returns totals that can change without these."""
-        return dataclasses.replace(self, traffic=Counter(self.traffic), _reported=dict(self._reported))
+        """Returns an independent copy."""
+        by_client = {kind: Counter(clients) for kind, clients in self.by_client.items()}
+        reported = dict(self._reported)  # its values are replaced, and never changed
+        return dataclasses.replace(self, traffic=Counter(self.traffic), by_client=by_client, _reported=reported)
 
     def document(self, trunk: Mapping[str, int]) -> dict[str, Any]:
         """Returns the totals as plain values for a checkpoint.
@@ -78,14 +131,20 @@ class RunTotals:
         Args:
             trunk: Bytes that the trunk has counted so far, by kind and direction.
         """
-        document = dataclasses.asdict(self)
-        del document["started"], document["_reported"]
-        return document | {"earlier_seconds": self.seconds, "traffic": self._with(trunk)}
+        return {
+            "tokens": self.tokens,
+            "train_seconds": self.train_seconds,
+            "earlier_seconds": self.seconds,
+            "asked": self.asked,
+            "failed": self.failed,
+            "client_memory": self.client_memory,
+            "traffic": dict(self._with(trunk)),
+        }
 
     def go_on(self, document: Mapping[str, Any]) -> RunTotals:
         """Returns the totals of a checkpoint, as `document` returned them, to go on from."""
         totals = RunTotals(**{**document, "started": self.started, "traffic": Counter(document["traffic"])})
-        totals.bytes_of_round(trunk={})  # a new trunk counts from 0
+        totals.bytes_since(RESUMED, trunk={})  # a new trunk counts from 0
         return totals
 
     def summary(self, trunk: Mapping[str, int]) -> dict[str, Any]:
@@ -112,4 +171,23 @@ def _by_kind(traffic: Mapping[str, int]) -> dict[str, int]:
     for way in ("up", "down"):
         in_evaluation = [name for name in traffic if name.startswith("evaluation_") and name.endswith(f"_{way}")]
         sent[f"evaluation_{way}"] = sum(traffic[name] for name in in_evaluation)
+        # A trunk in one piece sends nothing inside, and few objectives compare with the base model.
+        for name in (f"reference_{way}", f"between_stages_{way}"):
+            if name in traffic:
+                sent[name] = traffic[name]
     return sent
+
+
+def _joined_evaluation(crossed: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
+    """Returns bytes by kind and client, with those of evaluation as one kind, and without counts of 0."""
+    joined: dict[str, Counter[int]] = {}
+    for kind, clients in crossed.items():
+        way = kind.rpartition("_")[2]
+        name = f"evaluation_{way}" if kind.startswith("evaluation_") else kind
+        joined.setdefault(name, Counter()).update(clients)
+    by_client = {}
+    for kind, clients in joined.items():
+        crossed_any = {client: count for client, count in sorted(clients.items()) if count}
+        if crossed_any:
+            by_client[kind] = crossed_any
+    return by_client

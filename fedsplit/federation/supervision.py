@@ -71,7 +71,7 @@ class Supervisor:
         attempt = Attempt()
         lost_clients: Counter[int] = Counter()
         while True:
-            round = None
+            round = None  # `gather` asks the trunk, which may be lost before there is a round
             try:
                 round = Round(self.gather(), state, attempt)
                 return round.play(), round.training_loss
@@ -79,6 +79,7 @@ class Supervisor:
                 state = self._take_back(state, round, lost)
                 if isinstance(lost, RoundLost):
                     lost_clients.update(lost.clients)
+                # A client whose process dies in every attempt would take every attempt with it.
                 excluded = frozenset(client for client, times in lost_clients.items() if times >= TRIES)
                 attempt = self._next_attempt(state, attempt, lost, excluded)
 

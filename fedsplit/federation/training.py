@@ -1,4 +1,4 @@
-"""The training of a round: clients train from their assignments, and their updates are collected."""
+"""The training of a round: clients train by their assignments, and the server collects the updates."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fedsplit.federation.attempts import TRIES, Attempt, RoundLost
 from fedsplit.federation.client_order import groups_of, takes_turns
 from fedsplit.federation.clients import FederationFailed
 from fedsplit.federation.messages import Reply, Train
-from fedsplit.federation.parties import NobodyAnswered, Parties
+from fedsplit.federation.parties import NobodyAnswered, Parties, Standing
 from fedsplit.federation.replies import Control, memory_of, sample_of, to_update, without_tensors
 from fedsplit.federation.run_state import RunState
 from fedsplit.optimization.rates import last_rate
 from fedsplit.scores import Score
-from fedsplit.trunk.registry import Copy
+from fedsplit.trunk.copies import Copy
 from fedsplit.trunk.status import RoundCounts
 from fedsplit.updates import Assignment, ClientUpdate, RefusedUpdate
 
@@ -29,11 +29,11 @@ class Training:
 
     Attributes:
         assigned: Assignments by client.
-        updates: Updates that can be used, by client.
-        replies: Replies that the updates were read from, without their tensors.
+        updates: Usable updates, in the order of the clients.
+        replies: The clients' replies in the same order, without tensors.
         counts: Counts of the trunk: steps, forwards, backwards, …
-        copies: Copies of the trunk's adapter by client, under `copies`, of the clients with an update.
-        tokens: Tokens that were trained on.
+        copies: Copies of the trunk's adapter under `copies`, by client with a usable update.
+        tokens: Number of trained tokens.
         seconds: Time from the first request to the end of the trunk's round.
     """
 
@@ -47,26 +47,26 @@ class Training:
 
     @property
     def loss(self) -> float | None:
-        """Mean training loss of the clients in nats; None where nobody trained."""
+        """Mean training loss of the clients in nats; None if no client trained."""
         return mean([update.loss for update in self.updates]) if self.updates else None
 
     @property
     def scores(self) -> dict[int, Score]:
-        """Score of each client on its sample, right after its own steps."""
+        """Score of each client on the client's sample, right after local training."""
         return {reply.client: sample_of(reply) for reply in self.replies}
 
 
 def train(
     parties: Parties, state: RunState, round: int, assigned: Mapping[int, Assignment], attempt: Attempt
 ) -> Training:
-    """Has clients train, group by group, and collects their updates.
+    """Lets clients train, group by group, and collects the updates.
 
     Args:
         parties: The parties.
-        state: State of the round; its ledger and sums are brought up to date.
+        state: State of the round. Ledger and totals are brought up to date.
         round: The round.
         assigned: Assignments by client.
-        attempt: Attempt at this round.
+        attempt: Attempt at the round.
 
     Raises:
         FederationFailed: No update can be used.
@@ -74,11 +74,14 @@ def train(
             forget the steps of one client.
     """
     started = time.perf_counter()
-    ledger, trunk, schedule = state.ledger, parties.trunk, parties.schedule
+    ledger = state.ledger
+    trunk = parties.trunk
+    schedule = parties.schedule
     if schedule.personal:
         trunk.assign({client: ledger.trunk_start(client, one) for client, one in assigned.items()})
     training = _Collection(parties, state, round, assigned, attempt, started).collect()
 
+    # The trunk keeps the state of clients with a usable update alone, as the server does below.
     training.counts = trunk.end_round([update.client for update in training.updates])
     if training.counts.unusable:
         reason = "the trunk made no step, after which its adapter would not be finite: --train.lr is too large"
@@ -99,7 +102,7 @@ def train(
 
 
 class _Collection:
-    """The requests of one round of training, and the replies as they arrive."""
+    """Requests and replies of one round of training."""
 
     def __init__(
         self,
@@ -124,12 +127,13 @@ class _Collection:
         self._tokens = 0
 
     def collect(self) -> Training:
-        """Asks all groups, one after the other."""
+        """Sends the requests group by group, and returns the outcome."""
         parties = self._parties
-        self._show()
+        self._show(Standing(0))
         for client in sorted(self._assigned.keys() & self._attempt.excluded):
             reason = f"its process was lost {TRIES} times"
             parties.report_failure("training", self._round, self._attempt.number, client, reason)
+
         reason = "no client sent anything that can be used"
         for group in self._groups:
             if self._alternates:
@@ -138,37 +142,48 @@ class _Collection:
                 parties.ask(
                     group, self._request, self._heard, "training", self._round, self._attempt, self._prepare_again
                 )
-            except NobodyAnswered as failed:  # clients of other groups may
+            except NobodyAnswered as failed:  # clients of later groups may answer
                 reason = str(failed)
+        # With a quorum, the round is lost below instead, and played again.
         if self._groups and not self._used and not parties.config.quorum:
             raise FederationFailed(reason)
+
+        # Before the quorum is checked, since a misfit does not count.
         copies = parties.trunk.copies(sorted(self._used)) if parties.schedule.personal else {}
         self._leave_out_misfits(copies)
         self._check_quorum()
-        in_order = [self._used[client] for client in sorted(self._used)]
-        replies = [reply for reply, _ in in_order]
-        updates = [update for _, update in in_order]
+
+        # In the order of the clients, not of arrival: sums of floats depend on the order.
+        replies = []
+        updates = []
+        for client in sorted(self._used):
+            reply, update = self._used[client]
+            replies.append(reply)
+            updates.append(update)
         return Training(self._assigned, updates, replies, copies=copies, tokens=self._tokens)
 
     def _leave_out_misfits(self, copies: Mapping[int, Copy]) -> None:
-        """Leaves out the clients whose updates differ too much from those of the others, and names them.
+        """Reports and leaves out clients whose updates differ too much from the rest.
 
         Args:
             copies: Copies of the trunk's adapter by client, under `copies`.
         """
         parties = self._parties
-        updates = [update for _, update in self._used.values()]
-        misfits = {
-            client: f"trained its copy of the trunk for {copy.steps} steps, not {parties.workloads[client].steps}"
-            for client, copy in copies.items()
-            if copy.steps not in (None, parties.workloads[client].steps)
-        }
-        updates = [update for update in updates if update.client not in misfits]
+        misfits = {}
+        for client, copy in copies.items():
+            steps = parties.workloads[client].steps
+            if copy.steps not in (None, steps):
+                misfits[client] = f"trained its copy of the trunk for {copy.steps} steps, not {steps}"
+
+        # Each rule looks only at clients that have passed the earlier rules: a misfit would move the comparison.
+        updates = [update for _, update in self._used.values() if update.client not in misfits]
         if parties.config.max_update_norm:
             norms = {update.client: self._norm_of(update, copies.get(update.client)) for update in updates}
             misfits |= quarantine.too_large(norms, parties.config.max_update_norm)
         if parties.briefing.stage:
-            misfits |= quarantine.without_their_share([one for one in updates if one.client not in misfits])
+            updates = [update for update in updates if update.client not in misfits]
+            misfits |= quarantine.without_their_share(updates)
+
         for client, reason in sorted(misfits.items()):
             words = f"{parties.sender(client)} {reason}"
             parties.report_failure("training", self._round, self._attempt.number, client, words, refused=True)
@@ -177,7 +192,7 @@ class _Collection:
             self._tokens -= update.tokens
 
     def _norm_of(self, update: ClientUpdate, copy: Copy | None) -> float:
-        """Returns the norm of a client's change, that of its copy of the trunk's adapter included."""
+        """Returns the norm of a client's change, including the change of the client's copy of the trunk's adapter."""
         assert update.given is not None
         own = update.adapters.tensors, update.given.tensors
         if copy is None:
@@ -186,31 +201,34 @@ class _Collection:
         return quarantine.change_norm(own, (copy.adapters.tensors, start.tensors))
 
     def _check_quorum(self) -> None:
-        """Makes sure that enough of the clients that were asked have sent an update.
+        """Checks that enough of the assigned clients have sent a usable update.
 
         Raises:
-            RoundLost: Too few have.
+            RoundLost: Too few clients have.
         """
-        asked, used = len(self._assigned), len(self._used)
+        asked = len(self._assigned)
+        used = len(self._used)
         needed = math.ceil(self._parties.config.quorum * asked)
         if used < needed:
             raise RoundLost(f"{used} of {asked} clients have sent an update that can be used, {needed} are needed")
 
     @property
     def _prepare_again(self) -> Callable[[int], None] | None:
-        """Makes the trunk forget the steps of one client; None where they have changed what others train from."""
+        """Function that makes the trunk forget a client's steps; None if the steps have changed the shared adapter."""
         schedule = self._parties.schedule
         if schedule.personal:
             return self._assign_again
         return None if schedule.learns else _do_nothing
 
     def _assign_again(self, client: int) -> None:
+        """Sets the client's copy of the trunk's adapter back to the start of the round."""
         start = self._state.ledger.trunk_start(client, self._assigned[client])
         self._parties.trunk.assign_again(client, start)
 
     def _request(self, client: int) -> Train:
-        """Returns the request to train: the task, and those adapters that the client does not have."""
-        ledger, assignment = self._state.ledger, self._assigned[client]
+        """Returns the request to train, with the adapters that the client does not hold."""
+        ledger = self._state.ledger
+        assignment = self._assigned[client]
         task = assignment.task
         if task.control is not None:
             task = replace(task, control=ledger.rule.crosses(task.control))
@@ -226,17 +244,19 @@ class _Collection:
             tensors=ledger.lacking(client, assignment),
             task=task,
             drawn=assignment.drawn,
+            # Without factors, no tensor tells the rank.
             rank=assignment.adapters.largest_rank or self._parties.config.lora.rank_of(client),
             kept=self._parties.folder.rounds_needed(client),
         )
-        self._state.totals.traffic["adapter_down"] += request.nbytes
+        self._state.totals.count("adapter_down", client, request.nbytes)
         return request
 
-    def _heard(self, reply: Reply, _: int) -> None:
+    def _heard(self, reply: Reply, standing: Standing) -> None:
         """Takes a reply."""
         parties = self._parties
         client = reply.client
-        self._state.totals.traffic["adapter_up"] += reply.nbytes
+        # Counted whether the update can be used or not: the bytes have crossed.
+        self._state.totals.count("adapter_up", client, reply.nbytes)
         update = self._accepted(reply)
         # A client that has answered is not waited for, even if it did not say goodbye to the trunk.
         if update is None or self._alternates:
@@ -245,46 +265,50 @@ class _Collection:
             return
         self._used[client] = without_tensors(reply), update
         self._tokens += update.tokens
-        self._show()
+        self._show(standing)
 
-    def _show(self) -> None:
-        """Reports how many clients have trained."""
+    def _show(self, standing: Standing) -> None:
+        """Reports the progress of the training."""
+        parties = self._parties
         losses = [update.loss for _, update in self._used.values()]
-        self._parties.emit(
-            Progress(
-                phase="training",
-                round=self._round,
-                rounds=self._parties.config.rounds,
-                done=len(losses),
-                of=len(self._assigned),
-                loss=mean(losses) if losses else None,
-                tokens_per_second=self._tokens / (time.perf_counter() - self._started),
-            )
+        event = Progress(
+            phase="training",
+            round=self._round,
+            rounds=parties.config.rounds,
+            done=len(losses),
+            of=len(self._assigned),
+            loss=mean(losses) if losses else None,
+            tokens_per_second=self._tokens / (time.perf_counter() - self._started),
+            waiting=[parties.name(client) for client in standing.waiting],
+            failed=[parties.name(client) for client in standing.failed],
         )
+        parties.emit(event)
 
     def _accepted(self, reply: Reply) -> ClientUpdate | None:
-        """Returns a reply as an update with its weight; one that cannot be used is named and left out."""
-        parties, client = self._parties, reply.client
-        given = self._state.ledger.given(self._assigned[client])
-        returned = self._state.ledger.rule.returned(given.tensors, self._assigned[client].task)
+        """Returns a reply as an update with a weight. An unusable reply is reported, and gives None."""
+        parties = self._parties
+        client = reply.client
+        ledger = self._state.ledger
+        assignment = self._assigned[client]
+        given = ledger.given(assignment)
+        returned = ledger.rule.returned(given.tensors, assignment.task)
+        sender = parties.sender(client)
         try:
-            update = to_update(
-                reply, given, returned, parties.sender(client), parties.workloads[client], self._control_of(client)
-            )
+            update = to_update(reply, given, returned, sender, parties.workloads[client], self._control_of(client))
         except RefusedUpdate as refused:
             parties.report_failure("training", self._round, self._attempt.number, client, str(refused), refused=True)
             return None
         return replace(update, weight=_weight(update, parties.config.weights))
 
     def _control_of(self, client: int) -> Control:
-        """Returns whether a client has to send a control variate, or may send tensors of the strategy's stage."""
+        """Returns the rule for tensors beside the adapters in a client's update."""
         if self._assigned[client].task.control is not None:
             return "required"
         return "optional" if self._parties.briefing.stage else "none"
 
 
 def _do_nothing(client: int) -> None:
-    """Forgets nothing, where the trunk has learnt nothing."""
+    """Forgets nothing. The trunk does not learn, so there is nothing to forget."""
 
 
 def _weight(update: ClientUpdate, by: str) -> float:
@@ -305,13 +329,15 @@ def event_of(parties: Parties, state: RunState, round: int, training: Training) 
     """Returns the event that reports a round's training."""
     router_losses = [update.router_loss for update in training.updates if update.router_loss is not None]
     status = parties.trunk.status()
+    rates = _learning_rates(parties, round, training)
     now = {"resident_memory": status.resident_memory, "over_socket": status.over_socket}
     return RoundTrained(
         round=round,
         loss=training.loss,
         clients={parties.name(update.client): update.loss for update in training.updates},
         router_aux_loss=mean(router_losses) if router_losses else None,
-        learning_rate=_learning_rate(parties, round, training),
+        learning_rate=_learning_rate(parties, round, rates),
+        client_learning_rates={parties.name(client): rate for client, rate in rates.items()},
         tokens=training.tokens,
         seconds=training.seconds,
         trunk={**training.counts.document(), **now},
@@ -319,20 +345,30 @@ def event_of(parties: Parties, state: RunState, round: int, training: Training) 
     )
 
 
-def _learning_rate(parties: Parties, round: int, training: Training) -> float | None:
+def _learning_rates(parties: Parties, round: int, training: Training) -> dict[int, float]:
+    """Returns the learning rate of the last local step of a round, by client. Clients without a step are left out."""
+    train = parties.config.train
+    rounds = parties.config.rounds
+    rates = {}
+    for update in training.updates:
+        steps = parties.workloads[update.client].steps if train.epochs else train.steps
+        if steps:
+            rates[update.client] = last_rate(train, steps, round, rounds)
+    return rates
+
+
+def _learning_rate(parties: Parties, round: int, rates: Mapping[int, float]) -> float | None:
     """Returns the learning rate of a round's last local step.
 
-    Under epochs clients make different numbers of steps, so that their rates differ, too. Their mean is returned then;
-    None where nobody trained.
+    Under epochs, clients make different numbers of steps, and their learning rates differ. The result is then the mean
+    over the clients; None if no client trained.
     """
-    train, rounds = parties.config.train, parties.config.rounds
+    train = parties.config.train
     if not train.epochs:
-        return last_rate(train, train.steps, round, rounds)
-    steps = [parties.workloads[update.client].steps for update in training.updates]
-    rates = [last_rate(train, count, round, rounds) for count in steps if count]
-    return mean(rates) if rates else None
+        return last_rate(train, train.steps, round, parties.config.rounds)
+    return mean(list(rates.values())) if rates else None
 
 
 def mean(values: Sequence[float]) -> float:
-    """Returns the mean of some values, of which there is one at least."""
+    """Returns the mean of at least one value."""
     return sum(values) / len(values)

@@ -1,6 +1,6 @@
-"""The one rule for what travels: which adapters cross, which stay, and which are drawn from a seed.
+"""Which adapters cross between server and clients, which stay at a client, and which are drawn from a seed.
 
-The server and its clients build the same rule from the same facts, so that a message need not say what it lacks.
+Server and clients build the same rule from the same facts. So a message need not list the tensors left out.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedsplit.factors import select
 from fedsplit.updates import Adapters, Task, factor_of, fresh_factor
 
 
 @dataclass(frozen=True)
 class TravelRule:
-    """Names of adapter tensors by where they may go.
+    """Names of the adapter tensors that may cross, and of those that may not.
+
+    The trunk's tensors are in neither set, since they are not at the clients.
 
     Attributes:
-        personal: Names that never leave their client: parts that are not shared, and factors that the strategy keeps
-            at the client.
-        crossing: Names that a message may hold. The trunk's are in neither set: they do not live at clients.
+        personal: Names of tensors that never leave a client: those of unshared parts, and factors that the strategy
+            keeps at the client.
+        crossing: Names of tensors that a message may hold.
 
     Example:
         >>> import torch
@@ -38,51 +41,55 @@ class TravelRule:
 
     @classmethod
     def of(cls, parts: Mapping[str, Adapters], share: Collection[str], factors: Collection[str]) -> TravelRule:
-        """Sorts the adapters of the parts that live at clients.
+        """Makes the rule for the adapters of bottom and top.
 
         Args:
             parts: Adapters of bottom and top, by part.
             share: Parts whose adapters are aggregated.
-            factors: Factors that stay with their clients, such as "B".
+            factors: Factors that stay at the clients, such as "B".
         """
-        names = {name for adapters in parts.values() for name in adapters.tensors}
-        unshared = {name for part, adapters in parts.items() if part not in share for name in adapters.tensors}
-        personal = unshared | {name for name in names if stays(name, factors)}
+        names: set[str] = set()
+        personal: set[str] = set()
+        for part, adapters in parts.items():
+            names |= adapters.tensors.keys()
+            for name in adapters.tensors:
+                if part not in share or stays(name, factors):
+                    personal.add(name)
         return cls(frozenset(personal), frozenset(names - personal))
 
     def crosses(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns those of some tensors that a message may hold."""
-        return {name: tensor for name, tensor in tensors.items() if name in self.crossing}
+        """Returns the tensors that a message may hold."""
+        return select(tensors, self.crossing)
 
     def returned(self, names: Iterable[str], task: Task) -> set[str]:
-        """Returns those of some names that a client sends back: what crosses, and trains under the task."""
+        """Returns the names of the tensors that a client sends back: they cross, and train under the task."""
         return {name for name in names if name in self.crossing and task.teaches(name)}
 
     def untrained(self, names: Iterable[str], task: Task) -> set[str]:
-        """Returns those of some names that cross and do not train, so that a client goes on holding them."""
+        """Returns the names of the tensors that a client still holds after a round: they cross, and do not train."""
         return {name for name in names if name in self.crossing and not task.teaches(name)}
 
 
 def stays(name: str, factors: Collection[str]) -> bool:
-    """Returns whether a tensor is a factor that stays with its client."""
+    """Returns True for a factor that stays at the client."""
     factor = factor_of(name)
     return factor is not None and factor in factors
 
 
 def is_drawn(name: str, drawn: int | None) -> bool:
-    """Returns whether a client draws a tensor itself, so that it need not be sent."""
+    """Returns True for a tensor that the client draws from a seed, so that nobody sends the tensor."""
     return drawn is not None and factor_of(name) is not None
 
 
 def draw(start: Adapters, drawn: int | None) -> dict[str, Tensor]:
-    """Returns the factors that a client draws itself.
+    """Returns fresh factors from a seed.
 
     Args:
         start: Adapters with the names and shapes, at the client's rank.
-        drawn: Seed of the draw; None: nothing is drawn.
+        drawn: Seed of the draw; None for no factors.
 
     Returns:
-        Every A drawn from the seed, and every B zero.
+        Random factors A, and factors B of zeros.
     """
     if drawn is None:
         return {}
@@ -91,10 +98,10 @@ def draw(start: Adapters, drawn: int | None) -> dict[str, Tensor]:
         if factor_of(name) == "A":
             factors[name] = fresh_factor(name, tensor.shape, drawn)
         elif factor_of(name) == "B":
-            factors[name] = torch.zeros_like(tensor)
+            factors[name] = torch.zeros_like(tensor)  # as LoRA begins: the product is 0
     return factors
 
 
 def is_held(tensor: Tensor, held: Tensor) -> bool:
-    """Returns whether a client that holds one tensor need not be sent another: they are equal."""
+    """Returns True if a client holds a tensor already, so that the tensor need not be sent."""
     return held.shape == tensor.shape and torch.equal(held, tensor)

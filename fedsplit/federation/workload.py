@@ -1,4 +1,4 @@
-"""How much data a client works through in a round, which bounds the counts that it may report."""
+"""Amount of work of a client in a round, by which the server checks the counts in the client's replies."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedsplit.corpora.shards import Shard, steps_of_epoch
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.model.sources import config_folder
+from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.config import Config
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Counts that the server knows of a client's work, so that the client need not be believed.
+    """Bounds of the counts in a client's replies, from the settings and from the size of the client's data.
 
     Attributes:
-        examples: Sequences that it trains on in a round.
-        tokens: Tokens of these sequences, at most.
-        held_out: Predictions in an evaluation, at most: tokens, or classes of sequences.
-        sample: Predictions right after its own steps, at most.
-        steps: Local steps that it makes in a round.
-        routers: True if the model has routers that an auxiliary loss balances, which the client then reports.
+        examples: Number of training sequences in a round.
+        tokens: Largest number of tokens in the training sequences.
+        held_out: Largest number of predictions in an evaluation: of tokens, of classes, or of preferences in pairs.
+        sample: Largest number of predictions right after local training.
+        steps: Number of local steps in a round.
+        routers: True if an auxiliary loss balances routers, so that the client reports the loss.
     """
 
     examples: int
@@ -36,15 +37,16 @@ def workloads(config: Config, shards: Iterable[Shard]) -> list[Workload]:
     """Returns the workload of each client.
 
     Args:
-        config: The run's configuration.
-        shards: Data by client, of which only the numbers of sequences are used.
+        config: Configuration of the run.
+        shards: Data by client. Only numbers of sequences are used.
     """
     routers = bool(read_facts(config_folder(config.model)).coefficient(config.router_aux_loss))
     return [_workload(config, shard, routers) for shard in shards]
 
 
 def _workload(config: Config, shard: Shard, routers: bool) -> Workload:
-    train, size = config.train, config.train.batch_size
+    train = config.train
+    size = train.batch_size
     steps = train.steps
     examples = steps * size * train.accumulation
     if train.epochs:
@@ -56,5 +58,7 @@ def _workload(config: Config, shard: Shard, routers: bool) -> Workload:
     held_out = min(len(shard.held_out), config.eval.samples)
     sample = min(held_out, -(-config.eval.after // size) * size)  # whole batches are drawn
     predictions = 1 if shard.classes else train.max_length - 1  # the first token of a sequence is not predicted
-    predicted = held_out * predictions
-    return Workload(examples, examples * train.max_length, predicted, sample * predictions, steps, routers)
+    tokens = examples * train.max_length
+    if config.data.format == PAIRS:
+        return Workload(examples, tokens, held_out // 2, sample // 2, steps, routers)  # a score counts pairs
+    return Workload(examples, tokens, held_out * predictions, sample * predictions, steps, routers)

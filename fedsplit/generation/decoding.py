@@ -29,12 +29,15 @@ class ClientHalf:
         bottom: The first blocks, in evaluation mode.
         top: The last blocks and the head, in evaluation mode.
         link: The connection to the trunk.
+        caches: False for a type of model whose keys and values cannot be kept between tokens. Each token then computes
+            the whole text, which must be alone in its batch.
     """
 
     client: int
     bottom: Bottom
     top: Top
     link: Link
+    caches: bool = True
 
 
 @dataclass
@@ -120,11 +123,11 @@ class DecodingSession:
 
     def _end(self) -> None:
         """Ends the session at the trunk."""
-        if self._steps:  # without a step, the trunk does not know the session
+        if self._steps and self._half.caches:  # without a step, the trunk does not know the session
             self._half.link.end(self._key())
 
     def _key(self) -> StepKey:
-        return StepKey(0, self._half.client, self._steps, session=self._session)
+        return StepKey(0, self._half.client, self._steps, session=self._session)  # round 0: text belongs to no round
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
@@ -136,6 +139,9 @@ class DecodingSession:
         Returns:
             Logits of the following token of each text (B, V).
         """
+        if not self._half.caches:
+            self._ids = torch.cat([self._ids, ids], 1) if self._steps else ids
+            return self._without_caches()
         if self._outgrows_cache(ids):
             return self._recompute(torch.cat([self._ids, ids], 1))
         self._ids = torch.cat([self._ids, ids], 1) if self._steps else ids
@@ -146,8 +152,18 @@ class DecodingSession:
         mask = None if self._steps else self._seen  # the trunk keeps the mask of the prompts
         hidden = self._half.link.evaluate(hidden, self._key(), mask)
         self._steps += 1
+        # The last position alone goes through the head, whose product is the largest of all.
         last = self._top.extend(hidden)[:, -1:]
         return self._half.top.predict(last)[:, -1]
+
+    def _without_caches(self) -> Tensor:
+        """Computes the whole text so far. Returns logits of the following token (1, V)."""
+        half = self._half
+        # Without a session: for the trunk, each token is an evaluation of its own.
+        key = StepKey(0, half.client, self._steps)
+        self._steps += 1
+        hidden = half.link.evaluate(half.bottom(self._ids), key)
+        return half.top.logits(hidden)[:, -1]
 
     def _outgrows_cache(self, ids: Tensor) -> bool:
         """Returns True if rotary positions change with the next tokens, so that cached keys become useless.
@@ -188,6 +204,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         ([[5, 6, 7], [0, 0, 8]], [[True, True, True], [False, False, True]])
     """
     longest = max(map(len, prompts))
+    # Any token would do on padding. Every vocabulary has a token 0, and the mask hides it.
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
@@ -247,6 +264,7 @@ def decode(
             throughput.add_pass(of_prompts=is_first, tokens=count, seconds=seconds)
 
             tokens = chosen.tolist()
+            # With the token that ends a text: the caller decides whether it is shown.
             yield [token if is_running else None for token, is_running in zip(tokens, running, strict=True)]
 
             for row, token in enumerate(tokens):

@@ -12,11 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedsplit.demands import further_of, invented
 from fedsplit.errors import SettingError
 from fedsplit.loading import OWN, Kind, described, make, name_of, options_by_name
 from fedsplit.model.kernels import IGNORED
 
-METRICS = {"token_accuracy": "fedsplit.metrics.token_accuracy:TokenAccuracy"}
+METRICS = {
+    "preference_accuracy": "fedsplit.metrics.preference:PreferenceAccuracy",
+    "preference_margin": "fedsplit.metrics.preference:PreferenceMargin",
+    "token_accuracy": "fedsplit.metrics.token_accuracy:TokenAccuracy",
+}
 """Modules and classes of metrics, by the names for `--metric`."""
 
 METRIC = Kind("metric", lambda: METRICS, f"{' | '.join(sorted(METRICS))}, {OWN}", functions=True)
@@ -36,7 +41,7 @@ class Metric(Protocol):
         (0.25, 1.0)
     """
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    def __call__(self, logits: Tensor, labels: Tensor, /, *args: Any, **kwargs: Any) -> tuple[float, float]:
         """Returns the sum and the count of a batch.
 
         A client's metric is the sum over all batches of the client, divided by the sum of the counts. The metric of a
@@ -46,6 +51,8 @@ class Metric(Protocol):
             logits: (B, T, V) in float32, aligned with the labels; (B, C) for a classifier.
             labels: Tokens (B, T), -100 for positions without a prediction (a prompt, padding, a virtual token); classes
                 (B,) for a classifier.
+            *args: Nothing.
+            **kwargs: The further arguments that the signature asks for, as for an objective: `mask` and `reference`.
         """
         ...
 
@@ -55,21 +62,30 @@ class MetricFailed(Exception):
 
 
 class _Checked:
-    """A metric with a check of each result."""
+    """A metric with a check of each result.
+
+    Attributes:
+        further: Names of the further arguments that the metric asks for.
+    """
 
     def __init__(self, name: str, metric: Metric) -> None:
-        """Takes the metric, and a name for messages."""
+        """Takes the metric, and a name for messages.
+
+        Raises:
+            SettingError: The metric needs something that a split cannot give.
+        """
+        self.further = further_of(metric, "metric", name)
         self._name = name
         self._metric = metric
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    def __call__(self, logits: Tensor, labels: Tensor, /, **further: Tensor) -> tuple[float, float]:
         """Returns sum and count.
 
         Raises:
             MetricFailed: The metric raised an error, or returned no sum and count.
         """
         try:
-            returned: Any = self._metric(logits, labels)
+            returned: Any = self._metric(logits, labels, **further)
         except (Exception, SystemExit) as error:
             raise MetricFailed(f"the metric {self._name} failed: {described(error)}") from error
         try:
@@ -158,18 +174,41 @@ def try_metrics(metrics: Mapping[str, Metric], specs: Sequence[str], outputs: in
         labels[0, :1] = IGNORED  # like a prompt
         labels[1, 3:] = IGNORED  # like padding
     for spec, metric in zip(specs, metrics.values(), strict=True):
+        further = invented(asked_by(metric), logits, labels, generator)
         try:
-            metric(logits.clone(), labels.clone())  # copies, since a metric may change its arguments
+            metric(logits.clone(), labels.clone(), **further)  # copies, since a metric may change its arguments
         except MetricFailed as error:
             raise SettingError("metric", spec, f"a metric that works ({error}, on a trial)") from error
 
 
-def measure(metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
+def asked_by(*metrics: Metric) -> frozenset[str]:
+    """Returns the names of the further arguments that metrics ask for. A metric that was not loaded asks for none.
+
+    Example:
+        >>> asked_by(*load_metrics(["token_accuracy"], {}).values())
+        frozenset()
+    """
+    return frozenset[str]().union(*(getattr(metric, "further", ()) for metric in metrics))
+
+
+def measure(
+    metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor, further: Mapping[str, Tensor] | None = None
+) -> dict[str, tuple[float, float]]:
     """Returns each metric's sum and count over a batch.
+
+    Args:
+        metrics: Metrics by name.
+        logits: Logits, aligned with the labels.
+        labels: Labels.
+        further: All further arguments that the metrics ask for, by name.
 
     Example:
         >>> metrics = load_metrics(["token_accuracy"], {})
         >>> measure(metrics, torch.tensor([[[1.0, 0.0]]]), torch.tensor([[0]]))
         {'token_accuracy': (1.0, 1.0)}
     """
-    return {name: metric(logits, labels) for name, metric in metrics.items()}
+    sums = {}
+    for name, metric in metrics.items():
+        arguments = {argument: (further or {})[argument] for argument in asked_by(metric)}
+        sums[name] = metric(logits, labels, **arguments)
+    return sums

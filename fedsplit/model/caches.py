@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from fedsplit.model.devices import device_of
 from fedsplit.model.parts import Part
 
 _WINDOWED = ("gemma2", "gemma3_text")
@@ -36,12 +37,14 @@ class PartCache(DynamicCache):  # type: ignore[misc]  # the library has no types
             part: The part.
             rows: Number B of sequences, for a part with a trained past.
         """
-        windows = not part.ahead or part.config.model_type in _WINDOWED
+        windows = bool(part.blocks) and (not part.ahead or part.config.model_type in _WINDOWED)
         super().__init__(config=part.config if windows else None)
         self._first = part.blocks.start
         self.length = part.ahead
-        for block, (keys, values) in enumerate(part.past(rows), self._first):
-            self.update(keys, values, block)
+        blocks = getattr(part.decoder, part.family.blocks)
+        for block, (keys, values) in enumerate(part.past(rows)):
+            device = device_of(blocks[block])  # the blocks may be on several devices
+            self.update(keys.to(device), values.to(device), block + self._first)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

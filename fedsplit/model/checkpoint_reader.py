@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +11,28 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedsplit.errors import SettingError, first_line
+from fedsplit.model.block_layers import is_uncalled
+from fedsplit.model.derivation import family_of
 from fedsplit.model.devices import CPU, TYPES
-from fedsplit.model.families import family_of
+from fedsplit.model.fp8_weights import SCALE, unscaled
 from fedsplit.model.parts import SCORE
-from fedsplit.model.unsplit import empty_model
+from fedsplit.model.quantization import decoded
+from fedsplit.model.stored_bits import (
+    PackedWeight,
+    bits_in,
+    packed_weight,
+    quantization_of,
+    statistics_of,
+    without_statistics,
+)
+from fedsplit.model.stored_names import Source, sources_of
+from fedsplit.model.unsplit import empty_model, transposed_layers
 from fedsplit.model.weight_files import INDEX, find_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_WHOLE = slice(None)
 
 _AT_ONCE = 32 * 2**20
 """Number of bytes of a tensor that are read at a time."""
@@ -40,7 +53,13 @@ class CheckpointReader:
         True
     """
 
-    def __init__(self, path: Path, model: PreTrainedModel, dtype: torch.dtype, device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> None:
         """Finds the file of each tensor.
 
         Args:
@@ -49,11 +68,16 @@ class CheckpointReader:
             dtype: Type of the returned parameters.
             device: Device of the returned parameters.
         """
-        self._family = family_of(model.config.model_type)
         self._dtype = dtype
         self._device = device
-        self._prefix = f"{self._family.decoder.partition('.')[0]}."
+        self._model = model
         self._files = find_tensors(path)
+        self.bits = bits_in(quantization_of(path))
+        self._statistics = statistics_of(self._files) if self.bits else {}
+        names = without_statistics(self._files, self._statistics)
+        self._sources = sources_of(model, [name for name in names if not name.endswith(SCALE)])
+        turned = {f"{layer}.weight" for layer in transposed_layers(model)}
+        self._turned = {stored for name in turned & self._sources.keys() for stored in self._sources[name].names}
         self._parameters: dict[str, nn.Parameter] = {}
         ties: dict[str, str] = model.all_tied_weights_keys
         sources = {source: target for target, source in ties.items()}
@@ -61,123 +85,191 @@ class CheckpointReader:
         possible_ties = getattr(model, "_tied_weights_keys", None) or ()
         self._could_be_tied = {*possible_ties} - ties.keys()
 
-    def _known(self, pattern: str) -> str | None:
-        """Returns the name of a piece in the files: the library's name, with or without the decoder's prefix.
+    def _pieces(self, name: str) -> Source | None:
+        """Returns where a parameter comes from. Ties are ignored. None if the files lack the parameter."""
+        source = self._sources.get(name)
+        return source if source is not None and source.is_complete else None
 
-        Raises:
-            ValueError: The files have both names.
-        """
-        candidates = dict.fromkeys((pattern, pattern.removeprefix(self._prefix)))
-        names = [name for name in candidates if name.replace("*", "0") in self._files]
-        if len(names) > 1:
-            raise ValueError(f"the checkpoint has one tensor twice, as {names[0]} and as {names[1]}")
-        return names[0] if names else None
-
-    def _pieces(self, name: str) -> list[str]:
-        """Returns the names of a parameter's pieces in the files. Ties are ignored. Empty if a piece is missing."""
-        options = [[name]]
-        for end, pieces in self._family.stored.items():
-            if name.endswith(end):
-                options.append([name.removesuffix(end) + piece for piece in pieces])
-        complete = []
-        for option in options:
-            names = [name for name in map(self._known, option) if name]
-            if len(names) == len(option):
-                complete.append(names)
-        if len(complete) > 1:
-            raise ValueError(f"the checkpoint has one tensor twice, as {complete[0][0]} and as {complete[1][0]}")
-        return complete[0] if complete else []
-
-    def _find(self, name: str) -> list[str]:
-        """Returns the names of a parameter's pieces in the files, with `*` for the number of an expert.
-
-        If the files lack the parameter, the pieces of the tied parameter are returned.
+    def _find(self, name: str) -> Source:
+        """Returns where a parameter comes from, or the parameter that it is tied to.
 
         Raises:
             ValueError: The files lack the parameter, and the tied parameter.
         """
+        source = self._pieces(name)
         partner = self._partners.get(name)
-        pieces = self._pieces(name)
-        if not pieces and partner:
-            pieces = self._pieces(partner)
-        if pieces:
-            return pieces
+        if source is None and partner:
+            source = self._pieces(partner)
+        if source is not None:
+            return source
         why = ", and config.json does not say that it is tied to another one" if name in self._could_be_tied else ""
         raise ValueError(f"the checkpoint has no tensor {name}{why}")
 
-    def _experts(self, pattern: str) -> list[str]:
-        """Returns the names of all experts' tensors in the files, in the order of the experts."""
-        numbered = (pattern.replace("*", str(number)) for number in itertools.count())
-        return list(itertools.takewhile(self._files.__contains__, numbered))  # up to the first missing number
+    @property
+    def is_quantised(self) -> bool:
+        """True if the files have a weight in 4 or 8 bits."""
+        return bool(self._statistics)
 
-    def _shape(self, pattern: str) -> list[int]:
-        if "*" in pattern:
-            names = self._experts(pattern)
-            return [len(names), *self._shape(names[0])]
-        with safe_open(self._files[pattern], framework="pt") as file:
-            return list(file.get_slice(pattern).get_shape())
+    def packed(self, name: str) -> PackedWeight | None:
+        """Returns a weight that the files keep in 4 or 8 bits; None for other parameters.
+
+        Args:
+            name: Name of the parameter in the library's model.
+
+        Raises:
+            ValueError: The files lack the parameter, or its statistics do not belong to it.
+        """
+        source = self._find(name)
+        quantised = [stored for stored in source.names if stored in self._statistics]
+        if not quantised:
+            return None
+        if not source.is_plain:
+            raise ValueError(f"{name} is put together from weights that are quantised one by one")
+        packed = self._packed(quantised[0])
+        if packed.bits != self.bits:
+            raise ValueError(f"{name} is in {packed.bits} bits, and config.json says {self.bits}")
+        return packed
+
+    def _packed(self, stored: str) -> PackedWeight:
+        """Reads a quantised weight by its name in the files."""
+        statistics = {key: self._whole(name) for key, name in self._statistics[stored].items()}
+        try:
+            return packed_weight(self._whole(stored), statistics)
+        except ValueError as error:
+            raise ValueError(f"{stored} in {self._files[stored].name}: {error}") from None
+
+    def _shape(self, name: str) -> list[int]:
+        """Returns the shape of a tensor in the files; of a quantised weight the shape that it had before."""
+        if name in self._statistics:
+            rows, columns = self._packed(name).shape
+            return [columns, rows] if name in self._turned else [rows, columns]
+        with safe_open(self._files[name], framework="pt") as file:
+            return list(file.get_slice(name).get_shape())
+
+    def _stacked_shape(self, names: Sequence[str]) -> list[int]:
+        """Returns the shape of a stack of tensors in the files."""
+        return [len(names), *self._shape(names[0])]
+
+    def _whole(self, name: str) -> Tensor:
+        """Reads a tensor of the files at once, in its own type."""
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def _mapped(self, name: str) -> Tensor | None:
         """Maps a tensor from the file, so that processes share memory. Returns None if the tensor needs a cast."""
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor = file.get_tensor(name)
+        tensor = self._whole(name)
         return tensor if tensor.dtype == self._dtype else None
 
-    def _slices(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Yields slices of a tensor in the files, with the values, some rows at a time to keep memory small."""
+    def _slices(self, name: str, piece: Sequence[slice] = (_WHOLE,)) -> Iterator[tuple[slice, Tensor]]:
+        """Yields slices of a tensor in the files, with the values, some rows at a time to keep memory small.
+
+        Args:
+            name: Name of the tensor in the files.
+            piece: Rows, and columns if any, that are read.
+
+        Yields:
+            Rows in the piece, and their values.
+        """
+        if name in self._statistics:
+            matrix = decoded(self._packed(name))
+            values = (matrix.t() if name in self._turned else matrix)[tuple(piece)]
+            yield slice(0, len(values)), values
+            return
+        if f"{name}{SCALE}" in self._files:
+            values = unscaled(self._whole(name), self._whole(f"{name}{SCALE}"))[tuple(piece)]
+            yield slice(0, len(values)), values
+            return
         length, *row_shape = self._shape(name)
         row_bytes = max(1, 4 * torch.Size(row_shape).numel())
         rows = max(1, _AT_ONCE // row_bytes)
-        for begin in range(0, length, rows):
-            place = slice(begin, min(begin + rows, length))
+        first, last, _ = piece[0].indices(length)
+        for begin in range(first, last, rows):
+            end = min(begin + rows, last)
             # The file is opened anew for each slice, since pages of an open file stay resident.
             with safe_open(self._files[name], framework="pt") as file:
-                yield place, file.get_slice(name)[place]
+                yield slice(begin - first, end - first), file.get_slice(name)[slice(begin, end), *piece[1:]]
 
-    def _fill(self, pattern: str, target: Tensor) -> None:
-        """Reads a tensor, or the stack of all experts' tensors, into memory, and casts it."""
-        if "*" in pattern:
-            for row, name in zip(target, self._experts(pattern), strict=True):
-                self._fill(name, row)
-            return
-        for place, values in self._slices(pattern):
+    def _fill(self, name: str, target: Tensor) -> None:
+        """Reads a tensor of the files into memory, and casts it."""
+        for place, values in self._slices(name):
             target[place] = values
 
     def has(self, name: str) -> bool:
         """Returns True if the files hold a parameter by name. A tie is not followed."""
-        return bool(self._pieces(name))
+        return self._pieces(name) is not None
 
     def shape(self, name: str) -> list[int]:
         """Returns the shape of a parameter, from the headers of the files."""
-        shape, *more_shapes = [self._shape(piece) for piece in self._find(name)]
+        source = self._find(name)
+        if source.is_plain:
+            return self._shape(source.names[0])
+        if not source.is_stack:
+            return list(self._converted(name, source).shape)
+        shape, *more_shapes = [self._stacked_shape(names) for names in source.pieces]
         for piece_shape in more_shapes:
             if shape[0] != piece_shape[0]:
                 raise ValueError(f"{name} has pieces of {shape[0]} and {piece_shape[0]} experts")
             shape[-2] += piece_shape[-2]
         return shape
 
-    def parameter(self, name: str) -> nn.Parameter:
-        """Returns a frozen parameter by its name in the library's model."""
-        pieces = self._find(name)
-        key = pieces[0]
+    def parameter(self, name: str, device: torch.device | None = None) -> nn.Parameter:
+        """Returns a frozen parameter by its name in the library's model.
+
+        Args:
+            name: The name.
+            device: Device of a parameter that is read for the first time; None for the reader's device.
+        """
+        source = self._find(name)
+        key = source.names[0] if source.is_plain else name
         if key not in self._parameters:
-            single = len(pieces) == 1 and "*" not in key
-            tensor = self._mapped(key) if single else None
+            tensor = self._mapped(key) if source.is_plain else None
             if tensor is None:
-                tensor = self._assembled(name, pieces)
-            self._parameters[key] = nn.Parameter(tensor.to(self._device), requires_grad=False)
+                tensor = self._assembled(name, source)
+            self._parameters[key] = nn.Parameter(tensor.to(device or self._device), requires_grad=False)
         return self._parameters[key]
 
-    def _assembled(self, name: str, pieces: list[str]) -> Tensor:
-        """Reads the pieces of a parameter, and joins them by rows."""
+    def piece(self, name: str, dimension: int, place: slice, device: torch.device) -> nn.Parameter:
+        """Returns a frozen piece of a parameter. The rest of the parameter is not read.
+
+        Args:
+            name: Name of the parameter in the library's model. The parameter is a single tensor in the files.
+            dimension: Dimension of the piece, 0 or 1.
+            place: Positions of the piece in the dimension.
+            device: Device of the piece.
+        """
+        (stored,) = self._find(name).names
+        shape = self._shape(stored)
+        shape[dimension] = len(range(*place.indices(shape[dimension])))
+        tensor = torch.empty(shape, dtype=self._dtype)
+        for rows, values in self._slices(stored, [_WHOLE] * dimension + [place]):
+            tensor[rows] = values
+        return nn.Parameter(tensor.to(device), requires_grad=False)
+
+    def _assembled(self, name: str, source: Source) -> Tensor:
+        """Reads the tensors of a parameter, and joins them as the library does."""
+        if not source.is_plain and not source.is_stack:
+            return self._converted(name, source)
         tensor = torch.empty(self.shape(name), dtype=self._dtype)
-        if len(pieces) == 1:
-            self._fill(pieces[0], tensor)
+        if source.is_plain:
+            self._fill(source.names[0], tensor)
             return tensor
-        sizes = [self._shape(piece)[-2] for piece in pieces]
-        for piece, rows in zip(pieces, tensor.split(sizes, -2), strict=True):
-            self._fill(piece, rows)
+        sizes = [self._stacked_shape(names)[-2] for names in source.pieces]
+        for names, rows in zip(source.pieces, tensor.split(sizes, -2), strict=True):
+            for stored, row in zip(names, rows, strict=True):
+                self._fill(stored, row)
         return tensor
+
+    def _converted(self, name: str, source: Source) -> Tensor:
+        """Reads the tensors of a parameter, and converts them by the library's own operations."""
+        tensors = []
+        for names in source.pieces:
+            piece = []
+            for stored in names:
+                values = torch.empty(self._shape(stored), dtype=self._dtype)
+                self._fill(stored, values)
+                piece.append(values)
+            tensors.append(piece)
+        return source.converted(name, tensors, self._model)
 
     def check_files(self) -> None:
         """Checks that all files exist.
@@ -196,12 +288,11 @@ class CheckpointReader:
             ValueError: The files hold a NaN or an infinity.
             SettingError: A value is too large for the type.
         """
-        patterns = dict.fromkeys(pattern for name in names for pattern in self._find(name))  # each piece once
-        for pattern in patterns:
-            names_in_files = self._experts(pattern) if "*" in pattern else [pattern]
-            for stored in names_in_files:
-                for _, values in self._slices(stored):
-                    self._check_finite(values, stored)
+        for stored in dict.fromkeys(stored for name in names for stored in self._find(name).names):  # each once
+            if stored in self._statistics:  # any code is a number, and `packed_weight` has checked the statistics
+                continue
+            for _, values in self._slices(stored):
+                self._check_finite(values, stored)
 
     def _check_finite(self, values: Tensor, stored: str) -> None:
         """Checks that the smallest and the largest value are finite, before and after the cast.
@@ -255,12 +346,16 @@ def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
         model = empty_model(path, classes)
         checkpoint = CheckpointReader(path, model, TYPES[dtype])
         checkpoint.check_files()
+        if checkpoint.bits and not checkpoint.is_quantised:
+            raise ValueError(f"config.json says that its weights are in {checkpoint.bits} bits, and none is")
         shapes = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             is_new_head = classes > 0 and name.partition(".")[0] == SCORE
             if not is_new_head:
                 shapes[name] = list(parameter.shape)
         for name, shape in shapes.items():
+            if checkpoint.packed(name) is not None and not _can_be_quantised(name, model):
+                raise ValueError(f"{name} is quantised, and is no projection of a block that computes by itself")
             stored_shape = checkpoint.shape(name)
             if stored_shape != shape:
                 raise ValueError(f"{name} has the shape {stored_shape}, config.json says {shape}")
@@ -270,3 +365,12 @@ def check_checkpoint(path: Path, dtype: str = "fp32", classes: int = 0) -> None:
     except Exception as error:  # noqa: BLE001  # an impossible config.json raises many kinds
         allowed = "a folder whose config.json and weights are whole and belong together, as transformers loads them"
         raise SettingError("model", f"{path} ({first_line(error)})", allowed) from None
+
+
+def _can_be_quantised(name: str, model: PreTrainedModel) -> bool:
+    """Returns whether a parameter is the weight of a projection inside a block that computes by itself."""
+    family = family_of(model.config)
+    module_name, _, leaf = name.rpartition(".")
+    is_plain = type(model.get_submodule(module_name)) is nn.Linear or module_name in transposed_layers(model)
+    is_called = not is_uncalled(module_name, family)
+    return is_plain and is_called and leaf == "weight" and name.startswith(f"{family.decoder}.{family.blocks}.")

@@ -19,7 +19,7 @@ import torch
 
 from fedsplit.durable import sync
 from fedsplit.errors import SettingError, first_line
-from fedsplit.model.families import family_of
+from fedsplit.model.derivation import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,11 +119,30 @@ def config_folder(file: Path) -> Path:
         from transformers import AutoConfig, AutoTokenizer
 
         config = AutoConfig.from_pretrained(draft, gguf_file=_LINK)
-        family_of(config.model_type)
+        family_of(config)
         config.save_pretrained(draft)
         AutoTokenizer.from_pretrained(draft, gguf_file=_LINK).save_pretrained(draft)
 
     return _write_once(_home(file) / "about", file, fill)
+
+
+def unpacked(file: Path, dtype: str) -> Path | None:
+    """Returns the folder that `unpack` has written for a file, or None if it has not.
+
+    Args:
+        file: The GGUF file.
+        dtype: As for `unpack`.
+    """
+    if not file.is_file():
+        return None
+    target = _target(file, dtype)
+    return target if target.is_dir() else None
+
+
+def _target(file: Path, dtype: str) -> Path:
+    """Returns the folder for the unpacked weights of a file."""
+    stored = _STORED.get(dtype, torch.float32)
+    return _home(file) / str(stored).removeprefix("torch.")
 
 
 def unpack(file: Path, dtype: str, tell: Callable[[str], object] = lambda line: None) -> Path:
@@ -139,7 +158,7 @@ def unpack(file: Path, dtype: str, tell: Callable[[str], object] = lambda line: 
     """
     described = config_folder(file)
     stored = _STORED.get(dtype, torch.float32)
-    target = _home(file) / str(stored).removeprefix("torch.")
+    target = _target(file, dtype)
     if not target.is_dir():
         tell(f"unpacking {file} into {target}")
 

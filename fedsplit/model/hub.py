@@ -25,7 +25,8 @@ from fedsplit.errors import SettingError, first_line
 from fedsplit.model.vocabulary import TOKENIZER_FILES, has_vocabulary
 from fedsplit.model.weight_files import ADAPTER, INDEX, WEIGHTS
 
-_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*|[A-Za-z0-9](?:[\w-]{0,94}\w)?)(?:@([\w./-]+))?", re.ASCII)
+"""Matches names on the Hub. A name without an organisation, such as gpt2, has no dot, unlike most names of files."""
 
 _SMALL = ("config.json", "generation_config.json", INDEX, ADAPTER, *TOKENIZER_FILES)
 
@@ -38,7 +39,7 @@ class HubName:
     """Name of a model on the Hub.
 
     Attributes:
-        repository: "org/name".
+        repository: "org/name", or "name" for a model without an organisation.
         revision: Branch, tag or commit; None for the main branch.
     """
 
@@ -50,13 +51,13 @@ class HubName:
 
 
 def parse(name: str) -> HubName | None:
-    """Parses "org/name" or "org/name@revision". Returns None for any other text.
+    """Parses "org/name" or "name", with or without "@revision". Returns None for any other text.
 
     Example:
         >>> parse("org/name@v1")
         HubName(repository='org/name', revision='v1')
-        >>> parse("name") is None
-        True
+        >>> parse("gpt2"), parse("model.safetensors")
+        (HubName(repository='gpt2', revision=None), None)
     """
     match = _ID.fullmatch(name)
     return HubName(match[1], match[2]) if match else None

@@ -366,7 +366,8 @@ class _LoraLinear(torch.autograd.Function):
         output.addmm_(low.t(), up.t(), alpha=scaling)
         ctx.scaling = scaling
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, mask, low, weight, down, up)
-        return output.view(*x.shape[:-1], -1)
+        # The library may add to the output in place, which torch forbids for a view that a function returns.
+        return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[1]])
 
     @staticmethod
     @once_differentiable

@@ -17,20 +17,16 @@ from torch.nn import functional
 from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from fedsplit.model.cutting import NoPositions, Passing, compute_first, cut_lists, enter, entering, fix_kinds, put_first
 from fedsplit.model.families import Family
+from fedsplit.model.head import HEAD
 from fedsplit.model.kernels import causal_loss
+from fedsplit.model.library_head import LibraryHead
 
 Kind = Literal["bottom", "trunk", "top"]
 
 SCORE = "score"
 """Name of the classification head in all of the library's sequence classifiers."""
-
-
-class _NoPositions(nn.Module):
-    """Replaces learned position embeddings in trunk and top. The hidden states contain the positions already."""
-
-    def forward(self, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros((), device=positions.device)
 
 
 class Part(nn.Module):
@@ -79,27 +75,43 @@ class Part(nn.Module):
         self.fused = fused
         self.dtype = dtype
 
+        if kind == "top" and hasattr(model, family.head):
+            self._library_head = LibraryHead(model, family.decoder, family.head)
         decoder = model.get_submodule(family.decoder)
-        part_blocks = getattr(decoder, family.blocks)[blocks.start : blocks.stop]
-        setattr(decoder, family.blocks, nn.ModuleList(part_blocks))
+        depth = self.config.num_hidden_layers
+        part_blocks = nn.ModuleList(getattr(decoder, family.blocks)[blocks.start : blocks.stop])
+        setattr(decoder, family.blocks, part_blocks)
         # The library's decoder loops over as many blocks as the configuration says, and picks a mask by block type.
-        self.config.num_hidden_layers = len(blocks)
-        if getattr(self.config, "layer_types", None):
-            self.config.layer_types = self.config.layer_types[blocks.start : blocks.stop]
+        if getattr(self.config, "is_heterogeneous", False):
+            put_first(self.config, blocks, depth)
+        else:
+            fix_kinds(self.config, blocks, depth)
+            cut_lists(self.config, blocks, depth)
+            self.config.num_hidden_layers = len(blocks)
+        cut_lists(decoder, blocks, depth)
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            self.config.num_kv_shared_layers = 0  # counted from the last block; the blocks know by themselves
 
         # Modules that belong to another part let their input pass unchanged.
         if kind != "bottom":
-            setattr(decoder, family.embedding, nn.Identity())
-            if family.positions:
-                setattr(decoder, family.positions, _NoPositions())
-            if family.dropout:
-                setattr(decoder, family.dropout, nn.Identity())
+            setattr(decoder, family.embedding, Passing(dtype))
+            for name in family.positions:
+                setattr(decoder, name, NoPositions())
+            for name in family.before:
+                if kind == "trunk" or name not in family.after:
+                    setattr(decoder, name, Passing(dtype))
+            if part_blocks:
+                part_blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
         if kind != "top":
-            setattr(decoder, family.norm, nn.Identity())
+            for name in family.after:
+                if kind == "bottom" and name in family.before:
+                    compute_first(getattr(decoder, name), decoder)
+                else:
+                    setattr(decoder, name, Passing(dtype))
         elif hasattr(model, SCORE):
             self.score = model.score
         else:
-            self.lm_head = model.lm_head
+            self.lm_head = getattr(model, family.head)
 
         outermost = family.decoder.partition(".")[0]
         setattr(self, outermost, getattr(model, outermost))
@@ -134,6 +146,9 @@ class Part(nn.Module):
         For the trunk of a model with a cut at block 2, "model.layers.0.mlp" is "model.layers.2.mlp".
         """
         prefix = f"{self.family.decoder}.{self.family.blocks}."
+        outermost, dot, rest = name.partition(".")
+        if outermost == HEAD:
+            return f"{self.family.head}{dot}{rest}"
         if not name.startswith(prefix):
             return name
         number, dot, rest = name.removeprefix(prefix).partition(".")
@@ -148,13 +163,28 @@ class Part(nn.Module):
         first_input: Tensor = next(iter(inputs.values()))
         options = {"use_cache": False, **inputs}
         with self._computing(first_input.device):
-            return self.decoder(attention_mask=mask, **options).last_hidden_state
+            if self.kind == "bottom":
+                return self.decoder(attention_mask=mask, **options).last_hidden_state
+            if not self.blocks:  # a top without blocks: what follows the last block
+                hidden = first_input
+                for name in self.family.after:
+                    hidden = getattr(self.decoder, name)(hidden)
+                return hidden
+            with entering(first_input):
+                options["inputs_embeds"] = torch.zeros_like(first_input)  # read for its shape and type alone
+                return self.decoder(attention_mask=mask, **options).last_hidden_state
 
     def past(self, rows: int) -> list[tuple[Tensor, Tensor]]:
         """Returns the trained keys and values (rows, H, `ahead`, W) of each block. Empty without prefix tuning."""
         return []
 
-    def extend(self, start: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache) -> Tensor:
+    def extend(
+        self,
+        start: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache,
+    ) -> Tensor:
         """Continues sequences with cached keys and values; see `fedsplit.model.caches`.
 
         Args:
@@ -197,13 +227,12 @@ class Top(Part):
     def predict(self, hidden: Tensor) -> Tensor:
         """Applies the head to the output of the last block (B, T, D). Returns logits (B, T, V)."""
         with self._computing(hidden.device):
-            logits = self.lm_head(hidden)
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+            return self._library_head(hidden, self.lm_head)
 
     @property
     def cap(self) -> float | None:
-        """Bound of the soft cap on logits; None for a family without a cap."""
-        return getattr(self.config, self.family.cap_key) if self.family.cap_key else None
+        """Bound of the soft cap on logits; None for a model without a cap."""
+        return self.family.cap
 
     @property
     def classifies(self) -> bool:
@@ -248,10 +277,11 @@ class Top(Part):
         if self.classifies:
             return functional.cross_entropy(self.classify(states, mask).float(), labels)
         head = self.lm_head
-        if self.fused and hasattr(head, "causal_loss"):  # a trained head, fully or by LoRA
+        fused = self.fused and self.family.plain_head
+        if fused and hasattr(head, "causal_loss"):  # a trained head, fully or by LoRA
             return head.causal_loss(states, labels, self.cap)
         is_plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-        if self.fused and is_plain:
+        if fused and is_plain:
             return causal_loss(states, head.weight, labels, self.cap)
         return ForCausalLMLoss(self.predict(states), labels, head.out_features)
 

@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import ModuleType
 from typing import Any, Self, TypeVar, cast
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedsplit.errors import SettingError, first_line
 from fedsplit.model.devices import CPU, TYPES, resolve
+from fedsplit.model.stored_bits import PackedWeight
 from fedsplit.settings.config import Config
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -97,18 +98,7 @@ def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.dev
     library = _library()
     transposed = not isinstance(module, nn.Linear)
     weight: Tensor = module.weight.detach().t() if transposed else module.weight.detach()  # type: ignore[operator]
-    rows, columns = weight.shape
-    biased = module.bias is not None
-
-    with torch.device("meta"):
-        if bits == 4:
-            projection = library.nn.Linear4bit(columns, rows, biased, compute_dtype=dtype, quant_type="nf4")
-            # On some CPUs the library would repack the weight in bfloat16 for evaluation. Training after that would
-            # give no gradient by the input.
-            projection.support_avx512bf16_for_cpu = False
-        else:
-            projection = _steady()(columns, rows, biased, has_fp16_weights=False, threshold=OUTLIERS)
-
+    projection = _empty_projection(module, bits, dtype, "nf4")
     # The library quantises an 8-bit weight only when it moves from the CPU to a device.
     source = weight.cpu().contiguous()
     if bits == 4:
@@ -117,8 +107,97 @@ def quantize(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.dev
     else:
         projection.weight = library.nn.Int8Params(source, requires_grad=False).to(device)
     projection.bias = module.bias
+    return projection
+
+
+def _empty_projection(module: nn.Module, bits: int, dtype: torch.dtype, kind: str) -> Any:
+    """Returns a quantised projection without values.
+
+    Args:
+        module: The `nn.Linear` or `Conv1D` for which the projection stands.
+        bits: 4 or 8.
+        dtype: Type of computation.
+        kind: Kind of the codes of 4-bit weights.
+    """
+    library = _library()
+    transposed = not isinstance(module, nn.Linear)
+    sizes = cast(Tensor, module.weight).shape
+    rows, columns = reversed(sizes) if transposed else sizes
+    biased = module.bias is not None
+    with torch.device("meta"):
+        if bits == 4:
+            projection = library.nn.Linear4bit(columns, rows, biased, compute_dtype=dtype, quant_type=kind)
+        else:
+            projection = _steady()(columns, rows, biased, has_fp16_weights=False, threshold=OUTLIERS)
+    _settle(projection)
     setattr(projection, _MARK, transposed)
     return projection
+
+
+def _settle(projection: Any) -> None:
+    """Keeps a quantised projection from computing otherwise in evaluation than in training.
+
+    On some CPUs the library would repack a 4-bit weight in bfloat16 for evaluation. Training after that would give no
+    gradient by the input.
+    """
+    if isinstance(projection, _library().nn.Linear4bit):
+        projection.support_avx512bf16_for_cpu = False
+    else:
+        projection.__class__ = _steady()
+        projection.training = True  # and so it stays
+
+
+def restore(module: nn.Module, packed: PackedWeight, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+    """Returns a projection with a weight that a checkpoint keeps quantised. Nothing is rounded anew.
+
+    Args:
+        module: The frozen `nn.Linear` or `Conv1D` for which the projection stands; its weight has no values.
+        packed: The weight, as the library stores it.
+        dtype: Type of computation.
+        device: Device of the projection.
+    """
+    library = _library()
+    projection = _empty_projection(module, packed.bits, dtype, packed.kind)
+    if packed.bits == 4:
+        projection.weight = library.nn.Params4bit.from_prequantized(
+            packed.data, dict(packed.statistics), device=device, module=projection
+        )
+    else:
+        scales = packed.statistics["SCB"].to(device)
+        data = packed.data.to(device)
+        projection.weight = library.nn.Int8Params(data, requires_grad=False, CB=data, SCB=scales)
+    projection.bias = module.bias
+    return projection
+
+
+def decoded(packed: PackedWeight) -> Tensor:
+    """Returns the values (out, in) of a weight that a checkpoint keeps quantised, in float32."""
+    rows, columns = packed.shape
+    with torch.device("meta"):
+        outline = nn.Linear(columns, rows, bias=False)
+    return dequantize(restore(outline, packed, torch.float32))
+
+
+def mark_restored(model: Model, transposed: Collection[str], bits: int, dtype: torch.dtype) -> Model:
+    """Makes the projections of a model that transformers has loaded quantised compute as the parts' do.
+
+    Args:
+        model: The model. The call changes it.
+        transposed: Names of the projections whose originals store the weight as (in, out).
+        bits: 4 or 8.
+        dtype: Type of computation. transformers leaves weights that are not quantised in the type of the files.
+    """
+    library = _library()
+    quantised = (library.nn.Linear4bit, library.nn.Linear8bitLt)
+    for name, module in model.named_modules():
+        is_quantised = isinstance(module, quantised)
+        if is_quantised:
+            _settle(module)
+            setattr(module, _MARK, name in transposed)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if not is_quantised or leaf != "weight":
+                parameter.data = parameter.data.to(dtype)
+    return mark_quantized(model, [bits])
 
 
 def dequantize(module: nn.Module) -> Tensor:

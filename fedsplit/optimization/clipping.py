@@ -67,5 +67,5 @@ class Clip(GradientStage):
         scale = coefficient(squared, self._limit)
         scaled = {name: gradient * scale for name, gradient in gradients.items()}
         if step.trunk is not None:
-            step.trunk.scale(scale)
+            step.trunk.scale(scale)  # NaN, too: the trunk refuses it, and the step ends for both
         return scaled

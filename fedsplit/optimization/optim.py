@@ -104,6 +104,7 @@ def step(optimizer: torch.optim.Optimizer, share: float = 1.0) -> None:
         (tensor([0.9500]), None)
     """
     for group in optimizer.param_groups:
+        # The key under which torch's own schedulers keep the full rate.
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
     optimizer.step()
     optimizer.zero_grad()
@@ -133,6 +134,7 @@ def moments(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Te
     copied = {}
     for parameter, state in optimizer.state.items():
         for kind, value in state.items():
+            # `as_tensor`, since bitsandbytes counts steps in a plain number.
             copied[f"{names[id(parameter)]}:{kind}"] = torch.as_tensor(value).to("cpu", copy=True)
     return copied
 
@@ -178,6 +180,7 @@ def fitting(kept: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dic
     fits: dict[str, bool] = {}
     for name, value in kept.items():
         parameter, _, kind = name.rpartition(":")
+        # Other moments, such as the number of steps, have no shape to compare, and go with the parameter's first one.
         if kind in _SHAPED:
             fits[parameter] = parameter in parameters and value.shape == parameters[parameter].shape
     fitting_moments = {}

@@ -171,7 +171,7 @@ class OwnStage(GradientStage):
         """Names the strategy in an error of the strategy's code."""
         try:
             yield
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # the user's code may call `sys.exit`
             # A stage may ask for gradients elsewhere. A refused step or a lost trunk is no fault of the strategy.
             if type(error).__module__.partition(".")[0] == "fedsplit":
                 raise

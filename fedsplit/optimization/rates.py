@@ -45,7 +45,7 @@ def share_of_rate(settings: TrainSettings, step: int, total: int) -> float:
     rise = warmup_steps(settings, total)
     if step < rise:
         return step / rise
-    fall = max(1, total - rise)
+    fall = max(1, total - rise)  # 1, so that a run of warm-up alone divides by no zero
     if settings.schedule == "linear":
         return max(0.0, (total - step) / fall)
     if settings.schedule == "cosine":

@@ -61,13 +61,19 @@ def _check_combinable(adapter: Adapter, tensors: Adapters) -> None:
     _check_headless(adapter, tensors)
     check_mergeable(adapter, tensors)
     if not tensors.layers:  # `read_fitting` returns no layers for an adapter with further effects
-        reason = f"it is no LoRA, whose factors add up, or more than that ({more_than_factors(adapter)})"
+        reason = f"it is no LoRA, or does more than add B A to weights ({more_than_factors(adapter)})"
         raise InputError(f"{adapter.folder} cannot be combined: {reason}")
     if HEAD_WEIGHT in tensors.tensors:
         raise InputError(f"the adapter in {adapter.folder} holds a whole head, which PEFT cannot combine")
 
 
-def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out: Path, rank: int | None = None) -> int:
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    how: str,
+    out: Path,
+    rank: int | None = None,
+) -> int:
     """Writes the weighted sum of adapters as one adapter, by PEFT's `add_weighted_adapter`.
 
     Args:
@@ -94,12 +100,13 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], how: str, out
         raise InputError(f"the adapters cannot be combined ({reason_of(error)})") from None
 
     factors, ranks = _trimmed(get_peft_model_state_dict(model, adapter_name=_COMBINED))
+    # PEFT skips a layer silently if a configuration does not target it. A sum without a layer would be wrong.
     lost = sorted(layers ^ ranks.keys())
     if lost:
         raise InputError(f"the adapters cannot be combined: PEFT leaves out {lost[0]}")
     # PEFT would write the value of the last layer for all layers.
     is_transposed = any(layer.transposed for layer in all_tensors[0].layers.values())
-    config = _config_for(model.peft_config[_COMBINED], ranks, adapters[0].model, is_transposed)
+    config = _config_for(model.peft_config[_COMBINED], ranks, adapters[0], is_transposed)
 
     def fill(draft: Path) -> None:
         config.save_pretrained(str(draft))
@@ -136,7 +143,7 @@ def _model_with(adapters: Sequence[Adapter], layers: Collection[str]) -> PeftMod
         adapters: The adapters.
         layers: Layers of all adapters.
     """
-    base = open_base(adapters[0].model_path, adapters[0].dtype).float()
+    base = open_base(adapters[0].model_path, adapters[0].dtype, dense=True).float()
     names = [f"number{index}" for index in range(len(adapters))]
     model = PeftModel.from_pretrained(base, str(adapters[0].folder), adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
@@ -145,18 +152,18 @@ def _model_with(adapters: Sequence[Adapter], layers: Collection[str]) -> PeftMod
     return model
 
 
-def _config_for(combined: PeftConfig, ranks: Mapping[str, int], base: str, is_transposed: bool) -> PeftConfig:
+def _config_for(combined: PeftConfig, ranks: Mapping[str, int], first: Adapter, is_transposed: bool) -> PeftConfig:
     """Returns the configuration of the combined adapter.
 
     Args:
         combined: PEFT's configuration of the sum.
         ranks: Rank of each layer after trimming.
-        base: Name of the base model, in the form of `--model`.
+        first: One of the adapters, which names the base model of all.
         is_transposed: True for a model with transposed layers.
     """
     largest = max(ranks.values())
     smaller = {layer: rank for layer, rank in ranks.items() if rank != largest}
-    name, revision = to_peft(base)
+    name, revision = to_peft(first.model, first.dtype)
     return replace(
         combined,
         r=largest,
@@ -204,7 +211,11 @@ def _trimmed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         b = tensors[b_name]
 
         is_used = (a != 0).any(1) | (b != 0).any(0)
-        rank = int(is_used.nonzero().max()) + 1 if bool(is_used.any()) else 1  # PEFT has no rank 0
+        rank = 1  # PEFT has no rank 0
+        if bool(is_used.any()):
+            # Only the end is padding. A rank of zeros between others is an adapter's own.
+            last_used = int(is_used.nonzero().max())
+            rank = last_used + 1
         trimmed[a_name] = a[:rank]
         trimmed[b_name] = b[:, :rank]
         ranks[layer.removeprefix("base_model.model.")] = rank

@@ -20,6 +20,9 @@ from fedsplit.settings.flags import read_toml
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Names of the two files of a PEFT adapter."""
 
+CARD = "README.md"
+"""Name of an adapter's model card. Adapters that PEFT wrote may have none."""
+
 PICKLED = "adapter_model.bin"
 """Former name of the second file. The file is a pickle, and may hold code."""
 
@@ -132,9 +135,11 @@ class Run:
         """
         if client is None:
             return self._adapter(self.path / "adapter", self.name)
+        if not self.personal:
+            raise SettingError("client", client, "none: in this run all clients share one adapter")
         if client not in self.personal:
-            allowed = f"one of {_listed(self.personal)}" if self.personal else "none: in this run all clients share one"
-            raise SettingError("client", client, f"{allowed}, the clients with an adapter of their own")
+            allowed = f"one of {_listed(self.personal)}, the clients with a personal adapter"
+            raise SettingError("client", client, allowed)
         return self._adapter(self.path / "personal" / f"{client:04d}", f"{self.name}-client-{client:04d}")
 
     def _adapter(self, folder: Path, name: str) -> Adapter:
@@ -202,6 +207,7 @@ def open_run(path: Path) -> Run:
     values, options = read_toml(path / "config.toml")
     config = build(values, *options.values())
 
+    # The summary is the last file of a run. Without it, the adapters may be of any round, or missing.
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         rounds = int(summary["rounds"])
@@ -219,7 +225,7 @@ def open_run(path: Path) -> Run:
 
 
 def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Checks that a summary holds the values for later commands.
+    """Checks that a summary holds the values that later commands read.
 
     Raises:
         InputError: A value is missing or is no number.
@@ -264,7 +270,7 @@ def find_adapter(path: Path, client: int | None = None) -> Adapter:
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no adapter: its {ADAPTER_FILES[0]} names no base model") from None
     check_files(path)
-    return Adapter(path, model, "fp32", path.resolve().name)
+    return Adapter(path, model, "fp32", path.resolve().name)  # a folder of PEFT's names no type
 
 
 def _check_one_adapter(path: Path) -> None:
@@ -319,7 +325,8 @@ def _same_weights(left: Path, right: Path) -> bool:
 def copy_adapter(adapter: Adapter, folder: Path) -> None:
     """Copies an adapter's files into a new folder."""
     folder.mkdir(parents=True)
-    for name in ADAPTER_FILES:
+    card = adapter.folder / CARD
+    for name in (*ADAPTER_FILES, *([CARD] if card.is_file() else [])):
         shutil.copyfile(adapter.folder / name, folder / name)
 
 
@@ -339,14 +346,16 @@ def as_tasks(adapters: Sequence[Adapter], names: Sequence[str] = ()) -> dict[str
         ['run-1', 'run-2']
     """
     if names and len(names) != len(adapters):
-        raise InputError(f"names: {len(names)} for {len(adapters)} adapters ({', '.join(a.name for a in adapters)})")
+        of_adapters = ", ".join(adapter.name for adapter in adapters)
+        raise InputError(f"names: {len(names)} for {len(adapters)} adapters ({of_adapters})")
     chosen = list(names) or [re.sub(r"[^\w-]", "-", adapter.name) for adapter in adapters]
     for name in chosen:
         is_plain = re.fullmatch(r"[\w-]{1,200}", name, re.ASCII) is not None
         if not is_plain or "lora_" in name:  # PEFT finds factors by the prefix
             allowed = "up to 200 letters, digits, - and _, without lora_"
             raise InputError(f"names: {shortened(name)} is not possible; allowed: {allowed}")
-    folders = [name.lower() for name in chosen]  # names that differ in case only are one folder on some disks
+    # On some disks, names that differ in case alone are one folder.
+    folders = [name.lower() for name in chosen]
     doubled = [name for name in chosen if folders.count(name.lower()) > 1]
     if doubled:
         raise InputError(f"names: {doubled[-1]} is there twice; give every adapter a name of its own with --names")

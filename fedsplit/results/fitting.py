@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,13 +125,16 @@ def leaves_base(adapter: Adapter) -> bool:
     for name in read_adapter(adapter).tensors:
         if ".lora_" not in name or ".base_layer.weight" in name:
             base_weights.add(name)
+    if config.layer_replication:  # PEFT repeats blocks of the base model
+        return False
     # Starts such as PiSSA subtract the factors' first product from the base weights.
-    keeps_base_at_start = config.init_lora_weights in adapter_files.NEUTRAL_STARTS and not config.layer_replication
+    keeps_base_at_start = config.init_lora_weights in adapter_files.NEUTRAL_STARTS
+    # `results.whole.detach` puts the heads back.
     return keeps_base_at_start and base_weights <= {HEAD_WEIGHT, lora.SCORE_WEIGHT}
 
 
 def more_than_factors(adapter: Adapter) -> str:
-    """Describes an effect of an adapter beyond adding s * B @ A to layers, or returns "" without an effect."""
+    """Describes an effect of an adapter beyond adding s * B @ A to layers, or returns "" without a further effect."""
     config = PeftConfig.from_pretrained(str(adapter.folder))
     return adapter_files.beyond_factors(config, read_adapter(adapter).tensors)
 
@@ -204,9 +207,10 @@ def _placed_without_weights(
     try:
         return _placed(config, tensors, model, "meta")
     except (NotImplementedError, RuntimeError) as error:
-        if "meta" not in str(error):
+        if "meta" not in str(error):  # torch's word for tensors without values
             raise
     # A few kinds of adapters compute with the base weights at the start. Random weights do for the check.
+    # A new model, since the attempt above has changed the first one.
     random_model = empty_model(path, classes).to_empty(device="cpu")
     for parameter in random_model.parameters():
         parameter.data.normal_()
@@ -228,7 +232,7 @@ def _placed(config: PeftConfig, tensors: Mapping[str, Tensor], model: PreTrained
     Raises:
         ValueError: A tensor has a wrong shape.
     """
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(config)  # PEFT writes into a configuration that it is given
     if config.peft_type == "LORA" and isinstance(config.init_lora_weights, str):
         # A start by name computes with the base weights, but has the names and shapes of the plain start.
         config.init_lora_weights = False
@@ -294,9 +298,15 @@ def _check_names(adapter: Adapter, expected: Mapping[str, tuple[int, ...]], tens
         raise InputError(f"{begin} does not fit the model ({error})") from None
 
 
-def _listed(names: list[str]) -> str:
-    more = len(names) - 1
-    return f"{names[0]} and {more} more" if more else names[0]
+def _listed(names: Sequence[str]) -> str:
+    """Returns the first name and the number of the others.
+
+    Example:
+        >>> _listed(["a"]), _listed(["a", "b", "c"])
+        ('a', 'a and 2 more')
+    """
+    first, *others = names
+    return f"{first} and {len(others)} more" if others else first
 
 
 def reason_of(error: Exception) -> str:

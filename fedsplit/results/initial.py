@@ -35,14 +35,16 @@ def check_initial(config: Config, family: Family, classes: int = 0) -> None:
     """
     if not config.init_adapter:
         return
-    reason = initial_adapter.can_start(config)
-    if reason:
-        raise SettingError("init_adapter", config.init_adapter, f"none here, since {reason}")
+    reason_against = initial_adapter.can_start(config)
+    if reason_against:
+        raise SettingError("init_adapter", config.init_adapter, f"none here, since {reason_against}")
     folder = Path(config.init_adapter)
     if not (folder / ADAPTER_FILES[0]).is_file():
         words = "the folder of a PEFT adapter of the unsplit model, such as RUN/adapter"
         raise SettingError("init_adapter", f"{folder} (it has no {ADAPTER_FILES[0]})", words)
     check_files(folder)
+
+    # First against the model alone, then against the settings: the first errors are about the file, not the run.
     stored = read_fitting(Adapter(folder, config.model, config.dtype, folder.name))
     _check_kind(config, family)
     _check_head(config, stored, classes)
@@ -60,9 +62,11 @@ def stated(config: Config) -> list[str]:
     """
     if not config.init_adapter:
         return []
+    line = f"starts from the adapter in {config.init_adapter}"
     outline = _outline(config)
-    resizing = _resizing(initial_adapter.read(config), outline) if outline is not None else ""
-    return [f"starts from the adapter in {config.init_adapter}{resizing}"]
+    if outline is not None:
+        line += _resizing(initial_adapter.read(config), outline)
+    return [line]
 
 
 def _outline(config: Config) -> Adapters | None:
@@ -108,6 +112,7 @@ def _check_head(config: Config, stored: Adapters, classes: int) -> None:
     if found != classes:
         given = f"{config.init_adapter} ({_tells(found)})"
         raise SettingError("init_adapter", given, f"an adapter that {_tells(classes)}, as the run does")
+    # An adapter of a trained head may hold a copy of the head's base weight. The run takes the model's weight instead.
     base = stored.tensors.get(initial_adapter.HEAD_BASE)
     if base is None:
         return

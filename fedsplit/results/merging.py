@@ -25,6 +25,7 @@ from fedsplit.adaptation.prompts import SAVED
 from fedsplit.durable import write_folder
 from fedsplit.errors import InputError
 from fedsplit.model.checkpoint_reader import CheckpointReader
+from fedsplit.model.derivation import family_of
 from fedsplit.model.devices import TYPES
 from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.unsplit import empty_model, load_unsplit
@@ -75,7 +76,7 @@ def _untie(model: PreTrainedModel, changes: Adapters) -> bool:
     Returns:
         True if head and embedding were separated.
     """
-    head = model.lm_head
+    head = model.get_output_embeddings()
     is_changed = any(name.startswith(f"{HEAD}.") for name in changes.tensors)
     is_tied = head.weight is model.get_input_embeddings().weight
     if not is_changed or not is_tied:
@@ -87,10 +88,11 @@ def _untie(model: PreTrainedModel, changes: Adapters) -> bool:
 
 def _replace_head(model: PreTrainedModel, weight: Tensor | None) -> Tensor | None:
     """Replaces the head's weight, if a weight is given, and returns the previous weight."""
-    before: Tensor = model.lm_head.weight.detach()
+    head = model.get_output_embeddings()
+    before: Tensor = head.weight.detach()
     if weight is None:
         return None
-    model.lm_head.weight = nn.Parameter(weight.to(before.dtype))
+    head.weight = nn.Parameter(weight.to(before.dtype))
     return before
 
 
@@ -116,18 +118,22 @@ def _add(model: PreTrainedModel, adapters: Adapters, sign: float) -> None:
         weight.copy_(weight.double() + sign * torch.stack(of_experts))
 
 
-def _token_head(adapter: Adapter, classifier: PreTrainedModel) -> Tensor | None:
-    """Reads the base's head for tokens (V, D) from the checkpoint, since a classifier does not load the head.
+def _token_head(adapter: Adapter, classifier: PreTrainedModel) -> dict[str, Tensor]:
+    """Reads the base's head for tokens from the checkpoint, since a classifier does not load the head.
 
     Returns:
-        The head, in the type of the adapter's run; None if the head is tied to the embedding, or does not exist.
+        The weight (V, D) and the bias (V,) of the head by name, in the type of the adapter's run. A weight that is tied
+        to the embedding and a tensor that the checkpoint does not have are left out.
     """
-    if classifier.config.tie_word_embeddings:
-        return None
-    checkpoint = CheckpointReader(adapter.model_path, empty_model(adapter.model_path), TYPES[adapter.dtype])
-    if not checkpoint.has(HEAD_WEIGHT):
-        return None
-    return checkpoint.parameter(HEAD_WEIGHT).detach().float()
+    base = empty_model(adapter.model_path)
+    checkpoint = CheckpointReader(adapter.model_path, base, TYPES[adapter.dtype])
+    head = family_of(base.config).head  # a file beside the adapter always calls the head `lm_head`
+    tensors = {}
+    for name, _ in base.get_submodule(head).named_parameters():
+        is_tied = name == "weight" and classifier.config.tie_word_embeddings
+        if not is_tied and checkpoint.has(f"{head}.{name}"):
+            tensors[f"{HEAD}.{name}"] = checkpoint.parameter(f"{head}.{name}").detach().float()
+    return tensors
 
 
 @torch.no_grad()
@@ -223,16 +229,19 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     check_mergeable(adapter, changes)
     classes = classes_in(changes)
     base = open_held(adapter, dense=True, classes=classes).float()
-    base_head = _token_head(adapter, base) if classes else None
-    base_type = _type_of(_base_weights(base, base_head))
+    base_head = _token_head(adapter, base) if classes else {}
+    base_type = _type_of(_base_weights(base, base_head.get(HEAD_WEIGHT)))  # before the sum, which fits no narrow type
 
-    was_tied = bool(changes.layers) and not classes and _untie(base, changes)
+    was_tied = False
     if not changes.layers:  # a kind of adapter that only PEFT can add
         base = merged(base, adapter)
+    elif classes:
+        _add(base, changes, sign=1.0)
     else:
-        _add(base, changes, 1.0)
-        if not classes:
-            base_head = _replace_head(base, changes.tensors.get(HEAD_WEIGHT))
+        was_tied = _untie(base, changes)
+        _add(base, changes, sign=1.0)
+        replaced = _replace_head(base, changes.tensors.get(HEAD_WEIGHT))
+        base_head = {} if replaced is None else {HEAD_WEIGHT: replaced}
     if classes:
         _set_classifier(base, changes.tensors[SCORE_WEIGHT], adapter.classes)
     base.to(TYPES[dtype])
@@ -250,8 +259,8 @@ def merge(adapter: Adapter, out: Path, dtype: str = "fp32") -> int:
     def fill(draft: Path) -> None:
         _save(base, adapter.model_path, draft)
         copy_adapter(adapter, draft / MERGED)
-        if base_head is not None and not was_tied:
-            write_tensors(draft / MERGED / BASE_HEAD, {HEAD_WEIGHT: base_head})
+        if base_head and not was_tied:  # a tied head is the embedding, which stays
+            write_tensors(draft / MERGED / BASE_HEAD, base_head)
         _write_record(draft, {**record, "dtype": dtype})
 
     write_folder(out, fill)
@@ -342,12 +351,14 @@ def unmerge(folder: Path, out: Path) -> str:
         raise InputError(f"{folder} cannot be unmerged: {reason}; the base is {record['base']}")
 
     model = load_unsplit(folder, torch.float32)  # a causal LM, as the base was
-    _add(model, changes, -1.0)
-    if record.get("tied"):
-        model.lm_head.weight = model.get_input_embeddings().weight
+    _add(model, changes, sign=-1.0)
+    if record.get("tied"):  # the merge separated head and embedding, and the embedding did not change
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
         model.config.tie_word_embeddings = True
     elif (folder / MERGED / BASE_HEAD).is_file():
-        _replace_head(model, load_tensors(folder / MERGED / BASE_HEAD)[HEAD_WEIGHT])
+        head = model.get_output_embeddings()
+        for name, tensor in load_tensors(folder / MERGED / BASE_HEAD).items():
+            setattr(head, name.removeprefix(f"{HEAD}."), nn.Parameter(tensor.to(head.weight.dtype)))
     if record.get("classes"):
         _without_classes(model.config, record["named"])
 

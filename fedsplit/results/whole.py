@@ -13,16 +13,20 @@ from torch import Tensor, nn
 
 from fedsplit.adaptation import lora
 from fedsplit.corpora.sequences import Sequences
+from fedsplit.demands import MASK, REFERENCE
 from fedsplit.errors import InputError, SettingError
-from fedsplit.metrics.metric import Metric, measure
-from fedsplit.model.checkpoint_reader import check_checkpoint
+from fedsplit.metrics.metric import Metric, asked_by, measure
+from fedsplit.metrics.preference import pair_score
+from fedsplit.model.checkpoint_reader import CheckpointReader, check_checkpoint
 from fedsplit.model.devices import CPU, TYPES, device_of
-from fedsplit.model.families import read_facts, read_pad
+from fedsplit.model.facts import read_facts, read_pad
 from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.kernels import IGNORED
 from fedsplit.model.parts import SCORE
 from fedsplit.model.quantization import check_quantization
-from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
+from fedsplit.model.stored_bits import bits_in, quantization_of
+from fedsplit.model.unsplit import empty_model, load_unsplit, quantize_unsplit, unsplit_with
+from fedsplit.objectives.objective import Objective, demands_of
 from fedsplit.results.finished import Adapter
 from fedsplit.results.fitting import classes_in, read_fitting, reason_of
 from fedsplit.scores import Score
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def open_base(
-    model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0
+    model_path: Path, dtype: str, device: torch.device = CPU, classes: int = 0, seed: int = 0, dense: bool = False
 ) -> PreTrainedModel:
     """Opens the base model in the type of a run.
 
@@ -44,6 +48,7 @@ def open_base(
         device: Device of the model.
         classes: Number of classes, for a classifier of sequences with the run's initial head; 0 for a causal LM.
         seed: Seed of the run, for the initial head.
+        dense: True to decode weights that the checkpoint keeps in 4 or 8 bits.
 
     Raises:
         SettingError: The folder holds no model, or a broken model.
@@ -55,10 +60,22 @@ def open_base(
     """
     pad = read_pad(model_path, read_facts(model_path).end)
     check_checkpoint(model_path, dtype, classes)
-    base = load_unsplit(model_path, TYPES[dtype], classes, pad).eval()
+    if dense and bits_in(quantization_of(model_path)):
+        weights = _decoded_weights(model_path, TYPES[dtype], classes)
+        base = unsplit_with(weights, model_path, TYPES[dtype], classes, pad).eval()
+    else:
+        base = load_unsplit(model_path, TYPES[dtype], classes, pad).eval()
     if classes:
         restore_head(base, seed)
     return base.to(device)
+
+
+def _decoded_weights(model_path: Path, dtype: torch.dtype, classes: int) -> dict[str, Tensor]:
+    """Reads all weights of a checkpoint, and decodes the quantised ones. For the arguments see `open_base`."""
+    model = empty_model(model_path, classes)
+    checkpoint = CheckpointReader(model_path, model, dtype)
+    names = [name for name in model.state_dict() if name.partition(".")[0] != SCORE]
+    return {name: checkpoint.parameter(name) for name in names}
 
 
 def restore_head(base: PreTrainedModel, seed: int) -> None:
@@ -120,6 +137,9 @@ def open_held(
     )
     if not run.bits:
         return open_base(adapter.model_path, adapter.dtype, device, classes, seed)
+    if bits_in(quantization_of(adapter.model_path)):  # quantised before the run, as a whole
+        check_quantization(run)
+        return open_base(adapter.model_path, adapter.dtype, device, classes, seed, dense)
 
     _, high = run.bounds
     if high > read_facts(adapter.model_path).blocks:
@@ -164,7 +184,7 @@ def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of weights that are no longer tied
-            result = model.merge_and_unload(safe_merge=True)
+            result = model.merge_and_unload(safe_merge=True)  # safe: values that are not finite are refused
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"{begin} ({' '.join(str(error).split())})") from None
     # After LN tuning, PEFT leaves its wrappers in the model.
@@ -175,6 +195,7 @@ def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         _tie_if_equal(result)
 
     names = {name for name, _ in result.named_parameters()}
+    # A head that shared the embedding's weight had no name of its own before.
     extra = sorted(names - base_names - {HEAD_WEIGHT})
     if extra:
         raise InputError(f"{begin}: PEFT leaves {extra[0]}, which is no weight of the model")
@@ -261,7 +282,10 @@ def detach(model: PeftModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def score(
-    model: PreTrainedModel | PeftModel, batches: Iterable[Sequences], metrics: Mapping[str, Metric] | None = None
+    model: PreTrainedModel | PeftModel,
+    batches: Iterable[Sequences],
+    metrics: Mapping[str, Metric] | None = None,
+    objective: Objective | None = None,
 ) -> Score:
     """Measures a causal LM, or a classifier of sequences, on text.
 
@@ -270,35 +294,65 @@ def score(
             `pad_token_id` must be the token that pads the sequences.
         batches: Batches of sequences. Every predicted token has equal weight.
         metrics: Metrics by name; None for no metrics.
+        objective: Objective over pairs, for batches of pairs: the score then counts pairs. None for cross-entropy.
     """
-    dtype = next(model.parameters()).dtype
+    metrics = metrics or {}
+    asked = asked_by(*metrics.values()) | demands_of(objective).further
     device = device_of(model)
     total = Score()
     for batch in batches:
         rows = batch.to(device)
-        mask = {} if rows.mask is None else {"attention_mask": rows.mask}
-        # Adapters are in float32 whatever the base weights are in.
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(input_ids=rows.ids, **mask).logits
-
-        labels = rows.labels
-        if labels.ndim > 1:
-            # Each token predicts the next token. The logits of virtual tokens before the text are cut off.
-            logits = logits[:, -labels.shape[1] : -1]
-            labels = labels[:, 1:]
-        total += _score_of(logits, labels, metrics or {})
+        logits = aligned_logits(model, rows)
+        labels = rows.labels if rows.labels.ndim == 1 else rows.labels[:, 1:]
+        further = {}
+        if MASK in asked:
+            further[MASK] = torch.ones_like(labels, dtype=torch.bool) if rows.mask is None else rows.mask[:, 1:]
+        if REFERENCE in asked:
+            further[REFERENCE] = reference_logits(model, rows, logits).float()
+        if objective is None:
+            total += _score_of(logits, labels, metrics, further)
+        else:
+            total += pair_score(objective, metrics, logits.float(), labels, further)
     return total
 
 
-def _score_of(logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric]) -> Score:
+def aligned_logits(model: PreTrainedModel | PeftModel, rows: Sequences) -> Tensor:
+    """Returns the logits of a model for some sequences, aligned with the labels: (B, T - 1, V), or (B, C)."""
+    dtype = next(model.parameters()).dtype
+    mask = {} if rows.mask is None else {"attention_mask": rows.mask}
+    # Adapters are in float32 whatever the base weights are in.
+    with torch.autocast(rows.ids.device.type, dtype, enabled=dtype != torch.float32):
+        logits: Tensor = model(input_ids=rows.ids, **mask).logits
+    if rows.labels.ndim == 1:
+        return logits
+    # Each token predicts the next token. The logits of virtual tokens before the text are cut off.
+    return logits[:, -rows.labels.shape[1] : -1]
+
+
+def reference_logits(model: PreTrainedModel | PeftModel, rows: Sequences, logits: Tensor) -> Tensor:
+    """Returns the logits of the model without its adapter.
+
+    Args:
+        model: The model.
+        rows: The sequences.
+        logits: The model's logits for the sequences. A model without an adapter is the base model itself.
+    """
+    if not isinstance(model, PeftModel):
+        return logits
+    with model.disable_adapter():
+        return aligned_logits(model, rows)
+
+
+def _score_of(logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric], further: Mapping[str, Tensor]) -> Score:
     """Returns the score of a batch.
 
     Args:
         logits: (B, T, V), aligned with the labels; (B, C) for a classifier.
         labels: Tokens (B, T), `IGNORED` for positions without a prediction; classes (B,) for a classifier.
         metrics: Metrics by name.
+        further: Further arguments of the metrics.
     """
-    sums = measure(metrics, logits.float(), labels) if metrics else {}
+    sums = measure(metrics, logits.float(), labels, further) if metrics else {}
     logits = logits.flatten(0, -2)
     labels = labels.flatten()
     is_predicted = labels != IGNORED

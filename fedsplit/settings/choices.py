@@ -14,6 +14,9 @@ ORDERS = ("random", "cyclic")
 CODECS = {"raw": "fedsplit.wire.casting:Raw", "bf16": "fedsplit.wire.casting:BFloat16"}
 """Codecs by name: module and class, which `fedsplit.wire.codecs.make_codec` imports."""
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""Trackers of experiments. Each is an extra of the package, too."""
+
 # Training and aggregation.
 OPTIMIZERS = ("adamw", "sgd", "adamw8bit")
 RATES = ("constant", "linear", "cosine")
@@ -21,9 +24,12 @@ OPTIMIZER_STATES = ("reset", "keep")
 WEIGHTS = ("examples", "tokens", "equal")
 
 # Data.
-FORMATS = ("auto", "text", "completion", "chat", "classification")
+FORMATS = ("auto", "text", "completion", "chat", "instruction", "classification", "preference")
+PAIRS = "preference"
+"""Format of pairs of texts, of which one is preferred."""
 PACKING = ("auto", "true", "false")
-PLACES = ("driver", "shared")
+SYNCS = ("round", "step")
+PLACES = ("driver", "shared", "label")
 
 # Virtual tokens and prefixes.
 PROMPTED = ("prompt", "ptuning", "prefix")

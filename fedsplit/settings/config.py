@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedsplit.errors import SettingError
+from fedsplit.errors import SettingError, check_all
 from fedsplit.settings.choices import (
     DTYPES,
     ENGINES,
@@ -37,6 +37,7 @@ from fedsplit.settings.sections import (
     WireSettings,
 )
 from fedsplit.settings.validators import (
+    ANYTHING,
     COEFFICIENT,
     CUT,
     DEVICE,
@@ -49,6 +50,7 @@ from fedsplit.settings.validators import (
     QUANTIZATION,
     SHARES,
     TEXT,
+    TRACKED,
     YES_OR_NO,
     Validator,
     at_least,
@@ -112,8 +114,8 @@ class Config:
     objective: str = setting(
         "cross_entropy",
         TEXT,
-        "loss that training minimises: cross_entropy, label_smoothing, or path/to/mine.py:Mine; the held-out loss is "
-        "always cross-entropy",
+        "loss that training minimises: cross_entropy, label_smoothing, distillation, dpo, or path/to/mine.py:Mine; "
+        "the held-out loss is cross-entropy, and of pairs the objective's",
     )
     metric: tuple[str, ...] = setting(
         (),
@@ -148,6 +150,12 @@ class Config:
         one_of(KERNELS),
         "fused: fewer passes over memory; library: the code of transformers and PEFT, equal to the unsplit model to "
         "the bit",
+    )
+    unproved: bool = setting(
+        False,
+        YES_OR_NO,
+        "train a model also if its parts were not compared with the uncut model, or differ from it; summary.json "
+        "says so",
     )
     lm_head: str = setting(
         "frozen", one_of(HEADS), "training of the head; frozen: none; lora: an adapter on it; full: its whole weight"
@@ -219,6 +227,20 @@ class Config:
         "classes that receive the events of the run, such as path/to/mine.py:MySink; may be given several times",
         "--sink",
     )
+    push_to_hub: str = setting(
+        "", ANYTHING, "upload the adapter with its model card to this repository of the Hub at the end, as org/name"
+    )
+    track: tuple[str, ...] = setting(
+        (),
+        TRACKED,
+        "trackers that receive the values of each round: tensorboard, wandb, mlflow, trackio, several separated by "
+        "commas; each is an extra to install, such as fedsplit[tensorboard]",
+    )
+    report: bool = setting(True, YES_OR_NO, "write report.html into the run's folder at its end")
+    quiet: bool = setting(False, YES_OR_NO, "show failures alone, on standard error")
+    json: bool = setting(
+        False, YES_OR_NO, "print the events of the run as JSON, an object a line, in place of progress and table"
+    )
     out: str = setting("", FOLDER, "the run's folder (default: runs/<time>)", "--save-dir")
     resume: str = setting(
         "",
@@ -247,19 +269,25 @@ class Config:
         Numbers of NumPy and the like, paths and lists become Python's numbers, texts and tuples.
 
         Raises:
-            SettingError: A setting has a value of another type, or a value that is not possible.
+            InputError: A setting has a value of another type, or a value that is not possible. All errors are reported
+                together.
         """
+        # Sections first: no setting can be read from a section of another class.
+        wrong_sections = []
         for name, cls in SECTIONS.items():
             if not isinstance(getattr(self, name), cls):
-                raise SettingError(name, getattr(self, name), f"a {cls.__name__}")
+                wrong_sections.append(SettingError(name, getattr(self, name), f"a {cls.__name__}"))
+        check_all(wrong_sections)
+        wrong = []
         for each in SETTINGS.values():
             given = self.value_of(each)
             value = each.in_python_type(given)
             if not each.accepts(value):
-                raise SettingError(each.name, f"{given} ({type(given).__name__})", each.words)
-            if value is not given:
+                wrong.append(SettingError(each.name, f"{given} ({type(given).__name__})", each.words))
+            elif value is not given:
                 owner = getattr(self, each.section) if each.section else self
                 object.__setattr__(owner, each.field, value)  # a frozen dataclass has no other way
+        check_all(wrong)
 
     def value_of(self, setting: Setting) -> object:
         """Returns the value of a setting.
@@ -274,6 +302,7 @@ class Config:
     @property
     def sampled(self) -> int:
         """Number of clients that train in a round."""
+        # Halves are rounded up. Python's `round` would take them to the even number, and 2.5 clients to 2.
         return max(1, int(self.fraction * self.clients + 0.5))
 
     @property

@@ -10,12 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.errors import ErrorCollector, InputError, SettingError, shortened
+from fedsplit.errors import ErrorCollector, InputError, SettingError, UnknownValue, check_all, shortened
 from fedsplit.settings.choices import PROMPTED
 from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
+from fedsplit.settings.drafts import Draft, without
 from fedsplit.settings.fields import Setting
 from fedsplit.settings.sections import LoraSettings, Section
 from fedsplit.settings.validators import FIELDS
+
+BY_ALIAS = {setting.alias.removeprefix("--"): name for name, setting in SETTINGS.items() if setting.alias}
+"""Settings by their second flags, such as `train.lr` by `lr`."""
 
 
 def _convert(setting: Setting, value: object) -> Any:
@@ -91,16 +95,18 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
         items = value
     elif not isinstance(value, str):
         items = [value]
-    elif re.fullmatch(r"[\d,\s+-]*", value):
+    elif re.fullmatch(r"[\d,\s+-]*", value):  # with signs: -4 is a wrong number, not the name of a file
         items = value.split(",")
-    else:
+    else:  # no text of numbers: the name of a file
         try:
             text = Path(value).read_text(encoding="utf-8")
         except OSError as error:
             raise ValueError from error
         items = text.replace(",", " ").split()
-    if any(isinstance(item, bool) or not isinstance(item, int | str) for item in items):
-        raise TypeError
+    for item in items:
+        is_whole = isinstance(item, int | str) and not isinstance(item, bool)  # True is an int in Python
+        if not is_whole:
+            raise TypeError
     return tuple(int(item) for item in items)
 
 
@@ -123,6 +129,7 @@ def _object(value: object) -> str:
         value = json.loads(text or "{}")
     if not isinstance(value, Mapping):
         raise TypeError
+    # Sorted, so that the order of the fields is no difference between two runs.
     return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
@@ -152,51 +159,86 @@ def build(
         >>> build({"clients": 4, "lora.rank": "4,8"}).lora.rank
         (4, 8)
     """
+    tables = (options, objective_options, metric_options, sink_options)
+    return draft(values, dict(zip(OPTIONS, tables, strict=True))).checked()
+
+
+def draft(values: Mapping[str, object], tables: Mapping[str, Any]) -> Draft:
+    """Builds a draft of a configuration from settings by dotted name, as `build` does, without raising the errors.
+
+    Args:
+        values: Settings by dotted name. Settings that are not named keep their defaults.
+        tables: Keyword arguments by the setting that names their class, as in `OPTIONS`.
+
+    Example:
+        >>> errors = draft({"clients": "x", "rounds": 3}, {}).errors
+        >>> [error.setting for error in errors]
+        ['clients']
+    """
     collector = ErrorCollector()
+    wrong: set[str] = set()
     fields: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
     for name, value in values.items():
-        with collector.collecting():
-            setting = _setting_named(name)
+        if name not in SETTINGS:
+            hint = f"did you mean {BY_ALIAS[name]}?" if name in BY_ALIAS else suggest(name, SETTINGS)
+            collector.extend([InputError(f"there is no setting {shortened(name)}; {hint}")])
+            # A misspelt setting may be any similar one. Their defaults are not what the user asked for.
+            wrong |= meant_by(name) - values.keys()
+            continue
+        setting = SETTINGS[name]
+        try:
             fields[setting.section][setting.field] = _convert(setting, value)
+        except SettingError as error:
+            collector.extend(error.errors)
+            wrong.add(name)
 
-    given: dict[str, Mapping[str, Any]] = {}
-    tables_given = (options, objective_options, metric_options, sink_options)
-    for name, table in zip(OPTIONS, tables_given, strict=True):
-        with collector.collecting():
-            given[name] = _table(name, table)
-    for name, keywords in given.items():
-        collector.extend(_wrong_options(name, keywords))
-    tables: dict[str, Any] = {OPTIONS[name]: dict(keywords) for name, keywords in given.items()}
+    options: dict[str, dict[str, Any]] = {}
+    for name, field in OPTIONS.items():
+        try:
+            options[field] = _options(name, tables.get(name))
+        except InputError as error:
+            collector.extend(error.errors)
+            wrong.add(field)
 
-    with collector.collecting():
+    try:
         _settle_peft(fields["lora"], fields["prompt"])
-    collector.check()
+    except SettingError as error:
+        collector.extend(error.errors)
+        wrong |= {"lora.method", "prompt.kind"}
+
     sections: dict[str, Any] = {name: cls(**fields[name]) for name, cls in SECTIONS.items()}
-    return Config(**fields[""], **sections, **tables)
+    tables_of_config: dict[str, Any] = options
+    config = Config(**fields[""], **sections, **tables_of_config)
+    is_default = not any(fields.values()) and not any(options.values())
+    return Draft(without(config, wrong), collector.errors, is_default)
 
 
-def _setting_named(name: str) -> Setting:
-    """Returns the setting of a dotted name.
+def meant_by(name: str) -> set[str]:
+    """Returns the settings that a user may have meant by an unknown name.
+
+    Example:
+        >>> "lora.rank" in meant_by("lora.rang")
+        True
+    """
+    if name in BY_ALIAS:
+        return {BY_ALIAS[name]}
+    of_section = {setting for setting in SETTINGS if setting.startswith(f"{name}.")}
+    return of_section or {*similar(name, SETTINGS)}
+
+
+def _options(setting: str, table: object) -> dict[str, Any]:
+    """Returns the keyword arguments that belong to a setting; none if `table` is None.
 
     Raises:
-        InputError: There is no such setting.
+        InputError: They are no table, or an argument is wrong. All errors are reported together.
     """
-    if name not in SETTINGS:
-        raise InputError(f"there is no setting {shortened(name)}; {suggest(name, SETTINGS)}")
-    return SETTINGS[name]
-
-
-def _table(setting: str, options: object) -> Mapping[str, Any]:
-    """Returns the keyword arguments that belong to a setting; none where nothing is given.
-
-    Raises:
-        SettingError: They are no table.
-    """
-    if options is None:
+    if table is None:
         return {}
-    if not isinstance(options, Mapping):
-        raise SettingError(OPTIONS[setting], shortened(options), "a table")
-    return by_key(options) if setting in SEVERAL else options
+    if not isinstance(table, Mapping):
+        raise SettingError(OPTIONS[setting], shortened(table), "a table")
+    keywords = by_key(table) if setting in SEVERAL else dict(table)
+    check_all(_wrong_options(setting, keywords))
+    return keywords
 
 
 def _wrong_options(setting: str, options: Mapping[str, Any]) -> Iterator[InputError]:
@@ -257,10 +299,20 @@ def suggest(name: str, known: Iterable[str]) -> str:
         >>> suggest("client", ["clients", "rounds"])
         'did you mean clients?'
     """
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    close = similar(name, known)
     if not close:
         return "see --help for the list"
     return f"did you mean {' or '.join(close)}?"
+
+
+def similar(name: str, known: Iterable[str]) -> list[str]:
+    """Returns the known names that are most similar to an unknown one.
+
+    Example:
+        >>> similar("client", ["clients", "rounds"])
+        ['clients']
+    """
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
 
 
 def dotted(document: Mapping[str, Any]) -> dict[str, object]:
@@ -282,13 +334,18 @@ def dotted(document: Mapping[str, Any]) -> dict[str, object]:
 def set_by_user(section: Section) -> dict[str, Any]:
     """Returns the settings of a section that differ from their defaults, by the names of the section's fields.
 
+    In a draft, wrong settings are left out.
+
     Example:
         >>> set_by_user(LoraSettings(alpha=8.0))
         {'alpha': 8.0}
     """
     changed = {}
     for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
+        try:
+            value = getattr(section, field.name)
+        except UnknownValue:
+            continue
         if value != field.default:
             changed[field.name] = value
     return changed
@@ -318,4 +375,5 @@ def from_document(document: Mapping[str, Any]) -> Config:
         4
     """
     settings = {key: value for key, value in document.items() if key not in OPTIONS.values()}
-    return build(dotted(settings), *(document.get(table) for table in OPTIONS.values()))
+    tables = {setting: document.get(table) for setting, table in OPTIONS.items()}
+    return draft(dotted(settings), tables).checked()

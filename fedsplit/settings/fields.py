@@ -88,6 +88,7 @@ class Setting:
             return False
         if isinstance(value, bool) and self.python_type is not bool:  # to Python, True is an int
             return False
+        # `type`, since True is an instance of int.
         if isinstance(value, tuple) and any(type(item) is not self.item_type for item in value):
             return False
         try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import sys
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from os.path import isfile  # False where `Path.is_file` would raise an error, as for a name that is too long
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from fedsplit.errors import ErrorCollector, InputError, SettingError, check_all, shortened
+from fedsplit.settings.command_line import Options, Parser
 from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
-from fedsplit.settings.documents import build, by_key, dotted, suggest
+from fedsplit.settings.documents import by_key, dotted, draft
+from fedsplit.settings.drafts import Draft, without
 from fedsplit.settings.fields import Setting
 
 MAY_DIFFER = (
@@ -20,6 +21,11 @@ MAY_DIFFER = (
     "rounds",
     "patience",
     "sinks",
+    "track",
+    "report",
+    "push_to_hub",
+    "quiet",
+    "json",
     "checkpoint.every",
     "checkpoint.keep",
     "engine",
@@ -33,6 +39,9 @@ MAY_DIFFER = (
     "device",
     "trunk.threads",
     "trunk.device",
+    "trunk.devices",
+    "trunk.tensor_parallel",
+    "trunk.stages",
     "trunk.resources",
     "trunk.label",
     "client.resources",
@@ -41,18 +50,16 @@ MAY_DIFFER = (
     "ray.wait",
     "ray.ship",
     "data.at",
+    "wire.tls",
 )
 """Settings that may change when a run is resumed."""
 
-REPEATABLE = ("sinks", "metric")
+REPEATABLE = ("sinks", "metric", "track")
 """Lists whose flag may be given several times. Each flag adds to the list."""
 
 
-DEBUG = "--debug"
-"""Flag of every command: an error is shown with its traceback."""
-
-Options = dict[str, dict[str, Any]]
-"""Keyword arguments for a class, by the setting that names the class."""
+FIELDS = frozenset([*SETTINGS, *OPTIONS.values()])
+"""Dotted names of all settings, and of the tables of options."""
 
 
 class TakesArguments(Protocol):
@@ -69,7 +76,7 @@ def read_toml(path: Path) -> tuple[dict[str, object], Options]:
         path: A TOML file.
 
     Returns:
-        The settings by dotted name, and the options of strategy, objective, metrics and sinks.
+        The settings by dotted name, and the options of strategy, objective, metrics and sinks. Neither is checked.
 
     Raises:
         SettingError: The file cannot be read, or is not TOML.
@@ -83,67 +90,28 @@ def read_toml(path: Path) -> tuple[dict[str, object], Options]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SettingError("config", path, f"a TOML file that can be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise SettingError("config", path, f"a TOML file ({error})") from None
+        raise SettingError("config", shortened(path), f"a TOML file that can be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # tomllib reads nested values by recursion
+        raise SettingError("config", shortened(path), f"a TOML file ({error})") from None
     options = {setting: document.pop(table, {}) for setting, table in OPTIONS.items()}
-    for setting, values in options.items():
-        if not isinstance(values, dict):
-            raise SettingError(OPTIONS[setting], values, "a table")
-        if setting in SEVERAL:
-            options[setting] = by_key(values)
     return dotted(document), options
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser that raises an error of one line, where argparse prints its usage and exits.
+def merged(lower: object, higher: Mapping[str, Any], setting: str) -> object:
+    """Returns the options that belong to a setting, of which some may be given twice.
 
-    Every parser has the flag `--debug`, which `fedsplit.commands.exit_codes.exit_code` looks for.
-    """
-
-    def __init__(self, **keywords: Any) -> None:
-        """Makes a parser; see `argparse.ArgumentParser` for the keyword arguments."""
-        super().__init__(**keywords)
-        # Without a default, as a parser of a subcommand would overwrite what the parser above it has read.
-        self.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
-
-    def without_empty_flags(self, words: Sequence[str]) -> tuple[list[str], list[InputError]]:
-        """Takes out the flags that lack their value, of which argparse would report the first alone.
-
-        Args:
-            words: The command line.
-
-        Returns:
-            The other words, and an error for each flag that was taken out.
-
-        Example:
-            >>> words, errors = make_parser().without_empty_flags(["--clients", "--rounds", "3", "--lr"])
-            >>> words, [str(error) for error in errors]
-            (['--rounds', '3'], ['--clients: expected a value after it', '--lr: expected a value after it'])
-        """
-        of_one_value = {flag for action in self._actions if action.nargs is None for flag in action.option_strings}
-        kept: list[str] = []
-        errors: list[InputError] = []
-        for word, after in itertools.zip_longest(words, words[1:]):
-            if word in of_one_value and (after is None or _is_flag(after)):
-                errors.append(InputError(f"{word}: expected a value after it"))
-            else:
-                kept.append(word)
-        return kept, errors
-
-    def error(self, message: str) -> NoReturn:
-        """Raises an `InputError`."""
-        raise InputError(f"{message}; see --help")
-
-
-def _is_flag(word: str) -> bool:
-    """Returns True for a word of the command line that argparse takes for a flag: no text, and no negative number.
+    Args:
+        lower: The options as a file or a program gives them. A value that is no table is returned as it is.
+        higher: Options that win over `lower`.
+        setting: Name of the setting.
 
     Example:
-        >>> [_is_flag(word) for word in ("--rounds", "--nope=3", "-1", "-", "-- a text")]
-        [True, True, False, False, False]
+        >>> merged({"rouge": {"stem": True, "order": 1}}, {"rouge.order": 2}, "metric")
+        {'rouge.stem': True, 'rouge.order': 2}
     """
-    return word.startswith("--") and word != "--" and " " not in word.partition("=")[0]
+    if not isinstance(lower, Mapping):
+        return lower
+    return {**(by_key(lower) if setting in SEVERAL else lower), **higher}
 
 
 def flag_of(name: str) -> str:
@@ -208,7 +176,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="python -m fedsplit.simulate",
         description="Simulates a federation that fine-tunes one language model, cut in three, on text none shares.",
-        allow_abbrev=False,
+        allow_abbrev=False,  # an abbreviation could mean another flag in the next version
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="a TOML file of settings; flags win over the file")
@@ -230,53 +198,6 @@ def make_parser() -> Parser:
     return parser
 
 
-_BY_ALIAS = {setting.alias.removeprefix("--"): name for name, setting in SETTINGS.items() if setting.alias}
-"""Settings by their second flags, such as `sinks` by `sink`."""
-
-
-def options_of(rest: Sequence[str], parser: Parser, settings: Collection[str] = tuple(OPTIONS)) -> Options:
-    """Parses flags such as `--strategy.KEY VALUE`.
-
-    Args:
-        rest: Arguments of the command line that are no flags of the parser.
-        parser: The parser, whose flags an error suggests.
-        settings: Settings whose options the command takes.
-
-    Raises:
-        InputError: A flag is unknown, or a flag has no value. All errors are reported together.
-    """
-    collector = ErrorCollector()
-    words = []
-    for argument in rest:
-        words += argument.split("=", 1) if argument.startswith("--") else [argument]
-
-    options: Options = {setting: {} for setting in settings}
-    while words:
-        flag = words.pop(0)
-        given, _, key = flag.removeprefix("--").partition(".")
-        setting = _BY_ALIAS.get(given, given)
-        has_value = bool(words) and not words[0].startswith("--")
-        if not flag.startswith("--") or not key or setting not in settings:
-            known = [flag for action in parser._actions for flag in action.option_strings]
-            collector.extend([InputError(f"there is no flag {shortened(flag)}; {suggest(flag, known)}")])
-            if flag.startswith("--") and has_value:  # the value of a flag that is unknown is no error of its own
-                words.pop(0)
-        elif not words:
-            collector.extend([InputError(f"{flag}: expected a value after it")])
-        else:
-            options[setting][key] = _toml_value(words.pop(0))
-    collector.check()
-    return options
-
-
-def _toml_value(text: str) -> object:
-    """Returns the value that a text stands for in TOML, such as 0.5 or true; the text itself if it is no TOML."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text
-
-
 def parse(argv: Sequence[str] | None = None) -> Config:
     """Parses the command line, and the settings file that it names, into a checked configuration.
 
@@ -291,22 +212,31 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         >>> config.clients, config.lora.rank
         (4, (16,))
     """
-    parser = make_parser()
-    words, errors = parser.without_empty_flags(sys.argv[1:] if argv is None else argv)
-    known, rest = parser.parse_known_args(words)
-    values = vars(known)
-    values.pop("debug", None)
-    file = values.pop("config", None)
+    return read_draft(argv).checked()
 
+
+def read_draft(argv: Sequence[str] | None = None, errors: Sequence[InputError] = ()) -> Draft:
+    """Parses the command line, and the settings file that it names, into a draft, without raising the errors.
+
+    Args:
+        argv: Arguments; None for those of the process.
+        errors: Errors that were found before.
+
+    Example:
+        >>> draft = read_draft(["--nonsense", "1", "--clients", "x", "--rounds", "3"])
+        >>> len(draft.errors), draft.config.rounds
+        (2, 3)
+    """
+    call = make_parser().read(argv, tuple(OPTIONS))
+    values = dict(vars(call.flags))
+    file = values.pop("config", None)
+    draft = settle_draft(values, call.options, Path(file) if file is not None else None)
+    refused = call.refused & FIELDS
+    if {"config", "resume"} & call.refused:  # the file may have set every setting that no flag sets
+        refused |= FIELDS - values.keys()
     collector = ErrorCollector()
-    collector.extend(errors)
-    options: Options = {}
-    with collector.collecting():
-        options = options_of(rest, parser)
-    with collector.collecting():
-        config = settle(values, options, Path(file) if file is not None else None)
-    collector.check()
-    return config
+    collector.extend([*errors, *call.errors, *draft.errors])
+    return Draft(without(draft.config, refused), collector.errors, draft.is_default)
 
 
 def settle(values: Mapping[str, object], options: Options, file: Path | None = None) -> Config:
@@ -325,26 +255,45 @@ def settle(values: Mapping[str, object], options: Options, file: Path | None = N
         >>> settle({"clients": 4, "train.lr": "3e-4"}, {}).train.lr
         0.0003
     """
+    return settle_draft(values, options, file).checked()
+
+
+def settle_draft(values: Mapping[str, object], options: Options, file: Path | None = None) -> Draft:
+    """Makes a draft from values and a file, as `settle` makes a configuration, without raising the errors.
+
+    Example:
+        >>> [error.setting for error in settle_draft({"clients": 0, "rounds": 0}, {}).errors]
+        ['clients', 'rounds']
+    """
+    collector = ErrorCollector()
     run = values.get("resume")
     if run:
         own_file = Path(str(run)) / "config.toml"
-        is_own = file is not None and file.exists() and own_file.exists() and file.samefile(own_file)
-        _check_unchanged(values, options, None if is_own else file, run)
+        is_own = file is not None and isfile(file) and isfile(own_file) and file.samefile(own_file)
+        with collector.collecting():
+            _check_unchanged(values, options, None if is_own else file, run)
+        values = {name: value for name, value in values.items() if name in MAY_DIFFER}
+        options = {setting: keywords for setting, keywords in options.items() if setting in MAY_DIFFER}
         file = own_file
 
-    collector = ErrorCollector()
     file_values: dict[str, object] = {}
     file_options: Options = {}
+    unknown: set[str] = set()
     if file is not None:
-        with collector.collecting():
+        try:
             file_values, file_options = read_toml(file)
+        except SettingError as error:
+            unknown = {*FIELDS} - values.keys()  # the file may have set them
+            if not run or isfile(file):  # a run without its file has been refused above
+                collector.extend(error.errors)
     if run and "sinks" in values:  # other sinks than those that the run had, which take other options
         file_options["sinks"] = {}
-    merged = {setting: {**file_options.get(setting, {}), **options.get(setting, {})} for setting in OPTIONS}
-    with collector.collecting():
-        config = build({**file_values, **values}, *merged.values())
-    collector.check()
-    return config
+    tables = {}
+    for name in OPTIONS:
+        tables[name] = merged(file_options.get(name, {}), options.get(name, {}), name)
+    made = draft({**file_values, **values}, tables)
+    collector.extend(made.errors)
+    return Draft(without(made.config, unknown), collector.errors, made.is_default)
 
 
 def _check_unchanged(values: Mapping[str, object], options: Options, file: Path | None, run: object) -> None:
@@ -353,9 +302,13 @@ def _check_unchanged(values: Mapping[str, object], options: Options, file: Path 
     Raises:
         InputError: There is no such run, or another setting is set.
     """
-    if not (Path(str(run)) / "config.toml").is_file():
-        raise SettingError("resume", run, "the folder of a run, with its config.toml")
+    if not isfile(Path(str(run)) / "config.toml"):
+        raise SettingError("resume", shortened(run), "the folder of a run, with its config.toml")
     changed = [name for name in values if name not in MAY_DIFFER]
+    if "data.at" in values:
+        before = read_toml(Path(str(run)) / "config.toml")[0].get("data.at")
+        if before != values["data.at"] and "label" in (before, values["data.at"]):
+            raise InputError("data.at cannot be set for a run that goes on: under label, nodes keep the clients' state")
     fixed = {setting: keywords for setting, keywords in options.items() if setting not in MAY_DIFFER}
     changed += [f"{setting}.{name}" for setting, keywords in fixed.items() for name in keywords]
     if file is not None:

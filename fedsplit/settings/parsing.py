@@ -1,7 +1,8 @@
-"""Parsers of settings with a special form: memory, cut, quantisation, partition."""
+"""Parsers of settings with a special form: memory, cut, stages, quantisation, partition."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ def find_partition(value: str) -> PartitionSpec | None:
     names = _PARTITIONS.get(kind)
     if names is None or "" in texts:
         return None
-    required = len(names) - ("column" in names)
+    required = len(names) - ("column" in names)  # the column, always the last, may be left out
     if not required <= len(texts) <= len(names):
         return None
 
@@ -138,9 +139,11 @@ def find_partition(value: str) -> PartitionSpec | None:
     except ValueError:
         return None
 
+    # Arguments that the rule does not have get a possible value.
     alpha = arguments.get("alpha", 1.0)
+    number = arguments.get("number", 1)
     sizes = arguments.get("sizes", (1,))
-    is_possible = math.isfinite(alpha) and alpha > 0 and arguments.get("number", 1) > 0 and min(sizes) > 0
+    is_possible = 0 < alpha < math.inf and number > 0 and min(sizes) > 0
     return PartitionSpec(kind, **arguments) if is_possible else None
 
 
@@ -164,11 +167,41 @@ def parse_cut(value: str) -> tuple[int, int] | None:
         ((1, 5), None)
     """
     low, colon, high = value.partition(":")
-    if not (colon and low.isdecimal() and high.isdecimal()):
+    if not (colon and low.isdecimal() and high.isdecimal()):  # `isdigit` takes ² for a digit, `int` does not
         return None
     if len(value) > 20 or int(low) >= int(high):  # int() raises an error for thousands of digits
         return None
     return int(low), int(high)
+
+
+def parse_stages(value: str) -> tuple[int, ...] | None:
+    """Parses the bounds of a trunk's stages; returns None if the text has no two stages.
+
+    Example:
+        >>> parse_stages("2:6:10"), parse_stages("2:10"), parse_stages("6:2:10")
+        ((2, 6, 10), None, None)
+    """
+    numbers = value.split(":")
+    are_numbers = all(number.isdecimal() and len(number) <= 6 for number in numbers)  # no model has 10**6 blocks
+    if len(numbers) < 3 or not are_numbers:
+        return None
+    bounds = tuple(map(int, numbers))
+    rises = all(low < high for low, high in itertools.pairwise(bounds))
+    return bounds if rises else None
+
+
+def parse_weights(value: str) -> tuple[float, ...] | None:
+    """Parses weights; returns None if a weight is no number above 0.
+
+    Example:
+        >>> parse_weights("1,2.5"), parse_weights("1,0")
+        ((1.0, 2.5), None)
+    """
+    try:
+        weights = tuple(float(weight) for weight in value.split(","))
+    except ValueError:
+        return None
+    return weights if all(math.isfinite(weight) and weight > 0 for weight in weights) else None
 
 
 def parse_quantization(value: str) -> dict[str, int] | None:

@@ -20,12 +20,15 @@ from fedsplit.settings.choices import (
     RATES,
     SCHEDULES,
     STARTS,
+    SYNCS,
 )
 from fedsplit.settings.fields import setting
-from fedsplit.settings.parsing import parse_memory
+from fedsplit.settings.parsing import parse_memory, parse_stages, parse_weights
 from fedsplit.settings.validators import (
     ANYTHING,
+    DEVICES,
     FIELDS,
+    FOLDER,
     FRACTION,
     LABELS,
     MEMORY,
@@ -35,7 +38,9 @@ from fedsplit.settings.validators import (
     OWN_DEVICE,
     RANKS,
     RAY_ADDRESS,
+    REPLICA_WEIGHTS,
     RESOURCES,
+    STAGES,
     TEXT,
     WARMUP,
     YES_OR_NO,
@@ -201,7 +206,10 @@ class DataSettings:
     """Columns of a data set: texts, owners, and the part to predict."""
 
     format: str = setting(
-        "auto", one_of(FORMATS), "kind of rows; auto: text if there is a column of that name, else chat or completion"
+        "auto",
+        one_of(FORMATS),
+        "kind of rows; auto: text if there is a column of that name, else chat, preference, completion or instruction; "
+        "instruction also beside a text if there are columns of instructions, inputs and outputs",
     )
     config: str = setting("", ANYTHING, "configuration of a data set with several, such as wikitext-2-raw-v1")
     split: str = setting("train", TEXT, "split of a data set with several, such as train or train[:10%]")
@@ -212,7 +220,17 @@ class DataSettings:
     owner: str = setting("owner", TEXT, "column with the owner of a row")
     prompt: str = setting("prompt", TEXT, "column with the prompt, which is not predicted")
     completion: str = setting("completion", TEXT, "column with the completion, which is predicted after the prompt")
-    messages: str = setting("messages", TEXT, "column with chats: lists of messages with role and content")
+    chosen: str = setting("chosen", TEXT, "preference: column with the preferred continuation of the prompt")
+    rejected: str = setting("rejected", TEXT, "preference: column with the other continuation of the prompt")
+    messages: str = setting(
+        "messages",
+        TEXT,
+        "column with chats: lists of messages with role and content, or with from and value; conversations where there "
+        "is no such column",
+    )
+    instruction: str = setting("instruction", TEXT, "instruction: column with the task, which is not predicted")
+    input: str = setting("input", TEXT, "instruction: column with the task's input, which may be empty or missing")
+    output: str = setting("output", TEXT, "instruction: column with the answer, which is predicted")
     label: str = setting("label", TEXT, "column with the class of a text, for the format classification")
     packing: str = setting(
         "auto",
@@ -225,7 +243,13 @@ class DataSettings:
         "driver",
         one_of(PLACES),
         "on a Ray cluster; driver: a client's data and state travel to the node that plays the client, where they are "
-        "not yet; shared: all nodes see the folder of --out",
+        "not yet; shared: all nodes see the folder of --out; label: a client is played on the node whose label "
+        "fedsplit-clients has its number, such as 0-3_7, and its data and state stay there",
+    )
+    folder: str = setting(
+        "~/.fedsplit",
+        TEXT,
+        "with --data.at label: folder on each node in which the data and the state of its clients lie",
     )
 
 
@@ -278,15 +302,57 @@ class TrunkSettings:
         "0: chosen by the plan",
     )
     device: str = setting("", OWN_DEVICE, "device of the trunk (default: that of --device)")
+    devices: str = setting(
+        "",
+        DEVICES,
+        "GPUs among which the trunk's blocks are divided, such as cuda:0,cuda:1; auto: all that torch sees (default: "
+        "one device)",
+    )
+    tensor_parallel: int = setting(
+        1,
+        at_least(1, 1024),
+        "processes that share every projection of the trunk's blocks; each has a piece of the weights",
+    )
     resources: str = setting(
         "CPU=1", RESOURCES, "engine ray: resources of a node that Ray keeps for the trunk, such as CPU=4,GPU=1"
     )
     label: str = setting("", LABELS, "engine ray: labels of the node on which the trunk runs, such as site=north")
 
+    stages: str = setting(
+        "",
+        STAGES,
+        "cut the trunk into stages, each in a process of its own: LO:MID:HI, such as 2:6:10 under the cut 2:10; "
+        "hidden states go from stage to stage",
+    )
+    replicas: int = setting(1, at_least(1, MOST_AT_ONCE), "number of trunks; each serves its own share of the clients")
+    sync: str = setting(
+        "round",
+        one_of(SYNCS),
+        "round: adapters of replicas are averaged at the end of a round; step: replicas sum their gradients at every "
+        "step, as one trunk would (batched, accumulate)",
+    )
+
+    weights: str = setting(
+        "",
+        REPLICA_WEIGHTS,
+        "share of the clients that each replica serves, such as 1,3; speed: by the speed of a step on each replica, "
+        "measured at the start (default: equal shares)",
+    )
+
+    @property
+    def replica_weights(self) -> tuple[float, ...]:
+        """Weight of each replica in the division of the clients; equal weights before they are measured."""
+        return parse_weights(self.weights) or (1.0,) * self.replicas
+
     @property
     def memory_bytes(self) -> int | None:
         """Largest resident memory in bytes; None for no limit."""
         return parse_memory(self.memory) if self.memory else None
+
+    @property
+    def stage_bounds(self) -> tuple[int, ...]:
+        """Numbers of the blocks at which stages begin, and of the block after the last; empty for one stage."""
+        return parse_stages(self.stages) or ()
 
 
 @dataclass(frozen=True)
@@ -295,6 +361,12 @@ class WireSettings:
 
     codec: str = setting(
         "raw", one_of(CODECS), "encoding of hidden states and gradients; raw is exact; bf16 halves the bytes"
+    )
+    tls: str = setting(
+        "",
+        FOLDER,
+        "folder with ca.pem, cert.pem and key.pem on every node of a cluster: packets between nodes are encrypted "
+        "(default: they are not)",
     )
 
 

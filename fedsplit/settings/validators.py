@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit.settings.choices import PARTS
+from fedsplit.settings.choices import PARTS, TRACKERS
 from fedsplit.settings.parsing import (
     PARTITION_FORMS,
     find_partition,
@@ -17,6 +17,8 @@ from fedsplit.settings.parsing import (
     parse_memory,
     parse_quantization,
     parse_resources,
+    parse_stages,
+    parse_weights,
 )
 
 
@@ -86,8 +88,18 @@ def _are_parts(values: Collection[str]) -> bool:
     return len(values) > 0 and len(without_repeats) == len(values) and without_repeats <= set(PARTS)
 
 
+def _are_trackers(values: Collection[str]) -> bool:
+    without_repeats = set(values)
+    return len(without_repeats) == len(values) and without_repeats <= set(TRACKERS)
+
+
 def _is_coefficient(value: float) -> bool:
     return value == -1 or (math.isfinite(value) and value >= 0)
+
+
+def _are_gpus(names: Collection[str]) -> bool:
+    without_repeats = set(names)
+    return len(without_repeats) == len(names) and all(re.fullmatch(r"cuda:\d{1,3}", name) for name in names)
 
 
 YES_OR_NO = Validator("true | false", lambda v: isinstance(v, bool))
@@ -122,6 +134,8 @@ LABELS = Validator("KEY=VALUE, separated by commas, such as site=north", lambda 
 
 SHARES = Validator("parts among bottom,trunk,top", _are_parts)
 
+TRACKED = Validator(f"trackers among {','.join(TRACKERS)}, each once", _are_trackers)
+
 FIELDS = Validator("a JSON object of fields, or a .json file that holds one", lambda v: True)
 """A JSON object. `fedsplit.settings.documents` parses it, and refuses anything else, before the test is asked."""
 
@@ -129,11 +143,29 @@ WARMUP = Validator("a whole number of steps, or a share of them from 0 to below 
 
 CUT = Validator("LO:HI with 0 <= LO < HI, such as 1:5", lambda v: parse_cut(v) is not None)
 
+STAGES = Validator(
+    "LO:MID:HI with LO < MID < HI, such as 2:6:10, of two stages or more",
+    lambda v: v == "" or parse_stages(v) is not None,
+)
+
+SPEED = "speed"
+"""Value of `trunk.weights` for weights that are measured at the start of a run."""
+
+REPLICA_WEIGHTS = Validator(
+    "speed, or a number above 0 for each replica, such as 1,3",
+    lambda v: v in ("", SPEED) or parse_weights(v) is not None,
+)
+
 MEMORY = Validator("bytes with a unit, such as 800MB, 1.5GB or 2GiB", lambda v: v == "" or parse_memory(v) is not None)
 
 DEVICE = Validator("auto | cpu | cuda | cuda:N", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", v) is not None)
 
 OWN_DEVICE = Validator(DEVICE.words, lambda v: v == "" or DEVICE.test(v))
+
+DEVICES = Validator(
+    "auto | cuda:N,cuda:N and so on, each once",
+    lambda v: v in ("", "auto") or (_are_gpus(v.split(","))),
+)
 
 QUANTIZATION = Validator(
     "PART:BITS, separated by commas, with parts among bottom,trunk,top and 4 or 8 bits, such as trunk:4,top:8",

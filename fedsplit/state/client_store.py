@@ -76,7 +76,13 @@ class ClientStore:
             raise LostState(f"{self.folder} has nothing of round {round}, which the server has accepted")
         return ClientState()
 
-    def save(self, round: int, state: ClientState, accepted: int, kept: Collection[int] = ()) -> None:
+    def save(
+        self,
+        round: int,
+        state: ClientState,
+        accepted: int,
+        kept: Collection[int] = (),
+    ) -> None:
         """Saves the state after a round, and deletes the files of rounds that nobody goes back to.
 
         Args:
@@ -97,6 +103,7 @@ class ClientStore:
             write_tensors(round_file(self.folder, round), tensors)
 
         current = {round_file(self.folder, needed) for needed in (*earlier, round)}
+        # After the new file is written: a process that is killed in between leaves a file too many, and none too few.
         for path in self.folder.glob("round-*.safetensors"):
             if path not in current:
                 path.unlink()

@@ -23,5 +23,6 @@ def round_of(path: Path) -> int | None:
         >>> round_of(Path("checkpoints/round-0012")), round_of(Path("folds/round-0012.safetensors"))
         (12, 12)
     """
+    # ASCII, since `\d` knows the digits of all scripts.
     match = re.fullmatch(r"round-(\d+)(\.safetensors)?", path.name, re.ASCII)
     return int(match[1]) if match else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import functools
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,19 @@ from fedsplit.optimization.own_stage import stage_maker
 from fedsplit.settings.config import Config
 from fedsplit.trunk.cluster import NAMESPACE, send_tensors_as_arrays
 from fedsplit.trunk.port import Control, Leave, Reply, TrunkPort
+from fedsplit.trunk.relay import Relay, Submit
+from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.service import load_service
+from fedsplit.trunk.shard_actors import ActorShards
+from fedsplit.trunk.spans import Span
 from fedsplit.trunk.status import TrunkStatus
+from fedsplit.trunk.step_sync import Newest, Share
 from fedsplit.trunk.workers import run_until_defect
 from fedsplit.wire import sockets
 from fedsplit.wire.packets import Packet
+from fedsplit.wire.socket_server import PacketServer
+from fedsplit.wire.streams import PacketStream, client_of
+from fedsplit.wire.tls import NotTrusted
 from fedsplit.wire.transport import FallbackTransport, PacketTransport, PendingAnswer, TrunkLost
 
 _AT_ONCE = 4096
@@ -35,42 +44,100 @@ _ATTEMPTS = 5
 """Number of times that a call is made in all if answers are lost on the way."""
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Place of one actor among the actors of a run's trunk.
+
+    Attributes:
+        name: Name of the actor.
+        run: Name of the run, which packets must carry.
+        incarnation: Identity of this start of the trunk, the same for all actors.
+        span: Blocks of the actor; None for all blocks of the trunk.
+        rest: Name of the actor with the next stage; empty for the last stage.
+        replica: Number of the replica.
+        master: Name of the actor with the adapter of all replicas; empty for the first replica, and if replicas train
+            their own adapters.
+    """
+
+    name: str
+    run: str
+    incarnation: str
+    span: Span | None = None
+    rest: str = ""
+    replica: int = 0
+    master: str = ""
+
+
+@dataclass(frozen=True)
+class ActorSetup:
+    """Facts that all actors of a run's trunk are started with, beside the settings.
+
+    Attributes:
+        threads: Threads that torch may use in each worker.
+        workers: 2 to compute a forward and a backward at the same time.
+        adapter: Folder of a finished run's adapter. Each actor reads the layers of its blocks.
+        has_stage: True if the strategy has a gradient stage. The trunk loads the strategy by name.
+        is_reached_from_afar: True if clients on other machines send packets over TCP. Their token comes through Ray.
+    """
+
+    threads: int
+    workers: int = 1
+    adapter: Path | None = None
+    has_stage: bool = False
+    is_reached_from_afar: bool = False
+
+
 class TrunkActor:
     """A `TrunkService` in the process of a Ray actor.
 
     Ray's event loop takes calls, and a socket takes packets from clients on this machine. Both pass packets to the
-    service. The service works in a separate thread, so that a waiting call does not block later calls.
+    service, or to the relay of a stage. The service works in a separate thread, so that a waiting call does not block
+    later calls.
     """
 
     def __init__(
         self,
         config: Config,
-        run: str,
-        threads: int,
-        workers: int = 1,
-        adapter: Path | None = None,
-        has_stage: bool = False,
-        is_reached_from_afar: bool = False,
+        seat: Seat,
+        setup: ActorSetup,
+        further: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Loads the trunk and starts its thread; see `start_trunk` for the arguments."""
-        torch.set_num_threads(threads)
+        """Loads the trunk and starts its thread.
+
+        Args:
+            config: Configuration of the run.
+            seat: Place among the actors of the run's trunk.
+            setup: Threads, workers and further facts.
+            further: Options of the further actors that share the trunk's blocks.
+        """
+        torch.set_num_threads(setup.threads)
         send_tensors_as_arrays()
         self._service = load_service(
             config,
-            run,
-            secrets.token_hex(8),
-            threads=threads,
-            workers=workers,
-            adapter=adapter,
+            seat.run,
+            seat.incarnation,
+            threads=setup.threads,
+            workers=setup.workers,
+            adapter=setup.adapter,
             memory=config.trunk.memory_bytes,
-            stage=stage_maker(config) if has_stage else None,
+            stage=stage_maker(config) if setup.has_stage else None,
+            span=seat.span,
+            join=(lambda make: (RayPeers(seat.master, seat.replica), None)) if seat.master else None,
+            lead=ActorShards(further, setup.threads).lead if further else None,
         )
-        self._socket: sockets.PacketServer | None = None
-        host = ray.util.get_node_ip_address() if is_reached_from_afar else ""
+        self._asking = ThreadPoolExecutor(2 * config.trunk.replicas, "replica")  # a step waits for the other replicas
+        self._submit: Submit = self._service.submit
+        if seat.rest:
+            learns = SCHEDULES[config.trunk.schedule].learns
+            self._submit = Relay(self._service.submit, functools.partial(_connected, seat.rest), learns).submit
+        self._socket: PacketServer | None = None
+        host = ray.util.get_node_ip_address() if setup.is_reached_from_afar else ""
+        tls = config.wire.tls if host else ""
         if host or sockets.is_possible():
-            with contextlib.suppress(OSError):  # a sandbox may forbid sockets; packets then come through Ray
-                self._socket = sockets.PacketServer(self._service.submit, host)
-        working = threading.Thread(target=run_until_defect, args=(self._service.work, threads), daemon=True)
+            # A sandbox may forbid sockets; packets then come through Ray, unless they must be encrypted.
+            with contextlib.suppress(*() if tls else (OSError,)):
+                self._socket = PacketServer(self._submit, host, tls)
+        working = threading.Thread(target=run_until_defect, args=(self._service.work, setup.threads), daemon=True)
         working.start()
 
     async def node(self) -> str:
@@ -84,7 +151,7 @@ class TrunkActor:
 
     async def serve(self, packet: Packet) -> Packet:
         """Serves a packet."""
-        answer: Packet = await _settled(lambda done: self._service.submit(packet, done))
+        answer: Packet = await _settled(lambda done: self._submit(packet, done))
         return answer
 
     async def control(self, message: Control[Reply]) -> Reply:
@@ -93,6 +160,73 @@ class TrunkActor:
         if isinstance(reply, TrunkStatus) and self._socket:
             reply = replace(reply, over_socket=self._socket.taken)
         return reply
+
+    async def ask_master(self, question: str, *arguments: Any) -> Any:
+        """Asks the adapter of all replicas, which lives here. The question is a method of `Master`."""
+        master = self._service.server.adapters.master
+        loop = asyncio.get_running_loop()
+        # The master blocks until other replicas have come, and the event loop must take their packets meanwhile.
+        return await loop.run_in_executor(self._asking, functools.partial(getattr(master, question), *arguments))
+
+
+class RayPeers:
+    """The way of a replica to the master in another actor; see `fedsplit.trunk.step_sync.Peers`."""
+
+    def __init__(self, actor: str, replica: int) -> None:
+        """Takes the name of the actor with the master, and the number of the replica."""
+        self._name = actor
+        self._replica = replica
+        self._actor: ActorHandle | None = None
+
+    def _ask(self, question: str, *arguments: Any) -> Any:
+        if self._actor is None:
+            self._actor = ray.get_actor(self._name, namespace=NAMESPACE)
+        return ray.get(self._actor.ask_master.remote(question, *arguments))
+
+    def enter(self) -> None:
+        """See `Peers.enter`."""
+        self._ask("enter", self._replica)
+
+    def leave(self) -> None:
+        """See `Peers.leave`."""
+        self._ask("leave", self._replica)
+
+    def step(self, share: Share) -> Newest:
+        """See `Peers.step`."""
+        newest: Newest = self._ask("step", self._replica, share)
+        return newest
+
+    def close(self, share: Share) -> Newest:
+        """See `Peers.close`."""
+        newest: Newest = self._ask("close", self._replica, share)
+        return newest
+
+    def newest(self, version: int) -> Newest | None:
+        """See `Peers.newest`."""
+        newest: Newest | None = self._ask("newest", version)
+        return newest
+
+
+def _connected(name: str) -> PacketStream:
+    """Returns a new connection to the actor with the next stage.
+
+    Raises:
+        OSError: The actor is gone or not trusted, or has no socket.
+    """
+    try:
+        return PacketStream(_address_of(name))
+    except (ValueError, NotTrusted, ray.exceptions.RayError) as error:
+        raise ConnectionError(first_line(error)) from error
+
+
+@functools.cache  # an actor has one address, and a lost one is not started again
+def _address_of(name: str) -> sockets.Address:
+    """Returns the address of an actor of this run."""
+    actor = ray.get_actor(name, namespace=NAMESPACE)
+    address: sockets.Address | None = ray.get(actor.address.remote())
+    if address is None:
+        raise ConnectionError("stages of a trunk need sockets, which this system does not allow")
+    return address
 
 
 async def _settled(begin: Callable[[Callable[[Any], None]], None]) -> Any:
@@ -180,8 +314,8 @@ class RayTransport:
 class RayTrunk(TrunkPort):
     """A trunk in a Ray actor, called like a local trunk.
 
-    Packets go over a socket to a trunk on this machine, and through Ray to any other machine. After a broken
-    connection, unanswered packets are repeated through Ray. Ray's error then names the cause.
+    Packets go over a socket. Through Ray they go where no socket is possible, and again if a connection breaks: Ray's
+    error then names the cause. With TLS they never go through Ray, which may not encrypt them.
     """
 
     def __init__(
@@ -212,14 +346,28 @@ class RayTrunk(TrunkPort):
         self._calls.kill()
 
     def transport(self) -> PacketTransport:
-        """Returns the transport of packets: a socket with Ray to fall back on, or Ray alone."""
+        """Returns the transport of packets: a socket with Ray or another socket to fall back on, or Ray alone.
+
+        Raises:
+            TrunkLost: The trunk is gone.
+            NotTrusted: There is TLS, and one side does not accept the certificate of the other.
+        """
         if self._transport is None:
-            self._transport = through_ray = RayTransport(self._calls)
-            with contextlib.suppress(OSError):  # the trunk is on another machine, which cannot be reached
-                address = self._calls.begin("address")()
-                if address:
-                    self._transport = FallbackTransport(sockets.PacketClient(address), through_ray)
+            address: sockets.Address | None = self._calls.begin("address")()
+            self._transport = self._way_to(address)
         return self._transport
+
+    def _way_to(self, address: sockets.Address | None) -> PacketTransport:
+        through_ray = RayTransport(self._calls)
+        if address is None:
+            return through_ray
+        try:
+            first = client_of(address)
+        except OSError as error:  # the trunk is on another machine, which cannot be reached
+            if address.tls:
+                raise TrunkLost(f"the trunk cannot be reached ({first_line(error)})") from error
+            return through_ray
+        return FallbackTransport(first, sockets.Reconnection(address) if address.tls else through_ray)
 
     def send(self, packet: Packet) -> PendingAnswer:
         """Sends a packet, and returns a function that waits for the answer."""
@@ -235,30 +383,24 @@ class RayTrunk(TrunkPort):
 
 def start_trunk(
     config: Config,
-    name: str,
-    threads: int,
-    workers: int = 1,
-    adapter: Path | None = None,
-    has_stage: bool = False,
-    options: Mapping[str, Any] | None = None,
-    is_reached_from_afar: bool = False,
+    seat: Seat,
+    setup: ActorSetup,
+    options: Sequence[Mapping[str, Any]] | None = None,
 ) -> RayTrunk:
-    """Starts the trunk's actor. The actor loads the model while the caller goes on.
+    """Starts an actor of a trunk. The actor loads its blocks while the caller goes on.
 
     Args:
         config: Configuration of the run.
-        name: Name of the run. Clients find the trunk by the name, and steps carry the name.
-        threads: Threads that torch may use in each worker.
-        workers: 2 to compute a forward and a backward at the same time.
-        adapter: Folder of a finished run's adapter. The trunk reads the layers of the trunk's blocks.
-        has_stage: True if the strategy has a gradient stage. The trunk loads the strategy by name.
-        options: Options of the Ray actor: the resources that Ray keeps, and the place. None for no resources.
-        is_reached_from_afar: True if clients on other machines send packets over TCP. Their token comes through Ray.
+        seat: Name of the actor, by which clients find the trunk, and its blocks.
+        setup: Threads, workers and further facts.
+        options: Options of the Ray actor, and of each further actor that shares the trunk's blocks: the resources that
+            Ray keeps, and the place. None for no resources.
     """
-    kept = {"num_cpus": 0} if options is None else options
-    named = {"name": name, "namespace": NAMESPACE, "max_concurrency": _AT_ONCE}
-    actor_class = ray.remote(TrunkActor).options(**named, **kept)
-    actor = actor_class.remote(config, name, threads, workers, adapter, has_stage, is_reached_from_afar)
+    # No CPUs: those of the local Ray are dealt out to the processes of clients.
+    of_actor, *further = options or [{"num_cpus": 0}] * config.trunk.tensor_parallel
+    named = {"name": seat.name, "namespace": NAMESPACE, "max_concurrency": _AT_ONCE}
+    actor_class = ray.remote(TrunkActor).options(**named, **of_actor)
+    actor = actor_class.remote(config, seat, setup, further)
     return RayTrunk(actor, config.timeout)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from fedsplit.clock import Clock
+from fedsplit.trunk.gradients import UnclippedGradient
 from fedsplit.trunk.memory import Budget, Room
 from fedsplit.trunk.pending import PendingBatch
-from fedsplit.trunk.registry import UnclippedGradient
 from fedsplit.wire.packets import StepKey
 from fedsplit.wire.steps import Steps
 
@@ -87,6 +87,7 @@ class Admission:
             for key, tensor in batch.inputs.items():
                 if self._steps.is_pending(key):
                     gradients += tensor.nbytes  # a gradient has the size of its hidden states
+        # Reserved bytes are those of the hidden states on their way. Twice, since their gradients follow.
         return 2 * hidden + TRANSIT * gradients
 
     def _batches(self) -> list[PendingBatch]:
@@ -128,6 +129,7 @@ class Admission:
             rows = sum(hidden.shape[0] for hidden in chosen)
             longest = max(hidden.shape[1] for hidden in chosen)
             tokens = rows * longest  # shorter sequences are padded to the longest
+            # The inputs stay until the backward, and gradients of the same size will pass through the transport.
             kept = to_come + (1 + TRANSIT) * sum(hidden.nbytes for hidden in chosen)
             room = self._budget.room(tokens, kept)
             if room != "none":

@@ -10,7 +10,7 @@ from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.trunk.status import Bytes, Traffic
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.codecs import Codec, Role
-from fedsplit.wire.packets import Packet, StepKey
+from fedsplit.wire.packets import RANDOM, Packet, StepKey
 
 
 class Answers:
@@ -37,6 +37,7 @@ class Answers:
         packets: Sequence[Packet],
         hidden: Mapping[StepKey, Tensor],
         sums: Mapping[StepKey, RouterSums],
+        random: Tensor | None = None,
     ) -> list[Packet]:
         """Returns answers with hidden states.
 
@@ -45,14 +46,19 @@ class Answers:
             packets: The requests.
             hidden: Hidden states (B, T, D) by step.
             sums: Router sums by step, of the steps with an auxiliary loss.
+            random: State of the random generator, for the next stage of the trunk; None if clients get the answers.
         """
         answers = []
         for packet in packets:
             tensor = hidden[packet.key]
+            # The type of the values that cross, which is wider than the part's where float32 adapters lie in their
+            # path.
             role = Role("activation", "down", packet.key, packet.training, tensor.dtype)
             tensors = {"hidden": self.codec.encode(tensor, role)}
             if packet.key in sums:  # exactly: the top's loss must equal the library's to the bit
                 tensors[SUMS] = EXACT.encode(sums[packet.key].packed())
+            if random is not None:
+                tensors[RANDOM] = EXACT.encode(random)
             answer = Packet(packet.key, tensors, packet.training)
             self.count(crossed, packet, answer)
             answers.append(answer)
@@ -72,8 +78,8 @@ class Answers:
         for packet in packets:
             tensors = {}
             if packet.key in gradients:
-                kind = inputs[packet.key].dtype
-                role = Role("gradient", "down", packet.key, packet.training, kind)
+                dtype = inputs[packet.key].dtype
+                role = Role("gradient", "down", packet.key, packet.training, dtype)
                 tensors["gradient"] = self.codec.encode(gradients[packet.key], role)
             answer = Packet(packet.key, tensors, packet.training)
             self.count(self.traffic.gradient, packet, answer)
@@ -82,5 +88,4 @@ class Answers:
 
     def count(self, crossed: Bytes, up: Packet, down: Packet) -> None:
         """Adds the bytes of a request and of the answer to some counts."""
-        crossed.up += up.nbytes
-        crossed.down += down.nbytes
+        crossed.add(up.key.client, up.nbytes, down.nbytes)

@@ -15,9 +15,9 @@ from fedsplit.model.routers import SUMS
 from fedsplit.optimization.bounds import LARGEST_SHARE, is_bounded
 from fedsplit.trunk.blocks import Gradients
 from fedsplit.trunk.forwards import beyond
+from fedsplit.trunk.gradients import UnclippedGradient
 from fedsplit.trunk.intake import check_parts, check_rate, each, refusal
 from fedsplit.trunk.pending import Output, PendingBatch
-from fedsplit.trunk.registry import UnclippedGradient
 from fedsplit.trunk.state import TrunkState
 from fedsplit.trunk.trainable import Unusable
 from fedsplit.trunk.workers import Work
@@ -112,8 +112,12 @@ class Backwards:
         gradients = self._differentiate(batch, output, sent)
         if gradients is not None and self._accepts(gradients):
             return gradients
+        # Each step alone, at the cost of one more backward for each: most batches have no spoiler.
         self._leave_out_spoilers(batch, sent)
+        # None: the first backward has used up the graph, and its values come from the spoilers, too.
         gradients = self._differentiate(batch, None, sent)
+        # `LARGEST_SHARE` bounds what one client adds, and each step alone was within it. The sum of several may exceed
+        # it.
         if gradients is not None and _is_finite(gradients):
             return gradients
         # Each step alone is usable, and only the sum is too large. No step is more to blame than the rest.
@@ -224,7 +228,7 @@ class Backwards:
         """
         state = self._state
         state.counts.backwards += 1
-        state.budget.freed()
+        state.budget.freed()  # autograd has freed the graph
         unclipped = None
         learns = any(packet.learns for packet in packets)
         try:
@@ -237,10 +241,12 @@ class Backwards:
                     gradients=of_adapter,
                 )
         except Unusable as error:
+            # The step was made for nobody, so that all of its clients are refused alike.
             unmade = {packet.key: UnboundedStep(f"{packet.key}: {error}") for packet in packets}
             raise refusal(unmade, len(packets)) from None
 
         batch.spent = batch.spent or learns
+        state.counts.sequences += sum(len(batch.inputs[packet.key]) for packet in packets if packet.learns)
         answers = state.answers.with_gradients(packets, of_inputs, batch.inputs)
         if unclipped is not None:
             # With clipping no schedule joins clients, so there is a single answer.
@@ -254,7 +260,7 @@ class Backwards:
         """Returns an answer with the squared norm of the trunk's gradient, for the client's clipping coefficient."""
         # In float64: the client adds squares of all parts, and float32 would lose the small ones.
         norm = EXACT.encode(torch.tensor(unclipped.squared, dtype=torch.float64))
-        self._state.answers.traffic.gradient.down += norm.nbytes
+        self._state.answers.traffic.gradient.add(answer.key.client, up=0, down=norm.nbytes)
         return replace(answer, tensors={**answer.tensors, "norm": norm})
 
     def _clip(self, packet: Packet) -> Packet:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fedsplit.adaptation import lora
-from fedsplit.model.devices import CPU, device_of
+from fedsplit.adaptation import folding, lora
+from fedsplit.adaptation.base_weights import without_adapter
+from fedsplit.lowrank import LowRank
+from fedsplit.model.devices import CPU, device_of, random_state, seed_generators, set_random_state
 from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import RouterSums, listening
 from fedsplit.trunk.memory import peak_memory, resident_memory
@@ -33,26 +35,38 @@ class Blocks:
 
     Attributes:
         part: The trunk's blocks, with adapters.
-        device: Device of the blocks.
+        device: Device of the inputs and outputs, and of the snapshots: that of the first block.
+        has_successor: True if a further stage of the trunk follows, with dropout that continues the blocks' dropout.
     """
 
-    def __init__(self, part: Trunk) -> None:
-        """Takes over a part with adapters."""
+    def __init__(self, part: Trunk, has_successor: bool = False) -> None:
+        """Takes over a part with adapters.
+
+        Args:
+            part: The part.
+            has_successor: True if a further stage of the trunk follows.
+        """
         self.part = part
+        self.has_successor = has_successor
         self.device = device_of(part)
         # The places for the tensors of a snapshot. `torch.func.functional_call` would find the places, too, but looks
         # at every parameter of the part for each call, which takes 3 % of a step of the bundled model.
-        self._slots: dict[str, tuple[nn.Module, str]] = {}
-        for name in lora.local_parameters(part):
-            self._slots[lora.exported_name(part, name)] = _slot(part, name)
-        self._placed: AdapterSnapshot = dict(lora.parameters(part))
+        self._slots: dict[str, tuple[nn.Module, str, torch.device]] = {}
+        for name, parameter in lora.local_parameters(part).items():
+            self._slots[lora.exported_name(part, name)] = (*_slot(part, name), parameter.device)
+        # `fork_rng` saves the state of the CPU's generator in any case.
+        self._generators = {parameter.device for parameter in part.parameters()} - {CPU}
+        self._placed: AdapterSnapshot = dict(lora.parameters(part))  # to notice a change of ranks
+        self._committed: dict[str, Tensor] = {}  # former base weights of layers that changed since the last commit
         # A snapshot is put into the modules themselves, so two forwards at once would mix their adapters.
         self._running = threading.Lock()
 
     def _place(self, snapshot: AdapterSnapshot) -> None:
         """Puts the tensors of a snapshot into the layers of the part."""
-        for name, (module, leaf) in self._slots.items():
-            module._parameters[leaf] = snapshot[name]  # type: ignore[assignment]  # a leaf that is no nn.Parameter
+        for name, (module, leaf, device) in self._slots.items():
+            # A snapshot is on one device. autograd brings the gradient from the device of the block back to it.
+            placed = self._piece(name, snapshot[name]).to(device)
+            module._parameters[leaf] = placed  # type: ignore[assignment]  # a leaf that is no nn.Parameter
         # PEFT keeps alpha / rank as a number in each layer, and clients may differ in rank.
         has_new_ranks = any(tensor.shape != snapshot[name].shape for name, tensor in self._placed.items())
         if has_new_ranks:
@@ -68,15 +82,52 @@ class Blocks:
             training: True for dropout.
         """
         hidden, mask = batch.join()
-        with self._running, torch.set_grad_enabled(keeps_graph), _seeded(batch.seed, self.device):
-            if self.part.training != training:  # `train` visits every module of the part
-                self.part.train(training)
-            self._place(batch.snapshot)
+        with self.computing(batch.snapshot, batch.seed, keeps_graph, training, batch.is_adapted):
             if not batch.sums:
-                return Output(self.part(hidden, mask), {})
+                # Arguments are evaluated in order: the generator is read after the forward, and before `computing`
+                # resets it.
+                return Output(self.part(hidden, mask), {}, self._random_behind(training))
             with listening(self.part) as heard:
                 output = self.part(hidden, mask)
-            return Output(output, self._sums_behind(batch, heard, hidden.shape[:2]))
+            return Output(output, self._sums_behind(batch, heard, hidden.shape[:2]), self._random_behind(training))
+
+    def _random_behind(self, training: bool) -> Tensor | None:
+        """Returns the state of the random generator for the next stage; None if no stage follows, or without dropout.
+
+        A trunk in one piece draws the dropout of all blocks from one generator. So do stages that hand the state on.
+        """
+        if not (training and self.has_successor):
+            return None
+        return random_state(self.device)
+
+    def _piece(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns what the part holds of a tensor of an adapter: all of it."""
+        return tensor
+
+    @contextlib.contextmanager
+    def computing(
+        self,
+        snapshot: AdapterSnapshot,
+        seed: int | Tensor,
+        keeps_graph: bool,
+        training: bool,
+        is_adapted: bool = True,
+    ) -> Iterator[None]:
+        """Prepares the part for one forward.
+
+        Args:
+            snapshot: Snapshot of the adapter.
+            seed: Seed of the dropout, or the state of the random generator.
+            keeps_graph: True to keep the autograd graph.
+            training: True for dropout.
+            is_adapted: False for the base weights alone.
+        """
+        with self._running, torch.set_grad_enabled(keeps_graph), _seeded(seed, self._generators, self.device):
+            if self.part.training != training:  # `train` visits every module of the part
+                self.part.train(training)
+            self._place(snapshot)
+            with contextlib.nullcontext() if is_adapted else without_adapter(self.part):
+                yield
 
     def _sums_behind(
         self, batch: PendingBatch, heard: Sequence[Tensor], shape: Sequence[int]
@@ -90,7 +141,7 @@ class Blocks:
         """
         by_layer = []
         for probabilities in heard:
-            by_layer.append(batch.cut(probabilities.unflatten(0, tuple(shape))))
+            by_layer.append(batch.cut(probabilities.to(self.device).unflatten(0, tuple(shape))))
         chosen = self.part.config.num_experts_per_tok
         sums_behind = {}
         for key, sums in batch.sums.items():
@@ -120,6 +171,7 @@ class Blocks:
         inputs = {key: batch.inputs[key] for key in sent}
         wanted = {key: hidden for key, hidden in inputs.items() if hidden.requires_grad}
         sums = {key: output.sums[key].probabilities for key in by_sums}
+        # Where nothing below the routers is trained, their probabilities have no graph, and autograd would refuse them.
         routed = [key for key, probabilities in sums.items() if probabilities.requires_grad]
 
         outputs = [output.hidden]
@@ -141,6 +193,29 @@ class Blocks:
             self.part.eval()
         self._place(snapshot)
         return self.part
+
+    def fold(self, changes: Mapping[str, LowRank]) -> None:
+        """Adds matrices to the base weights for good.
+
+        Args:
+            changes: Matrices by layer of the unsplit model. Layers of bottom and top are ignored.
+        """
+        # Of a layer that is folded twice, the weights before the first fold are the committed ones.
+        new = changes.keys() - self._committed.keys()
+        self._committed |= folding.base_weights(self.part, new)
+        folding.fold(self.part, changes)
+
+    def unfold(self) -> None:
+        """Sets the base weights back to the values at the last `commit`.
+
+        A copy of the former weights is put back: a subtraction would not give the same bits.
+        """
+        folding.put_back(self.part, self._committed)
+        self._committed = {}
+
+    def commit(self) -> None:
+        """Makes changes of base weights final. The former weights are no longer kept."""
+        self._committed = {}
 
     def weigh(self, sequences: int, length: int, adapter: TrainableAdapter) -> tuple[int, int]:
         """Measures the memory of one step. The adapter stays as it is.
@@ -185,11 +260,14 @@ class Blocks:
 def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequence[Tensor]) -> Sequence[Tensor]:
     """Returns the gradients of leaves, given gradients of the outputs. Under float16 the result is in float32.
 
+    A leaf without influence, such as the adapter of an expert that no token has chosen, has a gradient of zeros.
+
     Raises:
         Overflow: float16 cannot hold the gradients.
     """
     if outputs[0].dtype != torch.float16:
-        return torch.autograd.grad(outputs, inputs, starts)
+        # Not `backward`, which adds to `.grad`: several pending batches share the leaves of one snapshot.
+        return torch.autograd.grad(outputs, inputs, starts, materialize_grads=True)
     # `outputs` has no router sums here: the settings refuse a balancing loss in float16.
     computed = []
     for leaf, gradient in zip(inputs, gradients(outputs[0], inputs, starts[0]), strict=True):
@@ -204,9 +282,18 @@ def _slot(part: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draws dropout from a seed, and restores the global random state at the end."""
-    devices = [] if device == CPU else [device]  # the CPU's generator is forked in any case
-    with torch.random.fork_rng(devices=devices, device_type=device.type):
-        torch.manual_seed(seed)
+def _seeded(seed: int | Tensor, devices: Collection[torch.device], first: torch.device) -> Iterator[None]:
+    """Draws dropout from a seed or from a state, and restores the random states of the CPU and of `devices` at the end.
+
+    Args:
+        seed: Seed, or the state of the generator of `first`.
+        devices: Devices of the blocks other than the CPU.
+        first: Device of the first block.
+    """
+    kind = next((device.type for device in devices), CPU.type)
+    with torch.random.fork_rng(devices=list(devices), device_type=kind):
+        if isinstance(seed, int):
+            seed_generators(seed, devices)
+        else:
+            set_random_state(seed, first)
         yield

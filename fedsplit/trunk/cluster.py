@@ -23,7 +23,7 @@ from torch import Tensor
 import fedsplit
 from fedsplit.environment import ON_NODES, check_closed, check_open
 from fedsplit.errors import first_line
-from fedsplit.shutdown import cleaned_up
+from fedsplit.shutdown import bounded, cleaned_up
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.encoded import Encoded
 
@@ -94,10 +94,11 @@ def _session_folder() -> Iterator[Path]:
 def _is_abandoned(folder: Path) -> bool:
     """Returns True for a folder of a command of this user that has ended without removing the folder."""
     with contextlib.suppress(OSError):
+        # Any user may write to /tmp. A link or a folder of another user's must never be removed.
         is_own = folder.lstat().st_uid == os.geteuid() and not folder.is_symlink()
         if is_own:
             with open(folder / _LOCK, "rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the command runs
             return True
     return False
 
@@ -178,7 +179,7 @@ def _connected(connect: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         if ray.is_initialized():
-            ray.shutdown()
+            bounded(ray.shutdown)  # its native threads may wait for each other
 
 
 def _connect(address: str, ship: bool) -> None:
@@ -200,6 +201,8 @@ def _connect(address: str, ship: bool) -> None:
                 address=address,
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
+                # Named actors are found by name within a namespace. Without one, each driver would have a random
+                # namespace.
                 namespace=NAMESPACE,
                 job_config=JobConfig(_py_driver_sys_path=[]),
                 runtime_env=environment,
@@ -222,7 +225,7 @@ def _check_somebody_listens(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()  # brackets of an IPv6 address
     except (OSError, OverflowError) as error:
         raise ClusterFailed(f"no Ray cluster answers at {address}: {first_line(error)}") from error
 

@@ -7,77 +7,25 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from fedsplit.clock import Clock
 from fedsplit.settings.sections import TrunkSettings
+from fedsplit.trunk.requests import Answer, Done, Request, first_forwards, joinable
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.status import RoundCounts
-from fedsplit.trunk.workers import BACKWARD, FORWARD, Work, Workers, outcome
+from fedsplit.trunk.workers import BACKWARD, Work, Workers, outcome
 from fedsplit.wire.encoded import MalformedPacket
 from fedsplit.wire.packets import Packet, StepKey, check_form
 from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether, StaleStep
-
-Answer = Packet | Exception
-"""Result of a request: a packet, or the error in place of a packet."""
-
-Done = Callable[[Answer], None]
-"""Takes the result of a request."""
-
-
-@dataclass(eq=False)
-class _Request:
-    """A packet that waits to be served.
-
-    Attributes:
-        packet: The packet.
-        arrived: Time of its arrival.
-        done: Function that takes the answer.
-        repeats: True if the packet was served before. The earlier answer is then sent again.
-    """
-
-    packet: Packet
-    arrived: float
-    done: Done
-    repeats: bool = False
-
-    @property
-    def client(self) -> int:
-        """Number of the client."""
-        return self.packet.key.client
-
-    @property
-    def is_backward(self) -> bool:
-        """True for a gradient and for a clipping coefficient."""
-        return "gradient" in self.packet.tensors or self.packet.clips
-
-    @property
-    def is_admission(self) -> bool:
-        """True for an admission request."""
-        return not self.packet.tensors
-
-    @property
-    def worker(self) -> str:
-        """Name of the worker that computes the answer."""
-        return BACKWARD if self.is_backward else FORWARD
-
-    @property
-    def is_step(self) -> bool:
-        """True for a part of a training step."""
-        return (self.is_backward or self.packet.training) and not self.is_admission
-
-    @property
-    def teaches(self) -> bool:
-        """True for a part of a step that trains the trunk. Only the order of these parts changes results."""
-        return self.is_step and self.packet.learns
 
 
 class Dispatcher:
     """Decides in which order the trunk serves the requests of its clients.
 
-    Repeats, evaluations, admission requests and steps from which the trunk does not learn are served on arrival.
+    Repeats, evaluations, admission requests, steps from which the trunk does not learn, and forwards through the base
+    weights alone are served on arrival.
     Gradients are served before new forwards, since a gradient frees memory. The schedule decides the rest:
 
     - `batched`: a forward waits until every active client has sent a forward, and a gradient waits until all
@@ -117,11 +65,11 @@ class Dispatcher:
         self._schedule = SCHEDULES[settings.schedule]
         self._patience = settings.deadline
         self._every = settings.every
-        self._under_way: list[Sequence[_Request]] = []
-        self._waiting: list[_Request] = []
+        self._under_way: list[Sequence[Request]] = []  # batches that workers compute now
+        self._waiting: list[Request] = []
         self._active: set[int] = set()
-        self._contributed: Counter[int] = Counter()
-        self._sent_away: Counter[int] = Counter()
+        self._contributed: Counter[int] = Counter()  # finished steps since the last barrier
+        self._sent_away: Counter[int] = Counter()  # refusals for want of memory since a client was last admitted
         self._turns: list[int] = []
         self._grouped = False
         self._group: set[int] = set()
@@ -151,6 +99,7 @@ class Dispatcher:
         self._group = set(group)
         self._active = set(group)
         self._turns = list(group) if takes_turns else []
+        self._attend()
 
     def submit(self, packet: Packet, done: Done) -> None:
         """Queues a request, or refuses the request at once if the trunk can never serve the packet.
@@ -165,11 +114,16 @@ class Dispatcher:
         except (MalformedPacket, RefusedStep) as error:
             done(error if isinstance(error, RefusedStep) else SpoiledStep(str(error)))
             return
-        request = _Request(packet, self._clock(), done)
+        request = Request(packet, self._clock(), done)
         self._waiting.append(request)
         is_training_forward = packet.training and not request.is_backward
         if is_training_forward and not self._grouped:
             self._active.add(request.client)
+            self._attend()
+
+    def _attend(self) -> None:
+        """Tells the adapters whether clients train, since further replicas of the trunk may wait for them."""
+        self.server.adapters.attend(bool(self._active))
 
     def _check_group(self, packet: Packet) -> None:
         """Refuses training of clients outside the group, who would wait for ever: no turn is theirs.
@@ -177,13 +131,14 @@ class Dispatcher:
         Raises:
             StaleStep: The packet trains for a client that is not in the group, or has left the group.
         """
-        request = _Request(packet, 0.0, lambda answer: None)
+        request = Request(packet, 0.0, lambda answer: None)  # for its properties only
         if self._grouped and request.is_step and request.client not in self._group:
             raise StaleStep(f"{packet.key}: its client does not train now")
 
     def leave(self, client: int) -> None:
         """Ends the round of a client that has finished or is dead. No request waits for the client from then on."""
         self._active.discard(client)
+        self._attend()
         self._group.discard(client)
         self._contributed.pop(client, None)
         if client in self._turns:
@@ -204,6 +159,7 @@ class Dispatcher:
             Counts of the round.
         """
         waiting = {request.client for request in self._waiting}
+        # `leave` also answers what still waits. Otherwise the caller of a late request would wait for ever.
         for client in waiting | self._active:
             self.leave(client)
         self._grouped = False
@@ -231,7 +187,7 @@ class Dispatcher:
             times.append(expiry)
         return min((time for time in times if time < math.inf), default=None)
 
-    def _deadline(self, group: Iterable[_Request]) -> float:
+    def _deadline(self, group: Iterable[Request]) -> float:
         """Returns the time after which requests no longer wait. A group of `--deterministic` has no deadline."""
         if self._grouped:
             return math.inf
@@ -239,15 +195,18 @@ class Dispatcher:
         return first_arrival + self._patience
 
     @property
-    def _ready(self) -> list[_Request]:
+    def _ready(self) -> list[Request]:
         """Requests whose worker is free."""
         return [request for request in self._waiting if not self._is_busy(request.worker)]
 
-    def _choose(self) -> list[_Request]:
+    def _choose(self) -> list[Request]:
         """Returns the requests to serve next, as one batch. The list is empty where all requests have to wait."""
         for request in self._ready:
+            # Asked anew each time: a second copy of a request becomes a repeat once the first copy is answered.
             request.repeats = self.server.is_repeat(request.packet)
-            order_matters = request.teaches or request.client in self._turns
+            # Served at once, not at a turn: the base weights are the same before and after any step.
+            reads_adapter = request.packet.is_adapted
+            order_matters = request.teaches or (reads_adapter and request.client in self._turns)
             if request.repeats or request.is_admission or not order_matters:
                 return [request]
         if self._turns:
@@ -256,7 +215,7 @@ class Dispatcher:
             return self._gather()
         return self._first_step()
 
-    def _first_step(self) -> list[_Request]:
+    def _first_step(self) -> list[Request]:
         """Returns the first part of a step that need not wait at the barrier, gradients before forwards."""
         steps = [request for request in self._ready if request.teaches]
         steps.sort(key=lambda request: not request.is_backward)  # stable: otherwise the order of arrival stays
@@ -273,7 +232,7 @@ class Dispatcher:
             return [steps[0]]
         return []
 
-    def _turn(self) -> list[_Request]:
+    def _turn(self) -> list[Request]:
         """Returns the next request of the client at the head of the turns, and moves the client to the end."""
         candidates = [request for request in self._ready if request.client == self._turns[0]]
         if not candidates:
@@ -281,13 +240,13 @@ class Dispatcher:
         self._turns.append(self._turns.pop(0))
 
         # By key, not by arrival: packets of one client may overtake each other on the way.
-        def place(request: _Request) -> tuple[object, bool, int]:
+        def place(request: Request) -> tuple[object, bool, int]:
             key = request.packet.key
             return key.place, request.is_backward, key.micro
 
         return [min(candidates, key=place)]
 
-    def _held_up(self) -> list[list[_Request]]:
+    def _held_up(self) -> list[list[Request]]:
         """Returns the requests that wait for further clients, in groups. All requests of a group are served together.
 
         Under `batched`, a group has each step once, and one forward of each client. A second copy of a request waits
@@ -295,36 +254,26 @@ class Dispatcher:
         """
         steps = [request for request in self._ready if request.teaches]
         if self._schedule.gathers:
-            return [*self._gradients_by_batch(steps), self._first_forwards(steps)]
+            return [*self._gradients_by_batch(steps), first_forwards(steps)]
         return [steps] if self._schedule.sums else []
 
-    def _gradients_by_batch(self, steps: Sequence[_Request]) -> list[list[_Request]]:
+    def _gradients_by_batch(self, steps: Sequence[Request]) -> list[list[Request]]:
         """Groups gradients by the batch of the forwards."""
-        groups: dict[object, dict[StepKey, _Request]] = {}
+        groups: dict[object, dict[StepKey, Request]] = {}
         for request in steps:
             if request.is_backward and not request.packet.clips:
                 group = groups.setdefault(self._batch_of(request), {})
                 group.setdefault(request.packet.key, request)
         return [list(group.values()) for group in groups.values()]
 
-    @staticmethod
-    def _first_forwards(steps: Sequence[_Request]) -> list[_Request]:
-        """Returns the earliest forward of each client."""
-        forwards = [request for request in steps if not request.is_backward]
-        forwards.sort(key=lambda request: request.packet.key.place)
-        by_client: dict[int, _Request] = {}
-        for request in forwards:
-            by_client.setdefault(request.client, request)
-        return list(by_client.values())
-
-    def _batch_of(self, request: _Request) -> object:
+    def _batch_of(self, request: Request) -> object:
         """Returns an identity of the batch that a gradient belongs to."""
         try:
             return id(self.server.steps.held(request.packet.key))
         except RefusedStep:
             return request  # a group of its own, so that the refusal meets no other client
 
-    def _gather(self) -> list[_Request]:
+    def _gather(self) -> list[Request]:
         """Returns all requests of a batch, once all clients have sent a request or the deadline has passed.
 
         A clipping coefficient belongs to no batch, and waits for nobody.
@@ -342,31 +291,31 @@ class Dispatcher:
         if forwards and self._is_complete(forwards, self._active):
             # A client that was refused for want of memory comes first. Otherwise the client might starve.
             forwards.sort(key=lambda request: (-self._sent_away[request.client], request.client))
-            kind = _joinable(forwards[0].packet)
-            return [request for request in forwards if _joinable(request.packet) == kind]
+            kind = joinable(forwards[0].packet)
+            return [request for request in forwards if joinable(request.packet) == kind]
         return []
 
-    def _is_complete(self, group: Sequence[_Request], members: set[int]) -> bool:
+    def _is_complete(self, group: Sequence[Request], members: set[int]) -> bool:
         """Returns True if a group has a request of every active member, or has waited until the deadline.
 
         Members without a request at the deadline are left behind.
         """
         present = {request.client for request in group}
-        return present >= members & self._active or self._late(group, members)
+        return present >= members & self._active or self._late(group, members)  # nobody waits for who has left
 
-    def _late(self, group: Sequence[_Request], members: set[int]) -> bool:
+    def _late(self, group: Sequence[Request], members: set[int]) -> bool:
         """Returns True if the deadline of a group has passed. The missing members are then left behind."""
         if self._deadline(group) > self._clock():
             return False
         self._active -= members - {request.client for request in group}
         return True
 
-    def _at_barrier(self, request: _Request) -> bool:
+    def _at_barrier(self, request: Request) -> bool:
         """Returns True if the client has made all steps before the barrier. With `every` 0, the round is one window."""
         has_barriers = self._schedule.sums and self._every > 0
         return has_barriers and self._contributed[request.client] >= self._every
 
-    def _everybody_contributed(self, waiting: Sequence[_Request]) -> bool:
+    def _everybody_contributed(self, waiting: Sequence[Request]) -> bool:
         """Returns True if each active client has contributed to the barrier.
 
         In a group, each client must also wait at the barrier. Otherwise an evaluation would see the snapshot before or
@@ -383,7 +332,7 @@ class Dispatcher:
         self._contributed.clear()
         self.server.adapters.close_window()
 
-    def _serve(self, chosen: Sequence[_Request]) -> None:
+    def _serve(self, chosen: Sequence[Request]) -> None:
         """Begins to serve requests; without workers, serves them to the end."""
         packets = [request.packet for request in chosen]
         if chosen[0].is_admission:
@@ -401,13 +350,13 @@ class Dispatcher:
             finish = functools.partial(self._finish, chosen, work)
             self._workers.start(chosen[0].worker, work.compute, finish)
 
-    def _finish(self, chosen: Sequence[_Request], work: Work, result: object) -> None:
+    def _finish(self, chosen: Sequence[Request], work: Work, result: object) -> None:
         """Finishes work that a worker has computed."""
         self._under_way.remove(chosen)
         answers = result if isinstance(result, Exception) else outcome(lambda: work.finish(result))
         self._settle(chosen, answers)
 
-    def _settle(self, chosen: Sequence[_Request], answers: Sequence[Answer] | Exception) -> None:
+    def _settle(self, chosen: Sequence[Request], answers: Sequence[Answer] | Exception) -> None:
         """Gives each request an answer, or the error in place of an answer."""
         if isinstance(answers, SpoiledTogether):
             self._serve_without(chosen, answers)
@@ -425,7 +374,7 @@ class Dispatcher:
                 self._remember(request, answer)
             request.done(answer)
 
-    def _serve_without(self, chosen: Sequence[_Request], spoiled: SpoiledTogether) -> None:
+    def _serve_without(self, chosen: Sequence[Request], spoiled: SpoiledTogether) -> None:
         """Refuses the spoiled requests of a batch, and serves the rest."""
         rest = []
         for request in chosen:
@@ -437,14 +386,14 @@ class Dispatcher:
         if rest:
             self._serve(rest)
 
-    def _remember(self, request: _Request, answer: Packet) -> None:
+    def _remember(self, request: Request, answer: Packet) -> None:
         """Records an answer for the groups: clients that were refused, and clients that contributed to the barrier."""
         if answer.wait:
             self._sent_away[request.client] += 1
             # A deadlock otherwise: active clients would wait for this client, and hold the memory that it needs.
             self._active.discard(request.client)
         elif self._sent_away.pop(request.client, None) and request.packet.training:
-            self._active.add(request.client)
+            self._active.add(request.client)  # admitted after all, so others wait for the client again
         if request.repeats:
             return
         packet = request.packet
@@ -452,13 +401,3 @@ class Dispatcher:
         ends_step = packet.clips if self.server.adapters.clips else request.is_backward and packet.ends
         if ends_step and packet.learns:
             self._contributed[request.client] += 1
-
-
-def _joinable(packet: Packet) -> tuple[bool, str]:
-    """Returns a key: forwards with equal keys may be joined in a batch.
-
-    The key tells whether the client wants gradients, and the type of the hidden states. Joined with hidden states of a
-    wider type, bf16 values would be computed in the wider type, and the client's numbers would depend on its company.
-    """
-    hidden = packet.tensors.get("hidden")
-    return packet.wants_gradient, hidden.dtype if hidden else ""

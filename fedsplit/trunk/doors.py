@@ -1,29 +1,58 @@
-"""Doors to a trunk: finds the trunk of a run by its name, in this process or in a Ray cluster.
-
-To add a door, write a module with a `TrunkPort` and add a line to `find_trunk`.
-"""
+"""One port to all trunks of a run: the stages of each replica, joined."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
 from fedsplit.errors import SettingError
 from fedsplit.settings.config import Config
-from fedsplit.trunk import local
+from fedsplit.settings.validators import SPEED
 from fedsplit.trunk.port import TrunkPort
+from fedsplit.trunk.replicated import ReplicatedTrunk
+from fedsplit.trunk.spans import spans_of
+from fedsplit.trunk.staged import StagedTrunk
 
 
-def find_trunk(name: str) -> TrunkPort:
-    """Returns the trunk with a name, from this process or else from the Ray cluster.
+def count(config: Config) -> int:
+    """Returns the number of the trunk's processes: the stages of all replicas, or the processes that share a trunk.
 
-    Raises:
-        TrunkLost: No trunk has the name.
+    Example:
+        >>> from fedsplit.settings.documents import build
+        >>> count(build({"cut": "1:5", "trunk.stages": "1:2:5", "trunk.replicas": 3}))
+        6
     """
-    trunk = local.find_trunk(name)
-    if trunk is not None:
-        return trunk
+    return config.trunk.replicas * len(spans_of(config)) * config.trunk.tensor_parallel
 
-    from fedsplit.trunk import actor  # not at the top: only the engine `ray` needs Ray
 
-    return actor.find_trunk(name)
+def join(config: Config, trunks: Sequence[Sequence[TrunkPort]]) -> TrunkPort:
+    """Returns one port to all trunks of a run.
+
+    Args:
+        config: Configuration of the run.
+        trunks: The stages of each replica, from the bottom to the top.
+    """
+    replicas: list[TrunkPort] = []
+    for stages in trunks:
+        in_one_piece = len(stages) == 1
+        replicas.append(stages[0] if in_one_piece else StagedTrunk(stages))
+    if len(replicas) == 1:
+        return replicas[0]
+    return ReplicatedTrunk(replicas, config.trunk, config.clients)
+
+
+def weigh(config: Config, trunk: TrunkPort) -> Config:
+    """Returns the settings of a run with the weights of replicas by speed, if the settings ask for a measurement.
+
+    Args:
+        config: Configuration of the run.
+        trunk: All trunks, not in use.
+    """
+    if config.trunk.weights != SPEED or not isinstance(trunk, ReplicatedTrunk):
+        return config
+    weights = ",".join(f"{speed:.3g}" for speed in trunk.speeds())
+    return replace(config, trunk=replace(config.trunk, weights=weights))
 
 
 def check_memory(config: Config, trunk: TrunkPort) -> None:
@@ -37,5 +66,6 @@ def check_memory(config: Config, trunk: TrunkPort) -> None:
         return
     least = trunk.status().least_memory
     if least > limit:
-        words = f"at least {-(-least // 10**6)}MB, for this trunk and one step at a time"
+        megabytes = math.ceil(least / 10**6)  # rounded up, so that the named value is enough
+        words = f"at least {megabytes}MB, for this trunk and one step at a time"
         raise SettingError("trunk.memory", config.trunk.memory, words)

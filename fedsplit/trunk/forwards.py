@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.optimization.bounds import is_bounded
+from fedsplit.trunk.gradients import UnclippedGradient
 from fedsplit.trunk.intake import check_parts, each, refusal
 from fedsplit.trunk.pending import Output, PendingBatch, dropout_seed
-from fedsplit.trunk.registry import UnclippedGradient
 from fedsplit.trunk.state import TrunkState
 from fedsplit.trunk.workers import Work
-from fedsplit.wire.packets import Packet, StepKey
+from fedsplit.wire.packets import RANDOM, Packet, StepKey
 from fedsplit.wire.scaling import TOO_LARGE
-from fedsplit.wire.steps import StaleStep, UnboundedStep
+from fedsplit.wire.steps import SpoiledStep, StaleStep, UnboundedStep
 
 WAIT_SECONDS = 0.05
 """Seconds until a client may ask again after a refusal for want of memory."""
@@ -35,11 +35,13 @@ class _Arrival:
         hidden: Hidden states (B, T, D).
         mask: Mask (B, T); None without padding.
         sums: Sums of the bottom's routers; None without an auxiliary loss.
+        random: State of the random generator after the stage below; None from a client.
     """
 
     hidden: Tensor
     mask: Tensor | None
     sums: RouterSums | None
+    random: Tensor | None = None
 
 
 class Forwards:
@@ -99,6 +101,7 @@ class Forwards:
         state = self._state
         each(packets, state.steps.check)
         first = packets[0]
+        # The first packet speaks for all: only forwards with the same wish for a gradient are joined (`joinable`).
         keeps = first.training and state.schedule.expects_backward(first.wants_gradient)
         pending = state.steps.repeated(first.key) if keeps else None
         if pending is not None:
@@ -108,6 +111,7 @@ class Forwards:
         state.admission.redeem(packet.key for packet in packets)
         arrived = each(packets, lambda packet: self._arrive(packet, keeps))
         inputs = [arrival.hidden for arrival in arrived.values()]
+        # An evaluation keeps nothing, and the memory to compute one step is always set aside.
         room, count = state.admission.room(inputs) if keeps else ("none", len(packets))
         served = packets[:count]
         waits = self._refuse_for_now(packets[count:])
@@ -121,6 +125,7 @@ class Forwards:
             return output
 
         def finish(output: Output) -> list[Packet]:
+            # Set on the deciding thread: workers must not change what other requests see.
             batch.output = output if room == "graph" else None
             if keeps:
                 for key in batch.inputs:
@@ -140,12 +145,15 @@ class Forwards:
         state.counts.forwards += 1
         traffic = state.answers.traffic
         crossed = traffic.activation if packets[0].training else traffic.evaluation_activation
+        if not packets[0].is_adapted:
+            crossed = traffic.reference
         hidden = batch.cut(output.hidden.detach())
-        return state.answers.with_hidden(crossed, packets, hidden, output.sums)
+        return state.answers.with_hidden(crossed, packets, hidden, output.sums, output.random)
 
     def _repeat(self, packet: Packet, pending: PendingBatch | UnclippedGradient) -> Work:
         """Answers a pending step again, with the values of the first answer."""
         if isinstance(pending, UnclippedGradient):
+            # Under the key of a coefficient, the step has no forward that could be answered again.
             raise StaleStep(f"{packet.key}: its gradient has come already")
         answers = self._state.answers
         output = pending.output
@@ -156,7 +164,7 @@ class Forwards:
 
         def finish(output: Output) -> list[Packet]:
             hidden = pending.cut(output.hidden.detach())
-            return answers.with_hidden(answers.traffic.repeated, [packet], hidden, output.sums)
+            return answers.with_hidden(answers.traffic.repeated, [packet], hidden, output.sums, output.random)
 
         return Work(compute, finish)
 
@@ -168,25 +176,33 @@ class Forwards:
         """
         state = self._state
         check_parts(packet, state.settings)
+        if packet.training and not packet.is_adapted:
+            raise SpoiledStep(f"{packet.key} trains, and asks for the base weights alone, which never train")
         if keeps:
             state.steps.check_order(packet.key)
-        state.intake.check_tensors(packet, "hidden", "mask", SUMS)
+        from_a_stage = (RANDOM,) if state.intake.has_predecessor else ()
+        state.intake.check_tensors(packet, "hidden", "mask", SUMS, *from_a_stage)
         hidden = state.intake.hidden(packet, state.settings.batch_size)
         mask = state.intake.mask(packet, hidden) if "mask" in packet.tensors else None
         sums = state.intake.sums(packet) if SUMS in packet.tensors else None
+        random = state.intake.random(packet) if RANDOM in packet.tensors else None
+        # The hidden states become a leaf of the trunk's own graph, since the client's graph ends at the wire.
         returns_gradient = packet.training and packet.wants_gradient and state.schedule.returns_gradient
-        return _Arrival(hidden.requires_grad_(returns_gradient), mask, sums)
+        return _Arrival(hidden.requires_grad_(returns_gradient), mask, sums, random)
 
     def _make_batch(self, packets: Sequence[Packet], arrived: Mapping[StepKey, _Arrival], keeps: bool) -> PendingBatch:
         """Returns the steps to serve, as a batch."""
         # The first client's adapter is everybody's: only the shared adapter computes batches of several clients.
         adapter = self._state.adapters.of(packets[0].key.client, begins=keeps)
+        # Behind another stage, dropout goes on where the stage stopped: all steps of its batch carry the same state.
+        random = arrived[packets[0].key].random
         batch = PendingBatch(
             inputs={},
             masks={},
             adapter=adapter,
             snapshot=adapter.snapshot,
-            seed=dropout_seed(self._state.seed, packets),
+            seed=dropout_seed(self._state.seed, packets) if random is None else random,
+            is_adapted=packets[0].is_adapted,
         )
         for packet in packets:
             arrival = arrived[packet.key]

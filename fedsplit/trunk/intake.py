@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fedsplit.model.devices import random_state
+from fedsplit.model.facts import positions_of
 from fedsplit.model.parts import Trunk
 from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.optimization.bounds import is_bounded
@@ -21,23 +23,35 @@ from fedsplit.settings.sections import TrainSettings
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.codecs import Codec, Role
 from fedsplit.wire.encoded import MalformedPacket
-from fedsplit.wire.packets import Packet, StepKey
+from fedsplit.wire.packets import RANDOM, Packet, StepKey
 from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether, UnboundedStep
 
 T = TypeVar("T")
 
 
 class Intake:
-    """Decodes the tensors of packets and checks type, shape and values."""
+    """Decodes the tensors of packets and checks type, shape and values.
 
-    def __init__(self, part: Trunk, codec: Codec, device: torch.device) -> None:
+    Attributes:
+        has_predecessor: True if the packets come from another stage of the trunk, not from clients.
+    """
+
+    def __init__(
+        self,
+        part: Trunk,
+        codec: Codec,
+        device: torch.device,
+        has_predecessor: bool = False,
+    ) -> None:
         """Prepares for a part.
 
         Args:
             part: Blocks of the trunk. Width, type and number of experts follow from the blocks.
             codec: Codec of hidden states and gradients.
             device: Device for the decoded tensors.
+            has_predecessor: True if the packets come from another stage of the trunk.
         """
+        self.has_predecessor = has_predecessor
         self._part = part
         self._codec = codec
         self._device = device
@@ -69,7 +83,7 @@ class Intake:
             SpoiledStep: The shape is not (B, T, D), or too large.
         """
         width = self._part.config.hidden_size
-        longest = self._part.config.max_position_embeddings
+        longest = positions_of(self._part.config)
         is_empty = not math.prod(shape)
         if len(shape) != 3 or shape[2] != width or is_empty:
             raise SpoiledStep(f"{key} sent hidden states of shape {tuple(shape)}, not (B, T, {width})")
@@ -128,9 +142,23 @@ class Intake:
         size = 2 * self._part.experts + 1
         fits = sums.shape == (size,) and sums.is_floating_point()
         if not fits or not is_bounded(sums):
+            # An honest client whose training diverged sends NaN. Only a broken or dishonest client sends a wrong shape.
             kind = UnboundedStep if fits else SpoiledStep
             raise kind(f"{packet.key} sent {tuple(sums.shape)} as sums of routers, not {size} finite numbers")
         return RouterSums.unpacked(sums)
+
+    def random(self, packet: Packet) -> Tensor:
+        """Returns the state of the random generator after the stage below, as bytes.
+
+        Raises:
+            SpoiledStep: The bytes are no state of this machine's generator.
+        """
+        state = EXACT.decode(packet.tensors[RANDOM])
+        # torch's generators differ in the length of their states, such as on a CPU and on a GPU.
+        expected = random_state(self._device)
+        if state.dtype != torch.uint8 or state.shape != expected.shape:
+            raise SpoiledStep(f"{packet.key} sent a state of a random generator of another kind than this one's")
+        return state
 
     def gradient(self, packet: Packet, hidden: Tensor) -> Tensor:
         """Returns the gradient (B, T, D) of a packet, in the part's type or in float32.
@@ -188,8 +216,9 @@ class Intake:
         """
         value = self._exact(packet, "coefficient")
         is_number = value.ndim == 0 and value.is_floating_point()
-        if not is_number or not 0 <= float(value) <= most:
+        if not is_number or not 0 <= float(value) <= most:  # NaN fails the comparison, too
             kind = SpoiledStep if value.ndim or torch.isfinite(value) else UnboundedStep
+            # A stranger may send a tensor of any size. Three values are enough for a message.
             sent = value.flatten()[:3].tolist()
             words = f"a number from 0 to {most:.6g}, which the trunk's own gradient allows"
             raise kind(f"{packet.key} sent {sent} to scale its gradient by, not {words}")
@@ -203,6 +232,7 @@ class Intake:
         if name not in packet.tensors:
             raise SpoiledStep(f"{packet.key} sent no {name}")
         try:
+            # `each` sorts out refusals by step. Any other error would fail the whole batch.
             return codec.decode(packet.tensors[name], role).to(self._device)
         except MalformedPacket as error:
             raise SpoiledStep(f"{packet.key} sent its {name} in a wrong form: {error}") from None

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fedsplit.clock import ManualClock
 from fedsplit.settings.config import Config
 from fedsplit.stages import StageMaker
 from fedsplit.trunk.port import Control, Reply, TrunkPort
+from fedsplit.trunk.route import travel, way_of
+from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.service import Observer, TrunkService, load_service
+from fedsplit.trunk.shard_group import LocalShards
+from fedsplit.trunk.spans import Span, spans_of
+from fedsplit.trunk.step_sync import Join, LocalPeers
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.transport import PendingAnswer, TrunkLost
-
-_FOUND_BY: dict[str, LocalTrunk] = {}
-"""Trunks of this process by name."""
 
 
 class LocalTrunk(TrunkPort):
@@ -32,6 +33,7 @@ class LocalTrunk(TrunkPort):
     Attributes:
         service: The service behind the door.
         server: The trunk of the service.
+        rest: Stages of the trunk above this one; None above the last stage.
     """
 
     def __init__(
@@ -42,6 +44,9 @@ class LocalTrunk(TrunkPort):
         observers: Sequence[Observer] = (),
         stage: StageMaker | None = None,
         callers: int = 1,
+        span: Span | None = None,
+        rest: LocalTrunk | None = None,
+        join: Join | None = None,
     ) -> None:
         """Loads the trunk's blocks.
 
@@ -52,13 +57,20 @@ class LocalTrunk(TrunkPort):
             observers: Observers of packets and answers.
             stage: Maker of the strategy's gradient stage for a client's copy; None for a strategy without a stage.
             callers: Number of threads that send packets.
+            span: Blocks of one stage of the trunk; None for all blocks.
+            rest: Stages of the trunk above this one; None above the last stage.
+            join: Way of a replica to the adapter of all replicas; None for the first replica.
         """
+        self.rest = rest
+        self._learns = SCHEDULES[config.trunk.schedule].learns
         # With several callers, an idle thread cannot know whether a second thread is about to send.
         self._clock = ManualClock() if callers == 1 else None
         self._is_open = True
+        # The service expects one deciding thread. Several callers take this role in turn.
         self._deciding = threading.Lock()
         self._news = threading.Condition()
         self._sent = 0
+        self._shards = LocalShards(config) if config.trunk.tensor_parallel > 1 else None
         self.service: TrunkService = load_service(
             config,
             run,
@@ -66,11 +78,20 @@ class LocalTrunk(TrunkPort):
             stage=stage,
             observers=observers,
             clock=self._clock or time.monotonic,
+            span=span,
+            join=join,
+            lead=self._shards.lead if self._shards else None,
         )
         self.server = self.service.server
 
     def send(self, packet: Packet) -> PendingAnswer:
         """Queues a packet. The computation begins when the caller waits for the answer."""
+        if self.rest is None:
+            return self._send(packet)
+        return travel(way_of(packet, self._learns), own=self._send, rest=self.rest.send)
+
+    def _send(self, packet: Packet) -> PendingAnswer:
+        """Queues a packet for the blocks of this stage."""
         self._check_open()
         answers: list[Any] = []
         self.service.submit(packet, answers.append)
@@ -93,7 +114,7 @@ class LocalTrunk(TrunkPort):
             self._check_open()
             if answers:  # computed by a second thread in the meantime
                 return
-            if self.service.work_now():
+            if self.service.work_now() or answers:  # a session is answered as its packet is taken
                 self._tell()
                 return
             wakes = self.service.wakes_at()
@@ -127,6 +148,7 @@ class LocalTrunk(TrunkPort):
         with self._deciding:
             self._check_open()
             self.service.request(message, replies.append)
+            # Taken at once: no thread would carry out the message if all other callers were idle.
             self.service.take_requests()
         self._tell()
         reply = replies[0]
@@ -137,6 +159,8 @@ class LocalTrunk(TrunkPort):
     def close(self) -> None:
         """Ends the trunk. Every later call raises `TrunkLost`."""
         self._is_open = False
+        if self._shards is not None:
+            self._shards.close()
         self._tell()
 
     def _check_open(self) -> None:
@@ -144,27 +168,42 @@ class LocalTrunk(TrunkPort):
             raise TrunkLost("the trunk of this process was closed")
 
 
-@contextlib.contextmanager
-def named(trunk: LocalTrunk, name: str) -> Iterator[LocalTrunk]:
-    """Registers a trunk under a name for clients of this process. The trunk is closed at the end of the context.
+def load_trunks(
+    config: Config, run: str, incarnation: str, stage: StageMaker | None = None, callers: int = 1
+) -> list[list[LocalTrunk]]:
+    """Loads all trunks of a run: for each replica its stages, from the bottom to the top.
 
     Args:
-        trunk: The trunk.
-        name: Name that `find_trunk` takes.
+        config: Configuration of the run.
+        run: Name of the run. Packets must carry the same name.
+        incarnation: Identity of this start of the trunk. Packets must carry the same identity.
+        stage: Maker of the strategy's gradient stage for a client's copy; None for a strategy without a stage.
+        callers: Number of threads that send packets.
     """
-    _FOUND_BY[name] = trunk
-    try:
-        yield trunk
-    finally:
-        del _FOUND_BY[name]
-        trunk.close()
+    spans = spans_of(config)
+    replicas: list[list[LocalTrunk]] = []
+    for replica in range(config.trunk.replicas):
+        stages: list[LocalTrunk] = []
+        # From the last stage to the first, as each stage is given the one above it.
+        for number in reversed(range(len(spans))):
+            trunk = LocalTrunk(
+                config,
+                run,
+                incarnation,
+                stage=stage,
+                callers=callers,
+                span=spans[number],
+                rest=stages[0] if stages else None,
+                join=_join_of(replicas[0][number], replica) if replicas else None,
+            )
+            stages.insert(0, trunk)
+        replicas.append(stages)
+    return replicas
 
 
-def find_trunk(name: str) -> LocalTrunk | None:
-    """Returns the trunk of this process with a name, or None.
-
-    Example:
-        >>> find_trunk("no such run") is None
-        True
-    """
-    return _FOUND_BY.get(name)
+def _join_of(first: LocalTrunk, replica: int) -> Join | None:
+    """Returns a further replica's way to the adapter of all replicas, which lives in the first."""
+    master = first.server.adapters.master
+    if master is None:
+        return None
+    return lambda make: (LocalPeers(master, replica), None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -17,6 +19,32 @@ def peak_memory() -> int:
     """Returns the largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in kibibytes, macOS in bytes
+
+
+def forget_peak_memory() -> None:
+    """Resets the largest resident memory of this process to the present one, for a process that plays several runs.
+
+    Only Linux can do this. Elsewhere the peak of earlier runs stays.
+    """
+    with contextlib.suppress(OSError):  # no Linux, or a container without the right
+        # proc(5): writing 5 resets the peak, and leaves the pages alone.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def free_memory() -> int:
+    """Returns the memory that further processes may take without swapping, in bytes.
+
+    Inside a container, the limit of the container counts where it is lower.
+    """
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such files, or "max" for no limit
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        used -= int(counts.get("inactive_file", 0))  # files that were read: the system drops them first
+        free = min(free, max(0, limit - used))
+    return free
 
 
 def resident_memory() -> int:
@@ -86,6 +114,7 @@ class Budget:
 
     def least(self, tokens: int, kept: int) -> int:
         """Returns the smallest limit in bytes under which a step can be served."""
+        # Pages that glibc keeps would count as needed, and the limit would come out too high.
         self._release()
         return self._resident() + int(kept + self._need(tokens))
 

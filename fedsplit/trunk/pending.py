@@ -25,10 +25,12 @@ class Output:
     Attributes:
         hidden: Hidden states of all steps (N, T, D).
         sums: Router sums by step, of the steps with an auxiliary loss.
+        random: State of the random generator after the forward, for the next stage of the trunk.
     """
 
     hidden: Tensor
     sums: Mapping[StepKey, RouterSums]
+    random: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -40,22 +42,24 @@ class PendingBatch:
         masks: Masks (B, T) by step, for steps with padding.
         adapter: Adapter that the gradient of the batch trains.
         snapshot: Snapshot of the adapter at the forward.
-        seed: Seed of the forward's dropout.
+        seed: Seed of the forward's dropout, or the state of the random generator after the stage below.
         sums: Sums of the bottom's routers by step, for steps with an auxiliary loss.
         output: Result with the graph; None if the backward must compute the forward again.
         spent: True after a backward. Later gradients are refused.
         spoilt: Steps that are left out. The values of a spoilt step would spoil the gradient of the whole batch.
+        is_adapted: False for a forward through the base weights alone.
     """
 
     inputs: dict[StepKey, Tensor]
     masks: dict[StepKey, Tensor]
     adapter: TrainableAdapter
     snapshot: AdapterSnapshot
-    seed: int
+    seed: int | Tensor
     sums: dict[StepKey, RouterSums] = field(default_factory=dict)
     output: Output | None = None
     spent: bool = False
     spoilt: set[StepKey] = field(default_factory=set)
+    is_adapted: bool = True
 
     def only(self, key: StepKey) -> PendingBatch:
         """Returns one step as a separate batch, with the snapshot of the adapter."""
@@ -83,7 +87,7 @@ class PendingBatch:
         rows = []
         for hidden in self.inputs.values():
             missing = length - hidden.shape[1]
-            rows.append(nn.functional.pad(hidden, (0, 0, 0, missing)))
+            rows.append(nn.functional.pad(hidden, (0, 0, 0, missing)))  # (before, after), last dimension first
         if not self.masks:
             return rows[0] if len(rows) == 1 else torch.cat(rows), None
 
@@ -91,6 +95,7 @@ class PendingBatch:
         for key, hidden in self.inputs.items():
             mask = self.masks.get(key)
             if mask is None:
+                # A step without padding sends no mask, but shares the batch with one that does.
                 mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             missing = length - mask.shape[1]
             masks.append(nn.functional.pad(mask, (0, missing)))

@@ -15,13 +15,18 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from fedsplit.lowrank import LowRank
-from fedsplit.trunk.registry import Copy, Start
+from fedsplit.trunk.copies import Copy, Start
 from fedsplit.trunk.status import RoundCounts, TrunkStatus
 from fedsplit.updates import Adapters
 from fedsplit.wire.packets import Packet
 from fedsplit.wire.transport import PendingAnswer
 
 Reply = TypeVar("Reply")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+CODEC = "codec/"
+"""Prefix of the codec's state among the moments."""
 
 
 class Control(Generic[Reply]):
@@ -157,6 +162,11 @@ class Restore(Control[None]):
 
 
 @dataclass(frozen=True)
+class MeasureStep(Control[float]):
+    """Asks for the seconds that a step of one client takes: a forward and a backward. The adapter stays as it is."""
+
+
+@dataclass(frozen=True)
 class ReadStatus(Control[TrunkStatus]):
     """Asks for the state of the trunk and of the trunk's process."""
 
@@ -241,6 +251,23 @@ class TrunkPort(Protocol):
         """Sets the shared adapter, the optimisers and the codec to earlier results of `read` and `moments`."""
         self.control(Restore(dict(tensors), dict(moments)))
 
+    def measure_step(self) -> float:
+        """Returns the seconds that a forward and a backward of the largest batch take."""
+        return self.control(MeasureStep())
+
     def status(self) -> TrunkStatus:
         """Returns the state of the trunk and of the trunk's process."""
         return self.control(ReadStatus())
+
+
+def union(parts: Iterable[Mapping[Key, Value]]) -> dict[Key, Value]:
+    """Returns one dict with the entries of several replies. Of equal names, the last reply counts.
+
+    Example:
+        >>> union([{"a": 1, "b": 2}, {"b": 3}])
+        {'a': 1, 'b': 3}
+    """
+    joined: dict[Key, Value] = {}
+    for part in parts:
+        joined |= part
+    return joined

@@ -1,119 +1,32 @@
-"""The trunk's trainable adapters: a shared adapter or a copy for each client, and the steps made from gradients."""
+"""The trunk's trainable adapters, and the steps made from gradients.
+
+Clients share one adapter, or each client has a copy (`fedsplit.trunk.copies`). Gradients that wait are in sums
+(`fedsplit.trunk.gradients`).
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fedsplit.adaptation.rank_budget import RankBudget
-from fedsplit.model.devices import CPU, put
+from fedsplit.model.devices import CPU
 from fedsplit.optimization.bounds import LARGEST_SHARE, norm
 from fedsplit.optimization.clipping import coefficient, squared_norm
-from fedsplit.optimization.optim import fitting
 from fedsplit.settings.sections import TrainSettings
-from fedsplit.stages import Outcome, StageMaker
+from fedsplit.stages import StageMaker
+from fedsplit.trunk.copies import ClientCopies, Copy, Start, exported
+from fedsplit.trunk.gradients import GradientSum, UnclippedGradient
 from fedsplit.trunk.schedules import Schedule
 from fedsplit.trunk.status import RoundCounts
+from fedsplit.trunk.step_sync import Join, Master, Mirror
 from fedsplit.trunk.trainable import AdapterSnapshot, TrainableAdapter, Unusable
-from fedsplit.updates import Adapters, Task
+from fedsplit.updates import Adapters
 from fedsplit.wire.packets import Packet, StepKey
-
-
-@dataclass(frozen=True)
-class Start:
-    """State of a client's copy of the trunk's adapter at the beginning of a round.
-
-    Attributes:
-        tensors: Adapter by exported name. Clients may differ in rank.
-        task: Instructions of the strategy.
-        own: Control variate of the client for the tensors.
-        afresh: True if the adapter does not continue the client's last adapter. The optimiser's state of earlier rounds
-            then does not fit, and is dropped.
-        kept: State of the strategy's gradient stage for the copy, from the client's last round.
-    """
-
-    tensors: Mapping[str, Tensor]
-    task: Task = field(default_factory=Task)
-    own: Mapping[str, Tensor] = field(default_factory=dict)
-    afresh: bool = False
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A client's copy of the trunk's adapter at the end of a round.
-
-    Attributes:
-        adapters: Adapter after the client's last step.
-        control: Change of the client's control variate.
-        kept: State of the strategy's gradient stage after the round.
-        steps: Number of steps of the optimiser; None for a copy without a tensor that learns.
-    """
-
-    adapters: Adapters
-    control: Mapping[str, Tensor]
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
-    steps: int | None = None
-
-
-@dataclass
-class _GradientSum:
-    """Sum of a client's gradients since the last step of the optimiser.
-
-    Attributes:
-        parts: Number of gradients by optimiser step.
-        rates: Share of the learning rate by optimiser step.
-        gradients: The sum by exported name.
-        snapshots: Snapshots of the forwards that the gradients belong to.
-    """
-
-    parts: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    rates: dict[tuple[int, int, int], float] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    snapshots: list[AdapterSnapshot] = field(default_factory=list)
-
-    def add(self, key: StepKey, rate: float, snapshot: AdapterSnapshot, gradients: Mapping[str, Tensor]) -> None:
-        """Adds the gradient of one step, or of a part of a step."""
-        self.parts[key.turn] += 1
-        self.rates[key.turn] = rate
-        if not any(snapshot is known for known in self.snapshots):  # by identity: equality would compare tensors
-            self.snapshots.append(snapshot)
-        self.gradients = self.sum_with(gradients)
-
-    def sum_with(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns a new sum by exported name, with further gradients added."""
-        total = dict(self.gradients)
-        for name, gradient in gradients.items():
-            total[name] = total[name] + gradient if name in total else gradient
-        return total
-
-
-@dataclass(frozen=True)
-class UnclippedGradient:
-    """Gradient of a client's step that waits for its clipping coefficient.
-
-    Attributes:
-        adapter: Adapter to train.
-        whole: Sum over all parts of the step.
-        key: The step.
-        rate: Share of the learning rate for the step.
-    """
-
-    adapter: TrainableAdapter
-    whole: _GradientSum
-    key: StepKey
-    rate: float
-
-    @functools.cached_property
-    def squared(self) -> float:
-        """Squared norm over the trunk's adapter, in float64."""
-        return squared_norm(self.whole.gradients.values())
 
 
 class AdapterRegistry:
@@ -121,6 +34,7 @@ class AdapterRegistry:
 
     Attributes:
         shared: Adapter of all clients. Under `copies`, the start of every new copy.
+        master: Adapter of all replicas, if the replicas learn as one trunk and this is the first; else None.
     """
 
     def __init__(
@@ -132,6 +46,7 @@ class AdapterRegistry:
         device: torch.device = CPU,
         budget: RankBudget | None = None,
         stage: StageMaker | None = None,
+        join: Join | None = None,
     ) -> None:
         """Starts with the shared adapter and no copies.
 
@@ -143,6 +58,8 @@ class AdapterRegistry:
             device: Device of the trunk.
             budget: Budget of the trunk's ranks; None for fixed ranks.
             stage: Maker of the strategy's gradient stage for a copy; None for a strategy without a stage.
+            join: Returns the replica's way to the adapter of all replicas, and that adapter where it lives here. None
+                for a trunk without replicas, or whose replicas train their own adapters.
         """
         self._layers = start.layers
         self._schedule = schedule
@@ -158,10 +75,14 @@ class AdapterRegistry:
             device=device,
             budget=budget,
         )
-        self._copies: dict[int, TrainableAdapter] = {}
-        self._sums: dict[int, _GradientSum] = {}
-        self._unclipped: dict[int, _GradientSum] = {}
-        self._moments: dict[int, dict[str, Tensor]] = {}
+        self.master: Master | None = None
+        self._mirror: Mirror | None = None
+        if join is not None:
+            peers, self.master = join(functools.partial(TrainableAdapter, start.tensors, settings, True, device=device))
+            self._mirror = Mirror(peers, self.shared, counts)
+        self._copies = ClientCopies(self._new, start.layers, keeps_moments=settings.optimizer_state == "keep")
+        self._sums: dict[int, GradientSum] = {}
+        self._unclipped: dict[int, GradientSum] = {}
 
     @property
     def clips(self) -> bool:
@@ -192,9 +113,12 @@ class AdapterRegistry:
             client: Number of the client.
             begins: True for a training step. Under `copies`, the client's first training step creates the copy.
         """
-        if begins and self._schedule.personal and client not in self._copies:
-            self._copies[client] = self._new(Start(self.shared.snapshot))
-        return self._copies.get(client, self.shared)
+        if begins and self._mirror is not None:
+            self._mirror.refresh()
+        copy = self._copies.get(client)
+        if copy is None and begins and self._schedule.personal:
+            copy = self._copies.add(client, Start(self.shared.snapshot))
+        return self.shared if copy is None else copy
 
     def _new(self, start: Start) -> TrainableAdapter:
         """Returns a new copy of the adapter."""
@@ -268,20 +192,24 @@ class AdapterRegistry:
         if spent:  # the step with the batch's mean gradient has been made without these clients
             self._counts.late += 1
             return
+        rates = [packet.rate for packet in packets]
+        round = packets[0].key.round
+        if self._mirror is not None:
+            self._counts.late += not self._mirror.step(gradients, len(packets), rates, round)
+            return
         mean = {name: gradient / len(packets) for name, gradient in gradients.items()}
         regularised = adapter.regularised(snapshot, mean)
-        rate = _mean([packet.rate for packet in packets])
-        self._step(adapter, regularised, rate, packets[0].key.round)
+        self._step(adapter, regularised, _mean(rates), round)
 
     def _joined(
-        self, sums: dict[int, _GradientSum], packet: Packet, snapshot: AdapterSnapshot, gradients: Mapping[str, Tensor]
-    ) -> _GradientSum | None:
+        self, sums: dict[int, GradientSum], packet: Packet, snapshot: AdapterSnapshot, gradients: Mapping[str, Tensor]
+    ) -> GradientSum | None:
         """Adds a part of a client's step, and returns the sum of all parts after the last part."""
         key = packet.key
         whole = sums.get(key.client)
         if whole is None or key.turn not in whole.parts:
             # A sum of an earlier turn belongs to a step that the client gave up, and must not join this step.
-            whole = sums[key.client] = _GradientSum()
+            whole = sums[key.client] = GradientSum()
         whole.add(key, packet.rate, snapshot, gradients)
         if whole.parts[key.turn] < packet.parts:
             return None
@@ -303,7 +231,7 @@ class AdapterRegistry:
         if snapshot is not adapter.snapshot:  # the barrier has passed, and the step with this snapshot is made
             self._counts.late += 1
             return
-        whole = self._sums.get(key.client, _GradientSum())
+        whole = self._sums.get(key.client, GradientSum())
         size = norm(whole.sum_with(gradients).values())
         if not size <= LARGEST_SHARE:  # not `>`, since NaN must be refused, too
             words = f"its gradients since the last barrier have a norm above {LARGEST_SHARE:g}"
@@ -336,9 +264,20 @@ class AdapterRegistry:
                 gradients=scaled,
             )
 
-    def _step(self, adapter: TrainableAdapter, gradients: Mapping[str, Tensor], rate: float, round: int) -> None:
+    def _step(
+        self,
+        adapter: TrainableAdapter,
+        gradients: Mapping[str, Tensor],
+        rate: float,
+        round: int,
+    ) -> None:
         adapter.step(gradients, rate, round)
         self._counts.steps += 1
+
+    def attend(self, is_attended: bool) -> None:
+        """Takes note whether clients train. Other replicas wait only for a replica with clients that train."""
+        if self._mirror is not None:
+            self._mirror.attend(is_attended)
 
     def close_window(self, clients: Sequence[int] | None = None) -> bool:
         """Under `accumulate`, makes one step with the sum of all gradients since the last barrier.
@@ -354,17 +293,21 @@ class AdapterRegistry:
         chosen = self._sums.keys() if clients is None else self._sums.keys() & set(clients)
         sums = [self._sums[client] for client in sorted(chosen)]
         self._sums.clear()
-        if not sums:
+        # At the end of a round a replica without gradients must close, too: the other replicas wait for it.
+        if not sums and (self._mirror is None or clients is None):
             return False
 
         gradients = {}
-        for name in sums[0].gradients:
+        for name in sums[0].gradients if sums else ():
             of_clients = [client.gradients[name] for client in sums]
             gradients[name] = torch.stack(of_clients).sum(0)
-        round = max(turn[0] for client in sums for turn in client.parts)
-        rate = _mean([rate for client in sums for rate in client.rates.values()])
+        round = max((turn[0] for client in sums for turn in client.parts), default=0)
+        rates = [rate for client in sums for rate in client.rates.values()]
         try:
-            self._step(self.shared, gradients, rate, round)
+            if self._mirror is not None:
+                self._mirror.step(gradients, 0, rates, round, is_last=clients is not None)  # 0: the sum, no mean
+            else:
+                self._step(self.shared, gradients, _mean(rates), round)
         except Unusable:
             self._counts.unusable += 1
             return False
@@ -380,13 +323,10 @@ class AdapterRegistry:
         """Keeps the copies and the optimiser states of the clients in `finished`, and drops all further copies."""
         if self._schedule.sums:
             self.close_window(finished)  # gradients of a client that dropped out do not count
-        for client in self._copies.keys() - set(finished):
-            del self._copies[client]
+        if self._mirror is not None:
+            self._mirror.refresh()
+        self._copies.end_round(finished)
         self._unclipped.clear()
-        if self._settings.optimizer_state == "keep":
-            for client, copy in self._copies.items():
-                earlier = fitting(self._moments.get(client, {}), copy.snapshot)
-                self._moments[client] = {**earlier, **copy.moments()}
 
     def assign(self, starts: Mapping[int, Start]) -> None:
         """Under `copies`, sets the copies of clients for the beginning of a round.
@@ -397,48 +337,23 @@ class AdapterRegistry:
         Args:
             starts: Starts by client. A client without a start begins with the shared adapter.
         """
-        self._copies.clear()
-        for client, start in starts.items():
-            self.assign_again(client, start)
+        self._copies.assign_all(starts)
 
     def assign_again(self, client: int, start: Start) -> None:
-        """Under `copies`, sets the copy of a client that begins or repeats the round.
-
-        Args:
-            client: Number of the client. Steps of an earlier attempt at the round no longer count.
-            start: State of the copy at the beginning.
-        """
-        copy = self._new(start)
-        if start.afresh:  # moments are averages over gradients of the former factors
-            self._moments.pop(client, None)
-        copy.restore(self._moments.get(client, {}))
-        self._copies[client] = copy
+        """Under `copies`, sets the copy of a client that begins or repeats the round; see `ClientCopies.assign`."""
+        self._copies.assign(client, start)
 
     def copies(self, clients: Collection[int] | None = None) -> dict[int, Copy]:
         """Returns, under `copies`, the clients' copies of the adapter at the end of the round.
 
-        A copy that learns, but made no step, has neither control variate nor state of a stage.
-
         Args:
             clients: Clients with a finished round; all clients where not given.
         """
-        copies = {}
-        for client, copy in sorted(self._copies.items()):
-            if clients is not None and client not in clients:
-                continue  # an unfinished round may have ended in the middle, where a stage has no result
-            steps = copy.steps if copy.learns else None
-            outcome = Outcome() if steps == 0 else copy.outcome()  # without steps, a stage knows nothing of the round
-            adapters = self._named(copy.snapshot)
-            copies[client] = Copy(adapters, control=outcome.sent, kept=outcome.kept, steps=steps)
-        return copies
+        return self._copies.read(clients)
 
     def read(self) -> Adapters:
         """Returns the newest snapshot of the shared adapter, on the CPU."""
-        return self._named(self.shared.snapshot)
-
-    def _named(self, snapshot: AdapterSnapshot) -> Adapters:
-        detached = {name: tensor.detach() for name, tensor in snapshot.items()}
-        return Adapters(put(detached, CPU), self._layers)
+        return exported(self.shared.snapshot, self._layers)
 
     def write(self, tensors: Mapping[str, Tensor], own: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
         """Replaces the shared adapter and all copies. Pending batches keep the snapshot of the forward.
@@ -448,6 +363,8 @@ class AdapterRegistry:
             own: Personal adapters by client, for evaluations by these clients.
         """
         self.shared.write(tensors)
+        if self.master is not None:
+            self.master.write(tensors)
         starts = {}
         for client, adapter in (own or {}).items():
             starts[client] = Start(dict(adapter))
@@ -455,24 +372,27 @@ class AdapterRegistry:
 
     def moments(self) -> dict[str, Tensor]:
         """Returns the optimiser states: of the shared adapter by parameter, of the copies after a prefix "client/"."""
-        all_moments = self.shared.moments()
-        for client, moments in self._moments.items():
-            for name, value in moments.items():
-                all_moments[f"{client}/{name}"] = value
-        return all_moments
+        of_copies = self._copies.moments()
+        if self.master is not None:
+            return {**self.master.moments(), **of_copies}
+        if self._mirror is not None:  # the first replica has the optimiser of all replicas
+            return of_copies
+        return {**self.shared.moments(), **of_copies}
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Sets the shared adapter and all optimiser states to earlier results of `read` and `moments`."""
         of_shared = {}
-        self._moments.clear()
+        of_copies = {}
         for name, value in moments.items():
-            client, slash, inner = name.partition("/")
-            if slash:
-                self._moments.setdefault(int(client), {})[inner] = value
+            if "/" in name:
+                of_copies[name] = value
             else:
                 of_shared[name] = value
+        self._copies.restore(of_copies)
         self.shared.write(tensors)
         self.shared.restore(of_shared)
+        if self.master is not None:
+            self.master.write(tensors, of_shared)
 
 
 def _mean(rates: Sequence[float]) -> float:

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fedsplit.adaptation import folding, lora
+from fedsplit.adaptation import lora
 from fedsplit.clock import Clock
 from fedsplit.lowrank import LowRank
+from fedsplit.model.facts import positions_of
 from fedsplit.model.parts import Trunk
 from fedsplit.settings.sections import TrainSettings
 from fedsplit.stages import StageMaker
@@ -22,21 +23,21 @@ from fedsplit.trunk.answers import Answers
 from fedsplit.trunk.backwards import Backwards
 from fedsplit.trunk.blocks import Blocks
 from fedsplit.trunk.forwards import Forwards
+from fedsplit.trunk.gradients import UnclippedGradient
 from fedsplit.trunk.intake import Intake
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.pending import PendingBatch
-from fedsplit.trunk.registry import AdapterRegistry, UnclippedGradient
+from fedsplit.trunk.port import CODEC
+from fedsplit.trunk.registry import AdapterRegistry
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.state import TrunkState
 from fedsplit.trunk.status import RoundCounts, Traffic
+from fedsplit.trunk.step_sync import Join
 from fedsplit.trunk.trainable import AdapterSnapshot
 from fedsplit.trunk.workers import Work
 from fedsplit.wire.codecs import Codec, copy_of_state
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.steps import RefusedStep, Steps
-
-_CODEC = "codec/"
-"""Prefix of the codec's state among the moments."""
 
 
 class TrunkServer:
@@ -71,6 +72,10 @@ class TrunkServer:
         stage: StageMaker | None = None,
         clients: int | None = None,
         rounds: int | None = None,
+        has_predecessor: bool = False,
+        has_successor: bool = False,
+        join: Join | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         """Takes over a part.
 
@@ -88,17 +93,20 @@ class TrunkServer:
             stage: Maker of the strategy's gradient stage for a client's copy; None for a strategy without a stage.
             clients: Number of clients in the run. Packets with a larger number are refused; None accepts all.
             rounds: Number of rounds in the run. Packets of later rounds are refused; None accepts all.
+            has_predecessor: True if the packets come from another stage of the trunk.
+            has_successor: True if a further stage of the trunk follows.
+            join: Way of a replica to the adapter of all replicas; see `AdapterRegistry`.
+            blocks: What computes; None for the part itself. Then the part needs no base weights.
         """
-        blocks = Blocks(part)
+        blocks = blocks or Blocks(part, has_successor)
         budget = budget or Budget(None)
         self.part = part
-        self._committed: dict[str, Tensor] = {}  # former base weights of layers that changed since the last commit
         self._codec_states: dict[int, dict[str, Tensor]] = {}  # after each client's last round that counted
         # The objects below are shared: everything that a step changes is in `TrunkState`, once.
         self.traffic = Traffic()
         self.counts = RoundCounts()
         self.answers = Answers(codec, self.traffic)
-        self.intake = Intake(part, codec, blocks.device)
+        self.intake = Intake(part, codec, blocks.device, has_predecessor)
         self.steps: Steps[PendingBatch | UnclippedGradient] = Steps(
             run,
             incarnation,
@@ -115,6 +123,7 @@ class TrunkServer:
             device=blocks.device,
             budget=part.rank_budget,
             stage=stage,
+            join=join,
         )
         self._state = TrunkState(
             seed=seed,
@@ -163,6 +172,7 @@ class TrunkServer:
     def is_repeat(self, packet: Packet) -> bool:
         """Returns True if a request was served before. A repeated answer changes nothing, and may come at any time."""
         if "gradient" in packet.tensors or packet.clips:
+            # Gradients end a pending step, so that a repeat is known by its answer; a forward by its pending step.
             return self.steps.answered(packet.key) is not None
         return packet.training and self.steps.repeated(packet.key) is not None
 
@@ -199,7 +209,7 @@ class TrunkServer:
         Returns:
             Counts of the round.
         """
-        for client in self.steps.busy():
+        for client in self.steps.busy():  # their pending graphs belong to a round that is over
             self.leave(client)
         self.adapters.end_round(finished)
         self._settle_codec(finished)
@@ -207,6 +217,7 @@ class TrunkServer:
 
     def _settle_codec(self, finished: Sequence[int]) -> None:
         """Keeps the codec's state of clients in `finished`, and restores the earlier state of all further clients."""
+        # With error feedback, what a failed attempt has sent must not change what the repeated round sends.
         live = self.answers.codec.state()
         if not (live or self._codec_states):  # a codec without state
             return
@@ -220,7 +231,7 @@ class TrunkServer:
         moments = dict(self.adapters.moments())
         for client, state in self._codec_states.items():
             for name, tensor in state.items():
-                moments[f"{_CODEC}{client}/{name}"] = tensor
+                moments[f"{CODEC}{client}/{name}"] = tensor
         return moments
 
     def restore(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
@@ -230,11 +241,11 @@ class TrunkServer:
             tensors: Shared adapter by exported name.
             moments: Result of `moments`.
         """
-        of_optimizers = {name: value for name, value in moments.items() if not name.startswith(_CODEC)}
+        of_optimizers = {name: value for name, value in moments.items() if not name.startswith(CODEC)}
         self.adapters.restore(tensors, of_optimizers)
         self._codec_states = {}
         for full_name in moments.keys() - of_optimizers.keys():
-            client, _, name = full_name.removeprefix(_CODEC).partition("/")
+            client, _, name = full_name.removeprefix(CODEC).partition("/")
             self._codec_states.setdefault(int(client), {})[name] = moments[full_name]
         self.answers.codec.restore(self._codec_states)
 
@@ -262,22 +273,15 @@ class TrunkServer:
         Args:
             changes: Matrices by layer. Layers of bottom and top are ignored.
         """
-        # Of a layer that is folded twice, the weights before the first fold are the committed ones.
-        new = changes.keys() - self._committed.keys()
-        self._committed |= folding.base_weights(self.part, new)
-        folding.fold(self.part, changes)
+        self._state.blocks.fold(changes)
 
     def unfold(self) -> None:
-        """Sets the base weights back to the values at the last `commit`.
-
-        A copy of the former weights is put back: a subtraction would not give the same bits.
-        """
-        folding.put_back(self.part, self._committed)
-        self._committed = {}
+        """Sets the base weights back to the values at the last `commit`."""
+        self._state.blocks.unfold()
 
     def commit(self) -> None:
         """Makes changes of base weights final. The former weights are no longer kept."""
-        self._committed = {}
+        self._state.blocks.commit()
 
     def count(self) -> dict[str, int]:
         """Returns the number of parameters, "total" and "trainable"."""
@@ -300,4 +304,14 @@ class TrunkServer:
         graph, working = self._state.blocks.weigh(sequences, length, self.adapters.shared)
         budget.learn(tokens, graph, working)
         nbytes = tokens * self.part.config.hidden_size * self.part.dtype.itemsize
+        # The kept input, and hidden states and gradient on their way.
         return budget.least(tokens, (1 + 2 * TRANSIT) * nbytes)
+
+    def measure_step(self) -> float:
+        """Measures the seconds of a forward and a backward of the largest batch. The adapter stays as it is."""
+        settings, longest = self._state.settings, positions_of(self.part.config)
+        shape = settings.batch_size, min(settings.max_length, longest)
+        self._state.blocks.weigh(*shape, self.adapters.shared)  # the first step is slower, as memory is allocated
+        started = time.perf_counter()
+        self._state.blocks.weigh(*shape, self.adapters.shared)
+        return time.perf_counter() - started

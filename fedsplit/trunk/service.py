@@ -6,7 +6,9 @@ The service knows neither Ray nor sockets. A door passes packets and messages in
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +23,17 @@ from fedsplit.settings.config import Config
 from fedsplit.settings.sections import TrunkSettings
 from fedsplit.stages import StageMaker
 from fedsplit.trunk import port
-from fedsplit.trunk.dispatch import Answer, Dispatcher, Done
+from fedsplit.trunk.blocks import Blocks
+from fedsplit.trunk.dispatch import Dispatcher
 from fedsplit.trunk.memory import Budget, peak_memory, resident_memory
+from fedsplit.trunk.requests import Answer, Done
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.sessions import Sessions
+from fedsplit.trunk.spans import Span
 from fedsplit.trunk.status import TrunkStatus
+from fedsplit.trunk.step_sync import Join, first_of
 from fedsplit.trunk.workers import BACKWARD, FORWARD, WorkerThreads, outcome
-from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.encoded import MalformedPacket
 from fedsplit.wire.packets import Packet, check_form
 from fedsplit.wire.steps import SpoiledStep
@@ -191,7 +196,7 @@ class TrunkService:
             self._held = []
             for call in held:
                 call.do()
-        return not self._held and self._dispatcher.advance()
+        return not self._held and self._dispatcher.advance()  # nothing new begins before a held call
 
     def _is_busy(self) -> bool:
         """Returns True while an exclusive call has to wait, for workers or for an earlier exclusive call."""
@@ -258,6 +263,8 @@ class TrunkService:
                 return self.server.moments()
             case port.Restore(tensors, moments):
                 return self.server.restore(tensors, moments)
+            case port.MeasureStep():
+                return self.server.measure_step()
             case port.ReadStatus():
                 return self._status()
         raise TypeError(f"a trunk knows no message {type(message).__name__}")
@@ -284,7 +291,15 @@ class TrunkService:
             sessions=len(self._sessions),
             parameters=self.server.count(),
             least_memory=self._least_memory,
+            process=f"{socket.gethostname()}:{os.getpid()}",
         )
+
+
+Lead = Callable[[Config, Path | None], tuple[Trunk, Blocks]]
+"""Returns a part with adapters, whose base weights may be missing, and what computes.
+
+The arguments are the settings of the run, and the folder of a finished run's adapter or None.
+"""
 
 
 def _never() -> bool:
@@ -301,6 +316,14 @@ def _load_part(config: Config, adapter: Path | None) -> Trunk:
     return part
 
 
+def _first_join(config: Config) -> Join | None:
+    """Returns the way to the adapter of all replicas for the first replica; None if replicas train their own."""
+    trunk = config.trunk
+    if trunk.sync != "step" or trunk.replicas == 1:
+        return None
+    return first_of(trunk.replicas, None if config.deterministic else trunk.deadline)
+
+
 def load_service(
     config: Config,
     run: str,
@@ -313,6 +336,9 @@ def load_service(
     stage: StageMaker | None = None,
     observers: Sequence[Observer] = (),
     clock: Clock = time.monotonic,
+    span: Span | None = None,
+    join: Join | None = None,
+    lead: Lead | None = None,
 ) -> TrunkService:
     """Loads the trunk's blocks with an adapter. Blocks of bottom and top are not read.
 
@@ -327,13 +353,21 @@ def load_service(
         stage: Maker of the strategy's gradient stage for a client's copy; None for a strategy without a stage.
         observers: Observers of packets and answers.
         clock: Clock for leases and deadlines.
+        span: Blocks of one stage of the trunk; None for all blocks. Blocks of further stages are not read.
+        join: Way of a replica to the adapter of all replicas, under `--trunk.sync step`; None for the first replica.
+        lead: Makes the blocks of a trunk that several processes share; None for a trunk in this process alone.
     """
-    part = _load_part(config, adapter)
+    span = span or Span(*config.bounds)
+    blocks = None
+    if lead is None:
+        part = _load_part(span.config(config), adapter)
+    else:
+        part, blocks = lead(config, adapter)
     # Under a shared adapter, the strategy does not aggregate the trunk, so its stage has no place there.
     is_personal = SCHEDULES[config.trunk.schedule].personal
     server = TrunkServer(
         part,
-        make_codec(config.wire.codec),
+        span.codec(config.wire.codec),
         config.trunk.schedule,
         config.train,
         config.seed,
@@ -345,6 +379,10 @@ def load_service(
         stage=stage if is_personal else None,
         clients=config.clients,
         rounds=config.rounds,
+        has_predecessor=not span.is_first,
+        has_successor=not span.is_last,
+        join=join or _first_join(config),
+        blocks=blocks,
     )
     least = 0
     if memory is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsplit.clock import Clock
 from fedsplit.model.caches import Past
+from fedsplit.model.facts import positions_of
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.status import Bytes
 from fedsplit.trunk.trainable import AdapterSnapshot
@@ -64,7 +65,13 @@ class Sessions:
     computation the session is over, since part of the step may have been appended. Sessions share only the weights.
     """
 
-    def __init__(self, server: TrunkServer, lease: float, most: int = MOST, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        server: TrunkServer,
+        lease: float,
+        most: int = MOST,
+        clock: Clock = time.monotonic,
+    ) -> None:
         """Starts without sessions.
 
         Args:
@@ -94,6 +101,7 @@ class Sessions:
         Raises:
             RefusedStep: The packet must not be served; nothing was done.
         """
+        # Sessions are not in the list of steps, but the run, the incarnation and the client must fit all the same.
         self._server.steps.check(packet)
         self.expire()
         # Generation is no training, whatever the packet says: dropout would change the text.
@@ -110,6 +118,7 @@ class Sessions:
 
         if key.step == session.step and session.answer is not None:
             session.until = self._clock() + self._lease
+            # The kept answer: to extend the cache a second time would put the token into the text twice.
             return self._counted(self._server.traffic.repeated, packet, session.answer)
         if key.step != session.step + 1:
             refusal = StaleStep if key.step < session.step else EarlyStep
@@ -144,6 +153,7 @@ class Sessions:
     def _go_on(self, session: _Session, packet: Packet) -> Packet:
         """Computes the next step of a session, and answers it."""
         key = packet.key
+        # Placed again at each token, since other clients' steps use the same modules in between.
         part, _ = self._server.inference(key.client, session.snapshot)
         self._server.intake.check_tensors(packet, "hidden", "mask")
         hidden = self._server.intake.hidden(packet)
@@ -151,7 +161,7 @@ class Sessions:
         expected = (session.rows, count, part.config.hidden_size)
         if hidden.shape != expected:
             raise SpoiledStep(f"{key} sent hidden states of shape {tuple(hidden.shape)}, not {expected}")
-        longest = part.config.max_position_embeddings
+        longest = positions_of(part.config)
         if session.past.length + count > longest:
             raise SpoiledStep(f"{key} goes beyond the model's {longest} positions")
         if not self._server.has_room(session.rows * count):

@@ -8,10 +8,11 @@ from fedsplit.settings.sections import TrainSettings
 from fedsplit.trunk.admission import Admission
 from fedsplit.trunk.answers import Answers
 from fedsplit.trunk.blocks import Blocks
+from fedsplit.trunk.gradients import UnclippedGradient
 from fedsplit.trunk.intake import Intake
 from fedsplit.trunk.memory import Budget
 from fedsplit.trunk.pending import PendingBatch
-from fedsplit.trunk.registry import AdapterRegistry, UnclippedGradient
+from fedsplit.trunk.registry import AdapterRegistry
 from fedsplit.trunk.schedules import Schedule
 from fedsplit.trunk.status import RoundCounts
 from fedsplit.wire.packets import StepKey

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -15,10 +14,43 @@ class Bytes:
     Attributes:
         up: Bytes from clients to the trunk.
         down: Bytes from the trunk to clients.
+        up_by_client: The same as `up`, by the number of the client.
+        down_by_client: The same as `down`, by the number of the client.
+
+    Example:
+        >>> crossed = Bytes()
+        >>> crossed.add(client=3, up=1024, down=16)
+        >>> crossed.up, crossed.up_by_client
+        (1024, {3: 1024})
     """
 
     up: int = 0
     down: int = 0
+    # Dictionaries of plain numbers: a status holds copies, and a federation may have thousands of clients.
+    up_by_client: dict[int, int] = field(default_factory=dict, compare=False)
+    down_by_client: dict[int, int] = field(default_factory=dict, compare=False)
+
+    def add(self, client: int, up: int, down: int) -> None:
+        """Adds the bytes of a client's request and of the answer."""
+        self.up += up
+        self.down += down
+        self.up_by_client[client] = self.up_by_client.get(client, 0) + up
+        self.down_by_client[client] = self.down_by_client.get(client, 0) + down
+
+    def copy(self) -> Bytes:
+        """Returns an independent copy."""
+        return Bytes(self.up, self.down, dict(self.up_by_client), dict(self.down_by_client))
+
+    def __add__(self, other: Bytes) -> Bytes:
+        """Returns the sum of two counts, client by client."""
+        total = self.copy()
+        total.up += other.up
+        total.down += other.down
+        for client, count in other.up_by_client.items():
+            total.up_by_client[client] = total.up_by_client.get(client, 0) + count
+        for client, count in other.down_by_client.items():
+            total.down_by_client[client] = total.down_by_client.get(client, 0) + count
+        return total
 
 
 @dataclass
@@ -29,9 +61,11 @@ class Traffic:
         activation: Hidden states of training steps, with their masks.
         gradient: Gradients of training steps, with norms and coefficients for clipping.
         evaluation_activation: Hidden states of evaluations.
+        reference: Hidden states of the base model, for objectives and metrics that compare with it.
         repeated: Repeated requests and the repeated answers.
         prompt: Hidden states of prompts for generated text.
         token: Hidden states of generated tokens.
+        between_stages: All tensors between the stages of a trunk; up is towards the top of the model.
 
     Example:
         >>> traffic = Traffic()
@@ -43,13 +77,15 @@ class Traffic:
     activation: Bytes = field(default_factory=Bytes)
     gradient: Bytes = field(default_factory=Bytes)
     evaluation_activation: Bytes = field(default_factory=Bytes)
+    reference: Bytes = field(default_factory=Bytes)
     repeated: Bytes = field(default_factory=Bytes)
     prompt: Bytes = field(default_factory=Bytes)
     token: Bytes = field(default_factory=Bytes)
+    between_stages: Bytes = field(default_factory=Bytes)
 
     def copy(self) -> Traffic:
         """Returns a copy of the counts. Later traffic does not change the copy."""
-        return copy.deepcopy(self)
+        return Traffic(**{purpose: crossed.copy() for purpose, crossed in vars(self).items()})
 
     def document(self) -> dict[str, int]:
         """Returns the counts above zero by purpose and direction, such as "activation_up", for result files."""
@@ -58,6 +94,23 @@ class Traffic:
             counts[f"{purpose}_up"] = crossed.up
             counts[f"{purpose}_down"] = crossed.down
         return {name: count for name, count in counts.items() if count}
+
+    def by_client(self) -> dict[str, dict[int, int]]:
+        """Returns the bytes by purpose and direction, as `document` does, each by the number of the client.
+
+        The bytes between stages belong to no client.
+
+        Example:
+            >>> traffic = Traffic()
+            >>> traffic.gradient.add(client=3, up=8, down=4)
+            >>> traffic.by_client()
+            {'gradient_up': {3: 8}, 'gradient_down': {3: 4}}
+        """
+        counts = {}
+        for purpose, crossed in vars(self).items():
+            counts[f"{purpose}_up"] = crossed.up_by_client
+            counts[f"{purpose}_down"] = crossed.down_by_client
+        return {name: clients for name, clients in counts.items() if clients}
 
 
 @dataclass
@@ -74,6 +127,7 @@ class RoundCounts:
         expired: Pending steps with an expired lease.
         abandoned: Steps that were pending at the end of the client's round.
         unusable: Steps at a barrier that were not made, since the adapter would not have been finite afterwards.
+        sequences: Sequences whose gradients the trunk's adapter learned from.
 
     Example:
         >>> counts = RoundCounts(steps=3)
@@ -91,6 +145,7 @@ class RoundCounts:
     expired: int = 0
     abandoned: int = 0
     unusable: int = 0
+    sequences: int = 0
 
     def take(self) -> RoundCounts:
         """Returns the counts, and resets them for the next round."""
@@ -119,6 +174,7 @@ class TrunkStatus:
         parameters: Number of parameters, "total" and "trainable".
         least_memory: Smallest sufficient `--trunk.memory` in bytes; 0 without a budget.
         over_socket: Packets that came over a socket, local or TCP.
+        process: Identity of the process.
     """
 
     incarnation: str
@@ -130,3 +186,23 @@ class TrunkStatus:
     parameters: Mapping[str, int]
     least_memory: int = 0
     over_socket: int = 0
+    process: str = ""
+
+
+def with_joint_memory(status: TrunkStatus, statuses: Iterable[TrunkStatus]) -> TrunkStatus:
+    """Returns a status with the memory of the processes of several trunks. Some trunks may share a process.
+
+    Args:
+        status: The status.
+        statuses: Statuses of all trunks.
+
+    Example:
+        >>> one = TrunkStatus("a", Traffic(), 5, 7, 0, 0, {}, process="p")
+        >>> with_joint_memory(one, [one, one, dataclasses.replace(one, process="q")]).peak_memory
+        14
+    """
+    # Stages or replicas of one process all report the memory of the whole process.
+    by_process = {one.process: one for one in statuses}
+    resident = sum(one.resident_memory for one in by_process.values())
+    peak = sum(one.peak_memory for one in by_process.values())
+    return dataclasses.replace(status, resident_memory=resident, peak_memory=peak)

@@ -85,6 +85,7 @@ class TrainableAdapter:
         self._learns = {name for name in start if learns and task.teaches(name)}
         self._parameters: dict[str, nn.Parameter] = {}
         for name, tensor in start.items():
+            # A copy: the optimiser changes parameters in place, and the start may be a snapshot that others hold.
             self._parameters[name] = nn.Parameter(tensor.detach().clone())
         self._trained = {name: parameter for name, parameter in self._parameters.items() if name in self._learns}
         self._optimizer = make_optimizer(self._trained.values(), settings)
@@ -147,6 +148,7 @@ class TrainableAdapter:
         """Allocates ranks after a step. Does nothing where ranks are fixed."""
         if self._allocation is None:
             return
+        # AdaLoRA's schedule counts steps within a round, so that clients that were sampled less often keep pace.
         last_round, steps = self._made
         self._made = (round, steps + 1 if round == last_round else 1)
         self._allocation.allocate(gradients, self._allocation.position(*self._made))
@@ -162,6 +164,7 @@ class TrainableAdapter:
             share: Share of the gradient in the optimiser's step, such as 0.5 for one of two batches.
         """
         budget = None if self._allocation is None else self._budget
+        # At the snapshot of the forward, where the gradient was computed: the adapter may have moved on since.
         stage = Orthogonality(snapshot.keys(), budget, share)
         return dict(stage(gradients, LocalStep(snapshot)))
 

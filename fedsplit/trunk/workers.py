@@ -84,7 +84,7 @@ def run_until_defect(work: Callable[[], object], threads: int) -> None:
             work()
     finally:
         traceback.print_exc()
-        os._exit(1)
+        os._exit(1)  # `sys.exit` would end this thread alone
 
 
 _Call = tuple[Callable[[], Any], Callable[[Any], None]]

@@ -47,6 +47,7 @@ class Cast(Codec):
         small values do not become zero.
         """
         if role is not None and role.kind == "gradient" and role.dtype == torch.float16:
+            # A power of two: neither this product nor the quotient at the other side loses a bit.
             scale = scale_to(_FULL, tensor)
             scaled = (tensor * scale).to(torch.float16)
             return array_as(self._to_array(scaled), "float32", scale)
@@ -72,6 +73,7 @@ class Cast(Codec):
         # The name comes from the wire, and may name any object of torch.
         if not isinstance(dtype, torch.dtype) or tensor.dtype not in {dtype, *_NARROWED.get(dtype, ())}:
             raise MalformedPacket(f"an array of {tensor.dtype} cannot stand for values of type {encoded.dtype[:40]}")
+        # As values of a floating-point type, int16 can only be the bits of bfloat16.
         if tensor.dtype == torch.int16 and dtype.is_floating_point:
             tensor = tensor.view(torch.bfloat16)
         tensor = tensor.to(dtype)

@@ -167,6 +167,7 @@ class CodecMemory(Generic[State]):
     def set_after(self, role: Role, state: State) -> None:
         """Sets the state after a step."""
         if role.training:
+            # `before` is asked first: a step that is encoded again keeps the state from before its first time.
             self._entries[role.stream] = _Entry(role.key, self.before(role), state)
 
     def states(self) -> dict[int, dict[str, State]]:
@@ -212,6 +213,7 @@ def make_codec(name: str) -> Codec:
         >>> codec.decode(encoded, role).dtype
         torch.float32
     """
+    # By name: the settings list all codecs, and must not import them.
     module, _, kind = CODECS[name].partition(":")
     codec: Codec = getattr(importlib.import_module(module), kind)()
     return codec

@@ -11,11 +11,12 @@ import numpy as np
 Fact = bool | int | float | str | tuple[int, ...]
 """A value in a header; a tuple holds whole numbers from 0, such as a shape."""
 
+# Names and headers are not counted as traffic, so nothing large may cross in them.
 MOST_ARRAYS = 8
 MOST_FACTS = 8
 _LONGEST_TEXT = 64
 _MOST_DIMENSIONS = 3
-LARGEST_NUMBER = 2**63 - 1
+LARGEST_NUMBER = 2**63 - 1  # JSON has no largest number, but numpy and torch count in int64
 
 _ARRAYS = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
 """Types of arrays that may cross. Arrays of objects may not: to read one would unpickle code."""
@@ -151,6 +152,7 @@ def is_count(value: Any) -> bool:
         >>> is_count(3), is_count(-1), is_count(True)
         (True, False, False)
     """
+    # Not `isinstance`, for which True is a number, too.
     return type(value) is int and 0 <= value <= LARGEST_NUMBER
 
 

@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,9 +23,9 @@ from fedsplit.wire.steps import RefusedStep
 from fedsplit.wire.transport import Unanswered
 
 _PREFIX = struct.Struct("<QI")
-_PAUSE = struct.Struct("@ll")
+_PAUSE = struct.Struct("@ll")  # the system's `timeval`: seconds and microseconds, in native sizes
 _LONGEST_HEADER = 2**16
-_LONGEST_WORDS = 2**12
+_LONGEST_WORDS = 2**12  # a character takes up to 12 bytes as JSON, so the words fit into a header
 
 LARGEST_PACKET = 2**34
 """Most bytes of all arrays of a packet together. The system gives memory as bytes arrive, not on announcement."""
@@ -35,6 +35,22 @@ LONGEST_PAUSE = 600.0
 
 BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError)
 """Errors of `receive` after the peer has hung up, or for bytes that are no frame."""
+
+
+class Connection(Protocol):
+    """A connection to a peer: a socket, or a `fedsplit.wire.tls.SecureConnection`."""
+
+    def recv_into(self, memory: memoryview, /) -> int:
+        """Waits for bytes, and writes them into memory; returns how many, and 0 at the end."""
+        ...
+
+    def sendmsg(self, pieces: list[memoryview], ancillary: list[Any] = ..., flags: int = ..., /) -> int:
+        """Sends the first bytes of some pieces of memory; returns how many."""
+        ...
+
+    def setsockopt(self, level: int, option: int, value: bytes, /) -> None:
+        """Sets an option of the socket."""
+        ...
 
 
 class TrunkFailed(Exception):
@@ -59,6 +75,7 @@ def _error_named(name: str) -> type[Exception]:
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     """Returns the memory of a contiguous array of any shape."""
+    # As bytes: a slice of any other view would count elements, and a socket counts bytes.
     return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # it is one from Python 3.12 on
 
 
@@ -79,7 +96,7 @@ def header_of(packet: Packet) -> dict[str, Any]:
 
 
 def send(
-    connection: socket.socket, number: int, message: Packet | Exception, meanwhile: Callable[[], None] | None = None
+    connection: Connection, number: int, message: Packet | Exception, meanwhile: Callable[[], None] | None = None
 ) -> None:
     """Sends a frame.
 
@@ -122,7 +139,7 @@ def _drop_sent(left: list[memoryview], sent: int) -> None:
         left[0] = left[0][sent:]
 
 
-def _fill(connection: socket.socket, memory: memoryview) -> None:
+def _fill(connection: Connection, memory: memoryview) -> None:
     """Reads bytes until a piece of memory is full."""
     while memory:
         count = connection.recv_into(memory)
@@ -131,7 +148,7 @@ def _fill(connection: socket.socket, memory: memoryview) -> None:
         memory = memory[count:]
 
 
-def read(connection: socket.socket, count: int) -> bytes:
+def read(connection: Connection, count: int) -> bytes:
     """Reads a number of bytes.
 
     Raises:
@@ -142,7 +159,7 @@ def read(connection: socket.socket, count: int) -> bytes:
     return bytes(memory)
 
 
-def receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
+def receive(connection: Connection) -> tuple[int, Packet | Exception]:
     """Waits for a frame.
 
     Returns:
@@ -160,7 +177,7 @@ def receive(connection: socket.socket) -> tuple[int, Packet | Exception]:
 
 
 @contextlib.contextmanager
-def _without_long_pauses(connection: socket.socket) -> Iterator[None]:
+def _without_long_pauses(connection: Connection) -> Iterator[None]:
     """Makes reading fail after a pause of `LONGEST_PAUSE` seconds."""
     seconds, fraction = divmod(LONGEST_PAUSE, 1)
     # Not `settimeout`, which would limit the sending of answers by a second thread, too.
@@ -172,7 +189,7 @@ def _without_long_pauses(connection: socket.socket) -> Iterator[None]:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PAUSE.pack(0, 0))
 
 
-def _rest(connection: socket.socket, length: int) -> Packet | Exception:
+def _rest(connection: Connection, length: int) -> Packet | Exception:
     """Reads a frame without the prefix.
 
     Args:
@@ -200,7 +217,7 @@ def _rest(connection: socket.socket, length: int) -> Packet | Exception:
     check_form(packet)  # before the arrays: no bytes are read for a packet that nobody can use
     for encoded in tensors.values():
         for array in encoded.arrays.values():
-            _fill(connection, _bytes_of(array))
+            _fill(connection, _bytes_of(array))  # into the array itself: no copy of the bytes
     return packet
 
 

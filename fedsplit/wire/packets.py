@@ -12,7 +12,10 @@ from fedsplit.wire.encoded import Encoded, MalformedPacket, check_encoded, is_co
 _LONGEST_TEXT = 256
 _MOST_DIMENSIONS = 8
 
-_TENSORS = frozenset({"hidden", "gradient", "mask", "routers", "coefficient", "norm"})
+RANDOM = "random"
+"""Name of the state of the random generator that one stage of a trunk hands to the next."""
+
+_TENSORS = frozenset({"hidden", "gradient", "mask", "routers", "coefficient", "norm", RANDOM})
 """Names of the tensors that may cross."""
 
 
@@ -77,6 +80,7 @@ class Packet:
             - "norm" (), with clipping, in the answer to the last gradient of a step: the squared norm of the trunk's
               gradient.
             - "coefficient" (), with clipping: the client's reply to "norm", a factor for the trunk's gradient.
+            - "random" (bytes), between two stages of a trunk: the state of the random generator behind a stage.
 
             Empty in an admission request, and in an answer without a result, as for a bottom that does not learn.
         training: True for a training step with dropout; False for evaluation.
@@ -85,6 +89,7 @@ class Packet:
         batches: Number of batches in the step.
         rate: Share of the learning rate for the step.
         learns: False if the client wants a gradient and the trunk must not learn, as for a client's private adapter.
+        is_adapted: False for a forward through the base weights alone, without the trunk's adapter.
         incarnation: Identity of one start of the trunk. A restarted trunk refuses packets for earlier starts.
         shape: In an admission request: shape of the hidden states to come.
         wait: In an answer: seconds until the client should ask again, since memory is short; 0 for a served request.
@@ -106,6 +111,7 @@ class Packet:
     batches: int = 1
     rate: float = 1.0
     learns: bool = True
+    is_adapted: bool = True
 
     @property
     def parts(self) -> int:

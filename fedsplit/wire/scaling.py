@@ -61,6 +61,7 @@ def scale_to(most: float, tensor: Tensor) -> float:
         return 1.0
     _, exponent_of_most = math.frexp(most)
     _, exponent_of_largest = math.frexp(largest)
+    # Minus 1, since `frexp` writes a power of two as 0.5 times the next one.
     exponent = exponent_of_most - 1 - exponent_of_largest
     return math.ldexp(1.0, min(max(exponent, -126), 126))  # the exponents of float32
 
@@ -91,6 +92,7 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], start: Tensor | None = N
         raise Overflow(TOO_LARGE)
     for _ in range(_ATTEMPTS):
         begin = (wide * scale).to(output.dtype)
+        # The graph is kept, as an overflow repeats the backward.
         scaled = torch.autograd.grad(output, inputs, begin, retain_graph=True, allow_unused=True)
         unscaled: list[Tensor | None] = []
         for gradient in scaled:
@@ -138,6 +140,7 @@ def backward(
     if not inputs:
         return None
     computed = gradients(output, inputs, start)
+    # Not strict: the gradient by the entry, if asked for, comes last and is returned.
     for leaf, gradient in zip(leaves, computed, strict=False):
         if gradient is not None:
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient

@@ -72,7 +72,7 @@ class _Client(Generic[T]):
         left: True after the end of the client's round.
     """
 
-    place: tuple[int, int, int, int] = (-1, -1, -1, -1)
+    place: tuple[int, int, int, int] = (-1, -1, -1, -1)  # before every batch
     pending: dict[StepKey, tuple[T, float]] = field(default_factory=dict)
     answers: dict[StepKey, Packet] = field(default_factory=dict)
     expired: set[StepKey] = field(default_factory=set)

@@ -11,6 +11,31 @@ PendingAnswer = Callable[[], Packet]
 """Waits for the answer to a packet, and returns the answer."""
 
 
+def remembered(wait: Callable[[], Packet | Exception]) -> PendingAnswer:
+    """Returns a function that waits for an answer once, and may be called again. An error as the answer is raised.
+
+    Args:
+        wait: Waits for the answer, or for the error in place of an answer.
+
+    Example:
+        >>> from fedsplit.wire.packets import StepKey
+        >>> answers = [Packet(StepKey(round=1, client=0, step=0))]
+        >>> answer = remembered(answers.pop)
+        >>> answer() is answer()
+        True
+    """
+    known: list[Packet | Exception] = []
+
+    def answer() -> Packet:
+        if not known:
+            known.append(wait())
+        if isinstance(known[0], Exception):
+            raise known[0]
+        return known[0]
+
+    return answer
+
+
 class TrunkLost(Exception):
     """The trunk is gone, or never came up. Every transport raises the same error."""
 

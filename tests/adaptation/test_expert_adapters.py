@@ -18,18 +18,18 @@ from test_routers import EXPERTS, ask_for_balance, parts_of, through_split, unsp
 from test_simulate import TINY, adapter, command
 
 from fedsplit.adaptation import adapter_files, lora
-from fedsplit.commands import checks, simulate
+from fedsplit.commands import model_checks, run_checks
 from fedsplit.commands.adapters import compare, summary
-from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.engines import planning
 from fedsplit.errors import InputError, SettingError
 from fedsplit.federation.aggregation_error import measure
 from fedsplit.federation.strategy import load_strategy
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.model.parts import ranges
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results.combining import combine
 from fedsplit.results.finished import find_adapter, open_run
+from fedsplit.results.measuring import held_out_loss
 from fedsplit.results.merging import merge, unmerge
 from fedsplit.settings.documents import build, from_document
 from fedsplit.settings.sections import LoraSettings
@@ -192,7 +192,7 @@ def test_what_cannot_be_had_is_refused(
 ) -> None:
     plain = {"model": str(tiny_models[family]), "cut": "1:2", "train.max_length": 16, "out": str(tmp_path / "run")}
     with pytest.raises(SettingError, match=message):
-        simulate.check(build(plain | values))
+        run_checks.check(build(plain | values))
     assert not (tmp_path / "run").exists()
 
 
@@ -217,7 +217,7 @@ def test_strategies_that_average_factors_take_experts(strategy: str, tiny_models
     """And those that measure B A, where they are asked to measure factors; the router is one matrix to any."""
     facts, options = read_facts(tiny_models["mixtral"]), {"on": "factors"} if "krum" in strategy else {}
     values = {"lora.targets": "gate" if strategy == "flora" else "gate_up_proj,gate", "strategy": strategy}
-    checks.check_stacked(load_strategy(strategy, options, {}), build(values), facts)
+    model_checks.check_stacked(load_strategy(strategy, options, {}), build(values), facts)
 
 
 @pytest.mark.parametrize(
@@ -226,11 +226,11 @@ def test_strategies_that_average_factors_take_experts(strategy: str, tiny_models
 def test_strategies_that_compute_with_products_do_not(strategy: str, tiny_models: dict[str, Path]) -> None:
     facts, config = read_facts(tiny_models["mixtral"]), build({"lora.targets": "down_proj", "strategy": strategy})
     with pytest.raises(SettingError, match=f"lora.targets: down_proj is not .* under the strategy {strategy}, which"):
-        checks.check_stacked(load_strategy(strategy, {}, {}), config, facts)
+        model_checks.check_stacked(load_strategy(strategy, {}, {}), config, facts)
 
 
 def test_micro_batches_are_not_planned_where_they_would_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(planning, "available_cores", lambda: 8)
     values = {"clients": 1}
     assert planning.plan(build(values)).micro_batches == 2
     assert planning.plan(build({**values, "router_aux_loss": 0.1})).micro_batches == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, without_dropout
+from conftest import CONFIGS, VOCABULARY, without_dropout
 from peft import PeftModel, get_peft_model
 
 from fedsplit.adaptation import adapter_files, lora
@@ -19,7 +19,8 @@ from fedsplit.client.link import Link
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch
 from fedsplit.errors import InputError, SettingError
-from fedsplit.model.families import FAMILIES, read_facts
+from fedsplit.model.derivation import family_of
+from fedsplit.model.facts import read_facts
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
@@ -260,7 +261,7 @@ def test_what_does_not_suit_a_layer_is_found_before_anything_is_loaded(
     values = {"lora.rank": 3} if ADAPTER_METHODS[method].rank else {}
     config = build(values | {"model": str(tiny_models["llama"]), "lora.method": method, "lora.options": options})
     with pytest.raises(SettingError, match=message) as caught:
-        check_injection(config, FAMILIES["llama"])
+        check_injection(config, family_of(CONFIGS["llama"]()))
     assert "\n" not in str(caught.value)
 
 
@@ -269,21 +270,21 @@ def test_a_rank_that_a_decomposition_does_not_have_is_refused(method: str, tiny_
     """PEFT would give such a layer a smaller one than the parties reckon with, and the first round would end in it."""
     values = {"model": str(tiny_models["llama"]), "lora.method": method}
     with pytest.raises(SettingError, match=rf"^lora.rank: 17 .* 1 to 16 with the method {method}, .*k_proj$"):
-        check_injection(build(values | {"lora.rank": 17}), FAMILIES["llama"])
-    check_injection(build(values | {"lora.rank": 16}), FAMILIES["llama"])
+        check_injection(build(values | {"lora.rank": 17}), family_of(CONFIGS["llama"]()))
+    check_injection(build(values | {"lora.rank": 16}), family_of(CONFIGS["llama"]()))
 
 
 @pytest.mark.slow
 def test_what_suits_is_not_refused(tiny_models: dict[str, Path]) -> None:
     for method in ADAPTER_METHODS:
-        check_injection(config_of(tiny_models["llama"], method), FAMILIES["llama"])
+        check_injection(config_of(tiny_models["llama"], method), family_of(CONFIGS["llama"]()))
     for method, kind in ADAPTER_METHODS.items():
         if kind.transposed:  # with all defaults, on the bundled model
-            check_injection(build({"lora.method": method}), FAMILIES["gpt2"])
+            check_injection(build({"lora.method": method}), family_of(CONFIGS["gpt2"]()))
 
 
 def test_further_fields_reach_peft(tiny_models: dict[str, Path]) -> None:
     config = config_of(tiny_models["llama"], "lora", lora__options={"init_lora_weights": "gaussian"})
     a = {n: t for n, t in lora.read(*parts_of(config)).tensors.items() if "lora_A" in n}
     assert all(0.15 < float(t.std()) < 0.35 for t in a.values())  # PEFT's deviation is 1 / rank
-    assert make_config(config.lora, FAMILIES["llama"]).init_lora_weights == "gaussian"
+    assert make_config(config.lora, family_of(CONFIGS["llama"]())).init_lora_weights == "gaussian"

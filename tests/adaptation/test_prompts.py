@@ -31,8 +31,7 @@ from fedsplit.adaptation import lora, prompts
 from fedsplit.adaptation.run_adapters import adapt
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
-from fedsplit.commands import adapters, simulate
-from fedsplit.commands.evaluate import evaluate, held_out_loss
+from fedsplit.commands import adapter_tables, run_checks
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch
 from fedsplit.errors import InputError, SettingError
@@ -45,6 +44,7 @@ from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.combining import combine
 from fedsplit.results.finished import find_adapter, open_run
 from fedsplit.results.fitting import read_fitting
+from fedsplit.results.measuring import evaluate, held_out_loss
 from fedsplit.results.merging import merge
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.config import Config
@@ -448,8 +448,8 @@ def test_what_is_done_after_a_run(
     total = sum(r.tuned.tokens for r in results)
     assert sum(r.tuned.nats for r in results) / total == pytest.approx(run.summary["eval_loss"]["after"], abs=1e-5)
     assert total == sum(r.base.tokens for r in results)
-    assert "ranks none" in adapters.summary(run)[0]
-    assert adapters.compare(run, open_run(finished(finished_run, "prefix")))[-1].endswith("no common measure")
+    assert "ranks none" in adapter_tables.summary(run)[0]
+    assert adapter_tables.compare(run, open_run(finished(finished_run, "prefix")))[-1].endswith("no common measure")
     for work in (
         lambda: merge(run.adapter(), tmp_path / "m"),
         lambda: combine([run.adapter()] * 2, [1, 1], "cat", tmp_path),
@@ -539,7 +539,7 @@ def test_what_does_not_belong_together_is_refused(
     top = {n: v for n, v in values.items() if "." in n or n in ("cut", "lm_head", "strategy")}
     config = build(top | {f"prompt.{n}": v for n, v in values.items() if n not in top})
     with pytest.raises(SettingError, match=f"^{message}"):
-        simulate.check(config)
+        run_checks.check(config)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, without_dropout
+from conftest import CONFIGS, VOCABULARY, without_dropout
 from local_federation import federate
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -25,22 +25,22 @@ from fedsplit.adaptation.run_adapters import adapt, adopt, bare_parts
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.commands.adapters import open_run, summary
-from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard, batch
 from fedsplit.errors import SettingError
 from fedsplit.federation.messages import Answer, Request, Train
-from fedsplit.model.families import FAMILIES
+from fedsplit.model.derivation import family_of
 from fedsplit.model.parts import ranges
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
+from fedsplit.results.measuring import held_out_loss
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
 from fedsplit.settings.sections import LoraSettings
+from fedsplit.trunk.copies import Start
 from fedsplit.trunk.local import LocalTrunk
-from fedsplit.trunk.registry import Start
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.wire.codecs import make_codec
 from strategies.fedavg import FedAvg
@@ -86,7 +86,7 @@ def unsplit(config: Config, blocks: range, start: Mapping[str, Tensor]) -> Any:
     PEFT takes the mean of its regularisation over these alone; its weight makes up for it.
     """
     base = load_unsplit(config.model_path)
-    family = FAMILIES[base.config.model_type]
+    family = family_of(base.config)
     options = json.loads(config.lora.options)
     options["orth_reg_weight"] = options["orth_reg_weight"] * len(blocks) / BLOCKS
     adapted = AdaLoraConfig(
@@ -485,12 +485,12 @@ def test_what_layers_divide_by_does_not_train(dtype: str, tiny_models: dict[str,
 
 def test_experts_and_routers_get_none() -> None:
     """PEFT's configuration has a field for them, which is LoRA's."""
-    settings = LoraSettings(method="adalora", targets=("q_proj", "gate"))
+    settings, mixtral = LoraSettings(method="adalora", targets=("q_proj", "gate")), family_of(CONFIGS["mixtral"]())
     with pytest.raises(
         SettingError, match=r"^lora.targets: gate is not possible; .* of the kind adalora, which sit on"
     ):
-        make_config(settings, FAMILIES["mixtral"])
-    assert make_config(replace(settings, targets=("q_proj",)), FAMILIES["mixtral"]).target_modules == {"q_proj"}
+        make_config(settings, mixtral)
+    assert make_config(replace(settings, targets=("q_proj",)), mixtral).target_modules == {"q_proj"}
 
 
 def test_each_parts_budget_goes_by_its_layers(tiny_models: dict[str, Path]) -> None:

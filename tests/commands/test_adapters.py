@@ -17,10 +17,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from fedsplit.commands import adapters
-from fedsplit.commands.evaluate import evaluate, held_out_loss
 from fedsplit.commands.evaluate import main as evaluate_command
 from fedsplit.commands.generate import main as generate_command
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.results.measuring import evaluate, held_out_loss
 from fedsplit.scores import pooled
 
 Said = tuple[int, list[str], str]

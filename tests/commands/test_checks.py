@@ -12,6 +12,9 @@ from conftest import with_added_token, write_corpus
 from safetensors.torch import load_file, save_file
 
 from fedsplit.commands import checks, simulate
+from fedsplit.errors import SettingError
+from fedsplit.proving.kept import proof_of
+from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
 
 
@@ -97,10 +100,13 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
         (["--peft-config", '{"rr": 1}'], "lora.options: rr is not possible; allowed: a field of PEFT's LoraConfig"),
         (["--peft", "ln_tuning", "--lora.targets", "c_fc"], "lora.targets: c_fc is not possible; allowed: ln_1,ln_2"),
         (["--lora.targets", "q_proj"], "lora.targets: q_proj is not possible; allowed: c_attn,c_proj,c_fc"),
-        (["--model", "nowhere"], "model: nowhere is not possible; allowed: the name of the bundled model, or a folder"),
+        (
+            ["--model", "./nowhere"],
+            "model: ./nowhere is not possible; allowed: the name of the bundled model, or a folder",
+        ),
         (["--model", "org/nowhere"], "model: org/nowhere (no such folder; not all of it is in the Hub's cache"),
         (["--model", "nowhere.gguf"], "model: nowhere.gguf is not possible"),
-        (["--model", str(tmp_path / "bert")], "model: a model of type bert is not possible; allowed: "),
+        (["--model", str(tmp_path / "bert")], "model: a model of type bert, which is an encoder: its tokens"),
         (["--model", str(tmp_path / "torn"), "--cut", "1:2", "--max-length", "32"], f"model: {tmp_path}/torn ("),
         (["--dataset", "nowhere.txt"], "dataset: nowhere.txt is not possible"),
         (
@@ -125,9 +131,36 @@ def bad_inputs(tmp_path: Path, model: Path) -> list[tuple[list[str], str]]:
             ["--deterministic", "--trunk.group", "2", "--workers", "2", "--trunk.memory", "2GB"],
             "trunk.memory: 2GB is not possible; allowed: none with --deterministic and groups",
         ),
+        (
+            ["--data.at", "label"],
+            "data.at: label is not possible; allowed: driver | shared without a cluster of several",
+        ),
+        (["--wire.tls", "/nowhere"], "wire.tls: /nowhere is not possible; allowed: a folder with ca.pem, cert.pem and"),
         (["--deterministic", "--trunk.lanes", "2"], "trunk.lanes: 2 is not possible; allowed: 0 or 1 with --determin"),
         (["--trunk.memory", "2GB", "--trunk.lanes", "2"], "trunk.lanes: 2 is not possible; allowed: 0 or 1 with --d"),
         (["--trunk.lanes", "3"], "trunk.lanes: 3 is not possible; allowed: "),
+        (["--trunk.stages", "1:3"], "trunk.stages: 1:3 is not possible; allowed: LO:MID:HI with LO < MID < HI"),
+        (["--trunk.stages", "2:3:5"], "trunk.stages: 2:3:5 is not possible; allowed: 1:…:5, from end to end"),
+        (["--trunk.replicas", "9"], "trunk.replicas: 9 is not possible; allowed: 1 to 8, the number of clients"),
+        (["--trunk.replicas", "2", "--trunk.sync", "step"], "trunk.sync: step is not possible; allowed: round under"),
+        (
+            ["--trunk.schedule", "batched", "--trunk.sync", "step"],
+            "trunk.sync: step is not possible; allowed: round, ex",
+        ),
+        (
+            ["--trunk.replicas", "2", "--trunk.weights", "1"],
+            "trunk.weights: 1 is not possible; allowed: 2 numbers",
+        ),
+        (
+            ["--trunk.weights", "1,0"],
+            "trunk.weights: 1,0 is not possible; allowed: speed, or a",
+        ),
+        (
+            ["--trunk.weights", "speed", "--deterministic"],
+            "trunk.weights: speed is not possible; allowed: numbers",
+        ),
+        (["--peft", "adalora", "--trunk.stages", "1:3:5"], "trunk.stages: 1:3:5 is not possible; allowed: none with"),
+        (["--peft", "adalora", "--trunk.replicas", "2"], "trunk.replicas: 2 is not possible; allowed: 1 with adalora"),
         (["--deterministic", "perhaps"], "deterministic: perhaps is not possible; allowed: true | false"),
         (["--trunk.schedule", "batched", "--micro-batches", "2"], "train.micro_batches: 2 is not possible; allowed: 1"),
         (
@@ -201,6 +234,7 @@ def test_what_is_asked_for_wrongly_gets_one_line_and_loses_nothing(
     def too_late(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded or started first")
 
+    proof_of(tiny_models["gpt2"])  # a new proof is told in a line
     cases = bad_inputs(tmp_path, tiny_models["gpt2"])
     assert len(cases) >= 80
     monkeypatch.setattr(cluster, "running", too_late)
@@ -211,23 +245,22 @@ def test_what_is_asked_for_wrongly_gets_one_line_and_loses_nothing(
     for argv, message in cases:
         assert simulate.main(argv) == 2, argv
         printed = capsys.readouterr()
-        assert printed.out == ""
+        assert not printed.out or " proved at " in printed.out  # of a model with other switches
         assert printed.err.startswith(f"fedsplit: {message}"), (argv, printed.err)
         assert printed.err.count("\n") == 1, printed.err
         assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(path)] == before, argv
 
 
-@pytest.mark.parametrize(
-    ("cut", "schedule", "parts"),
-    [
-        ("1:5", "shared", ["bottom", "trunk", "top"]),
-        ("0:6", "shared", ["trunk"]),
-        ("1:5", "frozen", ["bottom", "top"]),
-        ("1:6", "frozen", ["bottom"]),
-        ("0:6", "frozen", []),
-        ("0:5", "forward-only", ["top"]),
-        ("1:6", "forward-only", []),
-    ],
-)
-def test_which_parts_can_learn(cut: str, schedule: str, parts: list[str]) -> None:
-    assert checks.learning_parts(build({"cut": cut, "trunk.schedule": schedule}), 6) == parts
+def test_nodes_that_read_the_data_by_themselves_need_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts.txt").write_text("a text")
+    monkeypatch.chdir(tmp_path)
+    checks.check_places(pinned(str(tmp_path / "texts.txt")))
+    checks.check_places(pinned("sotu"))
+    with pytest.raises(SettingError, match=r"^dataset: texts.txt is not possible; allowed: an absolute path with"):
+        checks.check_places(pinned("texts.txt"))
+
+
+def pinned(dataset: str) -> Config:
+    return build({"data.at": "label", "ray.address": "auto", "dataset": dataset})

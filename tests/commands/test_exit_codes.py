@@ -249,7 +249,7 @@ def bad_calls(folder: Path, run: Path) -> list[tuple[str, str]]:
         # data
         ("data --clients 0", "clients: 0 is not possible"),
         ("data --plots x.png", "there is no flag --plots"),
-        ("data --plot", "argument --plot: expected one argument; see --help"),
+        ("data --plot", "--plot: expected a value after it"),
         ("data --dataset void", "dataset: void (no data files in it) is not possible"),
         ("data --plot void/none/x.png --clients 2", "plot: void/none/x.png cannot be written ("),
         ("data --plot x.docx --clients 2", "plot: x.docx cannot be written ("),
@@ -257,11 +257,11 @@ def bad_calls(folder: Path, run: Path) -> list[tuple[str, str]]:
         ("clean", "the following arguments are required: RUN; see --help"),
         ("clean void", "run: void is not possible; allowed: the folder of a run"),
         ("clean dots", "run: dots is not possible; allowed: the folder of a run"),
-        ("clean --all began", "unrecognized arguments: --all; see --help"),
+        ("clean --all began", "there is no flag --all; see --help for the list"),
         # completion
         ("completion", "the following arguments are required: SHELL; see --help"),
         ("completion fish", "argument SHELL: invalid choice: 'fish'"),
-        ("completion bash zsh", "unrecognized arguments: zsh; see --help"),
+        ("completion bash zsh", "there is no flag zsh; see --help for the list"),
     ]
 
 
@@ -321,7 +321,32 @@ def files(folder: Path) -> dict[str, int]:
                 "objective",
             ],
         ),
-        ("simulate --resume run --seed 1 --lr 0.1", ["seed cannot be set", "train.lr cannot be set"]),
+        (
+            "simulate --nonsense 1 --rounds x --cut 9:99 --data.at nowhere",
+            ["there is no flag --nonsense", "rounds: x", "data.at: nowhere", "cut: 9:99"],
+        ),
+        (
+            "simulate --config wrong.toml --train.lr --strategy fedavgg --train.momentum 0.9 --out notes",
+            [
+                "--train.lr: expected",
+                "rounds: -1",
+                "clients: x",
+                "there is no setting lora.rang",
+                "train.momentum",
+                "out",
+                "strategy",
+            ],
+        ),
+        # A check that needs a wrong setting has nothing to say, even if the setting is only meant.
+        ("simulate --modle other --cut 9:99 --trunk.every 2", ["there is no flag --modle", "trunk.every"]),
+        ("simulate --clients x --train.warmup 51 --rounds y", ["clients: x", "rounds: y"]),
+        ("simulate --config gone.toml --cut 9:99 --train.momentum 0.9", ["config: gone.toml"]),
+        (
+            "simulate --config gone.toml --model sotu-gpt2 --max-length 100000",
+            ["config: gone.toml", "train.max_length"],
+        ),
+        ("simulate --resume gone --nonsense 1", ["there is no flag --nonsense", "resume: gone"]),
+        ("simulate --resume run --seed 1 --lr 0.1", ["seed cannot be set", "train.lr cannot be set", "resume: run"]),
         (
             "evaluate --run nowhere --samples -1 --device gpu --sampels 3",
             ["there is no flag --sampels", "samples", "device", "nowhere is no folder of a run"],
@@ -335,7 +360,51 @@ def files(folder: Path) -> dict[str, int]:
             ["combine: one", "weights", "rank", "nowhere", "out"],
         ),
         ("data --max-length 100000 --dataset nowhere.txt", ["train.max_length", "dataset"]),
+        (
+            "data --plot --clients x --max-length 100000 --dataset nowhere.txt",
+            ["--plot: expected", "clients: x", "train.max_length", "dataset"],
+        ),
         ("clean nowhere notes", ["run: nowhere", "run: notes"]),
+        ("clean nowhere --al", ["there is no flag --al", "run: nowhere"]),
+        (
+            "evaluate --client x --samples -1 --nonsense 2 --metric.rouge",
+            [
+                "argument --client: invalid int",
+                "the following arguments are required: --run",
+                "there is no flag --nonsense",
+                "--metric.rouge: expected",
+                "samples: -1",
+            ],
+        ),
+        (
+            "generate --temperature x --batch-size 0 --prompt= --run nowhere --nonsense 2 --seed",
+            [
+                "--seed: expected",
+                "argument --temperature: invalid float",
+                "there is no flag --nonsense",
+                "batch_size: 0",
+                "prompt: nothing",
+                "nowhere is no folder",
+            ],
+        ),
+        ("adapters summary nowhere --nonsense 1", ["there is no flag --nonsense", "nowhere is no folder"]),
+        (
+            "adapters merge nowhere --dtype fp8 --out notes --nonsense 1",
+            ["argument --dtype: invalid choice", "there is no flag --nonsense", "nowhere is no folder", "out: notes"],
+        ),
+        ("adapters unmerge nowhere --out notes", ["nowhere is no merged model", "out: notes"]),
+        (
+            "adapters combine nowhere --how mean --weights x",
+            [
+                "argument --how: invalid choice",
+                "the following arguments are required: --out",
+                "combine: one",
+                "weights: x",
+                "nowhere is no folder",
+            ],
+        ),
+        ("adapters export nowhere run", ["the following arguments are required: --out", "nowhere", "the run in run"]),
+        ("adapters compare nowhere gone", ["nowhere is no folder", "gone is no folder"]),
     ],
 )
 def test_all_errors_of_a_call_are_reported_together(
@@ -348,6 +417,43 @@ def test_all_errors_of_a_call_are_reported_together(
     (tmp_path / "run" / "config.toml").write_text("")
     monkeypatch.chdir(tmp_path)
     assert main(call.split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(messages), lines
+    for line, message in zip(lines, messages, strict=True):
+        assert line.startswith(f"fedsplit: {message}"), lines
+
+
+@pytest.mark.parametrize(
+    ("call", "messages"),
+    [
+        (
+            "evaluate --nonsense 1 --client 9 --dataset nowhere.txt --data.format prose --metric rouge --device gpu",
+            ["there is no flag --nonsense", "device: gpu", "data.format: prose", "client: 9", "metric: rouge"],
+        ),
+        (
+            "evaluate --clint 1 --samples x --dataset nowhere.txt --data.format classification",
+            ["argument --samples: invalid int", "there is no flag --clint", "data.format: classification", "dataset"],
+        ),
+        (
+            "generate --nonsense 1 --top-k 0 --client 9 --model nowhere --prompt a",
+            ["there is no flag --nonsense", "top_k: 0", "client: 9", "model: nowhere"],
+        ),
+        ("generate --trunk.device gpu --max-new-tokens 999 --prompt a", ["trunk.device: gpu", "max_new_tokens: 999"]),
+    ],
+)
+def test_errors_against_a_run_are_reported_together_with_those_of_the_flags(
+    call: str,
+    messages: list[str],
+    finished_run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("fedsplit.results.whole.open_held", too_late)
+    monkeypatch.setattr("fedsplit.commands.generate._load_client_parts", too_late)
+    assert main([*call.split(), "--run", str(finished_run("gpt2"))]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(messages), lines
     for line, message in zip(lines, messages, strict=True):

@@ -201,7 +201,7 @@ def test_what_is_asked_for_wrongly_gets_one_line(
         (["--run", own, *hello], f"in the run in {own} every client has an adapter of its own: say --client, one of 0"),
         (["--run", sorts, *hello], f"the run in {sorts} sorts texts into classes"),
         (["--run", own, "--client", "0", "--chat", *hello], "chat: the tokenizer of"),
-        (["--run", run, "--model", "nowhere", *hello], "model: nowhere is not possible"),
+        (["--run", run, "--model", "./nowhere", *hello], "model: ./nowhere is not possible"),
         (["--run", run, "--model", added, *hello], f"model: {added} (its texts have token 97 (Hello), its embedding"),
         (["--run", run, "--trunk.device", "gpu", *hello], "trunk.device: gpu is not possible; allowed: auto | cpu"),
         (["--run", changed(device="cuda:77"), *hello], "trunk.device: cuda:77 is not possible; allowed: auto | cpu"),

@@ -22,7 +22,7 @@ def test_a_model_that_was_moved_is_read_where_it_lies_now(
     run = finished_run(str(tmp_path / "before"))
     (tmp_path / "before").rename(tmp_path / "now")
     flags = ["--run", str(run), "--model", str(tmp_path / "now"), "--prompt", "ab"]
-    job = generation_job.check(generate.make_parser().parse_args(flags))
+    job = generation_job.check(generate.make_parser().read(flags).checked())
     assert job.config.model == job.adapter.model == str(tmp_path / "now")
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -69,24 +67,8 @@ def test_what_is_lost_is_stated(deal: Partition) -> None:
 
 
 def test_the_picture(deal: Partition, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot(deal, tmp_path / "who.svg")
     drawn = (tmp_path / "who.svg").read_text()
     assert "<svg" in drawn
     with pytest.raises(InputError, match=r"plot: .*who\.nothing cannot be written"):
         plot(deal, tmp_path / "who.nothing")
-
-
-def test_without_matplotlib_there_is_no_picture(
-    deal: Partition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import_ = builtins.__import__
-
-    def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return import_(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match="plot: matplotlib is not installed"):
-        plot(deal, tmp_path / "who.svg")

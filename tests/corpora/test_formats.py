@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fedsplit.corpora.formats import Reading, fit, format_of, read_rows
-from fedsplit.corpora.sequences import Row
+from fedsplit.corpora.formats import Reading, format_of, read_rows
+from fedsplit.corpora.instructions import prompt_of
+from fedsplit.corpora.packing import fit
 from fedsplit.corpora.tables import Table
 from fedsplit.errors import SettingError
 from fedsplit.model.kernels import IGNORED
@@ -139,6 +138,12 @@ def test_a_model_without_a_template_is_refused(tiny_models: dict[str, Path]) -> 
         (("prompt", "completion"), {}, "completion"),
         (("body",), {"text": "body"}, "text"),
         (("text", "prompt", "completion"), {"format": "completion"}, "completion"),
+        (("conversations", "id"), {}, "chat"),
+        (("instruction", "output"), {}, "instruction"),
+        (("instruction", "input", "output", "text"), {}, "instruction"),
+        (("instruction", "output", "text"), {}, "text"),
+        (("instruction", "context", "response"), {"input": "context", "output": "response"}, "instruction"),
+        (("instruction", "output"), {"prompt": "instruction", "completion": "output"}, "completion"),
     ],
 )
 def test_the_columns_say_what_a_row_is(columns: tuple[str, ...], settings: dict[str, str], format: str) -> None:
@@ -161,6 +166,13 @@ def test_the_columns_say_what_a_row_is(columns: tuple[str, ...], settings: dict[
         ({"text": [["x"] * 99]}, "text", {}, r"dataset: .*row 1 has \['x', .{30,40}…"),
         ({"text": ["x\ud83d"]}, "text", {}, "dataset: .*row 1 has half a character"),
         ({"prompt": ["x"], "completion": [7]}, "completion", {}, "rows whose completion is a text .row 1 has 7"),
+        ({"instruction": ["x"], "output": [None]}, "instruction", {}, "rows that all have a output .row 1 has no text"),
+        (
+            {"instruction": ["x"], "input": [7], "output": ["y"]},
+            "instruction",
+            {},
+            "input is a text .row 1 has 7",
+        ),
         ({"text": ["x"], "label": [0]}, "classification", {"text": "label"}, "rows whose label is a text .row 1 has 0"),
     ],
 )
@@ -173,34 +185,126 @@ def test_what_is_missing_is_named(
 
 
 def test_a_table_of_nothing_known_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"dataset: notes.jsonl .*'text', 'messages', or .*its columns are body"):
+    with pytest.raises(
+        SettingError, match=r"dataset: .*'text', 'messages', 'conversations', or .*its columns are body"
+    ):
         format_of(table(body=["x"]), DataSettings())
 
 
-def test_texts_are_cut_and_what_predicts_nothing_is_left_out(tiny_models: dict[str, Path]) -> None:
-    found = table(prompt=["1234", "1234567890", "1"], completion=["56789", "1", "2"])
-    how = reading(tiny_models["gpt2"], "completion")
-    fitted = fit(read_rows(found, how).rows, how, length=8)
-    assert [(said(row.ids), said(row.labels)) for row in fitted.rows] == [("12345678", "____5678"), ("12|", "_2|")]
-    assert (fitted.cut, fitted.dropped) == (2, 1)
+def test_only_the_answer_to_an_instruction_is_predicted(tiny_models: dict[str, Path], talkative: Path) -> None:
+    """Behind Alpaca's prompt, or as two turns by the chat template of a model that has one."""
+    found = table(instruction=["add", "say"], input=["2,3", None], output=["5", "hi"])
+    plain = read_rows(found, reading(tiny_models["gpt2"], "instruction")).rows
+    prompts = [prompt_of("add", "2,3"), prompt_of("say", "")]
+    assert [said(row.ids) for row in plain] == [
+        f"{prompts[0]}5|".replace(" ", "|"),
+        f"{prompts[1]}hi|".replace(" ", "|"),
+    ]
+    assert [said(row.labels).strip("_") for row in plain] == ["5|", "hi|"]
+    chats = read_rows(found, reading(talkative, "instruction")).rows
+    assert [said(row.ids) for row in chats] == ["<user>add\n\n2,3\n<assistant>5\n", "<user>say\n<assistant>hi\n"]
+    assert [said(row.labels).strip("_") for row in chats] == ["5\n", "hi\n"]
 
 
-TEXTS = st.lists(st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=2, max_size=7), min_size=1, max_size=8)
+def test_conversations_of_sharegpt_are_chats(talkative: Path) -> None:
+    """The same tokens as of messages; speakers that no template knows are named with their row."""
+    speakers = {"user": "human", "assistant": "gpt", "system": "system"}
+    turns = [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in CHAT]
+    (row,) = read_rows(table(conversations=[turns]), reading(talkative, "chat")).rows
+    (expected,) = read_rows(table(messages=[CHAT]), reading(talkative, "chat")).rows
+    assert (row.ids, row.labels) == (expected.ids, expected.labels)
+    odd = [*turns, {"from": "function_call", "value": "{}"}]
+    with pytest.raises(SettingError, match=r"row 2.*speakers are human . gpt .*one is 'function_call'"):
+        read_rows(table(conversations=[turns, odd]), reading(talkative, "chat"))
 
 
-@given(TEXTS)
-def test_whole_texts_packed_predict_what_they_predict_alone(texts: list[list[tuple[int, bool]]]) -> None:
-    rows = [Row([t for t, _ in text], [t if said else IGNORED for t, said in text], "ann") for text in texts]
-    alone, packed = (fit(rows, reading(Path(), "chat", packing), 9) for packing in ("false", "true"))
-    assert [t for row in packed.rows for t in row.ids] == [t for row in alone.rows for t in row.ids]
-    assert all(len(row.ids) == len(row.labels) <= 9 for row in packed.rows)
-    assert sum(row.predicted for row in packed.rows) == sum(row.predicted for row in alone.rows)
-    assert packed.dropped == alone.dropped == sum(not row.predicted for row in rows)
+def test_a_pair_is_two_continuations_of_a_prompt(tiny_models: dict[str, Path]) -> None:
+    found = table(q=["1+1=", "a"], yes=["2", "bc"], no=["34", ""], owner=["x", "y"])
+    how = reading(tiny_models["gpt2"], "preference", prompt="q", chosen="yes", rejected="no")
+    rows = read_rows(found, how).rows
+    assert [(said(row.ids), said(row.labels), row.key, row.source) for row in rows] == [
+        ("1+1=2|", "____2|", "x", 0),
+        ("1+1=34|", "____34|", "x", 0),
+        ("abc|", "_bc|", "y", 1),
+        ("a|", "_|", "y", 1),
+    ]
 
 
-def test_packed_text_is_one_stream_and_padded_text_is_not(tiny_models: dict[str, Path]) -> None:
-    found = table(text=["abc", "defgh", "i"])
-    packed, padded = (reading(tiny_models["gpt2"], "text", packing) for packing in ("auto", "false"))
-    assert [said(row.ids) for row in fit(read_rows(found, packed).rows, packed, 4).rows] == ["abc|", "defg", "h|i|"]
-    fitted = fit(read_rows(found, padded).rows, padded, 4)
-    assert [said(row.ids) for row in fitted.rows] == ["abc|", "defg", "i|"] and fitted.cut == 1
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_pair_of_chats_differs_in_the_last_answer(talkative: Path, template: str, is_whole: bool) -> None:
+    """With a column of prompts, or with two whole chats; earlier answers are not predicted."""
+    give_template(talkative, template)
+    before, answer = CHAT[:-1], CHAT[-1:]
+    other = [{"role": "assistant", "content": "because"}]
+    columns = {"chosen": [[*before, *answer]], "rejected": [[*before, *other]]}
+    if not is_whole:
+        columns = {"prompt": [before], "chosen": [answer], "rejected": [other]}
+    chosen, rejected = read_rows(table(**columns), reading(talkative, "preference")).rows
+    prompt = "<system>be-brief\n<user>hi\n<assistant>yes\n<user>why?\n<assistant>"
+    assert (said(chosen.ids), said(rejected.ids)) == (f"{prompt}no\n", f"{prompt}because\n")
+    assert said(chosen.labels) == "_" * len(prompt) + "no\n"
+    assert said(rejected.labels) == "_" * len(prompt) + "because\n"
+    assert chosen.source == rejected.source == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": CHAT, "rejected": CHAT}, "lists of messages, all three"),
+        ({"prompt": CHAT[:2], "chosen": CHAT[2:3], "rejected": "no"}, "lists of messages, all three"),
+        ({"chosen": CHAT[:3], "rejected": CHAT}, "differ in their last message alone"),
+        ({"prompt": CHAT[:2], "chosen": CHAT[2:], "rejected": CHAT[2:]}, "differ in their last message alone"),
+        ({"prompt": CHAT[:2], "chosen": [], "rejected": []}, "a chat in which the assistant says something"),
+    ],
+)
+def test_chats_that_are_no_pair_are_refused(talkative: Path, row: dict[str, Any], message: str) -> None:
+    columns = {name: [value] for name, value in row.items()}
+    with pytest.raises(SettingError, match=rf"^dataset: notes.jsonl \(row 1\) is not .*{message}"):
+        read_rows(table(**columns), reading(talkative, "preference"))
+
+
+def test_pairs_of_chats_need_a_template(tiny_models: dict[str, Path]) -> None:
+    found = table(chosen=[CHAT], rejected=[[*CHAT[:-1], {"role": "assistant", "content": "x"}]])
+    with pytest.raises(
+        SettingError, match=r"^model: .* chat template, which --data.format preference with lists of mess"
+    ):
+        read_rows(found, reading(tiny_models["gpt2"], "preference"))
+
+
+def test_columns_of_pairs_are_found_before_those_of_completions(tiny_models: dict[str, Path]) -> None:
+    pair = {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}
+    assert format_of(table(**pair), DataSettings()) == "preference"
+    assert format_of(table(**pair, completion=["d"]), DataSettings()) == "preference"
+    assert format_of(table(**pair, messages=[CHAT]), DataSettings()) == "chat"
+    with pytest.raises(SettingError, match="'prompt' and 'completion', or 'chosen' and 'rejected'"):
+        format_of(table(chosen=["b"]), DataSettings())
+
+
+def test_a_pair_is_left_out_whole(tiny_models: dict[str, Path]) -> None:
+    """Where the cut leaves one of its texts nothing to predict."""
+    found = table(prompt=["abcd", "ab", "abcdef"], chosen=["ef", "cd", "g"], rejected=["g", "e", "h"])
+    how = reading(tiny_models["gpt2"], "preference")
+    fitted = fit(read_rows(found, how).rows, how, length=5)
+    assert [said(row.ids) for row in fitted.rows] == ["abcde", "abcdg", "abcd|", "abe|"]
+    assert (fitted.cut, fitted.dropped) == (4, 2)
+    rows = [row for row in read_rows(found, how).rows if said(row.ids) != "abe|"]
+    assert [said(row.ids) for row in fit(rows, how, length=5).rows] == ["abcde", "abcdg"]
+
+
+def test_pairs_are_tokens_as_trl_makes_them(tiny_models: dict[str, Path], talkative: Path) -> None:
+    """Of texts and of chats, but for the token that ends a text, which the model names here."""
+    data_utils = pytest.importorskip("trl.data_utils")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(talkative)
+    prompt, answers = CHAT[:-1], (CHAT[-1:], [{"role": "assistant", "content": "because"}])
+    row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    written = data_utils.apply_chat_template(row, tokenizer)
+    sequences = read_rows(
+        table(**{name: [value] for name, value in row.items()}), reading(talkative, "preference")
+    ).rows
+    for name, sequence in zip(("chosen", "rejected"), sequences, strict=True):
+        before, after = tokenizer(written["prompt"])["input_ids"], tokenizer(written[name])["input_ids"]
+        assert list(sequence.ids) == [*before, *after]
+        assert list(sequence.labels) == [IGNORED] * len(before) + after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,14 @@ def test_a_text_of_one_sequence_is_too_little(tmp_path: Path) -> None:
     path.write_text("A short text.")
     with pytest.raises(SettingError, match=r"dataset: a text of 0 sequences .short, 1 in all. is not possible"):
         shards(str(path), "auto", 1)
+
+
+def test_a_length_that_leaves_nothing_to_predict_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a long question " * 20, "chosen": "yes", "rejected": "no"}
+    path.write_text(f"{json.dumps(row)}\n" * 8)
+    with pytest.raises(SettingError, match=r"train.max_length: 16 .* 0 of the 8 rows of pairs keep .* in both texts"):
+        shards(str(path), "auto", 1, length=16)
 
 
 KINDS = {

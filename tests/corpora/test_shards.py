@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedsplit.corpora.sequences import Sequences
-from fedsplit.corpora.shards import Shard, batch, on_disks, read_shard, remove_left, spread, write_shard
+from fedsplit.corpora.shards import (
+    Shard,
+    batch,
+    on_disks,
+    read_shard,
+    remove_left,
+    rows_of,
+    spread,
+    spread_examples,
+    write_shard,
+)
 from fedsplit.state.client_store import LostState
 
 IDS = torch.arange(12).reshape(3, 4)
@@ -102,3 +112,11 @@ def test_data_that_a_killed_command_left_are_counted_and_removed(tmp_path: Path)
     (tmp_path / "0003").mkdir()
     assert remove_left(tmp_path) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["0003"]
+
+
+def test_examples_of_several_sequences_are_spread_whole() -> None:
+    ids = torch.arange(20).reshape(10, 2)
+    found = spread_examples(Sequences.packed(ids), most=5, rows=2)
+    assert found.ids[:, 0].tolist() == [0, 2, 8, 10]
+    assert torch.equal(spread_examples(Sequences.packed(ids), 5, rows=1).ids, spread(ids, 5))
+    assert rows_of(torch.tensor([4, 0]), rows=2) == [8, 9, 0, 1]

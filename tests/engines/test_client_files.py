@@ -8,18 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from raylets import ROOT
 
 from fedsplit.engines import client_files
-from fedsplit.engines.client_files import NodeDisk, Parcel, Shipping, stamps
+from fedsplit.engines.client_files import MissingFiles, NodeDisk, Parcel, Shipment, Shipping, stamps
 from fedsplit.engines.worker_pool import Place
 
 DATA = "data/0003.safetensors"
 STATE = "0003/round-0001.safetensors"
 FOLD = "folds/round-0001.safetensors"
+
+DRIVER = "driver"
+"""The node of the run's folder."""
 
 HERE, SIBLING, ELSEWHERE = Place("north", 1), Place("north", 2), Place("south", 1)
 """Two processes of one node, and one of another node."""
@@ -30,6 +34,11 @@ def write(root: Path, name: str, content: bytes) -> None:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+
+
+def sent(shipping: Shipping, place: Place, client: int) -> Parcel:
+    """Returns what travels to a place, without the sizes of all that must be there then."""
+    return replace(shipping.to_node(place, client), sizes={})
 
 
 @pytest.fixture
@@ -79,58 +88,58 @@ def test_the_stamps_are_of_the_client_and_of_the_folds(disks: Path) -> None:
 
 
 def test_a_file_travels_once(disks: Path) -> None:
-    shipping = Shipping(disks)
-    first = shipping.to_node(HERE, 3)
+    shipping = Shipping(disks, DRIVER)
+    first = sent(shipping, HERE, 3)
     assert first == Parcel({DATA: b"text", STATE: b"moments", FOLD: b"change"})
     assert shipping.sent == first.nbytes
-    assert shipping.to_node(HERE, 3) == Parcel()
-    assert shipping.to_node(ELSEWHERE, 3).files == first.files
+    assert sent(shipping, HERE, 3) == Parcel()
+    assert sent(shipping, ELSEWHERE, 3).files == first.files
 
 
 def test_a_changed_file_travels_again_and_a_deleted_one_is_reported_once(disks: Path) -> None:
-    shipping = Shipping(disks)
-    shipping.to_node(HERE, 3)
+    shipping = Shipping(disks, DRIVER)
+    sent(shipping, HERE, 3)
     write(disks, STATE, b"later moments")
     (disks / FOLD).unlink()
-    assert shipping.to_node(HERE, 3) == Parcel({STATE: b"later moments"}, gone=(FOLD,))
-    assert shipping.to_node(HERE, 3) == Parcel()
+    assert sent(shipping, HERE, 3) == Parcel({STATE: b"later moments"}, gone=(FOLD,))
+    assert sent(shipping, HERE, 3) == Parcel()
 
 
 def test_a_file_of_the_same_size_travels_again(disks: Path) -> None:
-    shipping = Shipping(disks)
-    shipping.to_node(HERE, 3)
+    shipping = Shipping(disks, DRIVER)
+    sent(shipping, HERE, 3)
     before = (disks / STATE).stat().st_mtime_ns
     write(disks, STATE, b"stnemom")
     os.utime(disks / STATE, ns=(before + 1, before + 1))
-    assert shipping.to_node(HERE, 3).files == {STATE: b"stnemom"}
+    assert sent(shipping, HERE, 3).files == {STATE: b"stnemom"}
 
 
 def test_folds_are_known_by_process_and_the_rest_by_node(disks: Path) -> None:
-    shipping = Shipping(disks)
-    shipping.to_node(HERE, 3)
-    assert shipping.to_node(SIBLING, 3).files == {FOLD: b"change"}
-    assert shipping.to_node(HERE, 4).files == {"data/0004.safetensors": b"other"}
+    shipping = Shipping(disks, DRIVER)
+    sent(shipping, HERE, 3)
+    assert sent(shipping, SIBLING, 3).files == {FOLD: b"change"}
+    assert sent(shipping, HERE, 4).files == {"data/0004.safetensors": b"other"}
 
 
 def test_after_a_death_all_of_the_node_travels_again(disks: Path) -> None:
-    shipping = Shipping(disks)
-    everything = shipping.to_node(HERE, 3)
-    shipping.to_node(ELSEWHERE, 3)
+    shipping = Shipping(disks, DRIVER)
+    everything = sent(shipping, HERE, 3)
+    sent(shipping, ELSEWHERE, 3)
     shipping.forget(HERE)
-    assert shipping.to_node(HERE, 3) == everything
-    assert shipping.to_node(ELSEWHERE, 3) == Parcel()
+    assert sent(shipping, HERE, 3) == everything
+    assert sent(shipping, ELSEWHERE, 3) == Parcel()
 
 
 def test_changes_are_taken_over_and_do_not_travel_back(disks: Path) -> None:
-    shipping = Shipping(disks)
-    shipping.to_node(HERE, 3)
+    shipping = Shipping(disks, DRIVER)
+    sent(shipping, HERE, 3)
     parcel = Parcel({"0003/round-0002.safetensors": b"second"}, gone=(STATE,))
-    shipping.from_node(HERE, 3, parcel)
+    shipping.unpack(HERE, 3, parcel)
     assert (disks / "0003/round-0002.safetensors").read_bytes() == b"second"
     assert not (disks / STATE).exists()
     assert shipping.received == 6
-    assert shipping.to_node(HERE, 3) == Parcel()
-    assert shipping.to_node(ELSEWHERE, 3).files == {
+    assert sent(shipping, HERE, 3) == Parcel()
+    assert sent(shipping, ELSEWHERE, 3).files == {
         DATA: b"text",
         "0003/round-0002.safetensors": b"second",
         FOLD: b"change",
@@ -149,15 +158,52 @@ def test_changes_are_taken_over_and_do_not_travel_back(disks: Path) -> None:
 def test_a_client_changes_no_file_of_another(parcel: Parcel, disks: Path) -> None:
     before = stamps(disks, 4)
     with pytest.raises(ValueError, match="which is not a file of its own"):
-        Shipping(disks).from_node(HERE, 3, parcel)
+        Shipping(disks, DRIVER).unpack(HERE, 3, parcel)
     assert stamps(disks, 4) == before
     assert not (disks / "0004").exists() and not (disks / "0003x").exists()
 
 
 def test_a_client_reaches_no_other_through_its_own_folder(disks: Path) -> None:
     with pytest.raises(ValueError, match="is no path"):
-        Shipping(disks).from_node(HERE, 3, Parcel({"0003/../data/0004.safetensors": b"x"}))
+        Shipping(disks, DRIVER).unpack(HERE, 3, Parcel({"0003/../data/0004.safetensors": b"x"}))
     assert (disks / "data/0004.safetensors").read_bytes() == b"other"
+
+
+def test_nothing_travels_to_the_node_of_the_run_s_folder(disks: Path) -> None:
+    shipping = Shipping(disks, DRIVER)
+    assert shipping.pack(Place(DRIVER, 7), 3) is None and shipping.sent == 0
+    assert isinstance(shipping.pack(HERE, 3), Shipment) and shipping.sent == 17
+
+
+def test_data_and_state_may_stay_where_they_are(disks: Path) -> None:
+    shipping = Shipping(disks, DRIVER, folds_alone=True)
+    assert shipping.to_node(HERE, 3) == Parcel({FOLD: b"change"}, sizes={FOLD: 6})
+    with pytest.raises(ValueError, match="which is not a file of its own"):
+        shipping.unpack(HERE, 3, Parcel({STATE: b"secret"}))
+    assert (disks / STATE).read_bytes() == b"moments"
+
+
+def test_a_shipment_brings_files_and_takes_the_changes_back(disks: Path, temporary: Path) -> None:
+    shipping = Shipping(disks, DRIVER, NodeDisk("run"))
+    luggage = shipping.pack(HERE, 3)
+    assert luggage is not None
+    root = luggage.arrive(Path("as the driver names it"), 3)
+    assert (root / STATE).read_bytes() == b"moments"
+    write(root, "0003/round-0002.safetensors", b"second")
+    assert luggage.leave() == Parcel({"0003/round-0002.safetensors": b"second"})
+
+
+@pytest.mark.parametrize("name", [DATA, STATE, FOLD])
+def test_files_that_the_driver_counts_on_and_that_are_gone_are_missed(name: str, disks: Path, temporary: Path) -> None:
+    """As where the only process with files died, and the folder was deleted before the driver heard of it."""
+    shipping = Shipping(disks, DRIVER, NodeDisk("run"))
+    root = shipping.pack(HERE, 3).arrive(disks, 3)  # type: ignore[union-attr]
+    (root / name).unlink()
+    with pytest.raises(MissingFiles, match=f"{name} is not on the node any more"):
+        shipping.pack(HERE, 3).arrive(disks, 3)  # type: ignore[union-attr]
+    shipping.forget(HERE)
+    shipping.pack(HERE, 3).arrive(disks, 3)  # type: ignore[union-attr]
+    assert (root / name).read_bytes() == (disks / name).read_bytes()
 
 
 def test_a_disk_tells_what_has_changed(temporary: Path) -> None:

@@ -13,9 +13,9 @@ import torch
 from flwr.app import Error, Message, RecordDict
 
 from fedsplit.engines import flower_clients
-from fedsplit.engines.flower_clients import LEAST_UNDER_WAY, UNDER_WAY_EACH, FlowerClients, _reason
+from fedsplit.engines.flower_clients import FOREIGN_DATA, LEAST_UNDER_WAY, UNDER_WAY_EACH, FlowerClients, _reason
 from fedsplit.engines.stalls import StallWatch
-from fedsplit.federation import records, replies
+from fedsplit.federation import introductions, records
 from fedsplit.federation.clients import ClientNode, FederationFailed, Interrupted
 from fedsplit.federation.messages import TRUNK_LOST, Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request
 from fedsplit.updates import Adapters, Layer
@@ -153,8 +153,8 @@ def introduces(numbers: dict[int, int]) -> Play:
         if node not in numbers:
             return Message(Error(1, "<class 'x.Broken'>:<'no luck'>"), reply_to=message)
         start = {"bottom": ADAPTERS, "top": ADAPTERS} if numbers[node] == 0 else {}
-        introduced = replies.Introduction(numbers[node], f"owner {numbers[node]}", {}, start)
-        return Message(records.to_content(replies.introduce(introduced)), reply_to=message)
+        introduced = introductions.Introduction(numbers[node], f"owner {numbers[node]}", {}, start)
+        return Message(records.to_content(introductions.introduce(introduced)), reply_to=message)
 
     return play
 
@@ -238,3 +238,21 @@ def test_words_of_the_engine_in_a_clients_own_failure_are_not_believed(words: st
     """The request is neither sent again, nor is the process taken for lost."""
     grid = Slow(lambda message: Message(records.to_content(Failure(1, "", words)), reply_to=message))
     assert list(clients_behind(grid).ask([request(1)])) == [Failure(1, "Failed", words)]
+
+
+def test_other_data_than_the_drivers_end_the_run() -> None:
+    failure = Failure(1, FOREIGN_DATA, "on node-2, the data of client 1 are not those of the driver")
+    grid = Slow(lambda message: Message(records.to_content(failure), reply_to=message))
+    with pytest.raises(FederationFailed, match="on node-2, the data of client 1"):
+        list(clients_behind(grid).ask([request(1)]))
+
+
+def test_files_that_crossed_are_told_once() -> None:
+    crossed = [(0, 0)]
+    stalls = StallWatch(60, lambda: None, lambda: None)
+    clients = FlowerClients(Slow(), threading.Event(), 1, stalls, shipped=lambda: crossed[0])  # type: ignore[arg-type]
+    assert not any(clients.take_shipped().values())
+    crossed[0] = (10, 3)
+    assert clients.take_shipped() == {"client_files_down": 10, "client_files_up": 3}
+    crossed[0] = (10, 5)
+    assert clients.take_shipped() == {"client_files_down": 0, "client_files_up": 2}

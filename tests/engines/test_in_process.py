@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from fedsplit.engines import in_process
 from fedsplit.engines.in_process import LocalClients
 from fedsplit.engines.planning import Plan
 from fedsplit.federation.clients import ClientNode, Interrupted
+from fedsplit.federation.introductions import Introduction, introduce
 from fedsplit.federation.messages import Answer, Briefing, Evaluate, Failure, Introduce, Reply, Request
-from fedsplit.federation.replies import Introduction, introduce
 from fedsplit.settings.config import Config
 from fedsplit.updates import Adapters
 from fedsplit.watchdog import Watchdog
@@ -65,21 +67,25 @@ def test_the_program_refuses_the_libraries() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--trunk.schedule", "copies"], ["--deterministic"]], ids=str)
 def test_both_engines_leave_the_same_adapters_to_the_bit(flags: list[str], tmp_path: Path) -> None:
-    left = {}
-    for engine in ("local", "ray"):
-        out = tmp_path / engine
-        call = [sys.executable, "-m", "fedsplit.simulate", "--engine", engine, *SMALL, *flags, "--out", str(out)]
-        done = subprocess.run(
-            [*call, "--rounds", "2", "--train.steps", "3"], capture_output=True, text=True, check=False
-        )
+    """Whatever the number of workers, and the order of Python's sets."""
+    left, summaries = {}, []
+    for hash_seed, engine in enumerate((["local"], ["ray", "--workers", "3"])):
+        out = tmp_path / engine[0]
+        call = [sys.executable, "-m", "fedsplit.simulate", *SMALL, *flags, "--engine", *engine, "--out", str(out)]
+        call += ["--clients", "4", "--rounds", "2", "--train.steps", "3"]
+        environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
+        done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         files = sorted(out.glob("checkpoints/*/*.safetensors")) + sorted(out.glob("*/adapter_model.safetensors"))
-        left[engine] = {str(file.relative_to(out)): load_file(file) for file in files}
+        left[engine[0]] = {str(file.relative_to(out)): load_file(file) for file in files}
+        summaries.append(json.loads((out / "summary.json").read_text()))
     assert left["local"].keys() == left["ray"].keys() and len(left["ray"]) >= 6
     for name, tensors in left["local"].items():
         other = left["ray"][name]
         assert tensors.keys() == other.keys()
         assert all(torch.equal(tensor, other[key]) for key, tensor in tensors.items()), name
+    assert summaries[0]["eval_loss"] == summaries[1]["eval_loss"]
+    assert summaries[0]["forgotten"] == summaries[1]["forgotten"]
 
 
 class Service:
@@ -180,7 +186,7 @@ def test_a_stop_is_seen_before_the_next_client_of_several() -> None:
 def test_the_caller_has_its_threads_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ends the run."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(in_process, "LocalTrunk", lambda *_, **__: None)
+    monkeypatch.setattr(in_process, "load_trunks", lambda *_, **__: [[SimpleNamespace(close=lambda: None)]])
     plan = Plan(workers=1, client_threads=1, trunk_threads=before + 1, micro_batches=1, trunk_lanes=1)
     with pytest.raises(KeyError), in_process.running(Config(), plan):
         assert torch.get_num_threads() == before + 1

@@ -12,7 +12,8 @@ from fedsplit.engines.placement import actor_options, no_room, places
 
 
 def node(labels: dict[str, str] | None = None, alive: bool = True, **resources: float) -> dict[str, Any]:
-    return {"Alive": alive, "Resources": resources, "Labels": {"ray.io/node-id": "x", **(labels or {})}}
+    facts = {"Alive": alive, "Resources": resources, "NodeID": f"with {resources['CPU']} CPUs"}
+    return {**facts, "Labels": {"ray.io/node-id": "x", **(labels or {})}}
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ class Group:
 
     def __init__(self, bundles: list[dict[str, float]], **options: Any) -> None:
         self.bundles, self.options = bundles, options
-        self.has_room = bundles[0].get("GPU", 0) <= 2
+        self.has_room = sum(bundle.get("GPU", 0) for bundle in bundles) <= 2
         self.is_released = False
         Group.made.append(self)
 
@@ -109,7 +110,7 @@ def groups(monkeypatch: pytest.MonkeyPatch, nodes: None) -> list[Group]:
 
 def test_the_trunks_part_is_kept_before_and_given_back(groups: list[Group]) -> None:
     reservation = placement.Reservation("CPU=1,GPU=1", "site=north", 5.0)
-    first = reservation.options()
+    (first,) = reservation.options()
     assert (first["num_cpus"], first["num_gpus"], "label_selector" in first) == (1.0, 1.0, False)
     assert groups[0].bundles == [{"CPU": 1.0, "GPU": 1.0}]
     assert groups[0].options["bundle_label_selector"] == [{"site": "north"}]
@@ -120,6 +121,40 @@ def test_the_trunks_part_is_kept_before_and_given_back(groups: list[Group]) -> N
     assert all(group.is_released for group in groups)
 
 
+def test_each_actor_of_several_has_a_part_of_its_own(groups: list[Group]) -> None:
+    options = placement.Reservation("GPU=1", "site=north", 5.0, count=2).options()
+    assert groups[0].bundles == [{"GPU": 1.0}] * 2 and groups[0].options["strategy"] == "SPREAD"
+    assert groups[0].options["bundle_label_selector"] == [{"site": "north"}] * 2
+    assert [one["scheduling_strategy"].placement_group_bundle_index for one in options] == [0, 1]
+    with pytest.raises(placement.SettingError, match="for each of 2 actors"):
+        placement.Reservation("GPU=2", "", 5.0, count=2).options()
+
+
+def test_processes_that_share_a_trunk_have_parts_of_one_node(groups: list[Group]) -> None:
+    placement.Reservation("GPU=1", "site=north", 5.0, count=2, together=True).options()
+    assert groups[0].options == {"strategy": "STRICT_PACK", "bundle_label_selector": [{"site": "north"}] * 2}
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_the_trunk_leaves_nodes_to_clients_that_need_them_if_it_can(
+    elsewhere: bool, groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, str]] = []
+
+    def ask(bundles: list[dict[str, float]], **options: Any) -> Group:
+        group = Group(bundles, **options)
+        asked.append(options["bundle_label_selector"][0])
+        group.has_room = elsewhere or len(asked) == 2
+        return group
+
+    monkeypatch.setattr(placement, "placement_group", ask)
+    placement.Reservation("CPU=1", "site=north", 5.0, avoid={"b", "a"}).options()
+    first, *others = asked
+    assert first == {"site": "north", "ray.io/node-id": "!in(a,b)"}
+    assert others == ([] if elsewhere else [{"site": "north"}])
+    assert [group.is_released for group in groups] == ([False] if elsewhere else [True, False])
+
+
 def test_a_part_that_nobody_has_is_refused_and_not_asked_for_any_more(groups: list[Group]) -> None:
     with pytest.raises(placement.SettingError, match=r"^trunk.resources: GPU=4 is not possible; .* at most GPU=2"):
         placement.Reservation("GPU=4", "", 5.0).options()
@@ -127,5 +162,35 @@ def test_a_part_that_nobody_has_is_refused_and_not_asked_for_any_more(groups: li
 
 
 def test_a_trunk_that_asks_for_nothing_needs_no_part(groups: list[Group]) -> None:
-    assert placement.Reservation("CPU=0", "", 5.0).options() == {"num_cpus": 0.0, "num_gpus": 0.0}
+    nothing = {"num_cpus": 0.0, "num_gpus": 0.0}
+    assert placement.Reservation("CPU=0", "", 5.0, count=2).options() == [nothing, nothing]
     assert groups == []
+
+
+@pytest.mark.parametrize(
+    ("there", "resources", "label", "taken", "count"),
+    [
+        ("with 4 CPUs", "CPU=1", "", {}, 4),
+        ("with 4 CPUs", "CPU=1", "", {"CPU": 3.0}, 1),
+        ("with 4 CPUs", "CPU=1", "", {"CPU": 6.0}, 0),
+        ("with 4 CPUs", "CPU=1", "site=north", {}, 0),
+        ("with 8 CPUs", "CPU=1,GPU=0.5", "site=north", {"GPU": 1.0}, 2),
+        ("with 64 CPUs", "CPU=1", "", {}, 0),  # not alive
+        ("nowhere", "CPU=1", "", {}, 0),
+    ],
+)
+@pytest.mark.usefixtures("nodes")
+def test_the_room_of_one_node_is_counted(
+    there: str, resources: str, label: str, taken: dict[str, float], count: int
+) -> None:
+    assert placement.room_on(there, resources, label, taken) == count
+
+
+def test_the_trunks_parts_on_a_node_are_counted(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    reservation = placement.Reservation("CPU=1", "", 5.0, count=3)
+    assert reservation.parts_on("a") == 0
+    reservation.options()
+    monkeypatch.setattr(
+        placement, "placement_group_table", lambda group: {"bundles_to_node_id": {0: "a", 1: "b", 2: "a"}}
+    )
+    assert [reservation.parts_on(node) for node in "abc"] == [2, 1, 0]

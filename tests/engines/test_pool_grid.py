@@ -13,8 +13,10 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedsplit.engines.client_files import Shipping
-from fedsplit.engines.pool_grid import Played, PoolGrid
+from fedsplit.engines.client_data import Digests, SharedFolder
+from fedsplit.engines.client_files import NodeDisk, Shipping
+from fedsplit.engines.flower_clients import FOREIGN_DATA
+from fedsplit.engines.pool_grid import Lacking, Played, PoolGrid, load_client
 from fedsplit.engines.worker_pool import NoWorkers, Place, Work, WorkerLost
 from fedsplit.federation import records
 from fedsplit.federation.messages import CLIENT_LOST, Failure
@@ -40,12 +42,16 @@ class Pool:
     def go_on(self) -> None:
         """Does the work that was given last."""
         work = self.held.pop()
-        message, context, _, _ = work.arguments(HERE)
+        message, context, _ = work.arguments(HERE)
         played = self._play(message, context)
         work.done(HERE, played if isinstance(played, Exception) else Played(*played))
 
     def grow(self) -> None:
         """There is room for as many as are asked."""
+
+    def places(self) -> list[Place]:
+        """Two processes on one node, and one on another."""
+        return [HERE, Place("here", 2), Place("there", 3)]
 
 
 def grid_over(play: Play, clients: int = 5, holds: bool = False) -> tuple[PoolGrid, Pool]:
@@ -143,17 +149,105 @@ def test_the_facts_of_the_run_are_those_that_were_set() -> None:
     assert (made.metadata.dst_node_id, made.metadata.group_id) == (3, "group")
 
 
-def test_a_client_prefers_the_node_that_has_its_files(tmp_path: Path) -> None:
-    """A node that would need them sent again waits for a moment, as other work may suit it."""
+def suiting(work: Work) -> list[str]:
+    return [node for node in ("here", "there", "elsewhere") if work.suits(Place(node, 9))]
+
+
+def test_clients_are_planned_by_number_and_the_same_after_a_restart() -> None:
+    """Work goes to the node that is planned for it, as long as the node has processes that wait for work."""
     pool = Pool(says_its_partition, holds=True)
-    grid: Any = PoolGrid(pool, 3, Shipping(tmp_path), home="here")  # type: ignore[arg-type]
-    there, elsewhere = Place("there", 2), Place("elsewhere", 3)
-    grid.push_messages([to(2)])
+    for _ in range(2):
+        grid: Any = PoolGrid(pool, 6)  # type: ignore[arg-type]
+        grid.push_messages([to(node) for node in range(1, 7)])
+        assert [suiting(work) for work in pool.held] == [["here"], ["here"], ["there"]] * 2
+        pool.held.clear()
+
+
+def test_a_client_prefers_the_node_that_has_played_it(tmp_path: Path) -> None:
+    """Another node would need its files sent again."""
+    pool = Pool(says_its_partition, holds=True)
+    grid: Any = PoolGrid(pool, 3, Shipping(tmp_path, driver="here"))  # type: ignore[arg-type]
+    grid.push_messages([to(1)])
     (work,) = pool.held
-    assert work.suits(there) and work.suits(elsewhere)
     pool.held.clear()
-    message, context, *_ = work.arguments(there)
-    work.done(there, Played(*says_its_partition(message, context)))
-    grid.push_messages([to(2)])
-    (again,) = pool.held
-    assert again.suits(there) and again.suits(HERE) and not again.suits(elsewhere)
+    elsewhere = Place("elsewhere", 3)
+    message, context, _ = work.arguments(elsewhere)
+    work.done(elsewhere, Played(*says_its_partition(message, context)))
+    grid.push_messages([to(1)])
+    assert suiting(pool.held[0]) == ["elsewhere"]
+
+
+def test_files_that_are_gone_from_a_node_are_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node's only process has died, and a sibling is given a client before the driver hears of the death."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "clients" / "data").mkdir(parents=True)
+    (tmp_path / "clients" / "data" / "0000.safetensors").write_bytes(b"text")
+    disk = NodeDisk("run")
+    pool = Pool(says_its_partition, holds=True)
+    shipping = Shipping(tmp_path / "clients", "driver", disk)
+    grid: Any = PoolGrid(pool, 1, shipping)  # type: ignore[arg-type]
+    there, sibling = Place("there", 1), Place("there", 2)
+
+    def play(place: Place) -> None:
+        """Plays the client as `load_client` has it played, by an app that reads the client's data."""
+        work = pool.held.pop()
+        message, context, luggage = work.arguments(place)
+        message.content.config_records["config"]["store"] = "as the driver names it"
+        work.done(place, load_client()(message, context, luggage))
+
+    monkeypatch.setattr("fedsplit.engines.client_app.app", reads_its_data)
+    grid.push_messages([to(1)])
+    play(there)
+    (disk.root / "data" / "0000.safetensors").unlink()
+    (identifier,) = grid.push_messages([to(1)])
+    play(sibling)
+    assert grid.pull_messages([identifier]) == [], "the message is sent again, with the files"
+    play(sibling)
+    (reply,) = grid.pull_messages([identifier])
+    assert reply.content.config_records["config"]["data"] == "text"
+    assert grid.shipped() == (8, 0)
+
+
+def reads_its_data(message: Message, context: Context) -> Message:
+    root = Path(str(message.content.config_records["config"]["store"]))
+    config = ConfigRecord({"data": (root / "data" / "0000.safetensors").read_text()})
+    return Message(RecordDict({"config": config}), reply_to=message)
+
+
+def test_files_that_never_stay_on_a_node_end_the_attempts() -> None:
+    pool = Pool(says_its_partition, holds=True)
+    grid: Any = PoolGrid(pool, 1, Shipping(Path("nowhere"), "driver"))  # type: ignore[arg-type]
+    (identifier,) = grid.push_messages([to(1)])
+    for _ in range(3):
+        assert grid.pull_messages([identifier]) == []
+        pool.held.pop().done(Place("there", 1), Lacking())
+    (reply,) = grid.pull_messages([identifier])
+    assert reply.error.reason == "files of client 0 did not stay on the node, 3 times"
+
+
+def test_a_client_with_a_home_is_played_there_alone(tmp_path: Path) -> None:
+    pool = Pool(says_its_partition, holds=True)
+    carrier = SharedFolder(tmp_path)
+    carrier.home = {1: "there"}
+    grid: Any = PoolGrid(pool, 2, carrier)  # type: ignore[arg-type]
+    grid.push_messages([to(1), to(2)])
+    assert [work.home for work in pool.held] == ["", "there"]
+    assert suiting(pool.held[1]) == ["there"]
+
+
+def test_a_node_that_sees_other_data_fails_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "driver" / "data").mkdir(parents=True)
+    (tmp_path / "driver" / "data" / "0000.safetensors").write_bytes(b"text")
+    pool = Pool(says_its_partition, holds=True)
+    carrier = SharedFolder(tmp_path / "driver")
+    assert len(Digests(tmp_path / "driver")[0]) == 64
+    grid: Any = PoolGrid(pool, 1, carrier)  # type: ignore[arg-type]
+    (identifier,) = grid.push_messages([to(1)])
+    message, context, luggage = pool.held[0].arguments(HERE)
+    message.content.config_records["config"]["store"] = str(tmp_path / "elsewhere")
+    pool.held[0].done(HERE, load_client()(message, context, luggage))
+    (reply,) = grid.pull_messages([identifier])
+    failure = records.to_answer(reply, 0)
+    assert isinstance(failure, Failure) and failure.kind == FOREIGN_DATA
+    assert failure.reason.startswith("data.at: ") and "shared needs one folder of --out" in failure.reason

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from certificates import Authority
 
-from fedsplit.engines.ray_nodes import MUST_MATCH, Node, check_versions, table
+from fedsplit.engines import ray_nodes
+from fedsplit.engines.ray_nodes import MUST_MATCH, Node, check_certificates, check_versions, table
 from fedsplit.errors import InputError
 from fedsplit.events.versions import versions
 
@@ -56,10 +59,45 @@ def test_code_that_is_brought_need_not_be_there() -> None:
 
 def test_the_table_tells_who_sits_where() -> None:
     other = Node("two", "10.0.0.8", {"CPU": 4.0}, {}, {})
-    lines = table([NODE, other], trunk="one", workers={"one": 1, "two": 4})
+    lines = table([NODE, other], trunks={"one": 1}, workers={"one": 1, "two": 4})
     assert lines == [
         "node             CPUs  GPUs    memory  runs                     labels",
         "10.0.0.7            8     2     64 GB  trunk, 1 client          a=b,site=north",
         "10.0.0.8            4     0      0 GB  4 clients",
     ]
-    assert table([other], trunk="one", workers={})[1].split()[-1] == "-"
+    assert "2 trunks, 1 client" in table([NODE], trunks={"one": 2}, workers={"one": 1})[1]
+    assert table([other], trunks={"one": 1}, workers={})[1].split()[-1] == "-"
+
+
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        ("ours", ""),
+        ("nothing", "wire.tls: on the node 10.0.0.8, {folder}/nothing/ca.pem: No such file or directory"),
+        ("expired", "wire.tls: on the node 10.0.0.8, {folder}/expired/cert.pem: certificate has expired"),
+        ("foreign", "wire.tls: the node 10.0.0.8 has another {folder}/ours/ca.pem than this machine"),
+    ],
+)
+def test_certificates_of_each_node_are_checked(
+    there: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Authority()
+    folders = {"one": ours.folder(tmp_path / "ours"), "two": tmp_path / there}
+    if there == "expired":
+        ours.folder(tmp_path / there, days=-1)
+    if there == "foreign":
+        Authority("foreign").folder(tmp_path / there)
+
+    def ask(addresses: dict[str, str], question: object, folder: str) -> dict[str, tuple[str, str]]:
+        """Stands for nodes on whose disks different folders lie under one path."""
+        assert folder == str(tmp_path / "ours")
+        return {node: ray_nodes._certificates(str(folders[node])) for node in addresses}
+
+    monkeypatch.setattr(ray_nodes, "_ask", ask)
+    nodes = [NODE, Node("two", "10.0.0.8", {}, {}, {})]
+    if words:
+        with pytest.raises(InputError) as refused:
+            check_certificates(nodes, str(tmp_path / "ours"))
+        assert str(refused.value) == words.format(folder=tmp_path)
+    else:
+        check_certificates(nodes, str(tmp_path / "ours"))

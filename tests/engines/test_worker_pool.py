@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import ray
 from fedsplit.engines import worker_pool
 from fedsplit.engines.worker_pool import NoWorkers, Place, WorkerLost, WorkerPool
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("worker pool")]  # one process starts Ray
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,17 @@ def pool(_ray: None) -> Iterator[Callable[[Callable[[], Any]], WorkerPool]]:
     yield make
     for each in pools:
         each.close()
+    for each in pools:
+        each.join()
+        assert not any(worker.is_alive() for worker in each._workers), "a thread may call a Ray that is shut down"
 
 
 class Task:
     """Work whose argument is a word; remembers where it was done."""
 
-    def __init__(self, word: Any, arrived: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, word: Any, arrived: queue.SimpleQueue[Any], home: str = "") -> None:
         self._word = word
+        self.home = home
         self._arrived = arrived
         self.places: list[Place] = []
 
@@ -93,6 +98,7 @@ def obedient() -> Callable[[Any], Any]:
 
 def test_all_work_is_done_by_all_workers(pool: Any) -> None:
     made = pool(obedient)
+    made.wait_for_places(2, 60)
     assert sorted(results(made, *range(20))) == list(range(20))
     assert len(set(results(made, *["rest"] * 8))) == 2
 
@@ -103,6 +109,7 @@ def test_a_worker_that_dies_is_replaced_and_its_work_told_lost(pool: Any) -> Non
     found = list(results(made, "die", "die", "die", 1, 2, 3))
     assert sum(isinstance(each, WorkerLost) for each in found) == 3
     assert sorted(each for each in found if isinstance(each, int)) == [1, 2, 3]
+    made.wait_for_places(2, 60)
     assert len(set(results(made, *["rest"] * 8))) == 2
     assert not before & set(results(made, *["pid"] * 8)) or len(before) < 2
 
@@ -151,7 +158,8 @@ def test_work_is_told_where_it_is_done(pool: Any) -> None:
     task = Task("pid", arrived)
     made.submit(task)
     pid = arrived.get(timeout=60)
-    assert task.places == [Place(ray.get_runtime_context().get_node_id(), pid)] * 2 == made.places() * 2
+    here = Place(ray.get_runtime_context().get_node_id(), pid, ray.util.get_node_ip_address())
+    assert task.places == [here] * 2 == made.places() * 2
 
 
 def test_work_that_suits_the_place_is_preferred_and_the_other_is_done_too(pool: Any) -> None:
@@ -197,3 +205,39 @@ def test_workers_give_up_their_room_and_come_back(pool: Any) -> None:
     assert list(later) == ["later"]
     after = set(results(made, *["rest"] * 8))
     assert len(after) == 2 and not before & after
+
+
+def test_work_with_a_home_waits_for_a_worker_there_and_holds_up_no_other(pool: Any) -> None:
+    made = pool(obedient, 1)
+    here = ray.get_runtime_context().get_node_id()
+    arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for word, home in (("far", "another node"), ("near", here), ("any", "")):
+        made.submit(Task(word, arrived, home))
+    assert [arrived.get(timeout=60) for _ in range(2)] == ["near", "any"]
+    assert arrived.empty()
+
+
+def test_work_of_a_node_that_is_not_there_fails_and_the_rest_is_done(_ray: None) -> None:
+    """A worker of a node that is lost takes the work of that node alone."""
+    here, lost = ray.get_runtime_context().get_node_id(), "1" * 56
+    made = WorkerPool(lambda: 2, obedient, {"num_cpus": 0.5}, [here, lost])
+    try:
+        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        made.submit(Task("far", arrived, lost))
+        assert isinstance(arrived.get(timeout=60), NoWorkers)
+        assert list(results(made, *range(4))) == list(range(4))
+        assert [place.node for place in made.places()] == [here]
+    finally:
+        made.close()
+
+
+def test_places_are_in_the_order_of_addresses() -> None:
+    made = WorkerPool(lambda: 0, obedient, {})
+    places = [
+        Place("a", 1, "10.0.0.10"),
+        Place("c", 9, "10.0.0.9"),
+        Place("b", 2, "10.0.0.10"),
+        Place("c", 8, "10.0.0.9"),
+    ]
+    made._workers = [SimpleNamespace(place=place) for place in (*places, None)]  # type: ignore[misc]
+    assert made.places() == [places[3], places[1], places[0], places[2]]

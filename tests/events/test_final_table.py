@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedsplit.events.final_table import final_table
+from fedsplit.events.final_table import final_table, legend, next_commands
 
 SUMMARY: dict[str, Any] = {
     "eval_loss": {"before": math.log(20), "after": math.log(10)},
@@ -46,8 +46,8 @@ def test_the_table_to_the_letter() -> None:
     assert lines == [
         "held-out loss      2.9957 -> 2.3026",
         "perplexity         20.00 -> 10.00",
-        "aggregation error  0.25 in the last round; 0: averaging loses nothing",
-        "forgotten          -0.1250 nats a token, compared with after own steps",
+        "aggregation error  0.25 in the last round",
+        "forgotten          -0.1250 nats a token",
         "bottom parameters  1,000, of which trained 10",
         "top parameters     2,000, of which trained 0",
         "activations        1.5 MB up, 1.5 MB down",
@@ -71,3 +71,16 @@ def test_metrics_have_a_row_each() -> None:
     ends = {"rouge": {"before": 0.1, "after": 0.25}, "length": {"before": None, "after": 12.0}}
     rows = [line.split() for line in shown({**SUMMARY, "metrics": ends}).splitlines()]
     assert ["rouge", "0.1", "->", "0.25"] in rows and ["length", "-", "->", "12"] in rows
+
+
+def test_a_word_is_explained_where_the_table_has_it() -> None:
+    assert legend(SUMMARY) == []
+    (line,) = legend({**SUMMARY, "aggregation_error": 0.0})
+    assert line.startswith("aggregation error: ")
+    assert len(legend({**SUMMARY, "aggregation_error": 0.0, "forgotten": 0.0})) == 2
+
+
+def test_a_classifier_is_not_asked_for_text() -> None:
+    assert [command.split()[1] for command in next_commands(SUMMARY, "runs/x")] == ["generate", "evaluate", "report"]
+    classifier = {**SUMMARY, "accuracy": {"before": 0.5, "after": 0.75}}
+    assert [command.split()[1] for command in next_commands(classifier, "runs/x")] == ["evaluate", "report"]

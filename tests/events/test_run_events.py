@@ -13,7 +13,8 @@ from local_federation import federate
 
 from fedsplit.commands.reference import events_schema
 from fedsplit.commands.simulate import main
-from fedsplit.events import Event, Progress, RoundEnded, RoundEvaluated, RoundTrained, RunEnded, RunStarted
+from fedsplit.events import Event, Progress, RoundCost, RoundEnded, RoundEvaluated, RoundTrained, RunEnded, RunStarted
+from fedsplit.federation.messages import Answer, Failure, Request, Train
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document, build, from_document
 from fedsplit.settings.flags import parse
@@ -46,8 +47,8 @@ def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypat
     """In order and with the figures of the files; the bytes of all rounds add up to the summary's."""
     federation, sink = federate(build(settings), tmp_path / "run", FedAvg(), monkeypatch)
     names = [event.name for event in sink.events if event.name not in ("progress", "notice")]
-    each = ["train", "aggregate", "evaluate", "round-ended"]
-    assert names == ["run-started", "evaluate", "round-ended", *each, *each, "run-ended"]
+    each = ["train", "aggregate", "evaluate", "cost", "round-ended"]
+    assert names == ["run-started", "evaluate", "cost", "round-ended", *each, *each, "run-ended"]
     assert sink.events[0].time <= sink.events[-1].time
 
     # The events of a round come when it is committed, which is after its last client has answered.
@@ -65,7 +66,7 @@ def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypat
     assert written == [
         json.loads(json.dumps(event.to_document()))
         for event in sink.events
-        if event.name in ("train", "aggregate", "evaluate")
+        if event.name in ("train", "aggregate", "evaluate", "cost")
     ]
     validator = Draft202012Validator(events_schema())
     for event in sink.events:
@@ -80,9 +81,60 @@ def test_the_events_of_a_run(settings: dict[str, Any], tmp_path: Path, monkeypat
         assert evaluated.adapter_bytes == {way: evaluated.bytes[f"adapter_{way}"] for way in ("up", "down")}
     assert dict(crossed) == ended.summary["bytes"] and crossed["activation_up"] > 0
 
+    check_costs(of_kind(sink.events, RoundCost), ended.summary)
+
     # Steps 2 of 4 and 4 of 4, as they were made: the first is made at the whole rate.
     assert [event.learning_rate for event in of_kind(sink.events, RoundTrained)] == pytest.approx([0.015, 0.005])
+    assert of_kind(sink.events, RoundTrained)[1].client_learning_rates == pytest.approx(
+        dict.fromkeys(("ann", "bob", "cid"), 0.005)
+    )
     assert [event.round for event in of_kind(sink.events, RoundEnded)] == [0, 1, 2]
+
+
+def check_costs(costs: list[RoundCost], summary: dict[str, Any]) -> None:
+    """The costs of all rounds add up to the totals of the run, and those of all clients to the costs of a round."""
+    crossed: Counter[str] = Counter()
+    for cost in costs:
+        crossed.update(cost.bytes)
+        of_clients = {kind: sum(clients.values()) for kind, clients in cost.client_bytes.items()}
+        assert of_clients == {kind: count for kind, count in cost.bytes.items() if count}
+        assert sum(cost.client_tokens.values()) == cost.tokens
+    assert dict(crossed) == summary["bytes"]
+    assert sum(cost.tokens for cost in costs) == summary["tokens"]
+    spent = sum(sum(cost.seconds.values()) for cost in costs)
+    assert spent == pytest.approx(costs[-1].elapsed) and costs[-1].elapsed <= summary["wall_seconds"]
+
+    assert costs[0].client_seconds.keys() == {"evaluation"} and not costs[0].tokens
+    last = costs[-1]
+    assert [*last.client_seconds] == ["training", "sample", "evaluation"]
+    assert all([*clients] == ["ann", "bob", "cid"] for clients in last.client_seconds.values())
+    # Clients of the engine `local` work one after the other, inside of the server's time.
+    assert 0 < sum(last.client_seconds["training"].values()) < last.seconds["training"]
+    assert last.tokens_per_second == pytest.approx(last.tokens / last.seconds["training"])
+    assert min(last.client_peak_memory.values()) > 10**7
+
+
+def test_bytes_of_attempts_that_were_given_up_are_in_the_sums_too(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a round that was played twice, and of the one that the run ended in."""
+
+    def fails(request: Request, answer: Answer) -> Answer:
+        is_lost = isinstance(request, Train) and request.client == 2 and (request.round == 2 or not request.attempt)
+        return Failure(2, "ValueError", "ValueError: no luck") if is_lost else answer
+
+    config = build({**settings, "quorum": 1.0, "max_failures": 1})
+    federation, _ = federate(config, tmp_path / "run", FedAvg(), monkeypatch, fails)
+    assert federation.summary is not None and not federation.summary["complete"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    costs = [event for event in map(json.loads, lines) if event["event"] == "cost"]
+    assert [cost["round"] for cost in costs] == [0, 1, 2]
+    crossed: Counter[str] = Counter()
+    for cost in costs:
+        crossed.update(cost["bytes"])
+    assert dict(crossed) == federation.summary["bytes"]
+    played_twice, given_up = (cost["bytes"]["activation_up"] for cost in costs[1:])
+    assert played_twice > 0 and given_up > 0
 
 
 def test_under_epochs_the_learning_rate_is_the_mean_of_the_clients(
@@ -162,7 +214,7 @@ def test_sinks_of_the_users_by_flag_and_one_that_raises(
     losses = [line.split()[:1] for line in (run / "losses.txt").read_text().splitlines()]
     assert losses == [["after"], ["0"], ["1"], ["after"], ["2"]]
     written = [json.loads(line)["round"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert written == [0, 1, 1, 1, 2, 2, 2]
+    assert written == [0, 0, *[1] * 4, *[2] * 4]
 
 
 def test_a_sink_that_is_not_there_stops_the_run_before_anything_is_written(

@@ -5,13 +5,27 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import io
+import json
+import time
 
 import pytest
 from rich.console import Console
 from test_final_table import SUMMARY
 
 from fedsplit.events import ClientFailed, Notice, Progress, RoundEnded, RunEnded, RunFailed
-from fedsplit.events.screen import LiveScreen, PlainScreen, line_of, make_screen, round_line, status_of
+from fedsplit.events.screen import (
+    JsonLines,
+    LiveScreen,
+    PlainScreen,
+    QuietScreen,
+    line_of,
+    make_screen,
+    names_of,
+    round_line,
+    screen_for,
+    status_of,
+)
+from fedsplit.settings.documents import build
 
 
 def progress(done: int, of: int, **more) -> Progress:
@@ -64,9 +78,9 @@ def test_the_table_is_the_last_thing_that_a_run_shows(terminal: bool) -> None:
     screen.handle(Notice(text="a sink failed"))
     screen.close()
     text = console.file.getvalue()
-    assert text.index("a sink failed") < text.index("held-out loss") < text.index("runs/x")
+    assert text.index("a sink failed") < text.index("held-out loss") < text.index("fedsplit report runs/x")
     screen.close()
-    assert console.file.getvalue().count("runs/x") == 1
+    assert console.file.getvalue().count("fedsplit report") == 1
 
 
 def test_a_run_that_failed_leaves_its_line_to_the_command() -> None:
@@ -99,9 +113,15 @@ def test_the_spinner_and_the_clock_go_on_after_a_phase_is_full(monkeypatch: pyte
     screen = LiveScreen(Console(file=io.StringIO(), width=80, force_terminal=True))
     long = progress(512, 513, round=10, rounds=10, loss=2.9914, tokens_per_second=121_666.0)
     screen._progress.update(screen._task, description=status_of(long), completed=512, total=513)
+    for round, now in ((8, 0.0), (9, 7200.0)):
+        screen._forecast.see(progress(0, 513, round=round, rounds=10), now)
+    clock = screen._progress.columns[-1]
+    clock._began = 7200.0 - 6300.0
+    monkeypatch.setattr(time, "monotonic", lambda: 7200.0)
     with console.capture() as shown:
         console.print(screen._progress)
-    assert len(shown.get().splitlines()) == 1 and "0:0" in shown.get()
+    bar, below = shown.get().splitlines()
+    assert "1:45:00" in bar and "about 4:00:00 left" in below
 
 
 def test_the_line_of_a_round_fits_a_terminal_and_names_what_matters_most() -> None:
@@ -147,3 +167,53 @@ def test_metrics_stand_behind_the_loss() -> None:
     losses = {"training_loss": 3.1, "held_out_loss": 3.0, "accuracy": None, "metrics": metrics}
     line = round_line(RoundEnded(round=1, rounds=5, tokens_per_second=7617.0, elapsed=27.9, **losses))
     assert line == "round 1/5  training loss 3.1000  held-out loss 3.0000  rouge 0.1235  length -"
+
+
+def test_the_clients_that_are_waited_for_stand_below_the_bar() -> None:
+    event = progress(1, 3, waiting=["ada", "bob"], failed=["[cy]"])
+    assert names_of(event) == "waiting for ada, bob; failed: [cy]"
+    assert names_of(progress(0, 3)) == ""
+    console = Console(file=io.StringIO(), width=30, force_terminal=True)
+    screen = LiveScreen(console)
+    screen.handle(event)
+    with console.capture() as shown:
+        console.print(screen._progress)
+    screen.close()
+    assert "waiting for ada, bob; failed:" in shown.get().splitlines()[-1]
+
+
+def test_a_quiet_run_shows_what_goes_wrong_alone() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    screen = QuietScreen(console)
+    screen.handle(progress(1, 2))
+    screen.handle(ended(1, 5, 3.1, 3.0, None, 27.9, 7617.0))
+    screen.handle(Notice(text="micro-batches: 2"))
+    screen.handle(RunEnded(summary=SUMMARY, folder="runs/x"))
+    assert console.file.getvalue() == ""
+    screen.handle(ClientFailed(round=1, phase="training", client=1, client_name="bob", reason="out of luck"))
+    screen.handle(Notice(text="no checkpoint", warning=True))
+    screen.close()
+    assert console.file.getvalue() == "bob failed and is left out: out of luck\nno checkpoint\n"
+
+
+def test_events_as_json_are_a_line_each() -> None:
+    console = Console(file=io.StringIO(), width=20)
+    screen = JsonLines(console)
+    screen.handle(Notice(text="[bold]a text that is longer than the console"))
+    screen.handle(RunEnded(summary=SUMMARY, folder="runs/x"))
+    notice, end = map(json.loads, console.file.getvalue().splitlines())
+    assert notice["text"].startswith("[bold]a text")
+    assert end["summary"] == SUMMARY
+
+
+def test_the_settings_choose_the_screen() -> None:
+    kinds = [type(screen_for(build(settings))) for settings in ({}, {"quiet": True}, {"quiet": True, "json": True})]
+    assert kinds == [PlainScreen, QuietScreen, JsonLines]
+
+
+def test_after_the_last_round_nobody_is_waited_for() -> None:
+    with LiveScreen(Console(file=io.StringIO(), width=80, force_terminal=True)) as screen:
+        screen.handle(progress(7, 8, round=5, waiting=["ada"]))
+        screen.handle(ended(5, 5, 3.1, 3.0, None, 27.9, 7617.0))
+        assert screen._progress.names == ""
+        assert screen._progress.tasks[0].description == "writing the results"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.speed import report, watch
+from experiments.speed import between, report, watch
 from experiments.speed.overhead import ENGINES, PLANS, overhead
 from experiments.speed.run import FLOWER_CLIENTS, Bench
 from experiments.speed.whole import Trainer
@@ -121,3 +121,13 @@ def test_overhead_is_what_is_left_without_steps_and_sequences() -> None:
     both = [{**record, "engine": engine} for record in records for engine in ENGINES]
     text = report.overhead_text({"machine": machine, "records": both})
     assert "| not computation, in all | 1,800 | 25.7% | 1,800 | 25.7% |" in text
+
+
+def test_what_lies_between_rounds_is_neither_training_nor_evaluation() -> None:
+    events = [
+        {"event": "evaluate", "round": 1, "elapsed": 10.0, "seconds": 1.0},
+        {"event": "train", "round": 2, "elapsed": 14.0, "seconds": 3.0},
+        {"event": "aggregate", "round": 2, "elapsed": 14.5, "seconds": 0.25},
+        {"event": "evaluate", "round": 2, "elapsed": 16.0, "seconds": 2.0},
+    ]
+    assert between.between(events, rounds=2) == [1.0]

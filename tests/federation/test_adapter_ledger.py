@@ -15,7 +15,7 @@ from fedsplit.settings.config import Config
 from fedsplit.settings.sections import LoraSettings, TrunkSettings
 from fedsplit.state.client_store import ClientState, ClientStore
 from fedsplit.state.fold_log import FoldLog
-from fedsplit.trunk.registry import Copy
+from fedsplit.trunk.copies import Copy
 from fedsplit.updates import FACTORS, Adapters, Assignment, ClientUpdate, Layer, Task, Traits
 
 

@@ -16,8 +16,8 @@ from fedsplit.corpora.shards import write_shard
 from fedsplit.durable import NotWritten
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.client_service import ClientService
+from fedsplit.federation.introductions import read_introduction
 from fedsplit.federation.messages import TRUNK_LOST, Briefing, Evaluate, Failure, Introduce, Train
-from fedsplit.federation.replies import read_introduction
 from fedsplit.lowrank import LowRank
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document, build
@@ -45,7 +45,7 @@ def config(tiny_models: dict[str, Path], corpus_file: Path) -> Config:
 def service_at(config: Config, store: Path) -> ClientService:
     """Returns a service that has the data of client 0, and a trunk that nobody asks."""
     write_shard(store, 0, shards_of(config)[0])
-    return ClientService(lambda name: None)  # type: ignore[arg-type,return-value]
+    return ClientService(lambda name, config: None)  # type: ignore[arg-type,return-value]
 
 
 def test_virtual_clients_share_the_base_and_hold_no_trunk(model_path: Path, corpus_file: Path, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_virtual_clients_share_the_base_and_hold_no_trunk(model_path: Path, corp
     write_shard(tmp_path, 0, shards_of(config)[0])
     write_shard(tmp_path, 2, shards_of(config)[2])
     corpus_file.unlink()  # and of the other client there is nothing: each needs its own data alone
-    service = ClientService(lambda name: None)  # type: ignore[arg-type,return-value]
+    service = ClientService(lambda name, config: None)  # type: ignore[arg-type,return-value]
     clients = []
     for number in (2, 0):
         introduced = read_introduction(service.serve(Introduce(briefing, number)))
@@ -88,13 +88,13 @@ def test_server_and_client_build_the_same_rule(tiny_models: dict[str, Path], cor
 def test_an_error_becomes_a_failure_with_its_kind(config: Config, tmp_path: Path) -> None:
     """Our own errors speak for themselves; of others the class is named."""
 
-    def lost(name: str) -> Any:
+    def lost(name: str, config: Config) -> Any:
         raise TrunkLost(f"there is no trunk\nnamed {name}")
 
-    def broken(name: str) -> Any:
+    def broken(name: str, config: Config) -> Any:
         raise KeyError("x")
 
-    def ends(name: str) -> Any:
+    def ends(name: str, config: Config) -> Any:
         raise SystemExit(3)
 
     write_shard(tmp_path, 0, shards_of(config)[0])
@@ -119,7 +119,7 @@ def test_changes_of_base_weights_are_made_once_and_in_order(config: Config, tmp_
         service.visit(first)
     assert torch.equal(folding.base_weights(site.bottom, [layer])[layer], before + 1)
 
-    other = ClientService(lambda name: None)  # type: ignore[arg-type,return-value]
+    other = ClientService(lambda name, config: None)  # type: ignore[arg-type,return-value]
     late = other.visit(Train(briefing, 0, round=2, folded=1)).site
     assert torch.equal(folding.base_weights(late.bottom, [layer])[layer], before + 1)
 
@@ -139,7 +139,7 @@ def test_changes_of_base_weights_that_cannot_be_written_down_are_made_and_never_
     (layer, *_) = lora.read(site.bottom).layers
     before = folding.base_weights(site.bottom, [layer])[layer]
     change = LowRank(torch.ones(before.shape[1], 1), torch.ones(1, before.shape[0]))
-    other = ClientService(lambda name: None)  # type: ignore[arg-type,return-value]
+    other = ClientService(lambda name, config: None)  # type: ignore[arg-type,return-value]
     train = Train(briefing, 0, round=2, folded=1, folds=1)
 
     def full_disk(*_: object) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedsplit.federation.clients import ClientNode, RollCall
+from fedsplit.federation.introductions import Introduction, introduce
 from fedsplit.federation.messages import Answer, Failure, Reply
-from fedsplit.federation.replies import Introduction, introduce
 from fedsplit.updates import Adapters
 
 NOTHING = Adapters({}, {})

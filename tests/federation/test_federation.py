@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora
 from fedsplit.client.link import Link, PendingStep
-from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.corpora.partition import shards_of
 from fedsplit.engines import in_process
 from fedsplit.errors import SettingError
@@ -33,9 +32,11 @@ from fedsplit.federation.resumption import check_resumable
 from fedsplit.federation.strategy import broadcast, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.results.measuring import held_out_loss
 from fedsplit.settings.choices import PARTS
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document, build, from_document
+from fedsplit.trunk import local
 from fedsplit.updates import Assignment
 from fedsplit.wire.packets import StepKey
 from strategies.fedavg import FedAvg
@@ -579,14 +580,14 @@ def test_hidden_states_that_are_not_finite_are_a_failure_of_their_client_alone(
 def test_what_is_not_finite_is_not_saved(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it came from: the round before it is still there to go on from."""
 
-    class BrokenTrunk(in_process.LocalTrunk):
+    class BrokenTrunk(local.LocalTrunk):
         saved = 0
 
         def moments(self) -> dict[str, torch.Tensor]:
             self.saved += 1  # before the first round, and at the end of each
             return {name: moment * (math.inf if self.saved == 3 else 1) for name, moment in super().moments().items()}
 
-    monkeypatch.setattr(in_process, "LocalTrunk", BrokenTrunk)
+    monkeypatch.setattr(local, "LocalTrunk", BrokenTrunk)
     with pytest.raises(FederationFailed, match="round 2 left NaN or infinite values in"):
         federate(config, tmp_path / "run", FedAvg(), monkeypatch)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("round-*")] == ["round-0001"]
@@ -608,11 +609,11 @@ def test_stopping_ends_the_run_at_the_next_look(
 def test_events_are_logged_by_round_and_client(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     federate(config, tmp_path / "run", FedAvg(), monkeypatch)
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    each = ("train", "aggregate", "evaluate")
-    expected = [("evaluate", 0), *((event, round) for round in (1, 2) for event in each)]
+    each = ("train", "aggregate", "evaluate", "cost")
+    expected = [("evaluate", 0), ("cost", 0), *((event, round) for round in (1, 2) for event in each)]
     assert [(event["event"], event["round"]) for event in events] == expected
-    assert all(list(e["clients"]) == ["ann", "bob", "cid"] for e in events if e["event"] != "aggregate")
-    assert events[-1]["perplexity"] == pytest.approx(math.exp(events[-1]["loss"]))
+    assert all(list(e["clients"]) == ["ann", "bob", "cid"] for e in events if "clients" in e)
+    assert events[-2]["perplexity"] == pytest.approx(math.exp(events[-2]["loss"]))
 
 
 def test_fewer_evaluations_by_fewer_clients_change_no_adapter(

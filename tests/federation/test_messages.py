@@ -93,6 +93,8 @@ def test_only_what_is_returned_goes_up() -> None:
         "sample-nats": 2.5,
         "sample-tokens": 3,
         "peak-memory": 7,
+        "seconds": 0.0,
+        "sample-seconds": 0.0,
         "router-loss": 0.5,
     }
 
@@ -115,6 +117,7 @@ def test_a_measurement_holds_numbers_only() -> None:
         "sample-nats": 4.5,
         "sample-tokens": 2,
         "peak-memory": 7,
+        "seconds": 0.0,
     }
 
 

@@ -11,7 +11,7 @@ from scripted_parties import BRIEFING, gather
 from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.clients import ClientNode
 from fedsplit.federation.messages import TRUNK_LOST, Answer, Evaluate, Failure, Reply, Request
-from fedsplit.federation.parties import NobodyAnswered
+from fedsplit.federation.parties import NobodyAnswered, Standing
 from fedsplit.wire.transport import TrunkLost
 
 
@@ -25,9 +25,11 @@ def ask(failures: dict[int, Failure], folder: Path) -> tuple[Any, list[tuple[int
 
     parties, _ = gather(play, folder)
     heard: list[tuple[int, int]] = []
-    parties.ask(
-        range(3), evaluate, lambda reply, done: heard.append((reply.client, done)), "evaluating", 1, Attempt(), None
-    )
+
+    def hear(reply: Reply, standing: Standing) -> None:
+        heard.append((reply.client, standing.done))
+
+    parties.ask(range(3), evaluate, hear, "evaluating", 1, Attempt(), None)
     return parties, heard
 
 
@@ -42,12 +44,13 @@ def test_a_client_that_is_absent_is_not_asked_and_counts_as_answered(tmp_path: P
     parties, _ = gather(lambda request: Reply(request.client), tmp_path)
     parties.clients.nodes[1] = ClientNode(2, "bob", absent="ValueError: no luck")  # type: ignore[index]
     assert parties.absent(range(3)) == {1: "ValueError: no luck"}
-    heard: list[int] = []
-    parties.ask(range(3), evaluate, lambda reply, done: heard.append(done), "evaluating", 1, Attempt(), None)
-    assert [request.client for request in parties.clients.asked] == [0, 2] and heard == [2, 3]  # type: ignore[attr-defined]
+    heard: list[Standing] = []
+    parties.ask(range(3), evaluate, lambda _, standing: heard.append(standing), "evaluating", 1, Attempt(), None)
+    assert [request.client for request in parties.clients.asked] == [0, 2]  # type: ignore[attr-defined]
+    assert heard == [Standing(2, waiting=(2,)), Standing(3)]
     assert parties.emit.lines == []  # type: ignore[attr-defined]
     with pytest.raises(NobodyAnswered, match="no client answered: all that were asked are left out of the run"):
-        parties.ask([1], evaluate, lambda reply, done: None, "evaluating", 1, Attempt(), None)
+        parties.ask([1], evaluate, lambda reply, standing: None, "evaluating", 1, Attempt(), None)
 
 
 def test_where_nobody_answers_the_first_reason_is_told(tmp_path: Path) -> None:
@@ -56,7 +59,7 @@ def test_where_nobody_answers_the_first_reason_is_told(tmp_path: Path) -> None:
         ask(failures, tmp_path)
     parties, _ = gather(lambda request: Reply(request.client), tmp_path)
     with pytest.raises(NobodyAnswered, match="nobody was asked"):
-        parties.ask([], evaluate, lambda reply, done: None, "evaluating", 1, Attempt(), None)
+        parties.ask([], evaluate, lambda reply, standing: None, "evaluating", 1, Attempt(), None)
 
 
 def test_a_trunk_that_is_gone_ends_the_run_at_once(tmp_path: Path) -> None:
@@ -65,7 +68,7 @@ def test_a_trunk_that_is_gone_ends_the_run_at_once(tmp_path: Path) -> None:
     parties, _ = gather(lambda request: lost, tmp_path)
     parties.trunk.lose()  # type: ignore[attr-defined]
     with pytest.raises(TrunkLost, match=r"^the trunk's process has died$"):
-        parties.ask(range(3), evaluate, lambda reply, done: None, "evaluating", 1, Attempt(), None)
+        parties.ask(range(3), evaluate, lambda reply, standing: None, "evaluating", 1, Attempt(), None)
     assert len(parties.clients.asked) == 1  # type: ignore[attr-defined]
 
 

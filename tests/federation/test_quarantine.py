@@ -23,7 +23,7 @@ from fedsplit.federation import evaluation, quarantine, training
 from fedsplit.federation.attempts import Attempt
 from fedsplit.federation.messages import ADAPTERS, CONTROL, Answer, Failure, Reply, Request, Train, measured, trained
 from fedsplit.scores import Score
-from fedsplit.trunk.registry import Copy
+from fedsplit.trunk.copies import Copy
 from fedsplit.updates import Adapters, Assignment, ClientUpdate, Task
 from fedsplit.wire.packets import StepKey
 

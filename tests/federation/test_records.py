@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.federation import records
+from fedsplit.federation.introductions import Introduction, introduce, read_introduction
 from fedsplit.federation.messages import (
     ADAPTERS,
     CONTROL,
@@ -31,7 +32,7 @@ from fedsplit.federation.messages import (
     measured,
     trained,
 )
-from fedsplit.federation.replies import Introduction, introduce, read_introduction, to_update
+from fedsplit.federation.replies import to_update
 from fedsplit.federation.workload import Workload
 from fedsplit.lowrank import LowRank
 from fedsplit.scores import Score

@@ -24,7 +24,7 @@ from fedsplit.errors import SettingError
 from fedsplit.federation.aggregation import strategy_defaults
 from fedsplit.federation.rehearsal import rehearse
 from fedsplit.federation.strategy import load_strategy
-from fedsplit.model.families import read_facts
+from fedsplit.model.facts import read_facts
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
 from fedsplit.stages import GradientStage

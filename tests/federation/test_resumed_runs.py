@@ -98,8 +98,8 @@ def left(out: Path) -> dict[str, Any]:
         elif path.name == "metrics.jsonl":
             events = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
             for event in events:
-                event.pop("bytes", None)
-                event.pop("adapter_bytes", None)
+                for counts in ("bytes", "client_bytes", "adapter_bytes"):
+                    event.pop(counts, None)
             found[name] = events
     return found
 

@@ -33,17 +33,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adaptive": ("fedadam", {}),  # moments at the server
     "flower": ("flwr.serverapp.strategy:FedAdam", {"strategy.eta": 0.01}),  # a strategy that remembers by itself
     "codec": ("fedavg", {"wire.codec": "top-k"}),  # clients and trunk remember what they held back
+    "stages": (
+        "fedavg",
+        {"wire.codec": "top-k", "cut": "0:2", "trunk.stages": "0:1:2"},
+    ),  # so do both ends of the trunk
+    "replicas": ("fedavg", {"trunk.replicas": 2, "train.optimizer_state": "keep"}),  # the end of a round averages them
 }
 """Strategies by what of them a round changes."""
 
-TIMES = ("time", "seconds", "elapsed", "resident_memory", "train_seconds", "earlier_seconds", "client_memory")
+TIMES = (
+    *("time", "seconds", "elapsed", "resident_memory", "train_seconds", "earlier_seconds", "client_memory"),
+    *("client_seconds", "tokens_per_second", "client_tokens_per_second", "client_peak_memory"),
+)
 """Numbers that no two runs have in common."""
 
-WORK = ("forwards", "activation", "gradient", "evaluation_activation", "evaluation_up", "evaluation_down")
+WORK = (
+    "forwards",
+    "activation",
+    "gradient",
+    "between_stages",
+    "evaluation_activation",
+    "evaluation_up",
+    "evaluation_down",
+)
 """Beginnings of names of the trunk's work and traffic, which a discarded attempt has caused, too."""
 
 ALWAYS = ("evaluate-shared", "evaluate-folds", "evaluate-control", "evaluate-personal", "evaluate-flower")
-ALWAYS += ("collect-codec", "evaluate-codec")
+ALWAYS += ("collect-codec", "evaluate-codec", "collect-stages", "evaluate-stages", "evaluate-replicas")
 ALWAYS += ("begin-folds", "collect-folds", "aggregate-folds")
 """Stages and cases that the fast tests play; the last stage has changed all that any stage changes."""
 
@@ -231,5 +247,5 @@ def test_a_round_that_fails_writes_nothing(
     with pytest.raises(FederationFailed, match="no client answered: ValueError: no luck"):
         federate(config, out, strategy, monkeypatch, fails)
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [event["round"] for event in events if event["event"] != "client-failed"] == [0, 1, 1, 1]
+    assert [event["round"] for event in events if event["event"] != "client-failed"] == [0, 0, 1, 1, 1, 1]
     assert [path.name for path in (out / "checkpoints").glob("round-*")] == ["round-0001"]

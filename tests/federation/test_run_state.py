@@ -39,7 +39,7 @@ def play_on(state: RunState) -> None:
     state.totals.tokens += 64
     state.totals.failed += 1
     state.totals.traffic["adapter_up"] += 100
-    state.totals.bytes_of_round({})
+    state.totals.bytes_since("cost", {})
     state.stopping.note(state.round, 2.5)
     state.before, state.after, state.error = 4.0, 2.5, 0.25
     state.forgotten["ann"] = 0.5
@@ -59,13 +59,13 @@ def test_a_copy_changes_without_the_state_that_it_was_made_of(tmp_path: Path) ->
     state = begun(tmp_path)
     play_on(state)
     before = as_values(state)
-    state.totals.bytes_of_round({})
+    state.totals.bytes_since("cost", {})
     twin = state.copy()
     assert as_values(twin) == before
     play_on(twin)
     assert as_values(twin) != before
     assert as_values(state) == before
-    assert not any(state.totals.bytes_of_round({}).values())  # the twin's bytes are not counted here
+    assert not any(state.totals.bytes_since("cost", {}).values())  # the twin's bytes are not counted here
 
 
 def test_a_checkpoint_brings_the_plain_values_back(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ def test_bytes_of_a_round_are_those_since_the_last() -> None:
     totals = RunTotals(0.0)
 
     def crossed(trunk: dict[str, int]) -> dict[str, int]:
-        return {kind: size for kind, size in totals.bytes_of_round(trunk).items() if size}
+        return {kind: size for kind, size in totals.bytes_since("evaluate", trunk).items() if size}
 
     totals.traffic["adapter_up"] += 5
     assert crossed({"gradient_up": 3}) == {"adapter_up": 5, "gradient_up": 3}
@@ -21,6 +21,9 @@ def test_bytes_of_a_round_are_those_since_the_last() -> None:
     trunk = {"gradient_up": 4, "evaluation_activation_down": 6}
     assert crossed(trunk) == {"adapter_up": 2, "adapter_down": 7, "gradient_up": 1, "evaluation_down": 10}
     assert crossed(trunk) == {}
+    totals.traffic.update({"client_files_down": 8, "client_files_up": 1})
+    assert crossed(trunk) == {"client_files_down": 8, "client_files_up": 1}
+    assert totals.summary(trunk)["bytes"]["client_files_down"] == 8
 
 
 def test_the_summary_adds_up_what_both_have_counted() -> None:
@@ -39,8 +42,29 @@ def test_a_run_that_goes_on_adds_to_what_was_there() -> None:
     document = json.loads(json.dumps(first.document({"activation_up": 8})))
     again = RunTotals(time.perf_counter()).go_on(document)
     assert 10 <= again.seconds < 60 and (again.tokens, again.client_memory) == (30, 9)
-    assert set(again.bytes_of_round({}).values()) == {0}
-    assert again.bytes_of_round({"activation_up": 2})["activation_up"] == 2
+    assert set(again.bytes_since("cost", {}).values()) == {0}
+    assert again.bytes_since("cost", {"activation_up": 2})["activation_up"] == 2
     again.traffic["adapter_up"] += 1
     assert again.summary({"activation_up": 1})["bytes"]["activation_up"] == 9
     assert again.summary({})["bytes"]["adapter_up"] == 5
+
+
+def test_bytes_by_client_are_those_since_the_last_and_survive_a_new_trunk() -> None:
+    totals = RunTotals(0.0)
+    totals.count("adapter_up", client=1, nbytes=5)
+    totals.count("evaluation_adapter_down", client=0, nbytes=2)
+    trunk = {"activation_up": {0: 3, 1: 4}, "evaluation_activation_down": {0: 6}}
+    expected = {"adapter_up": {1: 5}, "activation_up": {0: 3, 1: 4}, "evaluation_down": {0: 8}}
+    assert totals.client_bytes(trunk) == expected
+    assert totals.client_bytes(trunk) == {}
+    before = totals.copy()
+    assert totals.client_bytes({"activation_up": {0: 4, 1: 4}}) == {"activation_up": {0: 1}}
+    before.begin_new_trunk({})
+    assert before.client_bytes({"activation_up": {1: 2}}) == {"activation_up": {1: 2}}
+
+
+def test_seconds_are_those_since_the_last_and_of_this_command_after_a_resumption() -> None:
+    totals = RunTotals(0.0)
+    assert [totals.seconds_since(elapsed) for elapsed in (2.0, 5.0)] == [2.0, 3.0]
+    resumed = RunTotals(0.0, earlier_seconds=100.0)
+    assert resumed.seconds_since(103.0) == 3.0

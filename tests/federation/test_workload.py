@@ -20,6 +20,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "text": {"text": "some words that are long enough for more than one sequence"},
     "completion": {"prompt": "question", "completion": "answer"},
     "classification": {"text": "some words", "label": "good"},
+    "preference": {"prompt": "question", "chosen": "answer", "rejected": "other"},
 }
 
 
@@ -31,6 +32,8 @@ def config_of(model: Path, folder: Path, format: str = "text", **settings: Any) 
             row |= {"label": ("good", "bad")[number % 2], "text": row["text"] + "!" * number}
         elif format == "completion":
             row["completion"] += "!" * number
+        elif format == "preference":
+            row["chosen"] += "!" * number
     file = folder / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     values: dict[str, Any] = {"clients": 2, "rounds": 1, "model": str(model), "cut": "1:2", "dataset": str(file)}

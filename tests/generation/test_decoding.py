@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from fedsplit.generation.decoding import ClientHalf, DecodingSession, Throughput, decode, depends_on_neighbours, padded
 from fedsplit.generation.sampling import Chooser, Sampling
 from fedsplit.seeds import derive_seed
+from fedsplit.wire.packets import StepKey
 
 CUTS = [(0, 1), (1, 2), (2, BLOCKS)]
 GREEDY = Sampling()
@@ -80,6 +82,23 @@ def test_what_is_remembered_changes_nothing(any_model_path: Path) -> None:
         torch.testing.assert_close(found[:, step], expected, rtol=1e-3, atol=1e-4)
         assert torch.equal(found[:, step].argmax(-1), expected.argmax(-1))
         text = [*text, int(expected.argmax())]
+
+
+def test_without_caches_the_text_is_the_same(model_path: Path) -> None:
+    """For types of models whose keys and values cannot be kept: each token computes the whole text, in no session."""
+    parts = parts_of(model_path, (1, 2), size=0.05)
+    ends, _ = ends_of(parts)
+    keys = []
+
+    class Evaluating:
+        def evaluate(self, hidden: Tensor, key: StepKey) -> Tensor:
+            keys.append(key)
+            return parts[1](hidden)
+
+    plain = replace(ends, caches=False, link=Evaluating())
+    prompts = RAGGED[:1]
+    torch.testing.assert_close(walked(plain, prompts), walked(ends, prompts), rtol=1e-3, atol=1e-4)
+    assert keys == [StepKey(0, 0, step) for step in range(NEW)]
 
 
 def test_a_ragged_batch_is_each_text_alone(any_model_path: Path) -> None:

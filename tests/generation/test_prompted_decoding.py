@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fedsplit.adaptation import lora, prompts, run_adapters
 from fedsplit.commands import generate, generation_job
-from fedsplit.commands.evaluate import evaluate
 from fedsplit.generation.decoding import ClientHalf, depends_on_neighbours, padded
 from fedsplit.generation.transcript import Detokeniser
 from fedsplit.model.caches import Past
@@ -31,6 +30,7 @@ from fedsplit.model.token_ids import end_tokens
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.model.vocabulary import load_tokenizer
 from fedsplit.results.finished import open_run
+from fedsplit.results.measuring import evaluate
 from fedsplit.settings.documents import build
 from fedsplit.settings.sections import PromptSettings
 from fedsplit.trunk.sessions import Sessions

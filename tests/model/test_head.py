@@ -19,18 +19,18 @@ from transformers import AutoModelForCausalLM
 from fedsplit.adaptation import adapter_files, folding, lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.adaptation.run_adapters import adapt
-from fedsplit.commands.evaluate import evaluate, held_out_loss
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import batch
 from fedsplit.errors import InputError
 from fedsplit.lowrank import LowRank
-from fedsplit.model.families import FAMILIES
+from fedsplit.model.derivation import family_of
 from fedsplit.model.head import HEAD, HEAD_WEIGHT
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.optimization.optim import make_optimizer
 from fedsplit.results.combining import combine
 from fedsplit.results.finished import Adapter, find_adapter, open_run
+from fedsplit.results.measuring import evaluate, held_out_loss
 from fedsplit.results.merging import merge, unmerge
 from fedsplit.results.whole import attach, detach, open_base
 from fedsplit.seeds import derive_seed
@@ -60,7 +60,7 @@ def parts_of(path: Path, cut: tuple[int, int], head: str, kernels: str = "librar
 def whole_of(path: Path, head: str, given: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """The unsplit model under plain PEFT with the same adapters, and what trains of it by our names."""
     base = load_unsplit(path)
-    config = make_config(SETTINGS, FAMILIES[base.config.model_type], head=head)
+    config = make_config(SETTINGS, family_of(base.config), head=head)
     whole = get_peft_model(base, config).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n.replace(".modules_to_save", ""): p for n, p in names.items() if p.requires_grad}

@@ -36,8 +36,13 @@ def everything(tensor: str) -> bool:
 def test_which_names_are_the_hubs() -> None:
     assert hub.parse("org/name") == HubName("org/name")
     assert hub.parse("org/na.me-1@refs/pr/1") == HubName("org/na.me-1", "refs/pr/1")
-    assert [str(hub.parse(name)) for name in ("a/b", "a/b@v1")] == ["a/b", "a/b@v1"]
-    for name in ("sotu-gpt2", "./a/b", "../b", "a/b/c", "/a/b", "~/b", "a/b@", "@v1", "a b/c", "a/b@v 1", ""):
+    assert [str(hub.parse(name)) for name in ("a/b", "a/b@v1", "gpt2", "gpt2@v1")] == [
+        "a/b",
+        "a/b@v1",
+        "gpt2",
+        "gpt2@v1",
+    ]
+    for name in ("my.model", "./a/b", "../b", "a/b/c", "/a/b", "~/b", "a/b@", "@v1", "a b/c", "a/b@v 1", ""):
         assert hub.parse(name) is None, name
 
 

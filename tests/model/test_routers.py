@@ -22,7 +22,7 @@ from fedsplit.adaptation.injection import make_config
 from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.corpora.shards import batch
-from fedsplit.model.families import FAMILIES
+from fedsplit.model.derivation import family_of
 from fedsplit.model.routers import RouterLoss, RouterSums, listening
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
@@ -110,7 +110,7 @@ def parts_of(
 def whole_of(path: Path, dtype: torch.dtype = torch.float32, settings: LoraSettings = SETTINGS):
     """The unsplit model under PEFT, and what trains in it by exported name."""
     base = load_unsplit(path, dtype)
-    whole = get_peft_model(base, make_config(settings, FAMILIES[base.config.model_type])).eval()
+    whole = get_peft_model(base, make_config(settings, family_of(base.config))).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     trained = {n: p for n, p in names.items() if p.requires_grad}
     _fill(trained)
@@ -359,7 +359,7 @@ def test_training_follows_plain_fine_tuning(mixtral: Path, schedule: str) -> Non
 
     base = load_unsplit(mixtral)
     settings = LoraSettings(rank=(2,), dropout=0.0)
-    whole = get_peft_model(base, make_config(settings, FAMILIES[base.config.model_type])).eval()
+    whole = get_peft_model(base, make_config(settings, family_of(base.config))).eval()
     names = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in whole.named_parameters()}
     learning = {"forward-only": ("model.layers.2.",), "frozen": ("model.layers.0.", "model.layers.2.")}
     learns = learning.get(schedule, ("model.layers.",))

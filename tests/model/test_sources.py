@@ -11,21 +11,21 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import write_corpus
+from conftest import CONFIGS, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from local_federation import federate
 from local_hub import COMMIT, LocalHub, point_at
-from peft import PeftConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 
-from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.errors import SettingError
 from fedsplit.model import sources
-from fedsplit.model.families import FAMILIES
+from fedsplit.model.derivation import family_of
 from fedsplit.model.hub import INDEX
 from fedsplit.model.sources import config_folder, from_peft, pinned, to_peft, weights_folder
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results.finished import find_adapter, open_run
+from fedsplit.results.measuring import held_out_loss
 from fedsplit.settings.config import BUNDLED_MODEL, Config
 from fedsplit.settings.documents import build
 from strategies.fedavg import FedAvg
@@ -62,7 +62,7 @@ def test_what_is_on_this_machine_is_found_and_the_hub_is_not_asked(
             config = Config(model=model)
             assert config_folder(config.model) == weights_folder(config) == weights_folder(config, ["trunk"]) == folder
             assert pinned(config.model) == model
-            assert to_peft(model) == (model, None)
+            assert to_peft(model) == (str(folder.absolute()), None)
         federate(small("org/tiny", tmp_path), tmp_path / "run", FedAvg(), monkeypatch)
         assert hub.asked == []
 
@@ -84,7 +84,7 @@ def test_a_party_fetches_the_shards_of_its_own_blocks_only(
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "mixtral"])
 def test_whose_a_tensor_is_follows_from_its_name_in_the_file(tiny_models: dict[str, Path], family: str) -> None:
     """With and without the decoder's name in front."""
-    folder, record = tiny_models[family], FAMILIES[family]
+    folder, record = tiny_models[family], family_of(CONFIGS[family]())
     clients, trunk = (sources._owner(build({"model": "x", "cut": "1:2"}), folder, kinds) for kinds in PARTS)
     for prefix in (f"{record.decoder}.", ""):
         for number, owner in enumerate((clients, trunk, clients)):
@@ -131,7 +131,11 @@ def test_a_run_on_a_gguf_file_is_the_run_on_the_model_in_it(
     here, _ = federate(small(str(tmp_path / "model"), tmp_path), tmp_path / "here", FedAvg(), monkeypatch)
     assert there.summary is not None and here.summary is not None
     assert there.summary["eval_loss"] == here.summary["eval_loss"]
-    assert PeftConfig.from_pretrained(str(tmp_path / "there" / "adapter")).base_model_name_or_path == str(file)
+    named = PeftConfig.from_pretrained(str(tmp_path / "there" / "adapter")).base_model_name_or_path
+    assert Path(named) == weights_folder(config)
+    assert AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "there" / "adapter")).peft_config
+    file.unlink()
+    assert to_peft(str(file)) == (str(file), None)
 
 
 def test_a_package_that_carries_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +167,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     for model, words in (
-        ("nowhere", "nowhere is not possible; allowed: the name of the bundled model, or a folder"),
+        ("no.where", "no.where is not possible; allowed: the name of the bundled model, or a folder"),
         ("./nowhere/there", "nowhere/there is not possible; allowed: the name of"),
         ("nowhere.gguf", r"nowhere\.gguf is not possible"),
         ("org/nowhere.gguf", r"org/nowhere\.gguf is not possible"),
@@ -212,7 +216,7 @@ def test_the_command_on_a_model_of_the_hub(sharded: Path, tmp_path: Path) -> Non
 
         done = command("simulate", "--engine", "local", "--model", "org/tiny", *settings)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("fetching the weights of org/tiny: ")
+        assert "fetching the weights of org/tiny: " in done.stdout
         assert len([path for path in hub.asked if path.startswith("GET") and path.endswith("/config.json")]) == 1
         refused = command("simulate", "--model", "org/none", *settings, "--out", "another")
         assert refused.stderr.startswith("fedsplit: model: org/none") and refused.stderr.count("\n") == 1

@@ -151,9 +151,9 @@ def test_fused_kernels_are_the_unsplit_model_to_rounding(any_model_path: Path, c
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm(), f"{name}, padding {padding}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_kernels_do_not_depend_on_the_cut(any_model_path: Path, dtype: torch.dtype) -> None:
-    """Dropout included, which is drawn in the order of the blocks."""
+def test_fused_kernels_do_not_depend_on_the_cut(any_model_path: Path) -> None:
+    """Dropout included, which is drawn in the order of the blocks. Kernels in 16 bits are those of each family."""
+    dtype = torch.bfloat16 if any_model_path.name in ("llama", "mixtral") else torch.float32
     ids, mask, labels = batch_of("left")
     outcomes = []
     for cut in CUTS:

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import VOCABULARY, with_added_token
+from conftest import VOCABULARY, with_added_token, write_image_model
 
 from fedsplit.errors import SettingError
-from fedsplit.model.families import read_facts
-from fedsplit.model.token_ids import check_largest, end_token, end_tokens
+from fedsplit.model.facts import read_facts, read_pad
+from fedsplit.model.token_ids import check_largest, embedding_rows, end_token, end_tokens
 from fedsplit.model.unsplit import load_unsplit
 
 SILENT = object()
@@ -128,3 +128,16 @@ def test_the_embeddings_size_follows_from_the_class_where_config_json_is_silent(
     check_largest(folder, "tiny", 31999)
     with pytest.raises(SettingError, match="has 32000 rows"):
         check_largest(folder, "tiny", 32000)
+
+
+def test_of_a_model_of_images_the_ids_are_those_of_its_text_model(tmp_path: Path) -> None:
+    write_image_model(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    document = json.loads((tmp_path / "config.json").read_text())
+    document.pop("eos_token_id", None)
+    document |= {"vocab_size": 5, "text_config": document["text_config"] | {"eos_token_id": 7, "pad_token_id": 9}}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert (embedding_rows(tmp_path), end_token(tmp_path), read_pad(tmp_path, end=7)) == (VOCABULARY, 7, 9)
+    del document["text_config"]["vocab_size"]  # then the library's default holds
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert embedding_rows(tmp_path) == 262_208

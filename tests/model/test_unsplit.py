@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_image_model
+from transformers import AutoModelForCausalLM
 
 from fedsplit.model.unsplit import empty_model, load_unsplit
 
@@ -29,3 +31,17 @@ def test_a_classifier_has_the_models_body_and_a_head_of_its_classes(model_path: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_have_the_type_that_is_asked_for(model_path: Path, dtype: torch.dtype) -> None:
     assert {p.dtype for p in load_unsplit(model_path, dtype).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_of_a_model_of_images_the_text_model_alone_is_loaded_and_saved(tmp_path: Path, original: bool) -> None:
+    """Its names in the files are those of today, or those of older checkpoints (the library's default)."""
+    whole = write_image_model(tmp_path / "images", save_original_format=original)
+    text = load_unsplit(tmp_path / "images").eval()
+    text.save_pretrained(tmp_path / "text")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    assert type(text).__name__ == type(again).__name__ == "Gemma3ForCausalLM"
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = whole(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+    assert torch.equal(text(input_ids=ids).logits, expected)
+    assert torch.equal(again(input_ids=ids).logits, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 
 from fedsplit.errors import SettingError
 from fedsplit.model.kernels import IGNORED
-from fedsplit.objectives.objective import OBJECTIVES, ObjectiveFailed, cross_entropy, load_objective, try_objective
+from fedsplit.objectives.objective import (
+    OBJECTIVES,
+    ObjectiveFailed,
+    cross_entropy,
+    demands_of,
+    load_objective,
+    try_objective,
+)
 
 MINE = """
 import torch
@@ -71,10 +79,32 @@ def test_cross_entropy_leaves_out_what_is_not_predicted() -> None:
 
 
 def test_every_name_is_an_objective_that_works_on_tokens_and_on_classes() -> None:
+    """Except that a class is compared with no base model, and is no pair."""
     for name in OBJECTIVES:
         objective = load_objective(name, {}, {})
-        for classifies in (False, True):
+        for classifies in (False,) if demands_of(objective).compares else (False, True):
             try_objective(objective, name, 7, classifies)
+
+
+@pytest.mark.parametrize(("mean_over", "weights"), [("labels", [3, 2]), ("sequences", [2, 2]), ("pairs", [1, 1])])
+def test_an_objective_says_what_its_loss_is_a_mean_over(mean_over: str, weights: list[int], file: Path) -> None:
+    def loss(logits, labels, mask):
+        raise NotImplementedError
+
+    loss.mean_over = mean_over  # type: ignore[attr-defined]
+    demands = demands_of(loss)
+    labels = torch.tensor([[5, 6, 7], [5, 6, IGNORED]]), torch.tensor([[5, 6, 7], [IGNORED] * 3])
+    assert [demands.weight(some) for some in labels] == weights
+    assert (demands.further, demands.compares) == ({"mask"}, False)
+    assert demands.weight(torch.tensor([1, 0])) == 2 // demands.rows
+    file.write_text(f"def loss(logits, labels):\n    return logits.sum()\nloss.mean_over = {mean_over!r}\n")
+    assert demands_of(load_objective(f"{file}:loss", {}, {})).mean_over == mean_over
+
+
+def test_a_mean_that_does_not_exist_is_refused(file: Path) -> None:
+    file.write_text("def loss(logits, labels):\n    return logits.sum()\nloss.mean_over = 'words'\n")
+    with pytest.raises(SettingError, match=r"mean_over is labels | sequences | pairs \(it is 'words'\)"):
+        load_objective(f"{file}:loss", {}, {})
 
 
 def test_a_users_objective_is_called_with_its_options(file: Path) -> None:
@@ -136,3 +166,13 @@ def test_a_copy_of_the_shipped_page_is_an_objective(tmp_path: Path) -> None:
     own, shipped = (load_objective(name, {}, {}) for name in (f"{copy}:LabelSmoothing", "label_smoothing"))
     logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, IGNORED, 2], [0, 3, 4]])
     assert own is not None and shipped is not None and torch.equal(own(logits, labels), shipped(logits, labels))
+
+
+@pytest.mark.parametrize(("name", "asked"), [("Focal", set()), ("Near", {"reference"})])
+def test_the_objectives_of_the_documentation_work(name: str, asked: set[str], file: Path) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", Path("docs/objectives.md").read_text(), re.DOTALL)
+    (snippet,) = (snippet for snippet in snippets if f"class {name}:" in snippet)
+    file.write_text(snippet)
+    objective = load_objective(f"{file}:{name}", {}, {})
+    try_objective(objective, name, 11, False)
+    assert demands_of(objective).further == asked

@@ -89,7 +89,7 @@ def test_adapters_of_different_layers_are_combined_whole(tiny_models: dict[str, 
 @pytest.mark.parametrize("kind", ["all biases", "whole norm", "on the embedding", "tokens", "pissa", "invoked"])
 def test_what_holds_more_than_factors_is_not_combined(kind: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     folder = peft_adapters.make("qwen2", kind, tiny_models["qwen2"], tmp_path / "adapter")
-    with pytest.raises(InputError, match=r"cannot be combined: it is no LoRA, whose factors add up, or more than that"):
+    with pytest.raises(InputError, match=r"cannot be combined: it is no LoRA, or does more than add B A to weights"):
         combine([find_adapter(folder)] * 2, [1, 1], "cat", tmp_path / "sum")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

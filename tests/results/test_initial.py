@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CONFIGS
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft_adapters import PLACES, make, opened
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fedsplit
-from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.errors import InputError
 from fedsplit.federation.manifest import content_of
-from fedsplit.model.families import family_of
+from fedsplit.model.derivation import family_of
 from fedsplit.results.initial import check_initial, stated
+from fedsplit.results.measuring import held_out_loss
 from fedsplit.settings.config import Config
 from fedsplit.settings.sections import LoraSettings, PromptSettings
 
@@ -31,7 +32,7 @@ def config_for(model: Path, folder: Path, **lora: Any) -> Config:
 
 
 def check(config: Config, classes: int = 0) -> list[str]:
-    check_initial(config, family_of("gpt2"), classes)
+    check_initial(config, family_of(CONFIGS["gpt2"]()), classes)
     return stated(config)
 
 
@@ -104,7 +105,7 @@ def test_one_of_another_model_of_another_number_of_classes_or_damaged_is_refused
 ) -> None:
     folder = make("gpt2", "plain", model, tmp_path / "adapter")
     with pytest.raises(InputError, match="does not fit the model"):
-        check_initial(config_for(tiny_models["llama"], folder), family_of("llama"))
+        check_initial(config_for(tiny_models["llama"], folder), family_of(CONFIGS["llama"]()))
     with pytest.raises(InputError, match=r"\(predicts tokens\) is not possible; allowed: an adapter that tells 2"):
         check(config_for(model, folder), classes=2)
     prompt = replace(config_for(model, folder), lora=LoraSettings(), prompt=PromptSettings(kind="prompt"))

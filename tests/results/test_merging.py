@@ -6,23 +6,32 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft_adapters
 import pytest
 import torch
+from conftest import VOCABULARY
 from measured_adapters import base_of, logits
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BioGptConfig,
+    PhiConfig,
+    PretrainedConfig,
+)
 
-from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.errors import InputError
 from fedsplit.model.devices import TYPES
-from fedsplit.model.families import read_pad
+from fedsplit.model.facts import read_pad
 from fedsplit.model.token_ids import end_tokens
 from fedsplit.model.unsplit import load_unsplit
 from fedsplit.results import merging, whole
 from fedsplit.results.finished import Adapter, find_adapter, open_run
+from fedsplit.results.measuring import held_out_loss
 from fedsplit.results.merging import merge, unmerge
 from fedsplit.results.whole import attach
 
@@ -283,3 +292,48 @@ def test_a_head_of_other_classes_does_not_fit(finished_run: Callable[..., Path])
     base = load_unsplit(adapter.model_path, classes=3, pad=0)
     with pytest.raises(InputError, match=r"does not fit the model \(size mismatch for [\w.]*score"):
         attach(base, adapter)
+
+
+def write_like(model: Path, folder: Path, config: PretrainedConfig) -> str:
+    """Saves a random model of a configuration, with the tokenizer of another model."""
+    shutil.copytree(model, folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(config)
+    for parameter in whole.get_output_embeddings().parameters():
+        torch.nn.init.normal_(parameter)
+    whole.save_pretrained(folder)
+    return str(folder)
+
+
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "intermediate_size": 64}
+OTHER_HEADS = {
+    "another name": BioGptConfig(**_SIZES, **_ENDS, tie_word_embeddings=False),
+    "another name, tied": BioGptConfig(**_SIZES, **_ENDS),
+    "with a bias": PhiConfig(**_SIZES, **_ENDS),
+}
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS)
+@pytest.mark.parametrize("settings", [{}, {"lora__method": "ia3"}, CLASSES], ids=["lora", "ia3", "classes"])
+def test_heads_of_another_name_or_with_a_bias_are_merged_and_come_back(
+    head: str,
+    settings: dict[str, Any],
+    finished_run: Callable[..., Path],
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    model = write_like(tiny_models["gpt2"], tmp_path / head, OTHER_HEADS[head])
+    run = finished_run(model, **settings)
+    merge(find_adapter(run), tmp_path / "merged")
+    kind = AutoModelForSequenceClassification if settings is CLASSES else AutoModelForCausalLM
+    reported = open_run(run).summary["eval_loss"]["after"]
+    assert held_out_loss(kind.from_pretrained(tmp_path / "merged").eval(), run) == pytest.approx(reported, abs=1e-5)
+    if "lora__method" in settings:  # what PEFT alone can merge cannot be taken apart
+        return
+    unmerge(tmp_path / "merged", tmp_path / "unmerged")
+    plain, back = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, tmp_path / "unmerged"))
+    assert plain.keys() == back.keys()
+    for name, weight in plain.items():
+        assert torch.allclose(back[name], weight, atol=1e-6), name

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedsplit.errors import SettingError
+from fedsplit.errors import InputErrors, SettingError
 from fedsplit.settings.config import SECTIONS, SETTINGS, Config
 from fedsplit.settings.documents import as_document, build, from_document
 from fedsplit.settings.sections import LoraSettings, TrainSettings
@@ -69,3 +69,9 @@ def test_numbers_of_other_libraries_paths_and_lists_become_pythons_own() -> None
 def test_a_section_of_another_kind_is_refused() -> None:
     with pytest.raises(SettingError, match=r"lora: .* is not possible; allowed: a LoraSettings"):
         Config(lora={"rank": (8,)})
+
+
+def test_all_wrong_values_are_reported_together() -> None:
+    with pytest.raises(InputErrors) as refused:
+        Config(clients=0, cut="3:3", train=TrainSettings(lr=-1.0))
+    assert [str(error).partition(":")[0] for error in refused.value.errors] == ["clients", "cut", "train.lr"]

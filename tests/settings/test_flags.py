@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,7 @@ def test_a_text_may_begin_with_dashes() -> None:
         ("rounds = 1" + "0" * 5000, "config: "),
         ("train.lr = 1" + "0" * 400, "train.lr: a number of many digits is not possible"),
         ("x = " + "[" * 3000, "config: "),
+        ("lr = 0.1", "there is no setting lr; did you mean train.lr?"),
         ("clientz = 8", "there is no setting clientz; did you mean clients"),
         ("clients = true", "clients: True is not possible"),
         ("clients = 2.5", "clients: 2.5 is not possible"),
@@ -267,6 +269,19 @@ def test_a_run_that_goes_on_may_have_more_rounds_and_patience_and_nothing_else(t
             parse(["--resume", str(tmp_path), *flags])
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "passes"),
+    [("driver", "shared", True), ("label", "label", True), ("label", "driver", False), ("shared", "label", False)],
+)
+def test_state_that_nodes_keep_is_not_left_behind(before: str, now: str, passes: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(f'[data]\nat = "{before}"\n')
+    if passes:
+        assert parse(["--resume", str(tmp_path), "--data.at", now]).data.at == now
+    else:
+        with pytest.raises(InputError, match=r"^data.at cannot be set for a run that goes on"):
+            parse(["--resume", str(tmp_path), "--data.at", now])
+
+
 def test_a_run_that_goes_on_may_be_given_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However its path is written; a file of the same content is another one."""
     (tmp_path / "run").mkdir()
@@ -315,7 +330,8 @@ def test_whatever_a_document_says_it_is_a_configuration_or_is_refused(document: 
         except InputError as refused:
             assert one_line(refused)
         else:
-            assert from_document(as_document(config)) == config
+            # The folder of a run is left out of its document.
+            assert from_document(as_document(config)) == replace(config, out="", resume="")
 
 
 @st.composite

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from test_contract import CASES
 
 from fedsplit.adaptation import lora
-from fedsplit.commands.evaluate import held_out_loss
 from fedsplit.errors import SettingError
 from fedsplit.federation.aggregation import sampled
 from fedsplit.federation.messages import Evaluate, Reply, Train
 from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
 from fedsplit.model.split import load_parts
 from fedsplit.model.unsplit import load_unsplit
+from fedsplit.results.measuring import held_out_loss
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import as_document, build, from_document
 from fedsplit.updates import weighted

@@ -18,7 +18,7 @@ prepare()
 import ray, torch
 from pathlib import Path
 from fedsplit.adaptation import lora
-from fedsplit.trunk.actor import RayTransport, RayTrunk, find_trunk, start_trunk
+from fedsplit.trunk.actor import ActorSetup, RayTransport, RayTrunk, Seat, find_trunk, start_trunk
 from fedsplit.trunk import cluster
 from fedsplit.settings.documents import build
 from fedsplit.model.split import load_parts
@@ -37,7 +37,7 @@ lora.add(part, config.lora, config.seed)
 codec = make_codec("raw")
 started = cluster.running(workers=1)
 started.__enter__()
-handle = start_trunk(config, "t", threads=1, workers=2)
+handle = start_trunk(config, Seat("t", "t", "life"), ActorSetup(threads=1, workers=2))
 try:
     life = handle.status().incarnation
     assert 10**8 < handle.status().least_memory < 8 * 10**9

@@ -93,3 +93,15 @@ def test_weighing_a_step_leaves_nothing_behind(model_path: Path) -> None:
     assert twice == pytest.approx(2 * graph, rel=0.2)
     assert all(torch.equal(before[name], tensor) for name, tensor in adapter.snapshot.items())
     assert all(parameter.grad is None for parameter in part.parameters())
+
+
+def test_an_adapter_without_influence_has_a_gradient_of_zeros(tiny_models: dict[str, Path]) -> None:
+    """As that of an expert that no token has chosen."""
+    part = trunk_of(tiny_models["llama"])
+    part.decoder.layers[0].mlp.forward = torch.zeros_like
+    blocks, batch = Blocks(part), batch_of(adapter_of(part))
+    output = blocks.run(batch, keeps_graph=True)
+    sent = {key: torch.ones(hidden.shape) for key, hidden in batch.inputs.items()}
+    of_adapter, _ = blocks.differentiate(batch, output, sent, {})
+    for name, gradient in of_adapter.items():
+        assert bool(gradient.any()) == ("mlp" not in name), name

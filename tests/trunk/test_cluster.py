@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from ray._private import worker
 
-from fedsplit import environment
+from fedsplit import environment, shutdown
 from fedsplit.trunk import cluster
 from fedsplit.wire.casting import EXACT
 
@@ -91,6 +92,21 @@ def test_a_ray_of_the_users_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(cluster.ClusterFailed, match="connected to a Ray already"), cluster.running(workers=1):
         pass
     assert stopped == []
+
+
+def test_a_ray_that_does_not_shut_down_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def hangs() -> None:
+        asked.set()
+        threading.Event().wait()
+
+    monkeypatch.setattr(shutdown, "CLOSING_SECONDS", 0.1)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster.ray, "shutdown", hangs)
+    with cluster._connected(lambda: None):
+        assert not asked.is_set()
+    assert asked.wait(60)
 
 
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

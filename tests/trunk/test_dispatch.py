@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from test_server import make_server
 
 from fedsplit.settings.sections import TrunkSettings
-from fedsplit.trunk.dispatch import Answer, Dispatcher
+from fedsplit.trunk.dispatch import Dispatcher
+from fedsplit.trunk.requests import Answer
 from fedsplit.trunk.server import Work
 from fedsplit.trunk.workers import BACKWARD, FORWARD, outcome
 from fedsplit.wire.codecs import make_codec
@@ -39,6 +40,9 @@ class Recorder:
         self.broken: set[int] = set()
         self.clips = False
         self.steps = self.adapters = self
+
+    def attend(self, is_attended: bool) -> None:
+        pass
 
     def held(self, key: StepKey) -> object:
         if key not in self.batches:
@@ -109,10 +113,11 @@ class Stage:
         self.dispatcher = Dispatcher(self.trunk, TrunkSettings(**settings), lambda: self.now)  # type: ignore[arg-type]
         self.answers: dict[tuple[str, int, int], Answer] = {}
 
-    def ask(self, kind: str, client: int, step: int = 0, learns: bool = True) -> None:
+    def ask(self, kind: str, client: int, step: int = 0, learns: bool = True, is_adapted: bool = True) -> None:
         name = {"backward": "gradient", "scale": "coefficient"}.get(kind, "hidden")
         tensors = {} if kind == "ask" else {name: RAW.encode(torch.zeros(1))}
-        packet = Packet(StepKey(1, client, step), tensors, training=kind != "evaluate", learns=learns)
+        key = StepKey(1, client, step)
+        packet = Packet(key, tensors, training=kind != "evaluate", learns=learns, is_adapted=is_adapted)
         self.dispatcher.submit(packet, lambda answer: self.answers.__setitem__((kind, client, step), answer))
 
     def serve(self) -> list[tuple[str, list[int]]]:
@@ -404,6 +409,21 @@ def test_turns_are_the_same_whoever_comes_first(order: Sequence[tuple[str, int]]
         stage.serve()
     expected = [("forward", 2), ("forward", 0), ("forward", 1), ("backward", 2), ("backward", 0), ("backward", 1)]
     assert [(kind, clients[0]) for kind, clients in stage.trunk.calls] == [*expected, ("forward", 0), ("forward", 1)]
+
+
+@pytest.mark.parametrize("first", ["evaluate", "forward"])
+def test_forwards_through_the_base_weights_take_no_turn(first: str) -> None:
+    """Else the order in which a client's two packets come would decide whose turn is next."""
+    stage = Stage(schedule="shared")
+    stage.dispatcher.begin([0, 1])
+    stage.ask("evaluate", 1, is_adapted=False)
+    assert stage.serve() == [("evaluate", [1])]  # it is the turn of 0
+    for kind in (first, "forward" if first == "evaluate" else "evaluate"):
+        stage.ask(kind, 0, is_adapted=kind == "forward")
+        stage.serve()
+    stage.ask("forward", 1)
+    stage.serve()
+    assert [call for call in stage.trunk.calls if call[0] == "forward"] == [("forward", [0]), ("forward", [1])]
 
 
 def test_a_group_is_waited_for_however_late() -> None:

@@ -1,4 +1,4 @@
-"""Doors: a trunk of this process is found without Ray, and a budget that does not suffice is refused in a line."""
+"""Doors: several trunks are one port, and a budget that does not suffice is refused in a line."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ import pytest
 
 from fedsplit.errors import SettingError
 from fedsplit.settings.documents import build
-from fedsplit.trunk import actor, doors, local
+from fedsplit.trunk import doors
 
 
-def test_a_trunk_of_this_process_comes_first_and_else_it_is_rays(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours: Any = SimpleNamespace(close=lambda: None)
-    monkeypatch.setattr(actor, "find_trunk", lambda name: f"{name} by Ray")
-    with local.named(ours, "here"):
-        assert doors.find_trunk("here") is ours
-        assert doors.find_trunk("there") == "there by Ray"
-    assert doors.find_trunk("here") == "here by Ray"
+@pytest.mark.parametrize(
+    ("settings", "kind", "trunks"),
+    [({}, "str", 1), ({"trunk.stages": "1:2:5"}, "StagedTrunk", 2), ({"trunk.replicas": 2}, "ReplicatedTrunk", 2)],
+)
+def test_several_trunks_are_one_port_and_a_single_one_is_itself(
+    settings: dict[str, object], kind: str, trunks: int
+) -> None:
+    config = build(settings)
+    assert doors.count(config) == trunks
+    names: Any = [["stage"] * (2 if "trunk.stages" in settings else 1)] * config.trunk.replicas
+    assert type(doors.join(config, names)).__name__ == kind
 
 
 @pytest.mark.parametrize(("least", "fits"), [(10**9, True), (10**9 + 1, False)])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_server import RAW, make_server, packet, unchanged, with_values
 
+from fedsplit.model.split import load_parts
 from fedsplit.settings.sections import TrunkSettings
 from fedsplit.trunk.dispatch import Dispatcher
 from fedsplit.trunk.memory import Budget
@@ -112,6 +113,32 @@ def test_who_finds_no_room_is_not_refused_for_what_another_one_spoilt(
         pass
     assert isinstance(found[0], UnboundedStep) and all(found[client].tensors for client in (1, 2))
     assert server.counts.forwards == 1 and not rooms
+
+
+def test_the_base_weights_answer_without_the_adapter_and_leave_no_trace(model_path: Path) -> None:
+    server = make_server(model_path, "copies")
+    tensors = {name: tensor + 0.1 for name, tensor in server.adapters.read().tensors.items()}
+    server.adapters.write(tensors)
+    asked = packet(0, 0, training=False)
+    with torch.no_grad():
+        (bare,) = load_parts(model_path, (1, 2), ["trunk"])
+        expected = bare.eval()(RAW.decode(asked.tensors["hidden"]))
+    found = RAW.decode(server.forward(replace(asked, is_adapted=False)).tensors["hidden"])
+    assert torch.allclose(found, expected, atol=1e-6)
+    tuned = RAW.decode(server.forward(asked).tensors["hidden"])
+    assert not torch.allclose(tuned, expected, atol=1e-3)
+    assert unchanged(server, tensors) and len(server.steps) == 0 and not server.adapters.copies()
+    crossed = asked.tensors["hidden"].nbytes
+    assert server.traffic.document() == dict.fromkeys(
+        ("evaluation_activation_up", "evaluation_activation_down", "reference_up", "reference_down"), crossed
+    )
+
+
+def test_base_weights_do_not_train(model_path: Path) -> None:
+    server = make_server(model_path, "shared")
+    with pytest.raises(SpoiledStep, match="trains, and asks for the base weights alone"):
+        server.forward(replace(packet(0, 0), is_adapted=False))
+    assert len(server.steps) == 0
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 31), (5, 32), (0, 5, 32)])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedsplit.model.facts import NO_LIMIT
 from fedsplit.trunk.intake import Intake, check_rate, each, refusal
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.packets import Packet, StepKey
@@ -83,3 +84,12 @@ def test_of_several_all_that_are_wrong_are_named_at_once() -> None:
         each(packets[:1], INTAKE.hidden)
     assert list(each(packets[1:2], INTAKE.hidden)) == [packets[1].key]
     assert isinstance(refusal(caught.value.refused, 5), SpoiledTogether)
+
+
+def test_a_model_without_positions_takes_in_any_length() -> None:
+    """As a state-space model, whose configuration has no longest sequence."""
+    part: Any = SimpleNamespace(config=SimpleNamespace(hidden_size=4), dtype=torch.float32, experts=0)
+    intake = Intake(part, EXACT, torch.device("cpu"))
+    intake.check_shape(StepKey(1, 0, 0), (1, 1_000_000, 4))
+    with pytest.raises(SpoiledStep, match=f"beyond the model's {NO_LIMIT}"):
+        intake.check_shape(StepKey(1, 0, 0), (1, NO_LIMIT + 1, 4))

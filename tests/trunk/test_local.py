@@ -11,7 +11,6 @@ import torch
 
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
-from fedsplit.trunk import local
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.wire.codecs import make_codec
 from fedsplit.wire.packets import Packet, StepKey
@@ -88,16 +87,6 @@ def test_a_trunk_that_was_closed_is_lost(config: Config) -> None:
     for gone in (trunk.status, lambda: trunk.send(packet(0)), answer):
         with pytest.raises(TrunkLost, match="closed"):
             gone()
-
-
-def test_it_is_found_by_its_name_as_long_as_it_lasts(config: Config) -> None:
-    trunk = LocalTrunk(config)
-    with pytest.raises(ZeroDivisionError), local.named(trunk, "mine"):
-        assert local.find_trunk("mine") is trunk and local.find_trunk("another") is None
-        raise ZeroDivisionError
-    assert local.find_trunk("mine") is None
-    with pytest.raises(TrunkLost):
-        trunk.status()
 
 
 def test_observers_see_packets(config: Config) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from fedsplit.lowrank import LowRank
 from fedsplit.trunk import port
+from fedsplit.trunk.copies import Start
 from fedsplit.trunk.port import Control, TrunkPort
-from fedsplit.trunk.registry import Start
 from fedsplit.wire.packets import Packet
 
 TENSORS = {"a": torch.ones(1)}
@@ -33,6 +33,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], Control[Any]]] = {
     "commit": ((), port.Commit()),
     "moments": ((), port.ReadMoments()),
     "restore": ((TENSORS, {}), port.Restore(TENSORS, {})),
+    "measure_step": ((), port.MeasureStep()),
     "status": ((), port.ReadStatus()),
 }
 
@@ -54,7 +55,7 @@ def test_each_method_sends_its_message_and_returns_the_reply(name: str) -> None:
     door = Door()
     reply = getattr(door, name)(*given)
     assert door.message == expected
-    asks = name in ("end_round", "copies", "read", "moments", "status")
+    asks = name in ("end_round", "copies", "read", "moments", "measure_step", "status")
     assert reply is (door.message if asks else None)
 
 

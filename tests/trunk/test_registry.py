@@ -7,11 +7,12 @@ import torch
 
 from fedsplit.optimization.bounds import LARGEST_SHARE
 from fedsplit.settings.sections import TrainSettings
-from fedsplit.trunk.registry import AdapterRegistry, Start, UnclippedGradient
+from fedsplit.trunk.gradients import UnclippedGradient
+from fedsplit.trunk.registry import AdapterRegistry
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.status import RoundCounts
 from fedsplit.trunk.trainable import Unusable
-from fedsplit.updates import Adapters, Layer, Task
+from fedsplit.updates import Adapters, Layer
 from fedsplit.wire.packets import Packet, StepKey
 
 A, B = "l.lora_A.weight", "l.lora_B.weight"
@@ -87,33 +88,6 @@ def test_accumulate_sums_until_the_window_closes_and_knows_old_versions() -> Non
     assert not those.close_window() and those._counts.document() == {"steps": 1, "late": 1}
 
 
-def test_copies_are_their_clients_own_and_obey_its_task() -> None:
-    those = registry("copies")
-    moved = {name: torch.ones(1, 1) for name in START.tensors}
-    task = Task(trains=frozenset("B"), control={B: torch.full((1, 1), 10.0)})
-    those.assign({0: Start(moved, task, {B: torch.full((1, 1), 3.0)})})
-    adapter = those.of(0, begins=True)
-    packet = [Packet(StepKey(1, 0, 0))]
-    those.learn(adapter, adapter.snapshot, False, packet, {B: torch.ones(1, 1)})
-    learn(those, [5], 2.0)
-    copies = those.copies()
-    assert (value(copies[0].adapters, A), value(copies[0].adapters, B)) == (1.0, 1.0 - (1.0 - 3.0 + 10.0))
-    assert float(copies[0].control[B]) == 1.0 - 3.0 and list(copies[0].control) == [B]
-    assert value(copies[5].adapters) == -2.0 and copies[5].control == {}
-    those.end_round([5])
-    assert list(those.copies()) == [5] and value(those.read()) == 0.0
-
-
-def test_a_written_adapter_ends_copies_but_for_those_that_are_somebodys_own() -> None:
-    those = registry("copies")
-    learn(those, [0], 1.0)
-    own = {name: torch.full((1, 1), 7.0) for name in START.tensors}
-    those.write({name: torch.full((1, 1), 5.0) for name in START.tensors}, {1: own})
-    assert value(those.read()) == 5.0
-    evaluated = {client: float(those.of(client, begins=False).snapshot[A].detach()) for client in (0, 1)}
-    assert evaluated == {0: 5.0, 1: 7.0}
-
-
 @pytest.mark.parametrize("schedule", ["frozen", "forward-only"])
 def test_what_does_not_learn_takes_no_gradient(schedule: str) -> None:
     assert not any(tensor.requires_grad for tensor in registry(schedule).shared.snapshot.values())
@@ -173,36 +147,6 @@ def test_accumulate_sums_what_has_been_clipped_and_knows_old_versions() -> None:
     for late in (second, mixed):
         those.release(late, 1.0)
     assert not those.close_window() and those._counts.document() == {"steps": 1, "late": 2}
-
-
-def test_copies_go_on_from_the_last_round_that_counted() -> None:
-    """Momentum by hand: what a round left is there in the next, unless that one starts afresh or has another rank."""
-    those = registry("copies", momentum=0.5, optimizer_state="keep")
-    start = Start(START.tensors)
-
-    def round_of(gradient: float, begin: Start = start, finished: tuple[int, ...] = (0,)) -> float:
-        those.assign({0: begin})
-        adapter = those.of(0, begins=True)
-        packet = [Packet(StepKey(1, 0, 0))]
-        gradients = {name: torch.full(tensor.shape, gradient) for name, tensor in begin.tensors.items()}
-        those.learn(adapter, adapter.snapshot, False, packet, gradients)
-        found = float(adapter.snapshot[A].detach()[0, 0])
-        those.end_round(finished)
-        those.write(START.tensors)
-        return found
-
-    assert round_of(4.0) == -4.0
-    assert round_of(1.0, finished=()) == -3.0  # did not count
-    assert round_of(1.0) == -3.0
-    saved = those.moments()
-    assert saved.keys() == {f"0/{name}:momentum_buffer" for name in START.tensors}
-    assert round_of(0.0) == -1.5
-    assert round_of(1.0, Start(START.tensors, afresh=True)) == -1.0
-    wider = {A: torch.zeros(2, 1), B: torch.zeros(1, 2)}
-    assert round_of(2.0, Start(wider)) == -2.0
-    those.restore(START.tensors, saved)
-    assert round_of(0.0) == -1.5
-    assert registry("copies", momentum=0.5).moments() == {}
 
 
 def test_a_sum_stays_small_enough_to_be_added_to_those_of_others() -> None:

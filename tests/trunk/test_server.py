@@ -14,8 +14,8 @@ from conftest import without_dropout
 from fedsplit.adaptation import lora
 from fedsplit.model.split import load_parts
 from fedsplit.settings.sections import LoraSettings, TrainSettings
+from fedsplit.trunk.copies import Start
 from fedsplit.trunk.memory import Budget
-from fedsplit.trunk.registry import Start
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.wire.codecs import make_codec

@@ -21,8 +21,8 @@ from fedsplit.model.split import load_parts
 from fedsplit.settings.documents import build
 from fedsplit.settings.sections import LoraSettings, TrainSettings, TrunkSettings
 from fedsplit.trunk import port
-from fedsplit.trunk.dispatch import Answer
 from fedsplit.trunk.local import LocalTrunk
+from fedsplit.trunk.requests import Answer
 from fedsplit.trunk.server import TrunkServer
 from fedsplit.trunk.service import Observer, TrunkService
 from fedsplit.trunk.status import RoundCounts
@@ -128,7 +128,7 @@ def test_each_message_does_what_it_says(part: Trunk) -> None:
     assert isinstance(sent(service, packet(0)), Packet) and isinstance(sent(service, packet(0, "gradient")), Packet)
     learned, moments = asked(service, port.ReadAdapter()), asked(service, port.ReadMoments())
     assert any(not torch.equal(learned.tensors[name], tensor) for name, tensor in start.tensors.items())
-    assert asked(service, port.EndRound((0,))) == RoundCounts(steps=1, forwards=1, backwards=1)
+    assert asked(service, port.EndRound((0,))) == RoundCounts(steps=1, forwards=1, backwards=1, sequences=1)
 
     asked(service, port.WriteAdapter(start.tensors))
     assert all(torch.equal(t, start.tensors[n]) for n, t in asked(service, port.ReadAdapter()).tensors.items())

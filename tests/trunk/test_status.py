@@ -17,6 +17,19 @@ def test_a_copy_of_traffic_stays_as_it_was() -> None:
     assert before == Traffic() != traffic
 
 
+def test_bytes_by_client_add_up_and_a_copy_keeps_its_own() -> None:
+    first = Bytes()
+    first.add(client=0, up=3, down=5)
+    before = first.copy()
+    second = Bytes()
+    second.add(client=0, up=1, down=0)
+    second.add(client=2, up=4, down=6)
+    first.add(client=0, up=1, down=1)
+    assert (before.up_by_client, before.down_by_client) == ({0: 3}, {0: 5})
+    joined = first + second
+    assert (joined.up, joined.up_by_client, joined.down_by_client) == (9, {0: 5, 2: 4}, {0: 6, 2: 6})
+
+
 def test_taking_the_counts_of_a_round_resets_them() -> None:
     counts = RoundCounts(steps=2, late=1)
     finished = counts.take()

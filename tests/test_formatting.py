@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fedsplit.report import aligned, fitted, perplexity, size
+from fedsplit.formatting import aligned, fitted, perplexity, size
 
 
 def test_numbers_for_people() -> None:

@@ -1,0 +1,108 @@
+"""The sections of a report on what a run cost: bytes, seconds and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fedsplit.formatting import size
+from fedsplit.reporting import figures
+from fedsplit.reporting.content import Picture, Section
+from fedsplit.reporting.run_record import RunRecord, numbers
+from fedsplit.reporting.series import KINDS, bytes_by_round, seconds_by_round, totals_by_client
+from fedsplit.reporting.text_table import Table
+
+MOST_BARS = 40
+"""Most clients with a bar of their own."""
+
+MOST_ROWS = 200
+"""Most rows of a table."""
+
+
+def traffic(run: RunRecord) -> Section:
+    """Returns the section on bytes by kind and round, and by client."""
+    section = Section("Traffic")
+    by_round = bytes_by_round(run)
+    if by_round:
+        series = {kind: {"up": ways.up, "down": ways.down} for kind, ways in by_round.items()}
+        caption = "Bytes by kind and round. Up: from the clients, filled; down: to them, outlined."
+        section.pictures.append(Picture("Bytes by kind and round", figures.panels(series, size), caption))
+    totals = numbers(run.summary.get("bytes"))
+    if not totals:
+        for event in run.of("cost"):
+            for kind, count in numbers(event.get("bytes")).items():
+                totals[kind] = totals.get(kind, 0.0) + count
+    rows: list[tuple[str, ...]] = [("kind", "up", "down")]
+    for kind, words in KINDS.items():
+        up, down = totals.get(f"{kind}_up", 0.0), totals.get(f"{kind}_down", 0.0)
+        if up or down:
+            rows.append((words, size(up), size(down)))
+    if len(rows) > 1:
+        section.tables.append(Table("Bytes of the whole run", rows))
+    by_client = totals_by_client(run, "client_bytes")
+    if by_client:
+        section.folded.append(_by_client("Bytes by client", by_client, size))
+    return section
+
+
+def time_spent(run: RunRecord) -> Section:
+    """Returns the section on seconds by phase and round, and by client."""
+    section = Section("Time")
+    by_phase = seconds_by_round(run)
+    if by_phase:
+        series = {phase: {phase: points} for phase, points in by_phase.items()}
+        caption = "Seconds by phase and round, at the server. Round 0 is the start, with the first evaluation."
+        svg = figures.panels(series, _in_seconds)
+        section.pictures.append(Picture("Seconds by phase and round", svg, caption))
+    totals = totals_by_client(run, "client_seconds")
+    by_client: dict[str, dict[str, float]] = {}
+    for phase in ("training", "sample", "evaluation"):
+        if phase in totals:
+            by_client[phase] = totals[phase]
+    training = by_client.get("training", {})
+    if 1 < len(training) <= MOST_BARS:
+        evaluation = by_client.get("evaluation", {})
+        sample = by_client.get("sample", {})
+        pieces = {}
+        for client, seconds in training.items():
+            pieces[client] = (seconds, evaluation.get(client, 0.0) + sample.get(client, 0.0))
+        svg = figures.bars(pieces, lambda seconds: f"{seconds:.2f} s", parts=("own training", "measuring"))
+        caption = "Work of each client over all rounds, without waiting for a free process."
+        section.pictures.append(Picture("Seconds by client", svg, caption))
+    if by_client:
+        section.folded.append(_by_client("Seconds by client", by_client, "{:.2f}".format))
+    return section
+
+
+def _in_seconds(seconds: float) -> str:
+    """Returns a duration; a short one in milliseconds."""
+    return f"{1000 * seconds:.4g} ms" if 0 < seconds < 0.1 else f"{seconds:.4g} s"
+
+
+def memory(run: RunRecord) -> Section:
+    """Returns the section on the peak memory of clients and trunk."""
+    section = Section("Memory")
+    peaks = numbers(run.summary.get("peak_memory"))
+    words = {"client": "a client's process", "trunk": "trunk"}
+    drawn = {words.get(party, party): (peak,) for party, peak in peaks.items()}
+    if drawn:
+        caption = "Largest resident memory. With the engine local, all parties share one process."
+        section.pictures.append(Picture("Peak memory by party", figures.bars(drawn, size), caption))
+    by_client: dict[str, float] = {}
+    for event in run.of("cost"):
+        for client, peak in numbers(event.get("client_peak_memory")).items():
+            by_client[client] = max(peak, by_client.get(client, 0.0))
+    if by_client:
+        rows = [("client", "peak of its process"), *((name, size(peak)) for name, peak in by_client.items())]
+        section.folded.append(Table("Memory by client", rows[: MOST_ROWS + 1]))
+    return section
+
+
+def _by_client(title: str, values: Mapping[str, Mapping[str, float]], write: Callable[[float], str]) -> Table:
+    """Returns the table of sums by client and kind."""
+    kinds = list(values)
+    names = dict.fromkeys(name for of_kind in values.values() for name in of_kind)
+    rows: list[tuple[str, ...]] = [("client", *(kind.replace("_", " ") for kind in kinds))]
+    for name in list(names)[:MOST_ROWS]:
+        rows.append((name, *(write(values[kind].get(name, 0.0)) for kind in kinds)))
+    more = len(names) - MOST_ROWS
+    return Table(title, rows, f"… and {more} more" if more > 0 else "")

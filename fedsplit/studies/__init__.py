@@ -1,0 +1,1 @@
+"""Studies: grids of settings and seeds, whose runs are compared."""

@@ -39,6 +39,7 @@ PACKAGES = [
     "model",
     "events",
     "tracking",
+    "network",
     "wire",
     "adaptation",
     "state",

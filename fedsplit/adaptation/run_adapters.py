@@ -81,17 +81,32 @@ def outline(config: Config, kinds: Sequence[Kind]) -> Adapters:
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}
-    folder = config_folder(config.model)
-    config = _without_values(config)
-    fused = config.kernels == "fused"
     for kind in kinds:
-        part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], fused, classes=0)
-        part.requires_grad_(False)  # adapters are added to frozen base weights only
-        with torch.device("meta"):
-            _add(part, config)
+        part = outlined(config, kind)
         tensors |= {name: parameter.detach() for name, parameter in lora.parameters(part).items()}
         layers |= lora.layers_of(part)
     return Adapters(tensors, layers)
+
+
+def outlined(config: Config, kind: Kind, classes: int = 0) -> Any:
+    """Returns a part with adapters, on the meta device. No weight of the model is read.
+
+    Args:
+        config: Settings of the run.
+        kind: The part.
+        classes: Number of classes, as for `fedsplit.model.split.load_parts`.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in outlined(Config(), "trunk").parameters())
+        858624
+    """
+    config = _without_values(config)
+    folder = config_folder(config.model, weights=False)
+    part = empty_part(folder, config.bounds, kind, TYPES[config.dtype], config.kernels == "fused", classes)
+    part.requires_grad_(False)  # adapters are added to frozen base weights only
+    with torch.device("meta"):
+        _add(part, config)
+    return part
 
 
 def weightless(config: Config, kind: Kind) -> Part:

@@ -37,10 +37,11 @@ test: setup lint  ## lint and all tests; those that start federations two at a t
 test-fast: setup  ## the tests that start no federation
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff and mypy; of the tests, mypy checks the names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests
 
 docs: setup  ## build the documentation into docs/site/
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/site

@@ -17,6 +17,7 @@ from fedsplit.federation.checkpoint import RunFolder, Snapshot
 from fedsplit.federation.manifest import Content
 from fedsplit.settings.config import Config
 from fedsplit.settings.sections import CheckpointSettings, LoraSettings
+from fedsplit.updates import Adapters
 
 CONTENT = Content("data", {"config.json": "one", "model.safetensors": "two"})
 
@@ -28,15 +29,21 @@ def config_of(model: Path, keep: int = 0, **settings: Any) -> Config:
     return dataclasses.replace(config, **settings)
 
 
-def opened(path: Path, config: Config, content: Content = CONTENT) -> RunFolder:
+class OpenedFolder(RunFolder):
+    """The folder of a run, with the adapters that tests save in it."""
+
+    whole: Adapters
+
+
+def opened(path: Path, config: Config, content: Content = CONTENT) -> OpenedFolder:
     """Returns the folder of a run of the tiny model, made or opened again; `whole` holds its adapters."""
     parts = adapted(Path(config.model), (1, 2))
-    made = RunFolder(path, config, parts[0].family, BLOCKS, content)
-    made.whole = lora.read(*parts)  # type: ignore[attr-defined]
+    made = OpenedFolder(path, config, parts[0].family, BLOCKS, content)
+    made.whole = lora.read(*parts)
     return made
 
 
-def again(folder: RunFolder, config: Config | None = None) -> RunFolder:
+def again(folder: RunFolder, config: Config | None = None) -> OpenedFolder:
     """Returns the folder of a run that goes on; the process that had it open is gone."""
     folder._lock.close()
     return opened(folder.path, config or going(folder, 9))
@@ -57,11 +64,11 @@ def snapshot(round: int, **facts: Any) -> Snapshot:
     return Snapshot(round, {"after": 1.5 + round, **facts}, groups)
 
 
-def play(folder: RunFolder, *rounds: int, **facts: Any) -> None:
+def play(folder: OpenedFolder, *rounds: int, **facts: Any) -> None:
     """Writes the events and the checkpoint of some rounds."""
     for round in rounds:
         log(folder, {"event": "train", "round": round})
-        folder.save_round(snapshot(round, **facts), folder.whole)  # type: ignore[attr-defined]
+        folder.save_round(snapshot(round, **facts), folder.whole)
 
 
 def checkpoints(folder: RunFolder) -> list[int]:

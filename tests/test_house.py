@@ -332,5 +332,5 @@ def test_nothing_of_ours_is_pickled() -> None:
                 "numpy.load",
             )
             if is_load or pickling & {name.partition(".")[0] for name in names}:
-                found.append(f"{file.name}, line {node.lineno}")
+                found.append(f"{file.name}: {ast.unparse(node)}")
     assert found == []

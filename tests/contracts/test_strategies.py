@@ -31,6 +31,9 @@ class Mean:
 class Changed(Mean):
     """The mean, changed by a method."""
 
+    def change(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         state, mean = super().aggregate(state, adapters, updates)
         return state, mean.with_tensors({name: self.change(tensor) for name, tensor in mean.tensors.items()})

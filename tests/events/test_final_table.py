@@ -26,9 +26,10 @@ SUMMARY: dict[str, Any] = {
 
 
 def shown(summary: dict[str, Any]) -> str:
-    console = Console(file=io.StringIO(), width=100)
+    shown = io.StringIO()
+    console = Console(file=shown, width=100)
     console.print(final_table(summary, "runs/x"))
-    return console.file.getvalue()
+    return shown.getvalue()
 
 
 def test_the_table_says_all_that_was_asked_for() -> None:

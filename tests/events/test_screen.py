@@ -45,16 +45,18 @@ def ended(round: int, rounds: int, training: float | None, loss: float, accuracy
 
 
 def test_plain_output_is_lines_without_escapes() -> None:
-    console = Console(file=io.StringIO(), width=40)
+    shown = io.StringIO()
+    console = Console(file=shown, width=40)
     with make_screen(console) as screen:
         assert type(screen) is PlainScreen
         screen.handle(progress(1, 2))
         screen.handle(Notice(text="[a line] longer than forty characters, kept as it is 1:5"))
-    assert console.file.getvalue() == "[a line] longer than forty characters, kept as it is 1:5\n"
+    assert shown.getvalue() == "[a line] longer than forty characters, kept as it is 1:5\n"
 
 
 def test_a_terminal_shows_what_is_under_way() -> None:
-    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    shown = io.StringIO()
+    console = Console(file=shown, width=80, force_terminal=True)
     screen = make_screen(console)
     assert type(screen) is LiveScreen
     try:
@@ -65,36 +67,40 @@ def test_a_terminal_shows_what_is_under_way() -> None:
     finally:
         screen.close()
     assert not screen._progress.live.is_started
-    assert "3/8 trained  loss 2.5000  7,000 tokens/s" in console.file.getvalue()
-    assert "kept" in console.file.getvalue()
+    assert "3/8 trained  loss 2.5000  7,000 tokens/s" in shown.getvalue()
+    assert "kept" in shown.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_table_is_the_last_thing_that_a_run_shows(terminal: bool) -> None:
     """Whatever else is reported before the screen is closed."""
-    console = Console(file=io.StringIO(), width=100, force_terminal=terminal, no_color=True)
+    shown = io.StringIO()
+    console = Console(file=shown, width=100, force_terminal=terminal, no_color=True)
     screen = make_screen(console)
     screen.handle(RunEnded(summary=SUMMARY, folder="runs/x"))
     screen.handle(Notice(text="a sink failed"))
     screen.close()
-    text = console.file.getvalue()
+    text = shown.getvalue()
     assert text.index("a sink failed") < text.index("held-out loss") < text.index("fedsplit report runs/x")
     screen.close()
-    assert console.file.getvalue().count("fedsplit report") == 1
+    assert shown.getvalue().count("fedsplit report") == 1
 
 
 def test_a_run_that_failed_leaves_its_line_to_the_command() -> None:
-    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    shown = io.StringIO()
+    console = Console(file=shown, width=100, force_terminal=True)
     screen = make_screen(console)
+    assert isinstance(screen, LiveScreen)
     screen.handle(RunFailed(reason="TrunkLost: the trunk is gone"))
     assert not screen._progress.live.is_started
     screen.close()
-    assert "gone" not in console.file.getvalue()
+    assert "gone" not in shown.getvalue()
 
 
 def test_the_spinner_and_the_clock_go_on_after_a_phase_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal of 80 columns shows what is under way in one line."""
-    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    shown = io.StringIO()
+    console = Console(file=shown, width=80, force_terminal=True)
     with LiveScreen(console) as screen:
         screen.handle(progress(8, 8))
         assert screen._progress.tasks[0].finished
@@ -118,9 +124,9 @@ def test_the_spinner_and_the_clock_go_on_after_a_phase_is_full(monkeypatch: pyte
     clock = screen._progress.columns[-1]
     clock._began = 7200.0 - 6300.0
     monkeypatch.setattr(time, "monotonic", lambda: 7200.0)
-    with console.capture() as shown:
+    with console.capture() as captured:
         console.print(screen._progress)
-    bar, below = shown.get().splitlines()
+    bar, below = captured.get().splitlines()
     assert "1:45:00" in bar and "about 4:00:00 left" in below
 
 
@@ -157,7 +163,8 @@ def test_a_notebook_shows_a_bar_where_its_widgets_are_installed(
     """rich would warn at every step where they are not."""
     spec = importlib.machinery.ModuleSpec("ipywidgets", None) if installed else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    console = Console(file=io.StringIO(), force_jupyter=True)
+    shown = io.StringIO()
+    console = Console(file=shown, force_jupyter=True)
     assert type(make_screen(console)) is (LiveScreen if installed else PlainScreen)
     assert type(make_screen(Console(file=io.StringIO(), force_jupyter=False))) is PlainScreen
 
@@ -173,35 +180,38 @@ def test_the_clients_that_are_waited_for_stand_below_the_bar() -> None:
     event = progress(1, 3, waiting=["ada", "bob"], failed=["[cy]"])
     assert names_of(event) == "waiting for ada, bob; failed: [cy]"
     assert names_of(progress(0, 3)) == ""
-    console = Console(file=io.StringIO(), width=30, force_terminal=True)
+    shown = io.StringIO()
+    console = Console(file=shown, width=30, force_terminal=True)
     screen = LiveScreen(console)
     screen.handle(event)
-    with console.capture() as shown:
+    with console.capture() as captured:
         console.print(screen._progress)
     screen.close()
-    assert "waiting for ada, bob; failed:" in shown.get().splitlines()[-1]
+    assert "waiting for ada, bob; failed:" in captured.get().splitlines()[-1]
 
 
 def test_a_quiet_run_shows_what_goes_wrong_alone() -> None:
-    console = Console(file=io.StringIO(), width=80)
+    shown = io.StringIO()
+    console = Console(file=shown, width=80)
     screen = QuietScreen(console)
     screen.handle(progress(1, 2))
     screen.handle(ended(1, 5, 3.1, 3.0, None, 27.9, 7617.0))
     screen.handle(Notice(text="micro-batches: 2"))
     screen.handle(RunEnded(summary=SUMMARY, folder="runs/x"))
-    assert console.file.getvalue() == ""
+    assert shown.getvalue() == ""
     screen.handle(ClientFailed(round=1, phase="training", client=1, client_name="bob", reason="out of luck"))
     screen.handle(Notice(text="no checkpoint", warning=True))
     screen.close()
-    assert console.file.getvalue() == "bob failed and is left out: out of luck\nno checkpoint\n"
+    assert shown.getvalue() == "bob failed and is left out: out of luck\nno checkpoint\n"
 
 
 def test_events_as_json_are_a_line_each() -> None:
-    console = Console(file=io.StringIO(), width=20)
+    shown = io.StringIO()
+    console = Console(file=shown, width=20)
     screen = JsonLines(console)
     screen.handle(Notice(text="[bold]a text that is longer than the console"))
     screen.handle(RunEnded(summary=SUMMARY, folder="runs/x"))
-    notice, end = map(json.loads, console.file.getvalue().splitlines())
+    notice, end = map(json.loads, shown.getvalue().splitlines())
     assert notice["text"].startswith("[bold]a text")
     assert end["summary"] == SUMMARY
 

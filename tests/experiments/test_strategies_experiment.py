@@ -150,4 +150,5 @@ def test_a_process_of_the_pool_partitions_a_text_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(run, "prepare", lambda: None)
     monkeypatch.setattr(partition, "make_partition", partition.make_partition)  # put back afterwards
     run._begin()
-    assert partition.make_partition.cache_info().maxsize == 2
+    cache_info = vars(partition)["make_partition"].cache_info()
+    assert cache_info.maxsize == 2

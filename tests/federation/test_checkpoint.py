@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_folders import again, checkpoints, config_of, going, log, opened, play, snapshot
+from run_folders import OpenedFolder, again, checkpoints, config_of, going, log, opened, play, snapshot
 from safetensors.torch import load_file, save_file
 
 from fedsplit.durable import NotWritten
@@ -24,7 +24,7 @@ from fedsplit.errors import SettingError
 from fedsplit.events import RunEnded
 from fedsplit.events.run_files import SummaryFile
 from fedsplit.federation import manifest
-from fedsplit.federation.checkpoint import RunFolder, Snapshot, check_folder
+from fedsplit.federation.checkpoint import Snapshot, check_folder
 from fedsplit.federation.manifest import Damaged
 from fedsplit.federation.resumption import check_resumable, newest_checkpoint
 from fedsplit.lowrank import LowRank
@@ -36,26 +36,26 @@ from fedsplit.tensor_files import write_tensors
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_models: dict[str, Path]) -> RunFolder:
+def folder(tmp_path: Path, tiny_models: dict[str, Path]) -> OpenedFolder:
     return opened(tmp_path / "run", config_of(tiny_models["gpt2"]))
 
 
-def sum_up(folder: RunFolder, summary: dict[str, Any]) -> None:
+def sum_up(folder: OpenedFolder, summary: dict[str, Any]) -> None:
     SummaryFile(folder.path).handle(RunEnded(summary=summary, folder=str(folder.path)))
 
 
-def test_the_configuration_written_is_the_one_that_ran(folder: RunFolder) -> None:
+def test_the_configuration_written_is_the_one_that_ran(folder: OpenedFolder) -> None:
     assert parse(["--config", str(folder.path / "config.toml")]) == folder._config
 
 
-def test_a_folder_that_another_run_made_meanwhile_is_refused_and_left_as_it_is(folder: RunFolder) -> None:
+def test_a_folder_that_another_run_made_meanwhile_is_refused_and_left_as_it_is(folder: OpenedFolder) -> None:
     before = (folder.path / "config.toml").read_text()
     with pytest.raises(SettingError, match="there already"):
         opened(folder.path, dataclasses.replace(folder._config, rounds=9))
     assert (folder.path / "config.toml").read_text() == before
 
 
-def test_a_finished_run_has_every_file_and_each_part_its_own_blocks(folder: RunFolder) -> None:
+def test_a_finished_run_has_every_file_and_each_part_its_own_blocks(folder: OpenedFolder) -> None:
     folder.save_round(snapshot(1), folder.whole)
     folder.save_result(folder.whole)
     sum_up(folder, {"seed": 0})
@@ -74,7 +74,7 @@ def test_a_finished_run_has_every_file_and_each_part_its_own_blocks(folder: RunF
     assert all(".h.1." in name for name in parts[1])
 
 
-def test_a_crash_while_writing_leaves_no_checkpoint(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_while_writing_leaves_no_checkpoint(folder: OpenedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise OSError("no space left")
 
@@ -87,7 +87,7 @@ def test_a_crash_while_writing_leaves_no_checkpoint(folder: RunFolder, monkeypat
     assert (folder.path / "checkpoints" / "round-0001" / "adapter_config.json").exists()
 
 
-def test_a_run_goes_on_from_its_last_whole_round(folder: RunFolder) -> None:
+def test_a_run_goes_on_from_its_last_whole_round(folder: OpenedFolder) -> None:
     """What came after it, or was cut off in the middle of a line, is dropped."""
     assert folder.snapshot() is None
     for round in (1, 2):
@@ -106,7 +106,7 @@ def test_a_run_goes_on_from_its_last_whole_round(folder: RunFolder) -> None:
     assert parse(["--config", str(folder.path / "config.toml")]).rounds == 9
 
 
-def test_a_round_is_read_as_it_was_written(folder: RunFolder) -> None:
+def test_a_round_is_read_as_it_was_written(folder: OpenedFolder) -> None:
     """With clients' own adapters, and with what was folded in the factors."""
     whole = folder.whole
     (layer, *_) = whole.complete
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_written_is_refused() -> None:
         check_folder(Path("/proc/run"))
 
 
-def test_a_damaged_best_round_is_not_left_as_the_result(folder: RunFolder) -> None:
+def test_a_damaged_best_round_is_not_left_as_the_result(folder: OpenedFolder) -> None:
     play(folder, 1, 2)
     path = folder.path / "checkpoints" / "round-0001" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -178,7 +178,7 @@ def full_disk(limit: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("limit", [0, 700, 6000])
-def test_what_there_was_before_a_full_disk_stays_whole(folder: RunFolder, limit: int) -> None:
+def test_what_there_was_before_a_full_disk_stays_whole(folder: OpenedFolder, limit: int) -> None:
     play(folder, 1, 2)
     folder.save_result(folder.whole)
     sum_up(folder, {"last_round": 2})
@@ -197,7 +197,7 @@ def test_what_there_was_before_a_full_disk_stays_whole(folder: RunFolder, limit:
     check_resumable(folder.path, going(folder, 5))
 
 
-def test_a_folder_that_a_run_is_at_work_in_is_refused_until_that_run_is_gone(folder: RunFolder) -> None:
+def test_a_folder_that_a_run_is_at_work_in_is_refused_until_that_run_is_gone(folder: OpenedFolder) -> None:
     """However it ends: nothing of it has to be removed."""
     hold = "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     config = dataclasses.replace(folder._config, resume=str(folder.path))
@@ -211,7 +211,7 @@ def test_a_folder_that_a_run_is_at_work_in_is_refused_until_that_run_is_gone(fol
     opened(folder.path, config)
 
 
-def kept(path: Path, model: Path, **checkpoint: int) -> RunFolder:
+def kept(path: Path, model: Path, **checkpoint: int) -> OpenedFolder:
     """Returns a run's folder with settings of its checkpoints."""
     return opened(path, config_of(model, checkpoint=CheckpointSettings(**checkpoint)))
 
@@ -240,7 +240,7 @@ def test_what_is_best_is_known_when_a_run_goes_on(tmp_path: Path, tiny_models: d
     assert checkpoints(on) == [1, 4]
 
 
-def test_all_checkpoints_are_kept_where_a_run_says_so(folder: RunFolder) -> None:
+def test_all_checkpoints_are_kept_where_a_run_says_so(folder: OpenedFolder) -> None:
     play(folder, *range(1, 6))
     assert checkpoints(folder) == [1, 2, 3, 4, 5]
 
@@ -378,7 +378,7 @@ def test_the_best_round_is_left_though_its_checkpoint_could_not_be_written(
     assert newest_checkpoint(folder.path, True).newest is not None
 
 
-def test_text_and_drafts_that_a_killed_run_left_are_removed(folder: RunFolder) -> None:
+def test_text_and_drafts_that_a_killed_run_left_are_removed(folder: OpenedFolder) -> None:
     play(folder, 1)
     for client in range(3):
         write_tensors(folder.clients / "data" / f"{client:04d}.safetensors", {"ids": torch.zeros(2)})
@@ -393,7 +393,7 @@ def test_text_and_drafts_that_a_killed_run_left_are_removed(folder: RunFolder) -
     assert [path.name for path in folder.path.rglob(".*")] == [".lock"]
 
 
-def test_a_folder_that_is_there_says_how_its_run_goes_on(folder: RunFolder, tmp_path: Path) -> None:
+def test_a_folder_that_is_there_says_how_its_run_goes_on(folder: OpenedFolder, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"stopped before its first checkpoint, which --resume \S+ begins again"):
         check_folder(folder.path)
     play(folder, 1)
@@ -410,7 +410,7 @@ def test_what_a_kill_in_the_first_moment_leaves_is_free(tmp_path: Path, tiny_mod
 
 
 def test_digests_of_files_elsewhere_are_taken_once_and_forgotten_with_the_files(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    folder: OpenedFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Folds of all rounds are in every manifest; what a client kept of earlier rounds is in none."""
     taken: list[str] = []

@@ -103,7 +103,7 @@ def test_what_is_exported_is_the_model_to_which_the_mean_change_was_added(
     config: Config, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits against a base model with every Delta W* added densely, by loops, in float64."""
-    folds: list[dict[str, torch.Tensor]] = []
+    folds: list[dict[str, dict[str, torch.Tensor]]] = []
     strategy = make(name, config)
     aggregate = strategy.aggregate
 
@@ -115,8 +115,8 @@ def test_what_is_exported_is_the_model_to_which_the_mean_change_was_added(
                 a, b = (update.adapters.tensors[f"{layer}.lora_{f}.weight"].double() for f in "AB")
                 ideal[layer] = ideal.get(layer, 0) + share * facts.alpha / a.shape[0] * (b @ a)
         state, result = aggregate(state, given, updates)
-        folds.append({layer: change.up.double() @ change.down.double() for layer, change in result.folded.items()})
-        folds[-1] = {"ideal": ideal, "folded": folds[-1]}  # type: ignore[dict-item]
+        folded = {layer: change.up.double() @ change.down.double() for layer, change in result.folded.items()}
+        folds.append({"ideal": ideal, "folded": folded})
         return state, result
 
     monkeypatch.setattr(strategy, "aggregate", remember)

@@ -60,7 +60,7 @@ def test_every_round_is_exact_for_any_ranks(clients: list[tuple[int, float]], al
     """The base after three rounds is the sum of what was wanted; the adapters add nothing to it."""
     ranks, weights = [rank for rank, _ in clients], [weight for _, weight in clients]
     run = Round.begin(FLoRA(seed), start(max(ranks), alpha))
-    base = wanted = 0.0
+    base = wanted = torch.zeros(())
     for _ in range(3):
         updates = run.train(ranks, weights, seed=seed)
         result = run.aggregate(updates)

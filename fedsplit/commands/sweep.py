@@ -7,7 +7,6 @@ import gc
 import io
 import itertools
 import math
-import shutil
 import sys
 import time
 import warnings
@@ -251,8 +250,16 @@ def sweep(path: Path, out: Path, jobs: int, only_check: bool = False) -> int:
         from fedsplit.studies.folder import occupied
 
         with occupied(out), advised(lambda: _advice(path, out, progress, checked)):
-            shutil.copyfile(path, out / "study.toml")
+            _copy_files(study, out)
             return _play_all(study, checked, out, workers, progress)
+
+
+def _copy_files(study: Study, out: Path) -> None:
+    """Writes copies of the study file and of the file that it extends, so that the copies can be played."""
+    from fedsplit.durable import write_text
+
+    for name, text in study.file.texts.items():
+        write_text(out / name, text)
 
 
 def _cores(study: Study) -> int:
@@ -345,7 +352,7 @@ def _write_results(study: Study, results: Sequence[FinishedRun], failed: Sequenc
 
     points = {run.label: run.point for run in study.runs}
     lines = comparison(results, points, study.baseline)
-    document = as_json(lines, study.document, origin_of(results), failed)
+    document = as_json(lines, study.file.document, origin_of(results), failed)
     files = [out / "comparison.md", out / "comparison.json"]
     for file, text in zip(files, (markdown(lines, failed), document), strict=True):
         write_text(file, text)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedsplit.reporting.text_table import Table
 from fedsplit.studies.paired import PairedTest, Spread, caveat, compare, spread
+from fedsplit.studies.run_measures import LOSS, UNTESTED, measures_of
 from fedsplit.studies.study import Point, label_of
 from fedsplit.studies.table import FinishedRun
-
-LOSS = "held-out loss"
-"""Measure that every run has."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +50,6 @@ class FailedRun:
     reason: str
 
 
-def measures_of(run: FinishedRun) -> dict[str, float]:
-    """Returns the measures of a finished run that are compared, by name.
-
-    The losses and metrics are those of the adapter that the run left. Costs are totals of the run.
-    """
-    summary = run.summary
-    measures = {LOSS: summary["eval_loss"]["after"]}
-    if summary.get("accuracy"):
-        measures["accuracy"] = summary["accuracy"]["after"]
-    for name, ends in summary.get("metrics", {}).items():
-        measures[name] = ends["after"]
-    sent = summary["bytes"]
-    measures["adapter MB"] = (sent["adapter_up"] + sent["adapter_down"]) / 1e6
-    steps = [sent[f"{kind}_{way}"] for kind in ("activation", "gradient") for way in ("up", "down")]
-    measures["activation and gradient MB"] = sum(steps) / 1e6
-    # Not of the whole run: a warm process has read the data for an earlier run, and so begins sooner.
-    measures["training seconds"] = summary["tokens"] / (summary["tokens_per_second"] or math.nan)
-    return {name: float(value) for name, value in measures.items() if value is not None and not math.isnan(value)}
-
-
-COSTS = ("adapter MB", "activation and gradient MB", "training seconds")
-"""Measures without a test: bytes hardly differ between seeds, and seconds depend on what else the machine does."""
-
-
 def comparison(runs: Sequence[FinishedRun], points: Mapping[str, Point], baseline: Point) -> list[Line]:
     """Compares the points of a study.
 
@@ -100,7 +73,7 @@ def comparison(runs: Sequence[FinishedRun], points: Mapping[str, Point], baselin
             if label not in by_label and label in with_result:  # its runs do not have this measure
                 continue
             values = by_label.get(label, {})
-            partner = label_of({**point, **baseline}) if baseline and measure not in COSTS else label
+            partner = label_of({**point, **baseline}) if baseline and measure not in UNTESTED else label
             test = None if partner == label else compare(values, by_label.get(partner, {}))
             lines.append(Line(label, measure, values, spread(list(values.values())), partner if test else "", test))
     return lines
@@ -150,7 +123,7 @@ def tables(lines: Sequence[Line]) -> Iterator[list[list[str]]]:
         if has_wilcoxon:
             header.append("Wilcoxon p")
         rows = [header]
-        form = ",.1f" if measure in COSTS else ".4f"
+        form = UNTESTED.get(measure, ".4f")
         for line in of_measure:
             row = [line.label, str(line.spread.count)]
             row += [_number(line.spread.mean, form), _number(line.spread.deviation, form)]

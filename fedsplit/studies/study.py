@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import ErrorCollector, InputError, SettingError, shortened
-from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL
-from fedsplit.settings.documents import by_key, dotted, draft, suggest
+from fedsplit.settings.config import OPTIONS
+from fedsplit.settings.documents import draft
 from fedsplit.settings.drafts import Draft
+from fedsplit.studies.study_file import StudyFile, flat, read_file
 
 VARIANT = "variant"
 """Axis of the variants, beside the axes of the grid."""
-
-KEYS = ("seeds", "baseline", "settings", "grid", "variants")
-"""Keys of a study file."""
 
 FIXED = {
     "seed": "no seed here: seeds = [0, 1, 2] at the top of the file",
@@ -72,7 +69,7 @@ class Study:
         axes: Names of the axes, in the order of the file.
         columns: Settings whose values differ between runs, by dotted name.
         baseline: Values by axis that make a point the one to compare with; empty for no comparison.
-        document: Content of the file.
+        file: Content and text of the file, and of the file that it extends.
         errors: Errors in the file that are no errors of a run's settings.
     """
 
@@ -80,7 +77,7 @@ class Study:
     axes: tuple[str, ...]
     columns: tuple[str, ...]
     baseline: Point = field(default_factory=dict)
-    document: Mapping[str, Any] = field(default_factory=dict)
+    file: StudyFile = field(default_factory=StudyFile)
     errors: tuple[InputError, ...] = ()
 
 
@@ -112,23 +109,6 @@ def text_of(value: object) -> str:
     return str(value)
 
 
-def flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Flattens a table of settings to values by dotted name. Options get the name of their table before their own.
-
-    Example:
-        >>> flat({"rounds": 3, "lora": {"rank": 4}, "strategy_options": {"mu": 0.1}})
-        {'rounds': 3, 'lora.rank': 4, 'strategy_options.mu': 0.1}
-    """
-    values = dotted(table)
-    for setting, name in OPTIONS.items():
-        options = values.get(name)
-        if isinstance(options, Mapping):
-            del values[name]
-            options = by_key(options) if setting in SEVERAL else options
-            values |= {f"{name}.{key}": value for key, value in options.items()}
-    return values
-
-
 def draft_of(values: Mapping[str, Any]) -> Draft:
     """Makes a draft of a configuration from flat values.
 
@@ -154,11 +134,11 @@ def read_study(path: Path, defaults: Mapping[str, Any]) -> Study:
     r"""Reads a study file.
 
     Args:
-        path: A TOML file with `[settings]`, `[grid]`, `[[variants]]`, `seeds` and `baseline`, each optional.
+        path: A TOML file with `[settings]`, `[grid]`, `[[variants]]`, `seeds`, `baseline` and `extends`, each optional.
         defaults: Settings of all runs that the file does not set, by dotted name.
 
     Raises:
-        InputError: The file cannot be read, or is no table of runs. All errors are reported together. Errors in the
+        InputError: A file cannot be read, or is no table of runs. All errors are reported together. Errors in the
             settings of runs stay in the drafts.
 
     Example:
@@ -168,14 +148,9 @@ def read_study(path: Path, defaults: Mapping[str, Any]) -> Study:
         >>> [run.name for run in read_study(path, {}).runs]
         ['fedavg, seed 0', 'flora, seed 0', 'fedavg, seed 1', 'flora, seed 1']
     """
-    document = _read(path)
     collector = ErrorCollector()
-    for key in document:
-        if key not in KEYS:
-            is_setting = key in (*SETTINGS, *SECTIONS, *OPTIONS.values())
-            hint = "settings belong in the table [settings]" if is_setting else suggest(key, KEYS)
-            collector.extend([InputError(f"{path}: there is no key {key}; {hint}")])
-    parts = _parts(document, collector)
+    file = read_file(path, collector)
+    parts = _parts(file.document, collector)
     collector.check()
 
     points = list(_points(parts.grid, parts.variants))
@@ -187,9 +162,9 @@ def read_study(path: Path, defaults: Mapping[str, Any]) -> Study:
     columns = dict.fromkeys([*parts.grid, *of_variants])
     baseline: Point = {}
     with collector.collecting():
-        baseline = _baseline(document.get("baseline"), points, axes)
+        baseline = _baseline(file.document.get("baseline"), points, axes)
     common = {**defaults, **parts.common}
-    return Study(tuple(_runs(points, parts, common)), axes, tuple(columns), baseline, document, collector.errors)
+    return Study(tuple(_runs(points, parts, common)), axes, tuple(columns), baseline, file, collector.errors)
 
 
 @dataclass
@@ -227,20 +202,6 @@ def _runs(points: Sequence[Point], parts: _Parts, common: Mapping[str, Any]) -> 
             of_variant = parts.variants.get(point.get(VARIANT, ""), {})
             values = {**common, **of_grid, **of_variant, "seed": seed}
             yield PlannedRun(point, seed, draft_of(values))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Reads a TOML file.
-
-    Raises:
-        InputError: The file cannot be read, or is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML ({error})") from None
 
 
 def _table(document: Mapping[str, Any], key: str) -> dict[str, Any]:

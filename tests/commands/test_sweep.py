@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 from fedsplit.commands.sweep import Progress, main
+from fedsplit.studies.run_measures import LOSS
 
-STUDY = """
-seeds = [0, 1]
+BASE = """
+seeds = [7]
 baseline = "fedavg"
 [settings]
 clients = 2
@@ -27,6 +28,11 @@ rounds = 2
 train.steps = 2
 eval.samples = 2
 max_failures = 0
+"""
+
+STUDY = """
+extends = "base.toml"
+seeds = [0, 1]
 [grid]
 strategy = ["fedavg", "fedex", "{mine}:Raises", "{mine}:Dies"]
 """
@@ -63,6 +69,7 @@ def test_runs_equal_those_of_simulate_and_failures_stay_alone(tmp_path: Path) ->
     mine.write_text(MINE)
     study = tmp_path / "study.toml"
     study.write_text(STUDY.format(mine=mine))
+    (tmp_path / "base.toml").write_text(BASE)
     out = tmp_path / "out"
     done = command("sweep", study, "--out", out, "--jobs", 2)
     assert done.returncode == 1, done.stderr
@@ -82,13 +89,13 @@ def test_runs_equal_those_of_simulate_and_failures_stay_alone(tmp_path: Path) ->
     assert set(table.strategy) == {"fedavg", "fedex"} and set(table.seed) == {0, 1} and set(table["round"]) == {0, 1, 2}
     document = json.loads((out / "comparison.json").read_text())
     assert document["study"]["settings"]["clients"] == 2 and document["versions"]["torch"]
-    (test,) = [line for line in document["comparison"] if line["test"]]
+    (test,) = [line for line in document["comparison"] if line["test"] and line["measure"] == LOSS]
     assert test["label"] == "fedex" and test["test"]["pairs"] == 2
 
-    # What is finished is not played again; what failed is.
+    # What is finished is not played again; what failed is. The copy of the study is the same study.
     mine.write_text(MINE.replace("self.fail()", "pass"))
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("fed*/summary.json")}
-    done = command("sweep", study, "--out", out, "--jobs", 2)
+    done = command("sweep", out / "study.toml", "--out", out, "--jobs", 2)
     assert done.returncode == 0, done.stderr
     assert "8 runs in" in done.stdout and "4 of them finished before" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").glob("fed*/summary.json")} == before

@@ -7,12 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fedsplit.settings.config import Config
-from fedsplit.studies.comparison_table import LOSS, MIXED, FailedRun, as_json, comparison, markdown, origin_of
+from fedsplit.studies.comparison_table import MIXED, FailedRun, as_json, comparison, markdown, origin_of
+from fedsplit.studies.run_measures import LOSS
 from fedsplit.studies.study import label_of
 from fedsplit.studies.table import FinishedRun
 
 KINDS = ("activation", "gradient", "adapter")
+
+
+@pytest.fixture(autouse=True)
+def no_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without events of rounds, runs have the measures of their summary alone."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
 
 
 def run(point: dict[str, Any], seed: int, loss: float) -> FinishedRun:
@@ -22,7 +32,6 @@ def run(point: dict[str, Any], seed: int, loss: float) -> FinishedRun:
         "bytes": sent,
         "tokens": 90,
         "tokens_per_second": 10.0,
-        "metrics": {"rouge": {"after": None}},
     }
     return FinishedRun("", label_of(point), seed, Path(), Config(), summary)
 
@@ -40,8 +49,7 @@ def test_every_point_is_compared_with_the_baseline_of_its_own_other_values() -> 
     assert differences == {"flora, clients 2": -1.0, "flora, clients 4": 1.0}
     assert of_loss["flora, clients 4"].baseline == "fedavg, clients 4"
     costs = {line.measure: line for line in lines if line.label == "flora, clients 2"}
-    assert costs["adapter MB"].spread.mean == 1.0 and costs["adapter MB"].test is None
-    assert "rouge" not in costs and costs["training seconds"].spread.mean == 9
+    assert costs["adapter MB up"].spread.mean == 0.5 and costs["adapter MB up"].test is None
 
 
 def test_missing_runs_leave_what_there_is() -> None:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from experiments.speed.run import disturbed, machine
-from experiments.strategies.run import read_plan, side_of, write
+from fedsplit.durable import write_text
 from fedsplit.environment import prepare
+from fedsplit.studies.study import read_study
 from strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -90,6 +91,13 @@ def updates_of(strategy: Any, state: Any, start: Adapters, clients: int, rank: i
         yield ClientUpdate(client, adapters, 10 + client, given=assigned.adapters, control=control)
 
 
+def options_of(name: str) -> dict[str, Any]:
+    """Options of a strategy in the federations: those of the side with the strategy's name."""
+    study = read_study(HERE / "sides.toml", {})
+    side = next(run for run in study.runs if run.label == name)
+    return dict(side.draft.config.strategy_options)
+
+
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One strategy, in this process."""
     import torch
@@ -99,7 +107,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     from fedsplit.trunk.memory import peak_memory, resident_memory
 
     torch.set_num_threads(args.threads)
-    strategy = load_strategy(*side_of(read_plan(), name), {"seed": 0, "clients": args.clients})
+    strategy = load_strategy(name, options_of(name), {"seed": 0, "clients": args.clients})
     layers = layers_of(args.size, args.scale, args.blocks)
     start = start_of(layers, args.rank, args.alpha)
     state = strategy.init(start)
@@ -163,7 +171,7 @@ def main() -> None:
         with get_context("fork").Pool(1) as pool:  # a process each, whose peak is its own
             records.append(pool.apply(measure, (name, args)))
         print(_line(records[-1]), flush=True)
-        write(args.out, {"machine": here, "records": records})
+        write_text(args.out, json.dumps({"machine": here, "records": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from result.json, grid.json and aggregate_speed.json, and draws result.svg.
+"""Writes the tables of README.md from the committed results, and draws result.svg.
 
     python -m experiments.strategies.report
 
@@ -10,23 +10,81 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.speed.report import conditions, number, table, write_between
+from fedsplit.settings.documents import dotted
+from fedsplit.studies.run_measures import ERROR, LOSS, MB_DOWN, MB_UP, WORST
 
 HERE = Path(__file__).parent
+FEDERATIONS = ("presidents", "dirichlet", "dirichlet-32", "books")
+"""Comparisons with tables of all sides, by the name of the study file."""
+
+STEP_SIZES = "step-sizes"
+"""Comparison of step sizes."""
+
 REFERENCE = "fedavg"
-"""The side to which the others are compared, at equal ranks, seed by seed."""
+"""Side to which the others are compared, seed by seed."""
 
-Record = Mapping[str, Any]
+MIXED = ", mixed ranks"
+"""End of the name of a side with mixed ranks."""
+
+PICTURE = "result.svg"
+
+Values = Mapping[int, float]
+"""Value by seed."""
 
 
-def good(result: Mapping[str, Any]) -> list[Record]:
-    """The records of runs that ended."""
-    return [record for record in result["records"] if "failed" not in record]
+@dataclass(frozen=True)
+class Comparison:
+    """A committed comparison of a study.
+
+    Attributes:
+        document: Content of the file that `fedsplit sweep` wrote.
+        values: Value by measure, side and seed.
+    """
+
+    document: Mapping[str, Any]
+    values: Mapping[str, Mapping[str, Values]]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Settings of all runs by dotted name."""
+        return dotted(self.document["study"]["settings"])
+
+    def perplexity(self, side: str) -> dict[int, float]:
+        """Perplexity of a side by seed."""
+        return exponential(self.values[LOSS][side])
+
+    def differences(self, side: str) -> dict[int, float]:
+        """Perplexity of a side less that of the reference with the same seed, by seed."""
+        reference = self.perplexity(REFERENCE)
+        return {seed: value - reference[seed] for seed, value in self.perplexity(side).items() if seed in reference}
+
+    def sides(self, mixed: bool) -> list[str]:
+        """Sides with or without mixed ranks that have a result, in the order of their difference to the reference."""
+        names = [side for side in self.values[LOSS] if side.endswith(MIXED) == mixed and self.differences(side)]
+        return sorted(names, key=lambda side: statistics.mean(self.differences(side).values()))
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Reads a file comparison.json."""
+    document = json.loads(path.read_text())
+    values: dict[str, dict[str, Values]] = {}
+    for line in document["comparison"]:
+        by_seed = {int(seed): value for seed, value in line["values"].items()}
+        values.setdefault(line["measure"], {})[line["label"]] = by_seed
+    return Comparison(document, values)
+
+
+def exponential(losses: Values) -> dict[int, float]:
+    """Perplexities from losses."""
+    return {seed: math.exp(loss) for seed, loss in losses.items()}
 
 
 def spread(values: Sequence[float], digits: str) -> str:
@@ -35,123 +93,74 @@ def spread(values: Sequence[float], digits: str) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):{digits}} to {max(values):{digits}})"
 
 
-def differences(records: Sequence[Record], own: Sequence[Record]) -> dict[int, float]:
-    """By seed, perplexity less that of the reference in the same federation."""
-    place = own[0]["federation"]
-    base = {
-        record["seed"]: record["perplexity"]
-        for record in records
-        if (record["federation"], record["side"], record["ranks"]) == (place, REFERENCE, "equal")
-    }
-    return {r["seed"]: r["perplexity"] - base[r["seed"]] for r in own if r["seed"] in base}
+def origin(document: Mapping[str, Any]) -> str:
+    """Versions, commits and cores with which the runs were played, in a sentence, and the note of the result."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if name != "fedsplit")
+    commits = sorted({_commit(run["git"]) for run in document["runs"]})
+    days = sorted({run["date"][:10] for run in document["runs"] if run.get("date")})
+    facts = [f"{document['host']['cores']} cores", versions, f"fedsplit {', '.join(commits)}", *days]
+    return " ".join([f"{'; '.join(facts)}.", *([document["note"]] if "note" in document else [])])
 
 
-def _mean(own: Sequence[Record], what: str, scale: float = 1.0, digits: str = ".3g") -> str:
-    values = [record[what] * scale for record in own if record[what] is not None]
-    return format(statistics.mean(values), digits) if values else ""
+def _commit(git: Mapping[str, Any]) -> str:
+    """A commit in few digits, and whether files had been changed since."""
+    return git["commit"][:7] + ("-dirty" if git["dirty"] else "")
 
 
-def _row(records: Sequence[Record], own: Sequence[Record]) -> list[str]:
-    apart = list(differences(records, own).values())
+HEAD = ("side", "perplexity", "less fedavg's", "worst client", "error", "MB up", "MB down", "seeds")
+
+
+def _row(comparison: Comparison, side: str) -> list[str]:
+    """Cells of a side."""
+    rounds = comparison.settings["rounds"]
+    values = comparison.values
+    worst = exponential(values[WORST].get(side, {}))
+    perplexity = list(comparison.perplexity(side).values())
     return [
-        own[0]["side"] + (" (each client its own B)" if own[0]["personal"] else ""),
-        spread([record["perplexity"] for record in own], ".3f"),
-        spread(apart, "+.3f") if apart else "",
-        _mean(own, "worst", digits=".2f"),
-        _mean(own, "error_mean"),
-        _mean(own, "error_last"),
-        _mean(own, "up", 1e-6, ".2f"),
-        _mean(own, "down", 1e-6, ".2f"),
-        _mean(own, "residual_rank", digits=".1f"),
-        _mean(own, "aggregation_seconds", 1e3, ".0f"),
-        str(len(own)),
+        side.removesuffix(MIXED),
+        spread(perplexity, ".3f"),
+        spread(list(comparison.differences(side).values()), "+.3f"),
+        _mean(worst, ".2f"),
+        _mean(values[ERROR].get(side, {}), ".3g"),
+        *(_mean(values[measure].get(side, {}), ".2f", rounds) for measure in (MB_UP, MB_DOWN)),
+        str(len(perplexity)),
     ]
 
 
-HEAD = (
-    *("side", "perplexity", "less fedavg's", "worst client", "error, mean", "error, last"),
-    *("MB up", "MB down", "folded rank", "ms", "seeds"),
-)
+def _mean(values: Values, digits: str, rounds: int = 1) -> str:
+    """Mean over the seeds as a cell, for each round; empty without values."""
+    return format(statistics.mean(values.values()) / rounds, digits) if values else ""
 
 
-def groups(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, list[Record]]]:
-    """The records by federation and ranks, and by side.
-
-    Sides are in the order of their perplexity, less the reference's of the same seeds: text differs from seed to seed,
-    and some sides have more seeds than others.
-    """
-    found: dict[tuple[str, str], dict[str, list[Record]]] = {}
-    for record in sorted(records, key=lambda r: r["seed"]):
-        found.setdefault((record["federation"], record["ranks"]), {}).setdefault(record["side"], []).append(record)
-
-    def place(own: Sequence[Record]) -> tuple[bool, float]:
-        apart = list(differences(records, own).values())
-        return not apart, statistics.mean(apart or [record["perplexity"] for record in own])
-
-    return {key: dict(sorted(sides.items(), key=lambda item: place(item[1]))) for key, sides in found.items()}
+def missing(document: Mapping[str, Any]) -> str:
+    """Runs of the study without a result, in a sentence; empty if there are none."""
+    study = document["study"]
+    wanted = [(variant["name"], seed) for seed in study["seeds"] for variant in study["variants"]]
+    played = {(run["label"], run["seed"]) for run in document["runs"]}
+    lacking = [f"{label}, seed {seed}" for label, seed in wanted if (label, seed) not in played]
+    return f"{len(lacking)} of {len(wanted)} runs are missing: {'; '.join(lacking)}." if lacking else ""
 
 
-def missing(result: Mapping[str, Any]) -> str:
-    """Which runs of the configuration are not there, in a sentence; empty where all are."""
-    from experiments.strategies.run import case_of, cases
-
-    there = {case_of(record) for record in good(result)}
-    wanted = list(cases(result["plan"]))
-    lacking: dict[tuple[str, str, int], list[str]] = {}
-    for case in wanted:
-        if case not in there:
-            lacking.setdefault((case.federation, case.ranks, case.seed), []).append(case.side)
-    if not lacking:
-        return ""
-    sides = len(result["plan"]["sides"])
-    each = [
-        f"{place}, {ranks} ranks, seed {seed}: " + ("all" if len(names) == sides else ", ".join(names))
-        for (place, ranks, seed), names in lacking.items()
-    ]
-    return f"{len(wanted) - len(there)} of {len(wanted)} runs are missing: {'; '.join(each)}."
-
-
-def _places(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The groups in the order of the configuration."""
-    plan = result["plan"]
-    names = list(plan["federations"])
-    return sorted(groups(good(result)), key=lambda key: (list(plan["ranks"]).index(key[1]), names.index(key[0])))
-
-
-def result_text(result: Mapping[str, Any]) -> str:
-    """The tables of `run.py`, one a federation and ranks."""
-    records, plan = good(result), result["plan"]
-    others = sorted({r["commit"] for r in records} - {result["machine"]["commit"]})
-    lines = [conditions(result["machine"]) + (f" Some runs at {', '.join(others)}." if others else ""), ""]
-    settings = ", ".join(f"{name} {value}" for name, value in plan["settings"].items())
-    lines += [f"Settings: {settings}. Seeds: {', '.join(map(str, plan['seeds']))}.", ""]
-    if lacking := missing(result):
+def federation_text(comparison: Comparison) -> str:
+    """The tables of a federation: all sides, and those with mixed ranks."""
+    lines = [origin(comparison.document), ""]
+    if lacking := missing(comparison.document):
         lines += [lacking, ""]
-    grouped = groups(records)
-    for place, ranks in _places(result):
-        sides = grouped[place, ranks]
-        own = ", ".join(f"{name} {value}" for name, value in plan["federations"][place].items())
-        dealt = ",".join(map(str, plan["ranks"][ranks]))
-        before = spread([r["before"] for r in {r["seed"]: r for rows in sides.values() for r in rows}.values()], ".3f")
-        lines += [f"**{place}, {ranks} ranks**: {own}; ranks {dealt}; perplexity before training {before}", ""]
-        lines += [*table(HEAD, [_row(records, rows) for rows in sides.values()]), ""]
-    options = {name: given for name, given in plan["sides"].items() if given}
-    words = [f"{name}: {', '.join(f'{k} {v}' for k, v in given.items())}" for name, given in options.items()]
-    picture = "![Perplexity less that of fedavg with the same seed, by side, a point a seed](result.svg)"
-    return "\n".join([*lines, f"Options: {'; '.join(words)}.", "", picture, ""])
+    settings = ", ".join(f"{name} {value}" for name, value in comparison.settings.items())
+    lines += [f"Settings: {settings}.", ""]
+    for mixed, title in ((False, "equal ranks"), (True, "mixed ranks")):
+        rows = [_row(comparison, side) for side in comparison.sides(mixed)]
+        lines += [f"**{title}**", "", *table(HEAD, rows), ""]
+    return "\n".join(lines)
 
 
-def grid_text(result: Mapping[str, Any]) -> str:
-    """The table of `run.py --grid`."""
+def step_sizes_text(comparison: Comparison) -> str:
+    """The table of step sizes."""
     rows = [
-        [record["side"], f"{record['perplexity']:.3f}", ", ".join(f"{norm:.3f}" for norm in record["change_norms"])]
-        for record in good(result)
+        [variant["name"], spread(list(comparison.perplexity(variant["name"]).values()), ".3f")]
+        for variant in comparison.document["study"]["variants"]
     ]
-    head = ["side", "perplexity", "median norm of a client's change, by round"]
-    grid = result["plan"]["grid"]
-    settings = ", ".join(f"{name} {value}" for name, value in grid["settings"].items())
-    words = f"{grid['federation']}, seed {grid['seed']}; {settings}."
-    return "\n".join([conditions(result["machine"]), "", words, "", *table(head, rows), ""])
+    return "\n".join([origin(comparison.document), "", *table(["side", "perplexity"], rows), ""])
 
 
 def speed_text(result: Mapping[str, Any]) -> str:
@@ -181,47 +190,53 @@ def speed_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draws what each side's perplexity is beside the reference's, a point a seed, a pair of axes a federation."""
+def draw(comparisons: Mapping[str, Comparison], path: Path) -> None:
+    """Draws the differences to the reference at equal ranks: a point a seed, a pair of axes a federation."""
     import matplotlib
 
     matplotlib.rcParams.update({"svg.hashsalt": "strategies", "svg.fonttype": "none", "font.size": 8})
     from matplotlib.figure import Figure
 
-    records = good(result)
-    places = [key for key in _places(result) if key[1] == "equal"]
-    grouped = groups(records)
-    order = list(reversed(grouped[places[0]]))
-    figure = Figure(figsize=(3 + 2.5 * len(places), 1 + 0.17 * len(order)), layout="constrained")
-    for axes, place in zip(figure.subplots(1, len(places), squeeze=False, sharey=True)[0], places, strict=True):
+    order = list(reversed(next(iter(comparisons.values())).sides(mixed=False)))
+    figure = Figure(figsize=(3 + 2.5 * len(comparisons), 1 + 0.17 * len(order)), layout="constrained")
+    every = figure.subplots(1, len(comparisons), squeeze=False, sharey=True)[0]
+    for axes, (name, comparison) in zip(every, comparisons.items(), strict=True):
+        known = comparison.sides(mixed=False)
         for height, side in enumerate(order):
-            apart = differences(records, grouped[place].get(side, [])) if side in grouped[place] else {}
-            axes.plot(list(apart.values()), [height] * len(apart), "o", markersize=3, color="C0", alpha=0.7)
+            apart = list(comparison.differences(side).values()) if side in known else []
+            axes.plot(apart, [height] * len(apart), "o", markersize=3, color="C0", alpha=0.7)
         axes.axvline(0, color="grey", linewidth=0.8)
-        axes.set(title=place[0], xlabel="perplexity less fedavg's of the same seed")
+        axes.set(title=name, xlabel="perplexity less fedavg's of the same seed")
         axes.set_yticks(range(len(order)), order)
         axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
     figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-TEXTS = {"result": result_text, "grid": grid_text, "aggregate_speed": speed_text}
+NAMES = (*FEDERATIONS, STEP_SIZES, "aggregate_speed")
+"""Committed results, each with a place in README.md."""
 
 
 def text_of(folder: Path, name: str) -> str:
     """What stands in the README of a committed result."""
-    return TEXTS[name](json.loads((folder / f"{name}.json").read_text()))
+    path = folder / f"{name}.json"
+    if name == "aggregate_speed":
+        return speed_text(json.loads(path.read_text()))
+    write = step_sizes_text if name == STEP_SIZES else federation_text
+    return write(read_comparison(path))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HERE, help="where README.md and the results are")
     folder = parser.parse_args().folder
-    for name in TEXTS:
+    for name in NAMES:
         if (folder / f"{name}.json").exists():
             write_between(folder / "README.md", f"{name}.json", text_of(folder, name))
-    if (folder / "result.json").exists() and importlib.util.find_spec("matplotlib"):
-        draw(json.loads((folder / "result.json").read_text()), folder / "result.svg")
+    files = {name: folder / f"{name}.json" for name in FEDERATIONS}
+    comparisons = {name: read_comparison(file) for name, file in files.items() if file.exists()}
+    if comparisons and importlib.util.find_spec("matplotlib"):
+        draw(comparisons, folder / PICTURE)
 
 
 if __name__ == "__main__":

@@ -1,116 +1,97 @@
-"""The experiment with all strategies: its configuration, a tiny run, and what the report makes of a result."""
+"""The experiment with all strategies: its study files, and what the report makes of a comparison."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from experiments.strategies import aggregate_speed, report, run
-from fedsplit.corpora import partition
+from experiments.strategies import aggregate_speed, report
 from fedsplit.federation.aggregation import strategy_defaults
-from fedsplit.federation.strategy import check_strategy, load_strategy
+from fedsplit.federation.strategy import check_strategy, load_strategy, traits_of
+from fedsplit.settings.config import Config
+from fedsplit.studies.run_measures import ERROR, LOSS, MB_DOWN, MB_UP, WORST
+from fedsplit.studies.study import read_study
 from strategies import STRATEGIES
 
 EXPERIMENT = Path("experiments/strategies")
-PLAN = run.read_plan()
-MACHINE = {"cpu": "a", "cores": 2, "memory": 2**30, "date": "today", "commit": "c", "versions": {"python": "3"}}
 
 
-@pytest.fixture
-def tiny(tiny_models: dict[str, Path], corpus_file: Path) -> dict[str, Any]:
-    """The plan with little of everything."""
-    small = {"rounds": 1, "train.steps": 2, "train.batch_size": 2, "train.max_length": 16, "cut": "1:2"}
-    small |= {"model": str(tiny_models["gpt2"]), "dataset": str(corpus_file)}
-    places = {name: {"clients": 3, "partition": "natural"} for name in PLAN["federations"]}
-    return {**PLAN, "settings": {**PLAN["settings"], **small}, "federations": places}
+def configs_of(name: str) -> dict[str, Config]:
+    """The settings of a study's runs with the first seed, by side."""
+    study = read_study(EXPERIMENT / f"{name}.toml", {})
+    first = study.runs[0].seed
+    return {run.label: run.draft.checked() for run in study.runs if run.seed == first}
+
+
+SIDES = configs_of("presidents")
+STEP_SIZES = configs_of("step-sizes")
 
 
 def test_every_strategy_is_compared() -> None:
-    assert {run.side_of(PLAN, side)[0] for side in PLAN["sides"]} == STRATEGIES.keys()
-    wanted = list(run.cases(PLAN))
-    assert len(wanted) == len({*wanted})
-    assert {case.side for case in wanted[: len(PLAN["sides"])]} == PLAN["sides"].keys()
+    assert {config.strategy for config in SIDES.values()} == STRATEGIES.keys()
 
 
-@pytest.mark.parametrize("side", PLAN["sides"])
-def test_every_run_can_be_begun(side: str) -> None:
-    """Settings parse, options are taken, and ranks differ only where the strategy allows it."""
-    own = [case for case in run.cases(PLAN) if case.side == side and case.seed == PLAN["seeds"][0]]
-    assert len(own) >= len(PLAN["federations"])
-    for case in own:
-        config = run.settings(PLAN, case)
-        check_strategy(load_strategy(config.strategy, config.strategy_options, strategy_defaults(config)), config)
+def test_sides_that_allow_it_have_mixed_ranks_too() -> None:
+    equal = {side: config for side, config in SIDES.items() if not side.endswith(report.MIXED)}
+    traits = {side: traits_of(load_strategy(each.strategy, each.strategy_options, {})) for side, each in equal.items()}
+    assert {side + report.MIXED for side in equal if traits[side].mixed_ranks} == SIDES.keys() - equal.keys()
+    for side in equal.keys() & {mixed.removesuffix(report.MIXED) for mixed in SIDES.keys() - equal.keys()}:
+        mixed = SIDES[side + report.MIXED]
+        assert (mixed.strategy, mixed.strategy_options) == (equal[side].strategy, equal[side].strategy_options)
 
 
-def test_every_point_of_the_grid_can_be_begun() -> None:
-    plan, wanted = run.grid_of(PLAN)
-    assert {case.seed for case in wanted}.isdisjoint(PLAN["seeds"])
-    for case in wanted:
-        config = run.settings(plan, case)
-        load_strategy(config.strategy, config.strategy_options, {})
-    for name in PLAN["grid"]["sides"].keys() - {"fedavg", "hetlora"}:
-        assert PLAN["sides"][name] in PLAN["grid"]["sides"][name]
+@pytest.mark.parametrize("config", [*SIDES.values(), *STEP_SIZES.values()], ids=[*SIDES, *STEP_SIZES])
+def test_every_run_can_be_begun(config: Config) -> None:
+    """Options are taken, and ranks differ only where the strategy allows it."""
+    check_strategy(load_strategy(config.strategy, config.strategy_options, strategy_defaults(config)), config)
 
 
-@pytest.mark.parametrize("side", ["fedavg", "fedsa", "fedex, rank 8"])
-def test_a_run_tells_what_came_of_it(tiny: dict[str, Any], side: str) -> None:
-    found = run.measure(run.settings(tiny, run.Case("presidents", side, "equal", 0)))
-    assert found["worst"] >= found["perplexity"] > 1 and len(found["losses"]) == 2
-    assert found["up"] > 0 and len(found["change_norms"]) == 1
-    assert found["change_norms"][0] > 0
-    assert found["personal"] == (side == "fedsa") == (found["error_mean"] is None)
-    assert (found["residual_rank"] is not None) == (side == "fedex, rank 8")
+def test_step_sizes_are_chosen_on_a_seed_of_their_own() -> None:
+    assert not {config.seed for config in STEP_SIZES.values()} & {config.seed for config in SIDES.values()}
+    tried = [(config.strategy, config.strategy_options) for config in STEP_SIZES.values()]
+    for side in ("fedavgm", "fedadagrad", "fedadam", "fedyogi", "hetlora, decay 0.1"):
+        assert (SIDES[side].strategy, SIDES[side].strategy_options) in tried
 
 
-@pytest.mark.slow
-def test_the_queue_goes_on_after_a_run_that_failed(tiny: dict[str, Any]) -> None:
-    """Mixed ranks under FedAvg fail in a process of the pool; the next run is begun all the same."""
-    todo = [run.Case("presidents", "fedavg", ranks, 0) for ranks in ("mixed", "equal")]
-    failed, ended = run.run_all(tiny, todo, 1)
-    assert failed["failed"].startswith("SettingError: lora.rank: 2,4,8,16 is not possible")
-    assert ended["perplexity"] > 1 and run.case_of(ended) == todo[1]
-    assert not list(run.run_all(tiny, todo, 1, minutes=0))
+def comparison_of(losses: dict[str, dict[int, float]]) -> report.Comparison:
+    """A comparison with two rounds, whose costs and errors are the same for all sides but `fedsa`."""
+    measures = {LOSS: losses, WORST: {side: {0: 3.0} for side in losses}}
+    for measure, value in ((ERROR, 0.5), (MB_UP, 2.0), (MB_DOWN, 4.0)):
+        measures[measure] = {side: {0: value} for side in losses if (side, measure) != ("fedsa", ERROR)}
+    runs = [{"label": side, "seed": seed, "git": GIT} for side, values in losses.items() for seed in values]
+    study = {"seeds": [0, 1], "settings": {"rounds": 2}, "variants": [{"name": side} for side in losses]}
+    document = {"study": study, "versions": {"torch": "2"}, "host": {"cores": 2}, "runs": runs, "note": "Not played."}
+    return report.Comparison(document, measures)
 
 
-def test_what_was_run_with_other_settings_is_run_again() -> None:
-    case = next(run.cases(PLAN))
-    record = {"federation": case.federation, "side": case.side, "ranks": case.ranks, "seed": case.seed}
-    old = {"plan": PLAN, "records": [record]}
-    other = {**PLAN, "settings": {**PLAN["settings"], "train.steps": 99}}
-    assert run.still_good(old, PLAN, [case]) == [record]
-    assert not run.still_good(old, other, [case]) and not run.still_good(old, PLAN, [])
-    assert not run.still_good({**old, "records": [{**record, "failed": "why"}]}, PLAN, [case])
-
-
-def record(side: str, seed: int, perplexity: float, **other: Any) -> dict[str, Any]:
-    values = {"federation": "presidents", "side": side, "ranks": "equal", "seed": seed, "perplexity": perplexity}
-    values |= {"worst": 30.0, "before": 25.0, "error_mean": 0.5, "error_last": 0.25, "up": 1e6, "down": 2e6}
-    values |= {"aggregation_seconds": 0.01, "residual_rank": None, "personal": False, "commit": "c"}
-    return {**values, **other}
+GIT = {"commit": "0123456789", "dirty": True}
+LOSSES = {
+    "fedavg": {0: 3.0, 1: 3.0},
+    "fedsa": {0: 3.125},
+    "fedex": {1: 2.75},
+    "fedex, mixed ranks": {0: 3.0, 1: 3.25},
+}
 
 
 def test_sides_are_compared_seed_by_seed_and_what_is_missing_is_named() -> None:
-    records = [record("fedavg", 0, 20.0), record("fedavg", 1, 22.0), record("fedex", 1, 21.0)]
-    records += [record("krum", 0, 19.0, failed="why"), record("fedsa", 0, 24.0, personal=True, error_mean=None)]
-    plan = {**PLAN, "seeds": [0, 1], "sides": {name: {} for name in ("fedavg", "fedex", "fedsa")}}
-    plan |= {"queue": {"equal": ["presidents"], "mixed": [], "last": [], "first": []}}
-    text = report.result_text({"machine": MACHINE, "plan": plan, "records": records})
-    fedex, fedavg, fedsa = (line for line in text.splitlines() if line.startswith("| fed"))
-    assert "| 21.000 (20.000 to 22.000) | +0.000 (+0.000 to +0.000) | 30.00 | 0.5 | 0.25 | 1.00 | 2.00 |" in fedavg
-    assert "| fedex | 21.000 | -1.000 |" in fedex and "its own B) | 24.000 | +4.000 | 30.00 |  |" in fedsa
-    assert (
-        "2 of 6 runs are missing: presidents, equal ranks, seed 0: fedex; presidents, equal ranks, seed 1: fedsa"
-        in text
+    """exp(3) is 20.086, exp(3.125) is 22.760, exp(2.75) is 15.643 and exp(3.25) is 25.790."""
+    text = report.federation_text(comparison_of(LOSSES))
+    fedex, fedavg, fedsa, mixed = (line for line in text.splitlines() if line.startswith("| fed"))
+    assert fedavg.startswith(
+        "| fedavg | 20.086 (20.086 to 20.086) | +0.000 (+0.000 to +0.000) | 20.09 | 0.5 | 1.00 | 2.00 |"
     )
-    assert "krum" not in text
+    assert fedex.startswith("| fedex | 15.643 | -4.443 | 20.09 |")
+    assert fedsa.startswith("| fedsa | 22.760 | +2.674 | 20.09 |  | 1.00 |")
+    assert mixed.startswith("| fedex | 22.938 (20.086 to 25.790) | +2.852 (+0.000 to +5.705) |")
+    assert "2 of 8 runs are missing: fedex, seed 0; fedsa, seed 1." in text
+    assert "2 cores; torch 2; fedsplit 0123456-dirty. Not played." in text
 
 
-@pytest.mark.parametrize("name", report.TEXTS)
+@pytest.mark.parametrize("name", report.NAMES)
 def test_the_readme_shows_the_committed_results(name: str, tmp_path: Path) -> None:
     shutil.copy(EXPERIMENT / "README.md", tmp_path)
     report.write_between(tmp_path / "README.md", f"{name}.json", report.text_of(EXPERIMENT, name))
@@ -119,10 +100,13 @@ def test_the_readme_shows_the_committed_results(name: str, tmp_path: Path) -> No
 
 def test_the_picture_has_the_same_bytes_every_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    result = {"plan": PLAN, "records": [record("fedavg", 0, 20.0), record("fedex", 0, 21.0)]}
     for name in ("one", "two"):
-        report.draw(result, tmp_path / name)
+        report.draw({"presidents": comparison_of(LOSSES)}, tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_options_of_a_strategy_are_those_of_its_side() -> None:
+    assert aggregate_speed.options_of("fedbuff") == {"delays": "1,1,2,4"}
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedsa", "flora", "scaffold", "fedbuff", "rolora"])
@@ -144,11 +128,3 @@ def test_aggregation_is_measured(name: str) -> None:
     found = aggregate_speed.measure(name, args)
     assert found["layers"] == 4 and found["aggregate"]["seconds"] > 0
     assert (found["error"] is None) == (name == "fedsa")
-
-
-def test_a_process_of_the_pool_partitions_a_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "prepare", lambda: None)
-    monkeypatch.setattr(partition, "make_partition", partition.make_partition)  # put back afterwards
-    run._begin()
-    cache_info = vars(partition)["make_partition"].cache_info()
-    assert cache_info.maxsize == 2

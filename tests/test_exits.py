@@ -6,14 +6,12 @@ Nothing here that opens or measures is fedsplit's.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_command
 from conftest import CONFIGS, write_corpus
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,7 +83,8 @@ def test_the_adapter_of_every_family_opens_with_the_loss_that_the_command_report
 @pytest.mark.parametrize("family", ON_RAY)
 def test_and_as_a_user_types_it(family: str, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl")
-    call = [sys.executable, "-m", "fedsplit.simulate", *asked(tiny_models[family], corpus, tmp_path / "run")]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=550, env=dict(os.environ))
+    done = warm_command.command(
+        "fedsplit.simulate", *asked(tiny_models[family], corpus, tmp_path / "run"), cwd=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     check(tiny_models[family], corpus, tmp_path / "run")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import warm_command
 from local_federation import federate
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -251,9 +250,7 @@ def test_both_engines_leave_the_same_adapters_to_the_bit(
     for engine in ("local", "ray"):
         out = tmp_path / engine
         call = [*argv(tiny_models["llama"], pairs), *flags, "--engine", engine, "--out", str(out)]
-        done = subprocess.run(
-            [sys.executable, "-m", "fedsplit.simulate", *call], capture_output=True, text=True, check=False
-        )
+        done = warm_command.command("fedsplit.simulate", *call, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         left.append(load_file(out / "adapter" / "adapter_model.safetensors"))
         losses.append([(event["loss"], event["metrics"]) for event in events(out, "evaluate")])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_command
 from conftest import BLOCKS, VOCABULARY, without_dropout
 from local_federation import federate
 from peft import (
@@ -549,8 +547,7 @@ def test_the_command_trains_prefixes_on_all_three_parts(tmp_path: Path) -> None:
     argv = ["--prompt.kind", "prefix", "--prompt.tokens", "4", "--clients", "2", "--rounds", "1", "--train.steps", "2"]
     argv += ["--max-length", "32", "--batch-size", "2", "--eval.samples", "4", "--lr", "0.05", "--trunk.memory", "2GB"]
     for more in ([*argv, "--out", "run"], ["--resume", "run", "--rounds", "2"]):
-        call = [sys.executable, "-m", "fedsplit.simulate", *more]
-        done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=dict(os.environ))
+        done = warm_command.command("fedsplit.simulate", *more, cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     trained = [summary["parameters"][part]["trainable"] for part in KINDS]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_command
 from conftest import with_added_token
 
 from fedsplit.commands import data, simulate
@@ -120,20 +118,8 @@ def test_a_run_holds_what_was_shown_before(tmp_path: Path, capsys: pytest.Captur
     """Completions, padded and dealt out by owner, through the command; the table in its lines and in data.json."""
     argv = ["--dataset", "synthetic", "--data.format", "completion", "--partition", "pathological:1", "--clients", "2"]
     argv += ["--rounds", "1", "--train.steps", "2", "--batch-size", "2", "--max-length", "32", "--eval.samples", "4"]
-    call = [
-        sys.executable,
-        "-m",
-        "fedsplit.simulate",
-        "--engine",
-        "local",
-        *argv,
-        "--lora-rank",
-        "2",
-        "--data.show",
-        "--out",
-        "run",
-    ]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=dict(os.environ))
+    more = ["--engine", "local", "--lora-rank", "2", "--data.show", "--out", "run"]
+    done = warm_command.command("fedsplit.simulate", *argv, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert data.main(argv) == 0
     shown = capsys.readouterr().out

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import tomli_w
 import torch
+import warm_command
 from conftest import with_added_token
 from peft import PeftModel
 from split_models import Here, server_of
@@ -225,13 +226,7 @@ def test_the_command_writes_what_the_unsplit_model_writes(talking: Talking, tmp_
     run = open_run(folder)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]))
     flags = ["--prompt", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "12"]
-    done = subprocess.run(
-        _command(folder, *flags, "--kernels", "library"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=dict(os.environ),
-    )
+    done = warm_command.command("fedsplit.generate", "--run", folder, *flags, "--kernels", "library", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     tokenizer = load_tokenizer(run.config.model_path)
     tokens = [_unsplit(run, run.adapter().folder, prompt, 12) for prompt in PROMPTS]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_command
 from safetensors.torch import load_file
 
 from fedsplit.commands import simulate
@@ -29,8 +30,7 @@ LOCAL = ("--engine", "local")
 
 
 def command(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", "fedsplit.simulate", *argv]
-    return subprocess.run(call, capture_output=True, text=True, cwd=cwd, timeout=550, env=dict(os.environ))
+    return warm_command.command("fedsplit.simulate", *argv, cwd=cwd)
 
 
 def kill_and_resume(*argv: str, after: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas
 import psutil
 import pytest
+import warm_command
 
 from fedsplit.commands.sweep import Progress, main
 from fedsplit.studies.run_measures import LOSS
@@ -59,8 +60,7 @@ def sha(folder: Path) -> str:
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-m", "fedsplit", *map(str, words)]
-    return subprocess.run(arguments, capture_output=True, text=True, check=False)
+    return warm_command.command("fedsplit", *words, cwd=Path.cwd())
 
 
 @pytest.mark.slow

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_command
 from conftest import BLOCKS, CONFIGS, VOCABULARY, WINDOW
 from peft import PeftModel
 from split_models import NEW, RAW, Here, ends_of, shape_of, walked
@@ -318,8 +316,7 @@ def test_the_command_line_trains_a_prefix_and_writes_with_it(tmp_path: Path) -> 
     ]
 
     def command(name: str, *flags: str) -> str:
-        call = [sys.executable, "-m", f"fedsplit.{name}", *flags]
-        done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=550, env=dict(os.environ))
+        done = warm_command.command(f"fedsplit.{name}", *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

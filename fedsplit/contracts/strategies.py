@@ -78,6 +78,7 @@ def _trials(make: Make, strategy: Any) -> list[Trial]:
         ("absent clients", "Rounds with other clients each time work.", lambda: _with_absent(make)),
         ("no examples", "A client without examples counts for nothing.", lambda: _without_examples(make)),
         ("same adapter", "Clients that all send one adapter do not add up.", lambda: _alike(make)),
+        ("learning", "What clients send changes what they get.", lambda: _learns(make)),
         ("head", "A tensor without factors A and B is aggregated, too.", lambda: _played(make, head=True)),
     ]
     trials.append(("side effects", "Random states and settings of torch stay as they are.", lambda: _leaves(make)))
@@ -235,6 +236,22 @@ def _size(adapters: Adapters) -> float:
             weights = weights + adapters.folded[layer].up @ adapters.folded[layer].down
         total += float(weights.double().square().sum())
     return math.sqrt(total)
+
+
+def _learns(make: Make) -> None:
+    """Looks at whether the updates of several rounds leave a trace."""
+    run = _Run(make)
+    # All tensors: a strategy may train one factor alone, or fold all changes into the base weights.
+    before = dict(run.adapters.tensors)
+    sent = False
+    for _ in range(ROUNDS):
+        updates = run.updates()
+        sent |= any(update.adapters.tensors for update in updates)
+        for name, tensor in run.aggregate(updates).items():
+            if not torch.equal(tensor, before.get(name, torch.zeros_like(tensor))):
+                return
+    if sent:
+        raise BrokenError(f"the adapters are those of the start after {ROUNDS} rounds of updates")
 
 
 def _inputs_stay(make: Make) -> None:

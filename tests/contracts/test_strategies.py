@@ -92,6 +92,11 @@ class Draws(Changed):
         return tensor + torch.randn_like(tensor) / 1000
 
 
+class Forgets(Mean):
+    def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
+        return state, adapters
+
+
 class Seeds(Mean):
     def aggregate(self, state: State, adapters: Adapters, updates: Sequence[ClientUpdate]) -> tuple[State, Adapters]:
         torch.manual_seed(0)
@@ -130,6 +135,7 @@ BROKEN = {
     First: "order",
     Unweighted: "no examples",
     Added: "same adapter",
+    Forgets: "learning",
     Seeds: "side effects",
     Several: "one client",
     All: "absent clients",

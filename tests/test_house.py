@@ -88,9 +88,15 @@ HOMES = {
         "federation.messages",
         "federation.rehearsal",
         "federation.records",
-        "wire.encoded",
         "wire.casting",
+        "wire.delta",
+        "wire.encoded",
         "wire.frames",
+        "wire.grouped",
+        "wire.headers",
+        "wire.top_k",
+        "wire.value_tables",
+        "wire.zstd",
     },
     "pandas": {"result", "studies.table"},
     "peft": {
@@ -153,6 +159,7 @@ HOMES = {
         "proving.classifiers",
         "proving.comparisons",
     },
+    "zstandard": {"wire.zstd"},
 }
 """torch may be used anywhere."""
 

@@ -195,14 +195,15 @@ class Client(SplitStep):
         losses: list[Tensor] = []
         batches: list[Sequences] = []
         for step in range(self.steps):
-            rows = self._rows(round, step).to(device)
+            examples = self._chosen(round, step)
+            rows = self._train[examples].to(device)
             done = self._done(round, step)
             rate = share_of_rate(self.settings, done, total=self.rounds * self.steps)
             # For the dropout of bottom and top. The trunk has seeds of its own, by the keys of steps.
             seed_generators(derive_seed(self.seed, "client", self.number, round, step), [device])
             key = StepKey(round, self.number, next(keys))
             try:
-                loss = self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys)
+                loss = self.step(rows.ids, key, rows.mask, rows.labels, rate, terms=terms, keys=keys, examples=examples)
             except UnboundedStep as error:
                 raise self._diverged(str(error)) from error
             losses.append(loss)
@@ -241,19 +242,17 @@ class Client(SplitStep):
         """
         return (round - 1) * self.steps + step
 
-    def _rows(self, round: int, step: int) -> Sequences:
-        """Returns the sequences of a step."""
+    def _chosen(self, round: int, step: int) -> list[int]:
+        """Returns the numbers of a step's sequences within the training data."""
         of_step = batch_of_epoch if self.settings.epochs else batch
         # Without the round: one order for the whole run, in which `done` tells the place.
         order = derive_seed(self.seed, "client", self.number)
         done = self._done(round, step)
         together = self.demands.rows
-        if together == 1:
-            return of_step(self._train, done, self._sequences, order)
         # Examples are drawn, and not rows: the rows of a pair must come in one step.
         examples = torch.arange(len(self._train) // together)
         chosen = of_step(examples, done, self._sequences // together, order)
-        return self._train[rows_of(chosen, together)]
+        return rows_of(chosen, together)
 
     def _diverged(self, reason: str) -> Diverged:
         """Returns the error about a value that is not finite, with the settings that are the likely cause."""

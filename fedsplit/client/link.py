@@ -18,7 +18,8 @@ from fedsplit.trunk.schedules import Schedule
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.codecs import Codec, Role
 from fedsplit.wire.encoded import Encoded
-from fedsplit.wire.packets import Packet, StepKey
+from fedsplit.wire.example_numbers import encoded_examples
+from fedsplit.wire.packets import EXAMPLES, Packet, StepKey
 from fedsplit.wire.scaling import backward
 from fedsplit.wire.transport import PendingAnswer
 
@@ -54,6 +55,7 @@ class PendingStep:
         packet: Packet,
         hidden: Tensor,
         sums: RouterSums | None = None,
+        examples: tuple[int, ...] = (),
     ) -> None:
         """Sends the hidden states.
 
@@ -62,10 +64,12 @@ class PendingStep:
             packet: Packet with the hidden states.
             hidden: Output of the bottom (B, T, D), with the bottom's graph.
             sums: Sums of the bottom's routers, with the bottom's graph.
+            examples: Numbers of the examples, for codecs.
         """
         self._link = link
         self._packet = packet
         self._hidden = hidden
+        self._examples = examples
         self._bottom_sums = sums
         self.sums: RouterSums | None = None
         self.norm: float | None = None
@@ -99,7 +103,8 @@ class PendingStep:
         return hidden.to(device).requires_grad_(self._returns)
 
     def _role(self, kind: Literal["activation", "gradient"], direction: Literal["up", "down"]) -> Role:
-        return Role(kind, direction, self._packet.key, self._packet.training, self._hidden.dtype)
+        packet, hidden = self._packet, self._hidden
+        return Role(kind, direction, packet.key, packet.training, hidden.dtype, self._examples, hidden.numel())
 
     def _settled(self) -> Packet:
         """Waits until the trunk has served the first packet."""
@@ -114,7 +119,7 @@ class PendingStep:
         if not self._returns or gradient is None:
             return
         role = self._role("gradient", "up")
-        tensors = {"gradient": self._link.codec.encode(gradient, role)}
+        tensors = {"gradient": self._link.codec.encode(gradient, role), **self._link.numbers(self._examples)}
         if self.sums is not None and self.sums.probabilities.grad is not None:
             tensors[SUMS] = EXACT.encode(self.sums.probabilities.grad)
         self._answer = self._link.trunk.send(replace(self._packet, tensors=tensors))
@@ -200,6 +205,7 @@ class Link:
         sums: RouterSums | None = None,
         learns: bool = True,
         is_adapted: bool = True,
+        examples: tuple[int, ...] = (),
     ) -> PendingStep:
         """Sends hidden states (B, T, D) to the trunk without waiting.
 
@@ -214,10 +220,11 @@ class Link:
             sums: Sums of the bottom's routers; None without an auxiliary loss.
             learns: False if the trunk's adapter must not learn from the step.
             is_adapted: False for the trunk's base weights without its adapter. Not for training steps.
+            examples: Numbers of the sequences within the client's data, for codecs; empty outside of training.
         """
         key = replace(key, run=self.run, attempt=self.attempt)
-        role = Role("activation", "up", key, training, hidden.dtype)
-        tensors = {"hidden": self.codec.encode(hidden, role)}
+        role = Role("activation", "up", key, training, hidden.dtype, examples)
+        tensors = {"hidden": self.codec.encode(hidden, role), **self.numbers(examples)}
         if sums is not None:
             tensors[SUMS] = EXACT.encode(sums.packed())
         if mask is not None and not bool(mask.all()):  # a mask of ones changes nothing, and costs bytes
@@ -234,7 +241,13 @@ class Link:
             learns=learns,
             is_adapted=is_adapted,
         )
-        return PendingStep(self, packet, hidden, sums)
+        return PendingStep(self, packet, hidden, sums, examples)
+
+    def numbers(self, examples: tuple[int, ...]) -> dict[str, Encoded]:
+        """Returns the tensor with the numbers of examples; none if there are none, or the codec needs none."""
+        if not examples or not self.codec.needs_examples:
+            return {}
+        return {EXAMPLES: encoded_examples(examples)}
 
     @torch.no_grad()
     def evaluate(self, hidden: Tensor, key: StepKey, mask: Tensor | None = None) -> Tensor:

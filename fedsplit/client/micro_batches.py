@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ class MicroBatch:
         labels: Labels (B, virtual tokens + T), or classes (B,).
         mask: (B, virtual tokens + T), 0 on padding; None without padding.
         share: Weight of the rows' mean loss in the mean loss of the step.
+        examples: Number of each row within the client's data; empty if the numbers are not known.
     """
 
     ids: Tensor
     labels: Tensor
     mask: Tensor | None
     share: float
+    examples: tuple[int, ...] = ()
 
 
 def batches_of(
@@ -77,6 +80,27 @@ def batches_of(
     micros = min(micros, examples // batches)
     rows_of_batches = _split(ids, labels, padded_mask, batches, demands.rows)
     return [_micro_batches(*rows, micros, whole, demands) for rows in rows_of_batches]
+
+
+def numbered(batches: Sequence[Sequence[MicroBatch]], examples: Sequence[int]) -> list[list[MicroBatch]]:
+    """Returns a step's micro-batches with the numbers of their rows.
+
+    Args:
+        batches: Micro-batches of each batch, in the order of the rows.
+        examples: Number of each row of the step within the client's data; empty if the numbers are not known.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.ones(3, 3, dtype=torch.long)
+        >>> batches = batches_of(rows, None, None, batches=1, micros=2, virtual=0)
+        >>> [micro.examples for micro in numbered(batches, [4, 0, 9])[0]]
+        [(4, 0), (9,)]
+    """
+    left = iter(examples)
+    with_numbers = []
+    for parts in batches:
+        with_numbers.append([replace(part, examples=tuple(itertools.islice(left, len(part.ids)))) for part in parts])
+    return with_numbers
 
 
 def _micro_batches(

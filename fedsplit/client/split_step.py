@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedsplit.adaptation import lora
 from fedsplit.client.further_arguments import PendingReference, aligned_mask
 from fedsplit.client.link import Link, PendingStep
-from fedsplit.client.micro_batches import MicroBatch, batches_of
+from fedsplit.client.micro_batches import MicroBatch, batches_of, numbered
 from fedsplit.demands import MASK, REFERENCE
 from fedsplit.model.parts import Bottom, Part, Top
 from fedsplit.model.routers import RouterLoss
@@ -88,6 +88,7 @@ class SplitStep:
         rate: float = 1.0,
         terms: GradientStage | None = None,
         keys: Iterator[int] | None = None,
+        examples: Sequence[int] = (),
     ) -> Tensor:
         """Computes forward and backward of one step, and runs the gradient stages.
 
@@ -103,6 +104,7 @@ class SplitStep:
             rate: Share of the learning rate for the trunk's step.
             terms: The strategy's stages, which run last; None for no stage.
             keys: Numbers of further steps, for stages that ask for gradients at a second adapter; None forbids them.
+            examples: Number of each row within the client's data, for codecs; empty if the numbers are not known.
 
         Returns:
             Mean loss in nats, a scalar, including the routers' loss and the stages' terms.
@@ -118,6 +120,7 @@ class SplitStep:
             virtual=self.bottom.virtual,
             demands=self.demands,
         )
+        batches = numbered(batches, examples)
         losses = []
         for number, parts in enumerate(batches):
             # Before the forward: a term may compute with a second adapter, which must not replace this one midway.
@@ -286,6 +289,7 @@ class SplitStep:
                     rate=rate,
                     sums=seen.sums,
                     learns=learns,
+                    examples=part.examples,
                 )
             )
             references.append(self._send_reference(part, micro_key, len(parts), batches))

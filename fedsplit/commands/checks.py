@@ -120,9 +120,10 @@ def _wrong_under_schedule(config: Config) -> Iterator[SettingError]:
 
 def _wrong_codec(config: Config) -> Iterator[SettingError]:
     """Yields an error for a codec that would only lose precision."""
-    if config.dtype == "fp16" and config.wire.codec == "bf16":
-        allowed = "raw with --dtype fp16: what crosses has 16 bits already, and would lose three of them"
-        yield SettingError("wire.codec", config.wire.codec, allowed)
+    for text in {*config.wire.codecs.values()}:
+        if config.dtype == "fp16" and text.split(",")[0] == "bf16":
+            allowed = "raw with --dtype fp16: what crosses has 16 bits already, and would lose three of them"
+            yield SettingError("wire.codec", text, allowed)
 
 
 def _wrong_micro_batches(train: TrainSettings) -> Iterator[SettingError]:

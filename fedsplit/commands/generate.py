@@ -55,7 +55,7 @@ def _split(job: Job) -> Iterator[tuple[ClientHalf, TrunkPort]]:
     from fedsplit.trunk.doors import check_memory
     from fedsplit.trunk.ray_trunks import start_trunks
     from fedsplit.trunk.schedules import SCHEDULES
-    from fedsplit.wire.codecs import make_codec
+    from fedsplit.wire.by_role import codec_of
 
     # A single client generates, so that one trunk on this machine is enough.
     one_trunk = replace(job.config.trunk, stages="", replicas=1, sync="round")
@@ -72,7 +72,7 @@ def _split(job: Job) -> Iterator[tuple[ClientHalf, TrunkPort]]:
         bottom, top = _load_client_parts(job)
         check_memory(config, trunk)
 
-        codec = make_codec(config.wire.codec)
+        codec = codec_of(config.wire, config.seed)
         schedule = SCHEDULES[config.trunk.schedule]
         incarnation = trunk.status().incarnation
         link = Link(trunk, codec, schedule, name, incarnation)

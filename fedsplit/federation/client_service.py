@@ -48,7 +48,8 @@ from fedsplit.state.fold_log import FOLDS, FoldLog
 from fedsplit.trunk.memory import peak_memory
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.updates import Adapters, ClientUpdate
-from fedsplit.wire.codecs import copy_of_state, make_codec
+from fedsplit.wire.by_role import codec_of
+from fedsplit.wire.codecs import copy_of_state
 
 Connect = Callable[[str, Config], TrunkLike]
 """Returns the trunk with a name, for a run with some settings."""
@@ -95,7 +96,7 @@ class _Site:
         config, briefing = self.config, request.briefing
         link = Link(
             self.trunk,
-            make_codec(config.wire.codec),
+            codec_of(config.wire, config.seed),
             SCHEDULES[config.trunk.schedule],
             briefing.trunk,
             briefing.incarnation,

@@ -15,6 +15,7 @@ from fedsplit.formatting import counted, perplexity, size
 from fedsplit.model.sources import ON_HUB, hub_name
 from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.config import DEFAULT_MODEL, Config
+from fedsplit.settings.sections import WireSettings
 
 CARD = "README.md"
 """Name of the card's file in an adapter's folder."""
@@ -190,7 +191,7 @@ def _settings(config: Config) -> list[Sequence[str]]:
         "optimiser": f"{train.optimizer}, learning rate {train.lr:g} ({train.schedule})",
         "objective": _last(config.objective),
         "trunk": config.trunk.schedule,
-        "codec": config.wire.codec,
+        "codec": _codec(config.wire),
         "base weights": f"{config.dtype} {config.quantization}".strip(),
     }
     if config.prompt.kind == "off":
@@ -199,6 +200,13 @@ def _settings(config: Config) -> list[Sequence[str]]:
     else:
         rows["adapter"] = f"{config.prompt.kind}, {config.prompt.tokens} tokens"
     return [(name, str(value)) for name, value in rows.items()]
+
+
+def _codec(wire: WireSettings) -> str:
+    """Returns the codec of all roles, or each role with its codec where the codecs differ."""
+    if len({*wire.codecs.values()}) == 1:
+        return next(iter(wire.codecs.values()))
+    return "; ".join(f"{kind} {direction} {text}" for (kind, direction), text in wire.codecs.items())
 
 
 def _costs(summary: Mapping[str, Any]) -> list[Sequence[str]]:

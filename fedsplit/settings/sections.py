@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedsplit.settings.choices import (
-    CODECS,
     ENCODERS,
     FORMATS,
     OPTIMIZER_STATES,
@@ -26,6 +25,8 @@ from fedsplit.settings.fields import setting
 from fedsplit.settings.parsing import parse_memory, parse_stages, parse_weights
 from fedsplit.settings.validators import (
     ANYTHING,
+    CACHE,
+    CODEC,
     DEVICES,
     FIELDS,
     FOLDER,
@@ -40,6 +41,7 @@ from fedsplit.settings.validators import (
     RAY_ADDRESS,
     REPLICA_WEIGHTS,
     RESOURCES,
+    ROLE_CODEC,
     STAGES,
     TEXT,
     WARMUP,
@@ -360,7 +362,18 @@ class WireSettings:
     """Encoding of tensors between client and trunk."""
 
     codec: str = setting(
-        "raw", one_of(CODECS), "encoding of hidden states and gradients; raw is exact; bf16 halves the bytes"
+        "raw",
+        CODEC,
+        "encoding of hidden states and gradients, or a chain of encodings; raw is exact; bf16 halves the bytes",
+    )
+    activation_up: str = setting("", ROLE_CODEC, "… of hidden states from clients to the trunk (default: wire.codec)")
+    activation_down: str = setting("", ROLE_CODEC, "… of hidden states from the trunk to clients (default: wire.codec)")
+    gradient_up: str = setting("", ROLE_CODEC, "… of gradients from clients to the trunk (default: wire.codec)")
+    gradient_down: str = setting("", ROLE_CODEC, "… of gradients from the trunk to clients (default: wire.codec)")
+    cache: str = setting(
+        "256MB",
+        CACHE,
+        "memory for the codec delta on each side and for each client; rows that were used least recently leave first",
     )
     tls: str = setting(
         "",
@@ -368,6 +381,21 @@ class WireSettings:
         "folder with ca.pem, cert.pem and key.pem on every node of a cluster: packets between nodes are encrypted "
         "(default: they are not)",
     )
+
+    @property
+    def codecs(self) -> dict[tuple[str, str], str]:
+        """Codec by kind and direction of a tensor."""
+        return {
+            ("activation", "up"): self.activation_up or self.codec,
+            ("activation", "down"): self.activation_down or self.codec,
+            ("gradient", "up"): self.gradient_up or self.codec,
+            ("gradient", "down"): self.gradient_down or self.codec,
+        }
+
+    @property
+    def cache_bytes(self) -> int:
+        """Most bytes of the rows that the codec delta keeps for a client on each side."""
+        return parse_memory(self.cache) or 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from fedsplit.settings.chains import chain_forms, parse_chain
 from fedsplit.settings.choices import PARTS, TRACKERS
 from fedsplit.settings.parsing import (
     PARTITION_FORMS,
@@ -158,6 +159,8 @@ REPLICA_WEIGHTS = Validator(
 
 MEMORY = Validator("bytes with a unit, such as 800MB, 1.5GB or 2GiB", lambda v: v == "" or parse_memory(v) is not None)
 
+CACHE = Validator("bytes with a unit, such as 64MB or 1GiB", lambda v: parse_memory(v) is not None)
+
 DEVICE = Validator("auto | cpu | cuda | cuda:N", lambda v: re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", v) is not None)
 
 OWN_DEVICE = Validator(DEVICE.words, lambda v: v == "" or DEVICE.test(v))
@@ -173,3 +176,7 @@ QUANTIZATION = Validator(
 )
 
 PARTITION = Validator(PARTITION_FORMS, lambda v: find_partition(v) is not None)
+
+CODEC = Validator(chain_forms(), lambda v: parse_chain(v) is not None)
+
+ROLE_CODEC = Validator("a chain as for wire.codec", lambda v: v == "" or parse_chain(v) is not None)

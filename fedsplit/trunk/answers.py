@@ -10,6 +10,7 @@ from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.trunk.status import Bytes, Traffic
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.codecs import Codec, Role
+from fedsplit.wire.example_numbers import examples_of
 from fedsplit.wire.packets import RANDOM, Packet, StepKey
 
 
@@ -53,7 +54,7 @@ class Answers:
             tensor = hidden[packet.key]
             # The type of the values that cross, which is wider than the part's where float32 adapters lie in their
             # path.
-            role = Role("activation", "down", packet.key, packet.training, tensor.dtype)
+            role = Role("activation", "down", packet.key, packet.training, tensor.dtype, examples_of(packet))
             tensors = {"hidden": self.codec.encode(tensor, role)}
             if packet.key in sums:  # exactly: the top's loss must equal the library's to the bit
                 tensors[SUMS] = EXACT.encode(sums[packet.key].packed())
@@ -79,7 +80,7 @@ class Answers:
             tensors = {}
             if packet.key in gradients:
                 dtype = inputs[packet.key].dtype
-                role = Role("gradient", "down", packet.key, packet.training, dtype)
+                role = Role("gradient", "down", packet.key, packet.training, dtype, examples_of(packet))
                 tensors["gradient"] = self.codec.encode(gradients[packet.key], role)
             answer = Packet(packet.key, tensors, packet.training)
             self.count(self.traffic.gradient, packet, answer)

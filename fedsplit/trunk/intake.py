@@ -21,9 +21,10 @@ from fedsplit.model.routers import SUMS, RouterSums
 from fedsplit.optimization.bounds import is_bounded
 from fedsplit.settings.sections import TrainSettings
 from fedsplit.wire.casting import EXACT
-from fedsplit.wire.codecs import Codec, Role
+from fedsplit.wire.codecs import MOST_VALUES, Codec, Role
 from fedsplit.wire.encoded import MalformedPacket
-from fedsplit.wire.packets import RANDOM, Packet, StepKey
+from fedsplit.wire.example_numbers import examples_of
+from fedsplit.wire.packets import EXAMPLES, RANDOM, Packet, StepKey
 from fedsplit.wire.steps import RefusedStep, SpoiledStep, SpoiledTogether, UnboundedStep
 
 T = TypeVar("T")
@@ -66,7 +67,8 @@ class Intake:
         Raises:
             SpoiledStep: The packet has a further tensor, or router sums for a part without experts.
         """
-        if more := sorted(packet.tensors.keys() - {*names}):
+        # Any training step may have numbers of examples, since the codecs of other stages may need them.
+        if more := sorted(packet.tensors.keys() - {*names, EXAMPLES}):
             raise SpoiledStep(f"{packet.key} sent its {more[0]} where nobody asked for it")
         if SUMS in packet.tensors and not self._part.experts:
             raise SpoiledStep(f"{packet.key} sent something of routers, which the model does not have")
@@ -108,14 +110,40 @@ class Intake:
             UnboundedStep: A value is not finite, or too large.
         """
         kind = self._part.dtype
-        role = Role("activation", "up", packet.key, packet.training, kind)
+        most = self._most_values(rows)
+        role = Role("activation", "up", packet.key, packet.training, kind, self.examples(packet), most)
         hidden = self._decoded(packet, "hidden", self._codec, role)
         self.check_shape(packet.key, hidden.shape, rows)
+        self.examples(packet, len(hidden))
         if hidden.dtype not in (kind, torch.float32):
             raise SpoiledStep(f"{packet.key} sent hidden states of type {hidden.dtype}, not {kind}")
         if not is_bounded(hidden):
             raise UnboundedStep(f"{packet.key} sent hidden states that are NaN, infinite or too large to compute with")
         return hidden
+
+    def _most_values(self, rows: int | None) -> int:
+        """Returns the largest possible number of values of a packet's hidden states."""
+        if rows is None:
+            return MOST_VALUES
+        return rows * positions_of(self._part.config) * self._part.config.hidden_size
+
+    def examples(self, packet: Packet, sequences: int | None = None) -> tuple[int, ...]:
+        """Returns the numbers of the examples of a packet; empty for a packet without them.
+
+        Args:
+            packet: The packet.
+            sequences: Number of sequences in the packet; None if the number is not known yet.
+
+        Raises:
+            SpoiledStep: The numbers have a wrong form.
+        """
+        try:
+            examples = examples_of(packet)
+        except MalformedPacket as error:
+            raise SpoiledStep(f"{packet.key} sent its {EXAMPLES} in a wrong form: {error}") from None
+        if examples and sequences is not None and len(examples) != sequences:
+            raise SpoiledStep(f"{packet.key} sent {len(examples)} {EXAMPLES} with {sequences} sequences")
+        return examples
 
     def mask(self, packet: Packet, hidden: Tensor) -> Tensor:
         """Returns the mask (B, T) of a packet with padding.
@@ -171,7 +199,8 @@ class Intake:
             SpoiledStep: The gradient is missing, its shape differs from the hidden states' shape, or its type is wrong.
             UnboundedStep: A value is not finite, or too large.
         """
-        role = Role("gradient", "up", packet.key, packet.training, hidden.dtype)
+        examples = self.examples(packet, len(hidden))
+        role = Role("gradient", "up", packet.key, packet.training, hidden.dtype, examples, hidden.numel())
         gradient = self._decoded(packet, "gradient", self._codec, role)
         if gradient.shape != hidden.shape:
             sent = tuple(gradient.shape)

@@ -15,7 +15,7 @@ import torch
 from fedsplit.model.routers import SUMS
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.encoded import Encoded
-from fedsplit.wire.packets import Packet
+from fedsplit.wire.packets import EXAMPLES, Packet
 from fedsplit.wire.transport import PendingAnswer
 
 Where = Literal["own", "rest"]
@@ -46,19 +46,20 @@ def way_of(packet: Packet, learns: bool) -> Way:
         return own
     if not own.tensors:  # an admission, or the end of a session
         return (yield "rest", packet)
-    mask = {name: tensor for name, tensor in packet.tensors.items() if name == "mask"}
+    further = {name: packet.tensors[name] for name in ("mask", EXAMPLES) if name in packet.tensors}
     wants_gradient = packet.wants_gradient or (packet.training and learns)
-    return (yield "rest", replace(packet, tensors={**own.tensors, **mask}, wants_gradient=wants_gradient))
+    return (yield "rest", replace(packet, tensors={**own.tensors, **further}, wants_gradient=wants_gradient))
 
 
 def _gradients_below(packet: Packet, above: Packet) -> dict[str, Encoded]:
-    """Returns the gradients by a stage's output: by hidden states from the rest, by router sums from the client.
+    """Returns the tensors of a stage's backward: the gradient from the rest of the trunk, all others from the client.
 
     The stages only add to the router sums, so the gradient by the sums is the same at every stage.
     """
     tensors = {"gradient": above.tensors["gradient"]}
-    if SUMS in packet.tensors:
-        tensors[SUMS] = packet.tensors[SUMS]
+    for name in (SUMS, EXAMPLES):
+        if name in packet.tensors:
+            tensors[name] = packet.tensors[name]
     return tensors
 
 

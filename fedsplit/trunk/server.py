@@ -222,8 +222,7 @@ class TrunkServer:
         if not (live or self._codec_states):  # a codec without state
             return
         for client in finished:
-            if client in live:
-                self._codec_states[client] = copy_of_state(live[client])
+            self._codec_states[client] = copy_of_state(live.get(client, {}))
         self.answers.codec.restore(self._codec_states)
 
     def moments(self) -> dict[str, Tensor]:
@@ -243,11 +242,13 @@ class TrunkServer:
         """
         of_optimizers = {name: value for name, value in moments.items() if not name.startswith(CODEC)}
         self.adapters.restore(tensors, of_optimizers)
-        self._codec_states = {}
+        states: dict[int, dict[str, Tensor]] = {}
         for full_name in moments.keys() - of_optimizers.keys():
             client, _, name = full_name.removeprefix(CODEC).partition("/")
-            self._codec_states.setdefault(int(client), {})[name] = moments[full_name]
-        self.answers.codec.restore(self._codec_states)
+            states.setdefault(int(client), {})[name] = moments[full_name]
+        # The moments of a staged trunk hold the codecs' states of all stages. The codec picks out its own.
+        self.answers.codec.restore(states)
+        self._codec_states = {client: copy_of_state(state) for client, state in self.answers.codec.state().items()}
 
     def inference(self, client: int, snapshot: AdapterSnapshot | None = None) -> tuple[Trunk, AdapterSnapshot]:
         """Returns the part without dropout. The next call of any method may change the part.

@@ -367,7 +367,7 @@ def load_service(
     is_personal = SCHEDULES[config.trunk.schedule].personal
     server = TrunkServer(
         part,
-        span.codec(config.wire.codec),
+        span.codec(config.wire, config.seed),
         config.trunk.schedule,
         config.train,
         config.seed,

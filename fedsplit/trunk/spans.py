@@ -6,9 +6,9 @@ import itertools
 from dataclasses import dataclass, replace
 
 from fedsplit.settings.config import Config
-from fedsplit.wire.by_role import ByRole
+from fedsplit.settings.sections import WireSettings
+from fedsplit.wire.by_role import ByRole, codec_of
 from fedsplit.wire.casting import EXACT
-from fedsplit.wire.codecs import Codec, make_codec
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,22 @@ class Span:
         whole = replace(config.trunk, stages="")
         return replace(config, cut=f"{self.low}:{self.high}", trunk=whole)
 
-    def codec(self, name: str) -> Codec:
-        """Returns the codec of the stage: the run's codec towards clients, and exact values towards other stages.
+    def codec(self, settings: WireSettings, seed: int) -> ByRole:
+        """Returns the codec of the stage: the run's codecs towards clients, and exact values towards other stages.
 
         Args:
-            name: Name of the run's codec.
+            settings: Settings of the wire.
+            seed: Seed of the run.
         """
-        outer = make_codec(name)
-        if self.is_first and self.is_last:
-            return outer
-        if not (self.is_first or self.is_last):
-            return EXACT
         # Hidden states come from below and leave above. Gradients come from above and leave below.
-        below = outer if self.is_first else EXACT
-        above = outer if self.is_last else EXACT
-        by_place = {
-            ("activation", "up"): below,
-            ("activation", "down"): above,
-            ("gradient", "up"): above,
-            ("gradient", "down"): below,
+        faces_client = {
+            ("activation", "up"): self.is_first,
+            ("activation", "down"): self.is_last,
+            ("gradient", "up"): self.is_last,
+            ("gradient", "down"): self.is_first,
         }
-        return ByRole(by_place, outer, "below" if self.is_first else "above")
+        outer = codec_of(settings, seed).codecs
+        return ByRole({role: codec if faces_client[role] else EXACT for role, codec in outer.items()})
 
 
 def spans_of(config: Config) -> list[Span]:

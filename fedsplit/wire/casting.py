@@ -1,4 +1,4 @@
-"""The codecs `raw` and `bf16`: values without a change, or rounded to a narrower type."""
+"""The codecs `raw`, `bf16` and `fp16`: values without a change, or rounded to a narrower type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FULL = 2.0**15
 """Upper bound of the largest element of a scaled gradient: half of float16's largest value."""
 
 _NARROWED: Mapping[torch.dtype, tuple[torch.dtype, ...]] = {
-    torch.bfloat16: (torch.int16,),
+    torch.bfloat16: (torch.int16, torch.float16),
     torch.float16: (torch.int16,),
     torch.float32: (torch.int16, torch.float16),
     torch.float64: (torch.int16, torch.float16),
@@ -98,6 +98,28 @@ class BFloat16(Cast):
     """
 
     narrow = torch.bfloat16
+
+
+class Float16(Cast):
+    """Rounds values to 11 bits of precision: half the bytes of float32; `--wire.codec fp16`.
+
+    A power of two scales the values of each tensor, so that none exceeds float16's largest value. The error is at most
+    2^-11 of the value, or 2^-39 of the tensor's largest magnitude for small values.
+
+    Example:
+        >>> Float16().decode(Float16().encode(torch.tensor([1e6])))
+        tensor([1000000.])
+    """
+
+    def encode(self, tensor: Tensor, role: Role | None = None) -> Encoded:
+        """Encodes a tensor."""
+        if not tensor.is_floating_point():
+            return super().encode(tensor, role)
+        # The header names the type of the values behind the wire.
+        gradient_is_wider = role is not None and role.kind == "gradient" and role.dtype == torch.float16
+        dtype = "float32" if gradient_is_wider else str(tensor.dtype).removeprefix("torch.")
+        scale = scale_to(_FULL, tensor)
+        return array_as(self._to_array((tensor.float() * scale).to(torch.float16)), dtype, scale)
 
 
 EXACT = Raw()

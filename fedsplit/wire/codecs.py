@@ -1,7 +1,7 @@
 """Codecs turn tensors into the bytes on the wire, and back: the interface, the memory and the making of codecs.
 
-A new codec needs a file with a class, such as `fedsplit.wire.casting`, and a line in
-`fedsplit.settings.choices.CODECS`.
+A new codec needs a file with a class, such as `fedsplit.wire.casting`, a line in `fedsplit.settings.choices.CODECS`,
+and a line in the contract test `tests/wire/test_codec_contract.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from fedsplit.settings.choices import CODECS
+from fedsplit.settings.chains import ChainLink, parse_chain
 from fedsplit.wire.encoded import Encoded
 from fedsplit.wire.packets import StepKey
 
 State = TypeVar("State")
+
+MOST_VALUES = 2**31
+"""Largest number of values of any tensor on the wire."""
 
 Stream = tuple[str, str, int, int, int]
 """Identifies a sequence of tensors, one for each step: kind, direction, client, batch and micro-batch."""
@@ -36,6 +39,9 @@ class Role:
         training: False for evaluation and for generated text.
         dtype: Type of the step's hidden states. A gradient may have a wider type: gradients by float16 hidden states
             are float32.
+        examples: Number of each sequence within the client's data, in the order of the tensor's rows; empty if the
+            numbers are not known.
+        most: Largest possible number of values of the tensor. A decoder must not make a larger tensor.
 
     Example:
         >>> role = Role("gradient", "up", StepKey(round=1, client=3, step=0))
@@ -48,6 +54,8 @@ class Role:
     key: StepKey
     training: bool = True
     dtype: torch.dtype = torch.float32
+    examples: tuple[int, ...] = ()
+    most: int = MOST_VALUES
 
     @property
     def client(self) -> int:
@@ -58,6 +66,25 @@ class Role:
     def stream(self) -> Stream:
         """Stream of the tensor: the tensors of all steps with equal kind, direction, client, batch and micro-batch."""
         return self.kind, self.direction, self.key.client, self.key.batch, self.key.micro
+
+
+@dataclass(frozen=True)
+class Place:
+    """Place of a new codec in a chain, and the settings of the run that codecs use.
+
+    Attributes:
+        parameter: Number behind the colon of the codec's name; None for a codec without a parameter.
+        rest: Codec of the values that the new codec leaves; None if the new codec is the last of the chain.
+        remembers: True if the new codec may keep state from step to step.
+        seed: Seed of the run.
+        cache: Most bytes of the rows that a codec keeps for a client.
+    """
+
+    parameter: float | None = None
+    rest: Codec | None = None
+    remembers: bool = False
+    seed: int = 0
+    cache: int = 0
 
 
 class Codec(ABC):
@@ -78,9 +105,20 @@ class Codec(ABC):
         tensor([ 1., -1.])
     """
 
+    needs_examples = False
+    """True if the codec needs the numbers of the examples in a training step (`Role.examples`)."""
+
+    @classmethod
+    def at(cls, place: Place) -> Codec:
+        """Returns a new codec for a place in a chain. A codec with parameters or state overrides the method."""
+        return cls()
+
     @abstractmethod
     def encode(self, tensor: Tensor, role: Role) -> Encoded:
         """Encodes a tensor of any shape, without a copy if possible.
+
+        A value that is NaN or infinite must reach the decoder as a value that is NaN or infinite, so that the trunk
+        refuses the step.
 
         Args:
             tensor: Hidden states or a gradient.
@@ -102,10 +140,11 @@ class Codec(ABC):
         """
 
     def state(self) -> Mapping[int, Mapping[str, Tensor]]:
-        """Returns the state of each client by any names, or nothing for a codec without state.
+        """Returns the state of each client by name, or nothing for a codec without state.
 
-        Called between rounds. Each side keeps the state of clients with a round that counts: a client on the client's
-        disk, the trunk in the run's checkpoint.
+        Names begin with kind and direction of the role, such as "gradient/up/residual": each role has a codec of its
+        own, and the names tell whose state it is. Called between rounds. Each side keeps the state of clients with a
+        round that counts: a client on the client's disk, the trunk in the run's checkpoint.
         """
         return {}
 
@@ -198,11 +237,16 @@ def copy_of_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copied
 
 
-def make_codec(name: str) -> Codec:
+def make_codec(text: str, seed: int = 0, cache: int = 0) -> Codec:
     """Returns a new codec, for one side of a wire.
 
     Args:
-        name: Name of a codec in `fedsplit.settings.choices.CODECS`.
+        text: Name of a codec in `fedsplit.settings.choices.CODECS`, or a chain such as "topk:0.1,int8,zstd".
+        seed: Seed of the run.
+        cache: Most bytes of the rows that the codec keeps for a client.
+
+    Raises:
+        ValueError: The text is no chain of codecs.
 
     Example:
         >>> codec = make_codec("bf16")
@@ -213,7 +257,23 @@ def make_codec(name: str) -> Codec:
         >>> codec.decode(encoded, role).dtype
         torch.float32
     """
-    # By name: the settings list all codecs, and must not import them.
-    module, _, kind = CODECS[name].partition(":")
-    codec: Codec = getattr(importlib.import_module(module), kind)()
+    links = parse_chain(text)
+    if links is None:
+        raise ValueError(f"{text} is no chain of codecs")
+    # From the last to the first, since each codec hands values to the next. A codec of bytes wraps all others.
+    codec: Codec | None = None
+    for link in reversed(links):
+        if link.entry.place != "bytes":
+            codec = _class_of(link).at(Place(link.parameter, codec, link.remembers, seed, cache))
+    last = links[-1]
+    if last.entry.place == "bytes":
+        codec = _class_of(last).at(Place(last.parameter, codec))
+    assert codec is not None
     return codec
+
+
+def _class_of(link: ChainLink) -> type[Codec]:
+    # By name: the settings list all codecs, and must not import them.
+    module, _, kind = link.entry.path.partition(":")
+    found: type[Codec] = getattr(importlib.import_module(module), kind)
+    return found

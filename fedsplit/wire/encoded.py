@@ -11,14 +11,16 @@ import numpy as np
 Fact = bool | int | float | str | tuple[int, ...]
 """A value in a header; a tuple holds whole numbers from 0, such as a shape."""
 
-# Names and headers are not counted as traffic, so nothing large may cross in them.
+# Names and headers are framing and no payload, so nothing large may cross in them. A chain of codecs has the arrays
+# and the facts of all its codecs.
 MOST_ARRAYS = 8
-MOST_FACTS = 8
+MOST_FACTS = 32
+_MOST_NUMBERS = 8
 _LONGEST_TEXT = 64
 _MOST_DIMENSIONS = 3
 LARGEST_NUMBER = 2**63 - 1  # JSON has no largest number, but numpy and torch count in int64
 
-_ARRAYS = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
+ARRAY_TYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
 """Types of arrays that may cross. Arrays of objects may not: to read one would unpickle code."""
 
 T = TypeVar("T")
@@ -33,7 +35,7 @@ class Encoded:
     """A tensor that a codec has encoded.
 
     The meaning of arrays and header is up to the codec. The bytes of the arrays are counted as traffic. The header is
-    not counted, so `check_encoded` allows only a small header.
+    counted as framing, and `check_encoded` allows only a small header.
 
     Attributes:
         arrays: Arrays by name.
@@ -128,7 +130,7 @@ def may_cross(form: np.dtype) -> bool:
         >>> may_cross(np.dtype("float32")), may_cross(np.dtype("object"))
         (True, False)
     """
-    return form.name in _ARRAYS and form.isnative
+    return form.name in ARRAY_TYPES and form.isnative
 
 
 def is_fact(value: Any) -> bool:
@@ -139,7 +141,7 @@ def is_fact(value: Any) -> bool:
         (True, False)
     """
     if type(value) is tuple:
-        return len(value) <= MOST_FACTS and all(map(is_count, value))
+        return len(value) <= _MOST_NUMBERS and all(map(is_count, value))
     if type(value) is int:
         return abs(value) <= LARGEST_NUMBER
     return type(value) in (bool, float) or _is_text(value)

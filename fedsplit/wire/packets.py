@@ -15,7 +15,10 @@ _MOST_DIMENSIONS = 8
 RANDOM = "random"
 """Name of the state of the random generator that one stage of a trunk hands to the next."""
 
-_TENSORS = frozenset({"hidden", "gradient", "mask", "routers", "coefficient", "norm", RANDOM})
+EXAMPLES = "examples"
+"""Name of the numbers of a step's examples, which some codecs need."""
+
+_TENSORS = frozenset({"hidden", "gradient", "mask", "routers", "coefficient", "norm", RANDOM, EXAMPLES})
 """Names of the tensors that may cross."""
 
 
@@ -80,6 +83,7 @@ class Packet:
             - "norm" (), with clipping, in the answer to the last gradient of a step: the squared norm of the trunk's
               gradient.
             - "coefficient" (), with clipping: the client's reply to "norm", a factor for the trunk's gradient.
+            - "examples" (B,), for a codec that needs them: the number of each sequence within the client's data.
             - "random" (bytes), between two stages of a trunk: the state of the random generator behind a stage.
 
             Empty in an admission request, and in an answer without a result, as for a bottom that does not learn.

@@ -18,7 +18,7 @@ from fedsplit.federation.messages import Answer, Failure, Request, Train
 from fedsplit.federation.round import Round
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.strategy import load_strategy
-from fedsplit.settings.choices import CODECS
+from fedsplit.settings.choices import CODECS, CodecEntry
 from fedsplit.settings.config import Config
 from fedsplit.settings.documents import build
 
@@ -128,7 +128,7 @@ def discarding(stage: str, out: Path) -> type[Round]:
 @pytest.fixture(autouse=True)
 def top_k(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers the codec."""
-    monkeypatch.setitem(CODECS, "top-k", "top_k:TopK")
+    monkeypatch.setitem(CODECS, "top-k", CodecEntry("top_k:TopK"))
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,10 @@ def test_every_setting_has_a_flag_a_default_that_is_allowed_and_a_help_text() ->
         (["--train.lr", "nan"], "train.lr: nan is not possible"),
         (["--train.batch-size", "0"], "train.batch_size: 0 is not possible"),
         (["--trunk.schedule", "sharde"], "trunk.schedule: sharde is not possible; allowed: shared | batched"),
-        (["--wire.codec", "zip"], "wire.codec: zip is not possible; allowed: raw | bf16"),
+        (
+            ["--wire.codec", "zip"],
+            "wire.codec: zip is not possible; allowed: codecs separated by commas: any of delta[:THRESHOLD]",
+        ),
         (["--partition", "dirichlet:x"], "partition: dirichlet:x is not possible"),
         (["--rounds", "1" + "0" * 400], "rounds: 1000"),
         (["--cut", "1:" + "9" * 5000], "cut: 1:999"),

@@ -22,10 +22,11 @@ from fedsplit.client.link import Link
 from fedsplit.corpora.sequences import Sequences
 from fedsplit.corpora.shards import Shard
 from fedsplit.model.split import load_parts
-from fedsplit.settings.choices import CODECS
+from fedsplit.settings.choices import CODECS, CodecEntry
 from fedsplit.settings.documents import build
 from fedsplit.trunk.local import LocalTrunk
 from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.wire.by_role import ByRole
 from fedsplit.wire.codecs import Codec, CodecMemory, Role, make_codec
 from fedsplit.wire.encoded import Encoded, MalformedPacket
 from fedsplit.wire.packets import Packet, StepKey
@@ -39,7 +40,7 @@ def role_of(step: int, round: int = 1, client: int = 0, training: bool = True, *
 @pytest.fixture
 def top_k(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers the codec: the one line that a codec needs beside its file."""
-    monkeypatch.setitem(CODECS, "top-k", "top_k:TopK")
+    monkeypatch.setitem(CODECS, "top-k", CodecEntry("top_k:TopK"))
 
 
 def train(path: Path, codec: str, steps: int) -> tuple[LocalTrunk, list[Packet], dict[str, Tensor]]:
@@ -68,9 +69,12 @@ def train(path: Path, codec: str, steps: int) -> tuple[LocalTrunk, list[Packet],
 
 
 def test_every_codec_is_made_anew_each_time() -> None:
-    for name in CODECS:
-        assert isinstance(make_codec(name), Codec)
-        assert make_codec(name) is not make_codec(name)
+    for name, entry in CODECS.items():
+        text = f"{name}:1" if entry.parameter and entry.default is None else name
+        assert isinstance(make_codec(text), Codec)
+        assert make_codec(text) is not make_codec(text)
+    with pytest.raises(ValueError, match="zip is no chain of codecs"):
+        make_codec("zip")
 
 
 def test_a_stateful_codec_trains_client_and_trunk(tiny_models: dict[str, Path], top_k: None) -> None:
@@ -147,7 +151,9 @@ def test_the_trunk_keeps_the_state_of_a_client_whose_round_counts(
     tiny_models: dict[str, Path], top_k: None, counts: bool
 ) -> None:
     trunk, _, _ = train(tiny_models["gpt2"], "top-k", steps=2)
-    codec = trunk.server.answers.codec
+    run_codec = trunk.server.answers.codec
+    assert isinstance(run_codec, ByRole)
+    codec = run_codec.codecs["gradient", "down"]
     assert isinstance(codec, TopK)
     later = Role("gradient", "down", StepKey(2, 0, 0))
     residual = codec._residuals.before(Role("gradient", "down", StepKey(1, 0, 9)))
@@ -161,7 +167,7 @@ def test_the_trunk_keeps_the_state_of_a_client_whose_round_counts(
         assert found is None
         return
     assert found is not None and torch.equal(found, residual)
-    codec.restore({})
+    run_codec.restore({})
     trunk.restore(trunk.read().tensors, moments)
     again = codec._residuals.before(later)
     assert again is not None and torch.equal(again, residual)
@@ -197,6 +203,49 @@ def test_a_run_resumed_after_each_round_is_the_uninterrupted_one_to_the_bit(
     )
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
     assert not all(torch.equal(tensor, forgetful[name]) for name, tensor in straight.items())
+
+
+CHAINS: dict[str, Any] = {
+    "wire.codec": "delta:0.02,int8s,zstd",
+    "wire.gradient_up": "topk:0.1,int8",
+    "wire.gradient_down": "lowrank:2,bf16",
+    "train.epochs": 1,
+    "train.samples": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"train.micro_batches": 2},
+        pytest.param({"trunk.schedule": "copies", "fraction": 0.7}, marks=pytest.mark.slow),
+        # Less than the rows of a client.
+        pytest.param({"trunk.schedule": "batched", "wire.cache": "10kB"}, marks=pytest.mark.slow),
+        {"cut": "0:2", "trunk.stages": "0:1:2"},
+    ],
+    ids=["shared", "copies", "batched", "stages"],
+)
+def test_a_run_with_chains_resumed_after_each_round_is_the_uninterrupted_one(
+    tiny_models: dict[str, Path],
+    corpus_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: dict[str, Any],
+) -> None:
+    """Caches, residuals and factors of both sides, and the random numbers, go on from round to round."""
+    values = {"model": str(tiny_models["gpt2"]), "clients": 2, "rounds": 3, "cut": "1:2", "dataset": str(corpus_file)}
+    values |= {"partition": "natural", "lora.rank": 2, "train.max_length": 16, "train.lr": 0.05, "train.batch_size": 2}
+    config = build({**values, **CHAINS, **how})
+    federate(config, tmp_path / "straight", FedAvg(), monkeypatch)
+    for rounds in (1, 2, 3):
+        resume = str(tmp_path / "stopped") if rounds > 1 else ""
+        federate(replace(config, rounds=rounds, resume=resume), tmp_path / "stopped", FedAvg(), monkeypatch)
+    straight, stopped = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("straight", "stopped")
+    )
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in straight.items())
+    kept = load_file(next((tmp_path / "stopped").rglob("clients/0000/round-*.safetensors")))
+    assert any("activation/up" in name for name in kept)
 
 
 def test_what_no_encoder_of_it_makes_is_refused() -> None:

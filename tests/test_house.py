@@ -36,10 +36,10 @@ GROUND = {
 """Modules at the top of `fedsplit`, and the settings, that every package may import."""
 
 PACKAGES = [
+    "network",
     "model",
     "events",
     "tracking",
-    "network",
     "wire",
     "adaptation",
     "state",
@@ -127,6 +127,7 @@ HOMES = {
     "rich": {"events.screen", "events.final_table"},
     "scipy": {"studies.paired"},
     "shtab": {"commands.completion"},
+    "simpy": {"network.replay"},
     "safetensors": {
         "model.checkpoint_reader",
         "model.weight_files",

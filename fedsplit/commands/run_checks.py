@@ -199,6 +199,7 @@ def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog)
     from fedsplit.events.user_sinks import check_sinks
     from fedsplit.model.devices import check_devices
     from fedsplit.model.quantization import check_quantization
+    from fedsplit.network.network_checks import check_network
     from fedsplit.optimization.optim import check_optimizer
     from fedsplit.tracking.trackers import check_trackers
     from fedsplit.wire.tls import check_certificates
@@ -212,6 +213,7 @@ def _checks_of_settings(config: Config, facts: Facts | None, watchdog: Watchdog)
         lambda: checks.check_training(config),
         lambda: checks.check_trunk(config),
         lambda: checks.check_places(config),
+        lambda: check_network(config),
         lambda: plan(config),
     ]
     if facts is not None:
@@ -382,6 +384,7 @@ def _check_with_data(
     """
     from fedsplit.client.measures import check_format, check_measures
     from fedsplit.commands import model_checks
+    from fedsplit.network.network_checks import check_client_names
     from fedsplit.results.initial import check_initial
 
     classes = len(partition.classes)
@@ -394,6 +397,7 @@ def _check_with_data(
     if classes:
         about_data.append(partial(model_checks.check_classifier, config))
     about_data += [
+        lambda: check_client_names(config, [shard.name for shard in partition.shards]),
         partial(check_format, config, measures, partition.format),
         check_measures_of_user,
         partial(model_checks.check_tokens, config, partition),

@@ -208,6 +208,33 @@ class RoundCost(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundReplayed(Event):
+    """A committed round was replayed on the network of the run (`--network`): the virtual time that it would take."""
+
+    name: ClassVar[str] = "network"
+
+    round: int = reported("Number of the round; 0 before training")
+    seconds: float = reported("Virtual time of the round, its training and its evaluation", "virtual seconds")
+    training_seconds: float = reported("Virtual time until the server aggregates", "virtual seconds")
+    evaluation_seconds: float = reported("Virtual time of the evaluation", "virtual seconds")
+    virtual_elapsed: float = reported("Virtual time of all rounds so far", "virtual seconds")
+    clients: Mapping[str, Mapping[str, float]] = reported(
+        "Virtual time of each client that counts, by its name and then by place: `client_compute`, `wire_up`, "
+        "`others` (waiting for other clients), `trunk_queue`, `trunk_compute`, `wire_down`; the sum over the places is "
+        "the time of the phases that the client took part in",
+        "virtual seconds",
+    )
+    arrivals: Mapping[str, float] = reported(
+        "Time from the start of the round until the client's update is at the server, by its name", "virtual seconds"
+    )
+    stragglers: Sequence[str] = reported(
+        "Clients that arrive later than 1.5 times the median arrival, the latest first"
+    )
+    late: Sequence[str] = reported("Clients whose update arrived too late to count")
+    unavailable: Sequence[str] = reported("Clients that were asked to train and were not available")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundEnded(Event):
     """A round is over; its checkpoint, where one is due, has been written or tried."""
 
@@ -222,6 +249,9 @@ class RoundEnded(Event):
         "Mean of each of the user's metrics over all clients, by its name", default=None, omitted=True
     )
     tokens_per_second: float = reported("Tokens a second of training, over the whole run", "tokens a second")
+    virtual_elapsed: float | None = reported(
+        "Virtual time of all rounds so far; with `--network` alone", "virtual seconds", default=None, omitted=True
+    )
     elapsed: float = reported("Time since the command began, earlier commands of a resumed run included", "seconds")
 
 
@@ -324,6 +354,7 @@ EVENTS: tuple[type[Event], ...] = (
     RoundAggregated,
     RoundEvaluated,
     RoundCost,
+    RoundReplayed,
     RoundEnded,
     RunEnded,
     RunFailed,

@@ -8,7 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
-from fedsplit.formatting import measures_pairs, metric_mean, perplexity, size
+from fedsplit.formatting import counted, measures_pairs, metric_mean, perplexity, size
+from fedsplit.network.times import PLACE_WORDS
+
+MOST_STRAGGLERS = 5
+"""Most stragglers of a run that are named."""
 
 
 def final_table(summary: Mapping[str, Any], folder: str) -> Table:
@@ -26,6 +30,7 @@ def final_table(summary: Mapping[str, Any], folder: str) -> Table:
         *_parameters(summary),
         *_traffic(summary),
         *_machine(summary),
+        *_virtual(summary),
         ("files", folder),
         *_failures(summary),
     ]
@@ -136,6 +141,30 @@ def _machine(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     speed = f"{summary['tokens']:,} tokens trained, {summary['tokens_per_second']:,.0f} a second"
     rows.append(("time", f"{summary['wall_seconds']:.1f} s; {speed}"))
+    return rows
+
+
+def _virtual(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns rows on virtual time, of a run with a network."""
+    virtual = summary.get("virtual")
+    if not virtual:
+        return []
+    split = f"training {virtual['training']:,.1f} s, evaluation {virtual['evaluation']:,.1f} s"
+    rows = [("virtual time", f"{virtual['seconds']:,.1f} s on the network: {split}")]
+    places = virtual["places"]
+    total = sum(places.values())
+    if total:
+        shares = [f"{words} {places[place] / total:.0%}" for place, words in PLACE_WORDS.items()]
+        rows.append(("where it went", ", ".join(shares)))
+    left_out = {"arrived too late": virtual["late"], "were not available": virtual["unavailable"]}
+    words = [f"{count} {what}" for what, count in left_out.items() if count]
+    if words:
+        rows.append(("left out", f"of the clients that were asked, {' and '.join(words)}"))
+    if virtual["stragglers"]:
+        often = sorted(virtual["stragglers"].items(), key=lambda one: (-one[1], one[0]))[:MOST_STRAGGLERS]
+        rows.append(
+            ("stragglers", ", ".join(f"{name} in {counted(count, 'round', 'rounds')}" for name, count in often))
+        )
     return rows
 
 

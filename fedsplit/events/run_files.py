@@ -17,6 +17,7 @@ from fedsplit.events.event_types import (
     RoundCost,
     RoundDiscarded,
     RoundEvaluated,
+    RoundReplayed,
     RoundTrained,
     RunEnded,
 )
@@ -34,7 +35,16 @@ class MetricsFile:
         KINDS: Events that are written.
     """
 
-    KINDS = (RoundTrained, RoundAggregated, RoundEvaluated, RoundCost, ClientFailed, ClientLost, RoundDiscarded)
+    KINDS = (
+        RoundTrained,
+        RoundAggregated,
+        RoundEvaluated,
+        RoundCost,
+        RoundReplayed,
+        ClientFailed,
+        ClientLost,
+        RoundDiscarded,
+    )
 
     def __init__(self, folder: Path) -> None:
         """Takes the run's folder, which need not be there before the first event of a round."""

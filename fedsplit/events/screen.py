@@ -22,6 +22,7 @@ from fedsplit.events.event_types import (
     Progress,
     RoundDiscarded,
     RoundEnded,
+    RoundReplayed,
     RunEnded,
 )
 from fedsplit.events.final_table import final_table, legend, next_commands
@@ -29,6 +30,9 @@ from fedsplit.events.forecast import Forecast
 from fedsplit.events.sink import Sink
 from fedsplit.formatting import fitted, measures_pairs, metric_mean, perplexity
 from fedsplit.settings.config import Config
+
+MOST_STRAGGLERS = 3
+"""Most stragglers of a round that are named."""
 
 BAR = 10
 """Columns of the bar that shows how far a phase is."""
@@ -54,9 +58,28 @@ def line_of(event: Event) -> str | None:
     if isinstance(event, RoundDiscarded):
         label = f"round {event.round}/{event.rounds}"
         return f"{label} {'is played again' if event.again else 'is given up'}: {event.reason}"
+    if isinstance(event, RoundReplayed) and event.stragglers:
+        return stragglers_line(event)
     if isinstance(event, RoundEnded):
         return round_line(event)
     return None
+
+
+def stragglers_line(event: RoundReplayed) -> str:
+    """Returns the line about the clients that arrive much later than the others in virtual time.
+
+    Example:
+        >>> arrivals = {"ann": 2.0, "bob": 9.5}
+        >>> seconds = dict.fromkeys(("seconds", "training_seconds", "evaluation_seconds", "virtual_elapsed"), 9.5)
+        >>> of_clients = {"clients": {}, "arrivals": arrivals, "late": [], "unavailable": []}
+        >>> stragglers_line(RoundReplayed(round=1, stragglers=["bob"], **seconds, **of_clients))
+        'stragglers in virtual time: bob after 9.5 s; the first client after 2.0 s'
+    """
+    named = [f"{name} after {event.arrivals[name]:,.1f} s" for name in event.stragglers[:MOST_STRAGGLERS]]
+    more = len(event.stragglers) - len(named)
+    others = f" and {more} more" if more > 0 else ""
+    first = min(event.arrivals.values())
+    return f"stragglers in virtual time: {', '.join(named)}{others}; the first client after {first:,.1f} s"
 
 
 def round_line(event: RoundEnded) -> str:
@@ -79,6 +102,8 @@ def round_line(event: RoundEnded) -> str:
         fields.append(f"perplexity {perplexity(event.held_out_loss):.2f}")
 
     fields += [f"{name} {metric_mean(value)}" for name, value in (event.metrics or {}).items()]
+    if event.virtual_elapsed is not None:
+        fields.append(f"virtual {event.virtual_elapsed:,.1f} s")
     fields.append(f"{event.elapsed:.1f} s")
     if event.training_loss is not None:
         fields.append(f"{event.tokens_per_second:,.0f} tokens/s")

@@ -196,9 +196,9 @@ def _in_types_of(given: Adapters, adapters: Adapters) -> Adapters:
 
 
 def sampled(config: Config, round: int) -> list[int]:
-    """Returns the clients that train in a round. They depend on the seed only."""
+    """Returns the clients that are asked to train in a round. They depend on the seed only."""
     generator = random.Random(derive_seed(config.seed, "sample", round))
-    return sorted(generator.sample(range(config.clients), config.sampled))
+    return sorted(generator.sample(range(config.clients), config.asked))
 
 
 def make_aggregation(strategy: Strategy | FlowerLike, config: Config) -> Aggregation:

@@ -15,8 +15,10 @@ from fedsplit.federation.messages import Evaluate, Reply, serialised_bytes
 from fedsplit.federation.parties import Parties, Standing
 from fedsplit.federation.replies import memory_of, sample_of, to_score
 from fedsplit.federation.run_state import RunState
+from fedsplit.federation.virtual_time import PhaseTraffic
 from fedsplit.formatting import perplexity
 from fedsplit.loading import name_of
+from fedsplit.network.times import PhaseTime
 from fedsplit.scores import Score, means, means_by_metric, pooled
 from fedsplit.seeds import derive_seed
 from fedsplit.settings.choices import PAIRS
@@ -34,6 +36,7 @@ class Evaluation:
         forgotten: Rise of a client's loss since the end of local training, in nats, by the client's name.
         replies: Usable replies by client.
         seconds: Duration of the evaluation.
+        virtual: The evaluation in virtual time; None without a network.
     """
 
     total: Score
@@ -41,6 +44,7 @@ class Evaluation:
     forgotten: Mapping[str, float]
     replies: Mapping[int, Reply]
     seconds: float
+    virtual: PhaseTime | None = None
 
 
 def evaluate(
@@ -64,7 +68,15 @@ def evaluate(
         FederationFailed: No client returned a usable measurement.
     """
     started = time.perf_counter()
-    replies = _ask(parties, state, round, attempt)
+    virtual = parties.virtual
+    if virtual is not None:
+        parties.trunk.take_trace()  # of an attempt that was discarded
+    sent = PhaseTraffic()
+    replies = _ask(parties, state, round, attempt, sent)
+    replayed = None
+    if virtual is not None:
+        phases = sent.phases(parties.trunk.take_trace(), round)
+        replayed = virtual.replay(phases, round, "evaluation")
     metric_names = [name_of(spec) for spec in metrics_of(parties.config)]
 
     usable: dict[int, Reply] = {}
@@ -101,7 +113,7 @@ def evaluate(
     for name, mean in means(total.metrics).items():
         earlier = state.metrics.get(name, {})
         state.metrics[name] = {"before": mean, **earlier, "after": mean}
-    return Evaluation(total, scores, forgotten, usable, time.perf_counter() - started)
+    return Evaluation(total, scores, forgotten, usable, time.perf_counter() - started, replayed)
 
 
 def is_due(config: Config, round: int) -> bool:
@@ -132,7 +144,7 @@ def clients_that_measure(config: Config) -> list[int]:
     return sorted(generator.sample(everyone, count))
 
 
-def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dict[int, Reply]:
+def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt, sent: PhaseTraffic) -> dict[int, Reply]:
     """Sends the shared adapters to the clients that measure, counts the bytes, and returns the replies by client."""
     ledger = state.ledger
     totals = state.totals
@@ -148,6 +160,7 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dic
         # Changes of base weights are part of the round's result. The adapters are sent to be measured.
         totals.count("adapter_down", client, change_bytes)
         totals.count("evaluation_adapter_down", client, adapter_bytes)
+        sent.down[client] = change_bytes + adapter_bytes
         return Evaluate(
             parties.briefing,
             client,
@@ -165,6 +178,7 @@ def _ask(parties: Parties, state: RunState, round: int, attempt: Attempt) -> dic
 
     def heard(reply: Reply, standing: Standing) -> None:
         replies[reply.client] = reply
+        sent.up[reply.client] = reply.nbytes
         event = Progress(
             phase="evaluating",
             round=round,

@@ -31,6 +31,7 @@ from fedsplit.federation.run_summary import norms_of, summarise
 from fedsplit.federation.run_totals import RunTotals
 from fedsplit.federation.strategy import aggregated_parts, coverage
 from fedsplit.federation.supervision import GivenUp, Supervisor
+from fedsplit.federation.virtual_time import VirtualTime, VirtualTotals, round_event
 from fedsplit.federation.workload import Workload
 from fedsplit.objects import Objects
 from fedsplit.settings.config import Config
@@ -94,6 +95,7 @@ class Federation:
         self.stop = threading.Event()
         self.watchdog = job.watchdog
         self.summary: dict[str, Any] | None = None
+        self._virtual: VirtualTime | None = None
 
     @property
     def disks(self) -> Path:
@@ -121,6 +123,9 @@ class Federation:
         # 1. All clients load their parts, and introduce themselves.
         supervisor = Supervisor(self._host, clients, self._config, self._job.emit, lambda: self._parties(clients))
         state, parameters = self._meet_steadily(clients)
+        if self._config.network.profile:
+            self._virtual = VirtualTime(self._config, [node.name for node in clients.nodes])
+            state.virtual = VirtualTotals()
         trained = {part: counts["trainable"] for part, counts in parameters.items()}
         self._job.emit(Notice(text=coverage(self._config, trained)))
         if self._config.data.at == "label" and state.ledger.has_personal:
@@ -169,6 +174,7 @@ class Federation:
             job.folder,
             job.emit,
             job.watchdog,
+            self._virtual,
         )
 
     def _meet_steadily(self, clients: Clients) -> tuple[RunState, dict[str, Any]]:
@@ -296,6 +302,10 @@ class Federation:
         cost = Cost()
         cost.add_evaluation(found)
         parties.emit(cost.event(state, 0, traffic, parties.name))
+        if state.virtual is not None:
+            replayed = round_event(0, 0.0, parties.names, None, found.virtual)
+            state.virtual.add(replayed)
+            parties.emit(replayed)
         self._announce(state, None)
         return state
 
@@ -321,6 +331,7 @@ class Federation:
             accuracy=state.accuracy.get("after") if is_measured else None,
             metrics=metrics if is_measured else None,
             tokens_per_second=state.totals.speed,
+            virtual_elapsed=None if state.virtual is None else state.virtual.seconds,
             elapsed=state.totals.seconds,
         )
         self._job.emit(event)

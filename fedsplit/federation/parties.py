@@ -15,6 +15,7 @@ from fedsplit.federation.attempts import Attempt, RoundLost
 from fedsplit.federation.checkpoint import RunFolder
 from fedsplit.federation.clients import Clients, FederationFailed
 from fedsplit.federation.messages import CLIENT_LOST, LATE, TRUNK_LOST, Briefing, Failure, Reply, Request
+from fedsplit.federation.virtual_time import VirtualTime
 from fedsplit.federation.workload import Workload
 from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import SCHEDULES, Schedule
@@ -87,6 +88,7 @@ class Parties:
         folder: Folder of the run.
         emit: Reports the events of the run.
         watchdog: Ends waits for code of the user's that hangs.
+        virtual: The virtual clock; None without a network.
     """
 
     config: Config
@@ -98,6 +100,12 @@ class Parties:
     folder: RunFolder
     emit: Emit
     watchdog: Watchdog
+    virtual: VirtualTime | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all clients, by number."""
+        return [node.name for node in self.clients.nodes]
 
     @property
     def schedule(self) -> Schedule:
@@ -231,7 +239,8 @@ class _Questions:
 
     def ask(self, clients: Sequence[int]) -> None:
         """Asks clients, and then those again whose process was lost, until each has answered or failed."""
-        limit = self.parties.config.round_deadline
+        # With a network, the deadline is in virtual time, which is known when all have answered.
+        limit = 0.0 if self.parties.virtual else self.parties.config.round_deadline
         # One deadline for all tries: a client that begins again has no more time than the others.
         until = time.monotonic() + limit if limit else None
         while clients:

@@ -25,6 +25,8 @@ from fedsplit.federation.parties import Parties
 from fedsplit.federation.round_cost import Cost
 from fedsplit.federation.run_state import RunState
 from fedsplit.federation.training import Training
+from fedsplit.federation.virtual_time import round_event
+from fedsplit.network.times import PhaseTime
 from fedsplit.scores import Score
 from fedsplit.trunk.schedules import Schedule
 from fedsplit.updates import Adapters, Assignment
@@ -58,6 +60,7 @@ class Round:
         self._training = Training({})
         self._loss: float | None = None
         self._cost = Cost()
+        self._evaluated: PhaseTime | None = None
         self._events: list[Event] = []  # reported when the round commits
         self.number = state.round + 1
         self.attempt = attempt or Attempt()
@@ -139,6 +142,7 @@ class Round:
         found = evaluation.evaluate(self._parties, self.state, self.number, own, self.attempt)
         self._events.append(evaluation.event_of(self._parties, self.state, self.number, found))
         self._cost.add_evaluation(found)
+        self._evaluated = found.virtual
         self.state.stopping.note(self.number, found.total.loss, changed)
 
     def commit(self) -> RunState:
@@ -157,6 +161,11 @@ class Round:
         state.trunk_traffic = traffic.document()
         state.totals.traffic.update(parties.clients.take_shipped())
         self._events.append(self._cost.event(state, self.number, traffic, parties.name))
+        if state.virtual is not None:
+            before = state.virtual.seconds
+            replayed = round_event(self.number, before, parties.names, self._training.virtual, self._evaluated)
+            state.virtual.add(replayed)
+            self._events.append(replayed)
         snapshot = snapshot_of(parties, state)
         with contextlib.suppress(TrunkLost):  # the round still counts: a new trunk starts from its state
             parties.trunk.commit()

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedsplit.federation.adapter_ledger import AdapterLedger
 from fedsplit.federation.early_stopping import EarlyStopping
 from fedsplit.federation.run_totals import RunTotals
+from fedsplit.federation.virtual_time import VirtualTotals
 from fedsplit.updates import Adapters
 
 
@@ -34,6 +35,7 @@ class RunState:
         accuracy: Accuracy of a classifier, before and after; empty for a model that predicts tokens.
         metrics: Means of the user's metrics over all clients by name, before and after.
         trunk_traffic: Bytes that the current trunk has counted, by kind and direction.
+        virtual: Virtual time so far; None without a network.
     """
 
     adapters: Adapters
@@ -51,6 +53,7 @@ class RunState:
     accuracy: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
     trunk_traffic: Mapping[str, int] = field(default_factory=dict)
+    virtual: VirtualTotals | None = None
 
     def copy(self) -> RunState:
         """Returns an independent copy. The tensors are shared, since no code writes to them."""
@@ -62,6 +65,7 @@ class RunState:
             forgotten=dict(self.forgotten),
             accuracy=dict(self.accuracy),
             metrics=dict(self.metrics),
+            virtual=self.virtual and self.virtual.copy(),
         )
 
     def take_over_traffic(self) -> None:
@@ -75,7 +79,7 @@ class RunState:
         Args:
             traffic: Bytes that the trunk has counted.
         """
-        return {
+        facts = {
             "before": self.before,
             "after": self.after,
             "measured": self.measured,
@@ -87,6 +91,7 @@ class RunState:
             "accuracy": self.accuracy,
             "metrics": self.metrics,
         }
+        return facts if self.virtual is None else {**facts, "virtual": self.virtual.document()}
 
     def restore(self, round: int, facts: Mapping[str, Any]) -> None:
         """Takes the plain values of a checkpoint."""
@@ -100,3 +105,5 @@ class RunState:
         self.stopping.go_on(facts["course"])
         self.accuracy = facts.get("accuracy", {})  # checkpoints of older versions lack it
         self.metrics = facts.get("metrics", {})
+        if "virtual" in facts:
+            self.virtual = VirtualTotals(**facts["virtual"])

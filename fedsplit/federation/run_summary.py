@@ -56,6 +56,7 @@ def summarise(
         "forgotten": mean(list(state.forgotten.values())) if state.forgotten else None,
         "aggregation_error": state.error,
         **state.totals.summary(trunk.traffic.document()),
+        **({} if state.virtual is None else {"virtual": state.virtual.summary()}),
         "peak_memory": {"client": state.totals.client_memory, "trunk": trunk.peak_memory},
     }
 

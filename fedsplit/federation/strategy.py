@@ -183,7 +183,15 @@ def check_strategy(strategy: object, config: Config) -> None:
         _wrong_evaluations(traits, config),
         _unnamed_stage(strategy, config),
         _lost_memory(strategy, config),
+        _wrong_over_selection(strategy, config),
     )
+
+
+def _wrong_over_selection(strategy: object, config: Config) -> Iterator[SettingError]:
+    """Yields an error for over-selection with a strategy of Flower's, which samples the clients by itself."""
+    if isinstance(strategy, FlowerLike) and config.network.over_select > 1:
+        allowed = "1.0 with a strategy of Flower's, which samples the clients by itself"
+        yield SettingError("network.over_select", config.network.over_select, allowed)
 
 
 def _able(trait: str, value: bool) -> str:

@@ -16,6 +16,7 @@ from fedsplit.federation.messages import Reply, Train
 from fedsplit.federation.parties import NobodyAnswered, Parties, Standing
 from fedsplit.federation.replies import Control, memory_of, sample_of, to_update, without_tensors
 from fedsplit.federation.run_state import RunState
+from fedsplit.federation.virtual_time import PhaseTraffic, TrainingTime
 from fedsplit.optimization.rates import last_rate
 from fedsplit.scores import Score
 from fedsplit.trunk.copies import Copy
@@ -35,6 +36,7 @@ class Training:
         copies: Copies of the trunk's adapter under `copies`, by client with a usable update.
         tokens: Number of trained tokens.
         seconds: Time from the first request to the end of the trunk's round.
+        virtual: The training in virtual time; None without a network.
     """
 
     assigned: Mapping[int, Assignment]
@@ -44,6 +46,7 @@ class Training:
     copies: Mapping[int, Copy] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+    virtual: TrainingTime | None = None
 
     @property
     def loss(self) -> float | None:
@@ -119,7 +122,11 @@ class _Collection:
         self._assigned = assigned
         self._attempt = attempt
         self._started = started
-        left_out = attempt.excluded | parties.absent(assigned).keys()
+        virtual = parties.virtual
+        self._unavailable = {} if virtual is None else virtual.unavailable(round, sorted(assigned))
+        self._late: Mapping[int, str] = {}
+        self._traffic = PhaseTraffic()
+        left_out = attempt.excluded | parties.absent(assigned).keys() | self._unavailable.keys()
         playing = [client for client in assigned if client not in left_out]
         self._groups = groups_of(parties.config, round, playing, lambda client: parties.workloads[client].steps)
         self._alternates = len(self._groups) > 1 or takes_turns(parties.config)
@@ -133,6 +140,10 @@ class _Collection:
         for client in sorted(self._assigned.keys() & self._attempt.excluded):
             reason = f"its process was lost {TRIES} times"
             parties.report_failure("training", self._round, self._attempt.number, client, reason)
+        for client, reason in self._unavailable.items():
+            parties.report_failure("training", self._round, self._attempt.number, client, reason)
+        if parties.virtual is not None:
+            parties.trunk.take_trace()  # of an attempt that was discarded
 
         reason = "no client sent anything that can be used"
         for group in self._groups:
@@ -148,6 +159,7 @@ class _Collection:
         if self._groups and not self._used and not parties.config.quorum:
             raise FederationFailed(reason)
 
+        virtual = self._replay()
         # Before the quorum is checked, since a misfit does not count.
         copies = parties.trunk.copies(sorted(self._used)) if parties.schedule.personal else {}
         self._leave_out_misfits(copies)
@@ -160,7 +172,28 @@ class _Collection:
             reply, update = self._used[client]
             replies.append(reply)
             updates.append(update)
-        return Training(self._assigned, updates, replies, copies=copies, tokens=self._tokens)
+        return Training(self._assigned, updates, replies, copies=copies, tokens=self._tokens, virtual=virtual)
+
+    def _replay(self) -> TrainingTime | None:
+        """Replays the training in virtual time, and leaves out the clients that arrive too late to count."""
+        parties = self._parties
+        virtual = parties.virtual
+        if virtual is None:
+            return None
+        phases = self._traffic.phases(parties.trunk.take_trace(), self._round)
+        phase = virtual.replay(phases, self._round, "training")
+        self._late = virtual.left_out({client: phase.arrivals[client] for client in sorted(self._used)})
+        for client, reason in self._late.items():
+            parties.report_failure("training", self._round, self._attempt.number, client, reason)
+            self._drop(client)
+        seconds = virtual.end_of_training(phase.arrivals, self._late)
+        return TrainingTime(phase, seconds, self._late, sorted(self._unavailable))
+
+    def _drop(self, client: int) -> None:
+        """Leaves out a client that has sent an update."""
+        self._parties.trunk.leave(client)
+        _, update = self._used.pop(client)
+        self._tokens -= update.tokens
 
     def _leave_out_misfits(self, copies: Mapping[int, Copy]) -> None:
         """Reports and leaves out clients whose updates differ too much from the rest.
@@ -187,9 +220,7 @@ class _Collection:
         for client, reason in sorted(misfits.items()):
             words = f"{parties.sender(client)} {reason}"
             parties.report_failure("training", self._round, self._attempt.number, client, words, refused=True)
-            parties.trunk.leave(client)
-            _, update = self._used.pop(client)
-            self._tokens -= update.tokens
+            self._drop(client)
 
     def _norm_of(self, update: ClientUpdate, copy: Copy | None) -> float:
         """Returns the norm of a client's change, including the change of the client's copy of the trunk's adapter."""
@@ -206,8 +237,8 @@ class _Collection:
         Raises:
             RoundLost: Too few clients have.
         """
-        asked = len(self._assigned)
-        used = len(self._used)
+        asked = len(self._assigned) - len(self._unavailable)
+        used = len(self._used) + len(self._late)  # a lost round would be lost again: virtual time stays the same
         needed = math.ceil(self._parties.config.quorum * asked)
         if used < needed:
             raise RoundLost(f"{used} of {asked} clients have sent an update that can be used, {needed} are needed")
@@ -249,6 +280,7 @@ class _Collection:
             kept=self._parties.folder.rounds_needed(client),
         )
         self._state.totals.count("adapter_down", client, request.nbytes)
+        self._traffic.down[client] = request.nbytes
         return request
 
     def _heard(self, reply: Reply, standing: Standing) -> None:
@@ -257,6 +289,7 @@ class _Collection:
         client = reply.client
         # Counted whether the update can be used or not: the bytes have crossed.
         self._state.totals.count("adapter_up", client, reply.nbytes)
+        self._traffic.up[client] = reply.nbytes
         update = self._accepted(reply)
         # A client that has answered is not waited for, even if it did not say goodbye to the trunk.
         if update is None or self._alternates:

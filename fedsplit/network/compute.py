@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 from fedsplit.errors import SettingError, shortened
@@ -86,30 +85,29 @@ class RecordedCompute:
         return self.seconds_of_token[task] * rows * length
 
 
-def read_recorded(path: Path) -> RecordedCompute:
-    """Reads a recorded profile: a TOML file with the seconds of each task for one token, under `seconds_a_token`.
+def read_recorded(tables: str) -> RecordedCompute:
+    """Reads a recorded profile: the seconds of each task for one token, under `seconds_a_token`.
+
+    Args:
+        tables: Tables of a TOML file as JSON, as the setting holds them.
 
     Raises:
-        SettingError: The file cannot be read, or lacks a task.
+        SettingError: The tables lack a task, or have a value that is no time.
 
     Example:
-        >>> read_recorded(Path("nowhere.toml"))
+        >>> read_recorded("{}")
         Traceback (most recent call last):
-        fedsplit.errors.SettingError: network.compute: nowhere.toml is not possible; allowed: a TOML file that can be \
-read (No such file or directory)
+        fedsplit.errors.SettingError: network.compute: {} is not possible; allowed: a TOML file with a table \
+seconds_a_token of bottom-forward, bottom-backward, trunk-forward, trunk-backward, top-forward, top-backward
     """
-    setting, name = "network.compute", shortened(path)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingError(setting, name, f"a TOML file that can be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise SettingError(setting, name, f"a TOML file ({error})") from None
+    setting = "network.compute"
+    document = json.loads(tables)
     table = document.get("seconds_a_token")
     if not isinstance(table, dict) or set(table) != set(TASKS):
-        raise SettingError(setting, name, f"a TOML file with a table seconds_a_token of {', '.join(TASKS)}")
+        words = f"a TOML file with a table seconds_a_token of {', '.join(TASKS)}"
+        raise SettingError(setting, shortened(tables), words)
     for task, value in table.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 <= value < math.inf:
-            raise SettingError(setting, name, f"a finite number of at least 0 for {task}")
+            raise SettingError(setting, shortened(value), f"a finite number of at least 0 for {task}")
     return RecordedCompute({task: float(value) for task, value in table.items()})

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import isfile
-from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import InputError, SettingError, shortened
@@ -89,7 +87,7 @@ class Fleet:
         """
         for rule in self.rules:
             for client in rule.clients:
-                self._number_of(client, names)
+                self.number_of(client, names)
 
     def profiles(self, names: Sequence[str], seed: int) -> list[Profile]:
         """Returns the profile of each client.
@@ -112,10 +110,10 @@ class Fleet:
                     chosen[client] = rule.profile
         for rule in self.rules:
             for listed in rule.clients:
-                chosen[self._number_of(listed, names)] = rule.profile
+                chosen[self.number_of(listed, names)] = rule.profile
         return chosen
 
-    def _number_of(self, client: int | str, names: Sequence[str]) -> int:
+    def number_of(self, client: int | str, names: Sequence[str]) -> int:
         """Returns the number of a client that a rule lists.
 
         Raises:
@@ -133,10 +131,11 @@ def read_fleet(spec: str) -> Fleet:
     """Reads the network of a run.
 
     Args:
-        spec: Name of a profile, or name of a TOML file.
+        spec: Name of a profile, or the tables of a TOML file as JSON, as the setting holds them.
 
     Raises:
-        SettingError: There is no such profile or file, or the file has a wrong value. The message names the value.
+        SettingError: The text is neither.
+        InputError: A table has a wrong value. The message names the value.
 
     Example:
         >>> read_fleet("home").default.uplink_mbps
@@ -148,18 +147,16 @@ a TOML file of profiles
     """
     if spec in PROFILES:
         return Fleet(PROFILES[spec])
-    if not isfile(spec):
-        raise SettingError(SETTING, shortened(spec), ALLOWED)
     try:
-        document = tomllib.loads(Path(spec).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingError(SETTING, shortened(spec), f"a file that can be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise SettingError(SETTING, shortened(spec), f"a TOML file ({error})") from None
+        document = json.loads(spec)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise SettingError(SETTING, shortened(spec), ALLOWED)
     try:
         return _fleet_of(document)
     except InputError as error:
-        raise InputError(f"{SETTING}: {shortened(spec)}: {error}") from None
+        raise InputError(f"{SETTING}: {error}") from None
 
 
 def _fleet_of(document: Mapping[str, Any]) -> Fleet:

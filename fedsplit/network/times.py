@@ -10,6 +10,16 @@ PLACES = ("client_compute", "wire_up", "others", "trunk_queue", "trunk_compute",
 """Where the time of a client goes: its own computing; messages up; waiting for other clients, at a barrier or for the
 end of the round; waiting for the trunk, which serves others; the trunk's computing; messages down."""
 
+PLACE_WORDS = {
+    "client_compute": "clients computing",
+    "wire_up": "sending up",
+    "others": "waiting for others",
+    "trunk_queue": "waiting for the trunk",
+    "trunk_compute": "trunk computing",
+    "wire_down": "receiving",
+}
+"""Places in words."""
+
 STRAGGLER = 1.5
 """A client is a straggler if it arrives later than this multiple of the median arrival."""
 

@@ -34,7 +34,6 @@ class Crossing:
         learns: True if the trunk learns from the step.
         ends: True for the last part of a step.
         returns_gradient: True if the answer has a gradient for the client's bottom.
-        server: Number of the trunk's replica that served the message.
     """
 
     round: int
@@ -51,7 +50,6 @@ class Crossing:
     learns: bool = True
     ends: bool = False
     returns_gradient: bool = False
-    server: int = 0
 
     @property
     def place(self) -> tuple[int, int, int, int, str]:
@@ -114,7 +112,7 @@ def settled(crossings: Iterable[Crossing], round: int, clients: Collection[int])
     return by_client
 
 
-def joined_stages(stages: Sequence[Sequence[Crossing]]) -> list[Crossing]:
+def joined_stages(stages: Sequence[Sequence[Crossing]]) -> tuple[Crossing, ...]:
     """Returns the crossings between clients and a trunk in stages.
 
     Hidden states enter at the first stage and leave at the last. Gradients enter at the last and leave at the first:
@@ -131,4 +129,4 @@ def joined_stages(stages: Sequence[Sequence[Crossing]]) -> list[Crossing]:
             continue
         up, down = (highest.up, lowest.down) if lowest.kind == "backward" else (lowest.up, highest.down)
         joined.append(dataclasses.replace(lowest, up=up, down=down))
-    return joined
+    return tuple(joined)

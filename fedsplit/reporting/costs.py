@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedsplit.formatting import size
+from fedsplit.network.times import PLACE_WORDS
 from fedsplit.reporting import figures
 from fedsplit.reporting.content import Picture, Section
 from fedsplit.reporting.run_record import RunRecord, numbers
-from fedsplit.reporting.series import KINDS, bytes_by_round, seconds_by_round, totals_by_client
+from fedsplit.reporting.series import KINDS, bytes_by_round, seconds_by_round, totals_by_client, virtual_places
 from fedsplit.reporting.text_table import Table
 
 MOST_BARS = 40
@@ -16,6 +17,12 @@ MOST_BARS = 40
 
 MOST_ROWS = 200
 """Most rows of a table."""
+
+_PLACE_GROUPS = {
+    "computing, its own and the trunk's": ("client_compute", "trunk_compute"),
+    "on the wire, or waiting": ("wire_up", "wire_down", "trunk_queue", "others"),
+}
+"""Places of virtual time in the two pieces of a bar."""
 
 
 def traffic(run: RunRecord) -> Section:
@@ -70,6 +77,31 @@ def time_spent(run: RunRecord) -> Section:
         section.pictures.append(Picture("Seconds by client", svg, caption))
     if by_client:
         section.folded.append(_by_client("Seconds by client", by_client, "{:.2f}".format))
+    return section
+
+
+def virtual_time(run: RunRecord) -> Section:
+    """Returns the section on virtual time: where the time of the clients went on the run's network."""
+    section = Section(
+        "Virtual time",
+        "The time that the run would take on its network, by the virtual clock. The clients of a round begin together.",
+    )
+    by_client = virtual_places(run)
+    if not by_client:
+        return section
+    if len(by_client) <= MOST_BARS:
+        sums = {}
+        for name, places in by_client.items():
+            sums[name] = tuple(sum(places.get(place, 0.0) for place in group) for group in _PLACE_GROUPS.values())
+        svg = figures.bars(sums, lambda seconds: f"{seconds:.1f} s", parts=tuple(_PLACE_GROUPS))
+        section.pictures.append(Picture("Virtual seconds by client", svg, "Over all rounds."))
+    rows: list[tuple[str, ...]] = [("client", *PLACE_WORDS.values(), "sum")]
+    for name, places in list(by_client.items())[:MOST_ROWS]:
+        cells = [f"{places.get(place, 0.0):.2f}" for place in PLACE_WORDS]
+        rows.append((name, *cells, f"{sum(places.values()):.2f}"))
+    more = len(by_client) - MOST_ROWS
+    table = Table("Where the virtual time went, in seconds", rows, f"… and {more} more" if more > 0 else "")
+    section.tables.append(table)
     return section
 
 

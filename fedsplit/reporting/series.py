@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fedsplit.reporting.run_record import RunRecord, number, numbers
+from fedsplit.reporting.run_record import RunRecord, number, numbers, text
 
 KINDS = {
     "activation": "hidden states",
@@ -100,9 +100,13 @@ def loss_against(run: RunRecord, what: str) -> Points:
 
     Args:
         run: The run.
-        what: "bytes" that had crossed, those of evaluation and of files between nodes left out; or "seconds" since the
-            command began.
+        what: "bytes" that had crossed, those of evaluation and of files between nodes left out; "seconds" since the
+            command began; or "virtual" seconds on the run's network.
     """
+    if what == "virtual":
+        virtual = {event["round"]: number(event.get("virtual_elapsed")) for event in run.of("network")}
+        spent_then = [(virtual.get(int(round)), loss) for round, loss in losses(run).held_out]
+        return [(seconds, loss) for seconds, loss in spent_then if seconds is not None]
     spent_by_round: dict[int, float] = {}
     spent = 0.0
     for event in run.of("cost"):
@@ -183,6 +187,20 @@ def totals_by_client(run: RunRecord, key: str) -> dict[str, dict[str, float]]:
                 of_kind = totals.setdefault(str(kind), {})
                 of_kind[client] = of_kind.get(client, 0.0) + value
     return totals
+
+
+def virtual_places(run: RunRecord) -> dict[str, dict[str, float]]:
+    """Returns the virtual seconds of each client over all rounds, by the client's name and then by place."""
+    found: dict[str, dict[str, float]] = {}
+    for event in run.of("network"):
+        clients = event.get("clients")
+        if not isinstance(clients, Mapping):
+            continue
+        for name, places in clients.items():
+            of_client = found.setdefault(text(name), {})
+            for place, seconds in numbers(places).items():
+                of_client[place] = of_client.get(place, 0.0) + seconds
+    return found
 
 
 def by_block(layers: Mapping[str, float]) -> dict[str, Points]:

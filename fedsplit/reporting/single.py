@@ -9,7 +9,7 @@ from fedsplit.formatting import measures_pairs, perplexity, size
 from fedsplit.reporting import figures
 from fedsplit.reporting.completeness import notes_of
 from fedsplit.reporting.content import Page, Picture, Section
-from fedsplit.reporting.costs import memory, time_spent, traffic
+from fedsplit.reporting.costs import memory, time_spent, traffic, virtual_time
 from fedsplit.reporting.figures import Line
 from fedsplit.reporting.origin import origin
 from fedsplit.reporting.run_record import RunRecord, number, numbers, text
@@ -50,6 +50,7 @@ def page_of(run: RunRecord, baseline: RunRecord | None = None) -> Page:
         data_section(run),
         traffic(run),
         time_spent(run),
+        virtual_time(run),
         aggregation_section(run),
         memory(run),
         troubles(run),
@@ -116,14 +117,14 @@ def loss_section(run: RunRecord, baseline: RunRecord | None) -> Section:
     section.pictures.append(_loss_by_round(found, baseline, unit))
     if len(found.clients) > 1:
         section.pictures.append(_loss_by_client(found, unit))
-    for what, words in (("bytes", "MB sent in training"), ("seconds", "seconds since the start")):
+    for what, words in _AGAINST.items():
         scale = 1e6 if what == "bytes" else 1.0
         drawn = [Line("this run" if baseline else "", _scaled(loss_against(run, what), scale), look=0)]
         if baseline is not None:
             drawn.append(Line(baseline.name, _scaled(loss_against(baseline, what), scale), look=1))
         if len(drawn[0].points) > 1:
             svg = figures.lines(drawn, words, f"held-out loss ({unit})", whole=False)
-            against = "traffic" if what == "bytes" else "time"
+            against = {"bytes": "traffic", "seconds": "time", "virtual": "virtual time"}[what]
             section.pictures.append(
                 Picture(f"Loss against {against}", svg, f"One mark for each evaluation; {_SPENT[what]}.")
             )
@@ -132,9 +133,17 @@ def loss_section(run: RunRecord, baseline: RunRecord | None) -> Section:
     return section
 
 
+_AGAINST = {
+    "bytes": "MB sent in training",
+    "seconds": "seconds since the start",
+    "virtual": "virtual seconds on the network",
+}
+"""What the loss is drawn against, in words. Only a run with a network has virtual time."""
+
 _SPENT = {
     "bytes": "bytes of evaluation, and files between nodes of a cluster, are left out",
     "seconds": "evaluation, checkpoints and the start count, too",
+    "virtual": "evaluation counts, too",
 }
 
 

@@ -59,6 +59,9 @@ CODECS = {
 }
 """Codecs by name."""
 
+NETWORKS = ("lan", "wifi", "4g", "home", "wan")
+"""Named networks; `fedsplit.network.profiles` has them."""
+
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """Trackers of experiments. Each is an extra of the package, too."""
 

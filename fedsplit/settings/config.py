@@ -29,6 +29,7 @@ from fedsplit.settings.sections import (
     DataSettings,
     EvalSettings,
     LoraSettings,
+    NetworkSettings,
     PromptSettings,
     RaySettings,
     Section,
@@ -214,7 +215,7 @@ class Config:
         0.0,
         at_least(0, MOST),
         "seconds that clients have for the training of a round, and for its evaluation; who is late counts as failed; "
-        "0: no limit",
+        "with --network, virtual seconds for the training; 0: no limit",
     )
     deterministic: bool = setting(
         False,
@@ -256,6 +257,7 @@ class Config:
     eval: EvalSettings = field(default_factory=EvalSettings)
     trunk: TrunkSettings = field(default_factory=TrunkSettings)
     wire: WireSettings = field(default_factory=WireSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
     client: ClientSettings = field(default_factory=ClientSettings)
     ray: RaySettings = field(default_factory=RaySettings)
     strategy_options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
@@ -306,6 +308,17 @@ class Config:
         return max(1, int(self.fraction * self.clients + 0.5))
 
     @property
+    def asked(self) -> int:
+        """Number of clients that are asked to train in a round: more than `sampled` with over-selection.
+
+        Example:
+            >>> Config(clients=8, fraction=0.5, network=NetworkSettings(profile="home", over_select=1.3)).asked
+            6
+        """
+        wanted = round(self.sampled * self.network.over_select, 9)  # 1.1 times 10 is 11.000000000000002
+        return min(self.clients, math.ceil(wanted))
+
+    @property
     def bounds(self) -> tuple[int, int]:
         """The cut as (LO, HI)."""
         bounds = parse_cut(self.cut)
@@ -354,6 +367,7 @@ SECTIONS: dict[str, type[Section]] = {
     "eval": EvalSettings,
     "trunk": TrunkSettings,
     "wire": WireSettings,
+    "network": NetworkSettings,
     "client": ClientSettings,
     "ray": RaySettings,
 }

@@ -6,17 +6,18 @@ import dataclasses
 import difflib
 import json
 import re
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import ErrorCollector, InputError, SettingError, UnknownValue, check_all, shortened
-from fedsplit.settings.choices import PROMPTED
+from fedsplit.settings.choices import NETWORKS, PROMPTED
 from fedsplit.settings.config import OPTIONS, SECTIONS, SETTINGS, SEVERAL, Config
 from fedsplit.settings.drafts import Draft, without
 from fedsplit.settings.fields import Setting
 from fedsplit.settings.sections import LoraSettings, Section
-from fedsplit.settings.validators import FIELDS
+from fedsplit.settings.validators import FIELDS, NETWORK, TABLES
 
 BY_ALIAS = {setting.alias.removeprefix("--"): name for name, setting in SETTINGS.items() if setting.alias}
 """Settings by their second flags, such as `train.lr` by `lr`."""
@@ -57,6 +58,8 @@ def _typed(setting: Setting, value: Any) -> Any:
         return _whole_numbers(value)
     if setting.allowed is FIELDS:
         return _object(value)
+    if setting.allowed in (NETWORK, TABLES):
+        return _tables(setting.name, value)
     if setting.python_type is bool:
         return _switch(value)
     if setting.name == "data.packing" and isinstance(value, bool):  # a text: true, false or auto
@@ -131,6 +134,37 @@ def _object(value: object) -> str:
         raise TypeError
     # Sorted, so that the order of the fields is no difference between two runs.
     return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
+
+
+def _tables(setting: str, value: object) -> str:
+    """Reads TOML tables from a file that a text names. The name of a network stays as it is.
+
+    Args:
+        setting: Name of the setting, for messages.
+        value: Name of a file or of a network, the tables as JSON, or the tables themselves.
+
+    Returns:
+        The tables as one line of JSON, or the name.
+
+    Raises:
+        SettingError: The file cannot be read, or is no TOML.
+        ValueError, TypeError: The value is none of these.
+    """
+    if isinstance(value, str) and (value in ("", *NETWORKS) or value.startswith("{")):
+        return value
+    if isinstance(value, str):
+        file = Path(value)
+        if not file.is_file():
+            raise ValueError
+        try:
+            value = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingError(setting, shortened(file), f"a file that can be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise SettingError(setting, shortened(file), f"a TOML file ({error})") from None
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return json.dumps(value, sort_keys=True)  # numbers that are not finite are refused where they are used
 
 
 def build(

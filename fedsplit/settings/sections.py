@@ -36,6 +36,7 @@ from fedsplit.settings.validators import (
     MOST,
     MOST_AT_ONCE,
     NAMES,
+    NETWORK,
     OWN_DEVICE,
     RANKS,
     RAY_ADDRESS,
@@ -43,6 +44,7 @@ from fedsplit.settings.validators import (
     RESOURCES,
     ROLE_CODEC,
     STAGES,
+    TABLES,
     TEXT,
     WARMUP,
     YES_OR_NO,
@@ -399,6 +401,31 @@ class WireSettings:
 
 
 @dataclass(frozen=True)
+class NetworkSettings:
+    """A network in the field, on which a virtual clock says what the run would have taken."""
+
+    profile: str = setting(
+        "",
+        NETWORK,
+        "links and devices of the clients: a named network, or a TOML file with a profile for each client; see "
+        "docs/network.md (default: none)",
+        "--network",
+    )
+    client_tflops: float = setting(
+        1.0, above(0), "operations that a client with the compute factor 1 makes in a second, in units of 10^12"
+    )
+    trunk_tflops: float = setting(20.0, above(0), "operations that the trunk makes in a second, in units of 10^12")
+    compute: str = setting(
+        "", TABLES, "TOML file of measured compute times, from fedsplit network measure, in place of stated speeds"
+    )
+    over_select: float = setting(
+        1.0,
+        at_least(1, 100),
+        "multiple of the sampled clients that are asked in a round; the first to arrive in virtual time count",
+    )
+
+
+@dataclass(frozen=True)
 class RaySettings:
     """The Ray cluster of the engine ray."""
 
@@ -435,6 +462,7 @@ Section = (
     | CheckpointSettings
     | DataSettings
     | EvalSettings
+    | NetworkSettings
     | TrunkSettings
     | WireSettings
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.settings.chains import chain_forms, parse_chain
-from fedsplit.settings.choices import PARTS, TRACKERS
+from fedsplit.settings.choices import NETWORKS, PARTS, TRACKERS
 from fedsplit.settings.parsing import (
     PARTITION_FORMS,
     find_partition,
@@ -139,6 +139,14 @@ TRACKED = Validator(f"trackers among {','.join(TRACKERS)}, each once", _are_trac
 
 FIELDS = Validator("a JSON object of fields, or a .json file that holds one", lambda v: True)
 """A JSON object. `fedsplit.settings.documents` parses it, and refuses anything else, before the test is asked."""
+
+NETWORK = Validator(
+    f"{' | '.join(NETWORKS)}, or a TOML file of profiles", lambda v: v in ("", *NETWORKS) or v.startswith("{")
+)
+"""A network. Of a file, `fedsplit.settings.documents` keeps the content as one line of JSON."""
+
+TABLES = Validator("a TOML file", lambda v: v == "" or v.startswith("{"))
+"""A TOML file, whose content `fedsplit.settings.documents` keeps as one line of JSON."""
 
 WARMUP = Validator("a whole number of steps, or a share of them from 0 to below 1", _is_warmup)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from fedsplit.model.routers import SUMS, RouterSums
+from fedsplit.network.trace import Crossing, Kind, Trace
 from fedsplit.trunk.status import Bytes, Traffic
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.codecs import Codec, Role
@@ -20,6 +22,7 @@ class Answers:
     Attributes:
         codec: Codec of hidden states and gradients, at the trunk's side.
         traffic: Bytes so far.
+        trace: Trace of all requests and answers, for a virtual clock; None without one.
     """
 
     def __init__(self, codec: Codec, traffic: Traffic) -> None:
@@ -31,6 +34,7 @@ class Answers:
         """
         self.codec = codec
         self.traffic = traffic
+        self.trace: Trace | None = None
 
     def with_hidden(
         self,
@@ -62,6 +66,10 @@ class Answers:
                 tensors[RANDOM] = EXACT.encode(random)
             answer = Packet(packet.key, tensors, packet.training)
             self.count(crossed, packet, answer)
+            is_new = crossed is not self.traffic.repeated and not packet.key.session
+            if is_new:
+                kind: Kind = "forward" if packet.training else "evaluation"
+                self.record("reference" if not packet.is_adapted else kind, packet, answer, tensor)
             answers.append(answer)
         return answers
 
@@ -84,9 +92,50 @@ class Answers:
                 tensors["gradient"] = self.codec.encode(gradients[packet.key], role)
             answer = Packet(packet.key, tensors, packet.training)
             self.count(self.traffic.gradient, packet, answer)
+            self.record("backward", packet, answer, inputs[packet.key])
             answers.append(answer)
         return answers
+
+    def with_norm(self, answer: Packet, norm: Tensor) -> Packet:
+        """Returns the answer to the last gradient of a step, with the squared norm () of the trunk's gradient."""
+        encoded = EXACT.encode(norm)
+        self.traffic.gradient.add(answer.key.client, up=0, down=encoded.nbytes)
+        if self.trace is not None:
+            self.trace.add_to_last(down=encoded.nbytes)
+        return replace(answer, tensors={**answer.tensors, "norm": encoded})
 
     def count(self, crossed: Bytes, up: Packet, down: Packet) -> None:
         """Adds the bytes of a request and of the answer to some counts."""
         crossed.add(up.key.client, up.nbytes, down.nbytes)
+
+    def record(self, kind: Kind, up: Packet, down: Packet, values: Tensor | None = None) -> None:
+        """Adds a request and its answer to the trace, if there is one.
+
+        Args:
+            kind: Purpose of the request.
+            up: The request.
+            down: The answer.
+            values: Hidden states or gradients (B, T, D) that crossed; None for a clipping coefficient.
+        """
+        if self.trace is None:
+            return
+        key = up.key
+        rows, length = (0, 0) if values is None else (values.shape[0], values.shape[1])
+        self.trace.add(
+            Crossing(
+                round=key.round,
+                client=key.client,
+                attempt=key.attempt,
+                step=key.step,
+                batch=key.batch,
+                micro=key.micro,
+                kind=kind,
+                up=up.nbytes,
+                down=down.nbytes,
+                rows=rows,
+                length=length,
+                learns=up.learns,
+                ends=up.ends,
+                returns_gradient="gradient" in down.tensors,
+            )
+        )

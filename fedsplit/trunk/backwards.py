@@ -6,7 +6,7 @@ Shapes: B sequences of T tokens a step, D the width of hidden states, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from fedsplit.trunk.pending import Output, PendingBatch
 from fedsplit.trunk.state import TrunkState
 from fedsplit.trunk.trainable import Unusable
 from fedsplit.trunk.workers import Work
-from fedsplit.wire.casting import EXACT
 from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.scaling import Overflow
 from fedsplit.wire.steps import UnboundedStep, UnknownStep
@@ -259,9 +258,8 @@ class Backwards:
     def _with_norm(self, answer: Packet, unclipped: UnclippedGradient) -> Packet:
         """Returns an answer with the squared norm of the trunk's gradient, for the client's clipping coefficient."""
         # In float64: the client adds squares of all parts, and float32 would lose the small ones.
-        norm = EXACT.encode(torch.tensor(unclipped.squared, dtype=torch.float64))
-        self._state.answers.traffic.gradient.add(answer.key.client, up=0, down=norm.nbytes)
-        return replace(answer, tensors={**answer.tensors, "norm": norm})
+        norm = torch.tensor(unclipped.squared, dtype=torch.float64)
+        return self._state.answers.with_norm(answer, norm)
 
     def _clip(self, packet: Packet) -> Packet:
         """Uses the gradient of a step, scaled by the clipping coefficient in a packet."""
@@ -277,6 +275,7 @@ class Backwards:
             raise UnboundedStep(f"{packet.key}: {error}") from None
         answer = Packet(packet.key)
         state.answers.count(state.answers.traffic.gradient, packet, answer)
+        state.answers.record("coefficient", packet, answer)
         state.steps.answer(packet.key, answer)
         return answer
 

@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from fedsplit.lowrank import LowRank
+from fedsplit.network.trace import Crossing
 from fedsplit.trunk.copies import Copy, Start
 from fedsplit.trunk.status import RoundCounts, TrunkStatus
 from fedsplit.updates import Adapters
@@ -167,6 +168,11 @@ class MeasureStep(Control[float]):
 
 
 @dataclass(frozen=True)
+class TakeTrace(Control[tuple[Crossing, ...]]):
+    """Asks for the messages that crossed since the last time, for a virtual clock. The trunk forgets them."""
+
+
+@dataclass(frozen=True)
 class ReadStatus(Control[TrunkStatus]):
     """Asks for the state of the trunk and of the trunk's process."""
 
@@ -254,6 +260,10 @@ class TrunkPort(Protocol):
     def measure_step(self) -> float:
         """Returns the seconds that a forward and a backward of the largest batch take."""
         return self.control(MeasureStep())
+
+    def take_trace(self) -> tuple[Crossing, ...]:
+        """Returns the messages that crossed since the last call; none without a virtual clock."""
+        return self.control(TakeTrace())
 
     def status(self) -> TrunkStatus:
         """Returns the state of the trunk and of the trunk's process."""

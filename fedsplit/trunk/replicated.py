@@ -8,6 +8,7 @@ Hydra (2511.09736) do.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -104,6 +105,8 @@ class ReplicatedTrunk(TrunkPort):
                 reply = union(self._ask_all(message))
             case port.ReadMoments():
                 reply = union(self._ask_all(message)[::-1])  # the shared adapter's are those of the first replica
+            case port.TakeTrace():
+                reply = tuple(itertools.chain.from_iterable(self._ask_all(message)))
             case port.ReadStatus():
                 reply = _joined_status(self._ask_all(message))
             case _:

@@ -16,6 +16,7 @@ from fedsplit.clock import Clock
 from fedsplit.lowrank import LowRank
 from fedsplit.model.facts import positions_of
 from fedsplit.model.parts import Trunk
+from fedsplit.network.trace import Crossing
 from fedsplit.settings.sections import TrainSettings
 from fedsplit.stages import StageMaker
 from fedsplit.trunk.admission import TRANSIT, Admission
@@ -288,6 +289,11 @@ class TrunkServer:
         """Returns the number of parameters, "total" and "trainable"."""
         counted = lora.count(self.part)
         return counted if self._state.schedule.learns else {**counted, "trainable": 0}
+
+    def take_trace(self) -> tuple[Crossing, ...]:
+        """Returns the messages that crossed since the last call; none without a trace."""
+        trace = self.answers.trace
+        return () if trace is None else tuple(trace.take())
 
     def calibrate(self, sequences: int, length: int) -> int:
         """Measures the memory of one step, for the budget. The adapter stays as it is.

@@ -19,6 +19,7 @@ from fedsplit.adaptation import run_adapters
 from fedsplit.clock import Clock
 from fedsplit.lowrank import LowRank
 from fedsplit.model.parts import Trunk
+from fedsplit.network.trace import Trace
 from fedsplit.settings.config import Config
 from fedsplit.settings.sections import TrunkSettings
 from fedsplit.stages import StageMaker
@@ -265,6 +266,8 @@ class TrunkService:
                 return self.server.restore(tensors, moments)
             case port.MeasureStep():
                 return self.server.measure_step()
+            case port.TakeTrace():
+                return self.server.take_trace()
             case port.ReadStatus():
                 return self._status()
         raise TypeError(f"a trunk knows no message {type(message).__name__}")
@@ -384,6 +387,8 @@ def load_service(
         join=join or _first_join(config),
         blocks=blocks,
     )
+    if config.network.profile:
+        server.answers.trace = Trace()
     least = 0
     if memory is not None:
         longest = config.train.max_length + config.prompt.virtual

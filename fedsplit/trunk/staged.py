@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from fedsplit.network.trace import joined_stages
 from fedsplit.trunk import port
 from fedsplit.trunk.copies import Copy, Start
 from fedsplit.trunk.port import Control, Reply, TrunkPort, union
@@ -48,10 +49,10 @@ class StagedTrunk(TrunkPort):
 
     def control(self, message: Control[Reply]) -> Reply:
         """Sends a control message to each stage, and returns the joined reply."""
-        replies = []
+        replies: list[Any] = []
         for number, stage in enumerate(self._stages):
             replies.append(stage.control(self._for_stage(message, number)))
-        joined: Any = _joined(replies)
+        joined: Any = joined_stages(replies) if isinstance(message, port.TakeTrace) else _joined(replies)
         return joined
 
     def _for_stage(self, message: Control[Reply], number: int) -> Control[Reply]:

@@ -34,6 +34,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], Control[Any]]] = {
     "moments": ((), port.ReadMoments()),
     "restore": ((TENSORS, {}), port.Restore(TENSORS, {})),
     "measure_step": ((), port.MeasureStep()),
+    "take_trace": ((), port.TakeTrace()),
     "status": ((), port.ReadStatus()),
 }
 
@@ -55,7 +56,7 @@ def test_each_method_sends_its_message_and_returns_the_reply(name: str) -> None:
     door = Door()
     reply = getattr(door, name)(*given)
     assert door.message == expected
-    asks = name in ("end_round", "copies", "read", "moments", "measure_step", "status")
+    asks = name in ("end_round", "copies", "read", "moments", "measure_step", "take_trace", "status")
     assert reply is (door.message if asks else None)
 
 

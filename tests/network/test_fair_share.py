@@ -7,7 +7,7 @@ import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.network.sharing import SharedLink, fair_rates
+from fedsplit.network.fair_share import SharedLink, fair_rates
 
 LIMITS = st.lists(st.floats(0.1, 100), min_size=1, max_size=8)
 

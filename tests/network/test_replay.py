@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.network.clock import ClientPhase, Field, replay
+from fedsplit.network.replay import ClientPhase, Field, replay
 from fedsplit.network.compute import TASKS, RecordedCompute
 from fedsplit.network.fleet import TrunkLink
 from fedsplit.network.profiles import Profile

@@ -10,9 +10,9 @@ from fedsplit.adaptation.run_adapters import outlined
 from fedsplit.events.event_types import RoundReplayed
 from fedsplit.model.flops import Flops, flops_of
 from fedsplit.model.parts import Part
-from fedsplit.network.replay import ClientPhase, Field, replay
 from fedsplit.network.compute import Compute, StatedCompute, Task, read_recorded
 from fedsplit.network.fleet import read_fleet
+from fedsplit.network.replay import ClientPhase, Field, replay
 from fedsplit.network.times import PLACES, ClientTime, PhaseTime, stragglers_of
 from fedsplit.network.trace import Crossing, settled
 from fedsplit.network.trunk_queue import Discipline

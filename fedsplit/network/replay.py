@@ -13,9 +13,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fedsplit.network.compute import Compute, Task
+from fedsplit.network.fair_share import SharedLink
 from fedsplit.network.fleet import TrunkLink
 from fedsplit.network.profiles import Profile
-from fedsplit.network.fair_share import SharedLink
 from fedsplit.network.times import ClientTime, PhaseTime
 from fedsplit.network.trace import Crossing
 from fedsplit.network.trunk_queue import Discipline, Job, TrunkQueue

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.network.replay import ClientPhase, Field, replay
 from fedsplit.network.compute import TASKS, RecordedCompute
 from fedsplit.network.fleet import TrunkLink
 from fedsplit.network.profiles import Profile
+from fedsplit.network.replay import ClientPhase, Field, replay
 from fedsplit.network.times import PLACES
 from fedsplit.network.trace import Crossing
 from fedsplit.network.trunk_queue import Discipline

@@ -66,15 +66,31 @@ def test_the_clock_changes_no_number_and_reports_every_round(play: Play) -> None
     assert "virtual" not in json.loads((plain / "summary.json").read_text())
 
 
-def test_the_trace_has_the_bytes_of_the_ledger(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, Any]]:
+    """The phases that are replayed: round, name, and the work of the clients."""
+    replayed: list[tuple[int, str, Any]] = []
     replay = VirtualTime.replay
 
     def spy(self: VirtualTime, phases: Any, round: int, phase: str) -> Any:
-        seen.append((round, phase, phases))
+        replayed.append((round, phase, phases))
         return replay(self, phases, round, phase)
 
     monkeypatch.setattr(VirtualTime, "replay", spy)
+    return replayed
+
+
+def test_stages_and_replicas_leave_the_trace_of_one_trunk(play: Play, seen: list[tuple[int, str, Any]]) -> None:
+    settings = {"network__profile": "lan", "cut": "0:2", "trunk__schedule": "copies", "train__clip": 0.05, "rounds": 1}
+    traces = []
+    for name, more in (("one", {}), ("stages", {"trunk__stages": "0:1:2"}), ("replicas", {"trunk__replicas": 2})):
+        play(name, **settings, **more)
+        traces.append(seen.copy())
+        seen.clear()
+    assert traces[0] == traces[1] == traces[2]
+
+
+def test_the_trace_has_the_bytes_of_the_ledger(play: Play, seen: list[tuple[int, str, Any]]) -> None:
     folder = play("run", network__profile="lan", train__micro_batches=2, train__accumulation=2, train__clip=0.05)
     (cost,) = [event for event in events_of(folder, "cost") if event["round"] == 1]
     (phases,) = [phases for round, phase, phases in seen if (round, phase) == (1, "training")]

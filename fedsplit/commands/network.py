@@ -1,0 +1,185 @@
+"""`fedsplit network`: shows networks, makes them from other projects' device traces, and records compute times."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsplit.commands.exit_codes import exit_code
+from fedsplit.environment import quieten
+from fedsplit.errors import InputError, shortened
+from fedsplit.formatting import aligned
+from fedsplit.network import device_traces
+from fedsplit.network.fleet import read_fleet
+from fedsplit.network.profiles import RANGES
+from fedsplit.settings.command_line import Call, Parser
+from fedsplit.settings.documents import build
+from fedsplit.settings.flags import read_draft
+
+_PICKLES = (".pkl", ".pickle", "")
+"""Endings of files that FedScale ships as pickles; its own have none."""
+
+
+def _show(call: Call) -> list[str]:
+    """Returns the table of a network's profiles by client."""
+    flags = call.checked()
+    config = build({"network.profile": flags.network, "clients": flags.clients, "seed": flags.seed})
+    names = [f"client {number}" for number in range(config.clients)]
+    profiles = read_fleet(config.network.profile).profiles(names, config.seed)
+    rows = [("client", *RANGES)]
+    for number, profile in enumerate(profiles):
+        rows.append((str(number), *(f"{value:g}" for value in profile.document().values())))
+    return aligned(rows)
+
+
+def _import_fedscale(call: Call) -> list[str]:
+    """Writes a network file from FedScale's traces."""
+    flags = call.checked()
+    devices = _read(flags.devices, flags.unpickle)
+    behaviour = None if flags.behaviour is None else _read(flags.behaviour, flags.unpickle)
+    document = device_traces.from_fedscale(devices, behaviour, flags.clients, flags.seed, flags.rtt_ms)
+    return _written(document, flags.out)
+
+
+def _import_flhetbench(call: Call) -> list[str]:
+    """Writes a network file from FLHetBench's data."""
+    flags = call.checked()
+    devices = _read(flags.devices, False)
+    timers = None if flags.timers is None else _read(flags.timers, False)
+    states = None if flags.states is None else _read(flags.states, False)
+    if states is not None and timers is None:
+        raise InputError("--states needs --timers, whose devices it names")
+    document = device_traces.from_flhetbench(devices, timers, states, flags.clients, flags.seed, flags.rtt_ms)
+    return _written(document, flags.out)
+
+
+def _read(path: Path, unpickles: bool) -> object:
+    """Reads a trace: JSON, or a pickle of plain values if that is asked for.
+
+    Raises:
+        InputError: The file cannot be read, or is a pickle and nobody asked to unpickle it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{shortened(path)} cannot be read: {error.strerror}") from None
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        if path.suffix not in _PICKLES:
+            raise InputError(f"{shortened(path)} is no JSON") from None
+    if not unpickles:
+        words = "is no JSON, and is not unpickled unless --unpickle asks for it"
+        raise InputError(f"{shortened(path)} {words}; then plain values alone are read")
+    from fedsplit.network.plain_pickle import read_plain
+
+    return read_plain(path)
+
+
+def _written(document: Mapping[str, Any], out: Path) -> list[str]:
+    """Writes a network file, and returns lines about it.
+
+    Raises:
+        InputError: The file exists, or cannot be written.
+    """
+    import tomli_w
+
+    read_fleet(json.dumps(document))  # what is written can be read
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(tomli_w.dumps(document))
+    except OSError as error:
+        raise InputError(f"{shortened(out)} cannot be written: {error.strerror}") from None
+    return [f"{len(document['clients'])} clients in {out}", f"  fedsplit simulate --network {out} …"]
+
+
+def _measure(call: Call) -> list[str]:
+    """Measures compute times on this machine, and writes them."""
+    config = read_draft(call.rest, call.errors).checked(lambda _: None)
+    out: Path = call.flags.out
+
+    import tomli_w
+
+    from fedsplit.federation.compute_profile import measured
+
+    if out.exists():
+        raise InputError(f"{shortened(out)} exists")
+    document = measured(config)
+    out.write_text(tomli_w.dumps(document), encoding="utf-8")
+    tokens = config.train.batch_size * config.train.max_length
+    lines = [f"{task}: {1000 * seconds * tokens:.2f} ms for {tokens} tokens" for task, seconds in
+             document["seconds_a_token"].items()]  # fmt: skip
+    return [*lines, f"  fedsplit simulate --network home --network.compute {out} …"]
+
+
+def make_parser() -> Parser:
+    """Returns the parser of the command's flags."""
+    parser = Parser(
+        prog="fedsplit network",
+        description="Shows networks, makes them from device traces, and records compute times for the virtual clock.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, work: Callable[[Call], list[str]], help: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added.set_defaults(work=work)
+        return added
+
+    show = command("show", _show, "show the profile of each client")
+    show.add_argument("network", metavar="NAME|FILE", help="a named network, or a TOML file")
+    _add_clients(show)
+    fedscale = command("fedscale", _import_fedscale, "make a network file from FedScale's traces")
+    fedscale.add_argument("devices", type=Path, metavar="FILE", help="client_device_capacity, as JSON or as it is")
+    fedscale.add_argument("--behaviour", type=Path, metavar="FILE", help="client_behave_trace, as JSON or as it is")
+    unpickle_help = "read pickles, of which plain values alone are accepted"
+    fedscale.add_argument("--unpickle", action="store_true", help=unpickle_help)
+    _add_import(fedscale)
+    flhetbench = command("flhetbench", _import_flhetbench, "make a network file from FLHetBench's data")
+    flhetbench.add_argument("devices", type=Path, metavar="FILE", help="JSON list of devices with tcp_speed_results")
+    flhetbench.add_argument("--timers", type=Path, metavar="FILE", help="cached_timers.json, for availability")
+    flhetbench.add_argument("--states", type=Path, metavar="FILE", help="JSON list of names in the timers")
+    _add_import(flhetbench)
+    about_measure = "record compute times on this machine; takes the flags of simulate, such as --model and --cut"
+    _add_out(command("measure", _measure, about_measure))
+    return parser
+
+
+def _add_clients(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clients", type=_positive, default=8, metavar="N", help="number of clients (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all draws (default: 0)")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    _add_clients(parser)
+    rtt_help = "round-trip time of all clients, which the traces lack (default: 50)"
+    parser.add_argument("--rtt-ms", type=float, default=50.0, metavar="X", help=rtt_help)
+    _add_out(parser)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="TOML file to write")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if not 1 <= number < 2**31:
+        raise ValueError
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code."""
+
+    def work() -> None:
+        call = make_parser().read_known(argv)
+        work_of_command = call.flags.work
+        quieten(offline=work_of_command is not _measure)
+        if work_of_command is not _measure:  # the other commands have no further flags
+            call = make_parser().read(argv)
+        print(*work_of_command(call), sep="\n")
+
+    return exit_code(work, argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,10 @@ clients = [2]
 uplink_mbps = 0.5
 """
 
-FLAGS = "--clients 4 --rounds 2 --train.steps 2 --batch-size 2 --max-length 16 --eval.samples 2 --lora-rank 2".split()
-FLAGS += "--threads 1 --trunk.threads 1 --micro-batches 1 --trunk.schedule copies --round-deadline 2".split()
+FLAGS = shlex.split(
+    "--clients 4 --rounds 2 --train.steps 2 --batch-size 2 --max-length 16 --eval.samples 2 --lora-rank 2 --threads 1 "
+    "--trunk.threads 1 --micro-batches 1 --trunk.schedule copies --round-deadline 2"
+)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 NETWORK = """
 [default]
 profile = "home"
-availability = 0.8
+availability = 0.65
 [[clients]]
 clients = [2]
 uplink_mbps = 0.5

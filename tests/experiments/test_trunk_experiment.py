@@ -10,14 +10,16 @@ import pytest
 
 from experiments.speed.report import write_between
 from experiments.trunk import memory, report, scale, schedules
+from fedsplit.commands.sweep import DEFAULTS
 from fedsplit.settings.flags import parse
+from fedsplit.studies.study import read_study
 from fedsplit.trunk.schedules import SCHEDULES
 
 EXPERIMENT = Path("experiments/trunk")
 MACHINE = {"cpu": "a", "cores": 2, "memory": 2**30, "date": "today", "commit": "c", "versions": {"python": "3"}}
 
 
-def run(schedule: str, losses: list[float], trunk: int = 1) -> dict:
+def measured(schedule: str, losses: list[float], trunk: int = 1) -> dict:
     rounds = [{"round": 0, "held_out": losses[0], "forgotten": {}}]
     for round, loss in enumerate(losses[1:], 1):
         trained = {"tokens": 100, "seconds": 10.0, "loss": loss, "trunk": {"steps": 4}}
@@ -26,7 +28,7 @@ def run(schedule: str, losses: list[float], trunk: int = 1) -> dict:
 
 
 def test_time_to_equal_loss_is_to_the_worst_of_those_that_learn() -> None:
-    records = [run("fast", [4, 2, 1]), run("slow", [4, 3.5, 3]), run("frozen", [4, 3.9, 3.8], trunk=0)]
+    records = [measured("fast", [4, 2, 1]), measured("slow", [4, 3.5, 3]), measured("frozen", [4, 3.9, 3.8], trunk=0)]
     assert report.targets(records) == {0: 3}
     assert report.reached(report.curve(records[0], "seconds"), 3) == 5.0
     assert report.reached(report.curve(records[1], "tokens"), 3) == 200.0
@@ -82,6 +84,15 @@ def test_every_schedule_is_measured_and_every_flag_is_known() -> None:
     measured = {parse(flags.split()).trunk.schedule for flags in schedules.SCHEDULES.values()}
     assert measured == set(SCHEDULES)
     assert parse(scale.FLAGS).train.steps == 2
+
+
+def test_the_study_file_has_the_runs_of_the_script() -> None:
+    study = read_study(EXPERIMENT / "schedules.toml", DEFAULTS)
+    assert not study.errors and study.baseline
+    assert {run.label for run in study.runs} == schedules.SCHEDULES.keys()
+    for run in study.runs:
+        flags = [*schedules.SCHEDULES[run.label].split(), "--seed", str(run.seed), "--report", "false"]
+        assert run.draft.checked() == parse(flags)
 
 
 @pytest.mark.parametrize("name", ["schedules", "memory", "scale"])

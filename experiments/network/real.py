@@ -1,0 +1,261 @@
+"""The virtual clock beside real packets: steps between network namespaces, predicted and measured.
+
+    sudo python -m experiments.network.real         # writes real.json beside this file
+
+The trunk runs in one namespace, and each client in one of its own. `experiments/scale/links.py` carries the packets
+between them, with a latency for each packet and a bandwidth for each host's way out; TCP above is the kernel's own.
+The clients begin together and make the same steps. The prediction is the virtual clock's, from the trunk's trace of
+these very steps, with compute times that are recorded on this machine right before. Adapters are not sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.scale import links
+from experiments.scale.hosts import Hosts
+from experiments.speed.run import environment, machine
+from fedsplit.adaptation.run_adapters import adapt, bare_parts
+from fedsplit.client.client import Client
+from fedsplit.client.link import Link
+from fedsplit.corpora.shards import Shard
+from fedsplit.federation.compute_profile import measured
+from fedsplit.network.compute import read_recorded
+from fedsplit.network.fleet import TrunkLink
+from fedsplit.network.profiles import Profile
+from fedsplit.network.replay import ClientPhase, Field, replay
+from fedsplit.network.trace import Crossing, settled
+from fedsplit.settings.documents import build
+from fedsplit.trunk import port
+from fedsplit.trunk.schedules import SCHEDULES
+from fedsplit.trunk.service import load_service
+from fedsplit.trunk.workers import run_until_defect
+from fedsplit.wire.codecs import make_codec
+from fedsplit.wire.packets import StepKey
+from fedsplit.wire.socket_server import PacketServer
+from fedsplit.wire.sockets import Address, PacketClient
+
+HERE = Path(__file__).parent
+POINTS = ((10.0, 20.0), (50.0, 20.0), (10.0, 8.0), (50.0, 8.0), (100.0, 8.0))
+"""Latency of a packet in ms, and bandwidth of each host's way out in Mbit/s."""
+
+STEPS = 5
+ROUNDS = 4
+
+SETTINGS: dict[str, Any] = {
+    "train.batch_size": 4,
+    "train.max_length": 64,
+    "trunk.schedule": "copies",
+    "network.profile": "lan",  # any: it makes the trunk keep a trace
+    "threads": 1,
+}
+
+
+def _settings(micro_batches: int) -> dict[str, Any]:
+    return {**SETTINGS, "train.micro_batches": micro_batches}
+
+
+def _serve(host: str, micro_batches: int) -> None:
+    """Serves steps at an address; prints it, and the trace of a round whenever a line comes."""
+    torch.set_num_threads(1)
+    service = load_service(build(_settings(micro_batches)), "real", "first")
+    threading.Thread(target=run_until_defect, args=(service.work, 1), daemon=True).start()
+    server = PacketServer(service.submit, host)
+    print(json.dumps({"token": server.address.token.hex(), "port": server.address.port}), flush=True)
+    for _ in sys.stdin:
+        taken: list[Any] = []
+        done = threading.Event()
+
+        def reply(trace: Any, taken: list[Any] = taken, done: threading.Event = done) -> None:
+            taken.append(trace)
+            done.set()
+
+        service.request(port.TakeTrace(), reply)
+        done.wait()
+        print(json.dumps([vars(crossing) for crossing in taken[0]]), flush=True)
+
+
+class _Trunk:
+    """The way to the trunk over a socket."""
+
+    def __init__(self, client: PacketClient) -> None:
+        self.send = client.send
+
+    def leave(self, client: int) -> None:
+        """Says nothing: rounds end here without the server."""
+
+
+def _play(number: int, address: Address, micro_batches: int) -> None:
+    """Makes the steps of a round whenever a line comes, and prints their seconds."""
+    torch.set_num_threads(1)
+    config = build(_settings(micro_batches))
+    bottom, top = bare_parts(config, ["bottom", "top"])
+    for part in (bottom, top):
+        adapt(part, config)
+        part.train()
+    link = Link(_Trunk(PacketClient(address)), make_codec("raw"), SCHEDULES["copies"], "real", "first")
+    nobody: Any = None  # its shard, which single steps do not read
+    shard: Shard = nobody
+    client = Client(number, shard, bottom, top, link, config.train, config.seed)
+    shape = (config.train.batch_size, config.train.max_length)
+    ids = torch.arange(shape[0] * shape[1]).reshape(shape) % bottom.config.vocab_size
+    print("ready", flush=True)
+    for round, _ in enumerate(sys.stdin, start=1):
+        began = time.monotonic()
+        for step in range(STEPS):
+            client.step(ids, StepKey(round, number, step))
+        print(json.dumps(time.monotonic() - began), flush=True)
+
+
+class Sites(Hosts):
+    """The trunk's host, and a host for each client, joined by links with latency and bandwidth. No Ray runs."""
+
+    def __init__(self, count: int, scratch: Path, mbps: float) -> None:
+        """Makes the hosts; `mbps` is the bandwidth of each host's way out in Mbit/s."""
+        super().__init__(count, scratch)
+        self._mbps = mbps
+
+    @contextlib.contextmanager
+    def _links(self, delay: float) -> Iterator[None]:
+        command = [sys.executable, "-m", "experiments.scale.links", "--delay", str(delay), "--mbps", str(self._mbps)]
+        carrier = subprocess.Popen([*command, *self.names], stdout=subprocess.PIPE, text=True)
+        try:
+            assert carrier.stdout is not None
+            if carrier.stdout.readline() != "ready\n":
+                raise RuntimeError("the links between the hosts could not be made")
+            yield
+        finally:
+            carrier.kill()
+            carrier.wait()
+
+    def _start_ray(self, number: int) -> None:
+        """Starts nothing."""
+
+    def start(self, number: int, *arguments: str) -> subprocess.Popen[str]:
+        """Starts this module on a host, with pipes to it."""
+        command = ["ip", "netns", "exec", self.names[number], sys.executable, "-m", "experiments.network.real"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*command, *arguments], stdin=pipe, stdout=pipe, text=True, env=environment())
+
+
+def _asked(process: subprocess.Popen[str], line: str = "go\n") -> None:
+    assert process.stdin is not None
+    process.stdin.write(line)
+    process.stdin.flush()
+
+
+def _told(process: subprocess.Popen[str]) -> Any:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    return line.strip() if line == "ready\n" else json.loads(line)
+
+
+def measure(clients: int, delay: float, mbps: float, micro_batches: int, compute: str) -> dict[str, Any]:
+    """Returns the seconds of all clients' steps, round by round: predicted and measured.
+
+    Args:
+        clients: Number of clients.
+        delay: Latency of a packet in ms.
+        mbps: Bandwidth of each host's way out in Mbit/s.
+        micro_batches: Micro-batches of a step.
+        compute: Recorded compute times, as JSON.
+    """
+    seconds: list[list[float]] = []
+    traces: list[list[Crossing]] = []
+    with tempfile.TemporaryDirectory(prefix="n", dir="/tmp") as scratch:
+        sites = Sites(1 + clients, Path(scratch), mbps)
+        with sites.up(delay):
+            round_trip = sites.round_trip()
+            trunk = sites.start(0, "--serve", sites.address(0), "--micro-batches", str(micro_batches))
+            where = _told(trunk)
+            players = []
+            for number in range(clients):
+                door = [str(number), sites.address(0), str(where["port"]), where["token"]]
+                players.append(sites.start(1 + number, "--play", *door, "--micro-batches", str(micro_batches)))
+            for player in players:
+                _told(player)
+            for _ in range(ROUNDS):
+                for player in players:
+                    _asked(player)
+                seconds.append([_told(player) for player in players])
+                _asked(trunk)
+                traces.append([Crossing(**fields) for fields in _told(trunk)])
+    # The first round warms up memory and connections.
+    line = Profile(uplink_mbps=mbps, downlink_mbps=1e6, rtt_ms=round_trip)
+    place = Field([line] * clients, TrunkLink(uplink_mbps=mbps, downlink_mbps=1e6), read_recorded(compute))
+    predicted = []
+    for number, trace in enumerate(traces[1:], start=2):
+        by_client = settled(trace, number, range(clients))
+        phases = {client: ClientPhase(0, 0, own) for client, own in by_client.items()}
+        arrivals = replay(place, phases, number, "training").arrivals
+        # Without adapters, request and answer of a phase are two empty messages, which nobody sends here.
+        predicted.append([arrivals[client] - round_trip / 1000 for client in range(clients)])
+    slowest = [max(own) for own in seconds[1:]]
+    found = statistics.median(slowest)
+    expected = statistics.median(max(own) for own in predicted)
+    return {
+        "clients": clients,
+        "delay_ms": delay,
+        "mbps": mbps,
+        "micro_batches": micro_batches,
+        "round_trip_ms": round_trip,
+        "measured": found,
+        "predicted": expected,
+        "ratio": found / expected,
+        "measured_rounds": seconds[1:],
+        "predicted_rounds": predicted,
+        "load": os.getloadavg()[0],
+    }
+
+
+def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "real.json")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--points", nargs="+", default=[f"{delay:g},{mbps:g}" for delay, mbps in POINTS])
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--serve", metavar="HOST", help="used by this program: runs the trunk")
+    parser.add_argument("--play", nargs=4, metavar="", help="used by this program: runs a client")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Measures all points, or plays a party of a measurement."""
+    args = _parse()
+    if args.serve:
+        _serve(args.serve, args.micro_batches[0])
+        return
+    if args.play:
+        number, host, door, token = args.play
+        _play(int(number), Address("elsewhere", bytes.fromhex(token), host, int(door)), args.micro_batches[0])
+        return
+    torch.set_num_threads(1)
+    records: list[dict[str, Any]] = []
+    for clients, micro_batches, point in itertools.product(args.clients, args.micro_batches, args.points):
+        delay, mbps = map(float, point.split(","))
+        times = measured(build(SETTINGS))  # before each point: the load of the machine changes
+        record = measure(clients, delay, mbps, micro_batches, json.dumps(times))
+        records.append({**record, "compute": times["seconds_a_token"]})
+        shown = {key: value for key, value in record.items() if not key.endswith("_rounds")}
+        print(json.dumps(shown), flush=True)
+        result = {"machine": machine(), "mtu": links.MTU, "steps": STEPS, "settings": SETTINGS, "records": records}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

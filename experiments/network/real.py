@@ -5,7 +5,9 @@
 The trunk runs in one namespace, and each client in one of its own. `experiments/scale/links.py` carries the packets
 between them, with a latency for each packet and a bandwidth for each host's way out; TCP above is the kernel's own.
 The clients begin together and make the same steps. The prediction is the virtual clock's, from the trunk's trace of
-these very steps, with compute times that are recorded on this machine right before. Adapters are not sent.
+these very steps. Its compute times are a profile of this machine, scaled for each round so that each client and the
+trunk compute as long as they did: the comparison is about the network, and not about what else the machine does.
+Adapters are not sent.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +37,22 @@ from fedsplit.client.client import Client
 from fedsplit.client.link import Link
 from fedsplit.corpora.shards import Shard
 from fedsplit.federation.compute_profile import measured
-from fedsplit.network.compute import read_recorded
+from fedsplit.network.compute import RecordedCompute, Task, read_recorded
 from fedsplit.network.fleet import TrunkLink
 from fedsplit.network.profiles import Profile
 from fedsplit.network.replay import ClientPhase, Field, replay
 from fedsplit.network.trace import Crossing, settled
 from fedsplit.settings.documents import build
 from fedsplit.trunk import port
+from fedsplit.trunk.requests import Answer, Done
 from fedsplit.trunk.schedules import SCHEDULES
 from fedsplit.trunk.service import load_service
 from fedsplit.trunk.workers import run_until_defect
 from fedsplit.wire.codecs import make_codec
-from fedsplit.wire.packets import StepKey
+from fedsplit.wire.packets import Packet, StepKey
 from fedsplit.wire.socket_server import PacketServer
 from fedsplit.wire.sockets import Address, PacketClient
+from fedsplit.wire.transport import PendingAnswer
 
 HERE = Path(__file__).parent
 POINTS = ((10.0, 20.0), (50.0, 20.0), (10.0, 8.0), (50.0, 8.0), (100.0, 8.0))
@@ -70,12 +74,52 @@ def _settings(micro_batches: int) -> dict[str, Any]:
     return {**SETTINGS, "train.micro_batches": micro_batches}
 
 
+class _Busy:
+    """Seconds in which the trunk has work, from the arrival of a message to its answer. Messages may overlap."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._messages = 0
+        self._since = 0.0
+        self._seconds = 0.0
+
+    def begin(self) -> None:
+        """Notes the arrival of a message."""
+        with self._lock:
+            if not self._messages:
+                self._since = time.monotonic()
+            self._messages += 1
+
+    def end(self) -> None:
+        """Notes an answer."""
+        with self._lock:
+            self._messages -= 1
+            if not self._messages:
+                self._seconds += time.monotonic() - self._since
+
+    def take(self) -> float:
+        """Returns the seconds since the last call."""
+        with self._lock:
+            seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 def _serve(host: str, micro_batches: int) -> None:
     """Serves steps at an address; prints it, and the trace of a round whenever a line comes."""
     torch.set_num_threads(1)
     service = load_service(build(_settings(micro_batches)), "real", "first")
     threading.Thread(target=run_until_defect, args=(service.work, 1), daemon=True).start()
-    server = PacketServer(service.submit, host)
+    busy = _Busy()
+
+    def submit(packet: Packet, done: Done) -> None:
+        def answered(answer: Answer) -> None:
+            busy.end()
+            done(answer)
+
+        busy.begin()
+        service.submit(packet, answered)
+
+    server = PacketServer(submit, host)
     print(json.dumps({"token": server.address.token.hex(), "port": server.address.port}), flush=True)
     for _ in sys.stdin:
         taken: list[Any] = []
@@ -87,14 +131,32 @@ def _serve(host: str, micro_batches: int) -> None:
 
         service.request(port.TakeTrace(), reply)
         done.wait()
-        print(json.dumps([vars(crossing) for crossing in taken[0]]), flush=True)
+        trace = [vars(crossing) for crossing in taken[0]]
+        print(json.dumps({"trace": trace, "busy": busy.take()}), flush=True)
 
 
 class _Trunk:
-    """The way to the trunk over a socket."""
+    """The way to the trunk over a socket, which notes how long the client waits.
+
+    Attributes:
+        waited: Seconds that the client has waited for answers.
+    """
 
     def __init__(self, client: PacketClient) -> None:
-        self.send = client.send
+        self._client = client
+        self.waited = 0.0
+
+    def send(self, packet: Packet) -> PendingAnswer:
+        """Sends a packet, and returns a function that waits for the answer."""
+        pending = self._client.send(packet)
+
+        def wait() -> Packet:
+            began = time.monotonic()
+            answer = pending()
+            self.waited += time.monotonic() - began
+            return answer
+
+        return wait
 
     def leave(self, client: int) -> None:
         """Says nothing: rounds end here without the server."""
@@ -108,7 +170,8 @@ def _play(number: int, address: Address, micro_batches: int) -> None:
     for part in (bottom, top):
         adapt(part, config)
         part.train()
-    link = Link(_Trunk(PacketClient(address)), make_codec("raw"), SCHEDULES["copies"], "real", "first")
+    trunk = _Trunk(PacketClient(address))
+    link = Link(trunk, make_codec("raw"), SCHEDULES["copies"], "real", "first")
     nobody: Any = None  # its shard, which single steps do not read
     shard: Shard = nobody
     client = Client(number, shard, bottom, top, link, config.train, config.seed)
@@ -117,9 +180,11 @@ def _play(number: int, address: Address, micro_batches: int) -> None:
     print("ready", flush=True)
     for round, _ in enumerate(sys.stdin, start=1):
         began = time.monotonic()
+        trunk.waited = 0.0
         for step in range(STEPS):
             client.step(ids, StepKey(round, number, step))
-        print(json.dumps(time.monotonic() - began), flush=True)
+        seconds = time.monotonic() - began
+        print(json.dumps({"seconds": seconds, "computed": seconds - trunk.waited}), flush=True)
 
 
 class Sites(Hosts):
@@ -165,6 +230,52 @@ def _told(process: subprocess.Popen[str]) -> Any:
     return line.strip() if line == "ready\n" else json.loads(line)
 
 
+def predict(
+    by_client: Mapping[int, Sequence[Crossing]],
+    played: Sequence[Mapping[str, float]],
+    busy: float,
+    mbps: float,
+    round_trip: float,
+    compute: str,
+) -> dict[int, float]:
+    """Returns the seconds of each client's steps by the virtual clock.
+
+    Args:
+        by_client: The trace of the round, by client.
+        played: What each client says of its round: the seconds that it "computed".
+        busy: Seconds in which the trunk had work.
+        mbps: Bandwidth of each host's way out in Mbit/s.
+        round_trip: Round-trip time in ms.
+        compute: Recorded compute times, as JSON.
+    """
+    recorded = read_recorded(compute)
+    everything = [one for own in by_client.values() for one in own]
+    of_trunk = sum(recorded.seconds(_TRUNK_TASKS[one.kind], one.rows, one.length) for one in everything)
+    scaled = {
+        task: seconds * (busy / of_trunk if task.startswith("trunk") else 1.0)
+        for task, seconds in recorded.seconds_of_token.items()
+    }
+    profiles = []
+    for client, own in sorted(by_client.items()):
+        tasks = [(task, one) for one in own for task in _CLIENT_TASKS[one.kind]]
+        expected = sum(recorded.seconds(task, one.rows, one.length) for task, one in tasks)
+        factor = expected / played[client]["computed"]
+        profiles.append(Profile(uplink_mbps=mbps, downlink_mbps=1e6, rtt_ms=round_trip, compute=factor))
+    place = Field(profiles, TrunkLink(uplink_mbps=mbps, downlink_mbps=1e6), RecordedCompute(scaled))
+    phases = {client: ClientPhase(0, 0, own) for client, own in by_client.items()}
+    arrivals = replay(place, phases, round=1, phase="training").arrivals
+    # Without adapters, request and answer of a phase are two empty messages, which nobody sends here.
+    return {client: seconds - round_trip / 1000 for client, seconds in arrivals.items()}
+
+
+_TRUNK_TASKS: Mapping[str, Task] = {"forward": "trunk-forward", "backward": "trunk-backward"}
+
+_CLIENT_TASKS: Mapping[str, tuple[Task, ...]] = {
+    "forward": ("bottom-forward", "top-forward", "top-backward"),
+    "backward": ("bottom-backward",),
+}
+
+
 def measure(clients: int, delay: float, mbps: float, micro_batches: int, compute: str) -> dict[str, Any]:
     """Returns the seconds of all clients' steps, round by round: predicted and measured.
 
@@ -175,8 +286,7 @@ def measure(clients: int, delay: float, mbps: float, micro_batches: int, compute
         micro_batches: Micro-batches of a step.
         compute: Recorded compute times, as JSON.
     """
-    seconds: list[list[float]] = []
-    traces: list[list[Crossing]] = []
+    rounds: list[tuple[list[dict[str, float]], dict[str, Any]]] = []
     with tempfile.TemporaryDirectory(prefix="n", dir="/tmp") as scratch:
         sites = Sites(1 + clients, Path(scratch), mbps)
         with sites.up(delay):
@@ -192,20 +302,17 @@ def measure(clients: int, delay: float, mbps: float, micro_batches: int, compute
             for _ in range(ROUNDS):
                 for player in players:
                     _asked(player)
-                seconds.append([_told(player) for player in players])
+                played = [_told(player) for player in players]
                 _asked(trunk)
-                traces.append([Crossing(**fields) for fields in _told(trunk)])
-    # The first round warms up memory and connections.
-    line = Profile(uplink_mbps=mbps, downlink_mbps=1e6, rtt_ms=round_trip)
-    place = Field([line] * clients, TrunkLink(uplink_mbps=mbps, downlink_mbps=1e6), read_recorded(compute))
+                rounds.append((played, _told(trunk)))
+    del rounds[0]  # it warms up memory and connections
+    seconds = [[one["seconds"] for one in played] for played, _ in rounds]
     predicted = []
-    for number, trace in enumerate(traces[1:], start=2):
-        by_client = settled(trace, number, range(clients))
-        phases = {client: ClientPhase(0, 0, own) for client, own in by_client.items()}
-        arrivals = replay(place, phases, number, "training").arrivals
-        # Without adapters, request and answer of a phase are two empty messages, which nobody sends here.
-        predicted.append([arrivals[client] - round_trip / 1000 for client in range(clients)])
-    slowest = [max(own) for own in seconds[1:]]
+    for number, (played, served) in enumerate(rounds, start=2):
+        by_client = settled([Crossing(**fields) for fields in served["trace"]], number, range(clients))
+        arrivals = predict(by_client, played, served["busy"], mbps, round_trip, compute)
+        predicted.append([arrivals[client] for client in range(clients)])
+    slowest = [max(own) for own in seconds]
     found = statistics.median(slowest)
     expected = statistics.median(max(own) for own in predicted)
     return {
@@ -217,7 +324,7 @@ def measure(clients: int, delay: float, mbps: float, micro_batches: int, compute
         "measured": found,
         "predicted": expected,
         "ratio": found / expected,
-        "measured_rounds": seconds[1:],
+        "measured_rounds": seconds,
         "predicted_rounds": predicted,
         "load": os.getloadavg()[0],
     }
@@ -246,11 +353,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     records: list[dict[str, Any]] = []
+    times = measured(build(SETTINGS))
     for clients, micro_batches, point in itertools.product(args.clients, args.micro_batches, args.points):
         delay, mbps = map(float, point.split(","))
-        times = measured(build(SETTINGS))  # before each point: the load of the machine changes
         record = measure(clients, delay, mbps, micro_batches, json.dumps(times))
-        records.append({**record, "compute": times["seconds_a_token"]})
+        records.append(record)
         shown = {key: value for key, value in record.items() if not key.endswith("_rounds")}
         print(json.dumps(shown), flush=True)
         result = {"machine": machine(), "mtu": links.MTU, "steps": STEPS, "settings": SETTINGS, "records": records}

@@ -156,10 +156,10 @@ def _virtual(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if total:
         shares = [f"{words} {places[place] / total:.0%}" for place, words in PLACE_WORDS.items()]
         rows.append(("where it went", ", ".join(shares)))
-    left_out = {"arrived too late": virtual["late"], "were not available": virtual["unavailable"]}
+    left_out = {"too late": virtual["late"], "not available": virtual["unavailable"]}
     words = [f"{count} {what}" for what, count in left_out.items() if count]
     if words:
-        rows.append(("left out", f"of the clients that were asked, {' and '.join(words)}"))
+        rows.append(("left out", f"{', '.join(words)}, of all requests to train"))
     if virtual["stragglers"]:
         often = sorted(virtual["stragglers"].items(), key=lambda one: (-one[1], one[0]))[:MOST_STRAGGLERS]
         rows.append(

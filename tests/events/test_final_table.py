@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fedsplit.events.final_table import final_table, legend, next_commands
+from fedsplit.network.times import PLACES
 
 SUMMARY: dict[str, Any] = {
     "eval_loss": {"before": math.log(20), "after": math.log(10)},
@@ -85,3 +86,13 @@ def test_a_classifier_is_not_asked_for_text() -> None:
     assert [command.split()[1] for command in next_commands(SUMMARY, "runs/x")] == ["generate", "evaluate", "report"]
     classifier = {**SUMMARY, "accuracy": {"before": 0.5, "after": 0.75}}
     assert [command.split()[1] for command in next_commands(classifier, "runs/x")] == ["evaluate", "report"]
+
+
+def test_virtual_time_has_rows_of_its_own() -> None:
+    places = {place: 0.0 for place in PLACES} | {"wire_up": 3.0, "wire_down": 1.0}
+    virtual = {"seconds": 14.6, "training": 11.0, "evaluation": 3.6, "places": places, "late": 2, "unavailable": 0}
+    text = shown({**SUMMARY, "virtual": {**virtual, "stragglers": {"bob": 1, "ann": 3}}})
+    assert "14.6 s on the network: training 11.0 s, evaluation 3.6 s" in text
+    assert "sending up 75%" in text and "receiving 25%" in text
+    assert "2 too late, of all requests to train" in text and "ann in 3 rounds, bob in 1 round" in text
+    assert "virtual" not in shown(SUMMARY)

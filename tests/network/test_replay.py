@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -181,3 +184,9 @@ def test_the_places_of_a_client_add_up_to_its_arrival(
         assert found.spent[client].total == pytest.approx(arrival)
         assert all(seconds >= 0 for seconds in found.spent[client].seconds.values())
     assert set(found.spent[0].seconds) == set(PLACES)
+
+
+def test_without_a_phase_to_replay_no_library_is_loaded() -> None:
+    code = "import sys, fedsplit.network.replay, fedsplit.network.network_checks; print('simpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

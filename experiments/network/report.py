@@ -46,7 +46,7 @@ def buys_text(result: Mapping[str, Any]) -> str:
                 change = saved(records, record, network)
                 seconds = number(seconds_of(record, network))
                 is_baseline = record["row"] == baseline
-                cells.append(seconds if is_baseline else f"{seconds} ({-change:+.0%})")
+                cells.append(seconds if is_baseline else f"{seconds} ({round(-change, 2) + 0.0:+.0%})")
             sent = sum(count for kind, count in record["bytes"].items() if not kind.startswith("evaluation"))
             rows.append((f"`{record['row']}`", *cells, size(sent), f"{record['held_out']:.4f}"))
         if rows:

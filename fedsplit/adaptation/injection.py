@@ -208,7 +208,7 @@ def check_injection(config: Config, family: Family) -> None:
     adapted = make_config(config.lora, family, seed=config.seed)
     try:
         with torch.device("meta"):
-            inject(empty_model(config_folder(config.model)), adapted, config.seed)
+            inject(empty_model(config_folder(config.model, weights=False)), adapted, config.seed)
     except (ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise _refused(config.lora, error) from None
     except (NotImplementedError, RuntimeError):
@@ -226,7 +226,7 @@ def _check_rank(config: Config, family: Family) -> None:
     plain_settings = dataclasses.replace(config.lora, method="lora", options="")
     plain = make_config(plain_settings, family, seed=config.seed)  # without any read of weights
     with torch.device("meta"):
-        model = empty_model(config_folder(config.model))
+        model = empty_model(config_folder(config.model, weights=False))
         inject(model, plain, config.seed)
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):

@@ -38,7 +38,7 @@ _MASK = "#kept"
 def adapted_layers(config: Config, family: Family) -> int:
     """Returns the number of adapted layers of the unsplit model."""
     adapted = make_config(config.lora, family, seed=config.seed)
-    model = empty_model(config_folder(config.model))
+    model = empty_model(config_folder(config.model, weights=False))
     return sum(bool(check_target_module_exists(adapted, name)) for name, _ in model.named_modules())
 
 

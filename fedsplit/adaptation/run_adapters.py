@@ -163,7 +163,7 @@ def adapt(part: Part, config: Config) -> None:
 def _add(part: Part, config: Config) -> None:
     """Adds adapters to a part, in place. All initial values follow from the seed."""
     if config.prompt.kind != "off":
-        prompts.add(part, config.prompt, config.seed, config_folder(config.model))
+        prompts.add(part, config.prompt, config.seed, config_folder(config.model, weights=False))
         return
     lora.add(part, config.lora, config.seed, config.lm_head)
     if method_of(config.lora).allocates:

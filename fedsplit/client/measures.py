@@ -57,7 +57,7 @@ def load_objective_of(config: Config, objects: Objects = NOTHING) -> Objective |
 
 def _defaults(config: Config) -> dict[str, str]:
     """Returns arguments for constructors that have parameters of these names."""
-    return {"model": str(config_folder(config.model))}
+    return {"model": str(config_folder(config.model, weights=False))}
 
 
 def metrics_of(config: Config) -> tuple[str, ...]:

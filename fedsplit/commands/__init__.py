@@ -10,6 +10,7 @@ COMMANDS = {
     "clean": "remove what killed runs left in their folders, clients' text first of all",
     "data": "show who would hold which data",
     "network": "show networks, make them from device traces, and record compute times",
+    "estimate": "estimate bytes, memory and seconds of a run from a config.json, without weights",
     "check": "put a strategy, an objective or a metric of your own to its contract",
     "prove": "compare a small copy of a model, cut at every place, with the same copy uncut",
     "completion": "print a script that completes flags in bash or zsh",

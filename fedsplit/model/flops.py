@@ -105,16 +105,34 @@ def flops_of(part: Part, rows: int, length: int, input_needs_gradient: bool | No
         (1006.63296, 1275.068416)
     """
     needs = part.kind != "bottom" if input_needs_gradient is None else input_needs_gradient
-    needs = needs or part.virtual > 0  # virtual tokens are trained, at the bottom's input
+    total = sum(flops_by_block(part, rows, length, needs), Flops())
+    return total + head_flops(part, rows, length, needs)
+
+
+def flops_by_block(part: Part, rows: int, length: int, input_needs_gradient: bool) -> list[Flops]:
+    """Returns the operations of each block of a part, for a batch of a training step.
+
+    Args:
+        part: The part, with adapters.
+        rows: Sequences B of the batch.
+        length: Tokens T of a sequence, without virtual tokens.
+        input_needs_gradient: True if the backward goes on below the part.
+
+    Example:
+        >>> from fedsplit.adaptation.run_adapters import outlined
+        >>> from fedsplit.settings.config import Config
+        >>> first, second = flops_by_block(outlined(Config(cut="2:5"), "bottom"), 4, 128, input_needs_gradient=False)
+        >>> first.backward < second.backward  # tokens need no gradient
+        True
+    """
+    needs = input_needs_gradient or part.virtual > 0  # virtual tokens are trained, at the bottom's input
     positions = length + part.virtual
     batch = _Batch(rows * positions, rows * positions * (part.ahead + positions), has_trained_past=part.ahead > 0)
-    total = Flops()
+    costs = []
     for block in getattr(part.decoder, part.family.blocks):
         cost, needs = _of_block(block, part.config, batch, needs)
-        total += cost
-    if part.kind == "top":
-        total += _of_head(part, rows, length, needs)
-    return total
+        costs.append(cost)
+    return costs
 
 
 @dataclass(frozen=True)
@@ -226,15 +244,17 @@ def _of_attention(config: Any) -> float:
     return 2.0 * float(heads) * float(keys + values)
 
 
-def _of_head(part: Part, rows: int, length: int, needs: bool) -> Flops:
-    """Returns the operations of the head for a batch.
+def head_flops(part: Part, rows: int, length: int, input_needs_gradient: bool = True) -> Flops:
+    """Returns the operations of the head for a batch; none for a part without a head.
 
     Args:
-        part: The top.
+        part: The part.
         rows: Sequences of the batch.
-        length: Tokens of a sequence.
-        needs: True if the head's input needs a gradient.
+        length: Tokens of a sequence, without virtual tokens.
+        input_needs_gradient: True if the head's input needs a gradient.
     """
+    if part.kind != "top":
+        return Flops()
     is_classifier = hasattr(part, SCORE)
     head = part.get_submodule(SCORE if is_classifier else "lm_head")
     matrices = []
@@ -244,4 +264,4 @@ def _of_head(part: Part, rows: int, length: int, needs: bool) -> Flops:
     # The fused loss leaves out the last position, which predicts nothing.
     is_fused = part.fused and part.family.plain_head and not is_classifier
     predicted = length - 1 + min(part.virtual, 1) if is_fused else length + part.virtual
-    return _of_projection(matrices, needs).times(rows * predicted)
+    return _of_projection(matrices, input_needs_gradient).times(rows * predicted)

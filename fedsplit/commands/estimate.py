@@ -1,0 +1,241 @@
+"""`python -m fedsplit.estimate`: what a run would cost, from the model's config.json alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsplit.commands.exit_codes import exit_code
+from fedsplit.environment import quieten
+from fedsplit.errors import ErrorCollector, InputError
+from fedsplit.settings.command_line import Parser
+from fedsplit.settings.config import Config
+from fedsplit.settings.flags import read_draft
+
+if TYPE_CHECKING:
+    import argparse
+
+    from fedsplit.estimation.estimate import Field
+    from fedsplit.estimation.parties import Workload
+
+_MOST = 2**31 - 1
+
+
+def make_parser() -> Parser:
+    """Returns the parser of the flags of the command."""
+    parser = Parser(
+        prog="python -m fedsplit.estimate",
+        description="Estimates a run from the model's config.json alone, without weights: parameters, bytes, memory, "
+        "operations and seconds by party, and what other cuts, codecs and micro-batches would cost.",
+        epilog="Takes all flags of python -m fedsplit.simulate. --model may also be a config.json by itself.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--network", default="home", metavar="NAME", help="link of each client (default: home)")
+    parser.add_argument(
+        "--client.hardware",
+        default="laptop",
+        dest="client_hardware",
+        metavar="NAME",
+        help="device of each client: cpu-core, phone, laptop, t4, rtx4090, a100, h100, or the TFLOP/s that it sustains "
+        "(default: laptop)",
+    )
+    parser.add_argument(
+        "--trunk.hardware",
+        default="a100",
+        dest="trunk_hardware",
+        metavar="NAME",
+        help="device of the trunk (default: a100)",
+    )
+    parser.add_argument(
+        "--sequences", default="", metavar="N", help="training sequences of each client; --epochs needs the number"
+    )
+    parser.add_argument(
+        "--held-out", default="", metavar="N", help="held-out sequences of each client (default: --eval.samples)"
+    )
+    parser.add_argument(
+        "--classes", default="", metavar="N", help="classes of texts, for --data.format classification (default: 2)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON: bytes, operations and seconds")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see `fedsplit.commands.exit_codes.exit_code` for the exit code.
+
+    Example:
+        >>> main(["--rounds", "2", "--network", "lan"])  # doctest: +ELLIPSIS
+        sotu-gpt2: gpt2, 6 blocks of width 128, fp32
+        ...
+        0
+    """
+
+    def work() -> None:
+        # The parser knows the flags above. The rest are flags of simulate.
+        call = make_parser().read_known(argv)
+        quieten(offline=False)
+        config = read_draft(call.rest, call.errors).checked(lambda config: None)
+        flags = call.flags
+        collector = ErrorCollector()
+        field = workload = None
+        with collector.collecting():
+            field = _field_of(flags)
+        with collector.collecting():
+            workload = _workload_of(flags, config)
+        with _as_folder(config) as config:
+            with collector.collecting():
+                check(config)
+            collector.check()
+            assert field is not None and workload is not None  # else the collector has raised an error
+            print(*_report(config, workload, field, flags), sep="\n")
+
+    return exit_code(work, argv)
+
+
+def _report(config: Config, workload: Workload, field: Field, flags: argparse.Namespace) -> list[str]:
+    """Estimates a run, and returns the lines to print."""
+    from fedsplit.estimation.alternatives import alternatives_of
+    from fedsplit.estimation.estimate import estimate
+    from fedsplit.estimation.parties import Parties
+    from fedsplit.estimation.tables import assumptions, lines_of
+
+    found = estimate(Parties(config, workload), field)
+    compared = alternatives_of(found)
+    if not flags.json:
+        return lines_of(found, compared)
+    others: list[dict[str, Any]] = []
+    for one in compared:
+        others.append({**asdict(one), "seconds": {**asdict(one.seconds), "round": one.seconds.round}})
+    document = {**found.document(), "alternatives": others, "assumptions": assumptions(found)}
+    return [json.dumps(document, indent=2)]
+
+
+def check(config: Config) -> None:
+    """Checks the settings of a run that an estimate reads.
+
+    Args:
+        config: Settings of a run.
+
+    Raises:
+        InputError: A setting is wrong, or does not suit the model. All errors are reported together.
+
+    Example:
+        >>> check(Config(cut="1:9"))
+        Traceback (most recent call last):
+        fedsplit.errors.SettingError: cut: 1:9 is not possible; allowed: LO:HI with 0 <= LO < HI <= 6, the model's \
+blocks
+    """
+    from fedsplit.client.measures import check_pairs, load_measures
+    from fedsplit.commands import checks, model_checks
+    from fedsplit.engines.planning import plan
+    from fedsplit.federation.aggregation import strategy_defaults
+    from fedsplit.federation.strategy import check_strategy, load_strategy
+    from fedsplit.model.facts import read_facts
+    from fedsplit.model.sources import config_folder
+    from fedsplit.objectives.objective import demands_of
+
+    collector = ErrorCollector()
+    facts = None
+    with collector.collecting():
+        facts = read_facts(config_folder(config.model, weights=False))
+    for find_errors in (checks.check_prompt, checks.check_training, checks.check_trunk, plan):
+        with collector.collecting():
+            find_errors(config)
+    if facts is not None:
+        for about_model in (
+            model_checks.check_cut,
+            model_checks.check_lengths,
+            model_checks.check_adapters,
+            model_checks.check_experts,
+        ):
+            with collector.collecting():
+                partial(about_model, config, facts)()
+    with collector.collecting():
+        strategy = load_strategy(config.strategy, config.strategy_options, strategy_defaults(config))
+        check_strategy(strategy, config)
+        if facts is not None:
+            model_checks.check_stacked(strategy, config, facts)
+    with collector.collecting():
+        check_pairs(config, demands_of(load_measures(config)[0]))
+    if config.data.format == "classification":
+        with collector.collecting():
+            model_checks.check_classifier(config)
+    collector.check()
+
+
+def _field_of(flags: argparse.Namespace) -> Field:
+    """Returns where the run would take place.
+
+    Raises:
+        InputError: A name is unknown.
+    """
+    from fedsplit.estimation.estimate import Field
+    from fedsplit.estimation.hardware import hardware_named
+    from fedsplit.network.profiles import PROFILES
+    from fedsplit.settings.documents import suggest
+
+    if flags.network not in PROFILES:
+        raise InputError(f"--network: there is no network {flags.network}; {suggest(flags.network, PROFILES)}")
+    return Field(
+        flags.network,
+        PROFILES[flags.network],
+        hardware_named(flags.client_hardware, "--client.hardware"),
+        hardware_named(flags.trunk_hardware, "--trunk.hardware"),
+    )
+
+
+def _workload_of(flags: argparse.Namespace, config: Config) -> Workload:
+    """Returns the facts about the data that the flags state.
+
+    Raises:
+        InputError: A number is not possible, or missing.
+    """
+    from fedsplit.estimation.parties import Workload
+
+    sequences = _number("--sequences", flags.sequences)
+    if config.train.epochs and not sequences:
+        raise InputError("--epochs needs --sequences N, the training sequences of each client")
+    classes = _number("--classes", flags.classes)
+    if config.data.format == "classification":
+        classes = classes or 2
+    elif classes:
+        raise InputError("--classes belongs to --data.format classification")
+    return Workload(sequences, _number("--held-out", flags.held_out), classes)
+
+
+def _number(flag: str, text: str) -> int:
+    """Returns the number of a flag; 0 for a flag that is not given.
+
+    Raises:
+        InputError: The text is no whole number from 1.
+    """
+    if not text:
+        return 0
+    if text.isascii() and text.isdigit() and len(text) <= 10 and 1 <= int(text) <= _MOST:
+        return int(text)
+    raise InputError(f"{flag}: {text[:40]} is not possible; allowed: a whole number from 1 to {_MOST}")
+
+
+@contextlib.contextmanager
+def _as_folder(config: Config) -> Iterator[Config]:
+    """Puts a model's config.json that is given by itself into a folder, as all code that reads a model expects.
+
+    Yields:
+        Settings that name the folder.
+    """
+    file = Path(config.model)
+    if not config.model.endswith(".json") or not os.path.isfile(file):
+        yield config
+        return
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made, file.parent.resolve().name if file.name == "config.json" else file.stem)
+        folder.mkdir()
+        shutil.copyfile(file, folder / "config.json")
+        yield replace(config, model=str(folder))

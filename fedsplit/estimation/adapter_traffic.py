@@ -1,0 +1,187 @@
+"""Bytes of adapters by round, by playing the server's side of a run: the strategy and the ledger, on invented updates.
+
+The strategy is the run's own, and so is the ledger that knows which tensors a client holds already. Tensors that are no
+LoRA factors have a stand-in of one value, since a strategy treats them value by value.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedsplit.estimation.parties import Parties
+from fedsplit.estimation.step_traffic import Traffic
+from fedsplit.factors import Adapters, factor_of
+from fedsplit.federation import messages
+from fedsplit.federation.adapter_ledger import AdapterLedger
+from fedsplit.federation.aggregation import Aggregation, make_aggregation, strategy_defaults
+from fedsplit.federation.clients import ClientNode
+from fedsplit.federation.evaluation import clients_that_measure, is_due
+from fedsplit.federation.messages import serialised_bytes
+from fedsplit.federation.rehearsal import InventedRoster, undisturbed
+from fedsplit.federation.replies import without_tensors
+from fedsplit.federation.strategy import load_strategy
+from fedsplit.federation.travel import stays
+from fedsplit.scores import Score
+from fedsplit.tensor_files import pack_changes
+from fedsplit.updates import Assignment, ClientUpdate
+
+PLAYED = 12
+"""Largest number of rounds that are played. Later rounds repeat the last two of them in turn."""
+
+
+@dataclass(frozen=True)
+class RoundOfAdapters:
+    """Adapters of one round.
+
+    Attributes:
+        traffic: Bytes by kind and direction.
+        trained: Clients that train.
+    """
+
+    traffic: Traffic = field(default_factory=Counter)
+    trained: tuple[int, ...] = ()
+
+
+def rounds_of_adapters(parties: Parties) -> list[RoundOfAdapters]:
+    """Returns the adapters' traffic of each round; the first entry is the evaluation before the first round.
+
+    Args:
+        parties: The parties of a run.
+
+    Raises:
+        InputError: The strategy cannot be made, or fails.
+
+    Example:
+        >>> from fedsplit.settings.config import Config
+        >>> parties = Parties(Config(rounds=2, clients=3))
+        >>> rounds = rounds_of_adapters(parties)
+        >>> [entry.traffic["adapter_down"] > 0 for entry in rounds]  # all begin with adapters that they know
+        [False, False, True]
+    """
+    config = parties.config
+    with undisturbed(config.seed), tempfile.TemporaryDirectory() as folder:
+        server = _Server(parties, Path(folder))
+        rounds = [server.evaluate(0)]
+        for round in range(1, min(config.rounds, PLAYED) + 1):
+            rounds.append(server.play(round))
+    for round in range(PLAYED + 1, config.rounds + 1):
+        earlier = rounds[PLAYED - round % 2]
+        rounds.append(earlier)
+    return rounds
+
+
+class _Server:
+    """The server's state between rounds."""
+
+    def __init__(self, parties: Parties, folder: Path) -> None:
+        self._parties = parties
+        self._config = parties.config
+        self._sizes: dict[str, int] = {}
+        self._noise: dict[torch.Size, Tensor] = {}
+        strategy = load_strategy(
+            self._config.strategy, self._config.strategy_options, strategy_defaults(self._config)
+        )
+        self._aggregation: Aggregation = make_aggregation(strategy, self._config)
+        parts = {kind: self._begun(parties.adapters([kind])) for kind in ("bottom", "trunk", "top")}
+        self._ledger = AdapterLedger(self._config, self._aggregation.traits, parts, folder, folder)
+        self._adapters = self._ledger.start
+        names = [f"client {client}" for client in range(self._config.clients)]
+        self._roster = InventedRoster([ClientNode(number + 1, name) for number, name in enumerate(names)])
+
+    def _begun(self, shapes: Adapters) -> Adapters:
+        """Returns adapters as training begins: factors B are zero, other tensors random."""
+        tensors = {}
+        for name, tensor in shapes.tensors.items():
+            factor = factor_of(name)
+            if factor is None:  # the true size is remembered, and the tensor replaced by one value
+                self._sizes[name] = serialised_bytes({name: torch.empty(1).expand(tensor.shape)})
+                tensors[name] = torch.ones((1,) * tensor.ndim)
+            else:
+                tensors[name] = torch.zeros(tensor.shape) if factor == "B" else torch.randn(tensor.shape) / 100
+        return shapes.with_tensors(tensors)
+
+    def _bytes(self, tensors: Mapping[str, Tensor]) -> int:
+        """Returns the serialised bytes of tensors, some of which are stand-ins."""
+        factors = {name: tensor for name, tensor in tensors.items() if name not in self._sizes}
+        return serialised_bytes(factors) + sum(self._sizes[name] for name in tensors if name in self._sizes)
+
+    def play(self, round: int) -> RoundOfAdapters:
+        """Plays a round."""
+        ledger = self._ledger
+        traffic: Traffic = Counter()
+        assigned = self._aggregation.assign(round, self._adapters, self._roster)
+        updates = []
+        for client in sorted(assigned):
+            assignment = assigned[client]
+            task = assignment.task
+            control = ledger.rule.crosses(task.control) if task.control is not None else {}
+            traffic["adapter_down"] += self._bytes(ledger.lacking(client, assignment)) + self._bytes(control)
+            update = self._update(client, assignment)
+            updates.append(update)
+            crossing = ledger.rule.crosses(assignment.adapters.tensors)
+            returned = ledger.rule.returned(crossing, task)
+            sent = {name: update.adapters.tensors[name] for name in returned}
+            sent_control = {name: update.control[name] for name in returned if name in update.control}
+            traffic["adapter_up"] += self._bytes(sent) + self._bytes(sent_control)
+            ledger.accept(client, round, assignment)
+        self._aggregate(round, updates)
+        return RoundOfAdapters(traffic + self.evaluate(round).traffic, tuple(sorted(assigned)))
+
+    def _aggregate(self, round: int, updates: list[ClientUpdate]) -> None:
+        """Lets the strategy aggregate updates."""
+        if not updates and not self._aggregation.traits.idles:
+            self._ledger.fold(round, {})
+            return
+        replies = [without_tensors(messages.trained(update, (), Score(), peak_memory=0)) for update in updates]
+        result = self._aggregation.aggregate(round, self._adapters, updates, replies)
+        self._ledger.fold(round, result.folded)
+        self._adapters = result.with_tensors(result.tensors)
+
+    def evaluate(self, round: int) -> RoundOfAdapters:
+        """Sends the adapters to the clients that measure, if the round is to be evaluated."""
+        traffic: Traffic = Counter()
+        if not is_due(self._config, round):
+            return RoundOfAdapters()
+        count = len(clients_that_measure(self._config))
+        traffic["adapter_down"] += count * serialised_bytes(pack_changes(self._ledger.news))
+        traffic["evaluation_down"] += count * self._bytes(self._ledger.rule.crosses(self._adapters.tensors))
+        return RoundOfAdapters(traffic)
+
+    def _update(self, client: int, assignment: Assignment) -> ClientUpdate:
+        """Returns an invented update, in which every trained tensor has changed a little."""
+        given = assignment.adapters
+        personal = self._aggregation.traits.personal
+        shared = {name: tensor for name, tensor in given.tensors.items() if not stays(name, personal)}
+        trained = dict(shared)
+        for name, tensor in shared.items():
+            if assignment.task.teaches(name):
+                trained[name] = tensor + self._change(tensor.shape, client)
+        control = {}
+        for name, tensor in (assignment.task.control or {}).items():
+            control[name] = self._change(tensor.shape, client)
+        return ClientUpdate(
+            client,
+            given.with_tensors(trained),
+            examples=4,
+            tokens=64,
+            loss=1.0,
+            weight=4.0,
+            given=given.with_tensors(shared),
+            control=control,
+        )
+
+    def _change(self, shape: torch.Size, client: int) -> Tensor:
+        """Returns a small random tensor, linearly independent of those of other clients.
+
+        Values are drawn once for each shape, and shifted for each client: millions of draws would take seconds.
+        """
+        if shape not in self._noise:
+            self._noise[shape] = torch.randn(shape) / 1000
+        return self._noise[shape].roll(client)

@@ -1,0 +1,200 @@
+"""Bytes of a training step and of an evaluation between a client and the trunk, as the ledger of a run counts them.
+
+Hidden states and gradients are random tensors of the right shape and type, encoded by the run's own codec. All
+sequences have full length, without padding, so that no mask crosses.
+
+Shapes: B sequences of T positions, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedsplit.client.micro_batches import batches_of
+from fedsplit.estimation.parties import Parties
+from fedsplit.model.devices import CPU, random_state
+from fedsplit.model.routers import RouterSums
+from fedsplit.wire.casting import EXACT
+from fedsplit.wire.codecs import Role
+from fedsplit.wire.packets import StepKey
+
+Kind = Literal["activation", "gradient"]
+Direction = Literal["up", "down"]
+
+Traffic = Counter[str]
+"""Bytes by kind and direction, such as "activation_up", in the names of summary.json."""
+
+_NUMBER = EXACT.encode(torch.tensor(0.0, dtype=torch.float64)).nbytes
+"""Bytes of a squared norm, and of a clipping coefficient."""
+
+
+class StepTraffic:
+    """Bytes of steps and evaluations of one client.
+
+    Example:
+        >>> from fedsplit.settings.config import Config
+        >>> traffic = StepTraffic(Parties(Config()))
+        >>> traffic.step(rows=4)["activation_up"]  # 4 x 128 positions of width 128, in float32
+        262144
+    """
+
+    def __init__(self, parties: Parties, codec: str = "") -> None:
+        """Takes the parties of a run.
+
+        Args:
+            parties: The parties.
+            codec: Name of a codec in place of the run's.
+        """
+        self._parties = parties
+        self._encoded: dict[tuple[int, int, str, str, bool], int] = {}
+        self._states: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._codecs = [span.codec(codec or parties.config.wire.codec) for span in parties.spans]
+
+    def step(self, rows: int) -> Traffic:
+        """Returns the bytes of a training step.
+
+        Args:
+            rows: Sequences of the step, over all its batches.
+        """
+        parties = self._parties
+        settings = parties.config.train
+        ids = torch.zeros(rows, settings.max_length, dtype=torch.long)
+        batches = batches_of(
+            ids,
+            None,
+            None,
+            batches=settings.accumulation,
+            micros=settings.micro_batches,
+            virtual=parties.bottom.virtual,
+            demands=parties.demands,
+        )
+        traffic: Traffic = Counter()
+        for batch in batches:
+            for micro in batch:
+                traffic += self.micro_batch(len(micro.ids))
+        return traffic + self._clipping()
+
+    def micro_batch(self, rows: int) -> Traffic:
+        """Returns the bytes of the training of one micro-batch, without clipping."""
+        traffic = self._forward(rows, "activation", training=True) + self._backward(rows)
+        if self._parties.demands.compares:
+            traffic += self._forward(rows, "reference", training=False)
+        return traffic
+
+    def evaluation(self, rows: int, has_reference: bool) -> Traffic:
+        """Returns the bytes of the evaluation of one batch.
+
+        Args:
+            rows: Sequences of the batch.
+            has_reference: True if a metric or the objective compares with the base model.
+        """
+        traffic = self._forward(rows, "evaluation", training=False)
+        if has_reference:
+            traffic += self._forward(rows, "reference", training=False)
+        return traffic
+
+    def _forward(self, rows: int, kind: str, training: bool) -> Traffic:
+        """Returns the bytes of hidden states up to the trunk, through its stages, and down."""
+        parties = self._parties
+        positions = parties.positions if kind != "reference" else parties.config.train.max_length
+        sums = self._sums_bytes() if training else 0
+        state = random_state(CPU).nbytes if training else 0
+        last = len(parties.stages) - 1
+        traffic: Traffic = Counter()
+        for stage in range(len(parties.stages)):
+            below = self._bytes(rows, positions, stage, "activation", "up", training) + sums
+            above = self._bytes(rows, positions, stage, "activation", "down", training) + sums
+            from_below = below + (state if stage > 0 else 0)
+            to_above = above + (state if stage < last else 0)
+            if stage == 0:
+                traffic[f"{kind}_up"] += from_below
+            else:
+                traffic["between_stages_up"] += from_below
+                traffic["between_stages_down"] += to_above
+            if stage == last:
+                traffic[f"{kind}_down"] += to_above
+        return traffic
+
+    def _backward(self, rows: int) -> Traffic:
+        """Returns the bytes of gradients up to the trunk, through its stages, and down."""
+        parties = self._parties
+        traffic: Traffic = Counter()
+        if not parties.schedule.expects_backward(parties.wants_gradient):
+            return traffic
+        sums = self._gradient_of_sums_bytes()
+        last = len(parties.stages) - 1
+        for stage in range(len(parties.stages)):
+            up = self._bytes(rows, parties.positions, stage, "gradient", "up", True) + sums
+            # A stage above the first owes the stage below a gradient, if anything below learns.
+            wanted = parties.wants_gradient or (stage > 0 and parties.schedule.learns)
+            down = self._bytes(rows, parties.positions, stage, "gradient", "down", True) if wanted else 0
+            if stage == last:
+                traffic["gradient_up"] += up
+            if stage == 0:
+                traffic["gradient_down"] += down
+            else:
+                traffic["between_stages_up"] += up
+                traffic["between_stages_down"] += down
+        return traffic
+
+    def _clipping(self) -> Traffic:
+        """Returns the bytes of the squared norm and of the coefficient of a step."""
+        parties = self._parties
+        traffic: Traffic = Counter()
+        if not parties.config.train.clip or not parties.trunk_learns:
+            return traffic
+        traffic["gradient_up"] += _NUMBER
+        traffic["gradient_down"] += _NUMBER
+        for stage in range(1, len(parties.stages)):
+            traffic["between_stages_up"] += _NUMBER
+            traffic["between_stages_down"] += _NUMBER if parties.stage_learns(stage) else 0
+        return traffic
+
+    def _sums_bytes(self) -> int:
+        """Returns the bytes of the routers' sums (2E + 1,); 0 without a loss that balances experts."""
+        if not self._parties.coefficient:
+            return 0
+        return EXACT.encode(RouterSums.none(self._parties.bottom.experts).packed()).nbytes
+
+    def _gradient_of_sums_bytes(self) -> int:
+        """Returns the bytes of the gradient (E,) by the routers' sums."""
+        if not self._parties.coefficient:
+            return 0
+        return EXACT.encode(RouterSums.none(self._parties.bottom.experts).probabilities).nbytes
+
+    def _bytes(
+        self, rows: int, positions: int, stage: int, kind: Kind, direction: Direction, training: bool
+    ) -> int:
+        """Returns the bytes of an encoded tensor (B, T, D) that enters or leaves a stage.
+
+        Args:
+            rows: Sequences B.
+            positions: Positions T.
+            stage: Number of the stage.
+            kind: Hidden states or gradients.
+            direction: "up" towards the trunk. A gradient enters a stage from above.
+            training: False for evaluation.
+        """
+        place = (rows * positions, stage, kind, direction, training)
+        if place not in self._encoded:
+            # Hidden states have the type behind the part below; so have the gradients by them.
+            enters_below = (kind, direction) in (("activation", "up"), ("gradient", "down"))
+            dtype = self._parties.dtype_behind(stage - 1 if enters_below else stage)
+            # Gradients by float16 hidden states are float32, since small values would become zero.
+            is_wide = kind == "gradient" and dtype == torch.float16
+            tensor = self._random(rows, positions, torch.float32 if is_wide else dtype)
+            role = Role(kind, direction, StepKey(round=1, client=0, step=0), training, dtype)
+            self._encoded[place] = self._codecs[stage].encode(tensor, role).nbytes
+        return self._encoded[place]
+
+    def _random(self, rows: int, positions: int, dtype: torch.dtype) -> Tensor:
+        """Returns a random tensor (B, T, D), the same for the same arguments."""
+        key = (rows, positions, dtype)
+        if key not in self._states:
+            generator = torch.Generator().manual_seed(0)
+            self._states[key] = torch.randn(rows, positions, self._parties.facts.width, generator=generator).to(dtype)
+        return self._states[key]

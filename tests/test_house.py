@@ -57,11 +57,12 @@ PACKAGES = [
     "reporting",
     "studies",
     "contracts",
+    "estimation",
     "commands",
 ]
 """Each imports from those before it, and from the ground."""
 
-DOORS = {"simulate", "evaluate", "generate", "adapters", "clean", "data", "prove", "reference", "report"}
+DOORS = {"simulate", "evaluate", "generate", "adapters", "clean", "data", "estimate", "prove", "reference", "report"}
 """Modules that `python -m` runs: each calls the module of its name in `fedsplit.commands`."""
 
 ROOF = {"__main__", "api", "call", "inputs", "result", *DOORS}
@@ -141,6 +142,7 @@ HOMES = {
         "inputs",
         "model.attention",
         "model.block_layers",
+        "estimation.party_memory",
         "model.derivation",
         "model.facts",
         "model.fp8_weights",

@@ -71,7 +71,7 @@ def all_parsers() -> Parser:
     commands = parser.add_subparsers(parser_class=Parser)
     for name, help in COMMANDS.items():
         parents = [_parser_of(name)]
-        if name == "data":  # takes the flags of simulate, too
+        if name in ("data", "estimate"):  # they take the flags of simulate, too
             parents.append(simulate_parser())
         # "resolve", since every parent brings --help and --debug.
         added = commands.add_parser(name, help=help, description=help, parents=parents, conflict_handler="resolve")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsplit.commands.exit_codes import exit_code
 from fedsplit.environment import quieten
-from fedsplit.errors import ErrorCollector, InputError
+from fedsplit.errors import ErrorCollector, InputError, SettingError, one_line
 from fedsplit.settings.command_line import Parser
 from fedsplit.settings.config import Config
 from fedsplit.settings.flags import read_draft
@@ -89,12 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             field = _field_of(flags)
         with collector.collecting():
             workload = _workload_of(flags, config)
-        with _as_folder(config) as config:
+        with _as_folder(config) as readable:
             with collector.collecting():
-                check(config)
+                check(readable)
             collector.check()
             assert field is not None and workload is not None  # else the collector has raised an error
-            print(*_report(config, workload, field, flags), sep="\n")
+            lines = _report(readable, workload, field, flags)
+        print(*(line.replace(readable.model, config.model) for line in lines), sep="\n")
 
     return exit_code(work, argv)
 
@@ -144,7 +145,9 @@ blocks
     collector = ErrorCollector()
     facts = None
     with collector.collecting():
-        facts = read_facts(config_folder(config.model, weights=False))
+        folder = config_folder(config.model, weights=False)
+        facts = read_facts(folder)
+        _check_sizes(folder, config.model)
     for find_errors in (checks.check_prompt, checks.check_training, checks.check_trunk, plan):
         with collector.collecting():
             find_errors(config)
@@ -168,6 +171,27 @@ blocks
         with collector.collecting():
             model_checks.check_classifier(config)
     collector.check()
+
+
+def _check_sizes(folder: Path, model: str) -> None:
+    """Checks that the library can build the model, without memory for weights.
+
+    Args:
+        folder: Folder with config.json.
+        model: The setting `model`, for errors.
+
+    Raises:
+        SettingError: config.json has impossible sizes.
+    """
+    from fedsplit.model.unsplit import empty_model
+
+    try:
+        empty_model(folder)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001  # the library's classes raise many kinds
+        allowed = "a config.json of which transformers can build a model"
+        raise SettingError("model", f"{model} ({one_line(error)})", allowed) from None
 
 
 def _field_of(flags: argparse.Namespace) -> Field:

@@ -36,6 +36,10 @@ PLAYED = 12
 """Largest number of rounds that are played. Later rounds repeat the last two of them in turn."""
 
 
+_SHIFT = 1009
+"""Values by which the changes of two clients are shifted: a prime, so that no two columns of factors are equal."""
+
+
 @dataclass(frozen=True)
 class RoundOfAdapters:
     """Adapters of one round.
@@ -85,11 +89,11 @@ class _Server:
         self._config = parties.config
         self._sizes: dict[str, int] = {}
         self._noise: dict[torch.Size, Tensor] = {}
-        strategy = load_strategy(
-            self._config.strategy, self._config.strategy_options, strategy_defaults(self._config)
-        )
+        strategy = load_strategy(self._config.strategy, self._config.strategy_options, strategy_defaults(self._config))
         self._aggregation: Aggregation = make_aggregation(strategy, self._config)
         parts = {kind: self._begun(parties.adapters([kind])) for kind in ("bottom", "trunk", "top")}
+        # Without a gradient, the bottom's adapters stay as they are, and are known to all.
+        self._unchanged = frozenset() if parties.schedule.returns_gradient else frozenset(parts["bottom"].tensors)
         self._ledger = AdapterLedger(self._config, self._aggregation.traits, parts, folder, folder)
         self._adapters = self._ledger.start
         names = [f"client {client}" for client in range(self._config.clients)]
@@ -161,7 +165,7 @@ class _Server:
         shared = {name: tensor for name, tensor in given.tensors.items() if not stays(name, personal)}
         trained = dict(shared)
         for name, tensor in shared.items():
-            if assignment.task.teaches(name):
+            if assignment.task.teaches(name) and name not in self._unchanged:
                 trained[name] = tensor + self._change(tensor.shape, client)
         control = {}
         for name, tensor in (assignment.task.control or {}).items():
@@ -183,5 +187,5 @@ class _Server:
         Values are drawn once for each shape, and shifted for each client: millions of draws would take seconds.
         """
         if shape not in self._noise:
-            self._noise[shape] = torch.randn(shape) / 1000
-        return self._noise[shape].roll(client)
+            self._noise[shape] = torch.randn(shape) / 100
+        return self._noise[shape].roll(_SHIFT * client)

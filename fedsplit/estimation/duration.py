@@ -1,7 +1,7 @@
 """Seconds of a step and of a round on a stated link and on stated devices, and what limits them.
 
 A step is played once over four resources: the client's device, its uplink, the trunk, and the client's downlink. Each
-serves one thing at a time, in the order of `fedsplit.client.split_step`. So the micro-batches of a batch overlap as they
+serves one thing at a time, in the order of `fedsplit.client.split_step`. So micro-batches of a batch overlap as they
 do in a run.
 
 A round takes as long as a client's own steps, or as long as the trunk's work for all clients, whichever is longer.

@@ -110,9 +110,7 @@ class Estimate:
             "codec": config.wire.codec,
             "network": {"name": self.field.network, **self.field.profile.document()},
             "hardware": {"client": asdict(self.field.client), "trunk": asdict(self.field.trunk)},
-            "memory": {
-                party: {**asdict(one), "model": one.model, "peak": one.peak} for party, one in memory.items()
-            },
+            "memory": {party: {**asdict(one), "model": one.model, "peak": one.peak} for party, one in memory.items()},
             "bytes": {
                 "step": dict(self.traffic.step),
                 "round": dict(self.traffic.rounds[-1]),

@@ -78,8 +78,8 @@ def hardware_named(text: str, flag: str) -> Hardware:
         2500000000000.0
         >>> hardware_named("toaster", "--client.hardware")
         Traceback (most recent call last):
-        fedsplit.errors.InputError: --client.hardware: toaster is not possible; allowed: cpu-core | phone | laptop | t4 \
-| rtx4090 | a100 | h100, or the TFLOP/s that the device sustains, such as 2.5
+        fedsplit.errors.InputError: --client.hardware: toaster is not possible; allowed: cpu-core | phone | laptop | \
+t4 | rtx4090 | a100 | h100, or the TFLOP/s that the device sustains, such as 2.5
     """
     if text in HARDWARE:
         return HARDWARE[text]

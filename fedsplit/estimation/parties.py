@@ -23,7 +23,7 @@ from fedsplit.settings.choices import PAIRS
 from fedsplit.settings.config import Config
 from fedsplit.trunk.schedules import SCHEDULES, Schedule
 from fedsplit.trunk.spans import Span, spans_of
-from fedsplit.updates import Adapters
+from fedsplit.updates import Adapters, Layer
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Parties:
     def adapters(self, kinds: Sequence[Kind]) -> Adapters:
         """Returns the adapters of parts of some kinds, on the meta device."""
         tensors: dict[str, Tensor] = {}
-        layers = {}
+        layers: dict[str, Layer] = {}
         for kind in kinds:
             for part in self.parts(kind):
                 tensors |= {name: parameter.detach().to("meta") for name, parameter in lora.parameters(part).items()}

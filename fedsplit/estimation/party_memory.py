@@ -123,7 +123,7 @@ def _rows_of_micro_batches(parties: Parties) -> tuple[int, int]:
 
 
 def _evaluation(parties: Parties) -> float:
-    """Returns the bytes of the logits of an evaluation with metrics, or of pairs; 0 for an evaluation without logits."""
+    """Returns the bytes of the logits of an evaluation with metrics, or of pairs; 0 where none are made."""
     config = parties.config
     if not config.metric and not parties.demands.compares:
         return 0.0

@@ -166,9 +166,7 @@ class StepTraffic:
             return 0
         return EXACT.encode(RouterSums.none(self._parties.bottom.experts).probabilities).nbytes
 
-    def _bytes(
-        self, rows: int, positions: int, stage: int, kind: Kind, direction: Direction, training: bool
-    ) -> int:
+    def _bytes(self, rows: int, positions: int, stage: int, kind: Kind, direction: Direction, training: bool) -> int:
         """Returns the bytes of an encoded tensor (B, T, D) that enters or leaves a stage.
 
         Args:

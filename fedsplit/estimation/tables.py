@@ -110,7 +110,7 @@ def _bytes(found: Estimate) -> list[str]:
     """Returns the table of bytes by kind and direction."""
     traffic = found.traffic
     columns = [traffic.step, traffic.rounds[-1], traffic.run]
-    rows = [("bytes", "a client's step", "a round of all", "the run")]
+    rows: list[tuple[str, ...]] = [("bytes", "a client's step", "a round of all", "the run")]
     for kind, words in _KINDS.items():
         for direction in ("up", "down"):
             values = [column[f"{kind}_{direction}"] for column in columns]
@@ -184,7 +184,7 @@ def _time(seconds: float) -> str:
 
 def _alternatives(found: Estimate, compared: Sequence[Alternative]) -> list[str]:
     """Returns the table of alternatives, and the cheapest of all."""
-    rows = [("  cut", "codec", "micro", "a step", "client's weights", "a step", "a round")]
+    rows: list[tuple[str, ...]] = [("  cut", "codec", "micro", "a step", "client's weights", "a step", "a round")]
     rows += [_row(one) for one in shown(found, compared)]
     quickest = compared[0]
     fewest = min(compared, key=lambda one: (one.step_bytes, one.seconds.round))

@@ -77,7 +77,7 @@ class AllocationTracker(TorchDispatchMode):
         Args:
             there_anyway: Tensors that do not count, such as weights.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -126,12 +126,14 @@ def _without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         left, right = args[0], args[1]
         if right.ndim == 3:
             return left.new_empty(left.shape[0], right.shape[2])
-        offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
+        offsets: Tensor = kwargs["offs"] if "offs" in kwargs else args[2]
         return left.new_empty(len(offsets), left.shape[0], right.shape[1])
     return NotImplemented
 
 
-def trace(part: Part, rows: int, length: int, dtype: torch.dtype, input_needs_gradient: bool, classes: int = 0) -> Trace:
+def trace(
+    part: Part, rows: int, length: int, dtype: torch.dtype, input_needs_gradient: bool, classes: int = 0
+) -> Trace:
     """Plays a training step of a part.
 
     Args:
@@ -212,9 +214,7 @@ def _with_first_blocks(part: Part, count: int, call: Callable[[], Trace]) -> Tra
         part.config.num_hidden_layers = depth
 
 
-def _play(
-    part: Part, rows: int, length: int, dtype: torch.dtype, input_needs_gradient: bool, classes: int
-) -> Trace:
+def _play(part: Part, rows: int, length: int, dtype: torch.dtype, input_needs_gradient: bool, classes: int) -> Trace:
     """Plays a step of a part. For the arguments see `trace`."""
     part.train()
     width = part.config.hidden_size

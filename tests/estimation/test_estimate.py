@@ -1,0 +1,33 @@
+"""All figures of a run together."""
+
+from __future__ import annotations
+
+import json
+
+from small_estimates import estimated
+
+
+def test_the_document_is_json_and_agrees_with_itself() -> None:
+    found = estimated(rounds=2, clients=3)
+    document = json.loads(json.dumps(found.document()))
+    assert document["bytes"]["run"]["activation_up"] == 2 * 3 * 10 * document["bytes"]["step"]["activation_up"]
+    memory = document["memory"]
+    both = memory["trunk"]["peak"] + 2 * memory["trunk"]["activations"]
+    assert memory["trunk_with_all_pending"]["peak"] == both
+    assert document["seconds"]["limit"] == document["limit"] == "wire"
+
+
+def test_what_limits_a_round() -> None:
+    assert estimated(network="home").seconds.limit == "wire"
+    fast = estimated(network="lan", clients=8, train__batch_size=32)
+    assert fast.seconds.limit == "client"
+    many = estimated(network="lan", clients=5000, fraction=1.0, rounds=1, cut="0:6", strategy="fedavg")
+    assert many.seconds.limit == "trunk"
+    assert many.seconds.training > 10 * many.seconds.step
+
+
+def test_accumulation_repeats_a_batch() -> None:
+    one, three = estimated(rounds=1), estimated(rounds=1, train__accumulation=3)
+    assert three.flops["trunk"].forward == 3 * one.flops["trunk"].forward
+    assert three.seconds.step == 3 * one.seconds.step
+    assert three.memory["trunk"].activations == one.memory["trunk"].activations

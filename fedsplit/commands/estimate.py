@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fedsplit.estimation.estimate import Field
     from fedsplit.estimation.parties import Workload
 
+_HOME = "home"
+"""Network of an estimate whose settings name none."""
+
 _MOST = 2**31 - 1
 
 
@@ -35,24 +38,23 @@ def make_parser() -> Parser:
         prog="python -m fedsplit.estimate",
         description="Estimates a run from the model's config.json alone, without weights: parameters, bytes, memory, "
         "operations and seconds by party, and what other cuts, codecs and micro-batches would cost.",
-        epilog="Takes all flags of python -m fedsplit.simulate. --model may also be a config.json by itself.",
+        epilog="Takes all flags of python -m fedsplit.simulate; --network is home by default. --model may also be a config.json by itself.",
         allow_abbrev=False,
     )
-    parser.add_argument("--network", default="home", metavar="NAME", help="link of each client (default: home)")
     parser.add_argument(
         "--client.hardware",
-        default="laptop",
+        default="",
         dest="client_hardware",
         metavar="NAME",
         help="device of each client: cpu-core, phone, laptop, t4, rtx4090, a100, h100, or the TFLOP/s that it sustains "
-        "(default: laptop)",
+        "(default: --network.client-tflops)",
     )
     parser.add_argument(
         "--trunk.hardware",
-        default="a100",
+        default="",
         dest="trunk_hardware",
         metavar="NAME",
-        help="device of the trunk (default: a100)",
+        help="device of the trunk (default: --network.trunk-tflops)",
     )
     parser.add_argument(
         "--sequences", default="", metavar="N", help="training sequences of each client; --epochs needs the number"
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         collector = ErrorCollector()
         field = workload = None
         with collector.collecting():
-            field = _field_of(flags)
+            field = _field_of(flags, config)
         with collector.collecting():
             workload = _workload_of(flags, config)
         with _as_folder(config) as readable:
@@ -194,24 +196,27 @@ def _check_sizes(folder: Path, model: str) -> None:
         raise SettingError("model", f"{model} ({one_line(error)})", allowed) from None
 
 
-def _field_of(flags: argparse.Namespace) -> Field:
+def _field_of(flags: argparse.Namespace, config: Config) -> Field:
     """Returns where the run would take place.
 
     Raises:
-        InputError: A name is unknown.
+        InputError: A device is unknown, or the network lists a client that does not exist.
     """
     from fedsplit.estimation.estimate import Field
     from fedsplit.estimation.hardware import hardware_named
-    from fedsplit.network.profiles import PROFILES
-    from fedsplit.settings.documents import suggest
+    from fedsplit.network.fleet import read_fleet
 
-    if flags.network not in PROFILES:
-        raise InputError(f"--network: there is no network {flags.network}; {suggest(flags.network, PROFILES)}")
+    network = config.network
+    fleet = read_fleet(network.profile or _HOME)
+    profiles = fleet.profiles([f"client {number}" for number in range(config.clients)], config.seed)
+    slowest = min(profiles, key=lambda one: min(one.uplink_mbps, one.downlink_mbps))
+    name = network.profile or _HOME
     return Field(
-        flags.network,
-        PROFILES[flags.network],
-        hardware_named(flags.client_hardware, "--client.hardware"),
-        hardware_named(flags.trunk_hardware, "--trunk.hardware"),
+        name if not name.startswith("{") else "the slowest line of the network",
+        slowest,
+        fleet.trunk,
+        hardware_named(flags.client_hardware or f"{network.client_tflops:g}", "--client.hardware"),
+        hardware_named(flags.trunk_hardware or f"{network.trunk_tflops:g}", "--trunk.hardware"),
     )
 
 

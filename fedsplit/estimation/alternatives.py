@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsplit.errors import InputError
 from fedsplit.estimation.estimate import Estimate, Seconds, seconds_of
 from fedsplit.estimation.step_traffic import StepTraffic
-from fedsplit.settings.choices import CODECS
+
+CODECS = ("raw", "bf16", "fp8_e4m3", "int8", "int4", "topk:0.1,int8")
+"""Codecs that are compared beside the run's: one of each width, and one that leaves values out."""
 
 MICRO_BATCHES = (1, 2, 4)
 """Numbers of micro-batches that are compared."""
@@ -45,7 +46,7 @@ def alternatives_of(found: Estimate) -> list[Alternative]:
     config = parties.config
     compared = []
     for codec in codecs_of(found):
-        counted = StepTraffic(parties, codec)
+        counted = StepTraffic(parties, "" if codec == config.wire.codec else codec)
         for micros in micro_batches_of(found):
             rows = max(1, config.train.batch_size // micros)
             of_step = sum(counted.micro_batch(rows).values()) * micros * config.train.accumulation
@@ -63,9 +64,10 @@ def cuts_of(found: Estimate) -> list[tuple[int, int]]:
         >>> from fedsplit.estimation.estimate import Field, estimate
         >>> from fedsplit.estimation.hardware import HARDWARE
         >>> from fedsplit.estimation.parties import Parties
+        >>> from fedsplit.network.fleet import TrunkLink
         >>> from fedsplit.network.profiles import PROFILES
         >>> from fedsplit.settings.config import Config
-        >>> field = Field("lan", PROFILES["lan"], HARDWARE["laptop"], HARDWARE["a100"])
+        >>> field = Field("lan", PROFILES["lan"], TrunkLink(), HARDWARE["laptop"], HARDWARE["a100"])
         >>> cuts_of(estimate(Parties(Config()), field))
         [(1, 5), (2, 4)]
     """
@@ -80,17 +82,11 @@ def cuts_of(found: Estimate) -> list[tuple[int, int]]:
 
 
 def codecs_of(found: Estimate) -> list[str]:
-    """Returns the codecs that are compared: the run's, and those that this machine can make."""
-    names = [found.parties.config.wire.codec]
-    for name in CODECS:
-        if name in names:
-            continue
-        try:
-            StepTraffic(found.parties, name).micro_batch(1)
-        except (InputError, ImportError):  # an extra is not installed
-            continue
-        names.append(name)
-    return names
+    """Returns the codecs that are compared, the run's first."""
+    config = found.parties.config
+    own = config.wire.codec
+    is_narrow = config.dtype != "fp32"  # then bf16 saves nothing, and loses digits of float16
+    return [own, *(name for name in CODECS if name != own and not (name == "bf16" and is_narrow))]
 
 
 def micro_batches_of(found: Estimate) -> list[int]:

@@ -15,22 +15,25 @@ from fedsplit.estimation.run_traffic import RunTraffic, evaluation_sizes, run_tr
 from fedsplit.estimation.step_traffic import StepTraffic, Traffic
 from fedsplit.model.flops import Flops
 from fedsplit.model.parts import Kind
+from fedsplit.network.fleet import TrunkLink
 from fedsplit.network.profiles import Profile
 
 
 @dataclass(frozen=True)
 class Field:
-    """Where a run would take place: the link and the device of each client, and the device of the trunk.
+    """Where a run would take place: the lines and the devices of clients and trunk.
 
     Attributes:
-        network: Name of the profile.
-        profile: Link of each client.
+        network: Name of the network.
+        profile: Line of a client; of the slowest, where they differ.
+        trunk_link: The trunk's own line, which all clients share.
         client: Device of each client.
         trunk: Device of the trunk.
     """
 
     network: str
     profile: Profile
+    trunk_link: TrunkLink
     client: Hardware
     trunk: Hardware
 
@@ -47,7 +50,7 @@ class Seconds:
         training: Seconds of a round's training of all clients.
         adapters: Seconds in which a client's adapters cross in a round.
         evaluation: Seconds of a client's evaluations in a round.
-        limit: What limits a round: "client", "trunk" or "wire".
+        limit: What limits a round: "client", "trunk", "wire" (a client's line) or "trunk_wire" (the trunk's line).
     """
 
     step: float
@@ -135,9 +138,10 @@ def estimate(parties: Parties, field: Field) -> Estimate:
 
     Example:
         >>> from fedsplit.estimation.hardware import HARDWARE
+        >>> from fedsplit.network.fleet import TrunkLink
         >>> from fedsplit.network.profiles import PROFILES
         >>> from fedsplit.settings.config import Config
-        >>> field = Field("home", PROFILES["home"], HARDWARE["laptop"], HARDWARE["a100"])
+        >>> field = Field("home", PROFILES["home"], TrunkLink(), HARDWARE["laptop"], HARDWARE["a100"])
         >>> estimate(Parties(Config()), field).seconds.limit
         'wire'
     """
@@ -188,13 +192,14 @@ def seconds_of(
     trunk = train.accumulation * micros * cost.trunk
     trained = max(traffic.trained[-1], 1)
     # Clients compute and send at the same time. The trunk serves all of them.
-    loads = {"client": client, "wire": wire, "trunk": trained * trunk}
+    trunk_wire = train.accumulation * micros * _shared_seconds(one, field.trunk_link)
+    loads = {"client": client, "wire": wire, "trunk": trained * trunk, "trunk_wire": trained * trunk_wire}
     return Seconds(
         step,
         client,
         trunk,
         wire,
-        training=max(traffic.steps * step, traffic.steps * trained * trunk),
+        training=traffic.steps * max(step, trained * trunk, trained * trunk_wire),
         adapters=_adapter_seconds(traffic.rounds[-1], trained, link),
         evaluation=_evaluation_seconds(parties, counted, cost, rows, link),
         limit=max(loads, key=lambda name: loads[name]),
@@ -252,6 +257,11 @@ def _evaluation_seconds(parties: Parties, counted: StepTraffic, cost: StepCost, 
         wire = link.seconds_up(_total(crossed, "up")) + link.seconds_down(_total(crossed, "down")) + 2 * link.delay
         seconds += share_of_forward * size / rows + wire
     return seconds
+
+
+def _shared_seconds(one: Traffic, line: TrunkLink) -> float:
+    """Returns the seconds that a micro-batch occupies the trunk's line, which carries both directions at once."""
+    return max(_total(one, "up") / line.from_clients, _total(one, "down") / line.to_clients)
 
 
 def _total(traffic: Traffic, direction: str) -> int:

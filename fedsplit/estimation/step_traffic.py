@@ -9,6 +9,7 @@ Shapes: B sequences of T positions, D hidden, E experts.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,8 +19,10 @@ from fedsplit.client.micro_batches import batches_of
 from fedsplit.estimation.parties import Parties
 from fedsplit.model.devices import CPU, random_state
 from fedsplit.model.routers import RouterSums
+from fedsplit.wire.by_role import codec_of
 from fedsplit.wire.casting import EXACT
 from fedsplit.wire.codecs import Role
+from fedsplit.wire.example_numbers import encoded_examples
 from fedsplit.wire.packets import StepKey
 
 Kind = Literal["activation", "gradient"]
@@ -27,6 +30,9 @@ Direction = Literal["up", "down"]
 
 Traffic = Counter[str]
 """Bytes by kind and direction, such as "activation_up", in the names of summary.json."""
+
+_ROLES = ("activation_up", "activation_down", "gradient_up", "gradient_down")
+"""Settings of the wire that name the codec of one role."""
 
 _NUMBER = EXACT.encode(torch.tensor(0.0, dtype=torch.float64)).nbytes
 """Bytes of a squared norm, and of a clipping coefficient."""
@@ -47,12 +53,14 @@ class StepTraffic:
 
         Args:
             parties: The parties.
-            codec: Name of a codec in place of the run's.
+            codec: A codec, or a chain of codecs, in place of the run's.
         """
         self._parties = parties
         self._encoded: dict[tuple[int, int, str, str, bool], int] = {}
         self._states: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        self._codecs = [span.codec(codec or parties.config.wire.codec) for span in parties.spans]
+        wire = replace(parties.config.wire, **dict.fromkeys(_ROLES, ""), codec=codec) if codec else parties.config.wire
+        self._codecs = [span.codec(wire, parties.config.seed) for span in parties.spans]
+        self._needs_examples = codec_of(wire, parties.config.seed).needs_examples
 
     def step(self, rows: int) -> Traffic:
         """Returns the bytes of a training step.
@@ -102,13 +110,14 @@ class StepTraffic:
         parties = self._parties
         positions = parties.positions if kind != "reference" else parties.config.train.max_length
         sums = self._sums_bytes() if training else 0
+        numbers = self._numbers_bytes(rows) if training else 0
         state = random_state(CPU).nbytes if training else 0
         last = len(parties.stages) - 1
         traffic: Traffic = Counter()
         for stage in range(len(parties.stages)):
             below = self._bytes(rows, positions, stage, "activation", "up", training) + sums
             above = self._bytes(rows, positions, stage, "activation", "down", training) + sums
-            from_below = below + (state if stage > 0 else 0)
+            from_below = below + numbers + (state if stage > 0 else 0)
             to_above = above + (state if stage < last else 0)
             if stage == 0:
                 traffic[f"{kind}_up"] += from_below
@@ -128,7 +137,7 @@ class StepTraffic:
         sums = self._gradient_of_sums_bytes()
         last = len(parties.stages) - 1
         for stage in range(len(parties.stages)):
-            up = self._bytes(rows, parties.positions, stage, "gradient", "up", True) + sums
+            up = self._bytes(rows, parties.positions, stage, "gradient", "up", True) + sums + self._numbers_bytes(rows)
             # A stage above the first owes the stage below a gradient, if anything below learns.
             wanted = parties.wants_gradient or (stage > 0 and parties.schedule.learns)
             down = self._bytes(rows, parties.positions, stage, "gradient", "down", True) if wanted else 0
@@ -153,6 +162,10 @@ class StepTraffic:
             traffic["between_stages_up"] += _NUMBER
             traffic["between_stages_down"] += _NUMBER if parties.stage_learns(stage) else 0
         return traffic
+
+    def _numbers_bytes(self, rows: int) -> int:
+        """Returns the bytes of the examples' numbers, which some codecs need; 0 for the others."""
+        return encoded_examples(tuple(range(rows))).nbytes if self._needs_examples else 0
 
     def _sums_bytes(self) -> int:
         """Returns the bytes of the routers' sums (2E + 1,); 0 without a loss that balances experts."""
@@ -185,7 +198,8 @@ class StepTraffic:
             # Gradients by float16 hidden states are float32, since small values would become zero.
             is_wide = kind == "gradient" and dtype == torch.float16
             tensor = self._random(rows, positions, torch.float32 if is_wide else dtype)
-            role = Role(kind, direction, StepKey(round=1, client=0, step=0), training, dtype)
+            examples = tuple(range(rows)) if training and self._needs_examples else ()
+            role = Role(kind, direction, StepKey(round=1, client=0, step=0), training, dtype, examples)
             self._encoded[place] = self._codecs[stage].encode(tensor, role).nbytes
         return self._encoded[place]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fedsplit.estimation.alternatives import Alternative, shown
 from fedsplit.estimation.estimate import Estimate
+from fedsplit.estimation.hardware import HARDWARE, Hardware
 from fedsplit.estimation.step_traffic import Traffic
 from fedsplit.formatting import aligned, counted, size
 
@@ -23,6 +24,7 @@ _LIMITS = {
     "client": "the client's device",
     "trunk": "the trunk, which serves all clients",
     "wire": "the client's line",
+    "trunk_wire": "the trunk's line, which all clients share",
 }
 """Words for what limits a round."""
 
@@ -147,8 +149,7 @@ def _seconds(found: Estimate) -> list[str]:
     return [
         f"seconds on {field.network} ({profile.uplink_mbps:g} Mbit/s up, {profile.downlink_mbps:g} down, "
         f"{profile.rtt_ms:g} ms)",
-        f"  client: {field.client.name}, {_speed(field.client.speed(dtype) * profile.compute)}; "
-        f"trunk: {field.trunk.name}, {_speed(field.trunk.speed(dtype))}",
+        f"  client: {_device(field.client, dtype, profile.compute)}; trunk: {_device(field.trunk, dtype)}",
         f"  a step  {_time(seconds.step)}: client {_time(seconds.client)}, trunk {_time(seconds.trunk)}, "
         f"wire {_time(seconds.wire)}",
         f"  a round {_time(seconds.round)}: training {_time(seconds.training)}, adapters "
@@ -156,6 +157,18 @@ def _seconds(found: Estimate) -> list[str]:
         f"  the run {_time(seconds.round * found.parties.config.rounds)}",
         f"  limit: {_LIMITS[seconds.limit]}",
     ]
+
+
+def _device(device: Hardware, dtype: str, factor: float = 1.0) -> str:
+    """Returns a device in words.
+
+    Args:
+        device: The device.
+        dtype: Type of computation.
+        factor: Speed of the device as a multiple of the stated one.
+    """
+    speed = _speed(device.speed(dtype) * factor)
+    return f"{device.name}, {speed}" if device.name in HARDWARE else speed
 
 
 def _speed(flops: float) -> str:
@@ -215,6 +228,14 @@ def _named(one: Alternative) -> str:
     return f"--cut {one.cut[0]}:{one.cut[1]} --wire.codec {one.codec} --micro-batches {one.micro_batches}"
 
 
+def _line(found: Estimate) -> str:
+    """Returns the bandwidth of the trunk's line in words."""
+    line = found.field.trunk_link
+    if line.uplink_mbps == line.downlink_mbps:
+        return f"{line.uplink_mbps:g} Mbit/s"
+    return f"{line.uplink_mbps:g} Mbit/s to them and {line.downlink_mbps:g} from them"
+
+
 def assumptions(found: Estimate) -> list[str]:
     """Returns what an estimate takes for granted, where a run's data or the place decide."""
     config = found.parties.config
@@ -223,7 +244,7 @@ def assumptions(found: Estimate) -> list[str]:
         f"each client has {found.parties.workload.held_out or config.eval.samples} held-out sequences or more",
         "no process is lost, and no request is repeated",
         "clients compute at the same time, each on a device of its own",
-        "the trunk's own line is no limit; its device serves one step at a time",
+        f"the trunk serves one step at a time; its line has {_line(found)} for all",
     ]
     if config.rounds > 12:
         lines.append("after round 12, adapters cross as in the two rounds before")

@@ -57,7 +57,7 @@ def test_a_folder_gives_lines_for_people(tiny_models: dict[str, Path], capsys: p
     assert command.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("llama, 3 blocks of width 32, fp32")
-    assert "assumed" in lines and lines[-1].startswith("  - the trunk's own line")
+    assert "assumed" in lines and lines[-1].startswith("  - the trunk serves")
 
 
 def test_a_settings_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ def test_a_model_that_is_none_is_one_line(
     [
         (["--model", "/nowhere/config.json"], "model: /nowhere/config.json is not possible"),
         (["--cut", "1:9"], "cut: 1:9 is not possible"),
-        (["--network", "moon"], "--network: there is no network moon"),
+        (["--network", "moon"], "network.profile: moon is not possible"),
         (["--client.hardware", "abacus"], "--client.hardware: abacus is not possible"),
         (["--trunk.hardware", "-3"], "--trunk.hardware: -3 is not possible"),
         (["--clients", "0"], "clients: 0"),

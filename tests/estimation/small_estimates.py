@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from fedsplit.estimation.estimate import Estimate, Field, estimate
-from fedsplit.estimation.hardware import HARDWARE
+from fedsplit.estimation.hardware import HARDWARE, hardware_named
 from fedsplit.estimation.parties import Parties, Workload
+from fedsplit.network.fleet import TrunkLink
 from fedsplit.network.profiles import PROFILES
 from fedsplit.settings.documents import build
 
 
-def estimated(workload: Workload | None = None, network: str = "home", **settings: object) -> Estimate:
+def estimated(
+    workload: Workload | None = None, network: str = "home", trunk_tflops: float = 124.8, **settings: object
+) -> Estimate:
     """An estimate by settings, with two underscores for a dot."""
     values = {name.replace("__", "."): value for name, value in settings.items()}
-    field = Field(network, PROFILES[network], HARDWARE["laptop"], HARDWARE["a100"])
+    field = Field(network, PROFILES[network], TrunkLink(), HARDWARE["laptop"], hardware_named(f"{trunk_tflops}", ""))
     return estimate(Parties(build({"train.micro_batches": 1, **values}), workload), field)

@@ -21,9 +21,11 @@ def test_what_limits_a_round() -> None:
     assert estimated(network="home").seconds.limit == "wire"
     fast = estimated(network="lan", clients=8, train__batch_size=32)
     assert fast.seconds.limit == "client"
-    many = estimated(network="lan", clients=5000, fraction=1.0, rounds=1, cut="0:6", strategy="fedavg")
-    assert many.seconds.limit == "trunk"
-    assert many.seconds.training > 10 * many.seconds.step
+    many = estimated(network="lan", clients=200, rounds=1)
+    assert many.seconds.limit == "trunk_wire"  # one line of a gigabit for all
+    assert many.seconds.training > 5 * 10 * many.seconds.step
+    slow = estimated(network="lan", clients=20, rounds=1, trunk_tflops=0.01)
+    assert slow.seconds.limit == "trunk"
 
 
 def test_accumulation_repeats_a_batch() -> None:

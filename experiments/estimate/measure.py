@@ -2,8 +2,8 @@
 
     python -m experiments.estimate.measure --cache runs/estimate-cache
 
-Writes result.json and the table in README.md beside this file; what result.json has is not measured again. Every
-measurement is a process of its own: it imports what a client's or the trunk's process imports, loads its parts, and makes
+Writes result.json and the table in README.md beside this file. What result.json has is not measured again. Every
+measurement is a process of its own. It imports what a process of the role imports, loads the parts, and makes
 three training steps with an optimiser. The peak is the largest resident memory by Linux.
 """
 

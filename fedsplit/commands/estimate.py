@@ -38,7 +38,8 @@ def make_parser() -> Parser:
         prog="python -m fedsplit.estimate",
         description="Estimates a run from the model's config.json alone, without weights: parameters, bytes, memory, "
         "operations and seconds by party, and what other cuts, codecs and micro-batches would cost.",
-        epilog="Takes all flags of python -m fedsplit.simulate; --network is home by default. --model may also be a config.json by itself.",
+        epilog="Takes all flags of python -m fedsplit.simulate; --network is home by default. --model may also be a "
+        "config.json by itself.",
         allow_abbrev=False,
     )
     parser.add_argument(

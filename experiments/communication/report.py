@@ -104,7 +104,7 @@ def _claims(records: Records) -> str:
         (
             "an adapter of 4.8 MB at r=16 with MLP",
             f"{large['file'] / 1e6:.2f} MB",
-            f"The claim is half of it: {large['trainable']:,} parameters take 4.7 MB in 16 bits, and adapters are float32.",
+            f"The claim is half of it: {large['trainable']:,} parameters take 4.7 MB in 16 bits. Adapters are float32.",
         ),
         (
             "0.39 % of a 4096 x 4096 layer",
@@ -114,7 +114,7 @@ def _claims(records: Records) -> str:
         (
             "12 MB against 1.2 GB a step",
             f"{crossed / step['steps'] / 1e6:.1f} MB a step, whatever is trained",
-            "Neither crosses a cut. Hidden states and gradients cross at a step, four times 4 x 128 x 768 float32 values. "
+            "Neither crosses a cut. Hidden states and gradients cross at a step: four times 4 x 128 x 768 values. "
             f"Without a cut nothing crosses at a step; in a round {2 * full['message'] / 1e9:.2f} GB against "
             f"{2 * small['message'] / 1e6:.1f} MB cross, up and down together.",
         ),
@@ -122,7 +122,7 @@ def _claims(records: Records) -> str:
             "48 MB against 4.8 GB of training state",
             f"{state['small'] / 1e6:.1f} MB against {state['full'] / 1e9:.2f} GB of gradients and moments",
             "The claimed figures are of a larger model. The ratio is that of the trained parameters, here "
-            f"{full['trainable'] / small['trainable']:.0f}, and not 100. The frozen weights, {weights / 1e6:.0f} MB, stay.",
+            f"{full['trainable'] / small['trainable']:.0f}, not 100. The frozen weights, {weights / 1e6:.0f} MB, stay.",
         ),
     ]
     return "\n".join(table(["claimed", "measured", "difference"], [list(line) for line in lines]))

@@ -42,8 +42,8 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def estimated(record: Mapping[str, Any]) -> dict[str, float]:
     """What the estimate says about a record's party."""
-    from fedsplit.estimation.parties import Parties
     from fedsplit.estimation.party_memory import client_memory, trunk_memory
+    from fedsplit.estimation.party_shapes import Parties
     from fedsplit.settings.documents import build
 
     parties = Parties(build(settings_of(record)))

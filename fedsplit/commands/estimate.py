@@ -23,8 +23,8 @@ from fedsplit.settings.flags import read_draft
 if TYPE_CHECKING:
     import argparse
 
-    from fedsplit.estimation.estimate import Field
-    from fedsplit.estimation.parties import Workload
+    from fedsplit.estimation.party_shapes import Workload
+    from fedsplit.estimation.run_cost import Field
 
 _HOME = "home"
 """Network of an estimate whose settings name none."""
@@ -106,9 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(config: Config, workload: Workload, field: Field, flags: argparse.Namespace) -> list[str]:
     """Estimates a run, and returns the lines to print."""
     from fedsplit.estimation.alternatives import alternatives_of
-    from fedsplit.estimation.estimate import estimate
-    from fedsplit.estimation.parties import Parties
-    from fedsplit.estimation.tables import assumptions, lines_of
+    from fedsplit.estimation.cost_lines import assumptions, lines_of
+    from fedsplit.estimation.party_shapes import Parties
+    from fedsplit.estimation.run_cost import estimate
 
     found = estimate(Parties(config, workload), field)
     compared = alternatives_of(found)
@@ -203,8 +203,8 @@ def _field_of(flags: argparse.Namespace, config: Config) -> Field:
     Raises:
         InputError: A device is unknown, or the network lists a client that does not exist.
     """
-    from fedsplit.estimation.estimate import Field
     from fedsplit.estimation.hardware import hardware_named
+    from fedsplit.estimation.run_cost import Field
     from fedsplit.network.fleet import read_fleet
 
     network = config.network
@@ -227,7 +227,7 @@ def _workload_of(flags: argparse.Namespace, config: Config) -> Workload:
     Raises:
         InputError: A number is not possible, or missing.
     """
-    from fedsplit.estimation.parties import Workload
+    from fedsplit.estimation.party_shapes import Workload
 
     sequences = _number("--sequences", flags.sequences)
     if config.train.epochs and not sequences:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsplit.estimation.parties import Parties
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.estimation.step_traffic import Traffic
 from fedsplit.factors import Adapters, factor_of
 from fedsplit.federation import messages

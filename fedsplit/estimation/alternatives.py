@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsplit.estimation.estimate import Estimate, Seconds, seconds_of
+from fedsplit.estimation.run_cost import Estimate, Seconds, seconds_of
 from fedsplit.estimation.step_traffic import StepTraffic
 
 CODECS = ("raw", "bf16", "fp8_e4m3", "int8", "int4", "topk:0.1,int8")
@@ -61,9 +61,9 @@ def cuts_of(found: Estimate) -> list[tuple[int, int]]:
     """Returns the cuts that are compared: that of the run, and some that leave both ends as many blocks.
 
     Example:
-        >>> from fedsplit.estimation.estimate import Field, estimate
+        >>> from fedsplit.estimation.run_cost import Field, estimate
         >>> from fedsplit.estimation.hardware import HARDWARE
-        >>> from fedsplit.estimation.parties import Parties
+        >>> from fedsplit.estimation.party_shapes import Parties
         >>> from fedsplit.network.fleet import TrunkLink
         >>> from fedsplit.network.profiles import PROFILES
         >>> from fedsplit.settings.config import Config

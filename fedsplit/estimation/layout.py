@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedsplit.estimation.parties import Parties
 from fedsplit.estimation.party_memory import counts_of
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.model.flops import Flops, flops_by_block, head_flops
 from fedsplit.model.parts import Kind, ranges
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedsplit.adaptation import lora
-from fedsplit.estimation.parties import Parties
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.model.block_layers import is_uncalled
 from fedsplit.model.devices import TYPES
 from fedsplit.model.parts import Kind, Part

@@ -11,7 +11,7 @@ from fedsplit.client.measures import load_measures
 from fedsplit.corpora.shards import spread, steps_of_epoch
 from fedsplit.demands import REFERENCE
 from fedsplit.estimation.adapter_traffic import rounds_of_adapters
-from fedsplit.estimation.parties import Parties
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.estimation.step_traffic import StepTraffic, Traffic
 from fedsplit.federation.evaluation import clients_that_measure, is_due
 from fedsplit.metrics.metric import asked_by
@@ -79,7 +79,7 @@ def step_sizes(parties: Parties) -> list[int]:
     """Returns the number of sequences of each local step of a round.
 
     Example:
-        >>> from fedsplit.estimation.parties import Workload
+        >>> from fedsplit.estimation.party_shapes import Workload
         >>> from fedsplit.settings.documents import build
         >>> step_sizes(Parties(build({"train.epochs": 2}), Workload(sequences=6)))
         [4, 2, 4, 2]

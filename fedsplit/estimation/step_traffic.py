@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.client.micro_batches import batches_of
-from fedsplit.estimation.parties import Parties
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.model.devices import CPU, random_state
 from fedsplit.model.routers import RouterSums
 from fedsplit.wire.by_role import codec_of

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedsplit.estimation.estimate import Estimate, Field, estimate
 from fedsplit.estimation.hardware import HARDWARE, hardware_named
-from fedsplit.estimation.parties import Parties, Workload
+from fedsplit.estimation.party_shapes import Parties, Workload
+from fedsplit.estimation.run_cost import Estimate, Field, estimate
 from fedsplit.network.fleet import TrunkLink
 from fedsplit.network.profiles import PROFILES
 from fedsplit.settings.documents import build

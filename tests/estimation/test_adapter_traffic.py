@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedsplit.estimation.adapter_traffic import PLAYED, rounds_of_adapters
-from fedsplit.estimation.parties import Parties
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.federation.messages import serialised_bytes
 from fedsplit.settings.documents import build
 

@@ -7,8 +7,8 @@ from dataclasses import astuple
 import pytest
 
 from fedsplit.estimation.layout import layout_of, total
-from fedsplit.estimation.parties import Parties
 from fedsplit.estimation.party_memory import counts_of
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.model.flops import flops_of
 from fedsplit.settings.documents import build
 

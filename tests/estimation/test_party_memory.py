@@ -9,8 +9,8 @@ import pytest
 
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.run_adapters import adapt, bare_parts
-from fedsplit.estimation.parties import Parties
 from fedsplit.estimation.party_memory import client_memory, counts_of, trunk_memory
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.settings.documents import build
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedsplit.engines import in_process
-from fedsplit.estimation.parties import Parties, Workload
+from fedsplit.estimation.party_shapes import Parties, Workload
 from fedsplit.estimation.run_traffic import evaluation_sizes, run_traffic, sample_sizes, step_sizes
 from fedsplit.events import Event, Sink
 from fedsplit.federation.aggregation import strategy_defaults

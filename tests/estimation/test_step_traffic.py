@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.estimation.parties import Parties
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.estimation.step_traffic import StepTraffic
 from fedsplit.settings.documents import build
 

@@ -9,8 +9,8 @@ from typing import Any
 from fedsplit.estimation.duration import Link, StepCost, step_seconds
 from fedsplit.estimation.hardware import Hardware
 from fedsplit.estimation.layout import Layout, layout_of
-from fedsplit.estimation.parties import Parties
 from fedsplit.estimation.party_memory import PartyMemory, client_memory, trunk_memory
+from fedsplit.estimation.party_shapes import Parties
 from fedsplit.estimation.run_traffic import RunTraffic, evaluation_sizes, run_traffic, sample_sizes
 from fedsplit.estimation.step_traffic import StepTraffic, Traffic
 from fedsplit.model.flops import Flops

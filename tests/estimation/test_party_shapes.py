@@ -9,7 +9,7 @@ import torch
 
 from fedsplit.adaptation import lora
 from fedsplit.adaptation.run_adapters import adapt, bare_parts
-from fedsplit.estimation.parties import Parties, Workload
+from fedsplit.estimation.party_shapes import Parties, Workload
 from fedsplit.model.parts import Kind
 from fedsplit.settings.documents import build
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedsplit.estimation.alternatives import Alternative, shown
-from fedsplit.estimation.estimate import Estimate
 from fedsplit.estimation.hardware import HARDWARE, Hardware
+from fedsplit.estimation.run_cost import Estimate
 from fedsplit.estimation.step_traffic import Traffic
 from fedsplit.formatting import aligned, counted, size
 

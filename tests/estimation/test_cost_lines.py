@@ -6,8 +6,8 @@ import pytest
 from small_estimates import estimated
 
 from fedsplit.estimation.alternatives import alternatives_of
-from fedsplit.estimation.parties import Workload
-from fedsplit.estimation.tables import assumptions, lines_of
+from fedsplit.estimation.cost_lines import assumptions, lines_of
+from fedsplit.estimation.party_shapes import Workload
 
 
 @pytest.mark.parametrize("settings", [{}, {"trunk__stages": "1:3:5", "objective": "distillation", "rounds": 100}])

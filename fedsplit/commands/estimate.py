@@ -84,23 +84,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The parser knows the flags above. The rest are flags of simulate.
         call = make_parser().read_known(argv)
         quieten(offline=False)
-        config = read_draft(call.rest, call.errors).checked(lambda config: None)
         flags = call.flags
-        collector = ErrorCollector()
-        field = workload = None
-        with collector.collecting():
-            field = _field_of(flags, config)
-        with collector.collecting():
-            workload = _workload_of(flags, config)
+        config = read_draft(call.rest, call.errors).checked(lambda config: _settle(config, flags))
+        workload, field = _settle(config, flags)
         with _as_folder(config) as readable:
-            with collector.collecting():
-                check(readable)
-            collector.check()
-            assert field is not None and workload is not None  # else the collector has raised an error
             lines = _report(readable, workload, field, flags)
         print(*(line.replace(readable.model, config.model) for line in lines), sep="\n")
 
     return exit_code(work, argv)
+
+
+def _settle(config: Config, flags: argparse.Namespace) -> tuple[Workload, Field]:
+    """Checks all settings and flags.
+
+    Args:
+        config: Settings of the run.
+        flags: Flags of the command.
+
+    Returns:
+        Facts about the data, and where the run would take place.
+
+    Raises:
+        InputError: A setting or a flag is wrong. All errors are reported together.
+    """
+    collector = ErrorCollector()
+    field = workload = None
+    with collector.collecting():
+        field = _field_of(flags, config)
+    with collector.collecting():
+        workload = _workload_of(flags, config)
+    with collector.collecting(), _as_folder(config) as readable:
+        check(readable)
+    collector.check()
+    assert field is not None and workload is not None  # else the collector has raised an error
+    return workload, field
 
 
 def _report(config: Config, workload: Workload, field: Field, flags: argparse.Namespace) -> list[str]:

@@ -69,7 +69,7 @@ def _opening(found: Estimate) -> list[str]:
         f"{parties.facts.width}, {config.dtype}",
         f"cut {config.cut}; {counted(config.clients, 'client', 'clients')}, {config.sampled} a round; "
         f"{counted(config.rounds, 'round', 'rounds')} of {counted(found.traffic.steps, 'step', 'steps')}",
-        f"a step: {of_step}; micro-batches: {train.micro_batches}; codec: {config.wire.codec}; "
+        f"a step: {of_step}; micro-batches: {train.micro_batches}; codec: {config.wire.codec}",
         f"trunk: {config.trunk.schedule}; strategy: {config.strategy}",
     ]
 
@@ -205,8 +205,10 @@ def _alternatives(found: Estimate, compared: Sequence[Alternative]) -> list[str]
         "one choice changed (the first line is the run)",
         *aligned(rows),
         f"of {counted(len(compared), 'combination', 'combinations')}, cheapest",
-        f"  in time:  {_named(quickest)}: {_time(quickest.seconds.round)} a round",
-        f"  in bytes: {_named(fewest)}: {size(fewest.step_bytes)} a step",
+        f"  in time, {_time(quickest.seconds.round)} a round:",
+        f"    {_named(quickest)}",
+        f"  in bytes, {size(fewest.step_bytes)} a step:",
+        f"    {_named(fewest)}",
     ]
 
 

@@ -83,7 +83,7 @@ def client_memory(parties: Parties) -> PartyMemory:
         >>> memory.parameters, memory.trainable
         (595200, 32768)
     """
-    rows, micros = _rows_of_micro_batches(parties)
+    rows, micros = parties.rows_of_micro_batch, parties.micro_batches
     bottom = parties.trace("bottom", rows)
     top = parties.trace("top", rows)
     hidden = rows * parties.positions * parties.facts.width * bottom.dtype.itemsize
@@ -102,7 +102,7 @@ def trunk_memory(parties: Parties, pending: int = 1) -> PartyMemory:
         parties: The parties of the run.
         pending: Number of clients whose batches are pending at the same time.
     """
-    rows, micros = _rows_of_micro_batches(parties)
+    rows, micros = parties.rows_of_micro_batch, parties.micro_batches
     together = pending if parties.schedule.gathers else 1  # steps that are computed as one
     activations = working = 0.0
     for number in range(len(parties.stages)):
@@ -112,14 +112,6 @@ def trunk_memory(parties: Parties, pending: int = 1) -> PartyMemory:
         activations += micros * kept / together
         working = max(working, step.peak - step.kept + 2 * hidden)
     return _party(parties, ["trunk"], activations, working, TRUNK_LIBRARIES, pending)
-
-
-def _rows_of_micro_batches(parties: Parties) -> tuple[int, int]:
-    """Returns the number of sequences of a micro-batch, and the number of micro-batches of a batch."""
-    train = parties.config.train
-    examples = train.batch_size // parties.demands.rows
-    micros = max(1, min(train.micro_batches, examples))
-    return -(-examples // micros) * parties.demands.rows, micros
 
 
 def _evaluation(parties: Parties) -> float:

@@ -97,6 +97,18 @@ class Parties:
         return int(self.bottom.virtual) + self.config.train.max_length
 
     @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches of a batch."""
+        train = self.config.train
+        return max(1, min(train.micro_batches, train.batch_size // self.demands.rows))
+
+    @property
+    def rows_of_micro_batch(self) -> int:
+        """Number of sequences of the largest micro-batch."""
+        examples = self.config.train.batch_size // self.demands.rows
+        return -(-examples // self.micro_batches) * self.demands.rows
+
+    @property
     def wants_gradient(self) -> bool:
         """True if the hidden states of the bottom need a gradient: an adapter lies below them."""
         return self.schedule.returns_gradient and any(p.requires_grad for p in self.bottom.parameters())
@@ -162,7 +174,8 @@ class Parties:
         """
         if self.config.dtype == "fp32":
             return torch.float32
-        return self.trace("bottom", 1).dtype if stage < 0 else self.trace("trunk", 1, stage).dtype
+        rows = self.rows_of_micro_batch  # as for the memory, so that no part is played twice
+        return self.trace("bottom", rows).dtype if stage < 0 else self.trace("trunk", rows, stage).dtype
 
 
 def decided(config: Config, facts: Facts) -> Config:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedsplit.estimation.hardware import HARDWARE, hardware_named
+from fedsplit.estimation.hardware import hardware_named
 from fedsplit.estimation.party_shapes import Parties, Workload
 from fedsplit.estimation.run_cost import Estimate, Field, estimate
 from fedsplit.network.fleet import TrunkLink
@@ -11,9 +11,19 @@ from fedsplit.settings.documents import build
 
 
 def estimated(
-    workload: Workload | None = None, network: str = "home", trunk_tflops: float = 124.8, **settings: object
+    workload: Workload | None = None,
+    network: str = "home",
+    client_tflops: float = 0.15,
+    trunk_tflops: float = 124.8,
+    **settings: object,
 ) -> Estimate:
     """An estimate by settings, with two underscores for a dot."""
     values = {name.replace("__", "."): value for name, value in settings.items()}
-    field = Field(network, PROFILES[network], TrunkLink(), HARDWARE["laptop"], hardware_named(f"{trunk_tflops}", ""))
+    field = Field(
+        network,
+        PROFILES[network],
+        TrunkLink(),
+        hardware_named(f"{client_tflops}", ""),
+        hardware_named(f"{trunk_tflops}", ""),
+    )
     return estimate(Parties(build({"train.micro_batches": 1, **values}), workload), field)

@@ -19,7 +19,7 @@ def test_the_document_is_json_and_agrees_with_itself() -> None:
 
 def test_what_limits_a_round() -> None:
     assert estimated(network="home").seconds.limit == "wire"
-    fast = estimated(network="lan", clients=8, train__batch_size=32)
+    fast = estimated(network="lan", client_tflops=0.01, rounds=1)
     assert fast.seconds.limit == "client"
     many = estimated(network="lan", clients=200, rounds=1)
     assert many.seconds.limit == "trunk_wire"  # one line of a gigabit for all

@@ -114,9 +114,9 @@ def step_seconds(cost: StepCost, micros: int, link: Link, batches: int = 1, mess
         messages: Further pairs of small messages, such as those of clipping.
 
     Example:
-        >>> cost = StepCost(1, 2, 3, 4, 5, 0, 0, 0, 0)
-        >>> step_seconds(cost, 1, Link(1.0, 1.0, delay=0.5))  # 15 seconds of computing, 4 messages
-        17.0
+        >>> cost = StepCost(1, 2, 3, 4, 5, 10, 10, 10, 10)
+        >>> step_seconds(cost, 1, Link(10.0, 10.0, delay=0.5))  # 15 seconds of computing, 4 messages of 1.5 seconds
+        21.0
     """
     return batches * _batch_seconds(cost, micros, link) + messages * 2 * link.delay
 

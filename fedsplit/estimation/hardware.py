@@ -26,7 +26,7 @@ class Hardware:
         narrow: The same in bfloat16 and float16.
 
     Example:
-        >>> HARDWARE["a100"].speed("bf16") / 1e12
+        >>> round(HARDWARE["a100"].speed("bf16") / 1e12, 1)
         124.8
     """
 

@@ -56,8 +56,8 @@ class Parties:
 
     Example:
         >>> parties = Parties(Config(cut="2:5"))
-        >>> parties.adapters(["bottom"]).count, parties.wants_gradient
-        (32768, True)
+        >>> len(parties.adapters(["bottom"]).tensors), parties.wants_gradient  # two factors of four projections
+        (16, True)
     """
 
     def __init__(self, config: Config, workload: Workload | None = None) -> None:

@@ -61,13 +61,14 @@ class Delta(Codec):
         form = form_of(tensor, role)
         values = _by_example(form, matrix_of(tensor))
         predicted, is_known = self._predicted(form, role)
+        difference = values - predicted
+        norms, distances = _norms(values), _norms(difference)
         # An example that has changed altogether is nearer to zero than to its prediction.
-        is_near = _norms(values - predicted).square().sum(1) < _norms(values).square().sum(1)
+        is_near = distances.square().sum(1) < norms.square().sum(1)
         is_used = is_known & is_near
         predicted[~is_used] = 0
-        difference = values - predicted
-        distance = _norms(difference)
-        is_still = (distance <= self._threshold * _norms(values)) & distance.isfinite()
+        difference[~is_used] = values[~is_used]
+        is_still = (distances <= self._threshold * norms) & distances.isfinite()
         is_moved = ~(is_still & is_used[:, None])
         sent = self._rest.encode(difference[is_moved].to(form.dtype), role)
         predicted[is_moved] += self._rest.decode(sent, role).float()

@@ -31,6 +31,20 @@ _NORMAL_FLOATS = (
 )
 
 
+
+def _places(units: Tensor, middles: Tensor) -> Tensor:
+    """Returns how many of some numbers lie below each value, as `torch.bucketize` does in ten times the time."""
+    places = torch.zeros(units.shape, dtype=torch.uint8)
+    for middle in middles.tolist():
+        places += units > middle
+    return places
+
+
+def _looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """Returns numbers of a table by their places."""
+    return table.index_select(0, places.flatten().int()).view(places.shape)
+
+
 class NormalFloat4(Grouped):
     """Rounds to one of 16 quantiles of a normal distribution, times a scale for each 64 values; `--wire.codec nf4`.
 
@@ -49,11 +63,11 @@ class NormalFloat4(Grouped):
 
     def codes(self, units: Tensor, role: Role) -> np.ndarray:
         """Returns half a byte for each value: the place of the nearest number of the table."""
-        return packed(torch.bucketize(units.contiguous(), self._middles).to(torch.uint8))
+        return packed(_places(units, self._middles))
 
     def units(self, encoded: Encoded, form: Form) -> Tensor:
         """Returns the numbers of the table."""
-        return self._table[unpacked(encoded, form).long()]
+        return _looked_up(self._table, unpacked(encoded, form))
 
 
 class _Microscaled(Grouped):
@@ -118,16 +132,14 @@ class MxFloat4(_Microscaled):
     exponent = 2
     _table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     _middles = (_table[1:] + _table[:-1]) / 2
-    # A value in the middle goes to the neighbour with an even code. `bucketize` sends it down, so that every second
+    # A value in the middle goes to the neighbour with an even code. `_places` sends it down, so that every second
     # middle lies a little lower.
     _middles[1::2] = torch.nextafter(_middles[1::2], torch.zeros(()))
 
     def codes(self, units: Tensor, role: Role) -> np.ndarray:
         """Returns half a byte for each value: three bits of the number, and one of the sign."""
-        places = torch.bucketize(units.abs().contiguous(), self._middles).to(torch.uint8)
-        return packed(places | (torch.signbit(units).to(torch.uint8) << 3))
+        return packed(_places(units.abs(), self._middles) | (torch.signbit(units).to(torch.uint8) << 3))
 
     def units(self, encoded: Encoded, form: Form) -> Tensor:
         """Returns the numbers of the table, with their signs."""
-        codes = unpacked(encoded, form).long()
-        return self._table[codes & 7] * (1 - 2 * (codes >> 3))
+        return _looked_up(torch.cat([self._table, -self._table]), unpacked(encoded, form))
